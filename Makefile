@@ -1,0 +1,68 @@
+# Every target works on a fresh checkout with Python 3.11 or newer and a package index.
+
+PYTHON ?= python3
+export HYPOTHESIS_PROFILE ?= ci
+
+BIN := .venv/bin
+FLOOR := .venv-floor/bin
+PIP_INSTALL := -m pip install -qq --disable-pip-version-check
+UNIT := $(BIN)/python -m pytest --quiet
+CORE := --ignore=tests/docs --ignore=tests/cli --ignore=tests/demo --ignore=tests/test_repository.py
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-floor gpu deep docs lint types layers unit untyped
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: .venv/.runtime ## Watch the bundled model decode, plain and speculative
+	@$(BIN)/speclm demo
+
+test: lint types layers docs untyped unit ## Run every check a change must pass
+
+test-floor: .venv-floor/.ready ## Run the core suite on the oldest supported Transformers
+	$(FLOOR)/python -m pytest --quiet $(CORE) tests
+
+gpu: ## Check and measure the kernels on this machine's GPU, in the current Python
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py
+
+deep: .venv/.dev ## Search long: slow tests, 5000 examples a property
+	HYPOTHESIS_PROFILE=deep $(UNIT) -m "not gpu and not network"
+
+docs: .venv/.dev ## Build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+lint: .venv/.dev ## Check style and formatting
+	$(BIN)/ruff check --quiet .
+	$(BIN)/ruff format --check --quiet .
+
+types: .venv/.dev ## Check types
+	$(BIN)/mypy --no-error-summary
+
+layers: .venv/.dev ## Check that imports only point down the stack
+	@$(BIN)/lint-imports --no-logo > .venv/layers.log || { cat .venv/layers.log; exit 1; }
+
+unit: .venv/.dev ## Run the test suite with shape checks and coverage
+	$(UNIT) --cov --cov-report=term
+
+untyped: .venv/.dev ## Run the decode loop without shape checks, as users do
+	SPECLM_TYPECHECK=0 $(UNIT) tests/generation
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.runtime: pyproject.toml constraints.txt | .venv/bin/python
+	@echo "Installing speclm into .venv (once, a few minutes)"
+	$(BIN)/python $(PIP_INSTALL) --constraint constraints.txt --editable .
+	@touch $@
+
+.venv/.dev: pyproject.toml constraints.txt | .venv/bin/python
+	@echo "Installing speclm and its development tools into .venv (once, a few minutes)"
+	$(BIN)/python $(PIP_INSTALL) --constraint constraints.txt --editable '.[dev]'
+	@touch .venv/.runtime $@
+
+.venv-floor/.ready: pyproject.toml constraints-floor.txt
+	@echo "Installing speclm with the oldest supported Transformers into .venv-floor (once)"
+	$(PYTHON) -m venv .venv-floor
+	$(FLOOR)/python $(PIP_INSTALL) --constraint constraints-floor.txt --editable '.[test]'
+	@touch $@

@@ -1,0 +1,78 @@
+"""What every test runs under: shape checks, one thread, no network, hypothesis profiles.
+
+This file is imported before any test module, hence before ``speclm``: the shape checks are put in
+while a module is imported, and cannot be added to one that already is.
+"""
+
+import ipaddress
+import os
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tests start subprocesses
+
+import hypothesis
+import jaxtyping
+import pytest
+import torch
+
+if os.environ.get("SPECLM_TYPECHECK") != "0":
+    jaxtyping.install_import_hook("speclm", "beartype.beartype")
+
+torch.set_num_threads(1)  # sums in one order; several test runs share few cores
+
+hypothesis.settings.register_profile("dev", max_examples=25, deadline=None)
+hypothesis.settings.register_profile(
+    "ci", max_examples=100, deadline=None, derandomize=True, print_blob=True
+)
+hypothesis.settings.register_profile("deep", max_examples=5000, deadline=None)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+
+def _is_local(address: Any) -> bool:
+    """Tell whether a socket address (a path, or a host and port) stays on this machine."""
+    if not isinstance(address, tuple):
+        return True  # a Unix socket
+    host = address[0] or "localhost"
+    if isinstance(host, bytes):
+        host = host.decode()
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+@pytest.fixture(autouse=True)
+def _no_network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fail a test that looks up or reaches another machine, unless it is marked ``network``."""
+    if request.node.get_closest_marker("network"):
+        yield
+        return
+    refused: list[Any] = []
+
+    def refuse(address: Any) -> None:
+        if not _is_local(address):
+            refused.append(address)
+            raise OSError(f"tests may not reach the network: {address!r}")
+
+    def guard_method(original: Callable[..., Any]) -> Callable[..., Any]:
+        def guarded(self: socket.socket, address: Any) -> Any:
+            refuse(address)
+            return original(self, address)
+
+        return guarded
+
+    resolve = socket.getaddrinfo
+
+    def guarded_resolve(host: Any, *args: Any, **kwargs: Any) -> Any:
+        refuse((host,))
+        return resolve(host, *args, **kwargs)
+
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, guard_method(getattr(socket.socket, name)))
+    monkeypatch.setattr(socket, "getaddrinfo", guarded_resolve)
+    yield
+    # Libraries turn a failed connection into "not found": what was refused is reported here.
+    assert not refused, f"the test reached for the network: {refused}"

@@ -1,0 +1,190 @@
+"""Every fenced block of the documentation runs, or is marked as output; nothing can be skipped.
+
+The blocks of a page run in order in one process, in an empty folder: ``python`` blocks share one
+namespace; in ``bash`` and ``console`` blocks (where commands follow ``$``) each line is a known
+command. ``speclm`` lines run, ``make`` targets must exist, and what fetches or installs is checked
+for form. ``text`` is output.
+"""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from markdown_it import MarkdownIt
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+TIMEOUT_SECONDS = 300
+
+# Runs in its own process: steps come as JSON on stdin, tracebacks show the lines of the page.
+WORKER = """
+import json, subprocess, sys
+namespace = {"__name__": "__main__"}
+for page, line, source in json.load(sys.stdin):
+    if isinstance(source, str):
+        exec(compile("\\n" * line + source, page, "exec"), namespace)
+    elif subprocess.run([sys.executable, "-m", *source], stdin=subprocess.DEVNULL).returncode:
+        sys.exit(f"{page}:{line + 1}: {' '.join(source)} failed")
+"""
+
+REQUIREMENT = re.compile(r"(?:speclm|\.)(?:\[(?P<extras>[a-z,]+)\])?(?:[=<>~!]=?[\w.,<>=]+)?")
+URL = re.compile(r"https://[\w./-]+")
+SHELL_SYNTAX = {"|", "||", "&", "&&", ";", ">", ">>", "<", "(", ")"}
+
+Step = tuple[str, int, str | list[str]]
+
+
+def commands(source: str, line: int, *, prompted: bool) -> list[tuple[int, list[str]]]:
+    """Split a shell block into (line, words), joining lines that end in a backslash."""
+    found, pending, start = [], "", line
+    for number, text in enumerate(source.splitlines(), line):
+        if not pending:
+            start = number
+            if prompted and not text.startswith("$ "):
+                continue  # output
+        pending += text if pending or not prompted else text.removeprefix("$ ")
+        if pending.endswith("\\"):
+            pending = pending.removesuffix("\\") + " "
+            continue
+        lexer = shlex.shlex(pending, posix=True, punctuation_chars=True)
+        lexer.whitespace_split = True
+        if words := list(lexer):
+            found.append((start, words))
+        pending = ""
+    assert not pending, f"line {start + 1}: the command does not end"
+    return found
+
+
+def check_form(words: list[str]) -> None:
+    """Check a command that is not run: that it exists, and is written as it would be used."""
+    match words:
+        case ["make", target]:
+            subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True)
+        case ["git", "clone", url] | ["git", "clone", url, _]:
+            assert URL.fullmatch(url), f"not a repository: {url}"
+        case ["cd", _]:
+            pass
+        case ["pip", "install", *requirements]:
+            wanted = [word for word in requirements if word not in ("-e", "-U", "--upgrade")]
+            assert wanted, "pip install installs nothing"
+            for requirement in wanted:
+                form = REQUIREMENT.fullmatch(requirement)
+                assert form, f"not speclm: {requirement}"
+                extras = set((form["extras"] or "").split(",")) - {""}
+                assert extras <= set(EXTRAS), f"no such extra: {requirement}"
+        case _:
+            pytest.fail(f"not a command that documentation may show: {shlex.join(words)}")
+
+
+def steps(page: Path) -> list[Step]:
+    """Read what has to run from a page, and check the form of what does not."""
+    found: list[Step] = []
+    for token in MarkdownIt().parse(page.read_text(encoding="utf-8")):
+        if token.type == "code_block":
+            pytest.fail(f"{page.name}:{token.map[0] + 1}: indented code; use a fence")
+        if token.type != "fence":
+            continue
+        language, line = token.info.split(" ")[0], token.map[0] + 1
+        if language == "python":
+            found.append((page.name, line, token.content))
+        elif language in ("bash", "console"):
+            for start, words in commands(token.content, line, prompted=language == "console"):
+                where = f"{page.name}:{start + 1}"
+                assert not SHELL_SYNTAX.intersection(words), f"{where}: one plain command a line"
+                if words[0] == "speclm":
+                    found.append((page.name, start, words))
+                else:
+                    check_form(words)
+        else:
+            assert language == "text", f"{page.name}:{line}: unknown language {language!r}"
+    return found
+
+
+def run_page(page: Path, folder: Path) -> None:
+    """Run the blocks of a page in a folder; fail with what the first broken one printed."""
+    if not (todo := steps(page)):
+        return
+    result = subprocess.run(
+        [sys.executable, "-c", WORKER],
+        input=json.dumps(todo),
+        cwd=folder,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_SECONDS,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_page_runs(page, tmp_path):
+    run_page(page, tmp_path)
+
+
+def fenced(language: str, source: str) -> str:
+    return f"```{language}\n{source}\n```\n"
+
+
+@pytest.fixture
+def run(tmp_path):
+    def run_text(*blocks: str) -> None:
+        page = tmp_path / "page.md"
+        page.write_text("\n".join(blocks))
+        run_page(page, tmp_path)
+
+    return run_text
+
+
+def test_python_blocks_share_a_namespace_in_order(run, tmp_path):
+    run(
+        fenced("python", "x = 1"), "Then:\n", fenced("python", "open('out', 'w').write(str(x + 1))")
+    )
+    assert (tmp_path / "out").read_text() == "2"
+
+
+def test_python_error_names_the_line_of_the_page(run):
+    with pytest.raises(AssertionError, match=r'page\.md", line 6'):
+        run(fenced("python", "x = 1"), "\n", fenced("python", "y"))
+
+
+def test_indented_fence_is_run_too(run):
+    with pytest.raises(AssertionError, match="ZeroDivisionError"):
+        run("- item\n\n    ```python\n    1 / 0\n    ```\n")
+
+
+def test_known_commands_pass(run):
+    run(
+        fenced("bash", 'make demo  # once\npip install -e ".[dev]"\npip install "speclm[kernels]"'),
+        fenced("console", "$ git clone https://example.org/speclm.git\n$ cd speclm\nany output"),
+        fenced("text", "tau 3.1"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("language", "source"),
+    [
+        ("", "x"),
+        ("json", "{}"),
+        ("bash", "rm -rf ."),
+        ("bash", "make demo && make test"),
+        ("bash", "make no-such-target"),
+        ("bash", "pip install something-else"),
+        ("bash", "pip install 'speclm[nosuch]'"),
+        ("bash", "make \\"),
+        ("console", "$ curl example.org"),
+    ],
+)
+def test_anything_else_fails(run, language, source):
+    with pytest.raises((AssertionError, pytest.fail.Exception, subprocess.CalledProcessError)):
+        run(fenced(language, source))
+
+
+def test_failing_speclm_command_is_reported_with_its_line(run):
+    with pytest.raises(AssertionError, match=r"page\.md:2: speclm no-such-command failed"):
+        run(fenced("bash", "speclm no-such-command"))

@@ -1,0 +1,117 @@
+"""Claims about the repository as a whole."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "speclm"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+MAX_LINES = 400
+MAX_ASSET_BYTES = 35_000_000
+
+# Files past MAX_LINES, each with the reason why splitting it would read worse.
+LONG_FILES: dict[str, str] = {}
+
+# Put together here, so that this file does not contain them.
+FORBIDDEN = (
+    "../sha" + "red",
+    "work/sha" + "red",
+    ".libr" + "ary/",
+    "py" + "pi.org",
+    "pythonhos" + "ted",
+)
+
+# Imported by the first line of the library only if something went wrong.
+HEAVY = ("triton", "typer", "rich")
+LAZY = ("speclm.cli", "speclm.testing", "speclm.training", "speclm.bench", "speclm.demo")
+
+
+def repository_files() -> list[Path]:
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listing = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    return [path for name in listing.split("\0") if (path := ROOT / name).is_file()]
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def is_public(module: Path) -> bool:
+    return not any(part.startswith("_") for part in module.relative_to(PACKAGE).parts)
+
+
+def test_layers_contract_is_exhaustive_over_the_package():
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    (contract,) = config["contracts"]
+    assert config["root_package"] == "speclm"
+    assert not config.get("exclude_type_checking_imports", False)
+    assert contract["type"] == "layers"
+    assert contract["containers"] == ["speclm"]
+    assert contract["exhaustive"] is True
+    assert contract["exhaustive_ignores"] == ["__main__", "_version"]
+    assert "ignore_imports" not in contract
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if is_public(m)], ids=relative)
+def test_public_module_has_a_test_file_at_the_mirrored_path(module):
+    mirrored = ROOT / "tests" / module.relative_to(PACKAGE).with_name(f"test_{module.name}")
+    assert mirrored.is_file(), f"{relative(module)} needs {relative(mirrored)}"
+
+
+def test_no_file_names_what_lies_outside_the_repository():
+    found = [
+        f"{relative(path)}: {word}"
+        for path in repository_files()
+        for word in FORBIDDEN
+        if word.encode() in path.read_bytes()
+    ]
+    assert not found
+
+
+def test_long_files_are_those_listed_with_a_reason():
+    long_files = {relative(p) for p in MODULES if len(p.read_text().splitlines()) > MAX_LINES}
+    assert long_files == set(LONG_FILES)
+    assert all(LONG_FILES.values())
+
+
+def test_bundled_assets_fit_in_a_small_wheel():
+    assets = [path for path in (PACKAGE / "demo" / "data").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in assets) < MAX_ASSET_BYTES
+
+
+def test_import_needs_neither_triton_nor_the_command_line():
+    # None in sys.modules makes an import fail as if the package were not installed.
+    script = (
+        "import sys\n"
+        f"sys.modules.update(dict.fromkeys({HEAVY!r}))\n"
+        "import speclm\n"
+        f"print(*[name for name in {LAZY!r} if name in sys.modules])"
+    )
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == []
+
+
+@pytest.mark.parametrize("module", MODULES, ids=relative)
+def test_shape_annotations_are_not_postponed(module):
+    imports = [
+        node
+        for node in ast.walk(ast.parse(module.read_bytes()))
+        if isinstance(node, ast.ImportFrom)
+    ]
+    postponed = any(
+        node.module == "__future__" and node.names[0].name == "annotations" for node in imports
+    )
+    assert not (postponed and any(node.module == "jaxtyping" for node in imports))
+
+
+def test_every_design_record_is_in_the_index():
+    index = (ROOT / "docs" / "design" / "index.md").read_text()
+    records = {path.name for path in (ROOT / "docs" / "design").glob("[0-9]*.md")}
+    assert {name for name in records if f"({name})" not in index} == set()
