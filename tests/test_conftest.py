@@ -41,4 +41,4 @@ def test_reaching_for_the_network_fails_even_when_the_error_is_swallowed(request
         [*command, str(tmp_path)], cwd=tmp_path, check=False, capture_output=True, text=True
     )
     assert result.returncode == 1
-    assert "reached for the network: [('192.0.2.1', 80)]" in result.stdout
+    assert "reached for the network: [('192.0.2.1',)]" in result.stdout

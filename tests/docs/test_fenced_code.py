@@ -150,7 +150,7 @@ def test_python_blocks_share_a_namespace_in_order(run, tmp_path):
 
 def test_python_error_names_the_line_of_the_page(run):
     with pytest.raises(AssertionError, match=r'page\.md", line 6'):
-        run(fenced("python", "x = 1"), "\n", fenced("python", "y"))
+        run(fenced("python", "x = 1"), fenced("python", "y"))
 
 
 def test_indented_fence_is_run_too(run):
