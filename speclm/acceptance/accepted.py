@@ -1,0 +1,65 @@
+"""What a round decided: the path that survives and the tokens it emits."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Accepted:
+    """The surviving path of every row.
+
+    Args:
+        path: Accepted nodes from the root on, padded with -1. All -1 in a row that emits nothing
+            (finished, or waiting for slower rows).
+        tokens: Token that the target chose after each node of `path`, padded with -1; the last
+            one is the bonus token and becomes the next root.
+    """
+
+    path: Int[Tensor, "batch path"]
+    tokens: Int[Tensor, "batch path"]
+
+    @property
+    def num_tokens(self) -> Int[Tensor, " batch"]:
+        """Tokens emitted by each row: accepted_length + 1, or 0."""
+        return (self.path >= 0).sum(1)
+
+    @property
+    def accepted_length(self) -> Int[Tensor, " batch"]:
+        """Draft tokens kept in each row, without the bonus token; 0 in a row that emits nothing."""
+        return (self.num_tokens - 1).clamp(min=0)
+
+    @property
+    def bonus(self) -> Int[Tensor, " batch"]:
+        """The last token emitted by each row, -1 in a row that emits nothing."""
+        last = self.accepted_length[:, None]
+        return self.tokens.gather(1, last)[:, 0]
+
+    @cached_property
+    def paths(self) -> list[list[int]]:
+        """`path` on the host, without padding; the first read syncs with the device."""
+        return _unpadded(self.path)
+
+    @cached_property
+    def emitted(self) -> list[list[int]]:
+        """`tokens` on the host, without padding; the first read syncs with the device."""
+        return [
+            row[: len(path)] for row, path in zip(self.tokens.tolist(), self.paths, strict=True)
+        ]
+
+    def cut(self, limits: list[int]) -> "Accepted":
+        """Keep at most ``limits[b]`` emitted tokens of row b."""
+        if all(len(path) <= limit for path, limit in zip(self.paths, limits, strict=True)):
+            return self
+        bound = torch.tensor(limits, device=self.path.device)[:, None]
+        beyond = torch.arange(self.path.shape[1], device=self.path.device) >= bound
+        return Accepted(
+            path=self.path.masked_fill(beyond, -1), tokens=self.tokens.masked_fill(beyond, -1)
+        )
+
+
+def _unpadded(indices: Int[Tensor, "batch path"]) -> list[list[int]]:
+    return [[index for index in row if index >= 0] for row in indices.tolist()]

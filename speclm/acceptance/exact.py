@@ -1,0 +1,43 @@
+"""The default rule: emit what plain decoding would emit, whatever was drafted."""
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from speclm.acceptance.accepted import Accepted
+from speclm.tree.topology import TreeTopology
+
+
+def accept_exact(
+    draft_tokens: Int[Tensor, "batch nodes"],
+    choices: Int[Tensor, "batch nodes"],
+    topology: TreeTopology,
+) -> Accepted:
+    """Walk from the root to the deepest node whose path plain decoding would have taken.
+
+    Greedy and sampling are one rule: only the way in which the target chooses differs. The result
+    is lossless for any draft, because a draft token is emitted only where the target chose it.
+
+    Args:
+        draft_tokens: Token at each node; column 0 is the root.
+        choices: Token that the target picks after each node: argmax of its processed
+            probabilities, divided by that position's noise when sampling. Nodes that no walk can
+            reach may hold -1.
+
+    Returns:
+        The path and the tokens emitted along it, padded with -1. Does not sync with the device.
+
+    Source: Daliri, Musco, Suresh 2024 (drafter-invariant speculative decoding by shared noise).
+    """
+    batch, nodes = draft_tokens.shape
+    parents = topology.parents.expand(batch, -1)
+    agrees = (draft_tokens == choices.gather(1, parents)) & ~topology.is_padding
+    agrees[:, 0] = True
+    is_alive = (agrees[:, None, :] | ~topology.ancestor_mask).all(2) & ~topology.is_padding
+    order = torch.arange(nodes, device=draft_tokens.device)
+    score = (topology.depths + 1) * nodes - order  # deepest first, then the first sibling
+    last = score.masked_fill(~is_alive, 0).argmax(1)  # [batch]
+    paths = topology.path_indices.expand(batch, -1, -1)
+    path = paths[torch.arange(batch, device=last.device), last]  # [batch, path]
+    tokens = choices.gather(1, path.clamp(min=0)).masked_fill(path < 0, -1)
+    return Accepted(path=path, tokens=tokens)

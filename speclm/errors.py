@@ -1,0 +1,58 @@
+"""The exceptions that speclm raises on purpose.
+
+Every one derives from `SpeclmError` and from the builtin that fits, so that both ``except
+SpeclmError`` and ``except ValueError`` work. Messages say what was found, what was expected and
+what to do.
+"""
+
+
+class SpeclmError(Exception):
+    """Base of all errors raised by speclm."""
+
+
+class OptionError(SpeclmError, ValueError):
+    """An argument has a value that cannot be honoured."""
+
+
+class UnknownNameError(SpeclmError, LookupError):
+    """A name is not in a registry, not a folder and not found on the hub."""
+
+
+class VocabularyMismatchError(SpeclmError, ValueError):
+    """Two models that have to share a vocabulary do not."""
+
+
+class PromptError(SpeclmError, ValueError):
+    """The prompt is empty, padded on the wrong side or too long for the model."""
+
+
+class TreeBudgetError(SpeclmError, ValueError):
+    """A tree has more nodes or levels than a round may hold."""
+
+
+class TopologyError(SpeclmError, ValueError):
+    """A list of parents does not describe a tree."""
+
+
+class DraftError(SpeclmError, ValueError):
+    """A proposer returned something that is not a valid draft."""
+
+
+class ProposerContractError(SpeclmError, AssertionError):
+    """A proposer broke a rule of its interface; raised by `speclm.testing.check_proposer`."""
+
+
+class CacheError(SpeclmError, TypeError):
+    """A key/value cache of a kind that cannot be rolled back was passed in."""
+
+
+class NumericalError(SpeclmError, ArithmeticError):
+    """The target produced logits from which no token can be chosen."""
+
+
+class UnsupportedModelError(SpeclmError, TypeError):
+    """The object or checkpoint is not a decoder-only causal language model."""
+
+
+class MissingAssetError(SpeclmError, FileNotFoundError):
+    """A file that ships inside the package is not there."""

@@ -1,0 +1,96 @@
+"""What a proposer is: the abstract class, what it is told and what it returns."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from enum import Enum
+from typing import ClassVar
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from speclm.acceptance.accepted import Accepted
+from speclm.config import ProposerConfig
+from speclm.sampling.noise import PositionNoise
+from speclm.tree.topology import TreeTopology
+
+
+class TargetFeatures(Enum):
+    """Hidden states of the target that a proposer needs."""
+
+    NONE = "none"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prefill:
+    """What is known when a generation starts.
+
+    Args:
+        tokens: Prompt, padded on the left, on the target's device.
+        num_padding: Padding tokens at the start of each row.
+        first_tokens: Token that the target chose after the prompt; the first roots.
+        temperature: Temperature at which the target samples; 0 when it decodes greedily.
+        max_new_tokens: Most tokens that any row will be given.
+    """
+
+    tokens: Int[Tensor, "batch seq"]
+    num_padding: Int[Tensor, " batch"]
+    first_tokens: Int[Tensor, " batch"]
+    temperature: float
+    max_new_tokens: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Draft:
+    """A guess: one tree of tokens per row.
+
+    Args:
+        tokens: Token at each node; column 0 is the root. Padding nodes may hold any valid token.
+        topology: Shape of the trees; one row when all rows share it.
+        probs: Probability that the proposer gave to each token, given its path; None when it has
+            none.
+    """
+
+    tokens: Int[Tensor, "batch nodes"]
+    topology: TreeTopology
+    probs: Float[Tensor, "batch nodes"] | None
+
+
+class Proposer(ABC):
+    """Guesses how the target will continue each row.
+
+    A generation calls `begin` once and then `propose` and `commit` in turn. State is kept per row
+    and lives from one `begin` to the next. Randomness of a proposer's own comes from a generator
+    of its own: the global one belongs to the target. The tokens that `generate` returns do not
+    depend on the proposer; only the speed does.
+    """
+
+    features: ClassVar[TargetFeatures] = TargetFeatures.NONE
+    config: ProposerConfig = ProposerConfig()
+
+    @abstractmethod
+    def begin(self, prompt: Prefill) -> None:
+        """Forget the last generation and start a new one."""
+
+    @abstractmethod
+    def propose(
+        self, roots: Int[Tensor, " batch"], *, noise: PositionNoise | None
+    ) -> Draft:
+        """Guess continuations of every row.
+
+        Args:
+            roots: Last committed token of each row.
+            noise: Noise of the positions to come when the target samples: `noise.at_depth(d)`
+                decides the child of a node of depth d. None when it decodes greedily.
+
+        Returns:
+            A draft on the device of `roots`. A draft of the root alone is allowed: the round is
+            then one step of plain decoding.
+        """
+
+    @abstractmethod
+    def commit(self, accepted: Accepted) -> None:
+        """Take note of the tokens that every row was given in this round.
+
+        ``accepted.emitted[b]`` lists them on the host. It is empty in a row that is finished or
+        waits for slower rows, and such a row keeps its root.
+        """

@@ -1,0 +1,89 @@
+"""The exponential draws that decide sampled positions, in plain decoding's order."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class PositionNoise:
+    """Keeps one row of noise per generated position until that position is decided.
+
+    Plain sampling draws one ``[batch, vocab]`` exponential matrix E per step from the default
+    generator of the logits' device and takes ``argmax(probs / E)``: that is what
+    ``torch.multinomial(probs, 1)`` does inside. Drawing the same matrices in the same order makes
+    the token at a position a function of the target's probabilities alone, so that it does not
+    matter in which round, or beside which draft, it is decided.
+
+    Rows may be at different steps; `seek` says where each one is. Matrices drawn ahead are kept
+    for later rounds, and `finish` leaves the generator as plain decoding would.
+    """
+
+    def __init__(self, *, batch: int, vocab_size: int, device: torch.device) -> None:
+        """Start before step 0.
+
+        Args:
+            batch: Rows of the batch, finished ones included.
+            vocab_size: Width of the target's logits.
+            device: Device whose default generator plain decoding would use.
+        """
+        self._shape = (batch, vocab_size)
+        self._device = device
+        self._matrices: dict[int, Float[Tensor, "batch vocab"]] = {}
+        self._states: list[Tensor] = []  # generator state before each draw
+        self._steps = [0] * batch
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the noise."""
+        return self._device
+
+    def seek(self, steps: list[int], *, live: list[bool]) -> None:
+        """Say which step each row decides next, and drop what no live row can need again."""
+        self._steps = steps
+        oldest = min((step for step, is_live in zip(steps, live, strict=True) if is_live), default=0)
+        for step in [step for step in self._matrices if step < oldest]:
+            del self._matrices[step]
+
+    def at_depth(self, depth: int) -> Float[Tensor, "batch vocab"]:
+        """Return the noise that decides the token after a node of `depth`, for every row."""
+        first = self._steps[0]
+        if all(step == first for step in self._steps):
+            return self._matrix(first + depth)
+        rows = [self._row(step + depth, row) for row, step in enumerate(self._steps)]
+        return torch.stack(rows)
+
+    def row(self, row: int, depth: int) -> Float[Tensor, " vocab"]:
+        """Return the noise that decides the token after a node of `depth` in one row."""
+        return self._row(self._steps[row] + depth, row)
+
+    def finish(self, num_steps: int) -> None:
+        """Put the generator where plain decoding leaves it after `num_steps` draws."""
+        if num_steps < len(self._states):
+            _set_state(self._states[num_steps], self._device)
+            del self._states[num_steps:]
+        self._matrices.clear()
+
+    def _row(self, step: int, row: int) -> Float[Tensor, " vocab"]:
+        # A finished row may lie behind what was dropped; nobody reads its noise.
+        matrix = self._matrices.get(step)
+        if matrix is None and step < len(self._states):
+            return torch.ones(self._shape[1], device=self._device)
+        return self._matrix(step)[row]
+
+    def _matrix(self, step: int) -> Float[Tensor, "batch vocab"]:
+        while len(self._states) <= step:
+            self._states.append(_get_state(self._device))
+            drawn = torch.empty(self._shape, device=self._device).exponential_(1.0)
+            self._matrices[len(self._states) - 1] = drawn
+        return self._matrices[step]
+
+
+def _get_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _set_state(state: Tensor, device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)

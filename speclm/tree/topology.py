@@ -1,0 +1,164 @@
+"""The shape of a draft: which node follows which."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from speclm.config import MAX_DEPTH, MAX_NODES
+from speclm.errors import TopologyError, TreeBudgetError
+
+_WORD_BITS = 64
+
+
+@dataclass(frozen=True, eq=False)
+class TreeTopology:
+    """Parents, depths and ancestors of the nodes of one tree per row.
+
+    Node 0 is the root and its own parent. Any other node that is its own parent is padding: it
+    belongs to no path, sees only itself, and makes rows of unequal size rectangular. A parent
+    comes before its children. ``rows`` is 1 when all rows of the batch share the tree.
+
+    Args:
+        parents: Index of each node's parent.
+        depths: Distance from the root; 0 for the root and for padding.
+        ancestor_words: Bit ``j % 64`` of word ``j // 64`` is set when node j is node i or above
+            it; int64.
+        path_indices: Path from the root to each node, padded with -1; all -1 for padding nodes.
+        max_depth: Largest depth in any row.
+    """
+
+    parents: Int[Tensor, "rows nodes"]
+    depths: Int[Tensor, "rows nodes"]
+    ancestor_words: Int[Tensor, "rows nodes words"]
+    path_indices: Int[Tensor, "rows nodes path"]
+    max_depth: int
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes per row, root and padding included."""
+        return self.parents.shape[1]
+
+    @cached_property
+    def ancestor_mask(self) -> Bool[Tensor, "rows nodes nodes"]:
+        """True at ``[i, j]`` when node j is node i or above it."""
+        return unpack_words(self.ancestor_words, num_bits=self.num_nodes)
+
+    @cached_property
+    def is_padding(self) -> Bool[Tensor, "rows nodes"]:
+        """True at nodes that belong to no path."""
+        return self.path_indices[:, :, 0] < 0
+
+    def position_ids(self, root_positions: Int[Tensor, " batch"]) -> Int[Tensor, "batch nodes"]:
+        """Return the position of each node in its sequence, counted without padding."""
+        return root_positions[:, None] + self.depths
+
+    def to(self, device: torch.device) -> "TreeTopology":
+        """Return the topology with its tensors on `device`."""
+        if self.parents.device == device:
+            return self
+        return TreeTopology(
+            parents=self.parents.to(device),
+            depths=self.depths.to(device),
+            ancestor_words=self.ancestor_words.to(device),
+            path_indices=self.path_indices.to(device),
+            max_depth=self.max_depth,
+        )
+
+
+def from_parents(parents: Sequence[Sequence[int]], *, device: torch.device) -> TreeTopology:
+    """Build the topology of one tree per row from host lists.
+
+    Args:
+        parents: For each row the parent of each node; 0 at node 0. Shorter rows are padded.
+        device: Where the tensors are put.
+
+    Raises:
+        TopologyError: If a node comes before its parent, or a row is empty.
+        TreeBudgetError: If a row has more than `MAX_NODES` nodes or `MAX_DEPTH` levels.
+    """
+    num_nodes = max(map(len, parents), default=0)
+    if num_nodes > MAX_NODES:
+        raise TreeBudgetError(
+            f"tree has {num_nodes} nodes, a round holds at most {MAX_NODES}; draft fewer tokens"
+        )
+    rows = [_Row.walk(row, num_nodes) for row in parents]
+    max_depth = max((max(row.depths) for row in rows), default=0)
+    if max_depth > MAX_DEPTH:
+        raise TreeBudgetError(
+            f"tree is {max_depth} levels deep, a round holds at most {MAX_DEPTH}; "
+            "draft shorter continuations"
+        )
+    num_words = -(-num_nodes // _WORD_BITS)
+    words = [[_signed_words(bits, num_words) for bits in row.ancestors] for row in rows]
+    paths = [[path + [-1] * (max_depth + 1 - len(path)) for path in row.paths] for row in rows]
+    return TreeTopology(
+        parents=torch.tensor([row.parents for row in rows], device=device),
+        depths=torch.tensor([row.depths for row in rows], device=device),
+        ancestor_words=torch.tensor(words, device=device),
+        path_indices=torch.tensor(paths, device=device),
+        max_depth=max_depth,
+    )
+
+
+@lru_cache(maxsize=4 * MAX_DEPTH)
+def chain(depth: int, *, device: torch.device | None = None) -> TreeTopology:
+    """Return the topology of one path of `depth` draft tokens below the root."""
+    parents = [0, *range(depth)]
+    return from_parents([parents], device=device or torch.device("cpu"))
+
+
+def unpack_words(
+    words: Int[Tensor, "*axes words"], *, num_bits: int
+) -> Bool[Tensor, "*axes num_bits"]:
+    """Spread packed int64 words into one boolean per bit."""
+    bits = torch.arange(num_bits, device=words.device)
+    spread = words[..., bits // _WORD_BITS] >> (bits % _WORD_BITS)
+    return (spread & 1).bool()
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One row of a topology while it is built, on the host."""
+
+    parents: list[int]
+    depths: list[int]
+    ancestors: list[int]
+    paths: list[list[int]]
+
+    @classmethod
+    def walk(cls, parents: Sequence[int], num_nodes: int) -> "_Row":
+        if not parents or parents[0] != 0:
+            raise TopologyError(
+                f"row of parents is {list(parents)[:8]!r}, expected node 0 to be the root and its "
+                "own parent (0); start every row with 0"
+            )
+        depths, ancestors, paths = [0], [1], [[0]]
+        for node in range(1, len(parents)):
+            parent = parents[node]
+            if parent == node:
+                depths.append(0)
+                ancestors.append(1 << node)
+                paths.append([])
+                continue
+            if not 0 <= parent < node or not paths[parent]:
+                raise TopologyError(
+                    f"node {node} has parent {parent}, expected an earlier node of the tree; "
+                    "list parents before their children"
+                )
+            depths.append(depths[parent] + 1)
+            ancestors.append(ancestors[parent] | 1 << node)
+            paths.append([*paths[parent], node])
+        padding = range(len(parents), num_nodes)
+        depths += [0] * len(padding)
+        ancestors += [1 << node for node in padding]
+        paths += [[] for _ in padding]
+        return cls([*parents, *padding], depths, ancestors, paths)
+
+
+def _signed_words(bits: int, num_words: int) -> list[int]:
+    words = [bits >> (_WORD_BITS * word) & (2**_WORD_BITS - 1) for word in range(num_words)]
+    return [word - 2**_WORD_BITS if word >> (_WORD_BITS - 1) else word for word in words]
