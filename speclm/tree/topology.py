@@ -52,6 +52,18 @@ class TreeTopology:
         """True at nodes that belong to no path."""
         return self.path_indices[:, :, 0] < 0
 
+    @cached_property
+    def host_sizes(self) -> list[int]:
+        """Nodes of each row without padding, on the host; the first read syncs."""
+        sizes: list[int] = (~self.is_padding).sum(1).tolist()
+        return sizes
+
+    @cached_property
+    def host_depths(self) -> list[int]:
+        """Largest depth of each row, on the host; the first read syncs."""
+        depths: list[int] = self.depths.amax(1).tolist()
+        return depths
+
     def position_ids(self, root_positions: Int[Tensor, " batch"]) -> Int[Tensor, "batch nodes"]:
         """Return the position of each node in its sequence, counted without padding."""
         return root_positions[:, None] + self.depths

@@ -1,0 +1,178 @@
+"""Hooks tree attention into a Hugging Face model through its own attention interface.
+
+While a tree step is active, the registered function computes attention of the tree's nodes over
+the cache with the step's mask; outside it calls the implementation that the model had before. No
+modeling code is replaced.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from speclm.cache.tree_cache import TreeCache
+from speclm.errors import UnsupportedModelError
+
+_PREFIX = "speclm_"
+_UNSUPPORTED = ("softcap", "s_aux", "position_bias")
+
+AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+class TreeStep:
+    """What the nodes of one forward may see.
+
+    Args:
+        visible: True at ``[i, j]`` when new node i sees pending slot j; the last slots are the new
+            nodes themselves.
+        slot_depths: Depth of every pending slot and new node.
+        cache: Cache that the forward appends to.
+    """
+
+    def __init__(
+        self,
+        visible: Bool[Tensor, "rows nodes slots"],
+        slot_depths: Int[Tensor, "rows slots"],
+        cache: TreeCache,
+    ) -> None:
+        self._visible = visible
+        self._slot_depths = slot_depths
+        self._cache = cache
+        self._masks: dict[int | None, Bool[Tensor, "batch 1 nodes kv_len"]] = {}
+
+    def mask(self, window: int | None) -> Bool[Tensor, "batch 1 nodes kv_len"]:
+        """Return the attention mask of a layer with the given sliding window.
+
+        Args:
+            window: Positions that a node sees, itself included, by position and not by slot: two
+                siblings are at the same position. None for full attention.
+        """
+        if window not in self._masks:
+            self._masks[window] = self._build(window)
+        return self._masks[window]
+
+    def _build(self, window: int | None) -> Bool[Tensor, "batch 1 nodes kv_len"]:
+        cache, visible = self._cache, self._visible
+        rows, nodes, _ = visible.shape
+        batch = cache.num_padding.shape[0]
+        is_plain = not cache.is_ragged and not cache.has_padding
+        if is_plain and (window is None or cache.tree_start + self._reach() <= window):
+            prefix = visible.new_ones(1, 1, 1).expand(rows, nodes, cache.tree_start)
+            return torch.cat([prefix, visible], dim=2)[:, None]
+        lengths = cache.lengths[:, None, None]  # [batch, 1, 1]
+        padding = cache.num_padding[:, None, None]
+        slots = torch.arange(cache.tree_start, device=visible.device)
+        prefix = ((slots >= padding) & (slots < lengths)).expand(batch, nodes, -1)
+        if window is not None:
+            depths = self._slot_depths[:, -nodes:, None]  # [rows, nodes, 1]
+            prefix = prefix & (lengths + depths - slots < window)
+            visible = visible & (depths - self._slot_depths[:, None, :] < window)
+        return torch.cat([prefix, visible.expand(batch, -1, -1)], dim=2)[:, None]
+
+    def _reach(self) -> int:
+        """Positions below the root that a node can be at, at most."""
+        return self._slot_depths.shape[1]
+
+
+_STEP: ContextVar[TreeStep | None] = ContextVar("speclm_tree_step", default=None)
+
+
+@contextmanager
+def tree_step(step: TreeStep) -> Iterator[None]:
+    """Make `step` the active tree step."""
+    token = _STEP.set(step)
+    try:
+        yield
+    finally:
+        _STEP.reset(token)
+
+
+@contextmanager
+def attached(configs: Sequence[PretrainedConfig]) -> Iterator[None]:
+    """Route the attention of models with these configs through this module, then restore it."""
+    before = [config._attn_implementation for config in configs]
+    try:
+        for config, name in zip(configs, before, strict=True):
+            if not name.startswith(_PREFIX):
+                config._attn_implementation_internal = _register(name)
+        yield
+    finally:
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation_internal = name
+
+
+def attention_configs(model: nn.Module) -> list[PretrainedConfig]:
+    """Return the distinct configs of a model's modules."""
+    found = {
+        id(config): config
+        for module in model.modules()
+        if isinstance(config := getattr(module, "config", None), PretrainedConfig)
+    }
+    return list(found.values())
+
+
+def _register(previous: str) -> str:
+    """Register tree attention on top of `previous` and return its name."""
+    name = _PREFIX + previous
+    if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+        AttentionInterface.register(name, _tree_attention(previous))
+        AttentionMaskInterface.register(name, _tree_mask(previous))
+    return name
+
+
+def _tree_attention(previous: str) -> AttentionFunction:
+    def attend(
+        module: nn.Module,
+        query: Float[Tensor, "batch q_heads nodes head_dim"],
+        key: Float[Tensor, "batch kv_heads kv_len head_dim"],
+        value: Float[Tensor, "batch kv_heads kv_len value_dim"],
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        step = _STEP.get()
+        if step is None:
+            return _previous_function(previous, module)(
+                module, query, key, value, attention_mask, scaling=scaling, **kwargs
+            )
+        for name in _UNSUPPORTED:
+            if kwargs.get(name) is not None:
+                raise UnsupportedModelError(
+                    f"attention of {type(module).__name__} uses {name}, tree attention computes "
+                    "plain softmax attention; the model decodes without trees"
+                )
+        mask = step.mask(kwargs.get("sliding_window"))
+        if query.device.type != "cpu":  # off the CPU a mask and grouped heads exclude fused kernels
+            groups = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        output = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True
+        )
+        return output.transpose(1, 2).contiguous(), None
+
+    return attend
+
+
+def _tree_mask(previous: str) -> Callable[..., Tensor | None]:
+    def mask(*args: Any, **kwargs: Any) -> Tensor | None:
+        if _STEP.get() is not None:
+            return None  # the step has its own
+        return cast("Tensor | None", ALL_MASK_ATTENTION_FUNCTIONS[previous](*args, **kwargs))
+
+    return mask
+
+
+def _previous_function(name: str, module: nn.Module) -> AttentionFunction:
+    if name == "eager":  # every modeling file has its own
+        eager = sys.modules[type(module).__module__].__dict__["eager_attention_forward"]
+        return cast("AttentionFunction", eager)
+    return cast("AttentionFunction", ALL_ATTENTION_FUNCTIONS[name])

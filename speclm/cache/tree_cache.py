@@ -1,0 +1,229 @@
+"""A key/value cache whose last slots hold a tree, of which one path is kept."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from speclm.errors import CacheError
+
+BLOCK = 256
+"""Slots by which the storage grows, so that few rounds copy and little memory lies idle."""
+
+
+class TreeCache(Cache):
+    """Keys and values of every layer, with a length per row.
+
+    Slots ``[0, lengths[b])`` of row b hold its prompt (with its left padding) and its committed
+    tokens. Tree nodes are appended for all rows alike at slot `tree_start`, the longest length,
+    and are pending until `keep` moves each row's surviving path to the end of that row and
+    forgets the rest. What lies between a row's length and `tree_start` must be masked.
+
+    Layers are given full-length storage in blocks, never in advance for the longest possible
+    sequence. Layers of equal shape share one tensor, so that `keep` moves them in one operation.
+    """
+
+    def __init__(self, *, num_layers: int, num_padding: Int[Tensor, " batch"]) -> None:
+        """Create an empty cache.
+
+        Args:
+            num_layers: Layers of the model that keep keys and values.
+            num_padding: Padding slots at the start of each row.
+        """
+        self._rows: list[TreeLayer] = [TreeLayer(self) for _ in range(num_layers)]
+        super().__init__(layers=list(self._rows))
+        self.num_padding = num_padding
+        self.has_padding = bool(num_padding.any())  # once a generation, before the first forward
+        self.tree_start = 0
+        self.num_pending = 0
+        self.capacity = 0
+        self._lengths = [0] * num_padding.shape[0]
+        self._arenas: list[Tensor] = []
+
+    @property
+    def host_lengths(self) -> list[int]:
+        """Committed slots of each row, padding included, on the host."""
+        return self._lengths
+
+    @property
+    def lengths(self) -> Int[Tensor, " batch"]:
+        """Committed slots of each row, padding included, on the device of `num_padding`."""
+        return torch.tensor(self._lengths, device=self.num_padding.device)
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether a row is shorter than another, so that slots below `tree_start` are unused."""
+        return any(length != self.tree_start for length in self._lengths)
+
+    def commit_prompt(self) -> None:
+        """Commit the slots that the prefill wrote."""
+        self.tree_start = self._rows[0].get_seq_length()
+        self._lengths = [self.tree_start] * len(self._lengths)
+
+    def reserve(self, num_slots: int) -> None:
+        """Make room for `num_slots` more pending nodes; copies only when a block is full."""
+        needed = self.tree_start + self.num_pending + num_slots
+        if needed > self.capacity:
+            self._grow(needed)
+
+    def append(self, num_slots: int) -> None:
+        """Count nodes that a forward has just written as pending."""
+        self.num_pending += num_slots
+
+    def keep(self, paths: Sequence[Sequence[int]]) -> None:
+        """Commit the pending nodes on each row's path and forget all others.
+
+        Args:
+            paths: For each row the pending slots to keep, counted from `tree_start`, ascending;
+                empty in a row that stays as it is.
+        """
+        moves = [
+            (row, self.tree_start + slot, length + offset)
+            for row, (length, path) in enumerate(zip(self._lengths, paths, strict=True))
+            for offset, slot in enumerate(path)
+            if self.tree_start + slot != length + offset
+        ]
+        if moves:
+            self._move(moves)
+        self._lengths = [
+            length + len(path) for length, path in zip(self._lengths, paths, strict=True)
+        ]
+        self.tree_start = max(self._lengths)
+        self.num_pending = 0
+
+    def crop(self, max_length: int) -> None:
+        """Drop the last slots, as Transformers' caches do.
+
+        Args:
+            max_length: Length to keep, or, when negative, the number of slots to drop from every
+                row. Pending nodes are dropped in any case.
+        """
+        bounds = [
+            max(length + max_length, 0) if max_length < 0 else max_length
+            for length in self._lengths
+        ]
+        self._lengths = [min(pair) for pair in zip(self._lengths, bounds, strict=True)]
+        self.tree_start = max(self._lengths)
+        self.num_pending = 0
+
+    def _grow(self, needed: int) -> None:
+        capacity = -(-(needed + BLOCK // 2) // BLOCK) * BLOCK
+        used = self.tree_start + self.num_pending
+        groups: dict[tuple[object, ...], list[TreeLayer]] = {}
+        for layer in self._rows:
+            groups.setdefault(layer.signature(), []).append(layer)
+        self._arenas = [_build_arena(layers, used, capacity) for layers in groups.values()]
+        self.capacity = capacity
+
+    def _move(self, moves: list[tuple[int, int, int]]) -> None:
+        single = len(self._lengths) == 1
+        for arena in self._arenas:
+            rows, sources, targets = torch.tensor(moves, device=arena.device).T
+            if single:
+                first, past = moves[0][2], moves[-1][2] + 1
+                arena[..., first:past, :] = arena.index_select(-2, sources)
+            else:
+                arena[:, rows, :, targets] = arena[:, rows, :, sources]
+
+
+class TreeLayer(CacheLayerMixin):
+    """One layer of a `TreeCache`."""
+
+    is_compileable = False  # plain decoding's prefill takes the same path only with a growing cache
+    is_croppable = True
+    is_sliding = False
+
+    def __init__(self, owner: TreeCache) -> None:
+        super().__init__()
+        self._owner = owner
+
+    def lazy_initialization(
+        self,
+        key_states: Float[Tensor, "batch kv_heads seq head_dim"],
+        value_states: Float[Tensor, "batch kv_heads seq value_dim"],
+    ) -> None:
+        """Hold the prompt's keys and values until the cache builds its storage."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = key_states, value_states
+        self.is_initialized = True
+
+    def update(
+        self,
+        key_states: Float[Tensor, "batch kv_heads seq head_dim"],
+        value_states: Float[Tensor, "batch kv_heads seq value_dim"],
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[
+        Float[Tensor, "batch kv_heads kv_len head_dim"],
+        Float[Tensor, "batch kv_heads kv_len value_dim"],
+    ]:
+        """Append keys and values and return all that are there."""
+        if self.keys is None or self.values is None:
+            self.lazy_initialization(key_states, value_states)
+            return key_states, value_states
+        first = self._owner.tree_start + self._owner.num_pending
+        past = first + key_states.shape[2]
+        if past > self._owner.capacity:
+            raise CacheError(
+                f"cache has room for {self._owner.capacity} slots, a forward wrote slot {past}; "
+                "decode through speclm, or pass a DynamicCache to the model itself"
+            )
+        self.keys[:, :, first:past] = key_states
+        self.values[:, :, first:past] = value_states
+        return self.keys[:, :, :past], self.values[:, :, :past]
+
+    def get_seq_length(self) -> int:
+        """Return the slots in use, pending nodes included."""
+        if self.keys is None:
+            return 0
+        if self._owner.capacity == 0:
+            return self.keys.shape[2]
+        return self._owner.tree_start + self._owner.num_pending
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the key/value length and offset that a mask has to cover."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """Return -1: the layer grows as needed."""
+        return -1
+
+    def signature(self) -> tuple[object, ...]:
+        """Return what layers must have in common to share storage."""
+        if self.keys is None or self.values is None:
+            return (None,)
+        keys, values = self.keys, self.values
+        return (keys.shape[:2], keys.shape[3], values.shape[3], keys.dtype, keys.device)
+
+    def adopt(self, keys: Tensor, values: Tensor, *, used: int) -> None:
+        """Move the first `used` slots into the given storage."""
+        if self.keys is not None and self.values is not None:
+            keys[:, :, :used] = self.keys[:, :, :used]
+            values[:, :, :used] = self.values[:, :, :used]
+            self.keys, self.values = keys, values
+
+
+def _build_arena(layers: list[TreeLayer], used: int, capacity: int) -> Tensor:
+    """Give layers of one signature a common storage of `capacity` slots.
+
+    Returns:
+        The storage, ``[2 * layers, batch, kv_heads, capacity, head_dim]``, when keys and values
+        are equally wide; otherwise the two are laid side by side in the last axis.
+    """
+    keys, values = layers[0].keys, layers[0].values
+    assert keys is not None
+    assert values is not None
+    batch, heads, _, key_dim = keys.shape
+    value_dim = values.shape[3]
+    if key_dim == value_dim:
+        arena = keys.new_zeros(2 * len(layers), batch, heads, capacity, key_dim)
+        for index, layer in enumerate(layers):
+            layer.adopt(arena[2 * index], arena[2 * index + 1], used=used)
+    else:
+        arena = keys.new_zeros(len(layers), batch, heads, capacity, key_dim + value_dim)
+        for index, layer in enumerate(layers):
+            layer.adopt(arena[index, ..., :key_dim], arena[index, ..., key_dim:], used=used)
+    return arena

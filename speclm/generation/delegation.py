@@ -1,0 +1,85 @@
+"""What the decode loop does not do itself: signals that plain decoding has to take over."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.generation import (
+    EosTokenCriteria,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+)
+
+from speclm.sampling.chooser import first_context_dependent
+
+KNOWN_INPUTS = frozenset(
+    {"attention_mask", "position_ids", "logits_to_keep", "past_key_values", "use_cache"}
+)
+"""Model inputs that Transformers prepares for any text prompt; others mean another modality."""
+
+_UNSUPPORTED_OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+_CRITERIA = (EosTokenCriteria, MaxLengthCriteria)
+
+
+class NeedsPlainDecoding(Exception):  # noqa: N818 - a signal inside speclm, not an error
+    """Raised before anything is drawn or computed; `generate` then calls the base's own."""
+
+
+def require_supported(
+    generation_config: GenerationConfig,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    model_inputs: dict[str, Any],
+) -> None:
+    """Check that the loop gives what plain decoding gives for the resolved settings.
+
+    Raises:
+        NeedsPlainDecoding: If a setting needs more; the message is the reason.
+    """
+    if (generation_config.num_beams or 1) != 1:
+        raise NeedsPlainDecoding(f"num_beams={generation_config.num_beams}")
+    if generation_config.use_cache is False:
+        raise NeedsPlainDecoding("use_cache=False")
+    for name in ("cache_implementation", "prefill_chunk_size", "token_healing", "penalty_alpha"):
+        if getattr(generation_config, name, None):
+            raise NeedsPlainDecoding(f"{name}={getattr(generation_config, name)!r}")
+    for name in _UNSUPPORTED_OUTPUTS:
+        if getattr(generation_config, name, None):
+            raise NeedsPlainDecoding(f"{name}=True")
+    processor = first_context_dependent(logits_processor)
+    if processor is not None:
+        raise NeedsPlainDecoding(f"{processor} depends on the text so far")
+    for criterion in stopping_criteria:
+        if type(criterion) not in _CRITERIA:
+            raise NeedsPlainDecoding(f"stopping criterion {type(criterion).__name__}")
+    unknown = sorted(set(model_inputs) - KNOWN_INPUTS)
+    if unknown:
+        raise NeedsPlainDecoding(f"model input {unknown[0]!r}")
+
+
+def eos_token_ids(stopping_criteria: Sequence[Any]) -> frozenset[int]:
+    """Return the tokens that end a row; empty when rows run to the maximal length."""
+    ids: set[int] = set()
+    for criterion in stopping_criteria:
+        if type(criterion) is EosTokenCriteria:
+            ids.update(criterion.eos_token_id.tolist())
+    return frozenset(ids)
+
+
+def left_padding(tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
+    """Return the number of padding tokens at the start of each row.
+
+    Raises:
+        NeedsPlainDecoding: If the mask has holes after a row's first token.
+    """
+    batch, length = tokens.shape
+    if attention_mask is None:
+        return torch.zeros(batch, dtype=torch.long, device=tokens.device)
+    num_padding = length - attention_mask.long().sum(1)
+    slots = torch.arange(length, device=tokens.device)
+    if not torch.equal(attention_mask.bool(), slots >= num_padding[:, None]):
+        raise NeedsPlainDecoding("an attention mask with holes")
+    return num_padding

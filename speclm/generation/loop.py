@@ -1,0 +1,229 @@
+"""The decode loop: propose, verify, accept, commit, until every row has ended."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.generation import LogitsProcessorList, StoppingCriteriaList
+
+from speclm.acceptance.accepted import Accepted
+from speclm.acceptance.exact import accept_exact
+from speclm.cache.tree_cache import TreeCache
+from speclm.config import MAX_DEPTH, MAX_NODES
+from speclm.errors import DraftError, NumericalError, TreeBudgetError
+from speclm.generation.choices import choose_along_walk, choose_at_all_nodes
+from speclm.generation.delegation import eos_token_ids, left_padding, require_supported
+from speclm.generation.rows import Rows
+from speclm.proposers.interface import Draft, Prefill, Proposer
+from speclm.sampling.chooser import TokenChooser
+from speclm.sampling.noise import PositionNoise
+from speclm.stats import RowStats, SpeculationStats
+from speclm.target import TargetView
+from speclm.tree.topology import chain
+
+
+def generate_tokens(
+    model: object,  # noqa: ARG001 - the target, in the place where Transformers passes it
+    input_ids: Int[Tensor, "batch seq"],
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    *,
+    target: TargetView,
+    proposer: Proposer | None,
+    stats: SpeculationStats,
+    **model_inputs: Any,
+) -> Int[Tensor, "batch length"]:
+    """Generate as Transformers' own decoding methods do, in rounds.
+
+    This is the callable that ``base.generate(custom_generate=...)`` enters with everything
+    resolved: settings, processors, criteria, expanded rows.
+
+    Returns:
+        Prompt and new tokens, ended rows padded on the right.
+
+    Raises:
+        NeedsPlainDecoding: Before anything is computed, if a setting asks for more than this loop
+            gives.
+        PromptError: If the prompt is longer than the model's positions.
+        NumericalError: If the target's logits are not numbers.
+        DraftError: If the proposer returns a draft of the wrong shape.
+    """
+    require_supported(generation_config, logits_processor, stopping_criteria, model_inputs)
+    attention_mask = model_inputs.get("attention_mask")
+    num_padding = left_padding(input_ids, attention_mask)
+    target.require_prompt_fits(input_ids.shape[1])
+    rows = Rows(
+        batch=input_ids.shape[0],
+        max_new_tokens=generation_config.max_length - input_ids.shape[1],
+        eos_token_ids=eos_token_ids(stopping_criteria),
+    )
+    run = _Run(
+        target=target,
+        proposer=proposer,
+        chooser=TokenChooser(list(logits_processor), is_greedy=not generation_config.do_sample),
+        rows=rows,
+        cache=target.new_cache(num_padding),
+        stats=stats,
+    )
+    temperature = (generation_config.temperature or 1.0) if generation_config.do_sample else 0.0
+    try:
+        with target.decoding():
+            run.prefill(
+                input_ids, attention_mask, model_inputs.get("position_ids"), temperature=temperature
+            )
+            while rows.any_live:
+                run.round()
+    finally:
+        if run.noise is not None:  # also after an error: the generator is the caller's
+            run.noise.finish(rows.num_steps)
+    pad_token = generation_config._pad_token_tensor
+    return rows.sequences(input_ids, 0 if pad_token is None else int(pad_token))
+
+
+@dataclass(slots=True)
+class _Run:
+    """The state of one generation."""
+
+    target: TargetView
+    proposer: Proposer | None
+    chooser: TokenChooser
+    rows: Rows
+    cache: TreeCache
+    stats: SpeculationStats
+    noise: PositionNoise | None = None
+    roots: Tensor | None = None
+
+    def prefill(
+        self,
+        tokens: Int[Tensor, "batch seq"],
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        *,
+        temperature: float,
+    ) -> None:
+        """Run the prompt, choose every row's first token and tell the proposer."""
+        batch = tokens.shape[0]
+        self.stats.rows = [RowStats() for _ in range(batch)]
+        with self.stats.phase("prefill"):
+            logits = self.target.prefill(
+                tokens, self.cache, attention_mask=attention_mask, position_ids=position_ids
+            )
+            if not self.chooser.is_greedy:
+                self.noise = PositionNoise(
+                    batch=batch, vocab_size=logits.shape[1], device=logits.device
+                )
+            self.roots = self.chooser.choose(logits, self.noise and self.noise.at_depth(0))
+            for row, token in enumerate(self.roots.tolist()):  # the first stop check
+                self._require_number([token], logits)
+                self.rows.extend(row, [token])
+        if self.proposer is not None and self.rows.any_live:
+            with self.stats.phase("draft"):
+                self.proposer.begin(
+                    Prefill(
+                        tokens=tokens,
+                        num_padding=self.cache.num_padding,
+                        first_tokens=self.roots,
+                        temperature=temperature,
+                        max_new_tokens=self.rows.most_remaining + 1,
+                    )
+                )
+
+    def round(self) -> None:
+        """Propose, verify, accept and commit once."""
+        stats, rows = self.stats, self.rows
+        if self.noise is not None:
+            self.noise.seek(rows.num_tokens, live=rows.is_live)
+        with stats.phase("draft"):
+            draft = self._propose()
+        with stats.phase("verify"):
+            logits = self.target.forward_tree(draft.tokens, draft.topology, self.cache)
+        with stats.phase("accept"):
+            accepted = self._accept(draft, logits)
+            taken = rows.admit(accepted)
+            self._count(draft, taken)
+        with stats.phase("commit"):
+            if rows.any_live:
+                self._commit(taken)
+        stats.rounds += 1
+
+    def _propose(self) -> Draft:
+        assert self.roots is not None
+        room = self.rows.most_remaining - 1  # the bonus token needs no draft
+        if self.proposer is None or room < 1:
+            topology = chain(0, device=self.roots.device)
+            return Draft(tokens=self.roots[:, None], topology=topology, probs=None)
+        draft = self.proposer.propose(self.roots, noise=self.noise)
+        _require_valid(draft, self.roots)
+        tokens = torch.cat([self.roots[:, None], draft.tokens[:, 1:]], dim=1)  # whatever it says
+        return replace(draft, tokens=tokens)
+
+    def _accept(self, draft: Draft, logits: Float[Tensor, "batch nodes vocab"]) -> Accepted:
+        if self.noise is None or logits.device.type != "cpu":
+            choices = choose_at_all_nodes(logits, draft.topology, self.chooser, self.noise)
+        else:
+            choices = choose_along_walk(
+                logits, draft.tokens, draft.topology, self.chooser, self.noise
+            )
+        accepted = accept_exact(draft.tokens, choices, draft.topology)
+        for row, path in enumerate(accepted.paths):
+            if self.rows.is_live[row]:
+                self._require_number(accepted.tokens[row, : len(path)].tolist(), logits)
+        return accepted
+
+    def _commit(self, taken: Accepted) -> None:
+        self.cache.keep(taken.paths)
+        if self.proposer is not None:
+            self.proposer.commit(taken)
+        bonus = taken.bonus
+        assert self.roots is not None
+        self.roots = torch.where(bonus >= 0, bonus, self.roots)
+
+    def _count(self, draft: Draft, taken: Accepted) -> None:
+        """Count the round in the rows that emitted something."""
+        sizes, depths = draft.topology.host_sizes, draft.topology.host_depths
+        for row, path in enumerate(taken.paths):
+            if path:
+                shape = row if len(sizes) > 1 else 0
+                self.stats.rows[row].add_round(
+                    accepted_length=len(path) - 1,
+                    depth=depths[shape],
+                    num_draft_tokens=sizes[shape] - 1,
+                )
+
+    def _require_number(self, tokens: list[int], logits: Tensor) -> None:
+        if any(token < 0 for token in tokens):
+            remedy = (
+                "float16 overflows beyond 65504: load the model with dtype=torch.bfloat16"
+                if logits.dtype == torch.float16
+                else "check the weights and inputs; in float16 an overflow would be the likely "
+                "cause, and bfloat16 the remedy"
+            )
+            raise NumericalError(
+                f"{self.target.name} produced logits that are NaN, in {logits.dtype}; {remedy}"
+            )
+
+
+def _require_valid(draft: Draft, roots: Int[Tensor, " batch"]) -> None:
+    """Check what a wrong proposer would otherwise break far from its cause."""
+    batch, nodes = draft.tokens.shape
+    topology = draft.topology
+    if nodes > MAX_NODES or topology.max_depth > MAX_DEPTH:
+        raise TreeBudgetError(
+            f"draft has {nodes} nodes on {topology.max_depth} levels, a round holds at most "
+            f"{MAX_NODES} nodes on {MAX_DEPTH} levels; draft fewer tokens"
+        )
+    if batch != len(roots) or nodes != topology.num_nodes or len(topology.parents) not in {1, batch}:
+        raise DraftError(
+            f"draft has tokens of shape {tuple(draft.tokens.shape)} and parents of shape "
+            f"{tuple(topology.parents.shape)}, expected {len(roots)} rows and one parent a node; "
+            "see speclm.testing.check_proposer"
+        )
+    if draft.tokens.dtype != torch.long or draft.tokens.device != roots.device:
+        raise DraftError(
+            f"draft tokens are {draft.tokens.dtype} on {draft.tokens.device}, expected "
+            f"torch.int64 on {roots.device}; see speclm.testing.check_proposer"
+        )

@@ -1,0 +1,95 @@
+"""The rows of a batch while they grow: which run, how far each may go, and the final tensor."""
+
+from collections.abc import Collection
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from speclm.acceptance.accepted import Accepted
+from speclm.config import MAX_LEAD
+
+
+class Rows:
+    """New tokens of every row, on the host.
+
+    A row ends with its end-of-sequence token or when it has `max_new_tokens`. A row waits while
+    it is `MAX_LEAD` tokens ahead of the slowest one that still runs.
+    """
+
+    def __init__(
+        self, *, batch: int, max_new_tokens: int, eos_token_ids: Collection[int]
+    ) -> None:
+        """Start with empty rows."""
+        self.tokens: list[list[int]] = [[] for _ in range(batch)]
+        self.is_live = [max_new_tokens > 0] * batch
+        self._max_new_tokens = max_new_tokens
+        self._eos_token_ids = frozenset(eos_token_ids)
+
+    @property
+    def any_live(self) -> bool:
+        """Whether a row still runs."""
+        return any(self.is_live)
+
+    @property
+    def num_tokens(self) -> list[int]:
+        """New tokens of each row so far: the step that it decides next."""
+        return [len(tokens) for tokens in self.tokens]
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that plain decoding takes to get as far as the longest row."""
+        return max(self.num_tokens)
+
+    @property
+    def most_remaining(self) -> int:
+        """Most tokens that any running row may still be given."""
+        return max(
+            (self._max_new_tokens - len(tokens)
+            for tokens, is_live in zip(self.tokens, self.is_live, strict=True)
+            if is_live),
+            default=0,
+        )
+
+    def admit(self, accepted: Accepted) -> Accepted:
+        """Take over a round's tokens and end the rows that are complete.
+
+        Returns:
+            What was taken: rows are cut behind their end, and empty when they had ended before.
+        """
+        slowest = min(
+            len(tokens)
+            for tokens, is_live in zip(self.tokens, self.is_live, strict=True)
+            if is_live
+        )
+        limits = [
+            self._limit(row, emitted, slowest) for row, emitted in enumerate(accepted.emitted)
+        ]
+        cut = accepted.cut(limits)
+        for row, emitted in enumerate(cut.emitted):
+            self.extend(row, emitted)
+        return cut
+
+    def extend(self, row: int, emitted: list[int]) -> None:
+        """Append tokens to a row and end it when it is complete."""
+        tokens = self.tokens[row]
+        tokens += emitted
+        if emitted and (emitted[-1] in self._eos_token_ids or len(tokens) >= self._max_new_tokens):
+            self.is_live[row] = False
+
+    def sequences(self, prompt: Int[Tensor, "batch seq"], pad_token_id: int) -> Int[Tensor, "batch length"]:
+        """Return prompt and new tokens, ended rows padded on the right."""
+        width = self.num_steps
+        padded = [tokens + [pad_token_id] * (width - len(tokens)) for tokens in self.tokens]
+        new = torch.tensor(padded, dtype=prompt.dtype, device=prompt.device).view(-1, width)
+        return torch.cat([prompt, new], dim=1)
+
+    def _limit(self, row: int, emitted: list[int], slowest: int) -> int:
+        if not self.is_live[row]:
+            return 0
+        length = len(self.tokens[row])
+        limit = min(self._max_new_tokens - length, slowest + MAX_LEAD - length)
+        for index, token in enumerate(emitted[:limit]):
+            if token in self._eos_token_ids:
+                return index + 1
+        return limit

@@ -1,0 +1,82 @@
+"""From what a user writes as ``heads`` to a proposer."""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from speclm.errors import OptionError, UnknownNameError
+from speclm.proposers.draft_model import DraftModelProposer
+from speclm.proposers.interface import Proposer
+from speclm.proposers.registry import registered_proposers
+
+
+def load_proposer(
+    heads: str | Path | PreTrainedModel | Proposer | None,
+    base: PreTrainedModel,
+    *,
+    heads_kwargs: dict[str, Any],
+    num_draft_tokens: int | None,
+) -> Proposer | None:
+    """Return the proposer that `heads` stands for.
+
+    Args:
+        heads: Registered name, folder, hub id, loaded draft model, proposer, or None.
+        base: The target, whose vocabulary, dtype and device a draft model has to share.
+        heads_kwargs: Arguments of a draft model's ``from_pretrained``, or of a registered
+            proposer's constructor.
+        num_draft_tokens: Most tokens drafted a round; None for the proposer's default.
+
+    Raises:
+        UnknownNameError: If a string is no registered name, no folder and not on the hub.
+        OptionError: If options are given for an object that is already built.
+        VocabularyMismatchError: If a draft model has another vocabulary.
+    """
+    options = {} if num_draft_tokens is None else {"num_draft_tokens": num_draft_tokens}
+    if heads is None or isinstance(heads, Proposer):
+        unused = sorted({**options, **heads_kwargs})
+        if unused:
+            raise OptionError(
+                f"heads is {heads!r} and {unused!r} would have no effect; pass them where the "
+                "proposer is built"
+            )
+        return heads
+    if isinstance(heads, PreTrainedModel):
+        if heads_kwargs:
+            raise OptionError(
+                f"heads is a loaded model and heads_kwargs {sorted(heads_kwargs)!r} would have no "
+                "effect; pass them where the model is loaded"
+            )
+        return DraftModelProposer(heads, target=base, **options)
+    if str(heads) in registered_proposers():
+        return _create(str(heads), {**heads_kwargs, **options})
+    draft = _load_draft_model(heads, base, heads_kwargs)
+    return DraftModelProposer(draft, target=base, **options)
+
+
+def _create(name: str, options: dict[str, Any]) -> Proposer:
+    try:
+        return registered_proposers()[name](**options)
+    except TypeError as error:
+        raise OptionError(
+            f"proposer {name!r} does not take {sorted(options)!r} ({error}); "
+            f"see help(registered_proposers()[{name!r}])"
+        ) from error
+
+
+def _load_draft_model(
+    heads: str | Path, base: PreTrainedModel, heads_kwargs: dict[str, Any]
+) -> PreTrainedModel:
+    names = sorted(registered_proposers())
+    near = difflib.get_close_matches(str(heads), names, n=3)
+    kwargs = {"dtype": base.dtype, "device_map": {"": base.device}, **heads_kwargs}
+    try:
+        return AutoModelForCausalLM.from_pretrained(heads, **kwargs)
+    except (OSError, ValueError) as error:
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UnknownNameError(
+            f"heads {str(heads)!r} is not a registered proposer, nor a folder or hub id of a "
+            f"causal language model; {hint}registered are {names!r}, and a folder needs a "
+            f"config.json and weights ({error})"
+        ) from error

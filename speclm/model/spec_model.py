@@ -1,0 +1,306 @@
+"""`SpecModel`: a causal language model whose `generate` is faster and returns the same tokens."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.cache_utils import Cache
+from transformers.generation import (
+    GenerateDecoderOnlyOutput,
+    LogitsProcessorList,
+    StoppingCriteriaList,
+)
+
+from speclm.errors import CacheError, OptionError, PromptError
+from speclm.generation import NeedsPlainDecoding, generate_tokens
+from speclm.model.loading import load_proposer
+from speclm.proposers.interface import Proposer
+from speclm.stats import SpeculationStats
+from speclm.target import TargetView
+from speclm.verify import check_trees
+
+_log = logging.getLogger("speclm")
+
+_OTHER_SPECULATION = (
+    "assistant_model",
+    "assistant_tokenizer",
+    "prompt_lookup_num_tokens",
+    "use_mtp",
+    "speculation_type",
+    "custom_generate",
+)
+_DELEGATED_ARGUMENTS = (
+    "streamer",
+    "stop_strings",
+    "stopping_criteria",
+    "prefix_allowed_tokens_fn",
+    "negative_prompt_ids",
+    "negative_prompt_attention_mask",
+    "synced_gpus",
+    "inputs_embeds",
+    "position_ids",
+    "past_key_values",
+    "dola_layers",
+    "penalty_alpha",
+    "num_beam_groups",
+    "cache_implementation",
+    "constraints",
+    "force_words_ids",
+)
+
+
+@dataclass
+class SpeculativeOutput(GenerateDecoderOnlyOutput):
+    """What `generate` returns with ``return_dict_in_generate=True``.
+
+    Args:
+        speculation: Counters of the call.
+    """
+
+    speculation: SpeculationStats | None = None
+
+
+class SpecModel:
+    """A base model together with the proposer that guesses its tokens.
+
+    Example:
+        ```python
+        from speclm import SpecModel
+        from speclm.demo import assets
+
+        model = SpecModel.from_pretrained(assets()["base"], "ngram", dtype="float32")
+        ```
+    """
+
+    def __init__(self, base: PreTrainedModel, proposer: Proposer | None) -> None:
+        """Wrap a loaded model.
+
+        Args:
+            base: Any causal language model; it stays usable by itself.
+            proposer: Guesses tokens; None decodes one token a round.
+
+        Raises:
+            UnsupportedModelError: If `base` is not a decoder-only language model.
+        """
+        self._target = TargetView(base)
+        self.proposer = proposer
+        self.self_check = check_trees(self._target)
+        self.last_speculation: SpeculationStats | None = None
+        self._logged: set[str] = set()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        base: str | Path | PreTrainedModel,
+        heads: str | Path | PreTrainedModel | Proposer | None = "ngram",
+        *,
+        heads_kwargs: dict[str, Any] | None = None,
+        num_draft_tokens: int | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Load a base model and a proposer.
+
+        Args:
+            base: Folder, hub id or loaded model.
+            heads: The name of a registered proposer, a folder, a hub id or a loaded model of a
+                draft model with the same vocabulary, a `Proposer`, or None for none.
+            heads_kwargs: For a draft model: arguments of its ``from_pretrained``, such as dtype,
+                quantisation or device_map; by default it gets the base's dtype and device.
+            num_draft_tokens: Most tokens drafted a round; by default the proposer's own choice.
+            **kwargs: Arguments of the base's ``from_pretrained``, such as dtype and device_map.
+
+        Raises:
+            UnknownNameError: If `heads` is a string that names nothing.
+            VocabularyMismatchError: If a draft model has another vocabulary than the base.
+            OptionError: If arguments are given that the objects passed in have no use for.
+        """
+        if isinstance(base, PreTrainedModel):
+            if kwargs:
+                raise OptionError(
+                    f"base is a loaded model and {sorted(kwargs)!r} would have no effect; pass "
+                    "them where the model is loaded"
+                )
+            model = base
+        else:
+            model = AutoModelForCausalLM.from_pretrained(base, **kwargs)
+        proposer = load_proposer(
+            heads, model, heads_kwargs=heads_kwargs or {}, num_draft_tokens=num_draft_tokens
+        )
+        return cls(model, proposer)
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The wrapped model."""
+        return self._target.model
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The base's config."""
+        return self.base.config
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """The base's generation config."""
+        return cast("GenerationConfig", self.base.generation_config)
+
+    @property
+    def device(self) -> torch.device:
+        """The base's device."""
+        return self.base.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The base's dtype."""
+        return self.base.dtype
+
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        **kwargs: Any,
+    ) -> Tensor | GenerateDecoderOnlyOutput:
+        """Generate the tokens that ``base.generate`` generates, in fewer forwards.
+
+        Takes what ``base.generate`` takes. Settings that the loop does not cover yet are decoded
+        by ``base.generate`` itself, and one line is logged that says so. After the call
+        `last_speculation` holds its counters.
+
+        Returns:
+            Prompt and new tokens ``[batch, length]``; with ``return_dict_in_generate=True`` a
+            `SpeculativeOutput` whose ``speculation`` holds the counters.
+
+        Raises:
+            OptionError: If another speculation method of Transformers' is asked for.
+            PromptError: If the prompt is empty, right-padded or too long for the model.
+            CacheError: If a cache is passed in that cannot be rolled back.
+            NumericalError: If the target's logits are not numbers.
+        """
+        arguments: dict[str, Any] = {
+            "inputs": inputs,
+            "generation_config": generation_config,
+            "logits_processor": logits_processor,
+            "stopping_criteria": stopping_criteria,
+            **kwargs,
+        }
+        _require_acceptable(arguments)
+        _require_valid_prompt(inputs if inputs is not None else kwargs.get("input_ids"), kwargs)
+        stats = SpeculationStats(backend="tree attention")
+        self.last_speculation = stats
+        try:
+            self._require_speculation(arguments)
+            loop = partial(
+                generate_tokens, target=self._target, proposer=self.proposer, stats=stats
+            )
+            sequences = self._base_generate(custom_generate=loop, **arguments)
+        except NeedsPlainDecoding as reason:
+            self._log_once(str(reason))
+            self.last_speculation = stats = SpeculationStats(fallbacks=[str(reason)])
+            output = self._base_generate(**arguments)
+            if isinstance(output, Tensor):
+                return output
+            return SpeculativeOutput(**output, speculation=stats)
+        if _setting("return_dict_in_generate", arguments, self.generation_config):
+            return SpeculativeOutput(sequences=sequences, speculation=stats)
+        return cast("Tensor", sequences)
+
+    def print_report(self, *, write: Callable[[str], object] = print) -> None:
+        """Print what is wrapped, how trees are verified and why, and the last call's counters.
+
+        Args:
+            write: Receives each line.
+        """
+        target, proposer = self._target, self.proposer
+        parameters = sum(parameter.numel() for parameter in self.base.parameters())
+        memory = sum(p.numel() * p.element_size() for p in self.base.parameters())
+        write(f"base      {target.name}, {type(self.base).__name__}")
+        write(f"          {parameters / 1e6:.1f} M parameters, {memory / 2**20:.1f} MiB, "
+              f"{self.dtype}, {self.device}")
+        write(f"proposer  {type(proposer).__name__}, {proposer.config}" if proposer else "proposer  none")
+        backend = "tree attention" if self.self_check.passes else "plain decoding"
+        write(f"backend   {backend}: {self.self_check.reason}")
+        stats = self.last_speculation
+        if stats is None:
+            return
+        if stats.fallbacks:
+            write(f"last call plain decoding: {'; '.join(stats.fallbacks)}")
+            return
+        by_depth = " ".join(f"{share:.2f}" for share in stats.acceptance_by_depth)
+        phases = ", ".join(f"{name} {ms:.2f}" for name, ms in stats.milliseconds_per_round.items())
+        write(f"last call tau {stats.tau:.2f} over {stats.rounds} rounds")
+        write(f"          acceptance by depth: {by_depth or 'nothing drafted'}")
+        write(f"          ms a round: {phases}")
+
+    def _base_generate(self, **arguments: Any) -> Any:
+        # The class's method: an instance attribute may be a wrapper that leads back here.
+        return type(self.base).generate(self.base, **arguments)  # type: ignore[operator]  # mixin
+
+    def _require_speculation(self, arguments: dict[str, Any]) -> None:
+        """Raise `NeedsPlainDecoding` for what is known before Transformers resolves the call."""
+        if not self.self_check.passes:
+            raise NeedsPlainDecoding(self.self_check.reason)
+        if self.base.training:
+            raise NeedsPlainDecoding("the model is in training mode, whose dropout is random")
+        for name in _DELEGATED_ARGUMENTS:
+            if _setting(name, arguments, self.generation_config):
+                raise NeedsPlainDecoding(name)
+
+    def _log_once(self, reason: str) -> None:
+        if reason not in self._logged:
+            self._logged.add(reason)
+            _log.warning("decoding plainly with %s.generate: %s", type(self.base).__name__, reason)
+
+
+def _setting(name: str, arguments: dict[str, Any], default: GenerationConfig) -> Any:
+    """Return a setting as `generate` resolves it: argument, given config, model's config."""
+    if arguments.get(name) is not None:
+        return arguments[name]
+    given = arguments.get("generation_config")
+    for config in (given, default):
+        if config is not None and getattr(config, name, None) is not None:
+            return getattr(config, name)
+    return None
+
+
+def _require_acceptable(arguments: dict[str, Any]) -> None:
+    config = arguments.get("generation_config")
+    for name in _OTHER_SPECULATION:
+        if arguments.get(name) or getattr(config, name, None):
+            raise OptionError(
+                f"{name} asks for Transformers' own speculation or decoding, and this model has "
+                "its own; drop it, or call .base.generate"
+            )
+    cache = arguments.get("past_key_values")
+    if isinstance(cache, Cache) and not all(layer.is_croppable for layer in cache.layers):
+        raise CacheError(
+            f"past_key_values is a {type(cache).__name__}, which cannot be rolled back; pass a "
+            "DynamicCache, or none"
+        )
+
+
+def _require_valid_prompt(tokens: Tensor | None, arguments: dict[str, Any]) -> None:
+    if tokens is None:
+        return
+    if tokens.dim() != 2 or 0 in tokens.shape:  # noqa: PLR2004
+        raise PromptError(
+            f"prompt has shape {tuple(tokens.shape)}, expected [batch, seq] with at least one row "
+            "and one token; tokenize with return_tensors='pt'"
+        )
+    mask = arguments.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask[:, -1].all()):  # noqa: PLR2004
+        raise PromptError(
+            "prompt is padded on the right: the attention mask ends with 0; decoder-only models "
+            "need left padding, tokenizer.padding_side = 'left'"
+        )

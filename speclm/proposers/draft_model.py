@@ -1,0 +1,201 @@
+"""Proposes what a smaller language model with the same vocabulary would say."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+from typing_extensions import override
+
+from speclm.acceptance.accepted import Accepted
+from speclm.cache.tree_cache import TreeCache
+from speclm.config import MAX_NODES, require_depth, require_in_range
+from speclm.errors import VocabularyMismatchError
+from speclm.proposers.interface import Draft, Prefill, Proposer
+from speclm.proposers.ranking import rank_log_probs
+from speclm.sampling.noise import PositionNoise
+from speclm.target import TargetView
+from speclm.tree.growth import GrowingTree, GrownRow
+from speclm.tree.topology import chain, from_parents
+
+
+@dataclass(frozen=True, slots=True)
+class DraftModelConfig:
+    """Settings of `DraftModelProposer`.
+
+    Args:
+        depth: Most levels of the tree, each of which costs one draft forward.
+        num_draft_tokens: Most nodes drafted a round.
+        width: Nodes expanded at each level; 1 with one branch makes a chain.
+        branches: Children considered for each expanded node.
+        min_probability: Nodes less likely than this are not verified.
+        min_confidence: No further level is drafted once no path is this likely.
+    """
+
+    depth: int = 5
+    num_draft_tokens: int = 8
+    width: int = 2
+    branches: int = 2
+    min_probability: float = 0.08
+    min_confidence: float = 0.3
+
+    def __post_init__(self) -> None:
+        require_depth("depth", self.depth)
+        require_in_range("num_draft_tokens", self.num_draft_tokens, low=1, high=MAX_NODES - 1)
+        require_in_range("width", self.width, low=1, high=MAX_NODES - 1)
+        require_in_range("branches", self.branches, low=1, high=MAX_NODES - 1)
+        require_in_range("min_probability", self.min_probability, low=0.0, high=1.0)
+        require_in_range("min_confidence", self.min_confidence, low=0.0, high=1.0)
+
+
+class DraftModelProposer(Proposer):
+    """Drafts a chain or a tree with a separate model and its own cache.
+
+    The tree grows a level with each draft forward. What the target accepts stays in the draft
+    model's cache, so that a round starts with the one or two tokens that it has not seen.
+    """
+
+    config: DraftModelConfig
+
+    def __init__(
+        self, model: PreTrainedModel, *, target: PreTrainedModel, **options: Any
+    ) -> None:
+        """Wrap a loaded draft model.
+
+        Args:
+            model: Any causal language model with the target's vocabulary.
+            target: The model that will verify.
+            **options: Fields of `DraftModelConfig`.
+
+        Raises:
+            VocabularyMismatchError: If the two vocabularies differ in size.
+            OptionError: If an option is out of range.
+        """
+        self.config = DraftModelConfig(**options)
+        self.view = TargetView(model)
+        wanted = TargetView(target)
+        if self.view.vocab_size != wanted.vocab_size:
+            raise VocabularyMismatchError(
+                f"draft model {self.view.name} has a vocabulary of {self.view.vocab_size}, the "
+                f"target {wanted.name} one of {wanted.vocab_size}; choose a draft model that "
+                "shares the target's tokenizer"
+            )
+        self._cache: TreeCache | None = None
+        self._unseen: list[list[int]] = []
+        self._temperature = 0.0
+        self._grown: list[GrownRow] = []
+        self._offsets: list[int] = []
+
+    @override
+    def begin(self, prompt: Prefill) -> None:
+        self._cache = self.view.new_cache(prompt.num_padding)
+        slots = torch.arange(prompt.tokens.shape[1], device=prompt.tokens.device)
+        mask = (slots >= prompt.num_padding[:, None]).long() if self._cache.has_padding else None
+        self.view.prefill(prompt.tokens, self._cache, attention_mask=mask)
+        # The draft model works on the host between levels, so one more sync costs nothing.
+        self._unseen = [[token] for token in prompt.first_tokens.tolist()]
+        self._temperature = prompt.temperature
+        self._grown, self._offsets = [], []
+
+    @override
+    def propose(self, roots: Int[Tensor, " batch"], *, noise: PositionNoise | None) -> Draft:
+        assert self._cache is not None, "propose before begin"
+        longest = max(map(len, self._unseen))
+        bound = self.view.max_positions
+        if bound is not None and self._cache.tree_start + longest + self.config.depth > bound:
+            self._grown = [GrownRow([], [], [], []) for _ in self._unseen]
+            return Draft(roots[:, None], chain(0, device=roots.device), probs=None)
+        tree = self._grow(roots.device, longest, noise)
+        min_score = math.log(max(self.config.min_probability, 1e-30))
+        self._grown = tree.best_nodes(self.config.num_draft_tokens, min_score=min_score)
+        return self._assemble(roots)
+
+    @override
+    def commit(self, accepted: Accepted) -> None:
+        assert self._cache is not None, "commit before begin"
+        kept: list[list[int]] = []
+        for row, (path, emitted) in enumerate(zip(accepted.paths, accepted.emitted, strict=True)):
+            if not path or not self._offsets:
+                kept.append([])
+                self._unseen[row] += emitted
+                continue
+            expansions = [self._grown[row].expansions[node - 1] for node in path[1:]]
+            slots = [
+                self._offsets[place[0]] + place[1] for place in expansions if place is not None
+            ]
+            slots = [slot for slot in slots if slot < self._cache.num_pending]
+            kept.append([*range(len(self._unseen[row])), *slots])
+            self._unseen[row] = emitted[len(slots) :]
+        self._cache.keep(kept)
+        self._offsets = []
+
+    def _grow(
+        self, device: torch.device, longest: int, noise: PositionNoise | None
+    ) -> GrowingTree:
+        """Feed what is unseen and then level after level."""
+        assert self._cache is not None
+        config, batch = self.config, len(self._unseen)
+        logits = self._catch_up(device, longest)
+        tree = GrowingTree(width=config.width, branches=config.branches)
+        tree.grow(self._rank(logits, 0, noise))
+        unseen = torch.tensor([len(tokens) for tokens in self._unseen], device=device)
+        slot_depths = torch.arange(longest, device=device).expand(batch, -1)
+        # A level-0 node sees its row's unseen tokens, the last of which is the root.
+        seen = (slot_depths < unseen[:, None])[:, None, :]  # [batch, 1, slots]
+        self._offsets = []
+        floor = math.log(max(config.min_confidence, 1e-30))
+        for level in range(1, config.depth):
+            if tree.best_score() < floor:
+                break
+            tokens, parents = tree.expanded_tokens, tree.expanded_parents
+            width = tokens.shape[1]
+            if level > 1:
+                seen = seen.gather(1, parents[:, :, None].expand(-1, -1, seen.shape[2]))
+            else:
+                seen = seen.expand(-1, width, -1)
+            itself = torch.eye(width, dtype=torch.bool, device=device).expand(batch, -1, -1)
+            seen = torch.cat([seen, itself], dim=2)
+            depths = (unseen + level - 1)[:, None].expand(-1, width)
+            slot_depths = torch.cat([slot_depths, depths], dim=1)
+            self._offsets.append(self._cache.num_pending)
+            logits = self.view.forward_nodes(tokens, seen, slot_depths, self._cache)
+            tree.grow(self._rank(logits, level, noise))
+        self._offsets.append(self._cache.num_pending)  # the last level is not fed
+        return tree
+
+    def _catch_up(
+        self, device: torch.device, longest: int
+    ) -> Float[Tensor, "batch 1 vocab"]:
+        """Feed committed tokens that the draft model has not seen; short rows end in padding."""
+        assert self._cache is not None
+        padded = [tokens + [0] * (longest - len(tokens)) for tokens in self._unseen]
+        causal = torch.ones(1, longest, longest, dtype=torch.bool, device=device).tril()
+        depths = torch.arange(longest, device=device)[None]
+        logits = self.view.forward_nodes(
+            torch.tensor(padded, device=device), causal, depths, self._cache
+        )
+        last = [len(tokens) - 1 for tokens in self._unseen]
+        return logits[range(len(last)), last][:, None]
+
+    def _rank(
+        self, logits: Float[Tensor, "batch nodes vocab"], depth: int, noise: PositionNoise | None
+    ) -> Float[Tensor, "batch nodes vocab"]:
+        level_noise = None if noise is None else noise.at_depth(depth)
+        return rank_log_probs(logits, temperature=self._temperature, noise=level_noise)
+
+    def _assemble(self, roots: Int[Tensor, " batch"]) -> Draft:
+        parents = [[0, *row.parents] for row in self._grown]
+        nodes = max(map(len, parents))
+        # Padding repeats token 0, which every vocabulary has.
+        guesses = [row.tokens + [0] * (nodes - 1 - len(row.tokens)) for row in self._grown]
+        tokens = torch.tensor(guesses, dtype=torch.long, device=roots.device)
+        return Draft(
+            tokens=torch.cat([roots[:, None], tokens.view(len(guesses), -1)], dim=1),
+            topology=from_parents(parents, device=roots.device),
+            probs=None,
+        )
+
+

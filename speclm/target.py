@@ -1,0 +1,164 @@
+"""View of a Hugging Face causal language model: the only file that knows how one is called."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from speclm.attention import TreeStep, attached, attention_configs, tree_step
+from speclm.cache.tree_cache import TreeCache
+from speclm.errors import PromptError, UnsupportedModelError
+from speclm.tree.topology import TreeTopology
+
+
+class TargetView:
+    """Runs forwards of a causal language model over prompts and trees.
+
+    The model is left as it was found after every forward: attention implementation, parameters
+    and mode are the caller's.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        if not isinstance(model, PreTrainedModel):
+            raise UnsupportedModelError(
+                f"model is a {type(model).__name__}, expected a Transformers PreTrainedModel; "
+                "load one with AutoModelForCausalLM.from_pretrained"
+            )
+        if model.config.is_encoder_decoder or not model.can_generate():
+            raise UnsupportedModelError(
+                f"{type(model).__name__} is not a decoder-only language model with generate(); "
+                "load one with AutoModelForCausalLM.from_pretrained"
+            )
+        self.model = model
+        self._text_config = model.config.get_text_config()
+        self._configs = attention_configs(model)
+
+    @property
+    def vocab_size(self) -> int:
+        """Width of the logits, which may exceed the tokenizer's vocabulary."""
+        head = self.model.get_output_embeddings()
+        return int(head.weight.shape[0] if head is not None else self._text_config.vocab_size)
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return int(self._text_config.num_hidden_layers)
+
+    @property
+    def device(self) -> torch.device:
+        """Device that token ids are fed on."""
+        return self.model.device
+
+    @property
+    def max_positions(self) -> int | None:
+        """Positions that the model was built for; None when it names no bound."""
+        return getattr(self._text_config, "max_position_embeddings", None)
+
+    @property
+    def name(self) -> str:
+        """Name or path for messages."""
+        return self.model.config.name_or_path or type(self.model).__name__
+
+    def require_prompt_fits(self, num_tokens: int) -> None:
+        """Check the length of a prompt.
+
+        Raises:
+            PromptError: If it exceeds the positions that the model was built for.
+        """
+        if self.max_positions is not None and num_tokens > self.max_positions:
+            raise PromptError(
+                f"prompt has {num_tokens} tokens, {self.name} has max_position_embeddings "
+                f"{self.max_positions}; shorten the prompt, e.g. with truncation=True"
+            )
+
+    def new_cache(self, num_padding: Int[Tensor, " batch"]) -> TreeCache:
+        """Return an empty cache for prompts with the given left padding."""
+        return TreeCache(num_layers=self.num_layers, num_padding=num_padding)
+
+    def prefill(
+        self,
+        tokens: Int[Tensor, "batch seq"],
+        cache: TreeCache,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Float[Tensor, "batch vocab"]:
+        """Run the prompt through the model and commit it to the cache.
+
+        Args:
+            tokens: Prompts, padded on the left.
+            cache: Empty cache.
+            attention_mask: As Transformers takes it; None when nothing is padding.
+            position_ids: As Transformers takes them; by default counted without padding.
+
+        Returns:
+            Logits after the last prompt token.
+        """
+        if position_ids is None:
+            slots = torch.arange(tokens.shape[1], device=tokens.device)
+            position_ids = (slots - cache.num_padding[:, None]).clamp(min=0)
+        with attached(self._configs):
+            output = self.model(
+                input_ids=tokens,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        cache.commit_prompt()
+        logits: Tensor = output.logits
+        return logits[:, -1]
+
+    def forward_tree(
+        self, tokens: Int[Tensor, "batch nodes"], topology: TreeTopology, cache: TreeCache
+    ) -> Float[Tensor, "batch nodes vocab"]:
+        """Run a whole tree through the model; its nodes become pending in the cache.
+
+        Returns:
+            Logits after every node.
+        """
+        return self.forward_nodes(tokens, topology.ancestor_mask, topology.depths, cache)
+
+    def forward_nodes(
+        self,
+        tokens: Int[Tensor, "batch nodes"],
+        visible: Bool[Tensor, "rows nodes slots"],
+        slot_depths: Int[Tensor, "rows slots"],
+        cache: TreeCache,
+    ) -> Float[Tensor, "batch nodes vocab"]:
+        """Run nodes through the model below those that are pending already.
+
+        Args:
+            tokens: Token at each new node.
+            visible: True at ``[i, j]`` when new node i sees pending slot j; the new nodes are the
+                last slots.
+            slot_depths: Depth of each slot; depth 0 follows the committed tokens of its row.
+            cache: Cache whose committed slots every node sees.
+
+        Returns:
+            Logits after every new node.
+        """
+        num_nodes = tokens.shape[1]
+        cache.reserve(num_nodes)
+        roots = cache.lengths - cache.num_padding
+        position_ids = roots[:, None] + slot_depths[:, -num_nodes:]
+        with attached(self._configs), tree_step(TreeStep(visible, slot_depths, cache)):
+            output = self.model(
+                input_ids=tokens,
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=True,
+            )
+        cache.append(num_nodes)
+        logits: Tensor = output.logits
+        return logits
+
+    @contextmanager
+    def decoding(self) -> Iterator[None]:
+        """Make the changes that Transformers makes for decode steps, and undo them."""
+        with self.model._optimize_model_for_decode():  # chooses the mixture-of-experts kernel
+            yield

@@ -1,0 +1,134 @@
+"""Grows a tree level by level and keeps its best nodes."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+_STEP_PENALTY = 1e-6  # makes a sure child score below its parent, so that the best nodes connect
+
+
+@dataclass(slots=True, eq=False)
+class _Level:
+    """Candidates at one depth."""
+
+    tokens: Int[Tensor, "batch candidates"]
+    scores: Float[Tensor, "batch candidates"]
+    parents: Int[Tensor, "batch candidates"]  # place of the parent among the nodes expanded before
+    expanded: Int[Tensor, "batch width"]  # candidates that the next level starts from
+
+
+@dataclass(frozen=True, slots=True)
+class GrownRow:
+    """The best nodes of one row, the root left out.
+
+    Args:
+        tokens: Token of each node, parents first.
+        parents: Index of each node's parent in the draft, where the root is node 0.
+        expansions: Level and place at which a node was expanded, None when it was not.
+        scores: Cumulative log-probability of each node.
+    """
+
+    tokens: list[int]
+    parents: list[int]
+    expansions: list[tuple[int, int] | None]
+    scores: list[float]
+
+
+class GrowingTree:
+    """Best-first search over cumulative log-probability, a level at a time.
+
+    Source: Li et al. 2024 (EAGLE-2), expansion and reranking of dynamic draft trees.
+    """
+
+    def __init__(self, *, width: int, branches: int) -> None:
+        """Start at the root.
+
+        Args:
+            width: Nodes expanded at each level.
+            branches: Children considered for each expanded node.
+        """
+        self._width = width
+        self._branches = branches
+        self._levels: list[_Level] = []
+
+    @property
+    def depth(self) -> int:
+        """Levels grown so far."""
+        return len(self._levels)
+
+    def grow(self, log_probs: Float[Tensor, "batch expanded vocab"]) -> None:
+        """Add the children of the nodes that were last expanded; at first, of the root."""
+        batch, expanded, _ = log_probs.shape
+        best = log_probs.topk(self._branches, dim=-1)  # [batch, expanded, branches]
+        if self._levels:
+            last = self._levels[-1]
+            above = last.scores.gather(1, last.expanded)[:, :, None]  # [batch, expanded, 1]
+            scores = best.values + (above - _STEP_PENALTY)
+        else:
+            scores = best.values - _STEP_PENALTY
+        scores = scores.reshape(batch, -1)
+        places = torch.arange(expanded, device=scores.device)
+        parents = places.repeat_interleave(self._branches).expand(batch, -1)
+        width = min(self._width, scores.shape[1])
+        following = scores.topk(width, dim=1).indices
+        self._levels.append(_Level(best.indices.reshape(batch, -1), scores, parents, following))
+
+    @property
+    def expanded_tokens(self) -> Int[Tensor, "batch width"]:
+        """Tokens of the nodes to be expanded next."""
+        last = self._levels[-1]
+        return last.tokens.gather(1, last.expanded)
+
+    @property
+    def expanded_parents(self) -> Int[Tensor, "batch width"]:
+        """Place of each such node's parent among the nodes expanded before."""
+        last = self._levels[-1]
+        return last.parents.gather(1, last.expanded)
+
+    def best_score(self) -> float:
+        """Return the largest cumulative log-probability of the last level, over all rows; syncs."""
+        return float(self._levels[-1].scores.max())
+
+    def best_nodes(self, num_nodes: int, *, min_score: float) -> list[GrownRow]:
+        """Return the `num_nodes` best candidates of each row with a score of at least `min_score`.
+
+        Syncs with the device: the tree's shape is decided on the host.
+        """
+        columns = [
+            (level.tokens.tolist(), level.scores.tolist(), level.parents.tolist(),
+             level.expanded.tolist())
+            for level in self._levels
+        ]
+        batch = self._levels[0].tokens.shape[0]
+        return [
+            _best_of_row([tuple(part[row] for part in level) for level in columns], num_nodes, min_score)
+            for row in range(batch)
+        ]
+
+
+def _best_of_row(
+    levels: list[tuple[list[int], list[float], list[int], list[int]]],
+    num_nodes: int,
+    min_score: float,
+) -> GrownRow:
+    candidates = sorted(
+        (
+            (-score, depth, place)
+            for depth, (_, scores, _, _) in enumerate(levels)
+            for place, score in enumerate(scores)
+            if score >= min_score
+        ),
+    )[:num_nodes]
+    nodes = sorted((depth, -place_score, place) for place_score, depth, place in candidates)
+    index = {(depth, place): node for node, (depth, _, place) in enumerate(nodes, start=1)}
+    grown = GrownRow([], [], [], [])
+    for depth, score, place in nodes:
+        tokens, _, parents, expanded = levels[depth]
+        above = (depth - 1, levels[depth - 1][3][parents[place]]) if depth else None
+        grown.tokens.append(tokens[place])
+        grown.parents.append(index[above] if above else 0)
+        grown.expansions.append((depth, expanded.index(place)) if place in expanded else None)
+        grown.scores.append(score)
+    return grown

@@ -1,0 +1,5 @@
+"""What is known about a target before it is used with trees."""
+
+from speclm.verify.self_check import SelfCheck, check_trees
+
+__all__ = ["SelfCheck", "check_trees"]
