@@ -14,7 +14,7 @@ MAX_DEPTH = MAX_LEAD
 """Most levels below the root, since a row may not be further ahead than `MAX_LEAD`."""
 
 
-def require_in_range(name: str, value: float, *, low: float, high: float) -> None:
+def require_in_range(name: str, value: int | float, *, low: int | float, high: int | float) -> None:
     """Check that an option lies in ``[low, high]``.
 
     Raises:
