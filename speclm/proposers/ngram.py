@@ -1,0 +1,146 @@
+"""A proposer without a model: what followed the same words before may follow again."""
+
+from dataclasses import dataclass
+from heapq import heappop, heappush
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from typing_extensions import override
+
+from speclm.acceptance.accepted import Accepted
+from speclm.config import MAX_DEPTH, ProposerConfig, require_in_range
+from speclm.proposers._ngram_index import MAX_FOLLOWERS, NgramIndex
+from speclm.proposers.interface import Draft, Prefill, Proposer
+from speclm.proposers.registry import register_proposer
+from speclm.sampling.noise import PositionNoise
+from speclm.tree.topology import TreeTopology, chain, from_parents
+
+
+@dataclass(frozen=True, slots=True)
+class NgramConfig:
+    """Settings of the n-gram proposer.
+
+    Args:
+        num_draft_tokens: Most nodes of a draft, root excluded, in ``[1, MAX_DEPTH]``.
+        max_ngram: Longest run of tokens that is looked up, in ``[1, 16]``; the index holds one
+            entry per token and length.
+        branches: Most children of a node, in ``[1, 8]``.
+        min_chance: Least estimated chance of acceptance at which a node is drafted, in
+            ``[0.001, 1]``. Best is what a node adds to the time of a round, as a share of a plain
+            step, times the tokens that the time of a plain step yields on average.
+    """
+
+    num_draft_tokens: int
+    max_ngram: int
+    branches: int
+    min_chance: float
+
+    def __post_init__(self) -> None:
+        require_in_range("num_draft_tokens", self.num_draft_tokens, low=1, high=MAX_DEPTH)
+        require_in_range("max_ngram", self.max_ngram, low=1, high=16)
+        require_in_range("branches", self.branches, low=1, high=MAX_FOLLOWERS)
+        require_in_range("min_chance", self.min_chance, low=0.001, high=1.0)
+
+
+@register_proposer("ngram")
+class NgramProposer(Proposer):
+    """Proposes what followed the longest n-gram that occurred before, in prompt or output.
+
+    A draft grows node by node, likeliest first, and every node looks its own n-gram up: a copy
+    goes on past the end of the text, branches where earlier occurrences differ, and ends where
+    another node is not worth its time. Needs no weights, and no sync with the device in a round.
+
+    Args:
+        num_draft_tokens: Most nodes of a draft; `NgramConfig` describes all options.
+        max_ngram: Longest run of tokens that is looked up.
+        branches: Most children of a node.
+        min_chance: Least estimated chance of acceptance at which a node is drafted.
+
+    Raises:
+        OptionError: If an option is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_draft_tokens: int = 15,
+        max_ngram: int = 6,
+        branches: int = 3,
+        min_chance: float = 0.09,
+    ) -> None:
+        self.options = NgramConfig(num_draft_tokens, max_ngram, branches, min_chance)
+        self.config = ProposerConfig(depth=num_draft_tokens)
+        self._rows: list[NgramIndex] = []
+        self._is_waiting: list[bool] = []
+
+    @override
+    def begin(self, prompt: Prefill) -> None:
+        # Once per generation: the index lives on the host.
+        rows, firsts = prompt.tokens.tolist(), prompt.first_tokens.tolist()
+        paddings = prompt.num_padding.tolist()
+        self._rows = [
+            NgramIndex([*row[padding:], first], max_ngram=self.options.max_ngram)
+            for row, padding, first in zip(rows, paddings, firsts, strict=True)
+        ]
+        self._is_waiting = [False] * len(rows)
+
+    @override
+    def propose(self, roots: Int[Tensor, " batch"], *, noise: PositionNoise | None) -> Draft:
+        trees = [
+            _Tree.grow(index, self.options) if not is_waiting else _Tree.root_alone(index)
+            for index, is_waiting in zip(self._rows, self._is_waiting, strict=True)
+        ]
+        num_nodes = max(len(tree.tokens) for tree in trees)
+        tokens = [tree.tokens + [0] * (num_nodes - len(tree.tokens)) for tree in trees]
+        return Draft(
+            tokens=torch.tensor(tokens, device=roots.device),
+            topology=_topology([tree.parents for tree in trees], device=roots.device),
+            probs=None,
+        )
+
+    @override
+    def commit(self, accepted: Accepted) -> None:
+        for index, emitted in zip(self._rows, accepted.emitted, strict=True):
+            index.extend(emitted)
+        # A row that was given nothing has most likely ended: nodes for it would slow the others.
+        self._is_waiting = [not emitted for emitted in accepted.emitted]
+
+
+@dataclass(frozen=True, slots=True)
+class _Tree:
+    """One row of a draft, on the host."""
+
+    tokens: list[int]
+    parents: list[int]
+
+    @classmethod
+    def root_alone(cls, index: NgramIndex) -> "_Tree":
+        return cls([index.context[-1]], [0])
+
+    @classmethod
+    def grow(cls, index: NgramIndex, options: NgramConfig) -> "_Tree":
+        """Add the likeliest node that is left until none is worth its time."""
+        tree = cls.root_alone(index)
+        # Entries: minus the chance of the path, order of arrival, token, parent, context before.
+        frontier: list[tuple[float, int, int, int, tuple[int, ...]]] = []
+        node, chance, context, arrivals = 0, 1.0, index.context, 0
+        while True:
+            for token, follow_chance in index.guess(context, limit=options.branches):
+                if chance * follow_chance >= options.min_chance:
+                    arrivals += 1
+                    heappush(frontier, (-chance * follow_chance, arrivals, token, node, context))
+            if not frontier or len(tree.tokens) > options.num_draft_tokens:
+                return tree
+            minus_chance, _, token, parent, before = heappop(frontier)
+            node, chance, context = len(tree.tokens), -minus_chance, index.slide(before, token)
+            tree.tokens.append(token)
+            tree.parents.append(parent)
+
+
+def _topology(parents: list[list[int]], *, device: torch.device) -> TreeTopology:
+    first = parents[0]
+    depth = len(first) - 1
+    if first == [0, *range(depth)] and all(row == first for row in parents):
+        return chain(depth, device=device)
+    return from_parents(parents, device=device)
