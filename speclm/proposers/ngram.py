@@ -1,6 +1,7 @@
 """A proposer without a model: what followed the same words before may follow again."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from heapq import heappop, heappush
 
 import torch
@@ -140,7 +141,14 @@ class _Tree:
 
 def _topology(parents: list[list[int]], *, device: torch.device) -> TreeTopology:
     first = parents[0]
+    if any(row != first for row in parents):
+        return from_parents(parents, device=device)
     depth = len(first) - 1
-    if first == [0, *range(depth)] and all(row == first for row in parents):
-        return chain(depth, device=device)
-    return from_parents(parents, device=device)
+    is_chain = first == [0, *range(depth)]
+    return chain(depth, device=device) if is_chain else _same_trees(tuple(first), device)
+
+
+@lru_cache(maxsize=256)
+def _same_trees(parents: tuple[int, ...], device: torch.device) -> TreeTopology:
+    # Building a topology takes longer than guessing, and few small shapes make up most drafts.
+    return from_parents([parents], device=device)
