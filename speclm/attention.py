@@ -47,25 +47,30 @@ class TreeStep:
         self._visible = visible
         self._slot_depths = slot_depths
         self._cache = cache
-        self._masks: dict[int | None, Bool[Tensor, "batch 1 nodes kv_len"]] = {}
+        self._masks: dict[int | None, Bool[Tensor, "batch 1 nodes kv_len"] | None] = {}
 
-    def mask(self, window: int | None) -> Bool[Tensor, "batch 1 nodes kv_len"]:
+    def mask(self, window: int | None) -> Bool[Tensor, "batch 1 nodes kv_len"] | None:
         """Return the attention mask of a layer with the given sliding window.
 
         Args:
             window: Positions that a node sees, itself included, by position and not by slot: two
                 siblings are at the same position. None for full attention.
+
+        Returns:
+            None when a single node sees all slots: that is a step of plain decoding.
         """
         if window not in self._masks:
             self._masks[window] = self._build(window)
         return self._masks[window]
 
-    def _build(self, window: int | None) -> Bool[Tensor, "batch 1 nodes kv_len"]:
+    def _build(self, window: int | None) -> Bool[Tensor, "batch 1 nodes kv_len"] | None:
         cache, visible = self._cache, self._visible
         rows, nodes, _ = visible.shape
         batch = cache.num_padding.shape[0]
         is_plain = not cache.is_ragged and not cache.has_padding
         if is_plain and (window is None or cache.tree_start + self._reach() <= window):
+            if nodes == 1 and cache.num_pending == 0:
+                return None
             prefix = visible.new_ones(1, 1, 1).expand(rows, nodes, cache.tree_start)
             return torch.cat([prefix, visible], dim=2)[:, None]
         lengths = cache.lengths[:, None, None]  # [batch, 1, 1]
@@ -140,7 +145,8 @@ def _tree_attention(previous: str) -> AttentionFunction:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         step = _STEP.get()
-        if step is None:
+        mask = None if step is None else step.mask(kwargs.get("sliding_window"))
+        if mask is None:
             return _previous_function(previous, module)(
                 module, query, key, value, attention_mask, scaling=scaling, **kwargs
             )
@@ -150,7 +156,6 @@ def _tree_attention(previous: str) -> AttentionFunction:
                     f"attention of {type(module).__name__} uses {name}, tree attention computes "
                     "plain softmax attention; the model decodes without trees"
                 )
-        mask = step.mask(kwargs.get("sliding_window"))
         if query.device.type != "cpu":  # off the CPU a mask and grouped heads exclude fused kernels
             groups = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)

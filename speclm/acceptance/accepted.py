@@ -22,6 +22,18 @@ class Accepted:
     path: Int[Tensor, "batch path"]
     tokens: Int[Tensor, "batch path"]
 
+    @classmethod
+    def from_host(
+        cls, paths: list[list[int]], emitted: list[list[int]], *, device: torch.device
+    ) -> "Accepted":
+        """Build from lists on the host, which are kept for `paths` and `emitted`."""
+        width = max(map(len, paths))
+        both = [[row + [-1] * (width - len(row)) for row in rows] for rows in (paths, emitted)]
+        path, tokens = torch.tensor(both, dtype=torch.long, device=device).view(2, -1, width)
+        accepted = cls(path=path, tokens=tokens)
+        vars(accepted).update(paths=paths, emitted=emitted)  # where cached_property looks
+        return accepted
+
     @property
     def num_tokens(self) -> Int[Tensor, " batch"]:
         """Tokens emitted by each row: accepted_length + 1, or 0."""
@@ -35,8 +47,9 @@ class Accepted:
     @property
     def bonus(self) -> Int[Tensor, " batch"]:
         """The last token emitted by each row, -1 in a row that emits nothing."""
-        last = self.accepted_length[:, None]
-        return self.tokens.gather(1, last)[:, 0]
+        if self.path.shape[1] == 0:
+            return self.path.new_full((len(self.path),), -1)
+        return self.tokens.gather(1, self.accepted_length[:, None])[:, 0]
 
     @cached_property
     def paths(self) -> list[list[int]]:
@@ -54,10 +67,10 @@ class Accepted:
         """Keep at most ``limits[b]`` emitted tokens of row b."""
         if all(len(path) <= limit for path, limit in zip(self.paths, limits, strict=True)):
             return self
-        bound = torch.tensor(limits, device=self.path.device)[:, None]
-        beyond = torch.arange(self.path.shape[1], device=self.path.device) >= bound
-        return Accepted(
-            path=self.path.masked_fill(beyond, -1), tokens=self.tokens.masked_fill(beyond, -1)
+        return Accepted.from_host(
+            [path[:limit] for path, limit in zip(self.paths, limits, strict=True)],
+            [row[:limit] for row, limit in zip(self.emitted, limits, strict=True)],
+            device=self.path.device,
         )
 
 

@@ -20,7 +20,8 @@ class TreeCache(Cache):
     Slots ``[0, lengths[b])`` of row b hold its prompt (with its left padding) and its committed
     tokens. Tree nodes are appended for all rows alike at slot `tree_start`, the longest length,
     and are pending until `keep` moves each row's surviving path to the end of that row and
-    forgets the rest. What lies between a row's length and `tree_start` must be masked.
+    forgets the rest. What lies between a row's length and `tree_start` must be masked. `lengths`
+    is on the device of `num_padding`, `host_lengths` on the host.
 
     Layers are given full-length storage in blocks, never in advance for the longest possible
     sequence. Layers of equal shape share one tensor, so that `keep` moves them in one operation.
@@ -41,6 +42,7 @@ class TreeCache(Cache):
         self.num_pending = 0
         self.capacity = 0
         self._lengths = [0] * num_padding.shape[0]
+        self.lengths: Int[Tensor, " batch"] = torch.zeros_like(num_padding)
         self._arenas: list[Tensor] = []
 
     @property
@@ -49,19 +51,13 @@ class TreeCache(Cache):
         return self._lengths
 
     @property
-    def lengths(self) -> Int[Tensor, " batch"]:
-        """Committed slots of each row, padding included, on the device of `num_padding`."""
-        return torch.tensor(self._lengths, device=self.num_padding.device)
-
-    @property
     def is_ragged(self) -> bool:
         """Whether a row is shorter than another, so that slots below `tree_start` are unused."""
         return any(length != self.tree_start for length in self._lengths)
 
     def commit_prompt(self) -> None:
         """Commit the slots that the prefill wrote."""
-        self.tree_start = self._rows[0].get_seq_length()
-        self._lengths = [self.tree_start] * len(self._lengths)
+        self._set_lengths([self._rows[0].get_seq_length()] * len(self._lengths))
 
     def reserve(self, num_slots: int) -> None:
         """Make room for `num_slots` more pending nodes; copies only when a block is full."""
@@ -88,11 +84,9 @@ class TreeCache(Cache):
         ]
         if moves:
             self._move(moves)
-        self._lengths = [
-            length + len(path) for length, path in zip(self._lengths, paths, strict=True)
-        ]
-        self.tree_start = max(self._lengths)
-        self.num_pending = 0
+        self._set_lengths(
+            [length + len(path) for length, path in zip(self._lengths, paths, strict=True)]
+        )
 
     def crop(self, max_length: int) -> None:
         """Drop the last slots, as Transformers' caches do.
@@ -105,8 +99,12 @@ class TreeCache(Cache):
             max(length + max_length, 0) if max_length < 0 else max_length
             for length in self._lengths
         ]
-        self._lengths = [min(pair) for pair in zip(self._lengths, bounds, strict=True)]
-        self.tree_start = max(self._lengths)
+        self._set_lengths([min(pair) for pair in zip(self._lengths, bounds, strict=True)])
+
+    def _set_lengths(self, lengths: list[int]) -> None:
+        self._lengths = lengths
+        self.lengths = torch.tensor(lengths, device=self.num_padding.device)
+        self.tree_start = max(lengths)
         self.num_pending = 0
 
     def _grow(self, needed: int) -> None:

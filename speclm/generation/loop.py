@@ -14,7 +14,7 @@ from speclm.acceptance.exact import accept_exact
 from speclm.cache.tree_cache import TreeCache
 from speclm.config import MAX_DEPTH, MAX_NODES
 from speclm.errors import DraftError, NumericalError, TreeBudgetError
-from speclm.generation.choices import choose_along_walk, choose_at_all_nodes
+from speclm.generation.choices import accept_along_walk, choose_at_all_nodes
 from speclm.generation.delegation import eos_token_ids, left_padding, require_supported
 from speclm.generation.rows import Rows
 from speclm.proposers.interface import Draft, Prefill, Proposer
@@ -162,16 +162,15 @@ class _Run:
         return replace(draft, tokens=tokens)
 
     def _accept(self, draft: Draft, logits: Float[Tensor, "batch nodes vocab"]) -> Accepted:
-        if self.noise is None or logits.device.type != "cpu":
-            choices = choose_at_all_nodes(logits, draft.topology, self.chooser, self.noise)
+        topology = draft.topology
+        if logits.device.type == "cpu":
+            accepted = accept_along_walk(logits, draft.tokens, topology, self.chooser, self.noise)
         else:
-            choices = choose_along_walk(
-                logits, draft.tokens, draft.topology, self.chooser, self.noise
-            )
-        accepted = accept_exact(draft.tokens, choices, draft.topology)
-        for row, path in enumerate(accepted.paths):
+            choices = choose_at_all_nodes(logits, topology, self.chooser, self.noise)
+            accepted = accept_exact(draft.tokens, choices, topology)
+        for row, emitted in enumerate(accepted.emitted):
             if self.rows.is_live[row]:
-                self._require_number(accepted.tokens[row, : len(path)].tolist(), logits)
+                self._require_number(emitted, logits)
         return accepted
 
     def _commit(self, taken: Accepted) -> None:
@@ -179,7 +178,6 @@ class _Run:
         if self.proposer is not None:
             self.proposer.commit(taken)
         bonus = taken.bonus
-        assert self.roots is not None
         self.roots = torch.where(bonus >= 0, bonus, self.roots)
 
     def _count(self, draft: Draft, taken: Accepted) -> None:

@@ -53,6 +53,12 @@ class TreeTopology:
         return self.path_indices[:, :, 0] < 0
 
     @cached_property
+    def host_parents(self) -> list[list[int]]:
+        """Parents on the host; the first read syncs."""
+        parents: list[list[int]] = self.parents.tolist()
+        return parents
+
+    @cached_property
     def host_sizes(self) -> list[int]:
         """Nodes of each row without padding, on the host; the first read syncs."""
         sizes: list[int] = (~self.is_padding).sum(1).tolist()
