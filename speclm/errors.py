@@ -56,3 +56,7 @@ class UnsupportedModelError(SpeclmError, TypeError):
 
 class MissingAssetError(SpeclmError, FileNotFoundError):
     """A file that ships inside the package is not there."""
+
+
+class MeasurementError(SpeclmError, RuntimeError):
+    """A measurement may not be recorded, because what was measured is not what was claimed."""
