@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from speclm.attention import TreeStep, attached, attention_configs, tree_step
@@ -39,8 +40,10 @@ class TargetView:
     @property
     def vocab_size(self) -> int:
         """Width of the logits, which may exceed the tokenizer's vocabulary."""
-        head = self.model.get_output_embeddings()
-        return int(head.weight.shape[0] if head is not None else self._text_config.vocab_size)
+        head: nn.Module | None = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        if head is None:
+            return int(self._text_config.vocab_size)
+        return head.get_parameter("weight").shape[0]
 
     @property
     def num_layers(self) -> int:
@@ -160,5 +163,6 @@ class TargetView:
     @contextmanager
     def decoding(self) -> Iterator[None]:
         """Make the changes that Transformers makes for decode steps, and undo them."""
-        with self.model._optimize_model_for_decode():  # chooses the mixture-of-experts kernel
+        # Chooses the kernel of mixtures of experts.
+        with cast("Any", self.model)._optimize_model_for_decode():
             yield

@@ -23,6 +23,7 @@ def accept_exact(
         choices: Token that the target picks after each node: argmax of its processed
             probabilities, divided by that position's noise when sampling. Nodes that no walk can
             reach may hold -1.
+        topology: Shape of the trees.
 
     Returns:
         The path and the tokens emitted along it, padded with -1. Does not sync with the device.

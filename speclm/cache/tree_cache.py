@@ -127,7 +127,7 @@ class TreeCache(Cache):
                 arena[:, rows, :, targets] = arena[:, rows, :, sources]
 
 
-class TreeLayer(CacheLayerMixin):
+class TreeLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subclass__
     """One layer of a `TreeCache`."""
 
     is_compileable = False  # plain decoding's prefill takes the same path only with a growing cache
@@ -135,7 +135,7 @@ class TreeLayer(CacheLayerMixin):
     is_sliding = False
 
     def __init__(self, owner: TreeCache) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # Transformers'
         self._owner = owner
 
     def lazy_initialization(
@@ -152,8 +152,8 @@ class TreeLayer(CacheLayerMixin):
         self,
         key_states: Float[Tensor, "batch kv_heads seq head_dim"],
         value_states: Float[Tensor, "batch kv_heads seq value_dim"],
-        *args: Any,
-        **kwargs: Any,
+        *args: Any,  # noqa: ARG002 - of other cache types
+        **kwargs: Any,  # noqa: ARG002
     ) -> tuple[
         Float[Tensor, "batch kv_heads kv_len head_dim"],
         Float[Tensor, "batch kv_heads kv_len value_dim"],

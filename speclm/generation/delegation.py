@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
-from transformers.generation import (
+from transformers.generation.logits_process import LogitsProcessorList
+from transformers.generation.stopping_criteria import (
     EosTokenCriteria,
-    LogitsProcessorList,
     MaxLengthCriteria,
     StoppingCriteriaList,
 )
@@ -20,7 +20,12 @@ KNOWN_INPUTS = frozenset(
 )
 """Model inputs that Transformers prepares for any text prompt; others mean another modality."""
 
-_UNSUPPORTED_OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+_UNSUPPORTED_OUTPUTS = (
+    "output_scores",
+    "output_logits",
+    "output_attentions",
+    "output_hidden_states",
+)
 _CRITERIA = (EosTokenCriteria, MaxLengthCriteria)
 
 

@@ -7,7 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import GenerationConfig
-from transformers.generation import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.logits_process import LogitsProcessorList
+from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from speclm.acceptance.accepted import Accepted
 from speclm.acceptance.exact import accept_exact
@@ -25,7 +26,7 @@ from speclm.target import TargetView
 from speclm.tree.topology import chain
 
 
-def generate_tokens(
+def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
     model: object,  # noqa: ARG001 - the target, in the place where Transformers passes it
     input_ids: Int[Tensor, "batch seq"],
     logits_processor: LogitsProcessorList,
@@ -116,7 +117,8 @@ class _Run:
                 self.noise = PositionNoise(
                     batch=batch, vocab_size=logits.shape[1], device=logits.device
                 )
-            self.roots = self.chooser.choose(logits, self.noise and self.noise.at_depth(0))
+            first_noise = None if self.noise is None else self.noise.at_depth(0)
+            self.roots = self.chooser.choose(logits, first_noise)
             for row, token in enumerate(self.roots.tolist()):  # the first stop check
                 self._require_number([token], logits)
                 self.rows.extend(row, [token])
@@ -178,6 +180,7 @@ class _Run:
         if self.proposer is not None:
             self.proposer.commit(taken)
         bonus = taken.bonus
+        assert self.roots is not None
         self.roots = torch.where(bonus >= 0, bonus, self.roots)
 
     def _count(self, draft: Draft, taken: Accepted) -> None:
@@ -214,7 +217,11 @@ def _require_valid(draft: Draft, roots: Int[Tensor, " batch"]) -> None:
             f"draft has {nodes} nodes on {topology.max_depth} levels, a round holds at most "
             f"{MAX_NODES} nodes on {MAX_DEPTH} levels; draft fewer tokens"
         )
-    if batch != len(roots) or nodes != topology.num_nodes or len(topology.parents) not in {1, batch}:
+    if (
+        batch != len(roots)
+        or nodes != topology.num_nodes
+        or len(topology.parents) not in {1, batch}
+    ):
         raise DraftError(
             f"draft has tokens of shape {tuple(draft.tokens.shape)} and parents of shape "
             f"{tuple(topology.parents.shape)}, expected {len(roots)} rows and one parent a node; "

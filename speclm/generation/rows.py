@@ -17,9 +17,7 @@ class Rows:
     it is `MAX_LEAD` tokens ahead of the slowest one that still runs.
     """
 
-    def __init__(
-        self, *, batch: int, max_new_tokens: int, eos_token_ids: Collection[int]
-    ) -> None:
+    def __init__(self, *, batch: int, max_new_tokens: int, eos_token_ids: Collection[int]) -> None:
         """Start with empty rows."""
         self.tokens: list[list[int]] = [[] for _ in range(batch)]
         self.is_live = [max_new_tokens > 0] * batch
@@ -45,9 +43,11 @@ class Rows:
     def most_remaining(self) -> int:
         """Most tokens that any running row may still be given."""
         return max(
-            (self._max_new_tokens - len(tokens)
-            for tokens, is_live in zip(self.tokens, self.is_live, strict=True)
-            if is_live),
+            (
+                self._max_new_tokens - len(tokens)
+                for tokens, is_live in zip(self.tokens, self.is_live, strict=True)
+                if is_live
+            ),
             default=0,
         )
 
@@ -77,7 +77,9 @@ class Rows:
         if emitted and (emitted[-1] in self._eos_token_ids or len(tokens) >= self._max_new_tokens):
             self.is_live[row] = False
 
-    def sequences(self, prompt: Int[Tensor, "batch seq"], pad_token_id: int) -> Int[Tensor, "batch length"]:
+    def sequences(
+        self, prompt: Int[Tensor, "batch seq"], pad_token_id: int
+    ) -> Int[Tensor, "batch length"]:
         """Return prompt and new tokens, ended rows padded on the right."""
         width = self.num_steps
         padded = [tokens + [pad_token_id] * (width - len(tokens)) for tokens in self.tokens]

@@ -16,11 +16,9 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.cache_utils import Cache
-from transformers.generation import (
-    GenerateDecoderOnlyOutput,
-    LogitsProcessorList,
-    StoppingCriteriaList,
-)
+from transformers.generation.logits_process import LogitsProcessorList
+from transformers.generation.stopping_criteria import StoppingCriteriaList
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from speclm.errors import CacheError, OptionError, PromptError
 from speclm.generation import NeedsPlainDecoding, generate_tokens
@@ -152,7 +150,7 @@ class SpecModel:
     @property
     def generation_config(self) -> GenerationConfig:
         """The base's generation config."""
-        return cast("GenerationConfig", self.base.generation_config)
+        return self.base.generation_config
 
     @property
     def device(self) -> torch.device:
@@ -226,9 +224,15 @@ class SpecModel:
         parameters = sum(parameter.numel() for parameter in self.base.parameters())
         memory = sum(p.numel() * p.element_size() for p in self.base.parameters())
         write(f"base      {target.name}, {type(self.base).__name__}")
-        write(f"          {parameters / 1e6:.1f} M parameters, {memory / 2**20:.1f} MiB, "
-              f"{self.dtype}, {self.device}")
-        write(f"proposer  {type(proposer).__name__}, {proposer.config}" if proposer else "proposer  none")
+        write(
+            f"          {parameters / 1e6:.1f} M parameters, {memory / 2**20:.1f} MiB, "
+            f"{self.dtype}, {self.device}"
+        )
+        write(
+            f"proposer  {type(proposer).__name__}, {proposer.config}"
+            if proposer
+            else "proposer  none"
+        )
         backend = "tree attention" if self.self_check.passes else "plain decoding"
         write(f"backend   {backend}: {self.self_check.reason}")
         stats = self.last_speculation
@@ -245,7 +249,8 @@ class SpecModel:
 
     def _base_generate(self, **arguments: Any) -> Any:
         # The class's method: an instance attribute may be a wrapper that leads back here.
-        return type(self.base).generate(self.base, **arguments)  # type: ignore[operator]  # mixin
+        generate: Callable[..., Any] = cast("Any", type(self.base)).generate
+        return generate(self.base, **arguments)
 
     def _require_speculation(self, arguments: dict[str, Any]) -> None:
         """Raise `NeedsPlainDecoding` for what is known before Transformers resolves the call."""
@@ -293,13 +298,13 @@ def _require_acceptable(arguments: dict[str, Any]) -> None:
 def _require_valid_prompt(tokens: Tensor | None, arguments: dict[str, Any]) -> None:
     if tokens is None:
         return
-    if tokens.dim() != 2 or 0 in tokens.shape:  # noqa: PLR2004
+    if tokens.dim() != 2 or 0 in tokens.shape:
         raise PromptError(
             f"prompt has shape {tuple(tokens.shape)}, expected [batch, seq] with at least one row "
             "and one token; tokenize with return_tensors='pt'"
         )
     mask = arguments.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask[:, -1].all()):  # noqa: PLR2004
+    if isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask[:, -1].all()):
         raise PromptError(
             "prompt is padded on the right: the attention mask ends with 0; decoder-only models "
             "need left padding, tokenizer.padding_side = 'left'"

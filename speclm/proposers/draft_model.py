@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from speclm.acceptance.accepted import Accepted
 from speclm.cache.tree_cache import TreeCache
-from speclm.config import MAX_NODES, require_depth, require_in_range
+from speclm.config import MAX_NODES, ProposerConfig, require_depth, require_in_range
 from speclm.errors import VocabularyMismatchError
 from speclm.proposers.interface import Draft, Prefill, Proposer
 from speclm.proposers.ranking import rank_log_probs
@@ -23,7 +23,7 @@ from speclm.tree.topology import chain, from_parents
 
 
 @dataclass(frozen=True, slots=True)
-class DraftModelConfig:
+class DraftModelConfig(ProposerConfig):
     """Settings of `DraftModelProposer`.
 
     Args:
@@ -43,7 +43,7 @@ class DraftModelConfig:
     min_confidence: float = 0.3
 
     def __post_init__(self) -> None:
-        require_depth("depth", self.depth)
+        require_depth("depth", self.depth)  # super() does not work in a slotted dataclass
         require_in_range("num_draft_tokens", self.num_draft_tokens, low=1, high=MAX_NODES - 1)
         require_in_range("width", self.width, low=1, high=MAX_NODES - 1)
         require_in_range("branches", self.branches, low=1, high=MAX_NODES - 1)
@@ -60,9 +60,7 @@ class DraftModelProposer(Proposer):
 
     config: DraftModelConfig
 
-    def __init__(
-        self, model: PreTrainedModel, *, target: PreTrainedModel, **options: Any
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, *, target: PreTrainedModel, **options: Any) -> None:
         """Wrap a loaded draft model.
 
         Args:
@@ -132,9 +130,7 @@ class DraftModelProposer(Proposer):
         self._cache.keep(kept)
         self._offsets = []
 
-    def _grow(
-        self, device: torch.device, longest: int, noise: PositionNoise | None
-    ) -> GrowingTree:
+    def _grow(self, device: torch.device, longest: int, noise: PositionNoise | None) -> GrowingTree:
         """Feed what is unseen and then level after level."""
         assert self._cache is not None
         config, batch = self.config, len(self._unseen)
@@ -166,9 +162,7 @@ class DraftModelProposer(Proposer):
         self._offsets.append(self._cache.num_pending)  # the last level is not fed
         return tree
 
-    def _catch_up(
-        self, device: torch.device, longest: int
-    ) -> Float[Tensor, "batch 1 vocab"]:
+    def _catch_up(self, device: torch.device, longest: int) -> Float[Tensor, "batch 1 vocab"]:
         """Feed committed tokens that the draft model has not seen; short rows end in padding."""
         assert self._cache is not None
         padded = [tokens + [0] * (longest - len(tokens)) for tokens in self._unseen]
@@ -197,5 +191,3 @@ class DraftModelProposer(Proposer):
             topology=from_parents(parents, device=roots.device),
             probs=None,
         )
-
-

@@ -72,9 +72,7 @@ class Proposer(ABC):
         """Forget the last generation and start a new one."""
 
     @abstractmethod
-    def propose(
-        self, roots: Int[Tensor, " batch"], *, noise: PositionNoise | None
-    ) -> Draft:
+    def propose(self, roots: Int[Tensor, " batch"], *, noise: PositionNoise | None) -> Draft:
         """Guess continuations of every row.
 
         Args:

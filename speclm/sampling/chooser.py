@@ -1,6 +1,5 @@
 """How the target chooses a token: logits processors, then argmax over probabilities and noise."""
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.generation import logits_process as processors
@@ -56,7 +55,7 @@ class TokenChooser:
         """
         scores = logits.float()
         for processor in self._processors:
-            scores = processor(None, scores)  # type: ignore[arg-type]  # context-free: never read
+            scores = processor(None, scores)  # context-free: the text is never read
         if noise is not None:
             scores = scores.softmax(-1) / noise
         tokens = scores.argmax(-1)

@@ -40,7 +40,8 @@ class PositionNoise:
     def seek(self, steps: list[int], *, live: list[bool]) -> None:
         """Say which step each row decides next, and drop what no live row can need again."""
         self._steps = steps
-        oldest = min((step for step, is_live in zip(steps, live, strict=True) if is_live), default=0)
+        running = [step for step, is_live in zip(steps, live, strict=True) if is_live]
+        oldest = min(running, default=0)
         for step in [step for step in self._matrices if step < oldest]:
             del self._matrices[step]
 

@@ -1,6 +1,7 @@
 """Grows a tree level by level and keeps its best nodes."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -96,39 +97,49 @@ class GrowingTree:
 
         Syncs with the device: the tree's shape is decided on the host.
         """
-        columns = [
-            (level.tokens.tolist(), level.scores.tolist(), level.parents.tolist(),
-             level.expanded.tolist())
+        levels = [
+            [
+                _HostLevel(*columns)
+                for columns in zip(
+                    level.tokens.tolist(),
+                    level.scores.tolist(),
+                    level.parents.tolist(),
+                    level.expanded.tolist(),
+                    strict=True,
+                )
+            ]
             for level in self._levels
         ]
-        batch = self._levels[0].tokens.shape[0]
-        return [
-            _best_of_row([tuple(part[row] for part in level) for level in columns], num_nodes, min_score)
-            for row in range(batch)
-        ]
+        rows = zip(*levels, strict=True)
+        return [_best_of_row(row, num_nodes, min_score=min_score) for row in rows]
 
 
-def _best_of_row(
-    levels: list[tuple[list[int], list[float], list[int], list[int]]],
-    num_nodes: int,
-    min_score: float,
-) -> GrownRow:
-    candidates = sorted(
-        (
-            (-score, depth, place)
-            for depth, (_, scores, _, _) in enumerate(levels)
-            for place, score in enumerate(scores)
-            if score >= min_score
-        ),
+class _HostLevel(NamedTuple):
+    """One row of a level, on the host."""
+
+    tokens: list[int]
+    scores: list[float]
+    parents: list[int]
+    expanded: list[int]
+
+
+def _best_of_row(levels: tuple[_HostLevel, ...], num_nodes: int, *, min_score: float) -> GrownRow:
+    best = sorted(
+        (-score, depth, place)
+        for depth, level in enumerate(levels)
+        for place, score in enumerate(level.scores)
+        if score >= min_score
     )[:num_nodes]
-    nodes = sorted((depth, -place_score, place) for place_score, depth, place in candidates)
+    nodes = sorted((depth, cost, place) for cost, depth, place in best)
     index = {(depth, place): node for node, (depth, _, place) in enumerate(nodes, start=1)}
     grown = GrownRow([], [], [], [])
-    for depth, score, place in nodes:
-        tokens, _, parents, expanded = levels[depth]
-        above = (depth - 1, levels[depth - 1][3][parents[place]]) if depth else None
-        grown.tokens.append(tokens[place])
-        grown.parents.append(index[above] if above else 0)
-        grown.expansions.append((depth, expanded.index(place)) if place in expanded else None)
-        grown.scores.append(score)
+    for depth, cost, place in nodes:
+        level = levels[depth]
+        above = None if depth == 0 else levels[depth - 1].expanded[level.parents[place]]
+        grown.tokens.append(level.tokens[place])
+        grown.parents.append(0 if above is None else index[depth - 1, above])
+        grown.expansions.append(
+            (depth, level.expanded.index(place)) if place in level.expanded else None
+        )
+        grown.scores.append(-cost)
     return grown

@@ -40,7 +40,7 @@ def check_trees(target: TargetView) -> SelfCheck:
     of fewer than 16 tokens.
     """
     was_training = target.model.training
-    target.model.eval()
+    target.model.train(mode=False)
     try:
         error = _largest_error(target)
     except Exception as exception:  # noqa: BLE001 - foreign model code may fail in any way here
@@ -78,7 +78,7 @@ def _largest_error(target: TargetView) -> float:
     error = _compare(target, logits, rows, tree, topology)
     kept = [[0, 2, 5], [0]]
     cache.keep(kept)
-    rows = [torch.cat([row, tree[i, path]]) for i, (row, path) in enumerate(zip(rows, kept, strict=True))]
+    rows = [torch.cat([rows[row], tree[row, path]]) for row, path in enumerate(kept)]
     tree = tree.flip(1)
     logits = target.forward_tree(tree, topology, cache)
     return max(error, _compare(target, logits, rows, tree, topology))
@@ -87,14 +87,14 @@ def _largest_error(target: TargetView) -> float:
 def _compare(
     target: TargetView,
     logits: Tensor,
-    rows: list[Int[Tensor, " seq"]],
+    rows: list[Int[Tensor, " _"]],  # of unequal length
     tree: Int[Tensor, "batch nodes"],
     topology: TreeTopology,
 ) -> float:
     """Return the largest relative difference to plain forwards of all root-to-leaf paths."""
     worst = 0.0
     for row, prefix in enumerate(rows):
-        paths = [[node for node in topology.path_indices[0, leaf].tolist()] for leaf in _LEAVES]
+        paths: list[list[int]] = topology.path_indices[0, list(_LEAVES)].tolist()
         sequences = torch.stack([torch.cat([prefix, tree[row, path]]) for path in paths])
         expected = target.model(input_ids=sequences, use_cache=False).logits
         for path, reference in zip(paths, expected, strict=True):

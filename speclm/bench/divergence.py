@@ -1,0 +1,161 @@
+"""Where an output differs from plain decoding, and whether rounding explains it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from speclm.bench.calls import Call
+from speclm.sampling.noise import PositionNoise
+from speclm.target import TargetView
+from speclm.tree.topology import chain
+
+MAX_GAP_PER_DIFFERENCE = 4.0
+"""Two roundings move two scores; beyond twice their sum a divergence is a mistake."""
+
+_NUM_NODES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """The first position at which a row differs from plain decoding.
+
+    Args:
+        call: Index of the call.
+        row: Row of its batch.
+        position: Index of the new token.
+        plain_token: Plain decoding's token; -1 when its row has ended.
+        token: The other token; -1 when that row has ended.
+        gap: Score by which the winner leads the token that was emitted instead: a logit, or,
+            when sampling, the logarithm of the probability over the noise.
+        logit_difference: Largest difference at that position between the logits of one-token
+            forwards and of forwards over `_NUM_NODES` nodes, in the units of `gap`.
+    """
+
+    call: int
+    row: int
+    position: int
+    plain_token: int
+    token: int
+    gap: float
+    logit_difference: float
+
+    @property
+    def is_explained(self) -> bool:
+        """Whether rounding alone can have made the difference."""
+        return self.gap <= MAX_GAP_PER_DIFFERENCE * self.logit_difference
+
+
+def first_difference(plain: list[int], other: list[int]) -> int | None:
+    """Return the first position at which two rows differ; None when they are equal."""
+    if plain == other:
+        return None
+    pairs = enumerate(zip(plain, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(plain), len(other)))
+
+
+@torch.no_grad()
+def explain(
+    base: PreTrainedModel,
+    call: Call,
+    *,
+    index: int,
+    plain: list[list[int]],
+    other: list[list[int]],
+) -> list[Divergence]:
+    """Return the first divergence of every row that has one, with what rounding does there.
+
+    Args:
+        base: The model.
+        call: What was generated.
+        index: Index of the call, for the report.
+        plain: New tokens of each row by plain decoding.
+        other: New tokens of each row, to be judged.
+    """
+    found: list[Divergence] = []
+    for row, (expected, emitted) in enumerate(zip(plain, other, strict=True)):
+        position = first_difference(expected, emitted)
+        if position is None:
+            continue
+        plain_token, token = (
+            tokens[position] if position < len(tokens) else -1 for tokens in (expected, emitted)
+        )
+        one, many = _logits_both_ways(base, call, row, expected[:position])
+        one, many = (_process(base, call, logits) for logits in (one, many))
+        both = one.isfinite() & many.isfinite()
+        difference = float((one - many)[both].abs().max())
+        scores = one if not call.is_sampled else one - _log_noise(base, call, row, position)
+        rivals = [float(scores[t]) if t >= 0 else -float("inf") for t in (plain_token, token)]
+        gap = float(scores.max()) - min(rivals)
+        found.append(Divergence(index, row, position, plain_token, token, gap, difference))
+    return found
+
+
+def _logits_both_ways(
+    base: PreTrainedModel, call: Call, row: int, decoded: list[int]
+) -> tuple[Float[Tensor, " vocab"], Float[Tensor, " vocab"]]:
+    """Return the logits after `decoded`, fed token by token and in trees.
+
+    The row is repeated to the batch of the call, whose size decides how products are rounded.
+    """
+    batch = call.input_ids.shape[0]
+    prompt = call.input_ids[row][call.attention_mask[row].bool()].expand(batch, -1)
+    tokens = torch.tensor(decoded, dtype=torch.long, device=prompt.device).expand(batch, -1)
+
+    plain_cache = DynamicCache(config=base.config)
+    output = base(input_ids=prompt, past_key_values=plain_cache, use_cache=True, logits_to_keep=1)
+    for step in range(len(decoded)):
+        output = base(
+            input_ids=tokens[:, step : step + 1], past_key_values=plain_cache, use_cache=True
+        )
+    one = output.logits[0, -1]
+
+    view = TargetView(base)
+    cache = view.new_cache(torch.zeros(batch, dtype=torch.long, device=prompt.device))
+    many = view.prefill(prompt, cache)[0]
+    for first in range(0, len(decoded), _NUM_NODES):
+        is_last = first + _NUM_NODES >= len(decoded)
+        nodes = tokens[:, first : first + _NUM_NODES]
+        num_real = nodes.shape[1]
+        padding = nodes[:, -1:].expand(-1, _NUM_NODES - num_real)
+        topology = chain(_NUM_NODES - 1, device=prompt.device)
+        logits = view.forward_tree(torch.cat([nodes, padding], dim=1), topology, cache)
+        cache.keep([list(range(num_real))] * batch)
+        if is_last:
+            many = logits[0, num_real - 1]
+    return one.float(), many.float()
+
+
+def _process(
+    base: PreTrainedModel, call: Call, logits: Float[Tensor, " vocab"]
+) -> Float[Tensor, " vocab"]:
+    """Apply the processors that ``generate`` resolves the call to."""
+    resolved: list[Any] = []
+
+    def capture(
+        _model: object, input_ids: Tensor, logits_processor: list[Any], *_: Any, **__: Any
+    ) -> Tensor:
+        resolved.extend(logits_processor)
+        return input_ids
+
+    base.generate(**call.arguments, custom_generate=capture)  # type: ignore[operator]  # mixin
+    scores = logits[None]
+    for processor in resolved:
+        scores = processor(call.input_ids[:1], scores)
+    return scores[0].log_softmax(-1) if call.is_sampled else scores[0]
+
+
+def _log_noise(
+    base: PreTrainedModel, call: Call, row: int, position: int
+) -> Float[Tensor, " vocab"]:
+    """Return the noise that decided the position."""
+    torch.manual_seed(call.seed)
+    noise = PositionNoise(
+        batch=call.input_ids.shape[0],
+        vocab_size=TargetView(base).vocab_size,
+        device=call.input_ids.device,
+    )
+    return noise.row(row, position).log()

@@ -1,0 +1,166 @@
+"""Paired measurement: every run stands next to a plain run of the same call."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from statistics import quantiles
+
+from transformers import PreTrainedModel
+
+from speclm.bench.arms import Arm, Outcome
+from speclm.bench.calls import Call
+from speclm.bench.divergence import Divergence, explain
+from speclm.errors import MeasurementError
+from speclm.stats import SpeculationStats
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Median and quartiles of a sample."""
+
+    lower_quartile: float
+    median: float
+    upper_quartile: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        """Summarise at least one value."""
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0])
+        return cls(*quantiles(values, n=4, method="inclusive"))
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A plain run and a run of an arm, one right after the other."""
+
+    plain: Outcome
+    arm: Outcome
+
+    @property
+    def ratio(self) -> float:
+        """Plain seconds a token over the arm's: of seconds, wherever outputs are equal."""
+        return self.arm.tokens_per_second / self.plain.tokens_per_second
+
+    @property
+    def is_identical(self) -> bool:
+        """Whether both runs gave the same tokens in every row."""
+        return self.plain.tokens == self.arm.tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """An arm beside plain decoding.
+
+    Args:
+        arm: Name of the arm.
+        promises_identity: Whether it claims plain decoding's tokens.
+        pairs: One a call.
+        divergences: Where the outputs of an arm that promises identity differ.
+    """
+
+    arm: str
+    promises_identity: bool
+    pairs: list[Pair]
+    divergences: list[Divergence] = field(default_factory=list)
+
+    @property
+    def ratio(self) -> Spread:
+        """Plain time over the arm's, over pairs."""
+        return Spread.of([pair.ratio for pair in self.pairs])
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of all runs of the arm over their time."""
+        return _rate([pair.arm for pair in self.pairs])
+
+    @property
+    def plain_tokens_per_second(self) -> float:
+        """Tokens of all plain runs over their time."""
+        return _rate([pair.plain for pair in self.pairs])
+
+    @property
+    def num_identical(self) -> int:
+        """Pairs whose runs gave the same tokens."""
+        return sum(pair.is_identical for pair in self.pairs)
+
+    @property
+    def is_honest(self) -> bool:
+        """Whether the outputs are what the arm promises, rounding aside."""
+        if not self.promises_identity:
+            return True
+        differing = {index for index, pair in enumerate(self.pairs) if not pair.is_identical}
+        listed = {divergence.call for divergence in self.divergences}
+        return listed == differing and all(found.is_explained for found in self.divergences)
+
+    @property
+    def stats(self) -> SpeculationStats | None:
+        """Counters of all runs together; None for an arm without any."""
+        return merge_stats([pair.arm.stats for pair in self.pairs])
+
+
+def compare(
+    plain: Arm,
+    arm: Arm,
+    calls: Sequence[Call],
+    *,
+    base: PreTrainedModel,
+    num_warmup: int = 1,
+    on_pair: Callable[[Pair], object] | None = None,
+) -> Comparison:
+    """Run an arm next to plain decoding, in alternating order, and check its outputs.
+
+    Args:
+        plain: The arm of plain decoding.
+        arm: The arm to measure.
+        calls: What is generated; one pair each.
+        base: The model, which explains divergences.
+        num_warmup: Calls run by both before anything is counted.
+        on_pair: Told every pair, e.g. to show progress.
+
+    Raises:
+        MeasurementError: If there is no call.
+    """
+    if not calls:
+        raise MeasurementError("no prompts to measure on, expected at least one; pass more")
+    for call in calls[:num_warmup]:
+        plain.run(call)
+        arm.run(call)
+    pairs: list[Pair] = []
+    for index, call in enumerate(calls):
+        if index % 2:
+            measured = arm.run(call)
+            pair = Pair(plain=plain.run(call), arm=measured)
+        else:
+            pair = Pair(plain=plain.run(call), arm=arm.run(call))
+        pairs.append(pair)
+        if on_pair is not None:
+            on_pair(pair)
+    divergences = [
+        found
+        for index, (call, pair) in enumerate(zip(calls, pairs, strict=True))
+        if arm.promises_identity
+        for found in explain(
+            base, call, index=index, plain=pair.plain.tokens, other=pair.arm.tokens
+        )
+    ]
+    return Comparison(arm.name, arm.promises_identity, pairs, divergences)
+
+
+def merge_stats(parts: Sequence[SpeculationStats | None]) -> SpeculationStats | None:
+    """Add the counters of several calls; None when there are none."""
+    counted = [part for part in parts if part is not None]
+    if not counted:
+        return None
+    merged = SpeculationStats(backend=counted[0].backend)
+    for part in counted:
+        merged.rows.extend(part.rows)
+        merged.rounds += part.rounds
+        merged.is_lossy = merged.is_lossy or part.is_lossy
+        merged.fallbacks += [text for text in part.fallbacks if text not in merged.fallbacks]
+        for name, seconds in part.seconds.items():
+            merged.seconds[name] = merged.seconds.get(name, 0.0) + seconds
+    return merged
+
+
+def _rate(outcomes: Sequence[Outcome]) -> float:
+    return sum(run.num_tokens for run in outcomes) / sum(run.seconds for run in outcomes)
