@@ -1,0 +1,239 @@
+"""The promise: the tokens of `base.generate`, and its generator state, in fewer forwards."""
+
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from speclm import SpecModel
+from speclm.proposers.draft_model import DraftModelProposer
+from speclm.proposers.interface import Proposer
+from speclm.proposers.ngram import NgramProposer
+from tests.drafting import RandomTreeProposer, ScriptedProposer
+from tests.models import FAMILIES, VOCAB_SIZE, build_model, generate, prompts, shared_model
+
+NEW_TOKENS = 20
+DEPTH = 4
+WRONG_AT = (3, 4, 11)
+
+CELLS: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "default": {"do_sample": True},
+    "temperature and top-p": {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0},
+    "temperature 1": {"do_sample": True, "temperature": 1.0, "top_k": 0},
+    "top-k": {"do_sample": True, "top_k": 7, "temperature": 1.3},
+    "min-p": {"do_sample": True, "min_p": 0.05, "top_k": 0},
+    "typical-p": {"do_sample": True, "typical_p": 0.8, "top_k": 0},
+    "epsilon cutoff": {"do_sample": True, "epsilon_cutoff": 0.02, "top_k": 0},
+    "eta cutoff": {"do_sample": True, "eta_cutoff": 0.02, "top_k": 0},
+    "top-h": {"do_sample": True, "top_h": 0.5, "top_k": 0},
+    "all at once": {
+        "do_sample": True,
+        "temperature": 0.8,
+        "top_k": 40,
+        "top_p": 0.95,
+        "min_p": 0.01,
+        "suppress_tokens": [3, 4],
+        "renormalize_logits": True,
+        "remove_invalid_values": True,
+    },
+}
+LAYOUTS = {"one row": (9,), "padded rows": (11, 5, 2, 14), "one token": (1,)}
+HALF = (("greedy", "padded rows"), ("default", "one row"))  # each of both, at half the time
+BOUNDS = (*({"max_new_tokens": new} for new in (1, 2, 3, 5)), {"max_length": 20})
+PROPOSERS = ("random tree", "ngram", "draft = target", "other draft", "none")
+
+
+@cache
+def plain(family: str, cell: str, layout: str, new: int = NEW_TOKENS) -> tuple[Tensor, Tensor]:
+    """Return the output of `base.generate` and the generator's state behind it."""
+    inputs = prompts(*LAYOUTS[layout])
+    return generate(shared_model(family), inputs, max_new_tokens=new, **CELLS[cell])
+
+
+def new_tokens(output: Tensor, prompt: Tensor) -> list[list[int]]:
+    return output[:, prompt.shape[1] :].tolist()
+
+
+def require_equal(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
+    assert found[0].tolist() == expected[0].tolist()
+    assert torch.equal(found[1], expected[1]), "the generator was left in another state"
+
+
+def require_speculation(spec: SpecModel, *, tokens: int, errors: int) -> None:
+    stats = spec.last_speculation
+    assert stats.fallbacks == []
+    assert stats.rounds <= math.ceil(tokens / (DEPTH + 1)) + errors + 1
+
+
+def make_proposer(kind: str, family: str, reference: list[list[int]]) -> Proposer | None:
+    target = shared_model(family)
+    build: dict[str, Callable[[], Proposer | None]] = {
+        "random tree": lambda: RandomTreeProposer(reference, vocab_size=VOCAB_SIZE),
+        "ngram": NgramProposer,
+        "draft = target": lambda: DraftModelProposer(target, target=target),
+        "other draft": lambda: DraftModelProposer(
+            shared_model("llama", 7), target=target, min_probability=0.0, min_confidence=0.0
+        ),
+        "none": lambda: None,
+    }
+    return build[kind]()
+
+
+@cache
+def spec_model(family: str) -> SpecModel:
+    return SpecModel(shared_model(family), None)
+
+
+@pytest.fixture
+def spec(request: pytest.FixtureRequest) -> SpecModel:
+    return spec_model(request.node.callspec.params["family"])
+
+
+@pytest.mark.parametrize(
+    ("cell", "layout"),
+    [
+        (cell, layout)
+        for cell in CELLS
+        for layout in LAYOUTS
+        if layout != "one token" or cell in {"greedy", "default"}
+    ],
+)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scripted_draft_gives_the_tokens_of_plain_decoding_in_few_rounds(
+    family, cell, layout, spec
+):
+    inputs = prompts(*LAYOUTS[layout])
+    expected = plain(family, cell, layout)
+    reference = new_tokens(expected[0], inputs["input_ids"])
+    spec.proposer = ScriptedProposer(reference, depth=DEPTH, wrong_at=WRONG_AT)
+    found = generate(spec, inputs, max_new_tokens=NEW_TOKENS, **CELLS[cell])
+    require_equal(found, expected)
+    require_speculation(spec, tokens=NEW_TOKENS, errors=len(WRONG_AT))
+
+
+@pytest.mark.parametrize("layout", ["one row", "padded rows"])
+@pytest.mark.parametrize("cell", ["greedy", "temperature and top-p"])
+@pytest.mark.parametrize("kind", PROPOSERS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_proposer_gives_the_tokens_of_plain_decoding(family, kind, cell, layout, spec):
+    inputs = prompts(*LAYOUTS[layout])
+    expected = plain(family, cell, layout)
+    spec.proposer = make_proposer(kind, family, new_tokens(expected[0], inputs["input_ids"]))
+    found = generate(spec, inputs, max_new_tokens=NEW_TOKENS, **CELLS[cell])
+    require_equal(found, expected)
+    assert spec.last_speculation.fallbacks == []
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adversarial_trees_over_many_seeds(family, seed, spec):
+    inputs = prompts(3, 12, 7, seed=seed)
+    settings = {"do_sample": True, "temperature": 0.9, "max_new_tokens": 40}
+    expected = generate(spec.base, inputs, seed=seed, **settings)
+    reference = new_tokens(expected[0], inputs["input_ids"])
+    spec.proposer = RandomTreeProposer(
+        reference, vocab_size=VOCAB_SIZE, num_nodes=5 + 9 * seed, seed=seed
+    )
+    require_equal(generate(spec, inputs, seed=seed, **settings), expected)
+    assert spec.last_speculation.rounds < 39
+
+
+@pytest.mark.parametrize("lengths", [(9,), (6, 10)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_num_return_sequences_expands_the_batch(family, lengths, spec):
+    inputs = prompts(*lengths)
+    settings = {"do_sample": True, "num_return_sequences": 3, "max_new_tokens": 12}
+    expected = generate(spec.base, inputs, **settings)
+    assert len(expected[0]) == 3 * len(lengths)
+    reference = new_tokens(expected[0], inputs["input_ids"])
+    spec.proposer = ScriptedProposer(reference, depth=DEPTH, wrong_at=WRONG_AT[:2])
+    require_equal(generate(spec, inputs, **settings), expected)
+    require_speculation(spec, tokens=12, errors=2)
+
+
+@pytest.mark.parametrize("at", [0, 1, 5, 6, 13])
+@pytest.mark.parametrize(("cell", "layout"), HALF)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_end_at_an_eos_token_that_occurs_early(family, cell, at, layout, spec):
+    inputs = prompts(*LAYOUTS[layout])
+    unbounded = new_tokens(plain(family, cell, layout)[0], inputs["input_ids"])
+    eos = unbounded[-1][at]
+    settings = {**CELLS[cell], "eos_token_id": eos, "max_new_tokens": NEW_TOKENS}
+    expected = generate(spec.base, inputs, **settings)
+    spec.proposer = ScriptedProposer(unbounded, depth=DEPTH, wrong_at=WRONG_AT)
+    require_equal(generate(spec, inputs, **settings), expected)
+    require_speculation(spec, tokens=NEW_TOKENS, errors=len(WRONG_AT))
+    assert unbounded[-1].index(eos) <= at
+
+
+@pytest.mark.parametrize("kind", ["random tree", "ngram", "other draft"])
+@pytest.mark.parametrize("cell", ["greedy", "default"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_several_eos_tokens_end_different_rows(family, cell, kind, spec):
+    inputs = prompts(*LAYOUTS["padded rows"])
+    unbounded = new_tokens(plain(family, cell, "padded rows")[0], inputs["input_ids"])
+    eos = [row[3 + 2 * number] for number, row in enumerate(unbounded)]
+    settings = {**CELLS[cell], "eos_token_id": eos, "max_new_tokens": NEW_TOKENS}
+    expected = generate(spec.base, inputs, **settings)
+    assert expected[0].shape[1] < inputs["input_ids"].shape[1] + NEW_TOKENS
+    spec.proposer = make_proposer(kind, family, unbounded)
+    require_equal(generate(spec, inputs, **settings), expected)
+    assert spec.last_speculation.fallbacks == []
+
+
+def test_eos_none_in_the_generation_config_never_ends_a_row():
+    model = build_model("llama")
+    inputs = prompts(6)
+    tokens = new_tokens(plain("llama", "greedy", "one row")[0], prompts(9)["input_ids"])[0]
+    model.generation_config.eos_token_id = tokens[2]
+    spec = SpecModel(model, ScriptedProposer([tokens], depth=DEPTH))
+    settings = {"do_sample": False, "max_new_tokens": 9}
+    with_eos = generate(spec, prompts(9), **settings)
+    require_equal(with_eos, generate(model, prompts(9), **settings))
+    assert with_eos[0].shape[1] == 9 + 1 + tokens.index(tokens[2])
+    model.generation_config.eos_token_id = None
+    without = generate(spec, inputs, **settings)
+    require_equal(without, generate(model, inputs, **settings))
+    assert without[0].shape[1] == 6 + 9
+
+
+@pytest.mark.parametrize(("cell", "layout"), HALF)
+@pytest.mark.parametrize("bound", BOUNDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_length_bounds_cut_inside_an_accepted_run(family, bound, cell, layout, spec):
+    inputs = prompts(*LAYOUTS[layout])
+    full = plain(family, cell, layout)[0]
+    expected = generate(spec.base, inputs, **bound, **CELLS[cell])
+    spec.proposer = ScriptedProposer(new_tokens(full, inputs["input_ids"]), depth=DEPTH)
+    require_equal(generate(spec, inputs, **bound, **CELLS[cell]), expected)
+    require_speculation(spec, tokens=expected[0].shape[1] - inputs["input_ids"].shape[1], errors=0)
+
+
+@pytest.mark.parametrize("cell", ["greedy", "default"])
+def test_a_fast_row_waits_for_a_slow_one_when_it_is_too_far_ahead(cell):
+    inputs = prompts(4, 6)
+    settings = {**CELLS[cell], "max_new_tokens": 110}
+    spec = spec_model("llama")
+    expected = generate(spec.base, inputs, **settings)
+    reference = new_tokens(expected[0], inputs["input_ids"])
+    slow = [token ^ 1 for token in reference[1]]
+    spec.proposer = ScriptedProposer([reference[0], slow], depth=16)
+    require_equal(generate(spec, inputs, **settings), expected)
+    lengths = [row.accepted_lengths for row in spec.last_speculation.rows]
+    assert spec.last_speculation.rounds == len(lengths[1]) == 109
+    assert sum(lengths[0]) + len(lengths[0]) == 109
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generation_over_several_blocks_of_the_cache(family, spec):
+    inputs = prompts(250, 200)
+    settings = {"do_sample": True, "max_new_tokens": 30}
+    expected = generate(spec.base, inputs, **settings)
+    reference = new_tokens(expected[0], inputs["input_ids"])
+    spec.proposer = RandomTreeProposer(reference, vocab_size=VOCAB_SIZE, num_nodes=20)
+    require_equal(generate(spec, inputs, **settings), expected)
