@@ -13,6 +13,7 @@ from transformers.generation.stopping_criteria import (
     StoppingCriteriaList,
 )
 
+from speclm.errors import PromptError
 from speclm.sampling.chooser import first_context_dependent
 
 KNOWN_INPUTS = frozenset(
@@ -74,15 +75,30 @@ def eos_token_ids(stopping_criteria: Sequence[Any]) -> frozenset[int]:
     return frozenset(ids)
 
 
+def require_left_padding(attention_mask: Tensor) -> None:
+    """Check that every row of a mask ``[batch, seq]`` ends with a token.
+
+    Raises:
+        PromptError: If a row ends with padding.
+    """
+    if not bool(attention_mask[:, -1].all()):
+        raise PromptError(
+            "prompt is padded on the right: the attention mask ends with 0; decoder-only models "
+            "need left padding, tokenizer.padding_side = 'left'"
+        )
+
+
 def left_padding(tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
     """Return the number of padding tokens at the start of each row.
 
     Raises:
         NeedsPlainDecoding: If the mask has holes after a row's first token.
+        PromptError: If a row is padded on the right.
     """
     batch, length = tokens.shape
     if attention_mask is None:
         return torch.zeros(batch, dtype=torch.long, device=tokens.device)
+    require_left_padding(attention_mask)
     num_padding = length - attention_mask.long().sum(1)
     slots = torch.arange(length, device=tokens.device)
     if not torch.equal(attention_mask.bool(), slots >= num_padding[:, None]):

@@ -6,10 +6,11 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from speclm.errors import OptionError, UnknownNameError
+from speclm.errors import OptionError, UnknownNameError, UnsupportedModelError
 from speclm.proposers.draft_model import DraftModelProposer
 from speclm.proposers.interface import Proposer
 from speclm.proposers.registry import registered_proposers
+from speclm.verify import check_trees
 
 
 def load_proposer(
@@ -32,6 +33,7 @@ def load_proposer(
         UnknownNameError: If a string is no registered name, no folder and not on the hub.
         OptionError: If options are given for an object that is already built.
         VocabularyMismatchError: If a draft model has another vocabulary.
+        UnsupportedModelError: If a draft model fails the tree self-check.
     """
     options = {} if num_draft_tokens is None else {"num_draft_tokens": num_draft_tokens}
     if heads is None or isinstance(heads, Proposer):
@@ -48,11 +50,23 @@ def load_proposer(
                 f"heads is a loaded model and heads_kwargs {sorted(heads_kwargs)!r} would have no "
                 "effect; pass them where the model is loaded"
             )
-        return DraftModelProposer(heads, target=base, **options)
+        return _wrap_draft_model(heads, base, options)
     if str(heads) in registered_proposers():
         return _create(str(heads), {**heads_kwargs, **options})
-    draft = _load_draft_model(heads, base, heads_kwargs)
-    return DraftModelProposer(draft, target=base, **options)
+    return _wrap_draft_model(_load_draft_model(heads, base, heads_kwargs), base, options)
+
+
+def _wrap_draft_model(
+    draft: PreTrainedModel, base: PreTrainedModel, options: dict[str, int]
+) -> Proposer:
+    proposer = DraftModelProposer(draft, target=base, **options)
+    check = check_trees(proposer.view)
+    if not check.passes:
+        raise UnsupportedModelError(
+            f"draft model {proposer.view.name} cannot draft trees: {check.reason}; choose a draft "
+            "model of a family that passes the self-check, such as Llama or Qwen"
+        )
+    return proposer
 
 
 def _create(name: str, options: dict[str, Any]) -> Proposer:

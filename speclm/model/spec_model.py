@@ -15,13 +15,13 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.cache_utils import Cache
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from speclm.errors import CacheError, OptionError, PromptError
+from speclm.errors import OptionError
 from speclm.generation import NeedsPlainDecoding, generate_tokens
+from speclm.model.arguments import first_delegated, require_acceptable, resolve_setting
 from speclm.model.loading import load_proposer
 from speclm.proposers.interface import Proposer
 from speclm.stats import SpeculationStats
@@ -29,33 +29,6 @@ from speclm.target import TargetView
 from speclm.verify import check_trees
 
 _log = logging.getLogger("speclm")
-
-_OTHER_SPECULATION = (
-    "assistant_model",
-    "assistant_tokenizer",
-    "prompt_lookup_num_tokens",
-    "use_mtp",
-    "speculation_type",
-    "custom_generate",
-)
-_DELEGATED_ARGUMENTS = (
-    "streamer",
-    "stop_strings",
-    "stopping_criteria",
-    "prefix_allowed_tokens_fn",
-    "negative_prompt_ids",
-    "negative_prompt_attention_mask",
-    "synced_gpus",
-    "inputs_embeds",
-    "position_ids",
-    "past_key_values",
-    "dola_layers",
-    "penalty_alpha",
-    "num_beam_groups",
-    "cache_implementation",
-    "constraints",
-    "force_words_ids",
-)
 
 
 @dataclass
@@ -193,8 +166,7 @@ class SpecModel:
             "stopping_criteria": stopping_criteria,
             **kwargs,
         }
-        _require_acceptable(arguments)
-        _require_valid_prompt(inputs if inputs is not None else kwargs.get("input_ids"), kwargs)
+        require_acceptable(arguments, self.generation_config)
         stats = SpeculationStats(backend="tree attention")
         self.last_speculation = stats
         try:
@@ -210,7 +182,7 @@ class SpecModel:
             if isinstance(output, Tensor):
                 return output
             return SpeculativeOutput(**output, speculation=stats)
-        if _setting("return_dict_in_generate", arguments, self.generation_config):
+        if resolve_setting("return_dict_in_generate", arguments, self.generation_config):
             return SpeculativeOutput(sequences=sequences, speculation=stats)
         return cast("Tensor", sequences)
 
@@ -258,54 +230,11 @@ class SpecModel:
             raise NeedsPlainDecoding(self.self_check.reason)
         if self.base.training:
             raise NeedsPlainDecoding("the model is in training mode, whose dropout is random")
-        for name in _DELEGATED_ARGUMENTS:
-            if _setting(name, arguments, self.generation_config):
-                raise NeedsPlainDecoding(name)
+        name = first_delegated(arguments, self.generation_config)
+        if name is not None:
+            raise NeedsPlainDecoding(name)
 
     def _log_once(self, reason: str) -> None:
         if reason not in self._logged:
             self._logged.add(reason)
             _log.warning("decoding plainly with %s.generate: %s", type(self.base).__name__, reason)
-
-
-def _setting(name: str, arguments: dict[str, Any], default: GenerationConfig) -> Any:
-    """Return a setting as `generate` resolves it: argument, given config, model's config."""
-    if arguments.get(name) is not None:
-        return arguments[name]
-    given = arguments.get("generation_config")
-    for config in (given, default):
-        if config is not None and getattr(config, name, None) is not None:
-            return getattr(config, name)
-    return None
-
-
-def _require_acceptable(arguments: dict[str, Any]) -> None:
-    config = arguments.get("generation_config")
-    for name in _OTHER_SPECULATION:
-        if arguments.get(name) or getattr(config, name, None):
-            raise OptionError(
-                f"{name} asks for Transformers' own speculation or decoding, and this model has "
-                "its own; drop it, or call .base.generate"
-            )
-    cache = arguments.get("past_key_values")
-    if isinstance(cache, Cache) and not all(layer.is_croppable for layer in cache.layers):
-        raise CacheError(
-            f"past_key_values is a {type(cache).__name__}, which cannot be rolled back; pass a "
-            "DynamicCache, or none"
-        )
-
-
-def _require_valid_prompt(tokens: Tensor | None, arguments: dict[str, Any]) -> None:
-    if tokens is None:
-        return
-    if tokens.dim() != 2 or 0 in tokens.shape:
-        raise PromptError(
-            f"prompt has shape {tuple(tokens.shape)}, expected [batch, seq] with at least one row "
-            "and one token; tokenize with return_tensors='pt'"
-        )
-    mask = arguments.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2 and not bool(mask[:, -1].all()):
-        raise PromptError(
-            "prompt is padded on the right: the attention mask ends with 0; decoder-only models "
-            "need left padding, tokenizer.padding_side = 'left'"
-        )
