@@ -47,6 +47,7 @@ class TreeStep:
         self._visible = visible
         self._slot_depths = slot_depths
         self._cache = cache
+        self._biases: dict[tuple[int | None, torch.dtype], Tensor | None] = {}
         self._masks: dict[int | None, Bool[Tensor, "batch 1 nodes kv_len"] | None] = {}
 
     def mask(self, window: int | None) -> Bool[Tensor, "batch 1 nodes kv_len"] | None:
@@ -62,6 +63,21 @@ class TreeStep:
         if window not in self._masks:
             self._masks[window] = self._build(window)
         return self._masks[window]
+
+    def bias(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
+        """Return `mask` as the scores to add to attention logits, ``-inf`` where it is False.
+
+        What every layer would otherwise derive from the mask is derived once a step.
+        """
+        key = (window, dtype)
+        if key not in self._biases:
+            mask = self.mask(window)
+            self._biases[key] = (
+                None
+                if mask is None
+                else torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
+            )
+        return self._biases[key]
 
     def _build(self, window: int | None) -> Bool[Tensor, "batch 1 nodes kv_len"] | None:
         cache, visible = self._cache, self._visible
@@ -145,8 +161,8 @@ def _tree_attention(previous: str) -> AttentionFunction:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         step = _STEP.get()
-        mask = None if step is None else step.mask(kwargs.get("sliding_window"))
-        if mask is None:
+        bias = None if step is None else step.bias(kwargs.get("sliding_window"), query.dtype)
+        if bias is None:
             return _previous_function(previous, module)(
                 module, query, key, value, attention_mask, scaling=scaling, **kwargs
             )
@@ -160,7 +176,7 @@ def _tree_attention(previous: str) -> AttentionFunction:
             groups = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         output = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True
+            query, key, value, attn_mask=bias, scale=scaling, enable_gqa=True
         )
         return output.transpose(1, 2).contiguous(), None
 

@@ -162,16 +162,16 @@ class TreeLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init
         if self.keys is None or self.values is None:
             self.lazy_initialization(key_states, value_states)
             return key_states, value_states
-        first = self._owner.tree_start + self._owner.num_pending
-        past = first + key_states.shape[2]
+        first, added = self._owner.tree_start + self._owner.num_pending, key_states.shape[2]
+        past = first + added
         if past > self._owner.capacity:
             raise CacheError(
                 f"cache has room for {self._owner.capacity} slots, a forward wrote slot {past}; "
                 "decode through speclm, or pass a DynamicCache to the model itself"
             )
-        self.keys[:, :, first:past] = key_states
-        self.values[:, :, first:past] = value_states
-        return self.keys[:, :, :past], self.values[:, :, :past]
+        self.keys.narrow(2, first, added).copy_(key_states)
+        self.values.narrow(2, first, added).copy_(value_states)
+        return self.keys.narrow(2, 0, past), self.values.narrow(2, 0, past)
 
     def get_seq_length(self) -> int:
         """Return the slots in use, pending nodes included."""

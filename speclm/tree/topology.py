@@ -133,9 +133,15 @@ def unpack_words(
     words: Int[Tensor, "*axes words"], *, num_bits: int
 ) -> Bool[Tensor, "*axes num_bits"]:
     """Spread packed int64 words into one boolean per bit."""
-    bits = torch.arange(num_bits, device=words.device)
-    spread = words[..., bits // _WORD_BITS] >> (bits % _WORD_BITS)
-    return (spread & 1).bool()
+    word, shift = _bit_places(num_bits, words.device)
+    return (words[..., word] >> shift).bitwise_and_(1).bool()
+
+
+@lru_cache(maxsize=MAX_NODES)
+def _bit_places(num_bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the word and the shift of each bit."""
+    bits = torch.arange(num_bits, device=device)
+    return bits // _WORD_BITS, bits % _WORD_BITS
 
 
 @dataclass(frozen=True, slots=True)
