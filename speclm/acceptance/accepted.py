@@ -29,7 +29,7 @@ class Accepted:
         """Build from lists on the host, which are kept for `paths` and `emitted`."""
         width = max(map(len, paths))
         both = [[row + [-1] * (width - len(row)) for row in rows] for rows in (paths, emitted)]
-        path, tokens = torch.tensor(both, dtype=torch.long, device=device).view(2, -1, width)
+        path, tokens = torch.tensor(both, dtype=torch.long, device=device)  # [2, batch, path]
         accepted = cls(path=path, tokens=tokens)
         vars(accepted).update(paths=paths, emitted=emitted)  # where cached_property looks
         return accepted
