@@ -1,0 +1,309 @@
+"""Does a proposer keep the rules of its interface?"""
+
+import pickle
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from speclm.acceptance.accepted import Accepted
+from speclm.acceptance.exact import accept_exact
+from speclm.config import MAX_DEPTH, require_in_range
+from speclm.errors import ProposerContractError
+from speclm.proposers.interface import Draft, Prefill, Proposer
+from speclm.sampling.noise import PositionNoise
+from speclm.testing._draft_checks import require_sound_draft
+from speclm.testing._scripted_rows import ScriptedRow, guessed_paths
+
+_NUM_ROUNDS = 8
+_PROB_TOLERANCE = 1e-3  # a product over more rows, or over padding, rounds differently
+
+Guess = dict[tuple[int, ...], float]
+History = list[list[Guess]]  # for each round a list of rows
+
+
+def check_proposer(
+    make_proposer: Callable[[], Proposer] | Proposer,
+    *,
+    vocab_size: int = 32,
+    device: str | torch.device = "cpu",
+    temperature: float = 0.8,
+    max_length: int = 64,
+    seed: int = 0,
+) -> None:
+    """Drive a proposer through scripted generations and check what it returns.
+
+    The generations are greedy and sampled, alone and in left-padded batches, with accepted runs of
+    every length, rows that wait and rows that end. Checked are: dtype, device and shape of drafts;
+    that column 0 holds the roots; topology and probabilities; that arguments, earlier drafts and
+    the global generators are left alone; that a row's draft depends neither on the other rows nor
+    on an earlier generation; and that committed tokens matter to a proposer whose guesses depend
+    on the prompt. That the last one cannot be seen in a proposer which ignores its prompt is the
+    one limit of this check. It takes seconds; models should be small.
+
+    Args:
+        make_proposer: Builds a proposer, or is one. The former also finds state that instances
+            share.
+        vocab_size: Size of the target's vocabulary.
+        device: Where the target lives.
+        temperature: Temperature of the sampled generations.
+        max_length: Most tokens of prompt and output together, in ``[32, 4096]``.
+        seed: Seed of prompts and of the target's choices.
+
+    Raises:
+        ProposerContractError: At the first broken rule; the message says which, and the remedy.
+        OptionError: If an option is out of range.
+
+    Example:
+        ```python
+        check_proposer(lambda: NgramProposer(num_draft_tokens=4))
+        ```
+    """
+    require_in_range("vocab_size", vocab_size, low=2, high=10**7)
+    require_in_range("max_length", max_length, low=32, high=4096)
+    make = (lambda: make_proposer) if isinstance(make_proposer, Proposer) else make_proposer
+    device = torch.device(device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        for mode_temperature in (0.0, temperature):
+            driver = _Driver(vocab_size, device, mode_temperature, seed)
+            _require_independence(make, driver, _batch(driver, max_length))
+            _require_commits_matter(make, driver, max_length)
+
+
+@dataclass(frozen=True, slots=True)
+class _Driver:
+    """Runs one generation after the other under the same conditions."""
+
+    vocab_size: int
+    device: torch.device
+    temperature: float
+    seed: int
+
+    def run(
+        self, proposer: Proposer, rows: Sequence[ScriptedRow], *, rounds: int = _NUM_ROUNDS
+    ) -> History:
+        """Generate with one proposer; return what it guessed."""
+        watch = _Watch(type(proposer).__name__, self.device)
+        torch.manual_seed(self.seed)
+        noise = None
+        if self.temperature:
+            noise = PositionNoise(batch=len(rows), vocab_size=self.vocab_size, device=self.device)
+        roots = [row.said[0] for row in rows]
+        positions = [1] * len(rows)
+        prefill = self._prefill(rows)
+        inputs = (prefill.tokens, prefill.num_padding, prefill.first_tokens)
+        watch.call("begin", partial(proposer.begin, prefill), inputs)
+        history: History = []
+        for round_index in range(rounds):
+            if noise is not None:
+                noise.seek(positions, live=[True] * len(rows))
+                noise.at_depth(MAX_DEPTH)  # drawn here, so that what moves later is a fault
+            given = torch.tensor(roots, device=self.device)
+            draft = watch.draft(proposer, given, noise, self.vocab_size)
+            history.append([guessed_paths(draft, row) for row in range(len(rows))])
+            limits = [row.limit(positions[b], round_index) for b, row in enumerate(rows)]
+            if not any(limits):
+                break  # no row is live
+            accepted = self._accept(draft, rows, positions).cut(limits)
+            decided = (accepted.path, accepted.tokens)
+            watch.call("commit", partial(proposer.commit, accepted), decided)
+            for row, emitted in enumerate(accepted.emitted):
+                positions[row] += len(emitted)
+                roots[row] = emitted[-1] if emitted else roots[row]
+        return history
+
+    def _prefill(self, rows: Sequence[ScriptedRow]) -> Prefill:
+        width = max(len(row.prompt) for row in rows)
+        padding = [width - len(row.prompt) for row in rows]
+        padded = [[0] * pad + row.prompt for pad, row in zip(padding, rows, strict=True)]
+        return Prefill(
+            tokens=torch.tensor(padded, device=self.device),
+            num_padding=torch.tensor(padding, device=self.device),
+            first_tokens=torch.tensor([row.said[0] for row in rows], device=self.device),
+            temperature=self.temperature,
+            max_new_tokens=max(row.max_new_tokens for row in rows),
+        )
+
+    def _accept(self, draft: Draft, rows: Sequence[ScriptedRow], positions: list[int]) -> Accepted:
+        choices = [row.choices(draft, b, positions[b]) for b, row in enumerate(rows)]
+        return accept_exact(draft.tokens, torch.tensor(choices, device=self.device), draft.topology)
+
+
+class _Watch:
+    """Calls a proposer, and checks that it keeps its hands off what is not its own."""
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        self._name = name
+        self._device = device
+        self._kept: list[tuple[Tensor, Tensor]] = []  # tensors of drafts, and what they were
+
+    def draft(
+        self, proposer: Proposer, roots: Tensor, noise: PositionNoise | None, vocab_size: int
+    ) -> Draft:
+        """Call `propose` and check the draft."""
+        drafts: list[Draft] = []
+        self.call("propose", lambda: drafts.append(proposer.propose(roots, noise=noise)), (roots,))
+        (draft,) = drafts
+        if type(draft) is not Draft:
+            raise ProposerContractError(
+                f"{self._name}.propose returned {type(draft).__name__}, expected a Draft; build "
+                "one from tokens, topology and probs"
+            )
+        require_sound_draft(draft, roots=roots, vocab_size=vocab_size, name=self._name)
+        topology = draft.topology
+        tensors = [draft.tokens, topology.parents, topology.depths, topology.path_indices]
+        tensors += [topology.ancestor_words] + ([] if draft.probs is None else [draft.probs])
+        self._kept += [(tensor, tensor.clone()) for tensor in tensors]
+        return draft
+
+    def call(self, method: str, action: Callable[[], object], inputs: Sequence[Tensor]) -> None:
+        """Call one method and compare what must not change."""
+        before = [tensor.clone() for tensor in inputs]
+        states = _generator_states(self._device)
+        action()
+        for generator, state in _generator_states(self._device).items():
+            if state != states[generator]:
+                raise ProposerContractError(
+                    f"{self._name}.{method} moved the global generator of {generator}, expected "
+                    "it untouched, since the target draws from it; draw from a torch.Generator "
+                    "of your own"
+                )
+        if not all(torch.equal(now, then) for now, then in zip(inputs, before, strict=True)):
+            raise ProposerContractError(
+                f"{self._name}.{method} mutated its arguments, expected them unchanged; clone "
+                "before writing"
+            )
+        if not all(torch.equal(now, then) for now, then in self._kept):
+            raise ProposerContractError(
+                f"{self._name}.{method} mutated an earlier draft, expected drafts to stay as they "
+                "were returned; return new tensors every round"
+            )
+
+
+def _require_independence(
+    make: Callable[[], Proposer], driver: _Driver, batch: list[ScriptedRow]
+) -> None:
+    """Check that neither earlier generations nor other rows show in a draft."""
+    first = make()
+    name = type(first).__name__
+    history = driver.run(first, batch)
+    others = [
+        replace(row, prompt=row.prompt[::-1][:-1], seed=f"other {b}", said=[])
+        for b, row in enumerate(batch)
+    ]
+    driver.run(first, [*others, *others[:1]])
+    remedy = "reset everything in begin, and share nothing between instances"
+    what = f"{name} kept state between generations"
+    _require_same(history, driver.run(first, batch), what=what, remedy=remedy)
+    _require_same(history, driver.run(make(), batch), what=what, remedy=remedy)
+
+    what = f"{name} mixed the rows of a batch"
+    remedy = "keep state per row, and mind left padding"
+    for kept in range(len(batch)):
+        mates = [row if b == kept else others[b] for b, row in enumerate(batch)]
+        found = driver.run(make(), mates)
+        _require_same(_row_of(history, kept), _row_of(found, kept), what=what, remedy=remedy)
+    if not driver.temperature:  # with noise a row alone is at other draws
+        alone = driver.run(make(), batch[:1])
+        _require_same(_row_of(history, 0), alone, what=what, remedy=remedy)
+
+
+def _require_commits_matter(make: Callable[[], Proposer], driver: _Driver, max_length: int) -> None:
+    """Check that a proposer which reads the prompt reads committed tokens too."""
+    proposer = make()
+    variants = [_variant(driver, side) for side in range(2)]
+    rounds = len(variants[0][0])
+
+    def last_guesses(prompt: list[list[int]], said: list[list[int]], rounds: int) -> list[Guess]:
+        rows = [
+            ScriptedRow(
+                p,
+                driver.vocab_size,
+                "commit",
+                said=list(s),
+                one_by_one=True,
+                max_new_tokens=max_length - 12,
+            )
+            for p, s in zip(prompt, said, strict=True)
+        ]
+        return driver.run(proposer, rows, rounds=rounds)[-1]
+
+    in_prompt = [
+        last_guesses([t[:-1] for t in text], [t[-1:] for t in text], 1) for text in variants
+    ]
+    if in_prompt[0] == in_prompt[1]:
+        return  # what came before the root does not matter to it
+    in_output = [last_guesses([[0, 1]] * len(text), text, rounds) for text in variants]
+    if in_output[0] == in_output[1]:
+        raise ProposerContractError(
+            f"{type(proposer).__name__} ignores commit: drafts differ after different prompts but "
+            "not after different committed tokens, expected both to matter; take note "
+            "of accepted.emitted in commit"
+        )
+
+
+def _require_same(expected: History, found: History, *, what: str, remedy: str) -> None:
+    for round_index, (then, now) in enumerate(zip(expected, found, strict=False)):
+        for row, (old, new) in enumerate(zip(then, now, strict=True)):
+            is_same = old.keys() == new.keys() and all(
+                abs(old[path] - new[path]) <= _PROB_TOLERANCE for path in old
+            )
+            if not is_same:
+                raise ProposerContractError(
+                    f"{what}: in round {round_index} row {row} is {str(new)[:120]}, expected "
+                    f"{str(old)[:120]}; {remedy}"
+                )
+
+
+def _row_of(history: History, row: int) -> History:
+    return [[guesses[row]] for guesses in history]
+
+
+def _batch(driver: _Driver, max_length: int) -> list[ScriptedRow]:
+    """Return rows of unequal length that repeat themselves; one waits and one ends early."""
+    generator = random.Random(driver.seed)
+    rows = []
+    for row, length in enumerate((9, 5, 12)):
+        prompt = [generator.randrange(min(driver.vocab_size, 6)) for _ in range(length)]
+        rows.append(
+            ScriptedRow(
+                prompt,
+                driver.vocab_size,
+                f"{driver.seed} {row}",
+                waits=row == 1,
+                ends_after=4 if row == 2 else _NUM_ROUNDS,
+                max_new_tokens=max_length - 12,
+            )
+        )
+    return rows
+
+
+def _variant(driver: _Driver, side: int) -> list[list[int]]:
+    """Return texts that both end in the same root, which other tokens followed before."""
+    generator = random.Random(f"{driver.seed} variant")
+    texts = []
+    for _ in range(4):
+        root = generator.randrange(driver.vocab_size)
+        followers = [generator.randrange(driver.vocab_size) for _ in range(6)]
+        mine = [
+            (token + side * (1 + index)) % driver.vocab_size
+            for index, token in enumerate(followers)
+        ]
+        texts.append([root, *mine[:3], root, *mine[:3], *mine[3:], root])
+    return texts
+
+
+def _generator_states(device: torch.device) -> dict[str, bytes]:
+    # Python's own `random` is left out: run-time type checkers draw from it.
+    numpy_state = np.random.get_state()  # noqa: NPY002 - the legacy one is the global one
+    states = {
+        "torch": torch.get_rng_state().numpy().tobytes(),
+        "numpy": pickle.dumps(numpy_state),
+    }
+    if device.type == "cuda":
+        states["torch.cuda"] = torch.cuda.get_rng_state(device).numpy().tobytes()
+    return states
