@@ -35,12 +35,12 @@ class DraftModelConfig(ProposerConfig):
         min_confidence: No further level is drafted once no path is this likely.
     """
 
-    depth: int = 5
+    depth: int = 6
     num_draft_tokens: int = 8
     width: int = 2
     branches: int = 2
-    min_probability: float = 0.08
-    min_confidence: float = 0.3
+    min_probability: float = 0.1
+    min_confidence: float = 0.4
 
     def __post_init__(self) -> None:
         require_depth("depth", self.depth)  # super() does not work in a slotted dataclass
