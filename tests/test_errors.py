@@ -1,0 +1,39 @@
+import inspect
+
+import pytest
+
+from speclm import errors
+
+BUILTINS = {
+    "OptionError": ValueError,
+    "UnknownNameError": LookupError,
+    "VocabularyMismatchError": ValueError,
+    "PromptError": ValueError,
+    "TreeBudgetError": ValueError,
+    "TopologyError": ValueError,
+    "DraftError": ValueError,
+    "ProposerContractError": AssertionError,
+    "CacheError": TypeError,
+    "NumericalError": ArithmeticError,
+    "UnsupportedModelError": TypeError,
+    "MissingAssetError": FileNotFoundError,
+    "MeasurementError": RuntimeError,
+}
+CLASSES = dict(inspect.getmembers(errors, inspect.isclass))
+
+
+def test_every_error_is_listed_here():
+    assert CLASSES.keys() == {*BUILTINS, "SpeclmError"}
+
+
+@pytest.mark.parametrize("name", BUILTINS)
+def test_error_can_be_caught_as_ours_and_as_the_builtin(name):
+    for caught in (errors.SpeclmError, BUILTINS[name]):
+        with pytest.raises(caught, match="what happened"):
+            raise CLASSES[name]("what happened")
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_name_ends_in_error_and_the_class_is_documented(name):
+    assert name.endswith("Error")
+    assert CLASSES[name].__doc__

@@ -1,0 +1,130 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from speclm.config import MAX_DEPTH, MAX_NODES
+from speclm.errors import TopologyError, TreeBudgetError
+from speclm.tree import chain, from_parents
+from speclm.tree.topology import unpack_words
+
+CPU = torch.device("cpu")
+
+
+@st.composite
+def parent_rows(draw, max_nodes=80):
+    """One list of parents per row, with padding nodes in the midst of trees."""
+    rows = []
+    for _ in range(draw(st.integers(1, 3))):
+        parents, in_tree = [0], [0]
+        for node in range(1, draw(st.integers(1, max_nodes))):
+            earlier = draw(st.sampled_from([*in_tree[-8:], None]))
+            parents.append(node if earlier is None else earlier)
+            if earlier is not None:
+                in_tree.append(node)
+        rows.append(parents)
+    return rows
+
+
+def walk_up(parents, node):
+    """Nodes from the root to `node`; empty for padding."""
+    path = [node]
+    while path[0] != 0:
+        if parents[path[0]] == path[0]:
+            return []
+        path.insert(0, parents[path[0]])
+    return path
+
+
+@given(parent_rows())
+def test_every_field_agrees_with_a_walk_over_the_parents(rows):
+    topology = from_parents(rows, device=CPU)
+    width = max(map(len, rows))
+    assert topology.num_nodes == width
+    depths = []
+    for row, parents in enumerate(rows):
+        padded = [*parents, *range(len(parents), width)]
+        assert topology.parents[row].tolist() == padded
+        for node in range(width):
+            path = walk_up(padded, node)
+            depths.append(max(len(path) - 1, 0))
+            assert topology.depths[row, node] == depths[-1]
+            assert topology.is_padding[row, node] == (not path)
+            found = topology.path_indices[row, node]
+            assert found[: len(path)].tolist() == path
+            assert (found[len(path) :] == -1).all()
+            seen = topology.ancestor_mask[row, node].nonzero().flatten().tolist()
+            assert seen == (path or [node])
+    assert topology.max_depth == max(depths)
+    assert topology.path_indices.shape[2] == topology.max_depth + 1
+
+
+@given(parent_rows())
+def test_ancestor_mask_rows_sum_to_depth_plus_one(rows):
+    topology = from_parents(rows, device=CPU)
+    assert torch.equal(topology.ancestor_mask.sum(2), topology.depths + 1)
+
+
+@given(parent_rows())
+def test_host_views_agree_with_the_tensors(rows):
+    topology = from_parents(rows, device=CPU)
+    assert topology.host_parents == topology.parents.tolist()
+    assert topology.host_sizes == (~topology.is_padding).sum(1).tolist()
+    assert topology.host_depths == topology.depths.max(1).values.tolist()
+
+
+def test_ancestor_words_hold_the_sign_bit_and_further_words():
+    topology = from_parents([[0] * 130], device=CPU)
+    assert topology.ancestor_words.shape == (1, 130, 3)
+    assert topology.ancestor_words[0, 63].tolist() == [-(2**63) + 1, 0, 0]
+    assert topology.ancestor_words[0, 64].tolist() == [1, 1, 0]
+    assert topology.ancestor_words[0, 129].tolist() == [1, 0, 2]
+
+
+def test_unpacked_words_are_cut_to_the_number_of_bits():
+    words = torch.tensor([[5, 1]])
+    assert unpack_words(words, num_bits=65)[0].nonzero().flatten().tolist() == [0, 2, 64]
+
+
+def test_chain_is_one_path_and_cached():
+    topology = chain(3)
+    assert topology.parents.tolist() == [[0, 0, 1, 2]]
+    assert topology.depths.tolist() == [[0, 1, 2, 3]]
+    assert topology.path_indices[0, -1].tolist() == [0, 1, 2, 3]
+    assert chain(3) is topology
+    assert chain(0).num_nodes == 1
+
+
+def test_position_ids_count_from_the_root_of_each_row():
+    topology = chain(2)
+    positions = topology.position_ids(torch.tensor([5, 9]))
+    assert positions.tolist() == [[5, 6, 7], [9, 10, 11]]
+
+
+def test_to_its_own_device_is_itself_and_to_another_moves_every_tensor():
+    topology = chain(2)
+    assert topology.to(CPU) is topology
+    moved = topology.to(torch.device("meta"))
+    tensors = [moved.parents, moved.depths, moved.ancestor_words, moved.path_indices]
+    assert all(tensor.device.type == "meta" for tensor in tensors)
+    assert moved.max_depth == 2
+
+
+@pytest.mark.parametrize("parents", [[], [1, 0]])
+def test_row_without_a_root_is_refused(parents):
+    with pytest.raises(TopologyError, match="expected node 0 to be the root"):
+        from_parents([[0], parents], device=CPU)
+
+
+@pytest.mark.parametrize("parents", [[0, 2, 0], [0, -1], [0, 1, 1]])
+def test_node_before_its_parent_or_below_padding_is_refused(parents):
+    with pytest.raises(TopologyError, match="expected an earlier node of the tree"):
+        from_parents([parents], device=CPU)
+
+
+def test_trees_beyond_the_budget_are_refused():
+    assert from_parents([[0] * MAX_NODES], device=CPU).num_nodes == MAX_NODES
+    with pytest.raises(TreeBudgetError, match=f"{MAX_NODES + 1} nodes"):
+        from_parents([[0] * (MAX_NODES + 1)], device=CPU)
+    with pytest.raises(TreeBudgetError, match=f"{MAX_DEPTH + 1} levels deep"):
+        chain(MAX_DEPTH + 1)
