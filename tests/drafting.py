@@ -71,39 +71,3 @@ class RandomTreeProposer(Proposer):
             depths.append(depth)
             tokens.append(future[depth - 1] if is_true else self._draw(self._vocab_size))
         return parents, tokens
-
-
-class ScriptedProposer(Proposer):
-    """Proposes the reference as a chain, with a wrong token at given positions of every row."""
-
-    def __init__(
-        self, reference: Sequence[Sequence[int]], *, depth: int = 4, wrong_at: Sequence[int] = ()
-    ) -> None:
-        self.config = ProposerConfig(depth=depth)
-        self._reference = [
-            [
-                token + (1 if at in wrong_at and token == 0 else -1 if at in wrong_at else 0)
-                for at, token in enumerate(row)
-            ]
-            for row in reference
-        ]
-        self._num_tokens: list[int] = []
-
-    @override
-    def begin(self, prompt: Prefill) -> None:
-        self._num_tokens = [1] * len(prompt.tokens)
-
-    @override
-    def propose(self, roots: Int[Tensor, " batch"], *, noise: PositionNoise | None) -> Draft:
-        depth = self.config.depth
-        guesses = [
-            (list(row[done : done + depth]) + [0] * depth)[:depth]
-            for row, done in zip(self._reference, self._num_tokens, strict=True)
-        ]
-        tokens = torch.cat([roots[:, None], torch.tensor(guesses)], dim=1)
-        return Draft(tokens, from_parents([[0, *range(depth)]], device=roots.device), probs=None)
-
-    @override
-    def commit(self, accepted: Accepted) -> None:
-        for row, emitted in enumerate(accepted.emitted):
-            self._num_tokens[row] += len(emitted)

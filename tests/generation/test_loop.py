@@ -13,7 +13,8 @@ from speclm import SpecModel
 from speclm.proposers.draft_model import DraftModelProposer
 from speclm.proposers.interface import Proposer
 from speclm.proposers.ngram import NgramProposer
-from tests.drafting import RandomTreeProposer, ScriptedProposer
+from speclm.testing import ScriptedProposer
+from tests.drafting import RandomTreeProposer
 from tests.models import FAMILIES, VOCAB_SIZE, build_model, generate, prompts, shared_model
 
 NEW_TOKENS = 20
@@ -77,7 +78,7 @@ def make_proposer(kind: str, family: str, reference: list[list[int]]) -> Propose
         "ngram": NgramProposer,
         "draft = target": lambda: DraftModelProposer(target, target=target),
         "other draft": lambda: DraftModelProposer(
-            shared_model("llama", 7), target=target, min_probability=0.0, min_confidence=0.0
+            shared_model("llama", 7), target=target, depth=3, min_probability=0.0
         ),
         "none": lambda: None,
     }
@@ -222,7 +223,7 @@ def test_a_fast_row_waits_for_a_slow_one_when_it_is_too_far_ahead(cell):
     expected = generate(spec.base, inputs, **settings)
     reference = new_tokens(expected[0], inputs["input_ids"])
     slow = [token ^ 1 for token in reference[1]]
-    spec.proposer = ScriptedProposer([reference[0], slow], depth=16)
+    spec.proposer = ScriptedProposer([reference[0], slow], depth=16, num_siblings=0)
     require_equal(generate(spec, inputs, **settings), expected)
     lengths = [row.accepted_lengths for row in spec.last_speculation.rows]
     assert spec.last_speculation.rounds == len(lengths[1]) == 109

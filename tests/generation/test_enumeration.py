@@ -1,0 +1,322 @@
+"""The output law of the real loop, by exact enumeration on a target of three tokens.
+
+The target is a table over the last two tokens. Nothing is sampled: a run of the loop follows one
+list of decisions (which token each row of noise favours, what is drafted), each with its exact
+probability, and all lists are run through.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import product
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.generation import (
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+)
+from typing_extensions import override
+
+from speclm.acceptance import Accepted
+from speclm.config import ProposerConfig
+from speclm.generation import generate_tokens, loop
+from speclm.proposers.interface import Draft, Prefill, Proposer
+from speclm.sampling import PositionNoise, TokenChooser
+from speclm.stats import SpeculationStats
+from speclm.target import TargetView
+from speclm.tree.topology import TreeTopology, chain, from_parents
+
+VOCAB = 3
+LENGTH = 3
+PROMPT = [[1, 2]]
+EXACT = 1e-12  # sums of some thousand products in double precision
+WRONG = 1e-2
+FAVOUR = 2.0**-60  # noise of a favoured token; times 2 a step, so that it names its step
+TABLE = 2 * torch.randn(VOCAB, VOCAB, VOCAB, generator=torch.Generator().manual_seed(4))
+DRAFT_LAW = (0.5, 0.3, 0.2)
+TREE = [0, 0, 0, 1]
+WARPERS = {
+    "plain": [],
+    "temperature": [TemperatureLogitsWarper(0.6)],
+    "top-k": [TemperatureLogitsWarper(1.4), TopKLogitsWarper(2)],
+}
+
+
+class Decisions:
+    """A list of decisions, made up while a run asks for them, and its probability."""
+
+    def __init__(self) -> None:
+        self._taken: list[int] = []
+        self._options: list[int] = []
+        self._at = 0
+        self.weight = 1.0
+
+    def take(self, num_options: int) -> int:
+        if self._at == len(self._taken):
+            self._taken.append(0)
+            self._options.append(num_options)
+        self._at += 1
+        return self._taken[self._at - 1]
+
+    def draw(self, law: Sequence[float]) -> int:
+        choice = self.take(len(law))
+        self.weight *= law[choice]
+        return choice
+
+    def advance(self) -> bool:
+        """Turn to the next list; False after the last one."""
+        assert self._at == len(self._taken), "a run is a function of its decisions"
+        while self._taken and self._taken[-1] + 1 == self._options[-1]:
+            self._taken.pop()
+            self._options.pop()
+        if self._taken:
+            self._taken[-1] += 1
+        self._at, self.weight = 0, 1.0
+        return bool(self._taken)
+
+
+class TableTarget(TargetView):
+    """Keeps tokens in place of keys and values, in a real cache, and looks logits up."""
+
+    def __init__(self) -> None:
+        self.model = SimpleNamespace(config=SimpleNamespace(name_or_path="table"))
+        self._text_config = SimpleNamespace(num_hidden_layers=1, max_position_embeddings=64)
+
+    @override
+    def prefill(self, tokens: Tensor, cache: Any, **_: object) -> Tensor:
+        self._write(tokens, cache)
+        cache.commit_prompt()
+        return TABLE[tokens[:, -2], tokens[:, -1]]
+
+    @override
+    def forward_tree(self, tokens: Tensor, topology: TreeTopology, cache: Any) -> Tensor:
+        cache.reserve(tokens.shape[1])
+        stored = self._write(tokens, cache)[0]
+        cache.append(tokens.shape[1])
+        committed = stored[: cache.host_lengths[0]]
+        nodes = stored[cache.tree_start :]
+        contexts = [[*committed, *nodes[seen].tolist()] for seen in topology.ancestor_mask[0]]
+        return torch.stack([TABLE[int(path[-2]), int(path[-1])] for path in contexts])[None]
+
+    @override
+    @contextmanager
+    def decoding(self) -> Iterator[None]:
+        yield
+
+    def _write(self, tokens: Tensor, cache: Any) -> Tensor:
+        stored = tokens[:, None, :, None].float()
+        return cache.layers[0].update(stored, stored.clone())[0][:, 0, :, 0]
+
+
+class TableProposer(Proposer):
+    """Drafts a tree whose tokens are drawn from a law of its own, or follow the noise."""
+
+    def __init__(self, decisions: Decisions, parents: list[int], *, peeks: bool = False) -> None:
+        self.config = ProposerConfig(depth=len(parents))
+        self._decisions, self._parents, self._peeks = decisions, parents, peeks
+
+    @override
+    def begin(self, prompt: Prefill) -> None:
+        """Needs no state."""
+
+    @override
+    def propose(self, roots: Tensor, *, noise: PositionNoise | None) -> Draft:
+        topology = from_parents([self._parents], device=roots.device)
+        guesses = [self._guess(depth - 1, noise) for depth in topology.depths[0, 1:].tolist()]
+        tokens = torch.tensor([[int(roots), *guesses]])
+        return Draft(tokens=tokens, topology=topology, probs=None)
+
+    @override
+    def commit(self, accepted: Accepted) -> None:
+        """Needs no state."""
+
+    def _guess(self, depth: int, noise: PositionNoise | None) -> int:
+        if self._peeks and noise is not None:
+            favoured = int(noise.at_depth(depth)[0].argmin())
+            return (favoured + self._decisions.draw((0.6, 0.4))) % VOCAB
+        return self._decisions.draw(DRAFT_LAW)
+
+
+def enumerate_law(
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    proposer: Callable[[Decisions], Proposer | None],
+    warpers: Sequence[Any] = (),
+    greedy: bool = False,
+    accept: Callable[[Decisions], Any] | None = None,
+) -> dict[tuple[int, ...], float]:
+    """Return the probability of every output of the real loop."""
+    decisions = Decisions()
+    choose, used = TokenChooser.choose, []
+
+    def matrix(noise: PositionNoise, step: int) -> Tensor:
+        if step not in noise._matrices:
+            rows = torch.ones(1, VOCAB)
+            if step < LENGTH:  # what lies beyond must not matter
+                rows[0, decisions.take(VOCAB)] = FAVOUR * 2.0**step
+            noise._matrices[step] = rows
+        return noise._matrices[step]
+
+    def weighing_choose(chooser: TokenChooser, logits: Tensor, noise: Tensor | None) -> Tensor:
+        if noise is not None:
+            for scores, row in zip(logits, noise, strict=True):
+                law = process(chooser._processors, scores)
+                lowest, token = row.min(0)
+                if float(lowest) < 1:
+                    used.append(round(math.log2(float(lowest) / FAVOUR)))
+                    decisions.weight *= float(law[token])
+        return choose(chooser, logits, noise)
+
+    monkeypatch.setattr(PositionNoise, "_matrix", matrix)
+    monkeypatch.setattr(TokenChooser, "choose", weighing_choose)
+    if accept is not None:
+        monkeypatch.setattr(loop._Run, "_accept", accept(decisions))
+    law: dict[tuple[int, ...], float] = defaultdict(float)
+    while True:
+        used.clear()
+        output = run_loop(proposer(decisions), warpers, greedy=greedy)
+        assert len(used) == len(set(used)), "noise of one position decided twice"
+        law[tuple(output[0, len(PROMPT[0]) :].tolist())] += decisions.weight
+        if not decisions.advance():
+            return law
+
+
+def run_loop(proposer: Proposer | None, warpers: Sequence[Any], *, greedy: bool) -> Tensor:
+    config = GenerationConfig(max_length=len(PROMPT[0]) + LENGTH, do_sample=not greedy)
+    config._pad_token_tensor = None
+    return generate_tokens(
+        None,
+        torch.tensor(PROMPT),
+        LogitsProcessorList(warpers),
+        StoppingCriteriaList([MaxLengthCriteria(config.max_length)]),
+        config,
+        target=TableTarget(),
+        proposer=proposer,
+        stats=SpeculationStats(),
+    )
+
+
+def process(warpers: Sequence[Any], scores: Tensor) -> Tensor:
+    rows = scores[None]
+    for warper in warpers:
+        rows = warper(None, rows)
+    return rows[0].double().softmax(-1)
+
+
+def target_law(warpers: Sequence[Any] = ()) -> dict[tuple[int, ...], float]:
+    """Return the product of the table's laws over all outputs."""
+    law = {}
+    for output in product(range(VOCAB), repeat=LENGTH):
+        path, weight = list(PROMPT[0]), 1.0
+        for token in output:
+            weight *= float(process(warpers, TABLE[path[-2], path[-1]])[token])
+            path.append(token)
+        law[output] = weight
+    return law
+
+
+def distance(found: dict[tuple[int, ...], float], expected: dict[tuple[int, ...], float]) -> float:
+    assert set(found) <= set(expected)
+    return max(abs(found.get(output, 0.0) - weight) for output, weight in expected.items())
+
+
+DRAFTERS: dict[str, Callable[[Decisions], Proposer | None]] = {
+    "none": lambda decisions: None,
+    "chain": lambda decisions: TableProposer(decisions, [0, 0, 1]),
+    "deep chain": lambda decisions: TableProposer(decisions, [0, 0, 1, 2]),
+    "tree": lambda decisions: TableProposer(decisions, TREE),
+    "peeking tree": lambda decisions: TableProposer(decisions, TREE, peeks=True),
+}
+
+
+@pytest.mark.parametrize(
+    ("drafter", "warpers"),
+    [(drafter, "plain") for drafter in DRAFTERS] + [("tree", "temperature"), ("chain", "top-k")],
+)
+def test_sampled_outputs_have_the_product_law_of_the_target(drafter, warpers, monkeypatch):
+    law = enumerate_law(monkeypatch, proposer=DRAFTERS[drafter], warpers=WARPERS[warpers])
+    assert abs(sum(law.values()) - 1) <= EXACT
+    assert distance(law, target_law(WARPERS[warpers])) <= EXACT
+
+
+@pytest.mark.parametrize("drafter", ["none", "chain", "deep chain", "tree"])
+def test_greedy_output_is_the_most_likely_path_whatever_is_drafted(drafter, monkeypatch):
+    law = enumerate_law(monkeypatch, proposer=DRAFTERS[drafter], greedy=True)
+    path = list(PROMPT[0])
+    for _ in range(LENGTH):
+        path.append(int(TABLE[path[-2], path[-1]].argmax()))
+    assert set(law) == {tuple(path[len(PROMPT[0]) :])}
+    assert abs(sum(law.values()) - 1) <= EXACT
+
+
+def ratio_test(decisions: Decisions) -> Callable[[Any, Draft, Tensor], Accepted]:
+    """Return the accept rule of speculative sampling for a chain.
+
+    Source: Leviathan et al. 2023, Alg. 1.
+    """
+    draft_law = torch.tensor(DRAFT_LAW, dtype=torch.float64)
+
+    def accept(run: loop._Run, draft: Draft, logits: Tensor) -> Accepted:
+        emitted: list[int] = []
+        guesses = draft.tokens[0, 1:].tolist()
+        for node in range(len(guesses) + 1):
+            law = process(run.chooser._processors, logits[0, node])
+            if node == len(guesses):
+                emitted.append(decisions.draw(law.tolist()))
+                break
+            chance = min(1.0, float(law[guesses[node]] / draft_law[guesses[node]]))
+            if decisions.draw((chance, 1 - chance)) == 0:
+                emitted.append(guesses[node])
+                continue
+            rest = (law - draft_law).clamp(min=0)
+            emitted.append(decisions.draw((rest / rest.sum().clamp(min=1e-300)).tolist()))
+            break
+        path = torch.arange(len(emitted))[None]
+        return Accepted(path=path, tokens=torch.tensor([emitted]))
+
+    return accept
+
+
+class LikeliestProposer(TableProposer):
+    """Drafts the likeliest token of its law, as if it had been drawn."""
+
+    @override
+    def propose(self, roots: Tensor, *, noise: PositionNoise | None) -> Draft:
+        tokens = torch.tensor([[int(roots), 0, 0]])
+        return Draft(tokens=tokens, topology=chain(2), probs=None)
+
+
+def test_harness_passes_the_ratio_test_with_a_drawn_draft(monkeypatch):
+    law = enumerate_law(monkeypatch, proposer=DRAFTERS["chain"], accept=ratio_test)
+    assert distance(law, target_law()) <= EXACT
+
+
+def test_harness_catches_the_ratio_test_with_a_deterministic_draft(monkeypatch):
+    law = enumerate_law(
+        monkeypatch,
+        proposer=lambda decisions: LikeliestProposer(decisions, [0, 0, 1]),
+        accept=ratio_test,
+    )
+    assert abs(sum(law.values()) - 1) <= EXACT
+    assert distance(law, target_law()) > WRONG
+
+
+def test_harness_catches_a_draft_that_is_accepted_unseen(monkeypatch):
+    def accept_all(decisions: Decisions) -> Any:
+        def accept(run: loop._Run, draft: Draft, logits: Tensor) -> Accepted:
+            tokens = torch.cat([draft.tokens[:, 1:], draft.tokens[:, -1:]], dim=1)
+            return Accepted(path=torch.arange(tokens.shape[1])[None], tokens=tokens)
+
+        return accept
+
+    law = enumerate_law(monkeypatch, proposer=DRAFTERS["chain"], accept=accept_all)
+    assert distance(law, target_law()) > WRONG
