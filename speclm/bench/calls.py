@@ -69,8 +69,7 @@ def setting_options(name: str) -> Mapping[str, Any]:
 
 def eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
     """Return the tokens at which the model's generation config ends a row."""
-    config = model.generation_config
-    found = None if config is None else config.eos_token_id
+    found: int | list[int] | None = model.generation_config.eos_token_id
     if found is None:
         return frozenset()
     return frozenset([found] if isinstance(found, int) else found)

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
@@ -17,6 +19,8 @@ from speclm.model import SpecModel
 from speclm.proposers.interface import Draft, Prefill, Proposer
 from speclm.sampling.noise import PositionNoise
 from speclm.tree.topology import TreeTopology, chain, from_parents
+
+_ROOT = Path(__file__).parents[2]
 
 TREE_PARENTS = (0, 0, 0, 1, 1, 2, 3, 5)
 """A tree of 8 nodes on 3 levels."""
@@ -112,7 +116,7 @@ def round_overheads(
         torch.manual_seed(repeat)
         model.generate(prompt, **arguments)
         times, lengths = proposer.times, proposer.accepted_lengths
-        rounds = [after - before for before, after in zip(times, times[1:], strict=False)]
+        rounds = [after - before for before, after in pairwise(times)]
         is_clean = [not any(lengths[: index + 1]) for index in range(len(rounds))]
         bare = _bare_forwards(base, prompt, num_nodes=num_nodes, num_rounds=len(rounds))
         if repeat > 0:  # the first warms up
@@ -154,7 +158,7 @@ def import_seconds(*, num_runs: int = 5) -> list[float]:
     seconds: list[float] = []
     for _ in range(num_runs):
         command = [sys.executable, "-c", _IMPORT]
-        result = subprocess.run(command, check=True, capture_output=True, text=True)
+        result = subprocess.run(command, check=True, cwd=_ROOT, capture_output=True, text=True)
         seconds.append(float(result.stdout))
     return seconds
 
