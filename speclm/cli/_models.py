@@ -1,0 +1,85 @@
+"""Loads what commands work on: models, tokenizer and proposer, the bundled ones by default."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils.logging import disable_progress_bar
+
+from speclm.demo import assets
+from speclm.errors import OptionError, UnknownNameError
+from speclm.model import SpecModel
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A base with its proposer and tokenizer."""
+
+    spec: SpecModel
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The base."""
+        return self.spec.base
+
+
+def load(
+    base: str | None, heads: str | None, *, dtype: str | None = None, device: str | None = None
+) -> Loaded:
+    """Load a base model, its tokenizer and what proposes for it.
+
+    Args:
+        base: Folder or hub id; None for the bundled model.
+        heads: As ``SpecModel.from_pretrained`` takes it, or "none"; by default the bundled draft
+            model for the bundled base and "ngram" for any other.
+        dtype: Of the weights; by default float32 for the bundled model and "auto" for others.
+        device: Where both run; by default a GPU if there is one.
+
+    Raises:
+        OptionError: If `dtype` is not known.
+        UnknownNameError: If `base` is no model.
+    """
+    is_bundled = base is None
+    name = str(assets()["base"]) if base is None else base
+    dtype = dtype or ("float32" if is_bundled else "auto")
+    if dtype not in _DTYPES:
+        raise OptionError(f"--dtype is {dtype!r}, expected one of {list(_DTYPES)!r}")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    disable_progress_bar()
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(name)
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise UnknownNameError(
+            f"--base {name!r} is not a folder or hub id of a causal language model ({error})"
+        ) from error
+    if heads is None:
+        heads = str(assets()["draft"]) if is_bundled else "ngram"
+    spec = SpecModel.from_pretrained(model.to(device), None if heads == "none" else heads)
+    return Loaded(spec, tokenizer)
+
+
+def read_prompt(prompt: str | None, file: Path | None) -> str:
+    """Return the one prompt that was given.
+
+    Raises:
+        OptionError: If none or two were given, or the file cannot be read.
+    """
+    if (prompt is None) == (file is None):
+        raise OptionError("expected exactly one of --prompt and --file; pass one of them")
+    if file is None:
+        return str(prompt)
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise OptionError(f"--file {str(file)!r} cannot be read ({error})") from error

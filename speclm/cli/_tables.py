@@ -1,0 +1,78 @@
+"""Tables of measurements, and text whose accepted tokens are coloured."""
+
+from collections.abc import Iterable
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from speclm.bench import Comparison
+from speclm.stats import RowStats
+
+ACCEPTED_STYLE = "bold green"
+
+_COLUMNS = (
+    "arm", "tokens/s", "plain", "ratio", "quartiles", "tau", "kept % by depth", "identical"
+)  # fmt: skip
+
+
+def comparison_table(keys: Iterable[str]) -> Table:
+    """Return an empty table whose first columns are `keys`."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for name in keys:
+        table.add_column(name)
+    for name in _COLUMNS:
+        table.add_column(name, justify="left" if name == "arm" else "right")
+    return table
+
+
+def add_comparison(table: Table, keys: Iterable[str], comparison: Comparison) -> None:
+    """Add a row to a table of `comparison_table`."""
+    ratio, stats = comparison.ratio, comparison.stats
+    depths = [] if stats is None else stats.acceptance_by_depth[:5]
+    table.add_row(
+        *keys,
+        comparison.arm,
+        f"{comparison.tokens_per_second:.0f}",
+        f"{comparison.plain_tokens_per_second:.0f}",
+        f"{ratio.median:.2f}x",
+        f"{ratio.lower_quartile:.2f}-{ratio.upper_quartile:.2f}",
+        "" if stats is None else f"{stats.tau:.2f}",
+        " ".join(f"{share:.0%}"[:-1] for share in depths),
+        verdict(comparison),
+    )
+
+
+def verdict(comparison: Comparison) -> Text:
+    """Say whether the outputs are those of plain decoding."""
+    same, total = comparison.num_identical, len(comparison.pairs)
+    if not comparison.promises_identity:
+        return Text(f"{same}/{total}", style="dim")
+    if same == total:
+        return Text("yes", style="green")
+    if comparison.is_honest:
+        return Text(f"{same}/{total}, rounding", style="yellow")
+    return Text(f"NO, {same}/{total}", style="bold red")
+
+
+def coloured(tokens: list[int], stats: RowStats, tokenizer: PreTrainedTokenizerBase) -> Text:
+    """Return the text of a row with the tokens that came from drafts coloured.
+
+    Args:
+        tokens: New tokens of the row.
+        stats: Its counters; the first token comes from the prefill, and every round gives its
+            accepted tokens and one of the target's own.
+        tokenizer: Decodes them.
+    """
+    is_drafted = [False]
+    for accepted_length in stats.accepted_lengths:
+        is_drafted += [True] * accepted_length + [False]
+    text, written = Text(), ""
+    for index in range(len(tokens)):
+        # Characters may spread over tokens: each one shows what it adds to the text so far.
+        longer = str(tokenizer.decode(tokens[: index + 1], skip_special_tokens=True))
+        drafted = index < len(is_drafted) and is_drafted[index]
+        text.append(longer[len(written) :], style=ACCEPTED_STYLE if drafted else "")
+        written = longer
+    return text

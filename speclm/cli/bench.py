@@ -1,0 +1,137 @@
+"""``speclm bench``: measures a base with a proposer on prompts of your own."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from speclm.bench import (
+    Cell,
+    make_calls,
+    measure_grid,
+    prompt_lookup_arm,
+    setting_options,
+    speculative_arm,
+)
+from speclm.cli._models import Loaded, load
+from speclm.cli._tables import add_comparison, comparison_table
+from speclm.errors import OptionError
+
+Prompt = str | list[dict[str, str]]
+
+
+def bench(  # noqa: PLR0913, PLR0917 - each is an option of the command
+    prompts: Annotated[Path, typer.Option(help='JSON lines with "messages" or "prompt".')],
+    base: Annotated[
+        str | None, typer.Option(help="Folder or hub id; by default the bundled model.")
+    ] = None,
+    heads: Annotated[
+        str | None,
+        typer.Option(help='Proposer name, folder or hub id of a draft model, or "none".'),
+    ] = None,
+    settings: Annotated[str, typer.Option(help="Of greedy, t0.7, t1.0.")] = "greedy,t1.0",
+    batch: Annotated[str, typer.Option(help="Rows of each call.")] = "1",
+    n: Annotated[int | None, typer.Option(min=1, help="Prompts; all by default.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    prompt_lookup: Annotated[
+        bool, typer.Option("--prompt-lookup", help="Measure Transformers' prompt lookup too.")
+    ] = False,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, auto.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of PyTorch.")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    out: Annotated[Path | None, typer.Option(help="Append records to this file.")] = None,
+) -> None:
+    """Measure speculative beside plain decoding, in pairs, and check that outputs are equal."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    texts = read_prompts(prompts)[:n]
+    batches = [_positive(size) for size in batch.split(",")]
+    named = {name: setting_options(name) for name in settings.split(",")}
+    loaded = load(base, heads, dtype=dtype)
+    arms = [speculative_arm("speclm", loaded.base, loaded.spec.proposer)]
+    if prompt_lookup:
+        arms.append(prompt_lookup_arm(loaded.base))
+    cells = [
+        Cell(
+            make_calls(
+                texts,
+                loaded.base,
+                loaded.tokenizer,
+                options={**options, "max_new_tokens": max_new_tokens},
+                batch=size,
+                seed=seed,
+            ),
+            {
+                **_common_settings(loaded, heads, prompts, num_prompts=len(texts)),
+                "setting": name,
+                "batch": size,
+                "max_new_tokens": max_new_tokens,
+                "seed": seed,
+            },
+        )
+        for name, options in named.items()
+        for size in batches
+    ]
+    table = comparison_table(("setting", "batch"))
+    is_honest = True
+    with Console(stderr=True).status("measuring"):
+        for result in measure_grid(cells, arms, base=loaded.base, benchmark="bench", path=out):
+            keys = (result.cell.settings["setting"], str(result.cell.settings["batch"]))
+            add_comparison(table, keys, result.comparison)
+            is_honest = is_honest and result.comparison.is_honest
+    Console().print(table)
+    if not is_honest:
+        raise typer.Exit(1)
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """Read prompts; a conversation loses its final assistant turn.
+
+    Raises:
+        OptionError: If the file cannot be read, has no prompt, or a line is none.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise OptionError(f"--prompts {str(path)!r} cannot be read ({error})") from error
+    found = [_parse(line, f"{path}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
+    if not found:
+        raise OptionError(f"--prompts {str(path)!r} is empty, expected one JSON object a line")
+    return found
+
+
+def _parse(line: str, where: str) -> Prompt:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise OptionError(f"{where}: expected a JSON object, found {line[:40]!r}") from error
+    match value:
+        case {"messages": [*messages]} if messages:
+            is_answered = messages[-1].get("role") == "assistant"
+            return messages[:-1] if is_answered else messages
+        case {"prompt": str(text)}:
+            return text
+    raise OptionError(f'{where}: expected "messages" or "prompt", found {line[:40]!r}')
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise OptionError(f"--batch has {text!r}, expected positive numbers such as 1,4")
+    return int(text)
+
+
+def _common_settings(
+    loaded: Loaded, heads: str | None, prompts: Path, *, num_prompts: int
+) -> dict[str, Any]:
+    return {
+        "base": loaded.base.config.name_or_path,
+        "heads": heads or "default",
+        "prompts": prompts.name,
+        "num_prompts": num_prompts,
+        "dtype": str(loaded.base.dtype).removeprefix("torch."),
+        "device": str(loaded.base.device),
+        "num_threads": torch.get_num_threads(),
+    }

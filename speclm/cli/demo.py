@@ -1,0 +1,100 @@
+"""``speclm demo``: shows real speculation with the bundled models, offline."""
+
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from speclm.bench import (
+    Arm,
+    Call,
+    Cell,
+    Measured,
+    make_calls,
+    measure_grid,
+    setting_options,
+    speculative_arm,
+)
+from speclm.cli._models import load
+from speclm.cli._tables import ACCEPTED_STYLE, add_comparison, coloured, comparison_table
+from speclm.demo import assets, load_prompts
+from speclm.model.loading import load_proposer
+
+SETTINGS = ("greedy", "t1.0")
+MAX_NEW_TOKENS = {"sql": 64, "gsm8k": 128}
+
+
+def demo(
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts of each set.")] = 8,
+    threads: Annotated[int, typer.Option(min=1, help="Threads; a small model gains from one.")] = 1,
+    tune: Annotated[bool, typer.Option("--tune", help="Use the tuning prompts.")] = False,
+) -> None:
+    """Decode text-to-SQL and maths prompts plainly and with drafts, and compare."""
+    torch.set_num_threads(threads)
+    console = Console()
+    loaded = load(None, "none", device="cpu")
+    arms = _arms(loaded.base)
+    console.print(
+        f"A {_millions(loaded.base):.1f} M-parameter model answers {prompts} text-to-SQL and "
+        f"{prompts} maths prompts, greedily and by sampling at temperature 1.\n"
+        "Each run stands beside a plain run with the same seed; ratios are medians of pairs.\n"
+    )
+    cells = _cells(loaded.base, loaded.tokenizer, num_prompts=prompts, tune=tune)
+    measured: list[Measured] = []
+    table = comparison_table(("set", "setting"))
+    with console.status("decoding") as status:
+        for result in measure_grid(cells, arms, base=loaded.base, benchmark="demo"):
+            keys = (result.cell.settings["set"], result.cell.settings["setting"])
+            add_comparison(table, keys, result.comparison)
+            measured.append(result)
+            status.update(f"decoded {len(measured)} of {len(cells) * len(arms)}")
+    console.print(table)
+    _print_samples(console, measured, loaded.tokenizer)
+    if all(result.comparison.num_identical == prompts for result in measured):
+        console.print("identical: yes", style="green")
+        return
+    console.print("identical: NO", style="bold red")
+    raise typer.Exit(1)
+
+
+def _arms(base: PreTrainedModel) -> list[Arm]:
+    draft = AutoModelForCausalLM.from_pretrained(assets()["draft"], dtype=torch.float32)
+    proposers = {
+        name: load_proposer(heads, base, heads_kwargs={}, num_draft_tokens=None)
+        for name, heads in (("ngram", "ngram"), ("draft", draft))
+    }
+    return [speculative_arm(name, base, proposer) for name, proposer in proposers.items()]
+
+
+def _cells(
+    base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, num_prompts: int, tune: bool
+) -> list[Cell]:
+    cells: list[Cell] = []
+    for name, max_new_tokens in MAX_NEW_TOKENS.items():
+        conversations = load_prompts(f"{name}_{'tune' if tune else 'dev'}", limit=num_prompts)
+        for setting in SETTINGS:
+            options = {**setting_options(setting), "max_new_tokens": max_new_tokens}
+            calls: list[Call] = make_calls(conversations, base, tokenizer, options=options)
+            cells.append(Cell(calls, {"set": name, "setting": setting}))
+    return cells
+
+
+def _print_samples(
+    console: Console, measured: list[Measured], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    console.print(f"\nAnswers; [{ACCEPTED_STYLE}]coloured[/] tokens were drafted and accepted.\n")
+    for result in measured:
+        settings = result.cell.settings
+        if settings["setting"] != "greedy" or result.comparison.arm != "draft":
+            continue
+        outcome = result.comparison.pairs[0].arm
+        if outcome.stats is not None and outcome.stats.rows:
+            console.print(f"[dim]{settings['set']}[/]")
+            console.print(coloured(outcome.tokens[0], outcome.stats.rows[0], tokenizer))
+            console.print()
+
+
+def _millions(model: PreTrainedModel) -> float:
+    return sum(parameter.numel() for parameter in model.parameters()) / 1e6

@@ -1,0 +1,25 @@
+"""``speclm env``: what an issue report should say about the machine."""
+
+import platform
+
+import torch
+
+from speclm.bench.machine import describe_commit, describe_machine, describe_versions
+from speclm.proposers import registered_proposers
+
+
+def env() -> None:
+    """Print versions, machine and devices, ready to paste into an issue."""
+    machine, commit = describe_machine(), describe_commit()
+    rows = {
+        **describe_versions(),
+        "commit": f"{commit.sha or 'none'}{' (modified)' if commit.is_dirty else ''}",
+        "platform": platform.platform(),
+        "cpu": f"{machine.cpu}, {machine.num_cores} cores, {machine.num_threads} threads",
+        "cuda": torch.version.cuda or "none",
+        "gpus": ", ".join(machine.gpus) or "none",
+        "proposers": ", ".join(sorted(registered_proposers())),
+    }
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        print(f"{name:<{width}}  {value}")
