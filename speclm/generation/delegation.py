@@ -92,12 +92,14 @@ def left_padding(tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
     """Return the number of padding tokens at the start of each row.
 
     Raises:
-        NeedsPlainDecoding: If the mask has holes after a row's first token.
+        NeedsPlainDecoding: If the mask has holes after a row's first token, or more axes.
         PromptError: If a row is padded on the right.
     """
     batch, length = tokens.shape
     if attention_mask is None:
         return torch.zeros(batch, dtype=torch.long, device=tokens.device)
+    if attention_mask.dim() != 2:
+        raise NeedsPlainDecoding(f"an attention mask with {attention_mask.dim()} axes")
     require_left_padding(attention_mask)
     num_padding = length - attention_mask.long().sum(1)
     slots = torch.arange(length, device=tokens.device)
