@@ -67,7 +67,8 @@ def check_proposer(
     require_in_range("max_length", max_length, low=32, high=4096)
     make = (lambda: make_proposer) if isinstance(make_proposer, Proposer) else make_proposer
     device = torch.device(device)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    devices = [device] if device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices=devices):
         for mode_temperature in (0.0, temperature):
             driver = _Driver(vocab_size, device, mode_temperature, seed)
             _require_independence(make, driver, _batch(driver, max_length))
