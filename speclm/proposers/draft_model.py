@@ -144,7 +144,7 @@ class DraftModelProposer(Proposer):
         self._offsets = []
         floor = math.log(max(config.min_confidence, 1e-30))
         for level in range(1, config.depth):
-            if tree.best_score() < floor:
+            if tree.stop_rows_below(floor):
                 break
             tokens, parents = tree.expanded_tokens, tree.expanded_parents
             width = tokens.shape[1]

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 _STEP_PENALTY = 1e-6  # makes a sure child score below its parent, so that the best nodes connect
@@ -53,6 +53,7 @@ class GrowingTree:
         self._width = width
         self._branches = branches
         self._levels: list[_Level] = []
+        self._has_stopped: Bool[Tensor, " batch"] | None = None
 
     @property
     def depth(self) -> int:
@@ -70,6 +71,8 @@ class GrowingTree:
         else:
             scores = best.values - _STEP_PENALTY
         scores = scores.reshape(batch, -1)
+        if self._has_stopped is not None:
+            scores = scores.masked_fill(self._has_stopped[:, None], float("-inf"))
         places = torch.arange(expanded, device=scores.device)
         parents = places.repeat_interleave(self._branches).expand(batch, -1)
         width = min(self._width, scores.shape[1])
@@ -88,9 +91,15 @@ class GrowingTree:
         last = self._levels[-1]
         return last.parents.gather(1, last.expanded)
 
-    def best_score(self) -> float:
-        """Return the largest cumulative log-probability of the last level, over all rows; syncs."""
-        return float(self._levels[-1].scores.max())
+    def stop_rows_below(self, floor: float) -> bool:
+        """Let no row grow further whose best node of the last level scores below `floor`.
+
+        Returns:
+            Whether every row has stopped; syncs with the device.
+        """
+        is_low = self._levels[-1].scores.amax(1) < floor  # [batch]
+        self._has_stopped = is_low if self._has_stopped is None else self._has_stopped | is_low
+        return bool(self._has_stopped.all())
 
     def best_nodes(self, num_nodes: int, *, min_score: float) -> list[GrownRow]:
         """Return the `num_nodes` best candidates of each row with a score of at least `min_score`.
