@@ -1,0 +1,188 @@
+"""Measure plain, Transformers' own speculative and our decoding on the bundled prompts.
+
+Every run stands beside a plain run of the same prompts and seed, in alternating order. What the
+records file already holds for this commit and these settings is not measured again.
+
+    python benchmarks/decode.py --set both --n 100 --settings greedy,t0.7,t1.0 --batch 1,4
+"""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything needed is bundled
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
+
+from speclm.bench import (
+    SETTINGS,
+    Arm,
+    Cell,
+    Measured,
+    assisted_arm,
+    make_calls,
+    measure_grid,
+    plain_arm,
+    prompt_lookup_arm,
+    setting_options,
+    speculative_arm,
+)
+from speclm.demo import assets, load_prompts
+from speclm.model.loading import load_proposer
+
+MAX_NEW_TOKENS = {"sql": 128, "gsm8k": 256}
+ARMS = ("plain", "none", "prompt_lookup", "assisted", "ngram", "draft")
+
+
+def load_model(name: str, *, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_pretrained(assets()[name], dtype=dtype)
+    return model.to(device)
+
+
+def build_arms(names: Sequence[str], base: PreTrainedModel, *, lookup_tokens: int) -> list[Arm]:
+    """Return the named arms; the draft model is loaded once for both that use one."""
+    needs_draft = {"draft", "assisted"} & set(names)
+    draft = load_model("draft", dtype=base.dtype, device=str(base.device)) if needs_draft else None
+
+    def build(name: str) -> Arm:
+        if name == "plain":
+            return plain_arm(base)
+        if name == "prompt_lookup":
+            return prompt_lookup_arm(base, num_tokens=lookup_tokens)
+        if name == "assisted":
+            assert draft is not None
+            return assisted_arm(base, draft)
+        heads = {"none": None, "ngram": "ngram", "draft": draft}[name]
+        proposer = load_proposer(heads, base, heads_kwargs={}, num_draft_tokens=None)
+        return speculative_arm(name, base, proposer)
+
+    return [build(name) for name in names]
+
+
+def build_cells(
+    base: PreTrainedModel,
+    *,
+    sets: Sequence[str],
+    num_prompts: int,
+    settings: Sequence[str],
+    batches: Sequence[int],
+    tune: bool = False,
+    max_new_tokens: int | None = None,
+) -> list[Cell]:
+    """Return one cell for each set, setting and batch size."""
+    tokenizer = AutoTokenizer.from_pretrained(assets()["base"])
+    cells = []
+    for name in sets:
+        prompts = f"{name}_{'tune' if tune else 'dev'}"
+        conversations = load_prompts(prompts, limit=num_prompts)
+        length = max_new_tokens or MAX_NEW_TOKENS[name]
+        for setting in settings:
+            options = {**setting_options(setting), "max_new_tokens": length}
+            for batch in batches:
+                calls = make_calls(conversations, base, tokenizer, options=options, batch=batch)
+                cells.append(
+                    Cell(calls, _cell_settings(base, prompts, setting, batch, calls, length))
+                )
+    return cells
+
+
+def _cell_settings(
+    base: PreTrainedModel, prompts: str, setting: str, batch: int, calls: Sequence[Any], length: int
+) -> dict[str, Any]:
+    return {
+        "prompts": prompts,
+        "num_prompts": sum(call.input_ids.shape[0] for call in calls),
+        "setting": setting,
+        "options": dict(calls[0].options),
+        "batch": batch,
+        "max_new_tokens": length,
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "device": base.device.type,
+        "num_threads": torch.get_num_threads(),
+    }
+
+
+def describe(measured: Measured) -> str:
+    """Return one line on a measurement."""
+    settings, record = measured.cell.settings, measured.record
+    tau = "" if record.tau is None else f"tau {record.tau:.2f}"
+    same = f"identical {record.num_identical}/{record.n}"
+    if record.divergences and measured.comparison.is_honest:
+        same += " (rounding)"
+    return (
+        f"{settings['prompts']:11s} {settings['dtype']:8s} {settings['setting']:6s} "
+        f"batch {settings['batch']} {measured.comparison.arm:13s} "
+        f"{record.tokens_per_second or 0:7.0f} tokens/s, "
+        f"plain {record.plain_tokens_per_second or 0:6.0f}, "
+        f"ratio {record.median:.2f} [{record.lower_quartile:.2f}, {record.upper_quartile:.2f}] "
+        f"{tau:9s} {same}"
+    )
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--set", choices=("sql", "gsm8k", "both"), default="both")
+    parser.add_argument("--n", type=int, default=100, help="prompts of each set")
+    parser.add_argument("--settings", type=_names(tuple(SETTINGS)), default=[*SETTINGS])
+    parser.add_argument("--batch", type=_numbers, default=[1, 4])
+    parser.add_argument("--arms", type=_names(ARMS), default=[*ARMS])
+    parser.add_argument("--lookup-tokens", type=int, default=10, help="prompt_lookup_num_tokens")
+    parser.add_argument("--max-new-tokens", type=int, help="instead of 128 and 256")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/decode.jsonl"))
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--tune", action="store_true", help="use the tuning prompts")
+    return parser.parse_args(arguments)
+
+
+def _names(known: tuple[str, ...]) -> Any:
+    def parse(text: str) -> list[str]:
+        names = text.split(",")
+        unknown = sorted(set(names) - set(known))
+        if unknown:
+            raise argparse.ArgumentTypeError(f"{unknown} are not among {list(known)}")
+        return names
+
+    return parse
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
+
+
+def main() -> None:
+    from rich.console import Console
+
+    from speclm.cli._tables import add_comparison, comparison_table
+
+    options = parse_arguments()
+    torch.set_num_threads(options.threads)
+    logging.disable_progress_bar()
+    console = Console()
+    base = load_model("base", dtype=getattr(torch, options.dtype), device=options.device)
+    arms = build_arms(options.arms, base, lookup_tokens=options.lookup_tokens)
+    cells = build_cells(
+        base,
+        sets=("sql", "gsm8k") if options.set == "both" else (options.set,),
+        num_prompts=options.n,
+        settings=options.settings,
+        batches=options.batch,
+        tune=options.tune,
+        max_new_tokens=options.max_new_tokens,
+    )
+    table = comparison_table(("prompts", "setting", "batch"))
+    for result in measure_grid(cells, arms, base=base, benchmark="decode", path=options.out):
+        settings = result.cell.settings
+        keys = (settings["prompts"], settings["setting"], str(settings["batch"]))
+        add_comparison(table, keys, result.comparison)
+        console.print(describe(result), highlight=False, soft_wrap=True)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

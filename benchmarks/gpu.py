@@ -1,0 +1,235 @@
+"""Check and measure decoding on this machine's GPU: identity first, then speed.
+
+Needs PyTorch 2.11 and Transformers 5.17 or newer, and no network. Ends within nine minutes and says
+what it left out.
+
+    PYTHONPATH=. python benchmarks/gpu.py
+    PYTHONPATH=. python benchmarks/gpu.py --tiny --out /tmp/gpu.jsonl    # a dry run on the CPU
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import monotonic
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything needed is bundled
+
+import torch
+from decode import build_arms, build_cells, describe, load_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+from transformers.utils import logging
+
+from speclm.bench import Arm, Call, make_calls, measure_grid, plain_arm, setting_options
+from speclm.bench.divergence import explain
+from speclm.demo import assets, load_prompts
+from speclm.errors import MeasurementError
+
+BUDGET_SECONDS = 8.5 * 60
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
+SETTINGS = ("greedy", "t0.7", "t1.0")
+SPECULATIVE = ("none", "ngram", "draft")
+BASELINES = ("prompt_lookup", "assisted")
+
+
+@dataclass(slots=True)
+class Plan:
+    """How much is done, and until when.
+
+    Args:
+        device: Where everything runs.
+        dtypes: Of the weights.
+        settings: Of the identity suite.
+        batches: Rows of each call.
+        speculative: Our arms.
+        num_prompts: Prompts of each set in the decode benchmark.
+        max_new_tokens: Of the decode benchmark; None for its own.
+        identity_tokens: New tokens in the identity suite.
+        deadline: On the monotonic clock.
+        left_out: What there was no time for.
+        failures: What went wrong.
+    """
+
+    device: str
+    dtypes: tuple[torch.dtype, ...]
+    settings: tuple[str, ...]
+    batches: tuple[int, ...]
+    speculative: tuple[str, ...]
+    num_prompts: int
+    max_new_tokens: int | None
+    identity_tokens: int
+    deadline: float
+    left_out: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+
+    def has_time(self, name: str) -> bool:
+        """Tell whether to go on; note `name` as left out if not."""
+        if monotonic() < self.deadline:
+            return True
+        self.left_out.append(name)
+        return False
+
+
+def tiny_model(family: str, *, vocab_size: int) -> PreTrainedModel:
+    """Return a random model of a family, with grouped heads."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        family,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=vocab_size,
+        max_position_embeddings=1024,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return AutoModelForCausalLM.from_config(config)
+
+
+def identity_models(plan: Plan, dtype: torch.dtype) -> Iterator[tuple[str, PreTrainedModel]]:
+    """Yield the bundled base and one random model of each family."""
+    base = load_model("base", dtype=dtype, device=plan.device)
+    yield "bundled", base
+    for family in FAMILIES:
+        model = tiny_model(family, vocab_size=base.config.vocab_size)
+        yield family, model.to(device=plan.device, dtype=dtype).eval()
+
+
+def check_identity(plan: Plan, dtype: torch.dtype) -> None:
+    """Compare tokens and the generator's state with plain decoding."""
+    tokenizer = AutoTokenizer.from_pretrained(assets()["base"])
+    prompts = load_prompts("sql_tune", limit=2) + load_prompts("gsm8k_tune", limit=2)
+    for name, model in identity_models(plan, dtype):
+        arms = build_arms(plan.speculative, model, lookup_tokens=10)
+        for setting in plan.settings:
+            for batch in plan.batches:
+                what = f"identity {name} {dtype} {setting} batch {batch}"
+                if not plan.has_time(what):
+                    continue
+                options = {**setting_options(setting), "max_new_tokens": plan.identity_tokens}
+                calls = make_calls(prompts, model, tokenizer, options=options, batch=batch)
+                for arm in arms:
+                    verdict = compare_states(model, arm, calls, is_half=dtype != torch.float32)
+                    print(f"{what} {arm.name:6s} {verdict}", flush=True)
+                    if "FAILED" in verdict:
+                        plan.failures.append(f"{what} {arm.name}: {verdict}")
+
+
+def compare_states(base: PreTrainedModel, arm: Arm, calls: list[Call], *, is_half: bool) -> str:
+    """Say whether an arm gives plain decoding's tokens and leaves its generator state."""
+    plain = plain_arm(base)
+    num_explained = 0
+    for index, call in enumerate(calls):
+        expected, wanted = plain.run(call), generator_state(call)
+        outcome, state = arm.run(call), generator_state(call)
+        if outcome.stats is not None and outcome.stats.fallbacks:
+            return f"FAILED: decoded plainly, {outcome.stats.fallbacks[0]}"
+        if outcome.tokens == expected.tokens:
+            if not torch.equal(wanted, state):
+                return f"FAILED: call {index} leaves another generator state"
+            continue
+        found = explain(base, call, index=index, plain=expected.tokens, other=outcome.tokens)
+        if not is_half or not all(divergence.is_explained for divergence in found):
+            return f"FAILED: {found}"
+        num_explained += 1
+    return "identical" if num_explained == 0 else f"explained by rounding: {num_explained} calls"
+
+
+def generator_state(call: Call) -> torch.Tensor:
+    """Return the state of the default generator that sampling draws from."""
+    device = call.input_ids.device
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def measure_decoding(plan: Plan, dtype: torch.dtype, path: Path) -> None:
+    """Run the decode benchmark, cell by cell."""
+    base = load_model("base", dtype=dtype, device=plan.device)
+    arms = build_arms((*BASELINES, *plan.speculative), base, lookup_tokens=10)
+    cells = build_cells(
+        base,
+        sets=("sql", "gsm8k"),
+        num_prompts=plan.num_prompts,
+        settings=("greedy", "t1.0"),
+        batches=plan.batches,
+        tune=plan.device == "cpu",  # a dry run is no measurement
+        max_new_tokens=plan.max_new_tokens,
+    )
+    for cell in cells:
+        settings = cell.settings
+        for arm in arms:
+            what = f"decode {dtype} {settings['prompts']} {settings['setting']} "
+            what += f"batch {settings['batch']} {arm.name}"
+            if not plan.has_time(what):
+                continue
+            try:
+                for measured in measure_grid(
+                    [cell], [arm], base=base, benchmark="gpu_decode", path=path
+                ):
+                    print(describe(measured), flush=True)
+            except MeasurementError as error:
+                plan.failures.append(f"{what}: {error}")
+
+
+def make_plan(options: argparse.Namespace) -> Plan:
+    if options.tiny:
+        return Plan(
+            device="cpu",
+            dtypes=(torch.float32,),
+            settings=("greedy", "t1.0"),
+            batches=(2,),
+            speculative=("ngram",),
+            num_prompts=1,
+            max_new_tokens=4,
+            identity_tokens=4,
+            deadline=monotonic() + options.seconds,
+        )
+    if not torch.cuda.is_available():
+        raise SystemExit("no CUDA device is visible to this Python; --tiny makes a dry run")
+    return Plan(
+        device="cuda",
+        dtypes=(torch.float32, torch.bfloat16),
+        settings=SETTINGS,
+        batches=(1, 4),
+        speculative=SPECULATIVE,
+        num_prompts=options.n,
+        max_new_tokens=None,
+        identity_tokens=64,
+        deadline=monotonic() + options.seconds,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tiny", action="store_true", help="dry run on the CPU, in seconds")
+    parser.add_argument("--n", type=int, default=12, help="prompts of each set")
+    parser.add_argument("--seconds", type=float, default=BUDGET_SECONDS)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu.jsonl"))
+    options = parser.parse_args()
+    logging.disable_progress_bar()
+    if options.tiny:
+        torch.set_num_threads(1)
+    plan = make_plan(options)
+    for dtype in plan.dtypes:
+        check_identity(plan, dtype)
+    for dtype in plan.dtypes:
+        measure_decoding(plan, dtype, options.out)
+    for name in plan.left_out:
+        print(f"left out, no time: {name}")
+    for failure in plan.failures:
+        print(f"FAILED {failure}")
+    print(f"{len(plan.failures)} failures, {len(plan.left_out)} left out")
+    sys.exit(1 if plan.failures else 0)
+
+
+if __name__ == "__main__":
+    main()

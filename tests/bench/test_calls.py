@@ -1,0 +1,42 @@
+import pytest
+import torch
+
+from speclm.bench import make_calls, setting_options
+from speclm.bench.calls import eos_token_ids, render_prompts
+from speclm.errors import OptionError
+
+
+def test_batches_are_padded_on_the_left_and_seeded_one_after_the_other(calls_of):
+    calls = calls_of(batch=2)
+    assert [call.seed for call in calls] == [3, 4]
+    assert all(call.attention_mask[:, -1].all() for call in calls)
+    assert calls[0].attention_mask[1, 0] == 0
+
+
+def test_last_batch_holds_what_is_left(tiny_base, tokenizer):
+    calls = make_calls(["a", "b", "c"], tiny_base, tokenizer, options={}, batch=2)
+    assert [len(call.input_ids) for call in calls] == [2, 1]
+
+
+def test_conversations_go_through_the_chat_template(tokenizer):
+    conversation = [{"role": "user", "content": "hello"}]
+    (text,) = render_prompts([conversation], tokenizer)
+    assert "hello" in text
+    assert text != "hello"
+    assert render_prompts(["hello"], tokenizer) == ["hello"]
+
+
+def test_arguments_are_inputs_and_options(calls_of):
+    (call, *_) = calls_of("t0.7")
+    assert call.is_sampled
+    assert set(call.arguments) == {"input_ids", "attention_mask", *call.options}
+    assert torch.equal(call.arguments["input_ids"], call.input_ids)
+
+
+def test_eos_tokens_come_from_the_generation_config(tiny_base):
+    assert eos_token_ids(tiny_base) == {2}
+
+
+def test_unknown_setting_names_the_known_ones():
+    with pytest.raises(OptionError, match=r"t9.*greedy"):
+        setting_options("t9")

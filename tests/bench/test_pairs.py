@@ -1,0 +1,99 @@
+from dataclasses import replace
+
+import pytest
+
+from speclm.bench import Outcome, Pair, Spread, compare, plain_arm, speculative_arm
+from speclm.bench.pairs import merge_stats
+from speclm.errors import MeasurementError
+from speclm.proposers import NgramProposer
+from speclm.stats import RowStats, SpeculationStats
+
+
+def logging_arm(arm, log):
+    def generate(call):
+        log.append(arm.name)
+        return arm.generate(call)
+
+    return replace(arm, generate=generate)
+
+
+def wrong_arm(base, *, promises_identity=True):
+    def generate(call):
+        output = plain_arm(base).generate(call).clone()
+        output[0, call.input_ids.shape[1]] += 1
+        return output
+
+    arm = plain_arm(base)
+    return replace(arm, name="wrong", generate=generate, promises_identity=promises_identity)
+
+
+def test_spread_is_median_and_quartiles():
+    assert Spread.of([4.0, 1.0, 3.0, 2.0, 5.0]) == Spread(2.0, 3.0, 4.0)
+    assert Spread.of([2.0]) == Spread(2.0, 2.0, 2.0)
+
+
+def test_ratio_is_of_seconds_for_equal_outputs_and_of_time_per_token_otherwise():
+    plain = Outcome([[1, 2, 3, 4]], 2.0, None)
+    assert Pair(plain, Outcome([[1, 2, 3, 4]], 1.0, None)).ratio == 2.0
+    assert Pair(plain, Outcome([[1, 2]], 1.0, None)).ratio == 1.0
+
+
+def test_every_run_stands_beside_a_plain_run_in_alternating_order(tiny_base, calls_of):
+    log = []
+    plain = logging_arm(plain_arm(tiny_base), log)
+    arm = logging_arm(speculative_arm("none", tiny_base, None), log)
+    compare(plain, arm, calls_of(max_new_tokens=2), base=tiny_base, num_warmup=0)
+    assert log == ["plain", "none", "none", "plain"] * 2
+
+
+def test_warmup_is_not_counted_and_progress_is_told(tiny_base, calls_of):
+    told = []
+    comparison = compare(
+        plain_arm(tiny_base),
+        speculative_arm("ngram", tiny_base, NgramProposer()),
+        calls_of("t1.0"),
+        base=tiny_base,
+        on_pair=told.append,
+    )
+    assert told == comparison.pairs
+    assert comparison.num_identical == len(comparison.pairs) == 4
+    assert comparison.is_honest
+    assert comparison.stats is not None
+    assert len(comparison.stats.rows) == 4
+    assert comparison.tokens_per_second > 0
+    assert comparison.plain_tokens_per_second > 0
+
+
+def test_a_wrong_output_is_listed_and_not_honest(tiny_base, calls_of):
+    calls = calls_of(max_new_tokens=2)[:2]
+    comparison = compare(plain_arm(tiny_base), wrong_arm(tiny_base), calls, base=tiny_base)
+    assert comparison.num_identical == 0
+    assert [found.position for found in comparison.divergences] == [0, 0]
+    assert not comparison.is_honest
+
+
+def test_an_arm_that_promises_nothing_may_differ(tiny_base, calls_of):
+    arm = wrong_arm(tiny_base, promises_identity=False)
+    comparison = compare(plain_arm(tiny_base), arm, calls_of(max_new_tokens=2), base=tiny_base)
+    assert comparison.is_honest
+    assert comparison.num_identical == 0
+
+
+def test_no_prompts_is_an_error(tiny_base):
+    plain = plain_arm(tiny_base)
+    with pytest.raises(MeasurementError, match="no prompts"):
+        compare(plain, plain, [], base=tiny_base)
+
+
+def test_merged_stats_add_up():
+    parts = [
+        SpeculationStats(rows=[RowStats(accepted_lengths=[1])], rounds=1, fallbacks=["x"]),
+        SpeculationStats(rows=[RowStats(accepted_lengths=[3])], rounds=2, fallbacks=["x"]),
+    ]
+    parts[0].seconds["draft"] = 0.5
+    parts[1].seconds["draft"] = 1.0
+    merged = merge_stats([*parts, None])
+    assert merged is not None
+    assert (merged.rounds, merged.tau, merged.fallbacks) == (3, 3.0, ["x"])
+    assert merged.seconds["draft"] == 1.5
+    assert merge_stats([None]) is None
