@@ -55,7 +55,7 @@ def load(
     if dtype not in _DTYPES:
         raise OptionError(f"--dtype is {dtype!r}, expected one of {list(_DTYPES)!r}")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    disable_progress_bar()
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # Transformers' own
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(name)
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
