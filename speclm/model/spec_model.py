@@ -18,6 +18,7 @@ from transformers import (
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.utils.generic import ModelOutput
 
 from speclm.errors import OptionError
 from speclm.generation import NeedsPlainDecoding, generate_tokens
@@ -142,7 +143,7 @@ class SpecModel:
         logits_processor: LogitsProcessorList | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
         **kwargs: Any,
-    ) -> Tensor | GenerateDecoderOnlyOutput:
+    ) -> Tensor | ModelOutput:
         """Generate the tokens that ``base.generate`` generates, in fewer forwards.
 
         Takes what ``base.generate`` takes. Settings that the loop does not cover yet are decoded
@@ -151,7 +152,8 @@ class SpecModel:
 
         Returns:
             Prompt and new tokens ``[batch, length]``; with ``return_dict_in_generate=True`` a
-            `SpeculativeOutput` whose ``speculation`` holds the counters.
+            `SpeculativeOutput` whose ``speculation`` holds the counters. Beams return
+            Transformers' own class, with that attribute.
 
         Raises:
             OptionError: If another speculation method of Transformers' is asked for.
@@ -181,7 +183,7 @@ class SpecModel:
             output = self._base_generate(**arguments)
             if isinstance(output, Tensor):
                 return output
-            return SpeculativeOutput(**output, speculation=stats)
+            return _with_counters(output, stats)
         if resolve_setting("return_dict_in_generate", arguments, self.generation_config):
             return SpeculativeOutput(sequences=sequences, speculation=stats)
         return cast("Tensor", sequences)
@@ -238,3 +240,14 @@ class SpecModel:
         if reason not in self._logged:
             self._logged.add(reason)
             _log.warning("decoding plainly with %s.generate: %s", type(self.base).__name__, reason)
+
+
+def _with_counters(output: ModelOutput, stats: SpeculationStats) -> ModelOutput:
+    """Return what the base's own `generate` returned, with counters."""
+    if type(output) is not GenerateDecoderOnlyOutput:  # beams have fields that we do not
+        output.speculation = stats
+        return output
+    counted = SpeculativeOutput(sequences=output.sequences)
+    for name, value in {**output, "speculation": stats}.items():
+        counted[name] = value
+    return counted
