@@ -1,0 +1,72 @@
+"""What is refused or delegated before anything is computed."""
+
+import pytest
+import torch
+from transformers import DynamicCache, GenerationConfig, StaticCache
+
+from speclm.errors import CacheError, OptionError, PromptError
+from speclm.model.arguments import first_delegated, require_acceptable, resolve_setting
+from tests.models import prompts, shared_model
+
+DEFAULT = GenerationConfig(top_k=11)
+
+
+def test_setting_is_the_argument_then_the_given_config_then_the_models():
+    given = GenerationConfig(top_k=7)
+    assert resolve_setting("top_k", {"top_k": 3, "generation_config": given}, DEFAULT) == 3
+    assert resolve_setting("top_k", {"generation_config": given}, DEFAULT) == 7
+    assert resolve_setting("top_k", {"generation_config": GenerationConfig()}, DEFAULT) == 11
+    assert resolve_setting("top_k", {"top_k": None}, DEFAULT) == 11
+    assert resolve_setting("no_such_setting", {}, DEFAULT) is None
+
+
+@pytest.mark.parametrize(
+    "name", ["streamer", "inputs_embeds", "position_ids", "past_key_values", "constraints"]
+)
+def test_argument_that_only_the_base_honours_is_named(name):
+    assert first_delegated({name: torch.zeros(1, 2)}, DEFAULT) == name
+    assert first_delegated({name: None}, DEFAULT) is None
+
+
+def test_empty_cache_counts_as_given():
+    assert first_delegated({"past_key_values": DynamicCache()}, DEFAULT) == "past_key_values"
+
+
+def test_delegation_is_found_in_the_configs_too():
+    given = GenerationConfig(stop_strings=["x"])
+    assert first_delegated({"generation_config": given}, DEFAULT) == "stop_strings"
+    assert first_delegated({}, given) == "stop_strings"
+    assert first_delegated({"synced_gpus": False}, DEFAULT) is None
+
+
+@pytest.mark.parametrize("name", ["assistant_model", "prompt_lookup_num_tokens", "custom_generate"])
+def test_other_speculation_is_refused_wherever_it_is_asked_for(name):
+    with pytest.raises(OptionError, match=name):
+        require_acceptable({name: 3}, DEFAULT)
+    given = GenerationConfig()
+    setattr(given, name, 3)
+    with pytest.raises(OptionError, match=name):
+        require_acceptable({"generation_config": given}, DEFAULT)
+    with pytest.raises(OptionError, match=name):
+        require_acceptable({}, given)
+
+
+def test_cache_has_to_be_one_that_can_be_rolled_back():
+    static = StaticCache(config=shared_model("llama").config, max_cache_len=8)
+    with pytest.raises(CacheError, match="rolled back"):
+        require_acceptable({"past_key_values": static}, DEFAULT)
+    require_acceptable({"past_key_values": DynamicCache()}, DEFAULT)
+
+
+@pytest.mark.parametrize("name", ["inputs", "input_ids"])
+def test_prompt_is_checked_under_both_names(name):
+    with pytest.raises(PromptError, match=r"shape \(0, 3\)"):
+        require_acceptable({name: torch.zeros(0, 3)}, DEFAULT)
+    mask = prompts(3, 2)["attention_mask"]
+    require_acceptable({name: mask, "attention_mask": mask}, DEFAULT)
+    with pytest.raises(PromptError, match="padded on the right"):
+        require_acceptable({name: mask, "attention_mask": mask.flip(1)}, DEFAULT)
+
+
+def test_call_without_a_prompt_is_left_to_transformers():
+    require_acceptable({}, DEFAULT)
