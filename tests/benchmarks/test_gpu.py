@@ -1,0 +1,78 @@
+import argparse
+import importlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    module = importlib.import_module("gpu")
+    yield module
+    for name in ("gpu", "decode"):
+        sys.modules.pop(name)
+
+
+def run_script(*arguments):
+    command = [sys.executable, "benchmarks/gpu.py", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, check=False, capture_output=True, text=True
+    )
+
+
+def test_dry_run_checks_identity_and_writes_records(tmp_path):
+    path = tmp_path / "gpu.jsonl"
+    result = run_script("--tiny", "--out", str(path))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.splitlines()[-1] == "0 failures, 0 left out"
+    for family in ("bundled", "llama", "qwen2", "qwen3", "mistral"):
+        assert f"identity {family}" in result.stdout
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    assert {record["settings"]["arm"] for record in records} == {
+        "ngram",
+        "prompt_lookup",
+        "assisted",
+    }
+
+
+def test_what_there_is_no_time_for_is_named(gpu, capsys):
+    plan = gpu.make_plan(argparse.Namespace(tiny=True, seconds=0.0))
+    gpu.check_identity(plan, torch.float32)
+    gpu.measure_decoding(plan, torch.float32, Path("not written"))
+    names = {name.split()[0] for name in plan.left_out}
+    assert names == {"identity", "decode"}
+    assert plan.failures == []
+
+
+def test_a_wrong_output_fails(gpu):
+    plan = gpu.make_plan(argparse.Namespace(tiny=True, seconds=60.0))
+    base = gpu.load_model("base", dtype=torch.float32, device=plan.device)
+    plain = gpu.plain_arm(base)
+    wrong = replace(plain, name="wrong", generate=lambda call: plain.generate(call) + 1)
+    (cell, *_) = gpu.build_cells(
+        base,
+        sets=("sql",),
+        num_prompts=1,
+        settings=("greedy",),
+        batches=(1,),
+        tune=True,
+        max_new_tokens=4,
+    )
+    assert gpu.compare_states(base, wrong, list(cell.calls), is_half=False).startswith("FAILED")
+    assert gpu.compare_states(base, wrong, list(cell.calls), is_half=True).startswith("FAILED")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_dry_run_is_named(gpu):
+    with pytest.raises(SystemExit, match="--tiny"):
+        gpu.make_plan(argparse.Namespace(tiny=False, seconds=1.0, n=1))

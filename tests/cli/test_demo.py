@@ -1,0 +1,37 @@
+import importlib
+from dataclasses import replace
+
+import pytest
+
+from speclm.bench import plain_arm
+
+demo_module = importlib.import_module("speclm.cli.demo")  # the package's `demo` is the function
+
+
+@pytest.fixture(autouse=True)
+def _short_answers(monkeypatch):
+    monkeypatch.setattr(demo_module, "MAX_NEW_TOKENS", {"sql": 8, "gsm8k": 8})
+
+
+def test_demo_compares_both_sets_and_is_identical(run):
+    result = run("demo", "--prompts", "1", "--threads", "1", "--tune")
+    assert result.exit_code == 0
+    assert "identical: yes" in result.output
+    rows = [line.split()[:3] for line in result.output.splitlines()]
+    for name in ("sql", "gsm8k"):
+        for setting in ("greedy", "t1.0"):
+            for arm in ("ngram", "draft"):
+                assert [name, setting, arm] in rows
+    assert "SELECT" in result.output
+
+
+def test_demo_fails_when_an_output_differs(run, monkeypatch):
+    def wrong_arm(name, base, proposer):
+        arm = plain_arm(base)
+        return replace(arm, name=name, generate=lambda call: arm.generate(call) + 1)
+
+    monkeypatch.setattr(demo_module, "speculative_arm", wrong_arm)
+    monkeypatch.setattr(demo_module, "SETTINGS", ("greedy",))
+    result = run("demo", "--prompts", "1", "--threads", "1", "--tune")
+    assert result.exit_code == 1
+    assert "identical: NO" in result.output
