@@ -179,9 +179,7 @@ class _Run:
         self.cache.keep(taken.paths)
         if self.proposer is not None:
             self.proposer.commit(taken)
-        bonus = taken.bonus
-        assert self.roots is not None
-        self.roots = torch.where(bonus >= 0, bonus, self.roots)
+        self.roots = torch.tensor(self.rows.last_tokens, device=self.cache.lengths.device)
 
     def _count(self, draft: Draft, taken: Accepted) -> None:
         """Count the round in the rows that emitted something."""

@@ -35,6 +35,11 @@ class Rows:
         return [len(tokens) for tokens in self.tokens]
 
     @property
+    def last_tokens(self) -> list[int]:
+        """Last token of each row: its root, which no round has fed to the target yet."""
+        return [tokens[-1] for tokens in self.tokens]
+
+    @property
     def num_steps(self) -> int:
         """Steps that plain decoding takes to get as far as the longest row."""
         return max(self.num_tokens)
