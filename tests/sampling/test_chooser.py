@@ -1,0 +1,95 @@
+"""Choosing a token as `generate` chooses it."""
+
+import pytest
+import torch
+from transformers import LogitsProcessor
+from transformers.generation import (
+    MinLengthLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from speclm.sampling import TokenChooser, first_context_dependent
+from speclm.sampling.chooser import CONTEXT_FREE
+
+LOGITS = 3 * torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
+WARPERS = [TemperatureLogitsWarper(0.8), TopKLogitsWarper(20), TopPLogitsWarper(0.9)]
+
+
+class OwnTemperature(TemperatureLogitsWarper):
+    """May look at anything."""
+
+
+def test_greedy_is_the_argmax_of_processed_scores():
+    banned = LOGITS.argmax(-1).unique().tolist()
+    chooser = TokenChooser([SuppressTokensLogitsProcessor(banned)], is_greedy=True)
+    scores = LOGITS.clone()
+    scores[:, banned] = -torch.inf
+    assert torch.equal(chooser.choose(LOGITS, None), scores.argmax(-1))
+
+
+@pytest.mark.parametrize("warpers", [[], WARPERS])
+@pytest.mark.parametrize("seed", range(5))
+def test_sampling_equals_multinomial_under_the_same_seed(warpers, seed):
+    scores = LOGITS
+    for warper in warpers:
+        scores = warper(None, scores)
+    torch.manual_seed(seed)
+    expected = torch.multinomial(scores.softmax(-1), 1)[:, 0]
+    state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    noise = torch.empty(LOGITS.shape).exponential_(1)
+    found = TokenChooser(warpers, is_greedy=False).choose(LOGITS, noise)
+    assert torch.equal(found, expected)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_rows_are_chosen_independently():
+    chooser = TokenChooser(WARPERS, is_greedy=False)
+    noise = torch.empty(LOGITS.shape).exponential_(generator=torch.Generator().manual_seed(1))
+    together = chooser.choose(LOGITS, noise)
+    for row in range(len(LOGITS)):
+        alone = chooser.choose(LOGITS[row : row + 1], noise[row : row + 1])
+        assert alone.tolist() == [together[row].item()]
+
+
+def test_halves_are_processed_in_single_precision():
+    chooser = TokenChooser(WARPERS, is_greedy=False)
+    noise = torch.empty(LOGITS.shape).exponential_(generator=torch.Generator().manual_seed(1))
+    halves = LOGITS.bfloat16()
+    assert torch.equal(chooser.choose(halves, noise), chooser.choose(halves.float(), noise))
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_nan_is_reported_in_its_row_alone(greedy):
+    logits = LOGITS.clone()
+    logits[2, 7] = torch.nan
+    noise = None if greedy else torch.ones_like(logits)
+    chosen = TokenChooser([], is_greedy=greedy).choose(logits, noise)
+    assert chosen[2] == -1
+    assert (chosen[[0, 1, 3, 4, 5]] >= 0).all()
+
+
+def test_the_callers_logits_are_left_alone():
+    kept = LOGITS.clone()
+    TokenChooser(WARPERS, is_greedy=True).choose(LOGITS, None)
+    assert torch.equal(LOGITS, kept)
+
+
+def test_processors_that_may_read_the_text_are_named():
+    assert first_context_dependent(WARPERS) is None
+    assert first_context_dependent([]) is None
+    repetition = RepetitionPenaltyLogitsProcessor(1.2)
+    assert first_context_dependent([*WARPERS, repetition]) == "RepetitionPenaltyLogitsProcessor"
+    assert (
+        first_context_dependent([MinLengthLogitsProcessor(2, 0), repetition])
+        == "MinLengthLogitsProcessor"
+    )
+    assert first_context_dependent([OwnTemperature(0.5)]) == "OwnTemperature"
+
+
+def test_context_free_classes_are_processors():
+    assert all(issubclass(processor, LogitsProcessor) for processor in CONTEXT_FREE)

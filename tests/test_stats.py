@@ -1,0 +1,84 @@
+"""Counters, by hand."""
+
+import json
+
+import pytest
+
+from speclm.stats import PHASES, RowStats, SpeculationStats
+
+
+@pytest.fixture
+def stats() -> SpeculationStats:
+    """Two rows: kept 2 of a chain of 3, then 0 of 3, then 1 of 1; and 3 of a tree of 5 nodes."""
+    first, second = RowStats(), RowStats()
+    first.add_round(accepted_length=2, depth=3, num_draft_tokens=3)
+    first.add_round(accepted_length=0, depth=3, num_draft_tokens=3)
+    first.add_round(accepted_length=1, depth=1, num_draft_tokens=1)
+    second.add_round(accepted_length=3, depth=3, num_draft_tokens=5)
+    return SpeculationStats(rows=[first, second], rounds=3)
+
+
+def test_counters_of_a_row(stats):
+    first = stats.rows[0]
+    assert first.accepted_lengths == [2, 0, 1]
+    assert first.tau == pytest.approx(2.0)  # (3 + 1 + 2) tokens in 3 rounds
+    assert first.histogram == [1, 1, 1]
+    assert first.offered == [3, 2, 2]
+    assert first.accepted == [2, 1]
+    assert first.num_draft_tokens == 7
+
+
+def test_total_is_over_all_rows(stats):
+    assert stats.tau == pytest.approx(1 + 6 / 4)
+    assert stats.accepted_length_histogram == [1, 1, 1, 1]
+    assert stats.total.offered == [4, 3, 3]
+    assert stats.total.accepted == [3, 2, 1]
+    assert stats.acceptance_by_depth == pytest.approx([3 / 4, 2 / 3, 1 / 3])
+    assert stats.total.num_draft_tokens == 12
+
+
+def test_depths_that_never_survived_have_acceptance_zero():
+    row = RowStats()
+    row.add_round(accepted_length=0, depth=2, num_draft_tokens=2)
+    assert SpeculationStats(rows=[row]).acceptance_by_depth == [0.0, 0.0]
+
+
+def test_no_round_at_all():
+    stats = SpeculationStats(rows=[RowStats()])
+    assert stats.tau == 1.0
+    assert stats.accepted_length_histogram == []
+    assert stats.acceptance_by_depth == []
+    assert stats.to_dict()["draft_acceptance_rate"] == 0.0
+    assert SpeculationStats().tau == 1.0
+
+
+def test_phases_are_timed_even_when_they_fail(stats, monkeypatch):
+    clock = iter([1.0, 1.5, 7.0, 7.25, 8.0, 8.03])
+    monkeypatch.setattr("speclm.stats.perf_counter", lambda: next(clock))
+    with stats.phase("prefill"):
+        pass
+    with pytest.raises(KeyError), stats.phase("verify"):
+        raise KeyError
+    with stats.phase("verify"):
+        pass
+    per_round = stats.milliseconds_per_round
+    assert per_round["verify"] == pytest.approx((250 + 30) / 3)
+    assert per_round["draft"] == 0.0
+    assert set(per_round) == set(PHASES) - {"prefill"}
+    assert stats.to_dict()["prefill_milliseconds"] == pytest.approx(500.0)
+
+
+def test_record_has_vllms_names_and_is_json(stats):
+    stats.backend = "tree attention"
+    record = json.loads(json.dumps(stats.to_dict()))
+    assert record["mean_acceptance_length"] == pytest.approx(2.5)
+    assert record["draft_acceptance_rate"] == pytest.approx(6 / 12)
+    assert record["acceptance_histogram"] == [1, 1, 1, 1]
+    assert record["num_spec_steps"] == 4
+    assert record["num_accepted_draft_tokens"] == 6
+    assert record["num_draft_tokens"] == 12
+    assert record["num_target_forwards"] == 3
+    assert record["backend"] == "tree attention"
+    assert record["is_lossy"] is False
+    assert record["fallbacks"] == []
+    assert [row["num_draft_tokens"] for row in record["rows"]] == [7, 5]

@@ -1,0 +1,140 @@
+"""The grown tree against a brute-force search over all paths."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from speclm.tree.growth import GrowingTree
+
+VOCAB = 4
+PENALTY = 1e-4  # of a whole path at most: every step is charged a little
+
+
+def laws(seed: int, batch: int, depth: int) -> list[list[dict[tuple[int, ...], Tensor]]]:
+    """Return for each row and level the law after every path, a function of the path."""
+    generator = torch.Generator().manual_seed(seed)
+    table = torch.randn(batch, depth, VOCAB, VOCAB, VOCAB, generator=generator).log_softmax(-1)
+    return [[table[row, level] for level in range(depth)] for row in range(batch)]
+
+
+def law_after(tables: list[Tensor], path: tuple[int, ...]) -> Tensor:
+    last_two = [0, 0, *path][-2:]
+    return tables[len(path)][last_two[0], last_two[1]]
+
+
+def grow(tables: list[list[Tensor]], *, width: int, branches: int, depth: int) -> GrowingTree:
+    tree = GrowingTree(width=width, branches=branches)
+    paths: list[list[tuple[int, ...]]] = [[()] for _ in tables]
+    for level in range(depth):
+        if level:
+            tokens, parents = tree.expanded_tokens.tolist(), tree.expanded_parents.tolist()
+            paths = [
+                [(*old[parent], token) for token, parent in zip(row, above, strict=True)]
+                for old, row, above in zip(paths, tokens, parents, strict=True)
+            ]
+        tree.grow(
+            torch.stack(
+                [
+                    torch.stack([law_after(tables[row], path) for path in row_paths])
+                    for row, row_paths in enumerate(paths)
+                ]
+            )
+        )
+    return tree
+
+
+def brute_force(
+    tables: list[Tensor], *, width: int, branches: int, depth: int
+) -> dict[tuple[int, ...], float]:
+    """Return the score of every candidate, expanding the `width` best of each level."""
+    candidates: dict[tuple[int, ...], float] = {}
+    expanded: dict[tuple[int, ...], float] = {(): 0.0}
+    for _ in range(depth):
+        level = {}
+        for path, score in expanded.items():
+            law = law_after(tables, path)
+            for token in law.argsort(descending=True)[:branches].tolist():
+                level[(*path, token)] = score + float(law[token])
+        candidates |= level
+        best = sorted(level, key=level.__getitem__, reverse=True)[:width]
+        expanded = {path: level[path] for path in best}
+    return candidates
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    width=st.integers(1, 4),
+    branches=st.integers(1, VOCAB),
+    depth=st.integers(1, 4),
+    num_nodes=st.integers(1, 12),
+)
+def test_best_nodes_are_those_of_a_search_over_all_paths(seed, width, branches, depth, num_nodes):
+    tables = laws(seed, 2, depth)
+    tree = grow(tables, width=width, branches=branches, depth=depth)
+    assert tree.depth == depth
+    for row, grown in enumerate(tree.best_nodes(num_nodes, min_score=-math.inf)):
+        expected = brute_force(tables[row], width=width, branches=branches, depth=depth)
+        best = sorted(expected.values(), reverse=True)[:num_nodes]
+        paths = paths_of(grown.tokens, grown.parents)
+        assert len(set(paths)) == len(paths) == len(best)
+        for path, score in zip(paths, grown.scores, strict=True):
+            assert score == pytest.approx(expected[path], abs=PENALTY)
+        assert sorted(grown.scores, reverse=True) == pytest.approx(best, abs=PENALTY)
+
+
+def paths_of(tokens: list[int], parents: list[int]) -> list[tuple[int, ...]]:
+    paths: list[tuple[int, ...]] = [()]
+    for node, (token, parent) in enumerate(zip(tokens, parents, strict=True), start=1):
+        assert parent < node, "a parent comes before its children"
+        paths.append((*paths[parent], token))
+    return paths[1:]
+
+
+def test_expansions_say_where_a_node_was_fed():
+    tables = laws(3, 1, 3)
+    tree = grow(tables, width=2, branches=2, depth=3)
+    fed = tree.expanded_tokens  # of the last level: would be fed next
+    (grown,) = tree.best_nodes(50, min_score=-math.inf)
+    depths = [len(path) for path in paths_of(grown.tokens, grown.parents)]
+    for token, depth, place in zip(grown.tokens, depths, grown.expansions, strict=True):
+        if place is not None:
+            assert place[0] == depth - 1
+            if depth == 3:
+                assert int(fed[0, place[1]]) == token
+    assert sum(place is not None for place in grown.expansions) == 6
+
+
+def test_min_score_leaves_unlikely_nodes_out():
+    tables = laws(5, 2, 3)
+    tree = grow(tables, width=3, branches=3, depth=3)
+    everything = tree.best_nodes(50, min_score=-math.inf)
+    for row, grown in enumerate(tree.best_nodes(50, min_score=-2.0)):
+        assert grown.scores == [score for score in everything[row].scores if score >= -2.0]
+    assert [row.tokens for row in tree.best_nodes(50, min_score=1.0)] == [[], []]
+
+
+def test_certain_children_come_after_their_parent():
+    law = torch.full((1, 1, VOCAB), -math.inf)
+    law[..., 2] = 0.0
+    tree = GrowingTree(width=1, branches=1)
+    for _ in range(3):
+        tree.grow(law)
+    (grown,) = tree.best_nodes(2, min_score=-1.0)
+    assert (grown.tokens, grown.parents) == ([2, 2], [0, 1])
+
+
+def test_stopped_rows_grow_no_further_and_others_do():
+    law = torch.log(torch.tensor([[[0.9, 0.05, 0.03, 0.02]], [[0.4, 0.3, 0.2, 0.1]]]))
+    tree = GrowingTree(width=1, branches=1)
+    tree.grow(law)
+    assert not tree.stop_rows_below(math.log(0.5))
+    tree.grow(law)
+    assert not tree.stop_rows_below(math.log(0.5))
+    tree.grow(law)
+    sure, unsure = tree.best_nodes(9, min_score=-100.0)
+    assert (len(sure.tokens), len(unsure.tokens)) == (3, 1)
+    assert tree.stop_rows_below(0.0)
