@@ -25,7 +25,8 @@ PROMPT_LENGTH = 100
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/overhead.jsonl"))
-    parser.add_argument("--repeats", type=int, default=5, help="generations of each kind")
+    parser.add_argument("--rounds", type=int, default=200, help="rounds of each kind")
+    parser.add_argument("--imports", type=int, default=5, help="processes that import speclm")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
@@ -46,12 +47,12 @@ def main() -> None:
                 prompt.to(options.device),
                 shape=shape,
                 num_nodes=NUM_NODES,
-                num_repeats=options.repeats,
+                num_rounds=options.rounds,
                 options=dict(SETTINGS[setting]),
             )
             settings = {**common, "shape": shape, "num_nodes": NUM_NODES, "setting": setting}
             report(options.out, "round_overhead", seconds, settings)
-    report(options.out, "import", import_seconds(num_runs=options.repeats), {})
+    report(options.out, "import", import_seconds(num_runs=options.imports), {})
 
 
 def report(path: Path, benchmark: str, seconds: list[float], settings: dict[str, object]) -> Record:
@@ -61,7 +62,7 @@ def report(path: Path, benchmark: str, seconds: list[float], settings: dict[str,
     append_record(path, record)
     what = " ".join(str(settings[name]) for name in ("shape", "setting") if name in settings)
     print(
-        f"{benchmark} {what}: {spread.median:.2f} ms "
+        f"{f'{benchmark} {what}'.strip()}: {spread.median:.2f} ms "
         f"[{spread.lower_quartile:.2f}, {spread.upper_quartile:.2f}], n {record.n}"
     )
     return record

@@ -3,7 +3,6 @@
 import subprocess
 import sys
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -35,35 +34,57 @@ print(perf_counter() - start)
 
 
 class FixedProposer(Proposer):
-    """Proposes the same tokens in every round and notes when it is asked."""
+    """Proposes the same tokens in every round, and times rounds beside forwards of the base.
 
-    def __init__(self, topology: TreeTopology, tokens: Sequence[int]) -> None:
+    Each round is measured next to a bare forward over as many tokens at the same cache length,
+    so that a busy machine slows both.
+    """
+
+    def __init__(
+        self, base: PreTrainedModel, topology: TreeTopology, tokens: Sequence[int]
+    ) -> None:
         """Use one token a node below the root."""
+        self._base = base
         self._topology = topology
         self._tokens = list(tokens)
-        self._guesses: Tensor | None = None
-        self.times: list[float] = []
-        self.accepted_lengths: list[int] = []
+        self._nodes: Tensor | None = None
+        self._cache: DynamicCache | None = None
+        self._num_surplus = 0  # slots of the bare cache that the last round did not commit
+        self._round_start: float | None = None
+        self.round_seconds: list[float] = []
+        self.bare_seconds: list[float] = []
 
     @override
     def begin(self, prompt: Prefill) -> None:
-        device, batch = prompt.tokens.device, prompt.tokens.shape[0]
-        self._guesses = torch.tensor(self._tokens, device=device).expand(batch, -1)
-        self.times.clear()
-        self.accepted_lengths.clear()
+        tokens = prompt.tokens
+        guesses = torch.tensor(self._tokens, device=tokens.device)
+        self._nodes = torch.cat([tokens[:, :1], guesses.expand(len(tokens), -1)], dim=1)
+        self._cache = DynamicCache(config=self._base.config)
+        self._base(input_ids=tokens, past_key_values=self._cache, logits_to_keep=1)
+        self._num_surplus = 0
+        self._round_start = None
+        self.round_seconds.clear()
+        self.bare_seconds.clear()
 
     @override
     def propose(self, roots: Int[Tensor, " batch"], *, noise: PositionNoise | None) -> Draft:
-        if roots.device.type == "cuda":
-            torch.cuda.synchronize(roots.device)
-        self.times.append(perf_counter())
-        assert self._guesses is not None, "propose before begin"
-        tokens = torch.cat([roots[:, None], self._guesses], dim=1)
+        now = _now(roots)
+        if self._round_start is not None:
+            self.round_seconds.append(now - self._round_start)
+        assert self._nodes is not None, "propose before begin"
+        assert self._cache is not None, "propose before begin"
+        if self._num_surplus:
+            self._cache.crop(-self._num_surplus)
+        start = _now(roots)
+        self._base(input_ids=self._nodes, past_key_values=self._cache)
+        self._round_start = _now(roots)
+        self.bare_seconds.append(self._round_start - start)
+        tokens = torch.cat([roots[:, None], self._nodes[:, 1:]], dim=1)
         return Draft(tokens=tokens, topology=self._topology, probs=None)
 
     @override
     def commit(self, accepted: Accepted) -> None:
-        self.accepted_lengths.append(max(map(len, accepted.emitted)) - 1)
+        self._num_surplus = len(self._tokens) + 1 - max(map(len, accepted.emitted))
 
 
 def fixed_tree(shape: str, *, num_nodes: int, device: torch.device) -> TreeTopology:
@@ -80,68 +101,37 @@ def round_overheads(
     shape: str = "tree",
     num_nodes: int = 8,
     num_rounds: int = 40,
-    num_repeats: int = 5,
     options: dict[str, Any] | None = None,
 ) -> list[float]:
     """Return seconds that rounds take beyond bare forwards of the base over as many nodes.
 
-    Round k of a generation is compared with the base's k-th forward over `num_nodes` tokens at
-    the same cache length; generations and bare runs alternate. Drafting costs nothing here: the
-    proposal is always the same. It is made of tokens that the base does not choose after the
-    prompt; rounds after one that was accepted by chance are left out.
+    Drafting costs nothing here: the proposal is always the same, made of tokens that the base
+    is unlikely to choose. May be negative: a round spares the masks that a forward builds.
 
     Args:
         base: The model.
         prompt: Prompts without padding.
         shape: "tree" or "chain".
         num_nodes: Nodes a round, root included; at most 8 for a tree.
-        num_rounds: Rounds a generation.
-        num_repeats: Generations.
+        num_rounds: Rounds, after as many that warm up.
         options: Arguments of ``generate``; greedy by default.
     """
     topology = fixed_tree(shape, num_nodes=num_nodes, device=prompt.device)
-    guesses = _unlikely_tokens(base, prompt, num_nodes - 1)
-    proposer = FixedProposer(topology, guesses)
+    proposer = FixedProposer(base, topology, _unlikely_tokens(base, prompt, num_nodes - 1))
     model = SpecModel(base, proposer)
     arguments: dict[str, Any] = {
         "do_sample": False,
         **(options or {}),
         "attention_mask": torch.ones_like(prompt),
-        "max_new_tokens": num_rounds + 2,
+        "max_new_tokens": num_rounds + 3,  # the prefill's and the last round's are not timed
         "eos_token_id": base.config.get_text_config().vocab_size,  # never generated
         "pad_token_id": 0,
     }
-    overheads: list[float] = []
-    for repeat in range(num_repeats + 1):
-        torch.manual_seed(repeat)
+    for _ in range(2):
+        torch.manual_seed(0)
         model.generate(prompt, **arguments)
-        times, lengths = proposer.times, proposer.accepted_lengths
-        rounds = [after - before for before, after in pairwise(times)]
-        is_clean = [not any(lengths[: index + 1]) for index in range(len(rounds))]
-        bare = _bare_forwards(base, prompt, num_nodes=num_nodes, num_rounds=len(rounds))
-        if repeat > 0:  # the first warms up
-            pairs = zip(rounds, bare, is_clean, strict=True)
-            overheads += [mine - theirs for mine, theirs, clean in pairs if clean]
-    return overheads
-
-
-@torch.no_grad()
-def _bare_forwards(
-    base: PreTrainedModel, prompt: Int[Tensor, "batch seq"], *, num_nodes: int, num_rounds: int
-) -> list[float]:
-    """Return the seconds of forwards over `num_nodes` tokens, each one slot further."""
-    cache = DynamicCache(config=base.config)
-    base(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    tokens = prompt[:, :1].expand(-1, num_nodes).contiguous()
-    seconds: list[float] = []
-    for _ in range(num_rounds):
-        _synchronize(prompt)
-        start = perf_counter()
-        base(input_ids=tokens, past_key_values=cache, use_cache=True)
-        _synchronize(prompt)
-        seconds.append(perf_counter() - start)
-        cache.crop(1 - num_nodes)
-    return seconds
+    pairs = zip(proposer.round_seconds, proposer.bare_seconds, strict=False)
+    return [mine - theirs for mine, theirs in pairs]
 
 
 @torch.no_grad()
@@ -163,6 +153,8 @@ def import_seconds(*, num_runs: int = 5) -> list[float]:
     return seconds
 
 
-def _synchronize(tokens: Tensor) -> None:
+def _now(tokens: Tensor) -> float:
+    """Return the time at which all work issued so far is done."""
     if tokens.device.type == "cuda":
         torch.cuda.synchronize(tokens.device)
+    return perf_counter()

@@ -6,10 +6,12 @@ from speclm.model import SpecModel
 
 
 @pytest.mark.parametrize("shape", ["chain", "tree"])
-def test_overheads_are_taken_for_every_round_that_was_not_accepted(tiny_base, shape):
-    prompt = torch.arange(5, 15)[None]
-    overheads = round_overheads(tiny_base, prompt, shape=shape, num_rounds=4, num_repeats=2)
-    assert 0 < len(overheads) <= 8
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_overheads_are_taken_round_by_round(tiny_base, shape, do_sample):
+    prompt = torch.arange(5, 15)[None].expand(2, -1)
+    options = {"do_sample": do_sample}
+    overheads = round_overheads(tiny_base, prompt, shape=shape, num_rounds=4, options=options)
+    assert 0 < len(overheads) <= 4
     assert all(abs(seconds) < 5 for seconds in overheads)
 
 
@@ -20,16 +22,23 @@ def test_fixed_tree_has_the_nodes_asked_for():
     assert (tree.num_nodes, tree.max_depth) == (8, 3)
 
 
-def test_fixed_proposer_changes_no_token(tiny_base):
-    device = torch.device("cpu")
-    topology = fixed_tree("tree", num_nodes=8, device=device)
-    proposer = FixedProposer(topology, range(7))
+def test_fixed_proposer_changes_no_token_and_follows_the_cache(tiny_base):
     prompt = torch.arange(5, 15)[None]
-    mask = torch.ones_like(prompt)
-    arguments = {"do_sample": False, "max_new_tokens": 6, "attention_mask": mask}
-    found = SpecModel(tiny_base, proposer).generate(prompt, **arguments)
-    assert torch.equal(found, tiny_base.generate(prompt, **arguments))
-    assert len(proposer.times) >= 1
+    arguments = {
+        "do_sample": False,
+        "max_new_tokens": 9,
+        "attention_mask": torch.ones_like(prompt),
+        "eos_token_id": 4096,
+        "pad_token_id": 0,
+    }
+    expected = tiny_base.generate(prompt, **arguments)
+    guesses = expected[0, 11:18].tolist()  # the first round keeps all, later ones few or none
+    topology = fixed_tree("chain", num_nodes=8, device=prompt.device)
+    for tokens in (guesses, range(7)):
+        proposer = FixedProposer(tiny_base, topology, tokens)
+        model = SpecModel(tiny_base, proposer)
+        assert torch.equal(model.generate(prompt, **arguments), expected)
+        assert len(proposer.bare_seconds) == len(proposer.round_seconds) + 1
 
 
 def test_import_is_timed_in_a_process_of_its_own():
