@@ -6,10 +6,13 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
+from speclm.acceptance import accept_exact
 from speclm.bench.overhead import TREE_PARENTS
 from speclm.cache import TreeCache
 from speclm.demo import assets
+from speclm.generation.choices import choose_at_all_nodes
 from speclm.proposers import NgramProposer, Prefill
+from speclm.sampling import TokenChooser
 from speclm.target import TargetView
 from speclm.tree.topology import TreeTopology, from_parents
 from speclm.verify import check_trees
@@ -63,6 +66,21 @@ def test_verify_8_nodes(benchmark: BenchmarkFixture, filled: Filled, prompt: Ten
         cache.keep([[]])
 
     benchmark(step)
+
+
+@torch.no_grad()
+def test_round_of_8_nodes(benchmark: BenchmarkFixture, filled: Filled, prompt: Tensor) -> None:
+    view, tree, cache = filled
+    tokens = prompt[:, : tree.num_nodes]
+    chooser = TokenChooser([], is_greedy=True)
+
+    def play() -> None:
+        logits = view.forward_tree(tokens, tree, cache)
+        choices = choose_at_all_nodes(logits, tree, chooser, None)
+        cache.keep(accept_exact(tokens, choices, tree).paths)
+        cache.crop(PROMPT_LENGTH)
+
+    benchmark(play)
 
 
 @torch.no_grad()
