@@ -117,14 +117,31 @@ class TargetView:
         return logits[:, -1]
 
     def forward_tree(
-        self, tokens: Int[Tensor, "batch nodes"], topology: TreeTopology, cache: TreeCache
+        self,
+        tokens: Int[Tensor, "batch nodes"],
+        topology: TreeTopology,
+        cache: TreeCache,
+        *,
+        max_length: int | None = None,
     ) -> Float[Tensor, "batch nodes vocab"]:
         """Run a whole tree through the model; its nodes become pending in the cache.
+
+        Args:
+            tokens: Token at each node.
+            topology: Shape of the trees.
+            cache: Cache whose committed slots every node sees.
+            max_length: Tokens at which every row ends. Nodes beyond are given its position,
+                because learned positions may end there; their logits are of no use.
 
         Returns:
             Logits after every node.
         """
-        return self.forward_nodes(tokens, topology.ancestor_mask, topology.depths, cache)
+        visible, depths = topology.ancestor_mask, topology.depths
+        if max_length is not None and cache.tree_start + topology.max_depth >= max_length:
+            depths_left = (max_length - 1 - cache.lengths).clamp(min=0)[:, None]
+            depths = torch.minimum(depths, depths_left)  # [batch, nodes]
+            visible = visible.expand(depths.shape[0], -1, -1)
+        return self.forward_nodes(tokens, visible, depths, cache)
 
     def forward_nodes(
         self,

@@ -67,6 +67,7 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
         proposer=proposer,
         chooser=TokenChooser(list(logits_processor), is_greedy=not generation_config.do_sample),
         rows=rows,
+        max_length=generation_config.max_length,
         cache=target.new_cache(num_padding),
         stats=stats,
     )
@@ -93,6 +94,7 @@ class _Run:
     proposer: Proposer | None
     chooser: TokenChooser
     rows: Rows
+    max_length: int
     cache: TreeCache
     stats: SpeculationStats
     noise: PositionNoise | None = None
@@ -142,7 +144,9 @@ class _Run:
         with stats.phase("draft"):
             draft = self._propose()
         with stats.phase("verify"):
-            logits = self.target.forward_tree(draft.tokens, draft.topology, self.cache)
+            logits = self.target.forward_tree(
+                draft.tokens, draft.topology, self.cache, max_length=self.max_length
+            )
         with stats.phase("accept"):
             accepted = self._accept(draft, logits)
             taken = rows.admit(accepted)

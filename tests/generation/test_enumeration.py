@@ -98,7 +98,9 @@ class TableTarget(TargetView):
         return TABLE[tokens[:, -2], tokens[:, -1]]
 
     @override
-    def forward_tree(self, tokens: Tensor, topology: TreeTopology, cache: Any) -> Tensor:
+    def forward_tree(
+        self, tokens: Tensor, topology: TreeTopology, cache: Any, **_: object
+    ) -> Tensor:
         cache.reserve(tokens.shape[1])
         stored = self._write(tokens, cache)[0]
         cache.append(tokens.shape[1])

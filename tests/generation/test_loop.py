@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from speclm import SpecModel
 from speclm.proposers.draft_model import DraftModelProposer
@@ -15,7 +16,15 @@ from speclm.proposers.interface import Proposer
 from speclm.proposers.ngram import NgramProposer
 from speclm.testing import ScriptedProposer
 from tests.drafting import RandomTreeProposer
-from tests.models import FAMILIES, VOCAB_SIZE, build_model, generate, prompts, shared_model
+from tests.models import (
+    FAMILIES,
+    VOCAB_SIZE,
+    build_model,
+    generate,
+    prompts,
+    randomise,
+    shared_model,
+)
 
 NEW_TOKENS = 20
 DEPTH = 4
@@ -238,3 +247,19 @@ def test_generation_over_several_blocks_of_the_cache(family, spec):
     reference = new_tokens(expected[0], inputs["input_ids"])
     spec.proposer = RandomTreeProposer(reference, vocab_size=VOCAB_SIZE, num_nodes=20)
     require_equal(generate(spec, inputs, **settings), expected)
+
+
+@pytest.mark.parametrize("lengths", [(20,), (20, 13)])
+@pytest.mark.parametrize("kind", ["ngram", "past the end"])
+def test_drafts_may_reach_beyond_the_last_learned_position(lengths, kind):
+    shape = {"vocab_size": VOCAB_SIZE, "n_embd": 40, "n_layer": 2, "n_head": 4}
+    special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+    model = randomise(GPT2LMHeadModel(GPT2Config(**shape, **special, n_positions=32)))
+    inputs = prompts(*lengths)
+    settings = {"do_sample": False, "max_new_tokens": 12}  # up to the last position
+    expected = generate(model, inputs, **settings)
+    reference = [row + [1] * 20 for row in new_tokens(expected[0], inputs["input_ids"])]
+    proposer = NgramProposer() if kind == "ngram" else ScriptedProposer(reference, depth=8)
+    spec = SpecModel(model, proposer)
+    require_equal(generate(spec, inputs, **settings), expected)
+    assert spec.last_speculation.fallbacks == []
