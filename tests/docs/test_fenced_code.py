@@ -7,6 +7,7 @@ for form. ``text`` is output.
 """
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -21,6 +22,9 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 TIMEOUT_SECONDS = 300
+
+# Pages import the checkout that they belong to, and compute on one thread.
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 # Runs in its own process: steps come as JSON on stdin, tracebacks show the lines of the page.
 WORKER = """
@@ -114,6 +118,7 @@ def run_page(page: Path, folder: Path) -> None:
         [sys.executable, "-c", WORKER],
         input=json.dumps(todo),
         cwd=folder,
+        env=ENVIRONMENT,
         check=False,
         capture_output=True,
         text=True,
