@@ -83,6 +83,7 @@ class DraftModelProposer(Proposer):
             )
         self._cache: TreeCache | None = None
         self._unseen: list[list[int]] = []
+        self._is_silent = False
         self._temperature = 0.0
         self._grown: list[GrownRow] = []
         self._offsets: list[int] = []
@@ -90,9 +91,13 @@ class DraftModelProposer(Proposer):
     @override
     def begin(self, prompt: Prefill) -> None:
         self._cache = self.view.new_cache(prompt.num_padding)
-        slots = torch.arange(prompt.tokens.shape[1], device=prompt.tokens.device)
-        mask = (slots >= prompt.num_padding[:, None]).long() if self._cache.has_padding else None
-        self.view.prefill(prompt.tokens, self._cache, attention_mask=mask)
+        length, bound = prompt.tokens.shape[1], self.view.max_positions
+        self._is_silent = bound is not None and length > bound  # learned positions end there
+        if not self._is_silent:
+            slots = torch.arange(length, device=prompt.tokens.device)
+            is_token = slots >= prompt.num_padding[:, None]
+            mask = is_token.long() if self._cache.has_padding else None
+            self.view.prefill(prompt.tokens, self._cache, attention_mask=mask)
         # The draft model works on the host between levels, so one more sync costs nothing.
         self._unseen = [[token] for token in prompt.first_tokens.tolist()]
         self._temperature = prompt.temperature
@@ -103,7 +108,8 @@ class DraftModelProposer(Proposer):
         assert self._cache is not None, "propose before begin"
         longest = max(map(len, self._unseen))
         bound = self.view.max_positions
-        if bound is not None and self._cache.tree_start + longest + self.config.depth > bound:
+        deepest = self._cache.tree_start + longest + self.config.depth
+        if self._is_silent or (bound is not None and deepest > bound):
             self._grown = [GrownRow([], [], [], []) for _ in self._unseen]
             return Draft(roots[:, None], chain(0, device=roots.device), probs=None)
         tree = self._grow(roots.device, longest, noise)

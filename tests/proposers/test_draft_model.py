@@ -5,13 +5,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from speclm import SpecModel
 from speclm.errors import OptionError, TreeBudgetError, VocabularyMismatchError
 from speclm.proposers.draft_model import DraftModelConfig, DraftModelProposer
 from speclm.proposers.interface import Prefill
-from tests.models import build_model, generate, prompts, shared_model
+from tests.models import (
+    VOCAB_SIZE,
+    build_model,
+    generate,
+    prompts,
+    randomise,
+    shared_model,
+)
 
 TOLERANCE = 1e-5  # of values of about 1: sums over other shapes round differently in float32
 CHAIN = {"width": 1, "branches": 1, "min_probability": 0.0, "min_confidence": 0.0}
@@ -171,16 +178,25 @@ def test_no_confidence_means_one_draft_forward(monkeypatch):
     assert len(forwards) == 1
 
 
+def short_draft(kind: str) -> PreTrainedModel:
+    if kind == "rotary":
+        return build_model("llama", seed=7, max_position_embeddings=24)
+    shape = {"vocab_size": VOCAB_SIZE, "n_embd": 40, "n_layer": 2, "n_head": 4}
+    special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+    return randomise(GPT2LMHeadModel(GPT2Config(**shape, **special, n_positions=24)))
+
+
 @pytest.mark.parametrize("settings", [{"do_sample": False}, {"do_sample": True}])
-def test_draft_model_with_few_positions_falls_silent_and_the_target_goes_on(settings):
+@pytest.mark.parametrize("kind", ["rotary", "learned"])
+def test_draft_model_with_few_positions_falls_silent_and_the_target_goes_on(kind, settings):
     target = shared_model("llama")
-    draft = build_model("llama", seed=7, max_position_embeddings=24)
-    spec = SpecModel(target, DraftModelProposer(draft, target=target, **WIDE))
-    for lengths in ((16, 12), (30,)):
+    spec = SpecModel(target, DraftModelProposer(short_draft(kind), target=target, **WIDE))
+    for lengths in ((16, 12), (30,), (10,)):
         found = generate(spec, prompts(*lengths), max_new_tokens=20, **settings)
         expected = generate(target, prompts(*lengths), max_new_tokens=20, **settings)
         assert torch.equal(found[0], expected[0])
         assert torch.equal(found[1], expected[1])
+        assert (spec.last_speculation.total.num_draft_tokens > 0) == (max(lengths) < 24)
 
 
 def test_another_vocabulary_is_refused_and_both_models_are_named():
