@@ -14,6 +14,10 @@ MAX_DEPTH = MAX_LEAD
 """Most levels below the root, since a row may not be further ahead than `MAX_LEAD`."""
 
 
+MAX_MERGED_PROMPT = 1024
+"""Longest prompt whose forward also verifies the first draft: its mask is dense."""
+
+
 def require_in_range(name: str, value: int | float, *, low: int | float, high: int | float) -> None:
     """Check that an option lies in ``[low, high]``.
 

@@ -12,19 +12,22 @@ PHASES = ("prefill", "draft", "verify", "accept", "commit")
 
 @dataclass(slots=True)
 class RowStats:
-    """Counters of one row; prefill and its token are excluded.
+    """Counters of one row; the prefill and its tokens are excluded, but for `prefill_tokens`.
 
     Args:
         accepted_lengths: Draft tokens kept in each round in which the row emitted tokens.
         offered: ``offered[d - 1]`` counts rounds whose draft reached depth d.
         accepted: ``accepted[d - 1]`` counts rounds that kept a draft token at depth d.
         num_draft_tokens: Nodes drafted, root and padding excluded.
+        prefill_tokens: Tokens that the prompt's own forward emitted: the bonus token, after what
+            it accepted of the first draft.
     """
 
     accepted_lengths: list[int] = field(default_factory=list)
     offered: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
     num_draft_tokens: int = 0
+    prefill_tokens: int = 0
 
     def add_round(self, *, accepted_length: int, depth: int, num_draft_tokens: int) -> None:
         """Count a round that kept `accepted_length` tokens of a draft `depth` levels deep."""

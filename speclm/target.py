@@ -122,6 +122,7 @@ class TargetView:
         topology: TreeTopology,
         cache: TreeCache,
         *,
+        prompt: Int[Tensor, "batch seq"] | None = None,
         max_length: int | None = None,
     ) -> Float[Tensor, "batch nodes vocab"]:
         """Run a whole tree through the model; its nodes become pending in the cache.
@@ -130,6 +131,8 @@ class TargetView:
             tokens: Token at each node.
             topology: Shape of the trees.
             cache: Cache whose committed slots every node sees.
+            prompt: Tokens before the roots, padded on the left, when the cache is still empty:
+                one forward then does for the prompt and the tree. They are committed.
             max_length: Tokens at which every row ends. Nodes beyond are given its position,
                 because learned positions may end there; their logits are of no use.
 
@@ -137,19 +140,34 @@ class TargetView:
             Logits after every node.
         """
         visible, depths = topology.ancestor_mask, topology.depths
-        if max_length is not None and cache.tree_start + topology.max_depth >= max_length:
-            depths_left = (max_length - 1 - cache.lengths).clamp(min=0)[:, None]
+        start = cache.tree_start if prompt is None else prompt.shape[1]
+        if max_length is not None and start + topology.max_depth >= max_length:
+            lengths = cache.lengths if prompt is None else torch.full_like(cache.lengths, start)
+            depths_left = (max_length - 1 - lengths).clamp(min=0)[:, None]
             depths = torch.minimum(depths, depths_left)  # [batch, nodes]
             visible = visible.expand(depths.shape[0], -1, -1)
-        return self.forward_nodes(tokens, visible, depths, cache)
+        if prompt is None:
+            return self.forward_nodes(tokens, visible, depths, cache)
+        slots = torch.arange(start, device=depths.device).expand(len(depths), -1)
+        logits = self.forward_nodes(
+            torch.cat([prompt, tokens], dim=1),
+            _below_prompt(visible, cache.num_padding, start),
+            torch.cat([slots, start + depths], dim=1),
+            cache,
+            num_logits=tokens.shape[1],
+        )
+        cache.split(start, num_pending=tokens.shape[1])
+        return logits
 
     def forward_nodes(
         self,
         tokens: Int[Tensor, "batch nodes"],
         visible: Bool[Tensor, "rows nodes slots"],
-        slot_depths: Int[Tensor, "rows slots"],
+        slot_depths: Int[Tensor, "depth_rows slots"],
         cache: TreeCache,
-    ) -> Float[Tensor, "batch nodes vocab"]:
+        *,
+        num_logits: int = 0,
+    ) -> Float[Tensor, "batch scored vocab"]:
         """Run nodes through the model below those that are pending already.
 
         Args:
@@ -158,20 +176,22 @@ class TargetView:
                 last slots.
             slot_depths: Depth of each slot; depth 0 follows the committed tokens of its row.
             cache: Cache whose committed slots every node sees.
+            num_logits: Last nodes whose logits are wanted; 0 for all.
 
         Returns:
-            Logits after every new node.
+            Logits after every new node, or the last `num_logits`.
         """
         num_nodes = tokens.shape[1]
         cache.reserve(num_nodes)
         roots = cache.lengths - cache.num_padding
-        position_ids = roots[:, None] + slot_depths[:, -num_nodes:]
+        position_ids = (roots[:, None] + slot_depths[:, -num_nodes:]).clamp_(min=0)
         with attached(self._configs), tree_step(TreeStep(visible, slot_depths, cache)):
             output = self.model(
                 input_ids=tokens,
                 position_ids=position_ids,
                 past_key_values=cache,
                 use_cache=True,
+                logits_to_keep=num_logits,
             )
         cache.append(num_nodes)
         logits: Tensor = output.logits
@@ -183,3 +203,17 @@ class TargetView:
         # Chooses the kernel of mixtures of experts.
         with cast("Any", self.model)._optimize_model_for_decode():
             yield
+
+
+def _below_prompt(
+    visible: Bool[Tensor, "rows nodes nodes"], num_padding: Int[Tensor, " batch"], length: int
+) -> Bool[Tensor, "shapes slots slots"]:
+    """Put the causal mask of a prompt of `length` slots before that of a tree."""
+    rows, nodes, _ = visible.shape
+    shapes = max(rows, len(num_padding))
+    full = visible.new_ones(shapes, length + nodes, length + nodes).tril_()
+    full[:, length:, length:] = visible
+    slots = torch.arange(length + nodes, device=visible.device)
+    full &= slots >= num_padding[:, None, None]
+    full[:, slots, slots] = True  # a row of the mask that sees nothing would turn into NaN
+    return full

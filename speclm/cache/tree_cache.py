@@ -57,17 +57,26 @@ class TreeCache(Cache):
 
     def commit_prompt(self) -> None:
         """Commit the slots that the prefill wrote."""
-        self._set_lengths([self._rows[0].get_seq_length()] * len(self._lengths))
+        self.split(self._rows[0].get_seq_length(), num_pending=0)
+
+    def split(self, length: int, *, num_pending: int) -> None:
+        """Commit the first `length` slots of every row and leave the next ones pending."""
+        self._set_lengths([length] * len(self._lengths))
+        self.num_pending = num_pending
+        if self.capacity == 0:
+            self._grow(length + num_pending)
 
     def reserve(self, num_slots: int) -> None:
         """Make room for `num_slots` more pending nodes; copies only when a block is full."""
         needed = self.tree_start + self.num_pending + num_slots
-        if needed > self.capacity:
+        if needed > self.capacity > 0:  # what the first forward writes becomes the storage
             self._grow(needed)
 
     def append(self, num_slots: int) -> None:
         """Count nodes that a forward has just written as pending."""
         self.num_pending += num_slots
+        if self.capacity == 0:
+            self._grow(self.num_pending)
 
     def keep(self, paths: Sequence[Sequence[int]]) -> None:
         """Commit the pending nodes on each row's path and forget all others.

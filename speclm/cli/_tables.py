@@ -64,12 +64,12 @@ def coloured(tokens: list[int], stats: RowStats, tokenizer: PreTrainedTokenizerB
 
     Args:
         tokens: New tokens of the row.
-        stats: Its counters; the first token comes from the prefill, and every round gives its
-            accepted tokens and one of the target's own.
+        stats: Its counters; the prefill and every round give accepted tokens and one of the
+            target's own.
         tokenizer: Decodes them.
     """
-    is_drafted = [False]
-    for accepted_length in stats.accepted_lengths:
+    is_drafted: list[bool] = []
+    for accepted_length in [stats.prefill_tokens - 1, *stats.accepted_lengths]:
         is_drafted += [True] * accepted_length + [False]
     text, written = Text(), ""
     for index in range(len(tokens)):

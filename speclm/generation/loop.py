@@ -13,7 +13,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 from speclm.acceptance.accepted import Accepted
 from speclm.acceptance.exact import accept_exact
 from speclm.cache.tree_cache import TreeCache
-from speclm.config import MAX_DEPTH, MAX_NODES
+from speclm.config import MAX_DEPTH, MAX_MERGED_PROMPT, MAX_NODES
 from speclm.errors import DraftError, NumericalError, TreeBudgetError
 from speclm.generation.choices import accept_along_walk, choose_at_all_nodes
 from speclm.generation.delegation import eos_token_ids, left_padding, require_supported
@@ -59,7 +59,8 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
     target.require_prompt_fits(input_ids.shape[1])
     rows = Rows(
         batch=input_ids.shape[0],
-        max_new_tokens=generation_config.max_length - input_ids.shape[1],
+        # Plain decoding checks the length after a token, so there is always one.
+        max_new_tokens=max(generation_config.max_length - input_ids.shape[1], 1),
         eos_token_ids=eos_token_ids(stopping_criteria),
     )
     run = _Run(
@@ -74,7 +75,7 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
     temperature = (generation_config.temperature or 1.0) if generation_config.do_sample else 0.0
     try:
         with target.decoding():
-            run.prefill(
+            run.start(
                 input_ids, attention_mask, model_inputs.get("position_ids"), temperature=temperature
             )
             while rows.any_live:
@@ -100,7 +101,7 @@ class _Run:
     noise: PositionNoise | None = None
     roots: Tensor | None = None
 
-    def prefill(
+    def start(
         self,
         tokens: Int[Tensor, "batch seq"],
         attention_mask: Tensor | None,
@@ -108,33 +109,47 @@ class _Run:
         *,
         temperature: float,
     ) -> None:
-        """Run the prompt, choose every row's first token and tell the proposer."""
-        batch = tokens.shape[0]
-        self.stats.rows = [RowStats() for _ in range(batch)]
-        with self.stats.phase("prefill"):
-            logits = self.target.prefill(
-                tokens, self.cache, attention_mask=attention_mask, position_ids=position_ids
+        """Run the prompt, whose last tokens are the first roots, and verify the first draft.
+
+        Nothing but roots to verify is plain decoding's own prefill. Otherwise one forward does
+        for the prompt and the draft, which saves one of what may be few.
+        """
+        stats, batch, length = self.stats, *tokens.shape
+        stats.rows = [RowStats() for _ in range(batch)]
+        self.roots = tokens[:, -1]
+        if not self.chooser.is_greedy:
+            self.noise = PositionNoise(
+                batch=batch, vocab_size=self.target.vocab_size, device=tokens.device
             )
-            if not self.chooser.is_greedy:
-                self.noise = PositionNoise(
-                    batch=batch, vocab_size=logits.shape[1], device=logits.device
-                )
-            first_noise = None if self.noise is None else self.noise.at_depth(0)
-            self.roots = self.chooser.choose(logits, first_noise)
-            for row, token in enumerate(self.roots.tolist()):  # the first stop check
-                self._require_number([token], logits)
-                self.rows.extend(row, [token])
-        if self.proposer is not None and self.rows.any_live:
-            with self.stats.phase("draft"):
+        with stats.phase("prefill"):
+            if self.proposer is not None:
                 self.proposer.begin(
                     Prefill(
-                        tokens=tokens,
+                        tokens=tokens[:, :-1],
                         num_padding=self.cache.num_padding,
                         first_tokens=self.roots,
                         temperature=temperature,
-                        max_new_tokens=self.rows.most_remaining + 1,
+                        max_new_tokens=self.rows.most_remaining,
+                        eos_token_ids=self.rows.eos_token_ids,
                     )
                 )
+            draft = self._propose() if length <= MAX_MERGED_PROMPT else _roots_alone(self.roots)
+            if draft.topology.num_nodes == 1:
+                logits = self.target.prefill(
+                    tokens, self.cache, attention_mask=attention_mask, position_ids=position_ids
+                )[:, None]
+                self.cache.split(length - 1, num_pending=1)
+            else:
+                logits = self.target.forward_tree(
+                    draft.tokens,
+                    draft.topology,
+                    self.cache,
+                    prompt=tokens[:, :-1],
+                    max_length=self.max_length,
+                )
+        taken = self._settle(draft, logits)
+        for row, emitted in zip(stats.rows, taken.emitted, strict=True):
+            row.prefill_tokens = len(emitted)
 
     def round(self) -> None:
         """Propose, verify, accept and commit once."""
@@ -147,21 +162,23 @@ class _Run:
             logits = self.target.forward_tree(
                 draft.tokens, draft.topology, self.cache, max_length=self.max_length
             )
-        with stats.phase("accept"):
-            accepted = self._accept(draft, logits)
-            taken = rows.admit(accepted)
-            self._count(draft, taken)
-        with stats.phase("commit"):
-            if rows.any_live:
-                self._commit(taken)
+        self._count(draft, self._settle(draft, logits))
         stats.rounds += 1
+
+    def _settle(self, draft: Draft, logits: Float[Tensor, "batch nodes vocab"]) -> Accepted:
+        """Accept, take over and commit; return what was taken."""
+        with self.stats.phase("accept"):
+            taken = self.rows.admit(self._accept(draft, logits))
+        with self.stats.phase("commit"):
+            if self.rows.any_live:
+                self._commit(taken)
+        return taken
 
     def _propose(self) -> Draft:
         assert self.roots is not None
         room = self.rows.most_remaining - 1  # the bonus token needs no draft
         if self.proposer is None or room < 1:
-            topology = chain(0, device=self.roots.device)
-            return Draft(tokens=self.roots[:, None], topology=topology, probs=None)
+            return _roots_alone(self.roots)
         draft = self.proposer.propose(self.roots, noise=self.noise)
         _require_valid(draft, self.roots)
         tokens = torch.cat([self.roots[:, None], draft.tokens[:, 1:]], dim=1)  # whatever it says
@@ -208,6 +225,11 @@ class _Run:
             raise NumericalError(
                 f"{self.target.name} produced logits that are NaN, in {logits.dtype}; {remedy}"
             )
+
+
+def _roots_alone(roots: Int[Tensor, " batch"]) -> Draft:
+    """Return the draft that makes a round a step of plain decoding."""
+    return Draft(tokens=roots[:, None], topology=chain(0, device=roots.device), probs=None)
 
 
 def _require_valid(draft: Draft, roots: Int[Tensor, " batch"]) -> None:

@@ -22,7 +22,7 @@ class Rows:
         self.tokens: list[list[int]] = [[] for _ in range(batch)]
         self.is_live = [max_new_tokens > 0] * batch
         self._max_new_tokens = max_new_tokens
-        self._eos_token_ids = frozenset(eos_token_ids)
+        self.eos_token_ids = frozenset(eos_token_ids)
 
     @property
     def any_live(self) -> bool:
@@ -79,7 +79,7 @@ class Rows:
         """Append tokens to a row and end it when it is complete."""
         tokens = self.tokens[row]
         tokens += emitted
-        if emitted and (emitted[-1] in self._eos_token_ids or len(tokens) >= self._max_new_tokens):
+        if emitted and (emitted[-1] in self.eos_token_ids or len(tokens) >= self._max_new_tokens):
             self.is_live[row] = False
 
     def sequences(
@@ -97,6 +97,6 @@ class Rows:
         length = len(self.tokens[row])
         limit = min(self._max_new_tokens - length, slowest + MAX_LEAD - length)
         for index, token in enumerate(emitted[:limit]):
-            if token in self._eos_token_ids:
+            if token in self.eos_token_ids:
                 return index + 1
         return limit

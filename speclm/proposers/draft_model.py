@@ -35,9 +35,9 @@ class DraftModelConfig(ProposerConfig):
         min_confidence: No further level is drafted once no path is this likely.
     """
 
-    depth: int = 6
-    num_draft_tokens: int = 8
-    width: int = 2
+    depth: int = 12
+    num_draft_tokens: int = 12
+    width: int = 1
     branches: int = 2
     min_probability: float = 0.1
     min_confidence: float = 0.4
@@ -85,6 +85,7 @@ class DraftModelProposer(Proposer):
         self._unseen: list[list[int]] = []
         self._is_silent = False
         self._temperature = 0.0
+        self._leaf_tokens: Tensor | None = None
         self._grown: list[GrownRow] = []
         self._offsets: list[int] = []
 
@@ -97,10 +98,13 @@ class DraftModelProposer(Proposer):
             slots = torch.arange(length, device=prompt.tokens.device)
             is_token = slots >= prompt.num_padding[:, None]
             mask = is_token.long() if self._cache.has_padding else None
-            self.view.prefill(prompt.tokens, self._cache, attention_mask=mask)
+            if length > 0:
+                self.view.prefill(prompt.tokens, self._cache, attention_mask=mask)
         # The draft model works on the host between levels, so one more sync costs nothing.
         self._unseen = [[token] for token in prompt.first_tokens.tolist()]
         self._temperature = prompt.temperature
+        ends = sorted(prompt.eos_token_ids)
+        self._leaf_tokens = torch.tensor(ends, device=prompt.tokens.device) if ends else None
         self._grown, self._offsets = [], []
 
     @override
@@ -141,7 +145,9 @@ class DraftModelProposer(Proposer):
         assert self._cache is not None
         config, batch = self.config, len(self._unseen)
         logits = self._catch_up(device, longest)
-        tree = GrowingTree(width=config.width, branches=config.branches)
+        tree = GrowingTree(
+            width=config.width, branches=config.branches, leaf_tokens=self._leaf_tokens
+        )
         tree.grow(self._rank(logits, 0, noise))
         unseen = torch.tensor([len(tokens) for tokens in self._unseen], device=device)
         slot_depths = torch.arange(longest, device=device).expand(batch, -1)

@@ -25,11 +25,13 @@ class Prefill:
     """What is known when a generation starts.
 
     Args:
-        tokens: Prompt, padded on the left, on the target's device.
+        tokens: Prompt without its last token, padded on the left, on the target's device; may
+            have no columns.
         num_padding: Padding tokens at the start of each row.
-        first_tokens: Token that the target chose after the prompt; the first roots.
+        first_tokens: Last token of the prompt; the first roots.
         temperature: Temperature at which the target samples; 0 when it decodes greedily.
         max_new_tokens: Most tokens that any row will be given.
+        eos_token_ids: Tokens that end a row; what follows them is of no use.
     """
 
     tokens: Int[Tensor, "batch seq"]
@@ -37,6 +39,7 @@ class Prefill:
     first_tokens: Int[Tensor, " batch"]
     temperature: float
     max_new_tokens: int
+    eos_token_ids: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,7 +61,8 @@ class Draft:
 class Proposer(ABC):
     """Guesses how the target will continue each row.
 
-    A generation calls `begin` once and then `propose` and `commit` in turn. State is kept per row
+    A generation calls `begin` once and then `propose` and `commit` in turn; it leaves out
+    `propose` where no draft could be used. State is kept per row
     and lives from one `begin` to the next. Randomness of a proposer's own comes from a generator
     of its own: the global one belongs to the target. The tokens that `generate` returns do not
     depend on the proposer; only the speed does.

@@ -74,6 +74,7 @@ class NgramProposer(Proposer):
         self.config = ProposerConfig(depth=num_draft_tokens)
         self._rows: list[NgramIndex] = []
         self._is_waiting: list[bool] = []
+        self._ends: frozenset[int] = frozenset()
 
     @override
     def begin(self, prompt: Prefill) -> None:
@@ -85,11 +86,12 @@ class NgramProposer(Proposer):
             for row, padding, first in zip(rows, paddings, firsts, strict=True)
         ]
         self._is_waiting = [False] * len(rows)
+        self._ends = prompt.eos_token_ids
 
     @override
     def propose(self, roots: Int[Tensor, " batch"], *, noise: PositionNoise | None) -> Draft:
         trees = [
-            _Tree.grow(index, self.options) if not is_waiting else _Tree.root_alone(index)
+            _Tree.root_alone(index) if is_waiting else _Tree.grow(index, self.options, self._ends)
             for index, is_waiting in zip(self._rows, self._is_waiting, strict=True)
         ]
         num_nodes = max(len(tree.tokens) for tree in trees)
@@ -120,14 +122,14 @@ class _Tree:
         return cls([index.context[-1]], [0])
 
     @classmethod
-    def grow(cls, index: NgramIndex, options: NgramConfig) -> "_Tree":
+    def grow(cls, index: NgramIndex, options: NgramConfig, ends: frozenset[int]) -> "_Tree":
         """Add the likeliest node that is left until none is worth its time."""
         tree = cls.root_alone(index)
         # Entries: minus the chance of the path, order of arrival, token, parent, context before.
         frontier: list[tuple[float, int, int, int, tuple[int, ...]]] = []
-        node, chance, context, arrivals = 0, 1.0, index.context, 0
+        node, chance, context, arrivals, limit = 0, 1.0, index.context, 0, options.branches
         while True:
-            for token, follow_chance in index.guess(context, limit=options.branches):
+            for token, follow_chance in index.guess(context, limit=limit):
                 if chance * follow_chance >= options.min_chance:
                     arrivals += 1
                     heappush(frontier, (-chance * follow_chance, arrivals, token, node, context))
@@ -137,6 +139,7 @@ class _Tree:
             node, chance, context = len(tree.tokens), -minus_chance, index.slide(before, token)
             tree.tokens.append(token)
             tree.parents.append(parent)
+            limit = 0 if token in ends else options.branches
 
 
 def _topology(parents: list[list[int]], *, device: torch.device) -> TreeTopology:

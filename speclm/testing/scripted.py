@@ -64,7 +64,7 @@ class ScriptedProposer(Proposer):
             raise OptionError(
                 f"batch has {batch} rows, the reference {len(self._reference)}; pass one for each"
             )
-        self._positions = [1] * batch  # the first token is known
+        self._positions = [0] * batch
 
     @override
     def propose(self, roots: Int[Tensor, " batch"], *, noise: PositionNoise | None) -> Draft:

@@ -16,8 +16,8 @@ class _Level:
 
     tokens: Int[Tensor, "batch candidates"]
     scores: Float[Tensor, "batch candidates"]
-    parents: Int[Tensor, "batch candidates"]  # place of the parent among the nodes expanded before
     expanded: Int[Tensor, "batch width"]  # candidates that the next level starts from
+    expanded_scores: Float[Tensor, "batch width"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +43,19 @@ class GrowingTree:
     Source: Li et al. 2024 (EAGLE-2), expansion and reranking of dynamic draft trees.
     """
 
-    def __init__(self, *, width: int, branches: int) -> None:
+    def __init__(
+        self, *, width: int, branches: int, leaf_tokens: Int[Tensor, " leaves"] | None = None
+    ) -> None:
         """Start at the root.
 
         Args:
             width: Nodes expanded at each level.
             branches: Children considered for each expanded node.
+            leaf_tokens: Tokens after which nothing follows, such as the end of the sequence.
         """
         self._width = width
         self._branches = branches
+        self._leaf_tokens = leaf_tokens
         self._levels: list[_Level] = []
         self._has_stopped: Bool[Tensor, " batch"] | None = None
 
@@ -62,22 +66,18 @@ class GrowingTree:
 
     def grow(self, log_probs: Float[Tensor, "batch expanded vocab"]) -> None:
         """Add the children of the nodes that were last expanded; at first, of the root."""
-        batch, expanded, _ = log_probs.shape
         best = log_probs.topk(self._branches, dim=-1)  # [batch, expanded, branches]
+        scores = best.values - _STEP_PENALTY
         if self._levels:
-            last = self._levels[-1]
-            above = last.scores.gather(1, last.expanded)[:, :, None]  # [batch, expanded, 1]
-            scores = best.values + (above - _STEP_PENALTY)
-        else:
-            scores = best.values - _STEP_PENALTY
-        scores = scores.reshape(batch, -1)
+            scores = scores + self._levels[-1].expanded_scores[:, :, None]
+        scores, tokens = scores.flatten(1), best.indices.flatten(1)  # [batch, candidates]
         if self._has_stopped is not None:
             scores = scores.masked_fill(self._has_stopped[:, None], float("-inf"))
-        places = torch.arange(expanded, device=scores.device)
-        parents = places.repeat_interleave(self._branches).expand(batch, -1)
-        width = min(self._width, scores.shape[1])
-        following = scores.topk(width, dim=1).indices
-        self._levels.append(_Level(best.indices.reshape(batch, -1), scores, parents, following))
+        expandable = scores
+        if self._leaf_tokens is not None:
+            expandable = scores.masked_fill(torch.isin(tokens, self._leaf_tokens), float("-inf"))
+        following = expandable.topk(min(self._width, scores.shape[1]), dim=1)
+        self._levels.append(_Level(tokens, scores, following.indices, following.values))
 
     @property
     def expanded_tokens(self) -> Int[Tensor, "batch width"]:
@@ -88,16 +88,15 @@ class GrowingTree:
     @property
     def expanded_parents(self) -> Int[Tensor, "batch width"]:
         """Place of each such node's parent among the nodes expanded before."""
-        last = self._levels[-1]
-        return last.parents.gather(1, last.expanded)
+        return self._levels[-1].expanded // self._branches
 
     def stop_rows_below(self, floor: float) -> bool:
-        """Let no row grow further whose best node of the last level scores below `floor`.
+        """Let no row grow further whose best node to expand scores below `floor`.
 
         Returns:
             Whether every row has stopped; syncs with the device.
         """
-        is_low = self._levels[-1].scores.amax(1) < floor  # [batch]
+        is_low = self._levels[-1].expanded_scores[:, 0] < floor  # [batch]
         self._has_stopped = is_low if self._has_stopped is None else self._has_stopped | is_low
         return bool(self._has_stopped.all())
 
@@ -112,7 +111,6 @@ class GrowingTree:
                 for columns in zip(
                     level.tokens.tolist(),
                     level.scores.tolist(),
-                    level.parents.tolist(),
                     level.expanded.tolist(),
                     strict=True,
                 )
@@ -120,7 +118,10 @@ class GrowingTree:
             for level in self._levels
         ]
         rows = zip(*levels, strict=True)
-        return [_best_of_row(row, num_nodes, min_score=min_score) for row in rows]
+        return [
+            _best_of_row(row, num_nodes, branches=self._branches, min_score=min_score)
+            for row in rows
+        ]
 
 
 class _HostLevel(NamedTuple):
@@ -128,11 +129,12 @@ class _HostLevel(NamedTuple):
 
     tokens: list[int]
     scores: list[float]
-    parents: list[int]
     expanded: list[int]
 
 
-def _best_of_row(levels: tuple[_HostLevel, ...], num_nodes: int, *, min_score: float) -> GrownRow:
+def _best_of_row(
+    levels: tuple[_HostLevel, ...], num_nodes: int, *, branches: int, min_score: float
+) -> GrownRow:
     best = sorted(
         (-score, depth, place)
         for depth, level in enumerate(levels)
@@ -144,7 +146,7 @@ def _best_of_row(levels: tuple[_HostLevel, ...], num_nodes: int, *, min_score: f
     grown = GrownRow([], [], [], [])
     for depth, cost, place in nodes:
         level = levels[depth]
-        above = None if depth == 0 else levels[depth - 1].expanded[level.parents[place]]
+        above = None if depth == 0 else levels[depth - 1].expanded[place // branches]
         grown.tokens.append(level.tokens[place])
         grown.parents.append(0 if above is None else index[depth - 1, above])
         grown.expansions.append(
