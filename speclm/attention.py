@@ -41,7 +41,7 @@ class TreeStep:
     def __init__(
         self,
         visible: Bool[Tensor, "rows nodes slots"],
-        slot_depths: Int[Tensor, "rows slots"],
+        slot_depths: Int[Tensor, "depth_rows slots"],
         cache: TreeCache,
     ) -> None:
         self._visible = visible

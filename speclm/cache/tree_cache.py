@@ -121,7 +121,10 @@ class TreeCache(Cache):
         used = self.tree_start + self.num_pending
         groups: dict[tuple[object, ...], list[TreeLayer]] = {}
         for layer in self._rows:
-            groups.setdefault(layer.signature(), []).append(layer)
+            if layer.keys is not None:
+                groups.setdefault(layer.signature(), []).append(layer)
+        if not groups:
+            return  # nothing has been written
         self._arenas = [_build_arena(layers, used, capacity) for layers in groups.values()]
         self.capacity = capacity
 
