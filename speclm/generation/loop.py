@@ -232,8 +232,13 @@ def _roots_alone(roots: Int[Tensor, " batch"]) -> Draft:
     return Draft(tokens=roots[:, None], topology=chain(0, device=roots.device), probs=None)
 
 
-def _require_valid(draft: Draft, roots: Int[Tensor, " batch"]) -> None:
+def _require_valid(draft: object, roots: Int[Tensor, " batch"]) -> None:
     """Check what a wrong proposer would otherwise break far from its cause."""
+    if not isinstance(draft, Draft):
+        raise DraftError(
+            f"propose returned a {type(draft).__name__}, expected a Draft; "
+            "see speclm.testing.check_proposer"
+        )
     batch, nodes = draft.tokens.shape
     topology = draft.topology
     if nodes > MAX_NODES or topology.max_depth > MAX_DEPTH:

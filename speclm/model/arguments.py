@@ -81,6 +81,11 @@ def require_acceptable(arguments: dict[str, Any], default: GenerationConfig) -> 
     tokens = (
         arguments["inputs"] if arguments.get("inputs") is not None else arguments.get("input_ids")
     )
+    if tokens is not None and not isinstance(tokens, Tensor):
+        raise PromptError(
+            f"prompt is a {type(tokens).__name__}, expected a tensor of token ids [batch, seq]; "
+            "tokenize with return_tensors='pt'"
+        )
     if tokens is not None and (tokens.dim() != 2 or 0 in tokens.shape):
         raise PromptError(
             f"prompt has shape {tuple(tokens.shape)}, expected [batch, seq] with at least one row "

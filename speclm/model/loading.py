@@ -83,14 +83,18 @@ def _load_draft_model(
     heads: str | Path, base: PreTrainedModel, heads_kwargs: dict[str, Any]
 ) -> PreTrainedModel:
     names = sorted(registered_proposers())
-    near = difflib.get_close_matches(str(heads), names, n=3)
+    near = difflib.get_close_matches(str(heads), names, n=1)
+    if near and not Path(heads).exists() and "/" not in str(heads):
+        raise UnknownNameError(  # without asking the hub, which takes long to say no
+            f"heads {str(heads)!r} is not a registered proposer nor a folder; did you mean "
+            f"{near[0]!r}? registered are {names!r}"
+        )
     kwargs = {"dtype": base.dtype, "device_map": {"": base.device}, **heads_kwargs}
     try:
         return AutoModelForCausalLM.from_pretrained(heads, **kwargs)
     except (OSError, ValueError) as error:
-        hint = f"did you mean {near[0]!r}? " if near else ""
         raise UnknownNameError(
             f"heads {str(heads)!r} is not a registered proposer, nor a folder or hub id of a "
-            f"causal language model; {hint}registered are {names!r}, and a folder needs a "
+            f"causal language model; registered are {names!r}, and a folder needs a "
             f"config.json and weights ({error})"
         ) from error

@@ -64,7 +64,13 @@ class SpecModel:
 
         Raises:
             UnsupportedModelError: If `base` is not a decoder-only language model.
+            OptionError: If `proposer` is not one.
         """
+        if proposer is not None and not isinstance(proposer, Proposer):
+            raise OptionError(
+                f"proposer is {proposer!r}, expected a Proposer or None; "
+                "SpecModel.from_pretrained also takes names, folders and draft models"
+            )
         self._target = TargetView(base)
         self.proposer = proposer
         self.self_check = check_trees(self._target)
@@ -87,8 +93,9 @@ class SpecModel:
             base: Folder, hub id or loaded model.
             heads: The name of a registered proposer, a folder, a hub id or a loaded model of a
                 draft model with the same vocabulary, a `Proposer`, or None for none.
-            heads_kwargs: For a draft model: arguments of its ``from_pretrained``, such as dtype,
-                quantisation or device_map; by default it gets the base's dtype and device.
+            heads_kwargs: For a draft model that is loaded: arguments of its ``from_pretrained``,
+                such as dtype, quantisation or device_map; by default it gets the base's dtype and
+                device. For a registered proposer: its own options.
             num_draft_tokens: Most tokens drafted a round; by default the proposer's own choice.
             **kwargs: Arguments of the base's ``from_pretrained``, such as dtype and device_map.
 

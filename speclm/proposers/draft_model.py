@@ -155,7 +155,7 @@ class DraftModelProposer(Proposer):
         seen = (slot_depths < unseen[:, None])[:, None, :]  # [batch, 1, slots]
         self._offsets = []
         floor = math.log(max(config.min_confidence, 1e-30))
-        for level in range(1, config.depth):
+        for level in range(1, min(config.depth, config.num_draft_tokens)):
             if tree.stop_rows_below(floor):
                 break
             tokens, parents = tree.expanded_tokens, tree.expanded_parents

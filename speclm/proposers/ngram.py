@@ -19,10 +19,11 @@ from speclm.tree.topology import TreeTopology, chain, from_parents
 
 
 @dataclass(frozen=True, slots=True)
-class NgramConfig:
+class NgramConfig(ProposerConfig):
     """Settings of the n-gram proposer.
 
     Args:
+        depth: Most draft tokens on one path; as many as nodes, since any path may go on.
         num_draft_tokens: Most nodes of a draft, root excluded, in ``[1, MAX_DEPTH]``.
         max_ngram: Longest run of tokens that is looked up, in ``[1, 16]``; the index holds one
             entry per token and length.
@@ -32,10 +33,11 @@ class NgramConfig:
             step, times the tokens that the time of a plain step yields on average.
     """
 
-    num_draft_tokens: int
-    max_ngram: int
-    branches: int
-    min_chance: float
+    depth: int = 15
+    num_draft_tokens: int = 15
+    max_ngram: int = 6
+    branches: int = 3
+    min_chance: float = 0.09
 
     def __post_init__(self) -> None:
         require_in_range("num_draft_tokens", self.num_draft_tokens, low=1, high=MAX_DEPTH)
@@ -70,8 +72,13 @@ class NgramProposer(Proposer):
         branches: int = 3,
         min_chance: float = 0.09,
     ) -> None:
-        self.options = NgramConfig(num_draft_tokens, max_ngram, branches, min_chance)
-        self.config = ProposerConfig(depth=num_draft_tokens)
+        self.config: NgramConfig = NgramConfig(
+            depth=num_draft_tokens,
+            num_draft_tokens=num_draft_tokens,
+            max_ngram=max_ngram,
+            branches=branches,
+            min_chance=min_chance,
+        )
         self._rows: list[NgramIndex] = []
         self._is_waiting: list[bool] = []
         self._ends: frozenset[int] = frozenset()
@@ -82,7 +89,7 @@ class NgramProposer(Proposer):
         rows, firsts = prompt.tokens.tolist(), prompt.first_tokens.tolist()
         paddings = prompt.num_padding.tolist()
         self._rows = [
-            NgramIndex([*row[padding:], first], max_ngram=self.options.max_ngram)
+            NgramIndex([*row[padding:], first], max_ngram=self.config.max_ngram)
             for row, padding, first in zip(rows, paddings, firsts, strict=True)
         ]
         self._is_waiting = [False] * len(rows)
@@ -91,7 +98,7 @@ class NgramProposer(Proposer):
     @override
     def propose(self, roots: Int[Tensor, " batch"], *, noise: PositionNoise | None) -> Draft:
         trees = [
-            _Tree.root_alone(index) if is_waiting else _Tree.grow(index, self.options, self._ends)
+            _Tree.root_alone(index) if is_waiting else _Tree.grow(index, self.config, self._ends)
             for index, is_waiting in zip(self._rows, self._is_waiting, strict=True)
         ]
         num_nodes = max(len(tree.tokens) for tree in trees)
