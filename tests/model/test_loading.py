@@ -41,8 +41,8 @@ def load(heads, base, **settings):
 def test_registered_name_builds_its_proposer_with_the_options(base):
     proposer = load("ngram", base, heads_kwargs={"max_ngram": 3}, num_draft_tokens=7)
     assert isinstance(proposer, NgramProposer)
-    assert proposer.options.max_ngram == 3
-    assert proposer.options.num_draft_tokens == 7
+    assert proposer.config.max_ngram == 3
+    assert proposer.config.num_draft_tokens == 7
 
 
 def test_none_and_built_proposers_are_taken_as_they_are(base):
