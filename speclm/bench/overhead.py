@@ -49,7 +49,8 @@ class FixedProposer(Proposer):
         self._tokens = list(tokens)
         self._nodes: Tensor | None = None
         self._cache: DynamicCache | None = None
-        self._num_surplus = 0  # slots of the bare cache that the last round did not commit
+        self._num_committed = 0  # slots that the bare cache shares with the target's
+        self._is_in_prompt = True
         self._round_start: float | None = None
         self.round_seconds: list[float] = []
         self.bare_seconds: list[float] = []
@@ -58,10 +59,13 @@ class FixedProposer(Proposer):
     def begin(self, prompt: Prefill) -> None:
         tokens = prompt.tokens
         guesses = torch.tensor(self._tokens, device=tokens.device)
-        self._nodes = torch.cat([tokens[:, :1], guesses.expand(len(tokens), -1)], dim=1)
+        self._nodes = torch.cat(
+            [prompt.first_tokens[:, None], guesses.expand(len(tokens), -1)], dim=1
+        )
         self._cache = DynamicCache(config=self._base.config)
-        self._base(input_ids=tokens, past_key_values=self._cache, logits_to_keep=1)
-        self._num_surplus = 0
+        self._num_committed, self._is_in_prompt = tokens.shape[1], True
+        if self._num_committed > 0:
+            self._base(input_ids=tokens, past_key_values=self._cache, logits_to_keep=1)
         self._round_start = None
         self.round_seconds.clear()
         self.bare_seconds.clear()
@@ -73,18 +77,23 @@ class FixedProposer(Proposer):
             self.round_seconds.append(now - self._round_start)
         assert self._nodes is not None, "propose before begin"
         assert self._cache is not None, "propose before begin"
-        if self._num_surplus:
-            self._cache.crop(-self._num_surplus)
+        num_missing = self._num_committed - self._cache.get_seq_length()
+        if num_missing < 0:
+            self._cache.crop(num_missing)
+        elif num_missing > 0:  # the prompt's forward verified no draft
+            self._base(input_ids=self._nodes[:, :num_missing], past_key_values=self._cache)
         start = _now(roots)
         self._base(input_ids=self._nodes, past_key_values=self._cache)
-        self._round_start = _now(roots)
-        self.bare_seconds.append(self._round_start - start)
+        if not self._is_in_prompt:  # the forward over the prompt is no round
+            self._round_start = _now(roots)
+            self.bare_seconds.append(self._round_start - start)
         tokens = torch.cat([roots[:, None], self._nodes[:, 1:]], dim=1)
         return Draft(tokens=tokens, topology=self._topology, probs=None)
 
     @override
     def commit(self, accepted: Accepted) -> None:
-        self._num_surplus = len(self._tokens) + 1 - max(map(len, accepted.emitted))
+        self._num_committed += max(map(len, accepted.emitted))
+        self._is_in_prompt = False
 
 
 def fixed_tree(shape: str, *, num_nodes: int, device: torch.device) -> TreeTopology:
@@ -123,14 +132,15 @@ def round_overheads(
         "do_sample": False,
         **(options or {}),
         "attention_mask": torch.ones_like(prompt),
-        "max_new_tokens": num_rounds + 3,  # the prefill's and the last round's are not timed
+        "max_new_tokens": num_rounds + 3,  # the prompt's forward and the last two rounds are not timed
         "eos_token_id": base.config.get_text_config().vocab_size,  # never generated
         "pad_token_id": 0,
     }
     for _ in range(2):
         torch.manual_seed(0)
         model.generate(prompt, **arguments)
-    pairs = zip(proposer.round_seconds, proposer.bare_seconds, strict=False)
+    # The first round's forward also runs the prompt.
+    pairs = zip(proposer.round_seconds[1:], proposer.bare_seconds[1:], strict=False)
     return [mine - theirs for mine, theirs in pairs]
 
 
