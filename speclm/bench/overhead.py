@@ -132,7 +132,8 @@ def round_overheads(
         "do_sample": False,
         **(options or {}),
         "attention_mask": torch.ones_like(prompt),
-        "max_new_tokens": num_rounds + 3,  # the prompt's forward and the last two rounds are not timed
+        "max_new_tokens": num_rounds
+        + 3,  # the prompt's forward and the last two rounds are not timed
         "eos_token_id": base.config.get_text_config().vocab_size,  # never generated
         "pad_token_id": 0,
     }

@@ -22,23 +22,27 @@ def test_fixed_tree_has_the_nodes_asked_for():
     assert (tree.num_nodes, tree.max_depth) == (8, 3)
 
 
-def test_fixed_proposer_changes_no_token_and_follows_the_cache(tiny_base):
+@pytest.mark.parametrize("max_merged", [1024, 4])
+def test_fixed_proposer_changes_no_token_and_follows_the_cache(tiny_base, max_merged, monkeypatch):
+    monkeypatch.setattr("speclm.generation.loop.MAX_MERGED_PROMPT", max_merged)
     prompt = torch.arange(5, 15)[None]
     arguments = {
         "do_sample": False,
-        "max_new_tokens": 9,
+        "max_new_tokens": 13,
         "attention_mask": torch.ones_like(prompt),
         "eos_token_id": 4096,
         "pad_token_id": 0,
     }
     expected = tiny_base.generate(prompt, **arguments)
-    guesses = expected[0, 11:18].tolist()  # the first round keeps all, later ones few or none
+    guesses = expected[0, 10:17].tolist()  # the first draft is kept whole, later ones few or none
     topology = fixed_tree("chain", num_nodes=8, device=prompt.device)
     for tokens in (guesses, range(7)):
         proposer = FixedProposer(tiny_base, topology, tokens)
         model = SpecModel(tiny_base, proposer)
         assert torch.equal(model.generate(prompt, **arguments), expected)
         assert len(proposer.bare_seconds) == len(proposer.round_seconds) + 1
+        num_rounds = model.last_speculation.rounds
+        assert num_rounds - 1 <= len(proposer.bare_seconds) <= num_rounds
 
 
 def test_import_is_timed_in_a_process_of_its_own():
