@@ -38,7 +38,7 @@ class RandomTreeProposer(Proposer):
 
     @override
     def begin(self, prompt: Prefill) -> None:
-        self._num_tokens = [1] * len(prompt.tokens)
+        self._num_tokens = [0] * len(prompt.first_tokens)
 
     @override
     def propose(self, roots: Int[Tensor, " batch"], *, noise: PositionNoise | None) -> Draft:

@@ -91,6 +91,11 @@ class TableTarget(TargetView):
         self.model = SimpleNamespace(config=SimpleNamespace(name_or_path="table"))
         self._text_config = SimpleNamespace(num_hidden_layers=1, max_position_embeddings=64)
 
+    @property
+    @override
+    def vocab_size(self) -> int:
+        return VOCAB
+
     @override
     def prefill(self, tokens: Tensor, cache: Any, **_: object) -> Tensor:
         self._write(tokens, cache)
@@ -99,11 +104,20 @@ class TableTarget(TargetView):
 
     @override
     def forward_tree(
-        self, tokens: Tensor, topology: TreeTopology, cache: Any, **_: object
+        self,
+        tokens: Tensor,
+        topology: TreeTopology,
+        cache: Any,
+        *,
+        prompt: Tensor | None = None,
+        **_: object,
     ) -> Tensor:
-        cache.reserve(tokens.shape[1])
-        stored = self._write(tokens, cache)[0]
-        cache.append(tokens.shape[1])
+        fed = tokens if prompt is None else torch.cat([prompt, tokens], dim=1)
+        cache.reserve(fed.shape[1])
+        stored = self._write(fed, cache)[0]
+        cache.append(fed.shape[1])
+        if prompt is not None:
+            cache.split(prompt.shape[1], num_pending=tokens.shape[1])
         committed = stored[: cache.host_lengths[0]]
         nodes = stored[cache.tree_start :]
         contexts = [[*committed, *nodes[seen].tolist()] for seen in topology.ancestor_mask[0]]
@@ -120,28 +134,45 @@ class TableTarget(TargetView):
 
 
 class TableProposer(Proposer):
-    """Drafts a tree whose tokens are drawn from a law of its own, or follow the noise."""
+    """Drafts a tree whose tokens are drawn from a law of its own, or follow the noise.
 
-    def __init__(self, decisions: Decisions, parents: list[int], *, peeks: bool = False) -> None:
+    What lies beyond the last position is not drawn: it must not matter. A chain that is cut ends
+    there.
+    """
+
+    def __init__(
+        self,
+        decisions: Decisions,
+        parents: list[int],
+        *,
+        peeks: bool = False,
+        is_cut: bool = False,
+    ) -> None:
         self.config = ProposerConfig(depth=len(parents))
         self._decisions, self._parents, self._peeks = decisions, parents, peeks
+        self._is_cut, self._remaining = is_cut, 0
 
     @override
     def begin(self, prompt: Prefill) -> None:
-        """Needs no state."""
+        assert prompt.tokens.tolist() == [PROMPT[0][:-1]]
+        assert prompt.first_tokens.tolist() == PROMPT[0][-1:]
+        self._remaining = prompt.max_new_tokens
 
     @override
     def propose(self, roots: Tensor, *, noise: PositionNoise | None) -> Draft:
-        topology = from_parents([self._parents], device=roots.device)
+        parents = self._parents[: self._remaining] if self._is_cut else self._parents
+        topology = from_parents([parents], device=roots.device)
         guesses = [self._guess(depth - 1, noise) for depth in topology.depths[0, 1:].tolist()]
         tokens = torch.tensor([[int(roots), *guesses]])
         return Draft(tokens=tokens, topology=topology, probs=None)
 
     @override
     def commit(self, accepted: Accepted) -> None:
-        """Needs no state."""
+        self._remaining -= len(accepted.emitted[0])
 
     def _guess(self, depth: int, noise: PositionNoise | None) -> int:
+        if depth >= self._remaining - 1:  # the last token is the bonus token
+            return 0
         if self._peeks and noise is not None:
             favoured = int(noise.at_depth(depth)[0].argmin())
             return (favoured + self._decisions.draw((0.6, 0.4))) % VOCAB
@@ -242,7 +273,8 @@ DRAFTERS: dict[str, Callable[[Decisions], Proposer | None]] = {
 
 @pytest.mark.parametrize(
     ("drafter", "warpers"),
-    [(drafter, "plain") for drafter in DRAFTERS] + [("tree", "temperature"), ("chain", "top-k")],
+    [(drafter, "plain") for drafter in DRAFTERS]
+    + [("peeking tree", "temperature"), ("chain", "top-k")],
 )
 def test_sampled_outputs_have_the_product_law_of_the_target(drafter, warpers, monkeypatch):
     law = enumerate_law(monkeypatch, proposer=DRAFTERS[drafter], warpers=WARPERS[warpers])
@@ -298,7 +330,11 @@ class LikeliestProposer(TableProposer):
 
 
 def test_harness_passes_the_ratio_test_with_a_drawn_draft(monkeypatch):
-    law = enumerate_law(monkeypatch, proposer=DRAFTERS["chain"], accept=ratio_test)
+    law = enumerate_law(
+        monkeypatch,
+        proposer=lambda decisions: TableProposer(decisions, [0, 0, 1], is_cut=True),
+        accept=ratio_test,
+    )
     assert distance(law, target_law()) <= EXACT
 
 

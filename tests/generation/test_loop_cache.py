@@ -61,7 +61,8 @@ def test_cache_equals_a_fresh_prefill_after_every_round(family, lengths, kind, c
     snapshots = Snapshots(monkeypatch)
     output, _ = generate(spec, inputs, **settings)
     assert torch.equal(output, expected)
-    assert len(snapshots.rounds) == spec.last_speculation.rounds - 1  # the last needs no commit
+    # The prompt's own forward commits before the first round; the last round needs no commit.
+    assert len(snapshots.rounds) == spec.last_speculation.rounds
     for row, length in enumerate(lengths):
         padding = width - length
         prefill = fresh_prefill(model, output[row, padding:])
@@ -86,4 +87,4 @@ def test_rows_of_a_batch_commit_different_numbers_of_tokens(monkeypatch):
     snapshots = Snapshots(monkeypatch)
     output, _ = generate(spec, inputs, max_new_tokens=12, do_sample=False)
     assert torch.equal(output, expected)
-    assert [lengths for lengths, _, _ in snapshots.rounds[:3]] == [[9, 6], [13, 7], [16, 8]]
+    assert [lengths for lengths, _, _ in snapshots.rounds[:3]] == [[8, 5], [12, 6], [16, 7]]

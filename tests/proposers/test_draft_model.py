@@ -90,12 +90,13 @@ def test_target_as_its_own_draft_is_accepted_whole(family, lengths, depth):
         target, target=target, depth=depth, num_draft_tokens=depth, **CHAIN
     )
     spec = SpecModel(target, proposer)
-    new = 1 + 3 * (depth + 1)
+    new = 4 * (depth + 1)  # the first of them in the prompt's own forward
     inputs = prompts(*lengths)
     expected, _ = generate(target, inputs, do_sample=False, max_new_tokens=new)
     found, _ = generate(spec, inputs, do_sample=False, max_new_tokens=new)
     assert torch.equal(found, expected)
     stats = spec.last_speculation
+    assert [row.prefill_tokens for row in stats.rows] == [depth + 1] * len(lengths)
     assert stats.rounds == 3
     assert stats.tau == depth + 1
     assert stats.acceptance_by_depth == [1.0] * depth
@@ -190,7 +191,8 @@ def short_draft(kind: str) -> PreTrainedModel:
 @pytest.mark.parametrize("kind", ["rotary", "learned"])
 def test_draft_model_with_few_positions_falls_silent_and_the_target_goes_on(kind, settings):
     target = shared_model("llama")
-    spec = SpecModel(target, DraftModelProposer(short_draft(kind), target=target, **WIDE))
+    proposer = DraftModelProposer(short_draft(kind), target=target, depth=6, **WIDE)
+    spec = SpecModel(target, proposer)
     for lengths in ((16, 12), (30,), (10,)):
         found = generate(spec, prompts(*lengths), max_new_tokens=20, **settings)
         expected = generate(target, prompts(*lengths), max_new_tokens=20, **settings)

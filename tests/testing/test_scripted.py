@@ -11,12 +11,15 @@ from speclm.proposers import Prefill
 from speclm.testing import ScriptedProposer
 
 
+ROOT = 5  # last token of every prompt
+
+
 def begin(proposer, reference):
     proposer.begin(
         Prefill(
             tokens=torch.ones(len(reference), 2, dtype=torch.long),
             num_padding=torch.zeros(len(reference), dtype=torch.long),
-            first_tokens=torch.tensor([row[0] for row in reference]),
+            first_tokens=torch.full((len(reference),), ROOT),
             temperature=0.0,
             max_new_tokens=100,
         )
@@ -26,9 +29,10 @@ def begin(proposer, reference):
 def drive(proposer, reference):
     """Decode the reference with the proposer's drafts; return the rounds each row took."""
     begin(proposer, reference)
-    positions, rounds = [1] * len(reference), [0] * len(reference)
+    positions, rounds = [0] * len(reference), [0] * len(reference)
     while any(at < len(row) for at, row in zip(positions, reference, strict=True)):
-        roots = torch.tensor([row[at - 1] for row, at in zip(reference, positions, strict=True)])
+        lasts = [[ROOT, *row][at] for row, at in zip(reference, positions, strict=True)]
+        roots = torch.tensor(lasts)
         draft = proposer.propose(roots, noise=None)
         depths = draft.topology.depths.expand(len(reference), -1).tolist()
         choices = [
@@ -58,7 +62,7 @@ tokens = st.lists(st.integers(0, 9), min_size=1, max_size=30)
 def test_forwards_are_bounded_by_length_and_errors(reference, wrong_at, depth, num_siblings):
     proposer = ScriptedProposer(reference, wrong_at, depth=depth, num_siblings=num_siblings)
     for rounds, row in zip(drive(proposer, reference), reference, strict=True):
-        assert rounds <= math.ceil(len(row) / (depth + 1)) + len(wrong_at) + 1
+        assert rounds <= math.ceil(len(row) / (depth + 1)) + len(wrong_at)
 
 
 def test_planted_error_costs_a_round():
@@ -68,31 +72,29 @@ def test_planted_error_costs_a_round():
 
 
 def test_true_child_comes_after_its_wrong_siblings():
-    reference = [[5, 6, 7]]
+    reference = [[6, 7]]
     proposer = ScriptedProposer(reference, depth=2, num_siblings=2)
     begin(proposer, reference)
-    draft = proposer.propose(torch.tensor([5]), noise=None)
-    assert draft.tokens.tolist() == [[5, 5, 5, 6, 6, 6, 7]]
+    draft = proposer.propose(torch.tensor([ROOT]), noise=None)
+    assert draft.tokens.tolist() == [[ROOT, 5, 5, 6, 6, 6, 7]]
     assert draft.topology.parents.tolist() == [[0, 0, 0, 0, 3, 3, 3]]
 
 
 def test_even_error_replaces_the_token_and_odd_error_ends_the_path():
-    reference = [[5, 6, 7, 8]]
-    replaced = ScriptedProposer(reference, [2], depth=3, num_siblings=0)
-    begin(replaced, reference)
-    assert replaced.propose(torch.tensor([5]), noise=None).tokens.tolist() == [[5, 6, 6, 8]]
-    absent = ScriptedProposer(reference, [1], depth=3, num_siblings=0)
-    begin(absent, reference)
-    assert absent.propose(torch.tensor([5]), noise=None).tokens.tolist() == [[5]]
+    reference, roots = [[6, 7, 8, 9]], torch.tensor([ROOT])
+    for wrong_at, drafted in ((0, [5, 7, 8, 9]), (2, [6, 7, 7, 9]), (1, [6]), (3, [6, 7, 8])):
+        proposer = ScriptedProposer(reference, [wrong_at], depth=4, num_siblings=0)
+        begin(proposer, reference)
+        assert proposer.propose(roots, noise=None).tokens.tolist() == [[ROOT, *drafted]]
 
 
 def test_row_at_the_end_of_its_reference_is_padded():
-    reference = [[1], [1, 2, 3]]
+    reference = [[], [2, 3]]
     proposer = ScriptedProposer(reference, depth=2, num_siblings=0)
     begin(proposer, reference)
-    draft = proposer.propose(torch.tensor([1, 1]), noise=None)
+    draft = proposer.propose(torch.tensor([ROOT, ROOT]), noise=None)
     assert draft.topology.is_padding.tolist() == [[False, True, True], [False] * 3]
-    assert draft.tokens[1].tolist() == [1, 2, 3]
+    assert draft.tokens[1].tolist() == [ROOT, 2, 3]
 
 
 def test_unusable_scripts_are_refused():
