@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from speclm import SpecModel
+from speclm.generation import loop
 from speclm.proposers.draft_model import DraftModelProposer
 from speclm.proposers.interface import Proposer
 from speclm.proposers.ngram import NgramProposer
@@ -137,6 +138,52 @@ def test_any_proposer_gives_the_tokens_of_plain_decoding(family, kind, cell, lay
     spec.proposer = make_proposer(kind, family, new_tokens(expected[0], inputs["input_ids"]))
     found = generate(spec, inputs, max_new_tokens=NEW_TOKENS, **CELLS[cell])
     require_equal(found, expected)
+    assert spec.last_speculation.fallbacks == []
+
+
+@pytest.mark.parametrize("layout", ["one row", "padded rows"])
+@pytest.mark.parametrize("cell", ["greedy", "temperature and top-p"])
+@pytest.mark.parametrize("kind", ["scripted", *PROPOSERS])
+def test_prompts_too_long_for_a_draft_give_the_tokens_of_plain_decoding(
+    kind, cell, layout, monkeypatch
+):
+    inputs = prompts(*LAYOUTS[layout])
+    expected = plain("llama", cell, layout)
+    reference = new_tokens(expected[0], inputs["input_ids"])
+    spec = spec_model("llama")
+    spec.proposer = (
+        ScriptedProposer(reference, depth=DEPTH)
+        if kind == "scripted"
+        else make_proposer(kind, "llama", reference)
+    )
+    longest = inputs["input_ids"].shape[1]
+    for bound in (longest - 1, longest):
+        monkeypatch.setattr(loop, "MAX_MERGED_PROMPT", bound)
+        found = generate(spec, inputs, max_new_tokens=NEW_TOKENS, **CELLS[cell])
+        require_equal(found, expected)
+        stats = spec.last_speculation
+        num_first = [row.prefill_tokens for row in stats.rows]
+        if bound < longest:
+            assert num_first == [1] * len(reference)
+        elif kind == "scripted":
+            assert num_first == [DEPTH + 1] * len(reference)
+
+
+@pytest.mark.parametrize("lengths", [(1,), (1, 1), (1, 4, 1)])
+@pytest.mark.parametrize("cell", ["greedy", "default"])
+@pytest.mark.parametrize("kind", ["scripted", *PROPOSERS])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prompts_of_one_token_begin_with_any_proposer(family, kind, cell, lengths, spec):
+    inputs = prompts(*lengths)
+    settings = {**CELLS[cell], "max_new_tokens": 8}
+    expected = generate(spec.base, inputs, **settings)
+    reference = new_tokens(expected[0], inputs["input_ids"])
+    spec.proposer = (
+        ScriptedProposer(reference, depth=DEPTH)
+        if kind == "scripted"
+        else make_proposer(kind, family, reference)
+    )
+    require_equal(generate(spec, inputs, **settings), expected)
     assert spec.last_speculation.fallbacks == []
 
 

@@ -11,6 +11,7 @@ from speclm import SpecModel
 from speclm.errors import OptionError, TreeBudgetError, VocabularyMismatchError
 from speclm.proposers.draft_model import DraftModelConfig, DraftModelProposer
 from speclm.proposers.interface import Prefill
+from speclm.target import TargetView
 from tests.models import (
     VOCAB_SIZE,
     build_model,
@@ -114,7 +115,12 @@ def test_coupled_ranking_finds_more_than_half_of_sampled_tokens():
     assert spec.last_speculation.acceptance_by_depth[0] > 0.8
 
 
-def begun(proposer: DraftModelProposer, *lengths: int, temperature: float = 0.0) -> Tensor:
+def begun(
+    proposer: DraftModelProposer,
+    *lengths: int,
+    temperature: float = 0.0,
+    eos_token_ids: frozenset[int] = frozenset(),
+) -> Tensor:
     inputs = prompts(*lengths)
     roots = torch.arange(3, 3 + len(lengths))
     proposer.begin(
@@ -124,6 +130,7 @@ def begun(proposer: DraftModelProposer, *lengths: int, temperature: float = 0.0)
             first_tokens=roots,
             temperature=temperature,
             max_new_tokens=20,
+            eos_token_ids=eos_token_ids,
         )
     )
     return roots
@@ -177,6 +184,30 @@ def test_no_confidence_means_one_draft_forward(monkeypatch):
     )
     assert proposer.propose(roots, noise=None).topology.max_depth == 1
     assert len(forwards) == 1
+
+
+@pytest.mark.parametrize("options", [CHAIN, {**WIDE, "min_confidence": 0.0}])
+@torch.no_grad()
+def test_nothing_is_fed_or_drafted_below_an_end_token(options, monkeypatch):
+    model = shared_model("llama")
+    proposer = DraftModelProposer(model, target=model, **options)
+    free = proposer.propose(begun(proposer, 6), noise=None)
+    end = free.tokens[0, free.topology.parents[0].tolist().index(1)].item()  # at depth 2
+    roots = begun(proposer, 6, eos_token_ids=frozenset({end, 9999}))
+    fed: list[int] = []
+    original = type(proposer.view).forward_nodes
+
+    def forward_nodes(view: TargetView, tokens: Tensor, *args: Any) -> Tensor:
+        fed.extend(tokens.flatten().tolist())
+        return original(view, tokens, *args)
+
+    monkeypatch.setattr(type(proposer.view), "forward_nodes", forward_nodes)
+    draft = proposer.propose(roots, noise=None)
+    tokens, parents = draft.tokens[0].tolist(), draft.topology.parents[0].tolist()
+    ends = [node for node, token in enumerate(tokens) if token == end]
+    assert ends, "an end token is still drafted"
+    assert not any(parents[node] in ends for node in range(len(tokens)))
+    assert end not in fed
 
 
 def short_draft(kind: str) -> PreTrainedModel:

@@ -10,7 +10,6 @@ from speclm.errors import OptionError, TreeBudgetError
 from speclm.proposers import Prefill
 from speclm.testing import ScriptedProposer
 
-
 ROOT = 5  # last token of every prompt
 
 

@@ -127,6 +127,26 @@ def test_certain_children_come_after_their_parent():
     assert (grown.tokens, grown.parents) == ([2, 2], [0, 1])
 
 
+def test_leaf_tokens_stay_in_the_tree_and_are_not_expanded():
+    law = torch.log(torch.tensor([[[0.5, 0.3, 0.15, 0.05]]]))
+    tree = GrowingTree(width=2, branches=3, leaf_tokens=torch.tensor([0]))
+    tree.grow(law)
+    assert tree.expanded_tokens.tolist() == [[1, 2]]
+    tree.grow(law.expand(1, 2, -1))
+    (grown,) = tree.best_nodes(99, min_score=-100.0)
+    paths = paths_of(grown.tokens, grown.parents)
+    assert (0,) in paths
+    assert (1, 0) in paths
+    assert not any(0 in path[:-1] for path in paths)
+
+
+def test_row_whose_only_way_on_is_a_leaf_token_stops():
+    law = torch.log(torch.tensor([[[0.9, 0.05, 0.03, 0.02]]]))
+    tree = GrowingTree(width=1, branches=1, leaf_tokens=torch.tensor([0]))
+    tree.grow(law)
+    assert tree.stop_rows_below(math.log(1e-30))
+
+
 def test_stopped_rows_grow_no_further_and_others_do():
     law = torch.log(torch.tensor([[[0.9, 0.05, 0.03, 0.02]], [[0.4, 0.3, 0.2, 0.1]]]))
     tree = GrowingTree(width=1, branches=1)
