@@ -132,16 +132,15 @@ def round_overheads(
         "do_sample": False,
         **(options or {}),
         "attention_mask": torch.ones_like(prompt),
-        "max_new_tokens": num_rounds
-        + 3,  # the prompt's forward and the last two rounds are not timed
+        # The prompt's forward and the last two rounds are not timed.
+        "max_new_tokens": num_rounds + 3,
         "eos_token_id": base.config.get_text_config().vocab_size,  # never generated
         "pad_token_id": 0,
     }
     for _ in range(2):
         torch.manual_seed(0)
         model.generate(prompt, **arguments)
-    # The first round's forward also runs the prompt.
-    pairs = zip(proposer.round_seconds[1:], proposer.bare_seconds[1:], strict=False)
+    pairs = zip(proposer.round_seconds, proposer.bare_seconds, strict=False)
     return [mine - theirs for mine, theirs in pairs]
 
 
