@@ -47,6 +47,7 @@ class TreeStep:
         self._visible = visible
         self._slot_depths = slot_depths
         self._cache = cache
+        self.windows: set[int | None] = set()  # what layers have asked for
         self._biases: dict[tuple[int | None, torch.dtype], Tensor | None] = {}
         self._masks: dict[int | None, Bool[Tensor, "batch 1 nodes kv_len"] | None] = {}
 
@@ -69,6 +70,7 @@ class TreeStep:
 
         What every layer would otherwise derive from the mask is derived once a step.
         """
+        self.windows.add(window)
         key = (window, dtype)
         if key not in self._biases:
             mask = self.mask(window)

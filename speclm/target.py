@@ -36,6 +36,7 @@ class TargetView:
         self.model = model
         self._text_config = model.config.get_text_config()
         self._configs = attention_configs(model)
+        self.windows_seen: set[int | None] = set()
 
     @property
     def vocab_size(self) -> int:
@@ -59,6 +60,25 @@ class TargetView:
     def max_positions(self) -> int | None:
         """Positions that the model was built for; None when it names no bound."""
         return getattr(self._text_config, "max_position_embeddings", None)
+
+    def tree_obstacle(self) -> str | None:
+        """Say what in the config excludes trees, though a short test of them may pass.
+
+        Call it after a tree forward: `windows_seen` then holds the windows that layers passed to
+        their attention. A window or chunk that stands in the model's mask alone is not seen.
+        """
+        config = self._text_config
+        for rope in _rope_types(getattr(config, "rope_parameters", None)):
+            if rope in {"dynamic", "longrope"}:
+                return f"rope_type {rope!r} lets one position change the keys of all"
+        kinds = set(getattr(config, "layer_types", None) or ())
+        if getattr(config, "attention_chunk_size", None) or "chunked_attention" in kinds:
+            return "attention in chunks is not expressed as a window"
+        window = getattr(config, "sliding_window", None)
+        is_used = getattr(config, "use_sliding_window", True) and kinds != {"full_attention"}
+        if window and is_used and window not in self.windows_seen:
+            return f"the sliding window of {window} is not passed to the attention function"
+        return None
 
     @property
     def name(self) -> str:
@@ -133,21 +153,18 @@ class TargetView:
             cache: Cache whose committed slots every node sees.
             prompt: Tokens before the roots, padded on the left, when the cache is still empty:
                 one forward then does for the prompt and the tree. They are committed.
-            max_length: Tokens at which every row ends. Nodes beyond are given its position,
-                because learned positions may end there; their logits are of no use.
+            max_length: Tokens at which every row ends. Nodes beyond are given the last position
+                before, because learned positions may end there; their logits are of no use.
 
         Returns:
             Logits after every node.
         """
         visible, depths = topology.ancestor_mask, topology.depths
-        start = cache.tree_start if prompt is None else prompt.shape[1]
-        if max_length is not None and start + topology.max_depth >= max_length:
-            lengths = cache.lengths if prompt is None else torch.full_like(cache.lengths, start)
-            depths_left = (max_length - 1 - lengths).clamp(min=0)[:, None]
-            depths = torch.minimum(depths, depths_left)  # [batch, nodes]
-            visible = visible.expand(depths.shape[0], -1, -1)
+        # The last token that is fed stands before the last one that is emitted.
+        max_position = None if max_length is None else max(max_length - 2, 0)
         if prompt is None:
-            return self.forward_nodes(tokens, visible, depths, cache)
+            return self.forward_nodes(tokens, visible, depths, cache, max_position=max_position)
+        start = prompt.shape[1]
         slots = torch.arange(start, device=depths.device).expand(len(depths), -1)
         logits = self.forward_nodes(
             torch.cat([prompt, tokens], dim=1),
@@ -155,6 +172,7 @@ class TargetView:
             torch.cat([slots, start + depths], dim=1),
             cache,
             num_logits=tokens.shape[1],
+            max_position=max_position,
         )
         cache.split(start, num_pending=tokens.shape[1])
         return logits
@@ -167,6 +185,7 @@ class TargetView:
         cache: TreeCache,
         *,
         num_logits: int = 0,
+        max_position: int | None = None,
     ) -> Float[Tensor, "batch scored vocab"]:
         """Run nodes through the model below those that are pending already.
 
@@ -177,6 +196,7 @@ class TargetView:
             slot_depths: Depth of each slot; depth 0 follows the committed tokens of its row.
             cache: Cache whose committed slots every node sees.
             num_logits: Last nodes whose logits are wanted; 0 for all.
+            max_position: Position given to nodes beyond it; None for no bound.
 
         Returns:
             Logits after every new node, or the last `num_logits`.
@@ -184,8 +204,11 @@ class TargetView:
         num_nodes = tokens.shape[1]
         cache.reserve(num_nodes)
         roots = cache.lengths - cache.num_padding
-        position_ids = (roots[:, None] + slot_depths[:, -num_nodes:]).clamp_(min=0)
-        with attached(self._configs), tree_step(TreeStep(visible, slot_depths, cache)):
+        position_ids = (roots[:, None] + slot_depths[:, -num_nodes:]).clamp_(
+            min=0, max=max_position
+        )
+        step = TreeStep(visible, slot_depths, cache)
+        with attached(self._configs), tree_step(step):
             output = self.model(
                 input_ids=tokens,
                 position_ids=position_ids,
@@ -194,6 +217,7 @@ class TargetView:
                 logits_to_keep=num_logits,
             )
         cache.append(num_nodes)
+        self.windows_seen |= step.windows
         logits: Tensor = output.logits
         return logits
 
@@ -217,3 +241,11 @@ def _below_prompt(
     full &= slots >= num_padding[:, None, None]
     full[:, slots, slots] = True  # a row of the mask that sees nothing would turn into NaN
     return full
+
+
+def _rope_types(parameters: object) -> list[str]:
+    """Return the rope types in a config's parameters, which may be given per layer type."""
+    if not isinstance(parameters, dict):
+        return []
+    nested = [kind for value in parameters.values() for kind in _rope_types(value)]
+    return [*nested, parameters["rope_type"]] if "rope_type" in parameters else nested

@@ -54,6 +54,7 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
         DraftError: If the proposer returns a draft of the wrong shape.
     """
     require_supported(generation_config, logits_processor, stopping_criteria, model_inputs)
+    input_ids = input_ids.long()
     attention_mask = model_inputs.get("attention_mask")
     num_padding = left_padding(input_ids, attention_mask)
     target.require_prompt_fits(input_ids.shape[1])

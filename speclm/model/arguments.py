@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache
@@ -91,6 +92,16 @@ def require_acceptable(arguments: dict[str, Any], default: GenerationConfig) -> 
             f"prompt has shape {tuple(tokens.shape)}, expected [batch, seq] with at least one row "
             "and one token; tokenize with return_tensors='pt'"
         )
+    if tokens is not None and (tokens.is_floating_point() or tokens.dtype == torch.bool):
+        raise PromptError(
+            f"prompt has dtype {tokens.dtype}, expected integer token ids; pass input_ids, not "
+            "the attention mask or embeddings"
+        )
     mask = arguments.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2:
+        if tokens is not None and mask.shape != tokens.shape:
+            raise PromptError(
+                f"attention mask has shape {tuple(mask.shape)}, the prompt {tuple(tokens.shape)}; "
+                "pass the mask that the tokenizer returned with the prompt"
+            )
         require_left_padding(mask)

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -176,13 +175,18 @@ class SpecModel:
             **kwargs,
         }
         require_acceptable(arguments, self.generation_config)
+        arguments.pop("custom_generate", None)  # it is None
         stats = SpeculationStats(backend="tree attention")
         self.last_speculation = stats
         try:
             self._require_speculation(arguments)
-            loop = partial(
-                generate_tokens, target=self._target, proposer=self.proposer, stats=stats
-            )
+
+            def loop(*resolved: Any, **named: Any) -> Tensor:
+                # A partial would let the caller's keywords replace these three.
+                return generate_tokens(
+                    *resolved, target=self._target, proposer=self.proposer, stats=stats, **named
+                )
+
             sequences = self._base_generate(custom_generate=loop, **arguments)
         except NeedsPlainDecoding as reason:
             self._log_once(str(reason))

@@ -53,6 +53,9 @@ def check_trees(target: TargetView) -> SelfCheck:
     finally:
         for module in in_training:
             module.training = True
+    obstacle = target.tree_obstacle()
+    if obstacle is not None:
+        return SelfCheck(passes=False, reason=obstacle, error=error)
     bound = _TOLERANCE.get(target.model.dtype, _HALF_TOLERANCE)
     if error <= bound:
         return SelfCheck(passes=True, reason=f"tree self-check passed, {error:.1e}", error=error)

@@ -68,5 +68,19 @@ def test_prompt_is_checked_under_both_names(name):
         require_acceptable({name: mask, "attention_mask": mask.flip(1)}, DEFAULT)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+def test_prompt_that_holds_no_token_ids_is_refused(dtype):
+    with pytest.raises(PromptError, match="expected integer token ids"):
+        require_acceptable({"input_ids": torch.ones(1, 3, dtype=dtype)}, DEFAULT)
+    with pytest.raises(PromptError, match="is a str"):
+        require_acceptable({"inputs": "text"}, DEFAULT)
+
+
+def test_mask_has_the_shape_of_the_prompt():
+    tokens = torch.ones(2, 3, dtype=torch.long)
+    with pytest.raises(PromptError, match="attention mask has shape"):
+        require_acceptable({"input_ids": tokens, "attention_mask": tokens[:1]}, DEFAULT)
+
+
 def test_call_without_a_prompt_is_left_to_transformers():
     require_acceptable({}, DEFAULT)

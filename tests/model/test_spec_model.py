@@ -15,6 +15,8 @@ from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
     GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     PreTrainedModel,
     StaticCache,
 )
@@ -342,3 +344,38 @@ def test_empty_dynamic_cache_is_delegated(spec, base):
         **prompts(6), max_new_tokens=6, do_sample=False, past_key_values=DynamicCache()
     )
     assert torch.equal(found, expected)
+
+
+def test_int32_prompt_gives_the_dtype_of_plain_decoding(base):
+    tokens = prompts(6)["input_ids"].int()
+    mask = torch.ones_like(tokens)
+    settings = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
+    expected = base.generate(tokens, **settings)
+    found = SpecModel.from_pretrained(base, "ngram").generate(tokens, **settings)
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", ["stats", "target", "proposer"])
+def test_keyword_of_the_loop_is_as_unknown_as_to_plain_decoding(base, name):
+    with pytest.raises(ValueError, match="not used by the model"):
+        SpecModel.from_pretrained(base, None).generate(**prompts(4), **{name: 3})
+
+
+def test_last_learned_position_may_be_that_of_the_last_token_but_one():
+    config = GPT2Config(
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        vocab_size=64,
+        n_positions=20,
+        bos_token_id=1,
+        eos_token_id=None,
+    )
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(config).eval()
+    tokens = torch.arange(2, 8).repeat(2)[None]
+    settings = {"max_new_tokens": 9, "do_sample": False, "attention_mask": torch.ones_like(tokens)}
+    expected = model.generate(tokens, **settings)
+    proposer = ScriptedProposer(expected[:, 12:].tolist(), depth=6, wrong_at=(2,))
+    assert torch.equal(SpecModel(model, proposer).generate(tokens, **settings), expected)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from speclm.attention import TreeStep
 from speclm.target import TargetView
@@ -111,10 +112,10 @@ def test_shifted_positions_are_found(monkeypatch, shift):
     # Rotary attention knows distances alone: nodes are shifted against the prefix.
     original = TargetView.forward_nodes
 
-    def shifted(view, tokens, visible, slot_depths, cache):
+    def shifted(view, tokens, visible, slot_depths, cache, **options):
         cache.num_padding -= shift
         try:
-            return original(view, tokens, visible, slot_depths, cache)
+            return original(view, tokens, visible, slot_depths, cache, **options)
         finally:
             cache.num_padding += shift
 
@@ -142,3 +143,54 @@ def test_failing_forward_is_a_refusal_with_its_reason(monkeypatch):
     check = check_trees(TargetView(shared_model("llama")))
     assert not check.passes
     assert "ZeroDivisionError: planted" in check.reason
+
+
+WINDOW_IN_THE_MASK_ALONE = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "use_sliding_window": True,
+    "sliding_window": 16,  # longer than the prompts of the check
+    "max_window_layers": 1,
+}
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 4,
+    "long_factor": [4.0] * 4,
+    "original_max_position_embeddings": 32,
+    "factor": 8.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "reason"),
+    [
+        ("qwen2_moe", WINDOW_IN_THE_MASK_ALONE, "window of 16 is not passed"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}},
+            "rope_type 'dynamic'",
+        ),
+        ("phi3", {"rope_parameters": LONG_ROPE}, "rope_type 'longrope'"),
+    ],
+)
+def test_what_a_short_check_cannot_see_is_refused_by_the_config(model_type, settings, reason):
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 64,
+        "max_position_embeddings": 256,
+        "pad_token_id": 0,
+        **settings,
+    }
+    if model_type == "phi3":
+        sizes["original_max_position_embeddings"] = 32
+    config = AutoConfig.for_model(model_type, **sizes)
+    check = check_trees(TargetView(AutoModelForCausalLM.from_config(config).eval()))
+    assert not check.passes
+    assert reason in check.reason
