@@ -19,7 +19,7 @@ class ScriptedProposer(Proposer):
     """Drafts the true continuation of each row, with errors where they are asked for.
 
     With the reference that the target really produces, a row of ``n`` new tokens takes at most
-    ``ceil(n / (depth + 1)) + len(wrong_at) + 1`` target forwards: random heads, which nothing
+    ``ceil(n / (depth + 1)) + len(wrong_at)`` target forwards: random heads, which nothing
     would ever accept, can be stood in for in a test of the whole loop.
 
     A tree is the path of true tokens, each behind `num_siblings` wrong ones, so that the accepted
