@@ -33,14 +33,14 @@ class TreeStep:
 
     Args:
         visible: True at ``[i, j]`` when new node i sees pending slot j; the last slots are the new
-            nodes themselves.
+            nodes themselves. None for a single new node that sees all.
         slot_depths: Depth of every pending slot and new node.
         cache: Cache that the forward appends to.
     """
 
     def __init__(
         self,
-        visible: Bool[Tensor, "rows nodes slots"],
+        visible: Bool[Tensor, "rows nodes slots"] | None,
         slot_depths: Int[Tensor, "depth_rows slots"],
         cache: TreeCache,
     ) -> None:
@@ -83,10 +83,15 @@ class TreeStep:
 
     def _build(self, window: int | None) -> Bool[Tensor, "batch 1 nodes kv_len"] | None:
         cache, visible = self._cache, self._visible
+        is_plain = not cache.is_ragged and not cache.has_padding
+        fits = window is None or cache.tree_start + self._reach() <= window
+        if visible is None:
+            if is_plain and fits:
+                return None
+            visible = self._slot_depths.new_ones(1, 1, cache.num_pending + 1, dtype=torch.bool)
         rows, nodes, _ = visible.shape
         batch = cache.num_padding.shape[0]
-        is_plain = not cache.is_ragged and not cache.has_padding
-        if is_plain and (window is None or cache.tree_start + self._reach() <= window):
+        if is_plain and fits:
             if nodes == 1 and cache.num_pending == 0:
                 return None
             prefix = visible.new_ones(1, 1, 1).expand(rows, nodes, cache.tree_start)

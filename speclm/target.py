@@ -180,7 +180,7 @@ class TargetView:
     def forward_nodes(
         self,
         tokens: Int[Tensor, "batch nodes"],
-        visible: Bool[Tensor, "rows nodes slots"],
+        visible: Bool[Tensor, "rows nodes slots"] | None,
         slot_depths: Int[Tensor, "depth_rows slots"],
         cache: TreeCache,
         *,
@@ -192,7 +192,7 @@ class TargetView:
         Args:
             tokens: Token at each new node.
             visible: True at ``[i, j]`` when new node i sees pending slot j; the new nodes are the
-                last slots.
+                last slots. None for a single new node that sees all.
             slot_depths: Depth of each slot; depth 0 follows the committed tokens of its row.
             cache: Cache whose committed slots every node sees.
             num_logits: Last nodes whose logits are wanted; 0 for all.

@@ -229,11 +229,11 @@ def _build_arena(layers: list[TreeLayer], used: int, capacity: int) -> Tensor:
     batch, heads, _, key_dim = keys.shape
     value_dim = values.shape[3]
     if key_dim == value_dim:
-        arena = keys.new_zeros(2 * len(layers), batch, heads, capacity, key_dim)
+        arena = keys.new_empty(2 * len(layers), batch, heads, capacity, key_dim)
         for index, layer in enumerate(layers):
             layer.adopt(arena[2 * index], arena[2 * index + 1], used=used)
     else:
-        arena = keys.new_zeros(len(layers), batch, heads, capacity, key_dim + value_dim)
+        arena = keys.new_empty(len(layers), batch, heads, capacity, key_dim + value_dim)
         for index, layer in enumerate(layers):
             layer.adopt(arena[index, ..., :key_dim], arena[index, ..., key_dim:], used=used)
     return arena

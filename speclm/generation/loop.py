@@ -69,6 +69,7 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
         proposer=proposer,
         chooser=TokenChooser(list(logits_processor), is_greedy=not generation_config.do_sample),
         rows=rows,
+        num_prompt_tokens=input_ids.shape[1],
         max_length=generation_config.max_length,
         cache=target.new_cache(num_padding),
         stats=stats,
@@ -96,6 +97,7 @@ class _Run:
     proposer: Proposer | None
     chooser: TokenChooser
     rows: Rows
+    num_prompt_tokens: int
     max_length: int
     cache: TreeCache
     stats: SpeculationStats
@@ -182,8 +184,25 @@ class _Run:
             return _roots_alone(self.roots)
         draft = self.proposer.propose(self.roots, noise=self.noise)
         _require_valid(draft, self.roots)
+        if self._crosses_last_position(draft.topology.max_depth):
+            return _roots_alone(self.roots)
         tokens = torch.cat([self.roots[:, None], draft.tokens[:, 1:]], dim=1)  # whatever it says
         return replace(draft, tokens=tokens)
+
+    def _crosses_last_position(self, depth: int) -> bool:
+        """Tell whether a draft of that depth goes beyond the last position, unlike its root.
+
+        Learned positions end there. Plain decoding fails once it arrives, if it ever does; with
+        rotary positions it goes on, and so do drafts from there.
+        """
+        last = (self.target.max_positions or self.max_length) - 1
+        if self.max_length <= last + 1:
+            return False
+        roots = [self.num_prompt_tokens - 1 + new for new in self.rows.num_tokens]
+        return any(
+            root - padding <= last < root - padding + depth
+            for root, padding in zip(roots, self.cache.num_padding.tolist(), strict=True)
+        )
 
     def _accept(self, draft: Draft, logits: Float[Tensor, "batch nodes vocab"]) -> Accepted:
         topology = draft.topology

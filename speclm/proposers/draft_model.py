@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 from typing_extensions import override
@@ -32,15 +32,18 @@ class DraftModelConfig(ProposerConfig):
         width: Nodes expanded at each level; 1 with one branch makes a chain.
         branches: Children considered for each expanded node.
         min_probability: Nodes less likely than this are not verified.
-        min_confidence: No further level is drafted once no path is this likely.
+        min_confidence: A row grows no further once no path of it is this likely.
+        min_growing: No further level is drafted once a smaller share of the rows grows: a level
+            costs the whole batch a forward.
     """
 
-    depth: int = 12
-    num_draft_tokens: int = 12
+    depth: int = 16
+    num_draft_tokens: int = 16
     width: int = 1
     branches: int = 2
     min_probability: float = 0.1
     min_confidence: float = 0.4
+    min_growing: float = 0.75
 
     def __post_init__(self) -> None:
         require_depth("depth", self.depth)  # super() does not work in a slotted dataclass
@@ -49,6 +52,7 @@ class DraftModelConfig(ProposerConfig):
         require_in_range("branches", self.branches, low=1, high=MAX_NODES - 1)
         require_in_range("min_probability", self.min_probability, low=0.0, high=1.0)
         require_in_range("min_confidence", self.min_confidence, low=0.0, high=1.0)
+        require_in_range("min_growing", self.min_growing, low=0.0, high=1.0)
 
 
 class DraftModelProposer(Proposer):
@@ -82,7 +86,9 @@ class DraftModelProposer(Proposer):
                 "shares the target's tokenizer"
             )
         self._cache: TreeCache | None = None
+        self._prompt_logits: Tensor | None = None  # what follows the prompt, until it is used
         self._unseen: list[list[int]] = []
+        self._is_idle: list[bool] = []
         self._is_silent = False
         self._temperature = 0.0
         self._leaf_tokens: Tensor | None = None
@@ -91,20 +97,23 @@ class DraftModelProposer(Proposer):
 
     @override
     def begin(self, prompt: Prefill) -> None:
-        self._cache = self.view.new_cache(prompt.num_padding)
-        length, bound = prompt.tokens.shape[1], self.view.max_positions
+        self._cache, self._prompt_logits = self.view.new_cache(prompt.num_padding), None
+        tokens = torch.cat([prompt.tokens, prompt.first_tokens[:, None]], dim=1)
+        length, bound = tokens.shape[1], self.view.max_positions
         self._is_silent = bound is not None and length > bound  # learned positions end there
         if not self._is_silent:
-            slots = torch.arange(length, device=prompt.tokens.device)
+            slots = torch.arange(length, device=tokens.device)
             is_token = slots >= prompt.num_padding[:, None]
             mask = is_token.long() if self._cache.has_padding else None
-            if length > 0:
-                self.view.prefill(prompt.tokens, self._cache, attention_mask=mask)
+            logits = self.view.prefill(tokens, self._cache, attention_mask=mask)
+            self._cache.split(length - 1, num_pending=1)  # as if only the roots were unseen
+            self._prompt_logits = logits[:, None]
         # The draft model works on the host between levels, so one more sync costs nothing.
         self._unseen = [[token] for token in prompt.first_tokens.tolist()]
         self._temperature = prompt.temperature
         ends = sorted(prompt.eos_token_ids)
         self._leaf_tokens = torch.tensor(ends, device=prompt.tokens.device) if ends else None
+        self._is_idle = [False] * len(tokens)
         self._grown, self._offsets = [], []
 
     @override
@@ -138,7 +147,8 @@ class DraftModelProposer(Proposer):
             kept.append([*range(len(self._unseen[row])), *slots])
             self._unseen[row] = emitted[len(slots) :]
         self._cache.keep(kept)
-        self._offsets = []
+        self._is_idle = [not emitted for emitted in accepted.emitted]
+        self._prompt_logits, self._offsets = None, []
 
     def _grow(self, device: torch.device, longest: int, noise: PositionNoise | None) -> GrowingTree:
         """Feed what is unseen and then level after level."""
@@ -146,30 +156,34 @@ class DraftModelProposer(Proposer):
         config, batch = self.config, len(self._unseen)
         logits = self._catch_up(device, longest)
         tree = GrowingTree(
-            width=config.width, branches=config.branches, leaf_tokens=self._leaf_tokens
+            width=config.width,
+            branches=config.branches,
+            leaf_tokens=self._leaf_tokens,
+            is_idle=torch.tensor(self._is_idle, device=device) if any(self._is_idle) else None,
         )
         tree.grow(self._rank(logits, 0, noise))
-        unseen = torch.tensor([len(tokens) for tokens in self._unseen], device=device)
+        num_unseen = [len(tokens) for tokens in self._unseen]
+        unseen = torch.tensor(num_unseen, device=device)
         slot_depths = torch.arange(longest, device=device).expand(batch, -1)
-        # A level-0 node sees its row's unseen tokens, the last of which is the root.
+        # A level-0 node sees its row's unseen tokens, the last of which is the root. In chains
+        # below equally many of them, every node sees all that is pending.
         seen = (slot_depths < unseen[:, None])[:, None, :]  # [batch, 1, slots]
+        is_chain = config.width == 1 and min(num_unseen) == longest
         self._offsets = []
         floor = math.log(max(config.min_confidence, 1e-30))
         for level in range(1, min(config.depth, config.num_draft_tokens)):
-            if tree.stop_rows_below(floor):
+            if tree.stop_rows_below(floor) < max(config.min_growing, 1e-6):
                 break
-            tokens, parents = tree.expanded_tokens, tree.expanded_parents
+            tokens = tree.expanded_tokens
             width = tokens.shape[1]
-            if level > 1:
-                seen = seen.gather(1, parents[:, :, None].expand(-1, -1, seen.shape[2]))
-            else:
-                seen = seen.expand(-1, width, -1)
-            itself = torch.eye(width, dtype=torch.bool, device=device).expand(batch, -1, -1)
-            seen = torch.cat([seen, itself], dim=2)
+            if not is_chain:
+                seen = _seen_below(seen, tree.expanded_parents)
             depths = (unseen + level - 1)[:, None].expand(-1, width)
             slot_depths = torch.cat([slot_depths, depths], dim=1)
             self._offsets.append(self._cache.num_pending)
-            logits = self.view.forward_nodes(tokens, seen, slot_depths, self._cache)
+            logits = self.view.forward_nodes(
+                tokens, None if is_chain else seen, slot_depths, self._cache
+            )
             tree.grow(self._rank(logits, level, noise))
         self._offsets.append(self._cache.num_pending)  # the last level is not fed
         return tree
@@ -177,6 +191,8 @@ class DraftModelProposer(Proposer):
     def _catch_up(self, device: torch.device, longest: int) -> Float[Tensor, "batch 1 vocab"]:
         """Feed committed tokens that the draft model has not seen; short rows end in padding."""
         assert self._cache is not None
+        if self._prompt_logits is not None:
+            return self._prompt_logits
         padded = [tokens + [0] * (longest - len(tokens)) for tokens in self._unseen]
         causal = torch.ones(1, longest, longest, dtype=torch.bool, device=device).tril()
         depths = torch.arange(longest, device=device)[None]
@@ -203,3 +219,13 @@ class DraftModelProposer(Proposer):
             topology=from_parents(parents, device=roots.device),
             probs=None,
         )
+
+
+def _seen_below(
+    seen: Bool[Tensor, "batch above slots"], parents: Int[Tensor, "batch width"]
+) -> Bool[Tensor, "batch width slots_and_width"]:
+    """Return what new nodes see: what their parents see, and each itself."""
+    batch, width = parents.shape
+    above = seen.gather(1, parents[:, :, None].expand(-1, -1, seen.shape[2]))
+    itself = torch.eye(width, dtype=torch.bool, device=seen.device).expand(batch, -1, -1)
+    return torch.cat([above, itself], dim=2)

@@ -44,7 +44,12 @@ class GrowingTree:
     """
 
     def __init__(
-        self, *, width: int, branches: int, leaf_tokens: Int[Tensor, " leaves"] | None = None
+        self,
+        *,
+        width: int,
+        branches: int,
+        leaf_tokens: Int[Tensor, " leaves"] | None = None,
+        is_idle: Bool[Tensor, " batch"] | None = None,
     ) -> None:
         """Start at the root.
 
@@ -52,12 +57,15 @@ class GrowingTree:
             width: Nodes expanded at each level.
             branches: Children considered for each expanded node.
             leaf_tokens: Tokens after which nothing follows, such as the end of the sequence.
+            is_idle: Rows that take part for their place in the batch alone; none of their nodes
+                is scored.
         """
         self._width = width
         self._branches = branches
         self._leaf_tokens = leaf_tokens
         self._levels: list[_Level] = []
-        self._has_stopped: Bool[Tensor, " batch"] | None = None
+        self._is_idle = is_idle
+        self._has_stopped = is_idle
 
     @property
     def depth(self) -> int:
@@ -90,15 +98,18 @@ class GrowingTree:
         """Place of each such node's parent among the nodes expanded before."""
         return self._levels[-1].expanded // self._branches
 
-    def stop_rows_below(self, floor: float) -> bool:
+    def stop_rows_below(self, floor: float) -> float:
         """Let no row grow further whose best node to expand scores below `floor`.
 
         Returns:
-            Whether every row has stopped; syncs with the device.
+            Share of the rows not idle that still grow; syncs with the device.
         """
         is_low = self._levels[-1].expanded_scores[:, 0] < floor  # [batch]
         self._has_stopped = is_low if self._has_stopped is None else self._has_stopped | is_low
-        return bool(self._has_stopped.all())
+        num_growing = (~self._has_stopped).sum()
+        if self._is_idle is None:
+            return float(num_growing) / len(self._has_stopped)
+        return float(num_growing / (~self._is_idle).sum().clamp(min=1))
 
     def best_nodes(self, num_nodes: int, *, min_score: float) -> list[GrownRow]:
         """Return the `num_nodes` best candidates of each row with a score of at least `min_score`.

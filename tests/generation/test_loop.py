@@ -298,12 +298,16 @@ def test_generation_over_several_blocks_of_the_cache(family, spec):
     require_equal(generate(spec, inputs, **settings), expected)
 
 
+def gpt2_of_32_positions() -> GPT2LMHeadModel:
+    shape = {"vocab_size": VOCAB_SIZE, "n_embd": 40, "n_layer": 2, "n_head": 4}
+    special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+    return randomise(GPT2LMHeadModel(GPT2Config(**shape, **special, n_positions=32)))
+
+
 @pytest.mark.parametrize("lengths", [(20,), (20, 13)])
 @pytest.mark.parametrize("kind", ["ngram", "past the end"])
 def test_drafts_may_reach_beyond_the_last_learned_position(lengths, kind):
-    shape = {"vocab_size": VOCAB_SIZE, "n_embd": 40, "n_layer": 2, "n_head": 4}
-    special = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
-    model = randomise(GPT2LMHeadModel(GPT2Config(**shape, **special, n_positions=32)))
+    model = gpt2_of_32_positions()
     inputs = prompts(*lengths)
     settings = {"do_sample": False, "max_new_tokens": 12}  # up to the last position
     expected = generate(model, inputs, **settings)
@@ -312,3 +316,31 @@ def test_drafts_may_reach_beyond_the_last_learned_position(lengths, kind):
     spec = SpecModel(model, proposer)
     require_equal(generate(spec, inputs, **settings), expected)
     assert spec.last_speculation.fallbacks == []
+
+
+@pytest.mark.parametrize("lengths", [(20,), (20, 13)])
+def test_more_tokens_may_be_allowed_than_learned_positions_when_rows_end_before(lengths):
+    model = gpt2_of_32_positions()
+    inputs = prompts(*lengths)
+    tokens = new_tokens(model.generate(**inputs, max_new_tokens=11), inputs["input_ids"])
+    settings = {"max_new_tokens": 40, "eos_token_id": [row[-1] for row in tokens]}
+    expected = generate(model, inputs, **settings)
+    spec = SpecModel(model, ScriptedProposer([row + [1] * 40 for row in tokens], depth=8))
+    require_equal(generate(spec, inputs, **settings), expected)
+    assert spec.last_speculation.fallbacks == []
+    del settings["eos_token_id"]
+    for endless in (model, spec):
+        with pytest.raises(IndexError):
+            endless.generate(**inputs, **settings)
+
+
+def test_rotary_positions_go_on_beyond_the_last_that_the_config_names(monkeypatch):
+    spec = spec_model("llama")
+    inputs = prompts(20, 13)
+    settings = {"max_new_tokens": 60}
+    expected = generate(spec.base, inputs, **settings)
+    reference = new_tokens(expected[0], inputs["input_ids"])
+    monkeypatch.setattr(spec.base.config, "max_position_embeddings", 32)
+    spec.proposer = ScriptedProposer(reference, depth=8)
+    require_equal(generate(spec, inputs, **settings), expected)
+    assert spec.last_speculation.rounds < 40

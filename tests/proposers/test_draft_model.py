@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from speclm import SpecModel
+from speclm.acceptance.accepted import Accepted
 from speclm.errors import OptionError, TreeBudgetError, VocabularyMismatchError
 from speclm.proposers.draft_model import DraftModelConfig, DraftModelProposer
 from speclm.proposers.interface import Prefill
@@ -171,7 +172,7 @@ def test_unlikely_nodes_are_not_drafted():
 
 
 @torch.no_grad()
-def test_no_confidence_means_one_draft_forward(monkeypatch):
+def test_no_confidence_means_no_draft_forward_beyond_the_prompt_or_the_roots(monkeypatch):
     model = shared_model("llama")
     proposer = DraftModelProposer(model, target=model, min_confidence=1.0, min_probability=0.0)
     roots = begun(proposer, 6)
@@ -182,8 +183,36 @@ def test_no_confidence_means_one_draft_forward(monkeypatch):
         "forward_nodes",
         lambda *args: forwards.append(1) or original(*args),
     )
-    assert proposer.propose(roots, noise=None).topology.max_depth == 1
-    assert len(forwards) == 1
+    draft = proposer.propose(roots, noise=None)
+    assert draft.topology.max_depth == 1
+    assert forwards == []  # the prompt's own forward gave what follows the root
+    proposer.commit(Accepted.from_host([[0]], [[5]], device=roots.device))
+    assert proposer.propose(torch.tensor([5]), noise=None).topology.max_depth == 1
+    assert forwards == [1]
+
+
+@torch.no_grad()
+def test_a_level_is_drafted_while_most_rows_grow():
+    model = shared_model("llama")
+    options = {"min_probability": 0.0, "branches": 1, "depth": 3}
+
+    def depths(**more):
+        proposer = DraftModelProposer(model, target=model, **options, **more)
+        draft = proposer.propose(begun(proposer, 6, 9, 7, 8), noise=None)
+        return draft.topology.host_depths
+
+    inputs = prompts(6, 9, 7, 8)
+    tokens = torch.cat([inputs["input_ids"], torch.arange(3, 7)[:, None]], dim=1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones(4, 1, dtype=torch.long)], dim=1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(input_ids=tokens, attention_mask=mask, position_ids=positions).logits
+    law = logits[:, -1].softmax(-1).amax(-1)
+    middle = float(law.median())  # the lower of the two in the middle
+    confident = [float(chance) >= middle * 1.0001 for chance in law]
+    assert confident.count(True) == 2
+    assert depths(min_confidence=middle * 1.0001) == [1, 1, 1, 1]
+    mixed = depths(min_confidence=middle * 1.0001, min_growing=0.5)
+    assert [depth > 1 for depth in mixed] == confident
 
 
 @pytest.mark.parametrize("options", [CHAIN, {**WIDE, "min_confidence": 0.0}])

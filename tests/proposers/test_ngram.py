@@ -8,7 +8,7 @@ from speclm.errors import OptionError
 from speclm.proposers import Draft, NgramProposer, Prefill, registered_proposers
 
 
-def begin(proposer, *prompts, firsts):
+def begin(proposer, *prompts, firsts, ends=()):
     width = max(map(len, prompts))
     padding = [width - len(prompt) for prompt in prompts]
     rows = [[99] * pad + prompt for pad, prompt in zip(padding, prompts, strict=True)]
@@ -19,6 +19,7 @@ def begin(proposer, *prompts, firsts):
             first_tokens=torch.tensor(firsts),
             temperature=0.0,
             max_new_tokens=100,
+            eos_token_ids=frozenset(ends),
         )
     )
 
@@ -110,6 +111,12 @@ def test_committed_tokens_are_looked_up_too():
     commit(proposer, [4, 5, 6])
     commit(proposer, [3])
     assert propose(proposer, 3).tokens.tolist() == [[3, 4, 5]]
+
+
+def test_nothing_is_copied_from_behind_the_end_of_a_text():
+    proposer = NgramProposer(num_draft_tokens=3)
+    begin(proposer, [1, 2, 3, 4, 5, 6, 1], firsts=[2], ends=[4])
+    assert propose(proposer, 2).tokens.tolist() == [[2, 3, 4]]
 
 
 def test_copy_goes_on_around_a_period():

@@ -144,17 +144,27 @@ def test_row_whose_only_way_on_is_a_leaf_token_stops():
     law = torch.log(torch.tensor([[[0.9, 0.05, 0.03, 0.02]]]))
     tree = GrowingTree(width=1, branches=1, leaf_tokens=torch.tensor([0]))
     tree.grow(law)
-    assert tree.stop_rows_below(math.log(1e-30))
+    assert tree.stop_rows_below(math.log(1e-30)) == 0.0
 
 
 def test_stopped_rows_grow_no_further_and_others_do():
     law = torch.log(torch.tensor([[[0.9, 0.05, 0.03, 0.02]], [[0.4, 0.3, 0.2, 0.1]]]))
     tree = GrowingTree(width=1, branches=1)
     tree.grow(law)
-    assert not tree.stop_rows_below(math.log(0.5))
+    assert tree.stop_rows_below(math.log(0.5)) == 0.5
     tree.grow(law)
-    assert not tree.stop_rows_below(math.log(0.5))
+    assert tree.stop_rows_below(math.log(0.5)) == 0.5
     tree.grow(law)
     sure, unsure = tree.best_nodes(9, min_score=-100.0)
     assert (len(sure.tokens), len(unsure.tokens)) == (3, 1)
-    assert tree.stop_rows_below(0.0)
+    assert tree.stop_rows_below(0.0) == 0.0
+
+
+def test_idle_rows_grow_nothing_and_do_not_count():
+    law = torch.log(torch.tensor([[[0.9, 0.05, 0.03, 0.02]]] * 3))
+    is_idle = torch.tensor([False, True, False])
+    tree = GrowingTree(width=1, branches=1, is_idle=is_idle)
+    tree.grow(law)
+    assert tree.stop_rows_below(math.log(0.5)) == 1.0
+    tree.grow(law)
+    assert [len(row.tokens) for row in tree.best_nodes(9, min_score=-100.0)] == [2, 0, 2]
