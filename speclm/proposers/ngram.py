@@ -134,9 +134,10 @@ class _Tree:
         tree = cls.root_alone(index)
         # Entries: minus the chance of the path, order of arrival, token, parent, context before.
         frontier: list[tuple[float, int, int, int, tuple[int, ...]]] = []
-        node, chance, context, arrivals, limit = 0, 1.0, index.context, 0, options.branches
+        node, chance, context, arrivals, is_end = 0, 1.0, index.context, 0, False
         while True:
-            for token, follow_chance in index.guess(context, limit=limit):
+            guesses = [] if is_end else index.guess(context, limit=options.branches)
+            for token, follow_chance in guesses:
                 if chance * follow_chance >= options.min_chance:
                     arrivals += 1
                     heappush(frontier, (-chance * follow_chance, arrivals, token, node, context))
@@ -146,7 +147,7 @@ class _Tree:
             node, chance, context = len(tree.tokens), -minus_chance, index.slide(before, token)
             tree.tokens.append(token)
             tree.parents.append(parent)
-            limit = 0 if token in ends else options.branches
+            is_end = token in ends
 
 
 def _topology(parents: list[list[int]], *, device: torch.device) -> TreeTopology:
