@@ -2,17 +2,27 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
 from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from speclm.attention import TreeStep, attached, attention_configs, tree_step
 from speclm.cache.tree_cache import TreeCache
 from speclm.errors import PromptError, UnsupportedModelError
 from speclm.tree.topology import TreeTopology
+
+
+class TargetFeatures(Enum):
+    """Hidden states of the target that a proposer needs."""
+
+    NONE = "none"
+    LAST_HIDDEN = "last hidden"
+    """What the target's head reads: the decoder's output, after the final norm."""
 
 
 class TargetView:
@@ -37,6 +47,8 @@ class TargetView:
         self._text_config = model.config.get_text_config()
         self._configs = attention_configs(model)
         self.windows_seen: set[int | None] = set()
+        self.features: Float[Tensor, "batch nodes hidden"] | None = None
+        """Hidden states of the last forward, inside `decoding` when some were asked for."""
 
     @property
     def vocab_size(self) -> int:
@@ -45,6 +57,14 @@ class TargetView:
         if head is None:
             return int(self._text_config.vocab_size)
         return head.get_parameter("weight").shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the hidden states that the head reads."""
+        head: nn.Module | None = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        if head is None:
+            return int(self._text_config.hidden_size)
+        return head.get_parameter("weight").shape[1]
 
     @property
     def num_layers(self) -> int:
@@ -221,12 +241,60 @@ class TargetView:
         logits: Tensor = output.logits
         return logits
 
+    def head_logits(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows vocab"]:
+        """Return the logits that the model computes from hidden states after the final norm."""
+        flat = hidden.reshape(1, -1, hidden.shape[-1])
+        if self._has_plain_head:
+            head = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+            logits: Tensor = head(flat)
+        else:  # the model's own code knows its softcap or scale
+            with _stubbed(self._decoder, flat):
+                logits = self.model(
+                    input_ids=flat.new_zeros(flat.shape[:2], dtype=torch.long)
+                ).logits
+        return logits.view(*hidden.shape[:-1], -1)
+
     @contextmanager
-    def decoding(self) -> Iterator[None]:
-        """Make the changes that Transformers makes for decode steps, and undo them."""
-        # Chooses the kernel of mixtures of experts.
-        with cast("Any", self.model)._optimize_model_for_decode():
-            yield
+    def decoding(self, features: TargetFeatures = TargetFeatures.NONE) -> Iterator[None]:
+        """Make the changes that Transformers makes for decode steps, and undo them.
+
+        Args:
+            features: What forwards leave in `features`.
+        """
+        handle = None
+        if features is TargetFeatures.LAST_HIDDEN:
+            handle = self._decoder.register_forward_hook(self._tap)
+        try:
+            # Chooses the kernel of mixtures of experts.
+            with cast("Any", self.model)._optimize_model_for_decode():
+                yield
+        finally:
+            if handle is not None:
+                handle.remove()
+            self.features = None
+
+    @property
+    def _decoder(self) -> nn.Module:
+        return cast("nn.Module", cast("Any", self.model).get_decoder())
+
+    @property
+    def _has_plain_head(self) -> bool:
+        """Whether logits are the head's product and nothing else."""
+        names = ("final_logit_softcapping", "logit_scale", "logits_scaling", "logits_scale")
+        return all(getattr(self._text_config, name, None) in {None, 1.0} for name in names)
+
+    def _tap(self, module: nn.Module, arguments: object, output: Any) -> None:  # noqa: ARG002
+        self.features = output[0]
+
+
+@contextmanager
+def _stubbed(decoder: nn.Module, hidden: Tensor) -> Iterator[None]:
+    """Let a decoder return the given hidden states, whatever it is called with."""
+    decoder.forward = lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=hidden)
+    try:
+        yield
+    finally:
+        del decoder.forward  # an instance attribute that hid the class's method
 
 
 def _below_prompt(

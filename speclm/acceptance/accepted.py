@@ -1,10 +1,10 @@
 """What a round decided: the path that survives and the tokens it emits."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -17,10 +17,13 @@ class Accepted:
             (finished, or waiting for slower rows).
         tokens: Token that the target chose after each node of `path`, padded with -1; the last
             one is the bonus token and becomes the next root.
+        node_features: Features of the target at all nodes of the draft, for proposers that ask
+            for them.
     """
 
     path: Int[Tensor, "batch path"]
     tokens: Int[Tensor, "batch path"]
+    node_features: Float[Tensor, "batch nodes hidden"] | None = None
 
     @classmethod
     def from_host(
@@ -50,6 +53,28 @@ class Accepted:
         if self.path.shape[1] == 0:
             return self.path.new_full((len(self.path),), -1)
         return self.tokens.gather(1, self.accepted_length[:, None])[:, 0]
+
+    @property
+    def features(self) -> Float[Tensor, "batch path hidden"]:
+        """Features at the nodes of `path`; those of the root where it is padded."""
+        assert self.node_features is not None, "the proposer asked for no features"
+        indices = self.path.clamp(min=0)[:, :, None]
+        return self.node_features.gather(1, indices.expand(-1, -1, self.node_features.shape[2]))
+
+    @property
+    def last_features(self) -> Float[Tensor, "batch hidden"]:
+        """Features at the last node of each path, after which the bonus token was chosen."""
+        assert self.node_features is not None, "the proposer asked for no features"
+        last = self.path.gather(1, self.accepted_length[:, None])[:, 0].clamp(min=0)
+        return self.node_features[torch.arange(len(last), device=last.device), last]
+
+    def with_features(self, node_features: Float[Tensor, "batch nodes hidden"]) -> "Accepted":
+        """Return the same decisions together with the target's features at all nodes."""
+        found = replace(self, node_features=node_features)
+        vars(found).update(
+            {name: vars(self)[name] for name in ("paths", "emitted") if name in vars(self)}
+        )
+        return found
 
     @cached_property
     def paths(self) -> list[list[int]]:

@@ -22,7 +22,7 @@ from speclm.proposers.interface import Draft, Prefill, Proposer
 from speclm.sampling.chooser import TokenChooser
 from speclm.sampling.noise import PositionNoise
 from speclm.stats import RowStats, SpeculationStats
-from speclm.target import TargetView
+from speclm.target import TargetFeatures, TargetView
 from speclm.tree.topology import chain
 
 
@@ -76,7 +76,7 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
     )
     temperature = (generation_config.temperature or 1.0) if generation_config.do_sample else 0.0
     try:
-        with target.decoding():
+        with target.decoding(run.features):
             run.start(
                 input_ids, attention_mask, model_inputs.get("position_ids"), temperature=temperature
             )
@@ -104,6 +104,11 @@ class _Run:
     noise: PositionNoise | None = None
     roots: Tensor | None = None
 
+    @property
+    def features(self) -> TargetFeatures:
+        """What the proposer asks the target for."""
+        return TargetFeatures.NONE if self.proposer is None else self.proposer.features
+
     def start(
         self,
         tokens: Int[Tensor, "batch seq"],
@@ -124,19 +129,21 @@ class _Run:
             self.noise = PositionNoise(
                 batch=batch, vocab_size=self.target.vocab_size, device=tokens.device
             )
+        prompt = Prefill(
+            tokens=tokens[:, :-1],
+            num_padding=self.cache.num_padding,
+            first_tokens=self.roots,
+            temperature=temperature,
+            max_new_tokens=self.rows.most_remaining,
+            eos_token_ids=self.rows.eos_token_ids,
+        )
+        draft = _roots_alone(self.roots)
+        needs_features = self.features is not TargetFeatures.NONE
         with stats.phase("prefill"):
-            if self.proposer is not None:
-                self.proposer.begin(
-                    Prefill(
-                        tokens=tokens[:, :-1],
-                        num_padding=self.cache.num_padding,
-                        first_tokens=self.roots,
-                        temperature=temperature,
-                        max_new_tokens=self.rows.most_remaining,
-                        eos_token_ids=self.rows.eos_token_ids,
-                    )
-                )
-            draft = self._propose() if length <= MAX_MERGED_PROMPT else _roots_alone(self.roots)
+            if self.proposer is not None and not needs_features:
+                self.proposer.begin(prompt)
+                if length <= MAX_MERGED_PROMPT:
+                    draft = self._propose()
             if draft.topology.num_nodes == 1:
                 logits = self.target.prefill(
                     tokens, self.cache, attention_mask=attention_mask, position_ids=position_ids
@@ -150,6 +157,9 @@ class _Run:
                     prompt=tokens[:, :-1],
                     max_length=self.max_length,
                 )
+            if self.proposer is not None and needs_features:
+                assert self.target.features is not None
+                self.proposer.begin(replace(prompt, features=self.target.features[:, :-1]))
         taken = self._settle(draft, logits)
         for row, emitted in zip(stats.rows, taken.emitted, strict=True):
             row.prefill_tokens = len(emitted)
@@ -172,6 +182,9 @@ class _Run:
         """Accept, take over and commit; return what was taken."""
         with self.stats.phase("accept"):
             taken = self.rows.admit(self._accept(draft, logits))
+            if self.target.features is not None:
+                nodes = draft.topology.num_nodes
+                taken = taken.with_features(self.target.features[:, -nodes:])
         with self.stats.phase("commit"):
             if self.rows.any_live:
                 self._commit(taken)

@@ -2,14 +2,18 @@
 
 from speclm.config import ProposerConfig
 from speclm.proposers.draft_model import DraftModelConfig, DraftModelProposer
-from speclm.proposers.interface import Draft, Prefill, Proposer, TargetFeatures
+from speclm.proposers.interface import Draft, Prefill, Proposer
+from speclm.proposers.medusa import MedusaConfig, MedusaProposer
 from speclm.proposers.ngram import NgramConfig, NgramProposer
 from speclm.proposers.registry import register_proposer, registered_proposers
+from speclm.target import TargetFeatures
 
 __all__ = [
     "Draft",
     "DraftModelConfig",
     "DraftModelProposer",
+    "MedusaConfig",
+    "MedusaProposer",
     "NgramConfig",
     "NgramProposer",
     "Prefill",

@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from enum import Enum
 from typing import ClassVar
 
 from jaxtyping import Float, Int
@@ -11,13 +10,8 @@ from torch import Tensor
 from speclm.acceptance.accepted import Accepted
 from speclm.config import ProposerConfig
 from speclm.sampling.noise import PositionNoise
+from speclm.target import TargetFeatures
 from speclm.tree.topology import TreeTopology
-
-
-class TargetFeatures(Enum):
-    """Hidden states of the target that a proposer needs."""
-
-    NONE = "none"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,6 +26,7 @@ class Prefill:
         temperature: Temperature at which the target samples; 0 when it decodes greedily.
         max_new_tokens: Most tokens that any row will be given.
         eos_token_ids: Tokens that end a row; what follows them is of no use.
+        features: Features of the target at `tokens`, for proposers that ask for them.
     """
 
     tokens: Int[Tensor, "batch seq"]
@@ -40,6 +35,7 @@ class Prefill:
     temperature: float
     max_new_tokens: int
     eos_token_ids: frozenset[int] = frozenset()
+    features: Float[Tensor, "batch seq hidden"] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,6 +62,10 @@ class Proposer(ABC):
     and lives from one `begin` to the next. Randomness of a proposer's own comes from a generator
     of its own: the global one belongs to the target. The tokens that `generate` returns do not
     depend on the proposer; only the speed does.
+
+    A proposer that sets `features` is given them with the prompt, and at the accepted nodes with
+    every `commit`. Its first draft comes a token later than that of others, which are asked
+    before the target has read the prompt.
     """
 
     features: ClassVar[TargetFeatures] = TargetFeatures.NONE

@@ -1,0 +1,132 @@
+"""Medusa heads: each guesses one of the tokens to come from one hidden state of the target."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from speclm.config import require_in_range
+from speclm.errors import OptionError
+
+MAX_HEADS = 64
+"""Most heads: a tree is not deeper."""
+
+
+@dataclass(frozen=True, slots=True)
+class MedusaHeadsConfig:
+    """The numbers that Medusa heads are built from.
+
+    Args:
+        hidden_size: Width of the target's hidden states.
+        vocab_size: Width of the target's logits.
+        num_heads: Heads; head i guesses the token i + 2 positions after the hidden state.
+        num_layers: Residual layers of each head.
+        has_own_lm_head: Whether each head ends in an output matrix of its own; otherwise the
+            target's is used.
+        has_bias: Whether the residual layers have a bias.
+    """
+
+    hidden_size: int
+    vocab_size: int
+    num_heads: int = 5
+    num_layers: int = 1
+    has_own_lm_head: bool = False
+    has_bias: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "vocab_size", "num_layers"):
+            if getattr(self, name) < 1:
+                raise OptionError(
+                    f"{name} is {getattr(self, name)!r}, expected at least 1; "
+                    "take it from the target's config"
+                )
+        require_in_range("num_heads", self.num_heads, low=1, high=MAX_HEADS)
+
+
+class MedusaHeads(nn.Module):
+    """A stack of residual layers for each head, all heads computed together.
+
+    Every layer maps x to ``x + SiLU(W x + b)``. Parameters of equal role are stacked over heads,
+    so that a layer is one batched product. Fresh heads repeat their input: weights are zero.
+
+    Source: Cai et al. 2024 (Medusa), section 2.1.
+    """
+
+    def __init__(
+        self,
+        config: MedusaHeadsConfig,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        """Allocate heads for the given numbers."""
+        super().__init__()
+        self.config = config
+        layers, heads, hidden = config.num_layers, config.num_heads, config.hidden_size
+
+        def zeros(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(*shape, dtype=dtype, device=device))
+
+        self.weight = zeros(layers, heads, hidden, hidden)
+        self.bias = zeros(layers, heads, hidden) if config.has_bias else None
+        self.lm_weight = zeros(heads, config.vocab_size, hidden) if config.has_own_lm_head else None
+
+    @property
+    def num_heads(self) -> int:
+        """Tokens ahead that can be guessed."""
+        return self.config.num_heads
+
+    @torch.no_grad()
+    def init_weights_(
+        self, lm_weight: Float[Tensor, "vocab hidden"], *, generator: torch.Generator | None = None
+    ) -> None:
+        """Start from heads that guess what the target's own output matrix says.
+
+        Args:
+            lm_weight: The target's output matrix, copied where the heads have their own.
+            generator: Source of the small random weights of all layers but the first, which
+                would otherwise stay equal in all of them.
+        """
+        if self.lm_weight is not None:
+            self.lm_weight.copy_(lm_weight.to(self.lm_weight).expand_as(self.lm_weight))
+        self.weight.zero_()
+        if self.bias is not None:
+            self.bias.zero_()
+        if self.config.num_layers > 1:
+            bound = 1 / math.sqrt(self.config.hidden_size)
+            first = torch.empty(self.weight[:-1].shape, dtype=torch.float32)
+            self.weight[:-1].copy_(first.uniform_(-bound, bound, generator=generator))
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "rows hidden"],
+        *,
+        lm_head: Callable[[Tensor], Tensor],
+        num_heads: int | None = None,
+    ) -> Float[Tensor, "rows heads vocab"]:
+        """Return the logits of the first `num_heads` heads.
+
+        Args:
+            hidden: Hidden states of the target after its final norm.
+            lm_head: The target's map from hidden states to logits; called where the heads have no
+                output matrix of their own.
+            num_heads: Heads to compute; None for all.
+        """
+        used = slice(0, num_heads)
+        states = hidden.to(self.weight.dtype).expand(len(self.weight[0][used]), -1, -1)
+        for layer in range(self.config.num_layers):
+            weight = self.weight[layer, used].transpose(1, 2)  # [heads, hidden in, hidden out]
+            if self.bias is None:
+                change = torch.bmm(states, weight)
+            else:
+                change = torch.baddbmm(self.bias[layer, used, None], states, weight)
+            states = states + F.silu(change)  # [heads, rows, hidden]
+        if self.lm_weight is None:
+            logits = lm_head(states.transpose(0, 1))
+        else:
+            logits = torch.bmm(states, self.lm_weight[used].transpose(1, 2)).transpose(0, 1)
+        return logits
