@@ -17,13 +17,16 @@ class Accepted:
             (finished, or waiting for slower rows).
         tokens: Token that the target chose after each node of `path`, padded with -1; the last
             one is the bonus token and becomes the next root.
-        node_features: Features of the target at all nodes of the draft, for proposers that ask
+        features: Features of the target that each token was chosen from, for proposers that ask
             for them.
+
+    For a proposer whose draft was joined with others', the path ends where another's guesses were
+    followed, before the tokens do.
     """
 
     path: Int[Tensor, "batch path"]
     tokens: Int[Tensor, "batch path"]
-    node_features: Float[Tensor, "batch nodes hidden"] | None = None
+    features: Float[Tensor, "batch path hidden"] | None = None
 
     @classmethod
     def from_host(
@@ -39,41 +42,43 @@ class Accepted:
 
     @property
     def num_tokens(self) -> Int[Tensor, " batch"]:
-        """Tokens emitted by each row: accepted_length + 1, or 0."""
-        return (self.path >= 0).sum(1)
+        """Tokens emitted by each row: accepted_length + 1, or 0; more where the path ends early."""
+        return (self.tokens >= 0).sum(1)
 
     @property
     def accepted_length(self) -> Int[Tensor, " batch"]:
         """Draft tokens kept in each row, without the bonus token; 0 in a row that emits nothing."""
-        return (self.num_tokens - 1).clamp(min=0)
+        return ((self.path >= 0).sum(1) - 1).clamp(min=0)
 
     @property
     def bonus(self) -> Int[Tensor, " batch"]:
         """The last token emitted by each row, -1 in a row that emits nothing."""
         if self.path.shape[1] == 0:
             return self.path.new_full((len(self.path),), -1)
-        return self.tokens.gather(1, self.accepted_length[:, None])[:, 0]
-
-    @property
-    def features(self) -> Float[Tensor, "batch path hidden"]:
-        """Features at the nodes of `path`; those of the root where it is padded."""
-        assert self.node_features is not None, "the proposer asked for no features"
-        indices = self.path.clamp(min=0)[:, :, None]
-        return self.node_features.gather(1, indices.expand(-1, -1, self.node_features.shape[2]))
+        return self.tokens.gather(1, (self.num_tokens - 1).clamp(min=0)[:, None])[:, 0]
 
     @property
     def last_features(self) -> Float[Tensor, "batch hidden"]:
-        """Features at the last node of each path, after which the bonus token was chosen."""
-        assert self.node_features is not None, "the proposer asked for no features"
-        last = self.path.gather(1, self.accepted_length[:, None])[:, 0].clamp(min=0)
-        return self.node_features[torch.arange(len(last), device=last.device), last]
+        """Features that each row's bonus token was chosen from; of no use in an idle row."""
+        assert self.features is not None, "the proposer asked for no features"
+        last = (self.num_tokens - 1).clamp(min=0)
+        return self.features[torch.arange(len(last), device=last.device), last]
 
     def with_features(self, node_features: Float[Tensor, "batch nodes hidden"]) -> "Accepted":
-        """Return the same decisions together with the target's features at all nodes."""
-        found = replace(self, node_features=node_features)
-        vars(found).update(
-            {name: vars(self)[name] for name in ("paths", "emitted") if name in vars(self)}
-        )
+        """Return the same decisions together with features, given at all nodes of the draft."""
+        indices = self.path.clamp(min=0)[:, :, None].expand(-1, -1, node_features.shape[2])
+        found = replace(self, features=node_features.gather(1, indices))
+        known = vars(self)
+        vars(found).update({name: known[name] for name in ("paths", "emitted") if name in known})
+        return found
+
+    def with_paths(self, paths: list[list[int]]) -> "Accepted":
+        """Return the same tokens on other paths, which may be shorter: those of a joined draft."""
+        width = self.path.shape[1]
+        padded = [path + [-1] * (width - len(path)) for path in paths]
+        device = self.path.device
+        found = replace(self, path=torch.tensor(padded, dtype=torch.long, device=device))
+        vars(found).update(paths=paths, emitted=self.emitted)
         return found
 
     @cached_property
