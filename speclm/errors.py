@@ -26,6 +26,10 @@ class PromptError(SpeclmError, ValueError):
     """The prompt is empty, padded on the wrong side or too long for the model."""
 
 
+class DataError(SpeclmError, ValueError):
+    """A row or file of training data cannot be trained on."""
+
+
 class TreeBudgetError(SpeclmError, ValueError):
     """A tree has more nodes or levels than a round may hold."""
 
@@ -47,7 +51,7 @@ class CacheError(SpeclmError, TypeError):
 
 
 class NumericalError(SpeclmError, ArithmeticError):
-    """The target produced logits from which no token can be chosen."""
+    """The target's logits, or a training loss, are not numbers."""
 
 
 class UnsupportedModelError(SpeclmError, TypeError):

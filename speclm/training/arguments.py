@@ -1,0 +1,74 @@
+"""Training arguments: defaults for heads, and what a user sets beside them."""
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from speclm.errors import OptionError
+
+DEFAULTS: Mapping[str, Any] = {
+    "learning_rate": 1e-3,
+    "num_train_epochs": 2,
+    "per_device_train_batch_size": 8,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.1,  # a share of all steps, as a checkpoint's interval is
+    "weight_decay": 0.0,
+    "logging_steps": 10,
+    "save_steps": 0.1,
+    "save_total_limit": 2,
+    "train_sampling_strategy": "group_by_length",
+    "report_to": "none",
+}
+"""What heads are trained with. Source: the Medusa authors' recipe, for what it says."""
+
+
+def training_arguments(
+    output_dir: str | Path, settings: Mapping[str, Any] | None = None
+) -> TrainingArguments:
+    """Return arguments for `Trainer`.
+
+    Args:
+        output_dir: Where checkpoints are written.
+        settings: Any fields of ``TrainingArguments``; they go before `DEFAULTS`.
+
+    Raises:
+        OptionError: If there is no such field, or its value is refused.
+    """
+    known = {field.name for field in fields(TrainingArguments) if field.init}
+    settings = dict(settings or {})
+    for name in settings:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "see its documentation for the fields"
+            raise OptionError(f"TrainingArguments has no field {name!r}; {hint}")
+    pinning = {"dataloader_pin_memory": torch.accelerator.is_available()}
+    try:
+        return TrainingArguments(str(output_dir), **{**DEFAULTS, **pinning, **settings})
+    except (ValueError, TypeError, ImportError) as error:
+        raise OptionError(
+            f"TrainingArguments refuses {settings!r} ({error}); correct the value"
+        ) from error
+
+
+def parse_settings(texts: Iterable[str]) -> dict[str, Any]:
+    """Read ``key=value`` settings; a value that is JSON is taken as such, any other as text.
+
+    Raises:
+        OptionError: If one has no key or no equals sign.
+    """
+    settings: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not key or not equals:
+            raise OptionError(f"training argument is {text!r}, expected key=value such as seed=3")
+        try:
+            settings[key] = json.loads(value)
+        except json.JSONDecodeError:
+            settings[key] = value
+    return settings
