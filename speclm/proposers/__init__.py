@@ -1,6 +1,7 @@
 """Proposers: what guesses how the target will continue."""
 
 from speclm.config import ProposerConfig
+from speclm.proposers.combined import CombinedConfig, CombinedProposer
 from speclm.proposers.draft_model import DraftModelConfig, DraftModelProposer
 from speclm.proposers.interface import Draft, Prefill, Proposer
 from speclm.proposers.medusa import MedusaConfig, MedusaProposer
@@ -9,6 +10,8 @@ from speclm.proposers.registry import register_proposer, registered_proposers
 from speclm.target import TargetFeatures
 
 __all__ = [
+    "CombinedConfig",
+    "CombinedProposer",
     "Draft",
     "DraftModelConfig",
     "DraftModelProposer",

@@ -1,0 +1,116 @@
+import pytest
+import torch
+
+from speclm import SpecModel
+from speclm.acceptance import Accepted
+from speclm.errors import OptionError
+from speclm.proposers import Draft, NgramProposer, Prefill, Proposer, TargetFeatures
+from speclm.proposers.combined import CombinedProposer
+from speclm.proposers.draft_model import DraftModelProposer
+from speclm.proposers.medusa import MedusaProposer
+from speclm.testing import ScriptedProposer
+from speclm.tree.topology import from_parents
+from tests.models import FAMILIES, generate, prompts, shared_model
+from tests.proposers.test_medusa import random_heads
+
+CPU = torch.device("cpu")
+
+
+class Fixed(Proposer):
+    """Drafts the given tokens below the given parents, and keeps what it is told."""
+
+    def __init__(self, tokens, parents):
+        self.tokens, self.parents, self.told = tokens, parents, []
+
+    def begin(self, prompt: Prefill) -> None:
+        self.told = []
+
+    def propose(self, roots, *, noise) -> Draft:
+        guesses = torch.tensor(self.tokens).reshape(len(roots), -1)
+        return Draft(
+            tokens=torch.cat([roots[:, None], guesses], dim=1),
+            topology=from_parents(self.parents, device=CPU),
+            probs=None,
+        )
+
+    def commit(self, accepted: Accepted) -> None:
+        self.told.append((accepted.paths, accepted.emitted))
+
+
+def paths_of(draft: Draft, row: int = 0) -> list[tuple[int, ...]]:
+    found = []
+    for path in draft.topology.path_indices[row].tolist():
+        nodes = [node for node in path if node > 0]
+        if nodes:
+            found.append(tuple(draft.tokens[row, nodes].tolist()))
+    return found
+
+
+def test_equal_guesses_after_equal_paths_are_one_node():
+    first = Fixed([[5, 6, 7]], [[0, 0, 1, 2]])
+    second = Fixed([[5, 8, 9, 6]], [[0, 0, 1, 0, 1]])
+    joined = CombinedProposer([first, second])
+    draft = joined.propose(torch.tensor([3]), noise=None)
+    assert paths_of(draft) == [(5,), (5, 6), (5, 6, 7), (5, 8), (9,)]
+    assert draft.tokens[0, 0] == 3
+
+
+def test_each_part_is_told_all_tokens_and_its_own_part_of_the_path():
+    first = Fixed([[5, 6, 7]], [[0, 0, 1, 2]])
+    second = Fixed([[9, 5, 6]], [[0, 0, 0, 2]])
+    joined = CombinedProposer([first, second])
+    joined.propose(torch.tensor([3]), noise=None)
+    joined.commit(Accepted.from_host([[0, 1, 2, 3]], [[5, 6, 7, 1]], device=CPU))
+    assert first.told == [([[0, 1, 2, 3]], [[5, 6, 7, 1]])]
+    assert second.told == [([[0, 2, 3]], [[5, 6, 7, 1]])]
+
+
+def test_rows_are_joined_apart_and_padding_is_left_out():
+    first = Fixed([[5, 6], [7, 0]], [[0, 0, 1], [0, 0]])
+    second = Fixed([[6], [7]], [[0, 0]])
+    draft = CombinedProposer([first, second]).propose(torch.tensor([1, 2]), noise=None)
+    assert paths_of(draft, 0) == [(5,), (5, 6), (6,)]
+    assert paths_of(draft, 1) == [(7,)]
+
+
+def test_the_first_parts_nodes_are_kept_when_there_are_too_many():
+    first = Fixed([[5, 6]], [[0, 0, 1]])
+    second = Fixed([[9, 8, 7]], [[0, 0, 1, 2]])
+    draft = CombinedProposer([first, second], num_draft_tokens=3).propose(
+        torch.tensor([1]), noise=None
+    )
+    assert paths_of(draft) == [(5,), (5, 6), (9,)]
+
+
+def test_features_are_asked_for_when_a_part_needs_them():
+    base = shared_model("llama")
+    medusa = MedusaProposer(random_heads(), target=base)
+    assert CombinedProposer([NgramProposer()]).features is TargetFeatures.NONE
+    assert CombinedProposer([NgramProposer(), medusa]).features is TargetFeatures.LAST_HIDDEN
+
+
+@pytest.mark.parametrize("lengths", [(9,), (4, 9, 6)])
+@pytest.mark.parametrize("settings", [{}, {"do_sample": True}])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_proposers_joined_give_the_tokens_of_plain_decoding(family, settings, lengths):
+    base = shared_model(family)
+    options = {**settings, "max_new_tokens": 24}
+    inputs = prompts(*lengths)
+    expected = generate(base, inputs, **options)
+    reference = [row[inputs["input_ids"].shape[1] :] for row in expected[0].tolist()]
+    parts = [
+        NgramProposer(),
+        ScriptedProposer(reference, depth=3, wrong_at=[2, 7]),
+        MedusaProposer(random_heads(), target=base),
+        DraftModelProposer(base, target=base, depth=4, min_confidence=0.0),
+    ]
+    spec = SpecModel(base, CombinedProposer(parts))
+    found = generate(spec, inputs, **options)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    assert spec.last_speculation.tau > 2
+
+
+def test_no_part_is_an_error():
+    with pytest.raises(OptionError, match="no proposers"):
+        CombinedProposer([])

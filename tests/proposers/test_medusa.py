@@ -1,0 +1,122 @@
+import logging
+
+import pytest
+import torch
+
+from speclm import SpecModel
+from speclm.errors import OptionError, TopologyError, VocabularyMismatchError
+from speclm.heads import MedusaHeads, MedusaHeadsConfig
+from speclm.proposers.medusa import DEFAULT_TREE, MedusaProposer
+from tests.models import FAMILIES, VOCAB_SIZE, build_model, generate, prompts, shared_model
+
+HIDDEN = 40
+
+
+def random_heads(*, num_heads: int = 3, scale: float = 0.3, **numbers: object) -> MedusaHeads:
+    config = MedusaHeadsConfig(
+        **{"hidden_size": HIDDEN, "vocab_size": VOCAB_SIZE, "num_heads": num_heads, **numbers}
+    )
+    heads = MedusaHeads(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in heads.parameters():
+            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+    return heads
+
+
+def spec_model(family: str = "llama", **options: object) -> SpecModel:
+    base = shared_model(family)
+    return SpecModel(base, MedusaProposer(random_heads(), target=base, **options))
+
+
+@pytest.mark.parametrize("has_own_lm_head", [True, False])
+@pytest.mark.parametrize("lengths", [(9,), (1,), (4, 9, 6)])
+@pytest.mark.parametrize("settings", [{}, {"do_sample": True}, {"do_sample": True, "top_p": 0.8}])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_heads_give_the_tokens_of_plain_decoding(family, settings, lengths, has_own_lm_head):
+    base = shared_model(family)
+    heads = random_heads(num_layers=2, has_own_lm_head=has_own_lm_head)
+    spec = SpecModel(base, MedusaProposer(heads, target=base, tree=[3, 2, 1]))
+    options = {**settings, "max_new_tokens": 20}
+    inputs = prompts(*lengths)
+    expected = generate(base, inputs, **options)
+    found = generate(spec, inputs, **options)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    assert spec.last_speculation.fallbacks == []
+    assert max(sum(row.offered) for row in spec.last_speculation.rows) > 0
+
+
+def test_heads_that_repeat_the_target_draft_its_next_token_again():
+    """A base that says one token for ever: fresh heads guess it at every depth."""
+    base = build_model("llama", seed=3)
+    with torch.no_grad():
+        base.model.norm.weight.zero_()
+        base.model.norm.weight[0] = 1.0
+        base.model.embed_tokens.weight[:, 0] = 1.0
+        base.lm_head.weight.zero_()
+        base.lm_head.weight[7, 0] = 5.0
+        for layer in base.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+    heads = MedusaHeads(MedusaHeadsConfig(HIDDEN, VOCAB_SIZE, num_heads=3))
+    heads.init_weights_(base.lm_head.weight)
+    spec = SpecModel(base, MedusaProposer(heads, target=base, tree=[1, 1, 1]))
+    inputs = prompts(5, 8)
+    expected = generate(base, inputs, max_new_tokens=17)
+    assert (expected[0][:, 8:] == 7).all()
+    assert torch.equal(generate(spec, inputs, max_new_tokens=17)[0], expected[0])
+    assert spec.last_speculation.tau == 4.0
+    assert spec.last_speculation.rounds == 4
+
+
+def test_the_prompts_own_round_drafts_nothing_because_features_are_missing():
+    spec = spec_model()
+    generate(spec, prompts(6), max_new_tokens=5)
+    assert [row.prefill_tokens for row in spec.last_speculation.rows] == [1]
+
+
+def test_a_generation_does_not_remember_the_last_one():
+    spec = spec_model()
+    first = generate(spec, prompts(6), max_new_tokens=12)
+    generate(spec, prompts(3, 5, seed=4), max_new_tokens=12)
+    assert torch.equal(generate(spec, prompts(6), max_new_tokens=12)[0], first[0])
+
+
+def test_a_tree_deeper_than_the_heads_is_trimmed_with_one_line(caplog):
+    base = shared_model("llama")
+    with caplog.at_level(logging.WARNING, logger="speclm"):
+        proposer = MedusaProposer(random_heads(num_heads=2), target=base, tree="mc_sim_7b_63")
+    assert len(caplog.records) == 1
+    assert "25 of its 63 nodes are left out" in caplog.text
+    assert proposer.config.depth == 2
+    assert len(proposer.config.choices) == 38
+
+
+def test_the_default_tree_is_trimmed_silently(caplog):
+    base = shared_model("llama")
+    with caplog.at_level(logging.WARNING, logger="speclm"):
+        proposer = MedusaProposer(random_heads(num_heads=1), target=base)
+    assert caplog.records == []
+    assert proposer.config.choices == tuple(path for path in DEFAULT_TREE if len(path) == 1)
+
+
+def test_num_draft_tokens_bounds_the_tree():
+    base = shared_model("llama")
+    proposer = MedusaProposer(random_heads(), target=base, tree=[3, 2], num_draft_tokens=4)
+    assert proposer.config.choices == ((0,), (1,), (2,), (0, 0))
+
+
+@pytest.mark.parametrize(
+    ("heads", "tree", "error", "words"),
+    [
+        ({"vocab_size": 99}, None, VocabularyMismatchError, "99"),
+        ({"hidden_size": 24}, None, OptionError, "24 wide"),
+        ({}, [[VOCAB_SIZE]], OptionError, "rank 160"),
+        ({}, [[0], [1, 0]], TopologyError, "prefix"),
+    ],
+)
+def test_heads_or_trees_that_do_not_fit_are_named(heads, tree, error, words):
+    base = shared_model("llama")
+    with pytest.raises(error, match=words):
+        MedusaProposer(random_heads(**heads), target=base, tree=tree)

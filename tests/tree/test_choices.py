@@ -1,0 +1,82 @@
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from speclm.config import MAX_NODES
+from speclm.errors import TopologyError, UnknownNameError
+from speclm.tree.choices import (
+    PRESETS,
+    choices_of_widths,
+    normalize_choices,
+    static_tree,
+    trim_choices,
+)
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "per_depth"),
+    [
+        ("mc_sim_7b_63", [10, 28, 23, 2]),
+        ("vicuna_7b_stage2", [10, 23, 23, 7]),
+        ("eagle_mc_sim_7b_63", [4, 8, 8, 3, 2]),
+    ],
+)
+def test_presets_have_the_published_number_of_nodes_at_each_depth(name, per_depth):
+    counts = Counter(map(len, normalize_choices(name)))
+    assert [counts[depth] for depth in sorted(counts)] == per_depth
+
+
+def test_widths_give_every_node_of_a_depth_as_many_children():
+    assert normalize_choices([2, 1]) == ((0,), (1,), (0, 0), (1, 0))
+    assert len(choices_of_widths([3, 2, 2])) == 3 + 6 + 12
+
+
+def test_paths_are_sorted_by_depth_and_twins_dropped():
+    paths = [[0, 0], [1], [0], [0, 0]]
+    assert normalize_choices(paths) == ((0,), (1,), (0, 0))
+
+
+def test_static_tree_holds_parents_depths_and_ranks():
+    tree = static_tree(((0,), (2,), (2, 0), (2, 0, 1)), device=CPU)
+    assert tree.topology.parents.tolist() == [[0, 0, 0, 2, 3]]
+    assert tree.depth_indices.tolist() == [0, 0, 1, 2]
+    assert tree.rank_indices.tolist() == [0, 2, 0, 1]
+    assert (tree.max_depth, tree.max_rank) == (3, 2)
+
+
+def test_trimming_leaves_what_is_no_deeper():
+    for choices in PRESETS.values():
+        assert max(map(len, trim_choices(choices, max_depth=2))) == 2
+        static_tree(trim_choices(choices, max_depth=2), device=CPU)
+
+
+@given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=4), min_size=1, max_size=20))
+def test_paths_with_all_their_prefixes_are_a_tree_in_any_order(paths):
+    whole = [path[:length] for path in paths for length in range(len(path), 0, -1)]
+    choices = normalize_choices(whole)
+    tree = static_tree(choices, device=CPU)
+    assert tree.topology.num_nodes == len({tuple(path) for path in whole}) + 1
+    for node, path in enumerate(choices, start=1):
+        assert tree.topology.depths[0, node] == len(path)
+
+
+@pytest.mark.parametrize(
+    ("tree", "error", "words"),
+    [
+        ("mc_sim_8b", UnknownNameError, "mc_sim_7b_63"),
+        ([[0], [1, 0]], TopologyError, "prefix"),
+        ([[0], [-1]], TopologyError, "negative"),
+        ([], TopologyError, "no paths"),
+        ([2, 0], TopologyError, "widths"),
+        ([8, 8, 8], TopologyError, str(MAX_NODES)),
+        ([[rank] for rank in range(MAX_NODES)], TopologyError, str(MAX_NODES)),
+    ],
+)
+def test_what_is_no_tree_is_named(tree, error, words):
+    with pytest.raises(error, match=words):
+        normalize_choices(tree)
