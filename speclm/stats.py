@@ -77,6 +77,7 @@ class SpeculationStats:
             and a phase that waits is charged for what it waits for.
         backend: How trees are verified, or "plain".
         fallbacks: Why the call, or a part of it, was decoded without speculation.
+        acceptance: Name of the accept rule that decided; greedy decoding takes the exact one.
         is_lossy: Whether an accept rule was used that changes the output's distribution.
     """
 
@@ -85,6 +86,7 @@ class SpeculationStats:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     backend: str = "plain"
     fallbacks: list[str] = field(default_factory=list)
+    acceptance: str = "exact"
     is_lossy: bool = False
 
     @contextmanager
@@ -142,6 +144,7 @@ class SpeculationStats:
             "prefill_milliseconds": 1e3 * self.seconds["prefill"],
             "backend": self.backend,
             "fallbacks": list(self.fallbacks),
+            "acceptance": self.acceptance,
             "is_lossy": self.is_lossy,
             "rows": [row.to_dict() for row in self.rows],
         }

@@ -1,6 +1,25 @@
-"""Accept rules: pure functions on tensors."""
+"""Accept rules: what of a draft survives."""
 
 from speclm.acceptance.accepted import Accepted
-from speclm.acceptance.exact import accept_exact
+from speclm.acceptance.exact import ExactRule, accept_exact
+from speclm.acceptance.interface import AcceptanceRule, Verified
+from speclm.acceptance.registry import (
+    register_acceptance_rule,
+    registered_acceptance_rules,
+    resolve_acceptance_rule,
+)
+from speclm.acceptance.rejection import RejectionRule
+from speclm.acceptance.typical import TypicalRule
 
-__all__ = ["Accepted", "accept_exact"]
+__all__ = [
+    "AcceptanceRule",
+    "Accepted",
+    "ExactRule",
+    "RejectionRule",
+    "TypicalRule",
+    "Verified",
+    "accept_exact",
+    "register_acceptance_rule",
+    "registered_acceptance_rules",
+    "resolve_acceptance_rule",
+]

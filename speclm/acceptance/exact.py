@@ -1,10 +1,16 @@
 """The default rule: emit what plain decoding would emit, whatever was drafted."""
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from typing_extensions import override
 
 from speclm.acceptance.accepted import Accepted
+from speclm.acceptance.choices import accept_along_walk, choose_at_all_nodes
+from speclm.acceptance.interface import AcceptanceRule, Verified
+from speclm.acceptance.registry import register_acceptance_rule
 from speclm.tree.topology import TreeTopology
 
 
@@ -42,3 +48,24 @@ def accept_exact(
     path = paths[torch.arange(batch, device=last.device), last]  # [batch, path]
     tokens = choices.gather(1, path.clamp(min=0)).masked_fill(path < 0, -1)
     return Accepted(path=path, tokens=tokens)
+
+
+@register_acceptance_rule("exact")
+@dataclass(frozen=True, slots=True)
+class ExactRule(AcceptanceRule):
+    """Emits the tokens of plain decoding under the same seed, greedy and sampling."""
+
+    uses_noise = True
+
+    @property
+    @override
+    def name(self) -> str:
+        return "exact"
+
+    @override
+    def accept(self, verified: Verified) -> Accepted:
+        logits, tokens, topology = verified.logits, verified.tokens, verified.topology
+        if logits.device.type == "cpu":
+            return accept_along_walk(logits, tokens, topology, verified.chooser, verified.noise)
+        choices = choose_at_all_nodes(logits, topology, verified.chooser, verified.noise)
+        return accept_exact(tokens, choices, topology)

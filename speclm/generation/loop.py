@@ -11,15 +11,17 @@ from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from speclm.acceptance.accepted import Accepted
-from speclm.acceptance.exact import accept_exact
+from speclm.acceptance.exact import ExactRule
+from speclm.acceptance.interface import AcceptanceRule, Verified
 from speclm.cache.tree_cache import TreeCache
 from speclm.config import MAX_DEPTH, MAX_MERGED_PROMPT, MAX_NODES
-from speclm.errors import DraftError, NumericalError, TreeBudgetError
-from speclm.generation.choices import accept_along_walk, choose_at_all_nodes
+from speclm.errors import DraftError, NumericalError, OptionError, TreeBudgetError
 from speclm.generation.delegation import eos_token_ids, left_padding, require_supported
 from speclm.generation.rows import Rows
 from speclm.proposers.interface import Draft, Prefill, Proposer
 from speclm.sampling.chooser import TokenChooser
+from speclm.sampling.drafts import DraftSampler, DraftSampling
+from speclm.sampling.draws import Draws, seeded_draws
 from speclm.sampling.noise import PositionNoise
 from speclm.stats import RowStats, SpeculationStats
 from speclm.target import TargetFeatures, TargetView
@@ -36,12 +38,14 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
     target: TargetView,
     proposer: Proposer | None,
     stats: SpeculationStats,
+    rule: AcceptanceRule | None = None,
     **model_inputs: Any,
 ) -> Int[Tensor, "batch length"]:
     """Generate as Transformers' own decoding methods do, in rounds.
 
     This is the callable that ``base.generate(custom_generate=...)`` enters with everything
-    resolved: settings, processors, criteria, expanded rows.
+    resolved: settings, processors, criteria, expanded rows. Greedy decoding has one rule, the
+    exact one, whatever `rule` says; None is the exact rule too.
 
     Returns:
         Prompt and new tokens, ended rows padded on the right.
@@ -51,8 +55,12 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
             gives.
         PromptError: If the prompt is longer than the model's positions.
         NumericalError: If the target's logits are not numbers.
+        OptionError: If the rule needs drafts of a kind that the proposer does not make.
         DraftError: If the proposer returns a draft of the wrong shape.
     """
+    if rule is None or not generation_config.do_sample:
+        rule = ExactRule()
+    _require_drafts_for(rule, proposer)
     require_supported(generation_config, logits_processor, stopping_criteria, model_inputs)
     input_ids = input_ids.long()
     attention_mask = model_inputs.get("attention_mask")
@@ -73,7 +81,9 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
         max_length=generation_config.max_length,
         cache=target.new_cache(num_padding),
         stats=stats,
+        rule=rule,
     )
+    stats.acceptance, stats.is_lossy = rule.name, rule.is_lossy
     temperature = (generation_config.temperature or 1.0) if generation_config.do_sample else 0.0
     try:
         with target.decoding(run.features):
@@ -101,6 +111,8 @@ class _Run:
     max_length: int
     cache: TreeCache
     stats: SpeculationStats
+    rule: AcceptanceRule
+    draws: Draws | None = None
     noise: PositionNoise | None = None
     roots: Tensor | None = None
 
@@ -108,6 +120,14 @@ class _Run:
     def features(self) -> TargetFeatures:
         """What the proposer asks the target for."""
         return TargetFeatures.NONE if self.proposer is None else self.proposer.features
+
+    @property
+    def _sampler(self) -> DraftSampler | None:
+        """What drafts have to be drawn with, if they have to be drawn."""
+        if self.rule.draft_sampling is DraftSampling.NONE:
+            return None
+        assert self.draws is not None, "a rule for drawn drafts draws too"
+        return DraftSampler(self.chooser, self.draws)
 
     def start(
         self,
@@ -125,7 +145,9 @@ class _Run:
         stats, batch, length = self.stats, *tokens.shape
         stats.rows = [RowStats() for _ in range(batch)]
         self.roots = tokens[:, -1]
-        if not self.chooser.is_greedy:
+        if self.rule.uses_draws:
+            self.draws = seeded_draws(tokens.device)
+        if self.rule.uses_noise and not self.chooser.is_greedy:
             self.noise = PositionNoise(
                 batch=batch, vocab_size=self.target.vocab_size, device=tokens.device
             )
@@ -136,6 +158,7 @@ class _Run:
             temperature=temperature,
             max_new_tokens=self.rows.most_remaining,
             eos_token_ids=self.rows.eos_token_ids,
+            sampler=self._sampler,
         )
         draft = _roots_alone(self.roots)
         needs_features = self.features is not TargetFeatures.NONE
@@ -197,6 +220,8 @@ class _Run:
             return _roots_alone(self.roots)
         draft = self.proposer.propose(self.roots, noise=self.noise)
         _require_valid(draft, self.roots)
+        if self.rule.draft_sampling is not DraftSampling.NONE:
+            _require_laws(draft, self.target.vocab_size)
         if self._crosses_last_position(draft.topology.max_depth):
             return _roots_alone(self.roots)
         tokens = torch.cat([self.roots[:, None], draft.tokens[:, 1:]], dim=1)  # whatever it says
@@ -218,12 +243,18 @@ class _Run:
         )
 
     def _accept(self, draft: Draft, logits: Float[Tensor, "batch nodes vocab"]) -> Accepted:
-        topology = draft.topology
-        if logits.device.type == "cpu":
-            accepted = accept_along_walk(logits, draft.tokens, topology, self.chooser, self.noise)
-        else:
-            choices = choose_at_all_nodes(logits, topology, self.chooser, self.noise)
-            accepted = accept_exact(draft.tokens, choices, topology)
+        accepted = self.rule.accept(
+            Verified(
+                tokens=draft.tokens,
+                topology=draft.topology,
+                logits=logits,
+                chooser=self.chooser,
+                is_live=self.rows.is_live,
+                noise=self.noise,
+                draws=self.draws,
+                laws=draft.laws,
+            )
+        )
         for row, emitted in enumerate(accepted.emitted):
             if self.rows.is_live[row]:
                 self._require_number(emitted, logits)
@@ -263,6 +294,29 @@ class _Run:
 def _roots_alone(roots: Int[Tensor, " batch"]) -> Draft:
     """Return the draft that makes a round a step of plain decoding."""
     return Draft(tokens=roots[:, None], topology=chain(0, device=roots.device), probs=None)
+
+
+def _require_drafts_for(rule: AcceptanceRule, proposer: Proposer | None) -> None:
+    """Refuse a rule for drawn drafts beside a proposer that does not draw."""
+    wanted = rule.draft_sampling
+    if proposer is None or wanted in {DraftSampling.NONE, proposer.draft_sampling}:
+        return
+    raise OptionError(
+        f"acceptance {rule.name!r} expected drafts drawn {wanted.value}, with their laws, found "
+        f"{type(proposer).__name__}, which does not draw; use a draft model or Medusa heads, or "
+        "acceptance='exact', which is lossless with any proposer"
+    )
+
+
+def _require_laws(draft: Draft, vocab_size: int) -> None:
+    """Check that a draft comes with the laws that it was drawn from."""
+    found = None if draft.laws is None else tuple(draft.laws.shape)
+    expected = (*draft.tokens.shape, vocab_size)
+    if draft.topology.max_depth > 0 and found != expected:
+        raise DraftError(
+            f"draft has laws of shape {found}, the accept rule expected {expected}: a proposer "
+            "that declares draft_sampling returns the law after every node; see Prefill.sampler"
+        )
 
 
 def _require_valid(draft: object, roots: Int[Tensor, " batch"]) -> None:

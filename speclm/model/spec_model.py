@@ -19,6 +19,7 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils.generic import ModelOutput
 
+from speclm.acceptance import AcceptanceRule, resolve_acceptance_rule
 from speclm.errors import OptionError
 from speclm.generation import NeedsPlainDecoding, generate_tokens
 from speclm.model.arguments import first_delegated, require_acceptable, resolve_setting
@@ -148,13 +149,19 @@ class SpecModel:
         generation_config: GenerationConfig | None = None,
         logits_processor: LogitsProcessorList | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
+        *,
+        acceptance: str | AcceptanceRule = "exact",
         **kwargs: Any,
     ) -> Tensor | ModelOutput:
         """Generate the tokens that ``base.generate`` generates, in fewer forwards.
 
-        Takes what ``base.generate`` takes. Settings that the loop does not cover yet are decoded
-        by ``base.generate`` itself, and one line is logged that says so. After the call
-        `last_speculation` holds its counters.
+        Takes what ``base.generate`` takes, and `acceptance`: the rule that decides which draft
+        tokens are kept when sampling. ``"exact"`` gives the tokens of ``base.generate`` under the
+        same seed, ``"rejection"`` others from the same distribution, and ``"typical"`` is lossy.
+        Greedy decoding is exact under every rule.
+
+        Settings that the loop does not cover yet are decoded by ``base.generate`` itself, and one
+        line is logged that says so. After the call `last_speculation` holds its counters.
 
         Returns:
             Prompt and new tokens ``[batch, length]``; with ``return_dict_in_generate=True`` a
@@ -162,7 +169,9 @@ class SpecModel:
             Transformers' own class, with that attribute.
 
         Raises:
-            OptionError: If another speculation method of Transformers' is asked for.
+            OptionError: If another speculation method of Transformers' is asked for, or the accept
+                rule needs drafts of a kind that the proposer does not make.
+            UnknownNameError: If no accept rule has the name given.
             PromptError: If the prompt is empty, right-padded or too long for the model.
             CacheError: If a cache is passed in that cannot be rolled back.
             NumericalError: If the target's logits are not numbers.
@@ -174,6 +183,7 @@ class SpecModel:
             "stopping_criteria": stopping_criteria,
             **kwargs,
         }
+        rule = resolve_acceptance_rule(acceptance)
         require_acceptable(arguments, self.generation_config)
         arguments.pop("custom_generate", None)  # it is None
         stats = SpeculationStats(backend="tree attention")
@@ -182,9 +192,14 @@ class SpecModel:
             self._require_speculation(arguments)
 
             def loop(*resolved: Any, **named: Any) -> Tensor:
-                # A partial would let the caller's keywords replace these three.
+                # A partial would let the caller's keywords replace these four.
                 return generate_tokens(
-                    *resolved, target=self._target, proposer=self.proposer, stats=stats, **named
+                    *resolved,
+                    target=self._target,
+                    proposer=self.proposer,
+                    stats=stats,
+                    rule=rule,
+                    **named,
                 )
 
             sequences = self._base_generate(custom_generate=loop, **arguments)
@@ -229,6 +244,8 @@ class SpecModel:
         by_depth = " ".join(f"{share:.2f}" for share in stats.acceptance_by_depth)
         phases = ", ".join(f"{name} {ms:.2f}" for name, ms in stats.milliseconds_per_round.items())
         write(f"last call tau {stats.tau:.2f} over {stats.rounds} rounds")
+        lossy = ", lossy: the distribution is not the base's" if stats.is_lossy else ""
+        write(f"          acceptance {stats.acceptance}{lossy}")
         write(f"          acceptance by depth: {by_depth or 'nothing drafted'}")
         write(f"          ms a round: {phases}")
 

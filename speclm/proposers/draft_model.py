@@ -16,9 +16,11 @@ from speclm.config import MAX_NODES, ProposerConfig, require_depth, require_in_r
 from speclm.errors import VocabularyMismatchError
 from speclm.proposers.interface import Draft, Prefill, Proposer
 from speclm.proposers.ranking import rank_log_probs
+from speclm.sampling.drafts import DraftSampler, DraftSampling, Families
 from speclm.sampling.noise import PositionNoise
 from speclm.target import TargetView
-from speclm.tree.growth import GrowingTree, GrownRow
+from speclm.tree.choices import static_tree
+from speclm.tree.growth import GrowingTree, GrownRow, drawn_choices
 from speclm.tree.topology import chain, from_parents
 
 
@@ -60,8 +62,12 @@ class DraftModelProposer(Proposer):
 
     The tree grows a level with each draft forward. What the target accepts stays in the draft
     model's cache, so that a round starts with the one or two tokens that it has not seen.
+
+    Where the accept rule asks for drawn drafts, all trees of a call have one shape, made from
+    depth, number of draft tokens, width and branches: probabilities then prune nothing.
     """
 
+    draft_sampling = DraftSampling.WITHOUT_REPLACEMENT
     config: DraftModelConfig
 
     def __init__(self, model: PreTrainedModel, *, target: PreTrainedModel, **options: Any) -> None:
@@ -91,6 +97,7 @@ class DraftModelProposer(Proposer):
         self._is_idle: list[bool] = []
         self._is_silent = False
         self._temperature = 0.0
+        self._sampler: DraftSampler | None = None
         self._leaf_tokens: Tensor | None = None
         self._grown: list[GrownRow] = []
         self._offsets: list[int] = []
@@ -110,7 +117,7 @@ class DraftModelProposer(Proposer):
             self._prompt_logits = logits[:, None]
         # The draft model works on the host between levels, so one more sync costs nothing.
         self._unseen = [[token] for token in prompt.first_tokens.tolist()]
-        self._temperature = prompt.temperature
+        self._temperature, self._sampler = prompt.temperature, prompt.sampler
         ends = sorted(prompt.eos_token_ids)
         self._leaf_tokens = torch.tensor(ends, device=prompt.tokens.device) if ends else None
         self._is_idle = [False] * len(tokens)
@@ -125,6 +132,8 @@ class DraftModelProposer(Proposer):
         if self._is_silent or (bound is not None and deepest > bound):
             self._grown = [GrownRow([], [], [], []) for _ in self._unseen]
             return Draft(roots[:, None], chain(0, device=roots.device), probs=None)
+        if self._sampler is not None:
+            return self._draw(roots, longest, self._sampler)
         tree = self._grow(roots.device, longest, noise)
         min_score = math.log(max(self.config.min_probability, 1e-30))
         self._grown = tree.best_nodes(self.config.num_draft_tokens, min_score=min_score)
@@ -153,7 +162,7 @@ class DraftModelProposer(Proposer):
     def _grow(self, device: torch.device, longest: int, noise: PositionNoise | None) -> GrowingTree:
         """Feed what is unseen and then level after level."""
         assert self._cache is not None
-        config, batch = self.config, len(self._unseen)
+        config = self.config
         logits = self._catch_up(device, longest)
         tree = GrowingTree(
             width=config.width,
@@ -162,13 +171,9 @@ class DraftModelProposer(Proposer):
             is_idle=torch.tensor(self._is_idle, device=device) if any(self._is_idle) else None,
         )
         tree.grow(self._rank(logits, 0, noise))
-        num_unseen = [len(tokens) for tokens in self._unseen]
-        unseen = torch.tensor(num_unseen, device=device)
-        slot_depths = torch.arange(longest, device=device).expand(batch, -1)
-        # A level-0 node sees its row's unseen tokens, the last of which is the root. In chains
-        # below equally many of them, every node sees all that is pending.
-        seen = (slot_depths < unseen[:, None])[:, None, :]  # [batch, 1, slots]
-        is_chain = config.width == 1 and min(num_unseen) == longest
+        seen, slot_depths, unseen = self._seen_by_root(device, longest)
+        # In chains below equally many unseen tokens, every node sees all that is pending.
+        is_chain = config.width == 1 and min(map(len, self._unseen)) == longest
         self._offsets = []
         floor = math.log(max(config.min_confidence, 1e-30))
         for level in range(1, min(config.depth, config.num_draft_tokens)):
@@ -187,6 +192,61 @@ class DraftModelProposer(Proposer):
             tree.grow(self._rank(logits, level, noise))
         self._offsets.append(self._cache.num_pending)  # the last level is not fed
         return tree
+
+    def _draw(self, roots: Int[Tensor, " batch"], longest: int, sampler: DraftSampler) -> Draft:
+        """Feed what is unseen, and draw the children of one level of a fixed tree after another."""
+        assert self._cache is not None
+        config, device, batch = self.config, roots.device, len(roots)
+        choices = drawn_choices(
+            width=config.width,
+            branches=min(config.branches, self.view.vocab_size),
+            depth=config.depth,
+            num_nodes=config.num_draft_tokens,
+        )
+        topology = static_tree(choices, device=device).topology
+        parents = topology.host_parents[0]
+        families = Families.of(parents)
+        children = dict(zip(families.parents, families.children, strict=True))
+        tokens = roots[:, None].repeat(1, topology.num_nodes)
+        expansions: list[tuple[int, int] | None] = [None] * topology.num_nodes
+        level, self._offsets = [0], []
+        seen, slot_depths, num_unseen = self._seen_by_root(device, longest)
+        law = sampler.law(self._catch_up(device, longest))  # [batch, level, vocab]
+        laws = law.new_zeros(*tokens.shape, law.shape[2])
+        while True:
+            laws[:, level] = law
+            drawn = sampler.siblings(law, num=families.max_children)
+            for place, node in enumerate(level):
+                tokens[:, children[node]] = drawn[:, place, : len(children[node])]
+            above = {node: place for place, node in enumerate(level)}
+            level = [node for node in children if parents[node] in above and node > 0]
+            if not level:
+                break
+            depth = len(self._offsets)
+            for place, node in enumerate(level):
+                expansions[node] = (depth, place)
+            places = torch.tensor([above[parents[node]] for node in level], device=device)
+            seen = _seen_below(seen, places.expand(batch, -1))
+            depths = (num_unseen + depth)[:, None].expand(-1, len(level))
+            slot_depths = torch.cat([slot_depths, depths], dim=1)
+            self._offsets.append(self._cache.num_pending)
+            law = sampler.law(
+                self.view.forward_nodes(tokens[:, level], seen, slot_depths, self._cache)
+            )
+        self._grown = [GrownRow([], [], expansions[1:], [])] * batch
+        self._offsets = self._offsets or [self._cache.num_pending]
+        return Draft(tokens=tokens, topology=topology, probs=None, laws=laws)
+
+    def _seen_by_root(
+        self, device: torch.device, longest: int
+    ) -> tuple[Bool[Tensor, "batch 1 slots"], Int[Tensor, "batch slots"], Int[Tensor, " batch"]]:
+        """Return what level 0 sees, the depth of each such slot, and each row's unseen tokens.
+
+        A level-0 node sees its row's unseen tokens, the last of which is the root.
+        """
+        unseen = torch.tensor([len(tokens) for tokens in self._unseen], device=device)
+        slot_depths = torch.arange(longest, device=device).expand(len(unseen), -1)
+        return (slot_depths < unseen[:, None])[:, None, :], slot_depths, unseen
 
     def _catch_up(self, device: torch.device, longest: int) -> Float[Tensor, "batch 1 vocab"]:
         """Feed committed tokens that the draft model has not seen; short rows end in padding."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from speclm.acceptance.accepted import Accepted
 from speclm.config import ProposerConfig
+from speclm.sampling.drafts import DraftSampler, DraftSampling
 from speclm.sampling.noise import PositionNoise
 from speclm.target import TargetFeatures
 from speclm.tree.topology import TreeTopology
@@ -27,6 +28,8 @@ class Prefill:
         max_new_tokens: Most tokens that any row will be given.
         eos_token_ids: Tokens that end a row; what follows them is of no use.
         features: Features of the target at `tokens`, for proposers that ask for them.
+        sampler: What drafts have to be drawn with when the accept rule asks for drawn ones; None
+            when it takes any. Only proposers that declare `draft_sampling` are given one.
     """
 
     tokens: Int[Tensor, "batch seq"]
@@ -36,6 +39,7 @@ class Prefill:
     max_new_tokens: int
     eos_token_ids: frozenset[int] = frozenset()
     features: Float[Tensor, "batch seq hidden"] | None = None
+    sampler: DraftSampler | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,11 +51,14 @@ class Draft:
         topology: Shape of the trees; one row when all rows share it.
         probs: Probability that the proposer gave to each token, given its path; None when it has
             none.
+        laws: Law that the children of each node were drawn from, before siblings were removed;
+            rows of leaves may hold anything. None unless a sampler was given.
     """
 
     tokens: Int[Tensor, "batch nodes"]
     topology: TreeTopology
     probs: Float[Tensor, "batch nodes"] | None
+    laws: Float[Tensor, "batch nodes vocab"] | None = None
 
 
 class Proposer(ABC):
@@ -60,15 +67,21 @@ class Proposer(ABC):
     A generation calls `begin` once and then `propose` and `commit` in turn; it leaves out
     `propose` where no draft could be used. State is kept per row
     and lives from one `begin` to the next. Randomness of a proposer's own comes from a generator
-    of its own: the global one belongs to the target. The tokens that `generate` returns do not
-    depend on the proposer; only the speed does.
+    of its own: the global one belongs to the target. Under the exact rule the tokens that
+    `generate` returns do not depend on the proposer; only the speed does.
 
     A proposer that sets `features` is given them with the prompt, and at the accepted nodes with
     every `commit`. Its first draft comes a token later than that of others, which are asked
     before the target has read the prompt.
+
+    A proposer that sets `draft_sampling` can draw its drafts, which rejection rules need. When
+    `Prefill.sampler` is given, it draws the children of every node with it, in the order of
+    their nodes, from laws that it returns in `Draft.laws`. It then draws before it shapes: a
+    node may be left out for what stands above it, never for its own token or a sibling's.
     """
 
     features: ClassVar[TargetFeatures] = TargetFeatures.NONE
+    draft_sampling: ClassVar[DraftSampling] = DraftSampling.NONE
     config: ProposerConfig = ProposerConfig()
 
     @abstractmethod

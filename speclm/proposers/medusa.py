@@ -16,6 +16,7 @@ from speclm.errors import OptionError, VocabularyMismatchError
 from speclm.heads.medusa import MedusaHeads
 from speclm.proposers.interface import Draft, Prefill, Proposer
 from speclm.proposers.ranking import rank_log_probs
+from speclm.sampling.drafts import DraftSampler, DraftSampling, Families
 from speclm.sampling.noise import PositionNoise
 from speclm.target import TargetFeatures, TargetView
 from speclm.tree.choices import Choices, StaticTree, normalize_choices, static_tree, trim_choices
@@ -53,6 +54,7 @@ class MedusaProposer(Proposer):
     """
 
     features = TargetFeatures.LAST_HIDDEN
+    draft_sampling = DraftSampling.WITHOUT_REPLACEMENT
     config: MedusaConfig
 
     def __init__(
@@ -99,17 +101,21 @@ class MedusaProposer(Proposer):
         self.config = MedusaConfig(depth=max(map(len, trimmed)), choices=trimmed)
         self._hidden: Float[Tensor, "batch hidden"] | None = None
         self._temperature = 0.0
+        self._sampler: DraftSampler | None = None
 
     @override
     def begin(self, prompt: Prefill) -> None:
         self._hidden = None
         self._temperature = prompt.temperature
+        self._sampler = prompt.sampler
 
     @override
     def propose(self, roots: Int[Tensor, " batch"], *, noise: PositionNoise | None) -> Draft:
         if self._hidden is None:
             return Draft(roots[:, None], chain(0, device=roots.device), probs=None)
         tree = static_tree(self.config.choices, device=roots.device)
+        if self._sampler is not None:
+            return self._draw(roots, self._hidden, tree, self._sampler)
         guesses = self._rank(self._hidden, tree, noise)  # [batch, depth, rank]
         tokens = guesses[:, tree.depth_indices, tree.rank_indices]
         return Draft(
@@ -124,6 +130,25 @@ class MedusaProposer(Proposer):
         else:  # a row that was given nothing keeps its hidden state, as it keeps its root
             is_kept = (accepted.num_tokens == 0)[:, None]
             self._hidden = torch.where(is_kept, self._hidden, last)
+
+    def _draw(
+        self,
+        roots: Int[Tensor, " batch"],
+        hidden: Float[Tensor, "batch hidden"],
+        tree: StaticTree,
+        sampler: DraftSampler,
+    ) -> Draft:
+        """Draw the children of every node, the j-th drawn in the place of the j-th child."""
+        logits: Tensor = self.heads(hidden, lm_head=self.view.head_logits, num_heads=tree.max_depth)
+        levels = sampler.law(logits)  # [batch, depth, vocab]
+        depths = tree.topology.depths[0].clamp(max=tree.max_depth - 1)
+        families = Families.of(tree.topology.host_parents[0])
+        laws = levels[:, depths]  # [batch, nodes, vocab]
+        drawn = sampler.siblings(laws[:, families.parents], num=families.max_children)
+        tokens = roots[:, None].repeat(1, tree.topology.num_nodes)
+        for family, children in enumerate(families.children):
+            tokens[:, children] = drawn[:, family, : len(children)]
+        return Draft(tokens=tokens, topology=tree.topology, probs=None, laws=laws)
 
     def _rank(
         self, hidden: Float[Tensor, "batch hidden"], tree: StaticTree, noise: PositionNoise | None

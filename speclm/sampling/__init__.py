@@ -1,6 +1,17 @@
-"""How tokens are chosen: processors and the noise of each position."""
+"""How tokens are chosen: processors, the noise of each position, and draws of other kinds."""
 
 from speclm.sampling.chooser import TokenChooser, first_context_dependent
+from speclm.sampling.drafts import DraftSampler, DraftSampling
+from speclm.sampling.draws import Draws, GeneratorDraws, seeded_draws
 from speclm.sampling.noise import PositionNoise
 
-__all__ = ["PositionNoise", "TokenChooser", "first_context_dependent"]
+__all__ = [
+    "DraftSampler",
+    "DraftSampling",
+    "Draws",
+    "GeneratorDraws",
+    "PositionNoise",
+    "TokenChooser",
+    "first_context_dependent",
+    "seeded_draws",
+]

@@ -1,5 +1,6 @@
 """How the target chooses a token: logits processors, then argmax over probabilities and noise."""
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.generation import logits_process as processors
@@ -53,11 +54,20 @@ class TokenChooser:
 
         Source: the Gumbel-max trick in its exponential form, as in ``torch.multinomial``.
         """
-        scores = logits.float()
-        for processor in self._processors:
-            scores = processor(None, scores)  # context-free: the text is never read
+        scores = self._process(logits.float())
         if noise is not None:
             scores = scores.softmax(-1) / noise
         tokens = scores.argmax(-1)
         winning = scores.gather(-1, tokens[:, None])[:, 0]  # argmax prefers a NaN to any number
         return tokens.masked_fill(winning.isnan(), -1)
+
+    def law(self, logits: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows vocab"]:
+        """Return the probabilities that tokens are drawn from, in single precision or better."""
+        return self._process(logits.to(torch.promote_types(logits.dtype, torch.float32))).softmax(
+            -1
+        )
+
+    def _process(self, scores: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows vocab"]:
+        for processor in self._processors:
+            scores = processor(None, scores)  # context-free: the text is never read
+        return scores

@@ -1,6 +1,7 @@
 """Grows a tree level by level and keeps its best nodes."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -8,6 +9,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 _STEP_PENALTY = 1e-6  # makes a sure child score below its parent, so that the best nodes connect
+
+_DRAWN_CHANCE = 0.65  # a usual overlap of the laws of a draft model and its target
 
 
 @dataclass(slots=True, eq=False)
@@ -165,3 +168,37 @@ def _best_of_row(
         )
         grown.scores.append(-cost)
     return grown
+
+
+@lru_cache(maxsize=64)
+def drawn_choices(
+    *, width: int, branches: int, depth: int, num_nodes: int
+) -> tuple[tuple[int, ...], ...]:
+    """Return the shape of a tree whose tokens are drawn, and so may not shape it.
+
+    The places that are likeliest to be reached are kept, if the first child drawn were accepted
+    with one chance at every node, and each further one with that chance of what is left.
+
+    Args:
+        width: Nodes expanded at each level.
+        branches: Most children of a node.
+        depth: Most levels.
+        num_nodes: Nodes, the root left out.
+
+    Returns:
+        Paths of ranks, parents before their children.
+    """
+    scored: list[tuple[float, tuple[int, ...]]] = []
+    expanded: list[tuple[float, tuple[int, ...]]] = [(1.0, ())]
+    for _ in range(min(depth, num_nodes)):
+        level = [
+            (score * _DRAWN_CHANCE * (1 - _DRAWN_CHANCE) ** rank, (*path, rank))
+            for score, path in expanded
+            for rank in range(branches)
+        ]
+        level.sort(key=lambda entry: (-entry[0], entry[1]))
+        expanded = level[:width]
+        scored += level
+    scored.sort(key=lambda entry: (-entry[0], len(entry[1]), entry[1]))
+    kept = [path for _, path in scored[:num_nodes]]
+    return tuple(sorted(kept, key=lambda path: (len(path), path)))

@@ -1,0 +1,252 @@
+"""Speculative sampling by rejection: lossless in distribution for drafts that were drawn.
+
+The rules compare the target's law with the one that each draft token was drawn from, and accept
+where the former is the larger. They give other tokens than plain decoding does under the same
+seed, from the same distribution.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from jaxtyping import Float
+from torch import Tensor
+from typing_extensions import override
+
+from speclm.acceptance.accepted import Accepted
+from speclm.acceptance.interface import AcceptanceRule, Verified
+from speclm.acceptance.registry import register_acceptance_rule
+from speclm.errors import OptionError
+from speclm.sampling.drafts import DraftSampling
+from speclm.sampling.draws import Draws
+
+Law = Float[Tensor, " vocab"]
+
+
+@register_acceptance_rule("rejection")
+@dataclass(frozen=True, slots=True)
+class RejectionRule(AcceptanceRule):
+    """Accepts drawn drafts so that outputs follow the target's distribution.
+
+    Decides row by row on the host, which syncs with the device several times a round.
+
+    Args:
+        variant: ``multi_round`` tries the children of a node in turn; on a chain that is
+            speculative sampling as first published. ``block`` decides on a whole chain at once
+            and keeps at least as much of it. ``traversal`` does the same for trees, from the
+            leaves up.
+
+    Raises:
+        OptionError: If `variant` is not known.
+
+    Source: Leviathan et al. 2023, Alg. 1, for chains; Chen et al. 2024 (Sequoia) for trees;
+        arXiv 2403.10444 (block verification); arXiv 2505.12398 (traversal verification).
+    """
+
+    variant: str = "multi_round"
+
+    uses_draws = True
+    draft_sampling = DraftSampling.WITHOUT_REPLACEMENT
+
+    def __post_init__(self) -> None:
+        if self.variant not in VARIANTS:
+            raise OptionError(
+                f"variant is {self.variant!r}, expected one of {sorted(VARIANTS)!r}; leave it out "
+                "for 'multi_round'"
+            )
+
+    @property
+    @override
+    def name(self) -> str:
+        return f"rejection ({self.variant})"
+
+    @override
+    def accept(self, verified: Verified) -> Accepted:
+        assert verified.draws is not None, "a rule with uses_draws is given draws"
+        decide = VARIANTS[self.variant]
+        paths: list[list[int]] = []
+        emitted: list[list[int]] = []
+        for row, is_live in enumerate(verified.is_live):
+            if not is_live:  # it must not move the generator
+                paths.append([0])
+                emitted.append([0])
+                continue
+            tree = _RowTree(verified, row)
+            path, bonus = decide(tree, verified.draws)
+            paths.append(path)
+            emitted.append([*(tree.tokens[node] for node in path[1:]), bonus])
+        return Accepted.from_host(paths, emitted, device=verified.logits.device)
+
+
+class _RowTree:
+    """One row of a verified draft."""
+
+    def __init__(self, verified: Verified, row: int) -> None:
+        parents = verified.topology.host_parents
+        self.tokens: list[int] = verified.tokens[row].tolist()
+        self.children: list[list[int]] = [[] for _ in self.tokens]
+        for node, parent in enumerate(parents[row if len(parents) > 1 else 0]):
+            if parent != node:  # neither the root nor padding
+                self.children[parent].append(node)
+        self._verified, self._row = verified, row
+
+    def target_law(self, node: int) -> Law:
+        """Return the target's processed law after a node."""
+        return self._verified.chooser.law(self._verified.logits[self._row, node][None])[0]
+
+    def draft_law(self, node: int) -> Law:
+        """Return the law that a node's first child was drawn from."""
+        assert self._verified.laws is not None, "a draft with children was let in without laws"
+        return self._verified.laws[self._row, node]
+
+
+def accept_multi_round(tree: _RowTree, draws: Draws) -> tuple[list[int], int]:
+    """Try children in turn, and draw from what they leave of the target's law.
+
+    Source: Leviathan et al. 2023, Alg. 1, for one child; Chen et al. 2024 (Sequoia) for more.
+    """
+    path = [0]
+    while True:
+        rest = tree.target_law(path[-1])
+        accepted, draft = None, None
+        for child in tree.children[path[-1]]:
+            draft = tree.draft_law(path[-1]) if draft is None else draft
+            token = tree.tokens[child]
+            chance = float(draft[token])
+            if not chance > 0:
+                continue  # the law had no token left to draw
+            if draws.bernoulli(float(rest[token]) / chance):
+                accepted = child
+                break
+            rest, draft = _residual(rest, draft)[0], _without(draft, token)
+        if accepted is None:
+            return path, draws.categorical(rest)
+        path.append(accepted)
+
+
+def accept_block(tree: _RowTree, draws: Draws) -> tuple[list[int], int]:
+    """Keep the longest prefix of a chain that passes, where later tokens vouch for earlier ones.
+
+    Raises:
+        OptionError: If a node has two children.
+
+    Source: arXiv 2403.10444 (block verification).
+    """
+    kept, kept_share, share, node = [0], 1.0, 1.0, 0
+    path = [0]
+    while tree.children[node]:
+        if len(tree.children[node]) > 1:
+            raise OptionError(
+                f"node {node} of the draft has {len(tree.children[node])} children, block "
+                "verification expected a chain; let the proposer draft one, or take "
+                "RejectionRule('traversal')"
+            )
+        (child,) = tree.children[node]
+        token = tree.tokens[child]
+        ratio = float(tree.target_law(node)[token]) / float(tree.draft_law(node)[token])
+        share = _at_most_one(share * ratio)
+        path.append(child)
+        node, passes = child, share
+        if tree.children[child]:
+            left = _residual(tree.target_law(child), tree.draft_law(child), share=share)[1]
+            passes = _share_left(left, share)
+        if draws.bernoulli(passes):
+            kept, kept_share = list(path), share
+    if math.isnan(share):
+        return kept, -1
+    last = kept[-1]
+    rest = tree.target_law(last)
+    if tree.children[last]:
+        rest = _residual(rest, tree.draft_law(last), share=kept_share)[0]
+    return kept, draws.categorical(rest)
+
+
+@dataclass(slots=True)
+class _Stop:
+    """A node while it is decided on: what is left of both laws below it, and its share.
+
+    Args:
+        target: Law of the token after the node, given that the children tried were rejected.
+        draft: Law of its next child; None for a leaf.
+        share: Probability with which the path to here is kept, given what was rejected.
+        children: Children that are left, first one last.
+    """
+
+    target: Law
+    draft: Law | None
+    share: float
+    children: list[int]
+
+
+def accept_traversal(tree: _RowTree, draws: Draws) -> tuple[list[int], int]:
+    """Try whole paths, leaf by leaf; what a leaf leaves over counts for the nodes above it.
+
+    Source: arXiv 2505.12398 (traversal verification).
+    """
+
+    def stop_at(node: int, share: float) -> _Stop:
+        children = tree.children[node]
+        draft = tree.draft_law(node) if children else None
+        return _Stop(tree.target_law(node), draft, share, children[::-1])
+
+    path, stops = [0], [stop_at(0, 1.0)]
+    while True:
+        top = stops[-1]
+        if top.children:
+            assert top.draft is not None
+            child = top.children[-1]
+            token = tree.tokens[child]
+            chance = float(top.draft[token])
+            if not chance > 0:
+                top.children.pop()  # the law had no token left to draw
+                continue
+            share = _at_most_one(top.share * float(top.target[token]) / chance)
+            path.append(child)
+            stops.append(stop_at(child, share))
+            continue
+        if len(path) == 1 or draws.bernoulli(top.share):
+            return path, draws.categorical(top.target)
+        rejected = path.pop()
+        stops.pop()
+        above = stops[-1]
+        assert above.draft is not None
+        above.children.pop()
+        above.target, left = _residual(above.target, above.draft, share=above.share)
+        above.draft = _without(above.draft, tree.tokens[rejected])
+        above.share = _share_left(left, above.share)
+
+
+VARIANTS: Mapping[str, Callable[[_RowTree, Draws], tuple[list[int], int]]] = MappingProxyType(
+    {"multi_round": accept_multi_round, "block": accept_block, "traversal": accept_traversal}
+)
+"""Ways to decide on one row, by name."""
+
+
+def _residual(target: Law, draft: Law, *, share: float = 1.0) -> tuple[Law, float]:
+    """Return what a share of `target` has beyond `draft`, normalised, and its mass.
+
+    Where nothing is left, which rounding alone brings about, the target stays as it is. What is
+    not a number makes the result none, so that it is reported.
+    """
+    beyond = (share * target - draft.to(target.dtype)).clamp(min=0)
+    mass = float(beyond.sum())
+    return (beyond / mass if mass != 0 else target), mass
+
+
+def _without(law: Law, token: int) -> Law:
+    """Return a law given that `token` is not drawn; zero where no other could be."""
+    rest = law.clone()
+    rest[token] = 0
+    mass = rest.sum()
+    return rest / mass if float(mass) > 0 else rest
+
+
+def _share_left(left: float, share: float) -> float:
+    """Return the share of a node whose child was rejected, from the mass that is left."""
+    lost = 1.0 - share
+    return left / (left + lost) if left + lost != 0 else 1.0
+
+
+def _at_most_one(share: float) -> float:
+    return min(share, 1.0)  # in this order NaN stays NaN, and is never accepted
