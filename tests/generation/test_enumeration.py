@@ -7,130 +7,38 @@ probability, and all lists are run through.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from itertools import product
-from types import SimpleNamespace
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
-from transformers.generation import (
-    LogitsProcessorList,
-    MaxLengthCriteria,
-    StoppingCriteriaList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-)
 from typing_extensions import override
 
 from speclm.acceptance import Accepted
 from speclm.config import ProposerConfig
-from speclm.generation import generate_tokens, loop
+from speclm.generation import loop
 from speclm.proposers.interface import Draft, Prefill, Proposer
 from speclm.sampling import PositionNoise, TokenChooser
-from speclm.stats import SpeculationStats
-from speclm.target import TargetView
-from speclm.tree.topology import TreeTopology, chain, from_parents
+from speclm.tree.topology import chain, from_parents
+from tests.enumeration import (
+    EXACT,
+    LENGTH,
+    PROMPT,
+    TABLE,
+    VOCAB,
+    WARPERS,
+    WRONG,
+    Decisions,
+    distance,
+    process,
+    run_loop,
+    target_law,
+)
 
-VOCAB = 3
-LENGTH = 3
-PROMPT = [[1, 2]]
-EXACT = 1e-12  # sums of some thousand products in double precision
-WRONG = 1e-2
 FAVOUR = 2.0**-60  # noise of a favoured token; times 2 a step, so that it names its step
-TABLE = 2 * torch.randn(VOCAB, VOCAB, VOCAB, generator=torch.Generator().manual_seed(4))
 DRAFT_LAW = (0.5, 0.3, 0.2)
 TREE = [0, 0, 0, 1]
-WARPERS = {
-    "plain": [],
-    "temperature": [TemperatureLogitsWarper(0.6)],
-    "top-k": [TemperatureLogitsWarper(1.4), TopKLogitsWarper(2)],
-}
-
-
-class Decisions:
-    """A list of decisions, made up while a run asks for them, and its probability."""
-
-    def __init__(self) -> None:
-        self._taken: list[int] = []
-        self._options: list[int] = []
-        self._at = 0
-        self.weight = 1.0
-
-    def take(self, num_options: int) -> int:
-        if self._at == len(self._taken):
-            self._taken.append(0)
-            self._options.append(num_options)
-        self._at += 1
-        return self._taken[self._at - 1]
-
-    def draw(self, law: Sequence[float]) -> int:
-        choice = self.take(len(law))
-        self.weight *= law[choice]
-        return choice
-
-    def advance(self) -> bool:
-        """Turn to the next list; False after the last one."""
-        assert self._at == len(self._taken), "a run is a function of its decisions"
-        while self._taken and self._taken[-1] + 1 == self._options[-1]:
-            self._taken.pop()
-            self._options.pop()
-        if self._taken:
-            self._taken[-1] += 1
-        self._at, self.weight = 0, 1.0
-        return bool(self._taken)
-
-
-class TableTarget(TargetView):
-    """Keeps tokens in place of keys and values, in a real cache, and looks logits up."""
-
-    def __init__(self) -> None:
-        self.model = SimpleNamespace(config=SimpleNamespace(name_or_path="table"))
-        self._text_config = SimpleNamespace(num_hidden_layers=1, max_position_embeddings=64)
-
-    @property
-    @override
-    def vocab_size(self) -> int:
-        return VOCAB
-
-    @override
-    def prefill(self, tokens: Tensor, cache: Any, **_: object) -> Tensor:
-        self._write(tokens, cache)
-        cache.commit_prompt()
-        return TABLE[tokens[:, -2], tokens[:, -1]]
-
-    @override
-    def forward_tree(
-        self,
-        tokens: Tensor,
-        topology: TreeTopology,
-        cache: Any,
-        *,
-        prompt: Tensor | None = None,
-        **_: object,
-    ) -> Tensor:
-        fed = tokens if prompt is None else torch.cat([prompt, tokens], dim=1)
-        cache.reserve(fed.shape[1])
-        stored = self._write(fed, cache)[0]
-        cache.append(fed.shape[1])
-        if prompt is not None:
-            cache.split(prompt.shape[1], num_pending=tokens.shape[1])
-        committed = stored[: cache.host_lengths[0]]
-        nodes = stored[cache.tree_start :]
-        contexts = [[*committed, *nodes[seen].tolist()] for seen in topology.ancestor_mask[0]]
-        return torch.stack([TABLE[int(path[-2]), int(path[-1])] for path in contexts])[None]
-
-    @override
-    @contextmanager
-    def decoding(self) -> Iterator[None]:
-        yield
-
-    def _write(self, tokens: Tensor, cache: Any) -> Tensor:
-        stored = tokens[:, None, :, None].float()
-        return cache.layers[0].update(stored, stored.clone())[0][:, 0, :, 0]
 
 
 class TableProposer(Proposer):
@@ -221,45 +129,6 @@ def enumerate_law(
         law[tuple(output[0, len(PROMPT[0]) :].tolist())] += decisions.weight
         if not decisions.advance():
             return law
-
-
-def run_loop(proposer: Proposer | None, warpers: Sequence[Any], *, greedy: bool) -> Tensor:
-    config = GenerationConfig(max_length=len(PROMPT[0]) + LENGTH, do_sample=not greedy)
-    config._pad_token_tensor = None
-    return generate_tokens(
-        None,
-        torch.tensor(PROMPT),
-        LogitsProcessorList(warpers),
-        StoppingCriteriaList([MaxLengthCriteria(config.max_length)]),
-        config,
-        target=TableTarget(),
-        proposer=proposer,
-        stats=SpeculationStats(),
-    )
-
-
-def process(warpers: Sequence[Any], scores: Tensor) -> Tensor:
-    rows = scores[None]
-    for warper in warpers:
-        rows = warper(None, rows)
-    return rows[0].double().softmax(-1)
-
-
-def target_law(warpers: Sequence[Any] = ()) -> dict[tuple[int, ...], float]:
-    """Return the product of the table's laws over all outputs."""
-    law = {}
-    for output in product(range(VOCAB), repeat=LENGTH):
-        path, weight = list(PROMPT[0]), 1.0
-        for token in output:
-            weight *= float(process(warpers, TABLE[path[-2], path[-1]])[token])
-            path.append(token)
-        law[output] = weight
-    return law
-
-
-def distance(found: dict[tuple[int, ...], float], expected: dict[tuple[int, ...], float]) -> float:
-    assert set(found) <= set(expected)
-    return max(abs(found.get(output, 0.0) - weight) for output, weight in expected.items())
 
 
 DRAFTERS: dict[str, Callable[[Decisions], Proposer | None]] = {
