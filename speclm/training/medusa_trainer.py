@@ -150,7 +150,7 @@ class MedusaTrainer(Trainer):
         loss: Tensor = outputs["loss"]
         if not loss.isfinite():  # Trainer looks at the loss of every step too
             raise NumericalError(
-                f"loss of step {self.state.global_step + 1} is {float(loss)}, expected a finite "
+                f"loss of step {self.state.global_step + 1} is {loss.item()}, expected a finite "
                 "number; lower the learning rate, or train in float32 or bf16 instead of fp16"
             )
         self._meters[model.training].add(

@@ -1,0 +1,57 @@
+import json
+
+import pytest
+
+from speclm.errors import DataError, OptionError
+from speclm.training.conversations import parse_conversation, read_conversations
+from tests.training.talks import write_alphabet
+
+
+def test_rows_keep_file_order_and_know_their_line(tmp_path):
+    path = write_alphabet(tmp_path / "rows.jsonl", num_rows=3)
+    path.write_text("\n" + path.read_text())
+    rows = read_conversations(path)
+    assert [row.messages[0]["content"] for row in rows] == ["a", "b", "c"]
+    assert [row.where for row in rows] == [f"{path}:{line}" for line in (2, 3, 4)]
+
+
+def test_limit_draws_rows_by_seed_in_file_order(tmp_path):
+    path = write_alphabet(tmp_path / "rows.jsonl")
+    draws = [read_conversations(path, limit=4, seed=seed) for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
+    contents = [row.messages[0]["content"] for row in draws[2]]
+    assert contents == sorted(contents)
+    assert len(contents) == 4
+    assert len(read_conversations(path, limit=99)) == 12
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("nonsense", "row 7: expected a JSON object"),
+        ("[1]", 'expected "messages"'),
+        ('{"messages": "hello"}', 'expected "messages"'),
+        ('{"messages": [{"role": "user"}]}', 'strings "role" and "content"'),
+        ('{"messages": []}', "no turn has the role 'assistant'"),
+        (
+            json.dumps({"messages": [{"role": "user", "content": "a"}]}),
+            "row 7: no turn has the role 'assistant'.*drop the row",
+        ),
+    ],
+)
+def test_bad_rows_are_named(line, message):
+    with pytest.raises(DataError, match=message):
+        parse_conversation(line, "row 7")
+
+
+def test_missing_and_empty_files_are_named(tmp_path):
+    with pytest.raises(DataError, match=r"none\.jsonl: cannot be read"):
+        read_conversations(tmp_path / "none.jsonl")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(DataError, match=r"empty\.jsonl: no rows"):
+        read_conversations(tmp_path / "empty.jsonl")
+
+
+def test_limit_below_one_is_refused(tmp_path):
+    with pytest.raises(OptionError, match="limit is 0, expected at least 1"):
+        read_conversations(write_alphabet(tmp_path / "rows.jsonl"), limit=0)
