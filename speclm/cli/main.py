@@ -10,6 +10,7 @@ from speclm.cli.bench import bench
 from speclm.cli.demo import demo
 from speclm.cli.env import env
 from speclm.cli.generate import generate
+from speclm.cli.train import train
 from speclm.errors import SpeclmError
 
 USAGE_ERROR = 2
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 for command in (demo, generate, bench, env):
     app.command()(command)
+app.add_typer(train, name="train")
 
 
 def main() -> None:

@@ -1,0 +1,81 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from speclm.errors import OptionError
+from tests.training.talks import TAGGED, tiny_base, word_tokenizer, write_alphabet
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def options(tmp_path):
+    base = tmp_path / "base"
+    tiny_base().save_pretrained(base)
+    word_tokenizer(TAGGED).save_pretrained(base)
+    data = write_alphabet(tmp_path / "rows.jsonl")
+    return {
+        "--base": base,
+        "--data": data,
+        "--out": tmp_path / "heads",
+        "--num-heads": 2,
+        "--batch-size": 4,
+    }
+
+
+@pytest.fixture
+def train(run, options):
+    def run_train(*flags, **changes):
+        named = {**options, **{f"--{k.replace('_', '-')}": v for k, v in changes.items()}}
+        words = [str(word) for pair in named.items() for word in pair]
+        settings = ("use_cpu=true", "logging_steps=1")
+        words += [word for setting in settings for word in ("--training-arg", setting)]
+        return run("train", "medusa", *words, *flags)
+
+    return run_train
+
+
+def test_heads_are_trained_and_their_figures_printed(train, options, capfd):
+    result = train("--own-lm-head", epochs=1, eval_data=options["--data"], limit=8)
+    assert result.exit_code == 0
+    assert "estimated tau" in result.output
+    assert "top-3" in result.output
+    assert any(options["--out"].glob("*.safetensors"))
+    assert any(options["--out"].glob("checkpoint-2"))
+
+
+def test_resume_goes_on_where_a_training_ended(train, options):
+    train("--training-arg", "max_steps=2")
+    result = train("--resume", "--training-arg", "max_steps=3")
+    assert "step 3" in result.output
+    assert any(options["--out"].glob("checkpoint-3"))
+
+
+def test_folder_of_another_training_is_not_overwritten(train, options):
+    (options["--out"] / "checkpoint-2").mkdir(parents=True)
+    with pytest.raises(OptionError, match="holds checkpoints of another training; pass --resume"):
+        train()
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [("max_step=2", "did you mean 'max_steps'"), ("max_steps", "expected key=value")],
+)
+def test_bad_training_arguments_are_named(train, flag, message):
+    with pytest.raises(OptionError, match=message):
+        train("--training-arg", flag)
+
+
+def test_help_shows_the_options(run):
+    result = run("train", "medusa", "--help")
+    assert result.exit_code == 0
+    assert "--own-lm-head" in result.output
+
+
+def test_command_line_loads_the_training_code_only_to_train():
+    script = "import sys, speclm.cli; print('speclm.training' in sys.modules)"
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert result.stdout.strip() == "False"
