@@ -17,8 +17,9 @@ class MedusaMeter:
     """Sums over batches, until they are read.
 
     Heads see one hidden state only, so the ranks of the targets say which nodes of a tree would
-    have been accepted, and rounds are replayed over each assistant turn of the data. The estimate
-    is that of decoding texts like the data; it is not a measurement.
+    have been accepted, and rounds are replayed over each assistant turn of the data. Every token of
+    a turn but the first, which the prefill emits, comes out of a round: their number by that of the
+    rounds is what decoding that text would measure as tau.
     """
 
     def __init__(self, choices: Choices, *, num_heads: int) -> None:
@@ -45,13 +46,12 @@ class MedusaMeter:
         flat = ranks.flatten(0, 1)
         hits = [((flat >= 0) & (flat < top)).sum(0) for top in range(1, TOP + 1)]
         by_head = torch.stack([loss_sums.cpu(), counts.cpu(), *hits]).double()
-        lengths = [
-            length
+        replayed = [
+            (len(turn), len(replay_rounds(turn, self._choices)))
             for turn in turns(ranks, loss_mask.cpu())
-            for length in replay_rounds(turn, self._choices)
         ]
-        rounds = torch.tensor([sum(lengths), len(lengths)], dtype=torch.float64)
-        self._sums = self._sums + torch.cat([by_head.flatten(), rounds])
+        emitted = torch.tensor([[0, 0], *replayed], dtype=torch.float64).sum(0)
+        self._sums = self._sums + torch.cat([by_head.flatten(), emitted])
 
     def drain(self, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, float]:
         """Return the figures since the last call, and start anew.
@@ -65,7 +65,7 @@ class MedusaMeter:
         """
         sums = reduce(self._sums.float()).tolist()
         self._sums = self._zeros()
-        *by_head, accepted, rounds = sums
+        *by_head, tokens, rounds = sums
         heads = self._num_heads
         losses, counts, *hits = (by_head[i : i + heads] for i in range(0, len(by_head), heads))
         figures = {}
@@ -76,7 +76,7 @@ class MedusaMeter:
             for top, hit in enumerate(hits, 1):
                 figures[f"head{head}_top{top}"] = hit[head] / count
         if rounds:
-            figures["estimated_tau"] = 1 + accepted / rounds
+            figures["estimated_tau"] = tokens / rounds
         return figures
 
     def _zeros(self) -> Tensor:

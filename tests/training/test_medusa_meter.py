@@ -34,7 +34,7 @@ def test_estimated_tau_replays_rounds():
     )
     figures = meter.drain()
     # From the root 1 two guesses and the bonus lead to 4, whose guess fails; then comes 5.
-    assert figures["estimated_tau"] == pytest.approx(1 + (2 + 0 + 1) / 3)
+    assert figures["estimated_tau"] == pytest.approx(5 / 3)
     assert (figures["head0_loss"], figures["head1_loss"]) == (1.0, 1.0)
     assert figures["head0_top1"] == pytest.approx(2 / 6)
     assert figures["head0_top2"] == pytest.approx(3 / 6)
