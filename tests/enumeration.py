@@ -4,12 +4,13 @@ The target is a table over the last two tokens. Nothing is sampled: a run of the
 list of decisions, each with its exact probability, and all lists are run through.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
+import jaxtyping
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
@@ -28,6 +29,8 @@ from speclm.proposers.interface import Proposer
 from speclm.stats import SpeculationStats
 from speclm.target import TargetFeatures, TargetView
 from speclm.tree.topology import TreeTopology
+
+T = TypeVar("T")
 
 VOCAB = 3
 LENGTH = 3
@@ -75,6 +78,23 @@ class Decisions:
             self._taken[-1] += 1
         self._at, self.weight = 0, 1.0
         return bool(self._taken)
+
+
+def all_runs(run: Callable[[Decisions], T]) -> Iterator[tuple[T, float]]:
+    """Yield what each list of decisions leads to, and its probability.
+
+    Only the first run has its shapes checked, which takes most of the time of one.
+    """
+    decisions = Decisions()
+    yield run(decisions), decisions.weight
+    before = jaxtyping.config.jaxtyping_disable
+    while decisions.advance():
+        jaxtyping.config.update("jaxtyping_disable", True)
+        try:
+            outcome = run(decisions)
+        finally:
+            jaxtyping.config.update("jaxtyping_disable", before)
+        yield outcome, decisions.weight
 
 
 class TableTarget(TargetView):

@@ -30,6 +30,7 @@ from tests.enumeration import (
     WARPERS,
     WRONG,
     Decisions,
+    all_runs,
     distance,
     process,
     run_loop,
@@ -96,39 +97,40 @@ def enumerate_law(
     accept: Callable[[Decisions], Any] | None = None,
 ) -> dict[tuple[int, ...], float]:
     """Return the probability of every output of the real loop."""
-    decisions = Decisions()
     choose, used = TokenChooser.choose, []
 
-    def matrix(noise: PositionNoise, step: int) -> Tensor:
-        if step not in noise._matrices:
-            rows = torch.ones(1, VOCAB)
-            if step < LENGTH:  # what lies beyond must not matter
-                rows[0, decisions.take(VOCAB)] = FAVOUR * 2.0**step
-            noise._matrices[step] = rows
-        return noise._matrices[step]
+    def run(decisions: Decisions) -> Tensor:
+        def matrix(noise: PositionNoise, step: int) -> Tensor:
+            if step not in noise._matrices:
+                rows = torch.ones(1, VOCAB)
+                if step < LENGTH:  # what lies beyond must not matter
+                    rows[0, decisions.take(VOCAB)] = FAVOUR * 2.0**step
+                noise._matrices[step] = rows
+            return noise._matrices[step]
 
-    def weighing_choose(chooser: TokenChooser, logits: Tensor, noise: Tensor | None) -> Tensor:
-        if noise is not None:
-            for scores, row in zip(logits, noise, strict=True):
-                law = process(chooser._processors, scores)
-                lowest, token = row.min(0)
-                if float(lowest) < 1:
-                    used.append(round(math.log2(float(lowest) / FAVOUR)))
-                    decisions.weight *= float(law[token])
-        return choose(chooser, logits, noise)
+        def weighing_choose(chooser: TokenChooser, logits: Tensor, noise: Tensor | None) -> Tensor:
+            if noise is not None:
+                for scores, row in zip(logits, noise, strict=True):
+                    law = process(chooser._processors, scores)
+                    lowest, token = row.min(0)
+                    if float(lowest) < 1:
+                        used.append(round(math.log2(float(lowest) / FAVOUR)))
+                        decisions.weight *= float(law[token])
+            return choose(chooser, logits, noise)
 
-    monkeypatch.setattr(PositionNoise, "_matrix", matrix)
-    monkeypatch.setattr(TokenChooser, "choose", weighing_choose)
-    if accept is not None:
-        monkeypatch.setattr(loop._Run, "_accept", accept(decisions))
-    law: dict[tuple[int, ...], float] = defaultdict(float)
-    while True:
+        monkeypatch.setattr(PositionNoise, "_matrix", matrix)
+        monkeypatch.setattr(TokenChooser, "choose", weighing_choose)
+        if accept is not None:
+            monkeypatch.setattr(loop._Run, "_accept", accept(decisions))
         used.clear()
         output = run_loop(proposer(decisions), warpers, greedy=greedy)
         assert len(used) == len(set(used)), "noise of one position decided twice"
-        law[tuple(output[0, len(PROMPT[0]) :].tolist())] += decisions.weight
-        if not decisions.advance():
-            return law
+        return output
+
+    law: dict[tuple[int, ...], float] = defaultdict(float)
+    for output, weight in all_runs(run):
+        law[tuple(output[0, len(PROMPT[0]) :].tolist())] += weight
+    return law
 
 
 DRAFTERS: dict[str, Callable[[Decisions], Proposer | None]] = {
