@@ -13,6 +13,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from typing_extensions import override
 
 from speclm.errors import NumericalError
+from speclm.formats import MedusaCheckpoint, write_medusa
 from speclm.heads import MedusaHeads, MedusaHeadsConfig
 from speclm.proposers.medusa import MedusaProposer
 from speclm.target import TargetView
@@ -113,6 +114,7 @@ class MedusaTrainer(Trainer):
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(TauProgress())
         self.heads = heads
+        self._base_name = base.config.name_or_path or None
 
     @override
     def train(
@@ -214,7 +216,21 @@ class MedusaTrainer(Trainer):
 
         Args:
             output_dir: The folder; None for that of the training arguments.
-            _internal_call: Whether `Trainer` writes a checkpoint, which holds what training goes
-                on from.
+            _internal_call: Whether `Trainer` calls; with a folder of its own that is a checkpoint,
+                which holds what training goes on from instead.
+
+        Raises:
+            CheckpointError: If what was read back is not what was written.
         """
-        super().save_model(output_dir, _internal_call)
+        if _internal_call and output_dir is not None:
+            super().save_model(output_dir, _internal_call)
+            return
+        if self.args.should_save:
+            checkpoint = MedusaCheckpoint(
+                **self.heads.state_dict(),
+                vocab_size=self.heads.config.vocab_size,
+                base_name_or_path=self._base_name,
+            )
+            write_medusa(output_dir or str(self.args.output_dir), checkpoint)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Upload heads")

@@ -5,6 +5,7 @@ import torch
 from transformers import TrainerCallback
 
 from speclm.errors import NumericalError, OptionError, VocabularyMismatchError
+from speclm.formats import read_medusa
 from speclm.heads import MedusaHeads, MedusaHeadsConfig
 from speclm.training import (
     MedusaObjective,
@@ -64,7 +65,26 @@ def test_heads_learn_a_small_data_set(make):
     first, last = trainer.state.log_history[0], trainer.state.log_history[-2]
     assert last["loss"] < first["loss"] / 4
     assert last["head0_top1"] > 0.9
-    assert last["estimated_tau"] > 2.5  # of 3, with two heads
+    assert last["estimated_tau"] > 2.2  # the best is 2.5: ten tokens in rounds of 3, 3, 3 and 1
+
+
+@pytest.mark.parametrize("has_own_lm_head", [False, True])
+def test_saved_heads_are_those_that_were_trained(tmp_path, rows, has_own_lm_head):
+    base = tiny_base()
+    trainer = MedusaTrainer(
+        base,
+        new_medusa_heads(base, num_heads=2, has_own_lm_head=has_own_lm_head),
+        training_arguments(tmp_path / "out", {**SETTINGS, "max_steps": 2}),
+        train_dataset=rows,
+    )
+    trainer.train()
+    trainer.save_model()
+    trained, saved = trainer.heads.state_dict(), read_medusa(tmp_path / "out")
+    assert trained["weight"].any()
+    assert set(saved.tensors) == set(trained)
+    assert all(torch.equal(saved.tensors[name], value) for name, value in trained.items())
+    assert saved.vocab_size == len(WORDS)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_every_log_has_the_figures_of_each_head(make):
