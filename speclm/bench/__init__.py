@@ -11,16 +11,20 @@ from speclm.bench.arms import (
 from speclm.bench.calls import SETTINGS, Call, make_calls, setting_options
 from speclm.bench.divergence import Divergence
 from speclm.bench.grid import Cell, Measured, measure_grid
+from speclm.bench.inflate import bytes_read, inflate_llama, inflate_medusa
 from speclm.bench.pairs import Comparison, Pair, Spread, compare
 from speclm.bench.records import Record, append_record, read_records
+from speclm.bench.shapes import SHAPES, InflatedShape, draft_shape
 
 __all__ = [
     "SETTINGS",
+    "SHAPES",
     "Arm",
     "Call",
     "Cell",
     "Comparison",
     "Divergence",
+    "InflatedShape",
     "Measured",
     "Outcome",
     "Pair",
@@ -28,7 +32,11 @@ __all__ = [
     "Spread",
     "append_record",
     "assisted_arm",
+    "bytes_read",
     "compare",
+    "draft_shape",
+    "inflate_llama",
+    "inflate_medusa",
     "make_calls",
     "measure_grid",
     "plain_arm",

@@ -1,0 +1,315 @@
+"""Widens a small trained model to a large shape without changing what it computes.
+
+A model of random weights has the cost of a large model but accepts nothing, and a small trained
+model accepts but costs nothing. An inflated model has both: the tokens and the acceptance of the
+small model, and every weight of the large shape is stored, read and multiplied.
+"""
+
+import copy
+import math
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+from speclm.bench.shapes import InflatedShape, require_llama
+from speclm.errors import OptionError, UnsupportedModelError
+from speclm.heads.medusa import MedusaHeads
+
+EXTRA_LOGIT = -1e4
+"""Logit, about, of the tokens that inflation adds: finite in every dtype, never chosen."""
+
+_BOUND = 0.02 * math.sqrt(3)  # of a uniform law with the deviation of a fresh Llama's weights
+_CHANNEL = 100.0  # SiLU returns it unchanged, and bfloat16 holds it exactly
+_ROPE_BY_FREQUENCY = ("default", "linear", "llama3")  # each pair is scaled by its frequency alone
+
+
+@torch.no_grad()
+def inflate_llama(
+    model: PreTrainedModel, shape: InflatedShape, *, seed: int = 0
+) -> LlamaForCausalLM:
+    """Return a larger Llama with the logits of a small one, on its device and in its dtype.
+
+    The residual stream is padded with zeros. Extra heads, MLP units and layers have random
+    weights, and zeros where they would write into the stream. Extra tokens get a logit of about
+    `EXTRA_LOGIT`, by a bias on the output layer that Llama checkpoints do not have: the model is
+    for measuring, not for saving. In float32 the logits are equal up to rounding; in bfloat16
+    the scaled norms round anew, so that outputs are those of the small model only nearly.
+
+    Args:
+        model: A Llama.
+        shape: What it is widened to; nothing may shrink. `head_dim` grows by whole factors.
+        seed: Of the random weights.
+
+    Raises:
+        UnsupportedModelError: If the model is no Llama, or its rope cannot be spread.
+        OptionError: If the shape is too small for the model.
+    """
+    source = require_llama(model)
+    old = InflatedShape.of(source)
+    heads = _place_heads(old, shape)
+    _require_room(source, old, shape, heads)
+    target = _allocate(source, shape)
+    generator = torch.Generator(source.device).manual_seed(seed)
+    for parameter in target.parameters():
+        parameter.uniform_(-_BOUND, _BOUND, generator=generator)
+    width = old.hidden_size
+    embedding = target.model.embed_tokens.weight
+    embedding[:, width:] = 0
+    embedding[: old.vocab_size, :width] = source.model.embed_tokens.weight
+    if not shape.is_tied:
+        target.lm_head.weight[: old.vocab_size, :width] = source.lm_head.weight
+    if target.lm_head.bias is not None:
+        target.lm_head.bias[: old.vocab_size] = 0
+        target.lm_head.bias[old.vocab_size :] = EXTRA_LOGIT
+    _fill_norm(target.model.norm, source.model.norm)
+    for index, layer in enumerate(target.model.layers):
+        here = cast("LlamaDecoderLayer", layer)
+        if index < old.num_layers:
+            _fill_layer(here, cast("LlamaDecoderLayer", source.model.layers[index]), heads)
+        else:
+            _silence_layer(here)
+    return target
+
+
+@torch.no_grad()
+def inflate_medusa(heads: MedusaHeads, shape: InflatedShape, *, seed: int = 0) -> MedusaHeads:
+    """Return heads for an inflated base, with the logits of heads for the small one.
+
+    The final norm of an inflated base gives the hidden state of the small one followed by zeros,
+    and the residual layers keep those zeros. Heads with an output matrix of their own write a
+    constant into the first extra entry, from which extra tokens get `EXTRA_LOGIT`; with the
+    base's output layer, that layer's bias sees to it.
+
+    Args:
+        heads: Heads of the small base.
+        shape: What the base is inflated to.
+        seed: Of the random weights.
+
+    Raises:
+        OptionError: If the shape is too small for the heads, or adds tokens to an own output
+            matrix without making it wider.
+    """
+    config = heads.config
+    width, num_tokens = config.hidden_size, config.vocab_size
+    _require_grown("hidden_size", width, shape.hidden_size)
+    _require_grown("vocab_size", num_tokens, shape.vocab_size)
+    needs_channel = config.has_own_lm_head and shape.vocab_size > num_tokens
+    if needs_channel and shape.hidden_size == width:
+        raise OptionError(
+            f"shape adds tokens to heads with an output matrix but keeps hidden_size {width}, "
+            "expected a larger one; widen both"
+        )
+    wide = replace(
+        config,
+        hidden_size=shape.hidden_size,
+        vocab_size=shape.vocab_size,
+        has_bias=config.has_bias or needs_channel,
+    )
+    weight = heads.weight
+    inflated = MedusaHeads(wide, dtype=weight.dtype, device=weight.device)
+    generator = torch.Generator(weight.device).manual_seed(seed)
+    for parameter in inflated.parameters():
+        parameter.uniform_(-_BOUND, _BOUND, generator=generator)
+    inflated.weight[..., width:, :width] = 0
+    inflated.weight[..., :width, :width] = weight
+    if inflated.bias is not None:
+        inflated.bias.zero_()
+        if heads.bias is not None:
+            inflated.bias[..., :width] = heads.bias
+    if inflated.lm_weight is not None:
+        assert heads.lm_weight is not None
+        inflated.lm_weight[:, :num_tokens, :width] = heads.lm_weight
+    if needs_channel:
+        assert inflated.bias is not None
+        assert inflated.lm_weight is not None
+        inflated.bias[0, :, width] = _CHANNEL
+        inflated.weight[1:, :, :, width] = 0
+        inflated.lm_weight[:, :num_tokens, width] = 0
+        inflated.lm_weight[:, num_tokens:, width] = EXTRA_LOGIT / _CHANNEL
+    return inflated
+
+
+def bytes_read(module: PreTrainedModel | MedusaHeads, *, base: PreTrainedModel) -> int:
+    """Return the bytes of weights that one forward of a base, draft model or heads reads.
+
+    The rows of an embedding that is not also the output matrix are left out; a base's output
+    layer is counted for heads that use it. Keys and values are not counted.
+
+    Args:
+        module: What is counted.
+        base: The base, whose output layer heads may use.
+    """
+    read = {id(parameter): parameter for parameter in module.parameters()}
+    if isinstance(module, PreTrainedModel):
+        embedding = module.get_input_embeddings().get_parameter("weight")
+        if not module.config.tie_word_embeddings:
+            read.pop(id(embedding))
+    elif module.lm_weight is None:
+        output = cast("nn.Module", base.get_output_embeddings())  # type: ignore[no-untyped-call]
+        read |= {id(parameter): parameter for parameter in output.parameters()}
+    return sum(parameter.numel() * parameter.element_size() for parameter in read.values())
+
+
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """Where the rows of old heads lie in the projections of an inflated layer."""
+
+    q_rows: Tensor
+    q_unused: Tensor  # other rows of the same heads, which must not see keys
+    k_rows: Tensor
+    k_sources: Tensor  # old row that each of `k_rows` and `v_rows` repeats
+    v_rows: Tensor
+    o_columns: Tensor
+    q_scale: float
+
+
+def _place_heads(old: InflatedShape, new: InflatedShape) -> _Places:
+    """Give every old head a new one; old keys are repeated where new groups are smaller."""
+    copies = math.ceil(old.group_size / new.group_size)
+    factor = new.head_dim // old.head_dim
+    half = torch.arange(old.head_dim // 2) * factor  # rope turns entry i together with half + i
+    rope = torch.cat([half, half + new.head_dim // 2])
+    entries = torch.arange(new.head_dim)
+    unused = entries[~torch.isin(entries, rope)]
+    straight = torch.arange(old.head_dim)
+    query = torch.arange(old.num_heads)
+    rank = query % old.group_size
+    new_kv = query // old.group_size * copies + rank // new.group_size
+    new_query = (new_kv * new.group_size + rank % new.group_size)[:, None] * new.head_dim
+    repeated = torch.arange(old.num_kv_heads * copies)[:, None]
+    return _Places(
+        q_rows=(new_query + rope).flatten(),
+        q_unused=(new_query + unused).flatten(),
+        k_rows=(repeated * new.head_dim + rope).flatten(),
+        k_sources=(repeated // copies * old.head_dim + straight).flatten(),
+        v_rows=(repeated * new.head_dim + straight).flatten(),
+        o_columns=(new_query + straight).flatten(),
+        q_scale=math.sqrt(new.head_dim / old.head_dim),
+    )
+
+
+def _fill_layer(new: LlamaDecoderLayer, old: LlamaDecoderLayer, heads: _Places) -> None:
+    """Write a layer of the small model into one of random weights."""
+    to, of = new.self_attn, old.self_attn
+    width = of.q_proj.in_features
+    to.q_proj.weight[heads.q_unused, :width] = 0
+    if to.q_proj.bias is not None:
+        to.q_proj.bias[heads.q_unused] = 0
+    all_queries = torch.arange(of.q_proj.out_features)
+    _fill_rows(to.q_proj, of.q_proj, heads.q_rows, all_queries, scale=heads.q_scale)
+    _fill_rows(to.k_proj, of.k_proj, heads.k_rows, heads.k_sources)
+    _fill_rows(to.v_proj, of.v_proj, heads.v_rows, heads.k_sources)
+    _fill_columns(to.o_proj, of.o_proj, heads.o_columns)
+    units = torch.arange(old.mlp.gate_proj.out_features)
+    _fill_rows(new.mlp.gate_proj, old.mlp.gate_proj, units, units)
+    _fill_rows(new.mlp.up_proj, old.mlp.up_proj, units, units)
+    _fill_columns(new.mlp.down_proj, old.mlp.down_proj, units)
+    _fill_norm(new.input_layernorm, old.input_layernorm)
+    _fill_norm(new.post_attention_layernorm, old.post_attention_layernorm)
+
+
+def _silence_layer(layer: LlamaDecoderLayer) -> None:
+    """Let a layer of random weights add nothing to the stream."""
+    for output in (layer.self_attn.o_proj, layer.mlp.down_proj):
+        for parameter in output.parameters():
+            parameter.zero_()
+    layer.input_layernorm.weight.fill_(1)
+    layer.post_attention_layernorm.weight.fill_(1)
+
+
+def _fill_rows(
+    new: nn.Linear, old: nn.Linear, rows: Tensor, sources: Tensor, *, scale: float = 1.0
+) -> None:
+    """Write rows of a matrix that reads the stream; columns beyond meet zeros."""
+    new.weight[rows, : old.in_features] = old.weight[sources] * scale
+    if old.bias is not None:
+        new.bias[rows] = old.bias[sources] * scale
+
+
+def _fill_columns(new: nn.Linear, old: nn.Linear, columns: Tensor) -> None:
+    """Write a matrix that adds to the stream: what is not an old unit or entry adds nothing."""
+    new.weight.zero_()
+    new.weight[: old.out_features, columns] = old.weight
+    if old.bias is not None:
+        new.bias.zero_()
+        new.bias[: old.out_features] = old.bias
+
+
+def _fill_norm(new: nn.Module, old: nn.Module) -> None:
+    """Scale a norm's weights: the mean square of a padded stream is smaller."""
+    to, of = new.get_parameter("weight"), old.get_parameter("weight")
+    to.fill_(1)
+    to[: len(of)] = of.float() * math.sqrt(len(of) / len(to))
+
+
+def _allocate(source: LlamaForCausalLM, shape: InflatedShape) -> LlamaForCausalLM:
+    """Return a Llama of the shape whose weights are not written yet."""
+    config = copy.deepcopy(source.config)
+    config.hidden_size = shape.hidden_size
+    config.intermediate_size = shape.intermediate_size
+    config.num_hidden_layers = shape.num_layers
+    config.num_attention_heads = shape.num_heads
+    config.num_key_value_heads = shape.num_kv_heads
+    config.head_dim = shape.head_dim
+    config.vocab_size = shape.vocab_size
+    config.tie_word_embeddings = shape.is_tied
+    config.rms_norm_eps = source.config.rms_norm_eps * source.config.hidden_size / shape.hidden_size
+    device, dtype = source.device, source.dtype
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+        model.to(dtype=dtype)  # type: ignore[call-arg]  # wrapped by Transformers
+        has_extra_tokens = shape.vocab_size > source.config.vocab_size
+        head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=has_extra_tokens, dtype=dtype)
+    if shape.is_tied:
+        model.lm_head = nn.Identity()  # to_empty would allocate the shared matrix twice
+        model.to_empty(device=device)
+        head.weight = model.model.embed_tokens.weight
+        if head.bias is not None:
+            head.bias = nn.Parameter(torch.empty_like(head.bias, device=device))
+    else:
+        model.lm_head = head
+        model.to_empty(device=device)
+    model.lm_head = head
+    model.model.rotary_emb = LlamaRotaryEmbedding(config).to(device)  # its buffers are no weights
+    model.generation_config = copy.deepcopy(source.generation_config)
+    model.train(mode=False)
+    return model
+
+
+def _require_room(
+    source: LlamaForCausalLM, old: InflatedShape, new: InflatedShape, heads: _Places
+) -> None:
+    for name in ("hidden_size", "intermediate_size", "num_layers", "vocab_size"):
+        _require_grown(name, getattr(old, name), getattr(new, name))
+    if new.head_dim % old.head_dim:
+        raise OptionError(
+            f"head_dim is {new.head_dim}, expected a multiple of the model's {old.head_dim}, so "
+            "that its rope frequencies are among the new ones; choose a multiple"
+        )
+    needed = len(heads.k_rows) // old.head_dim
+    if new.num_kv_heads < needed:
+        raise OptionError(
+            f"num_kv_heads is {new.num_kv_heads}, expected at least {needed} in groups of "
+            f"{new.group_size}; choose more heads or larger groups"
+        )
+    if new.is_tied and not old.is_tied:
+        raise OptionError(
+            "is_tied is True, the model's embedding and output matrix differ; pass is_tied=False"
+        )
+    rope = dict(source.config.rope_parameters or {}).get("rope_type", "default")
+    if new.head_dim != old.head_dim and rope not in _ROPE_BY_FREQUENCY:
+        raise UnsupportedModelError(
+            f"rope_type is {rope!r}, which depends on head_dim, expected one of "
+            f"{_ROPE_BY_FREQUENCY!r}; keep head_dim {old.head_dim}"
+        )
+
+
+def _require_grown(name: str, old: int, new: int) -> None:
+    if new < old:
+        raise OptionError(
+            f"{name} is {new}, expected at least the model's {old}; choose a larger one"
+        )
