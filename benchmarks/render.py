@@ -1,0 +1,337 @@
+"""Write the tables of README and documentation from the records of measurements.
+
+A table stands between ``<!-- results:NAME -->`` and ``<!-- /results -->`` and shows the records of
+``benchmarks/results/NAME.jsonl``. Settings in the marker choose some of them, for example
+``<!-- results:decode batch=1 dtype=float32 -->``. Needs nothing but Python.
+
+    python benchmarks/render.py          # rewrites the tables
+    python benchmarks/render.py --check  # fails if one is out of date
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "docs/benchmarks.md")
+RESULTS = "benchmarks/results"
+
+Record = dict[str, Any]
+
+MARKED = re.compile(
+    r"(?P<start><!-- results:(?P<name>\S+)(?P<filters>(?: [^\s=]+=\S+)*) -->\n)"
+    r".*?(?P<end><!-- /results -->)",
+    re.DOTALL,
+)
+ANY_MARKER = re.compile(r"<!-- /?results\b.*?-->")
+
+PLAIN_ARMS = ("base", "plain")
+LABELS: Mapping[str, Mapping[str, str]] = {
+    "arm": {
+        "base": "plain against plain",
+        "plain": "plain against plain",
+        "none": "no proposer",
+        "prompt_lookup": "Transformers prompt lookup",
+        "assisted": "Transformers assisted generation, same draft model",
+        "ngram": '`"ngram"`',
+        "draft": "draft model",
+        "medusa": "Medusa heads",
+        "ngram+medusa": '`"ngram"` and Medusa heads',
+    },
+    "setting": {"greedy": "greedy", "t0.7": "T = 0.7, top-p 0.9", "t1.0": "T = 1"},
+    "prompts": {"sql_dev": "text-to-SQL", "gsm8k_dev": "maths"},
+    "drafter": {"draft": "draft model", "medusa": "Medusa heads"},
+    "device": {"cpu": "CPU", "cuda": "GPU"},
+}
+"""What a setting's values are called, in the order in which they are shown; others follow."""
+
+ROWS: Mapping[str, tuple[str, ...]] = {
+    "rules": ("shape", "arm"),
+    "overhead": ("benchmark", "shape", "num_nodes", "setting"),
+}
+"""Settings that make a row, by name of the records; `USUAL_ROWS` for all others."""
+USUAL_ROWS = ("setting", "arm")
+COLUMN = "prompts"
+# They follow from others, or are given in the line above the table.
+NO_CELL = ("num_prompts", "options", "max_new_tokens", "num_threads", "rule")
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """How samples of a unit are shown.
+
+    Args:
+        samples: What is counted.
+        legend: What the figures of a cell are.
+        headers: Header of each column; braces stand for the set of prompts.
+        figures: Returns one text for each column.
+    """
+
+    samples: str
+    legend: str
+    headers: tuple[str, ...]
+    figures: Callable[[Record], tuple[str, ...]]
+
+
+def spread(record: Record) -> str:
+    low, high = record["lower_quartile"], record["upper_quartile"]
+    return f"{record['median']:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def ratio_figures(record: Record) -> tuple[str, ...]:
+    tau = record["tau"]
+    if tau is None:
+        return spread(record), "-", "-"
+    return spread(record), f"{tau:.2f}", f"{record['median'] / tau:.2f}"
+
+
+UNITS: Mapping[str, Unit] = {
+    "times plain decoding": Unit(
+        samples="pairs",
+        legend="Speed-up over `base.generate`, median of pairs with quartiles; tau; "
+        "speed-up divided by tau",
+        headers=("{}", "tau", "speed-up/tau"),
+        figures=ratio_figures,
+    ),
+    "tokens a target forward": Unit(
+        samples="calls",
+        legend="tau over all calls; median of calls with quartiles",
+        headers=("{}: tau", "by call"),
+        figures=lambda record: (f"{record['tau']:.2f}", spread(record)),
+    ),
+    "ms": Unit(
+        samples="samples",
+        legend="Milliseconds, median with quartiles",
+        headers=("ms",),
+        figures=lambda record: (spread(record),),
+    ),
+}
+
+
+def read_records(path: Path) -> list[Record]:
+    """Return the records of a file, oldest first; none when it does not exist."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return sorted((json.loads(line) for line in lines if line), key=lambda record: record["date"])
+
+
+def value_of(record: Record, key: str) -> Any:
+    return record["benchmark"] if key == "benchmark" else record["settings"].get(key)
+
+
+def label_of(key: str, value: Any) -> str:
+    if value is None:
+        return ""
+    known = LABELS.get(key, {})
+    return known.get(str(value), str(value))
+
+
+def in_order(key: str, values: Iterable[Any]) -> list[Any]:
+    """Return the distinct values of a setting, known ones first."""
+    known = list(LABELS.get(key, {}))
+    distinct = list(dict.fromkeys(values))
+    return sorted(
+        distinct,
+        key=lambda value: known.index(str(value)) if str(value) in known else len(known),
+    )
+
+
+def heading_keys(records: Sequence[Record], rows: Sequence[str]) -> list[str]:
+    """Return the settings that are equal throughout a table: all that make no row and no column.
+
+    Lists and dictionaries are left out: they say more about an arm than its name does.
+    """
+    found = {
+        key: None
+        for record in records
+        for key, value in record["settings"].items()
+        if isinstance(value, str | int | float)
+        and key not in {*rows, COLUMN, *NO_CELL}
+        and not key.startswith("bytes")
+    }
+    return list(found)
+
+
+def render(records: Sequence[Record], name: str) -> str:
+    """Return the tables of records, one for each combination of settings that are no row."""
+    if not records:
+        return "Not measured yet.\n"
+    rows = ROWS.get(name, USUAL_ROWS)
+    headings = heading_keys(records, rows)
+    tables: dict[tuple[Any, ...], list[Record]] = {}
+    for record in records:
+        key = (record["unit"], *(value_of(record, heading) for heading in headings))
+        tables.setdefault(key, []).append(record)
+    return "\n".join(render_table(table, headings, rows) for table in tables.values())
+
+
+def render_table(records: Sequence[Record], headings: Sequence[str], rows: Sequence[str]) -> str:
+    """Return one table under a line that says what it was measured on; newer records win."""
+    if records[0]["unit"] not in UNITS:
+        raise ValueError(
+            f"records have unit {records[0]['unit']!r}, expected one of {sorted(UNITS)!r}; say in "
+            "UNITS how it is shown"
+        )
+    unit = UNITS[records[0]["unit"]]
+    cells: dict[tuple[tuple[Any, ...], Any], Record] = {}
+    for record in records:
+        row = tuple(value_of(record, key) for key in rows)
+        cells[row, value_of(record, COLUMN)] = record
+    used = [key for key in rows if any(value_of(r, key) is not None for r in cells.values())]
+    columns = in_order(COLUMN, (column for _, column in cells))
+    headers = [key.replace("_", " ") for key in used] + [
+        text.format(label_of(COLUMN, column)) for column in columns for text in unit.headers
+    ]
+    lines = [
+        caption(list(cells.values()), headings, unit),
+        "",
+        "| " + " | ".join(headers) + " |",
+        "| " + " | ".join("---" for _ in headers) + " |",
+    ]
+    for row in row_order([row for row, _ in cells], rows):
+        names = [label_of(key, value) for key, value in zip(rows, row, strict=True) if key in used]
+        figures = [
+            text
+            for column in columns
+            for text in (
+                unit.figures(cells[row, column])
+                if (row, column) in cells
+                else ("-",) * len(unit.headers)
+            )
+        ]
+        lines.append("| " + " | ".join([*names, *figures]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def row_order(found: Sequence[tuple[Any, ...]], rows: Sequence[str]) -> list[tuple[Any, ...]]:
+    """Return distinct rows, ordered by their settings from the first one on."""
+    orders = [
+        in_order(key, values) for key, values in zip(rows, zip(*found, strict=True), strict=True)
+    ]
+    return sorted(
+        dict.fromkeys(found),
+        key=lambda row: [order.index(value) for order, value in zip(orders, row, strict=True)],
+    )
+
+
+def caption(records: Sequence[Record], headings: Sequence[str], unit: Unit) -> str:
+    """Return what a table shows, and what it was measured on."""
+    first = records[0]["settings"]
+    constants = [describe_setting(key, first[key]) for key in headings if key in first]
+    title = f"**{', '.join(constants)}.** " if constants else ""
+    counts = [record["n"] for record in records]
+    low, high = min(counts), max(counts)
+    number = f"{low}" if low == high else f"{low} to {high}"
+    parts = [
+        f"{title}{unit.legend}.",
+        f"{number} {unit.samples} a row{' and set' if COLUMN in first else ''};",
+        f"{distinct(records, describe_machine)};",
+        f"{distinct(records, describe_versions)};",
+        f"commit {distinct(records, describe_commit)}.",
+        *identity(records),
+    ]
+    return " ".join(parts)
+
+
+def identity(records: Sequence[Record]) -> list[str]:
+    """Return how many outputs were those of plain decoding, of those that had to be."""
+    ours = [
+        record
+        for record in records
+        if record["promises_identity"]
+        and record["num_identical"] is not None
+        and record["settings"].get("arm") not in PLAIN_ARMS
+    ]
+    if not ours:
+        return []
+    same, total = (sum(record[key] for record in ours) for key in ("num_identical", "n"))
+    rest = "" if same == total else "; the others part at a near tie"
+    return [f"Outputs of exact arms that were those of `base.generate`: {same} of {total}{rest}."]
+
+
+def distinct(records: Sequence[Record], describe: Callable[[Record], str]) -> str:
+    return " and ".join(dict.fromkeys(describe(record) for record in records))
+
+
+def describe_setting(key: str, value: Any) -> str:
+    named = key in LABELS or isinstance(value, str)
+    return label_of(key, value) if named else f"{key.replace('_', ' ')} {value}"
+
+
+def describe_machine(record: Record) -> str:
+    machine = record["machine"]
+    counts = [
+        f"{machine[key]} {word}" + ("s" if machine[key] != 1 else "")
+        for key, word in (("num_cores", "core"), ("num_threads", "thread"))
+    ]
+    return ", ".join([*machine["gpus"], machine["cpu"], *counts])
+
+
+def describe_versions(record: Record) -> str:
+    return ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+
+
+def describe_commit(record: Record) -> str:
+    commit = record["commit"]
+    return f"{(commit['sha'] or 'unknown')[:7]}{' (modified)' if commit['is_dirty'] else ''}"
+
+
+def rewrite(text: str, results: Path) -> str:
+    """Return a page with the tables of all its markers rendered anew.
+
+    Raises:
+        ValueError: If a marker has no partner or no name.
+    """
+    num_marked = len(MARKED.findall(text))
+    if len(ANY_MARKER.findall(text)) != 2 * num_marked:
+        raise ValueError(
+            f"{num_marked} results are between two markers, found "
+            f"{len(ANY_MARKER.findall(text))} markers; write <!-- results:NAME key=value --> and "
+            "<!-- /results --> on lines of their own"
+        )
+
+    def fill(match: re.Match[str]) -> str:
+        wanted = dict(text.split("=", 1) for text in match["filters"].split())
+        records = [
+            record
+            for record in read_records(results / f"{match['name']}.jsonl")
+            if all(str(value_of(record, key)) == value for key, value in wanted.items())
+        ]
+        return f"{match['start']}{render(records, match['name'])}{match['end']}"
+
+    return MARKED.sub(fill, text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing, fail if out of date")
+    parser.add_argument("--root", type=Path, default=ROOT, help="checkout whose pages are written")
+    options = parser.parse_args(arguments)
+    is_current = True
+    for name in PAGES:
+        page = options.root / name
+        text = page.read_text(encoding="utf-8")
+        try:
+            rendered = rewrite(text, options.root / RESULTS)
+        except ValueError as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            return 2
+        if rendered == text:
+            continue
+        is_current = False
+        if options.check:
+            print(f"{name} is out of date; run python benchmarks/render.py", file=sys.stderr)
+        else:
+            page.write_text(rendered, encoding="utf-8")
+            print(f"{name} rewritten")
+    return 1 if options.check and not is_current else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

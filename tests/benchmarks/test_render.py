@@ -1,0 +1,228 @@
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MARKED = "before\n<!-- results:decode{filters} -->\nold\n<!-- /results -->\nafter\n"
+
+
+@pytest.fixture
+def render(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    yield importlib.import_module("render")
+    sys.modules.pop("render")
+
+
+def a_record(*, date="2026-11-21T10:00:00+00:00", n=100, num_identical=100, **fields):
+    names = ("median", "tau", "unit", "benchmark", "promises_identity", "machine", "commit")
+    given = {name: fields.pop(name) for name in names if name in fields}
+    settings = {"prompts": "sql_dev", "setting": "greedy", "arm": "ngram", "batch": 1}
+    return {
+        "benchmark": "decode",
+        "settings": {**settings, "dtype": "float32", **fields},
+        "unit": "times plain decoding",
+        "n": n,
+        "median": 1.5,
+        "lower_quartile": 1.25,
+        "upper_quartile": 1.75,
+        "promises_identity": True,
+        "num_identical": num_identical,
+        "tau": 2.0,
+        "machine": {"cpu": "some CPU", "num_cores": 2, "num_threads": 1, "gpus": []},
+        "versions": {"python": "3.11.7", "torch": "2.13.0"},
+        "commit": {"sha": "0123456789abcdef", "is_dirty": False},
+        "date": date,
+        **given,
+    }
+
+
+@pytest.fixture
+def rewrite(render, tmp_path):
+    def rewritten(*records, filters="", name="decode"):
+        lines = [json.dumps(record) for record in records]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+        text = MARKED.format(filters=filters).replace("results:decode", f"results:{name}")
+        return render.rewrite(text, tmp_path)
+
+    return rewritten
+
+
+def rows(text):
+    return [line for line in text.splitlines() if line.startswith("| ")]
+
+
+def test_tables_of_the_pages_are_those_of_the_records():
+    command = [sys.executable, "benchmarks/render.py", "--check"]
+    result = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_row_shows_ratio_with_quartiles_tau_and_their_quotient(rewrite):
+    header, _, row = rows(rewrite(a_record()))
+    assert header == "| setting | arm | text-to-SQL | tau | speed-up/tau |"
+    assert row == '| greedy | `"ngram"` | 1.50 [1.25, 1.75] | 2.00 | 0.75 |'
+
+
+def test_text_around_the_markers_and_the_markers_stay(rewrite):
+    text = rewrite(a_record(), filters=" batch=1")
+    assert text.startswith("before\n<!-- results:decode batch=1 -->\n**")
+    assert text.endswith("|\n<!-- /results -->\nafter\n")
+    assert "old" not in text
+
+
+def test_rendering_again_changes_nothing(render, rewrite, tmp_path):
+    text = rewrite(a_record())
+    assert render.rewrite(text, tmp_path) == text
+
+
+def test_newest_record_of_a_cell_wins_wherever_it_stands(rewrite):
+    newer = a_record(date="2026-11-22T10:00:00+00:00", median=3.0, n=7, num_identical=7)
+    text = rewrite(newer, a_record(num_prompts=3))
+    assert "3.00 [" in text
+    assert "1.50 [" not in text
+    assert " 7 pairs" in text
+
+
+def test_sets_are_columns_and_missing_cells_are_marked(rewrite):
+    header, _, greedy, warm = rows(
+        rewrite(a_record(setting="t1.0", prompts="gsm8k_dev"), a_record())
+    )
+    assert header.count("tau |") == 4
+    assert header.index("text-to-SQL") < header.index("maths")
+    assert greedy.endswith("| 0.75 | - | - | - |")
+    assert warm.startswith('| T = 1 | `"ngram"` | - | - | - | 1.50')
+
+
+def test_known_arms_come_in_their_order_and_unknown_ones_last(rewrite):
+    arms = ["mine", "medusa", "ngram", "plain"]
+    names = [row.split(" | ")[1] for row in rows(rewrite(*(a_record(arm=a) for a in arms)))[2:]]
+    assert names == ["plain against plain", '`"ngram"`', "Medusa heads", "mine"]
+
+
+def test_any_other_setting_makes_a_table_of_its_own(rewrite):
+    text = rewrite(
+        a_record(),
+        a_record(batch=4),
+        a_record(dtype="bfloat16"),
+        a_record(shape="7B"),
+        a_record(new_setting=3),
+    )
+    assert text.count("| setting | arm |") == 5
+    for title in ("**batch 1, float32.**", "batch 4", "bfloat16", "7B", "new setting 3"):
+        assert title in text
+
+
+def test_what_follows_from_other_settings_makes_no_table(rewrite):
+    derived = {"options": {"top_k": 0}, "max_new_tokens": 256, "bytes_read": 9, "layers": [1]}
+    assert rewrite(a_record(), a_record(arm="draft", **derived)).count("| setting |") == 1
+
+
+def test_filters_of_the_marker_choose_records(rewrite):
+    text = rewrite(a_record(), a_record(batch=4), filters=" batch=4 dtype=float32")
+    assert text.count("| setting | arm |") == 1
+    assert "**batch 4" in text
+
+
+def test_table_says_what_it_was_measured_on(rewrite):
+    machine = {"cpu": "some CPU", "num_cores": 1, "num_threads": 4, "gpus": ["a GPU"]}
+    text = rewrite(
+        a_record(),
+        a_record(
+            arm="draft",
+            n=25,
+            num_identical=24,
+            machine=machine,
+            commit={"sha": "fedcba9876", "is_dirty": True},
+        ),
+    )
+    for words in (
+        "25 to 100 pairs",
+        "some CPU, 2 cores, 1 thread and a GPU, some CPU, 1 core, 4 threads",
+        "python 3.11.7, torch 2.13.0",
+        "commit 0123456 and fedcba9 (modified)",
+        "124 of 125; the others part at a near tie",
+    ):
+        assert words in text
+
+
+def test_identity_counts_neither_plain_nor_lossless_arms(rewrite):
+    text = rewrite(a_record(arm="plain"), a_record(arm="assisted", promises_identity=False))
+    assert "Outputs" not in text
+
+
+def test_arm_without_tau_has_a_ratio_alone(rewrite):
+    assert rows(rewrite(a_record(tau=None)))[2].endswith("| 1.50 [1.25, 1.75] | - | - |")
+
+
+def test_times_have_one_column(rewrite):
+    record = a_record(unit="ms", benchmark="import", tau=None, num_identical=None)
+    record["settings"] = {}
+    header, _, row = rows(rewrite(record, name="overhead"))
+    assert (header, row) == ("| benchmark | ms |", "| import | 1.50 [1.25, 1.75] |")
+
+
+def test_rules_are_shown_by_shape_with_tau_over_all_calls(rewrite):
+    unit = "tokens a target forward"
+    chains = [
+        a_record(unit=unit, shape=shape, arm="coupled", rule="exact")
+        for shape in ("chain", "tree 8")
+    ]
+    header, _, chain, tree = rows(rewrite(*chains, name="rules"))
+    assert header == "| shape | arm | text-to-SQL: tau | by call |"
+    assert chain == "| chain | coupled | 2.00 | 1.50 [1.25, 1.75] |"
+    assert tree.startswith("| tree 8 |")
+
+
+def test_what_has_no_records_is_not_measured_yet(render, tmp_path):
+    assert "Not measured yet." in render.rewrite(MARKED.format(filters=""), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<!-- results -->\n<!-- /results -->\n",
+        "<!-- results:decode -->\n",
+        "<!-- results:decode batch -->\n<!-- /results -->\n",
+        MARKED.format(filters="") + "<!-- /results -->\n",
+    ],
+)
+def test_broken_markers_are_refused(render, tmp_path, text):
+    with pytest.raises(ValueError, match=r"markers; write <!-- results:NAME"):
+        render.rewrite(text, tmp_path)
+
+
+def test_unknown_unit_is_refused(rewrite):
+    with pytest.raises(ValueError, match=r"unit 'furlongs'.*UNITS"):
+        rewrite(a_record(unit="furlongs"))
+
+
+@pytest.fixture
+def checkout(render, tmp_path):
+    for name in render.PAGES:
+        page = tmp_path / name
+        page.parent.mkdir(exist_ok=True)
+        page.write_text(MARKED.format(filters=""))
+    return tmp_path
+
+
+def test_check_names_what_is_out_of_date_and_writes_nothing(render, checkout, capsys):
+    before = (checkout / "README.md").read_text()
+    assert render.main(["--root", str(checkout), "--check"]) == 1
+    assert "README.md is out of date; run python benchmarks/render.py" in capsys.readouterr().err
+    assert (checkout / "README.md").read_text() == before
+
+
+def test_check_passes_after_rewriting(render, checkout, capsys):
+    assert render.main(["--root", str(checkout)]) == 0
+    assert "README.md rewritten" in capsys.readouterr().out
+    assert render.main(["--root", str(checkout), "--check"]) == 0
+
+
+def test_broken_page_is_named_with_exit_code_2(render, checkout, capsys):
+    (checkout / "README.md").write_text("<!-- results:decode -->\n")
+    assert render.main(["--root", str(checkout)]) == 2
+    assert "README.md: 0 results are between two markers" in capsys.readouterr().err
