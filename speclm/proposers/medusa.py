@@ -1,17 +1,18 @@
 """Proposes what Medusa heads guess from the target's last hidden state."""
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 from typing_extensions import override
 
 from speclm.acceptance.accepted import Accepted
-from speclm.config import ProposerConfig, require_depth
+from speclm.config import MAX_NODES, ProposerConfig, require_depth, require_in_range
 from speclm.errors import OptionError, VocabularyMismatchError
 from speclm.heads.medusa import MedusaHeads
 from speclm.proposers.interface import Draft, Prefill, Proposer
@@ -20,12 +21,16 @@ from speclm.sampling.drafts import DraftSampler, DraftSampling, Families
 from speclm.sampling.noise import PositionNoise
 from speclm.target import TargetFeatures, TargetView
 from speclm.tree.choices import Choices, StaticTree, normalize_choices, static_tree, trim_choices
-from speclm.tree.topology import chain
+from speclm.tree.products import likeliest_paths
+from speclm.tree.topology import chain, trees_of
 
 _log = logging.getLogger("speclm")
 
-DEFAULT_TREE: Choices = ((0,), (1,), (0, 0), (0, 1), (0, 0, 0), (0, 0, 1), (0, 0, 0, 0))
-"""Seven guesses for heads that no better tree is known of."""
+MAX_RANK = 8
+"""Guesses of one head that a tree grown by chance considers."""
+
+STATIC_TREE: Choices = ((0,), (1,), (0, 0), (0, 1), (0, 0, 0), (0, 0, 1), (0, 0, 0, 0))
+"""Where a static tree is needed and none is given: drafts drawn for an accept rule, training."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,22 +38,30 @@ class MedusaConfig(ProposerConfig):
     """Settings of `MedusaProposer`.
 
     Args:
-        depth: Levels of the tree; as many heads are computed.
-        choices: Paths of ranks, see `speclm.tree.choices`.
+        depth: Most levels of a tree; as many heads are computed.
+        choices: Static tree as paths of ranks, see `speclm.tree.choices`; None for trees that
+            grow by chance in every round.
+        num_draft_tokens: Most nodes of a tree that grows by chance.
+        min_chance: Least estimated chance of acceptance at which a node is added to it.
     """
 
     depth: int = 4
-    choices: Choices = DEFAULT_TREE
+    choices: Choices | None = None
+    num_draft_tokens: int = 16
+    min_chance: float = 0.07
 
     def __post_init__(self) -> None:
         require_depth("depth", self.depth)  # super() does not work in a slotted dataclass
+        require_in_range("num_draft_tokens", self.num_draft_tokens, low=1, high=MAX_NODES - 1)
+        require_in_range("min_chance", self.min_chance, low=0.0, high=1.0)
 
 
 class MedusaProposer(Proposer):
-    """Fills a static tree with the best guesses of Medusa heads.
+    """Fills a tree with the best guesses of Medusa heads.
 
     Head i sees the hidden state that the target's last root was chosen from, and guesses the
-    token of depth i + 1. It does not see the tokens between: all nodes of a depth share one law.
+    token of depth i + 1. It does not see the tokens between: all nodes of a depth share one law,
+    and the chance of a path is taken for the product of its guesses' chances.
 
     Source: Cai et al. 2024 (Medusa).
     """
@@ -64,42 +77,44 @@ class MedusaProposer(Proposer):
         target: PreTrainedModel,
         tree: str | Sequence[int] | Sequence[Sequence[int]] | None = None,
         num_draft_tokens: int | None = None,
+        min_chance: float = 0.07,
     ) -> None:
         """Wrap trained heads.
 
         Args:
             heads: Heads trained on the target, on its device.
             target: The model that will verify; heads without an output matrix use its own.
-            tree: Name of a preset, the number of children at each depth, or paths of ranks; by
-                default `DEFAULT_TREE`. Levels beyond the heads are left out, with a log line.
-            num_draft_tokens: Most nodes; the first of the tree, by depth, are kept.
+            tree: Name of a preset, the number of children at each depth, or paths of ranks.
+                Levels beyond the heads are left out, with a log line. None for a tree that is
+                grown in every round, likeliest paths first.
+            num_draft_tokens: Most nodes; of a static tree the first by depth are kept.
+            min_chance: Least estimated chance of acceptance at which a growing tree gets a node.
 
         Raises:
             VocabularyMismatchError: If the heads were made for another vocabulary.
-            OptionError: If the heads have another width, or a rank exceeds the vocabulary.
+            OptionError: If the heads have another width, a rank exceeds the vocabulary, or an
+                option is out of range.
             TopologyError: If the tree is none.
         """
         self.view = TargetView(target)
         self.heads = heads
         _require_match(heads, self.view)
-        choices = DEFAULT_TREE if tree is None else normalize_choices(tree)
-        trimmed = trim_choices(choices, max_depth=heads.num_heads)
-        if len(trimmed) < len(choices) and tree is not None:
-            _log.warning(
-                "tree is deeper than %d heads reach; %d of its %d nodes are left out",
-                heads.num_heads,
-                len(choices) - len(trimmed),
-                len(choices),
+        if tree is None:
+            self.config = MedusaConfig(
+                depth=heads.num_heads,
+                num_draft_tokens=16 if num_draft_tokens is None else num_draft_tokens,
+                min_chance=min_chance,
             )
-        trimmed = trimmed[:num_draft_tokens]
-        rank = max(path[-1] for path in trimmed)
-        if rank >= self.view.vocab_size:
-            raise OptionError(
-                f"tree asks for rank {rank}, the vocabulary has {self.view.vocab_size} tokens; "
-                "use smaller ranks"
+        else:
+            choices = _fitting(normalize_choices(tree), heads, self.view)
+            if num_draft_tokens is not None:
+                require_in_range("num_draft_tokens", num_draft_tokens, low=1, high=MAX_NODES - 1)
+                choices = choices[:num_draft_tokens]
+            self.config = MedusaConfig(
+                depth=max(map(len, choices)), choices=choices, num_draft_tokens=len(choices)
             )
-        self.config = MedusaConfig(depth=max(map(len, trimmed)), choices=trimmed)
         self._hidden: Float[Tensor, "batch hidden"] | None = None
+        self._is_idle: Bool[Tensor, " batch"] | None = None
         self._temperature = 0.0
         self._sampler: DraftSampler | None = None
 
@@ -113,10 +128,15 @@ class MedusaProposer(Proposer):
     def propose(self, roots: Int[Tensor, " batch"], *, noise: PositionNoise | None) -> Draft:
         if self._hidden is None:
             return Draft(roots[:, None], chain(0, device=roots.device), probs=None)
-        tree = static_tree(self.config.choices, device=roots.device)
         if self._sampler is not None:
+            drawn = self.config.choices or trim_choices(STATIC_TREE, max_depth=self.heads.num_heads)
+            tree = static_tree(drawn, device=roots.device)
             return self._draw(roots, self._hidden, tree, self._sampler)
-        guesses = self._rank(self._hidden, tree, noise)  # [batch, depth, rank]
+        log_probs = self._rank(self._hidden, noise)
+        if self.config.choices is None:
+            return self._grow(roots, log_probs)
+        tree = static_tree(self.config.choices, device=roots.device)
+        guesses = log_probs.topk(tree.max_rank + 1, dim=-1).indices  # [batch, depth, rank]
         tokens = guesses[:, tree.depth_indices, tree.rank_indices]
         return Draft(
             tokens=torch.cat([roots[:, None], tokens], dim=1), topology=tree.topology, probs=None
@@ -125,11 +145,39 @@ class MedusaProposer(Proposer):
     @override
     def commit(self, accepted: Accepted) -> None:
         last = accepted.last_features
+        self._is_idle = accepted.num_tokens == 0
         if self._hidden is None:
             self._hidden = last.clone()
         else:  # a row that was given nothing keeps its hidden state, as it keeps its root
-            is_kept = (accepted.num_tokens == 0)[:, None]
-            self._hidden = torch.where(is_kept, self._hidden, last)
+            self._hidden = torch.where(self._is_idle[:, None], self._hidden, last)
+
+    def _grow(
+        self, roots: Int[Tensor, " batch"], log_probs: Float[Tensor, "batch depth vocab"]
+    ) -> Draft:
+        """Take the likeliest paths of every row; the shape of the tree is decided on the host."""
+        config = self.config
+        best = log_probs.topk(min(MAX_RANK, log_probs.shape[2]), dim=-1)
+        if self._is_idle is not None:  # nodes of a row that has ended would slow the others
+            best.values.masked_fill_(self._is_idle[:, None, None], float("-inf"))
+        guesses = best.indices.tolist()  # [batch, depth, rank]
+        min_score = math.log(max(config.min_chance, 1e-30))
+        rows = [
+            likeliest_paths(row, num_nodes=config.num_draft_tokens, min_score=min_score)
+            for row in best.values.tolist()
+        ]
+        longest = max(map(len, rows))
+        tokens = [
+            [row_guesses[node.depth][node.rank] for node in row] + [0] * (longest - len(row))
+            for row, row_guesses in zip(rows, guesses, strict=True)
+        ]
+        found = torch.tensor(tokens, dtype=torch.long, device=roots.device)
+        return Draft(
+            tokens=torch.cat([roots[:, None], found.view(len(rows), -1)], dim=1),
+            topology=trees_of(
+                [[0, *(node.parent for node in row)] for row in rows], device=roots.device
+            ),
+            probs=None,
+        )
 
     def _draw(
         self,
@@ -151,24 +199,41 @@ class MedusaProposer(Proposer):
         return Draft(tokens=tokens, topology=tree.topology, probs=None, laws=laws)
 
     def _rank(
-        self, hidden: Float[Tensor, "batch hidden"], tree: StaticTree, noise: PositionNoise | None
-    ) -> Int[Tensor, "batch depth rank"]:
-        """Return the best tokens of each depth, best first."""
-        logits: Tensor = self.heads(
-            hidden, lm_head=self.view.head_logits, num_heads=tree.max_depth
-        )  # [batch, depth, vocab]
-        num_ranks = tree.max_rank + 1
+        self, hidden: Float[Tensor, "batch hidden"], noise: PositionNoise | None
+    ) -> Float[Tensor, "batch depth vocab"]:
+        """Return the log-probabilities by which guesses at each depth are ranked."""
+        depth = self.config.depth
+        logits: Tensor = self.heads(hidden, lm_head=self.view.head_logits, num_heads=depth)
         if noise is None:
-            return logits.topk(num_ranks, dim=-1).indices
+            return rank_log_probs(logits, temperature=0.0, noise=None)
         levels = [
             rank_log_probs(
-                logits[:, depth : depth + 1],
+                logits[:, level : level + 1],
                 temperature=self._temperature,
-                noise=noise.at_depth(depth),
+                noise=noise.at_depth(level),
             )
-            for depth in range(tree.max_depth)
+            for level in range(depth)
         ]
-        return torch.cat(levels, dim=1).topk(num_ranks, dim=-1).indices
+        return torch.cat(levels, dim=1)
+
+
+def _fitting(choices: Choices, heads: MedusaHeads, view: TargetView) -> Choices:
+    """Leave out what is deeper than the heads, and refuse ranks beyond the vocabulary."""
+    trimmed = trim_choices(choices, max_depth=heads.num_heads)
+    if len(trimmed) < len(choices):
+        _log.warning(
+            "tree is deeper than %d heads reach; %d of its %d nodes are left out",
+            heads.num_heads,
+            len(choices) - len(trimmed),
+            len(choices),
+        )
+    rank = max(path[-1] for path in trimmed)
+    if rank >= view.vocab_size:
+        raise OptionError(
+            f"tree asks for rank {rank}, the vocabulary has {view.vocab_size} tokens; "
+            "use smaller ranks"
+        )
+    return trimmed
 
 
 def _require_match(heads: MedusaHeads, view: TargetView) -> None:

@@ -1,7 +1,6 @@
 """A proposer without a model: what followed the same words before may follow again."""
 
 from dataclasses import dataclass
-from functools import lru_cache
 from heapq import heappop, heappush
 
 import torch
@@ -15,7 +14,7 @@ from speclm.proposers._ngram_index import MAX_FOLLOWERS, NgramIndex
 from speclm.proposers.interface import Draft, Prefill, Proposer
 from speclm.proposers.registry import register_proposer
 from speclm.sampling.noise import PositionNoise
-from speclm.tree.topology import TreeTopology, chain, from_parents
+from speclm.tree.topology import trees_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +104,7 @@ class NgramProposer(Proposer):
         tokens = [tree.tokens + [0] * (num_nodes - len(tree.tokens)) for tree in trees]
         return Draft(
             tokens=torch.tensor(tokens, device=roots.device),
-            topology=_topology([tree.parents for tree in trees], device=roots.device),
+            topology=trees_of([tree.parents for tree in trees], device=roots.device),
             probs=None,
         )
 
@@ -148,18 +147,3 @@ class _Tree:
             tree.tokens.append(token)
             tree.parents.append(parent)
             is_end = token in ends
-
-
-def _topology(parents: list[list[int]], *, device: torch.device) -> TreeTopology:
-    first = parents[0]
-    if any(row != first for row in parents):
-        return from_parents(parents, device=device)
-    depth = len(first) - 1
-    is_chain = first == [0, *range(depth)]
-    return chain(depth, device=device) if is_chain else _same_trees(tuple(first), device)
-
-
-@lru_cache(maxsize=256)
-def _same_trees(parents: tuple[int, ...], device: torch.device) -> TreeTopology:
-    # Building a topology takes longer than guessing, and few small shapes make up most drafts.
-    return from_parents([parents], device=device)

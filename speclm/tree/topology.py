@@ -122,6 +122,23 @@ def from_parents(parents: Sequence[Sequence[int]], *, device: torch.device) -> T
     )
 
 
+def trees_of(parents: Sequence[Sequence[int]], *, device: torch.device) -> TreeTopology:
+    """Build what `from_parents` builds, and remember shapes that all rows share.
+
+    For trees that change from round to round: building one takes longer than most guesses, and
+    few small shapes make up most drafts. Rows that share their tree share one row of tensors.
+    """
+    first = tuple(parents[0])
+    if any(tuple(row) != first for row in parents):
+        return from_parents(parents, device=device)
+    return _shared_tree(first, device)
+
+
+@lru_cache(maxsize=256)
+def _shared_tree(parents: tuple[int, ...], device: torch.device) -> TreeTopology:
+    return from_parents([parents], device=device)
+
+
 @lru_cache(maxsize=4 * MAX_DEPTH)
 def chain(depth: int, *, device: torch.device | None = None) -> TreeTopology:
     """Return the topology of one path of `depth` draft tokens below the root."""

@@ -4,12 +4,15 @@ import pytest
 import torch
 
 from speclm import SpecModel
+from speclm.acceptance import Accepted
 from speclm.errors import OptionError, TopologyError, VocabularyMismatchError
 from speclm.heads import MedusaHeads, MedusaHeadsConfig
-from speclm.proposers.medusa import DEFAULT_TREE, MedusaProposer
+from speclm.proposers.interface import Prefill
+from speclm.proposers.medusa import MedusaProposer
 from tests.models import FAMILIES, VOCAB_SIZE, build_model, generate, prompts, shared_model
 
 HIDDEN = 40
+CPU = torch.device("cpu")
 
 
 def random_heads(*, num_heads: int = 3, scale: float = 0.3, **numbers: object) -> MedusaHeads:
@@ -24,19 +27,35 @@ def random_heads(*, num_heads: int = 3, scale: float = 0.3, **numbers: object) -
     return heads
 
 
+def prefill(batch: int) -> Prefill:
+    return Prefill(
+        tokens=torch.ones(batch, 2, dtype=torch.long),
+        num_padding=torch.zeros(batch, dtype=torch.long),
+        first_tokens=torch.ones(batch, dtype=torch.long),
+        temperature=0.0,
+        max_new_tokens=9,
+    )
+
+
 def spec_model(family: str = "llama", **options: object) -> SpecModel:
     base = shared_model(family)
     return SpecModel(base, MedusaProposer(random_heads(), target=base, **options))
 
 
+TREES = {"widths": {"tree": [3, 2, 1]}, "growing": {"min_chance": 0.001}}
+
+
+@pytest.mark.parametrize("tree", TREES)
 @pytest.mark.parametrize("has_own_lm_head", [True, False])
-@pytest.mark.parametrize("lengths", [(9,), (1,), (4, 9, 6)])
+@pytest.mark.parametrize("lengths", [(1,), (4, 9, 6)])
 @pytest.mark.parametrize("settings", [{}, {"do_sample": True}, {"do_sample": True, "top_p": 0.8}])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_any_heads_give_the_tokens_of_plain_decoding(family, settings, lengths, has_own_lm_head):
+def test_any_heads_give_the_tokens_of_plain_decoding(
+    family, settings, lengths, has_own_lm_head, tree
+):
     base = shared_model(family)
     heads = random_heads(num_layers=2, has_own_lm_head=has_own_lm_head)
-    spec = SpecModel(base, MedusaProposer(heads, target=base, tree=[3, 2, 1]))
+    spec = SpecModel(base, MedusaProposer(heads, target=base, **TREES[tree]))
     options = {**settings, "max_new_tokens": 20}
     inputs = prompts(*lengths)
     expected = generate(base, inputs, **options)
@@ -93,12 +112,53 @@ def test_a_tree_deeper_than_the_heads_is_trimmed_with_one_line(caplog):
     assert len(proposer.config.choices) == 38
 
 
-def test_the_default_tree_is_trimmed_silently(caplog):
+def test_a_growing_tree_holds_the_likeliest_paths_of_each_row():
     base = shared_model("llama")
-    with caplog.at_level(logging.WARNING, logger="speclm"):
-        proposer = MedusaProposer(random_heads(num_heads=1), target=base)
-    assert caplog.records == []
-    assert proposer.config.choices == tuple(path for path in DEFAULT_TREE if len(path) == 1)
+    heads = random_heads(num_heads=2, scale=1.0)
+    proposer = MedusaProposer(heads, target=base, num_draft_tokens=5, min_chance=0.01)
+    hidden = torch.randn(2, 3, HIDDEN, generator=torch.Generator().manual_seed(0))
+    roots = torch.tensor([3, 4])
+    proposer.begin(prefill(2))
+    proposer.commit(Accepted.from_host([[0], [0]], [[3], [4]], device=CPU).with_features(hidden))
+    draft = proposer.propose(roots, noise=None)
+    laws = heads(hidden[:, 0], lm_head=base.lm_head).softmax(-1)
+    for row in range(2):
+        first, second = (laws[row, head].sort(descending=True) for head in range(2))
+        chances = {(int(t),): float(p) for p, t in zip(*first, strict=True)}
+        chances |= {
+            (*path, int(t)): chance * float(p)
+            for path, chance in list(chances.items())
+            for p, t in zip(second.values[:9], second.indices[:9], strict=True)
+        }
+        wanted = sorted(chances, key=chances.get, reverse=True)[:5]
+        wanted = {path for path in wanted if chances[path] >= 0.01}
+        shape = row if len(draft.topology.parents) > 1 else 0
+        found = {
+            tuple(draft.tokens[row, [node for node in path if node > 0]].tolist())
+            for path in draft.topology.path_indices[shape].tolist()
+            if path[0] == 0 and path[1] > 0
+        }
+        assert found == wanted
+
+
+def test_rows_that_were_given_nothing_get_no_nodes():
+    base = shared_model("llama")
+    proposer = MedusaProposer(random_heads(), target=base, min_chance=0.0, num_draft_tokens=4)
+    hidden = torch.randn(2, 1, HIDDEN, generator=torch.Generator().manual_seed(0))
+    proposer.begin(prefill(2))
+    told = Accepted.from_host([[0], []], [[3], []], device=CPU).with_features(hidden)
+    proposer.commit(told)
+    draft = proposer.propose(torch.tensor([3, 4]), noise=None)
+    assert draft.topology.host_sizes == [5, 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"), [({"min_chance": 2.0}, "min_chance"), ({"num_draft_tokens": 0}, "num_")]
+)
+def test_options_out_of_range_are_named(options, words):
+    base = shared_model("llama")
+    with pytest.raises(OptionError, match=words):
+        MedusaProposer(random_heads(), target=base, **options)
 
 
 def test_num_draft_tokens_bounds_the_tree():
