@@ -15,7 +15,7 @@ from typing_extensions import override
 from speclm.errors import NumericalError
 from speclm.formats import MedusaCheckpoint, write_medusa
 from speclm.heads import MedusaHeads, MedusaHeadsConfig
-from speclm.proposers.medusa import STATIC_TREE, MedusaProposer
+from speclm.proposers.medusa import MedusaProposer
 from speclm.target import TargetView
 from speclm.training._progress import TauProgress
 from speclm.training.checkpoints import last_complete_checkpoint
@@ -23,7 +23,6 @@ from speclm.training.length_sampler import LengthSampler
 from speclm.training.medusa_meter import ESTIMATE_TREE, MedusaMeter
 from speclm.training.medusa_model import MedusaObjective, MedusaTrainingModel
 from speclm.training.rows import Item, TrainingRows, collate_rows
-from speclm.tree.choices import trim_choices
 from speclm.tree.choices import trim_choices
 
 _log = logging.getLogger("speclm")
