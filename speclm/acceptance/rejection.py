@@ -205,6 +205,8 @@ def accept_traversal(tree: _RowTree, draws: Draws) -> tuple[list[int], int]:
             path.append(child)
             stops.append(stop_at(child, share))
             continue
+        if math.isnan(top.share):
+            return path, -1
         if len(path) == 1 or draws.bernoulli(top.share):
             return path, draws.categorical(top.target)
         rejected = path.pop()

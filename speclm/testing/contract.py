@@ -16,6 +16,7 @@ from speclm.config import MAX_DEPTH, require_in_range
 from speclm.errors import ProposerContractError
 from speclm.proposers.interface import Draft, Prefill, Proposer
 from speclm.sampling.noise import PositionNoise
+from speclm.target import TargetFeatures
 from speclm.testing._draft_checks import require_sound_draft
 from speclm.testing._scripted_rows import ScriptedRow, guessed_paths
 
@@ -30,6 +31,7 @@ def check_proposer(
     make_proposer: Callable[[], Proposer] | Proposer,
     *,
     vocab_size: int = 32,
+    hidden_size: int = 32,
     device: str | torch.device = "cpu",
     temperature: float = 0.8,
     max_length: int = 64,
@@ -43,12 +45,14 @@ def check_proposer(
     the global generators are left alone; that a row's draft depends neither on the other rows nor
     on an earlier generation; and that committed tokens matter to a proposer whose guesses depend
     on the prompt. That the last one cannot be seen in a proposer which ignores its prompt is the
-    one limit of this check. It takes seconds; models should be small.
+    one limit of this check. A proposer that asks for features is given random ones, which depend
+    on the token alone. It takes seconds; models should be small.
 
     Args:
         make_proposer: Builds a proposer, or is one. The former also finds state that instances
             share.
         vocab_size: Size of the target's vocabulary.
+        hidden_size: Width of the target's hidden states, for proposers that ask for them.
         device: Where the target lives.
         temperature: Temperature of the sampled generations.
         max_length: Most tokens of prompt and output together, in ``[32, 4096]``.
@@ -64,13 +68,14 @@ def check_proposer(
         ```
     """
     require_in_range("vocab_size", vocab_size, low=2, high=10**7)
+    require_in_range("hidden_size", hidden_size, low=1, high=10**6)
     require_in_range("max_length", max_length, low=32, high=4096)
     make = (lambda: make_proposer) if isinstance(make_proposer, Proposer) else make_proposer
     device = torch.device(device)
     devices = [device] if device.type == "cuda" else []
     with torch.no_grad(), torch.random.fork_rng(devices=devices):
         for mode_temperature in (0.0, temperature):
-            driver = _Driver(vocab_size, device, mode_temperature, seed)
+            driver = _Driver(vocab_size, hidden_size, device, mode_temperature, seed)
             _require_independence(make, driver, _batch(driver, max_length))
             _require_commits_matter(make, driver, max_length)
 
@@ -80,6 +85,7 @@ class _Driver:
     """Runs one generation after the other under the same conditions."""
 
     vocab_size: int
+    hidden_size: int
     device: torch.device
     temperature: float
     seed: int
@@ -96,7 +102,11 @@ class _Driver:
         roots = [row.said[0] for row in rows]
         positions = [1] * len(rows)
         prefill = self._prefill(rows)
-        inputs = (prefill.tokens, prefill.num_padding, prefill.first_tokens)
+        inputs = [prefill.tokens, prefill.num_padding, prefill.first_tokens]
+        needs_features = proposer.features is not TargetFeatures.NONE
+        if needs_features:
+            inputs.append(self._features(prefill.tokens))
+            prefill = replace(prefill, features=inputs[-1])
         watch.call("begin", partial(proposer.begin, prefill), inputs)
         history: History = []
         for round_index in range(rounds):
@@ -110,12 +120,22 @@ class _Driver:
             if not any(limits):
                 break  # no row is live
             accepted = self._accept(draft, rows, positions).cut(limits)
-            decided = (accepted.path, accepted.tokens)
+            decided = [accepted.path, accepted.tokens]
+            if needs_features:
+                accepted = accepted.with_features(self._features(draft.tokens))
+                assert accepted.features is not None
+                decided.append(accepted.features)
             watch.call("commit", partial(proposer.commit, accepted), decided)
             for row, emitted in enumerate(accepted.emitted):
                 positions[row] += len(emitted)
                 roots[row] = emitted[-1] if emitted else roots[row]
         return history
+
+    def _features(self, tokens: Tensor) -> Tensor:
+        """Return a random hidden state for every token, the same wherever it stands."""
+        generator = torch.Generator().manual_seed(self.seed)
+        table = torch.randn(self.vocab_size, self.hidden_size, generator=generator)
+        return table.to(self.device)[tokens]
 
     def _prefill(self, rows: Sequence[ScriptedRow]) -> Prefill:
         width = max(len(row.prompt) for row in rows)

@@ -5,9 +5,18 @@ import pytest
 import torch
 
 from speclm.errors import OptionError, ProposerContractError
-from speclm.proposers import Draft, NgramProposer, Proposer, ProposerConfig
+from speclm.heads.medusa import MedusaHeads, MedusaHeadsConfig
+from speclm.proposers import (
+    Draft,
+    MedusaProposer,
+    NgramProposer,
+    Proposer,
+    ProposerConfig,
+    TargetFeatures,
+)
 from speclm.testing import ScriptedProposer, check_proposer
 from speclm.tree import TreeTopology, chain, from_parents
+from tests.models import VOCAB_SIZE, shared_model
 
 DEPTH = 3
 
@@ -369,3 +378,30 @@ def test_mutated_arguments_are_refused(method):
 def test_options_out_of_range_are_refused():
     with pytest.raises(OptionError, match="max_length is 5"):
         check_proposer(NgramProposer, max_length=5)
+
+
+def test_medusa_heads_pass_on_random_hidden_states():
+    base = shared_model("llama")
+    heads = MedusaHeads(MedusaHeadsConfig(base.config.hidden_size, VOCAB_SIZE, num_heads=2))
+    heads.init_weights_(base.get_output_embeddings().weight)
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        heads.weight.copy_(0.3 * torch.randn(heads.weight.shape, generator=generator))
+    check_proposer(
+        lambda: MedusaProposer(heads, target=base, tree=[2, 1]),
+        vocab_size=VOCAB_SIZE,
+        hidden_size=base.config.hidden_size,
+    )
+
+
+def test_features_that_a_proposer_changes_are_caught():
+    class Spoils(RepeatProposer):
+        features = TargetFeatures.LAST_HIDDEN
+
+        def begin(self, prompt):
+            assert prompt.features.shape == (*prompt.tokens.shape, 32)
+
+        def commit(self, accepted):
+            accepted.features.zero_()
+
+    refuses(r"commit mutated its arguments", Spoils)

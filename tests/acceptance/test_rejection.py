@@ -1,0 +1,82 @@
+"""Rejection, where it is certain; its law is enumerated in `tests/generation/test_rules.py`."""
+
+import math
+
+import pytest
+import torch
+
+from speclm.acceptance import RejectionRule, Verified
+from speclm.errors import OptionError
+from speclm.sampling import GeneratorDraws, TokenChooser
+from speclm.tree import chain, from_parents
+
+CPU = torch.device("cpu")
+VARIANTS = ("multi_round", "block", "traversal")
+
+
+def accept(variant, tokens, target, draft, topology, *, is_live=None, seed=0):
+    tokens, draft = torch.tensor(tokens), torch.tensor(draft)
+    draws = GeneratorDraws(torch.Generator().manual_seed(seed))
+    return RejectionRule(variant).accept(
+        Verified(
+            tokens=tokens,
+            topology=topology,
+            logits=torch.tensor(target).log(),
+            chooser=TokenChooser([], is_greedy=False),
+            is_live=is_live or [True] * len(tokens),
+            draws=draws,
+            laws=draft,
+        )
+    )
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_draft_from_the_targets_own_law_is_kept(variant, seed):
+    laws = [[[0.5, 0.5, 0.0], [0.0, 0.5, 0.5], [0.0, 0.0, 1.0]]]
+    accepted = accept(variant, [[0, 1, 2]], laws, laws, chain(2), seed=seed)
+    assert accepted.emitted == [[1, 2, 2]]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_token_that_the_target_excludes_is_never_kept(variant):
+    target = [[[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]]
+    draft = [[[0.5, 0.5, 0.0], [0.0, 0.0, 0.0]]]
+    assert accept(variant, [[2, 0]], target, draft, chain(1)).emitted == [[1]]
+
+
+@pytest.mark.parametrize("variant", ["multi_round", "traversal"])
+def test_padding_and_tokens_that_no_law_had_left_are_skipped(variant):
+    topology = from_parents([[0, 0, 2, 0]], device=CPU)  # node 2 is padding, node 3 repeats
+    target = [[[0.0, 1.0, 0.0]] * 4]
+    draft = [[[1.0, 0.0, 0.0]] * 4]
+    assert accept(variant, [[2, 0, 1, 1]], target, draft, topology).paths == [[0]]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_rows_that_are_not_live_draw_nothing(variant):
+    laws = [[[0.2, 0.8], [0.5, 0.5]]] * 2
+    both = accept(variant, [[0, 1]] * 2, laws, laws, chain(1), is_live=[False, True])
+    alone = accept(variant, [[0, 1]], laws[:1], laws[:1], chain(1))
+    assert both.emitted[1] == alone.emitted[0]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("node", range(3))
+def test_nan_on_the_way_is_reported(variant, node):
+    laws = [[[0.5, 0.5], [0.5, 0.5], [0.5, 0.5]]]
+    target = [[list(law) for law in laws[0]]]
+    target[0][node] = [math.nan] * 2
+    assert accept(variant, [[0, 1, 1]], target, laws, chain(2)).emitted[0][-1] == -1
+
+
+def test_block_takes_chains_alone():
+    topology = from_parents([[0, 0, 0]], device=CPU)
+    laws = [[[0.5, 0.5]] * 3]
+    with pytest.raises(OptionError, match=r"2 children.*expected a chain.*traversal"):
+        accept("block", [[0, 0, 1]], laws, laws, topology)
+
+
+def test_unknown_variant_is_refused():
+    with pytest.raises(OptionError, match=r"variant is 'naive', expected one of \['block'"):
+        RejectionRule("naive")
