@@ -1,0 +1,294 @@
+"""Compare accept rules by tokens per target forward at temperature 1, with one drafter.
+
+Every arm drafts as many nodes, for the same prompts. Arms that promise plain decoding's tokens
+are compared with it; the others draw differently, from the same distribution.
+
+    python benchmarks/rules.py --set both --n 50 --drafter draft
+"""
+
+import argparse
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything needed is bundled
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
+from typing_extensions import override
+
+from speclm import SpecModel
+from speclm.acceptance import (
+    AcceptanceRule,
+    Accepted,
+    ExactRule,
+    RejectionRule,
+    TypicalRule,
+)
+from speclm.bench.arms import until_end
+from speclm.bench.calls import Call, make_calls, setting_options
+from speclm.bench.divergence import explain
+from speclm.bench.pairs import Spread, merge_stats
+from speclm.bench.records import Record, append_record, is_recorded
+from speclm.demo import assets, load_prompts
+from speclm.proposers import Draft, DraftModelProposer, MedusaProposer, Prefill, Proposer
+from speclm.sampling import PositionNoise
+from speclm.stats import SpeculationStats
+
+MAX_NEW_TOKENS = {"sql": 128, "gsm8k": 256}
+SETTING = "t1.0"
+CHAIN_DEPTH = 5
+TREE_NODES = (8, 16, 32)
+
+# By the number of guesses of a tree: nodes expanded at a level, and children of each.
+TREE_SHAPES = {8: (2, 3), 16: (4, 3), 32: (6, 4)}
+# A static tree for Medusa heads: children at each depth.
+MEDUSA_WIDTHS = {8: [3, 1, 1], 16: [4, 2, 1], 32: [6, 2, 2]}
+
+
+class Uncoupled(Proposer):
+    """Ranks drafts as if the noise were not known: the likeliest first."""
+
+    def __init__(self, inner: Proposer) -> None:
+        self.inner = inner
+        self.config = inner.config
+        self.features = inner.features  # type: ignore[misc]  # what the wrapped class declares
+
+    @override
+    def begin(self, prompt: Prefill) -> None:
+        self.inner.begin(prompt)
+
+    @override
+    def propose(self, roots: Int[Tensor, " batch"], *, noise: PositionNoise | None) -> Draft:
+        return self.inner.propose(roots, noise=None)
+
+    @override
+    def commit(self, accepted: Accepted) -> None:
+        self.inner.commit(accepted)
+
+
+@dataclass(frozen=True, slots=True)
+class RuleArm:
+    """An accept rule with a way to draft."""
+
+    name: str
+    rule: AcceptanceRule
+    is_coupled: bool = True
+
+    @property
+    def is_exact(self) -> bool:
+        return isinstance(self.rule, ExactRule)
+
+
+CHAIN_ARMS = (
+    RuleArm("top-k", ExactRule(), is_coupled=False),
+    RuleArm("coupled", ExactRule()),
+    RuleArm("multi-round", RejectionRule("multi_round")),
+    RuleArm("block", RejectionRule("block")),
+    RuleArm("typical (lossy)", TypicalRule()),
+)
+TREE_ARMS = (
+    RuleArm("top-k", ExactRule(), is_coupled=False),
+    RuleArm("coupled", ExactRule()),
+    RuleArm("multi-round", RejectionRule("multi_round")),
+    RuleArm("traversal", RejectionRule("traversal")),
+    RuleArm("typical (lossy)", TypicalRule()),
+)
+
+
+def draft_model_maker(base: PreTrainedModel) -> Callable[[int | None], Proposer]:
+    """Return what builds a draft-model proposer with that many guesses; None for a chain."""
+    draft = AutoModelForCausalLM.from_pretrained(assets()["draft"], dtype=base.dtype)
+
+    def make(num_nodes: int | None) -> Proposer:
+        width, branches = (1, 1) if num_nodes is None else TREE_SHAPES[num_nodes]
+        # Every rule is given drafts of one size: nothing is pruned for being unlikely.
+        return DraftModelProposer(
+            draft,
+            target=base,
+            depth=CHAIN_DEPTH,
+            num_draft_tokens=num_nodes or CHAIN_DEPTH,
+            width=width,
+            branches=branches,
+            min_probability=0.0,
+            min_confidence=0.0,
+            min_growing=0.0,
+        )
+
+    return make
+
+
+def medusa_maker(base: PreTrainedModel, folder: Path) -> Callable[[int | None], Proposer]:
+    """Return what builds a Medusa proposer with that many guesses; None for a chain."""
+    from speclm.formats import read_medusa
+    from speclm.heads import MedusaHeads, MedusaHeadsConfig
+
+    stored = read_medusa(folder)
+    config = MedusaHeadsConfig(
+        hidden_size=stored.hidden_size,
+        vocab_size=base.config.vocab_size,
+        num_heads=stored.num_heads,
+        num_layers=stored.num_layers,
+        has_own_lm_head=stored.has_own_lm_head,
+        has_bias=stored.has_bias,
+    )
+    heads = MedusaHeads(config, dtype=base.dtype)
+    heads.load_state_dict(stored.tensors)
+
+    def make(num_nodes: int | None) -> Proposer:
+        tree = [1] * stored.num_heads if num_nodes is None else MEDUSA_WIDTHS[num_nodes]
+        return MedusaProposer(heads, target=base, tree=tree, num_draft_tokens=num_nodes)
+
+    return make
+
+
+def run_arm(
+    base: PreTrainedModel, proposer: Proposer, arm: RuleArm, calls: Sequence[Call]
+) -> tuple[list[SpeculationStats], list[list[list[int]]]]:
+    """Return the counters and the new tokens of every call."""
+    model = SpecModel(base, proposer if arm.is_coupled else Uncoupled(proposer))
+    counters, outputs = [], []
+    for call in calls:
+        torch.manual_seed(call.seed)
+        tokens = model.generate(**call.arguments, acceptance=arm.rule)
+        assert isinstance(tokens, Tensor)
+        assert model.last_speculation is not None
+        counters.append(model.last_speculation)
+        new = tokens[:, call.input_ids.shape[1] :].tolist()
+        outputs.append([until_end(row, call.eos_token_ids) for row in new])
+    return counters, outputs
+
+
+def plain_outputs(base: PreTrainedModel, calls: Sequence[Call]) -> list[list[list[int]]]:
+    """Return plain decoding's new tokens of every call."""
+    outputs = []
+    for call in calls:
+        torch.manual_seed(call.seed)
+        tokens = base.generate(**call.arguments)
+        new = tokens[:, call.input_ids.shape[1] :].tolist()
+        outputs.append([until_end(row, call.eos_token_ids) for row in new])
+    return outputs
+
+
+def measure(
+    base: PreTrainedModel,
+    make: Callable[[int | None], Proposer],
+    calls: Sequence[Call],
+    *,
+    settings: dict[str, Any],
+    path: Path,
+) -> Iterator[Record]:
+    """Measure every arm on one set of prompts, and record what was not recorded yet."""
+    plain: list[list[list[int]]] | None = None
+    for num_nodes in (None, *TREE_NODES):
+        for arm in CHAIN_ARMS if num_nodes is None else TREE_ARMS:
+            shape = "chain" if num_nodes is None else f"tree {num_nodes}"
+            named = {**settings, "shape": shape, "arm": arm.name, "rule": arm.rule.name}
+            if is_recorded(path, benchmark="rules", settings=named):
+                continue
+            counters, outputs = run_arm(base, make(num_nodes), arm, calls)
+            num_identical, divergences = None, []
+            if arm.is_exact:
+                plain = plain_outputs(base, calls) if plain is None else plain
+                num_identical = sum(o == p for o, p in zip(outputs, plain, strict=True))
+                divergences = [
+                    found
+                    for index, call in enumerate(calls)
+                    for found in explain(
+                        base, call, index=index, plain=plain[index], other=outputs[index]
+                    )
+                ]
+            taus = Spread.of([stats.tau for stats in counters])
+            total = merge_stats(counters)
+            assert total is not None
+            record = Record(
+                benchmark="rules",
+                settings=named,
+                unit="tokens a target forward",
+                n=len(calls),
+                median=taus.median,
+                lower_quartile=taus.lower_quartile,
+                upper_quartile=taus.upper_quartile,
+                promises_identity=arm.is_exact,
+                num_identical=num_identical,
+                divergences=divergences,
+                tau=total.tau,
+                acceptance_by_depth=total.acceptance_by_depth,
+                milliseconds_per_round=total.milliseconds_per_round,
+                fallbacks=total.fallbacks,
+            )
+            append_record(path, record)
+            yield record
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--set", choices=("sql", "gsm8k", "both"), default="both")
+    parser.add_argument("--n", type=int, default=50, help="prompts of each set")
+    parser.add_argument("--drafter", choices=("draft", "medusa"), default="draft")
+    parser.add_argument("--max-new-tokens", type=int, help="instead of 128 and 256")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/rules.jsonl"))
+    parser.add_argument("--threads", type=int, default=2)
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    options = parse_arguments()
+    torch.set_num_threads(options.threads)
+    logging.disable_progress_bar()
+    base = AutoModelForCausalLM.from_pretrained(assets()["base"], dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(assets()["base"])
+    if options.drafter == "draft":
+        make = draft_model_maker(base)
+    else:
+        make = medusa_maker(base, assets()["medusa"])
+    table = Table("prompts", "shape", "rule", "tau", "median [quartiles]", "identical")
+    console = Console()
+    for name in ("sql", "gsm8k") if options.set == "both" else (options.set,):
+        length = options.max_new_tokens or MAX_NEW_TOKENS[name]
+        calls = make_calls(
+            load_prompts(f"{name}_dev", limit=options.n),
+            base,
+            tokenizer,
+            options={**setting_options(SETTING), "max_new_tokens": length},
+        )
+        settings = {
+            "prompts": f"{name}_dev",
+            "num_prompts": len(calls),
+            "setting": SETTING,
+            "drafter": options.drafter,
+            "max_new_tokens": length,
+            "dtype": "float32",
+            "device": base.device.type,
+        }
+        for record in measure(base, make, calls, settings=settings, path=options.out):
+            spread = (
+                f"{record.median:.2f} [{record.lower_quartile:.2f}, {record.upper_quartile:.2f}]"
+            )
+            same = "" if record.num_identical is None else f"{record.num_identical}/{record.n}"
+            table.add_row(
+                settings["prompts"],
+                record.settings["shape"],
+                record.settings["arm"],
+                f"{record.tau:.2f}",
+                spread,
+                same,
+            )
+            console.print(
+                f"{settings['prompts']} {record.settings['shape']:8s} "
+                f"{record.settings['arm']:16s} tau {record.tau:.2f} {same}",
+                highlight=False,
+            )
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
