@@ -58,6 +58,10 @@ class UnsupportedModelError(SpeclmError, TypeError):
     """The object or checkpoint is not a decoder-only causal language model."""
 
 
+class CheckpointError(SpeclmError, ValueError):
+    """A file of weights is damaged, incomplete or not what it says."""
+
+
 class MissingAssetError(SpeclmError, FileNotFoundError):
     """A file that ships inside the package is not there."""
 

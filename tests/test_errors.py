@@ -16,6 +16,7 @@ BUILTINS = {
     "CacheError": TypeError,
     "NumericalError": ArithmeticError,
     "UnsupportedModelError": TypeError,
+    "CheckpointError": ValueError,
     "MissingAssetError": FileNotFoundError,
     "MeasurementError": RuntimeError,
 }

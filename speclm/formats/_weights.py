@@ -1,0 +1,155 @@
+"""Weight files of a folder: which keys lie where, and their tensors, with typed errors."""
+
+import json
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from speclm.errors import CheckpointError
+
+_UNREADABLE = (
+    *(pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError),
+    *(LookupError, TypeError, AttributeError),  # from damaged streams
+)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFiles:
+    """Files that hold one state dict.
+
+    Args:
+        path: The file, or the index of several, for messages.
+        files: File of each key.
+    """
+
+    path: Path
+    files: dict[str, Path]
+
+    def load(self, keys: list[str]) -> dict[str, Tensor]:
+        """Return the tensors of some keys, on the CPU.
+
+        Raises:
+            CheckpointError: If a file is missing, damaged or without the key.
+        """
+        loaded: dict[str, Tensor] = {}
+        for file in sorted({self.files[key] for key in keys}):
+            wanted = [key for key in keys if self.files[key] == file]
+            loaded |= _load(file, wanted)
+        return loaded
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        CheckpointError: If the file holds no JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path}: no JSON can be read ({error}), expected an object; download the file again"
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"{path}: found a {type(content).__name__}, expected a JSON object; download the file "
+            "again"
+        )
+    return content
+
+
+def weight_files(folder: Path) -> Iterator[WeightFiles]:
+    """Yield the state dicts of a folder: safetensors, shards, then, if there are none, pickles."""
+    sharded: set[Path] = set()
+    found_any = False
+    indexed: list[WeightFiles] = []
+    for index in sorted(folder.glob("*.index.json")):
+        files = _indexed_files(index)
+        sharded |= set(files.values())
+        indexed.append(WeightFiles(index, files))
+    for file in sorted(folder.glob("*.safetensors")):
+        if file not in sharded:
+            found_any = True
+            yield WeightFiles(file, dict.fromkeys(_safetensors_keys(file), file))
+    yield from indexed
+    if found_any or indexed:
+        return
+    for file in sorted(folder.glob("*.pt")):
+        yield WeightFiles(file, dict.fromkeys(_load_pickle(file), file))
+
+
+def _indexed_files(index: Path) -> dict[str, Path]:
+    weight_map = read_json(index).get("weight_map")
+    names = weight_map.values() if isinstance(weight_map, dict) else [None]
+    if not isinstance(weight_map, dict) or any(
+        not isinstance(name, str) or Path(name).name != name for name in names
+    ):
+        raise CheckpointError(
+            f"{index}: weight_map is {str(weight_map)[:80]}, expected file names beside the index "
+            "by key; download the file again"
+        )
+    return {key: index.parent / name for key, name in weight_map.items()}
+
+
+def _safetensors_keys(file: Path) -> list[str]:
+    with _opened(file) as tensors:
+        return list(tensors.keys())
+
+
+def _load(file: Path, keys: list[str]) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise CheckpointError(
+            f"{file}: the file is missing, the index says it holds {keys[0]!r}; download it"
+        )
+    if file.suffix == ".safetensors":
+        with _opened(file) as tensors:
+            _require_keys(file, keys, list(tensors.keys()))
+            return {key: tensors.get_tensor(key) for key in keys}
+    state = _load_pickle(file)
+    _require_keys(file, keys, list(state))
+    return {key: state[key] for key in keys}
+
+
+def _require_keys(file: Path, keys: list[str], found: list[str]) -> None:
+    missing = sorted({*keys} - {*found})
+    if missing:
+        raise CheckpointError(
+            f"{file}: key {missing[0]!r} is missing, found {len(found)} others; the index belongs "
+            "to other files, download all again"
+        )
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file}: no tensors can be read ({error}), expected a whole safetensors file; it is "
+            "truncated or damaged, download it again"
+        ) from error
+
+
+def _load_pickle(file: Path) -> dict[str, Tensor]:
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except _UNREADABLE as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(
+            f"{file}: no tensors can be read ({reason}), expected a pickled state dict of tensors "
+            "and nothing else; it is damaged or would run code, ask for a safetensors file"
+        ) from error
+    named = isinstance(state, dict) and all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    )
+    if not named:
+        raise CheckpointError(
+            f"{file}: found a {type(state).__name__}, expected a state dict of names and tensors; "
+            "save module.state_dict() instead"
+        )
+    return {key: tensor.detach() for key, tensor in state.items()}

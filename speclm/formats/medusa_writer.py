@@ -1,0 +1,109 @@
+"""Writes Medusa heads so that others read them too."""
+
+import json
+import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from speclm.errors import CheckpointError
+from speclm.formats.medusa import MedusaCheckpoint, read_medusa
+
+WEIGHTS_NAME = "medusa_lm_head.safetensors"
+CONFIG_NAME = "config.json"
+
+
+def write_medusa(folder: str | Path, checkpoint: MedusaCheckpoint) -> None:
+    """Write Medusa heads into a folder, beside whatever else it holds.
+
+    TGI and vLLM up to 0.32 read it; heads without output matrices only TGI, and those of one
+    layer. Both files are written aside, read back and compared bit by bit; only then do they
+    replace older ones, the config last.
+
+    Args:
+        folder: Created if it does not exist.
+        checkpoint: What to write.
+
+    Raises:
+        CheckpointError: If what was read back is not what was written.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder, prefix=".writing-") as aside:
+        weights, config = Path(aside, WEIGHTS_NAME), Path(aside, CONFIG_NAME)
+        save_file(_named_tensors(checkpoint), weights, metadata={"format": "pt"})
+        text = json.dumps(_config(checkpoint), indent=2) + "\n"
+        config.write_text(text, encoding="utf-8")
+        for path in (weights, config):
+            _sync(path)
+        _require_equal(folder / WEIGHTS_NAME, checkpoint, read_medusa(aside))
+        for path in (weights, config):
+            path.replace(folder / path.name)
+
+
+def _named_tensors(checkpoint: MedusaCheckpoint) -> dict[str, Tensor]:
+    """Return one tensor a key, none of which shares memory with another."""
+    named = {}
+    for head in range(checkpoint.num_heads):
+        for layer in range(checkpoint.num_layers):
+            named[f"{head}.{layer}.linear.weight"] = checkpoint.weight[layer, head]
+            if checkpoint.bias is not None:
+                named[f"{head}.{layer}.linear.bias"] = checkpoint.bias[layer, head]
+        if checkpoint.lm_weight is not None:
+            named[f"{head}.{checkpoint.num_layers}.weight"] = checkpoint.lm_weight[head]
+    return {
+        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, tensor in named.items()
+    }
+
+
+def _config(checkpoint: MedusaCheckpoint) -> dict[str, Any]:
+    """Return the config that TGI and vLLM read.
+
+    An `architectures` key would switch TGI's speculation off, and vLLM takes any key with "num"
+    and "heads" in it for the number of heads: neither may be added.
+    """
+    config: dict[str, Any] = {
+        "medusa_num_heads": checkpoint.num_heads,
+        "medusa_num_layers": checkpoint.num_layers,
+        "base_model_name_or_path": checkpoint.base_name_or_path,
+        "model_type": "medusa",
+        "hidden_size": checkpoint.hidden_size,
+        "vocab_size": checkpoint.vocab_size,
+        "medusa_fc_bias": checkpoint.has_bias,
+        "version": "1" if checkpoint.has_own_lm_head else "2",
+    }
+    if checkpoint.choices is not None:
+        config["speclm"] = {"choices": [list(path) for path in checkpoint.choices]}
+    return {name: value for name, value in config.items() if value is not None}
+
+
+def _require_equal(path: Path, written: MedusaCheckpoint, found: MedusaCheckpoint) -> None:
+    expected, actual = written.tensors, found.tensors
+    differing = [
+        name
+        for name in sorted({*expected, *actual})
+        if name not in expected
+        or name not in actual
+        or not _are_same_bits(expected[name].detach().cpu(), actual[name])
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{path}: {differing!r} read back differ from what was written, the old files are "
+            "kept; check the disk and save again"
+        )
+
+
+def _are_same_bits(first: Tensor, second: Tensor) -> bool:
+    if first.shape != second.shape or first.dtype != second.dtype:
+        return False
+    return torch.equal(first.contiguous().view(torch.uint8), second.contiguous().view(torch.uint8))
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
