@@ -4,17 +4,20 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from speclm import SpecModel
 from speclm.errors import NumericalError, OptionError, VocabularyMismatchError
 from speclm.formats import read_medusa
 from speclm.heads import MedusaHeads, MedusaHeadsConfig
 from speclm.training import (
     MedusaObjective,
     MedusaTrainer,
+    TrainingRows,
     load_rows,
     new_medusa_heads,
     training_arguments,
 )
-from tests.models import shared_model
+from speclm.training.assistant_tokens import TokenizedRow
+from tests.models import prompts, shared_model
 from tests.training.talks import TAGGED, WORDS, tiny_base, word_tokenizer, write_alphabet
 
 SETTINGS = {
@@ -66,6 +69,20 @@ def test_heads_learn_a_small_data_set(make):
     assert last["loss"] < first["loss"] / 4
     assert last["head0_top1"] > 0.9
     assert last["estimated_tau"] > 2.2  # the best is 2.5: ten tokens in rounds of 3, 3, 3 and 1
+
+
+def test_heads_that_learned_draft_what_the_base_says(tmp_path, make):
+    trainer = make(max_steps=40, learning_rate=0.02, lr_scheduler_type="constant", warmup_steps=0)
+    base = trainer.model.view.model
+    inputs = prompts(3, vocab_size=len(WORDS))
+    said = base.generate(**inputs, max_new_tokens=24, do_sample=False)
+    mask = [0] * 3 + [1] * 24
+    trainer.train_dataset = TrainingRows([TokenizedRow(said[0].tolist(), mask)] * 4)
+    trainer.train()
+    trainer.save_model()
+    spec = SpecModel.from_pretrained(base, tmp_path / "out")
+    assert torch.equal(spec.generate(**inputs, max_new_tokens=24, do_sample=False), said)
+    assert spec.last_speculation.tau > 2
 
 
 @pytest.mark.parametrize("has_own_lm_head", [False, True])
