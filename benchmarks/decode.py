@@ -4,11 +4,14 @@ Every run stands beside a plain run of the same prompts and seed, in alternating
 records file already holds for this commit and these settings is not measured again.
 
     python benchmarks/decode.py --set both --n 100 --settings greedy,t0.7,t1.0 --batch 1,4
+    python benchmarks/decode.py --shape 1b --dtype bfloat16 --arms plain,ngram,draft
 """
 
 import argparse
+import itertools
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +23,16 @@ from transformers.utils import logging
 
 from speclm.bench import (
     SETTINGS,
+    SHAPES,
     Arm,
     Cell,
+    InflatedShape,
     Measured,
     assisted_arm,
+    bytes_read,
+    draft_shape,
+    inflate_llama,
+    inflate_medusa,
     make_calls,
     measure_grid,
     plain_arm,
@@ -32,10 +41,22 @@ from speclm.bench import (
     speculative_arm,
 )
 from speclm.demo import assets, load_prompts
+from speclm.errors import MissingAssetError
 from speclm.model.loading import load_proposer
+from speclm.proposers import CombinedProposer, MedusaProposer, NgramProposer
 
 MAX_NEW_TOKENS = {"sql": 128, "gsm8k": 256}
-ARMS = ("plain", "none", "prompt_lookup", "assisted", "ngram", "draft")
+ARMS = ("plain", "none", "prompt_lookup", "assisted", "ngram", "draft", "medusa", "ngram+medusa")
+DRAFT_ARMS = frozenset({"assisted", "draft"})
+MEDUSA_ARMS = frozenset({"medusa", "ngram+medusa"})
+
+
+@dataclass(frozen=True, slots=True)
+class Guessers:
+    """What several arms propose with; None where no arm does."""
+
+    draft: PreTrainedModel | None
+    medusa: MedusaProposer | None
 
 
 def load_model(name: str, *, dtype: torch.dtype, device: str) -> PreTrainedModel:
@@ -43,10 +64,46 @@ def load_model(name: str, *, dtype: torch.dtype, device: str) -> PreTrainedModel
     return model.to(device)
 
 
-def build_arms(names: Sequence[str], base: PreTrainedModel, *, lookup_tokens: int) -> list[Arm]:
-    """Return the named arms; the draft model is loaded once for both that use one."""
-    needs_draft = {"draft", "assisted"} & set(names)
-    draft = load_model("draft", dtype=base.dtype, device=str(base.device)) if needs_draft else None
+def load_guessers(
+    names: Sequence[str], base: PreTrainedModel, *, shape: InflatedShape | None = None
+) -> Guessers:
+    """Load what the named arms propose with, inflated beside a base of a given shape."""
+    small = base
+    if shape is not None:
+        small = load_model("base", dtype=base.dtype, device=str(base.device))
+    draft = medusa = None
+    if DRAFT_ARMS & set(names):
+        draft = load_model("draft", dtype=base.dtype, device=str(base.device))
+        if shape is not None:
+            draft = inflate_llama(draft, draft_shape(draft, small, shape), seed=1)
+    if MEDUSA_ARMS & set(names):
+        medusa = load_medusa(small)
+        if shape is not None:
+            heads = inflate_medusa(medusa.heads, shape, seed=2)
+            medusa = MedusaProposer(heads, target=base, tree=medusa.config.choices)
+    return Guessers(draft, medusa)
+
+
+def load_medusa(base: PreTrainedModel) -> MedusaProposer:
+    if "medusa" not in assets():
+        raise MissingAssetError(
+            f"no Medusa heads among the assets {sorted(assets())}; leave out the arms "
+            f"{sorted(MEDUSA_ARMS)}"
+        )
+    proposer = load_proposer(assets()["medusa"], base, heads_kwargs={}, num_draft_tokens=None)
+    assert isinstance(proposer, MedusaProposer)
+    return proposer
+
+
+def build_arms(
+    names: Sequence[str],
+    base: PreTrainedModel,
+    *,
+    lookup_tokens: int,
+    guessers: Guessers | None = None,
+) -> list[Arm]:
+    """Return the named arms; what is not given to propose with is loaded, once for all arms."""
+    loaded = guessers or load_guessers(names, base)
 
     def build(name: str) -> Arm:
         if name == "plain":
@@ -54,13 +111,34 @@ def build_arms(names: Sequence[str], base: PreTrainedModel, *, lookup_tokens: in
         if name == "prompt_lookup":
             return prompt_lookup_arm(base, num_tokens=lookup_tokens)
         if name == "assisted":
-            assert draft is not None
-            return assisted_arm(base, draft)
-        heads = {"none": None, "ngram": "ngram", "draft": draft}[name]
-        proposer = load_proposer(heads, base, heads_kwargs={}, num_draft_tokens=None)
+            assert loaded.draft is not None
+            return assisted_arm(base, loaded.draft)
+        heads = {"none": None, "ngram": "ngram", "draft": loaded.draft, "medusa": loaded.medusa}
+        if name == "ngram+medusa":
+            assert loaded.medusa is not None
+            heads[name] = CombinedProposer([NgramProposer(), loaded.medusa])
+        proposer = load_proposer(heads[name], base, heads_kwargs={}, num_draft_tokens=None)
         return speculative_arm(name, base, proposer)
 
     return [build(name) for name in names]
+
+
+def with_shape(
+    cell: Cell, arm: Arm, *, shape: str, base: PreTrainedModel, guessers: Guessers
+) -> Cell:
+    """Return a cell whose settings say that the models are inflated, and what the arm reads.
+
+    ``bytes_read`` holds the bytes of weights that one forward of each module reads. In a round the
+    base and Medusa heads run one forward, a draft model one for each level that it drafts.
+    """
+    read = {"base": bytes_read(base, base=base)}
+    if arm.name in DRAFT_ARMS and guessers.draft is not None:
+        read["draft"] = bytes_read(guessers.draft, base=base)
+    if arm.name in MEDUSA_ARMS and guessers.medusa is not None:
+        used = guessers.medusa.config.depth
+        read["medusa"] = bytes_read(guessers.medusa.heads, base=base, num_heads=used)
+    added = {"shape": shape, "is_inflated": True, "bytes_read": read}
+    return replace(cell, settings={**cell.settings, **added})
 
 
 def build_cells(
@@ -129,7 +207,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--n", type=int, default=100, help="prompts of each set")
     parser.add_argument("--settings", type=_names(tuple(SETTINGS)), default=[*SETTINGS])
     parser.add_argument("--batch", type=_numbers, default=[1, 4])
-    parser.add_argument("--arms", type=_names(ARMS), default=[*ARMS])
+    has_heads = "medusa" in assets()
+    bundled = [name for name in ARMS if has_heads or name not in MEDUSA_ARMS]
+    parser.add_argument("--arms", type=_names(ARMS), default=bundled)
+    parser.add_argument("--shape", choices=sorted(SHAPES), help="inflate all models, see the docs")
     parser.add_argument("--lookup-tokens", type=int, default=10, help="prompt_lookup_num_tokens")
     parser.add_argument("--max-new-tokens", type=int, help="instead of 128 and 256")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/decode.jsonl"))
@@ -165,7 +246,11 @@ def main() -> None:
     logging.disable_progress_bar()
     console = Console()
     base = load_model("base", dtype=getattr(torch, options.dtype), device=options.device)
-    arms = build_arms(options.arms, base, lookup_tokens=options.lookup_tokens)
+    shape = SHAPES[options.shape] if options.shape else None
+    if shape is not None:
+        base = inflate_llama(base, shape)
+    guessers = load_guessers(options.arms, base, shape=shape)
+    arms = build_arms(options.arms, base, lookup_tokens=options.lookup_tokens, guessers=guessers)
     cells = build_cells(
         base,
         sets=("sql", "gsm8k") if options.set == "both" else (options.set,),
@@ -176,11 +261,15 @@ def main() -> None:
         max_new_tokens=options.max_new_tokens,
     )
     table = comparison_table(("prompts", "setting", "batch"))
-    for result in measure_grid(cells, arms, base=base, benchmark="decode", path=options.out):
-        settings = result.cell.settings
-        keys = (settings["prompts"], settings["setting"], str(settings["batch"]))
-        add_comparison(table, keys, result.comparison)
-        console.print(describe(result), highlight=False, soft_wrap=True)
+    for cell, arm in itertools.product(cells, arms):
+        here = cell
+        if shape is not None:
+            here = with_shape(cell, arm, shape=options.shape, base=base, guessers=guessers)
+        for result in measure_grid([here], [arm], base=base, benchmark="decode", path=options.out):
+            settings = result.cell.settings
+            keys = (settings["prompts"], settings["setting"], str(settings["batch"]))
+            add_comparison(table, keys, result.comparison)
+            console.print(describe(result), highlight=False, soft_wrap=True)
     console.print(table)
 
 

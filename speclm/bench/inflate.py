@@ -7,6 +7,7 @@ small model, and every weight of the large shape is stored, read and multiplied.
 
 import copy
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -133,7 +134,9 @@ def inflate_medusa(heads: MedusaHeads, shape: InflatedShape, *, seed: int = 0) -
     return inflated
 
 
-def bytes_read(module: PreTrainedModel | MedusaHeads, *, base: PreTrainedModel) -> int:
+def bytes_read(
+    module: PreTrainedModel | MedusaHeads, *, base: PreTrainedModel, num_heads: int | None = None
+) -> int:
     """Return the bytes of weights that one forward of a base, draft model or heads reads.
 
     The rows of an embedding that is not also the output matrix are left out; a base's output
@@ -142,16 +145,24 @@ def bytes_read(module: PreTrainedModel | MedusaHeads, *, base: PreTrainedModel) 
     Args:
         module: What is counted.
         base: The base, whose output layer heads may use.
+        num_heads: Medusa heads that are computed, as many as the tree is deep; None for all.
     """
-    read = {id(parameter): parameter for parameter in module.parameters()}
     if isinstance(module, PreTrainedModel):
-        embedding = module.get_input_embeddings().get_parameter("weight")
+        weights = list(module.parameters())  # a shared matrix comes once
         if not module.config.tie_word_embeddings:
-            read.pop(id(embedding))
-    elif module.lm_weight is None:
-        output = cast("nn.Module", base.get_output_embeddings())  # type: ignore[no-untyped-call]
-        read |= {id(parameter): parameter for parameter in output.parameters()}
-    return sum(parameter.numel() * parameter.element_size() for parameter in read.values())
+            embedding = module.get_input_embeddings().get_parameter("weight")
+            weights = [weight for weight in weights if weight is not embedding]
+        return _num_bytes(weights)
+    used = module.num_heads if num_heads is None else num_heads
+    own = _num_bytes(module.parameters()) // module.num_heads * used
+    if module.lm_weight is not None:
+        return own
+    output = cast("nn.Module", base.get_output_embeddings())  # type: ignore[no-untyped-call]
+    return own + _num_bytes(output.parameters())
+
+
+def _num_bytes(weights: Iterable[Tensor]) -> int:
+    return sum(weight.numel() * weight.element_size() for weight in weights)
 
 
 @dataclass(frozen=True, slots=True)

@@ -266,6 +266,7 @@ def test_bytes_read_by_heads_hold_the_output_layer_of_the_base():
     own, shared = (random_heads(has_own_lm_head) for has_own_lm_head in (True, False))
     assert bytes_read(own, base=model) == residual + 3 * output
     assert bytes_read(shared, base=model) == residual + output
+    assert bytes_read(own, base=model, num_heads=2) == (residual + 3 * output) * 2 // 3
 
 
 @pytest.mark.parametrize(

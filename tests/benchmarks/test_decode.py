@@ -1,0 +1,96 @@
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from speclm.bench import InflatedShape, read_records
+from speclm.demo import assets
+from speclm.errors import MissingAssetError
+from speclm.heads.medusa import MedusaHeads, MedusaHeadsConfig
+from speclm.proposers import MedusaProposer
+
+ROOT = Path(__file__).parents[2]
+TINY = InflatedShape(
+    hidden_size=320,
+    intermediate_size=832,
+    num_layers=9,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=64,
+    vocab_size=5000,
+    is_tied=False,
+)
+
+
+@pytest.fixture
+def decode(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    module = importlib.import_module("decode")
+    monkeypatch.setattr(module, "SHAPES", {"tiny": TINY})
+    yield module
+    sys.modules.pop("decode")
+
+
+@pytest.fixture
+def medusa_asset(decode, monkeypatch):
+    """Let the asset of Medusa heads be one of fresh heads."""
+    load = decode.load_proposer
+
+    def load_fresh(heads, base, **options):
+        if heads != Path("medusa"):
+            return load(heads, base, **options)
+        config = MedusaHeadsConfig(hidden_size=256, vocab_size=4096, has_own_lm_head=True)
+        fresh = MedusaHeads(config, dtype=base.dtype)
+        fresh.init_weights_(base.lm_head.weight)
+        return MedusaProposer(fresh, target=base, tree=[2, 1])
+
+    monkeypatch.setattr(decode, "load_proposer", load_fresh)
+    monkeypatch.setattr(decode, "assets", lambda: {**assets(), "medusa": Path("medusa")})
+
+
+def run(decode, monkeypatch, path, *arguments):
+    fixed = ["--set", "sql", "--n", "1", "--settings", "greedy", "--batch", "1", "--threads", "1"]
+    command = ["decode.py", *fixed, "--max-new-tokens", "12", "--out", str(path), *arguments]
+    monkeypatch.setattr(sys, "argv", command)
+    decode.main()
+    return {record["settings"]["arm"]: record for record in read_records(path)}
+
+
+@pytest.mark.usefixtures("medusa_asset")
+def test_shape_inflates_every_arm_and_is_recorded(decode, monkeypatch, tmp_path):
+    arms = ("plain", "assisted", "ngram", "draft", "medusa", "ngram+medusa")
+    small = run(decode, monkeypatch, tmp_path / "small", "--arms", ",".join(arms))
+    wide = run(decode, monkeypatch, tmp_path / "wide", "--arms", ",".join(arms), "--shape", "tiny")
+    assert tuple(wide) == tuple(small) == arms
+    heads = 2 * (TINY.hidden_size + 1 + TINY.vocab_size) * TINY.hidden_size  # depth 2
+    for name, record in wide.items():
+        settings = record["settings"]
+        assert (settings["shape"], settings["is_inflated"]) == ("tiny", True)
+        assert "shape" not in small[name]["settings"]
+        assert record["num_identical"] == 1
+        assert record["tau"] == small[name]["tau"]
+        read = dict(settings["bytes_read"])
+        assert read.pop("base") == 4 * (TINY.num_weights_read + TINY.vocab_size)  # and the bias
+        if "medusa" in name:
+            assert read.pop("medusa") == 4 * heads
+        if name in {"draft", "assisted"}:
+            assert 0 < read.pop("draft") < settings["bytes_read"]["base"]
+        assert read == {}
+    assert wide["ngram"]["tau"] > 1
+
+
+def test_medusa_without_its_asset_names_the_arms_to_leave_out(decode, monkeypatch):
+    bundled = {name: path for name, path in assets().items() if name != "medusa"}
+    monkeypatch.setattr(decode, "assets", lambda: bundled)
+    assert not decode.MEDUSA_ARMS & set(decode.parse_arguments([]).arms)
+    base = decode.load_model("base", dtype=torch.float32, device="cpu")
+    with pytest.raises(MissingAssetError, match=r"leave out the arms \['medusa', 'ngram"):
+        decode.load_guessers(["medusa"], base)
+
+
+def test_shapes_that_are_not_known_are_refused(decode, capsys):
+    with pytest.raises(SystemExit):
+        decode.parse_arguments(["--shape", "7b"])
+    assert "tiny" in capsys.readouterr().err
