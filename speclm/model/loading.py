@@ -4,13 +4,24 @@ import difflib
 from pathlib import Path
 from typing import Any
 
+import torch
+from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from speclm.errors import OptionError, UnknownNameError, UnsupportedModelError
+from speclm.formats import MedusaCheckpoint, find_medusa, read_medusa
+from speclm.heads.medusa import MedusaHeads, MedusaHeadsConfig
 from speclm.proposers.draft_model import DraftModelProposer
 from speclm.proposers.interface import Proposer
+from speclm.proposers.medusa import MedusaProposer
 from speclm.proposers.registry import registered_proposers
+from speclm.target import TargetView
 from speclm.verify import check_trees
+
+# What tells heads from a draft model, and what heads consist of: no code is ever downloaded.
+_HINTS = ["config.json", "*.index.json", "medusa_lm_head.*"]
+_HEAD_FILES = ["*.json", "*.safetensors", "*.pt"]
+_MEDUSA_OPTIONS = ("dtype", "tree")
 
 
 def load_proposer(
@@ -26,14 +37,15 @@ def load_proposer(
         heads: Registered name, folder, hub id, loaded draft model, proposer, or None.
         base: The target, whose vocabulary, dtype and device a draft model has to share.
         heads_kwargs: Arguments of a draft model's ``from_pretrained``, or of a registered
-            proposer's constructor.
+            proposer's constructor; ``dtype`` and ``tree`` for Medusa heads.
         num_draft_tokens: Most tokens drafted a round; None for the proposer's default.
 
     Raises:
         UnknownNameError: If a string is no registered name, no folder and not on the hub.
         OptionError: If options are given for an object that is already built.
-        VocabularyMismatchError: If a draft model has another vocabulary.
+        VocabularyMismatchError: If a draft model or heads have another vocabulary.
         UnsupportedModelError: If a draft model fails the tree self-check.
+        CheckpointError: If Medusa heads are damaged or incomplete.
     """
     options = {} if num_draft_tokens is None else {"num_draft_tokens": num_draft_tokens}
     if heads is None or isinstance(heads, Proposer):
@@ -53,7 +65,77 @@ def load_proposer(
         return _wrap_draft_model(heads, base, options)
     if str(heads) in registered_proposers():
         return _create(str(heads), {**heads_kwargs, **options})
+    _require_no_near_miss(heads)
+    folder = _medusa_folder(heads)
+    if folder is not None:
+        return _load_medusa(folder, heads, base, {**heads_kwargs, **options})
     return _wrap_draft_model(_load_draft_model(heads, base, heads_kwargs), base, options)
+
+
+def _medusa_folder(heads: str | Path) -> Path | None:
+    """Return the folder of Medusa heads, downloaded if need be; None for anything else."""
+    if Path(heads).exists():
+        return Path(heads) if Path(heads).is_dir() and find_medusa(Path(heads)) else None
+    try:
+        hints = Path(snapshot_download(str(heads), allow_patterns=_HINTS))
+        if not _looks_like_medusa(hints):
+            return None
+        folder = Path(snapshot_download(str(heads), allow_patterns=_HEAD_FILES))
+    except (OSError, ValueError):  # as a draft model it fails too, and that error is reported
+        return None
+    return folder if find_medusa(folder) else None
+
+
+def _looks_like_medusa(folder: Path) -> bool:
+    """Tell whether a repository holds Medusa heads, from its small files and their names."""
+    config, indices = folder / "config.json", folder.glob("*.index.json")
+    return (
+        any(folder.glob("medusa_lm_head.*"))
+        or (config.is_file() and '"medusa' in config.read_text(encoding="utf-8"))
+        or any('"medusa_head' in index.read_text(encoding="utf-8") for index in indices)
+    )
+
+
+def _load_medusa(
+    folder: Path, heads: str | Path, base: PreTrainedModel, options: dict[str, Any]
+) -> Proposer:
+    dtype = options.pop("dtype", base.dtype)
+    unknown = sorted(options.keys() - {"tree", "num_draft_tokens"})
+    if unknown:
+        raise OptionError(
+            f"Medusa heads do not take {unknown!r} in heads_kwargs; known are {_MEDUSA_OPTIONS!r}"
+        )
+    checkpoint = read_medusa(folder)
+    if checkpoint.is_merged and base.config.name_or_path not in {str(heads), str(folder)}:
+        raise OptionError(
+            f"{heads} holds a model merged with its heads, which were trained together; the base "
+            f"is {base.config.name_or_path!r}, load the base from {str(heads)!r} too"
+        )
+    dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise OptionError(f"dtype of the heads is {dtype!r}, expected one such as torch.bfloat16")
+    if dtype != base.dtype and not checkpoint.has_own_lm_head:
+        raise OptionError(
+            f"dtype of the heads is {dtype}, that of the base {base.dtype}, whose output matrix "
+            "they use; leave dtype out"
+        )
+    options.setdefault("tree", checkpoint.choices)
+    return MedusaProposer(_build_heads(checkpoint, TargetView(base), dtype), target=base, **options)
+
+
+def _build_heads(checkpoint: MedusaCheckpoint, view: TargetView, dtype: torch.dtype) -> MedusaHeads:
+    config = MedusaHeadsConfig(
+        hidden_size=checkpoint.hidden_size,
+        vocab_size=checkpoint.vocab_size or view.vocab_size,
+        num_heads=checkpoint.num_heads,
+        num_layers=checkpoint.num_layers,
+        has_own_lm_head=checkpoint.has_own_lm_head,
+        has_bias=checkpoint.has_bias,
+    )
+    module = MedusaHeads(config, device=torch.device("meta"))
+    state = {n: t.to(view.device, dtype) for n, t in checkpoint.tensors.items()}
+    module.load_state_dict(state, assign=True)
+    return module.eval().requires_grad_(requires_grad=False)
 
 
 def _wrap_draft_model(
@@ -79,9 +161,7 @@ def _create(name: str, options: dict[str, Any]) -> Proposer:
         ) from error
 
 
-def _load_draft_model(
-    heads: str | Path, base: PreTrainedModel, heads_kwargs: dict[str, Any]
-) -> PreTrainedModel:
+def _require_no_near_miss(heads: str | Path) -> None:
     names = sorted(registered_proposers())
     near = difflib.get_close_matches(str(heads), names, n=1)
     if near and not Path(heads).exists() and "/" not in str(heads):
@@ -89,12 +169,18 @@ def _load_draft_model(
             f"heads {str(heads)!r} is not a registered proposer nor a folder; did you mean "
             f"{near[0]!r}? registered are {names!r}"
         )
+
+
+def _load_draft_model(
+    heads: str | Path, base: PreTrainedModel, heads_kwargs: dict[str, Any]
+) -> PreTrainedModel:
+    names = sorted(registered_proposers())
     kwargs = {"dtype": base.dtype, "device_map": {"": base.device}, **heads_kwargs}
     try:
         return AutoModelForCausalLM.from_pretrained(heads, **kwargs)
     except (OSError, ValueError) as error:
         raise UnknownNameError(
             f"heads {str(heads)!r} is not a registered proposer, nor a folder or hub id of a "
-            f"causal language model; registered are {names!r}, and a folder needs a "
-            f"config.json and weights ({error})"
+            f"causal language model or of Medusa heads; registered are {names!r}, and a folder "
+            f"needs a config.json and weights ({error})"
         ) from error

@@ -24,6 +24,7 @@ from speclm.errors import OptionError
 from speclm.generation import NeedsPlainDecoding, generate_tokens
 from speclm.model.arguments import first_delegated, require_acceptable, resolve_setting
 from speclm.model.loading import load_proposer
+from speclm.model.saving import push_heads, save_heads
 from speclm.proposers.interface import Proposer
 from speclm.stats import SpeculationStats
 from speclm.target import TargetView
@@ -213,6 +214,29 @@ class SpecModel:
         if resolve_setting("return_dict_in_generate", arguments, self.generation_config):
             return SpeculativeOutput(sequences=sequences, speculation=stats)
         return cast("Tensor", sequences)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the heads, without the base, and a model card into a folder.
+
+        Raises:
+            OptionError: If the proposer has no heads, as n-grams and draft models have none.
+        """
+        save_heads(folder, self.proposer, self.base)
+
+    def push_to_hub(
+        self, repo_id: str, *, private: bool | None = None, token: str | None = None
+    ) -> str:
+        """Upload the heads, without the base, and a model card; return the commit's address.
+
+        Args:
+            repo_id: Repository, made if it does not exist.
+            private: Whether a new repository is private; None for the account's default.
+            token: Access token; None for the one that is logged in with.
+
+        Raises:
+            OptionError: If the proposer has no heads, as n-grams and draft models have none.
+        """
+        return push_heads(repo_id, self.proposer, self.base, private=private, token=token)
 
     def print_report(self, *, write: Callable[[str], object] = print) -> None:
         """Print what is wrapped, how trees are verified and why, and the last call's counters.

@@ -1,17 +1,27 @@
 """Everything that `heads` may be, and what is said about everything else."""
 
+import json
 import re
 
 import pytest
 import torch
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from speclm import SpeclmError, SpecModel
-from speclm.errors import OptionError, UnknownNameError, VocabularyMismatchError
+from speclm.errors import (
+    CheckpointError,
+    OptionError,
+    UnknownNameError,
+    VocabularyMismatchError,
+)
 from speclm.model.loading import load_proposer
 from speclm.proposers.draft_model import DraftModelProposer
+from speclm.proposers.medusa import MedusaProposer
 from speclm.proposers.ngram import NgramProposer
-from tests.models import build_model, generate, prompts, shared_model
+from tests.model.hub import running_hub
+from tests.models import VOCAB_SIZE, build_model, generate, prompts, shared_model
 
 
 @pytest.fixture(scope="module")
@@ -163,3 +173,108 @@ def test_ngram_is_the_default(base):
 def test_arguments_beside_a_loaded_base_are_refused(base):
     with pytest.raises(OptionError, match=r"base is a loaded model and \['dtype'\]"):
         SpecModel.from_pretrained(base, dtype=torch.bfloat16)
+
+
+def save_heads(folder, *, hidden=40, vocab=VOCAB_SIZE, own=True, config=None, prefix=""):
+    state = {
+        "0.0.linear.weight": torch.randn(hidden, hidden),
+        "0.0.linear.bias": torch.randn(hidden),
+        "1.0.linear.weight": torch.randn(hidden, hidden),
+        "1.0.linear.bias": torch.randn(hidden),
+    }
+    if own:
+        state |= {
+            "0.1.weight": torch.randn(vocab, hidden),
+            "1.1.weight": torch.randn(vocab, hidden),
+        }
+    folder.mkdir(parents=True, exist_ok=True)
+    if not prefix:
+        save_file(state, folder / "medusa_lm_head.safetensors")
+        (folder / "config.json").write_text(json.dumps(config or {"medusa_num_heads": 2}))
+    return {prefix + key: tensor for key, tensor in state.items()}
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_folder_of_medusa_heads_becomes_their_proposer(base, tmp_path, own):
+    state = save_heads(tmp_path, own=own)
+    spec = SpecModel.from_pretrained(base, tmp_path, heads_kwargs={"tree": [2, 1]})
+    assert isinstance(spec.proposer, MedusaProposer)
+    heads = spec.proposer.heads
+    assert torch.equal(heads.weight[0, 1], state["1.0.linear.weight"])
+    assert (heads.weight.dtype, heads.weight.device) == (base.dtype, base.device)
+    assert not any(parameter.requires_grad for parameter in heads.parameters())
+    assert spec.proposer.config.choices == ((0,), (1,), (0, 0), (1, 0))
+    inputs = prompts(6, 9)
+    for sampled in (True, False):
+        expected = generate(base, inputs, do_sample=sampled, max_new_tokens=8)
+        found = generate(spec, inputs, do_sample=sampled, max_new_tokens=8)
+        assert torch.equal(found[0], expected[0])
+
+
+def test_stored_choices_are_the_default_tree(base, tmp_path):
+    save_heads(tmp_path, config={"speclm": {"choices": [[0], [1], [2]]}})
+    assert load(tmp_path, base).config.choices == ((0,), (1,), (2,))
+    tree = load(tmp_path, base, heads_kwargs={"tree": [1]}).config.choices
+    assert tree == ((0,),)
+    assert len(load(tmp_path, base, num_draft_tokens=2).config.choices) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16"])
+def test_dtype_of_heads_with_output_matrices_may_differ(base, tmp_path, dtype):
+    save_heads(tmp_path)
+    assert load(tmp_path, base, heads_kwargs={"dtype": dtype}).heads.weight.dtype == torch.bfloat16
+    save_heads(tmp_path, own=False)
+    with pytest.raises(OptionError, match=r"torch.bfloat16.*base torch.float32.*leave dtype out"):
+        load(tmp_path, base, heads_kwargs={"dtype": dtype})
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"wings": 2}, r"do not take \['wings'\].*'dtype', 'tree'"),
+        ({"dtype": "nothing"}, r"dtype of the heads is 'nothing'"),
+        ({"dtype": torch.int8}, r"dtype of the heads is torch.int8"),
+    ],
+)
+def test_options_that_heads_do_not_have_are_refused(base, tmp_path, options, words):
+    save_heads(tmp_path)
+    with pytest.raises(OptionError, match=words):
+        load(tmp_path, base, heads_kwargs=options)
+
+
+def test_heads_of_another_model_are_refused(base, tmp_path):
+    save_heads(tmp_path / "vocab", vocab=200)
+    with pytest.raises(VocabularyMismatchError, match=r"vocabulary of 200.*160"):
+        SpecModel.from_pretrained(base, tmp_path / "vocab")
+    save_heads(tmp_path / "width", hidden=24)
+    with pytest.raises(OptionError, match=r"24 wide.*40"):
+        SpecModel.from_pretrained(base, tmp_path / "width")
+    (tmp_path / "width" / "medusa_lm_head.safetensors").write_bytes(b"broken")
+    with pytest.raises(CheckpointError, match=r"medusa_lm_head.safetensors.*download it again"):
+        SpecModel.from_pretrained(base, tmp_path / "width")
+
+
+def test_merged_model_gives_heads_to_its_own_base_alone(base, tmp_path):
+    base.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    heads = save_heads(tmp_path, prefix="medusa_head.")
+    save_file({**load_file(file), **heads}, file, metadata={"format": "pt"})
+    with pytest.raises(OptionError, match=r"merged with its heads.*load the base from"):
+        SpecModel.from_pretrained(base, tmp_path)
+    spec = SpecModel.from_pretrained(tmp_path, tmp_path, dtype=torch.float32)
+    assert isinstance(spec.proposer, MedusaProposer)
+
+
+def test_heads_on_the_hub_are_downloaded_without_any_code(base, tmp_path, monkeypatch):
+    save_heads(tmp_path / "me" / "heads")
+    (tmp_path / "me" / "heads" / "evil.py").write_text("raise SystemExit")
+    (tmp_path / "me" / "heads" / "pytorch_model.bin").write_text("not needed")
+    with running_hub(tmp_path, monkeypatch) as hub:
+        proposer = load("me/heads", base)
+        assert isinstance(proposer, MedusaProposer)
+        assert {*hub.sent} == {"config.json", "medusa_lm_head.safetensors"}
+        with pytest.raises(UnknownNameError, match=r"'me/nothing' is not a registered proposer"):
+            load("me/nothing", base)
+    # A second call takes what is there; the hub has stopped.
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert isinstance(load("me/heads", base), MedusaProposer)

@@ -1,0 +1,85 @@
+"""Heads in a folder and on the hub, and back."""
+
+import json
+
+import pytest
+import torch
+
+from speclm import SpecModel
+from speclm.cards import GENERATED_MARK
+from speclm.errors import OptionError
+from speclm.heads.medusa import MedusaHeads, MedusaHeadsConfig
+from speclm.proposers.medusa import MedusaProposer
+from tests.model.hub import running_hub
+from tests.models import VOCAB_SIZE, build_model, generate, prompts, shared_model
+
+
+def with_heads(base, *, tree=((0,), (1,), (0, 0))):
+    heads = MedusaHeads(
+        MedusaHeadsConfig(hidden_size=40, vocab_size=VOCAB_SIZE, num_heads=2, has_own_lm_head=True)
+    )
+    with torch.no_grad():
+        for parameter in heads.parameters():
+            parameter.normal_(generator=torch.Generator().manual_seed(2))
+    return SpecModel(base, MedusaProposer(heads, target=base, tree=tree))
+
+
+@pytest.mark.parametrize("tree", [((0,), (1,), (0, 0)), None])
+def test_saved_heads_are_loaded_with_their_tree(tmp_path, tree):
+    base = shared_model("llama")
+    spec = with_heads(base, tree=tree)
+    spec.save_pretrained(tmp_path)
+    loaded = SpecModel.from_pretrained(base, tmp_path)
+    assert isinstance(loaded.proposer, MedusaProposer)
+    assert loaded.proposer.config.choices == spec.proposer.config.choices
+    state = spec.proposer.heads.state_dict()
+    found = loaded.proposer.heads.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+    inputs = prompts(6, 9)
+    expected = generate(base, inputs, do_sample=False, max_new_tokens=8)[0]
+    assert torch.equal(generate(loaded, inputs, do_sample=False, max_new_tokens=8)[0], expected)
+
+
+def test_card_is_generated_and_a_card_of_somebody_is_kept(tmp_path):
+    spec = with_heads(shared_model("llama"))
+    spec.save_pretrained(tmp_path)
+    card = tmp_path / "README.md"
+    assert GENERATED_MARK in card.read_text()
+    card.write_text(f"old {GENERATED_MARK}")
+    spec.save_pretrained(tmp_path)
+    assert "| heads | 2 |" in card.read_text()
+    card.write_text("my own words")
+    spec.save_pretrained(tmp_path)
+    assert card.read_text() == "my own words"
+
+
+@pytest.mark.parametrize(("heads", "name"), [("ngram", "NgramProposer"), (None, "None")])
+def test_proposer_without_heads_cannot_be_saved(tmp_path, heads, name):
+    spec = SpecModel.from_pretrained(shared_model("llama"), heads)
+    words = rf"proposer is {name}, only a MedusaProposer.*draft model is saved with its own"
+    with pytest.raises(OptionError, match=words):
+        spec.save_pretrained(tmp_path)
+    with pytest.raises(OptionError, match=words):
+        spec.push_to_hub("me/heads")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("is_local", [True, False])
+def test_pushed_files_are_the_heads_and_a_card_without_local_paths(tmp_path, monkeypatch, is_local):
+    base = build_model("llama")
+    base.config._name_or_path = str(tmp_path) if is_local else "org/base"
+    spec = with_heads(base)
+    with running_hub(tmp_path, monkeypatch) as hub:
+        address = spec.push_to_hub("me/heads", private=True, token="hf_secret")
+    assert address.startswith(f"{hub.endpoint}/me/heads/commit/")
+    (created,) = hub.created
+    assert (created["organization"], created["name"]) == ("me", "heads")
+    assert created.get("visibility", created.get("private")) in {"private", True}
+    assert hub.tokens == {"Bearer hf_secret"}
+    files = hub.commits["me/heads"]
+    assert files.keys() == {"README.md", "config.json", "medusa_lm_head.safetensors"}
+    assert '"me/heads"' in files["README.md"].decode()
+    assert str(tmp_path).encode() not in b"".join(files.values())
+    name = json.loads(files["config.json"]).get("base_model_name_or_path")
+    assert name == (None if is_local else "org/base")
+    assert ("base_model:" in files["README.md"].decode()) is not is_local
