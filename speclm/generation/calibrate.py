@@ -42,13 +42,16 @@ def replay_rounds(ranks: Ranks, choices: Choices) -> list[int]:
 def estimate_tau(texts: Sequence[Ranks], choices: Choices) -> float:
     """Return the tokens per target forward that decoding the texts with the tree would have.
 
-    Like the measured tau it counts the bonus token and leaves the prefill out; the last round of a
-    text may end before its draft is used up.
+    Like the measured tau it counts the bonus token and leaves the prefill out; a round that ends
+    its text counts the tokens that it still had.
+
+    Raises:
+        OptionError: If the texts have no tokens.
     """
-    lengths = [length for ranks in texts for length in replay_rounds(ranks, choices)]
-    if not lengths:
+    num_rounds = sum(len(replay_rounds(ranks, choices)) for ranks in texts)
+    if num_rounds == 0:
         raise OptionError("no text has a token to guess; give texts of at least two tokens")
-    return 1 + sum(lengths) / len(lengths)
+    return sum(map(len, texts)) / num_rounds
 
 
 def calibrate_choices(
