@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from speclm.errors import OptionError, UnknownNameError, UnsupportedModelError
 from speclm.formats import MedusaCheckpoint, find_medusa, read_medusa
 from speclm.heads.medusa import MedusaHeads, MedusaHeadsConfig
+from speclm.proposers.combined import CombinedProposer
 from speclm.proposers.draft_model import DraftModelProposer
 from speclm.proposers.interface import Proposer
 from speclm.proposers.medusa import MedusaProposer
@@ -21,11 +22,15 @@ from speclm.verify import check_trees
 # What tells heads from a draft model, and what heads consist of: no code is ever downloaded.
 _HINTS = ["config.json", "*.index.json", "medusa_lm_head.*"]
 _HEAD_FILES = ["*.json", "*.safetensors", "*.pt"]
-_MEDUSA_OPTIONS = ("dtype", "tree")
+_MEDUSA_OPTIONS = ("dtype", "min_chance", "tree")
+
+
+Heads = str | Path | PreTrainedModel | Proposer
+"""What a user may write for one proposer."""
 
 
 def load_proposer(
-    heads: str | Path | PreTrainedModel | Proposer | None,
+    heads: Heads | list[Heads] | tuple[Heads, ...] | None,
     base: PreTrainedModel,
     *,
     heads_kwargs: dict[str, Any],
@@ -34,10 +39,11 @@ def load_proposer(
     """Return the proposer that `heads` stands for.
 
     Args:
-        heads: Registered name, folder, hub id, loaded draft model, proposer, or None.
+        heads: Registered name, folder, hub id, loaded draft model, proposer, or None; or several
+            of them, whose guesses are joined.
         base: The target, whose vocabulary, dtype and device a draft model has to share.
         heads_kwargs: Arguments of a draft model's ``from_pretrained``, or of a registered
-            proposer's constructor; ``dtype`` and ``tree`` for Medusa heads.
+            proposer's constructor; ``dtype``, ``min_chance`` and ``tree`` for Medusa heads.
         num_draft_tokens: Most tokens drafted a round; None for the proposer's default.
 
     Raises:
@@ -48,6 +54,8 @@ def load_proposer(
         CheckpointError: If Medusa heads are damaged or incomplete.
     """
     options = {} if num_draft_tokens is None else {"num_draft_tokens": num_draft_tokens}
+    if isinstance(heads, list | tuple):
+        return _join(heads, base, heads_kwargs, options)
     if heads is None or isinstance(heads, Proposer):
         unused = sorted({**options, **heads_kwargs})
         if unused:
@@ -70,6 +78,21 @@ def load_proposer(
     if folder is not None:
         return _load_medusa(folder, heads, base, {**heads_kwargs, **options})
     return _wrap_draft_model(_load_draft_model(heads, base, heads_kwargs), base, options)
+
+
+def _join(
+    heads: list[Heads] | tuple[Heads, ...],
+    base: PreTrainedModel,
+    heads_kwargs: dict[str, Any],
+    options: dict[str, int],
+) -> Proposer:
+    if heads_kwargs:
+        raise OptionError(
+            f"heads are {len(heads)} proposers and heads_kwargs {sorted(heads_kwargs)!r} would "
+            "have no clear owner; pass proposers that are built with their options"
+        )
+    parts = [load_proposer(part, base, heads_kwargs={}, num_draft_tokens=None) for part in heads]
+    return CombinedProposer([part for part in parts if part is not None], **options)
 
 
 def _medusa_folder(heads: str | Path) -> Path | None:
@@ -100,7 +123,7 @@ def _load_medusa(
     folder: Path, heads: str | Path, base: PreTrainedModel, options: dict[str, Any]
 ) -> Proposer:
     dtype = options.pop("dtype", base.dtype)
-    unknown = sorted(options.keys() - {"tree", "num_draft_tokens"})
+    unknown = sorted(options.keys() - {"min_chance", "tree", "num_draft_tokens"})
     if unknown:
         raise OptionError(
             f"Medusa heads do not take {unknown!r} in heads_kwargs; known are {_MEDUSA_OPTIONS!r}"

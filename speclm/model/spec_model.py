@@ -23,7 +23,7 @@ from speclm.acceptance import AcceptanceRule, resolve_acceptance_rule
 from speclm.errors import OptionError
 from speclm.generation import NeedsPlainDecoding, generate_tokens
 from speclm.model.arguments import first_delegated, require_acceptable, resolve_setting
-from speclm.model.loading import load_proposer
+from speclm.model.loading import Heads, load_proposer
 from speclm.model.saving import push_heads, save_heads
 from speclm.proposers.interface import Proposer
 from speclm.stats import SpeculationStats
@@ -82,7 +82,7 @@ class SpecModel:
     def from_pretrained(
         cls,
         base: str | Path | PreTrainedModel,
-        heads: str | Path | PreTrainedModel | Proposer | None = "ngram",
+        heads: Heads | list[Heads] | tuple[Heads, ...] | None = "ngram",
         *,
         heads_kwargs: dict[str, Any] | None = None,
         num_draft_tokens: int | None = None,
@@ -92,11 +92,13 @@ class SpecModel:
 
         Args:
             base: Folder, hub id or loaded model.
-            heads: The name of a registered proposer, a folder, a hub id or a loaded model of a
-                draft model with the same vocabulary, a `Proposer`, or None for none.
+            heads: The name of a registered proposer, a folder or hub id of Medusa heads, a folder,
+                a hub id or a loaded model of a draft model with the same vocabulary, a
+                `Proposer`, or None for none. A list of these joins their guesses.
             heads_kwargs: For a draft model that is loaded: arguments of its ``from_pretrained``,
                 such as dtype, quantisation or device_map; by default it gets the base's dtype and
-                device. For a registered proposer: its own options.
+                device. For Medusa heads: dtype, tree and min_chance. For a registered proposer:
+                its own options.
             num_draft_tokens: Most tokens drafted a round; by default the proposer's own choice.
             **kwargs: Arguments of the base's ``from_pretrained``, such as dtype and device_map.
 

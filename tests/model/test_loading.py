@@ -16,7 +16,8 @@ from speclm.errors import (
     UnknownNameError,
     VocabularyMismatchError,
 )
-from speclm.model.loading import load_proposer
+from speclm.model.loading import _medusa_folder, load_proposer
+from speclm.proposers.combined import CombinedProposer
 from speclm.proposers.draft_model import DraftModelProposer
 from speclm.proposers.medusa import MedusaProposer
 from speclm.proposers.ngram import NgramProposer
@@ -53,6 +54,22 @@ def test_registered_name_builds_its_proposer_with_the_options(base):
     assert isinstance(proposer, NgramProposer)
     assert proposer.config.max_ngram == 3
     assert proposer.config.num_draft_tokens == 7
+
+
+def test_a_list_joins_proposers(base, tmp_path):
+    save_heads(tmp_path)
+    proposer = load(["ngram", tmp_path], base, num_draft_tokens=9)
+    assert isinstance(proposer, CombinedProposer)
+    assert [type(part) for part in proposer.parts] == [NgramProposer, MedusaProposer]
+    assert proposer.config.num_draft_tokens == 9
+    assert isinstance(load(("ngram",), base), CombinedProposer)
+
+
+def test_a_list_takes_no_options_and_needs_a_part(base):
+    with pytest.raises(OptionError, match=r"max_ngram.*no clear owner"):
+        load(["ngram", "ngram"], base, heads_kwargs={"max_ngram": 3})
+    with pytest.raises(OptionError, match="no proposers"):
+        load([], base)
 
 
 def test_none_and_built_proposers_are_taken_as_they_are(base):
@@ -231,7 +248,7 @@ def test_dtype_of_heads_with_output_matrices_may_differ(base, tmp_path, dtype):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"wings": 2}, r"do not take \['wings'\].*'dtype', 'tree'"),
+        ({"wings": 2}, r"do not take \['wings'\].*'dtype'.*'tree'"),
         ({"dtype": "nothing"}, r"dtype of the heads is 'nothing'"),
         ({"dtype": torch.int8}, r"dtype of the heads is torch.int8"),
     ],
@@ -273,8 +290,7 @@ def test_heads_on_the_hub_are_downloaded_without_any_code(base, tmp_path, monkey
         proposer = load("me/heads", base)
         assert isinstance(proposer, MedusaProposer)
         assert {*hub.sent} == {"config.json", "medusa_lm_head.safetensors"}
-        with pytest.raises(UnknownNameError, match=r"'me/nothing' is not a registered proposer"):
-            load("me/nothing", base)
+        assert _medusa_folder("me/nothing") is None  # and so it is tried as a draft model
     # A second call takes what is there; the hub has stopped.
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     assert isinstance(load("me/heads", base), MedusaProposer)
