@@ -60,7 +60,7 @@ def run(decode, monkeypatch, path, *arguments):
 
 @pytest.mark.usefixtures("medusa_asset")
 def test_shape_inflates_every_arm_and_is_recorded(decode, monkeypatch, tmp_path):
-    arms = ("plain", "assisted", "ngram", "draft", "medusa", "ngram+medusa")
+    arms = ("ngram", "draft", "medusa", "ngram+medusa")
     small = run(decode, monkeypatch, tmp_path / "small", "--arms", ",".join(arms))
     wide = run(decode, monkeypatch, tmp_path / "wide", "--arms", ",".join(arms), "--shape", "tiny")
     assert tuple(wide) == tuple(small) == arms
@@ -75,7 +75,7 @@ def test_shape_inflates_every_arm_and_is_recorded(decode, monkeypatch, tmp_path)
         assert read.pop("base") == 4 * (TINY.num_weights_read + TINY.vocab_size)  # and the bias
         if "medusa" in name:
             assert read.pop("medusa") == 4 * heads
-        if name in {"draft", "assisted"}:
+        if name == "draft":
             assert 0 < read.pop("draft") < settings["bytes_read"]["base"]
         assert read == {}
     assert wide["ngram"]["tau"] > 1
