@@ -10,7 +10,7 @@ from speclm.acceptance import accept_exact
 from speclm.bench.overhead import TREE_PARENTS
 from speclm.cache import TreeCache
 from speclm.demo import assets
-from speclm.generation.choices import choose_at_all_nodes
+from speclm.acceptance.choices import choose_at_all_nodes
 from speclm.proposers import NgramProposer, Prefill
 from speclm.sampling import TokenChooser
 from speclm.target import TargetView

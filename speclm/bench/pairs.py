@@ -151,7 +151,7 @@ def merge_stats(parts: Sequence[SpeculationStats | None]) -> SpeculationStats | 
     counted = [part for part in parts if part is not None]
     if not counted:
         return None
-    merged = SpeculationStats(backend=counted[0].backend)
+    merged = SpeculationStats(backend=counted[0].backend, acceptance=counted[0].acceptance)
     for part in counted:
         merged.rows.extend(part.rows)
         merged.rounds += part.rounds

@@ -16,6 +16,7 @@ from transformers.utils.logging import disable_progress_bar
 from speclm.demo import assets
 from speclm.errors import OptionError, UnknownNameError
 from speclm.model import SpecModel
+from speclm.model.loading import Heads
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -40,8 +41,9 @@ def load(
 
     Args:
         base: Folder or hub id; None for the bundled model.
-        heads: As ``SpecModel.from_pretrained`` takes it, or "none"; by default the bundled draft
-            model for the bundled base and "ngram" for any other.
+        heads: As ``SpecModel.from_pretrained`` takes it, several parted by commas, or "none"; for
+            the bundled base also "draft" and "medusa". By default the bundled draft model for the
+            bundled base and "ngram" for any other.
         dtype: Of the weights; by default float32 for the bundled model and "auto" for others.
         device: Where both run; by default a GPU if there is one.
 
@@ -64,8 +66,13 @@ def load(
             f"--base {name!r} is not a folder or hub id of a causal language model ({error})"
         ) from error
     if heads is None:
-        heads = str(assets()["draft"]) if is_bundled else "ngram"
-    spec = SpecModel.from_pretrained(model.to(device), None if heads == "none" else heads)
+        heads = "draft" if is_bundled else "ngram"
+    bundled = {part: assets()[part] for part in ("draft", "medusa")} if is_bundled else {}
+    parts: list[Heads] = [bundled.get(part, part) for part in heads.split(",")]
+    if heads == "none":
+        spec = SpecModel.from_pretrained(model.to(device), None)
+    else:
+        spec = SpecModel.from_pretrained(model.to(device), parts if len(parts) > 1 else parts[0])
     return Loaded(spec, tokenizer)
 
 

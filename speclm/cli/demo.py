@@ -1,6 +1,6 @@
 """``speclm demo``: shows real speculation with the bundled models, offline."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -61,10 +61,16 @@ def demo(
 
 
 def _arms(base: PreTrainedModel) -> list[Arm]:
-    draft = AutoModelForCausalLM.from_pretrained(assets()["draft"], dtype=torch.float32)
+    medusa = assets()["medusa"]
+    heads: dict[str, Any] = {
+        "ngram": "ngram",
+        "draft": AutoModelForCausalLM.from_pretrained(assets()["draft"], dtype=torch.float32),
+        "medusa": medusa,
+        "ngram+medusa": ["ngram", medusa],
+    }
     proposers = {
-        name: load_proposer(heads, base, heads_kwargs={}, num_draft_tokens=None)
-        for name, heads in (("ngram", "ngram"), ("draft", draft))
+        name: load_proposer(given, base, heads_kwargs={}, num_draft_tokens=None)
+        for name, given in heads.items()
     }
     return [speculative_arm(name, base, proposer) for name, proposer in proposers.items()]
 

@@ -5,22 +5,22 @@ from pathlib import Path
 from speclm.errors import MissingAssetError
 
 DATA = Path(__file__).parent / "data"
-NAMES = ("base", "draft", "prompts")
+NAMES = ("base", "draft", "medusa", "prompts")
 
 
 def assets() -> dict[str, Path]:
     """Return the folders of the bundled assets by name.
 
-    ``base`` and ``draft`` are model folders with tokenizer; load them with
-    ``dtype=torch.float32``, because their files are bfloat16. ``prompts`` holds the conversations
-    that [speclm.demo.load_prompts][] reads.
+    ``base`` and ``draft`` are model folders with tokenizer, ``medusa`` holds Medusa heads for
+    that base; load the models with ``dtype=torch.float32``, because their files are bfloat16.
+    ``prompts`` holds the conversations that [speclm.demo.load_prompts][] reads.
 
     Raises:
         MissingAssetError: An asset is not part of this installation.
 
     Example:
         >>> sorted(assets())
-        ['base', 'draft', 'prompts']
+        ['base', 'draft', 'medusa', 'prompts']
     """
     paths = {name: DATA / name for name in NAMES}
     missing = [name for name, path in paths.items() if not path.is_dir()]

@@ -16,6 +16,13 @@ def test_generate_compares_with_plain_decoding(run):
     assert "tau" in result.output
 
 
+def test_generate_joins_proposers_parted_by_commas(run):
+    options = ("--prompt", "2 + 2?", "--heads", "ngram,medusa", "--compare")
+    result = run("generate", *options, *SHORT)
+    assert result.exit_code == 0
+    assert "identical: yes" in result.output
+
+
 def test_generate_samples_from_a_file_without_chat_template(run, tmp_path):
     file = tmp_path / "prompt.txt"
     file.write_text("SELECT a FROM b WHERE")
