@@ -117,7 +117,7 @@ def test_any_other_setting_makes_a_table_of_its_own(rewrite):
 
 
 def test_what_follows_from_other_settings_makes_no_table(rewrite):
-    derived = {"options": {"top_k": 0}, "max_new_tokens": 256, "bytes_read": 9, "layers": [1]}
+    derived = {"options": {"top_k": 0}, "max_new_tokens": 256, "layers": [1]}
     assert rewrite(a_record(), a_record(arm="draft", **derived)).count("| setting |") == 1
 
 
@@ -125,6 +125,23 @@ def test_filters_of_the_marker_choose_records(rewrite):
     text = rewrite(a_record(), a_record(batch=4), filters=" batch=4 dtype=float32")
     assert text.count("| setting | arm |") == 1
     assert "**batch 4" in text
+
+
+def test_filter_none_leaves_out_what_has_the_setting(rewrite):
+    text = rewrite(a_record(), a_record(shape="1b", median=9.0), filters=" shape=None")
+    assert "1.50 [" in text
+    assert "9.00 [" not in text
+
+
+def test_inflated_tables_say_so_and_what_each_forward_reads(rewrite):
+    inflated = {"shape": "1b", "is_inflated": True}
+    text = rewrite(
+        a_record(arm="plain", **inflated, bytes_read={"base": 2_470_000_000}),
+        a_record(arm="draft", **inflated, bytes_read={"base": 2_470_000_000, "draft": 250_000_000}),
+    )
+    assert text.count("| setting | arm |") == 1
+    assert "**batch 1, float32, 1b, inflated.**" in text
+    assert "Weights read by one forward: base 2.47 GB, draft 0.25 GB." in text
 
 
 def test_table_says_what_it_was_measured_on(rewrite):

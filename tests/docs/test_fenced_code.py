@@ -74,6 +74,11 @@ def check_form(words: list[str]) -> None:
             assert URL.fullmatch(url), f"not a repository: {url}"
         case ["cd", _]:
             pass
+        case ["python", script, *options] if (ROOT / script).is_file():
+            source = (ROOT / script).read_text(encoding="utf-8")
+            for option in options:
+                known = not option.startswith("--") or f'"{option}"' in source
+                assert known, f"{script} has no option {option}"
         case ["pip", "install", *requirements]:
             wanted = [word for word in requirements if word not in ("-e", "-U", "--upgrade")]
             assert wanted, "pip install installs nothing"
@@ -167,6 +172,7 @@ def test_known_commands_pass(run):
     run(
         fenced("bash", 'make demo  # once\npip install -e ".[dev]"\npip install "speclm[kernels]"'),
         fenced("console", "$ git clone https://example.org/speclm.git\n$ cd speclm\nany output"),
+        fenced("bash", "python benchmarks/decode.py --set sql --n 3"),
         fenced("text", "tau 3.1"),
     )
 
@@ -182,6 +188,8 @@ def test_known_commands_pass(run):
         ("bash", "pip install something-else"),
         ("bash", "pip install 'speclm[nosuch]'"),
         ("bash", "make \\"),
+        ("bash", "python no_such_script.py"),
+        ("bash", "python benchmarks/decode.py --no-such-option"),
         ("console", "$ curl example.org"),
     ],
 )
