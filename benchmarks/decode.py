@@ -41,7 +41,6 @@ from speclm.bench import (
     speculative_arm,
 )
 from speclm.demo import assets, load_prompts
-from speclm.errors import MissingAssetError
 from speclm.model.loading import load_proposer
 from speclm.proposers import CombinedProposer, MedusaProposer, NgramProposer
 
@@ -85,11 +84,6 @@ def load_guessers(
 
 
 def load_medusa(base: PreTrainedModel) -> MedusaProposer:
-    if "medusa" not in assets():
-        raise MissingAssetError(
-            f"no Medusa heads among the assets {sorted(assets())}; leave out the arms "
-            f"{sorted(MEDUSA_ARMS)}"
-        )
     proposer = load_proposer(assets()["medusa"], base, heads_kwargs={}, num_draft_tokens=None)
     assert isinstance(proposer, MedusaProposer)
     return proposer
@@ -207,9 +201,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--n", type=int, default=100, help="prompts of each set")
     parser.add_argument("--settings", type=_names(tuple(SETTINGS)), default=[*SETTINGS])
     parser.add_argument("--batch", type=_numbers, default=[1, 4])
-    has_heads = "medusa" in assets()
-    bundled = [name for name in ARMS if has_heads or name not in MEDUSA_ARMS]
-    parser.add_argument("--arms", type=_names(ARMS), default=bundled)
+    parser.add_argument("--arms", type=_names(ARMS), default=[*ARMS])
     parser.add_argument("--shape", choices=sorted(SHAPES), help="inflate all models, see the docs")
     parser.add_argument("--lookup-tokens", type=int, default=10, help="prompt_lookup_num_tokens")
     parser.add_argument("--max-new-tokens", type=int, help="instead of 128 and 256")

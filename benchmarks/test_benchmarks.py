@@ -7,10 +7,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from speclm.acceptance import accept_exact
+from speclm.acceptance.choices import choose_at_all_nodes
 from speclm.bench.overhead import TREE_PARENTS
 from speclm.cache import TreeCache
 from speclm.demo import assets
-from speclm.acceptance.choices import choose_at_all_nodes
 from speclm.proposers import NgramProposer, Prefill
 from speclm.sampling import TokenChooser
 from speclm.target import TargetView

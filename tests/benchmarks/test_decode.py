@@ -3,11 +3,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from speclm.bench import InflatedShape, read_records
 from speclm.demo import assets
-from speclm.errors import MissingAssetError
 from speclm.heads.medusa import MedusaHeads, MedusaHeadsConfig
 from speclm.proposers import MedusaProposer
 
@@ -79,15 +77,6 @@ def test_shape_inflates_every_arm_and_is_recorded(decode, monkeypatch, tmp_path)
             assert 0 < read.pop("draft") < settings["bytes_read"]["base"]
         assert read == {}
     assert wide["ngram"]["tau"] > 1
-
-
-def test_medusa_without_its_asset_names_the_arms_to_leave_out(decode, monkeypatch):
-    bundled = {name: path for name, path in assets().items() if name != "medusa"}
-    monkeypatch.setattr(decode, "assets", lambda: bundled)
-    assert not decode.MEDUSA_ARMS & set(decode.parse_arguments([]).arms)
-    base = decode.load_model("base", dtype=torch.float32, device="cpu")
-    with pytest.raises(MissingAssetError, match=r"leave out the arms \['medusa', 'ngram"):
-        decode.load_guessers(["medusa"], base)
 
 
 def test_shapes_that_are_not_known_are_refused(decode, capsys):
