@@ -2,7 +2,8 @@
 
 A table stands between ``<!-- results:NAME -->`` and ``<!-- /results -->`` and shows the records of
 ``benchmarks/results/NAME.jsonl``. Settings in the marker choose some of them, for example
-``<!-- results:decode batch=1 dtype=float32 -->``. Needs nothing but Python.
+``<!-- results:decode batch=1 dtype=float32 -->``; ``None`` stands for a setting that a record does
+not have. Needs nothing but Python.
 
     python benchmarks/render.py          # rewrites the tables
     python benchmarks/render.py --check  # fails if one is out of date
@@ -145,15 +146,13 @@ def in_order(key: str, values: Iterable[Any]) -> list[Any]:
 def heading_keys(records: Sequence[Record], rows: Sequence[str]) -> list[str]:
     """Return the settings that are equal throughout a table: all that make no row and no column.
 
-    Lists and dictionaries are left out: they say more about an arm than its name does.
+    Lists and dictionaries are left out: they describe an arm further.
     """
     found = {
         key: None
         for record in records
         for key, value in record["settings"].items()
-        if isinstance(value, str | int | float)
-        and key not in {*rows, COLUMN, *NO_CELL}
-        and not key.startswith("bytes")
+        if isinstance(value, str | int | float) and key not in {*rows, COLUMN, *NO_CELL}
     }
     return list(found)
 
@@ -234,9 +233,21 @@ def caption(records: Sequence[Record], headings: Sequence[str], unit: Unit) -> s
         f"{distinct(records, describe_machine)};",
         f"{distinct(records, describe_versions)};",
         f"commit {distinct(records, describe_commit)}.",
+        *bytes_read(records),
         *identity(records),
     ]
     return " ".join(parts)
+
+
+def bytes_read(records: Sequence[Record]) -> list[str]:
+    """Return how many bytes of weights a forward of each module reads, where records say so."""
+    read: dict[str, int] = {}
+    for record in records:
+        read.update(record["settings"].get("bytes_read", {}))
+    if not read:
+        return []
+    amounts = ", ".join(f"{name} {number / 1e9:.2f} GB" for name, number in read.items())
+    return [f"Weights read by one forward: {amounts}."]
 
 
 def identity(records: Sequence[Record]) -> list[str]:
@@ -260,6 +271,9 @@ def distinct(records: Sequence[Record], describe: Callable[[Record], str]) -> st
 
 
 def describe_setting(key: str, value: Any) -> str:
+    if isinstance(value, bool):
+        name = key.removeprefix("is_").replace("_", " ")
+        return name if value else f"not {name}"
     named = key in LABELS or isinstance(value, str)
     return label_of(key, value) if named else f"{key.replace('_', ' ')} {value}"
 

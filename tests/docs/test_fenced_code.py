@@ -2,8 +2,8 @@
 
 The blocks of a page run in order in one process, in an empty folder: ``python`` blocks share one
 namespace; in ``bash`` and ``console`` blocks (where commands follow ``$``) each line is a known
-command. ``speclm`` lines run, ``make`` targets must exist, and what fetches or installs is checked
-for form. ``text`` is output.
+command. ``speclm`` lines run, ``make`` targets, scripts and their options must exist, and what
+fetches or installs is checked for form. ``text`` is output.
 """
 
 import json
