@@ -17,6 +17,7 @@ BUILTINS = {
     "NumericalError": ArithmeticError,
     "UnsupportedModelError": TypeError,
     "CheckpointError": ValueError,
+    "DataError": ValueError,
     "MissingAssetError": FileNotFoundError,
     "MeasurementError": RuntimeError,
 }

@@ -112,6 +112,7 @@ def test_a_tree_deeper_than_the_heads_is_trimmed_with_one_line(caplog):
     assert len(proposer.config.choices) == 38
 
 
+@torch.no_grad()
 def test_a_growing_tree_holds_the_likeliest_paths_of_each_row():
     base = shared_model("llama")
     heads = random_heads(num_heads=2, scale=1.0)
