@@ -1,10 +1,11 @@
 """Where an output differs from plain decoding, and whether rounding explains it."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
@@ -16,7 +17,9 @@ from speclm.tree.topology import chain
 MAX_GAP_PER_DIFFERENCE = 4.0
 """Two roundings move two scores; beyond twice their sum a divergence is a mistake."""
 
-_NUM_NODES = 8
+_TREE_SIZES = (2, 4, 8, 16)
+"""Nodes in whose forwards logits are compared: which of them a divergence came from, and what
+rounded there, is not known. In bfloat16 one size alone may happen to round like one token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +35,7 @@ class Divergence:
         gap: Score by which the winner leads the token that was emitted instead: a logit, or,
             when sampling, the logarithm of the probability over the noise.
         logit_difference: Largest difference at that position between the logits of one-token
-            forwards and of forwards over `_NUM_NODES` nodes, in the units of `gap`.
+            forwards and of forwards over 2, 4, 8 or 16 nodes, in the units of `gap`.
     """
 
     call: int
@@ -83,10 +86,11 @@ def explain(
         plain_token, token = (
             tokens[position] if position < len(tokens) else -1 for tokens in (expected, emitted)
         )
-        one, many = _logits_both_ways(base, call, row, expected[:position])
-        one, many = (_process(base, call, logits) for logits in (one, many))
-        both = one.isfinite() & many.isfinite()
-        difference = float((one - many)[both].abs().max())
+        one, *many = (
+            _process(base, call, logits)
+            for logits in _logits_in_all_ways(base, call, row, expected[:position])
+        )
+        difference = max(_largest_difference(one, other) for other in many)
         scores = one if not call.is_sampled else one - _log_noise(base, call, row, position)
         rivals = [float(scores[t]) if t >= 0 else -float("inf") for t in (plain_token, token)]
         gap = float(scores.max()) - min(rivals)
@@ -94,39 +98,53 @@ def explain(
     return found
 
 
-def _logits_both_ways(
+def _largest_difference(one: Float[Tensor, " vocab"], other: Float[Tensor, " vocab"]) -> float:
+    both = one.isfinite() & other.isfinite()
+    return float((one - other)[both].abs().max())
+
+
+def _logits_in_all_ways(
     base: PreTrainedModel, call: Call, row: int, decoded: list[int]
-) -> tuple[Float[Tensor, " vocab"], Float[Tensor, " vocab"]]:
-    """Return the logits after `decoded`, fed token by token and in trees.
+) -> Iterator[Float[Tensor, " vocab"]]:
+    """Return the logits after `decoded`, fed token by token and then in trees of each size.
 
     The row is repeated to the batch of the call, whose size decides how products are rounded.
     """
     batch = call.input_ids.shape[0]
     prompt = call.input_ids[row][call.attention_mask[row].bool()].expand(batch, -1)
     tokens = torch.tensor(decoded, dtype=torch.long, device=prompt.device).expand(batch, -1)
-
     plain_cache = DynamicCache(config=base.config)
     output = base(input_ids=prompt, past_key_values=plain_cache, use_cache=True, logits_to_keep=1)
     for step in range(len(decoded)):
         output = base(
             input_ids=tokens[:, step : step + 1], past_key_values=plain_cache, use_cache=True
         )
-    one = output.logits[0, -1]
+    yield output.logits[0, -1].float()
+    for num_nodes in _TREE_SIZES:
+        yield _logits_in_trees(base, prompt, tokens, num_nodes=num_nodes).float()
 
+
+def _logits_in_trees(
+    base: PreTrainedModel,
+    prompt: Int[Tensor, "batch prompt"],
+    tokens: Int[Tensor, "batch seq"],
+    *,
+    num_nodes: int,
+) -> Float[Tensor, " vocab"]:
+    """Return the logits after a prompt and tokens that are fed in trees of one size."""
     view = TargetView(base)
+    batch = len(prompt)
     cache = view.new_cache(torch.zeros(batch, dtype=torch.long, device=prompt.device))
-    many = view.prefill(prompt, cache)[0]
-    for first in range(0, len(decoded), _NUM_NODES):
-        is_last = first + _NUM_NODES >= len(decoded)
-        nodes = tokens[:, first : first + _NUM_NODES]
+    found = view.prefill(prompt, cache)[0]
+    for first in range(0, tokens.shape[1], num_nodes):
+        nodes = tokens[:, first : first + num_nodes]
         num_real = nodes.shape[1]
-        padding = nodes[:, -1:].expand(-1, _NUM_NODES - num_real)
-        topology = chain(_NUM_NODES - 1, device=prompt.device)
+        padding = nodes[:, -1:].expand(-1, num_nodes - num_real)
+        topology = chain(num_nodes - 1, device=prompt.device)
         logits = view.forward_tree(torch.cat([nodes, padding], dim=1), topology, cache)
         cache.keep([list(range(num_real))] * batch)
-        if is_last:
-            many = logits[0, num_real - 1]
-    return one.float(), many.float()
+        found = logits[0, num_real - 1]
+    return found
 
 
 def _process(
