@@ -8,8 +8,13 @@ at a position do not depend on the draft.
 from collections import Counter
 from collections.abc import Sequence
 
+import torch
+import torch.nn.functional as F
+
 from speclm.config import MAX_NODES
 from speclm.errors import OptionError
+from speclm.heads.medusa import MedusaHeads
+from speclm.target import TargetFeatures, TargetView
 from speclm.tree.choices import Choices
 
 Ranks = Sequence[Sequence[int]]
@@ -17,6 +22,39 @@ Ranks = Sequence[Sequence[int]]
 where the text ends before."""
 
 _REPLAYS = 3  # rounds start where the tree before ended them, which settles quickly
+
+
+@torch.no_grad()
+def measure_ranks(
+    view: TargetView, heads: MedusaHeads, prompt: Sequence[int], answer: Sequence[int]
+) -> Ranks:
+    """Return the rank that each head gave to what came, at every root of an answer.
+
+    Args:
+        view: The target that wrote the answer.
+        heads: Its heads.
+        prompt: Token ids that the answer was written for.
+        answer: Token ids of the answer.
+
+    Raises:
+        OptionError: If the prompt is empty or the answer has fewer than two tokens.
+    """
+    if not prompt or len(answer) < 2:
+        raise OptionError(
+            f"prompt has {len(prompt)} tokens and the answer {len(answer)}, expected at least 1 "
+            "and 2; leave such texts out"
+        )
+    tokens = torch.tensor([[*prompt, *answer]], device=view.device)
+    with view.decoding(TargetFeatures.LAST_HIDDEN):
+        view.prefill(tokens, view.new_cache(torch.zeros(1, dtype=torch.long, device=view.device)))
+        assert view.features is not None
+        hidden = view.features[0, len(prompt) - 1 : -2]  # what chose the answer's tokens but one
+    logits = heads(hidden, lm_head=view.head_logits)  # [roots, heads, vocab]
+    following = F.pad(tokens[0, len(prompt) + 1 :], (0, heads.num_heads - 1), value=-1)
+    wanted = following.unfold(0, heads.num_heads, 1)  # [roots, heads]
+    right = logits.gather(2, wanted.clamp(min=0)[:, :, None])
+    ranks: Ranks = (logits > right).sum(2).masked_fill(wanted < 0, -1).tolist()
+    return ranks
 
 
 def replay_rounds(ranks: Ranks, choices: Choices) -> list[int]:
