@@ -15,6 +15,7 @@ from speclm.acceptance.accepted import Accepted
 from speclm.config import MAX_NODES, ProposerConfig, require_depth, require_in_range
 from speclm.errors import OptionError, VocabularyMismatchError
 from speclm.heads.medusa import MedusaHeads
+from speclm.proposers._pruning import least_chance
 from speclm.proposers.interface import Draft, Prefill, Proposer
 from speclm.proposers.ranking import rank_log_probs
 from speclm.sampling.drafts import DraftSampler, DraftSampling, Families
@@ -42,7 +43,8 @@ class MedusaConfig(ProposerConfig):
         choices: Static tree as paths of ranks, see `speclm.tree.choices`; None for trees that
             grow by chance in every round.
         num_draft_tokens: Most nodes of a tree that grows by chance.
-        min_chance: Least estimated chance of acceptance at which a node is added to it.
+        min_chance: Least estimated chance of acceptance at which a node is added to it for a
+            single row; more in a batch.
     """
 
     depth: int = 4
@@ -159,11 +161,12 @@ class MedusaProposer(Proposer):
         best = log_probs.topk(min(MAX_RANK, log_probs.shape[2]), dim=-1)
         if self._is_idle is not None:  # nodes of a row that has ended would slow the others
             best.values.masked_fill_(self._is_idle[:, None, None], float("-inf"))
-        guesses = best.indices.tolist()  # [batch, depth, rank]
-        min_score = math.log(max(config.min_chance, 1e-30))
+        guesses, scores = best.indices.tolist(), best.values.tolist()  # [batch, depth, rank]
+        num_rows = sum(row[0][0] > -math.inf for row in scores)
+        min_score = math.log(max(least_chance(config.min_chance, num_rows=num_rows), 1e-30))
         rows = [
             likeliest_paths(row, num_nodes=config.num_draft_tokens, min_score=min_score)
-            for row in best.values.tolist()
+            for row in scores
         ]
         longest = max(map(len, rows))
         tokens = [

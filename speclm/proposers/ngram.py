@@ -1,6 +1,6 @@
 """A proposer without a model: what followed the same words before may follow again."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from heapq import heappop, heappush
 
 import torch
@@ -11,6 +11,7 @@ from typing_extensions import override
 from speclm.acceptance.accepted import Accepted
 from speclm.config import MAX_DEPTH, ProposerConfig, require_in_range
 from speclm.proposers._ngram_index import MAX_FOLLOWERS, NgramIndex
+from speclm.proposers._pruning import least_chance
 from speclm.proposers.interface import Draft, Prefill, Proposer
 from speclm.proposers.registry import register_proposer
 from speclm.sampling.noise import PositionNoise
@@ -57,7 +58,8 @@ class NgramProposer(Proposer):
         num_draft_tokens: Most nodes of a draft; `NgramConfig` describes all options.
         max_ngram: Longest run of tokens that is looked up.
         branches: Most children of a node.
-        min_chance: Least estimated chance of acceptance at which a node is drafted.
+        min_chance: Least estimated chance of acceptance at which a node is drafted for a single
+            row; more in a batch.
 
     Raises:
         OptionError: If an option is out of range.
@@ -96,8 +98,11 @@ class NgramProposer(Proposer):
 
     @override
     def propose(self, roots: Int[Tensor, " batch"], *, noise: PositionNoise | None) -> Draft:
+        num_rows = self._is_waiting.count(False)
+        min_chance = least_chance(self.config.min_chance, num_rows=num_rows)
+        options = replace(self.config, min_chance=min_chance)
         trees = [
-            _Tree.root_alone(index) if is_waiting else _Tree.grow(index, self.config, self._ends)
+            _Tree.root_alone(index) if is_waiting else _Tree.grow(index, options, self._ends)
             for index, is_waiting in zip(self._rows, self._is_waiting, strict=True)
         ]
         num_nodes = max(len(tree.tokens) for tree in trees)
