@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from speclm.attention import TreeStep, attached, attention_configs, tree_step
 from speclm.cache.tree_cache import TreeCache
@@ -290,11 +290,16 @@ class TargetView:
 @contextmanager
 def _stubbed(decoder: nn.Module, hidden: Tensor) -> Iterator[None]:
     """Let a decoder return the given hidden states, whatever it is called with."""
-    decoder.forward = lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=hidden)
+    before = vars(decoder).get("forward")  # somebody's wrapper
+    # Mixtures of experts read more of the output; the fields are None in either case.
+    decoder.forward = lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=hidden)
     try:
         yield
     finally:
-        del decoder.forward  # an instance attribute that hid the class's method
+        if before is None:
+            del decoder.forward  # an instance attribute that hid the class's method
+        else:
+            decoder.forward = before
 
 
 def _below_prompt(

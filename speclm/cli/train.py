@@ -9,6 +9,7 @@ from rich.table import Table
 
 from speclm.cli._models import load
 from speclm.errors import OptionError
+from speclm.formats import require_place_for_heads
 
 if TYPE_CHECKING:
     from speclm.training import MedusaTrainer
@@ -73,6 +74,7 @@ def medusa(  # noqa: PLR0913, PLR0917 - each is an option of the command
         training_arguments,
     )
 
+    require_place_for_heads(out)
     if not resume and any(out.glob("checkpoint-*")):
         raise OptionError(
             f"--out {str(out)!r} holds checkpoints of another training; pass --resume to go on, "
@@ -126,7 +128,7 @@ def _print_result(trainer: "MedusaTrainer", num_heads: int, out: Path) -> None:
             shares = (f"{last[f'head{head}_top{top}']:.1%}" for top in (1, 2, 3))
             table.add_row(str(head), f"{last[f'head{head}_loss']:.3f}", *shares)
     console = Console(soft_wrap=True)
-    console.print(table)
     if last:
+        console.print(table)
         console.print(f"estimated tau on the last rows: {last['estimated_tau']:.2f}")
     console.print(f"heads are in {out}", markup=False)

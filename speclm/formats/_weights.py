@@ -65,27 +65,40 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> Iterator[WeightFiles]:
-    """Yield the state dicts of a folder: safetensors, shards, then, if there are none, pickles."""
+    """Yield the state dicts of a folder: safetensors, shards, then, if there are none, pickles.
+
+    Files named as heads come first, whatever else lies there. Indices of other things than weights
+    are left out, and so are pickles beside those of a model.
+    """
     sharded: set[Path] = set()
     found_any = False
     indexed: list[WeightFiles] = []
     for index in sorted(folder.glob("*.index.json")):
         files = _indexed_files(index)
+        if files is None:
+            continue
         sharded |= set(files.values())
         indexed.append(WeightFiles(index, files))
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(folder.glob("*.safetensors"), key=_heads_first):
         if file not in sharded:
             found_any = True
             yield WeightFiles(file, dict.fromkeys(_safetensors_keys(file), file))
     yield from indexed
-    if found_any or indexed:
+    if found_any or indexed or any(folder.glob("pytorch_model*.bin")):
         return
-    for file in sorted(folder.glob("*.pt")):
+    for file in sorted(folder.glob("*.pt"), key=_heads_first):
         yield WeightFiles(file, dict.fromkeys(_load_pickle(file), file))
 
 
-def _indexed_files(index: Path) -> dict[str, Path]:
-    weight_map = read_json(index).get("weight_map")
+def _heads_first(file: Path) -> tuple[bool, str]:
+    return not file.name.startswith("medusa"), file.name
+
+
+def _indexed_files(index: Path) -> dict[str, Path] | None:
+    content = read_json(index)
+    if "weight_map" not in content:
+        return None  # of something else
+    weight_map = content["weight_map"]
     names = weight_map.values() if isinstance(weight_map, dict) else [None]
     if not isinstance(weight_map, dict) or any(
         not isinstance(name, str) or Path(name).name != name for name in names

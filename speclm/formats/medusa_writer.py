@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from speclm.errors import CheckpointError
+from speclm.formats._weights import read_json
 from speclm.formats.medusa import MedusaCheckpoint, read_medusa
 
 WEIGHTS_NAME = "medusa_lm_head.safetensors"
@@ -29,9 +30,11 @@ def write_medusa(folder: str | Path, checkpoint: MedusaCheckpoint) -> None:
         checkpoint: What to write.
 
     Raises:
-        CheckpointError: If what was read back is not what was written.
+        CheckpointError: If the folder is a file or holds another model's config, or what was read
+            back is not what was written.
     """
     folder = Path(folder)
+    require_place_for_heads(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder, prefix=".writing-") as aside:
         weights, config = Path(aside, WEIGHTS_NAME), Path(aside, CONFIG_NAME)
@@ -43,6 +46,22 @@ def write_medusa(folder: str | Path, checkpoint: MedusaCheckpoint) -> None:
         _require_equal(folder / WEIGHTS_NAME, checkpoint, read_medusa(aside))
         for path in (weights, config):
             path.replace(folder / path.name)
+
+
+def require_place_for_heads(folder: Path) -> None:
+    """Check that heads can be written into a folder without destroying anything.
+
+    Raises:
+        CheckpointError: If it is a file, or holds the config of another model.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder}: found a file, expected a folder; choose another place")
+    config = folder / CONFIG_NAME
+    if config.is_file() and "medusa_num_heads" not in read_json(config):
+        raise CheckpointError(
+            f"{config}: found the config of another model, expected none or that of Medusa heads; "
+            "save the heads into a folder of their own"
+        )
 
 
 def _named_tensors(checkpoint: MedusaCheckpoint) -> dict[str, Tensor]:

@@ -71,6 +71,11 @@ def load_proposer(
                 "effect; pass them where the model is loaded"
             )
         return _wrap_draft_model(heads, base, options)
+    if not isinstance(heads, str | Path):
+        raise OptionError(
+            f"heads is a {type(heads).__name__}, expected a name, folder, hub id, draft model, "
+            "Proposer, list of these or None; MedusaHeads go into a MedusaProposer"
+        )
     if str(heads) in registered_proposers():
         return _create(str(heads), {**heads_kwargs, **options})
     _require_no_near_miss(heads)

@@ -95,8 +95,14 @@ def _save(
         repo_id=repo_id,
     )
     path = folder / CARD_NAME
-    if not path.exists() or GENERATED_MARK in path.read_text(encoding="utf-8", errors="replace"):
+    if not path.exists() or _is_generated(path):
         path.write_text(card.render(), encoding="utf-8")
+
+
+def _is_generated(card: Path) -> bool:
+    if not card.is_file():
+        return False
+    return GENERATED_MARK in card.read_text(encoding="utf-8", errors="replace")
 
 
 def _hub_id(name: str | None) -> str | None:

@@ -52,10 +52,21 @@ class CombinedProposer(Proposer):
             num_draft_tokens: Most nodes of the joined tree.
 
         Raises:
-            OptionError: If there is no part.
+            OptionError: If there is no part, one is no proposer, or one comes twice.
         """
         if not parts:
             raise OptionError("no proposers to join, expected at least one, such as 'ngram'")
+        for part in parts:
+            if not isinstance(part, Proposer):
+                raise OptionError(
+                    f"part {part!r} is no Proposer; SpecModel.from_pretrained(base, [...]) also "
+                    "takes names, folders and draft models"
+                )
+        singles = [single for part in parts for single in _singles(part)]
+        if len({id(single) for single in singles}) < len(singles):
+            raise OptionError(
+                "one proposer is given twice, and its state is that of one; build another"
+            )
         self.parts = tuple(parts)
         self.config = CombinedConfig(
             depth=max(part.config.depth for part in parts), num_draft_tokens=num_draft_tokens
@@ -144,6 +155,13 @@ class _JoinedRow:
                 self.parents.append(above)
             joined[node] = place
         self.own_nodes.append({ours: own for own, ours in joined.items()})
+
+
+def _singles(part: Proposer) -> list[Proposer]:
+    """Return the proposers in a part that may itself be joined."""
+    if isinstance(part, CombinedProposer):
+        return [single for inner in part.parts for single in _singles(inner)]
+    return [part]
 
 
 def _own_path(path: list[int], own_nodes: dict[int, int]) -> list[int]:

@@ -132,7 +132,7 @@ class MedusaProposer(Proposer):
             return Draft(roots[:, None], chain(0, device=roots.device), probs=None)
         if self._sampler is not None:
             drawn = self.config.choices or trim_choices(STATIC_TREE, max_depth=self.heads.num_heads)
-            tree = static_tree(drawn, device=roots.device)
+            tree = static_tree(drawn[: self.config.num_draft_tokens], device=roots.device)
             return self._draw(roots, self._hidden, tree, self._sampler)
         log_probs = self._rank(self._hidden, noise)
         if self.config.choices is None:

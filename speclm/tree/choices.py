@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -15,6 +16,9 @@ from speclm.tree.topology import TreeTopology, from_parents
 
 Choices = tuple[tuple[int, ...], ...]
 """Paths of ranks from the root; rank 0 is the best guess at its depth."""
+
+
+_EXPECTED = "expected a preset's name, widths such as [4, 2, 1] or paths such as [[0], [0, 0]]"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,7 +48,7 @@ class StaticTree:
         return max(path[-1] for path in self.choices)
 
 
-def normalize_choices(tree: str | Sequence[int] | Sequence[Sequence[int]]) -> Choices:
+def normalize_choices(tree: Any) -> Choices:
     """Return the choices that a user's description of a static tree stands for.
 
     Args:
@@ -62,10 +66,15 @@ def normalize_choices(tree: str | Sequence[int] | Sequence[Sequence[int]]) -> Ch
                 "[4, 2, 1] or paths of ranks are taken too"
             )
         return PRESETS[tree]
-    widths = [width for width in tree if isinstance(width, int)]
+    if not isinstance(tree, Sequence):
+        raise TopologyError(f"tree is {tree!r}, {_EXPECTED}")
+    widths = [width for width in tree if type(width) is int]  # True is no width
     if widths and len(widths) == len(tree):
         return choices_of_widths(widths)
-    paths = sorted({tuple(path) for path in tree if not isinstance(path, int)}, key=_by_depth)
+    found: list[tuple[Any, ...]] = [tuple(path) for path in tree if isinstance(path, Sequence)]
+    if len(found) < len(tree) or any(type(rank) is not int for path in found for rank in path):
+        raise TopologyError(f"tree is {str(tree)[:80]}, {_EXPECTED}")
+    paths = sorted(set(found), key=_by_depth)
     _require_tree(paths)
     return tuple(paths)
 

@@ -303,7 +303,7 @@ def test_config_that_cannot_be_meant_is_refused(tmp_path, config, words):
 
 
 @pytest.mark.parametrize(
-    "index", ["{}", '{"weight_map": {"a": "../b"}}', '{"weight_map": {"a": 1}}']
+    "index", ['{"weight_map": []}', '{"weight_map": {"a": "../b"}}', '{"weight_map": {"a": 1}}']
 )
 def test_index_that_leads_elsewhere_is_refused(tmp_path, index):
     (tmp_path / "model.safetensors.index.json").write_text(index)

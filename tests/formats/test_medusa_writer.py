@@ -112,3 +112,24 @@ def test_a_bit_that_changed_on_disk_is_an_error(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"\['bias'\] read back differ.*old files are kept"):
         write_medusa(tmp_path, checkpoint())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_config_of_another_model_is_never_overwritten(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(CheckpointError, match=r"config of another model.*folder of their own"):
+        write_medusa(tmp_path, checkpoint())
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+    assert "llama" in (tmp_path / "config.json").read_text()
+
+
+def test_a_file_is_no_place_for_heads(tmp_path):
+    (tmp_path / "heads").write_text("")
+    with pytest.raises(CheckpointError, match="found a file, expected a folder"):
+        write_medusa(tmp_path / "heads", checkpoint())
+
+
+def test_what_was_saved_is_what_is_read_whatever_else_lies_there(tmp_path):
+    write_medusa(tmp_path, checkpoint(heads=3))
+    (tmp_path / "medusa_lm_head.safetensors").rename(tmp_path / "best.safetensors")
+    write_medusa(tmp_path, checkpoint())
+    assert read_medusa(tmp_path).num_heads == 2

@@ -72,6 +72,16 @@ def test_a_list_takes_no_options_and_needs_a_part(base):
         load([], base)
 
 
+def test_files_that_are_no_weights_do_not_hide_a_draft_model(base, tmp_path):
+    base.save_pretrained(tmp_path)
+    (tmp_path / "onnx.index.json").write_text('{"a": 1}')
+    assert isinstance(load(tmp_path, base), DraftModelProposer)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(base.state_dict(), tmp_path / "pytorch_model.bin")
+    torch.save({"state": {}}, tmp_path / "optimizer.pt")
+    assert isinstance(load(tmp_path, base), DraftModelProposer)
+
+
 def test_none_and_built_proposers_are_taken_as_they_are(base):
     proposer = NgramProposer()
     assert load(None, base) is None

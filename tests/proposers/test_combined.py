@@ -111,6 +111,12 @@ def test_all_proposers_joined_give_the_tokens_of_plain_decoding(family, settings
     assert spec.last_speculation.tau > 2
 
 
+def test_parts_have_to_be_different_ones():
+    ngram = NgramProposer()
+    with pytest.raises(OptionError, match="given twice"):
+        CombinedProposer([ngram, CombinedProposer([ngram])])
+
+
 def test_no_part_is_an_error():
     with pytest.raises(OptionError, match="no proposers"):
         CombinedProposer([])

@@ -2,6 +2,12 @@ import logging
 
 import pytest
 import torch
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    GraniteMoeConfig,
+    GraniteMoeForCausalLM,
+)
 
 from speclm import SpecModel
 from speclm.acceptance import Accepted
@@ -9,7 +15,15 @@ from speclm.errors import OptionError, TopologyError, VocabularyMismatchError
 from speclm.heads import MedusaHeads, MedusaHeadsConfig
 from speclm.proposers.interface import Prefill
 from speclm.proposers.medusa import MedusaProposer
-from tests.models import FAMILIES, VOCAB_SIZE, build_model, generate, prompts, shared_model
+from tests.models import (
+    FAMILIES,
+    VOCAB_SIZE,
+    build_model,
+    generate,
+    prompts,
+    randomise,
+    shared_model,
+)
 
 HIDDEN = 40
 CPU = torch.device("cpu")
@@ -160,6 +174,45 @@ def test_options_out_of_range_are_named(options, words):
     base = shared_model("llama")
     with pytest.raises(OptionError, match=words):
         MedusaProposer(random_heads(), target=base, **options)
+
+
+def test_drawn_drafts_keep_to_num_draft_tokens():
+    spec = spec_model(num_draft_tokens=2)
+    spec.generate(**prompts(6), max_new_tokens=12, do_sample=True, acceptance="rejection")
+    (row,) = spec.last_speculation.rows
+    assert 0 < row.num_draft_tokens <= 2 * len(row.accepted_lengths)
+
+
+@pytest.mark.parametrize("kind", ["granitemoe", "cohere"])
+def test_heads_without_matrix_work_where_logits_are_more_than_a_product(kind):
+    shape = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": HIDDEN,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": 0,
+    }
+    if kind == "cohere":
+        base = randomise(CohereForCausalLM(CohereConfig(**shape, logit_scale=0.5)))
+    else:
+        experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "logits_scaling": 2.0}
+        base = randomise(GraniteMoeForCausalLM(GraniteMoeConfig(**shape, **experts)))
+    decoder, own = base.get_decoder(), base.get_decoder().forward
+
+    def wrapped(*arguments, **settings):
+        return own(*arguments, **settings)
+
+    decoder.forward = wrapped
+    spec = SpecModel(base, MedusaProposer(random_heads(), target=base))
+    expected = generate(base, prompts(6, 3), max_new_tokens=8)
+    found = generate(spec, prompts(6, 3), max_new_tokens=8)
+    assert torch.equal(found[0], expected[0])
+    assert spec.last_speculation.fallbacks == []
+    assert vars(decoder)["forward"] is wrapped
 
 
 def test_num_draft_tokens_bounds_the_tree():
