@@ -9,9 +9,6 @@ from torch import Tensor
 from speclm.generation.calibrate import Ranks, replay_rounds
 from speclm.tree.choices import Choices
 
-ESTIMATE_TREE: Choices = ((0,), (1,), (0, 0), (0, 1), (0, 0, 0), (0, 0, 1), (0, 0, 0, 0))
-"""Tree that tau is estimated for: small, and the same for all heads, so that runs compare."""
-
 TOP = 3
 """Accuracies are counted among the 1, 2, ... best guesses up to this."""
 

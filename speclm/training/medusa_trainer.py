@@ -15,12 +15,12 @@ from typing_extensions import override
 from speclm.errors import NumericalError
 from speclm.formats import MedusaCheckpoint, write_medusa
 from speclm.heads import MedusaHeads, MedusaHeadsConfig
-from speclm.proposers.medusa import MedusaProposer
+from speclm.proposers.medusa import STATIC_TREE, MedusaProposer
 from speclm.target import TargetView
 from speclm.training._progress import TauProgress
 from speclm.training.checkpoints import last_complete_checkpoint
 from speclm.training.length_sampler import LengthSampler
-from speclm.training.medusa_meter import ESTIMATE_TREE, MedusaMeter
+from speclm.training.medusa_meter import MedusaMeter
 from speclm.training.medusa_model import MedusaObjective, MedusaTrainingModel
 from speclm.training.rows import Item, TrainingRows, collate_rows
 from speclm.tree.choices import trim_choices
@@ -100,7 +100,8 @@ class MedusaTrainer(Trainer):
         if getattr(base, "hf_device_map", None) is None and base.device != args.device:
             base.to(args.device)  # type: ignore[arg-type]  # Transformers' decorator
         MedusaProposer(heads, target=base)  # checks that they fit
-        choices = trim_choices(ESTIMATE_TREE, max_depth=heads.num_heads)
+        # The same for all heads, whatever they will draft, so that estimates compare.
+        choices = trim_choices(STATIC_TREE, max_depth=heads.num_heads)
         self._meters = {
             is_training: MedusaMeter(choices, num_heads=heads.num_heads)
             for is_training in (True, False)
