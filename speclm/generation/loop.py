@@ -237,6 +237,7 @@ class _Run:
         if self.max_length <= last + 1:
             return False
         roots = [self.num_prompt_tokens - 1 + new for new in self.rows.num_tokens]
+        # Syncs, but only where a row may outgrow the positions that the model was built for.
         return any(
             root - padding <= last < root - padding + depth
             for root, padding in zip(roots, self.cache.num_padding.tolist(), strict=True)

@@ -222,6 +222,7 @@ class SpecModel:
 
         Raises:
             OptionError: If the proposer has no heads, as n-grams and draft models have none.
+            CheckpointError: If the folder is a file or holds another model's config.
         """
         save_heads(folder, self.proposer, self.base)
 
