@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
+from threading import RLock
 from typing import Any, cast
 
 import torch
@@ -126,16 +128,65 @@ def tree_step(step: TreeStep) -> Iterator[None]:
 
 @contextmanager
 def attached(configs: Sequence[PretrainedConfig]) -> Iterator[None]:
-    """Route the attention of models with these configs through this module, then restore it."""
-    before = [config._attn_implementation for config in configs]
+    """Route the attention of models with these configs through this module, then restore it.
+
+    Models may share a config, and run in several threads: it is restored behind the last of them.
+    What a thread without a tree step runs meanwhile computes what it always does.
+    """
+    user = object()
     try:
-        for config, name in zip(configs, before, strict=True):
-            if not name.startswith(_PREFIX):
-                config._attn_implementation_internal = _register(name)
+        for config in configs:
+            _ATTACHMENTS.add(config, user)
         yield
     finally:
-        for config, name in zip(configs, before, strict=True):
-            config._attn_implementation_internal = name
+        for config in configs:
+            _ATTACHMENTS.remove(config, user)
+
+
+@dataclass(slots=True)
+class _Attachment:
+    """A config that is attached.
+
+    Args:
+        config: Kept here so that its id is no other's.
+        implementation: What it named before.
+        users: One object for each forward that needs it.
+    """
+
+    config: PretrainedConfig
+    implementation: str
+    users: set[object] = field(default_factory=set)
+
+
+class _Attachments:
+    """The configs that are attached, by id."""
+
+    def __init__(self) -> None:
+        # The collector may close a forward that was abandoned while this thread holds it.
+        self._lock = RLock()
+        self._found: dict[int, _Attachment] = {}
+
+    def add(self, config: PretrainedConfig, user: object) -> None:
+        with self._lock:
+            name = config._attn_implementation
+            attachment = self._found.setdefault(id(config), _Attachment(config, name))
+            attachment.users.add(user)
+            if not name.startswith(_PREFIX):
+                config._attn_implementation_internal = _register(name)
+
+    def remove(self, config: PretrainedConfig, user: object) -> None:
+        """Restore the config if nobody else uses it; of no effect for one that was not added."""
+        with self._lock:
+            attachment = self._found.get(id(config))
+            if attachment is None:
+                return
+            attachment.users.discard(user)
+            if not attachment.users:
+                config._attn_implementation_internal = attachment.implementation
+                del self._found[id(config)]
+
+
+_ATTACHMENTS = _Attachments()
 
 
 def attention_configs(model: nn.Module) -> list[PretrainedConfig]:

@@ -50,6 +50,10 @@ class CacheError(SpeclmError, TypeError):
     """A key/value cache of a kind that cannot be rolled back was passed in."""
 
 
+class BusyError(SpeclmError, RuntimeError):
+    """A model or a proposer is in use by another generation."""
+
+
 class NumericalError(SpeclmError, ArithmeticError):
     """The target's logits, or a training loss, are not numbers."""
 

@@ -1,7 +1,9 @@
 """View of a Hugging Face causal language model: the only file that knows how one is called."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any, cast
 
@@ -13,7 +15,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from speclm.attention import TreeStep, attached, attention_configs, tree_step
 from speclm.cache.tree_cache import TreeCache
-from speclm.errors import PromptError, UnsupportedModelError
+from speclm.errors import BusyError, PromptError, UnsupportedModelError
 from speclm.tree.topology import TreeTopology
 
 
@@ -49,6 +51,7 @@ class TargetView:
         self.windows_seen: set[int | None] = set()
         self.features: Float[Tensor, "batch nodes hidden"] | None = None
         """Hidden states of the last forward, inside `decoding` when some were asked for."""
+        self._running_thread: int | None = None  # that of a forward of this view
 
     @property
     def vocab_size(self) -> int:
@@ -144,16 +147,14 @@ class TargetView:
             slots = torch.arange(tokens.shape[1], device=tokens.device)
             position_ids = (slots - cache.num_padding[:, None]).clamp(min=0)
         with attached(self._configs):
-            output = self.model(
+            logits = self._forward(
                 input_ids=tokens,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 past_key_values=cache,
-                use_cache=True,
                 logits_to_keep=1,
             )
         cache.commit_prompt()
-        logits: Tensor = output.logits
         return logits[:, -1]
 
     def forward_tree(
@@ -229,16 +230,14 @@ class TargetView:
         )
         step = TreeStep(visible, slot_depths, cache)
         with attached(self._configs), tree_step(step):
-            output = self.model(
+            logits = self._forward(
                 input_ids=tokens,
                 position_ids=position_ids,
                 past_key_values=cache,
-                use_cache=True,
                 logits_to_keep=num_logits,
             )
         cache.append(num_nodes)
         self.windows_seen |= step.windows
-        logits: Tensor = output.logits
         return logits
 
     def head_logits(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows vocab"]:
@@ -258,20 +257,36 @@ class TargetView:
     def decoding(self, features: TargetFeatures = TargetFeatures.NONE) -> Iterator[None]:
         """Make the changes that Transformers makes for decode steps, and undo them.
 
+        The model is not free for another `decoding` until then; the model's own `generate` may
+        be called meanwhile, from any thread.
+
         Args:
             features: What forwards leave in `features`.
+
+        Raises:
+            BusyError: If the model decodes already, in this thread or another.
         """
-        handle = None
-        if features is TargetFeatures.LAST_HIDDEN:
-            handle = self._decoder.register_forward_hook(self._tap)
+        with exclusive(self.model, name=self.name):
+            handle = None
+            if features is TargetFeatures.LAST_HIDDEN:
+                handle = self._decoder.register_forward_hook(self._tap)
+            try:
+                # Chooses the kernel of mixtures of experts.
+                with cast("Any", self.model)._optimize_model_for_decode():
+                    yield
+            finally:
+                if handle is not None:
+                    handle.remove()
+                self.features = None
+
+    def _forward(self, **inputs: Any) -> Tensor:
+        """Run the model and return its logits; the hidden states of this run alone are tapped."""
+        self._running_thread = threading.get_ident()
         try:
-            # Chooses the kernel of mixtures of experts.
-            with cast("Any", self.model)._optimize_model_for_decode():
-                yield
+            logits: Tensor = self.model(use_cache=True, **inputs).logits
         finally:
-            if handle is not None:
-                handle.remove()
-            self.features = None
+            self._running_thread = None
+        return logits
 
     @property
     def _decoder(self) -> nn.Module:
@@ -284,15 +299,67 @@ class TargetView:
         return all(getattr(self._text_config, name, None) in {None, 1.0} for name in names)
 
     def _tap(self, module: nn.Module, arguments: object, output: Any) -> None:  # noqa: ARG002
-        self.features = output[0]
+        if self._running_thread == threading.get_ident():  # others may use the model as it is
+            self.features = output[0]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Claim:
+    """Who has an object for itself."""
+
+    claimed: object  # kept here so that its id is no other's
+    thread: threading.Thread
+
+
+_CLAIMS: dict[int, _Claim] = {}
+"""Objects that one generation has for itself, by id. No lock, because it could not be pickled and
+`setdefault` is atomic."""
+
+
+@contextmanager
+def exclusive(claimed: object, *, name: str) -> Iterator[None]:
+    """Have an object for one generation alone, and fail where another has it.
+
+    Args:
+        claimed: A model or a proposer, whose state is that of one generation.
+        name: What messages call it.
+
+    Raises:
+        BusyError: If it is claimed already, in this thread or another.
+    """
+    claim = _Claim(claimed, threading.current_thread())
+    try:
+        holder = _CLAIMS.setdefault(id(claimed), claim)
+        if holder is not claim:
+            place = (
+                "this thread, by code that it calls"
+                if holder.thread is claim.thread
+                else f"thread {holder.thread.name!r}"
+            )
+            raise BusyError(
+                f"{name} is generating already, in {place}; give each thread a model object and "
+                "a proposer of its own, or hold a lock around generate, and inside a generation "
+                "call the plain base.generate"
+            )
+        yield
+    finally:
+        if _CLAIMS.get(id(claimed)) is claim:
+            del _CLAIMS[id(claimed)]
 
 
 @contextmanager
 def _stubbed(decoder: nn.Module, hidden: Tensor) -> Iterator[None]:
-    """Let a decoder return the given hidden states, whatever it is called with."""
+    """Let a decoder return the given hidden states to this thread, whatever it is called with."""
     before = vars(decoder).get("forward")  # somebody's wrapper
-    # Mixtures of experts read more of the output; the fields are None in either case.
-    decoder.forward = lambda *_, **__: MoeModelOutputWithPast(last_hidden_state=hidden)
+    own, thread = decoder.forward, threading.get_ident()
+
+    def forward(*arguments: Any, **named: Any) -> Any:
+        if threading.get_ident() != thread:
+            return own(*arguments, **named)
+        # Mixtures of experts read more of the output; the fields are None in either case.
+        return MoeModelOutputWithPast(last_hidden_state=hidden)
+
+    decoder.forward = forward
     try:
         yield
     finally:

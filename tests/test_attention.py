@@ -128,6 +128,17 @@ def test_implementation_is_ours_inside_and_restored_behind():
     assert model.config._attn_implementation == "sdpa"
 
 
+def test_implementation_is_ours_until_the_last_of_two_threads_has_left():
+    configs = attention_configs(shared_model("llama"))
+    first, second = attached(configs), attached(configs)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert configs[0]._attn_implementation == "speclm_sdpa"
+    second.__exit__(None, None, None)
+    assert configs[0]._attn_implementation == "sdpa"
+
+
 def test_implementation_is_restored_after_an_exception():
     configs = attention_configs(shared_model("llama"))
     with pytest.raises(KeyboardInterrupt), attached(configs):

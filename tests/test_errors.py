@@ -14,6 +14,7 @@ BUILTINS = {
     "DraftError": ValueError,
     "ProposerContractError": AssertionError,
     "CacheError": TypeError,
+    "BusyError": RuntimeError,
     "NumericalError": ArithmeticError,
     "UnsupportedModelError": TypeError,
     "CheckpointError": ValueError,

@@ -20,9 +20,10 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils.generic import ModelOutput
 
 from speclm.acceptance import AcceptanceRule, resolve_acceptance_rule
-from speclm.errors import OptionError
+from speclm.errors import BusyError, OptionError
 from speclm.generation import NeedsPlainDecoding, generate_tokens
 from speclm.model.arguments import first_delegated, require_acceptable, resolve_setting
+from speclm.model.fitting import claimed, require_fits
 from speclm.model.loading import Heads, load_proposer
 from speclm.model.saving import push_heads, save_heads
 from speclm.proposers.interface import Proposer
@@ -65,13 +66,9 @@ class SpecModel:
 
         Raises:
             UnsupportedModelError: If `base` is not a decoder-only language model.
-            OptionError: If `proposer` is not one.
+            OptionError: If `proposer` is not one, or was built for another base.
+            VocabularyMismatchError: If it was built for another vocabulary.
         """
-        if proposer is not None and not isinstance(proposer, Proposer):
-            raise OptionError(
-                f"proposer is {proposer!r}, expected a Proposer or None; "
-                "SpecModel.from_pretrained also takes names, folders and draft models"
-            )
         self._target = TargetView(base)
         self.proposer = proposer
         self.self_check = check_trees(self._target)
@@ -122,6 +119,22 @@ class SpecModel:
         return cls(model, proposer)
 
     @property
+    def proposer(self) -> Proposer | None:
+        """What guesses tokens; another may be put in its place, if it fits the base."""
+        return self._proposer
+
+    @proposer.setter
+    def proposer(self, proposer: Proposer | None) -> None:
+        if proposer is not None and not isinstance(proposer, Proposer):
+            raise OptionError(
+                f"proposer is {proposer!r}, expected a Proposer or None; "
+                "SpecModel.from_pretrained also takes names, folders and draft models"
+            )
+        if proposer is not None:
+            require_fits(proposer, self._target)
+        self._proposer = proposer
+
+    @property
     def base(self) -> PreTrainedModel:
         """The wrapped model."""
         return self._target.model
@@ -166,6 +179,8 @@ class SpecModel:
         Settings that the loop does not cover yet are decoded by ``base.generate`` itself, and one
         line is logged that says so. After the call `last_speculation` holds its counters.
 
+        One base decodes one call at a time: threads need a model object each, or a lock.
+
         Returns:
             Prompt and new tokens ``[batch, length]``; with ``return_dict_in_generate=True`` a
             `SpeculativeOutput` whose ``speculation`` holds the counters. Beams return
@@ -178,6 +193,7 @@ class SpecModel:
             PromptError: If the prompt is empty, right-padded or too long for the model.
             CacheError: If a cache is passed in that cannot be rolled back.
             NumericalError: If the target's logits are not numbers.
+            BusyError: If the base or the proposer is in use by another call that has not ended.
         """
         arguments: dict[str, Any] = {
             "inputs": inputs,
@@ -190,22 +206,27 @@ class SpecModel:
         require_acceptable(arguments, self.generation_config)
         arguments.pop("custom_generate", None)  # it is None
         stats = SpeculationStats(backend="tree attention")
-        self.last_speculation = stats
+        before, self.last_speculation = self.last_speculation, stats
         try:
             self._require_speculation(arguments)
 
             def loop(*resolved: Any, **named: Any) -> Tensor:
                 # A partial would let the caller's keywords replace these four.
-                return generate_tokens(
-                    *resolved,
-                    target=self._target,
-                    proposer=self.proposer,
-                    stats=stats,
-                    rule=rule,
-                    **named,
-                )
+                proposer = self.proposer
+                with claimed(proposer):
+                    return generate_tokens(
+                        *resolved,
+                        target=self._target,
+                        proposer=proposer,
+                        stats=stats,
+                        rule=rule,
+                        **named,
+                    )
 
             sequences = self._base_generate(custom_generate=loop, **arguments)
+        except BusyError:
+            self.last_speculation = before  # the counters of the call that goes on
+            raise
         except NeedsPlainDecoding as reason:
             self._log_once(str(reason))
             self.last_speculation = stats = SpeculationStats(fallbacks=[str(reason)])

@@ -3,7 +3,7 @@
 from speclm.config import ProposerConfig
 from speclm.proposers.combined import CombinedConfig, CombinedProposer
 from speclm.proposers.draft_model import DraftModelConfig, DraftModelProposer
-from speclm.proposers.interface import Draft, Prefill, Proposer
+from speclm.proposers.interface import Draft, Prefill, Proposer, TargetNeeds
 from speclm.proposers.medusa import MedusaConfig, MedusaProposer
 from speclm.proposers.ngram import NgramConfig, NgramProposer
 from speclm.proposers.registry import register_proposer, registered_proposers
@@ -23,6 +23,7 @@ __all__ = [
     "Proposer",
     "ProposerConfig",
     "TargetFeatures",
+    "TargetNeeds",
     "register_proposer",
     "registered_proposers",
 ]

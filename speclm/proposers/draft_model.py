@@ -14,7 +14,7 @@ from speclm.acceptance.accepted import Accepted
 from speclm.cache.tree_cache import TreeCache
 from speclm.config import MAX_NODES, ProposerConfig, require_depth, require_in_range
 from speclm.errors import VocabularyMismatchError
-from speclm.proposers.interface import Draft, Prefill, Proposer
+from speclm.proposers.interface import Draft, Prefill, Proposer, TargetNeeds
 from speclm.proposers.ranking import rank_log_probs
 from speclm.sampling.drafts import DraftSampler, DraftSampling, Families
 from speclm.sampling.noise import PositionNoise
@@ -91,6 +91,7 @@ class DraftModelProposer(Proposer):
                 f"target {wanted.name} one of {wanted.vocab_size}; choose a draft model that "
                 "shares the target's tokenizer"
             )
+        self.needs = TargetNeeds(vocab_size=wanted.vocab_size)
         self._cache: TreeCache | None = None
         self._prompt_logits: Tensor | None = None  # what follows the prompt, until it is used
         self._unseen: list[list[int]] = []

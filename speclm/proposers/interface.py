@@ -1,11 +1,13 @@
 """What a proposer is: the abstract class, what it is told and what it returns."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from speclm.acceptance.accepted import Accepted
 from speclm.config import ProposerConfig
@@ -61,6 +63,21 @@ class Draft:
     laws: Float[Tensor, "batch nodes vocab"] | None = None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class TargetNeeds:
+    """What a target has to be for a proposer; None where anything will do.
+
+    Args:
+        vocab_size: Width of its logits.
+        hidden_size: Width of its hidden states.
+        model: The very model, where the proposer computes with its weights.
+    """
+
+    vocab_size: int | None = None
+    hidden_size: int | None = None
+    model: PreTrainedModel | None = None
+
+
 class Proposer(ABC):
     """Guesses how the target will continue each row.
 
@@ -78,11 +95,20 @@ class Proposer(ABC):
     `Prefill.sampler` is given, it draws the children of every node with it, in the order of
     their nodes, from laws that it returns in `Draft.laws`. It then draws before it shapes: a
     node may be left out for what stands above it, never for its own token or a sibling's.
+
+    Attributes:
+        features: Hidden states of the target that it is given.
+        draft_sampling: How it can draw its drafts.
+        config: Its settings; `config.depth` bounds its trees.
+        needs: What the target has to be; checked when a `SpecModel` is given the proposer.
+        parts: Proposers that it asks in turn, whose needs are checked too.
     """
 
     features: ClassVar[TargetFeatures] = TargetFeatures.NONE
     draft_sampling: ClassVar[DraftSampling] = DraftSampling.NONE
     config: ProposerConfig = ProposerConfig()
+    needs: TargetNeeds = TargetNeeds()
+    parts: Sequence["Proposer"] = ()
 
     @abstractmethod
     def begin(self, prompt: Prefill) -> None:

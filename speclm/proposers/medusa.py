@@ -16,7 +16,7 @@ from speclm.config import MAX_NODES, ProposerConfig, require_depth, require_in_r
 from speclm.errors import OptionError, VocabularyMismatchError
 from speclm.heads.medusa import MedusaHeads
 from speclm.proposers._pruning import least_chance
-from speclm.proposers.interface import Draft, Prefill, Proposer
+from speclm.proposers.interface import Draft, Prefill, Proposer, TargetNeeds
 from speclm.proposers.ranking import rank_log_probs
 from speclm.sampling.drafts import DraftSampler, DraftSampling, Families
 from speclm.sampling.noise import PositionNoise
@@ -94,13 +94,18 @@ class MedusaProposer(Proposer):
 
         Raises:
             VocabularyMismatchError: If the heads were made for another vocabulary.
-            OptionError: If the heads have another width, a rank exceeds the vocabulary, or an
-                option is out of range.
+            OptionError: If the heads have another width, or the dtype of a matrix that is not
+                theirs, a rank exceeds the vocabulary, or an option is out of range.
             TopologyError: If the tree is none.
         """
         self.view = TargetView(target)
         self.heads = heads
         _require_match(heads, self.view)
+        self.needs = TargetNeeds(
+            vocab_size=heads.config.vocab_size,
+            hidden_size=heads.config.hidden_size,
+            model=None if heads.config.has_own_lm_head else target,
+        )
         if tree is None:
             self.config = MedusaConfig(
                 depth=heads.num_heads,
@@ -250,4 +255,9 @@ def _require_match(heads: MedusaHeads, view: TargetView) -> None:
         raise OptionError(
             f"heads are {config.hidden_size} wide, the hidden states of {view.name} "
             f"{view.hidden_size}; load them with the base they were trained on"
+        )
+    if heads.weight.dtype != view.model.dtype and not config.has_own_lm_head:
+        raise OptionError(
+            f"heads are {heads.weight.dtype}, {view.name} is {view.model.dtype}, and they use its "
+            "output matrix; move the heads with .to(base.dtype)"
         )

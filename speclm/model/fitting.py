@@ -1,0 +1,56 @@
+"""Whether a proposer that the caller built fits the base that it is used with."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from speclm.errors import OptionError, VocabularyMismatchError
+from speclm.proposers.interface import Proposer
+from speclm.target import TargetView, exclusive
+
+_REMEDY = "build it with target=base, or wrap the base that it was built for"
+
+
+def require_fits(proposer: Proposer, target: TargetView) -> None:
+    """Check that a target is what a proposer and its parts need.
+
+    Raises:
+        VocabularyMismatchError: If one was built for another vocabulary.
+        OptionError: If one was built for another width, or computes with another model.
+    """
+    for part in _every_part(proposer):
+        needs, name = part.needs, type(part).__name__
+        if needs.vocab_size not in {None, target.vocab_size}:
+            raise VocabularyMismatchError(
+                f"{name} was built for a vocabulary of {needs.vocab_size}, the base {target.name} "
+                f"has one of {target.vocab_size}; {_REMEDY}"
+            )
+        if needs.hidden_size not in {None, target.hidden_size}:
+            raise OptionError(
+                f"{name} was built for hidden states {needs.hidden_size} wide, those of the base "
+                f"{target.name} are {target.hidden_size} wide; {_REMEDY}"
+            )
+        if needs.model is not None and needs.model is not target.model:
+            found = TargetView(needs.model).name
+            raise OptionError(
+                f"{name} uses the output matrix of another model object, {found}, expected that "
+                f"of the base {target.name}; {_REMEDY}"
+            )
+
+
+@contextmanager
+def claimed(proposer: Proposer | None) -> Iterator[None]:
+    """Have a proposer and its parts for one generation alone.
+
+    Raises:
+        BusyError: If one is in use by another generation.
+    """
+    with ExitStack() as claims:
+        for part in _every_part(proposer) if proposer is not None else ():
+            claims.enter_context(exclusive(part, name=type(part).__name__))
+        yield
+
+
+def _every_part(proposer: Proposer) -> Iterator[Proposer]:
+    yield proposer
+    for part in proposer.parts:
+        yield from _every_part(part)
