@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,7 @@ def weight_files(folder: Path) -> Iterator[WeightFiles]:
     """Yield the state dicts of a folder: safetensors, shards, then, if there are none, pickles.
 
     Files named as heads come first, whatever else lies there. Indices of other things than weights
-    are left out, and so are pickles beside those of a model.
+    are left out. Of pickles a model's own comes alone: those beside it may be anything.
     """
     sharded: set[Path] = set()
     found_any = False
@@ -84,9 +85,12 @@ def weight_files(folder: Path) -> Iterator[WeightFiles]:
             found_any = True
             yield WeightFiles(file, dict.fromkeys(_safetensors_keys(file), file))
     yield from indexed
-    if found_any or indexed or any(folder.glob("pytorch_model*.bin")):
+    if found_any or indexed:
         return
-    for file in sorted(folder.glob("*.pt"), key=_heads_first):
+    models = sorted(folder.glob("pytorch_model*.bin"))
+    if models and models[0].name != "pytorch_model.bin":
+        return  # shards without an index
+    for file in models[:1] or sorted(folder.glob("*.pt"), key=_heads_first):
         yield WeightFiles(file, dict.fromkeys(_load_pickle(file), file))
 
 
@@ -150,7 +154,9 @@ def _opened(file: Path) -> Any:
 
 def _load_pickle(file: Path) -> dict[str, Tensor]:
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        # Heads may be a small part of a model; pickles of old are no archives, nor can be mapped.
+        is_archive = zipfile.is_zipfile(file)
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=is_archive)
     except _UNREADABLE as error:
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(

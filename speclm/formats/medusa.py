@@ -151,7 +151,8 @@ def read_medusa(folder: str | Path) -> MedusaCheckpoint:
     """Read Medusa heads from a folder.
 
     Known are the layouts of FasterDecoding's Medusa (with and without output matrices, pickled
-    or not), of models merged with their heads, of TGI, of vLLM up to 0.32, and our own. The number
+    or not), of models merged with their heads (in safetensors or ``pytorch_model.bin``, in one
+    file or shards), of TGI, of vLLM up to 0.32, and our own. The number
     of heads and layers, the biases and the dtype come from the tensors: published configs name
     other numbers. Pickles are read without running code.
 

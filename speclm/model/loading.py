@@ -22,6 +22,7 @@ from speclm.verify import check_trees
 # What tells heads from a draft model, and what heads consist of: no code is ever downloaded.
 _HINTS = ["config.json", "*.index.json", "medusa_lm_head.*"]
 _HEAD_FILES = ["*.json", "*.safetensors", "*.pt"]
+_MODEL_PICKLES = ["pytorch_model*.bin"]
 _MEDUSA_OPTIONS = ("dtype", "min_chance", "tree")
 
 
@@ -33,7 +34,7 @@ def load_proposer(
     heads: Heads | list[Heads] | tuple[Heads, ...] | None,
     base: PreTrainedModel,
     *,
-    heads_kwargs: dict[str, Any],
+    heads_kwargs: dict[str, Any] | None,
     num_draft_tokens: int | None,
 ) -> Proposer | None:
     """Return the proposer that `heads` stands for.
@@ -48,11 +49,17 @@ def load_proposer(
 
     Raises:
         UnknownNameError: If a string is no registered name, no folder and not on the hub.
-        OptionError: If options are given for an object that is already built.
+        OptionError: If options are given for an object that is already built, or are none.
         VocabularyMismatchError: If a draft model or heads have another vocabulary.
         UnsupportedModelError: If a draft model fails the tree self-check.
         CheckpointError: If Medusa heads are damaged or incomplete.
     """
+    heads_kwargs = {} if heads_kwargs is None else heads_kwargs
+    if not isinstance(heads_kwargs, dict):
+        raise OptionError(
+            f"heads_kwargs is {heads_kwargs!r}, expected a dictionary of options by name; pass for "
+            "example {'min_chance': 0.1}"
+        )
     options = {} if num_draft_tokens is None else {"num_draft_tokens": num_draft_tokens}
     if isinstance(heads, list | tuple):
         return _join(heads, base, heads_kwargs, options)
@@ -96,7 +103,7 @@ def _join(
             f"heads are {len(heads)} proposers and heads_kwargs {sorted(heads_kwargs)!r} would "
             "have no clear owner; pass proposers that are built with their options"
         )
-    parts = [load_proposer(part, base, heads_kwargs={}, num_draft_tokens=None) for part in heads]
+    parts = [load_proposer(part, base, heads_kwargs=None, num_draft_tokens=None) for part in heads]
     return CombinedProposer([part for part in parts if part is not None], **options)
 
 
@@ -109,6 +116,11 @@ def _medusa_folder(heads: str | Path) -> Path | None:
         if not _looks_like_medusa(hints):
             return None
         folder = Path(snapshot_download(str(heads), allow_patterns=_HEAD_FILES))
+        source = find_medusa(folder)
+        if source is None or not all(file.exists() for file in source.files.values()):
+            # A merged model that is pickled; it is large, and mostly not needed.
+            files = [*_HEAD_FILES, *_MODEL_PICKLES]
+            folder = Path(snapshot_download(str(heads), allow_patterns=files))
     except (OSError, ValueError):  # as a draft model it fails too, and that error is reported
         return None
     return folder if find_medusa(folder) else None

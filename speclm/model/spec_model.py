@@ -20,7 +20,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils.generic import ModelOutput
 
 from speclm.acceptance import AcceptanceRule, resolve_acceptance_rule
-from speclm.errors import BusyError, OptionError
+from speclm.errors import BusyError, OptionError, UnsupportedModelError
 from speclm.generation import NeedsPlainDecoding, generate_tokens
 from speclm.model.arguments import first_delegated, require_acceptable, resolve_setting
 from speclm.model.fitting import claimed, require_fits
@@ -101,9 +101,15 @@ class SpecModel:
 
         Raises:
             UnknownNameError: If `heads` is a string that names nothing.
+            UnsupportedModelError: If `base` is not a decoder-only language model.
             VocabularyMismatchError: If a draft model has another vocabulary than the base.
             OptionError: If arguments are given that the objects passed in have no use for.
         """
+        if not isinstance(base, str | Path | PreTrainedModel):
+            raise UnsupportedModelError(
+                f"base is a {type(base).__name__}, expected a folder, a hub id or a Transformers "
+                "PreTrainedModel; load one with AutoModelForCausalLM.from_pretrained"
+            )
         if isinstance(base, PreTrainedModel):
             if kwargs:
                 raise OptionError(
@@ -114,7 +120,7 @@ class SpecModel:
         else:
             model = AutoModelForCausalLM.from_pretrained(base, **kwargs)
         proposer = load_proposer(
-            heads, model, heads_kwargs=heads_kwargs or {}, num_draft_tokens=num_draft_tokens
+            heads, model, heads_kwargs=heads_kwargs, num_draft_tokens=num_draft_tokens
         )
         return cls(model, proposer)
 

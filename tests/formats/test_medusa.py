@@ -173,6 +173,70 @@ def test_merged_model_yields_its_heads_alone(tmp_path, is_sharded):
             read_medusa(tmp_path)
 
 
+def merged_state() -> dict[str, torch.Tensor]:
+    """Return a tiny Medusa-2 model: the keys of a base, and its heads below ``medusa_head``."""
+    return {
+        "model.embed_tokens.weight": torch.full((3, 2), 9.0),
+        "model.layers.0.self_attn.q_proj.weight": torch.full((2, 2), 8.0),
+        "model.norm.weight": torch.tensor([7.0, 7.0]),
+        "lm_head.weight": torch.full((3, 2), 6.0),
+        "medusa_head.0.0.linear.weight": torch.tensor([[1.0, 2.0], [3.0, 4.0]]),
+        "medusa_head.0.0.linear.bias": torch.tensor([0.5, -0.5]),
+        "medusa_head.0.1.weight": torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]]),
+        "medusa_head.1.0.linear.weight": torch.tensor([[5.0, 6.0], [7.0, 8.0]]),
+        "medusa_head.1.0.linear.bias": torch.tensor([0.25, -0.25]),
+        "medusa_head.1.1.weight": torch.tensor([[0.0, 1.0], [1.0, 0.0], [3.0, 3.0]]),
+    }
+
+
+def save_shards(folder: Path) -> None:
+    """Write a merged model as two pickles with their index."""
+    first = ("model.embed_tokens.weight", "medusa_head.0.0.linear.weight", "medusa_head.1.1.weight")
+    state, weight_map = merged_state(), {}
+    for number in (1, 2):
+        name = f"pytorch_model-0000{number}-of-00002.bin"
+        part = {key: tensor for key, tensor in state.items() if (key in first) == (number == 1)}
+        torch.save(part, folder / name)
+        weight_map |= dict.fromkeys(part, name)
+    index = {"metadata": {"total_size": 172}, "weight_map": weight_map}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("kind", ["archive", "stream", "shards"])
+def test_pickled_merged_model_yields_its_heads_alone(tmp_path, kind):
+    if kind == "shards":
+        save_shards(tmp_path)
+    else:
+        file = tmp_path / "pytorch_model.bin"
+        torch.save(merged_state(), file, _use_new_zipfile_serialization=kind == "archive")
+    torch.save({"state": {}, "step": 3}, tmp_path / "optimizer.pt")
+    read = read_medusa(tmp_path)
+    assert read.is_merged
+    assert (read.num_heads, read.num_layers, read.hidden_size, read.vocab_size) == (2, 1, 2, 3)
+    assert read.weight.tolist() == [[[[1, 2], [3, 4]], [[5, 6], [7, 8]]]]
+    assert read.bias.tolist() == [[[0.5, -0.5], [0.25, -0.25]]]
+    assert read.lm_weight.tolist() == [[[1, 0], [0, 1], [2, 2]], [[0, 1], [1, 0], [3, 3]]]
+
+
+def test_pickled_models_without_heads_are_none(tmp_path):
+    state = {key: t for key, t in merged_state().items() if not key.startswith("medusa")}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    assert find_medusa(tmp_path) is None
+    (tmp_path / "pytorch_model.bin").rename(tmp_path / "pytorch_model-00001-of-00002.bin")
+    assert find_medusa(tmp_path) is None
+
+
+def test_pickled_shard_that_is_missing_or_damaged_is_named(tmp_path):
+    save_shards(tmp_path)
+    file = tmp_path / "pytorch_model-00002-of-00002.bin"
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(CheckpointError, match=r"00002-of-00002\.bin.*no tensors can be read"):
+        read_medusa(tmp_path)
+    file.unlink()
+    with pytest.raises(CheckpointError, match=r"file is missing.*index says.*medusa_head"):
+        read_medusa(tmp_path)
+
+
 def test_counts_come_from_tensors_and_a_wrong_config_is_logged_once(tmp_path, caplog):
     config = {"medusa_num_heads": 5, "medusa_num_layers": 1, "base_model_name_or_path": "org/base"}
     with caplog.at_level(logging.WARNING, logger="speclm"):
@@ -209,16 +273,17 @@ class Evil:
         return os.mkdir, (self.path,)
 
 
+@pytest.mark.parametrize("name", ["medusa_lm_head.pt", "pytorch_model.bin"])
 @pytest.mark.parametrize("is_zip", [True, False])
-def test_pickle_that_would_run_code_is_refused_and_runs_nothing(tmp_path, is_zip):
+def test_pickle_that_would_run_code_is_refused_and_runs_nothing(tmp_path, is_zip, name):
     sign = tmp_path / "executed"
-    file = tmp_path / "medusa_lm_head.pt"
+    file = tmp_path / name
     state = {**tensors(B1), "2.0.linear.weight": Evil(sign)}
     if is_zip:
         torch.save(state, file)
     else:
         file.write_bytes(pickle.dumps(state["2.0.linear.weight"], protocol=2))
-    with pytest.raises(CheckpointError, match=r"medusa_lm_head\.pt.*would run code.*safetensors"):
+    with pytest.raises(CheckpointError, match=rf"{name}.*would run code.*safetensors"):
         read_medusa(tmp_path)
     assert not sign.exists()
 

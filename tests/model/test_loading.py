@@ -3,6 +3,7 @@
 import json
 import re
 
+import jaxtyping
 import pytest
 import torch
 from huggingface_hub import constants
@@ -14,8 +15,10 @@ from speclm.errors import (
     CheckpointError,
     OptionError,
     UnknownNameError,
+    UnsupportedModelError,
     VocabularyMismatchError,
 )
+from speclm.formats import read_medusa
 from speclm.model.loading import _medusa_folder, load_proposer
 from speclm.proposers.combined import CombinedProposer
 from speclm.proposers.draft_model import DraftModelProposer
@@ -304,3 +307,33 @@ def test_heads_on_the_hub_are_downloaded_without_any_code(base, tmp_path, monkey
     # A second call takes what is there; the hub has stopped.
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     assert isinstance(load("me/heads", base), MedusaProposer)
+
+
+@pytest.mark.parametrize("is_sharded", [True, False])
+def test_pickled_merged_model_on_the_hub_is_downloaded(base, tmp_path, monkeypatch, is_sharded):
+    folder = tmp_path / "me" / "merged"
+    state = save_heads(folder, prefix="medusa_head.")
+    state["model.norm.weight"] = torch.ones(2)
+    (folder / "config.json").write_text('{"medusa_num_heads": 2}')
+    name = "pytorch_model-00001-of-00001.bin" if is_sharded else "pytorch_model.bin"
+    torch.save(state, folder / name)
+    if is_sharded:
+        index = {"weight_map": dict.fromkeys(state, name)}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with running_hub(tmp_path, monkeypatch):
+        found = _medusa_folder("me/merged")
+    assert read_medusa(found).is_merged
+
+
+@pytest.mark.parametrize("wrong", ["a", [1], 0, ""])
+def test_heads_kwargs_that_are_no_dictionary_are_refused(wrong, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users run it
+    with pytest.raises(OptionError, match=r"heads_kwargs is .*, expected a dictionary"):
+        SpecModel.from_pretrained(shared_model("llama"), "ngram", heads_kwargs=wrong)
+
+
+@pytest.mark.parametrize("wrong", [3, None, ["org/model"]])
+def test_base_that_is_neither_name_nor_model_is_refused(wrong, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users run it
+    with pytest.raises(UnsupportedModelError, match=r"base is a .*, expected a folder, a hub id"):
+        SpecModel.from_pretrained(wrong)
