@@ -1,6 +1,9 @@
 """Limits of a round and the settings of the built-in proposers, as frozen dataclasses."""
 
+import math
 from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any, cast
 
 from speclm.errors import OptionError, TreeBudgetError
 
@@ -18,22 +21,60 @@ MAX_MERGED_PROMPT = 1024
 """Longest prompt whose forward also verifies the first draft: its mask is dense."""
 
 
-def require_in_range(name: str, value: int | float, *, low: int | float, high: int | float) -> None:
-    """Check that an option lies in ``[low, high]``.
+def require_in_range(name: str, value: object, *, low: int | float, high: int | float) -> None:
+    """Check that an option is a number in ``[low, high]``.
 
     Raises:
-        OptionError: If it does not; the message names the option, the value and the range.
+        OptionError: If it is not; the message names the option, the value and the range.
     """
-    if not low <= value <= high:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise OptionError(
+            f"{name} is {value!r}, a {type(value).__name__}, expected a number from {low!r} to "
+            f"{high!r}; choose one in range"
+        )
+    if not low <= cast("Any", value) <= high:
         raise OptionError(f"{name} is {value!r}, expected {low!r} to {high!r}; choose one in range")
 
 
-def require_depth(name: str, depth: int) -> None:
+def require_count(name: str, value: object, *, low: int, high: int) -> None:
+    """Check that an option is a whole number in ``[low, high]``.
+
+    Raises:
+        OptionError: If it is not; the message names the option, the value and the range.
+    """
+    _require_whole(name, value, f"{low} to {high}")
+    require_in_range(name, value, low=low, high=high)
+
+
+def require_positive(name: str, value: object) -> None:
+    """Check that an option is a number above 0 that is finite.
+
+    Raises:
+        OptionError: If it is not.
+    """
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not 0 < cast("Any", value) < math.inf:
+        raise OptionError(
+            f"{name} is {value!r}, expected a finite number above 0; choose one such as 0.001 or 2"
+        )
+
+
+def _require_whole(name: str, value: object, expected: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise OptionError(
+            f"{name} is {value!r}, a {type(value).__name__}, expected a whole number from "
+            f"{expected}; choose one in range"
+        )
+
+
+def require_depth(name: str, depth: Any) -> None:
     """Check that a number of levels fits into a round.
 
     Raises:
+        OptionError: If `depth` is no whole number.
         TreeBudgetError: If `depth` is below 1 or above `MAX_DEPTH`.
     """
+    _require_whole(name, depth, f"1 to {MAX_DEPTH}")
     if not 1 <= depth <= MAX_DEPTH:
         raise TreeBudgetError(
             f"{name} is {depth!r}, a tree may be 1 to {MAX_DEPTH} levels deep; lower {name}"

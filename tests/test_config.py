@@ -1,14 +1,18 @@
 import dataclasses
 
+import numpy as np
 import pytest
+import torch
 
 from speclm.config import (
     MAX_DEPTH,
     MAX_LEAD,
     MAX_NODES,
     ProposerConfig,
+    require_count,
     require_depth,
     require_in_range,
+    require_positive,
 )
 from speclm.errors import OptionError, TreeBudgetError
 
@@ -44,3 +48,39 @@ def test_value_out_of_range_is_named_with_its_range(value):
 def test_config_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         ProposerConfig().depth = 3
+
+
+@pytest.mark.parametrize("value", ["a", None, [1], True, 1j, torch.tensor(3)])
+def test_option_that_is_no_number_is_named_with_its_type(value):
+    words = rf"share is .*, a {type(value).__name__}, expected a number from 0 to 1"
+    with pytest.raises(OptionError, match=words):
+        require_in_range("share", value, low=0, high=1)
+    with pytest.raises(OptionError, match=r"rate is .*, expected a finite number above 0"):
+        require_positive("rate", value)
+
+
+@pytest.mark.parametrize("value", [2.5, 2.0, "2", None, True, float("nan")])
+def test_count_that_is_no_whole_number_is_named_with_its_type(value):
+    words = rf"width is .*, a {type(value).__name__}, expected a whole number from 1 to 9"
+    with pytest.raises(OptionError, match=words):
+        require_count("width", value, low=1, high=9)
+    with pytest.raises(OptionError, match=rf"whole number from 1 to {MAX_DEPTH}"):
+        require_depth("depth", value)
+
+
+@pytest.mark.parametrize("value", [0, 10, 10**400])
+def test_count_out_of_range_is_named_with_its_range(value):
+    with pytest.raises(OptionError, match=f"width is {value}, expected 1 to 9"):
+        require_count("width", value, low=1, high=9)
+
+
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), -float("inf")])
+def test_number_that_is_not_above_0_and_finite_is_refused(value):
+    with pytest.raises(OptionError, match=f"rate is {value!r}, expected a finite number above 0"):
+        require_positive("rate", value)
+
+
+def test_numbers_of_numpy_are_numbers():
+    require_in_range("share", np.float32(0.5), low=0, high=1)
+    require_count("width", np.int64(3), low=1, high=9)
+    require_positive("rate", np.float64(3))

@@ -17,7 +17,7 @@ from typing_extensions import override
 from speclm.acceptance.accepted import Accepted
 from speclm.acceptance.interface import AcceptanceRule, Verified
 from speclm.acceptance.registry import register_acceptance_rule
-from speclm.errors import OptionError
+from speclm.errors import DraftError, OptionError
 from speclm.sampling.drafts import DraftSampling
 from speclm.sampling.draws import Draws
 
@@ -29,7 +29,8 @@ Law = Float[Tensor, " vocab"]
 class RejectionRule(AcceptanceRule):
     """Accepts drawn drafts so that outputs follow the target's distribution.
 
-    Decides row by row on the host, which syncs with the device several times a round.
+    Decides row by row on the host, which syncs with the device several times a round. Drafts
+    whose laws are not finite are refused, whatever the variant would have read of them.
 
     Args:
         variant: ``multi_round`` tries the children of a node in turn; on a chain that is
@@ -50,7 +51,7 @@ class RejectionRule(AcceptanceRule):
     draft_sampling = DraftSampling.WITHOUT_REPLACEMENT
 
     def __post_init__(self) -> None:
-        if self.variant not in VARIANTS:
+        if self.variant not in list(VARIANTS):  # a dictionary would want to hash it
             raise OptionError(
                 f"variant is {self.variant!r}, expected one of {sorted(VARIANTS)!r}; leave it out "
                 "for 'multi_round'"
@@ -65,6 +66,8 @@ class RejectionRule(AcceptanceRule):
     def accept(self, verified: Verified) -> Accepted:
         assert verified.draws is not None, "a rule with uses_draws is given draws"
         decide = VARIANTS[self.variant]
+        trees = {row: _RowTree(verified, row) for row in _live_rows(verified)}
+        _require_finite_laws(verified, trees)
         paths: list[list[int]] = []
         emitted: list[list[int]] = []
         for row, is_live in enumerate(verified.is_live):
@@ -72,11 +75,15 @@ class RejectionRule(AcceptanceRule):
                 paths.append([0])
                 emitted.append([0])
                 continue
-            tree = _RowTree(verified, row)
+            tree = trees[row]
             path, bonus = decide(tree, verified.draws)
             paths.append(path)
             emitted.append([*(tree.tokens[node] for node in path[1:]), bonus])
         return Accepted.from_host(paths, emitted, device=verified.logits.device)
+
+
+def _live_rows(verified: Verified) -> list[int]:
+    return [row for row, is_live in enumerate(verified.is_live) if is_live]
 
 
 class _RowTree:
@@ -99,6 +106,27 @@ class _RowTree:
         """Return the law that a node's first child was drawn from."""
         assert self._verified.laws is not None, "a draft with children was let in without laws"
         return self._verified.laws[self._row, node]
+
+
+def _require_finite_laws(verified: Verified, trees: Mapping[int, _RowTree]) -> None:
+    """Check the law after every node with children; those of leaves may hold anything.
+
+    Raises:
+        DraftError: If one has a value that is not finite.
+    """
+    if verified.laws is None:
+        return
+    is_finite = verified.laws.sum(-1).isfinite().tolist()  # [batch][nodes], one sync
+    for row, tree in trees.items():
+        for node, children in enumerate(tree.children):
+            if children and not is_finite[row][node]:
+                raise DraftError(
+                    "the law that the proposer drew the draft from is not finite after node "
+                    f"{node} of row {row}, expected probabilities; its logits are NaN or overflow "
+                    "(in float16 beyond 65504): load the draft model or the heads in "
+                    "torch.bfloat16, check their weights, or take acceptance='exact', which reads "
+                    "no laws"
+                )
 
 
 def accept_multi_round(tree: _RowTree, draws: Draws) -> tuple[list[int], int]:
@@ -133,33 +161,40 @@ def accept_block(tree: _RowTree, draws: Draws) -> tuple[list[int], int]:
 
     Source: arXiv 2403.10444 (block verification).
     """
-    kept, kept_share, share, node = [0], 1.0, 1.0, 0
-    path = [0]
-    while tree.children[node]:
-        if len(tree.children[node]) > 1:
-            raise OptionError(
-                f"node {node} of the draft has {len(tree.children[node])} children, block "
-                "verification expected a chain; let the proposer draft one, or take "
-                "RejectionRule('traversal')"
-            )
-        (child,) = tree.children[node]
-        token = tree.tokens[child]
-        ratio = float(tree.target_law(node)[token]) / float(tree.draft_law(node)[token])
+    kept, kept_share, share = [0], 1.0, 1.0
+    chain = _drawn_chain(tree)
+    for index, node in enumerate(chain[1:], start=1):
+        above, token = chain[index - 1], tree.tokens[node]
+        ratio = float(tree.target_law(above)[token]) / float(tree.draft_law(above)[token])
         share = _at_most_one(share * ratio)
-        path.append(child)
-        node, passes = child, share
-        if tree.children[child]:
-            left = _residual(tree.target_law(child), tree.draft_law(child), share=share)[1]
+        passes = share
+        if node != chain[-1]:
+            left = _residual(tree.target_law(node), tree.draft_law(node), share=share)[1]
             passes = _share_left(left, share)
         if draws.bernoulli(passes):
-            kept, kept_share = list(path), share
+            kept, kept_share = chain[: index + 1], share
     if math.isnan(share):
         return kept, -1
     last = kept[-1]
     rest = tree.target_law(last)
-    if tree.children[last]:
+    if last != chain[-1]:
         rest = _residual(rest, tree.draft_law(last), share=kept_share)[0]
     return kept, draws.categorical(rest)
+
+
+def _drawn_chain(tree: _RowTree) -> list[int]:
+    """Return the nodes of a draft that is a chain, up to a token that no law had left to draw."""
+    chain = [0]
+    while children := tree.children[chain[-1]]:
+        if len(children) > 1:
+            raise OptionError(
+                f"node {chain[-1]} of the draft has {len(children)} children, block verification "
+                "expected a chain; let the proposer draft one, or take RejectionRule('traversal')"
+            )
+        if not float(tree.draft_law(chain[-1])[tree.tokens[children[0]]]) > 0:
+            break
+        chain.append(children[0])
+    return chain
 
 
 @dataclass(slots=True)

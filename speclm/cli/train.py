@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from speclm.cli._models import load
+from speclm.config import require_count, require_positive
 from speclm.errors import OptionError
 from speclm.formats import require_place_for_heads
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from speclm.training import MedusaTrainer
 
 MAX_LENGTH = 2048
+_MAX_LAYERS = 64
 
 train = typer.Typer(help="Train heads for a base.", no_args_is_help=True)
 
@@ -65,6 +67,7 @@ def medusa(  # noqa: PLR0913, PLR0917 - each is an option of the command
     ] = None,
 ) -> None:
     """Train Medusa heads; the base stays as it is."""
+    from speclm.heads.medusa import MAX_HEADS
     from speclm.training import (
         MedusaObjective,
         MedusaTrainer,
@@ -80,6 +83,11 @@ def medusa(  # noqa: PLR0913, PLR0917 - each is an option of the command
             f"--out {str(out)!r} holds checkpoints of another training; pass --resume to go on, "
             "or another folder"
         )
+    require_positive("--epochs", epochs)
+    require_positive("--learning-rate", learning_rate)
+    require_count("--num-heads", num_heads, low=1, high=MAX_HEADS)
+    require_count("--num-layers", num_layers, low=1, high=_MAX_LAYERS)
+    require_count("--seed", seed, low=0, high=2**31 - 1)
     settings = {
         "num_train_epochs": epochs,
         "learning_rate": learning_rate,

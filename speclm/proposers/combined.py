@@ -1,6 +1,5 @@
 """Joins the drafts of several proposers into one tree."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from speclm.acceptance.accepted import Accepted
-from speclm.config import MAX_NODES, ProposerConfig, require_depth, require_in_range
+from speclm.config import MAX_NODES, ProposerConfig, require_count, require_depth
 from speclm.errors import OptionError
 from speclm.proposers.interface import Draft, Prefill, Proposer
 from speclm.sampling.noise import PositionNoise
@@ -31,7 +30,7 @@ class CombinedConfig(ProposerConfig):
 
     def __post_init__(self) -> None:
         require_depth("depth", self.depth)  # super() does not work in a slotted dataclass
-        require_in_range("num_draft_tokens", self.num_draft_tokens, low=1, high=MAX_NODES - 1)
+        require_count("num_draft_tokens", self.num_draft_tokens, low=1, high=MAX_NODES - 1)
 
 
 class CombinedProposer(Proposer):
@@ -44,7 +43,9 @@ class CombinedProposer(Proposer):
 
     config: CombinedConfig
 
-    def __init__(self, parts: Sequence[Proposer], *, num_draft_tokens: int = 24) -> None:
+    def __init__(
+        self, parts: list[Proposer] | tuple[Proposer, ...], *, num_draft_tokens: int = 24
+    ) -> None:
         """Join proposers.
 
         Args:
@@ -54,6 +55,8 @@ class CombinedProposer(Proposer):
         Raises:
             OptionError: If there is no part, one is no proposer, or one comes twice.
         """
+        if not isinstance(parts, list | tuple):
+            raise OptionError(f"parts is {parts!r}, expected a list of proposers; put it into one")
         if not parts:
             raise OptionError("no proposers to join, expected at least one, such as 'ngram'")
         for part in parts:

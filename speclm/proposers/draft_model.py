@@ -1,7 +1,7 @@
 """Proposes what a smaller language model with the same vocabulary would say."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -12,8 +12,8 @@ from typing_extensions import override
 
 from speclm.acceptance.accepted import Accepted
 from speclm.cache.tree_cache import TreeCache
-from speclm.config import MAX_NODES, ProposerConfig, require_depth, require_in_range
-from speclm.errors import VocabularyMismatchError
+from speclm.config import MAX_NODES, ProposerConfig, require_count, require_depth, require_in_range
+from speclm.errors import OptionError, VocabularyMismatchError
 from speclm.proposers.interface import Draft, Prefill, Proposer, TargetNeeds
 from speclm.proposers.ranking import rank_log_probs
 from speclm.sampling.drafts import DraftSampler, DraftSampling, Families
@@ -49,9 +49,9 @@ class DraftModelConfig(ProposerConfig):
 
     def __post_init__(self) -> None:
         require_depth("depth", self.depth)  # super() does not work in a slotted dataclass
-        require_in_range("num_draft_tokens", self.num_draft_tokens, low=1, high=MAX_NODES - 1)
-        require_in_range("width", self.width, low=1, high=MAX_NODES - 1)
-        require_in_range("branches", self.branches, low=1, high=MAX_NODES - 1)
+        require_count("num_draft_tokens", self.num_draft_tokens, low=1, high=MAX_NODES - 1)
+        require_count("width", self.width, low=1, high=MAX_NODES - 1)
+        require_count("branches", self.branches, low=1, high=MAX_NODES - 1)
         require_in_range("min_probability", self.min_probability, low=0.0, high=1.0)
         require_in_range("min_confidence", self.min_confidence, low=0.0, high=1.0)
         require_in_range("min_growing", self.min_growing, low=0.0, high=1.0)
@@ -80,8 +80,15 @@ class DraftModelProposer(Proposer):
 
         Raises:
             VocabularyMismatchError: If the two vocabularies differ in size.
-            OptionError: If an option is out of range.
+            OptionError: If an option is unknown or out of range.
         """
+        known = {option.name for option in fields(DraftModelConfig)}
+        unknown = sorted(options.keys() - known)
+        if unknown:
+            raise OptionError(
+                f"DraftModelProposer has no option {unknown[0]!r}, expected some of "
+                f"{sorted(known)!r}; drop it or correct its name"
+            )
         self.config = DraftModelConfig(**options)
         self.view = TargetView(model)
         wanted = TargetView(target)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from speclm.acceptance.accepted import Accepted
-from speclm.config import MAX_NODES, ProposerConfig, require_depth, require_in_range
+from speclm.config import MAX_NODES, ProposerConfig, require_count, require_depth, require_in_range
 from speclm.errors import OptionError, VocabularyMismatchError
 from speclm.heads.medusa import MedusaHeads
 from speclm.proposers._pruning import least_chance
@@ -54,7 +54,7 @@ class MedusaConfig(ProposerConfig):
 
     def __post_init__(self) -> None:
         require_depth("depth", self.depth)  # super() does not work in a slotted dataclass
-        require_in_range("num_draft_tokens", self.num_draft_tokens, low=1, high=MAX_NODES - 1)
+        require_count("num_draft_tokens", self.num_draft_tokens, low=1, high=MAX_NODES - 1)
         require_in_range("min_chance", self.min_chance, low=0.0, high=1.0)
 
 
@@ -99,6 +99,11 @@ class MedusaProposer(Proposer):
             TopologyError: If the tree is none.
         """
         self.view = TargetView(target)
+        if not isinstance(heads, MedusaHeads):
+            raise OptionError(
+                f"heads is a {type(heads).__name__}, expected MedusaHeads; for a folder or hub id "
+                "use SpecModel.from_pretrained(base, heads)"
+            )
         self.heads = heads
         _require_match(heads, self.view)
         self.needs = TargetNeeds(
@@ -115,7 +120,7 @@ class MedusaProposer(Proposer):
         else:
             choices = _fitting(normalize_choices(tree), heads, self.view)
             if num_draft_tokens is not None:
-                require_in_range("num_draft_tokens", num_draft_tokens, low=1, high=MAX_NODES - 1)
+                require_count("num_draft_tokens", num_draft_tokens, low=1, high=MAX_NODES - 1)
                 choices = choices[:num_draft_tokens]
             self.config = MedusaConfig(
                 depth=max(map(len, choices)), choices=choices, num_draft_tokens=len(choices)

@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from speclm.acceptance.accepted import Accepted
-from speclm.config import MAX_DEPTH, ProposerConfig, require_in_range
+from speclm.config import MAX_DEPTH, ProposerConfig, require_count, require_in_range
 from speclm.proposers._ngram_index import MAX_FOLLOWERS, NgramIndex
 from speclm.proposers._pruning import least_chance
 from speclm.proposers.interface import Draft, Prefill, Proposer
@@ -40,9 +40,9 @@ class NgramConfig(ProposerConfig):
     min_chance: float = 0.09
 
     def __post_init__(self) -> None:
-        require_in_range("num_draft_tokens", self.num_draft_tokens, low=1, high=MAX_DEPTH)
-        require_in_range("max_ngram", self.max_ngram, low=1, high=16)
-        require_in_range("branches", self.branches, low=1, high=MAX_FOLLOWERS)
+        require_count("num_draft_tokens", self.num_draft_tokens, low=1, high=MAX_DEPTH)
+        require_count("max_ngram", self.max_ngram, low=1, high=16)
+        require_count("branches", self.branches, low=1, high=MAX_FOLLOWERS)
         require_in_range("min_chance", self.min_chance, low=0.001, high=1.0)
 
 

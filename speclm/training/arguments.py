@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from speclm.config import require_count, require_in_range, require_positive
 from speclm.errors import OptionError
 
 DEFAULTS: Mapping[str, Any] = {
@@ -26,6 +27,16 @@ DEFAULTS: Mapping[str, Any] = {
     "report_to": "none",
 }
 """What heads are trained with. Source: the Medusa authors' recipe, for what it says."""
+
+
+_LEAST_COUNTS = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "max_steps": -1,  # for as many as the epochs have
+    "seed": 0,
+}
+_MOST = 2**31 - 1
 
 
 def training_arguments(
@@ -47,13 +58,28 @@ def training_arguments(
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "see its documentation for the fields"
             raise OptionError(f"TrainingArguments has no field {name!r}; {hint}")
+    values = {**DEFAULTS, **settings}
+    for name in ("learning_rate", *(() if _has_max_steps(values) else ("num_train_epochs",))):
+        require_positive(name, values[name])
+    for name, low in _LEAST_COUNTS.items():
+        if name in values:
+            require_count(name, values[name], low=low, high=_MOST)
+    for name in ("weight_decay", "max_grad_norm", "warmup_steps"):
+        if values.get(name) is not None:
+            require_in_range(name, values[name], low=0.0, high=_MOST)
     pinning = {"dataloader_pin_memory": torch.accelerator.is_available()}
     try:
-        return TrainingArguments(str(output_dir), **{**DEFAULTS, **pinning, **settings})
+        return TrainingArguments(str(output_dir), **{**pinning, **values})
     except (ValueError, TypeError, ImportError) as error:
         raise OptionError(
             f"TrainingArguments refuses {settings!r} ({error}); correct the value"
         ) from error
+
+
+def _has_max_steps(values: Mapping[str, Any]) -> bool:
+    """Tell whether steps are given, which go before epochs; what is no number is refused later."""
+    steps = values.get("max_steps", -1)
+    return not isinstance(steps, int) or steps > 0
 
 
 def parse_settings(texts: Iterable[str]) -> dict[str, Any]:

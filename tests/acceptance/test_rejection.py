@@ -2,11 +2,12 @@
 
 import math
 
+import jaxtyping
 import pytest
 import torch
 
 from speclm.acceptance import RejectionRule, Verified
-from speclm.errors import OptionError
+from speclm.errors import DraftError, OptionError
 from speclm.sampling import GeneratorDraws, TokenChooser
 from speclm.tree import chain, from_parents
 
@@ -70,6 +71,36 @@ def test_nan_on_the_way_is_reported(variant, node):
     assert accept(variant, [[0, 1, 1]], target, laws, chain(2)).emitted[0][-1] == -1
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("node", range(2))
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_draft_law_that_is_not_finite_is_refused_by_every_variant(variant, node, value):
+    target = [[[0.2, 0.3, 0.5]] * 3] * 2
+    draft = [[[0.2, 0.3, 0.5] for _ in range(3)] for _ in range(2)]
+    draft[1][node][2] = value  # of a token that is not drafted, behind one that is never kept
+    words = rf"law that the proposer drew.*not finite after node {node} of row 1.*bfloat16.*'exact'"
+    with pytest.raises(DraftError, match=words) as caught:
+        accept(variant, [[0, 1, 1]] * 2, target, draft, chain(2))
+    assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_laws_of_leaves_and_of_rows_that_are_not_live_may_hold_anything(variant):
+    laws = [[[0.5, 0.5], [0.5, 0.5]] for _ in range(2)]
+    draft = [[[0.5, 0.5], [math.nan] * 2], [[math.nan] * 2] * 2]
+    is_live = [True, False]
+    accepted = accept(variant, [[0, 1]] * 2, laws, draft, chain(1), is_live=is_live)
+    assert accepted.paths[0] == [0, 1]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_block_ends_a_chain_before_a_token_that_no_law_had_left(seed):
+    target = [[[0.5, 0.5, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]]
+    draft = [[[0.5, 0.5, 0.0], [0.5, 0.5, 0.0], [1.0, 0.0, 0.0]]]
+    accepted = accept("block", [[0, 1, 2]], target, draft, chain(2), seed=seed)
+    assert accepted.emitted == [[1, 2]]
+
+
 def test_block_takes_chains_alone():
     topology = from_parents([[0, 0, 0]], device=CPU)
     laws = [[[0.5, 0.5]] * 3]
@@ -80,3 +111,10 @@ def test_block_takes_chains_alone():
 def test_unknown_variant_is_refused():
     with pytest.raises(OptionError, match=r"variant is 'naive', expected one of \['block'"):
         RejectionRule("naive")
+
+
+@pytest.mark.parametrize("variant", [["block"], None, 3])
+def test_variant_that_is_no_name_is_refused(variant, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users run it
+    with pytest.raises(OptionError, match=r"variant is .*, expected one of \['block'"):
+        RejectionRule(variant)

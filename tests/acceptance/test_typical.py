@@ -2,6 +2,7 @@
 
 import math
 
+import jaxtyping
 import pytest
 import torch
 from transformers.generation import TemperatureLogitsWarper
@@ -80,3 +81,11 @@ def test_nan_is_reported_where_the_path_ends():
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(OptionError, match=r"expected 0\.0 to"):
         TypicalRule(**options)
+
+
+@pytest.mark.parametrize("name", ["epsilon", "delta"])
+@pytest.mark.parametrize("wrong", ["a", None, [1], True])
+def test_options_of_the_wrong_type_are_named(name, wrong, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users run it
+    with pytest.raises(OptionError, match=f"{name} is .*, a {type(wrong).__name__}, expected a"):
+        TypicalRule(**{name: wrong})

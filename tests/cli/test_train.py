@@ -68,6 +68,33 @@ def test_bad_training_arguments_are_named(train, flag, message):
         train("--training-arg", flag)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"learning_rate": "nan"}, "--learning-rate is nan, expected a finite number above 0"),
+        ({"learning_rate": "inf"}, "--learning-rate is inf"),
+        ({"learning_rate": "-0.1"}, "--learning-rate is -0.1"),
+        ({"epochs": "0"}, "--epochs is 0.0, expected a finite number above 0"),
+        ({"epochs": "nan"}, "--epochs is nan"),
+        ({"num_heads": "0"}, "--num-heads is 0, expected 1 to 64"),
+        ({"num_layers": "0"}, "--num-layers is 0, expected 1 to"),
+        ({"seed": "-1"}, "--seed is -1, expected 0 to"),
+        ({"decay": "nan"}, "decay is nan, expected 0.0 to 1.0"),
+        ({"soft_weight": "2"}, "soft_weight is 2.0, expected 0.0 to 1.0"),
+    ],
+)
+def test_numbers_that_no_training_can_have_are_named_before_anything_is_loaded(
+    train, options, change, words, monkeypatch
+):
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("the base was loaded")
+
+    monkeypatch.setattr("speclm.cli.train.load", load)
+    with pytest.raises(OptionError, match=words):
+        train(**change)
+    assert not options["--out"].exists()
+
+
 def test_help_shows_the_options(run):
     result = run("train", "medusa", "--help")
     assert result.exit_code == 0

@@ -1,3 +1,4 @@
+import jaxtyping
 import pytest
 import torch
 
@@ -120,3 +121,12 @@ def test_parts_have_to_be_different_ones():
 def test_no_part_is_an_error():
     with pytest.raises(OptionError, match="no proposers"):
         CombinedProposer([])
+
+
+@pytest.mark.parametrize("parts", ["ngram", 3, None, {}])
+def test_parts_that_are_no_list_are_refused(parts, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users run it
+    with pytest.raises(OptionError, match="expected a list of proposers"):
+        CombinedProposer(parts)
+    with pytest.raises(OptionError, match="num_draft_tokens is 'a', a str"):
+        CombinedProposer([NgramProposer()], num_draft_tokens="a")

@@ -1,7 +1,9 @@
 """The draft model's cache, what it drafts, and what it costs."""
 
+from dataclasses import fields
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 from torch import Tensor
@@ -285,3 +287,18 @@ def test_another_vocabulary_is_refused_and_both_models_are_named():
 def test_option_out_of_range_is_refused(option, value, error):
     with pytest.raises(error, match=option):
         DraftModelConfig(**{option: value})
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(DraftModelConfig)])
+def test_options_of_the_wrong_type_are_named(name, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users run it
+    model = shared_model("llama")
+    for wrong in ("a", None, [0.5]):
+        with pytest.raises(OptionError, match=f"{name} is .*, a {type(wrong).__name__}, expected"):
+            DraftModelProposer(model, target=model, **{name: wrong})
+
+
+def test_unknown_option_is_named_with_the_known_ones():
+    model = shared_model("llama")
+    with pytest.raises(OptionError, match=r"no option 'min_chance', expected.*'min_confidence'"):
+        DraftModelProposer(model, target=model, min_chance=0.1)

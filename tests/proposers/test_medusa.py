@@ -1,5 +1,6 @@
 import logging
 
+import jaxtyping
 import pytest
 import torch
 from transformers import (
@@ -234,3 +235,19 @@ def test_heads_or_trees_that_do_not_fit_are_named(heads, tree, error, words):
     base = shared_model("llama")
     with pytest.raises(error, match=words):
         MedusaProposer(random_heads(**heads), target=base, tree=tree)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"min_chance": "a"}, "min_chance is 'a', a str, expected a number"),
+        ({"min_chance": None}, "min_chance is None, a NoneType, expected a number"),
+        ({"num_draft_tokens": 2.5}, "num_draft_tokens is 2.5, a float, expected a whole number"),
+        ({"num_draft_tokens": "a", "tree": [2]}, "num_draft_tokens is 'a', a str"),
+        ({"heads": "org/heads"}, "heads is a str, expected MedusaHeads.*from_pretrained"),
+    ],
+)
+def test_options_of_the_wrong_type_are_named(options, words, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users run it
+    with pytest.raises(OptionError, match=words):
+        MedusaProposer(**{"heads": random_heads(), "target": shared_model("llama"), **options})

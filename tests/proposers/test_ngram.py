@@ -1,3 +1,4 @@
+import jaxtyping
 import pytest
 import torch
 from hypothesis import given
@@ -194,3 +195,12 @@ def test_drafts_are_trees_without_twins_and_a_row_does_not_see_the_others(
 def test_options_out_of_range_are_named(option, value):
     with pytest.raises(OptionError, match=rf"{option} is {value}.*expected"):
         NgramProposer(**{option: value})
+
+
+@pytest.mark.parametrize("name", ["num_draft_tokens", "max_ngram", "branches", "min_chance"])
+@pytest.mark.parametrize("wrong", ["a", None, [1]])
+def test_options_of_the_wrong_type_are_named(name, wrong, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users run it
+    with pytest.raises(OptionError, match=f"is .*, a {type(wrong).__name__}, expected a") as caught:
+        NgramProposer(**{name: wrong})
+    assert str(caught.value).startswith(name)

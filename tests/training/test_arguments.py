@@ -38,3 +38,33 @@ def test_settings_are_json_or_text():
 def test_setting_without_key_or_value_is_refused(text):
     with pytest.raises(OptionError, match=f"training argument is '{text}', expected key=value"):
         parse_settings([text])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1e-3, 0.0, "fast", None])
+@pytest.mark.parametrize("name", ["learning_rate", "num_train_epochs"])
+def test_rates_and_epochs_are_positive_and_finite(tmp_path, name, value):
+    with pytest.raises(OptionError, match=f"{name} is .*, expected a finite number above 0"):
+        training_arguments(tmp_path, {name: value})
+
+
+def test_epochs_do_not_matter_where_steps_are_given(tmp_path):
+    arguments = training_arguments(tmp_path, {"max_steps": 3, "num_train_epochs": 0})
+    assert arguments.max_steps == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size is 0, expected 1 to"),
+        ({"per_device_eval_batch_size": 2.5}, "per_device_eval_batch_size is 2.5, a float"),
+        ({"gradient_accumulation_steps": -1}, "gradient_accumulation_steps is -1, expected 1 to"),
+        ({"max_steps": "ten"}, "max_steps is 'ten', a str, expected a whole number"),
+        ({"seed": -1}, "seed is -1, expected 0 to"),
+        ({"weight_decay": float("nan")}, "weight_decay is nan, expected 0.0 to"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm is -1.0, expected 0.0 to"),
+        ({"warmup_steps": "many"}, "warmup_steps is 'many', a str, expected a number"),
+    ],
+)
+def test_numbers_that_no_training_can_have_are_named(tmp_path, settings, words):
+    with pytest.raises(OptionError, match=words):
+        training_arguments(tmp_path, settings)
