@@ -132,28 +132,33 @@ class TargetView:
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
     ) -> Float[Tensor, "batch vocab"]:
-        """Run the prompt through the model and commit it to the cache.
+        """Run the prompt, or what the cache lacks of it, through the model and commit it.
 
         Args:
-            tokens: Prompts, padded on the left.
-            cache: Empty cache.
-            attention_mask: As Transformers takes it; None when nothing is padding.
-            position_ids: As Transformers takes them; by default counted without padding.
+            tokens: Prompts, padded on the left, behind what the cache holds already.
+            cache: Empty cache, or one that holds equally many slots of every row.
+            attention_mask: As Transformers takes it, for cached and new slots; None when nothing
+                is padding.
+            position_ids: As Transformers takes them, of the new slots or of all; by default
+                counted without padding.
 
         Returns:
             Logits after the last prompt token.
         """
+        num_new = tokens.shape[1]
         if position_ids is None:
-            slots = torch.arange(tokens.shape[1], device=tokens.device)
+            slots = torch.arange(num_new, device=tokens.device) + cache.tree_start
             position_ids = (slots - cache.num_padding[:, None]).clamp(min=0)
+        cache.reserve(num_new)
         with attached(self._configs):
             logits = self._forward(
                 input_ids=tokens,
                 attention_mask=attention_mask,
-                position_ids=position_ids,
+                position_ids=position_ids[..., -num_new:],
                 past_key_values=cache,
                 logits_to_keep=1,
             )
+        cache.append(num_new)
         cache.commit_prompt()
         return logits[:, -1]
 
@@ -172,8 +177,9 @@ class TargetView:
             tokens: Token at each node.
             topology: Shape of the trees.
             cache: Cache whose committed slots every node sees.
-            prompt: Tokens before the roots, padded on the left, when the cache is still empty:
-                one forward then does for the prompt and the tree. They are committed.
+            prompt: Tokens before the roots that the cache lacks, padded on the left, while all
+                rows of the cache are equally long: one forward then does for the prompt and the
+                tree. They are committed.
             max_length: Tokens at which every row ends. Nodes beyond are given the last position
                 before, because learned positions may end there; their logits are of no use.
 
@@ -185,17 +191,17 @@ class TargetView:
         max_position = None if max_length is None else max(max_length - 2, 0)
         if prompt is None:
             return self.forward_nodes(tokens, visible, depths, cache, max_position=max_position)
-        start = prompt.shape[1]
+        cached, start = cache.tree_start, prompt.shape[1]
         slots = torch.arange(start, device=depths.device).expand(len(depths), -1)
         logits = self.forward_nodes(
             torch.cat([prompt, tokens], dim=1),
-            _below_prompt(visible, cache.num_padding, start),
+            _below_prompt(visible, cache.num_padding - cached, start),
             torch.cat([slots, start + depths], dim=1),
             cache,
             num_logits=tokens.shape[1],
             max_position=max_position,
         )
-        cache.split(start, num_pending=tokens.shape[1])
+        cache.split(cached + start, num_pending=tokens.shape[1])
         return logits
 
     def forward_nodes(

@@ -63,6 +63,45 @@ def test_nodes_fed_level_by_level_are_those_of_one_tree():
     assert caches[1].num_pending == 4
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("num_cached", [0, 1, 6, 12])
+@torch.no_grad()
+def test_prompt_and_tree_in_one_forward_behind_a_prefix_are_those_of_two(family, num_cached):
+    view, inputs = TargetView(shared_model(family)), prompts(13, 5)
+    tokens, mask = inputs["input_ids"], inputs["attention_mask"]
+    topology = from_parents(PARENTS, device=torch.device("cpu"))
+    nodes = torch.arange(1, 17).view(2, 8)
+    nodes[:, 0] = tokens[:, -1]
+    caches = [view.new_cache((mask == 0).sum(1)) for _ in range(2)]
+    for cache in caches:
+        if num_cached:
+            view.prefill(tokens[:, :num_cached], cache, attention_mask=mask[:, :num_cached].clone())
+    merged = view.forward_tree(nodes, topology, caches[0], prompt=tokens[:, num_cached:-1])
+    view.prefill(tokens[:, num_cached:], caches[1], attention_mask=mask)
+    caches[1].split(12, num_pending=0)
+    expected = view.forward_tree(nodes, topology, caches[1])
+    assert torch.allclose(merged, expected, atol=TOLERANCE)
+    assert caches[0].host_lengths == caches[1].host_lengths == [12, 12]
+    assert caches[0].num_pending == caches[1].num_pending == 8
+    for cache in caches:
+        cache.keep([[0, 1, 3], [0]])
+    logits = [view.forward_tree(nodes, topology, cache) for cache in caches]
+    assert torch.allclose(logits[0], logits[1], atol=TOLERANCE)
+
+
+@torch.no_grad()
+def test_position_ids_may_cover_what_is_cached():
+    view, inputs = TargetView(shared_model("llama")), prompts(9)["input_ids"]
+    positions = torch.arange(9)[None]
+    logits = []
+    for given in (None, positions, positions[:, 5:]):
+        cache = view.new_cache(torch.tensor([0]))
+        view.prefill(inputs[:, :5], cache)
+        logits.append(view.prefill(inputs[:, 5:], cache, position_ids=given))
+    assert torch.equal(logits[0], logits[1])
+    assert torch.equal(logits[0], logits[2])
+
+
 def test_facts_of_the_model():
     view = TargetView(shared_model("qwen2"))
     assert (view.vocab_size, view.num_layers, view.max_positions) == (VOCAB_SIZE, 3, 512)

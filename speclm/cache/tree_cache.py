@@ -55,6 +55,21 @@ class TreeCache(Cache):
         """Whether a row is shorter than another, so that slots below `tree_start` are unused."""
         return any(length != self.tree_start for length in self._lengths)
 
+    def load(self, states: Sequence[tuple[Tensor, Tensor]], *, length: int, room: int = 0) -> None:
+        """Commit copies of keys and values to the empty cache, as a prefix of every row.
+
+        Args:
+            states: Keys and values of each layer, ``[batch, kv_heads, held, head_dim]``: the last
+                `held` of the `length` slots. Those before are filled with zeros, which stay finite
+                under a mask.
+            length: Slots of the prefix, left padding included.
+            room: Slots to make room for besides, so that the next forwards need not copy again.
+        """
+        for layer, (keys, values) in zip(self._rows, states, strict=True):
+            layer.lazy_initialization(keys, values)
+        self._set_lengths([length] * len(self._lengths))
+        self._grow(length + room)
+
     def commit_prompt(self) -> None:
         """Commit the slots that the prefill wrote."""
         self.split(self._rows[0].get_seq_length(), num_pending=0)
@@ -181,6 +196,12 @@ class TreeLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init
                 f"cache has room for {self._owner.capacity} slots, a forward wrote slot {past}; "
                 "decode through speclm, or pass a DynamicCache to the model itself"
             )
+        if key_states.dtype != self.keys.dtype or key_states.shape[:2] != self.keys.shape[:2]:
+            raise CacheError(  # copying would round, or repeat a row or head
+                f"cache holds {self.keys.dtype} for {tuple(self.keys.shape[:2])} rows and heads, "
+                f"the model wrote {key_states.dtype} for {tuple(key_states.shape[:2])}; pass a "
+                "cache that this model made for these rows"
+            )
         self.keys.narrow(2, first, added).copy_(key_states)
         self.values.narrow(2, first, added).copy_(value_states)
         return self.keys.narrow(2, 0, past), self.values.narrow(2, 0, past)
@@ -209,10 +230,12 @@ class TreeLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init
         return (keys.shape[:2], keys.shape[3], values.shape[3], keys.dtype, keys.device)
 
     def adopt(self, keys: Tensor, values: Tensor, *, used: int) -> None:
-        """Move the first `used` slots into the given storage."""
+        """Copy the first `used` slots into the given storage; of fewer, the last ones."""
         if self.keys is not None and self.values is not None:
-            keys[:, :, :used] = self.keys[:, :, :used]
-            values[:, :, :used] = self.values[:, :, :used]
+            first = max(used - self.keys.shape[2], 0)
+            for storage, held in ((keys, self.keys), (values, self.values)):
+                storage[:, :, :first] = 0
+                storage[:, :, first:used] = held[:, :, : used - first]
             self.keys, self.values = keys, values
 
 
