@@ -66,6 +66,19 @@ class RowStats:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """A time without drafts, because they cost more than they gave.
+
+    Args:
+        round: Rounds after which it began; those of the prefill left out.
+        reason: What a speculative and a plain round took.
+    """
+
+    round: int
+    reason: str
+
+
 @dataclass(slots=True)
 class SpeculationStats:
     """Counters of one `generate` call, over all rows.
@@ -79,6 +92,9 @@ class SpeculationStats:
         fallbacks: Why the call, or a part of it, was decoded without speculation.
         acceptance: Name of the accept rule that decided; greedy decoding takes the exact one.
         is_lossy: Whether an accept rule was used that changes the output's distribution.
+        num_plain_rounds: Rounds, among `rounds`, in which the proposer was not asked.
+        pauses: When and why speculation was paused for some rounds. A call may begin within a
+            pause, which is then listed with the call before.
     """
 
     rows: list[RowStats] = field(default_factory=list)
@@ -88,6 +104,8 @@ class SpeculationStats:
     fallbacks: list[str] = field(default_factory=list)
     acceptance: str = "exact"
     is_lossy: bool = False
+    num_plain_rounds: int = 0
+    pauses: list[Pause] = field(default_factory=list)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -131,6 +149,18 @@ class SpeculationStats:
         rounds = max(self.rounds, 1)
         return {name: 1e3 * self.seconds[name] / rounds for name in PHASES if name != "prefill"}
 
+    @property
+    def pause_summary(self) -> str | None:
+        """One line on what was decoded without drafts, and why last; None when nothing was."""
+        if self.num_plain_rounds == 0 and not self.pauses:
+            return None
+        line = f"{self.num_plain_rounds} of {self.rounds} rounds without a draft"
+        if not self.pauses:
+            return line
+        number = "paused" if len(self.pauses) == 1 else f"paused {len(self.pauses)} times"
+        last = self.pauses[-1]
+        return f"{line}; {number}, after round {last.round}: {last.reason}"
+
     def to_dict(self) -> dict[str, object]:
         """Return everything that was counted, ready for JSON, with vLLM's names where it has one.
 
@@ -146,6 +176,8 @@ class SpeculationStats:
             "fallbacks": list(self.fallbacks),
             "acceptance": self.acceptance,
             "is_lossy": self.is_lossy,
+            "num_plain_rounds": self.num_plain_rounds,
+            "pauses": [{"round": pause.round, "reason": pause.reason} for pause in self.pauses],
             "rows": [row.to_dict() for row in self.rows],
         }
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from speclm.stats import PHASES, RowStats, SpeculationStats
+from speclm.stats import PHASES, Pause, RowStats, SpeculationStats
 
 
 @pytest.fixture
@@ -82,3 +82,26 @@ def test_record_has_vllms_names_and_is_json(stats):
     assert record["is_lossy"] is False
     assert record["fallbacks"] == []
     assert [row["num_draft_tokens"] for row in record["rows"]] == [7, 5]
+
+
+def test_pauses_are_summed_up_in_one_line(stats):
+    assert stats.pause_summary is None
+    stats.num_plain_rounds = 2
+    assert stats.pause_summary == "2 of 3 rounds without a draft"
+    stats.pauses.append(Pause(1, "round of 11.2 ms for 1.1 tokens, plain 7.9 ms"))
+    assert stats.pause_summary == (
+        "2 of 3 rounds without a draft; paused, after round 1: "
+        "round of 11.2 ms for 1.1 tokens, plain 7.9 ms"
+    )
+    stats.pauses.append(Pause(3, "x"))
+    assert stats.pause_summary.endswith("paused 2 times, after round 3: x")
+
+
+def test_pauses_are_in_the_record(stats):
+    assert stats.to_dict()["pauses"] == []
+    assert stats.to_dict()["num_plain_rounds"] == 0
+    stats.num_plain_rounds = 2
+    stats.pauses.append(Pause(1, "x"))
+    record = json.loads(json.dumps(stats.to_dict()))
+    assert record["num_plain_rounds"] == 2
+    assert record["pauses"] == [{"round": 1, "reason": "x"}]

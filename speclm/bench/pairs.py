@@ -155,6 +155,8 @@ def merge_stats(parts: Sequence[SpeculationStats | None]) -> SpeculationStats | 
     for part in counted:
         merged.rows.extend(part.rows)
         merged.rounds += part.rounds
+        merged.num_plain_rounds += part.num_plain_rounds
+        merged.pauses += part.pauses
         merged.is_lossy = merged.is_lossy or part.is_lossy
         merged.fallbacks += [text for text in part.fallbacks if text not in merged.fallbacks]
         for name, seconds in part.seconds.items():

@@ -302,6 +302,8 @@ class SpecModel:
         write(f"          acceptance {stats.acceptance}{lossy}")
         write(f"          acceptance by depth: {by_depth or 'nothing drafted'}")
         write(f"          ms a round: {phases}")
+        if stats.pause_summary is not None:
+            write(f"          {stats.pause_summary}")
 
     def _base_generate(self, **arguments: Any) -> Any:
         # The class's method: an instance attribute may be a wrapper that leads back here.

@@ -100,6 +100,7 @@ class DraftModelProposer(Proposer):
             )
         self.needs = TargetNeeds(vocab_size=wanted.vocab_size)
         self._cache: TreeCache | None = None
+        self._prompt: Prefill | None = None  # until it is read
         self._prompt_logits: Tensor | None = None  # what follows the prompt, until it is used
         self._unseen: list[list[int]] = []
         self._is_idle: list[bool] = []
@@ -113,27 +114,23 @@ class DraftModelProposer(Proposer):
     @override
     def begin(self, prompt: Prefill) -> None:
         self._cache, self._prompt_logits = self.view.new_cache(prompt.num_padding), None
-        tokens = torch.cat([prompt.tokens, prompt.first_tokens[:, None]], dim=1)
-        length, bound = tokens.shape[1], self.view.max_positions
+        length, bound = prompt.tokens.shape[1] + 1, self.view.max_positions
         self._is_silent = bound is not None and length > bound  # learned positions end there
-        if not self._is_silent:
-            slots = torch.arange(length, device=tokens.device)
-            is_token = slots >= prompt.num_padding[:, None]
-            mask = is_token.long() if self._cache.has_padding else None
-            logits = self.view.prefill(tokens, self._cache, attention_mask=mask)
-            self._cache.split(length - 1, num_pending=1)  # as if only the roots were unseen
-            self._prompt_logits = logits[:, None]
+        self._prompt = None if self._is_silent else prompt  # read by the first draft, if any
         # The draft model works on the host between levels, so one more sync costs nothing.
         self._unseen = [[token] for token in prompt.first_tokens.tolist()]
         self._temperature, self._sampler = prompt.temperature, prompt.sampler
         ends = sorted(prompt.eos_token_ids)
         self._leaf_tokens = torch.tensor(ends, device=prompt.tokens.device) if ends else None
-        self._is_idle = [False] * len(tokens)
+        self._is_idle = [False] * len(self._unseen)
         self._grown, self._offsets = [], []
 
     @override
     def propose(self, roots: Int[Tensor, " batch"], *, noise: PositionNoise | None) -> Draft:
         assert self._cache is not None, "propose before begin"
+        if self._prompt is not None:
+            self._read(self._prompt, self._cache)
+            self._prompt = None
         longest = max(map(len, self._unseen))
         bound = self.view.max_positions
         deepest = self._cache.tree_start + longest + self.config.depth
@@ -163,9 +160,24 @@ class DraftModelProposer(Proposer):
             slots = [slot for slot in slots if slot < self._cache.num_pending]
             kept.append([*range(len(self._unseen[row])), *slots])
             self._unseen[row] = emitted[len(slots) :]
-        self._cache.keep(kept)
+        if self._prompt is None:
+            self._cache.keep(kept)
         self._is_idle = [not emitted for emitted in accepted.emitted]
         self._prompt_logits, self._offsets = None, []
+
+    def _read(self, prompt: Prefill, cache: TreeCache) -> None:
+        """Run the prompt, whose last tokens are the first roots."""
+        tokens = torch.cat([prompt.tokens, prompt.first_tokens[:, None]], dim=1)
+        length = tokens.shape[1]
+        slots = torch.arange(length, device=tokens.device)
+        is_token = slots >= prompt.num_padding[:, None]
+        mask = is_token.long() if cache.has_padding else None
+        logits = self.view.prefill(tokens, cache, attention_mask=mask)
+        cache.split(length - 1, num_pending=1)  # as if only the roots were unseen
+        if all(len(row) == 1 for row in self._unseen):
+            self._prompt_logits = logits[:, None]
+        else:  # rounds without a draft came first
+            cache.keep([[] for _ in self._unseen])
 
     def _grow(self, device: torch.device, longest: int, noise: PositionNoise | None) -> GrowingTree:
         """Feed what is unseen and then level after level."""

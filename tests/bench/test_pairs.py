@@ -6,7 +6,7 @@ from speclm.bench import Outcome, Pair, Spread, compare, plain_arm, speculative_
 from speclm.bench.pairs import merge_stats
 from speclm.errors import MeasurementError
 from speclm.proposers import NgramProposer
-from speclm.stats import RowStats, SpeculationStats
+from speclm.stats import Pause, RowStats, SpeculationStats
 
 
 def logging_arm(arm, log):
@@ -92,8 +92,11 @@ def test_merged_stats_add_up():
     ]
     parts[0].seconds["draft"] = 0.5
     parts[1].seconds["draft"] = 1.0
+    parts[0].num_plain_rounds, parts[1].num_plain_rounds = 1, 2
+    parts[1].pauses.append(Pause(1, "y"))
     merged = merge_stats([*parts, None])
     assert merged is not None
     assert (merged.rounds, merged.tau, merged.fallbacks) == (3, 3.0, ["x"])
     assert merged.seconds["draft"] == 1.5
+    assert (merged.num_plain_rounds, merged.pauses) == (3, [Pause(1, "y")])
     assert merge_stats([None]) is None

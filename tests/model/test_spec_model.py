@@ -277,6 +277,11 @@ def test_report_names_what_is_wrapped_and_the_last_call(spec):
     spec.generate(**prompts(6), max_new_tokens=6, do_sample=False)
     spec.print_report(write=lines.append)
     assert "tau" in "\n".join(lines)
+    assert "without a draft" not in "\n".join(lines)
+    spec.last_speculation.num_plain_rounds = 2
+    spec.print_report(write=lines.append)
+    assert "2 of" in lines[-1]
+    assert "rounds without a draft" in lines[-1]
     spec.generate(**prompts(6), max_new_tokens=6, num_beams=2)
     lines.clear()
     spec.print_report(write=lines.append)

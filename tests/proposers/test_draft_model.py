@@ -73,6 +73,48 @@ def test_cache_equals_a_fresh_prefill_after_every_round(cell, lengths, options, 
     assert any(rounds), "nothing was accepted: the check shows little"
 
 
+@pytest.mark.parametrize("num_before", [0, 2])
+@torch.no_grad()
+def test_rounds_without_a_draft_cost_no_forward_and_are_caught_up_with(num_before):
+    target = shared_model("llama")
+    draft = related_draft(target)
+    tokens = torch.randint(3, VOCAB_SIZE, (2, 14), generator=torch.Generator().manual_seed(0))
+    paused, fresh = (DraftModelProposer(draft, target=target, **CHAIN) for _ in range(2))
+    forwards: list[int] = []
+    handle = draft.register_forward_hook(lambda *_: forwards.append(1))
+    paused.begin(prompt_of(tokens[:, :8]))
+    for index in range(8, 8 + num_before):
+        paused.propose(tokens[:, index - 1], noise=None)
+        paused.commit(one_token_a_row(tokens[:, index]))
+    drafted = len(forwards)
+    for index in range(8 + num_before, 14):
+        paused.commit(one_token_a_row(tokens[:, index]))
+    assert len(forwards) == drafted
+    assert drafted > 0 or num_before == 0
+    handle.remove()
+    fresh.begin(prompt_of(tokens))
+    found, wanted = (
+        proposer.propose(tokens[:, -1], noise=None).tokens for proposer in (paused, fresh)
+    )
+    assert torch.equal(found, wanted)
+
+
+def prompt_of(tokens: Tensor) -> Prefill:
+    return Prefill(
+        tokens=tokens[:, :-1],
+        num_padding=torch.zeros(len(tokens), dtype=torch.long),
+        first_tokens=tokens[:, -1],
+        temperature=0.0,
+        max_new_tokens=32,
+    )
+
+
+def one_token_a_row(tokens: Tensor) -> Accepted:
+    return Accepted.from_host(
+        [[0]] * len(tokens), [[token] for token in tokens.tolist()], device=tokens.device
+    )
+
+
 @torch.no_grad()
 def related_draft(target: PreTrainedModel) -> PreTrainedModel:
     """Return a model that is often, but not always, of the target's opinion."""
