@@ -47,7 +47,7 @@ class ProposerContractError(SpeclmError, AssertionError):
 
 
 class CacheError(SpeclmError, TypeError):
-    """A key/value cache of a kind that cannot be rolled back was passed in."""
+    """A key/value cache cannot be rolled back, taken over or extended as asked."""
 
 
 class BusyError(SpeclmError, RuntimeError):

@@ -308,10 +308,7 @@ def test_room_spares_a_second_copy():
 
 
 def test_empty_caches_leave_the_tree_cache_empty():
-    model = model_of("qwen2")
-    used = plain_cache(model, prompts(9), 9)
-    used.reset()
-    for past in (DynamicCache(), DynamicCache(config=model.config), used):
+    for past in (DynamicCache(), DynamicCache(config=model_of("qwen2").config)):
         cache = TreeCache(num_layers=3, num_padding=torch.tensor([0]))
         import_cache(cache, past)
         assert cache.get_seq_length() == 0
@@ -379,8 +376,7 @@ def test_tuples_are_named():
 
 
 def test_offloaded_caches_are_named():
-    past = DynamicCache()
-    past.offloading = True  # as with offloading=True, which needs a device with streams
+    past = DynamicCache(offloading=True)
     assert "moves its layers off the device" in import_obstacle(past, **FACTS)
 
 
