@@ -14,18 +14,32 @@ from transformers.generation.stopping_criteria import (
 )
 
 from speclm.errors import PromptError
+from speclm.generation.settings import (
+    BY_NAME,
+    LEFT_TO_THE_BASE,
+    REFUSED_SETTINGS,
+    Kind,
+    first_active,
+)
 from speclm.sampling.chooser import first_context_dependent
 
 KNOWN_INPUTS = frozenset(
-    {"attention_mask", "position_ids", "logits_to_keep", "past_key_values", "use_cache"}
+    {
+        "attention_mask",
+        "position_ids",
+        "logits_to_keep",
+        "past_key_values",
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+    }
 )
 """Model inputs that Transformers prepares for any text prompt; others mean another modality."""
 
-_UNSUPPORTED_OUTPUTS = (
-    "output_scores",
-    "output_logits",
-    "output_attentions",
-    "output_hidden_states",
+_UNSUPPORTED_FIELDS = tuple(
+    setting
+    for setting in (*LEFT_TO_THE_BASE, *REFUSED_SETTINGS)
+    if setting.kind is Kind.FIELD  # what a config resolves; the rest is seen in a call alone
 )
 _CRITERIA = (EosTokenCriteria, MaxLengthCriteria)
 
@@ -45,16 +59,14 @@ def require_supported(
     Raises:
         NeedsPlainDecoding: If a setting needs more; the message is the reason.
     """
-    if (generation_config.num_beams or 1) != 1:
-        raise NeedsPlainDecoding(f"num_beams={generation_config.num_beams}")
-    if generation_config.use_cache is False:
-        raise NeedsPlainDecoding("use_cache=False")
-    for name in ("cache_implementation", "prefill_chunk_size", "token_healing", "penalty_alpha"):
-        if getattr(generation_config, name, None):
-            raise NeedsPlainDecoding(f"{name}={getattr(generation_config, name)!r}")
-    for name in _UNSUPPORTED_OUTPUTS:
-        if getattr(generation_config, name, None):
-            raise NeedsPlainDecoding(f"{name}=True")
+
+    def value_of(name: str) -> Any:
+        value = getattr(generation_config, name, None)
+        return BY_NAME[name].default if value is None else value
+
+    setting = first_active(_UNSUPPORTED_FIELDS, value_of)
+    if setting is not None:
+        raise NeedsPlainDecoding(setting.describe(value_of(setting.name)))
     processor = first_context_dependent(logits_processor)
     if processor is not None:
         raise NeedsPlainDecoding(f"{processor} depends on the text so far")

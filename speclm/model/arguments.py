@@ -1,5 +1,6 @@
 """The arguments of `generate`: what is refused, and what is left to the base's own."""
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -9,70 +10,53 @@ from transformers.cache_utils import Cache
 
 from speclm.errors import CacheError, OptionError, PromptError
 from speclm.generation.delegation import require_left_padding
-
-_OTHER_SPECULATION = (
-    "assistant_model",
-    "assistant_tokenizer",
-    "prompt_lookup_num_tokens",
-    "use_mtp",
-    "speculation_type",
-    "custom_generate",
-)
-_DELEGATED_ARGUMENTS = (
-    "streamer",
-    "stop_strings",
-    "stopping_criteria",
-    "prefix_allowed_tokens_fn",
-    "negative_prompt_ids",
-    "negative_prompt_attention_mask",
-    "synced_gpus",
-    "inputs_embeds",
-    "position_ids",
-    "past_key_values",
-    "dola_layers",
-    "penalty_alpha",
-    "num_beam_groups",
-    "cache_implementation",
-    "constraints",
-    "force_words_ids",
+from speclm.generation.settings import (
+    BY_NAME,
+    LEFT_TO_THE_BASE,
+    REFUSED_SETTINGS,
+    Kind,
+    Setting,
+    first_active,
 )
 
 
-def resolve_setting(name: str, arguments: dict[str, Any], default: GenerationConfig) -> Any:
-    """Return a setting as `generate` resolves it: argument, given config, the model's config."""
-    if arguments.get(name) is not None:
+def resolve_setting(name: str, arguments: Mapping[str, Any], default: GenerationConfig) -> Any:
+    """Return a setting as `generate` resolves it.
+
+    A keyword counts even if it is None. Fields follow from the config that was given, then from
+    the model's own; what only `generate` or the model takes has no effect in a config.
+    """
+    if name in arguments:
         return arguments[name]
+    setting = BY_NAME.get(name)
+    if setting is not None and setting.kind is not Kind.FIELD:
+        return None
     for config in (arguments.get("generation_config"), default):
         value = getattr(config, name, None)
         if value is not None:
             return value
-    return None
+    return None if setting is None else setting.default
 
 
-def first_delegated(arguments: dict[str, Any], default: GenerationConfig) -> str | None:
-    """Return the first argument that only the base's own `generate` honours, None without one."""
-    given = (
-        name
-        for name in _DELEGATED_ARGUMENTS
-        if (value := resolve_setting(name, arguments, default)) is not None and value is not False
-    )
-    return next(given, None)
+def first_delegated(arguments: Mapping[str, Any], default: GenerationConfig) -> str | None:
+    """Return the first setting that only the base's own `generate` honours, None without one."""
+    setting, value = _first_active(LEFT_TO_THE_BASE, arguments, default)
+    return None if setting is None else setting.describe(value)
 
 
-def require_acceptable(arguments: dict[str, Any], default: GenerationConfig) -> None:
+def require_acceptable(arguments: Mapping[str, Any], default: GenerationConfig) -> None:
     """Check the arguments of a call before anything is computed.
 
     Raises:
-        OptionError: If another speculation method is asked for.
+        OptionError: If another speculation method is asked for, or an output of every forward.
         CacheError: If a cache is passed in that cannot be rolled back.
         PromptError: If the prompt is empty, of the wrong shape or padded on the right.
     """
-    for name in _OTHER_SPECULATION:
-        if resolve_setting(name, arguments, default):
-            raise OptionError(
-                f"{name} asks for Transformers' own speculation or decoding, and this model has "
-                "its own; drop it, or call .base.generate"
-            )
+    setting, value = _first_active(REFUSED_SETTINGS, arguments, default)
+    if setting is not None:
+        raise OptionError(
+            f"{setting.describe(value)} {setting.note}; drop it, or call .base.generate"
+        )
     cache = arguments.get("past_key_values")
     if isinstance(cache, Cache) and not all(layer.is_croppable for layer in cache.layers):
         raise CacheError(
@@ -105,3 +89,15 @@ def require_acceptable(arguments: dict[str, Any], default: GenerationConfig) -> 
                 "pass the mask that the tokenizer returned with the prompt"
             )
         require_left_padding(mask)
+
+
+def _first_active(
+    settings: Iterable[Setting], arguments: Mapping[str, Any], default: GenerationConfig
+) -> tuple[Setting | None, Any]:
+    """Return the first of some settings that has an effect in a call, and its value."""
+
+    def value_of(name: str) -> Any:
+        return resolve_setting(name, arguments, default)
+
+    setting = first_active(settings, value_of)
+    return setting, None if setting is None else value_of(setting.name)

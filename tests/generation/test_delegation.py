@@ -108,10 +108,6 @@ PLAIN_CELLS: dict[str, tuple[str, dict[str, Any]]] = {
         "more outputs",
         {**GREEDY, "output_logits": True, "return_dict_in_generate": True},
     ),
-    "output_hidden_states": (
-        "more outputs",
-        {**GREEDY, "output_hidden_states": True, "return_dict_in_generate": True},
-    ),
     "position_ids": ("numbered by hand", {**GREEDY, "position_ids": torch.arange(6)[None] + 2}),
     "guidance": ("runs forwards of its own", {**SAMPLED, "guidance_scale": 1.5}),
 }

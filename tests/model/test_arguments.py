@@ -16,7 +16,8 @@ def test_setting_is_the_argument_then_the_given_config_then_the_models():
     assert resolve_setting("top_k", {"top_k": 3, "generation_config": given}, DEFAULT) == 3
     assert resolve_setting("top_k", {"generation_config": given}, DEFAULT) == 7
     assert resolve_setting("top_k", {"generation_config": GenerationConfig()}, DEFAULT) == 11
-    assert resolve_setting("top_k", {"top_k": None}, DEFAULT) == 11
+    assert resolve_setting("top_k", {"top_k": None}, DEFAULT) is None  # as Transformers has it
+    assert resolve_setting("use_cache", {}, DEFAULT) is True
     assert resolve_setting("no_such_setting", {}, DEFAULT) is None
 
 
@@ -36,12 +37,21 @@ def test_delegation_is_found_in_the_configs_too():
     given = GenerationConfig(stop_strings=["x"])
     assert first_delegated({"generation_config": given}, DEFAULT) == "stop_strings"
     assert first_delegated({}, given) == "stop_strings"
+    assert first_delegated({"stop_strings": None}, given) is None
     assert first_delegated({"synced_gpus": False}, DEFAULT) is None
+    assert first_delegated({"num_beams": 2}, given) == "num_beams=2"
 
 
-@pytest.mark.parametrize("name", ["assistant_model", "prompt_lookup_num_tokens", "custom_generate"])
+def test_cache_is_used_unless_the_keyword_says_otherwise():
+    without = GenerationConfig(use_cache=False)
+    assert first_delegated({"use_cache": None}, DEFAULT) == "use_cache=None"
+    assert first_delegated({}, without) == "use_cache=False"
+    assert first_delegated({"use_cache": True}, without) is None
+
+
+@pytest.mark.parametrize("name", ["prompt_lookup_num_tokens", "use_mtp", "speculation_type"])
 def test_other_speculation_is_refused_wherever_it_is_asked_for(name):
-    with pytest.raises(OptionError, match=name):
+    with pytest.raises(OptionError, match=f"{name}=3 asks for Transformers' own speculation"):
         require_acceptable({name: 3}, DEFAULT)
     given = GenerationConfig()
     setattr(given, name, 3)
@@ -49,6 +59,22 @@ def test_other_speculation_is_refused_wherever_it_is_asked_for(name):
         require_acceptable({"generation_config": given}, DEFAULT)
     with pytest.raises(OptionError, match=name):
         require_acceptable({}, given)
+    require_acceptable({name: None}, given)  # the keyword switches it off
+
+
+@pytest.mark.parametrize("name", ["assistant_model", "custom_generate", "streamer"])
+def test_what_is_no_field_has_no_effect_in_a_config(name):
+    given = GenerationConfig()
+    setattr(given, name, 3)
+    require_acceptable({"generation_config": given}, given)
+    assert first_delegated({"generation_config": given}, given) is None
+
+
+def test_output_of_every_forward_is_refused_where_it_would_be_returned():
+    wanted = {"output_attentions": True}
+    require_acceptable(wanted, DEFAULT)
+    with pytest.raises(OptionError, match=r"output_attentions=True asks .*\.base\.generate"):
+        require_acceptable({**wanted, "return_dict_in_generate": True}, DEFAULT)
 
 
 def test_cache_has_to_be_one_that_can_be_rolled_back():
