@@ -9,27 +9,19 @@ not have. Needs nothing but Python.
     python benchmarks/render.py --check  # fails if one is out of date
 """
 
-import argparse
 import json
-import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+import markers
+
 PAGES = ("README.md", "docs/benchmarks.md")
 RESULTS = "benchmarks/results"
 
 Record = dict[str, Any]
-
-MARKED = re.compile(
-    r"(?P<start><!-- results:(?P<name>\S+)(?P<filters>(?: [^\s=]+=\S+)*) -->\n)"
-    r".*?(?P<end><!-- /results -->)",
-    re.DOTALL,
-)
-ANY_MARKER = re.compile(r"<!-- /?results\b.*?-->")
 
 PLAIN_ARMS = ("base", "plain")
 LABELS: Mapping[str, Mapping[str, str]] = {
@@ -302,49 +294,26 @@ def rewrite(text: str, results: Path) -> str:
     Raises:
         ValueError: If a marker has no partner or no name.
     """
-    num_marked = len(MARKED.findall(text))
-    if len(ANY_MARKER.findall(text)) != 2 * num_marked:
-        raise ValueError(
-            f"{num_marked} results are between two markers, found "
-            f"{len(ANY_MARKER.findall(text))} markers; write <!-- results:NAME key=value --> and "
-            "<!-- /results --> on lines of their own"
-        )
 
-    def fill(match: re.Match[str]) -> str:
-        wanted = dict(text.split("=", 1) for text in match["filters"].split())
+    def fill(name: str, wanted: Mapping[str, str]) -> str:
         records = [
             record
-            for record in read_records(results / f"{match['name']}.jsonl")
+            for record in read_records(results / f"{name}.jsonl")
             if all(str(value_of(record, key)) == value for key, value in wanted.items())
         ]
-        return f"{match['start']}{render(records, match['name'])}{match['end']}"
+        return render(records, name)
 
-    return MARKED.sub(fill, text)
+    return markers.rewrite(text, "results", fill)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing, fail if out of date")
-    parser.add_argument("--root", type=Path, default=ROOT, help="checkout whose pages are written")
-    options = parser.parse_args(arguments)
-    is_current = True
-    for name in PAGES:
-        page = options.root / name
-        text = page.read_text(encoding="utf-8")
-        try:
-            rendered = rewrite(text, options.root / RESULTS)
-        except ValueError as error:
-            print(f"{name}: {error}", file=sys.stderr)
-            return 2
-        if rendered == text:
-            continue
-        is_current = False
-        if options.check:
-            print(f"{name} is out of date; run python benchmarks/render.py", file=sys.stderr)
-        else:
-            page.write_text(rendered, encoding="utf-8")
-            print(f"{name} rewritten")
-    return 1 if options.check and not is_current else 0
+    return markers.write_pages(
+        PAGES,
+        lambda text, root: rewrite(text, root / RESULTS),
+        script="benchmarks/render.py",
+        description=__doc__.splitlines()[0],
+        arguments=arguments,
+    )
 
 
 if __name__ == "__main__":
