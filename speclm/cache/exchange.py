@@ -1,11 +1,10 @@
 """Takes over what a Transformers cache holds, and extends one with what was decoded."""
 
-from typing import cast
+from typing import Any
 
-from torch import Tensor
+from transformers import cache_utils
 from transformers.cache_utils import (
     Cache,
-    CacheLayerMixin,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
@@ -14,7 +13,12 @@ from transformers.cache_utils import (
 from speclm.cache.tree_cache import TreeCache
 from speclm.errors import CacheError
 
-_KINDS = (DynamicLayer, DynamicSlidingWindowLayer)
+_KINDS = {
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    # Stands for a layer that reads another's keys and values; Transformers 5.17 has none.
+    vars(cache_utils).get("DummyLayer"),
+}
 
 
 def import_obstacle(given: object, *, num_layers: int, batch: int, num_tokens: int) -> str | None:
@@ -36,15 +40,15 @@ def import_obstacle(given: object, *, num_layers: int, batch: int, num_tokens: i
     foreign = {type(layer).__name__ for layer in given.layers if type(layer) not in _KINDS}
     if foreign:
         return f"has layers of type {', '.join(sorted(foreign))}, not dynamic attention alone"
-    layers = _layers(given)
-    lengths = {layer.get_seq_length() for layer in layers}
+    if len(given.layers) > num_layers:
+        return f"has {len(given.layers)} layers, the model {num_layers}"
+    filled = [layer for layer in _layers(given) if layer.keys is not None]
+    lengths = {layer.get_seq_length() for layer in filled}
     if lengths <= {0}:
         return None
     if len(lengths) > 1:
         return f"has layers of {min(lengths)} to {max(lengths)} slots, not of one length"
-    if len(layers) != num_layers:
-        return f"has {len(layers)} layers, the model {num_layers}"
-    rows = {len(_states(layer)[0]) for layer in layers}
+    rows = {len(layer.keys) for layer in filled}
     if rows != {batch}:
         return f"has {max(rows)} rows, the prompt {batch}"
     length = lengths.pop()
@@ -69,8 +73,8 @@ def import_cache(cache: TreeCache, given: Cache, *, room: int = 0) -> None:
 
     Raises:
         CacheError: If `given` is of another kind, or for other rows or layers; see
-            `import_obstacle`. One with other heads or another dtype is refused by the first
-            forward on `cache`.
+            `import_obstacle`. One with fewer layers, other heads or another dtype is refused by
+            the first forward on `cache`.
     """
     batch = len(cache.host_lengths)
     length = given.get_seq_length() if type(given) is DynamicCache else 0
@@ -85,7 +89,8 @@ def import_cache(cache: TreeCache, given: Cache, *, room: int = 0) -> None:
             "first forward"
         )
     if length > 0:
-        cache.load([_states(layer) for layer in _layers(given)], length=length, room=room)
+        states = [(layer.keys, layer.values) for layer in _layers(given)]
+        cache.load(states, length=length, room=room)
 
 
 def export_cache(cache: TreeCache, into: DynamicCache, *, length: int) -> None:
@@ -112,18 +117,11 @@ def export_cache(cache: TreeCache, into: DynamicCache, *, length: int) -> None:
     if start == length:
         return
     for index, layer in enumerate(_layers(cache)):
-        if layer.keys is not None:  # else it reads another layer's
-            keys, values = (states[:, :, start:length] for states in _states(layer))
+        if layer.keys is not None:
+            keys, values = (held[:, :, start:length] for held in (layer.keys, layer.values))
             into.update(keys, values, index)
 
 
-def _layers(cache: Cache) -> list[CacheLayerMixin]:
-    """Return the layers of a cache whose layers all hold keys and values."""
-    return cast("list[CacheLayerMixin]", cache.layers)
-
-
-def _states(layer: CacheLayerMixin) -> tuple[Tensor, Tensor]:
-    """Return the keys and values of a layer that holds some."""
-    assert layer.keys is not None
-    assert layer.values is not None
-    return layer.keys, layer.values
+def _layers(cache: Cache) -> list[Any]:
+    """Return layers that all have `keys` and `values`, None in those that hold nothing."""
+    return list(cache.layers)

@@ -55,18 +55,25 @@ class TreeCache(Cache):
         """Whether a row is shorter than another, so that slots below `tree_start` are unused."""
         return any(length != self.tree_start for length in self._lengths)
 
-    def load(self, states: Sequence[tuple[Tensor, Tensor]], *, length: int, room: int = 0) -> None:
+    def load(
+        self,
+        states: Sequence[tuple[Tensor | None, Tensor | None]],
+        *,
+        length: int,
+        room: int = 0,
+    ) -> None:
         """Commit copies of keys and values to the empty cache, as a prefix of every row.
 
         Args:
-            states: Keys and values of each layer, ``[batch, kv_heads, held, head_dim]``: the last
-                `held` of the `length` slots. Those before are filled with zeros, which stay finite
-                under a mask.
+            states: Keys and values of the first layers, ``[batch, kv_heads, held, head_dim]``: the
+                last `held` of the `length` slots. Those before are filled with zeros, which stay
+                finite under a mask. None for a layer that reads another's.
             length: Slots of the prefix, left padding included.
             room: Slots to make room for besides, so that the next forwards need not copy again.
         """
-        for layer, (keys, values) in zip(self._rows, states, strict=True):
-            layer.lazy_initialization(keys, values)
+        for layer, (keys, values) in zip(self._rows, states, strict=False):
+            if keys is not None and values is not None:
+                layer.lazy_initialization(keys, values)
         self._set_lengths([length] * len(self._lengths))
         self._grow(length + room)
 
@@ -187,6 +194,11 @@ class TreeLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init
     ]:
         """Append keys and values and return all that are there."""
         if self.keys is None or self.values is None:
+            if self._owner.tree_start > 0:
+                raise CacheError(
+                    f"cache holds {self._owner.tree_start} slots and none of a layer that the "
+                    "model writes to; pass a cache that this model made"
+                )
             self.lazy_initialization(key_states, value_states)
             return key_states, value_states
         first, added = self._owner.tree_start + self._owner.num_pending, key_states.shape[2]
