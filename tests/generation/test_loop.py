@@ -1,4 +1,7 @@
-"""The promise: the tokens of `base.generate`, and its generator state, in fewer forwards."""
+"""The promise over families, layouts and trees: the tokens of `base.generate`, in fewer forwards.
+
+Settings are those that change what the loop does; all of them are in tests/model/test_matrix.py.
+"""
 
 import math
 from collections.abc import Callable
@@ -20,7 +23,6 @@ from tests.drafting import RandomTreeProposer
 from tests.models import (
     FAMILIES,
     VOCAB_SIZE,
-    build_model,
     generate,
     prompts,
     randomise,
@@ -35,13 +37,6 @@ CELLS: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
     "default": {"do_sample": True},
     "temperature and top-p": {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0},
-    "temperature 1": {"do_sample": True, "temperature": 1.0, "top_k": 0},
-    "top-k": {"do_sample": True, "top_k": 7, "temperature": 1.3},
-    "min-p": {"do_sample": True, "min_p": 0.05, "top_k": 0},
-    "typical-p": {"do_sample": True, "typical_p": 0.8, "top_k": 0},
-    "epsilon cutoff": {"do_sample": True, "epsilon_cutoff": 0.02, "top_k": 0},
-    "eta cutoff": {"do_sample": True, "eta_cutoff": 0.02, "top_k": 0},
-    "top-h": {"do_sample": True, "top_h": 0.5, "top_k": 0},
     "all at once": {
         "do_sample": True,
         "temperature": 0.8,
@@ -55,7 +50,6 @@ CELLS: dict[str, dict[str, Any]] = {
 }
 LAYOUTS = {"one row": (9,), "padded rows": (11, 5, 2, 14), "one token": (1,)}
 HALF = (("greedy", "padded rows"), ("default", "one row"))  # each of both, at half the time
-BOUNDS = (*({"max_new_tokens": new} for new in (1, 2, 3, 5)), {"max_length": 20})
 PROPOSERS = ("random tree", "ngram", "draft = target", "other draft", "none")
 
 
@@ -201,19 +195,6 @@ def test_adversarial_trees_over_many_seeds(family, seed, spec):
     assert spec.last_speculation.rounds < 39
 
 
-@pytest.mark.parametrize("lengths", [(9,), (6, 10)])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_num_return_sequences_expands_the_batch(family, lengths, spec):
-    inputs = prompts(*lengths)
-    settings = {"do_sample": True, "num_return_sequences": 3, "max_new_tokens": 12}
-    expected = generate(spec.base, inputs, **settings)
-    assert len(expected[0]) == 3 * len(lengths)
-    reference = new_tokens(expected[0], inputs["input_ids"])
-    spec.proposer = ScriptedProposer(reference, depth=DEPTH, wrong_at=WRONG_AT[:2])
-    require_equal(generate(spec, inputs, **settings), expected)
-    require_speculation(spec, tokens=12, errors=2)
-
-
 @pytest.mark.parametrize("at", [0, 1, 5, 6, 13])
 @pytest.mark.parametrize(("cell", "layout"), HALF)
 @pytest.mark.parametrize("family", FAMILIES)
@@ -227,49 +208,6 @@ def test_rows_end_at_an_eos_token_that_occurs_early(family, cell, at, layout, sp
     require_equal(generate(spec, inputs, **settings), expected)
     require_speculation(spec, tokens=NEW_TOKENS, errors=len(WRONG_AT))
     assert unbounded[-1].index(eos) <= at
-
-
-@pytest.mark.parametrize("kind", ["random tree", "ngram", "other draft"])
-@pytest.mark.parametrize("cell", ["greedy", "default"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_several_eos_tokens_end_different_rows(family, cell, kind, spec):
-    inputs = prompts(*LAYOUTS["padded rows"])
-    unbounded = new_tokens(plain(family, cell, "padded rows")[0], inputs["input_ids"])
-    eos = [row[3 + 2 * number] for number, row in enumerate(unbounded)]
-    settings = {**CELLS[cell], "eos_token_id": eos, "max_new_tokens": NEW_TOKENS}
-    expected = generate(spec.base, inputs, **settings)
-    assert expected[0].shape[1] < inputs["input_ids"].shape[1] + NEW_TOKENS
-    spec.proposer = make_proposer(kind, family, unbounded)
-    require_equal(generate(spec, inputs, **settings), expected)
-    assert spec.last_speculation.fallbacks == []
-
-
-def test_eos_none_in_the_generation_config_never_ends_a_row():
-    model = build_model("llama")
-    inputs = prompts(6)
-    tokens = new_tokens(plain("llama", "greedy", "one row")[0], prompts(9)["input_ids"])[0]
-    model.generation_config.eos_token_id = tokens[2]
-    spec = SpecModel(model, ScriptedProposer([tokens], depth=DEPTH))
-    settings = {"do_sample": False, "max_new_tokens": 9}
-    with_eos = generate(spec, prompts(9), **settings)
-    require_equal(with_eos, generate(model, prompts(9), **settings))
-    assert with_eos[0].shape[1] == 9 + 1 + tokens.index(tokens[2])
-    model.generation_config.eos_token_id = None
-    without = generate(spec, inputs, **settings)
-    require_equal(without, generate(model, inputs, **settings))
-    assert without[0].shape[1] == 6 + 9
-
-
-@pytest.mark.parametrize(("cell", "layout"), HALF)
-@pytest.mark.parametrize("bound", BOUNDS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_length_bounds_cut_inside_an_accepted_run(family, bound, cell, layout, spec):
-    inputs = prompts(*LAYOUTS[layout])
-    full = plain(family, cell, layout)[0]
-    expected = generate(spec.base, inputs, **bound, **CELLS[cell])
-    spec.proposer = ScriptedProposer(new_tokens(full, inputs["input_ids"]), depth=DEPTH)
-    require_equal(generate(spec, inputs, **bound, **CELLS[cell]), expected)
-    require_speculation(spec, tokens=expected[0].shape[1] - inputs["input_ids"].shape[1], errors=0)
 
 
 @pytest.mark.parametrize("cell", ["greedy", "default"])

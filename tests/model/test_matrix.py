@@ -1,0 +1,141 @@
+"""The promise over settings, batches, prompts and proposers: what `base.generate` leaves behind.
+
+A cell is one setting with one batch and one proposer. It compares token ids, the generator's state
+and, where they are asked for, scores and logits with those of plain decoding under the same seed,
+and counts forwards.
+"""
+
+import math
+from functools import cache
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+from speclm import SpecModel
+from tests.drafting import DEPTH, PROPOSERS, WRONG_AT, build_proposer
+from tests.models import prompts
+from tests.outcomes import Outcome, lengths, live_steps, observe, require_close, require_same
+from tests.settings import DELEGATED, EOS, NEW_TOKENS, SETTINGS, tiny_draft, tiny_model
+
+BATCHES = {"one row": (6,), "padded rows": (7, 3, 5)}
+OTHERS_PER_CASE = 2  # proposers beside the scripted one, which is in all
+IDLE = {"greedy", "default", "temperature 1", "invalid values removed", "scores, greedy"}
+CASES = [(name, batch) for name in SETTINGS for batch in BATCHES]
+CELLS = [
+    (name, batch, kind)
+    for index, (name, batch) in enumerate(CASES)
+    for kind in (
+        "scripted",
+        *(
+            PROPOSERS[1 + (3 * index + offset) % (len(PROPOSERS) - 1)]
+            for offset in range(OTHERS_PER_CASE)
+        ),
+    )
+]
+
+
+def make_inputs(name: str, batch: str) -> dict[str, Tensor]:
+    """Return the prompts of a setting, other ones for each."""
+    shape = BATCHES[batch]
+    if SETTINGS[name].is_one_token:
+        shape = (1,) * len(shape)
+    return prompts(*shape, vocab_size=60, seed=CASES.index((name, batch)))
+
+
+def make_arguments(name: str, inputs: dict[str, Tensor]) -> dict[str, Any]:
+    return {"max_new_tokens": NEW_TOKENS, **SETTINGS[name].build(inputs)}
+
+
+@cache
+def plain(name: str, batch: str) -> Outcome:
+    base = tiny_model(SETTINGS[name].model)
+    inputs = make_inputs(name, batch)
+    return observe(base, inputs, make_arguments(name, inputs), base=base)
+
+
+def without(name: str, batch: str) -> Outcome:
+    """Return what a call leaves behind that only says whether to sample."""
+    inputs = make_inputs(name, batch)
+    arguments = make_arguments(name, inputs)
+    config = arguments.get("generation_config")
+    is_sampled = config.do_sample if config else arguments["do_sample"]
+    bare = {"do_sample": is_sampled, "top_k": 0, "max_new_tokens": NEW_TOKENS}
+    return observe(tiny_model("ends"), inputs, bare, base=tiny_model("ends"))
+
+
+@cache
+def spec_model(model: str) -> SpecModel:
+    return SpecModel(tiny_model(model), None)
+
+
+def speculative(name: str, batch: str, kind: str) -> tuple[Outcome, SpecModel]:
+    spec = spec_model(SETTINGS[name].model)
+    inputs = make_inputs(name, batch)
+    reference = plain(name, batch).new_tokens(inputs)
+    spec.proposer = build_proposer(
+        kind,
+        reference,
+        target=spec.base,
+        draft=tiny_draft(spec.config.vocab_size),
+        seed=CASES.index((name, batch)),
+    )
+    return observe(spec, inputs, make_arguments(name, inputs), base=spec.base), spec
+
+
+@pytest.mark.parametrize(("name", "batch", "kind"), CELLS)
+def test_cell_leaves_behind_what_plain_decoding_does(name, batch, kind):
+    inputs = make_inputs(name, batch)
+    expected = plain(name, batch)
+    found, spec = speculative(name, batch, kind)
+    require_same(found, expected)
+    live = live_steps(expected.new_tokens(inputs), EOS)
+    require_close(found.scores, expected.scores, live=live)
+    require_close(found.logits, expected.logits, live=live)
+    is_speculative = name not in DELEGATED
+    assert (spec.last_speculation.fallbacks == []) == is_speculative
+    if is_speculative:
+        assert found.num_forwards <= expected.num_forwards
+    if is_speculative and kind == "scripted":
+        num_steps = expected.sequences.shape[1] - inputs["input_ids"].shape[1]
+        num_errors = sum(step < num_steps for step in WRONG_AT)
+        assert found.num_forwards <= math.ceil(num_steps / (DEPTH + 1)) + num_errors
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize(
+    "name", [name for name in SETTINGS if "scores" in name or "logits" in name]
+)
+def test_rows_that_have_ended_have_the_scores_of_plain_decoding(name, batch):
+    expected = plain(name, batch)
+    found, _ = speculative(name, batch, "scripted")
+    require_close(found.scores, expected.scores)
+    require_close(found.logits, expected.logits)
+
+
+def test_nearly_every_setting_changes_the_output():
+    unchanged = set()
+    for name, setting in SETTINGS.items():
+        if setting.model != "ends":
+            continue
+        pairs = [(plain(name, batch), without(name, batch)) for batch in BATCHES]
+        if all(one.sequences.tolist() == other.sequences.tolist() for one, other in pairs):
+            unchanged.add(name)
+    assert unchanged == IDLE
+
+
+def test_the_matrix_is_as_wide_as_it_says():
+    assert len(CELLS) >= 400
+    assert len(set(CELLS)) == len(CELLS)
+    assert {kind for _, _, kind in CELLS} == set(PROPOSERS)
+    assert set(SETTINGS) >= DELEGATED
+
+
+def test_rows_of_the_matrix_end_at_varied_positions():
+    ends: dict[int, int] = {}
+    for name, batch in CASES:
+        if SETTINGS[name].model == "ends":
+            for length in lengths(plain(name, batch).new_tokens(make_inputs(name, batch)), EOS):
+                ends[length] = ends.get(length, 0) + 1
+    assert set(range(1, NEW_TOKENS + 1)) <= set(ends), ends
+    assert ends[NEW_TOKENS] < sum(ends.values()) / 2
