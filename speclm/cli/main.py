@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.text import Text
 
 from speclm.cli.bench import bench
+from speclm.cli.chat import chat
 from speclm.cli.demo import demo
 from speclm.cli.env import env
 from speclm.cli.generate import generate
@@ -21,7 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, generate, bench, env):
+for command in (demo, generate, chat, bench, env):
     app.command()(command)
 app.add_typer(train, name="train")
 

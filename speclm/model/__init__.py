@@ -1,5 +1,15 @@
-"""The public surface: `SpecModel`."""
+"""The public surface: `SpecModel`, and `Chat` for chats with one."""
 
+from speclm.model.chat import Answer, Chat
 from speclm.model.spec_model import SpecModel, SpeculativeOutput
+from speclm.model.text_stream import Piece, RoundStreamer, TextDecoder
 
-__all__ = ["SpecModel", "SpeculativeOutput"]
+__all__ = [
+    "Answer",
+    "Chat",
+    "Piece",
+    "RoundStreamer",
+    "SpecModel",
+    "SpeculativeOutput",
+    "TextDecoder",
+]

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 def test_help_lists_the_commands(run):
     result = run("--help")
     assert result.exit_code == 0
-    assert all(name in result.output for name in ("demo", "generate", "bench", "env"))
+    assert all(name in result.output for name in ("demo", "generate", "chat", "bench", "env"))
 
 
 def test_an_error_of_speclm_is_one_line_and_exit_code_2(monkeypatch, capsys):

@@ -1,0 +1,364 @@
+"""`Chat`: answers in turns, of which only what is new is read."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path
+from threading import Event
+from time import perf_counter
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
+from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
+from typing_extensions import override
+
+from speclm.errors import OptionError, PromptError
+from speclm.model.arguments import resolve_setting
+from speclm.model.spec_model import SpecModel
+from speclm.model.text_stream import Piece, RoundStreamer
+from speclm.stats import PHASES, RowStats, SpeculationStats
+
+Message = dict[str, str]
+MAX_NEW_TOKENS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the model said in one turn.
+
+    Args:
+        text: Without special tokens, and without a character that was left incomplete.
+        tokens: New tokens, the one that ends the answer included.
+        num_prompt_tokens: Tokens of the whole conversation before the answer.
+        num_reused_tokens: Those of them that the cache held already.
+        finish: "end" when the model ended it, "length" at the bound, "stopped" by `stop`.
+        seconds: Wall time, reading of the prompt included.
+        speculation: Counters.
+        num_marked_rounds: Rounds of which it is known which tokens were drafted.
+    """
+
+    text: str
+    tokens: list[int]
+    num_prompt_tokens: int
+    num_reused_tokens: int
+    finish: Literal["end", "length", "stopped"]
+    seconds: float
+    speculation: SpeculationStats
+    num_marked_rounds: int
+
+
+class Chat:
+    """A conversation with a model, which remembers what the model has read.
+
+    Keys and values are kept between turns. Where the chat template renders earlier turns in
+    another way than before, they are kept up to the first difference. An error during an answer
+    leaves the turns as they were before the question.
+
+    Example:
+        ```python
+        chat = Chat(model, tokenizer, options={"max_new_tokens": 64})
+        answer = chat.ask("How many singers are there?", on_piece=lambda p: print(p.text, end=""))
+        ```
+    """
+
+    def __init__(
+        self,
+        spec: SpecModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        system: str | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Begin a conversation.
+
+        Args:
+            spec: Answers.
+            tokenizer: The base's, with a chat template.
+            system: Text of the system message; None for none.
+            options: Arguments of ``generate``; ``max_new_tokens`` is `MAX_NEW_TOKENS` by default.
+
+        Raises:
+            OptionError: If the tokenizer has no chat template.
+        """
+        if not tokenizer.chat_template:
+            raise OptionError(
+                "the tokenizer has no chat template; take a model that was tuned to chat, or set "
+                "tokenizer.chat_template"
+            )
+        self.spec = spec
+        self.system = system
+        self._tokenizer = tokenizer
+        self._options = {"max_new_tokens": MAX_NEW_TOKENS, **(options or {})}
+        self._turns: list[tuple[str, Answer]] = []
+        self._cache: Cache | None = None
+        self._cached_ids: list[int] = []
+        self._stopping = Event()
+        self._can_mark = True
+
+    @property
+    def messages(self) -> list[Message]:
+        """All messages, as chat templates take them."""
+        found = [] if self.system is None else [_message("system", self.system)]
+        for question, answer in self._turns:
+            found += [_message("user", question), _message("assistant", answer.text)]
+        return found
+
+    @property
+    def answers(self) -> list[Answer]:
+        """The answers so far."""
+        return [answer for _, answer in self._turns]
+
+    @property
+    def speculation(self) -> SpeculationStats:
+        """Counters of all answers together."""
+        return _add_up(answer.speculation for answer in self.answers)
+
+    def ask(
+        self,
+        text: str,
+        *,
+        on_piece: Callable[[Piece], object] = lambda _: None,
+        marks_drafted: bool = False,
+    ) -> Answer:
+        """Answer a question.
+
+        Args:
+            text: Of the user's message.
+            on_piece: Receives the text while it is generated.
+            marks_drafted: Tell drafted pieces apart; text then comes a round at a time.
+
+        Raises:
+            PromptError: If the conversation is too long for the model, or the chat template
+                refuses it.
+        """
+        prompt = self._render([*self.messages, _message("user", text)])
+        max_new_tokens = self._bound_new_tokens(len(prompt))
+        ends = self._end_tokens()
+        pieces: list[str] = []
+
+        def show(piece: Piece) -> None:
+            pieces.append(piece.text)
+            on_piece(piece)
+
+        streamer = RoundStreamer(
+            self._tokenizer,
+            show,
+            marks_drafted=lambda: marks_drafted and self._can_mark and not self._is_plain(),
+            skipped=ends,
+        )
+        self._stopping.clear()
+        cache = self._take_cache(prompt)
+        num_reused = 0 if cache is None else int(cache.get_seq_length())
+        start = perf_counter()
+        sequence = self._generate(prompt, cache, streamer, max_new_tokens=max_new_tokens)
+        seconds = perf_counter() - start
+        tokens = sequence[len(prompt) :]
+        speculation = self.spec.last_speculation
+        assert speculation is not None, "a call has just ended"
+        if marks_drafted and not self._is_plain():
+            self._can_mark = streamer.num_rounds > 0
+        answer = Answer(
+            text="".join(pieces),
+            tokens=tokens,
+            num_prompt_tokens=len(prompt),
+            num_reused_tokens=num_reused,
+            finish=self._finish(tokens, ends, max_new_tokens),
+            seconds=seconds,
+            speculation=speculation,
+            num_marked_rounds=streamer.num_rounds,
+        )
+        self._turns.append((text, answer))
+        return answer
+
+    def stop(self) -> None:
+        """End the answer that is being generated; for signal handlers and other threads.
+
+        What has been said stays in the conversation.
+        """
+        self._stopping.set()
+
+    def undo(self) -> bool:
+        """Drop the last question and its answer; return whether there was one."""
+        if self._turns:
+            self._turns.pop()
+            return True
+        return False
+
+    def reset(self) -> None:
+        """Drop all turns; the system message stays."""
+        self._turns.clear()
+
+    def save(self, path: str | Path) -> None:
+        """Add the conversation to a file of JSON lines, as one row with ``messages``.
+
+        The file holds either all old rows or those and the new one, whatever happens.
+
+        Raises:
+            OptionError: If there is no turn yet, or the file cannot be written.
+        """
+        if not self._turns:
+            raise OptionError("there is no turn to save yet; ask something first")
+        row = json.dumps({"messages": self.messages}, ensure_ascii=False)
+        try:
+            _append_line(Path(path).resolve(), row)
+        except OSError as error:
+            raise OptionError(
+                f"{str(path)!r} cannot be written ({error}); name a file in a folder that exists"
+            ) from error
+
+    def _render(self, messages: list[Message]) -> list[int]:
+        from jinja2 import TemplateError
+
+        try:
+            text: Any = self._tokenizer.apply_chat_template(
+                [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
+            )
+        except TemplateError as error:
+            raise PromptError(
+                f"the chat template refuses a conversation of {_roles(messages)} ({error}); some "
+                "know no system message: drop it"
+            ) from error
+        # The template writes the special tokens itself.
+        encoded = self._tokenizer(text, add_special_tokens=False, verbose=False)
+        return list(encoded["input_ids"])
+
+    def _bound_new_tokens(self, num_prompt_tokens: int) -> int:
+        """Return how many tokens an answer may have, and check that it may have any."""
+        wanted: int = self._options["max_new_tokens"]
+        text_config = self.spec.config.get_text_config()
+        positions = getattr(text_config, "max_position_embeddings", None)
+        if positions is None:
+            return wanted
+        if num_prompt_tokens >= positions:
+            raise PromptError(
+                f"the conversation has {num_prompt_tokens} tokens, and the model has "
+                f"{positions} positions; begin anew with /reset, or drop turns with /undo (in "
+                "Python: reset() and undo())"
+            )
+        return min(wanted, int(positions) - num_prompt_tokens)
+
+    def _end_tokens(self) -> frozenset[int]:
+        found = resolve_setting("eos_token_id", self._options, self.spec.generation_config)
+        if found is None:
+            return frozenset()
+        return frozenset(torch.as_tensor(found).reshape(-1).tolist())
+
+    def _is_plain(self) -> bool:
+        speculation = self.spec.last_speculation
+        return speculation is None or bool(speculation.fallbacks)
+
+    def _take_cache(self, prompt: list[int]) -> Cache | None:
+        """Return the cache, cut back to what it has in common with a prompt; None if nothing.
+
+        The conversation gives it away: after an error nobody knows what it holds.
+        """
+        cache, self._cache = self._cache, None
+        pairs = zip(prompt, self._cached_ids, strict=False)
+        num_common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        num_kept = min(num_common, len(prompt) - 1)  # something has to be read
+        if cache is None or num_kept == 0:
+            return None
+        if num_kept < len(self._cached_ids):
+            try:
+                cache.crop(num_kept - len(self._cached_ids))
+            except (RuntimeError, ValueError):
+                return None  # a sliding window has dropped what would be in sight again
+        return cache
+
+    def _generate(
+        self,
+        prompt: list[int],
+        cache: Cache | None,
+        streamer: RoundStreamer,
+        *,
+        max_new_tokens: int,
+    ) -> list[int]:
+        """Return prompt and answer, and keep the cache that comes back."""
+        input_ids = torch.tensor([prompt], device=self.spec.device)
+        arguments = {
+            **self._options,
+            "input_ids": input_ids,
+            "attention_mask": torch.ones_like(input_ids),
+            "max_new_tokens": max_new_tokens,
+            "streamer": streamer,
+            "stopping_criteria": StoppingCriteriaList([_Requested(self._stopping)]),
+            "return_dict_in_generate": True,
+        }
+        if cache is not None:
+            arguments["past_key_values"] = cache
+        output: Any = self.spec.generate(**arguments)
+        sequence: list[int] = output.sequences[0].tolist()
+        cache = output.past_key_values
+        if cache is not None and cache.is_croppable:
+            self._cache = cache
+            self._cached_ids = sequence[: int(cache.get_seq_length())]
+        return sequence
+
+    def _finish(
+        self, tokens: list[int], ends: frozenset[int], max_new_tokens: int
+    ) -> Literal["end", "length", "stopped"]:
+        if tokens and tokens[-1] in ends:
+            return "end"
+        if self._stopping.is_set():
+            return "stopped"
+        return "length" if len(tokens) >= max_new_tokens else "end"
+
+
+class _Requested(StoppingCriteria):
+    """Ends an answer once somebody asks for it."""
+
+    def __init__(self, stopping: Event) -> None:
+        self._stopping = stopping
+
+    @override
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        is_set = self._stopping.is_set()
+        return torch.full((input_ids.shape[0],), is_set, device=input_ids.device)
+
+
+def _message(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def _roles(messages: list[Message]) -> str:
+    return ", ".join(dict.fromkeys(message["role"] for message in messages))
+
+
+def _add_up(answers: Iterable[SpeculationStats]) -> SpeculationStats:
+    """Return counters of several calls; those of a row are of all calls together."""
+    total = SpeculationStats()
+    rows: list[RowStats] = []
+    for stats in answers:
+        rows += stats.rows
+        total.rounds += stats.rounds
+        for phase in PHASES:
+            total.seconds[phase] += stats.seconds[phase]
+        total.fallbacks += [name for name in stats.fallbacks if name not in total.fallbacks]
+        total.backend, total.acceptance = stats.backend, stats.acceptance
+        total.is_lossy |= stats.is_lossy
+    total.rows = rows
+    return total
+
+
+def _append_line(path: Path, line: str) -> None:
+    before = path.read_bytes() if path.exists() else b""
+    if before and not before.endswith(b"\n"):
+        before += b"\n"
+    mode = path.stat().st_mode & 0o777 if path.exists() else 0o644
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(before + line.encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(mode)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

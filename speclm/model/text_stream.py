@@ -1,0 +1,141 @@
+"""Shows an answer while it is generated: whole characters only, and which of them were drafted."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
+from typing_extensions import override
+
+from speclm.config import MAX_DEPTH
+from speclm.errors import OptionError
+
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Characters that a token completed.
+
+    Args:
+        text: One or more characters.
+        is_drafted: Whether the token is known to come from a draft.
+    """
+
+    text: str
+    is_drafted: bool
+
+
+class TextDecoder:
+    """Turns tokens, one after another, into the characters that they complete.
+
+    A character may be spread over several tokens; nothing is returned before its last one. Special
+    tokens have no text. Each token costs the decoding of a few, however long the text is.
+
+    Example:
+        ```python
+        decoder = TextDecoder(tokenizer)
+        text = "".join(decoder.push(token) for token in tokens)
+        ```
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Begin a text.
+
+        Args:
+            tokenizer: Decodes the tokens.
+        """
+        self._tokenizer = tokenizer
+        self._tokens: list[int] = []  # from the last returned piece on
+        self._num_returned = 0
+
+    def push(self, token: int) -> str:
+        """Return the characters that `token` completes, "" if there are none."""
+        self._tokens.append(token)
+        # The last piece's tokens are decoded again: some tokenizers drop the space of a first word.
+        before = self._decode(self._tokens[: self._num_returned])
+        text = self._decode(self._tokens)
+        if text.endswith(_INCOMPLETE) or len(text) <= len(before):
+            return ""
+        self._tokens = self._tokens[self._num_returned :]
+        self._num_returned = len(self._tokens)
+        return text[len(before) :]
+
+    def _decode(self, tokens: list[int]) -> str:
+        # Cleaned-up spaces would change text that was returned already.
+        text: Any = self._tokenizer.decode(
+            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return str(text)
+
+
+class RoundStreamer(BaseStreamer):
+    """Passes on the text of one row as it is accepted, and marks what was drafted.
+
+    It is a streamer of Transformers' and takes the prompt first, which it ignores. Who decodes in
+    rounds calls `on_round` after the tokens of each round. While it is asked to mark, the tokens
+    of a round are held back until then; where no such call comes, text goes on unmarked.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        on_piece: Callable[[Piece], object],
+        *,
+        marks_drafted: Callable[[], bool] = lambda: False,
+        skipped: frozenset[int] = frozenset(),
+    ) -> None:
+        """Begin an answer.
+
+        Args:
+            tokenizer: Decodes the tokens.
+            on_piece: Receives the text.
+            marks_drafted: Asked at every token whether drafted ones have to be told apart.
+            skipped: Tokens without text, besides special ones.
+        """
+        self.num_rounds = 0
+        self._decoder = TextDecoder(tokenizer)
+        self._on_piece = on_piece
+        self._marks_drafted = marks_drafted
+        self._skipped = skipped
+        self._is_prompt = True
+        self._is_silent = False  # more tokens came than a round has, and no call
+        self._held: list[int] = []
+
+    @override
+    def put(self, value: Int[Tensor, "..."]) -> None:
+        if self._is_prompt:
+            self._is_prompt = False
+            if value.dim() == 2 and value.shape[0] != 1:
+                raise OptionError(
+                    f"a streamer shows one row, found a prompt of {value.shape[0]}; pass one row"
+                )
+            return
+        self._held += value.reshape(-1).tolist()
+        if len(self._held) > MAX_DEPTH + 1:
+            self._is_silent = True
+        if self._is_silent or not self._marks_drafted():
+            self._flush(num_drafted=0)
+
+    def on_round(self, accepted_length: int) -> None:
+        """Take note that the tokens since the last call were a round.
+
+        Args:
+            accepted_length: The first so many of them were drafted.
+        """
+        self.num_rounds += 1
+        self._is_silent = False
+        self._flush(num_drafted=accepted_length)
+
+    @override
+    def end(self) -> None:
+        self._flush(num_drafted=0)
+
+    def _flush(self, *, num_drafted: int) -> None:
+        tokens, self._held = self._held, []
+        for index, token in enumerate(tokens):
+            if token not in self._skipped and (text := self._decoder.push(token)):
+                self._on_piece(Piece(text, is_drafted=index < num_drafted))
