@@ -2,7 +2,14 @@
 
 from speclm._version import __version__
 from speclm.errors import SpeclmError
-from speclm.model import SpecModel, SpeculativeOutput
+from speclm.model import SpecModel, SpeculativeOutput, patch
 from speclm.stats import SpeculationStats
 
-__all__ = ["SpecModel", "SpeclmError", "SpeculationStats", "SpeculativeOutput", "__version__"]
+__all__ = [
+    "SpecModel",
+    "SpeclmError",
+    "SpeculationStats",
+    "SpeculativeOutput",
+    "__version__",
+    "patch",
+]

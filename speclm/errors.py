@@ -54,6 +54,10 @@ class BusyError(SpeclmError, RuntimeError):
     """A model or a proposer is in use by another generation."""
 
 
+class PatchError(SpeclmError, RuntimeError):
+    """A base is patched already, or its patch is not the one that was to be undone."""
+
+
 class NumericalError(SpeclmError, ArithmeticError):
     """The target's logits, or a training loss, are not numbers."""
 

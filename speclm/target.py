@@ -77,7 +77,10 @@ class TargetView:
     @property
     def device(self) -> torch.device:
         """Device that token ids are fed on."""
-        return self.model.device
+        device, hook = self.model.device, getattr(self.model, "_hf_hook", None)
+        if hook is None or device.type != "meta":
+            return device
+        return torch.device(hook.execution_device)  # accelerate has the weights elsewhere
 
     @property
     def max_positions(self) -> int | None:

@@ -15,6 +15,7 @@ BUILTINS = {
     "ProposerContractError": AssertionError,
     "CacheError": TypeError,
     "BusyError": RuntimeError,
+    "PatchError": RuntimeError,
     "NumericalError": ArithmeticError,
     "UnsupportedModelError": TypeError,
     "CheckpointError": ValueError,

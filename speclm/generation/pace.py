@@ -31,7 +31,6 @@ _VALID_ROUNDS = 256  # and one this old in any case
 _NUM_PLAIN_TIMES = 9
 _NUM_ROUNDS = 8
 _CLIP = 2.0  # times the median: what counts of an outlier
-_GAIN_LOST_PER_DOUBLING = 0.1  # of rows: they end apart, and the batch waits for the last one
 _SHORT_CONTEXT = 2048  # tokens; longer contexts are told apart by powers of two
 _MAX_LANES = 64
 
@@ -58,7 +57,6 @@ class _Lane:
         gain: What the probe has gained.
         num_probed: Rounds of the probe.
         wait: Length of the next pause.
-        share: What counts of tokens beyond the first.
     """
 
     mode: _Mode = _Mode.SPECULATING
@@ -71,7 +69,6 @@ class _Lane:
     gain: float = 0.0
     num_probed: int = 0
     wait: int = _FIRST_WAIT
-    share: float = 1.0
 
     @property
     def plain_time(self) -> float | None:
@@ -94,7 +91,7 @@ class _Lane:
         """Whether the last speculative rounds took no longer than plain ones would have."""
         if self.plain_time is None or not self.rounds:
             return True
-        return self.round_time <= self.plain_time * self._worth(self.tau)
+        return self.round_time <= self.plain_time * self.tau
 
     @property
     def reason(self) -> str:
@@ -158,7 +155,7 @@ class _Lane:
             counted = min(seconds, usual if is_first else _CLIP * usual)
         self.rounds.append((counted, tokens))
         if plain_time is not None:
-            lost = counted / plain_time - self._worth(tokens)
+            lost = counted / plain_time - tokens
             self.loss = max(self.loss + lost, 0.0)
             self.gain -= lost
 
@@ -199,14 +196,9 @@ class _Lane:
             return False
         limit, loss = self._usual_limit, 0.0
         for seconds, tokens in self.rounds:
-            lost = min(seconds, limit) / self.plain_time - self._worth(tokens)
-            loss = max(loss + lost, 0.0)
+            loss = max(loss + min(seconds, limit) / self.plain_time - tokens, 0.0)
         self.loss = max(self.loss, loss)
         return self.loss >= _MAX_LOSS and self._pause(self.loss)
-
-    def _worth(self, tokens: float) -> float:
-        """Return the plain rounds that a round of that many tokens a row saves."""
-        return 1.0 + (tokens - 1.0) * self.share if tokens > 1.0 else tokens
 
     @property
     def _usual_limit(self) -> float:
@@ -247,7 +239,7 @@ class PaceMemory:
         if key not in self._lanes:
             if len(self._lanes) >= _MAX_LANES:
                 del self._lanes[next(iter(self._lanes))]
-            self._lanes[key] = _Lane(share=max(1.0 - _GAIN_LOST_PER_DOUBLING * rows, 0.5))
+            self._lanes[key] = _Lane()
         return self._lanes[key]
 
 

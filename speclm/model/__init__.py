@@ -1,6 +1,7 @@
-"""The public surface: `SpecModel`, and `Chat` for chats with one."""
+"""The public surface: `SpecModel`, `patch`, and `Chat` for chats with one."""
 
 from speclm.model.chat import Answer, Chat
+from speclm.model.patching import patch
 from speclm.model.spec_model import SpecModel, SpeculativeOutput
 from speclm.model.text_stream import Piece, RoundStreamer, TextDecoder
 
@@ -12,4 +13,5 @@ __all__ = [
     "SpecModel",
     "SpeculativeOutput",
     "TextDecoder",
+    "patch",
 ]

@@ -3,11 +3,12 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     GenerationConfig,
@@ -23,9 +24,11 @@ from speclm.acceptance import AcceptanceRule, resolve_acceptance_rule
 from speclm.errors import BusyError, OptionError, UnsupportedModelError
 from speclm.generation import NeedsPlainDecoding, generate_tokens
 from speclm.model.arguments import first_delegated, require_acceptable, resolve_setting
+from speclm.model.attaching import attach, detach, enter
 from speclm.model.fitting import claimed, require_fits
 from speclm.model.loading import Heads, load_proposer
 from speclm.model.saving import push_heads, save_heads
+from speclm.model.standing_in import MOVES, move, unwrap
 from speclm.proposers.interface import Proposer
 from speclm.stats import SpeculationStats
 from speclm.target import TargetView
@@ -48,6 +51,10 @@ class SpeculativeOutput(GenerateDecoderOnlyOutput):
 class SpecModel:
     """A base model together with the proposer that guesses its tokens.
 
+    It stands in for the base: what is not defined here is read from the base and written to it,
+    calling it runs a forward of the base, and `isinstance` takes it for one of the base's class.
+    ``to``, ``half``, ``eval`` and the like take heads and draft models along, and return it.
+
     Example:
         ```python
         from speclm import SpecModel
@@ -57,11 +64,11 @@ class SpecModel:
         ```
     """
 
-    def __init__(self, base: PreTrainedModel, proposer: Proposer | None) -> None:
+    def __init__(self, base: nn.Module, proposer: Proposer | None) -> None:
         """Wrap a loaded model.
 
         Args:
-            base: Any causal language model; it stays usable by itself.
+            base: Any causal language model, PEFT's too; it stays usable by itself.
             proposer: Guesses tokens; None decodes one token a round.
 
         Raises:
@@ -69,7 +76,7 @@ class SpecModel:
             OptionError: If `proposer` is not one, or was built for another base.
             VocabularyMismatchError: If it was built for another vocabulary.
         """
-        self._target = TargetView(base)
+        self._target = TargetView(unwrap(base, SpecModel))
         self.proposer = proposer
         self.self_check = check_trees(self._target)
         self.last_speculation: SpeculationStats | None = None
@@ -78,7 +85,7 @@ class SpecModel:
     @classmethod
     def from_pretrained(
         cls,
-        base: str | Path | PreTrainedModel,
+        base: str | Path | nn.Module,
         heads: Heads | list[Heads] | tuple[Heads, ...] | None = "ngram",
         *,
         heads_kwargs: dict[str, Any] | None = None,
@@ -105,6 +112,7 @@ class SpecModel:
             VocabularyMismatchError: If a draft model has another vocabulary than the base.
             OptionError: If arguments are given that the objects passed in have no use for.
         """
+        base = unwrap(base, SpecModel)
         if not isinstance(base, str | Path | PreTrainedModel):
             raise UnsupportedModelError(
                 f"base is a {type(base).__name__}, expected a folder, a hub id or a Transformers "
@@ -154,6 +162,10 @@ class SpecModel:
     def generation_config(self) -> GenerationConfig:
         """The base's generation config."""
         return self.base.generation_config
+
+    @generation_config.setter
+    def generation_config(self, config: GenerationConfig) -> None:
+        self.base.generation_config = config
 
     @property
     def device(self) -> torch.device:
@@ -243,6 +255,57 @@ class SpecModel:
         if resolve_setting("return_dict_in_generate", arguments, self.generation_config):
             return SpeculativeOutput(sequences=sequences, speculation=stats)
         return cast("Tensor", sequences)
+
+    def attach(self) -> None:
+        """Make ``base.generate`` this model's; see `patch`.
+
+        Raises:
+            PatchError: If the base is patched already.
+        """
+        attach(self.base, self.generate, owner=self)
+
+    def detach(self) -> None:
+        """Give the base back the ``generate`` that it had before `attach`.
+
+        Raises:
+            PatchError: If this model did not patch the base, or something was put over it since.
+        """
+        detach(self.base, owner=self)
+
+    def __enter__(self) -> Self:
+        enter(self.base, self.generate, owner=self)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        detach(self.base, owner=self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a forward of the base."""
+        return self.base(*args, **kwargs)
+
+    @property  # type: ignore[misc]  # that of object can be written
+    def __class__(self) -> type:  # what isinstance and pipelines ask for
+        return type(self.base) if "_target" in vars(self) else type(self)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_target" or name.startswith("__"):  # asked for before they exist, by copying
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        if name in MOVES:
+            return partial(move, self, name)
+        return getattr(self.base, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        is_own = hasattr(type(self), name) or name in vars(self) or "_target" not in vars(self)
+        if is_own or not hasattr(self.base, name):
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self.base, name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*dir(type(self)), *vars(self), *dir(self.base)})
+
+    def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
+        return object.__new__, (type(self),), dict(vars(self))  # by default it is __class__ itself
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the heads, without the base, and a model card into a folder.

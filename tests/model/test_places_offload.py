@@ -1,0 +1,68 @@
+"""Models whose weights accelerate keeps elsewhere, and several models on one base."""
+
+import pytest
+import torch
+
+from speclm import SpecModel
+from speclm.proposers import NgramProposer
+from speclm.proposers.draft_model import DraftModelProposer
+from tests.models import build_model, generate, prompts, shared_model
+
+IN_PARTS = {
+    "model.embed_tokens": "cpu",
+    "model.layers.0": "cpu",
+    "model.layers.1": "disk",
+    "model.norm": "cpu",
+    "model.rotary_emb": "cpu",
+    "lm_head": "disk",
+}
+
+
+@pytest.mark.parametrize("device_map", [{"": "cpu"}, {"": "disk"}, IN_PARTS])
+def test_tokens_do_not_depend_on_where_weights_are(tmp_path, device_map):
+    whole = build_model("llama")
+    whole.save_pretrained(tmp_path / "model")
+    spec = SpecModel.from_pretrained(
+        tmp_path / "model", "ngram", device_map=device_map, offload_folder=tmp_path / "offload"
+    )
+    hooks = [module._hf_hook for module in spec.base.modules() if hasattr(module, "_hf_hook")]
+    for sampled in (False, True):
+        settings = {"do_sample": sampled, "max_new_tokens": 12}
+        expected, _ = generate(spec.base, prompts(9, 5), **settings)
+        found, _ = generate(spec, prompts(9, 5), **settings)
+        assert torch.equal(found, expected)
+        assert torch.equal(found, generate(whole, prompts(9, 5), **settings)[0])
+        assert spec.last_speculation.fallbacks == []
+    after = [module._hf_hook for module in spec.base.modules() if hasattr(module, "_hf_hook")]
+    assert after == hooks
+
+
+def test_models_on_one_base_and_the_base_itself_take_turns():
+    base = shared_model("llama")
+    first = SpecModel(base, NgramProposer())
+    second = SpecModel(base, DraftModelProposer(shared_model("llama", 7), target=base))
+    before = base.config._attn_implementation
+    hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in base.modules()]
+    settings = {"do_sample": True, "max_new_tokens": 8}
+    expected, _ = generate(base, prompts(8, 5), **settings)
+    for model in (first, base, second, first, base):
+        assert torch.equal(generate(model, prompts(8, 5), **settings)[0], expected)
+    assert base.config._attn_implementation == before
+    assert [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in base.modules()] == hooks
+    assert "generate" not in vars(base)
+
+
+def test_base_in_training_mode_says_so_once(caplog):
+    base = build_model("llama", attention_dropout=0.2).train()
+    spec = SpecModel(base, NgramProposer())
+    for _ in range(2):
+        expected, _ = generate(base, prompts(6), max_new_tokens=6, do_sample=False)
+        found, _ = generate(spec, prompts(6), max_new_tokens=6, do_sample=False)
+        assert torch.equal(found, expected)
+    lines = [r.getMessage() for r in caplog.records if r.name == "speclm"]
+    assert len(lines) == 1
+    assert "training mode" in lines[0]
+    assert base.training
+    assert not spec.eval().base.training
+    spec.generate(**prompts(6), max_new_tokens=6)
+    assert spec.last_speculation.fallbacks == []
