@@ -169,7 +169,7 @@ def run_loop(
         proposer=proposer,
         stats=stats or SpeculationStats(),
         rule=rule,
-    )
+    ).sequences
 
 
 def process(warpers: Sequence[Any], scores: Tensor) -> Tensor:

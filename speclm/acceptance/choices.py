@@ -15,16 +15,28 @@ def choose_at_all_nodes(
     topology: TreeTopology,
     chooser: TokenChooser,
     noise: PositionNoise | None,
+    *,
+    lengths: list[int] | None = None,
 ) -> Int[Tensor, "batch nodes"]:
-    """Choose after every node in one pass: the way of accelerators."""
+    """Choose after every node in one pass: the way of accelerators.
+
+    Args:
+        logits: The target's logits after every node.
+        topology: Shape of the trees.
+        chooser: Turns logits into choices.
+        noise: Noise of the positions; None when greedy.
+        lengths: Tokens of each row up to and with its root, where the chooser reads lengths.
+    """
     batch, nodes, vocab = logits.shape
     rows = logits.reshape(batch * nodes, vocab)
+    node_lengths = _node_lengths(topology, lengths) if chooser.reads_lengths else None
     if noise is None:
-        return chooser.choose(rows, None).view(batch, nodes)
+        return chooser.choose(rows, None, lengths=node_lengths).view(batch, nodes)
     levels = torch.stack([noise.at_depth(d) for d in range(topology.max_depth + 1)], dim=1)
     depths = topology.depths.expand(batch, nodes)  # [batch, nodes]
     node_noise = levels[torch.arange(batch, device=logits.device)[:, None], depths]
-    return chooser.choose(rows, node_noise.view(batch * nodes, vocab)).view(batch, nodes)
+    chosen = chooser.choose(rows, node_noise.view(batch * nodes, vocab), lengths=node_lengths)
+    return chosen.view(batch, nodes)
 
 
 def accept_along_walk(
@@ -33,6 +45,8 @@ def accept_along_walk(
     topology: TreeTopology,
     chooser: TokenChooser,
     noise: PositionNoise | None,
+    *,
+    lengths: list[int] | None = None,
 ) -> Accepted:
     """Choose and accept level by level on the host: the way of CPUs, where a sync is free.
 
@@ -41,11 +55,11 @@ def accept_along_walk(
     vocabulary costs more than a step of this loop; greedy decoding needs no more than one argmax
     of all rows.
     """
-    batch, nodes, vocab = logits.shape
+    batch, nodes, _ = logits.shape
     parents, tokens = topology.host_parents, draft_tokens.tolist()
     greedy: list[list[int]] | None = None
     if noise is None:
-        greedy = chooser.choose(logits.reshape(-1, vocab), None).view(batch, nodes).tolist()
+        greedy = choose_at_all_nodes(logits, topology, chooser, None, lengths=lengths).tolist()
     paths: list[list[int]] = [[0] for _ in range(batch)]
     emitted: list[list[int]] = [[] for _ in range(batch)]
     walking = list(range(batch))
@@ -54,7 +68,10 @@ def accept_along_walk(
             chosen = [greedy[row][paths[row][-1]] for row in walking]
         else:
             assert noise is not None
-            chosen = _choose_level(logits, paths, walking, depth, chooser, noise)
+            rows = torch.stack([logits[row, paths[row][-1]] for row in walking])
+            level_noise = torch.stack([noise.row(row, depth) for row in walking])
+            at = None if lengths is None else [lengths[row] + depth for row in walking]
+            chosen = chooser.choose(rows, level_noise, lengths=at).tolist()
         following: list[int] = []
         for row, token in zip(walking, chosen, strict=True):
             emitted[row].append(token)
@@ -71,16 +88,12 @@ def accept_along_walk(
     return Accepted.from_host(paths, emitted, device=logits.device)
 
 
-def _choose_level(
-    logits: Float[Tensor, "batch nodes vocab"],
-    paths: list[list[int]],
-    walking: list[int],
-    depth: int,
-    chooser: TokenChooser,
-    noise: PositionNoise,
-) -> list[int]:
-    """Return the token chosen after the last node of each walking row."""
-    rows = torch.stack([logits[row, paths[row][-1]] for row in walking])
-    level_noise = torch.stack([noise.row(row, depth) for row in walking])
-    chosen: list[int] = chooser.choose(rows, level_noise).tolist()
-    return chosen
+def _node_lengths(topology: TreeTopology, lengths: list[int] | None) -> list[int]:
+    """Return the tokens before each node's choice, rows one after the other."""
+    assert lengths is not None, "a processor reads the length of the text"
+    depths = topology.host_node_depths
+    return [
+        length + depth
+        for row, length in enumerate(lengths)
+        for depth in depths[row if len(depths) > 1 else 0]
+    ]

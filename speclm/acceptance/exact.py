@@ -55,6 +55,7 @@ def accept_exact(
 class ExactRule(AcceptanceRule):
     """Emits the tokens of plain decoding under the same seed, greedy and sampling."""
 
+    is_exact = True
     uses_noise = True
 
     @property
@@ -65,7 +66,8 @@ class ExactRule(AcceptanceRule):
     @override
     def accept(self, verified: Verified) -> Accepted:
         logits, tokens, topology = verified.logits, verified.tokens, verified.topology
+        chooser, noise, lengths = verified.chooser, verified.noise, verified.lengths
         if logits.device.type == "cpu":
-            return accept_along_walk(logits, tokens, topology, verified.chooser, verified.noise)
-        choices = choose_at_all_nodes(logits, topology, verified.chooser, verified.noise)
+            return accept_along_walk(logits, tokens, topology, chooser, noise, lengths=lengths)
+        choices = choose_at_all_nodes(logits, topology, chooser, noise, lengths=lengths)
         return accept_exact(tokens, choices, topology)

@@ -30,6 +30,8 @@ class Verified:
         laws: Law that the children of each node were drawn from, before siblings were removed;
             for rules with `draft_sampling`, and None where no draft has a child. Rows of leaves
             may hold anything.
+        lengths: Tokens of each row, prompt and padding included, up to and with its root; for
+            choosers that read lengths.
     """
 
     tokens: Int[Tensor, "batch nodes"]
@@ -40,6 +42,7 @@ class Verified:
     noise: PositionNoise | None = None
     draws: Draws | None = None
     laws: Float[Tensor, "batch nodes vocab"] | None = None
+    lengths: list[int] | None = None
 
 
 class AcceptanceRule(ABC):
@@ -49,6 +52,8 @@ class AcceptanceRule(ABC):
     keeps no state between calls.
 
     Attributes:
+        is_exact: Whether every token is the target's own choice after those before, so that
+            positions may be decided one by one, whatever decides them.
         is_lossy: Whether outputs follow another distribution than the target's.
         uses_noise: Whether it decides by the noise of positions, as plain decoding does.
             Proposers are then told the noise.
@@ -57,6 +62,7 @@ class AcceptanceRule(ABC):
         draft_sampling: How drafts have to come about.
     """
 
+    is_exact: ClassVar[bool] = False
     is_lossy: ClassVar[bool] = False
     uses_noise: ClassVar[bool] = False
     uses_draws: ClassVar[bool] = False

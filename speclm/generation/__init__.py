@@ -1,6 +1,6 @@
 """The decode loop."""
 
 from speclm.generation.delegation import NeedsPlainDecoding
-from speclm.generation.loop import generate_tokens
+from speclm.generation.loop import Generated, generate_tokens
 
-__all__ = ["NeedsPlainDecoding", "generate_tokens"]
+__all__ = ["Generated", "NeedsPlainDecoding", "generate_tokens"]

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
+from transformers.generation import logits_process as processors
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import (
     EosTokenCriteria,
@@ -13,6 +14,8 @@ from transformers.generation.stopping_criteria import (
     StoppingCriteriaList,
 )
 
+from speclm.acceptance.interface import AcceptanceRule
+from speclm.cache import import_obstacle
 from speclm.errors import PromptError
 from speclm.generation.settings import (
     BY_NAME,
@@ -21,7 +24,7 @@ from speclm.generation.settings import (
     Kind,
     first_active,
 )
-from speclm.sampling.chooser import first_context_dependent
+from speclm.sampling.chooser import TokenChooser, first_text_dependent
 
 KNOWN_INPUTS = frozenset(
     {
@@ -41,6 +44,13 @@ _UNSUPPORTED_FIELDS = tuple(
     for setting in (*LEFT_TO_THE_BASE, *REFUSED_SETTINGS)
     if setting.kind is Kind.FIELD  # what a config resolves; the rest is seen in a call alone
 )
+_OWN_FORWARDS = frozenset(
+    {
+        processors.UnbatchedClassifierFreeGuidanceLogitsProcessor,
+        processors.ClassifierFreeGuidanceLogitsProcessor,
+    }
+)
+"""Processors that run the model or double the batch themselves."""
 _CRITERIA = (EosTokenCriteria, MaxLengthCriteria)
 
 
@@ -51,8 +61,8 @@ class NeedsPlainDecoding(Exception):  # noqa: N818 - a signal inside speclm, not
 def require_supported(
     generation_config: GenerationConfig,
     logits_processor: LogitsProcessorList,
-    stopping_criteria: StoppingCriteriaList,
     model_inputs: dict[str, Any],
+    rule: AcceptanceRule,
 ) -> None:
     """Check that the loop gives what plain decoding gives for the resolved settings.
 
@@ -67,15 +77,38 @@ def require_supported(
     setting = first_active(_UNSUPPORTED_FIELDS, value_of)
     if setting is not None:
         raise NeedsPlainDecoding(setting.describe(value_of(setting.name)))
-    processor = first_context_dependent(logits_processor)
-    if processor is not None:
-        raise NeedsPlainDecoding(f"{processor} depends on the text so far")
-    for criterion in stopping_criteria:
-        if type(criterion) not in _CRITERIA:
-            raise NeedsPlainDecoding(f"stopping criterion {type(criterion).__name__}")
+    for processor in logits_processor:
+        if type(processor) in _OWN_FORWARDS:
+            raise NeedsPlainDecoding(f"{type(processor).__name__} runs the model itself")
+    if not rule.is_exact:
+        _require_text_free(logits_processor, rule)
     unknown = sorted(set(model_inputs) - KNOWN_INPUTS)
     if unknown:
         raise NeedsPlainDecoding(f"model input {unknown[0]!r}")
+
+
+def _require_text_free(logits_processor: LogitsProcessorList, rule: AcceptanceRule) -> None:
+    """Raise if a rule that compares laws would need them after a path of its own."""
+    text_dependent = first_text_dependent(logits_processor)
+    if text_dependent is not None:
+        name = type(text_dependent).__name__
+        raise NeedsPlainDecoding(f"{name} reads the text, and acceptance {rule.name!r} decides all")
+    if TokenChooser(logits_processor, is_greedy=False).reads_lengths:
+        raise NeedsPlainDecoding(
+            f"a processor reads the length of the text, and acceptance {rule.name!r} does not"
+        )
+
+
+def reads_positions(
+    stopping_criteria: StoppingCriteriaList, generation_config: GenerationConfig
+) -> bool:
+    """Return whether criteria say more than the end-of-sequence tokens and the maximal length."""
+    return any(
+        type(criterion) not in _CRITERIA
+        or getattr(criterion, "max_length", generation_config.max_length)
+        != generation_config.max_length
+        for criterion in stopping_criteria
+    )
 
 
 def eos_token_ids(stopping_criteria: Sequence[Any]) -> frozenset[int]:
@@ -100,16 +133,52 @@ def require_left_padding(attention_mask: Tensor) -> None:
         )
 
 
-def left_padding(tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
-    """Return the number of padding tokens at the start of each row.
+def prompt_length(
+    tokens: Tensor,
+    attention_mask: Tensor | None,
+    generation_config: GenerationConfig,
+    given: Any,
+) -> int:
+    """Return the slots of the whole prompt, which may begin in a cache that was passed in.
+
+    As Transformers has it, a prompt as long as its mask is all there is; a shorter one holds the
+    new tokens alone.
+
+    Raises:
+        NeedsPlainDecoding: If mask, prompt and cache do not add up.
+    """
+    num_tokens, num_cached = tokens.shape[1], 0 if given is None else given.get_seq_length()
+    if attention_mask is not None:
+        length = attention_mask.shape[1]
+    else:  # left out when it was all ones
+        length = getattr(generation_config, "_mask_length", None) or num_tokens
+    if length not in {num_tokens, num_cached + num_tokens}:
+        raise NeedsPlainDecoding(
+            f"{num_cached} cached and {num_tokens} given tokens under a mask for {length}"
+        )
+    return length
+
+
+def require_importable(given: Any, num_layers: int, *, batch: int, num_tokens: int) -> None:
+    """Check that a cache can be taken over.
+
+    Raises:
+        NeedsPlainDecoding: If not.
+    """
+    obstacle = import_obstacle(given, num_layers=num_layers, batch=batch, num_tokens=num_tokens)
+    if obstacle is not None:
+        raise NeedsPlainDecoding(f"past_key_values {obstacle}")
+
+
+def left_padding(tokens: Tensor, attention_mask: Tensor | None, *, length: int) -> Tensor:
+    """Return the number of padding tokens at the start of each row of `length` slots.
 
     Raises:
         NeedsPlainDecoding: If the mask has holes after a row's first token, or more axes.
         PromptError: If a row is padded on the right.
     """
-    batch, length = tokens.shape
     if attention_mask is None:
-        return torch.zeros(batch, dtype=torch.long, device=tokens.device)
+        return torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
     if attention_mask.dim() != 2:
         raise NeedsPlainDecoding(f"an attention mask with {attention_mask.dim()} axes")
     require_left_padding(attention_mask)

@@ -82,6 +82,16 @@ class Rows:
         if emitted and (emitted[-1] in self.eos_token_ids or len(tokens) >= self._max_new_tokens):
             self.is_live[row] = False
 
+    def append(self, tokens: list[int]) -> None:
+        """Append one token to every row that still runs, and end none."""
+        for row, token in enumerate(tokens):
+            if self.is_live[row]:
+                self.tokens[row].append(token)
+
+    def end(self, ended: list[bool]) -> None:
+        """End the rows at which the list is True."""
+        self.is_live = [live and not now for live, now in zip(self.is_live, ended, strict=True)]
+
     def sequences(
         self, prompt: Int[Tensor, "batch seq"], pad_token_id: int
     ) -> Int[Tensor, "batch length"]:

@@ -357,24 +357,8 @@ SETTINGS: tuple[Setting, ...] = (
 
 BY_NAME: Mapping[str, Setting] = {setting.name: setting for setting in SETTINGS}
 
-NOT_YET = frozenset(
-    {
-        "output_logits",
-        "output_scores",
-        "past_key_values",
-        "prefix_allowed_tokens_fn",
-        "stop_strings",
-        "stopping_criteria",
-        "streamer",
-    }
-)
-"""Settings to be honoured that are still left to ``base.generate``."""
-
 REFUSED_SETTINGS = tuple(setting for setting in SETTINGS if setting.fate is REFUSED)
-LEFT_TO_THE_BASE = (
-    *(setting for setting in SETTINGS if setting.fate is DELEGATED),
-    *(setting for setting in SETTINGS if setting.name in NOT_YET),
-)
+LEFT_TO_THE_BASE = tuple(setting for setting in SETTINGS if setting.fate is DELEGATED)
 
 
 def first_active(settings: Iterable[Setting], lookup: Lookup) -> Setting | None:

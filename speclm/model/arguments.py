@@ -83,7 +83,9 @@ def require_acceptable(arguments: Mapping[str, Any], default: GenerationConfig) 
         )
     mask = arguments.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2:
-        if tokens is not None and mask.shape != tokens.shape:
+        # With a cache the prompt may hold the new tokens alone, under a mask for all.
+        is_continued = cache is not None and tokens is not None and mask.shape[1] > tokens.shape[1]
+        if tokens is not None and mask.shape != tokens.shape and not is_continued:
             raise PromptError(
                 f"attention mask has shape {tuple(mask.shape)}, the prompt {tuple(tokens.shape)}; "
                 "pass the mask that the tokenizer returned with the prompt"

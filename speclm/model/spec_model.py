@@ -22,9 +22,10 @@ from transformers.utils.generic import ModelOutput
 
 from speclm.acceptance import AcceptanceRule, resolve_acceptance_rule
 from speclm.errors import BusyError, OptionError, UnsupportedModelError
-from speclm.generation import NeedsPlainDecoding, generate_tokens
+from speclm.generation import Generated, NeedsPlainDecoding, generate_tokens
 from speclm.model.arguments import first_delegated, require_acceptable, resolve_setting
 from speclm.model.attaching import attach, detach, enter
+from speclm.model.call import for_own_loop
 from speclm.model.fitting import claimed, require_fits
 from speclm.model.loading import Heads, load_proposer
 from speclm.model.saving import push_heads, save_heads
@@ -228,8 +229,8 @@ class SpecModel:
         try:
             self._require_speculation(arguments)
 
-            def loop(*resolved: Any, **named: Any) -> Tensor:
-                # A partial would let the caller's keywords replace these four.
+            def loop(*resolved: Any, **named: Any) -> Generated:
+                # A partial would let the caller's keywords replace these.
                 proposer = self.proposer
                 with claimed(proposer):
                     return generate_tokens(
@@ -238,10 +239,14 @@ class SpecModel:
                         proposer=proposer,
                         stats=stats,
                         rule=rule,
+                        streamer=arguments.get("streamer"),
+                        extends_cache=arguments.get("past_key_values") is not None,
                         **named,
                     )
 
-            sequences = self._base_generate(custom_generate=loop, **arguments)
+            generated: Generated = self._base_generate(
+                custom_generate=loop, **for_own_loop(arguments, self.generation_config)
+            )
         except BusyError:
             self.last_speculation = before  # the counters of the call that goes on
             raise
@@ -253,8 +258,15 @@ class SpecModel:
                 return output
             return _with_counters(output, stats)
         if resolve_setting("return_dict_in_generate", arguments, self.generation_config):
-            return SpeculativeOutput(sequences=sequences, speculation=stats)
-        return cast("Tensor", sequences)
+            # The annotations of Transformers' class ask for narrower types than it is given there.
+            fields: dict[str, Any] = {
+                "sequences": generated.sequences,
+                "scores": generated.scores,
+                "logits": generated.logits,
+                "past_key_values": generated.past_key_values,
+            }
+            return SpeculativeOutput(**fields, speculation=stats)
+        return generated.sequences
 
     def attach(self) -> None:
         """Make ``base.generate`` this model's; see `patch`.

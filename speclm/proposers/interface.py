@@ -29,7 +29,8 @@ class Prefill:
         temperature: Temperature at which the target samples; 0 when it decodes greedily.
         max_new_tokens: Most tokens that any row will be given.
         eos_token_ids: Tokens that end a row; what follows them is of no use.
-        features: Features of the target at `tokens`, for proposers that ask for them.
+        features: Features of the target at `tokens`, for proposers that ask for them; at the last
+            of them alone where a cache that was passed in held the first.
         sampler: What drafts have to be drawn with when the accept rule asks for drawn ones; None
             when it takes any. Only proposers that declare `draft_sampling` are given one.
     """

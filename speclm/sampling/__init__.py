@@ -1,6 +1,6 @@
 """How tokens are chosen: processors, the noise of each position, and draws of other kinds."""
 
-from speclm.sampling.chooser import TokenChooser, first_context_dependent
+from speclm.sampling.chooser import TokenChooser, first_text_dependent
 from speclm.sampling.drafts import DraftSampler, DraftSampling
 from speclm.sampling.draws import Draws, GeneratorDraws, seeded_draws
 from speclm.sampling.noise import PositionNoise
@@ -12,6 +12,6 @@ __all__ = [
     "GeneratorDraws",
     "PositionNoise",
     "TokenChooser",
-    "first_context_dependent",
+    "first_text_dependent",
     "seeded_draws",
 ]

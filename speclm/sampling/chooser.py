@@ -1,5 +1,7 @@
 """How the target chooses a token: logits processors, then argmax over probabilities and noise."""
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -23,51 +25,111 @@ CONTEXT_FREE = frozenset(
 """Processors whose result depends on the scores of their own row alone, by exact class: a
 subclass may look at anything."""
 
+LENGTH_DEPENDENT = frozenset(
+    {
+        processors.MinLengthLogitsProcessor,
+        processors.MinNewTokensLengthLogitsProcessor,
+        processors.ForcedBOSTokenLogitsProcessor,
+        processors.ForcedEOSTokenLogitsProcessor,
+        processors.SuppressTokensAtBeginLogitsProcessor,
+        processors.ExponentialDecayLengthPenalty,
+    }
+)
+"""Processors that read of the text no more than how long it is, by exact class."""
 
-def first_context_dependent(processor_list: list[processors.LogitsProcessor]) -> str | None:
-    """Return the class name of the first processor that may read more than its row's scores."""
-    names = (type(p).__name__ for p in processor_list if type(p) not in CONTEXT_FREE)
-    return next(names, None)
+_BIASES = frozenset({processors.SequenceBiasLogitsProcessor, processors.NoBadWordsLogitsProcessor})
+
+
+def first_text_dependent(
+    processor_list: Iterable[processors.LogitsProcessor],
+) -> processors.LogitsProcessor | None:
+    """Return the first processor that may read more than its row's scores and length."""
+    return next((p for p in processor_list if not _is_text_free(p)), None)
+
+
+def pick(
+    scores: Float[Tensor, "rows vocab"], noise: Float[Tensor, "rows vocab"] | None
+) -> Int[Tensor, " rows"]:
+    """Return the token that plain decoding takes from processed scores, for every row.
+
+    Args:
+        scores: What the logits processors leave, in float32.
+        noise: Exponential noise of each row's position; None when greedy.
+
+    Returns:
+        Token ids; -1 where the winning score is not a number. Does not sync.
+
+    Source: the Gumbel-max trick in its exponential form, as in ``torch.multinomial``.
+    """
+    if noise is not None:
+        scores = scores.softmax(-1) / noise
+    tokens = scores.argmax(-1)
+    winning = scores.gather(-1, tokens[:, None])[:, 0]  # argmax prefers a NaN to any number
+    return tokens.masked_fill(winning.isnan(), -1)
+
+
+def _is_text_free(processor: processors.LogitsProcessor) -> bool:
+    kind = type(processor)
+    if kind in _BIASES:  # a bias of single tokens is the same everywhere
+        return all(len(ids) == 1 for ids in vars(processor)["sequence_bias"])
+    return kind in CONTEXT_FREE or kind in LENGTH_DEPENDENT
 
 
 class TokenChooser:
     """Turns logits into tokens as plain decoding does, for any number of rows at once."""
 
     def __init__(
-        self, processor_list: list[processors.LogitsProcessor], *, is_greedy: bool
+        self, processor_list: Sequence[processors.LogitsProcessor], *, is_greedy: bool
     ) -> None:
-        """Use context-free processors in the order given."""
+        """Use text-free processors in the order given; see `first_text_dependent`."""
         self._processors = processor_list
+        self.reads_lengths = any(type(p) in LENGTH_DEPENDENT for p in processor_list)
         self.is_greedy = is_greedy
 
     def choose(
-        self, logits: Float[Tensor, "rows vocab"], noise: Float[Tensor, "rows vocab"] | None
+        self,
+        logits: Float[Tensor, "rows vocab"],
+        noise: Float[Tensor, "rows vocab"] | None,
+        *,
+        lengths: Sequence[int] | None = None,
     ) -> Int[Tensor, " rows"]:
         """Choose a token for every row.
 
         Args:
             logits: The target's logits, in any floating dtype; processed in float32.
             noise: Exponential noise of each row's position; None when greedy.
+            lengths: Tokens before the chosen one, prompt and padding included; needed where
+                `reads_lengths`.
 
         Returns:
             Token ids; -1 where the winning score is not a number. Does not sync.
-
-        Source: the Gumbel-max trick in its exponential form, as in ``torch.multinomial``.
         """
-        scores = self._process(logits.float())
-        if noise is not None:
-            scores = scores.softmax(-1) / noise
-        tokens = scores.argmax(-1)
-        winning = scores.gather(-1, tokens[:, None])[:, 0]  # argmax prefers a NaN to any number
-        return tokens.masked_fill(winning.isnan(), -1)
+        return pick(self._process(logits.float(), lengths), noise)
 
     def law(self, logits: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows vocab"]:
         """Return the probabilities that tokens are drawn from, in single precision or better."""
-        return self._process(logits.to(torch.promote_types(logits.dtype, torch.float32))).softmax(
-            -1
-        )
+        scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return self._process(scores, None).softmax(-1)
 
-    def _process(self, scores: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows vocab"]:
+    def _process(
+        self, scores: Float[Tensor, "rows vocab"], lengths: Sequence[int] | None
+    ) -> Float[Tensor, "rows vocab"]:
+        if not self.reads_lengths:
+            return self._process_at(scores, 0)
+        assert lengths is not None, "a processor reads the length of the text"
+        if len(set(lengths)) == 1:
+            return self._process_at(scores, lengths[0])
+        processed = torch.empty_like(scores)
+        for length in set(lengths):
+            rows = [row for row, other in enumerate(lengths) if other == length]
+            processed[rows] = self._process_at(scores[rows], length)
+        return processed
+
+    def _process_at(
+        self, scores: Float[Tensor, "rows vocab"], length: int
+    ) -> Float[Tensor, "rows vocab"]:
+        text = torch.zeros(1, 1, dtype=torch.long, device=scores.device)
+        text = text.expand(len(scores), length)  # nothing but its shape is read
         for processor in self._processors:
-            scores = processor(None, scores)  # context-free: the text is never read
+            scores = processor(text, scores)
         return scores

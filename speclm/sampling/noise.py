@@ -1,5 +1,8 @@
 """The exponential draws that decide sampled positions, in plain decoding's order."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -56,6 +59,28 @@ class PositionNoise:
     def row(self, row: int, depth: int) -> Float[Tensor, " vocab"]:
         """Return the noise that decides the token after a node of `depth` in one row."""
         return self._row(self._steps[row] + depth, row)
+
+    @contextmanager
+    def foreign_code(self, step: int) -> Iterator[None]:
+        """Let code run that may draw from the generator itself, just before the draw of `step`.
+
+        It finds the generator as plain decoding would leave it there. If it draws, what was drawn
+        ahead from that step on is not plain decoding's noise any more, and is forgotten.
+        """
+        if step >= len(self._states):  # nothing was drawn ahead
+            yield
+            return
+        latest, here = _get_state(self._device), self._states[step]
+        _set_state(here, self._device)
+        try:
+            yield
+        finally:
+            if torch.equal(_get_state(self._device), here):
+                _set_state(latest, self._device)
+            else:
+                for drawn in range(step, len(self._states)):
+                    self._matrices.pop(drawn, None)
+                del self._states[step:]
 
     def finish(self, num_steps: int) -> None:
         """Put the generator where plain decoding leaves it after `num_steps` draws."""

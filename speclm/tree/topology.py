@@ -59,6 +59,12 @@ class TreeTopology:
         return parents
 
     @cached_property
+    def host_node_depths(self) -> list[list[int]]:
+        """Depth of every node, on the host; the first read syncs."""
+        depths: list[list[int]] = self.depths.tolist()
+        return depths
+
+    @cached_property
     def host_sizes(self) -> list[int]:
         """Nodes of each row without padding, on the host; the first read syncs."""
         sizes: list[int] = (~self.is_padding).sum(1).tolist()
@@ -67,8 +73,7 @@ class TreeTopology:
     @cached_property
     def host_depths(self) -> list[int]:
         """Largest depth of each row, on the host; the first read syncs."""
-        depths: list[int] = self.depths.amax(1).tolist()
-        return depths
+        return [max(row) for row in self.host_node_depths]
 
     def position_ids(self, root_positions: Int[Tensor, " batch"]) -> Int[Tensor, "batch nodes"]:
         """Return the position of each node in its sequence, counted without padding."""

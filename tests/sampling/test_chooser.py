@@ -12,7 +12,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from speclm.sampling import TokenChooser, first_context_dependent
+from speclm.sampling import TokenChooser, first_text_dependent
 from speclm.sampling.chooser import CONTEXT_FREE
 
 LOGITS = 3 * torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
@@ -79,17 +79,29 @@ def test_the_callers_logits_are_left_alone():
     assert torch.equal(LOGITS, kept)
 
 
-def test_processors_that_may_read_the_text_are_named():
-    assert first_context_dependent(WARPERS) is None
-    assert first_context_dependent([]) is None
-    repetition = RepetitionPenaltyLogitsProcessor(1.2)
-    assert first_context_dependent([*WARPERS, repetition]) == "RepetitionPenaltyLogitsProcessor"
-    assert (
-        first_context_dependent([MinLengthLogitsProcessor(2, 0), repetition])
-        == "MinLengthLogitsProcessor"
+def test_the_first_processor_that_may_read_the_text_is_found():
+    assert first_text_dependent([*WARPERS, MinLengthLogitsProcessor(2, 0)]) is None
+    assert first_text_dependent([]) is None
+    repetition, own = RepetitionPenaltyLogitsProcessor(1.2), OwnTemperature(0.5)
+    assert first_text_dependent([*WARPERS, repetition, own]) is repetition
+    assert first_text_dependent([own]) is own
+
+
+def test_biases_read_the_text_where_they_are_for_more_than_one_token():
+    single, pair = NoBadWordsLogitsProcessor([[3]]), NoBadWordsLogitsProcessor([[3], [1, 2]])
+    assert first_text_dependent([single]) is None
+    assert first_text_dependent([pair]) is pair
+
+
+def test_length_dependent_processors_see_the_length_of_each_row():
+    chooser = TokenChooser([MinLengthLogitsProcessor(4, LIKELIEST)], is_greedy=True)
+    assert chooser.reads_lengths
+    rows = LOGITS[:1].expand(3, -1)
+    found = chooser.choose(rows, None, lengths=[3, 4, 5])
+    assert (found == LIKELIEST).tolist() == [False, True, True]
+
+
+def test_classes_told_by_name_are_processors():
+    assert all(
+        issubclass(processor, LogitsProcessor) for processor in CONTEXT_FREE | LENGTH_DEPENDENT
     )
-    assert first_context_dependent([OwnTemperature(0.5)]) == "OwnTemperature"
-
-
-def test_context_free_classes_are_processors():
-    assert all(issubclass(processor, LogitsProcessor) for processor in CONTEXT_FREE)

@@ -1,0 +1,194 @@
+"""Decides positions one by one for all rows in step, as plain decoding does.
+
+Logits processors that read the text, stopping criteria and streamers may keep state, look at other
+rows, count their calls or draw random numbers. They are given the tensors that plain decoding
+gives them, in its order, once per position.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol, cast, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers.generation.logits_process import LogitsProcessorList
+from transformers.generation.stopping_criteria import StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from speclm.errors import NumericalError
+from speclm.generation.rows import Rows
+from speclm.sampling.chooser import pick
+from speclm.sampling.noise import PositionNoise
+
+
+@runtime_checkable
+class FollowsRounds(Protocol):
+    """A streamer that wants to know which tokens were drafted."""
+
+    def on_round(self, accepted_length: int) -> None:
+        """Hear how many of the tokens put since the last call were drafted; the last one is not."""
+
+
+class Frontier:
+    """The last position that all rows have reached, and what is told about it.
+
+    Ended rows go on beside the others with padding tokens, which the target reads as in plain
+    decoding, so that their logits and cache entries are plain decoding's too. Where no criterion
+    names an end-of-sequence token, Transformers lets every row run until all have been stopped
+    once, and so does this.
+
+    Attributes:
+        ids: Prompt and tokens so far, ``[batch, length]``; padding in ended rows.
+        scores: Processed scores of every position, if they are kept.
+        logits: The target's logits of every position in float32, if they are kept.
+        pad_token_id: Token of ended rows.
+    """
+
+    def __init__(  # noqa: PLR0913 - what plain decoding's loop holds
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        rows: Rows,
+        *,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        streamer: BaseStreamer | None,
+        is_greedy: bool,
+        pad_token_id: int,
+        keeps_scores: bool,
+        keeps_logits: bool,
+        target_name: str,
+    ) -> None:
+        """Start behind the prompt.
+
+        Args:
+            input_ids: The prompt, as `generate` was given it.
+            rows: Take the tokens and end when a criterion says so.
+            processors: All logits processors, in order.
+            criteria: All stopping criteria, in order.
+            streamer: Is told the prompt now, and then the tokens of every position.
+            is_greedy: Whether the likeliest token is taken.
+            pad_token_id: Token of ended rows.
+            keeps_scores: Whether `scores` are collected.
+            keeps_logits: Whether `logits` are collected.
+            target_name: What messages call the target.
+        """
+        self.ids = input_ids
+        self.scores: tuple[Float[Tensor, "batch vocab"], ...] | None = () if keeps_scores else None
+        self.logits: tuple[Float[Tensor, "batch vocab"], ...] | None = () if keeps_logits else None
+        self._rows = rows
+        self._processors = processors
+        self._criteria = criteria
+        self._streamer = streamer
+        self._is_greedy = is_greedy
+        self.pad_token_id = pad_token_id
+        self._target_name = target_name
+        self._rows_end_alone = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+        self._was_stopped = [False] * len(input_ids)
+        if streamer is not None:
+            streamer.put(input_ids.cpu())  # type: ignore[no-untyped-call]  # Transformers'
+
+    def advance(
+        self,
+        logits: Float[Tensor, "batch vocab"],
+        noise: PositionNoise | None,
+        *,
+        depth: int,
+        chosen: list[int] | None = None,
+    ) -> list[int]:
+        """Decide the next position of every row and tell everybody.
+
+        Args:
+            logits: The target's logits at that position.
+            noise: Noise of the positions; None when nothing is decided by it.
+            depth: Positions decided since `noise` was sought.
+            chosen: Tokens that an accept rule has decided on; None to choose here.
+
+        Returns:
+            The tokens, padding in ended rows.
+
+        Raises:
+            NumericalError: If no largest score can be told, because of the target or a processor.
+        """
+        step = self._rows.num_steps
+        raw = logits.to(copy=True, dtype=torch.float32)
+        with _as_if_drawn(noise, step):
+            scores: Tensor = cast("Any", self._processors)(self.ids, raw)
+        if self.scores is not None:
+            self.scores = (*self.scores, scores)
+        if self.logits is not None:
+            self.logits = (*self.logits, raw)
+        if chosen is None:
+            # A sync per position: criteria and streamers are host code.
+            chosen = pick(scores, None if noise is None else noise.at_depth(depth)).tolist()
+            self._require_numbers(chosen, raw, logits.dtype)
+        is_live = self._rows.is_live
+        tokens = [
+            token if live else self.pad_token_id
+            for token, live in zip(chosen, is_live, strict=True)
+        ]
+        column = torch.tensor(tokens, device=self.ids.device)
+        self.ids = torch.cat([self.ids, column[:, None]], dim=1)
+        self._rows.append(tokens)
+        with _as_if_drawn(noise, step + 1):
+            flags = self._criteria(self.ids, self.scores)
+            self._end_rows(flags.tolist())
+            if self._streamer is not None:
+                self._streamer.put(column.cpu())  # type: ignore[no-untyped-call]  # Transformers'
+        return tokens
+
+    def end_round(self, accepted_length: int) -> None:
+        """Tell a streamer that follows rounds how many of its last tokens were drafted."""
+        if isinstance(self._streamer, FollowsRounds):
+            self._streamer.on_round(accepted_length)
+
+    def finish(self) -> None:
+        """Tell the streamer that all is said."""
+        if self._streamer is not None:
+            self._streamer.end()  # type: ignore[no-untyped-call]  # Transformers'
+
+    def _end_rows(self, stopped: list[bool]) -> None:
+        self._was_stopped = [
+            before or now for before, now in zip(self._was_stopped, stopped, strict=True)
+        ]
+        if self._rows_end_alone or all(self._was_stopped):
+            self._rows.end(self._was_stopped)
+
+    def _require_numbers(
+        self, chosen: list[int], raw: Float[Tensor, "batch vocab"], dtype: torch.dtype
+    ) -> None:
+        bad = [
+            row
+            for row, (token, live) in enumerate(zip(chosen, self._rows.is_live, strict=True))
+            if live and token < 0
+        ]
+        if not bad:
+            return
+        if bool(raw[bad].isnan().any()):
+            raise nan_logits(self._target_name, dtype)
+        names = ", ".join(type(processor).__name__ for processor in self._processors)
+        raise NumericalError(
+            f"scores of row {bad[0]} have no largest number after the logits processors ({names}), "
+            "though the target's logits have one; check the processors passed in, and that they "
+            "leave at least one token in every row"
+        )
+
+
+def nan_logits(target_name: str, dtype: torch.dtype) -> NumericalError:
+    """Return the error for logits of the target that are not numbers."""
+    remedy = (
+        "float16 overflows beyond 65504: load the model with dtype=torch.bfloat16"
+        if dtype == torch.float16
+        else "check the weights and inputs; in float16 an overflow would be the likely "
+        "cause, and bfloat16 the remedy"
+    )
+    return NumericalError(f"{target_name} produced logits that are NaN, in {dtype}; {remedy}")
+
+
+@contextmanager
+def _as_if_drawn(noise: PositionNoise | None, step: int) -> Iterator[None]:
+    if noise is None:
+        yield
+        return
+    with noise.foreign_code(step):
+        yield
