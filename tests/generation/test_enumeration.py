@@ -108,7 +108,9 @@ def enumerate_law(
                 noise._matrices[step] = rows
             return noise._matrices[step]
 
-        def weighing_choose(chooser: TokenChooser, logits: Tensor, noise: Tensor | None) -> Tensor:
+        def weighing_choose(
+            chooser: TokenChooser, logits: Tensor, noise: Tensor | None, **_: object
+        ) -> Tensor:
             if noise is not None:
                 for scores, row in zip(logits, noise, strict=True):
                     law = process(chooser._processors, scores)

@@ -5,6 +5,7 @@ import torch
 from transformers import LogitsProcessor
 from transformers.generation import (
     MinLengthLogitsProcessor,
+    NoBadWordsLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
@@ -13,7 +14,7 @@ from transformers.generation import (
 )
 
 from speclm.sampling import TokenChooser, first_text_dependent
-from speclm.sampling.chooser import CONTEXT_FREE
+from speclm.sampling.chooser import CONTEXT_FREE, LENGTH_DEPENDENT
 
 LOGITS = 3 * torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
 WARPERS = [TemperatureLogitsWarper(0.8), TopKLogitsWarper(20), TopPLogitsWarper(0.9)]
@@ -94,11 +95,11 @@ def test_biases_read_the_text_where_they_are_for_more_than_one_token():
 
 
 def test_length_dependent_processors_see_the_length_of_each_row():
-    chooser = TokenChooser([MinLengthLogitsProcessor(4, LIKELIEST)], is_greedy=True)
+    likeliest = int(LOGITS[0].argmax())
+    chooser = TokenChooser([MinLengthLogitsProcessor(4, likeliest)], is_greedy=True)
     assert chooser.reads_lengths
-    rows = LOGITS[:1].expand(3, -1)
-    found = chooser.choose(rows, None, lengths=[3, 4, 5])
-    assert (found == LIKELIEST).tolist() == [False, True, True]
+    found = chooser.choose(LOGITS[:1].expand(3, -1), None, lengths=[3, 4, 5])
+    assert (found == likeliest).tolist() == [False, True, True]
 
 
 def test_classes_told_by_name_are_processors():
