@@ -2,5 +2,6 @@
 
 from speclm.generation.delegation import NeedsPlainDecoding
 from speclm.generation.loop import Generated, generate_tokens
+from speclm.generation.pace import PaceMemory
 
-__all__ = ["Generated", "NeedsPlainDecoding", "generate_tokens"]
+__all__ = ["Generated", "NeedsPlainDecoding", "PaceMemory", "generate_tokens"]

@@ -139,8 +139,9 @@ class Frontier:
 
     def end_round(self, accepted_length: int) -> None:
         """Tell a streamer that follows rounds how many of its last tokens were drafted."""
-        if isinstance(self._streamer, FollowsRounds):
-            self._streamer.on_round(accepted_length)
+        follower: object = self._streamer
+        if isinstance(follower, FollowsRounds):
+            follower.on_round(accepted_length)
 
     def finish(self) -> None:
         """Tell the streamer that all is said."""

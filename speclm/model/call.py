@@ -1,12 +1,103 @@
-"""One call of `generate`: what Transformers' entry for own decoding methods would lose."""
+"""One call of `generate`: into the decode loop and out of it, through Transformers' entry."""
 
 import copy
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+from transformers.utils.generic import ModelOutput
 
+from speclm.acceptance import AcceptanceRule
+from speclm.generation import Generated, PaceMemory, generate_tokens
 from speclm.model.arguments import resolve_setting
+from speclm.model.fitting import claimed
+from speclm.proposers.interface import Proposer
+from speclm.stats import SpeculationStats
+from speclm.target import TargetView
+
+
+@dataclass
+class SpeculativeOutput(GenerateDecoderOnlyOutput):
+    """What `generate` returns with ``return_dict_in_generate=True``.
+
+    Args:
+        speculation: Counters of the call.
+    """
+
+    speculation: SpeculationStats | None = None
+
+
+def decode(  # noqa: PLR0913 - a call has many sides
+    base_generate: Callable[..., Any],
+    arguments: dict[str, Any],
+    default: GenerationConfig,
+    *,
+    target: TargetView,
+    proposer: Proposer | None,
+    stats: SpeculationStats,
+    rule: AcceptanceRule,
+    paces: PaceMemory | None,
+) -> Tensor | SpeculativeOutput:
+    """Answer a call with the decode loop.
+
+    Args:
+        base_generate: The base's own `generate`.
+        arguments: Of the call.
+        default: The model's own generation config.
+        target: The base.
+        proposer: Guesses tokens.
+        stats: Counters to fill.
+        rule: Decides which guesses are kept when sampling.
+        paces: What earlier calls measured; None to draft in every round.
+
+    Raises:
+        NeedsPlainDecoding: Before anything is computed, if the loop does not give what is asked.
+        BusyError: If the base or the proposer is in use by another call that has not ended.
+    """
+
+    def loop(*resolved: Any, **named: Any) -> Generated:
+        # A partial would let the caller's keywords replace these.
+        with claimed(proposer):
+            return generate_tokens(
+                *resolved,
+                target=target,
+                proposer=proposer,
+                stats=stats,
+                rule=rule,
+                paces=paces,
+                streamer=arguments.get("streamer"),
+                extends_cache=arguments.get("past_key_values") is not None,
+                **named,
+            )
+
+    generated: Generated = base_generate(custom_generate=loop, **for_own_loop(arguments, default))
+    if not resolve_setting("return_dict_in_generate", arguments, default):
+        return generated.sequences
+    # The annotations of Transformers' class ask for narrower types than it is given there.
+    fields: dict[str, Any] = {
+        "sequences": generated.sequences,
+        "scores": generated.scores,
+        "logits": generated.logits,
+        "past_key_values": generated.past_key_values,
+    }
+    return SpeculativeOutput(**fields, speculation=stats)
+
+
+def with_counters(output: Tensor | ModelOutput, stats: SpeculationStats) -> Tensor | ModelOutput:
+    """Return what the base's own `generate` returned, with counters where they fit."""
+    if isinstance(output, Tensor):
+        return output
+    if type(output) is not GenerateDecoderOnlyOutput:  # beams have fields that we do not
+        output.speculation = stats
+        return output
+    counted = SpeculativeOutput(sequences=output.sequences)
+    for name, value in {**output, "speculation": stats}.items():
+        counted[name] = value
+    return counted
 
 
 def for_own_loop(arguments: dict[str, Any], default: GenerationConfig) -> dict[str, Any]:

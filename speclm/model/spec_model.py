@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Self, cast
@@ -17,16 +16,15 @@ from transformers import (
 )
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
-from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils.generic import ModelOutput
 
 from speclm.acceptance import AcceptanceRule, resolve_acceptance_rule
 from speclm.errors import BusyError, OptionError, UnsupportedModelError
-from speclm.generation import Generated, NeedsPlainDecoding, generate_tokens
-from speclm.model.arguments import first_delegated, require_acceptable, resolve_setting
+from speclm.generation import NeedsPlainDecoding, PaceMemory
+from speclm.model.arguments import first_delegated, require_acceptable
 from speclm.model.attaching import attach, detach, enter
-from speclm.model.call import for_own_loop
-from speclm.model.fitting import claimed, require_fits
+from speclm.model.call import decode, with_counters
+from speclm.model.fitting import require_fits
 from speclm.model.loading import Heads, load_proposer
 from speclm.model.saving import push_heads, save_heads
 from speclm.model.standing_in import MOVES, move, unwrap
@@ -36,17 +34,6 @@ from speclm.target import TargetView
 from speclm.verify import check_trees
 
 _log = logging.getLogger("speclm")
-
-
-@dataclass
-class SpeculativeOutput(GenerateDecoderOnlyOutput):
-    """What `generate` returns with ``return_dict_in_generate=True``.
-
-    Args:
-        speculation: Counters of the call.
-    """
-
-    speculation: SpeculationStats | None = None
 
 
 class SpecModel:
@@ -65,12 +52,17 @@ class SpecModel:
         ```
     """
 
-    def __init__(self, base: nn.Module, proposer: Proposer | None) -> None:
+    def __init__(
+        self, base: nn.Module, proposer: Proposer | None, *, adaptive: bool = True
+    ) -> None:
         """Wrap a loaded model.
 
         Args:
             base: Any causal language model, PEFT's too; it stays usable by itself.
             proposer: Guesses tokens; None decodes one token a round.
+            adaptive: Whether rounds go without a draft while measured times say that drafts do
+                not pay. Tokens do not depend on it, in float32 at least: half precision rounds
+                otherwise in rounds of another size.
 
         Raises:
             UnsupportedModelError: If `base` is not a decoder-only language model.
@@ -81,6 +73,8 @@ class SpecModel:
         self.proposer = proposer
         self.self_check = check_trees(self._target)
         self.last_speculation: SpeculationStats | None = None
+        self.adaptive = adaptive
+        self._paces = PaceMemory()
         self._logged: set[str] = set()
 
     @classmethod
@@ -91,6 +85,7 @@ class SpecModel:
         *,
         heads_kwargs: dict[str, Any] | None = None,
         num_draft_tokens: int | None = None,
+        adaptive: bool | None = None,
         **kwargs: Any,
     ) -> Self:
         """Load a base model and a proposer.
@@ -105,6 +100,8 @@ class SpecModel:
                 device. For Medusa heads: dtype, tree and min_chance. For a registered proposer:
                 its own options.
             num_draft_tokens: Most tokens drafted a round; by default the proposer's own choice.
+            adaptive: Whether rounds go without a draft while drafts do not pay; by default they
+                do, unless a tree is given.
             **kwargs: Arguments of the base's ``from_pretrained``, such as dtype and device_map.
 
         Raises:
@@ -131,7 +128,9 @@ class SpecModel:
         proposer = load_proposer(
             heads, model, heads_kwargs=heads_kwargs, num_draft_tokens=num_draft_tokens
         )
-        return cls(model, proposer)
+        if adaptive is None:
+            adaptive = (heads_kwargs or {}).get("tree") is None
+        return cls(model, proposer, adaptive=adaptive)
 
     @property
     def proposer(self) -> Proposer | None:
@@ -229,23 +228,15 @@ class SpecModel:
         try:
             self._require_speculation(arguments)
 
-            def loop(*resolved: Any, **named: Any) -> Generated:
-                # A partial would let the caller's keywords replace these.
-                proposer = self.proposer
-                with claimed(proposer):
-                    return generate_tokens(
-                        *resolved,
-                        target=self._target,
-                        proposer=proposer,
-                        stats=stats,
-                        rule=rule,
-                        streamer=arguments.get("streamer"),
-                        extends_cache=arguments.get("past_key_values") is not None,
-                        **named,
-                    )
-
-            generated: Generated = self._base_generate(
-                custom_generate=loop, **for_own_loop(arguments, self.generation_config)
+            return decode(
+                self._base_generate,
+                arguments,
+                self.generation_config,
+                target=self._target,
+                proposer=self.proposer,
+                stats=stats,
+                rule=rule,
+                paces=self._paces if self.adaptive else None,
             )
         except BusyError:
             self.last_speculation = before  # the counters of the call that goes on
@@ -253,20 +244,7 @@ class SpecModel:
         except NeedsPlainDecoding as reason:
             self._log_once(str(reason))
             self.last_speculation = stats = SpeculationStats(fallbacks=[str(reason)])
-            output = self._base_generate(**arguments)
-            if isinstance(output, Tensor):
-                return output
-            return _with_counters(output, stats)
-        if resolve_setting("return_dict_in_generate", arguments, self.generation_config):
-            # The annotations of Transformers' class ask for narrower types than it is given there.
-            fields: dict[str, Any] = {
-                "sequences": generated.sequences,
-                "scores": generated.scores,
-                "logits": generated.logits,
-                "past_key_values": generated.past_key_values,
-            }
-            return SpeculativeOutput(**fields, speculation=stats)
-        return generated.sequences
+            return with_counters(self._base_generate(**arguments), stats)
 
     def attach(self) -> None:
         """Make ``base.generate`` this model's; see `patch`.
@@ -399,14 +377,3 @@ class SpecModel:
         if reason not in self._logged:
             self._logged.add(reason)
             _log.warning("decoding plainly with %s.generate: %s", type(self.base).__name__, reason)
-
-
-def _with_counters(output: ModelOutput, stats: SpeculationStats) -> ModelOutput:
-    """Return what the base's own `generate` returned, with counters."""
-    if type(output) is not GenerateDecoderOnlyOutput:  # beams have fields that we do not
-        output.speculation = stats
-        return output
-    counted = SpeculativeOutput(sequences=output.sequences)
-    for name, value in {**output, "speculation": stats}.items():
-        counted[name] = value
-    return counted

@@ -16,7 +16,7 @@ from speclm import SpecModel
 from tests.drafting import DEPTH, PROPOSERS, WRONG_AT, build_proposer
 from tests.models import prompts
 from tests.outcomes import Outcome, lengths, live_steps, observe, require_close, require_same
-from tests.settings import DELEGATED, EOS, NEW_TOKENS, SETTINGS, tiny_draft, tiny_model
+from tests.settings import EOS, NEW_TOKENS, SETTINGS, tiny_draft, tiny_model
 
 BATCHES = {"one row": (6,), "padded rows": (7, 3, 5)}
 OTHERS_PER_CASE = 2  # proposers beside the scripted one, which is in all
@@ -92,11 +92,9 @@ def test_cell_leaves_behind_what_plain_decoding_does(name, batch, kind):
     live = live_steps(expected.new_tokens(inputs), EOS)
     require_close(found.scores, expected.scores, live=live)
     require_close(found.logits, expected.logits, live=live)
-    is_speculative = name not in DELEGATED
-    assert (spec.last_speculation.fallbacks == []) == is_speculative
-    if is_speculative:
-        assert found.num_forwards <= expected.num_forwards
-    if is_speculative and kind == "scripted":
+    assert spec.last_speculation.fallbacks == []
+    assert found.num_forwards <= expected.num_forwards
+    if kind == "scripted":
         num_steps = expected.sequences.shape[1] - inputs["input_ids"].shape[1]
         num_errors = sum(step < num_steps for step in WRONG_AT)
         assert found.num_forwards <= math.ceil(num_steps / (DEPTH + 1)) + num_errors
@@ -128,7 +126,6 @@ def test_the_matrix_is_as_wide_as_it_says():
     assert len(CELLS) >= 400
     assert len(set(CELLS)) == len(CELLS)
     assert {kind for _, _, kind in CELLS} == set(PROPOSERS)
-    assert set(SETTINGS) >= DELEGATED
 
 
 def test_rows_of_the_matrix_end_at_varied_positions():

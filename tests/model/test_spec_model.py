@@ -343,7 +343,7 @@ def test_model_in_training_mode_decodes_plainly(caplog):
     assert model.training
 
 
-def test_empty_dynamic_cache_is_delegated(spec, base):
+def test_empty_dynamic_cache_changes_nothing(spec, base):
     expected = base.generate(**prompts(6), max_new_tokens=6, do_sample=False)
     found = spec.generate(
         **prompts(6), max_new_tokens=6, do_sample=False, past_key_values=DynamicCache()

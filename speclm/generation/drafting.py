@@ -1,0 +1,105 @@
+"""Drafts as the loop needs them: checked, or made where nothing is guessed."""
+
+from dataclasses import replace
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from speclm.acceptance.interface import AcceptanceRule
+from speclm.config import MAX_DEPTH, MAX_NODES
+from speclm.errors import DraftError, OptionError, TreeBudgetError
+from speclm.proposers.interface import Draft, Proposer
+from speclm.sampling.drafts import DraftSampling
+from speclm.tree.topology import chain, from_parents
+
+
+def roots_alone(roots: Int[Tensor, " batch"]) -> Draft:
+    """Return the draft that makes a round a step of plain decoding."""
+    return Draft(tokens=roots[:, None], topology=chain(0, device=roots.device), probs=None)
+
+
+def with_padding(
+    draft: Draft, roots: Int[Tensor, " batch"], is_live: list[bool], *, pad_token_id: int
+) -> Draft:
+    """Let ended rows go on with padding as deep as the others may go.
+
+    Args:
+        draft: What was drafted; what it holds in ended rows is dropped.
+        roots: Last token of each row; a row that has just ended begins with its last own one.
+        is_live: Rows that have not ended.
+        pad_token_id: The padding token.
+    """
+    topology, tokens = draft.topology, draft.tokens.clone()
+    parents, depth = topology.host_parents, topology.max_depth
+    if len(parents) == 1:  # one tree for all: padding along its longest path, nowhere else
+        node = topology.host_node_depths[0].index(depth)
+        path = [node]
+        while node:
+            node = parents[0][node]
+            path.append(node)
+        padding = torch.full_like(tokens[0], int(pad_token_id == 0))  # any token but that
+        padding[path] = pad_token_id
+    else:
+        padding = torch.full_like(tokens[0], pad_token_id)
+        line = [0, *range(depth)]
+        rows = [own if live else line for own, live in zip(parents, is_live, strict=True)]
+        topology = from_parents(rows, device=tokens.device)
+    ended = [row for row, live in enumerate(is_live) if not live]
+    tokens[ended] = padding
+    tokens[:, 0] = roots
+    return replace(draft, tokens=tokens, topology=topology)
+
+
+def require_drafts_for(rule: AcceptanceRule, proposer: Proposer | None) -> None:
+    """Refuse a rule for drawn drafts beside a proposer that does not draw."""
+    wanted = rule.draft_sampling
+    if proposer is None or wanted in {DraftSampling.NONE, proposer.draft_sampling}:
+        return
+    raise OptionError(
+        f"acceptance {rule.name!r} expected drafts drawn {wanted.value}, with their laws, found "
+        f"{type(proposer).__name__}, which does not draw; use a draft model or Medusa heads, or "
+        "acceptance='exact', which is lossless with any proposer"
+    )
+
+
+def require_laws(draft: Draft, vocab_size: int) -> None:
+    """Check that a draft comes with the laws that it was drawn from."""
+    found = None if draft.laws is None else tuple(draft.laws.shape)
+    expected = (*draft.tokens.shape, vocab_size)
+    if draft.topology.max_depth > 0 and found != expected:
+        raise DraftError(
+            f"draft has laws of shape {found}, the accept rule expected {expected}: a proposer "
+            "that declares draft_sampling returns the law after every node; see Prefill.sampler"
+        )
+
+
+def require_valid(draft: object, roots: Int[Tensor, " batch"]) -> None:
+    """Check what a wrong proposer would otherwise break far from its cause."""
+    if not isinstance(draft, Draft):
+        raise DraftError(
+            f"propose returned a {type(draft).__name__}, expected a Draft; "
+            "see speclm.testing.check_proposer"
+        )
+    batch, nodes = draft.tokens.shape
+    topology = draft.topology
+    if nodes > MAX_NODES or topology.max_depth > MAX_DEPTH:
+        raise TreeBudgetError(
+            f"draft has {nodes} nodes on {topology.max_depth} levels, a round holds at most "
+            f"{MAX_NODES} nodes on {MAX_DEPTH} levels; draft fewer tokens"
+        )
+    if (
+        batch != len(roots)
+        or nodes != topology.num_nodes
+        or len(topology.parents) not in {1, batch}
+    ):
+        raise DraftError(
+            f"draft has tokens of shape {tuple(draft.tokens.shape)} and parents of shape "
+            f"{tuple(topology.parents.shape)}, expected {len(roots)} rows and one parent a node; "
+            "see speclm.testing.check_proposer"
+        )
+    if draft.tokens.dtype != torch.long or draft.tokens.device != roots.device:
+        raise DraftError(
+            f"draft tokens are {draft.tokens.dtype} on {draft.tokens.device}, expected "
+            f"torch.int64 on {roots.device}; see speclm.testing.check_proposer"
+        )

@@ -1,0 +1,318 @@
+"""One generation: propose, verify, accept and commit, round by round."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from speclm.acceptance.accepted import Accepted
+from speclm.acceptance.interface import AcceptanceRule, Verified
+from speclm.cache import TreeCache
+from speclm.config import MAX_MERGED_PROMPT
+from speclm.generation.drafting import require_laws, require_valid, roots_alone, with_padding
+from speclm.generation.frontier import Frontier, nan_logits
+from speclm.generation.handover import hand_over
+from speclm.generation.pace import Pace
+from speclm.generation.rows import Rows
+from speclm.proposers.interface import Draft, Prefill, Proposer
+from speclm.sampling.chooser import TokenChooser
+from speclm.sampling.drafts import DraftSampler, DraftSampling
+from speclm.sampling.draws import Draws, seeded_draws
+from speclm.sampling.noise import PositionNoise
+from speclm.stats import RowStats, SpeculationStats
+from speclm.target import TargetFeatures, TargetView
+
+
+@dataclass(slots=True)
+class Run:
+    """The state of one generation, and what a round does with it."""
+
+    target: TargetView
+    proposer: Proposer | None
+    chooser: TokenChooser
+    rows: Rows
+    frontier: Frontier | None
+    num_prompt_tokens: int
+    num_unseen: int
+    """Slots in front of the prompt, of which the cache that was passed in knows the tokens."""
+    max_length: int
+    cache: TreeCache
+    keeps_cache: bool
+    stats: SpeculationStats
+    rule: AcceptanceRule
+    draws: Draws | None = None
+    noise: PositionNoise | None = None
+    roots: Tensor | None = None
+    pace: Pace | None = None
+
+    @property
+    def features(self) -> TargetFeatures:
+        """What the proposer asks the target for."""
+        return TargetFeatures.NONE if self.proposer is None else self.proposer.features
+
+    @property
+    def _max_slots(self) -> int:
+        """Tokens at which every row ends, those that only the cache knows included."""
+        return self.num_unseen + self.max_length
+
+    @property
+    def _sampler(self) -> DraftSampler | None:
+        """What drafts have to be drawn with, if they have to be drawn."""
+        if self.rule.draft_sampling is DraftSampling.NONE:
+            return None
+        assert self.draws is not None, "a rule for drawn drafts draws too"
+        return DraftSampler(self.chooser, self.draws)
+
+    def start(
+        self,
+        tokens: Int[Tensor, "batch seq"],
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        *,
+        temperature: float,
+    ) -> None:
+        """Run the prompt, whose last tokens are the first roots, and verify the first draft.
+
+        Nothing but roots to verify is plain decoding's own prefill. Otherwise one forward does
+        for the prompt and the draft, which saves one of what may be few.
+        """
+        stats, batch = self.stats, len(tokens)
+        stats.rows = [RowStats() for _ in range(batch)]
+        self.roots = tokens[:, -1]
+        new = tokens[:, max(self.cache.tree_start - self.num_unseen, 0) :]
+        if self.rule.uses_draws:
+            self.draws = seeded_draws(tokens.device)
+        if self.rule.uses_noise and not self.chooser.is_greedy:
+            self.noise = PositionNoise(
+                batch=batch, vocab_size=self.target.vocab_size, device=tokens.device
+            )
+        prompt = Prefill(
+            tokens=tokens[:, :-1],
+            num_padding=(self.cache.num_padding - self.num_unseen).clamp(min=0),
+            first_tokens=self.roots,
+            temperature=temperature,
+            max_new_tokens=self.rows.most_remaining,
+            eos_token_ids=self.rows.eos_token_ids,
+            sampler=self._sampler,
+        )
+        draft = roots_alone(self.roots)
+        needs_features = self.features is not TargetFeatures.NONE
+        with stats.phase("prefill"):
+            if self.proposer is not None and not needs_features:
+                self.proposer.begin(prompt)
+                if new.shape[1] <= MAX_MERGED_PROMPT and self._pays:
+                    draft = self._propose()
+            if draft.topology.num_nodes == 1:
+                logits = self.target.prefill(
+                    new, self.cache, attention_mask=attention_mask, position_ids=position_ids
+                )[:, None]
+                self.cache.split(self.cache.tree_start - 1, num_pending=1)
+            else:
+                logits = self.target.forward_tree(
+                    draft.tokens,
+                    draft.topology,
+                    self.cache,
+                    prompt=new[:, :-1] if new.shape[1] > 1 else None,
+                    max_length=self._max_slots,
+                )
+            if self.proposer is not None and needs_features:
+                assert self.target.features is not None
+                self.proposer.begin(replace(prompt, features=self.target.features[:, :-1]))
+        taken = self._settle(draft, logits)
+        for row, emitted in zip(stats.rows, taken.emitted, strict=True):
+            row.prefill_tokens = len(emitted)
+
+    def round(self) -> None:
+        """Propose, verify, accept and commit once."""
+        stats, rows = self.stats, self.rows
+        num_live = sum(rows.is_live)
+        if self.noise is not None:
+            self.noise.seek(rows.num_tokens, live=rows.is_live)
+        may_draft = self._pays and self.proposer is not None and rows.most_remaining > 1
+        with stats.phase("draft"):
+            draft = self._propose() if may_draft else roots_alone(self._fed_roots)
+        with stats.phase("verify"):
+            logits = self.target.forward_tree(
+                draft.tokens, draft.topology, self.cache, max_length=self._max_slots
+            )
+        taken = self._settle(draft, logits)
+        self._count(draft, taken)
+        stats.rounds += 1
+        if self.pace is not None:
+            self.pace.record(
+                tokens=sum(map(len, taken.emitted)), drafted=may_draft, num_live=num_live
+            )
+
+    def hand_over(self, into: DynamicCache, sequences: Int[Tensor, "batch length"]) -> None:
+        """Extend the cache that was passed in to what plain decoding leaves in it."""
+        if self.num_unseen:  # their tokens are not needed: the cache has them
+            unseen = sequences.new_zeros(len(sequences), self.num_unseen)
+            sequences = torch.cat([unseen, sequences], dim=1)
+        hand_over(self.target, self.cache, into, sequences)
+
+    @property
+    def _pays(self) -> bool:
+        """Whether a draft is expected to be worth its time."""
+        return self.pace is None or self.pace.wants_draft()
+
+    @property
+    def _fed_roots(self) -> Int[Tensor, " batch"]:
+        """Tokens to feed next: the roots, and padding behind the end of rows that go on with it."""
+        assert self.roots is not None
+        return self.roots if self.frontier is None else self.frontier.ids[:, -1]
+
+    def _settle(self, draft: Draft, logits: Float[Tensor, "batch nodes vocab"]) -> Accepted:
+        """Accept, take over and commit; return what was taken."""
+        with self.stats.phase("accept"):
+            if self.frontier is None:
+                taken = self.rows.admit(self._accept(draft, logits))
+                kept = taken.paths
+            else:
+                taken, kept = self._advance(self.frontier, draft, logits)
+            if self.target.features is not None:
+                nodes = draft.topology.num_nodes
+                taken = taken.with_features(self.target.features[:, -nodes:])
+        with self.stats.phase("commit"):
+            if self.rows.any_live or self.keeps_cache:
+                self.cache.keep(kept)
+            if self.rows.any_live:
+                self._commit(taken)
+        return taken
+
+    def _advance(
+        self, frontier: Frontier, draft: Draft, logits: Float[Tensor, "batch nodes vocab"]
+    ) -> tuple[Accepted, list[list[int]]]:
+        """Decide position by position for all rows, as far as all of them follow the draft.
+
+        Returns:
+            What running rows were given, and the nodes to keep in all rows, ended ones included.
+        """
+        decided = None if self.rule.is_exact else self._accept(draft, logits).emitted
+        batch = torch.arange(len(logits), device=logits.device)
+        tokens, parents = draft.tokens.tolist(), draft.topology.host_parents
+        nodes = [0] * len(tokens)
+        kept: list[list[int]] = [[] for _ in tokens]
+        paths: list[list[int]] = [[] for _ in tokens]
+        emitted: list[list[int]] = [[] for _ in tokens]
+        for depth in range(draft.topology.max_depth + 1):
+            was_live = self.rows.is_live
+            at_nodes = torch.tensor(nodes, device=logits.device)
+            column = frontier.advance(
+                logits[batch, at_nodes],
+                self.noise,
+                depth=depth,
+                chosen=None if decided is None else [_at(row, depth) for row in decided],
+            )
+            for row, (node, token) in enumerate(zip(nodes, column, strict=True)):
+                kept[row].append(node)
+                if was_live[row]:
+                    paths[row].append(node)
+                    emitted[row].append(token)
+            children = [
+                _child(parents[row if len(parents) > 1 else 0], tokens[row], node, token)
+                for row, (node, token) in enumerate(zip(nodes, column, strict=True))
+            ]
+            is_decided = decided is None or all(
+                len(row) > depth + 1
+                for row, live in zip(decided, self.rows.is_live, strict=True)
+                if live
+            )
+            if None in children or not is_decided or not self.rows.any_live:
+                break
+            nodes = [child for child in children if child is not None]
+        frontier.end_round(len(kept[0]) - 1)
+        return Accepted.from_host(paths, emitted, device=logits.device), kept
+
+    def _propose(self) -> Draft:
+        assert self.roots is not None
+        room = self.rows.most_remaining - 1  # the bonus token needs no draft
+        if self.proposer is None or room < 1:
+            return roots_alone(self._fed_roots)
+        draft = self.proposer.propose(self.roots, noise=self.noise)
+        require_valid(draft, self.roots)
+        if self.rule.draft_sampling is not DraftSampling.NONE:
+            require_laws(draft, self.target.vocab_size)
+        if self._crosses_last_position(draft.topology.max_depth):
+            return roots_alone(self._fed_roots)
+        tokens = torch.cat([self.roots[:, None], draft.tokens[:, 1:]], dim=1)  # whatever it says
+        draft = replace(draft, tokens=tokens)
+        if self.frontier is None or all(self.rows.is_live):
+            return draft
+        return with_padding(
+            draft,
+            self.frontier.ids[:, -1],
+            self.rows.is_live,
+            pad_token_id=self.frontier.pad_token_id,
+        )
+
+    def _crosses_last_position(self, depth: int) -> bool:
+        """Tell whether a draft of that depth goes beyond the last position, unlike its root.
+
+        Learned positions end there. Plain decoding fails once it arrives, if it ever does; with
+        rotary positions it goes on, and so do drafts from there.
+        """
+        last = (self.target.max_positions or self._max_slots) - 1
+        if self._max_slots <= last + 1:
+            return False
+        first = self.num_unseen + self.num_prompt_tokens - 1
+        roots = [first + new for new in self.rows.num_tokens]
+        # Syncs, but only where a row may outgrow the positions that the model was built for.
+        return any(
+            root - padding <= last < root - padding + depth
+            for root, padding in zip(roots, self.cache.num_padding.tolist(), strict=True)
+        )
+
+    def _accept(self, draft: Draft, logits: Float[Tensor, "batch nodes vocab"]) -> Accepted:
+        accepted = self.rule.accept(
+            Verified(
+                tokens=draft.tokens,
+                topology=draft.topology,
+                logits=logits,
+                chooser=self.chooser,
+                is_live=self.rows.is_live,
+                noise=self.noise,
+                draws=self.draws,
+                laws=draft.laws,
+                lengths=[self.num_prompt_tokens + new for new in self.rows.num_tokens],
+            )
+        )
+        for row, emitted in enumerate(accepted.emitted):
+            if self.rows.is_live[row] and any(token < 0 for token in emitted):
+                raise nan_logits(self.target.name, logits.dtype)
+        return accepted
+
+    def _commit(self, taken: Accepted) -> None:
+        if self.proposer is not None:
+            self.proposer.commit(taken)
+        self.roots = torch.tensor(self.rows.last_tokens, device=self.cache.lengths.device)
+
+    def _count(self, draft: Draft, taken: Accepted) -> None:
+        """Count the round in the rows that emitted something."""
+        sizes, depths = draft.topology.host_sizes, draft.topology.host_depths
+        for row, path in enumerate(taken.paths):
+            if path:
+                shape = row if len(sizes) > 1 else 0
+                self.stats.rows[row].add_round(
+                    accepted_length=len(path) - 1,
+                    depth=depths[shape],
+                    num_draft_tokens=sizes[shape] - 1,
+                )
+
+
+def _child(parents: list[int], tokens: list[int], node: int, token: int) -> int | None:
+    """Return the first child of a node with the given token."""
+    return next(
+        (
+            child
+            for child in range(node + 1, len(parents))
+            if parents[child] == node and tokens[child] == token
+        ),
+        None,
+    )
+
+
+def _at(row: list[int], depth: int) -> int:
+    """Return a row's token at a depth; any number behind the end of a row that is not running."""
+    return row[depth] if depth < len(row) else 0
