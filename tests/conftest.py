@@ -89,7 +89,7 @@ def _drafts_in_every_round(request: pytest.FixtureRequest, monkeypatch: pytest.M
     Tests of the pace itself are left alone.
     """
     if "pace" not in request.path.name:
-        from speclm.generation.pace import Pace  # noqa: PLC0415 - after the hook is in
+        from speclm.generation.pace import Pace
 
         monkeypatch.setattr(Pace, "wants_draft", lambda _: True)
         monkeypatch.setattr(Pace, "record", lambda _, **__: None)

@@ -28,6 +28,10 @@ class SpeculativeOutput(GenerateDecoderOnlyOutput):
         speculation: Counters of the call.
     """
 
+    # Transformers' own annotations are narrower than what it gives.
+    sequences: Tensor | None = None  # type: ignore[assignment]
+    scores: tuple[Tensor, ...] | None = None  # type: ignore[assignment]
+    logits: tuple[Tensor, ...] | None = None  # type: ignore[assignment]
     speculation: SpeculationStats | None = None
 
 
@@ -77,14 +81,13 @@ def decode(  # noqa: PLR0913 - a call has many sides
     generated: Generated = base_generate(custom_generate=loop, **for_own_loop(arguments, default))
     if not resolve_setting("return_dict_in_generate", arguments, default):
         return generated.sequences
-    # The annotations of Transformers' class ask for narrower types than it is given there.
-    fields: dict[str, Any] = {
-        "sequences": generated.sequences,
-        "scores": generated.scores,
-        "logits": generated.logits,
-        "past_key_values": generated.past_key_values,
-    }
-    return SpeculativeOutput(**fields, speculation=stats)
+    return SpeculativeOutput(
+        sequences=generated.sequences,
+        scores=generated.scores,
+        logits=generated.logits,
+        past_key_values=generated.past_key_values,
+        speculation=stats,
+    )
 
 
 def with_counters(output: Tensor | ModelOutput, stats: SpeculationStats) -> Tensor | ModelOutput:
