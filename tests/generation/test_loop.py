@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from speclm import SpecModel
-from speclm.generation import loop
+from speclm.generation import run as rounds
 from speclm.proposers.draft_model import DraftModelProposer
 from speclm.proposers.interface import Proposer
 from speclm.proposers.ngram import NgramProposer
@@ -152,7 +152,7 @@ def test_prompts_too_long_for_a_draft_give_the_tokens_of_plain_decoding(
     )
     longest = inputs["input_ids"].shape[1]
     for bound in (longest - 1, longest):
-        monkeypatch.setattr(loop, "MAX_MERGED_PROMPT", bound)
+        monkeypatch.setattr(rounds, "MAX_MERGED_PROMPT", bound)
         found = generate(spec, inputs, max_new_tokens=NEW_TOKENS, **CELLS[cell])
         require_equal(found, expected)
         stats = spec.last_speculation

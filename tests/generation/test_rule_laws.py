@@ -17,7 +17,7 @@ from speclm.acceptance import (
 )
 from speclm.config import ProposerConfig
 from speclm.errors import DraftError
-from speclm.generation import loop
+from speclm.generation import run as rounds
 from speclm.proposers.interface import Draft, Prefill, Proposer
 from speclm.sampling import DraftSampling, Draws, PositionNoise
 from speclm.sampling.drafts import Families
@@ -178,7 +178,7 @@ def law_of(
     """Return the probability of every output, and the accepted length expected of round one."""
 
     def run(decisions: Decisions) -> tuple[tuple[int, ...], int]:
-        monkeypatch.setattr(loop, "seeded_draws", lambda device: EnumeratedDraws(decisions))
+        monkeypatch.setattr(rounds, "seeded_draws", lambda device: EnumeratedDraws(decisions))
         proposer, stats = make(), SpeculationStats()
         try:
             output = run_loop(proposer, warpers, rule=rule, table=table, stats=stats)
