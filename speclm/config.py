@@ -46,6 +46,19 @@ def require_count(name: str, value: object, *, low: int, high: int) -> None:
     require_in_range(name, value, low=low, high=high)
 
 
+def require_size(name: str, value: object) -> None:
+    """Check that a size is a whole number of at least 1.
+
+    Raises:
+        OptionError: If it is not.
+    """
+    _require_whole(name, value, "1 on")
+    if cast("int", value) < 1:
+        raise OptionError(
+            f"{name} is {value!r}, expected at least 1; take it from the model's config"
+        )
+
+
 def require_positive(name: str, value: object) -> None:
     """Check that an option is a number above 0 that is finite.
 

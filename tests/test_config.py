@@ -13,6 +13,7 @@ from speclm.config import (
     require_depth,
     require_in_range,
     require_positive,
+    require_size,
 )
 from speclm.errors import OptionError, TreeBudgetError
 
@@ -72,6 +73,13 @@ def test_count_that_is_no_whole_number_is_named_with_its_type(value):
 def test_count_out_of_range_is_named_with_its_range(value):
     with pytest.raises(OptionError, match=f"width is {value}, expected 1 to 9"):
         require_count("width", value, low=1, high=9)
+
+
+@pytest.mark.parametrize("value", [0, -3, 2.5, "2", None, True, float("nan")])
+def test_size_that_is_no_whole_number_of_at_least_1_is_refused(value):
+    with pytest.raises(OptionError, match=r"hidden_size is .* expected .*1"):
+        require_size("hidden_size", value)
+    require_size("hidden_size", 1)
 
 
 @pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), -float("inf")])

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from speclm.config import require_in_range
-from speclm.errors import OptionError
+from speclm.config import require_count, require_size
 
 MAX_HEADS = 64
 """Most heads: a tree is not deeper."""
@@ -28,6 +27,9 @@ class MedusaHeadsConfig:
         has_own_lm_head: Whether each head ends in an output matrix of its own; otherwise the
             target's is used.
         has_bias: Whether the residual layers have a bias.
+
+    Raises:
+        OptionError: If a number is none, or not in range.
     """
 
     hidden_size: int
@@ -39,12 +41,8 @@ class MedusaHeadsConfig:
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "vocab_size", "num_layers"):
-            if getattr(self, name) < 1:
-                raise OptionError(
-                    f"{name} is {getattr(self, name)!r}, expected at least 1; "
-                    "take it from the target's config"
-                )
-        require_in_range("num_heads", self.num_heads, low=1, high=MAX_HEADS)
+            require_size(name, getattr(self, name))
+        require_count("num_heads", self.num_heads, low=1, high=MAX_HEADS)
 
 
 class MedusaHeads(nn.Module):

@@ -79,3 +79,12 @@ def test_fresh_heads_are_near_the_targets_own_opinion(num_layers, has_own_lm_hea
 def test_impossible_numbers_are_named(numbers, words):
     with pytest.raises(OptionError, match=words):
         MedusaHeadsConfig(**{"hidden_size": 8, "vocab_size": 30, **numbers})
+
+
+@pytest.mark.parametrize("name", ["hidden_size", "vocab_size", "num_layers", "num_heads"])
+@pytest.mark.parametrize("value", [2.5, float("nan"), "a", None, True])
+def test_what_is_no_whole_number_is_named_with_its_type(name, value):
+    config = MedusaHeadsConfig(8, 30)
+    object.__setattr__(config, name, value)  # the type checks of tests would find it first
+    with pytest.raises(OptionError, match=f"{name} is {value!r}, a {type(value).__name__}, exp"):
+        config.__post_init__()
