@@ -40,3 +40,5 @@ def _speculation(stats: SpeculationStats) -> Iterator[str]:
     yield f"  tau {stats.tau:.2f} over {stats.rounds} rounds"
     yield f"  rounds by accepted length: {', '.join(f'{n}: {rounds}' for n, rounds in histogram)}"
     yield f"  ms a round: {phases}; prefill {1e3 * stats.seconds['prefill']:.2f} in all"
+    if stats.pause_summary is not None:
+        yield f"  {stats.pause_summary}"

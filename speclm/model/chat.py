@@ -4,7 +4,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from threading import Event
@@ -336,6 +336,8 @@ def _add_up(answers: Iterable[SpeculationStats]) -> SpeculationStats:
     rows: list[RowStats] = []
     for stats in answers:
         rows += stats.rows
+        total.num_plain_rounds += stats.num_plain_rounds
+        total.pauses += [replace(pause, round=total.rounds + pause.round) for pause in stats.pauses]
         total.rounds += stats.rounds
         for phase in PHASES:
             total.seconds[phase] += stats.seconds[phase]

@@ -11,7 +11,8 @@ from speclm.cli import app
 from speclm.cli._chat_loop import COMMANDS, ChatLoop, read_typed
 from speclm.errors import UnknownNameError
 from speclm.model import Chat, RoundStreamer
-from speclm.stats import RowStats, SpeculationStats
+from speclm.stats import Pause, RowStats, SpeculationStats
+from speclm.testing import ScriptedProposer
 from tests.byte_tokenizer import VOCAB_SIZE, byte_tokenizer
 from tests.models import build_model
 
@@ -129,6 +130,40 @@ def test_accepted_tokens_are_coloured_on_request():
     plain, coloured, again = (line for line in output.split("\n") if line.endswith("好c"))
     assert plain == again == "ab好c"
     assert coloured == f"{GREEN}a\x1b[0m{GREEN}b\x1b[0m好c"
+
+
+def test_tokens_that_the_loop_accepts_are_coloured():
+    chat = tiny_chat()
+    letters = byte_tokenizer().convert_tokens_to_ids(list("abcdefghijklmnopqrstuvwxyz"))
+    others = sorted(set(range(VOCAB_SIZE)) - set(letters))
+    chat._options |= {"max_new_tokens": 24, "suppress_tokens": others}
+    plain = chat.ask("x")
+    chat.reset()
+    chat.spec.proposer = ScriptedProposer([plain.tokens], wrong_at=(2, 3, 9))
+    output = Terminal("x", chat=chat, shows_accepted=True).output
+    (answer,) = chat.answers
+    (row,) = answer.speculation.rows
+    assert answer.text == plain.text
+    assert "nothing to colour" not in output
+    # The bonus token of a round was not drafted.
+    accepted = [row.prefill_tokens - 1, *row.accepted_lengths]
+    is_drafted = [index < length for length in accepted for index in range(length + 1)]
+    assert 0 < sum(accepted) < len(answer.text) == len(is_drafted)
+    letters_seen = [
+        f"{GREEN}{letter}\x1b[0m" if drafted else letter
+        for letter, drafted in zip(answer.text, is_drafted, strict=True)
+    ]
+    assert output.startswith("".join(letters_seen) + "\n")
+
+
+def test_stats_show_pauses():
+    chat = tiny_chat()
+    ScriptedModel(chat, [("ab", 1), ("c", 0)])
+    chat.ask("x")
+    stats = chat.answers[0].speculation
+    stats.num_plain_rounds, stats.pauses = 1, [Pause(1, "round of 9.0 ms")]
+    output = Terminal("/stats", chat=chat).output
+    assert "1 of 2 rounds without a draft; paused, after round 1: round of 9.0 ms" in output
 
 
 def test_no_color_is_respected(monkeypatch):

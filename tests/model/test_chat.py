@@ -8,7 +8,7 @@ import torch
 from speclm import SpecModel, SpeculationStats
 from speclm.errors import OptionError, PromptError
 from speclm.model import Chat
-from speclm.stats import RowStats
+from speclm.stats import Pause, RowStats
 from tests.byte_tokenizer import (
     CHANGING_TEMPLATE,
     END,
@@ -228,11 +228,14 @@ def test_counters_of_all_answers_are_added_up():
         stats = answer.speculation
         stats.rows, stats.rounds = [RowStats(accepted_lengths=lengths)], len(lengths)
         stats.seconds["verify"], stats.fallbacks = 0.5, ["because"]
+        stats.num_plain_rounds, stats.pauses = 1, [Pause(1, "slow")]
     total = chat.speculation
     assert isinstance(total, SpeculationStats)
     assert total.accepted_length_histogram == [1, 1, 1]
     assert (total.rounds, total.tau, total.seconds["verify"]) == (3, 2.0, 1.0)
     assert total.fallbacks == ["because"]
+    assert total.num_plain_rounds == 2
+    assert total.pauses == [Pause(1, "slow"), Pause(3, "slow")]  # rounds of all answers count on
 
 
 def test_save_adds_a_row_and_keeps_the_others(tmp_path):
