@@ -7,11 +7,13 @@ computes them at every step instead, and needs no more than conversations.
 import argparse
 import json
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -31,11 +33,15 @@ class Answer:
     Attributes:
         hidden: Hidden states that its tokens were chosen from, ``[tokens, hidden]``.
         tokens: The tokens of the answer.
-        is_greedy: Whether they were chosen without sampling.
+        top_ids: The base's likeliest tokens at each of its positions, ``[tokens, k]``.
+        top_probs: Their shares of the probability of all of them, ``[tokens, k]``.
+        is_greedy: Whether the tokens were chosen without sampling.
     """
 
     hidden: Tensor
     tokens: Tensor
+    top_ids: Tensor
+    top_probs: Tensor
     is_greedy: bool
 
     def targets(self, num_heads: int) -> Tensor:
@@ -47,8 +53,18 @@ class Answer:
 @torch.no_grad()
 def read_answers(base: PreTrainedModel, shards: list[Path]) -> list[Answer]:
     """Read answers of at least two tokens and compute the hidden states in them."""
-    rows = [json.loads(line) for shard in shards for line in shard.open(encoding="utf-8")]
-    rows = [row for row in rows if len(row["answer_ids"]) > 1]
+    rows = []
+    for shard in shards:
+        tensors = load_file(shard.with_suffix(".safetensors"))
+        start = 0
+        for line in shard.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            stop = start + len(row["answer_ids"])
+            row["top_ids"] = tensors["ids"][start:stop]
+            row["top_probs"] = tensors["log_probs"][start:stop].float().softmax(-1).half()
+            start = stop
+            if len(row["answer_ids"]) > 1:
+                rows.append(row)
     rows.sort(key=lambda row: len(row["prompt_ids"]) + len(row["answer_ids"]))
     answers = []
     for start in range(0, len(rows), FORWARD_ROWS):
@@ -60,7 +76,10 @@ def read_answers(base: PreTrainedModel, shards: list[Path]) -> list[Answer]:
             first = len(row["prompt_ids"]) - 1
             tokens = torch.tensor(row["answer_ids"])
             chosen_from = states[first : first + len(tokens)].to(torch.bfloat16)
-            answers.append(Answer(chosen_from.clone(), tokens, row["temperature"] == 0))
+            is_greedy = row["temperature"] == 0
+            answers.append(
+                Answer(chosen_from.clone(), tokens, row["top_ids"], row["top_probs"], is_greedy)
+            )
     return answers
 
 
@@ -73,11 +92,15 @@ def train(
     """
     hidden = torch.cat([answer.hidden for answer in answers])
     targets = torch.cat([answer.targets(heads.num_heads) for answer in answers])
+    top_ids = torch.cat([answer.top_ids for answer in answers])
+    top_probs = torch.cat([answer.top_probs for answer in answers])
     roots = (targets[:, 0] >= 0).nonzero()[:, 0]
     ahead = torch.arange(1, heads.num_heads + 1)
     weights = options.decay ** (ahead - 1)
     generator = torch.Generator().manual_seed(options.seed)
     optimizer = torch.optim.AdamW(heads.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
+    start = time.perf_counter()
+    mean_loss = 0.0
     for step in range(1, options.steps + 1):
         warmup = min(1.0, step / options.warmup_steps)
         cosine = 0.5 + 0.5 * math.cos(math.pi * step / options.steps)
@@ -85,22 +108,25 @@ def train(
             group["lr"] = options.learning_rate * warmup * cosine
         chosen = roots[torch.randint(len(roots), (options.batch_size,), generator=generator)]
         wanted = targets[chosen]  # [rows, heads]
-        # Where there is no target, another answer's state is read and not counted.
-        states = hidden[(chosen[:, None] + ahead).clamp(max=len(hidden) - 1)]
-        with torch.no_grad():
-            laws = view.head_logits(states.float()).softmax(-1)  # [rows, heads, vocab]
-        logits = heads(hidden[chosen].float(), lm_head=view.head_logits)
-        log_laws = logits.log_softmax(-1)
-        hard = -log_laws.gather(2, wanted.clamp(min=0)[:, :, None])[:, :, 0]
-        soft = -(laws * log_laws).sum(-1)
-        losses = torch.lerp(hard, soft, options.soft_weight) * (wanted >= 0)
+        # Where there is no target, another answer's position is read and not counted.
+        places = (chosen[:, None] + ahead).clamp(max=len(hidden) - 1)
+        ids = torch.cat([wanted.clamp(min=0)[:, :, None], top_ids[places].long()], dim=2)
+        soft = options.soft_weight * top_probs[places].float()
+        hard = torch.full_like(soft[:, :, :1], 1 - options.soft_weight)
+        with torch.autocast("cpu", torch.bfloat16):  # twice as fast where the CPU has it
+            logits = heads(hidden[chosen].float(), lm_head=view.head_logits)
+        likely = (torch.cat([hard, soft], dim=2) * logits.gather(2, ids)).sum(2)
+        losses = (logits.float().logsumexp(2) - likely) * (wanted >= 0)  # [rows, heads]
         loss = (losses.sum(0) / (wanted >= 0).sum(0).clamp(min=1) * weights).sum()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(heads.parameters(), 1.0)
         optimizer.step()
+        mean_loss += loss.item() / options.report_every
         if step % options.report_every == 0:
-            print(f"step {step}: loss {loss.item():.3f}", flush=True)
+            seconds = time.perf_counter() - start
+            print(f"step {step}: loss {mean_loss:.3f}, {seconds:.0f} s", flush=True)
+            mean_loss = 0.0
 
 
 @torch.no_grad()
@@ -132,15 +158,15 @@ def main() -> None:
     parser.add_argument("held_out", type=Path, help="folder of shards to report on")
     parser.add_argument("out", type=Path, help="folder for the heads")
     parser.add_argument("--num-heads", type=int, default=5)
-    parser.add_argument("--num-layers", type=int, default=3)
+    parser.add_argument("--num-layers", type=int, default=4)
     parser.add_argument("--num-nodes", type=int, default=8, help="of the tree that tau is for")
-    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--steps", type=int, default=11000)
     parser.add_argument("--warmup-steps", type=int, default=50)
-    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--decay", type=float, default=0.8)
-    parser.add_argument("--soft-weight", type=float, default=0.5)
-    parser.add_argument("--report-every", type=int, default=500)
+    parser.add_argument("--soft-weight", type=float, default=0.7)
+    parser.add_argument("--report-every", type=int, default=250)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
