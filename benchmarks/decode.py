@@ -18,9 +18,13 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything needed is bundled
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
+from typing_extensions import override
 
+from speclm.acceptance import Accepted
 from speclm.bench import (
     SETTINGS,
     SHAPES,
@@ -43,11 +47,41 @@ from speclm.bench import (
 from speclm.demo import assets, load_prompts
 from speclm.model.loading import load_proposer
 from speclm.proposers import CombinedProposer, MedusaProposer, NgramProposer
+from speclm.proposers.interface import Draft, Prefill, Proposer
+from speclm.sampling import PositionNoise
+from speclm.tree import chain
 
 MAX_NEW_TOKENS = {"sql": 128, "gsm8k": 256}
-ARMS = ("plain", "none", "prompt_lookup", "assisted", "ngram", "draft", "medusa", "ngram+medusa")
+ARMS = (
+    "plain",
+    "none",
+    "useless",
+    "prompt_lookup",
+    "assisted",
+    "ngram",
+    "draft",
+    "medusa",
+    "ngram+medusa",
+)
 DRAFT_ARMS = frozenset({"assisted", "draft"})
 MEDUSA_ARMS = frozenset({"medusa", "ngram+medusa"})
+
+
+class UselessProposer(Proposer):
+    """Drafts eight times the padding token, which never comes: what drafts in vain cost."""
+
+    @override
+    def begin(self, prompt: Prefill) -> None:
+        """Needs no state."""
+
+    @override
+    def propose(self, roots: Int[Tensor, " batch"], *, noise: PositionNoise | None) -> Draft:
+        tokens = torch.zeros(len(roots), 9, dtype=torch.long, device=roots.device)
+        return Draft(tokens=tokens, topology=chain(8, device=roots.device), probs=None)
+
+    @override
+    def commit(self, accepted: Accepted) -> None:
+        """Needs no state."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +141,13 @@ def build_arms(
         if name == "assisted":
             assert loaded.draft is not None
             return assisted_arm(base, loaded.draft)
-        heads = {"none": None, "ngram": "ngram", "draft": loaded.draft, "medusa": loaded.medusa}
+        heads: dict[str, Any] = {
+            "none": None,
+            "useless": UselessProposer(),
+            "ngram": "ngram",
+            "draft": loaded.draft,
+            "medusa": loaded.medusa,
+        }
         if name == "ngram+medusa":
             assert loaded.medusa is not None
             heads[name] = CombinedProposer([NgramProposer(), loaded.medusa])

@@ -1,4 +1,4 @@
-"""Measure what a round costs beside the base's own forward, and what the import costs.
+"""Measure what a round and a position cost beside the base's own forward, and the import.
 
 python benchmarks/overhead.py
 """
@@ -10,13 +10,15 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything needed is bundled
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from speclm.bench import SETTINGS, Spread, append_record
-from speclm.bench.overhead import import_seconds, round_overheads
+from speclm import SpecModel
+from speclm.bench import SETTINGS, Spread, append_record, make_calls
+from speclm.bench.overhead import import_seconds, round_overheads, walk_overheads
 from speclm.bench.records import Record, time_record
-from speclm.demo import assets
+from speclm.demo import assets, load_prompts
+from speclm.proposers import NgramProposer
 
 NUM_NODES = 8
 PROMPT_LENGTH = 100
@@ -26,6 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/overhead.jsonl"))
     parser.add_argument("--rounds", type=int, default=200, help="rounds of each kind")
+    parser.add_argument("--calls", type=int, default=50, help="prompts decoded both ways")
     parser.add_argument("--imports", type=int, default=5, help="processes that import speclm")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
@@ -52,6 +55,19 @@ def main() -> None:
             )
             settings = {**common, "shape": shape, "num_nodes": NUM_NODES, "setting": setting}
             report(options.out, "round_overhead", seconds, settings)
+    tokenizer = AutoTokenizer.from_pretrained(assets()["base"])
+    for setting in ("greedy", "t1.0"):
+        calls = make_calls(
+            load_prompts("sql_dev", limit=options.calls),
+            base,
+            tokenizer,
+            options={**SETTINGS[setting], "max_new_tokens": 128},
+            batch=options.batch,
+        )
+        model = SpecModel(base, NgramProposer(), adaptive=False)
+        walk_overheads(model, calls[:2])  # warms up
+        settings = {**common, "setting": setting, "prompts": "sql_dev"}
+        report(options.out, "walk_overhead", walk_overheads(model, calls), settings)
     report(options.out, "import", import_seconds(num_runs=options.imports), {})
 
 

@@ -29,6 +29,7 @@ LABELS: Mapping[str, Mapping[str, str]] = {
         "base": "plain against plain",
         "plain": "plain against plain",
         "none": "no proposer",
+        "useless": "drafts that are always wrong",
         "prompt_lookup": "Transformers prompt lookup",
         "assisted": "Transformers assisted generation, same draft model",
         "ngram": '`"ngram"`',

@@ -151,7 +151,8 @@ def run_arm(
     base: PreTrainedModel, proposer: Proposer, arm: RuleArm, calls: Sequence[Call]
 ) -> tuple[list[SpeculationStats], list[list[list[int]]]]:
     """Return the counters and the new tokens of every call."""
-    model = SpecModel(base, proposer if arm.is_coupled else Uncoupled(proposer))
+    guesser = proposer if arm.is_coupled else Uncoupled(proposer)
+    model = SpecModel(base, guesser, adaptive=False)
     counters, outputs = [], []
     for call in calls:
         torch.manual_seed(call.seed)

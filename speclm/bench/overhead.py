@@ -1,4 +1,4 @@
-"""What speclm adds to a round beside the base's own forward, and to the time of an import."""
+"""What speclm adds to a round and to a position, and to the time of an import."""
 
 import subprocess
 import sys
@@ -11,9 +11,15 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+)
 from typing_extensions import override
 
 from speclm.acceptance.accepted import Accepted
+from speclm.bench.calls import Call
+from speclm.errors import MeasurementError
 from speclm.model import SpecModel
 from speclm.proposers.interface import Draft, Prefill, Proposer
 from speclm.sampling.noise import PositionNoise
@@ -127,7 +133,7 @@ def round_overheads(
     """
     topology = fixed_tree(shape, num_nodes=num_nodes, device=prompt.device)
     proposer = FixedProposer(base, topology, _unlikely_tokens(base, prompt, num_nodes - 1))
-    model = SpecModel(base, proposer)
+    model = SpecModel(base, proposer, adaptive=False)
     arguments: dict[str, Any] = {
         "do_sample": False,
         **(options or {}),
@@ -142,6 +148,37 @@ def round_overheads(
         model.generate(prompt, **arguments)
     pairs = zip(proposer.round_seconds, proposer.bare_seconds, strict=False)
     return [mine - theirs for mine, theirs in pairs]
+
+
+def walk_overheads(model: SpecModel, calls: Sequence[Call]) -> list[float]:
+    """Return seconds a round that deciding position by position takes beyond all at once.
+
+    A repetition penalty of 1 changes no score, but has to be given the text of every position.
+    Each call is run both ways, in alternating order.
+
+    Raises:
+        MeasurementError: If the two ways give different tokens.
+    """
+    walking = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(1.0)])
+    overheads = []
+    for index, call in enumerate(calls):
+        seconds: dict[bool, float] = {}
+        outputs: dict[bool, Tensor] = {}
+        num_rounds = 1
+        for walks in (True, False) if index % 2 else (False, True):
+            arguments = {**call.arguments, "logits_processor": walking if walks else None}
+            torch.manual_seed(call.seed)
+            start = perf_counter()
+            output = model.generate(**arguments)
+            seconds[walks] = perf_counter() - start
+            assert isinstance(output, Tensor)
+            assert model.last_speculation is not None
+            outputs[walks] = output
+            num_rounds = model.last_speculation.rounds + 1  # the prompt's forward decides too
+        if not torch.equal(outputs[True], outputs[False]):
+            raise MeasurementError(f"call {index} gave other tokens position by position")
+        overheads.append((seconds[True] - seconds[False]) / num_rounds)
+    return overheads
 
 
 @torch.no_grad()

@@ -1,8 +1,15 @@
 import pytest
 import torch
 
-from speclm.bench.overhead import FixedProposer, fixed_tree, import_seconds, round_overheads
+from speclm.bench.overhead import (
+    FixedProposer,
+    fixed_tree,
+    import_seconds,
+    round_overheads,
+    walk_overheads,
+)
 from speclm.model import SpecModel
+from speclm.proposers import NgramProposer
 
 
 @pytest.mark.parametrize("shape", ["chain", "tree"])
@@ -12,6 +19,14 @@ def test_overheads_are_taken_round_by_round(tiny_base, shape, do_sample):
     options = {"do_sample": do_sample}
     overheads = round_overheads(tiny_base, prompt, shape=shape, num_rounds=4, options=options)
     assert 0 < len(overheads) <= 4
+    assert all(abs(seconds) < 5 for seconds in overheads)
+
+
+@pytest.mark.parametrize("setting", ["greedy", "t1.0"])
+def test_walk_is_timed_once_a_call_and_changes_no_token(tiny_base, calls_of, setting):
+    calls = calls_of(setting)
+    overheads = walk_overheads(SpecModel(tiny_base, NgramProposer()), calls)
+    assert len(overheads) == len(calls)
     assert all(abs(seconds) < 5 for seconds in overheads)
 
 
