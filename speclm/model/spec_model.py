@@ -194,8 +194,8 @@ class SpecModel:
         same seed, ``"rejection"`` others from the same distribution, and ``"typical"`` is lossy.
         Greedy decoding is exact under every rule.
 
-        Settings that the loop does not cover yet are decoded by ``base.generate`` itself, and one
-        line is logged that says so. After the call `last_speculation` holds its counters.
+        Settings that ask for another way to decode, such as beams, are left to ``base.generate``
+        itself, and one line is logged that says so. After the call `last_speculation` holds its counters.
 
         One base decodes one call at a time: threads need a model object each, or a lock.
 
