@@ -18,6 +18,7 @@ CHATS = [
     [{"role": "user", "content": "name them"}],
 ]
 GREEDY = {"max_new_tokens": 10, "do_sample": False}
+SAMPLED = {"max_new_tokens": 8, "do_sample": True, "num_return_sequences": 3}
 
 
 @pytest.fixture(scope="module")
@@ -44,16 +45,15 @@ def run(model, tokenizer, inputs, settings):
     return pipeline("text-generation", model=model, tokenizer=tokenizer)(inputs, **settings)
 
 
-@pytest.mark.parametrize("place", ["model", "patch"])
 @pytest.mark.parametrize(
-    ("inputs", "settings"),
+    ("place", "inputs", "settings"),
     [
-        (TEXTS[0], GREEDY),
-        (TEXTS, {**GREEDY, "batch_size": 3}),
-        (TEXTS[1], {**GREEDY, "return_full_text": False}),
-        (TEXTS[0], {"max_new_tokens": 8, "do_sample": True, "num_return_sequences": 3}),
-        (CHATS[0], GREEDY),
-        (CHATS, {**GREEDY, "batch_size": 2, "return_full_text": False}),
+        ("model", TEXTS, {**GREEDY, "batch_size": 3}),
+        ("model", TEXTS[0], SAMPLED),
+        ("model", CHATS[0], GREEDY),
+        ("model", CHATS, {**GREEDY, "batch_size": 2, "return_full_text": False}),
+        ("patch", TEXTS[1], {**GREEDY, "return_full_text": False}),
+        ("patch", CHATS, {**SAMPLED, "batch_size": 2}),
     ],
 )
 def test_text_is_that_of_the_base_and_nothing_is_logged(
