@@ -26,8 +26,9 @@ test-floor: .venv-floor/.ready ## Run the core suite on the oldest supported Tra
 gpu: ## Check and measure the kernels on this machine's GPU, in the current Python
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py
 
-deep: .venv/.dev ## Search long: slow tests, 5000 examples a property
+deep: .venv/.dev .venv/torchao ## Search long: slow tests, 5000 examples a property
 	HYPOTHESIS_PROFILE=deep $(UNIT) -m "not gpu and not network"
+	PYTHONPATH=.venv/torchao $(UNIT) -m slow tests/model/test_places_quantised.py
 
 docs: .venv/.dev ## Build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
@@ -60,6 +61,12 @@ untyped: .venv/.dev ## Run the decode loop without shape checks, as users do
 	@echo "Installing speclm and its development tools into .venv (once, a few minutes)"
 	$(BIN)/python $(PIP_INSTALL) --constraint constraints.txt --editable '.[dev]'
 	@touch .venv/.runtime $@
+
+# In a folder of its own: Transformers imports it wherever it is found, which takes seconds and
+# prints warnings.
+.venv/torchao: constraints.txt | .venv/bin/python
+	$(BIN)/python $(PIP_INSTALL) --constraint constraints.txt --no-deps --upgrade --target $@ torchao
+	@touch $@
 
 .venv-floor/.ready: pyproject.toml constraints-floor.txt
 	@echo "Installing speclm with the oldest supported Transformers into .venv-floor (once)"
