@@ -195,7 +195,8 @@ class SpecModel:
         Greedy decoding is exact under every rule.
 
         Settings that ask for another way to decode, such as beams, are left to ``base.generate``
-        itself, and one line is logged that says so. After the call `last_speculation` holds its counters.
+        itself, and one line is logged that says so. After the call `last_speculation` holds its
+        counters.
 
         One base decodes one call at a time: threads need a model object each, or a lock.
 
