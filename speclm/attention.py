@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cache
 from threading import RLock
 from typing import Any, cast
 
@@ -199,12 +200,12 @@ def attention_configs(model: nn.Module) -> list[PretrainedConfig]:
     return list(found.values())
 
 
+@cache  # asked for at every forward
 def _register(previous: str) -> str:
     """Register tree attention on top of `previous` and return its name."""
     name = _PREFIX + previous
-    if name not in ALL_ATTENTION_FUNCTIONS.valid_keys():
-        AttentionInterface.register(name, _tree_attention(previous))
-        AttentionMaskInterface.register(name, _tree_mask(previous))
+    AttentionInterface.register(name, _tree_attention(previous))
+    AttentionMaskInterface.register(name, _tree_mask(previous))
     return name
 
 

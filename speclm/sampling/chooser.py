@@ -128,6 +128,8 @@ class TokenChooser:
     def _process_at(
         self, scores: Float[Tensor, "rows vocab"], length: int
     ) -> Float[Tensor, "rows vocab"]:
+        if not self._processors:
+            return scores
         text = torch.zeros(1, 1, dtype=torch.long, device=scores.device)
         text = text.expand(len(scores), length)  # nothing but its shape is read
         for processor in self._processors:
