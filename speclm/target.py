@@ -129,7 +129,7 @@ class TargetView:
 
     def prefill(
         self,
-        tokens: Int[Tensor, "batch seq"],
+        tokens: Int[Tensor, "batch seq"] | Float[Tensor, "batch seq hidden"],
         cache: TreeCache,
         *,
         attention_mask: Tensor | None = None,
@@ -138,7 +138,7 @@ class TargetView:
         """Run the prompt, or what the cache lacks of it, through the model and commit it.
 
         Args:
-            tokens: Prompts, padded on the left, behind what the cache holds already.
+            tokens: Prompts, padded on the left, behind what the cache holds; or their embeddings.
             cache: Empty cache, or one that holds equally many slots of every row.
             attention_mask: As Transformers takes it, for cached and new slots; None when nothing
                 is padding.
@@ -155,7 +155,7 @@ class TargetView:
         cache.reserve(num_new)
         with attached(self._configs):
             logits = self._forward(
-                input_ids=tokens,
+                tokens,
                 attention_mask=attention_mask,
                 position_ids=position_ids[..., -num_new:],
                 past_key_values=cache,
@@ -240,7 +240,7 @@ class TargetView:
         step = TreeStep(visible, slot_depths, cache)
         with attached(self._configs), tree_step(step):
             logits = self._forward(
-                input_ids=tokens,
+                tokens,
                 position_ids=position_ids,
                 past_key_values=cache,
                 logits_to_keep=num_logits,
@@ -288,14 +288,14 @@ class TargetView:
                     handle.remove()
                 self.features = None
 
-    def _forward(self, **inputs: Any) -> Tensor:
+    def _forward(self, tokens: Tensor, **inputs: Any) -> Tensor:
         """Run the model and return its logits; the hidden states of this run alone are tapped."""
+        inputs["inputs_embeds" if tokens.is_floating_point() else "input_ids"] = tokens
         self._running_thread = threading.get_ident()
         try:
-            logits: Tensor = self.model(use_cache=True, **inputs).logits
+            return cast("Tensor", self.model(use_cache=True, **inputs).logits)
         finally:
             self._running_thread = None
-        return logits
 
     @property
     def _decoder(self) -> nn.Module:

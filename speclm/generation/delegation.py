@@ -29,6 +29,7 @@ from speclm.sampling.chooser import TokenChooser, first_text_dependent
 KNOWN_INPUTS = frozenset(
     {
         "attention_mask",
+        "inputs_embeds",
         "position_ids",
         "logits_to_keep",
         "past_key_values",
@@ -138,16 +139,24 @@ def prompt_length(
     attention_mask: Tensor | None,
     generation_config: GenerationConfig,
     given: Any,
+    embeddings: Tensor | None = None,
 ) -> int:
     """Return the slots of the whole prompt, which may begin in a cache that was passed in.
 
     As Transformers has it, a prompt as long as its mask is all there is; a shorter one holds the
-    new tokens alone.
+    new tokens alone. Embeddings are the whole prompt.
 
     Raises:
         NeedsPlainDecoding: If mask, prompt and cache do not add up.
     """
     num_tokens, num_cached = tokens.shape[1], 0 if given is None else given.get_seq_length()
+    if embeddings is not None:
+        if num_cached or num_tokens not in {0, embeddings.shape[1]}:
+            raise NeedsPlainDecoding(
+                f"inputs_embeds for {embeddings.shape[1]} slots beside {num_tokens} tokens and "
+                f"{num_cached} cached slots"
+            )
+        num_tokens = embeddings.shape[1]
     if attention_mask is not None:
         length = attention_mask.shape[1]
     else:  # left out when it was all ones

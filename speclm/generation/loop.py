@@ -94,7 +94,8 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
     input_ids = input_ids.long()
     attention_mask = model_inputs.get("attention_mask")
     given = model_inputs.get("past_key_values") if extends_cache or wants_details else None
-    length = prompt_length(input_ids, attention_mask, generation_config, given)
+    embeddings = model_inputs.get("inputs_embeds")
+    length = prompt_length(input_ids, attention_mask, generation_config, given, embeddings)
     if given is not None:
         require_importable(given, target.num_layers, batch=len(input_ids), num_tokens=length)
     num_padding = left_padding(input_ids, attention_mask, length=length)
@@ -105,6 +106,7 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
         max_new_tokens=max(generation_config.max_length - input_ids.shape[1], 1),
         eos_token_ids=eos_token_ids(stopping_criteria),
     )
+    pad_token_id = _token_id(generation_config._pad_token_tensor)
     frontier = None
     if (
         streamer is not None
@@ -119,7 +121,7 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
             criteria=stopping_criteria,
             streamer=streamer,
             is_greedy=not generation_config.do_sample,
-            pad_token_id=_pad_token_id(generation_config),
+            pad_token_id=pad_token_id,
             keeps_scores=bool(wants_details and generation_config.output_scores),
             keeps_logits=bool(wants_details and generation_config.output_logits),
             target_name=target.name,
@@ -132,6 +134,7 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
         frontier=frontier,
         num_prompt_tokens=input_ids.shape[1],
         num_unseen=length - input_ids.shape[1],
+        first_token=_token_id(generation_config._bos_token_tensor),
         max_length=generation_config.max_length,
         cache=target.new_cache(num_padding),
         keeps_cache=given is not None,
@@ -154,11 +157,15 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
     try:
         with target.decoding(run.features):
             run.start(
-                input_ids, attention_mask, model_inputs.get("position_ids"), temperature=temperature
+                input_ids,
+                attention_mask,
+                model_inputs.get("position_ids"),
+                embeddings=embeddings,
+                temperature=temperature,
             )
             while rows.any_live:
                 run.round()
-            sequences = rows.sequences(input_ids, _pad_token_id(generation_config))
+            sequences = rows.sequences(input_ids, pad_token_id)
             if given is not None:
                 run.hand_over(given, sequences)
     finally:
@@ -172,6 +179,5 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
     )
 
 
-def _pad_token_id(generation_config: GenerationConfig) -> int:
-    pad_token = generation_config._pad_token_tensor
-    return 0 if pad_token is None else int(pad_token)
+def _token_id(token: Tensor | None) -> int:
+    return 0 if token is None else int(token)

@@ -37,6 +37,8 @@ class Run:
     num_prompt_tokens: int
     num_unseen: int
     """Slots in front of the prompt, of which the cache that was passed in knows the tokens."""
+    first_token: int
+    """What stands for the prompt's last token where it has none."""
     max_length: int
     cache: TreeCache
     keeps_cache: bool
@@ -71,16 +73,19 @@ class Run:
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         *,
+        embeddings: Tensor | None = None,
         temperature: float,
     ) -> None:
         """Run the prompt, whose last tokens are the first roots, and verify the first draft.
 
         Nothing but roots to verify is plain decoding's own prefill. Otherwise one forward does
-        for the prompt and the draft, which saves one of what may be few.
+        for the prompt and the draft, which saves one of what may be few. Embeddings are read by
+        the former; where they come without tokens, proposers know of a single one, `first_token`.
         """
         stats, batch = self.stats, len(tokens)
         stats.rows = [RowStats() for _ in range(batch)]
-        self.roots = tokens[:, -1]
+        has_tokens = tokens.shape[1] > 0
+        self.roots = tokens[:, -1] if has_tokens else tokens.new_full((batch,), self.first_token)
         new = tokens[:, max(self.cache.tree_start - self.num_unseen, 0) :]
         if self.rule.uses_draws:
             self.draws = seeded_draws(tokens.device)
@@ -102,11 +107,14 @@ class Run:
         with stats.phase("prefill"):
             if self.proposer is not None and not needs_features:
                 self.proposer.begin(prompt)
-                if new.shape[1] <= MAX_MERGED_PROMPT and self._pays:
+                if embeddings is None and new.shape[1] <= MAX_MERGED_PROMPT and self._pays:
                     draft = self._propose()
             if draft.topology.num_nodes == 1:
                 logits = self.target.prefill(
-                    new, self.cache, attention_mask=attention_mask, position_ids=position_ids
+                    new if embeddings is None else embeddings,
+                    self.cache,
+                    attention_mask=attention_mask,
+                    position_ids=position_ids,
                 )[:, None]
                 self.cache.split(self.cache.tree_start - 1, num_pending=1)
             else:
@@ -119,7 +127,9 @@ class Run:
                 )
             if self.proposer is not None and needs_features:
                 assert self.target.features is not None
-                self.proposer.begin(replace(prompt, features=self.target.features[:, :-1]))
+                features = self.target.features[:, :-1]
+                first = max(features.shape[1] - prompt.tokens.shape[1], 0)  # of embeddings alone
+                self.proposer.begin(replace(prompt, features=features[:, first:]))
         taken = self._settle(draft, logits)
         for row, emitted in zip(stats.rows, taken.emitted, strict=True):
             row.prefill_tokens = len(emitted)

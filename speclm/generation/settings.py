@@ -110,7 +110,9 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting("logits_to_keep", INPUT, HONOURED, "has no effect on tokens"),
     Setting("position_ids", INPUT, DELEGATED, "numbers the prompt by hand"),
-    Setting("inputs_embeds", INPUT, DELEGATED, "is a prompt of vectors"),
+    Setting(
+        "inputs_embeds", INPUT, HONOURED, "is a prompt of vectors, of which proposers see no text"
+    ),
     Setting("token_type_ids", INPUT, DELEGATED, "says what kind of text a token belongs to"),
     Setting("labels", INPUT, DELEGATED, "has the model compute a loss"),
     # Parameters of `generate`.

@@ -66,6 +66,8 @@ def require_acceptable(arguments: Mapping[str, Any], default: GenerationConfig) 
     tokens = (
         arguments["inputs"] if arguments.get("inputs") is not None else arguments.get("input_ids")
     )
+    if arguments.get("inputs_embeds") is not None:
+        tokens = None  # the embeddings are the prompt, and Transformers checks them
     if tokens is not None and not isinstance(tokens, Tensor):
         raise PromptError(
             f"prompt is a {type(tokens).__name__}, expected a tensor of token ids [batch, seq]; "

@@ -25,7 +25,8 @@ class Prefill:
         tokens: Prompt without its last token, padded on the left, on the target's device; may
             have no columns.
         num_padding: Padding tokens at the start of each row.
-        first_tokens: Last token of the prompt; the first roots.
+        first_tokens: Last token of the prompt; the first roots. A prompt of embeddings alone looks
+            like one of a single token.
         temperature: Temperature at which the target samples; 0 when it decodes greedily.
         max_new_tokens: Most tokens that any row will be given.
         eos_token_ids: Tokens that end a row; what follows them is of no use.

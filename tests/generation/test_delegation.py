@@ -129,14 +129,6 @@ def test_mask_with_holes_is_delegated(spec, lines):
     assert "holes" in lines()[0]
 
 
-def test_prompt_of_embeddings_is_delegated(spec, lines):
-    embeddings = spec.base.get_input_embeddings()(prompts(6)["input_ids"])
-    expected, _ = generate(spec.base, {"inputs_embeds": embeddings}, **GREEDY)
-    found, _ = generate(spec, {"inputs_embeds": embeddings}, **GREEDY)
-    assert torch.equal(found, expected)
-    assert lines()[0].endswith("inputs_embeds")
-
-
 def test_speculation_logs_nothing(spec, lines):
     spec.generate(**prompts(6), **SAMPLED)
     assert spec.last_speculation.fallbacks == []

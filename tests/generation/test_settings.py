@@ -155,7 +155,7 @@ EXERCISES: dict[str, Exercise] = {
     "past_key_values": quiet(filled_cache),
     "logits_to_keep": quiet(lambda: 2),
     "position_ids": Exercise(lambda: 3 * torch.arange(6)[None]),
-    "inputs_embeds": quiet(
+    "inputs_embeds": Exercise(  # the prompt is not returned
         lambda: shared_model("llama").get_input_embeddings()(prompts(6)["input_ids"]), no_prompt
     ),
     "token_type_ids": quiet(lambda: torch.ones(1, 6, dtype=torch.long)),

@@ -22,24 +22,25 @@ def test_setting_is_the_argument_then_the_given_config_then_the_models():
 
 
 @pytest.mark.parametrize(
-    "name", ["streamer", "inputs_embeds", "position_ids", "past_key_values", "constraints"]
+    "name", ["token_type_ids", "labels", "position_ids", "prefill_chunk_size", "constraints"]
 )
 def test_argument_that_only_the_base_honours_is_named(name):
     assert first_delegated({name: torch.zeros(1, 2)}, DEFAULT) == name
     assert first_delegated({name: None}, DEFAULT) is None
 
 
-def test_empty_cache_counts_as_given():
-    assert first_delegated({"past_key_values": DynamicCache()}, DEFAULT) == "past_key_values"
+@pytest.mark.parametrize("name", ["streamer", "inputs_embeds", "past_key_values", "stop_strings"])
+def test_argument_that_the_loop_honours_is_not_named(name):
+    assert first_delegated({name: DynamicCache()}, DEFAULT) is None
 
 
 def test_delegation_is_found_in_the_configs_too():
-    given = GenerationConfig(stop_strings=["x"])
-    assert first_delegated({"generation_config": given}, DEFAULT) == "stop_strings"
-    assert first_delegated({}, given) == "stop_strings"
-    assert first_delegated({"stop_strings": None}, given) is None
+    given = GenerationConfig(prefill_chunk_size=4)
+    assert first_delegated({"generation_config": given}, DEFAULT) == "prefill_chunk_size=4"
+    assert first_delegated({}, given) == "prefill_chunk_size=4"
+    assert first_delegated({"prefill_chunk_size": None}, given) is None
     assert first_delegated({"synced_gpus": False}, DEFAULT) is None
-    assert first_delegated({"num_beams": 2}, given) == "num_beams=2"
+    assert first_delegated({"num_beams": 2}, DEFAULT) == "num_beams=2"
 
 
 def test_cache_is_used_unless_the_keyword_says_otherwise():
