@@ -11,7 +11,6 @@ from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import (
     EosTokenCriteria,
     MaxLengthCriteria,
-    StoppingCriteriaList,
 )
 
 from speclm.acceptance.interface import AcceptanceRule
@@ -100,16 +99,22 @@ def _require_text_free(logits_processor: LogitsProcessorList, rule: AcceptanceRu
         )
 
 
-def reads_positions(
-    stopping_criteria: StoppingCriteriaList, generation_config: GenerationConfig
-) -> bool:
+def reads_positions(stopping_criteria: Sequence[Any]) -> bool:
     """Return whether criteria say more than the end-of-sequence tokens and the maximal length."""
-    return any(
-        type(criterion) not in _CRITERIA
-        or getattr(criterion, "max_length", generation_config.max_length)
-        != generation_config.max_length
+    return any(type(criterion) not in _CRITERIA for criterion in stopping_criteria)
+
+
+def max_length(stopping_criteria: Sequence[Any], generation_config: GenerationConfig) -> int:
+    """Return the tokens at which every row ends, prompt included.
+
+    A criterion that the caller passes in takes the place of that of the config.
+    """
+    lengths = [
+        int(criterion.max_length)
         for criterion in stopping_criteria
-    )
+        if type(criterion) is MaxLengthCriteria
+    ]
+    return min(lengths, default=int(generation_config.max_length))
 
 
 def eos_token_ids(stopping_criteria: Sequence[Any]) -> frozenset[int]:

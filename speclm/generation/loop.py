@@ -17,6 +17,7 @@ from speclm.cache import import_cache
 from speclm.generation.delegation import (
     eos_token_ids,
     left_padding,
+    max_length,
     prompt_length,
     reads_positions,
     require_importable,
@@ -100,10 +101,11 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
         require_importable(given, target.num_layers, batch=len(input_ids), num_tokens=length)
     num_padding = left_padding(input_ids, attention_mask, length=length)
     target.require_prompt_fits(length)
+    # Plain decoding checks the length after a token, so there is always one.
+    end = max(max_length(stopping_criteria, generation_config), input_ids.shape[1] + 1)
     rows = Rows(
         batch=input_ids.shape[0],
-        # Plain decoding checks the length after a token, so there is always one.
-        max_new_tokens=max(generation_config.max_length - input_ids.shape[1], 1),
+        max_new_tokens=end - input_ids.shape[1],
         eos_token_ids=eos_token_ids(stopping_criteria),
     )
     pad_token_id = _token_id(generation_config._pad_token_tensor)
@@ -112,7 +114,7 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
         streamer is not None
         or (wants_details and (generation_config.output_scores or generation_config.output_logits))
         or first_text_dependent(logits_processor) is not None
-        or reads_positions(stopping_criteria, generation_config)
+        or reads_positions(stopping_criteria)
     ):
         frontier = Frontier(
             input_ids,
@@ -135,7 +137,7 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
         num_prompt_tokens=input_ids.shape[1],
         num_unseen=length - input_ids.shape[1],
         first_token=_token_id(generation_config._bos_token_tensor),
-        max_length=generation_config.max_length,
+        max_length=end,
         cache=target.new_cache(num_padding),
         keeps_cache=given is not None,
         stats=stats,

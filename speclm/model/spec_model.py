@@ -16,6 +16,7 @@ from transformers import (
 )
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 from transformers.utils.generic import ModelOutput
 
 from speclm.acceptance import AcceptanceRule, resolve_acceptance_rule
@@ -177,12 +178,16 @@ class SpecModel:
         """The base's dtype."""
         return self.base.dtype
 
-    def generate(
+    def generate(  # noqa: PLR0913, PLR0917 - the order of `base.generate`
         self,
         inputs: Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         logits_processor: LogitsProcessorList | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
+        prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None = None,
+        synced_gpus: bool | None = None,  # noqa: FBT001
+        assistant_model: PreTrainedModel | None = None,
+        streamer: BaseStreamer | None = None,
         *,
         acceptance: str | AcceptanceRule = "exact",
         **kwargs: Any,
@@ -219,6 +224,10 @@ class SpecModel:
             "generation_config": generation_config,
             "logits_processor": logits_processor,
             "stopping_criteria": stopping_criteria,
+            "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn,
+            "synced_gpus": synced_gpus,
+            "assistant_model": assistant_model,
+            "streamer": streamer,
             **kwargs,
         }
         rule = resolve_acceptance_rule(acceptance)

@@ -25,6 +25,7 @@ from speclm.generation.delegation import (
     NeedsPlainDecoding,
     eos_token_ids,
     left_padding,
+    max_length,
     prompt_length,
     reads_positions,
     require_left_padding,
@@ -166,13 +167,36 @@ def test_unsupported_setting_is_named(settings, reason):
     ("criteria", "expected"),
     [
         ([MaxLengthCriteria(20), EosTokenCriteria(3)], False),
-        ([MaxLengthCriteria(9)], True),  # the caller's own, before the config's
+        ([MaxLengthCriteria(9), MaxLengthCriteria(12)], False),  # the caller's own
         ([AfterFive()], True),
     ],
 )
 def test_criteria_that_read_positions_are_told_apart(criteria, expected):
-    config = GenerationConfig(max_length=20)
-    assert reads_positions(StoppingCriteriaList(criteria), config) is expected
+    assert reads_positions(StoppingCriteriaList(criteria)) is expected
+
+
+@pytest.mark.parametrize(
+    ("criteria", "expected"),
+    [
+        ([MaxLengthCriteria(30), EosTokenCriteria(3)], 30),
+        ([MaxLengthCriteria(9), MaxLengthCriteria(12)], 9),
+        ([AfterFive()], 20),
+    ],
+)
+def test_rows_end_at_the_length_of_the_criteria_before_that_of_the_config(criteria, expected):
+    assert max_length(criteria, GenerationConfig(max_length=20)) == expected
+
+
+@pytest.mark.parametrize("mode", [GREEDY, SAMPLED])
+@pytest.mark.parametrize("length", [2, 9, 40])
+def test_length_of_a_criterion_passed_in_replaces_that_of_the_config(mode, length, spec):
+    inputs = prompts(4, 6)
+    arguments = {**mode, "stopping_criteria": StoppingCriteriaList([MaxLengthCriteria(length)])}
+    expected, state = generate(spec.base, inputs, **arguments)
+    found, found_state = generate(spec, inputs, **arguments)
+    assert found.tolist() == expected.tolist()
+    assert torch.equal(found_state, state)
+    assert spec.last_speculation.fallbacks == []
 
 
 @pytest.mark.parametrize(

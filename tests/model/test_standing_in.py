@@ -2,15 +2,18 @@
 
 import copy
 import pickle
+from inspect import signature
 
 import pytest
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from speclm import SpecModel
+from speclm.errors import OptionError
 from speclm.heads.medusa import MedusaHeads, MedusaHeadsConfig
 from speclm.model.standing_in import proposer_modules
 from speclm.proposers import CombinedProposer, DraftModelProposer, MedusaProposer, NgramProposer
+from tests.callbacks import Tokens
 from tests.models import VOCAB_SIZE, build_model, generate, prompts
 
 SETTINGS = {"do_sample": True, "max_new_tokens": 8}
@@ -145,3 +148,23 @@ def test_inference_and_grad_modes_give_the_same_tokens(spec, base):
             found, _ = generate(spec, prompts(8, 5), **SETTINGS)
         assert torch.equal(found, expected)
         assert not found.requires_grad
+
+
+def test_arguments_may_be_positional_in_the_order_of_the_base(spec, base):
+    tokens = prompts(6)["input_ids"]
+    config = GenerationConfig(max_new_tokens=6, do_sample=False)
+
+    def allowed(row: int, text: torch.Tensor) -> list[int]:
+        return [7 + row, int(text[-1]) // 2]
+
+    streams = Tokens(), Tokens()
+    expected, found = (
+        model.generate(tokens, config, None, None, allowed, None, None, stream)
+        for model, stream in zip((base, spec), streams, strict=True)
+    )
+    assert torch.equal(found, expected)
+    assert streams[0].calls == streams[1].calls
+    names = list(signature(type(base).generate).parameters)[:8]
+    assert list(signature(SpecModel.generate).parameters)[:8] == names
+    with pytest.raises(OptionError, match="assistant_model"):
+        spec.generate(tokens, config, None, None, None, None, base)
