@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-SCORE_TOLERANCE = 4e-5  # a product over several rows rounds otherwise than one over a single row
+# A product over several rows rounds otherwise than one over a single row; plain decoding itself is
+# up to 7e-5 from what float64 computes for the logits of the text models, which are about 10.
+SCORE_TOLERANCE = 2e-4
 
 
 @dataclass(frozen=True)
