@@ -258,7 +258,7 @@ class CallingStreamer(BaseStreamer):
 
 def test_streamer_of_a_plainly_decoded_call_may_generate(base):
     spec, other = SpecModel(base, medusa(base)), SpecModel(base, NgramProposer())
-    few = {**GREEDY, "max_new_tokens": 3}
+    few = {**GREEDY, "max_new_tokens": 3, "use_cache": False}  # which is decoded plainly
     expected = base.generate(**prompts(5), **few)
     reference = base.generate(**prompts(4), **GREEDY)
     for model in (spec, other):
