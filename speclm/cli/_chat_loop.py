@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.segment import Segment, Segments
 from rich.text import Text
 
+from speclm.chat import Answer, Chat, Piece
 from speclm.cli._chat_report import describe
 from speclm.cli._tables import ACCEPTED_STYLE
 from speclm.errors import OptionError, SpeclmError
-from speclm.model import Answer, Chat, Piece
 
 COMMANDS = {
     "/accepted": "switch colours for tokens that were drafted and accepted",

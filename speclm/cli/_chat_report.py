@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from speclm.model import Answer, Chat
+from speclm.chat import Answer, Chat
 from speclm.stats import SpeculationStats
 
 

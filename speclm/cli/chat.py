@@ -8,9 +8,9 @@ import torch
 import typer
 from rich.console import Console
 
+from speclm.chat import Chat
 from speclm.cli._chat_loop import ChatLoop, read_piped, read_typed
 from speclm.cli._models import load
-from speclm.model import Chat
 
 
 def chat(  # noqa: PLR0913, PLR0917 - each is an option of the command

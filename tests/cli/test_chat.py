@@ -7,10 +7,10 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from speclm import SpecModel
+from speclm.chat import Chat, RoundStreamer
 from speclm.cli import app
 from speclm.cli._chat_loop import COMMANDS, ChatLoop, read_typed
 from speclm.errors import UnknownNameError
-from speclm.model import Chat, RoundStreamer
 from speclm.stats import Pause, RowStats, SpeculationStats
 from speclm.testing import ScriptedProposer
 from tests.byte_tokenizer import VOCAB_SIZE, byte_tokenizer

@@ -4,10 +4,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from speclm.chat import Piece, RoundStreamer, TextDecoder
 from speclm.config import MAX_DEPTH
 from speclm.demo import assets
 from speclm.errors import OptionError
-from speclm.model import Piece, RoundStreamer, TextDecoder
 from tests.byte_tokenizer import END, byte_tokenizer
 
 BYTES = byte_tokenizer()

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from speclm import SpecModel, SpeculationStats
+from speclm.chat import Chat
 from speclm.errors import OptionError, PromptError
-from speclm.model import Chat
 from speclm.stats import Pause, RowStats
 from tests.byte_tokenizer import (
     CHANGING_TEMPLATE,
@@ -262,7 +262,7 @@ def test_a_failed_save_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     def fail(_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("speclm.model.chat.os.fsync", fail)
+    monkeypatch.setattr("speclm.chat.chat.os.fsync", fail)
     with pytest.raises(OptionError, match=r"cannot be written.*disk full"):
         chat.save(path)
     assert path.read_text() == "old\n"

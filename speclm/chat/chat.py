@@ -18,10 +18,10 @@ from transformers.cache_utils import Cache
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 from typing_extensions import override
 
+from speclm.chat.text_stream import Piece, RoundStreamer
 from speclm.errors import OptionError, PromptError
 from speclm.model.arguments import resolve_setting
 from speclm.model.spec_model import SpecModel
-from speclm.model.text_stream import Piece, RoundStreamer
 from speclm.stats import PHASES, RowStats, SpeculationStats
 
 Message = dict[str, str]
