@@ -5,13 +5,15 @@ from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from enum import Enum
-from statistics import fmean, median, median_low
+from statistics import fmean, median, median_low, stdev
 from time import perf_counter
 
 from speclm.stats import Pause, SpeculationStats
 
 # All losses and gains below are in plain rounds: the time of one, or the token that it gives.
-_MAX_LOSS = 4.0  # of speculation before it pauses; some eight wrong drafts at half a round each
+_MAX_LOSS = 8.0  # of speculation before it pauses; some sixteen wrong drafts at half a round each
+_MAX_DOUBTFUL_LOSS = 12.0  # where the rounds differ so much that the loss may be bad luck
+_CLEAR = 3.0  # standard errors by which the mean of the last rounds is a loss
 _MAX_PROBE_LOSS = 2.0  # of a probe before it gives up
 _PROBE_GAIN = 1.0  # of a probe that ends the pause
 _MAX_PROBE_ROUNDS = 32  # of a probe that neither gains nor loses, or cannot be timed
@@ -94,6 +96,19 @@ class _Lane:
         return self.round_time <= self.plain_time * self.tau
 
     @property
+    def loses_clearly(self) -> bool:
+        """Whether the last speculative rounds lost more than their spread explains.
+
+        A round gives one token or many, so that a few poor ones in turn say little. Drafts in
+        vain lose in every round alike.
+        """
+        if self.plain_time is None or len(self.rounds) < 2:
+            return False
+        limit = self._usual_limit
+        lost = [min(seconds, limit) / self.plain_time - tokens for seconds, tokens in self.rounds]
+        return fmean(lost) > _CLEAR * stdev(lost) / math.sqrt(len(lost))
+
+    @property
     def reason(self) -> str:
         """Why speculation does not pay, in numbers."""
         return (
@@ -167,7 +182,7 @@ class _Lane:
             )
             if self.num_unmeasured >= enough:
                 self._measure()
-        elif self.loss >= _MAX_LOSS and not self.pays:
+        elif self._has_lost and not self.pays:
             if self.age <= _FRESH_ROUNDS:
                 return self._pause(self.loss)
             self._measure()
@@ -198,7 +213,13 @@ class _Lane:
         for seconds, tokens in self.rounds:
             loss = max(loss + min(seconds, limit) / self.plain_time - tokens, 0.0)
         self.loss = max(self.loss, loss)
-        return self.loss >= _MAX_LOSS and self._pause(self.loss)
+        return self._has_lost and self._pause(self.loss)
+
+    @property
+    def _has_lost(self) -> bool:
+        """Whether enough was lost for a pause."""
+        enough = _MAX_LOSS if self.loses_clearly else _MAX_DOUBTFUL_LOSS
+        return self.loss >= enough
 
     @property
     def _usual_limit(self) -> float:
@@ -248,7 +269,8 @@ class Pace:
 
     Speculation is taken to pay until it is measured that it does not. Every speculative round is
     compared with the plain rounds that would have given its tokens; once the recent ones have
-    lost the time of four plain rounds, speculation pauses. Some rounds later a probe decides
+    lost the time of eight plain rounds, or of twelve where bad luck would explain eight, speculation
+    pauses. Some rounds later a probe decides
     whether it goes on. Pauses grow, up to what keeps fruitless probes within 1 part in 25. The
     time of a plain round is measured where speculation does not obviously pay: by two plain
     rounds, once for many calls. The first round of a call is not timed.

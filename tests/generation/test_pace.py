@@ -226,9 +226,10 @@ def test_rounds_of_the_useless_in_order():
     pace = Pace(PaceMemory(), batch=1, num_prompt_tokens=0, stats=stats)
     drafted = run_rounds(pace, 90, speculative=0.002, plain=0.001)
     text = "".join("s" if has_draft else "." for has_draft in drafted)
-    # one round that is not timed, three timed ones, two plain ones to compare with, and a fourth
-    assert text.startswith("ssss..s" + "." * 24 + "ss" + "." * 48 + "ss" + ".")
-    assert [pause.round for pause in stats.pauses] == [7, 33, 83]
+    # One round that is not timed, three timed ones, two plain ones to compare with, and five more
+    # until eight plain rounds are lost.
+    assert text.startswith("ssss..sssss" + "." * 24 + "ss" + "." * 48 + "ss" + ".")
+    assert [pause.round for pause in stats.pauses] == [11, 37, 87]
     assert stats.pauses[0].reason == "round of 2.0 ms for 1.0 tokens, plain 1.0 ms"
     assert stats.num_plain_rounds == text.count(".")
 
