@@ -159,6 +159,7 @@ def run_loop(
 ) -> Tensor:
     config = GenerationConfig(max_length=len(PROMPT[0]) + LENGTH, do_sample=not greedy)
     config._pad_token_tensor = None
+    config._bos_token_tensor = None
     return generate_tokens(
         None,
         torch.tensor(PROMPT),
