@@ -66,7 +66,7 @@ def main() -> None:
         )
         model = SpecModel(base, NgramProposer(), adaptive=False)
         walk_overheads(model, calls[:2])  # warms up
-        settings = {**common, "setting": setting, "prompts": "sql_dev"}
+        settings = {**common, "setting": setting}
         report(options.out, "walk_overhead", walk_overheads(model, calls), settings)
     report(options.out, "import", import_seconds(num_runs=options.imports), {})
 
