@@ -16,7 +16,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from speclm.errors import NumericalError
+from speclm.errors import NumericalError, OptionError
 from speclm.generation.rows import Rows
 from speclm.sampling.chooser import pick
 from speclm.sampling.noise import PositionNoise
@@ -108,12 +108,14 @@ class Frontier:
             The tokens, padding in ended rows.
 
         Raises:
+            OptionError: If the processors return anything but one row of scores for each row.
             NumericalError: If no largest score can be told, because of the target or a processor.
         """
         step = self._rows.num_steps
         raw = logits.to(copy=True, dtype=torch.float32)
         with _as_if_drawn(noise, step):
             scores: Tensor = cast("Any", self._processors)(self.ids, raw)
+        self._require_rows(scores)
         if self.scores is not None:
             self.scores = (*self.scores, scores)
         if self.logits is not None:
@@ -154,6 +156,16 @@ class Frontier:
         ]
         if self._rows_end_alone or all(self._was_stopped):
             self._rows.end(self._was_stopped)
+
+    def _require_rows(self, scores: object) -> None:
+        if isinstance(scores, Tensor) and scores.dim() == 2 and len(scores) == len(self.ids):
+            return
+        names = ", ".join(type(processor).__name__ for processor in self._processors)
+        found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise OptionError(
+            f"logits processors ({names}) returned {found}, expected scores of shape "
+            f"[{len(self.ids)}, vocab]; check the processors passed in"
+        )
 
     def _require_numbers(
         self, chosen: list[int], raw: Float[Tensor, "batch vocab"], dtype: torch.dtype
