@@ -77,7 +77,7 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
     measured; None to draft in every round, whether it pays or not.
 
     Rows run ahead of each other, unless something looks at positions one by one: a processor that
-    reads the text, a criterion, a streamer, or a caller who wants scores or the cache back.
+    reads the text, a criterion, a streamer, or a caller who wants scores or logits.
 
     Raises:
         NeedsPlainDecoding: Before anything is computed, if a setting asks for more than this loop

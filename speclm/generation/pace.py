@@ -271,9 +271,9 @@ class Pace:
     compared with the plain rounds that would have given its tokens; once the recent ones have
     lost the time of eight plain rounds, or of twelve where bad luck would explain eight,
     speculation pauses. Some rounds later a probe decides whether it goes on. Pauses grow, up to
-    what keeps fruitless probes within 1 part in 25. The
-    time of a plain round is measured where speculation does not obviously pay: by two plain
-    rounds, once for many calls. The first round of a call is not timed.
+    what keeps fruitless probes within 1 part in 40. The time of a plain round is measured where
+    speculation does not obviously pay: by two plain rounds, once for many calls. The first round
+    of a call is not timed.
 
     Tokens never depend on it, as they do not depend on drafts. No tensors, and no sync.
 
