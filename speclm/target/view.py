@@ -1,10 +1,8 @@
-"""View of a Hugging Face causal language model: the only file that knows how one is called."""
+"""View of a Hugging Face causal language model: what it is made of, and forwards over trees."""
 
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from enum import Enum
 from typing import Any, cast
 
 import torch
@@ -15,16 +13,10 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from speclm.attention import TreeStep, attached, attention_configs, tree_step
 from speclm.cache.tree_cache import TreeCache
-from speclm.errors import BusyError, PromptError, UnsupportedModelError
+from speclm.errors import PromptError, UnsupportedModelError
+from speclm.target.claims import exclusive
+from speclm.target.features import TargetFeatures
 from speclm.tree.topology import TreeTopology
-
-
-class TargetFeatures(Enum):
-    """Hidden states of the target that a proposer needs."""
-
-    NONE = "none"
-    LAST_HIDDEN = "last hidden"
-    """What the target's head reads: the decoder's output, after the final norm."""
 
 
 class TargetView:
@@ -310,50 +302,6 @@ class TargetView:
     def _tap(self, module: nn.Module, arguments: object, output: Any) -> None:  # noqa: ARG002
         if self._running_thread == threading.get_ident():  # others may use the model as it is
             self.features = output[0]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Claim:
-    """Who has an object for itself."""
-
-    claimed: object  # kept here so that its id is no other's
-    thread: threading.Thread
-
-
-_CLAIMS: dict[int, _Claim] = {}
-"""Objects that one generation has for itself, by id. No lock, because it could not be pickled and
-`setdefault` is atomic."""
-
-
-@contextmanager
-def exclusive(claimed: object, *, name: str) -> Iterator[None]:
-    """Have an object for one generation alone, and fail where another has it.
-
-    Args:
-        claimed: A model or a proposer, whose state is that of one generation.
-        name: What messages call it.
-
-    Raises:
-        BusyError: If it is claimed already, in this thread or another.
-    """
-    claim = _Claim(claimed, threading.current_thread())
-    try:
-        holder = _CLAIMS.setdefault(id(claimed), claim)
-        if holder is not claim:
-            place = (
-                "this thread, by code that it calls"
-                if holder.thread is claim.thread
-                else f"thread {holder.thread.name!r}"
-            )
-            raise BusyError(
-                f"{name} is generating already, in {place}; give each thread a model object and "
-                "a proposer of its own, or hold a lock around generate, and inside a generation "
-                "call the plain base.generate"
-            )
-        yield
-    finally:
-        if _CLAIMS.get(id(claimed)) is claim:
-            del _CLAIMS[id(claimed)]
 
 
 @contextmanager
