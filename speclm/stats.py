@@ -88,7 +88,8 @@ class SpeculationStats:
         rounds: Target forwards after the prefill; each verifies one draft for all rows.
         seconds: Host time of each phase; see `PHASES`. On an accelerator work is asynchronous,
             and a phase that waits is charged for what it waits for.
-        backend: How trees are verified, or "plain".
+        backend: How drafts were verified, in the words of `Backend`.
+        self_check: Why by this backend and by nothing better.
         fallbacks: Why the call, or a part of it, was decoded without speculation.
         acceptance: Name of the accept rule that decided; greedy decoding takes the exact one.
         is_lossy: Whether an accept rule was used that changes the output's distribution.
@@ -100,7 +101,8 @@ class SpeculationStats:
     rows: list[RowStats] = field(default_factory=list)
     rounds: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
-    backend: str = "plain"
+    backend: str = "plain decoding"
+    self_check: str = ""
     fallbacks: list[str] = field(default_factory=list)
     acceptance: str = "exact"
     is_lossy: bool = False
@@ -173,6 +175,7 @@ class SpeculationStats:
             "milliseconds_per_round": self.milliseconds_per_round,
             "prefill_milliseconds": 1e3 * self.seconds["prefill"],
             "backend": self.backend,
+            "self_check": self.self_check,
             "fallbacks": list(self.fallbacks),
             "acceptance": self.acceptance,
             "is_lossy": self.is_lossy,

@@ -17,7 +17,7 @@ from speclm.proposers.interface import Proposer
 from speclm.proposers.medusa import MedusaProposer
 from speclm.proposers.registry import registered_proposers
 from speclm.target import TargetView
-from speclm.verify import check_trees
+from speclm.verify import Backend, check_model
 
 # What tells heads from a draft model, and what heads consist of: no code is ever downloaded.
 _HINTS = ["config.json", "*.index.json", "medusa_lm_head.*"]
@@ -182,8 +182,8 @@ def _wrap_draft_model(
     draft: PreTrainedModel, base: PreTrainedModel, options: dict[str, int]
 ) -> Proposer:
     proposer = DraftModelProposer(draft, target=base, **options)
-    check = check_trees(proposer.view)
-    if not check.passes:
+    check = check_model(proposer.view)
+    if check.backend is not Backend.TREES:
         raise UnsupportedModelError(
             f"draft model {proposer.view.name} cannot draft trees: {check.reason}; choose a draft "
             "model of a family that passes the self-check, such as Llama or Qwen"

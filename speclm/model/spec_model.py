@@ -27,12 +27,13 @@ from speclm.model.attaching import attach, detach, enter
 from speclm.model.call import decode, with_counters
 from speclm.model.fitting import require_fits
 from speclm.model.loading import Heads, load_proposer
+from speclm.model.report import write_report
 from speclm.model.saving import push_heads, save_heads
 from speclm.model.standing_in import MOVES, move, unwrap
 from speclm.proposers.interface import Proposer
 from speclm.stats import SpeculationStats
 from speclm.target import TargetView
-from speclm.verify import check_trees
+from speclm.verify import Backend, check_model
 
 _log = logging.getLogger("speclm")
 
@@ -72,7 +73,7 @@ class SpecModel:
         """
         self._target = TargetView(unwrap(base, SpecModel))
         self.proposer = proposer
-        self.self_check = check_trees(self._target)
+        self.self_check = check_model(self._target)
         self.last_speculation: SpeculationStats | None = None
         self.adaptive = adaptive
         self._paces = PaceMemory()
@@ -233,7 +234,8 @@ class SpecModel:
         rule = resolve_acceptance_rule(acceptance)
         require_acceptable(arguments, self.generation_config)
         arguments.pop("custom_generate", None)  # it is None
-        stats = SpeculationStats(backend="tree attention")
+        check = self.self_check
+        stats = SpeculationStats(backend=check.backend.value, self_check=check.reason)
         before, self.last_speculation = self.last_speculation, stats
         try:
             self._require_speculation(arguments)
@@ -253,7 +255,9 @@ class SpecModel:
             raise
         except NeedsPlainDecoding as reason:
             self._log_once(str(reason))
-            self.last_speculation = stats = SpeculationStats(fallbacks=[str(reason)])
+            self.last_speculation = stats = SpeculationStats(
+                self_check=check.reason, fallbacks=[str(reason)]
+            )
             return with_counters(self._base_generate(**arguments), stats)
 
     def attach(self) -> None:
@@ -337,36 +341,9 @@ class SpecModel:
         Args:
             write: Receives each line.
         """
-        target, proposer = self._target, self.proposer
-        parameters = sum(parameter.numel() for parameter in self.base.parameters())
-        memory = sum(p.numel() * p.element_size() for p in self.base.parameters())
-        write(f"base      {target.name}, {type(self.base).__name__}")
-        write(
-            f"          {parameters / 1e6:.1f} M parameters, {memory / 2**20:.1f} MiB, "
-            f"{self.dtype}, {self.device}"
+        write_report(
+            self._target, self.proposer, self.self_check, self.last_speculation, write=write
         )
-        write(
-            f"proposer  {type(proposer).__name__}, {proposer.config}"
-            if proposer
-            else "proposer  none"
-        )
-        backend = "tree attention" if self.self_check.passes else "plain decoding"
-        write(f"backend   {backend}: {self.self_check.reason}")
-        stats = self.last_speculation
-        if stats is None:
-            return
-        if stats.fallbacks:
-            write(f"last call plain decoding: {'; '.join(stats.fallbacks)}")
-            return
-        by_depth = " ".join(f"{share:.2f}" for share in stats.acceptance_by_depth)
-        phases = ", ".join(f"{name} {ms:.2f}" for name, ms in stats.milliseconds_per_round.items())
-        write(f"last call tau {stats.tau:.2f} over {stats.rounds} rounds")
-        lossy = ", lossy: the distribution is not the base's" if stats.is_lossy else ""
-        write(f"          acceptance {stats.acceptance}{lossy}")
-        write(f"          acceptance by depth: {by_depth or 'nothing drafted'}")
-        write(f"          ms a round: {phases}")
-        if stats.pause_summary is not None:
-            write(f"          {stats.pause_summary}")
 
     def _base_generate(self, **arguments: Any) -> Any:
         # The class's method: an instance attribute may be a wrapper that leads back here.
@@ -375,7 +352,7 @@ class SpecModel:
 
     def _require_speculation(self, arguments: dict[str, Any]) -> None:
         """Raise `NeedsPlainDecoding` for what is known before Transformers resolves the call."""
-        if not self.self_check.passes:
+        if self.self_check.backend is Backend.PLAIN:
             raise NeedsPlainDecoding(self.self_check.reason)
         if self.base.training:
             raise NeedsPlainDecoding("the model is in training mode, whose dropout is random")

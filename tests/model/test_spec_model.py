@@ -191,12 +191,21 @@ def test_nan_logits_name_float16_overflow_and_bfloat16(settings, batch):
 
 
 def test_nan_in_float16_says_to_load_in_bfloat16():
-    model = build_model("llama")
-    with torch.no_grad():
+    model = build_model("llama").half()
+    broken = SpecModel(model, NgramProposer())
+    with torch.no_grad():  # behind the self-check
         model.get_output_embeddings().weight[:] = torch.nan
-    broken = SpecModel(model.half(), NgramProposer())
     with pytest.raises(NumericalError, match=r"65504: load the model with dtype=torch\.bfloat16"):
         broken.generate(**prompts(4), **SAMPLED)
+
+
+def test_model_whose_logits_are_nan_when_loaded_decodes_plainly_and_names_the_remedy():
+    model = build_model("llama").half()
+    with torch.no_grad():
+        model.get_output_embeddings().weight[:] = torch.nan
+    broken = SpecModel(model, NgramProposer())
+    require_identical(broken, prompts(4), do_sample=False, max_new_tokens=3)
+    assert "dtype=torch.bfloat16" in broken.last_speculation.fallbacks[0]
 
 
 @pytest.mark.parametrize("interruption", [RuntimeError("no"), KeyboardInterrupt()])

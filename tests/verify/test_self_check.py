@@ -1,196 +1,148 @@
-"""The load-time check passes good models and finds planted errors in tree attention."""
+"""A model is checked at load time, gets a backend with its reasons, and is left as it was found."""
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import LlamaForCausalLM
 
-from speclm.attention import TreeStep
 from speclm.target import TargetView
-from speclm.verify import check_trees
-from tests.models import FAMILIES, build_model, shared_model
+from speclm.verify import Backend, check_model, self_check
+from speclm.verify.verdict import SelfCheck
+from tests.models import build_model, shared_model
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_supported_families_pass(family):
-    check = check_trees(TargetView(shared_model(family)))
-    assert check.passes
-    assert check.error < 1e-4
-    assert "passed" in check.reason
+@pytest.fixture(autouse=True)
+def _nothing_is_cached(monkeypatch):
+    monkeypatch.setenv("SPECLM_CACHE", "")
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_other_dtypes_pass(dtype):
-    assert check_trees(TargetView(build_model("qwen2").to(dtype))).passes
+def chains_give(monkeypatch, check):
+    monkeypatch.setattr(self_check, "check_chains", lambda _: check)
 
 
-def test_check_leaves_mode_implementation_and_generator_alone():
+def trees_give(monkeypatch, check):
+    monkeypatch.setattr(self_check, "check_trees", lambda _: check)
+
+
+def test_verdict_says_how_long_it_took_and_that_it_is_new():
+    check = check_model(TargetView(shared_model("llama")))
+    assert check.backend is Backend.TREES
+    assert check.milliseconds > 0
+    assert not check.is_cached
+
+
+def test_chains_are_tried_where_trees_are_refused_and_both_reasons_are_given(monkeypatch):
+    trees_give(monkeypatch, SelfCheck(Backend.PLAIN, "no mask", 0.5))
+    chains_give(monkeypatch, SelfCheck(Backend.CHAINS, "chains fit", 1e-6))
+    check = check_model(TargetView(shared_model("llama")))
+    assert check.backend is Backend.CHAINS
+    assert check.reason == "no trees: no mask; chains fit"
+    assert check.error == 1e-6
+    chains_give(monkeypatch, SelfCheck(Backend.PLAIN, "no cache", 0.7, is_lasting=False))
+    check = check_model(TargetView(shared_model("llama")))
+    assert check.backend is Backend.PLAIN
+    assert check.reason == "no trees: no mask; no chains: no cache"
+    assert not check.is_lasting
+
+
+def state_of(model):
+    return (
+        [module.training for module in model.modules()],
+        [parameter.requires_grad for parameter in model.parameters()],
+        [set(vars(module)) for module in model.modules()],
+        [len(module._forward_hooks) for module in model.modules()],
+        model.config._attn_implementation,
+        model.config.to_dict(),
+        torch.get_rng_state().tolist(),
+        torch.is_grad_enabled(),
+    )
+
+
+@pytest.mark.parametrize("failure", [None, RuntimeError("broken"), KeyboardInterrupt()])
+def test_model_is_left_as_it_was_found(monkeypatch, failure):
     model = build_model("llama", attention_dropout=0.3).train()
-    state = torch.get_rng_state()
-    assert check_trees(TargetView(model)).passes
-    assert model.training
-    assert model.config._attn_implementation == "sdpa"
-    assert torch.equal(torch.get_rng_state(), state)
+    model.model.layers[0].eval()
+    model.model.layers[1].self_attn.q_proj.weight.requires_grad_(False)
+    before = state_of(model)
+    forward = LlamaForCausalLM.forward
+    calls = 0
+
+    def fail(self, *args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise failure
+        return forward(self, *args, **kwargs)
+
+    if failure is not None:
+        monkeypatch.setattr(LlamaForCausalLM, "forward", fail)
+    if isinstance(failure, KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt):
+            check_model(TargetView(model))
+    else:
+        backend = Backend.TREES if failure is None else Backend.PLAIN
+        assert check_model(TargetView(model)).backend is backend
+    assert state_of(model) == before
 
 
-def require_refused(family: str = "llama") -> None:
-    check = check_trees(TargetView(shared_model(family)))
-    assert not check.passes
-    assert check.error > 1e-3
-    assert "differ" in check.reason
+def test_weights_on_the_meta_device_are_named(monkeypatch):
+    with torch.device("meta"):
+        model = LlamaForCausalLM(shared_model("llama").config)
+    check = check_model(TargetView(model))
+    assert check.backend is Backend.PLAIN
+    assert "meta device" in check.reason
+    assert not check.is_lasting
 
 
-def plant_mask(monkeypatch: pytest.MonkeyPatch, change: object) -> None:
-    original = TreeStep._build
-
-    def build(step: TreeStep, window: int | None) -> Tensor | None:
-        return change(step, original, window)
-
-    monkeypatch.setattr(TreeStep, "_build", build)
-
-
-def test_ignored_mask_is_found(monkeypatch):
-    plant_mask(monkeypatch, lambda step, build, window: torch.ones_like(build(step, window)))
-    require_refused()
+def test_weights_that_are_no_numbers_are_named_and_not_lasting():
+    model = build_model("llama")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0] = torch.nan
+    check = check_model(TargetView(model))
+    assert check.backend is Backend.PLAIN
+    assert "not numbers" in check.reason
+    assert not check.is_lasting
 
 
-def test_ignored_ancestors_are_found(monkeypatch):
-    def causal(step, build, window):
-        mask = build(step, window)
-        nodes = mask.shape[2]
-        mask[..., -nodes:] = torch.ones(nodes, nodes, dtype=torch.bool).tril()
-        return mask
-
-    plant_mask(monkeypatch, causal)
-    require_refused()
-
-
-def test_ignored_padding_is_found(monkeypatch):
-    def see_padding(step, build, window):
-        mask = build(step, window)
-        mask[1, ..., 0] = True
-        return mask
-
-    plant_mask(monkeypatch, see_padding)
-    require_refused()
+def test_attention_without_effect_proves_nothing_about_other_weights():
+    model = build_model("llama", attention_bias=False)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+    check = check_model(TargetView(model))
+    assert check.backend is Backend.PLAIN
+    assert "too little" in check.reason
+    assert not check.is_lasting
 
 
-def test_ignored_raggedness_is_found(monkeypatch):
-    def see_gap(step, build, window):
-        mask = build(step, window)
-        lengths = step._cache.host_lengths
-        for row, length in enumerate(lengths):
-            mask[row, ..., length : max(lengths)] = True
-        return mask
-
-    plant_mask(monkeypatch, see_gap)
-    require_refused()
+@pytest.mark.parametrize("vocab_size", [3, 10, 37, 61])
+def test_small_vocabularies_are_checked(vocab_size):
+    check = check_model(TargetView(build_model("llama", vocab_size=vocab_size)))
+    assert check.backend is Backend.TREES
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2"])
-def test_window_by_slot_index_is_found(monkeypatch, family):
-    def by_slot(step, build, window):
-        mask = build(step, None)
-        if window is not None:
-            nodes, slots = mask.shape[2:]
-            node_slots = torch.arange(slots - nodes, slots)[:, None]
-            mask = mask & (node_slots - torch.arange(slots) < window)
-        return mask
-
-    plant_mask(monkeypatch, by_slot)
-    require_refused(family)
-
-
-@pytest.mark.parametrize("family", ["mistral", "qwen2"])
-def test_ignored_window_is_found(monkeypatch, family):
-    plant_mask(monkeypatch, lambda step, build, window: build(step, None))
-    require_refused(family)
-
-
-@pytest.mark.parametrize("shift", [1, -1])
-def test_shifted_positions_are_found(monkeypatch, shift):
-    # Rotary attention knows distances alone: nodes are shifted against the prefix.
-    original = TargetView.forward_nodes
-
-    def shifted(view, tokens, visible, slot_depths, cache, **options):
-        cache.num_padding -= shift
-        try:
-            return original(view, tokens, visible, slot_depths, cache, **options)
-        finally:
-            cache.num_padding += shift
-
-    monkeypatch.setattr(TargetView, "forward_nodes", shifted)
-    require_refused()
-
-
-def test_nan_in_the_tree_alone_is_found(monkeypatch):
-    original = TargetView.forward_tree
-
-    def broken(view, tokens, topology, cache):
-        logits = original(view, tokens, topology, cache)
-        logits[0, 3, 5] = torch.nan
-        return logits
-
-    monkeypatch.setattr(TargetView, "forward_tree", broken)
-    assert not check_trees(TargetView(shared_model("llama"))).passes
-
-
-def test_failing_forward_is_a_refusal_with_its_reason(monkeypatch):
-    def fail(*_: object) -> Tensor:
-        raise ZeroDivisionError("planted")
-
-    monkeypatch.setattr(TargetView, "forward_tree", fail)
-    check = check_trees(TargetView(shared_model("llama")))
-    assert not check.passes
-    assert "ZeroDivisionError: planted" in check.reason
-
-
-WINDOW_IN_THE_MASK_ALONE = {
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 16,
-    "shared_expert_intermediate_size": 16,
-    "use_sliding_window": True,
-    "sliding_window": 16,  # longer than the prompts of the check
-    "max_window_layers": 1,
-}
-LONG_ROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 10000.0,
-    "short_factor": [1.0] * 4,
-    "long_factor": [4.0] * 4,
-    "original_max_position_embeddings": 32,
-    "factor": 8.0,
-}
+def test_vocabulary_of_one_token_is_decoded_plainly():
+    check = check_model(TargetView(build_model("llama", vocab_size=1)))
+    assert check.backend is Backend.PLAIN
 
 
 @pytest.mark.parametrize(
-    ("model_type", "settings", "reason"),
+    ("failure", "is_lasting"),
     [
-        ("qwen2_moe", WINDOW_IN_THE_MASK_ALONE, "window of 16 is not passed"),
-        (
-            "llama",
-            {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}},
-            "rope_type 'dynamic'",
-        ),
-        ("phi3", {"rope_parameters": LONG_ROPE}, "rope_type 'longrope'"),
+        (torch.OutOfMemoryError("no room"), False),
+        (MemoryError(), False),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), False),
+        (OSError("offloaded weights are gone"), False),
+        (RuntimeError("sizes do not match"), True),
+        (NotImplementedError("no kernel"), True),
+        (TypeError("unexpected keyword argument"), True),
     ],
 )
-def test_what_a_short_check_cannot_see_is_refused_by_the_config(model_type, settings, reason):
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 64,
-        "max_position_embeddings": 256,
-        "pad_token_id": 0,
-        **settings,
-    }
-    if model_type == "phi3":
-        sizes["original_max_position_embeddings"] = 32
-    config = AutoConfig.for_model(model_type, **sizes)
-    check = check_trees(TargetView(AutoModelForCausalLM.from_config(config).eval()))
-    assert not check.passes
-    assert reason in check.reason
+def test_failures_of_the_moment_are_not_lasting(monkeypatch, failure, is_lasting):
+    def fail(*_, **__):
+        raise failure
+
+    monkeypatch.setattr(TargetView, "forward_tree", fail)
+    check = check_model(TargetView(shared_model("llama")))
+    assert check.backend is Backend.PLAIN
+    assert type(failure).__name__ in check.reason
+    assert check.is_lasting is is_lasting
