@@ -1,8 +1,9 @@
-"""Hooks tree attention into a Hugging Face model through its own attention interface.
+"""Hooks tree attention into a Hugging Face model through its own attention and mask interfaces.
 
-While a tree step is active, the registered function computes attention of the tree's nodes over
-the cache with the step's mask; outside it calls the implementation that the model had before. No
-modeling code is replaced.
+While a tree step is active, the mask that a model asks Transformers for is the step's own, for the
+window that is asked for. The model's attention then computes with the mask that it is given, and so
+does what a model does to its mask before. Outside a step all is as it was. No modeling code is
+replaced.
 """
 
 import sys
@@ -12,23 +13,32 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cache
 from threading import RLock
-from typing import Any, cast
+from types import FunctionType
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    causal_mask_function,
+    sliding_window_causal_mask_function,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from speclm.cache.tree_cache import TreeCache
 from speclm.errors import UnsupportedModelError
 
 _PREFIX = "speclm_"
-_UNSUPPORTED = ("softcap", "s_aux", "position_bias")
+_TAKES_MASK = {"eager", "sdpa"}
+"""Implementations that compute with any additive mask."""
+_PLAIN = {"sliding_window", "is_causal", "position_ids"}
+"""Arguments of attention that change nothing beside a mask. Any other is the model's own."""
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
+MaskFunction = Callable[..., Tensor | None]
 
 
 class TreeStep:
@@ -50,7 +60,9 @@ class TreeStep:
         self._visible = visible
         self._slot_depths = slot_depths
         self._cache = cache
-        self.windows: set[int | None] = set()  # what layers have asked for
+        has_one = visible is None or visible.shape[1] + cache.num_pending == 1
+        self.is_plain = has_one and not cache.is_ragged and not cache.has_padding
+        """Whether this is a step of plain decoding: one node a row, whose slot is its position."""
         self._biases: dict[tuple[int | None, torch.dtype], Tensor | None] = {}
         self._masks: dict[int | None, Bool[Tensor, "batch 1 nodes kv_len"] | None] = {}
 
@@ -62,41 +74,42 @@ class TreeStep:
                 siblings are at the same position. None for full attention.
 
         Returns:
-            None when a single node sees all slots: that is a step of plain decoding.
+            None in a step of plain decoding, for which the model's own mask is right.
         """
         if window not in self._masks:
             self._masks[window] = self._build(window)
         return self._masks[window]
 
-    def bias(self, window: int | None, dtype: torch.dtype) -> Tensor | None:
-        """Return `mask` as the scores to add to attention logits, ``-inf`` where it is False.
+    def bias(
+        self, window: int | None, dtype: torch.dtype
+    ) -> Float[Tensor, "batch 1 nodes kv_len"] | None:
+        """Return `mask` as scores to add to attention logits, the lowest number where it is False.
 
-        What every layer would otherwise derive from the mask is derived once a step.
+        That number is Transformers' own choice: models compute with it, and stay finite. It is
+        derived once a step, not in every layer.
         """
-        self.windows.add(window)
         key = (window, dtype)
         if key not in self._biases:
             mask = self.mask(window)
-            self._biases[key] = (
-                None
-                if mask is None
-                else torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
-            )
+            if mask is None:
+                self._biases[key] = None
+            else:
+                bias = torch.zeros_like(mask, dtype=dtype)
+                bias.masked_fill_(~mask, torch.finfo(dtype).min)
+                # Models that reshape their mask expect all rows.
+                self._biases[key] = bias.expand(len(self._cache.host_lengths), -1, -1, -1)
         return self._biases[key]
 
-    def _build(self, window: int | None) -> Bool[Tensor, "batch 1 nodes kv_len"] | None:
+    def _build(self, window: int | None) -> Bool[Tensor, "rows 1 nodes kv_len"] | None:
+        if self.is_plain:
+            return None
         cache, visible = self._cache, self._visible
-        is_plain = not cache.is_ragged and not cache.has_padding
-        fits = window is None or cache.tree_start + self._reach() <= window
         if visible is None:
-            if is_plain and fits:
-                return None
             visible = self._slot_depths.new_ones(1, 1, cache.num_pending + 1, dtype=torch.bool)
         rows, nodes, _ = visible.shape
         batch = cache.num_padding.shape[0]
-        if is_plain and fits:
-            if nodes == 1 and cache.num_pending == 0:
-                return None
+        fits = window is None or cache.tree_start + self._reach() <= window
+        if fits and not cache.is_ragged and not cache.has_padding:
             prefix = visible.new_ones(1, 1, 1).expand(rows, nodes, cache.tree_start)
             return torch.cat([prefix, visible], dim=2)[:, None]
         lengths = cache.lengths[:, None, None]  # [batch, 1, 1]
@@ -172,8 +185,8 @@ class _Attachments:
             name = config._attn_implementation
             attachment = self._found.setdefault(id(config), _Attachment(config, name))
             attachment.users.add(user)
-            if not name.startswith(_PREFIX):
-                config._attn_implementation_internal = _register(name)
+            if not isinstance(name, _Name):
+                config._attn_implementation_internal = _Name(name)
 
     def remove(self, config: PretrainedConfig, user: object) -> None:
         """Restore the config if nobody else uses it; of no effect for one that was not added."""
@@ -200,6 +213,38 @@ def attention_configs(model: nn.Module) -> list[PretrainedConfig]:
     return list(found.values())
 
 
+class _Name(str):
+    """Name under which tree attention stands in Transformers' registries.
+
+    Some modeling files compare the name of their implementation with a word, and then compute
+    attention themselves. In such a comparison it equals the name it stands for, so that they do
+    what they always do; a registry finds it by its text.
+    """
+
+    __slots__ = ("previous",)
+    previous: str
+
+    def __new__(cls, previous: str) -> Self:
+        """Register tree attention on top of `previous` and return its name."""
+        name = super().__new__(cls, _register(previous))
+        name.previous = previous
+        return name
+
+    def __getnewargs__(self) -> tuple[str]:
+        """Let copies of a config be made while it is attached."""
+        return (self.previous,)
+
+    def __eq__(self, other: object) -> bool:
+        """Tell whether `other` is the same text, or the name that this stands for."""
+        return str.__eq__(self, other) is True or self.previous == other
+
+    def __ne__(self, other: object) -> bool:
+        """Tell the opposite."""
+        return not self == other
+
+    __hash__ = str.__hash__  # of its text: no registry takes it for `previous`
+
+
 @cache  # asked for at every forward
 def _register(previous: str) -> str:
     """Register tree attention on top of `previous` and return its name."""
@@ -217,42 +262,104 @@ def _tree_attention(previous: str) -> AttentionFunction:
         value: Float[Tensor, "batch kv_heads kv_len value_dim"],
         attention_mask: Tensor | None,
         scaling: float | None = None,
+        dropout: float = 0.0,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         step = _STEP.get()
-        bias = None if step is None else step.bias(kwargs.get("sliding_window"), query.dtype)
-        if bias is None:
-            return _previous_function(previous, module)(
-                module, query, key, value, attention_mask, scaling=scaling, **kwargs
-            )
-        for name in _UNSUPPORTED:
-            if kwargs.get(name) is not None:
+        is_own = dropout > 0 or any(kwargs[name] is not None for name in kwargs.keys() - _PLAIN)
+        name = previous
+        if step is not None and not step.is_plain:
+            if attention_mask is None:
                 raise UnsupportedModelError(
-                    f"attention of {type(module).__name__} uses {name}, tree attention computes "
-                    "plain softmax attention; the model decodes without trees"
+                    f"{type(module).__name__} attends without a mask, trees need one that "
+                    "Transformers makes; the model decodes without trees"
                 )
-        if query.device.type != "cpu":  # off the CPU a mask and grouped heads exclude fused kernels
-            groups = query.shape[1] // key.shape[1]
-            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        output = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=bias, scale=scaling, enable_gqa=True
+            if attention_mask.dtype != query.dtype:  # embeddings of another precision
+                attention_mask = attention_mask.to(query.dtype)
+            if previous not in _TAKES_MASK:
+                name = "eager" if is_own else "sdpa"
+            if name == "sdpa" and not is_own:
+                return _attend(query, key, value, attention_mask, scaling), None
+        return _previous_function(name, module)(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=scaling,
+            dropout=dropout,
+            **kwargs,
         )
-        return output.transpose(1, 2).contiguous(), None
 
     return attend
 
 
-def _tree_mask(previous: str) -> Callable[..., Tensor | None]:
+def _attend(
+    query: Float[Tensor, "batch q_heads nodes head_dim"],
+    key: Float[Tensor, "batch kv_heads kv_len head_dim"],
+    value: Float[Tensor, "batch kv_heads kv_len value_dim"],
+    bias: Float[Tensor, "batch mask_heads nodes kv_len"],
+    scaling: float | None,
+) -> Float[Tensor, "batch nodes q_heads value_dim"]:
+    """Compute what Transformers' SDPA computes; on the CPU without copies of shared heads."""
+    if query.device.type != "cpu":  # off the CPU a mask and grouped heads exclude fused kernels
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    output = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=bias, scale=scaling, enable_gqa=True
+    )
+    return output.transpose(1, 2).contiguous()
+
+
+def _tree_mask(previous: str) -> MaskFunction:
     def mask(*args: Any, **kwargs: Any) -> Tensor | None:
-        if _STEP.get() is not None:
-            return None  # the step has its own
+        step = _STEP.get()
+        if step is not None and not step.is_plain:
+            window = kwargs.get("local_size")
+            _require_window(kwargs.get("mask_function", causal_mask_function), window)
+            return step.bias(window, kwargs.get("dtype", torch.float32))
+        if previous not in ALL_MASK_ATTENTION_FUNCTIONS:
+            return None  # as Transformers does for a name without a mask function
         return cast("Tensor | None", ALL_MASK_ATTENTION_FUNCTIONS[previous](*args, **kwargs))
 
     return mask
 
 
+def _require_window(mask_function: Callable[..., Any], window: int | None) -> None:
+    """Check that what a model asks for is causal attention, in full or in a sliding window."""
+    expected = (
+        causal_mask_function if window is None else sliding_window_causal_mask_function(window)
+    )
+    if not _is_same(mask_function, expected):
+        name = getattr(mask_function, "__qualname__", repr(mask_function))
+        raise UnsupportedModelError(
+            f"the model asks for a mask by {name}, "
+            "trees need causal attention, in full or in a sliding window; it decodes without trees"
+        )
+
+
+def _is_same(left: object, right: object) -> bool:
+    """Tell whether two functions are the same code over the same captured values."""
+    if isinstance(left, tuple) and isinstance(right, tuple):
+        return len(left) == len(right) and all(map(_is_same, left, right))
+    if not isinstance(left, FunctionType) or not isinstance(right, FunctionType):
+        return type(left) is type(right) is int and left == right
+    if left.__code__ is not right.__code__:
+        return False
+    captured = [
+        tuple(cell.cell_contents for cell in side.__closure__ or ()) for side in (left, right)
+    ]
+    return _is_same(*captured)
+
+
 def _previous_function(name: str, module: nn.Module) -> AttentionFunction:
-    if name == "eager":  # every modeling file has its own
-        eager = sys.modules[type(module).__module__].__dict__["eager_attention_forward"]
-        return cast("AttentionFunction", eager)
-    return cast("AttentionFunction", ALL_ATTENTION_FUNCTIONS[name])
+    if name != "eager":
+        return cast("AttentionFunction", ALL_ATTENTION_FUNCTIONS[name])
+    for kind in type(module).__mro__:  # every modeling file has its own
+        eager = vars(sys.modules[kind.__module__]).get("eager_attention_forward")
+        if eager is not None:
+            return cast("AttentionFunction", eager)
+    raise UnsupportedModelError(
+        f"no eager_attention_forward beside {type(module).__name__}; load the model with "
+        'attn_implementation="sdpa"'
+    )

@@ -40,7 +40,6 @@ class TargetView:
         self.model = model
         self._text_config = model.config.get_text_config()
         self._configs = attention_configs(model)
-        self.windows_seen: set[int | None] = set()
         self.features: Float[Tensor, "batch nodes hidden"] | None = None
         """Hidden states of the last forward, inside `decoding` when some were asked for."""
         self._running_thread: int | None = None  # that of a forward of this view
@@ -80,11 +79,7 @@ class TargetView:
         return getattr(self._text_config, "max_position_embeddings", None)
 
     def tree_obstacle(self) -> str | None:
-        """Say what in the config excludes trees, though a short test of them may pass.
-
-        Call it after a tree forward: `windows_seen` then holds the windows that layers passed to
-        their attention. A window or chunk that stands in the model's mask alone is not seen.
-        """
+        """Say what in the model excludes trees, though a short test of them may pass."""
         config = self._text_config
         for rope in _rope_types(getattr(config, "rope_parameters", None)):
             if rope in {"dynamic", "longrope"}:
@@ -92,10 +87,12 @@ class TargetView:
         kinds = set(getattr(config, "layer_types", None) or ())
         if getattr(config, "attention_chunk_size", None) or "chunked_attention" in kinds:
             return "attention in chunks is not expressed as a window"
-        window = getattr(config, "sliding_window", None)
-        is_used = getattr(config, "use_sliding_window", True) and kinds != {"full_attention"}
-        if window and is_used and window not in self.windows_seen:
-            return f"the sliding window of {window} is not passed to the attention function"
+        other = kinds - {"full_attention", "sliding_attention"}
+        if other:
+            return f"layers of type {', '.join(sorted(other))} may see more than positions tell"
+        for name, buffer in self.model.named_buffers():
+            if _is_band(buffer):
+                return f"{name} masks by slot, where siblings share a position"
         return None
 
     @property
@@ -238,7 +235,6 @@ class TargetView:
                 logits_to_keep=num_logits,
             )
         cache.append(num_nodes)
-        self.windows_seen |= step.windows
         return logits
 
     def head_logits(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows vocab"]:
@@ -338,6 +334,14 @@ def _below_prompt(
     full &= slots >= num_padding[:, None, None]
     full[:, slots, slots] = True  # a row of the mask that sees nothing would turn into NaN
     return full
+
+
+def _is_band(buffer: Tensor) -> bool:
+    """Tell whether a buffer is a causal mask whose last slot does not see the first."""
+    if buffer.ndim < 2 or buffer.dtype is not torch.bool or buffer.shape[-1] != buffer.shape[-2]:
+        return False
+    last = buffer.flatten(0, -2)[-1]
+    return bool(last[-1]) and not bool(last[0])
 
 
 def _rope_types(parameters: object) -> list[str]:

@@ -136,14 +136,11 @@ def test_failing_forward_is_a_refusal_with_its_reason(monkeypatch):
     assert "ZeroDivisionError: planted" in check.reason
 
 
-WINDOW_IN_THE_MASK_ALONE = {
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 16,
-    "shared_expert_intermediate_size": 16,
-    "use_sliding_window": True,
-    "sliding_window": 16,  # longer than the prompts of the check
-    "max_window_layers": 1,
+LOCAL_BY_SLOT = {
+    "attention_types": [[["global", "local"], 1]],
+    "num_layers": 2,
+    "num_heads": 4,
+    "window_size": 64,  # longer than the prompts of the check
 }
 LONG_ROPE = {
     "rope_type": "longrope",
@@ -158,7 +155,8 @@ LONG_ROPE = {
 @pytest.mark.parametrize(
     ("model_type", "settings", "reason"),
     [
-        ("qwen2_moe", WINDOW_IN_THE_MASK_ALONE, "window of 16 is not passed"),
+        ("gpt_neo", LOCAL_BY_SLOT, "bias masks by slot"),
+        ("llama", {"layer_types": ["indexed_attention"] * 2}, "layers of type indexed_attention"),
         (
             "llama",
             {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}},
