@@ -82,6 +82,21 @@ def _no_network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     assert not refused, f"the test reached for the network: {refused}"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _verdicts_of_the_session_alone(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep self-checks in a folder of this run: nothing old is read, and no home is written to.
+
+    Tests that plant a fault and build a `SpecModel` take `no_verdicts` besides.
+    """
+    os.environ["SPECLM_CACHE"] = str(tmp_path_factory.mktemp("speclm"))  # read by subprocesses too
+
+
+@pytest.fixture
+def no_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every model checked, whatever is known of its kind."""
+    monkeypatch.setenv("SPECLM_CACHE", "")
+
+
 @pytest.fixture(autouse=True)
 def _drafts_in_every_round(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Draft whether it pays or not: the times of tiny models say nothing, and forwards are counted.

@@ -12,6 +12,8 @@ from torch import nn
 from speclm.target import TargetView
 from speclm.verify.backend import Backend
 from speclm.verify.chains import check_chains
+from speclm.verify.fingerprint import fingerprint
+from speclm.verify.store import cache_folder, find_verdict, keep_verdict
 from speclm.verify.trees import check_trees
 from speclm.verify.verdict import SelfCheck
 
@@ -22,14 +24,21 @@ def check_model(target: TargetView) -> SelfCheck:
     """Find the best way to verify drafts that computes what the model computes.
 
     Trees are tried first, then chains; what passes neither is decoded plainly. The model is left
-    as it was found, also when the check is interrupted.
+    as it was found, also when the check is interrupted. A verdict on a model of the same kind is
+    used again, from this process or from a file; ``SPECLM_CACHE=""`` in the environment has every
+    model checked.
 
     Returns:
         The verdict; its reason also says why nothing better was chosen.
     """
     start = perf_counter()
     with _ONE_AT_A_TIME:
-        check = _check(target)
+        kind = None if cache_folder() is None else fingerprint(target)
+        check = None if kind is None else find_verdict(kind)
+        if check is None:
+            check = _check(target)
+            if kind is not None:
+                keep_verdict(kind, check)
     return replace(check, milliseconds=1e3 * (perf_counter() - start))
 
 

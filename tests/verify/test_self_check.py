@@ -9,10 +9,7 @@ from speclm.verify import Backend, check_model, self_check
 from speclm.verify.verdict import SelfCheck
 from tests.models import build_model, shared_model
 
-
-@pytest.fixture(autouse=True)
-def _nothing_is_cached(monkeypatch):
-    monkeypatch.setenv("SPECLM_CACHE", "")
+pytestmark = pytest.mark.usefixtures("no_verdicts")
 
 
 def chains_give(monkeypatch, check):

@@ -1,0 +1,210 @@
+"""What two models must have in common to share a verdict."""
+
+import hashlib
+import json
+import platform
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from types import FunctionType
+from typing import Any, cast
+
+import torch
+import transformers
+from torch import nn
+from torch.nn.modules import module as torch_module
+from transformers import PretrainedConfig
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from speclm._version import __version__
+from speclm.attention import attention_configs
+from speclm.target import TargetView
+
+_KNOWN = {"torch", "transformers"}  # whose code is told by its version
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_PLAIN_TYPES = (bool, int, float, str, type(None))
+_IGNORED_SETTINGS = {  # of a config: what does not change a computation, or is told elsewhere
+    "_commit_hash",
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "id2label",
+    "label2id",
+    "name_or_path",
+    "problem_type",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
+_EXERCISED = ("attention", "cache", "kernels", "target", "tree", "verify")
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """A kind of model.
+
+    Args:
+        digest: Of everything that can be named: class, config, versions, dtype, device, attention
+            implementation and modules.
+        foreign: Classes and functions of other packages than Transformers and torch. Their names
+            do not tell what they do, so they are compared by identity.
+        is_lasting: Whether the digest alone tells the kind, in other processes too.
+    """
+
+    digest: str
+    foreign: tuple[object, ...]
+    is_lasting: bool
+
+
+class _UnknownError(Exception):
+    """A model was changed in a way that has no name."""
+
+
+def fingerprint(target: TargetView) -> Fingerprint | None:
+    """Return what tells the target from models that may compute otherwise.
+
+    Returns:
+        None for a model with hooks, or with methods of its own on an instance: offloaded, patched
+        and compiled ones. Two of them are never taken for the same.
+    """
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        return None
+    model, foreign = target.model, list[object]()
+    try:
+        lines = [
+            *_versions(),
+            _describe_device(target.device),
+            *(_describe_config(config, foreign) for config in attention_configs(model)),
+            *_describe_modules(model, foreign),
+        ]
+    except _UnknownError:
+        return None
+    except Exception:  # noqa: BLE001 - a config of foreign code; then the check is made anew
+        return None
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    is_release = all("dev" not in version for version in (transformers.__version__, __version__))
+    return Fingerprint(digest, tuple(foreign), is_lasting=is_release and not foreign)
+
+
+def _versions() -> tuple[str, ...]:
+    own = (transformers.__version__, str(torch.__version__), __version__)
+    return (*own, platform.python_version(), platform.machine(), _own_sources())
+
+
+@cache
+def _own_sources() -> str:
+    """Return a hash of the code that the check exercises, which changes between releases too."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parents[1]
+    for name in _EXERCISED:
+        for path in [root / f"{name}.py", *sorted((root / name).rglob("*.py"))]:
+            if path.exists():
+                digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+@cache
+def _source_of(module_name: str) -> str:
+    """Return a hash of the file of a modeling module, which people edit in place."""
+    path = getattr(sys.modules[module_name], "__file__", None)
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
+
+
+def _describe_device(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _describe_config(config: PretrainedConfig, foreign: list[object]) -> str:
+    implementation = config._attn_implementation
+    for registered in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
+        function = cast("Any", registered).get(implementation)
+        if function is not None:
+            _note_function(function, foreign)
+    experts = getattr(config, "_experts_implementation", None)
+    settings = json.dumps(_relevant(config.to_dict()), sort_keys=True, default=_to_json)
+    return f"{_name(type(config))} {implementation} {experts} {settings}"
+
+
+def _relevant(settings: Any) -> Any:
+    if not isinstance(settings, dict):
+        return settings
+    return {
+        str(name): _relevant(value)
+        for name, value in settings.items()
+        if name not in _IGNORED_SETTINGS
+    }
+
+
+def _to_json(value: object) -> str:
+    if isinstance(value, torch.dtype | torch.device):
+        return str(value)
+    raise _UnknownError  # its text may hold an address, or too little
+
+
+def _describe_modules(model: nn.Module, foreign: list[object]) -> Iterator[str]:
+    classes: dict[type, None] = {}
+    for name, module in model.named_modules():
+        state = vars(module)
+        if any(state.get(hooks) for hooks in _HOOKS) or "_hf_hook" in state:
+            raise _UnknownError
+        if state.get("_compiled_call_impl") is not None:
+            raise _UnknownError
+        classes[type(module)] = None
+        yield f"{name} {_name(type(module))} {''.join(_describe_state(module, state))}"
+    for kind in classes:
+        _note_class(kind, foreign)
+    for module_name in dict.fromkeys(kind.__module__ for kind in classes):
+        if _is_known(module_name) and "modeling_" in module_name:
+            yield _source_of(module_name)
+            for value in vars(sys.modules[module_name]).values():
+                if isinstance(value, FunctionType):
+                    _note_function(value, foreign)
+
+
+def _describe_state(module: nn.Module, state: dict[str, Any]) -> Iterator[str]:
+    """Describe the parameters of a module and its plain attributes, of which some are settings."""
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            kind = type(parameter)
+            shape = tuple(parameter.shape)
+            yield f"{name} {_name(kind)} {parameter.dtype} {parameter.device.type} {shape},"
+    for name, value in state.items():
+        if name.startswith("_") or name in {"training", "generate"}:  # patch() puts one there
+            continue
+        if isinstance(value, _PLAIN_TYPES):
+            yield f"{name}={value!r},"
+        elif isinstance(value, FunctionType) and name != "forward" and _is_known(value.__module__):
+            yield f"{name}={_name(value)},"
+        elif callable(value):  # a method of this instance alone
+            raise _UnknownError
+
+
+def _note_class(kind: type, foreign: list[object]) -> None:
+    if not _is_known(kind.__module__):
+        foreign.append(kind)
+    _note_function(cast("Any", kind).forward, foreign)
+
+
+def _note_function(function: object, foreign: list[object]) -> None:
+    """Note a function of another package, or what it wraps.
+
+    Wrappers copy the name of what they wrap; the globals that a function runs in tell its origin.
+    """
+    layer: Any = function
+    while layer is not None:
+        origin = getattr(layer, "__globals__", {"__name__": type(layer).__module__})["__name__"]
+        if not _is_known(origin) and origin.split(".")[0] not in sys.stdlib_module_names:
+            foreign.append(function)
+            return
+        layer = getattr(layer, "__wrapped__", None)
+
+
+def _is_known(module_name: str) -> bool:
+    return module_name.split(".", maxsplit=1)[0] in _KNOWN
+
+
+def _name(thing: Any) -> str:
+    return f"{thing.__module__}.{thing.__qualname__}"
