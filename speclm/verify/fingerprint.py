@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import FunctionType
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, cast
 
 import torch
@@ -25,6 +25,7 @@ from speclm.target import TargetView
 
 _KNOWN = {"torch", "transformers"}  # whose code is told by its version
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_FUNCTIONS = (FunctionType, BuiltinFunctionType)
 _PLAIN_TYPES = (bool, int, float, str, type(None))
 _IGNORED_SETTINGS = {  # of a config: what does not change a computation, or is told elsewhere
     "_commit_hash",
@@ -176,7 +177,7 @@ def _describe_state(module: nn.Module, state: dict[str, Any]) -> Iterator[str]:
             continue
         if isinstance(value, _PLAIN_TYPES):
             yield f"{name}={value!r},"
-        elif isinstance(value, FunctionType) and name != "forward" and _is_known(value.__module__):
+        elif isinstance(value, _FUNCTIONS) and name != "forward" and _is_known(value.__module__):
             yield f"{name}={_name(value)},"
         elif callable(value):  # a method of this instance alone
             raise _UnknownError

@@ -30,9 +30,10 @@ def check_trees(target: TargetView) -> SelfCheck:
     Returns:
         A verdict for trees or for plain decoding.
     """
-    check = attempt(target, Backend.TREES, _measure)
-    obstacle = target.tree_obstacle() if check.backend is Backend.TREES else None
-    return check if obstacle is None else SelfCheck(Backend.PLAIN, obstacle, check.error)
+    obstacle = target.tree_obstacle()
+    if obstacle is not None:  # which tiny trees may not run into
+        return SelfCheck(Backend.PLAIN, obstacle)
+    return attempt(target, Backend.TREES, _measure)
 
 
 @torch.no_grad()
