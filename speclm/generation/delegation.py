@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
+from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.generation import logits_process as processors
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import (
@@ -32,6 +33,7 @@ KNOWN_INPUTS = frozenset(
         "position_ids",
         "logits_to_keep",
         "past_key_values",
+        "cache_params",
         "use_cache",
         "output_attentions",
         "output_hidden_states",
@@ -154,7 +156,7 @@ def prompt_length(
     Raises:
         NeedsPlainDecoding: If mask, prompt and cache do not add up.
     """
-    num_tokens, num_cached = tokens.shape[1], 0 if given is None else given.get_seq_length()
+    num_tokens, num_cached = tokens.shape[1], num_slots(given)
     if embeddings is not None:
         if num_cached or num_tokens not in {0, embeddings.shape[1]}:
             raise NeedsPlainDecoding(
@@ -171,6 +173,24 @@ def prompt_length(
             f"{num_cached} cached and {num_tokens} given tokens under a mask for {length}"
         )
     return length
+
+
+def num_slots(given: Any) -> int:
+    """Return the slots that a cache holds; none are without attention to count them.
+
+    Raises:
+        NeedsPlainDecoding: If it holds recurrent states alone, which do not tell.
+    """
+    if given is None:
+        return 0
+    layers = given.layers if isinstance(given, Cache) else []
+    if not layers or any(isinstance(layer, CacheLayerMixin) for layer in layers):
+        return int(given.get_seq_length())
+    if given.has_previous_state():
+        raise NeedsPlainDecoding(
+            "past_key_values of recurrent layers, which do not tell its length"
+        )
+    return 0
 
 
 def require_importable(given: Any, num_layers: int, *, batch: int, num_tokens: int) -> None:

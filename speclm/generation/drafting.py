@@ -51,6 +51,54 @@ def with_padding(
     return replace(draft, tokens=tokens, topology=topology)
 
 
+def deepest_paths(draft: Draft, *, depth: int) -> tuple[Draft, list[list[int]]]:
+    """Reduce trees to chains, for a target that takes no trees.
+
+    Each chain follows the child with the tallest tree below it, the first of equals: proposers
+    draw deepest below what they think likeliest, and number drawn siblings as they were drawn.
+
+    Args:
+        draft: What was drafted.
+        depth: Most guesses to keep in each row.
+
+    Returns:
+        The chains, and for each row the nodes that they were.
+    """
+    paths = [_deepest_path(parents)[: depth + 1] for parents in draft.topology.host_parents]
+    length = max(map(len, paths))
+    # A node that is its own parent is padding: what stands there is fed and never followed.
+    rows = [
+        [max(node - 1, 0) if node < len(path) else node for node in range(length)] for path in paths
+    ]
+    device = draft.tokens.device
+    nodes = torch.tensor([path + [0] * (length - len(path)) for path in paths], device=device)
+    nodes = nodes.expand(len(draft.tokens), -1)
+    laws = draft.laws
+    if laws is not None:
+        laws = laws.gather(1, nodes[:, :, None].expand(-1, -1, laws.shape[2]))
+    chains = Draft(
+        tokens=draft.tokens.gather(1, nodes),
+        topology=from_parents(rows, device=device),
+        probs=None if draft.probs is None else draft.probs.gather(1, nodes),
+        laws=laws,
+    )
+    return chains, paths * (len(draft.tokens) if len(paths) == 1 else 1)
+
+
+def _deepest_path(parents: list[int]) -> list[int]:
+    heights = [0] * len(parents)
+    tallest: list[int | None] = [None] * len(parents)
+    for node in range(len(parents) - 1, 0, -1):  # children come behind their parents
+        parent = parents[node]
+        if parent != node and heights[node] + 1 >= heights[parent]:
+            heights[parent], tallest[parent] = heights[node] + 1, node
+    path, child = [0], tallest[0]
+    while child is not None:
+        path.append(child)
+        child = tallest[child]
+    return path
+
+
 def require_drafts_for(rule: AcceptanceRule, proposer: Proposer | None) -> None:
     """Refuse a rule for drawn drafts beside a proposer that does not draw."""
     wanted = rule.draft_sampling

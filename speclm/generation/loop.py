@@ -14,10 +14,13 @@ from transformers.generation.streamers import BaseStreamer
 from speclm.acceptance.exact import ExactRule
 from speclm.acceptance.interface import AcceptanceRule
 from speclm.cache import import_cache
+from speclm.errors import UnsupportedModelError
 from speclm.generation.delegation import (
+    NeedsPlainDecoding,
     eos_token_ids,
     left_padding,
     max_length,
+    num_slots,
     prompt_length,
     reads_positions,
     require_importable,
@@ -31,7 +34,8 @@ from speclm.generation.run import Run
 from speclm.proposers.interface import Proposer
 from speclm.sampling.chooser import TokenChooser, first_text_dependent
 from speclm.stats import SpeculationStats
-from speclm.target import TargetView
+from speclm.target import ChainSession, Session, TargetView, TreeSession
+from speclm.verify import Backend
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,6 +70,7 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
     streamer: BaseStreamer | None = None,
     extends_cache: bool = False,
     paces: PaceMemory | None = None,
+    backend: Backend = Backend.TREES,
     **model_inputs: Any,
 ) -> Generated:
     """Generate as Transformers' own decoding methods do, in rounds.
@@ -74,10 +79,12 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
     resolved: settings, processors, criteria, expanded rows. Greedy decoding has one rule, the
     exact one, whatever `rule` says; None is the exact rule too. `extends_cache` says that the
     cache among the inputs is the caller's, who finds it extended. `paces` is what earlier calls
-    measured; None to draft in every round, whether it pays or not.
+    measured; None to draft in every round, whether it pays or not. `backend` is the self-check's
+    verdict on the target.
 
     Rows run ahead of each other, unless something looks at positions one by one: a processor that
-    reads the text, a criterion, a streamer, or a caller who wants scores or logits.
+    reads the text, a criterion, a streamer, or a caller who wants scores or logits. Nor do they
+    where the target takes chains alone, or the proposer needs all rows to be equally long.
 
     Raises:
         NeedsPlainDecoding: Before anything is computed, if a setting asks for more than this loop
@@ -94,13 +101,13 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
     wants_details = bool(generation_config.return_dict_in_generate)
     input_ids = input_ids.long()
     attention_mask = model_inputs.get("attention_mask")
-    given = model_inputs.get("past_key_values") if extends_cache or wants_details else None
+    cache = model_inputs.get("past_key_values", model_inputs.get("cache_params"))
+    given = cache if extends_cache or wants_details else None
     embeddings = model_inputs.get("inputs_embeds")
     length = prompt_length(input_ids, attention_mask, generation_config, given, embeddings)
-    if given is not None:
-        require_importable(given, target.num_layers, batch=len(input_ids), num_tokens=length)
     num_padding = left_padding(input_ids, attention_mask, length=length)
     target.require_prompt_fits(length)
+    session = _open(target, backend, model_inputs, num_padding, given=given, num_tokens=length)
     # Plain decoding checks the length after a token, so there is always one.
     end = max(max_length(stopping_criteria, generation_config), input_ids.shape[1] + 1)
     rows = Rows(
@@ -115,6 +122,8 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
         or (wants_details and (generation_config.output_scores or generation_config.output_logits))
         or first_text_dependent(logits_processor) is not None
         or reads_positions(stopping_criteria)
+        or session.needs_lockstep
+        or (proposer is not None and proposer.needs_lockstep)
     ):
         frontier = Frontier(
             input_ids,
@@ -138,13 +147,12 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
         num_unseen=length - input_ids.shape[1],
         first_token=_token_id(generation_config._bos_token_tensor),
         max_length=end,
-        cache=target.new_cache(num_padding),
+        num_padding=num_padding,
+        session=session,
         keeps_cache=given is not None,
         stats=stats,
         rule=rule,
     )
-    if given is not None:
-        import_cache(run.cache, given, room=input_ids.shape[1])
     temperature = (generation_config.temperature or 1.0) if generation_config.do_sample else 0.0
     if paces is not None and proposer is not None:
         run.pace = Pace(
@@ -158,18 +166,15 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
     stats.acceptance, stats.is_lossy = rule.name, rule.is_lossy
     try:
         with target.decoding(run.features):
-            run.start(
-                input_ids,
-                attention_mask,
-                model_inputs.get("position_ids"),
-                embeddings=embeddings,
-                temperature=temperature,
-            )
+            run.start(input_ids, embeddings=embeddings, temperature=temperature)
             while rows.any_live:
                 run.round()
             sequences = rows.sequences(input_ids, pad_token_id)
             if given is not None:
                 run.hand_over(given, sequences)
+    except BaseException:
+        session.abandon()
+        raise
     finally:
         if run.noise is not None:  # also after an error: the generator is the caller's
             run.noise.finish(rows.num_steps)
@@ -178,6 +183,41 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
     frontier.finish()
     return Generated(
         sequences, scores=frontier.scores, logits=frontier.logits, past_key_values=given
+    )
+
+
+def _open(
+    target: TargetView,
+    backend: Backend,
+    inputs: dict[str, Any],
+    num_padding: Int[Tensor, " batch"],
+    *,
+    given: Any,
+    num_tokens: int,
+) -> Session:
+    """Return a session of the backend, with what a cache that was passed in holds.
+
+    Raises:
+        NeedsPlainDecoding: If the backend cannot use that cache.
+    """
+    batch = len(num_padding)
+    if backend is Backend.CHAINS:
+        inputs = {name: value for name, value in inputs.items() if name != "inputs_embeds"}
+        try:
+            return ChainSession(
+                target, inputs, num_cached=num_slots(given), is_callers=given is not None
+            )
+        except UnsupportedModelError as error:
+            raise NeedsPlainDecoding(str(error)) from error
+    cache = target.new_cache(num_padding)
+    if given is not None:
+        require_importable(given, target.num_layers, batch=batch, num_tokens=num_tokens)
+        import_cache(cache, given, room=num_tokens)
+    return TreeSession(
+        target,
+        cache,
+        attention_mask=inputs.get("attention_mask"),
+        position_ids=inputs.get("position_ids"),
     )
 
 

@@ -9,11 +9,15 @@ from transformers.cache_utils import DynamicCache
 
 from speclm.acceptance.accepted import Accepted
 from speclm.acceptance.interface import AcceptanceRule, Verified
-from speclm.cache import TreeCache
 from speclm.config import MAX_MERGED_PROMPT
-from speclm.generation.drafting import require_laws, require_valid, roots_alone, with_padding
+from speclm.generation.drafting import (
+    deepest_paths,
+    require_laws,
+    require_valid,
+    roots_alone,
+    with_padding,
+)
 from speclm.generation.frontier import Frontier, nan_logits
-from speclm.generation.handover import hand_over
 from speclm.generation.pace import Pace
 from speclm.generation.rows import Rows
 from speclm.proposers.interface import Draft, Prefill, Proposer
@@ -22,7 +26,7 @@ from speclm.sampling.drafts import DraftSampler, DraftSampling
 from speclm.sampling.draws import Draws, seeded_draws
 from speclm.sampling.noise import PositionNoise
 from speclm.stats import RowStats, SpeculationStats
-from speclm.target import TargetFeatures, TargetView
+from speclm.target import Session, TargetFeatures, TargetView
 
 
 @dataclass(slots=True)
@@ -40,7 +44,8 @@ class Run:
     first_token: int
     """What stands for the prompt's last token where it has none."""
     max_length: int
-    cache: TreeCache
+    num_padding: Int[Tensor, " batch"]
+    session: Session
     keeps_cache: bool
     stats: SpeculationStats
     rule: AcceptanceRule
@@ -48,6 +53,8 @@ class Run:
     noise: PositionNoise | None = None
     roots: Tensor | None = None
     pace: Pace | None = None
+    chain_nodes: list[list[int]] | None = None
+    """The proposer's nodes that the last draft's chains were, where trees became chains."""
 
     @property
     def features(self) -> TargetFeatures:
@@ -70,8 +77,6 @@ class Run:
     def start(
         self,
         tokens: Int[Tensor, "batch seq"],
-        attention_mask: Tensor | None,
-        position_ids: Tensor | None,
         *,
         embeddings: Tensor | None = None,
         temperature: float,
@@ -86,7 +91,7 @@ class Run:
         stats.rows = [RowStats() for _ in range(batch)]
         has_tokens = tokens.shape[1] > 0
         self.roots = tokens[:, -1] if has_tokens else tokens.new_full((batch,), self.first_token)
-        new = tokens[:, max(self.cache.tree_start - self.num_unseen, 0) :]
+        new = tokens[:, max(self.session.num_cached - self.num_unseen, 0) :]
         if self.rule.uses_draws:
             self.draws = seeded_draws(tokens.device)
         if self.rule.uses_noise and not self.chooser.is_greedy:
@@ -95,7 +100,7 @@ class Run:
             )
         prompt = Prefill(
             tokens=tokens[:, :-1],
-            num_padding=(self.cache.num_padding - self.num_unseen).clamp(min=0),
+            num_padding=(self.num_padding - self.num_unseen).clamp(min=0),
             first_tokens=self.roots,
             temperature=temperature,
             max_new_tokens=self.rows.most_remaining,
@@ -107,21 +112,15 @@ class Run:
         with stats.phase("prefill"):
             if self.proposer is not None and not needs_features:
                 self.proposer.begin(prompt)
-                if embeddings is None and new.shape[1] <= MAX_MERGED_PROMPT and self._pays:
+                can_merge = embeddings is None and not self.session.needs_lockstep
+                if can_merge and new.shape[1] <= MAX_MERGED_PROMPT and self._pays:
                     draft = self._propose()
             if draft.topology.num_nodes == 1:
-                logits = self.target.prefill(
-                    new if embeddings is None else embeddings,
-                    self.cache,
-                    attention_mask=attention_mask,
-                    position_ids=position_ids,
-                )[:, None]
-                self.cache.split(self.cache.tree_start - 1, num_pending=1)
+                logits = self.session.prefill(new if embeddings is None else embeddings)
             else:
-                logits = self.target.forward_tree(
+                logits = self.session.verify(
                     draft.tokens,
                     draft.topology,
-                    self.cache,
                     prompt=new[:, :-1] if new.shape[1] > 1 else None,
                     max_length=self._max_slots,
                 )
@@ -140,13 +139,16 @@ class Run:
         num_live = sum(rows.is_live)
         if self.noise is not None:
             self.noise.seek(rows.num_tokens, live=rows.is_live)
-        may_draft = self._pays and self.proposer is not None and rows.most_remaining > 1
+        may_draft = (
+            not self.session.is_behind
+            and self._pays
+            and self.proposer is not None
+            and rows.most_remaining > 1
+        )
         with stats.phase("draft"):
             draft = self._propose() if may_draft else roots_alone(self._fed_roots)
         with stats.phase("verify"):
-            logits = self.target.forward_tree(
-                draft.tokens, draft.topology, self.cache, max_length=self._max_slots
-            )
+            logits = self.session.verify(draft.tokens, draft.topology, max_length=self._max_slots)
         taken = self._settle(draft, logits)
         self._count(draft, taken)
         stats.rounds += 1
@@ -160,7 +162,7 @@ class Run:
         if self.num_unseen:  # their tokens are not needed: the cache has them
             unseen = sequences.new_zeros(len(sequences), self.num_unseen)
             sequences = torch.cat([unseen, sequences], dim=1)
-        hand_over(self.target, self.cache, into, sequences)
+        self.session.hand_over(into, sequences)
 
     @property
     def _pays(self) -> bool:
@@ -186,7 +188,7 @@ class Run:
                 taken = taken.with_features(self.target.features[:, -nodes:])
         with self.stats.phase("commit"):
             if self.rows.any_live or self.keeps_cache:
-                self.cache.keep(kept)
+                self.session.keep(kept)
             if self.rows.any_live:
                 self._commit(taken)
         return taken
@@ -248,6 +250,8 @@ class Run:
             return roots_alone(self._fed_roots)
         tokens = torch.cat([self.roots[:, None], draft.tokens[:, 1:]], dim=1)  # whatever it says
         draft = replace(draft, tokens=tokens)
+        if self.session.needs_lockstep:
+            draft, self.chain_nodes = deepest_paths(draft, depth=room)
         if self.frontier is None or all(self.rows.is_live):
             return draft
         return with_padding(
@@ -271,7 +275,7 @@ class Run:
         # Syncs, but only where a row may outgrow the positions that the model was built for.
         return any(
             root - padding <= last < root - padding + depth
-            for root, padding in zip(roots, self.cache.num_padding.tolist(), strict=True)
+            for root, padding in zip(roots, self.num_padding.tolist(), strict=True)
         )
 
     def _accept(self, draft: Draft, logits: Float[Tensor, "batch nodes vocab"]) -> Accepted:
@@ -295,8 +299,14 @@ class Run:
 
     def _commit(self, taken: Accepted) -> None:
         if self.proposer is not None:
+            if self.chain_nodes is not None:
+                paths = [
+                    [nodes[node] for node in path]
+                    for nodes, path in zip(self.chain_nodes, taken.paths, strict=True)
+                ]
+                taken, self.chain_nodes = taken.with_paths(paths), None
             self.proposer.commit(taken)
-        self.roots = torch.tensor(self.rows.last_tokens, device=self.cache.lengths.device)
+        self.roots = torch.tensor(self.rows.last_tokens, device=self.num_padding.device)
 
     def _count(self, draft: Draft, taken: Accepted) -> None:
         """Count the round in the rows that emitted something."""

@@ -78,6 +78,11 @@ class CombinedProposer(Proposer):
 
     @property
     @override
+    def needs_lockstep(self) -> bool:  # type: ignore[override]  # the parts decide
+        return any(part.needs_lockstep for part in self.parts)
+
+    @property
+    @override
     def features(self) -> TargetFeatures:  # type: ignore[override]  # a part decides, not the class
         wanted = {part.features for part in self.parts} - {TargetFeatures.NONE}
         return next(iter(wanted), TargetFeatures.NONE)

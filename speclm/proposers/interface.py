@@ -98,8 +98,12 @@ class Proposer(ABC):
     their nodes, from laws that it returns in `Draft.laws`. It then draws before it shapes: a
     node may be left out for what stands above it, never for its own token or a sibling's.
 
+    A proposer that sets `needs_lockstep` is given equally many tokens in all rows that run, at the
+    price that the fast wait for the slow.
+
     Attributes:
         features: Hidden states of the target that it is given.
+        needs_lockstep: Whether all rows have to advance together.
         draft_sampling: How it can draw its drafts.
         config: Its settings; `config.depth` bounds its trees.
         needs: What the target has to be; checked when a `SpecModel` is given the proposer.
@@ -108,6 +112,7 @@ class Proposer(ABC):
 
     features: ClassVar[TargetFeatures] = TargetFeatures.NONE
     draft_sampling: ClassVar[DraftSampling] = DraftSampling.NONE
+    needs_lockstep: ClassVar[bool] = False
     config: ProposerConfig = ProposerConfig()
     needs: TargetNeeds = TargetNeeds()
     parts: Sequence["Proposer"] = ()

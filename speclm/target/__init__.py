@@ -1,7 +1,18 @@
 """The target: the only package that knows how a Hugging Face model is called."""
 
+from speclm.target.chains import ChainReader, ChainSession
 from speclm.target.claims import exclusive
 from speclm.target.features import TargetFeatures
+from speclm.target.session import Session
+from speclm.target.trees import TreeSession
 from speclm.target.view import TargetView
 
-__all__ = ["TargetFeatures", "TargetView", "exclusive"]
+__all__ = [
+    "ChainReader",
+    "ChainSession",
+    "Session",
+    "TargetFeatures",
+    "TargetView",
+    "TreeSession",
+    "exclusive",
+]

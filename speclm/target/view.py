@@ -276,14 +276,17 @@ class TargetView:
                     handle.remove()
                 self.features = None
 
-    def _forward(self, tokens: Tensor, **inputs: Any) -> Tensor:
-        """Run the model and return its logits; the hidden states of this run alone are tapped."""
-        inputs["inputs_embeds" if tokens.is_floating_point() else "input_ids"] = tokens
+    def run(self, **inputs: Any) -> Any:
+        """Run the model and return its output; the hidden states of this run alone are tapped."""
         self._running_thread = threading.get_ident()
         try:
-            return cast("Tensor", self.model(use_cache=True, **inputs).logits)
+            return self.model(**inputs, return_dict=True)
         finally:
             self._running_thread = None
+
+    def _forward(self, tokens: Tensor, **inputs: Any) -> Tensor:
+        inputs["inputs_embeds" if tokens.is_floating_point() else "input_ids"] = tokens
+        return cast("Tensor", self.run(use_cache=True, **inputs).logits)
 
     @property
     def _decoder(self) -> nn.Module:

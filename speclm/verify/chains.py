@@ -1,13 +1,84 @@
-"""Finds out whether chains, read as plain decoding reads its text, give what the model gives."""
+"""Finds out whether a model reads a chain of tokens as it reads them one by one."""
 
-from speclm.target import TargetView
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from speclm.target import ChainReader, TargetView
+from speclm.verify._attempt import Evidence, attempt, distinct_tokens, relative_difference
+from speclm.verify.backend import Backend
 from speclm.verify.verdict import SelfCheck
 
+_PROMPT_LENGTHS = (5, 3)
+_ROUNDS = ((1, 1), (2, 1))  # tokens of each chain that are kept, and such that are not
+_NUM_STEPS = sum(num_kept for num_kept, _ in _ROUNDS) + 1
 
-def check_chains(target: TargetView) -> SelfCheck | None:  # noqa: ARG001
-    """Compare chains with the model's own forwards.
+
+def check_chains(target: TargetView) -> SelfCheck:
+    """Compare chains that are kept in part with steps of one token, over two padded rows.
+
+    Both are fed as plain decoding feeds them, because a model may compute something else in a
+    step than in a forward over the whole text, and plain decoding's steps are what is promised.
+    Costs nine forwards of fewer than 13 tokens. The model has to be in evaluation mode.
 
     Returns:
-        A verdict for chains or for plain decoding; None while nothing verifies chains.
+        A verdict for chains or for plain decoding.
     """
-    return None
+    return attempt(target, Backend.CHAINS, _measure)
+
+
+@torch.no_grad()
+def _measure(target: TargetView) -> Evidence:
+    batch, longest = len(_PROMPT_LENGTHS), max(_PROMPT_LENGTHS)
+    padding = torch.tensor([longest - length for length in _PROMPT_LENGTHS], device=target.device)
+    mask = (torch.arange(longest, device=target.device) >= padding[:, None]).long()
+    num_wrong = sum(count for _, count in _ROUNDS)
+    tokens = distinct_tokens(target, batch * (longest + _NUM_STEPS + num_wrong)).view(batch, -1)
+    prompts, text = tokens[:, :longest], tokens[:, longest : longest + _NUM_STEPS]
+    wrong = tokens[:, longest + _NUM_STEPS :]
+    text[1, -1] = text[0, -1]
+
+    with target.decoding():
+        wanted = _in_steps(target, prompts, mask, text)
+        found = _in_chains(target, prompts, mask, text, wrong)
+    return Evidence(
+        error=relative_difference(found.flatten(0, 1), wanted.flatten(0, 1)),
+        effect=relative_difference(wanted[:1, -1], wanted[1:, -1]),
+    )
+
+
+def _in_steps(
+    target: TargetView,
+    prompts: Int[Tensor, "batch seq"],
+    mask: Int[Tensor, "batch seq"],
+    text: Int[Tensor, "batch steps"],
+) -> Float[Tensor, "batch steps vocab"]:
+    reader = ChainReader.of_prompt(target, mask)
+    reader.prefill(prompts)
+    return torch.cat([_read(reader, text[:, [at]]) for at in range(text.shape[1])], dim=1)
+
+
+def _in_chains(
+    target: TargetView,
+    prompts: Int[Tensor, "batch seq"],
+    mask: Int[Tensor, "batch seq"],
+    text: Int[Tensor, "batch steps"],
+    wrong: Int[Tensor, "batch wrong"],
+) -> Float[Tensor, "batch steps vocab"]:
+    reader = ChainReader.of_prompt(target, mask)
+    reader.prefill(prompts)
+    found, at = [], 0
+    for num_kept, num_wrong in _ROUNDS:
+        fed = torch.cat([text[:, at : at + num_kept], wrong[:, -num_wrong:]], dim=1)
+        found.append(reader.feed(fed)[:, :num_kept])
+        reader.keep(num_kept)
+        at += num_kept
+    return torch.cat([*found, _read(reader, text[:, at:])], dim=1)
+
+
+def _read(
+    reader: ChainReader, tokens: Int[Tensor, "batch new"]
+) -> Float[Tensor, "batch new vocab"]:
+    logits = reader.feed(tokens)
+    reader.keep(tokens.shape[1])
+    return logits

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from speclm.cache import TreeCache, import_cache
-from speclm.generation.handover import fill_rows, hand_over
+from speclm.target.handover import fill_rows, hand_over
 from speclm.target import TargetView
 from speclm.tree.topology import chain
 from tests.models import VOCAB_SIZE, build_model, prompts, randomise

@@ -7,7 +7,7 @@ from transformers import DynamicCache
 
 from speclm.cache.exchange import export_cache
 from speclm.cache.tree_cache import TreeCache
-from speclm.target import TargetView
+from speclm.target.view import TargetView
 
 
 def hand_over(

@@ -1,0 +1,239 @@
+"""A generation over a target that takes no trees, fed as plain decoding feeds it."""
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import Cache
+from typing_extensions import override
+
+from speclm.cache.rewind import Rewind, held, put_back
+from speclm.errors import UnsupportedModelError
+from speclm.target.session import Session
+from speclm.target.view import TargetView
+from speclm.tree.topology import TreeTopology
+
+MAX_OWED = 12
+"""Kept tokens that a recurrent model may have to read again, beyond which a round is spent on
+catching up. They cost little beside a forward's fixed cost."""
+
+
+class ChainReader:
+    """Feeds a model one chain of tokens per row, and takes back what was not kept.
+
+    All rows are equally long, padding included. The model gets what it gets in plain decoding,
+    from its own `prepare_inputs_for_generation` and with Transformers' cache, only several tokens
+    at a time. Tokens that a recurrent model has read and that are kept though others behind them
+    are not, it is owed: they are fed again in front of the next ones.
+    """
+
+    def __init__(self, target: TargetView, inputs: dict[str, Any]) -> None:
+        """Start a generation.
+
+        Args:
+            target: The model.
+            inputs: What `generate` resolved for the model, cache included.
+
+        Raises:
+            UnsupportedModelError: If the model is not given a `DynamicCache`.
+        """
+        self._target = target
+        self._inputs = inputs
+        caches = [value for value in inputs.values() if isinstance(value, Cache)]
+        if [type(cache) for cache in caches] != [DynamicCache]:
+            found = ", ".join(type(cache).__name__ for cache in caches) or "none"
+            raise UnsupportedModelError(
+                f"{target.name} decodes with a cache of type {found}, chains need one DynamicCache"
+            )
+        self.cache = caches[0]
+        self._rewind: Rewind | None = None
+        self._num_read = self._num_prompt = 0
+        self._num_owed = 0
+        self._fed: Tensor | None = None  # since the last keep, what was owed in front
+        self._owed: Tensor | None = None
+
+    @classmethod
+    def of_prompt(cls, target: TargetView, attention_mask: Tensor) -> "ChainReader":
+        """Start without `generate`, for a prompt with the given mask ``[batch, seq]``."""
+        model = cast("Any", target.model)
+        accepted = inspect.signature(model.forward).parameters
+        inputs: dict[str, Any] = {"use_cache": True}
+        if not bool(attention_mask.all()):
+            inputs["attention_mask"] = attention_mask
+        if "position_ids" in accepted:
+            inputs["position_ids"] = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+        if "logits_to_keep" in accepted:
+            inputs["logits_to_keep"] = 1
+        if model._supports_default_dynamic_cache():
+            # As generate names it.
+            name = "cache_params" if "mamba" in type(model).__name__.lower() else "past_key_values"
+            inputs[name] = DynamicCache(config=model.config.get_text_config(decoder=True))
+        return cls(target, inputs)
+
+    @property
+    def num_owed(self) -> int:
+        """Kept tokens that are fed again with the next ones."""
+        return 0 if self._owed is None else self._owed.shape[1]
+
+    def prefill(
+        self,
+        tokens: Int[Tensor, "batch seq"] | Float[Tensor, "batch seq hidden"],
+        *,
+        num_cached: int = 0,
+    ) -> Float[Tensor, "batch 1 vocab"]:
+        """Read a prompt, or what the cache lacks of it, and commit it.
+
+        Args:
+            tokens: The prompts, or their embeddings.
+            num_cached: Slots that the cache holds.
+
+        Returns:
+            Logits after the last token.
+        """
+        ids, inputs = tokens, dict(self._inputs)
+        if tokens.is_floating_point():
+            ids = torch.zeros(len(tokens), 0, dtype=torch.long, device=tokens.device)
+            inputs["inputs_embeds"] = tokens
+        logits = self._run(ids, inputs, is_first=True, num_logits=1)
+        self._num_read = self._num_prompt = num_cached + tokens.shape[1]
+        self._rewind = Rewind(self.cache)
+        return logits
+
+    def feed(self, tokens: Int[Tensor, "batch new"]) -> Float[Tensor, "batch new vocab"]:
+        """Read the tokens that come next; they are pending until `keep`.
+
+        Returns:
+            Logits after each of them.
+        """
+        assert self._rewind is not None, "feed before prefill"
+        fed = tokens
+        if self._fed is None:
+            self._rewind.mark()
+            if self._owed is not None:
+                fed = torch.cat([self._owed, tokens], dim=1)
+            self._num_owed, self._owed, self._fed = self.num_owed, None, fed
+        else:
+            self._fed = torch.cat([self._fed, tokens], dim=1)
+        return self._run(fed, self._inputs_for(self._fed.shape[1]), num_logits=tokens.shape[1])
+
+    def keep(self, num_tokens: int) -> None:
+        """Commit the first pending tokens of every row and forget the others."""
+        if self._fed is None:
+            return
+        assert self._rewind is not None
+        num_kept, num_fed = self._num_owed + num_tokens, self._fed.shape[1]
+        if num_kept == num_fed or self._rewind.drops_slots:
+            if self._rewind.drops_slots:
+                self._rewind.drop(num_fed - num_kept)
+            self._num_read += num_kept
+        else:
+            self._rewind.restore()
+            self._owed = self._fed[:, :num_kept] if num_kept else None
+        self._fed = None
+
+    def settle(self) -> None:
+        """Read what is owed and leave the cache as plain decoding does; nothing may be pending."""
+        assert self._fed is None
+        if self._owed is not None:
+            self._run(self._owed, self._inputs_for(self.num_owed), num_logits=1)
+            self._num_read += self.num_owed
+            self._owed = None
+        if self._rewind is not None:
+            self._rewind.release()
+
+    def _inputs_for(self, num_new: int) -> dict[str, Any]:
+        """Return the inputs of the prompt, extended by slots up to `num_new` behind those read."""
+        inputs, length = dict(self._inputs), self._num_read + num_new
+        mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
+        if mask is not None:
+            ones = mask.new_ones(len(mask), length - mask.shape[1])
+            inputs["attention_mask"] = torch.cat([mask, ones], dim=1)
+        if positions is not None:
+            num_behind = length - self._num_prompt
+            steps = torch.arange(1, num_behind + 1, device=positions.device)
+            inputs["position_ids"] = torch.cat([positions, positions[..., -1:] + steps], dim=-1)
+        return inputs
+
+    def _run(
+        self, tokens: Tensor, inputs: dict[str, Any], *, num_logits: int, is_first: bool = False
+    ) -> Tensor:
+        model = cast("Any", self._target.model)
+        resolved = model.prepare_inputs_for_generation(
+            tokens, is_first_iteration=is_first, **inputs
+        )
+        if "logits_to_keep" in resolved:
+            resolved["logits_to_keep"] = num_logits
+        logits: Tensor = self._target.run(**resolved).logits
+        return logits[:, -num_logits:]
+
+
+class ChainSession(Session):
+    """Verifies one chain per row, all rows in step."""
+
+    needs_lockstep = True
+    backend = "chains"
+
+    def __init__(
+        self, target: TargetView, inputs: dict[str, Any], *, num_cached: int, is_callers: bool
+    ) -> None:
+        """Start a generation.
+
+        Args:
+            target: The model.
+            inputs: What `generate` resolved for the model, cache included.
+            num_cached: Slots that the cache holds.
+            is_callers: Whether the cache is the caller's, and restored after an error.
+
+        Raises:
+            UnsupportedModelError: If the model is not given a `DynamicCache`.
+        """
+        self._reader = ChainReader(target, inputs)
+        self._num_cached = num_cached
+        self._before = held(self._reader.cache) if is_callers else None
+
+    @property
+    @override
+    def num_cached(self) -> int:
+        return self._num_cached
+
+    @property
+    @override
+    def is_behind(self) -> bool:
+        return self._reader.num_owed > MAX_OWED
+
+    @override
+    def prefill(
+        self, tokens: Int[Tensor, "batch seq"] | Float[Tensor, "batch seq hidden"]
+    ) -> Float[Tensor, "batch 1 vocab"]:
+        return self._reader.prefill(tokens, num_cached=self._num_cached)
+
+    @override
+    def verify(
+        self,
+        tokens: Int[Tensor, "batch nodes"],
+        topology: TreeTopology,
+        *,
+        prompt: Int[Tensor, "batch seq"] | None = None,
+        max_length: int | None = None,
+    ) -> Float[Tensor, "batch nodes vocab"]:
+        assert prompt is None, "chains read the prompt by itself"
+        return self._reader.feed(tokens)
+
+    @override
+    def keep(self, paths: Sequence[Sequence[int]]) -> None:
+        assert len({len(path) for path in paths}) == 1, "rows of a chain advance together"
+        self._reader.keep(len(paths[0]))
+
+    @override
+    def hand_over(self, into: DynamicCache, sequences: Int[Tensor, "batch length"]) -> None:
+        assert into is self._reader.cache
+        self._reader.settle()
+
+    @override
+    def abandon(self) -> None:
+        if self._before is not None:
+            put_back(self._reader.cache, self._before)
