@@ -18,6 +18,7 @@ from speclm.model.fitting import claimed
 from speclm.proposers.interface import Proposer
 from speclm.stats import SpeculationStats
 from speclm.target import TargetView
+from speclm.verify import Backend
 
 
 @dataclass
@@ -41,6 +42,7 @@ def decode(  # noqa: PLR0913 - a call has many sides
     default: GenerationConfig,
     *,
     target: TargetView,
+    backend: Backend,
     proposer: Proposer | None,
     stats: SpeculationStats,
     rule: AcceptanceRule,
@@ -53,6 +55,7 @@ def decode(  # noqa: PLR0913 - a call has many sides
         arguments: Of the call.
         default: The model's own generation config.
         target: The base.
+        backend: How the base's drafts are verified.
         proposer: Guesses tokens.
         stats: Counters to fill.
         rule: Decides which guesses are kept when sampling.
@@ -69,6 +72,7 @@ def decode(  # noqa: PLR0913 - a call has many sides
             return generate_tokens(
                 *resolved,
                 target=target,
+                backend=backend,
                 proposer=proposer,
                 stats=stats,
                 rule=rule,

@@ -245,6 +245,7 @@ class SpecModel:
                 arguments,
                 self.generation_config,
                 target=self._target,
+                backend=check.backend,
                 proposer=self.proposer,
                 stats=stats,
                 rule=rule,

@@ -175,7 +175,6 @@ class ChainSession(Session):
     """Verifies one chain per row, all rows in step."""
 
     needs_lockstep = True
-    backend = "chains"
 
     def __init__(
         self, target: TargetView, inputs: dict[str, Any], *, num_cached: int, is_callers: bool

@@ -20,11 +20,9 @@ class Session(ABC):
     Attributes:
         needs_lockstep: Whether drafts have to be chains of which all rows keep equally many
             nodes.
-        backend: What verifies, in words for reports.
     """
 
     needs_lockstep: ClassVar[bool]
-    backend: ClassVar[str]
 
     @property
     @abstractmethod

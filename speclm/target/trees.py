@@ -18,7 +18,6 @@ class TreeSession(Session):
     """Verifies trees with tree attention over a cache of its own."""
 
     needs_lockstep = False
-    backend = "tree attention"
 
     def __init__(
         self,

@@ -51,8 +51,6 @@ def _check(target: TargetView) -> SelfCheck:
         if trees.backend is Backend.TREES:
             return trees
         chains = check_chains(target)
-    if chains is None:
-        return trees
     is_plain = chains.backend is Backend.PLAIN
     return SelfCheck(
         chains.backend,
