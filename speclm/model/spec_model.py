@@ -255,7 +255,7 @@ class SpecModel:
             self.last_speculation = before  # the counters of the call that goes on
             raise
         except NeedsPlainDecoding as reason:
-            self._log_once(str(reason))
+            self._log_once("decoding plainly with %s.generate: %s", str(reason))
             self.last_speculation = stats = SpeculationStats(
                 self_check=check.reason, fallbacks=[str(reason)]
             )
@@ -360,8 +360,10 @@ class SpecModel:
         name = first_delegated(arguments, self.generation_config)
         if name is not None:
             raise NeedsPlainDecoding(name)
+        if self.self_check.backend is Backend.CHAINS:
+            self._log_once("verifying chains with %s: %s", self.self_check.reason)
 
-    def _log_once(self, reason: str) -> None:
+    def _log_once(self, message: str, reason: str) -> None:
         if reason not in self._logged:
             self._logged.add(reason)
-            _log.warning("decoding plainly with %s.generate: %s", type(self.base).__name__, reason)
+            _log.warning(message, type(self.base).__name__, reason)

@@ -12,8 +12,8 @@ from transformers import (
     BloomConfig,
     BloomForCausalLM,
     DynamicCache,
-    Gemma2Config,
-    Gemma2ForCausalLM,
+    FalconMambaConfig,
+    FalconMambaForCausalLM,
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
@@ -41,6 +41,7 @@ from speclm.proposers.ngram import NgramProposer
 from speclm.sampling import PositionNoise
 from speclm.testing import ScriptedProposer
 from speclm.tree.topology import chain, from_parents
+from speclm.verify import Backend
 from tests.models import VOCAB_SIZE, build_model, generate, prompts, randomise, shared_model
 
 SAMPLED = {"do_sample": True, "max_new_tokens": 10}
@@ -311,37 +312,49 @@ def test_attributes_are_the_base_models(spec, base):
 
 
 TINY = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "eos_token_id": None, "pad_token_id": 0}
-REFUSED = {
-    "bloom": lambda: BloomForCausalLM(BloomConfig(**TINY, n_layer=2, n_head=4)),
-    "gemma2": lambda: Gemma2ForCausalLM(
-        Gemma2Config(
-            **TINY,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=16,
-            sliding_window=8,
-        )
-    ),
-}
 
 
-@pytest.mark.parametrize("family", REFUSED)
-def test_model_that_cannot_take_trees_decodes_plainly_and_says_so_once(family, caplog):
-    model = randomise(REFUSED[family]())
+def lines_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.name == "speclm"]
+
+
+def report_of(spec: SpecModel) -> str:
+    written: list[str] = []
+    spec.print_report(write=written.append)
+    return "\n".join(written)
+
+
+def test_model_that_takes_chains_alone_speculates_and_says_so_once(caplog):
+    model = randomise(BloomForCausalLM(BloomConfig(**TINY, n_layer=2, n_head=4)))
+    inputs = prompts(6, 3)
+    expected = generate(model, inputs, **SAMPLED)[0][:, 6:].tolist()
+    spec = SpecModel(model, ScriptedProposer(expected, depth=4))
+    assert spec.self_check.backend is Backend.CHAINS
+    with caplog.at_level(logging.WARNING, logger="speclm"):
+        for _ in range(2):
+            require_identical(spec, inputs, **SAMPLED)
+    lines = lines_of(caplog)
+    assert len(lines) == 1
+    assert "verifying chains with BloomForCausalLM" in lines[0]
+    assert spec.last_speculation.backend == "chains"
+    assert spec.last_speculation.fallbacks == []
+    assert spec.last_speculation.rounds < len(expected[0]) / 2
+    assert "no trees: tree logits differ" in report_of(spec)
+
+
+def test_model_that_takes_no_draft_decodes_plainly_and_says_so_once(caplog):
+    config = FalconMambaConfig(**TINY, num_hidden_layers=2, state_size=4)
+    model = randomise(FalconMambaForCausalLM(config))
     spec = SpecModel(model, NgramProposer())
-    assert not spec.self_check.passes
+    assert spec.self_check.backend is Backend.PLAIN
     with caplog.at_level(logging.WARNING, logger="speclm"):
         for _ in range(2):
             require_identical(spec, prompts(6, 3), **SAMPLED)
-    lines = [record.getMessage() for record in caplog.records if record.name == "speclm"]
+    lines = lines_of(caplog)
     assert len(lines) == 1
-    assert type(model).__name__ in lines[0]
+    assert "FalconMambaForCausalLM" in lines[0]
     assert spec.last_speculation.fallbacks == [spec.self_check.reason]
-    written: list[str] = []
-    spec.print_report(write=written.append)
-    assert "plain decoding" in "\n".join(written)
+    assert "plain decoding" in report_of(spec)
 
 
 def test_model_in_training_mode_decodes_plainly(caplog):

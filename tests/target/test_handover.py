@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from speclm.cache import TreeCache, import_cache
-from speclm.target.handover import fill_rows, hand_over
 from speclm.target import TargetView
+from speclm.target.handover import fill_rows, hand_over
 from speclm.tree.topology import chain
 from tests.models import VOCAB_SIZE, build_model, prompts, randomise
 
