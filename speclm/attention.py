@@ -301,14 +301,26 @@ def _attend(
     bias: Float[Tensor, "batch mask_heads nodes kv_len"],
     scaling: float | None,
 ) -> Float[Tensor, "batch nodes q_heads value_dim"]:
-    """Compute what Transformers' SDPA computes; on the CPU without copies of shared heads."""
-    if query.device.type != "cpu":  # off the CPU a mask and grouped heads exclude fused kernels
-        groups = query.shape[1] // key.shape[1]
+    """Compute what Transformers' SDPA computes, as far as possible without copies of shared heads.
+
+    The query heads that share a key head are laid behind each other as nodes, which then share its
+    mask, too. With many nodes that mask would be larger than the keys and values.
+    """
+    batch, q_heads, nodes, head_dim = query.shape
+    kv_heads = key.shape[1]
+    groups = q_heads // kv_heads
+    if groups > 1 and nodes <= head_dim:
+        query = query.reshape(batch, kv_heads, groups * nodes, head_dim)
+        if bias.shape[1] == 1:
+            bias = bias.repeat(1, 1, groups, 1)
+        else:
+            bias = bias.reshape(bias.shape[0], kv_heads, groups * nodes, -1)
+    elif query.device.type != "cpu":  # there a mask and grouped heads exclude fused kernels
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     output = F.scaled_dot_product_attention(
         query, key, value, attn_mask=bias, scale=scaling, enable_gqa=True
     )
-    return output.transpose(1, 2).contiguous()
+    return output.reshape(batch, q_heads, nodes, -1).transpose(1, 2).contiguous()
 
 
 def _tree_mask(previous: str) -> MaskFunction:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -330,6 +331,21 @@ def test_biases_of_positions_are_added_to_the_mask():
     model, bias = build("softcap, window and full"), torch.randn(1, 4, 2, 2)
     found = attend(model, "sdpa", MASK, position_bias=bias)
     torch.testing.assert_close(found, attend(model, "sdpa", MASK + bias))
+
+
+@pytest.mark.parametrize("mask_heads", [1, 4])
+@pytest.mark.parametrize("nodes", [1, 3, 8, 9])  # the heads are 8 wide
+def test_heads_that_share_keys_attend_like_heads_with_copies(nodes, mask_heads):
+    generator = torch.Generator().manual_seed(4)
+    query, key, value = (
+        torch.randn(2, heads, length, width, generator=generator)
+        for heads, length, width in ((4, nodes, 8), (2, 11, 8), (2, 11, 5))
+    )
+    bias = torch.randn(2, mask_heads, nodes, 11, generator=generator)
+    copies = (states.repeat_interleave(2, 1) for states in (key, value))
+    expected = F.scaled_dot_product_attention(query, *copies, attn_mask=bias, scale=0.3)
+    found = attention._attend(query, key, value, bias, 0.3)
+    torch.testing.assert_close(found, expected.transpose(1, 2))
 
 
 def test_masks_of_another_precision_are_taken():
