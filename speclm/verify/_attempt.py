@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from speclm.errors import SpeclmError
+from speclm.errors import BusyError, SpeclmError
 from speclm.target import TargetView
 from speclm.verify.backend import Backend
 from speclm.verify.verdict import SelfCheck
@@ -47,7 +47,8 @@ def attempt(
     try:
         evidence = measure(target)
     except SpeclmError as refusal:  # written for users
-        return SelfCheck(Backend.PLAIN, str(refusal))
+        is_busy = isinstance(refusal, BusyError)  # another thread generates
+        return SelfCheck(Backend.PLAIN, str(refusal), is_lasting=not is_busy)
     except Exception as failure:  # noqa: BLE001
         return SelfCheck(
             Backend.PLAIN,
