@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from speclm.errors import BusyError
 from speclm.target import ChainReader, TargetView
 from speclm.verify import Backend, check_model, self_check
 from speclm.verify.verdict import SelfCheck
