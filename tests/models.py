@@ -5,6 +5,8 @@ from functools import cache
 import torch
 from torch import Tensor
 from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -14,6 +16,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
 VOCAB_SIZE = 160
@@ -46,6 +50,21 @@ _FAMILIES = {
     ),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 12, "num_key_value_heads": 1}),
     "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": WINDOW, "head_dim": 12}),
+    # These take chains alone: positions by slot, and a recurrent state in every second layer.
+    "bloom": (BloomForCausalLM, BloomConfig, {"n_layer": 2, "n_head": 4}),
+    "qwen3_next": (
+        Qwen3NextForCausalLM,
+        Qwen3NextConfig,
+        {
+            "layer_types": ["linear_attention", "full_attention"],
+            "head_dim": 12,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "num_experts": 0,
+        },
+    ),
 }
 
 

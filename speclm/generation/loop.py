@@ -107,9 +107,11 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
     length = prompt_length(input_ids, attention_mask, generation_config, given, embeddings)
     num_padding = left_padding(input_ids, attention_mask, length=length)
     target.require_prompt_fits(length)
-    session = _open(target, backend, model_inputs, num_padding, given=given, num_tokens=length)
     # Plain decoding checks the length after a token, so there is always one.
     end = max(max_length(stopping_criteria, generation_config), input_ids.shape[1] + 1)
+    num_unseen = length - input_ids.shape[1]
+    meets_switch = _meets_switch(target, num_padding, start=length, end=num_unseen + end)
+    session = _open(target, backend, model_inputs, num_padding, given=given, num_tokens=length)
     rows = Rows(
         batch=input_ids.shape[0],
         max_new_tokens=end - input_ids.shape[1],
@@ -122,6 +124,7 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
         or (wants_details and (generation_config.output_scores or generation_config.output_logits))
         or first_text_dependent(logits_processor) is not None
         or reads_positions(stopping_criteria)
+        or meets_switch
         or session.needs_lockstep
         or (proposer is not None and proposer.needs_lockstep)
     ):
@@ -144,7 +147,7 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
         rows=rows,
         frontier=frontier,
         num_prompt_tokens=input_ids.shape[1],
-        num_unseen=length - input_ids.shape[1],
+        num_unseen=num_unseen,
         first_token=_token_id(generation_config._bos_token_tensor),
         max_length=end,
         num_padding=num_padding,
@@ -184,6 +187,28 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
     return Generated(
         sequences, scores=frontier.scores, logits=frontier.logits, past_key_values=given
     )
+
+
+def _meets_switch(
+    target: TargetView, num_padding: Int[Tensor, " batch"], *, start: int, end: int
+) -> bool:
+    """Tell whether the rotation of keys may change while rows grow from `start` to `end` slots.
+
+    Raises:
+        NeedsPlainDecoding: If plain decoding then reads the text again.
+    """
+    switch = target.rotary_switch
+    if switch is None:
+        return False
+    shortest = int(num_padding.min())
+    is_met = switch.is_met(start - 1 - shortest, end - 1 - shortest)
+    # Whether to read again is decided by slots, how to rotate by positions.
+    if switch.reads_again and (is_met or switch.is_met(start - 1, end - 1)):
+        raise NeedsPlainDecoding(
+            f"within max_length the text may outgrow {switch.num_positions} positions, where this "
+            "model reads it again"
+        )
+    return is_met
 
 
 def _open(

@@ -246,7 +246,7 @@ class Run:
         require_valid(draft, self.roots)
         if self.rule.draft_sampling is not DraftSampling.NONE:
             require_laws(draft, self.target.vocab_size)
-        if self._crosses_last_position(draft.topology.max_depth):
+        if self._is_too_deep(draft.topology.max_depth):
             return roots_alone(self._fed_roots)
         tokens = torch.cat([self.roots[:, None], draft.tokens[:, 1:]], dim=1)  # whatever it says
         draft = replace(draft, tokens=tokens)
@@ -261,22 +261,26 @@ class Run:
             pad_token_id=self.frontier.pad_token_id,
         )
 
-    def _crosses_last_position(self, depth: int) -> bool:
-        """Tell whether a draft of that depth goes beyond the last position, unlike its root.
+    def _is_too_deep(self, depth: int) -> bool:
+        """Tell whether plain decoding might get elsewhere than a draft of that depth.
 
-        Learned positions end there. Plain decoding fails once it arrives, if it ever does; with
-        rotary positions it goes on, and so do drafts from there.
+        That is where the rotation of keys changes, and behind the last learned position: plain
+        decoding fails once it arrives there, if it ever does. With rotary positions it goes on,
+        and so do drafts from there.
         """
-        last = (self.target.max_positions or self._max_slots) - 1
-        if self._max_slots <= last + 1:
+        num_positions = self.target.max_positions or self._max_slots
+        switch = self.target.rotary_switch
+        if switch is None and self._max_slots <= num_positions:
             return False
         first = self.num_unseen + self.num_prompt_tokens - 1
-        roots = [first + new for new in self.rows.num_tokens]
-        # Syncs, but only where a row may outgrow the positions that the model was built for.
-        return any(
-            root - padding <= last < root - padding + depth
-            for root, padding in zip(roots, self.num_padding.tolist(), strict=True)
-        )
+        # Syncs, but only where a row may get there.
+        roots = [
+            first + new - padding
+            for new, padding in zip(self.rows.num_tokens, self.num_padding.tolist(), strict=True)
+        ]
+        if switch is not None and switch.excludes_drafts(max(roots), depth):
+            return True
+        return any(root < num_positions <= root + depth for root in roots)
 
     def _accept(self, draft: Draft, logits: Float[Tensor, "batch nodes vocab"]) -> Accepted:
         accepted = self.rule.accept(

@@ -16,6 +16,7 @@ from speclm.cache.tree_cache import TreeCache
 from speclm.errors import PromptError, UnsupportedModelError
 from speclm.target.claims import exclusive
 from speclm.target.features import TargetFeatures
+from speclm.target.rotary import RotarySwitch, rotary_switch
 from speclm.tree.topology import TreeTopology
 
 
@@ -76,14 +77,19 @@ class TargetView:
     @property
     def max_positions(self) -> int | None:
         """Positions that the model was built for; None when it names no bound."""
+        switch = self.rotary_switch
+        if switch is not None and switch.is_gradual:
+            return None  # it grows with the text
         return getattr(self._text_config, "max_position_embeddings", None)
+
+    @property
+    def rotary_switch(self) -> RotarySwitch | None:
+        """Where the rotation of keys changes; None when it never does."""
+        return rotary_switch(self.model)
 
     def tree_obstacle(self) -> str | None:
         """Say what in the model excludes trees, though a short test of them may pass."""
         config = self._text_config
-        for rope in _rope_types(getattr(config, "rope_parameters", None)):
-            if rope in {"dynamic", "longrope"}:
-                return f"rope_type {rope!r} lets one position change the keys of all"
         kinds = set(getattr(config, "layer_types", None) or ())
         if getattr(config, "attention_chunk_size", None) or "chunked_attention" in kinds:
             return "attention in chunks is not expressed as a window"
@@ -345,11 +351,3 @@ def _is_band(buffer: Tensor) -> bool:
         return False
     last = buffer.flatten(0, -2)[-1]
     return bool(last[-1]) and not bool(last[0])
-
-
-def _rope_types(parameters: object) -> list[str]:
-    """Return the rope types in a config's parameters, which may be given per layer type."""
-    if not isinstance(parameters, dict):
-        return []
-    nested = [kind for value in parameters.values() for kind in _rope_types(value)]
-    return [*nested, parameters["rope_type"]] if "rope_type" in parameters else nested

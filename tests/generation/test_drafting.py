@@ -6,6 +6,7 @@ import torch
 from speclm.acceptance import ExactRule, RejectionRule
 from speclm.errors import DraftError, OptionError
 from speclm.generation.drafting import (
+    deepest_paths,
     require_drafts_for,
     require_laws,
     require_valid,
@@ -81,3 +82,36 @@ def test_rule_for_drawn_drafts_needs_a_proposer_that_draws():
     require_drafts_for(ExactRule(), NgramProposer())
     with pytest.raises(OptionError, match="does not draw"):
         require_drafts_for(RejectionRule("block"), NgramProposer())
+
+
+def test_trees_become_chains_along_their_deepest_paths():
+    draft = draft_of([[0, 0, 0, 2, 3], [0, 0, 1, 1, 4]], rows=2)  # node 4 of row 1 is padding
+    chains, nodes = deepest_paths(draft, depth=9)
+    assert nodes == [[0, 2, 3, 4], [0, 1, 2]]
+    assert chains.tokens[0].tolist() == [10, 12, 13, 14]
+    assert chains.tokens[1, :3].tolist() == [10, 11, 12]
+    assert chains.topology.host_parents == [[0, 0, 1, 2], [0, 0, 1, 3]]
+    assert chains.topology.host_sizes == [4, 3]
+
+
+def test_chains_are_cut_to_the_room_that_is_left():
+    chains, nodes = deepest_paths(draft_of([TREE], rows=2), depth=1)
+    assert nodes == [[0, 2], [0, 2]]
+    assert chains.tokens.tolist() == [[10, 12], [10, 12]]
+
+
+def test_of_equally_tall_children_the_first_drawn_is_followed_with_its_law():
+    topology = from_parents([[0, 0, 0]], device=CPU)
+    laws = torch.eye(3)[None].repeat(2, 1, 1)
+    tokens = torch.tensor([[7, 8, 9], [7, 8, 9]])
+    probs = torch.tensor([[1.0, 0.5, 0.3]]).repeat(2, 1)
+    chains, nodes = deepest_paths(Draft(tokens, topology, probs=probs, laws=laws), depth=5)
+    assert nodes == [[0, 1], [0, 1]]
+    assert chains.probs.tolist() == [[1.0, 0.5], [1.0, 0.5]]
+    assert torch.equal(chains.laws, laws[:, :2])
+
+
+def test_root_alone_stays_alone():
+    chains, nodes = deepest_paths(roots_alone(torch.tensor([4, 5])), depth=3)
+    assert chains.tokens.tolist() == [[4], [5]]
+    assert nodes == [[0], [0]]

@@ -1,0 +1,86 @@
+"""Rotary embeddings whose frequencies depend on how long the text is."""
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+from transformers import GenerationMixin, PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True)
+class RotarySwitch:
+    """Where a model begins to rotate keys in another way, for all rows of a forward alike.
+
+    Keys keep the rotation of the forward that computed them. So a forward must not reach across
+    the switch unless plain decoding's would, and all rows have to get there at the same time.
+
+    Args:
+        num_positions: Positions before the switch.
+        is_gradual: Whether the rotation changes again with every position after it.
+        reads_again: Whether plain decoding reads the whole text again at the switch.
+    """
+
+    num_positions: int
+    is_gradual: bool
+    reads_again: bool
+
+    def excludes_drafts(self, root: int, depth: int) -> bool:
+        """Tell whether a draft would be rotated differently than by plain decoding.
+
+        Args:
+            root: Largest position of a root.
+            depth: Depth of the draft.
+        """
+        if root >= self.num_positions:
+            return self.is_gradual
+        return root + depth >= self.num_positions
+
+    def is_met(self, first: int, last: int) -> bool:
+        """Tell whether positions from `first` on, up to `last`, are not all rotated alike."""
+        return last >= self.num_positions and (self.is_gradual or first < self.num_positions)
+
+
+def rotary_switch(model: PreTrainedModel) -> RotarySwitch | None:
+    """Return where the rotation of a model's keys changes; None when it never does.
+
+    Models whose layers switch at different lengths switch at the first of them.
+    """
+    parameters = getattr(model.config.get_text_config(), "rope_parameters", None)
+    kinds = _rope_types(parameters)
+    is_gradual = any("dynamic" in kind for kind in kinds)
+    if not is_gradual and "longrope" not in kinds:
+        return None
+    bounds = [
+        *(bound for module in model.modules() if (bound := _grows_from(module)) is not None),
+        *(_original_lengths(parameters) if "longrope" in kinds else []),
+    ]
+    prepare = cast("Any", type(model)).prepare_inputs_for_generation
+    return RotarySwitch(
+        num_positions=min(bounds, default=0),
+        is_gradual=is_gradual,
+        reads_again="longrope" in kinds
+        and prepare is not GenerationMixin.prepare_inputs_for_generation,
+    )
+
+
+def _grows_from(module: Any) -> int | None:
+    """Return the length beyond which a module computes its frequencies anew."""
+    kinds = getattr(module, "rope_type", None)
+    kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
+    is_dynamic = any(isinstance(kind, str) and "dynamic" in kind for kind in kinds)
+    return int(module.original_max_seq_len) if is_dynamic else None
+
+
+def _rope_types(parameters: object) -> list[str]:
+    """Return the rope types in a config's parameters, which may be given per layer type."""
+    return [str(value) for value in _values(parameters, "rope_type")]
+
+
+def _original_lengths(parameters: object) -> list[int]:
+    return [int(value) for value in _values(parameters, "original_max_position_embeddings")]
+
+
+def _values(parameters: object, name: str) -> list[Any]:
+    if not isinstance(parameters, dict):
+        return []
+    nested = [found for value in parameters.values() for found in _values(value, name)]
+    return [*nested, parameters[name]] if parameters.get(name) is not None else nested
