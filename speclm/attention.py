@@ -34,7 +34,14 @@ from speclm.errors import UnsupportedModelError
 _PREFIX = "speclm_"
 _TAKES_MASK = {"eager", "sdpa"}
 """Implementations that compute with any additive mask."""
-_PLAIN = {"sliding_window", "is_causal", "position_ids"}
+_PLAIN = {
+    "sliding_window",  # stands in the mask
+    "is_causal",
+    "position_ids",
+    "use_cache",
+    "output_attentions",
+    "output_router_logits",
+}
 """Arguments of attention that change nothing beside a mask. Any other is the model's own."""
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]

@@ -297,6 +297,17 @@ def test_implementation_that_takes_no_mask_is_replaced_in_trees_alone():
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_plain_attention_is_computed_without_copies_of_shared_heads(family, monkeypatch):
+    calls, own = [], attention._attend
+    monkeypatch.setattr(attention, "_attend", lambda *given: calls.append(1) or own(*given))
+    model = shared_model(family)
+    view, topology = TargetView(model), from_parents([[0, 0, 0]], device=CPU)
+    view.forward_tree(prompts(3)["input_ids"], topology, view.new_cache(torch.tensor([0])))
+    assert len(calls) == model.config.num_hidden_layers
+
+
 def states_of(model: PreTrainedModel, nodes: int) -> tuple[Tensor, Tensor, Tensor]:
     config, generator = model.config, torch.Generator().manual_seed(3)
     heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
