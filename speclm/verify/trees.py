@@ -13,11 +13,11 @@ from speclm.verify.backend import Backend
 from speclm.verify.verdict import SelfCheck
 
 _PARENTS = [0, 0, 0, 1]
-_PROMPT_LENGTHS = (5, 3)
+_PROMPT_LENGTHS = (4, 2)
 _PATHS = (((0, 2), (0, 1, 3)), ((0, 1, 3), (0, 2)))
 """For each row what is kept of the first tree, and what is compared of the second. One row is
 padded, the other has a gap before the second tree; neither keeps a prefix of the slots."""
-_SAME = 6  # a position that both rows reach with the same token after other ones
+_SAME = 5  # a position that both rows reach with the same token after other ones
 
 
 def check_trees(target: TargetView) -> SelfCheck:
@@ -25,7 +25,7 @@ def check_trees(target: TargetView) -> SelfCheck:
 
     The first tree is read along with the prompt; the second follows a kept path that is not a
     prefix of the slots, so that positions, masks and rollback are all covered. Costs three
-    forwards of fewer than 21 tokens. The model has to be in evaluation mode.
+    forwards of at most 18 tokens. The model has to be in evaluation mode.
 
     Returns:
         A verdict for trees or for plain decoding.

@@ -5,10 +5,25 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from speclm import attention
 from speclm.attention import TreeStep
+from speclm.cache.tree_cache import TreeCache
 from speclm.target import TargetView
 from speclm.verify import check_trees
-from tests.models import FAMILIES, build_model, shared_model
+from tests.models import FAMILIES, build_model, randomise, shared_model
+
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -40,12 +55,14 @@ def plant_mask(monkeypatch: pytest.MonkeyPatch, change: object) -> None:
     monkeypatch.setattr(TreeStep, "_build", build)
 
 
-def test_ignored_mask_is_found(monkeypatch):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ignored_mask_is_found(monkeypatch, family):
     plant_mask(monkeypatch, lambda step, build, window: torch.ones_like(build(step, window)))
-    require_refused()
+    require_refused(family)
 
 
-def test_ignored_ancestors_are_found(monkeypatch):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ignored_ancestors_are_found(monkeypatch, family):
     def causal(step, build, window):
         mask = build(step, window)
         nodes = mask.shape[2]
@@ -53,20 +70,22 @@ def test_ignored_ancestors_are_found(monkeypatch):
         return mask
 
     plant_mask(monkeypatch, causal)
-    require_refused()
+    require_refused(family)
 
 
-def test_ignored_padding_is_found(monkeypatch):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ignored_padding_is_found(monkeypatch, family):
     def see_padding(step, build, window):
         mask = build(step, window)
         mask[1, ..., 0] = True
         return mask
 
     plant_mask(monkeypatch, see_padding)
-    require_refused()
+    require_refused(family)
 
 
-def test_ignored_raggedness_is_found(monkeypatch):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ignored_raggedness_is_found(monkeypatch, family):
     def see_gap(step, build, window):
         mask = build(step, window)
         lengths = step._cache.host_lengths
@@ -75,7 +94,7 @@ def test_ignored_raggedness_is_found(monkeypatch):
         return mask
 
     plant_mask(monkeypatch, see_gap)
-    require_refused()
+    require_refused(family)
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2"])
@@ -98,20 +117,93 @@ def test_ignored_window_is_found(monkeypatch, family):
     require_refused(family)
 
 
+@pytest.mark.parametrize("is_everywhere", [True, False])
 @pytest.mark.parametrize("shift", [1, -1])
-def test_shifted_positions_are_found(monkeypatch, shift):
-    # Rotary attention knows distances alone: nodes are shifted against the prefix.
-    original = TargetView.forward_nodes
+def test_shifted_positions_are_found(monkeypatch, shift, is_everywhere):
+    # Rotary attention knows distances alone: nodes are shifted against what is before them.
+    original = TargetView._forward
 
-    def shifted(view, tokens, visible, slot_depths, cache, **options):
-        cache.num_padding -= shift
-        try:
-            return original(view, tokens, visible, slot_depths, cache, **options)
-        finally:
-            cache.num_padding += shift
+    def shifted(view, tokens, **inputs):
+        if is_everywhere or inputs["past_key_values"].tree_start > 0:
+            inputs["position_ids"][:, -4:] += shift
+        return original(view, tokens, **inputs)
 
-    monkeypatch.setattr(TargetView, "forward_nodes", shifted)
-    require_refused()
+    monkeypatch.setattr(TargetView, "_forward", shifted)
+    for family in FAMILIES:
+        require_refused(family)
+
+
+def plant_attention(monkeypatch, name, change):
+    """Wrap what attention calls in trees."""
+    registered = attention._register(name)
+    original = attention.ALL_ATTENTION_FUNCTIONS[registered]
+
+    def attend(module, *args, **kwargs):
+        if attention._STEP.get() is None:
+            return original(module, *args, **kwargs)
+        return change(original, module, *args, **kwargs)
+
+    functions = attention.ALL_ATTENTION_FUNCTIONS._global_mapping
+    monkeypatch.setitem(functions, registered, attend)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_wrong_scaling_is_found(monkeypatch, family):
+    def wrong(original, *args, **kwargs):
+        return original(*args, **{**kwargs, "scaling": 1.05 * kwargs["scaling"]})
+
+    plant_attention(monkeypatch, "sdpa", wrong)
+    require_refused(family)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keeping_a_wrong_path_is_found(monkeypatch, family):
+    original = TreeCache.keep
+
+    def wrong(cache, paths):
+        original(cache, [[*range(len(path))] for path in paths])  # the first slots
+
+    monkeypatch.setattr(TreeCache, "keep", wrong)
+    require_refused(family)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keeping_without_moving_is_found(monkeypatch, family):
+    monkeypatch.setattr(TreeCache, "_move", lambda *_: None)
+    require_refused(family)
+
+
+OWN_TERMS = {
+    "gemma2": {"attn_logit_softcapping": 2.0, "head_dim": 16},
+    "gpt_oss": {"num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 16},
+}
+
+
+def drop_soft_cap(original, *args, **kwargs):
+    return original(*args, **{**kwargs, "softcap": None})
+
+
+def drop_sinks(original, module, *args, **kwargs):
+    sinks = module.sinks.data
+    module.sinks.data = torch.full_like(sinks, -1e4)
+    try:
+        return original(module, *args, **kwargs)
+    finally:
+        module.sinks.data = sinks
+
+
+@pytest.mark.parametrize(
+    ("model_type", "drop"), [("gemma2", drop_soft_cap), ("gpt_oss", drop_sinks)]
+)
+def test_dropped_soft_caps_and_sinks_are_found(monkeypatch, model_type, drop):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **SIZES, sliding_window=8, **OWN_TERMS[model_type])
+    view = TargetView(randomise(AutoModelForCausalLM.from_config(config)))
+    assert check_trees(view).passes
+    plant_attention(monkeypatch, "eager", drop)
+    check = check_trees(view)
+    assert not check.passes
+    assert "differ" in check.reason
 
 
 def test_nan_in_the_tree_alone_is_found(monkeypatch):
@@ -152,17 +244,7 @@ LOCAL_BY_SLOT = {
     ],
 )
 def test_what_a_short_check_cannot_see_is_refused_by_the_config(model_type, settings, reason):
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 64,
-        "max_position_embeddings": 256,
-        "pad_token_id": 0,
-        **settings,
-    }
+    sizes = {**SIZES, **settings}
     config = AutoConfig.for_model(model_type, **sizes)
     check = check_trees(TargetView(AutoModelForCausalLM.from_config(config).eval()))
     assert not check.passes
