@@ -197,7 +197,8 @@ def drop_sinks(original, module, *args, **kwargs):
 )
 def test_dropped_soft_caps_and_sinks_are_found(monkeypatch, model_type, drop):
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **SIZES, sliding_window=8, **OWN_TERMS[model_type])
+    own = {"sliding_window": 8, "attn_implementation": "eager", **OWN_TERMS[model_type]}
+    config = AutoConfig.for_model(model_type, **SIZES, **own)
     view = TargetView(randomise(AutoModelForCausalLM.from_config(config)))
     assert check_trees(view).passes
     plant_attention(monkeypatch, "eager", drop)
@@ -240,7 +241,7 @@ LOCAL_BY_SLOT = {
     ("model_type", "settings", "reason"),
     [
         ("gpt_neo", LOCAL_BY_SLOT, "bias masks by slot"),
-        ("llama", {"layer_types": ["indexed_attention"] * 2}, "layers of type indexed_attention"),
+        ("llama", {"layer_types": ["linear_attention"] * 2}, "layers of type linear_attention"),
     ],
 )
 def test_what_a_short_check_cannot_see_is_refused_by_the_config(model_type, settings, reason):
