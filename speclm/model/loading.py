@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from speclm.errors import OptionError, UnknownNameError, UnsupportedModelError
 from speclm.formats import MedusaCheckpoint, find_medusa, read_medusa
 from speclm.heads.medusa import MedusaHeads, MedusaHeadsConfig
+from speclm.proposers.chain_draft import ChainDraftProposer
 from speclm.proposers.combined import CombinedProposer
 from speclm.proposers.draft_model import DraftModelProposer
 from speclm.proposers.interface import Proposer
@@ -181,14 +182,16 @@ def _build_heads(checkpoint: MedusaCheckpoint, view: TargetView, dtype: torch.dt
 def _wrap_draft_model(
     draft: PreTrainedModel, base: PreTrainedModel, options: dict[str, int]
 ) -> Proposer:
-    proposer = DraftModelProposer(draft, target=base, **options)
-    check = check_model(proposer.view)
-    if check.backend is not Backend.TREES:
-        raise UnsupportedModelError(
-            f"draft model {proposer.view.name} cannot draft trees: {check.reason}; choose a draft "
-            "model of a family that passes the self-check, such as Llama or Qwen"
-        )
-    return proposer
+    view = TargetView(draft)
+    check = check_model(view)
+    if check.backend is Backend.TREES:
+        return DraftModelProposer(draft, target=base, **options)
+    if check.backend is Backend.CHAINS:
+        return ChainDraftProposer(draft, target=base, **options)
+    raise UnsupportedModelError(
+        f"draft model {view.name} can draft neither trees nor chains: {check.reason}; choose one "
+        "of a family that passes the self-check, such as Llama or Qwen"
+    )
 
 
 def _create(name: str, options: dict[str, Any]) -> Proposer:

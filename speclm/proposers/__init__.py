@@ -1,6 +1,7 @@
 """Proposers: what guesses how the target will continue."""
 
 from speclm.config import ProposerConfig
+from speclm.proposers.chain_draft import ChainDraftConfig, ChainDraftProposer
 from speclm.proposers.combined import CombinedConfig, CombinedProposer
 from speclm.proposers.draft_model import DraftModelConfig, DraftModelProposer
 from speclm.proposers.interface import Draft, Prefill, Proposer, TargetNeeds
@@ -10,6 +11,8 @@ from speclm.proposers.registry import register_proposer, registered_proposers
 from speclm.target import TargetFeatures
 
 __all__ = [
+    "ChainDraftConfig",
+    "ChainDraftProposer",
     "CombinedConfig",
     "CombinedProposer",
     "Draft",

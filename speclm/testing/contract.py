@@ -76,7 +76,8 @@ def check_proposer(
     with torch.no_grad(), torch.random.fork_rng(devices=devices):
         for mode_temperature in (0.0, temperature):
             driver = _Driver(vocab_size, hidden_size, device, mode_temperature, seed)
-            _require_independence(make, driver, _batch(driver, max_length))
+            batch = _batch(driver, max_length)
+            _require_independence(make, driver, batch)
             _require_commits_matter(make, driver, max_length)
 
 
@@ -119,7 +120,14 @@ class _Driver:
             limits = [row.limit(positions[b], round_index) for b, row in enumerate(rows)]
             if not any(limits):
                 break  # no row is live
-            accepted = self._accept(draft, rows, positions).cut(limits)
+            accepted = self._accept(draft, rows, positions)
+            if proposer.needs_lockstep:
+                is_live = [
+                    round_index < row.ends_after and positions[b] < row.max_new_tokens
+                    for b, row in enumerate(rows)
+                ]
+                limits = _in_step(accepted, limits, is_live)
+            accepted = accepted.cut(limits)
             decided = [accepted.path, accepted.tokens]
             if needs_features:
                 accepted = accepted.with_features(self._features(draft.tokens))
@@ -222,6 +230,8 @@ def _require_independence(
     _require_same(history, driver.run(first, batch), what=what, remedy=remedy)
     _require_same(history, driver.run(make(), batch), what=what, remedy=remedy)
 
+    if first.needs_lockstep:
+        return  # what rows are given together depends on all of them, and so do their drafts
     what = f"{name} mixed the rows of a batch"
     remedy = "keep state per row, and mind left padding"
     for kept in range(len(batch)):
@@ -267,6 +277,16 @@ def _require_commits_matter(make: Callable[[], Proposer], driver: _Driver, max_l
             "not after different committed tokens, expected both to matter; take note "
             "of accepted.emitted in commit"
         )
+
+
+def _in_step(accepted: Accepted, limits: Sequence[int], is_live: Sequence[bool]) -> list[int]:
+    """Let all live rows have as many tokens as the one with the fewest, and none wait."""
+    given = [
+        len(path) if limit == 0 else min(len(path), limit)
+        for path, limit in zip(accepted.paths, limits, strict=True)
+    ]
+    fewest = min(count for count, live in zip(given, is_live, strict=True) if live)
+    return [fewest if live else 0 for live in is_live]
 
 
 def _require_same(expected: History, found: History, *, what: str, remedy: str) -> None:

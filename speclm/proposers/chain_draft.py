@@ -1,0 +1,201 @@
+"""Proposes what a smaller language model would say that takes chains alone, such as a hybrid."""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+from typing_extensions import override
+
+from speclm.acceptance.accepted import Accepted
+from speclm.config import (
+    MAX_DEPTH,
+    ProposerConfig,
+    require_count,
+    require_depth,
+    require_in_range,
+)
+from speclm.errors import OptionError, VocabularyMismatchError
+from speclm.proposers.interface import Draft, Prefill, Proposer, TargetNeeds
+from speclm.proposers.ranking import rank_log_probs
+from speclm.sampling.drafts import DraftSampler, DraftSampling
+from speclm.sampling.noise import PositionNoise
+from speclm.target import ChainReader, TargetView
+from speclm.tree.topology import chain
+
+
+@dataclass(frozen=True, slots=True)
+class ChainDraftConfig(ProposerConfig):
+    """Settings of `ChainDraftProposer`.
+
+    Args:
+        depth: Most tokens of a chain, each of which costs one draft forward.
+        num_draft_tokens: The same; the smaller of both counts.
+        min_confidence: A row grows no further once its chain is less likely than this.
+        min_growing: No further token is drafted once a smaller share of the rows grows: it costs
+            the whole batch a forward.
+    """
+
+    depth: int = 16
+    num_draft_tokens: int = 8
+    min_confidence: float = 0.4
+    min_growing: float = 0.75
+
+    def __post_init__(self) -> None:
+        require_depth("depth", self.depth)  # super() does not work in a slotted dataclass
+        require_count("num_draft_tokens", self.num_draft_tokens, low=1, high=MAX_DEPTH)
+        require_in_range("min_confidence", self.min_confidence, low=0.0, high=1.0)
+        require_in_range("min_growing", self.min_growing, low=0.0, high=1.0)
+
+
+class ChainDraftProposer(Proposer):
+    """Drafts one chain per row with a model that is fed as plain decoding feeds it.
+
+    That is the way to draft with recurrent and hybrid models, whose states cannot be kept per node
+    of a tree: what is rejected is taken back, and what was accepted behind it is read again.
+    """
+
+    needs_lockstep = True
+    draft_sampling = DraftSampling.WITHOUT_REPLACEMENT
+    config: ChainDraftConfig
+
+    def __init__(self, model: PreTrainedModel, *, target: PreTrainedModel, **options: Any) -> None:
+        """Wrap a loaded draft model.
+
+        Args:
+            model: A causal language model with the target's vocabulary.
+            target: The model that will verify.
+            **options: Fields of `ChainDraftConfig`.
+
+        Raises:
+            VocabularyMismatchError: If the two vocabularies differ.
+            OptionError: If an option is unknown or out of range.
+        """
+        known = {option.name for option in fields(ChainDraftConfig)}
+        unknown = sorted(options.keys() - known)
+        if unknown:
+            raise OptionError(
+                f"ChainDraftProposer has no option {unknown[0]!r}, expected some of "
+                f"{sorted(known)!r}; drop it or correct its name"
+            )
+        self.config = ChainDraftConfig(**options)
+        self.view = TargetView(model)
+        wanted = TargetView(target)
+        if self.view.vocab_size != wanted.vocab_size:
+            raise VocabularyMismatchError(
+                f"draft model {self.view.name} has a vocabulary of {self.view.vocab_size}, the "
+                f"target {wanted.name} one of {wanted.vocab_size}; choose a draft model that "
+                "shares the target's tokenizer"
+            )
+        self.needs = TargetNeeds(vocab_size=wanted.vocab_size)
+        self._longest = min(self.config.depth, self.config.num_draft_tokens)
+        self._prompt: Prefill | None = None
+        self._reader: ChainReader | None = None
+        self._unseen: Tensor | None = None
+        self._num_slots = 0
+        self._num_fed = 0
+        self._is_open = False  # whether a draft waits for a verdict
+        self._is_idle: list[bool] = []
+
+    @override
+    def begin(self, prompt: Prefill) -> None:
+        self._prompt, self._reader = prompt, None  # read by the first draft, if any
+        self._unseen, self._num_slots = prompt.first_tokens[:, None], prompt.tokens.shape[1] + 1
+        self._is_open, self._is_idle = False, [False] * len(prompt.first_tokens)
+
+    @override
+    def propose(self, roots: Int[Tensor, " batch"], *, noise: PositionNoise | None) -> Draft:
+        assert self._prompt is not None, "propose before begin"
+        bound = self.view.max_positions
+        if bound is not None and self._num_slots + self._longest > bound:
+            return Draft(roots[:, None], chain(0, device=roots.device), None)
+        self._is_open, self._num_fed = True, 0
+        logits = self._catch_up(self._prompt)
+        if self._prompt.sampler is not None:
+            return self._draw(roots, logits, self._prompt.sampler)
+        ends = torch.tensor(sorted(self._prompt.eos_token_ids), device=roots.device)
+        floor = math.log(max(self.config.min_confidence, 1e-30))
+        scores = torch.zeros(len(roots), device=roots.device)
+        grows = torch.tensor([not idle for idle in self._is_idle], device=roots.device)
+        num_live, tokens = max(int(grows.sum()), 1), [roots]
+        while True:
+            level_noise = None if noise is None else noise.at_depth(len(tokens) - 1)
+            ranked = rank_log_probs(
+                logits, temperature=self._prompt.temperature, noise=level_noise
+            )[:, 0]
+            score, token = ranked.max(1)
+            scores = scores + score
+            tokens.append(token)
+            grows = grows & (scores >= floor) & ~torch.isin(token, ends)
+            share = int(grows.sum()) / num_live  # a sync: the host decides whether to go on
+            if len(tokens) > self._longest or share < max(self.config.min_growing, 1e-6):
+                break
+            logits = self._feed(token)
+        return Draft(torch.stack(tokens, dim=1), chain(len(tokens) - 1, device=roots.device), None)
+
+    @override
+    def commit(self, accepted: Accepted) -> None:
+        assert self._unseen is not None, "commit before begin"
+        num_new = max(map(len, accepted.emitted))
+        goes_on = [len(tokens) == num_new for tokens in accepted.emitted]  # others have ended
+        self._is_idle = [not going for going in goes_on]
+        # What ended rows are fed is of no use to anybody.
+        rows = [tokens + [0] * (num_new - len(tokens)) for tokens in accepted.emitted]
+        new = torch.tensor(rows, device=self._unseen.device).view(len(rows), num_new)
+        self._num_slots += num_new
+        if not self._is_open:
+            self._unseen = torch.cat([self._unseen, new], dim=1)
+            return
+        assert self._reader is not None
+        followed = [
+            len(path) - 1 for path, going in zip(accepted.paths, goes_on, strict=True) if going
+        ]
+        num_kept = min(*followed, self._num_fed)
+        self._reader.keep(num_kept)
+        self._unseen, self._is_open = new[:, num_kept:], False
+
+    def _catch_up(self, prompt: Prefill) -> Float[Tensor, "batch 1 vocab"]:
+        """Read what was committed and return the logits behind it."""
+        assert self._unseen is not None
+        unseen = self._unseen
+        if self._reader is None:
+            tokens = torch.cat([prompt.tokens, unseen[:, :1]], dim=1)
+            slots = torch.arange(tokens.shape[1], device=tokens.device)
+            mask = (slots >= prompt.num_padding[:, None]).long()
+            self._reader = ChainReader.of_prompt(self.view, mask)
+            logits, unseen = self._reader.prefill(tokens), unseen[:, 1:]
+            if unseen.shape[1] == 0:
+                return logits
+        logits = self._reader.feed(unseen)[:, -1:]
+        self._reader.keep(unseen.shape[1])
+        return logits
+
+    def _feed(self, token: Int[Tensor, " batch"]) -> Float[Tensor, "batch 1 vocab"]:
+        assert self._reader is not None
+        self._num_fed += 1
+        return self._reader.feed(token[:, None])
+
+    def _draw(
+        self,
+        roots: Int[Tensor, " batch"],
+        logits: Float[Tensor, "batch 1 vocab"],
+        sampler: DraftSampler,
+    ) -> Draft:
+        """Draw every token of a chain of full length from its law."""
+        tokens, laws = [roots], []
+        while True:
+            laws.append(sampler.law(logits))
+            tokens.append(sampler.siblings(laws[-1], num=1)[:, 0, 0])
+            if len(tokens) > self._longest:
+                break
+            logits = self._feed(tokens[-1])
+        laws.append(torch.zeros_like(laws[0]))  # of the leaf
+        return Draft(
+            torch.stack(tokens, dim=1),
+            chain(len(tokens) - 1, device=roots.device),
+            None,
+            laws=torch.cat(laws, dim=1),
+        )
