@@ -4,14 +4,20 @@ This file is imported before any test module, hence before ``speclm``: the shape
 while a module is imported, and cannot be added to one that already is.
 """
 
+import atexit
 import ipaddress
 import os
+import shutil
 import socket
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tests start subprocesses
+# Self-checks of this run alone, subprocesses included: nothing old is read, no home is written to.
+os.environ["SPECLM_CACHE"] = tempfile.mkdtemp(prefix="speclm-tests-")
+atexit.register(shutil.rmtree, os.environ["SPECLM_CACHE"], ignore_errors=True)
 
 import hypothesis
 import jaxtyping
@@ -82,18 +88,9 @@ def _no_network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     assert not refused, f"the test reached for the network: {refused}"
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _verdicts_of_the_session_alone(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Keep self-checks in a folder of this run: nothing old is read, and no home is written to.
-
-    Tests that plant a fault and build a `SpecModel` take `no_verdicts` besides.
-    """
-    os.environ["SPECLM_CACHE"] = str(tmp_path_factory.mktemp("speclm"))  # read by subprocesses too
-
-
 @pytest.fixture
 def no_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have every model checked, whatever is known of its kind."""
+    """Have every model checked: for tests that plant a fault and build a `SpecModel`."""
     monkeypatch.setenv("SPECLM_CACHE", "")
 
 
