@@ -4,27 +4,12 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from transformers import (
-    BloomConfig,
-    BloomForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3NextConfig,
-    Qwen3NextForCausalLM,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 VOCAB_SIZE = 160
 WINDOW = 8  # shorter than most prompts, so that it ends inside a draft
-FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 
-_SHAPE = {
+SHAPE: dict[str, object] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 40,
     "intermediate_size": 48,
@@ -36,58 +21,60 @@ _SHAPE = {
     "eos_token_id": None,
     "pad_token_id": 0,
 }
-_FAMILIES = {
-    "llama": (LlamaForCausalLM, LlamaConfig, {"head_dim": 20, "attention_bias": True}),
-    "qwen2": (
-        Qwen2ForCausalLM,
-        Qwen2Config,
-        {
-            "num_hidden_layers": 3,
-            "use_sliding_window": True,
-            "sliding_window": WINDOW,
-            "max_window_layers": 1,
-        },
-    ),
-    "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 12, "num_key_value_heads": 1}),
-    "mistral": (MistralForCausalLM, MistralConfig, {"sliding_window": WINDOW, "head_dim": 12}),
+SETTINGS: dict[str, dict[str, object]] = {
+    "llama": {"head_dim": 20, "attention_bias": True},
+    "qwen2": {
+        "num_hidden_layers": 3,
+        "use_sliding_window": True,
+        "sliding_window": WINDOW,
+        "max_window_layers": 1,
+    },
+    "qwen3": {"head_dim": 12, "num_key_value_heads": 1},
+    "mistral": {"sliding_window": WINDOW, "head_dim": 12},
     # These take chains alone: positions by slot, and a recurrent state in every second layer.
-    "bloom": (BloomForCausalLM, BloomConfig, {"n_layer": 2, "n_head": 4}),
-    "qwen3_next": (
-        Qwen3NextForCausalLM,
-        Qwen3NextConfig,
-        {
-            "layer_types": ["linear_attention", "full_attention"],
-            "head_dim": 12,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
-            "num_experts": 0,
-        },
-    ),
+    "bloom": {"n_layer": 2, "n_head": 4},
+    "qwen3_next": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "head_dim": 12,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "num_experts": 0,
+    },
 }
+FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
+"""Families that stand for all with trees where a test is long; the rest are in tests/families."""
 
 
 def build_model(family: str, *, seed: int = 0, **settings: object) -> PreTrainedModel:
     """Return a new random model whose greedy output does not repeat itself at once."""
-    model_type, config_type, own = _FAMILIES[family]
-    model = model_type(config_type(**{**_SHAPE, **own, **settings}))
-    return randomise(model, seed=seed)
+    config = AutoConfig.for_model(family, **{**SHAPE, **SETTINGS[family], **settings})
+    return randomise(AutoModelForCausalLM.from_config(config), seed=seed)
 
 
-def randomise(model: PreTrainedModel, *, seed: int = 0) -> PreTrainedModel:
-    """Redraw the weights from a fixed seed, large enough for peaked and varied laws."""
+def randomise(
+    model: PreTrainedModel, *, seed: int = 0, embedding_scale: float = 1.0
+) -> PreTrainedModel:
+    """Redraw the weights from a fixed seed, large enough for peaked and varied laws.
+
+    Args:
+        model: Changed in place.
+        seed: Of the weights.
+        embedding_scale: Standard deviation of embeddings. Where they are the head too, large ones
+            let every token repeat itself.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() > 1:
-                scale = 1.0 if "embed" in name else 3.0 * parameter.shape[1] ** -0.5
-                parameter.copy_(noise * scale)
+                inputs = parameter.shape[1 if parameter.dim() == 2 else -1]
+                parameter.copy_(noise * (embedding_scale if "embed" in name else 3 * inputs**-0.5))
             elif name.endswith("bias"):
                 parameter.copy_(noise * 0.3)
             else:
-                parameter.copy_(1.0 + 0.2 * noise)  # a norm
+                parameter.copy_(1.0 + 0.2 * noise)  # a norm, a sink, a step of a recurrence
     return model.eval()
 
 

@@ -1,0 +1,84 @@
+"""Calls of `generate` that every family is compared in, with a draft that is nearly right."""
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from speclm import SpecModel
+from speclm.stats import SpeculationStats
+from speclm.testing import ScriptedProposer
+from speclm.verify import Backend
+from tests.families.building import FAMILIES, shared_family
+from tests.models import generate, prompts
+
+NEW_TOKENS = 12
+DEPTH = 4
+WRONG_AT = (3, 4, 9)
+MAX_FORWARDS = math.ceil(NEW_TOKENS / (DEPTH + 1)) + len(WRONG_AT)
+"""Forwards that the draft takes when its tokens are kept wherever they are right."""
+
+CELLS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
+    "greedy": ((11,), {"do_sample": False}),
+    "sampled": ((9,), {"do_sample": True, "temperature": 0.8, "top_p": 0.95}),
+    "padded rows": ((11, 5, 14), {"do_sample": True}),
+    "repetition penalty": ((12, 6), {"do_sample": False, "repetition_penalty": 1.4}),
+}
+"""Lengths of the prompts, and settings."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Comparison:
+    """A call of `generate` beside plain decoding.
+
+    Args:
+        expected: Tokens of plain decoding, with the prompts.
+        found: Ours.
+        has_equal_state: Whether the random generator was left as plain decoding leaves it.
+        stats: Ours.
+    """
+
+    expected: Tensor
+    found: Tensor
+    has_equal_state: bool
+    stats: SpeculationStats
+
+    @property
+    def is_identical(self) -> bool:
+        """Whether tokens and generator are those of plain decoding."""
+        return torch.equal(self.found, self.expected) and self.has_equal_state
+
+
+@cache
+def shared_spec(name: str) -> SpecModel:
+    """Return a wrapped model of a family; give it a proposer before every call."""
+    return SpecModel(shared_family(name), None)
+
+
+@cache
+def plain(name: str, cell: str) -> tuple[Tensor, Tensor]:
+    """Return the tokens of plain decoding and the generator's state behind it."""
+    lengths, settings = CELLS[cell]
+    model = shared_family(name)
+    return generate(model, prompts(*lengths), max_new_tokens=NEW_TOKENS, **settings)
+
+
+def compare(name: str, cell: str) -> Comparison:
+    """Decode a cell with a draft that is wrong at `WRONG_AT` alone."""
+    lengths, settings = CELLS[cell]
+    inputs = prompts(*lengths)
+    expected, state = plain(name, cell)
+    reference = expected[:, inputs["input_ids"].shape[1] :].tolist()
+    spec = shared_spec(name)
+    # A chain has one guess at each depth; beside the true one a tree has a wrong one before it.
+    num_siblings = int(FAMILIES[name].backend is not Backend.CHAINS)
+    spec.proposer = ScriptedProposer(
+        reference, wrong_at=WRONG_AT, depth=DEPTH, num_siblings=num_siblings
+    )
+    found, found_state = generate(spec, inputs, max_new_tokens=NEW_TOKENS, **settings)
+    stats = spec.last_speculation
+    assert stats is not None
+    return Comparison(expected, found, torch.equal(found_state, state), stats)
