@@ -1,5 +1,6 @@
 """View of a Hugging Face causal language model: what it is made of, and forwards over trees."""
 
+import inspect
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -96,6 +97,10 @@ class TargetView:
         other = kinds - {"full_attention", "sliding_attention"}
         if other:
             return f"layers of type {', '.join(sorted(other))} may see more than positions tell"
+        if "position_ids" not in inspect.signature(type(self.model).forward).parameters:
+            return f"{type(self.model).__name__} takes no position_ids, and counts slots itself"
+        if getattr(config, "alibi", False):
+            return "ALiBi biases attention by slot, where siblings share a position"
         for name, buffer in self.model.named_buffers():
             if _is_band(buffer):
                 return f"{name} masks by slot, where siblings share a position"

@@ -17,8 +17,6 @@ ATTENTION_ROWS = (
         "qwen2_moe",
         {**EXPERTS, "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
         "Qwen1.5-MoE, Qwen2-57B-A14B",
-        backend=Backend.PLAIN,
-        reason="window of 8 is not passed",
     ),
     Family("apertus", {}, "Apertus", seed=5),
     Family("arcee", {}, "AFM-4.5B"),
@@ -38,21 +36,12 @@ ATTENTION_ROWS = (
         "ERNIE 4.5 21B-A3B",
     ),
     Family("exaone4", {**HALF_WINDOW, "sliding_window_pattern": 2, "head_dim": 12}, "EXAONE 4.0"),
-    Family(
-        "falcon",
-        {"new_decoder_architecture": True, "num_kv_heads": 2},
-        "Falcon 40B",
-        backend=Backend.PLAIN,
-        reason="TypeError",
-        seed=8,
-    ),
+    Family("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}, "Falcon 40B", seed=8),
     Family(
         "falcon",
         {"new_decoder_architecture": False, "multi_query": True},
         "Falcon 7B",
         "multi-query",
-        backend=Backend.PLAIN,
-        reason="TypeError",
     ),
     Family("gemma", {"head_dim": 12, "num_key_value_heads": 1}, "Gemma", embedding_scale=0.2),
     Family(
@@ -66,8 +55,6 @@ ATTENTION_ROWS = (
             "final_logit_softcapping": 8.0,
         },
         "Gemma 2",
-        backend=Backend.PLAIN,
-        reason="softcap",
         embedding_scale=0.2,
     ),
     Family(
@@ -113,10 +100,8 @@ ATTENTION_ROWS = (
     Family("gpt2", {"hidden_size": 36}, "GPT-2, DistilGPT-2", embedding_scale=0.2, seed=7),
     Family("gpt_bigcode", {}, "StarCoder, SantaCoder", embedding_scale=0.5),
     Family("gpt_neox", {"rotary_pct": 0.4}, "Pythia, GPT-NeoX-20B, Dolly"),
-    Family(
-        "gptj", {"rotary_dim": 4}, "GPT-J 6B", backend=Backend.PLAIN, reason="logits differ", seed=2
-    ),
-    Family("codegen", {"rotary_dim": 4}, "CodeGen", backend=Backend.PLAIN, reason="logits differ"),
+    Family("gptj", {"rotary_dim": 4}, "GPT-J 6B", seed=2),
+    Family("codegen", {"rotary_dim": 4}, "CodeGen"),
     Family(
         "gpt_oss",
         {
@@ -126,8 +111,6 @@ ATTENTION_ROWS = (
             "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
         },
         "gpt-oss 20b and 120b",
-        backend=Backend.PLAIN,
-        reason="s_aux",
     ),
     Family(
         "granite",
@@ -157,13 +140,7 @@ ATTENTION_ROWS = (
     Family("persimmon", {"partial_rotary_factor": 0.4}, "Persimmon 8B", seed=6),
     Family("phi", {"partial_rotary_factor": 0.4}, "Phi-1, Phi-1.5, Phi-2"),
     Family("phi3", {"sliding_window": WINDOW, "partial_rotary_factor": 0.4}, "Phi-3, Phi-4"),
-    Family(
-        "phimoe",
-        {**EXPERTS, "sliding_window": WINDOW},
-        "Phi-3.5-MoE",
-        backend=Backend.PLAIN,
-        reason="window of 8 is not passed",
-    ),
+    Family("phimoe", {**EXPERTS, "sliding_window": WINDOW}, "Phi-3.5-MoE"),
     Family("seed_oss", {"head_dim": 12}, "Seed-OSS 36B"),
     Family("smollm3", {"no_rope_layers": [1, 0]}, "SmolLM3 3B"),
     Family(
@@ -186,10 +163,10 @@ ATTENTION_ROWS = (
         {"alibi": True, "new_decoder_architecture": False, "tie_word_embeddings": False},
         "Falcon-RW",
         "alibi",
-        backend=Backend.PLAIN,
-        reason="TypeError",
         embedding_scale=0.3,
         seed=4,
+        backend=Backend.PLAIN,
+        reason="logits differ",
     ),
     Family(
         "mpt",
@@ -197,7 +174,7 @@ ATTENTION_ROWS = (
         "MPT",
         seed=4,
         backend=Backend.PLAIN,
-        reason="AttributeError",
+        reason="logits differ",
     ),
     Family(
         "gpt_neo",
@@ -207,14 +184,7 @@ ATTENTION_ROWS = (
         reason="logits differ",
         seed=1,
     ),
-    Family(
-        "xglm",
-        {"tie_word_embeddings": False},
-        "XGLM",
-        backend=Backend.PLAIN,
-        reason="logits differ",
-        seed=4,
-    ),
+    Family("xglm", {"tie_word_embeddings": False}, "XGLM", seed=4),
     Family(
         "llama4_text",
         {
@@ -229,8 +199,8 @@ ATTENTION_ROWS = (
             "layer_types": ["chunked_attention"] * 3 + [GLOBAL],
         },
         "Llama 4, text alone",
-        backend=Backend.PLAIN,
-        reason="chunks",
         seed=1,
+        backend=Backend.PLAIN,
+        reason="and_mask",
     ),
 )

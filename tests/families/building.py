@@ -28,12 +28,17 @@ def build_family(name: str) -> PreTrainedModel:
     return randomise(model, seed=row.seed, embedding_scale=row.embedding_scale)
 
 
-def build_type(model_type: str, settings: Mapping[str, object]) -> PreTrainedModel:
-    """Return a model of a type; of the sizes in `SHAPE`, a config takes those that it knows."""
+def build_type(
+    model_type: str,
+    settings: Mapping[str, object],
+    *,
+    sizes: Mapping[str, object] = SHAPE,
+) -> PreTrainedModel:
+    """Return a model of a type; of the sizes, a config takes those that it knows."""
     default = AutoConfig.for_model(model_type)
     shape = {
         key: value
-        for key, value in SHAPE.items()
+        for key, value in sizes.items()
         if hasattr(default, key) or key.endswith("_token_id")
     }
     config = AutoConfig.for_model(model_type, **{**shape, **settings})

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from speclm import SpecModel
 from speclm.stats import SpeculationStats
 from speclm.testing import ScriptedProposer
 from speclm.verify import Backend
-from tests.families.building import FAMILIES, shared_family
+from tests.families.building import shared_family
 from tests.models import generate, prompts
 
 NEW_TOKENS = 12
@@ -47,6 +48,11 @@ class Comparison:
     stats: SpeculationStats
 
     @property
+    def num_forwards(self) -> int:
+        """Forwards of the target; the prompt's own verifies a draft as well."""
+        return 1 + self.stats.rounds
+
+    @property
     def is_identical(self) -> bool:
         """Whether tokens and generator are those of plain decoding."""
         return torch.equal(self.found, self.expected) and self.has_equal_state
@@ -59,24 +65,34 @@ def shared_spec(name: str) -> SpecModel:
 
 
 @cache
-def plain(name: str, cell: str) -> tuple[Tensor, Tensor]:
+def shared_plain(name: str, cell: str) -> tuple[Tensor, Tensor]:
+    """Return what `plain` does for a family of the table."""
+    return plain(shared_family(name), cell)
+
+
+def plain(model: PreTrainedModel, cell: str) -> tuple[Tensor, Tensor]:
     """Return the tokens of plain decoding and the generator's state behind it."""
     lengths, settings = CELLS[cell]
-    model = shared_family(name)
     return generate(model, prompts(*lengths), max_new_tokens=NEW_TOKENS, **settings)
 
 
-def compare(name: str, cell: str) -> Comparison:
-    """Decode a cell with a draft that is wrong at `WRONG_AT` alone."""
+def compare(spec: SpecModel, cell: str, *, reference: tuple[Tensor, Tensor]) -> Comparison:
+    """Decode a cell with a draft that is wrong at `WRONG_AT` alone.
+
+    Args:
+        spec: Gets a proposer.
+        cell: One of `CELLS`.
+        reference: What `plain` returns for it.
+    """
     lengths, settings = CELLS[cell]
     inputs = prompts(*lengths)
-    expected, state = plain(name, cell)
-    reference = expected[:, inputs["input_ids"].shape[1] :].tolist()
-    spec = shared_spec(name)
+    expected, state = reference
     # A chain has one guess at each depth; beside the true one a tree has a wrong one before it.
-    num_siblings = int(FAMILIES[name].backend is not Backend.CHAINS)
     spec.proposer = ScriptedProposer(
-        reference, wrong_at=WRONG_AT, depth=DEPTH, num_siblings=num_siblings
+        expected[:, inputs["input_ids"].shape[1] :].tolist(),
+        wrong_at=WRONG_AT,
+        depth=DEPTH,
+        num_siblings=0 if spec.self_check.backend is Backend.CHAINS else 1,
     )
     found, found_state = generate(spec, inputs, max_new_tokens=NEW_TOKENS, **settings)
     stats = spec.last_speculation

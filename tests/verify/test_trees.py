@@ -241,6 +241,7 @@ LOCAL_BY_SLOT = {
     ("model_type", "settings", "reason"),
     [
         ("gpt_neo", LOCAL_BY_SLOT, "bias masks by slot"),
+        ("llama", {"alibi": True}, "ALiBi"),
         ("llama", {"layer_types": ["linear_attention"] * 2}, "layers of type linear_attention"),
     ],
 )
