@@ -26,7 +26,7 @@ sys.path.insert(0, str(markers.ROOT))  # the table of this checkout
 
 import torch
 import transformers
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from speclm import SpecModel
@@ -37,16 +37,17 @@ from tests.families.family import EXPERTS, LATENT
 from tests.models import SHAPE, WINDOW, randomise
 
 OUT = markers.ROOT / "benchmarks" / "results" / "families.jsonl"
-MAX_PARAMETERS = 3e6
+MAX_PARAMETERS = 3e7
 SIZES: dict[str, object] = {
     **SHAPE,
     **EXPERTS,
-    **LATENT,
     "hidden_size": 48,
+    "num_hidden_layers": 4,
     "head_dim": 12,
-    "num_key_value_heads": 2,
     "sliding_window": WINDOW,
     "is_decoder": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
 }
 """What every type is tried with, as far as its config knows it."""
 
@@ -92,11 +93,14 @@ def survey_model(model_type: str) -> PreTrainedModel:
     Raises:
         UnsupportedModelError: If it is too large to be tried.
     """
+    sizes = SIZES
+    if hasattr(AutoConfig.for_model(model_type), "qk_rope_head_dim"):
+        sizes = {**SIZES, **LATENT, "head_dim": LATENT["qk_rope_head_dim"]}
     with torch.device("meta"):
-        num_parameters = build_type(model_type, {}, sizes=SIZES).num_parameters()
+        num_parameters = build_type(model_type, {}, sizes=sizes).num_parameters()
     if num_parameters > MAX_PARAMETERS:
         raise UnsupportedModelError(f"{num_parameters / 1e6:.0f} million parameters, too many")
-    return randomise(build_type(model_type, {}, sizes=SIZES))
+    return randomise(build_type(model_type, {}, sizes=sizes))
 
 
 def write(path: Path, rows: list[Row], *, version: str) -> None:

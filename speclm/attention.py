@@ -73,6 +73,11 @@ class TreeStep:
         self._biases: dict[tuple[int | None, torch.dtype], Tensor | None] = {}
         self._masks: dict[int | None, Bool[Tensor, "batch 1 nodes kv_len"] | None] = {}
 
+    @property
+    def windows(self) -> set[int | None]:
+        """Sliding windows that the model has asked for; None among them for full attention."""
+        return {window for window, _ in self._biases}
+
     def mask(self, window: int | None) -> Bool[Tensor, "batch 1 nodes kv_len"] | None:
         """Return the attention mask of a layer with the given sliding window.
 

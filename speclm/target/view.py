@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from speclm.attention import TreeStep, attached, attention_configs, tree_step
@@ -42,6 +43,7 @@ class TargetView:
         self.model = model
         self._text_config = model.config.get_text_config()
         self._configs = attention_configs(model)
+        self._windows: set[int | None] = set()  # what masks were asked for in tree forwards
         self.features: Float[Tensor, "batch nodes hidden"] | None = None
         """Hidden states of the last forward, inside `decoding` when some were asked for."""
         self._running_thread: int | None = None  # that of a forward of this view
@@ -105,6 +107,23 @@ class TargetView:
             if _is_band(buffer):
                 return f"{name} masks by slot, where siblings share a position"
         return None
+
+    def cache_obstacle(self) -> str | None:
+        """Say what plain decoding forgets though the model's masks, in tree forwards, show it.
+
+        Trees keep everything, and leave it to the masks what is seen.
+        """
+        layers = DynamicCache(config=self.model.config.get_text_config(decoder=True)).layers
+        kept = {
+            layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)
+        }
+        forgotten = sorted(kept - self._windows)
+        if not forgotten:
+            return None
+        return (
+            f"plain decoding forgets what is beyond a window of {forgotten[0]}, which the model's "
+            "own mask does not have"
+        )
 
     @property
     def name(self) -> str:
@@ -246,6 +265,7 @@ class TargetView:
                 logits_to_keep=num_logits,
             )
         cache.append(num_nodes)
+        self._windows |= step.windows
         return logits
 
     def head_logits(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows vocab"]:

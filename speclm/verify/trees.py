@@ -33,7 +33,9 @@ def check_trees(target: TargetView) -> SelfCheck:
     obstacle = target.tree_obstacle()
     if obstacle is not None:  # which tiny trees may not run into
         return SelfCheck(Backend.PLAIN, obstacle)
-    return attempt(target, Backend.TREES, _measure)
+    check = attempt(target, Backend.TREES, _measure)
+    obstacle = target.cache_obstacle() if check.backend is Backend.TREES else None
+    return check if obstacle is None else SelfCheck(Backend.PLAIN, obstacle, check.error)
 
 
 @torch.no_grad()
