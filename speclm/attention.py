@@ -70,13 +70,10 @@ class TreeStep:
         has_one = visible is None or visible.shape[1] + cache.num_pending == 1
         self.is_plain = has_one and not cache.is_ragged and not cache.has_padding
         """Whether this is a step of plain decoding: one node a row, whose slot is its position."""
+        self.windows: set[int | None] = set()
+        """Windows that the model has asked masks for; None among them for full attention."""
         self._biases: dict[tuple[int | None, torch.dtype], Tensor | None] = {}
         self._masks: dict[int | None, Bool[Tensor, "batch 1 nodes kv_len"] | None] = {}
-
-    @property
-    def windows(self) -> set[int | None]:
-        """Sliding windows that the model has asked for; None among them for full attention."""
-        return {window for window, _ in self._biases}
 
     def mask(self, window: int | None) -> Bool[Tensor, "batch 1 nodes kv_len"] | None:
         """Return the attention mask of a layer with the given sliding window.
@@ -337,9 +334,10 @@ def _attend(
 
 def _tree_mask(previous: str) -> MaskFunction:
     def mask(*args: Any, **kwargs: Any) -> Tensor | None:
-        step = _STEP.get()
+        step, window = _STEP.get(), kwargs.get("local_size")
+        if step is not None:
+            step.windows.add(window)
         if step is not None and not step.is_plain:
-            window = kwargs.get("local_size")
             _require_window(kwargs.get("mask_function", causal_mask_function), window)
             return step.bias(window, kwargs.get("dtype", torch.float32))
         if previous not in ALL_MASK_ATTENTION_FUNCTIONS:

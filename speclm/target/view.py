@@ -43,7 +43,6 @@ class TargetView:
         self.model = model
         self._text_config = model.config.get_text_config()
         self._configs = attention_configs(model)
-        self._windows: set[int | None] = set()  # what masks were asked for in tree forwards
         self.features: Float[Tensor, "batch nodes hidden"] | None = None
         """Hidden states of the last forward, inside `decoding` when some were asked for."""
         self._running_thread: int | None = None  # that of a forward of this view
@@ -108,22 +107,30 @@ class TargetView:
                 return f"{name} masks by slot, where siblings share a position"
         return None
 
-    def cache_obstacle(self) -> str | None:
-        """Say what plain decoding forgets though the model's masks, in tree forwards, show it.
+    def require_masked_windows(self) -> None:
+        """Check that masks hide what plain decoding's cache forgets.
 
-        Trees keep everything, and leave it to the masks what is seen.
+        Otherwise tokens that are fed at once see more than each would by itself. Runs a forward
+        of one token if the cache has sliding windows.
+
+        Raises:
+            UnsupportedModelError: If they do not.
         """
         layers = DynamicCache(config=self.model.config.get_text_config(decoder=True)).layers
         kept = {
             layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)
         }
-        forgotten = sorted(kept - self._windows)
-        if not forgotten:
-            return None
-        return (
-            f"plain decoding forgets what is beyond a window of {forgotten[0]}, which the model's "
-            "own mask does not have"
-        )
+        if not kept:
+            return
+        token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        step = TreeStep(None, token, self.new_cache(token[0]))
+        with attached(self._configs), tree_step(step):
+            self.model(input_ids=token, use_cache=False)
+        if not kept <= step.windows:
+            raise UnsupportedModelError(
+                f"plain decoding forgets what is beyond a window of {min(kept - step.windows)}, "
+                "which the model's masks show; it decodes one token at a time"
+            )
 
     @property
     def name(self) -> str:
@@ -265,7 +272,6 @@ class TargetView:
                 logits_to_keep=num_logits,
             )
         cache.append(num_nodes)
-        self._windows |= step.windows
         return logits
 
     def head_logits(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows vocab"]:

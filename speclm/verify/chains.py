@@ -38,6 +38,7 @@ def _measure(target: TargetView) -> Evidence:
     wrong = tokens[:, longest + _NUM_STEPS :]
     text[1, -1] = text[0, -1]
 
+    target.require_masked_windows()
     with target.decoding():
         wanted = _in_steps(target, prompts, mask, text)
         found = _in_chains(target, prompts, mask, text, wrong)

@@ -33,9 +33,7 @@ def check_trees(target: TargetView) -> SelfCheck:
     obstacle = target.tree_obstacle()
     if obstacle is not None:  # which tiny trees may not run into
         return SelfCheck(Backend.PLAIN, obstacle)
-    check = attempt(target, Backend.TREES, _measure)
-    obstacle = target.cache_obstacle() if check.backend is Backend.TREES else None
-    return check if obstacle is None else SelfCheck(Backend.PLAIN, obstacle, check.error)
+    return attempt(target, Backend.TREES, _measure)
 
 
 @torch.no_grad()
@@ -54,6 +52,7 @@ def _measure(target: TargetView) -> Evidence:
     cache.keep([kept for kept, _ in _PATHS])
     after_second = target.forward_tree(second, topology, cache)
 
+    target.require_masked_windows()
     sequences, found = [], []
     for row, (kept, compared) in enumerate(_PATHS):
         parts = [prompts[row, int(padding[row]) :], first[row, kept], second[row, compared]]
