@@ -17,13 +17,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is importe
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tests start subprocesses
 # Self-checks of this run alone, subprocesses included: nothing old is read, no home is written to.
 os.environ["SPECLM_CACHE"] = tempfile.mkdtemp(prefix="speclm-tests-")
-atexit.register(shutil.rmtree, os.environ["SPECLM_CACHE"], ignore_errors=True)
 
 import hypothesis
 import jaxtyping
 import pytest
 import torch
 from beartype import BeartypeConf, FrozenDict, beartype
+
+atexit.register(shutil.rmtree, os.environ["SPECLM_CACHE"], ignore_errors=True)
 
 # beartype knows what Self means where it decorates a class; the hook gives it the methods alone.
 check_types = beartype(conf=BeartypeConf(hint_overrides=FrozenDict({Self: Any})))
