@@ -4,6 +4,7 @@ import inspect
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
 from typing import Any, cast
 
 import torch
@@ -17,9 +18,16 @@ from speclm.attention import TreeStep, attached, attention_configs, tree_step
 from speclm.cache.tree_cache import TreeCache
 from speclm.errors import PromptError, UnsupportedModelError
 from speclm.target.claims import exclusive
-from speclm.target.features import TargetFeatures
 from speclm.target.rotary import RotarySwitch, rotary_switch
 from speclm.tree.topology import TreeTopology
+
+
+class TargetFeatures(Enum):
+    """Hidden states of the target that a proposer needs."""
+
+    NONE = "none"
+    LAST_HIDDEN = "last hidden"
+    """What the target's head reads: the decoder's output, after the final norm."""
 
 
 class TargetView:
