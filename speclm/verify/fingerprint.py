@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from transformers import PretrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -49,7 +49,7 @@ class Fingerprint:
 
     Args:
         digest: Of everything that can be named: class, config, versions, dtype, device, attention
-            implementation and modules.
+            implementation, modules and a few weights.
         foreign: Classes and functions of other packages than Transformers and torch. Their names
             do not tell what they do, so they are compared by identity.
         is_lasting: Whether the digest alone tells the kind, in other processes too.
@@ -80,6 +80,7 @@ def fingerprint(target: TargetView) -> Fingerprint | None:
             _describe_device(target.device),
             *(_describe_config(config, foreign) for config in attention_configs(model)),
             *_describe_modules(model, foreign),
+            _describe_weights(model),
         ]
     except _UnknownError:
         return None
@@ -163,6 +164,21 @@ def _describe_modules(model: nn.Module, foreign: list[object]) -> Iterator[str]:
             for value in vars(sys.modules[module_name]).values():
                 if isinstance(value, FunctionType):
                     _note_function(value, foreign)
+
+
+def _describe_weights(model: nn.Module) -> str:
+    """Return one number of each parameter.
+
+    Some models compute something else in chains than in steps only for certain weights: where a
+    bound is applied in one of them, and a trained number exceeds it.
+    """
+    samples: dict[torch.device, list[Tensor]] = {}
+    for parameter in model.parameters():
+        if parameter.numel() and parameter.device.type != "meta":
+            middle = parameter.detach().reshape(-1)[parameter.numel() // 2]
+            samples.setdefault(parameter.device, []).append(middle.float())
+    # One sync for each device.
+    return str([torch.stack(numbers).tolist() for numbers in samples.values()])
 
 
 def _describe_state(module: nn.Module, state: dict[str, Any]) -> Iterator[str]:
