@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is loaded
+os.environ["SPECLM_CACHE"] = ""  # every model is checked
 
 import markers
 

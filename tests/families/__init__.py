@@ -5,11 +5,19 @@ prompts, grouped heads, biases, odd widths of heads, scaled or capped logits, ti
 come from `tests.models.SHAPE`; what a config does not know is left out.
 """
 
-from tests.families.building import FAMILIES, build_family, build_type, is_known, shared_family
+from tests.families.building import (
+    FAMILIES,
+    ROWS,
+    build_family,
+    build_type,
+    is_known,
+    shared_family,
+)
 from tests.families.family import Family
 
 __all__ = [
     "FAMILIES",
+    "ROWS",
     "Family",
     "build_family",
     "build_type",

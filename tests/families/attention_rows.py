@@ -126,6 +126,7 @@ ATTENTION_ROWS = (
     Family("helium", {"head_dim": 10}, "Helium 1"),
     Family("hunyuan_v1_dense", {"head_dim": 12}, "Hunyuan 0.5B to 7B", seed=1),
     Family("hunyuan_v1_moe", {**EXPERTS, "head_dim": 12, "moe_topk": 2}, "Hunyuan A13B"),
+    Family("internlm3", {"head_dim": 12}, "InternLM3 8B", since="5.23"),
     Family("minimax_m2", {**EXPERTS, "head_dim": 12}, "MiniMax-M2"),
     Family("ministral", {**HALF_WINDOW, "head_dim": 12}, "Ministral 8B"),
     Family("ministral3", {"head_dim": 12}, "Ministral 3"),

@@ -11,13 +11,15 @@ from tests.families.attention_rows import ATTENTION_ROWS
 from tests.families.recurrent_rows import RECURRENT_ROWS
 from tests.models import SHAPE, randomise
 
+ROWS = (*ATTENTION_ROWS, *RECURRENT_ROWS)
+
 
 def is_known(model_type: str) -> bool:
     """Tell whether the installed Transformers has a model type."""
     return model_type in CONFIG_MAPPING_NAMES
 
 
-FAMILIES = {row.name: row for row in (*ATTENTION_ROWS, *RECURRENT_ROWS) if is_known(row.model_type)}
+FAMILIES = {row.name: row for row in ROWS if is_known(row.model_type)}
 """Rows whose models the installed Transformers can build."""
 
 

@@ -43,7 +43,7 @@ class Family:
         variant: What distinguishes it from other rows of its type.
         backend: How it is verified.
         reason: Words of the self-check's reason, where that is not by trees.
-        since: First Transformers version that has the model type, among those we support.
+        since: First Transformers version that has the model type, of those we test.
         embedding_scale: See `tests.models.randomise`.
         seed: Of weights whose greedy output does not repeat itself at once.
     """

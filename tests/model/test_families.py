@@ -1,16 +1,48 @@
 """The promise for every family: the tokens of `base.generate`, verified as the table says."""
 
+import json
+from pathlib import Path
+
 import pytest
+import transformers
+from packaging.version import Version
 
 from speclm import SpecModel
 from speclm.verify import Backend
-from tests.families import FAMILIES, build_family
+from tests.families import FAMILIES, ROWS, build_family, is_known
 from tests.families.cells import CELLS, MAX_FORWARDS, compare, shared_plain, shared_spec
 from tests.models import prompts
 
 VERIFIED = [name for name, row in FAMILIES.items() if row.backend is not Backend.PLAIN]
 WITHOUT_TREES = [name for name, row in FAMILIES.items() if row.backend is not Backend.TREES]
 DECODED_PLAINLY = [name for name in FAMILIES if name not in VERIFIED]
+
+RECORDS = Path(__file__).parents[2] / "benchmarks" / "results" / "families.jsonl"
+
+
+def recorded() -> list[dict]:
+    """Return the rows of the table that were recorded under the installed Transformers."""
+    rows = [json.loads(line) for line in RECORDS.read_text(encoding="utf-8").splitlines()]
+    return [
+        row
+        for row in rows
+        if row["kind"] == "table" and row["transformers"] == transformers.__version__
+    ]
+
+
+def test_rows_are_left_out_by_older_versions_alone():
+    installed = Version(transformers.__version__)
+    for row in ROWS:
+        assert is_known(row.model_type) == (installed >= Version(row.since)), row.name
+
+
+def test_verdicts_of_the_compatibility_page_are_those_of_today():
+    rows = recorded()
+    if not rows:
+        pytest.skip(f"no records of Transformers {transformers.__version__}")
+    found = {row["family"]: row["backend"] for row in rows}
+    assert found == {name: shared_spec(name).self_check.backend.value for name in FAMILIES}
+    assert all(cell["identical"] for row in rows for cell in row["cells"].values())
 
 
 @pytest.mark.parametrize("name", FAMILIES)
