@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is loaded
-os.environ["SPECLM_CACHE"] = ""  # every model is checked
 
 import markers
 
@@ -123,6 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--all", action="store_true", help="survey every other causal LM as well")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args(arguments)
+    os.environ["SPECLM_CACHE"] = ""  # every model is checked anew
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
