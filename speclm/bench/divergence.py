@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from speclm.bench.calls import Call
 from speclm.sampling.noise import PositionNoise
-from speclm.target import TargetView
+from speclm.target import ChainReader, TargetView
 from speclm.tree.topology import chain
+from speclm.verify import Backend, check_model
 
 MAX_GAP_PER_DIFFERENCE = 4.0
 """Two roundings move two scores; beyond twice their sum a divergence is a mistake."""
@@ -106,22 +107,38 @@ def _largest_difference(one: Float[Tensor, " vocab"], other: Float[Tensor, " voc
 def _logits_in_all_ways(
     base: PreTrainedModel, call: Call, row: int, decoded: list[int]
 ) -> Iterator[Float[Tensor, " vocab"]]:
-    """Return the logits after `decoded`, fed token by token and then in trees of each size.
+    """Return the logits after `decoded`, fed token by token and then in drafts of each size.
 
     The row is repeated to the batch of the call, whose size decides how products are rounded.
     """
     batch = call.input_ids.shape[0]
     prompt = call.input_ids[row][call.attention_mask[row].bool()].expand(batch, -1)
     tokens = torch.tensor(decoded, dtype=torch.long, device=prompt.device).expand(batch, -1)
-    plain_cache = DynamicCache(config=base.config)
-    output = base(input_ids=prompt, past_key_values=plain_cache, use_cache=True, logits_to_keep=1)
-    for step in range(len(decoded)):
-        output = base(
-            input_ids=tokens[:, step : step + 1], past_key_values=plain_cache, use_cache=True
-        )
-    yield output.logits[0, -1].float()
+    yield _logits_in_chains(base, prompt, tokens, num_nodes=1).float()
+    takes_trees = check_model(TargetView(base)).backend is Backend.TREES
+    verified = _logits_in_trees if takes_trees else _logits_in_chains
     for num_nodes in _TREE_SIZES:
-        yield _logits_in_trees(base, prompt, tokens, num_nodes=num_nodes).float()
+        yield verified(base, prompt, tokens, num_nodes=num_nodes).float()
+
+
+def _logits_in_chains(
+    base: PreTrainedModel,
+    prompt: Int[Tensor, "batch prompt"],
+    tokens: Int[Tensor, "batch seq"],
+    *,
+    num_nodes: int,
+) -> Float[Tensor, " vocab"]:
+    """Return the logits after a prompt and tokens that are fed in chains of one length.
+
+    Chains of one token are the steps of plain decoding.
+    """
+    reader = ChainReader.of_prompt(TargetView(base), torch.ones_like(prompt))
+    logits = reader.prefill(prompt)
+    for first in range(0, tokens.shape[1], num_nodes):
+        nodes = tokens[:, first : first + num_nodes]
+        logits = reader.feed(nodes)
+        reader.keep(nodes.shape[1])
+    return logits[0, -1]
 
 
 def _logits_in_trees(

@@ -1,0 +1,73 @@
+import json
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from speclm.demo import assets
+from speclm.errors import UnknownNameError
+from speclm.target import TargetView
+from tests.models import build_model
+
+FEW = ("--prompts", "2", "--max-new-tokens", "8", "--batch", "2")
+
+
+@pytest.fixture
+def folder(tmp_path, request):
+    """A random model of a family, with the bundled tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(assets()["base"])
+    model = build_model(request.param, vocab_size=len(tokenizer), max_position_embeddings=512)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("folder", "backend"),
+    [("llama", "tree attention"), ("qwen3_next", "chains")],
+    indirect=["folder"],
+)
+def test_verdict_and_outputs_are_shown(run, folder, backend):
+    result = run("verify", str(folder), *FEW)
+    assert result.exit_code == 0
+    assert backend in result.output
+    rows = [
+        line.split() for line in result.output.splitlines() if line.startswith(("greedy", "t1"))
+    ]
+    assert [row[:2] for row in rows] == [
+        ["greedy", "1"],
+        ["greedy", "2"],
+        ["t1.0", "1"],
+        ["t1.0", "2"],
+    ]
+    assert all(row[3] == "yes" and float(row[2]) > 1.5 for row in rows)
+
+
+@pytest.mark.parametrize("folder", ["llama"], indirect=True)
+def test_tokenizer_without_padding_is_given_some(run, folder):
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    settings.pop("pad_token")
+    path.write_text(json.dumps(settings))
+    assert run("verify", str(folder), *FEW).exit_code == 0
+
+
+@pytest.mark.parametrize("folder", ["llama"], indirect=True)
+def test_wrong_tokens_are_told_and_end_with_exit_code_1(run, folder, monkeypatch):
+    original = TargetView.forward_tree
+
+    def wrong(view, tokens, topology, cache, **options):
+        logits = original(view, tokens, topology, cache, **options)
+        if logits.shape[1] > 4:  # the self-check's trees are smaller
+            logits = torch.roll(logits, 1, dims=2)
+        return logits
+
+    monkeypatch.setattr(TargetView, "forward_tree", wrong)
+    result = run("verify", str(folder), *FEW)
+    assert result.exit_code == 1
+    assert "NO, 0/2" in result.output
+
+
+def test_unknown_model_is_refused(run):
+    with pytest.raises(UnknownNameError, match="is not a folder or hub id"):
+        run("verify", "/no/such/folder")
