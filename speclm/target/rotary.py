@@ -63,11 +63,15 @@ def rotary_switch(model: PreTrainedModel) -> RotarySwitch | None:
 
 
 def _grows_from(module: Any) -> int | None:
-    """Return the length beyond which a module computes its frequencies anew."""
+    """Return the length from which on a module may have other frequencies.
+
+    It computes them anew beyond its original length, and keeps them until a shorter text: a text
+    of just that length has what an earlier one left.
+    """
     kinds = getattr(module, "rope_type", None)
     kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
     is_dynamic = any(isinstance(kind, str) and "dynamic" in kind for kind in kinds)
-    return int(module.original_max_seq_len) if is_dynamic else None
+    return int(module.original_max_seq_len) - 1 if is_dynamic else None
 
 
 def _rope_types(parameters: object) -> list[str]:

@@ -94,11 +94,24 @@ def test_tokens_are_those_of_plain_decoding_wherever_the_switch_is(
         assert last.rounds < num_new - 1
 
 
+@pytest.mark.parametrize("length", [SWITCH - 3, SWITCH - 2, SWITCH - 1])
+def test_a_longer_text_before_leaves_nothing_behind_for_a_draft_with_the_prompt(length):
+    spec, inputs = spec_of("dynamic"), prompts(length)
+    outputs = []
+    for proposer in (None, ScriptedProposer):
+        generate(spec.base, prompts(SWITCH + 20), max_new_tokens=4, do_sample=False)
+        if proposer is not None:
+            spec.proposer = proposer(outputs[0][:, length:].tolist(), depth=SWITCH - length)
+        model = spec.base if proposer is None else spec
+        outputs.append(generate(model, inputs, max_new_tokens=12, do_sample=False)[0])
+    assert outputs[1].tolist() == outputs[0].tolist()
+
+
 def test_switches_are_read_from_configs_and_modules():
     assert rotary_switch(shared_model("llama")) is None
     assert rotary_switch(shared_model("bloom")) is None
     assert rotary_switch(model_of("dynamic")) == RotarySwitch(
-        SWITCH, is_gradual=True, reads_again=False
+        SWITCH - 1, is_gradual=True, reads_again=False
     )
     assert rotary_switch(model_of("longrope")) == RotarySwitch(
         SWITCH, is_gradual=False, reads_again=False
