@@ -18,7 +18,8 @@ from speclm.config import (
     require_depth,
     require_in_range,
 )
-from speclm.errors import OptionError, VocabularyMismatchError
+from speclm.errors import OptionError
+from speclm.proposers._shared_vocabulary import SharedVocabulary
 from speclm.proposers.interface import Draft, Prefill, Proposer, TargetNeeds
 from speclm.proposers.ranking import rank_log_probs
 from speclm.sampling.drafts import DraftSampler, DraftSampling
@@ -66,12 +67,13 @@ class ChainDraftProposer(Proposer):
         """Wrap a loaded draft model.
 
         Args:
-            model: A causal language model with the target's vocabulary.
+            model: A causal language model with the target's vocabulary; either may have padded it
+                further.
             target: The model that will verify.
             **options: Fields of `ChainDraftConfig`.
 
         Raises:
-            VocabularyMismatchError: If the two vocabularies differ.
+            VocabularyMismatchError: If the two vocabularies differ by more than padding.
             OptionError: If an option is unknown or out of range.
         """
         known = {option.name for option in fields(ChainDraftConfig)}
@@ -84,12 +86,7 @@ class ChainDraftProposer(Proposer):
         self.config = ChainDraftConfig(**options)
         self.view = TargetView(model)
         wanted = TargetView(target)
-        if self.view.vocab_size != wanted.vocab_size:
-            raise VocabularyMismatchError(
-                f"draft model {self.view.name} has a vocabulary of {self.view.vocab_size}, the "
-                f"target {wanted.name} one of {wanted.vocab_size}; choose a draft model that "
-                "shares the target's tokenizer"
-            )
+        self._vocabulary = SharedVocabulary.of(self.view, wanted)
         self.needs = TargetNeeds(vocab_size=wanted.vocab_size)
         self._longest = min(self.config.depth, self.config.num_draft_tokens)
         self._prompt: Prefill | None = None
@@ -160,23 +157,24 @@ class ChainDraftProposer(Proposer):
     def _catch_up(self, prompt: Prefill) -> Float[Tensor, "batch 1 vocab"]:
         """Read what was committed and return the logits behind it."""
         assert self._unseen is not None
-        unseen = self._unseen
+        vocabulary, unseen = self._vocabulary, self._unseen
         if self._reader is None:
             tokens = torch.cat([prompt.tokens, unseen[:, :1]], dim=1)
             slots = torch.arange(tokens.shape[1], device=tokens.device)
             mask = (slots >= prompt.num_padding[:, None]).long()
             self._reader = ChainReader.of_prompt(self.view, mask)
-            logits, unseen = self._reader.prefill(tokens), unseen[:, 1:]
+            logits, unseen = self._reader.prefill(vocabulary.readable(tokens)), unseen[:, 1:]
             if unseen.shape[1] == 0:
-                return logits
-        logits = self._reader.feed(unseen)[:, -1:]
+                return vocabulary.fit(logits)
+        logits = self._reader.feed(vocabulary.readable(unseen))[:, -1:]
         self._reader.keep(unseen.shape[1])
-        return logits
+        return vocabulary.fit(logits)
 
     def _feed(self, token: Int[Tensor, " batch"]) -> Float[Tensor, "batch 1 vocab"]:
         assert self._reader is not None
         self._num_fed += 1
-        return self._reader.feed(token[:, None])
+        fed = self._vocabulary.readable(token[:, None])
+        return self._vocabulary.fit(self._reader.feed(fed))
 
     def _draw(
         self,

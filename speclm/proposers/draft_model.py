@@ -13,7 +13,8 @@ from typing_extensions import override
 from speclm.acceptance.accepted import Accepted
 from speclm.cache.tree_cache import TreeCache
 from speclm.config import MAX_NODES, ProposerConfig, require_count, require_depth, require_in_range
-from speclm.errors import OptionError, VocabularyMismatchError
+from speclm.errors import OptionError
+from speclm.proposers._shared_vocabulary import SharedVocabulary
 from speclm.proposers.interface import Draft, Prefill, Proposer, TargetNeeds
 from speclm.proposers.ranking import rank_log_probs
 from speclm.sampling.drafts import DraftSampler, DraftSampling, Families
@@ -74,12 +75,13 @@ class DraftModelProposer(Proposer):
         """Wrap a loaded draft model.
 
         Args:
-            model: Any causal language model with the target's vocabulary.
+            model: Any causal language model with the target's vocabulary; either may have padded
+                it further.
             target: The model that will verify.
             **options: Fields of `DraftModelConfig`.
 
         Raises:
-            VocabularyMismatchError: If the two vocabularies differ in size.
+            VocabularyMismatchError: If the two vocabularies differ by more than padding.
             OptionError: If an option is unknown or out of range.
         """
         known = {option.name for option in fields(DraftModelConfig)}
@@ -92,12 +94,7 @@ class DraftModelProposer(Proposer):
         self.config = DraftModelConfig(**options)
         self.view = TargetView(model)
         wanted = TargetView(target)
-        if self.view.vocab_size != wanted.vocab_size:
-            raise VocabularyMismatchError(
-                f"draft model {self.view.name} has a vocabulary of {self.view.vocab_size}, the "
-                f"target {wanted.name} one of {wanted.vocab_size}; choose a draft model that "
-                "shares the target's tokenizer"
-            )
+        self._vocabulary = SharedVocabulary.of(self.view, wanted)
         self.needs = TargetNeeds(vocab_size=wanted.vocab_size)
         self._cache: TreeCache | None = None
         self._prompt: Prefill | None = None  # until it is read
@@ -172,7 +169,9 @@ class DraftModelProposer(Proposer):
         slots = torch.arange(length, device=tokens.device)
         is_token = slots >= prompt.num_padding[:, None]
         mask = is_token.long() if cache.has_padding else None
-        logits = self.view.prefill(tokens, cache, attention_mask=mask)
+        logits = self._vocabulary.fit(
+            self.view.prefill(self._vocabulary.readable(tokens), cache, attention_mask=mask)
+        )
         cache.split(length - 1, num_pending=1)  # as if only the roots were unseen
         if all(len(row) == 1 for row in self._unseen):
             self._prompt_logits = logits[:, None]
@@ -206,9 +205,7 @@ class DraftModelProposer(Proposer):
             depths = (unseen + level - 1)[:, None].expand(-1, width)
             slot_depths = torch.cat([slot_depths, depths], dim=1)
             self._offsets.append(self._cache.num_pending)
-            logits = self.view.forward_nodes(
-                tokens, None if is_chain else seen, slot_depths, self._cache
-            )
+            logits = self._forward(tokens, None if is_chain else seen, slot_depths)
             tree.grow(self._rank(logits, level, noise))
         self._offsets.append(self._cache.num_pending)  # the last level is not fed
         return tree
@@ -219,7 +216,7 @@ class DraftModelProposer(Proposer):
         config, device, batch = self.config, roots.device, len(roots)
         choices = drawn_choices(
             width=config.width,
-            branches=min(config.branches, self.view.vocab_size),
+            branches=min(config.branches, self._vocabulary.num_shared),
             depth=config.depth,
             num_nodes=config.num_draft_tokens,
         )
@@ -250,9 +247,7 @@ class DraftModelProposer(Proposer):
             depths = (num_unseen + depth)[:, None].expand(-1, len(level))
             slot_depths = torch.cat([slot_depths, depths], dim=1)
             self._offsets.append(self._cache.num_pending)
-            law = sampler.law(
-                self.view.forward_nodes(tokens[:, level], seen, slot_depths, self._cache)
-            )
+            law = sampler.law(self._forward(tokens[:, level], seen, slot_depths))
         self._grown = [GrownRow([], [], expansions[1:], [])] * batch
         self._offsets = self._offsets or [self._cache.num_pending]
         return Draft(tokens=tokens, topology=topology, probs=None, laws=laws)
@@ -276,11 +271,20 @@ class DraftModelProposer(Proposer):
         padded = [tokens + [0] * (longest - len(tokens)) for tokens in self._unseen]
         causal = torch.ones(1, longest, longest, dtype=torch.bool, device=device).tril()
         depths = torch.arange(longest, device=device)[None]
-        logits = self.view.forward_nodes(
-            torch.tensor(padded, device=device), causal, depths, self._cache
-        )
+        logits = self._forward(torch.tensor(padded, device=device), causal, depths)
         last = [len(tokens) - 1 for tokens in self._unseen]
         return logits[range(len(last)), last][:, None]
+
+    def _forward(
+        self,
+        tokens: Int[Tensor, "batch width"],
+        seen: Bool[Tensor, "rows width slots"] | None,
+        slot_depths: Int[Tensor, "depth_rows slots"],
+    ) -> Float[Tensor, "batch width vocab"]:
+        """Run nodes through the draft model; their logits are over the target's vocabulary."""
+        assert self._cache is not None
+        fed = self._vocabulary.readable(tokens)
+        return self._vocabulary.fit(self.view.forward_nodes(fed, seen, slot_depths, self._cache))
 
     def _rank(
         self, logits: Float[Tensor, "batch nodes vocab"], depth: int, noise: PositionNoise | None

@@ -162,8 +162,8 @@ def test_model_that_can_draft_nothing_is_refused():
 
 def test_other_vocabularies_and_unknown_options_are_refused():
     target = shared_model(TREES)
-    with pytest.raises(VocabularyMismatchError, match="vocabulary of 161"):
-        ChainDraftProposer(build_model("bloom", vocab_size=161), target=target)
+    with pytest.raises(VocabularyMismatchError, match="vocabulary of 90"):
+        ChainDraftProposer(build_model("bloom", vocab_size=90), target=target)
     with pytest.raises(OptionError, match="no option 'width'"):
         ChainDraftProposer(build_model("bloom"), target=target, width=2)
     with pytest.raises(OptionError, match=r"min_confidence is 2\.0"):
