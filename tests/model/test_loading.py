@@ -147,9 +147,9 @@ def test_unknown_heads_list_what_is_registered(base, tmp_path):
 
 
 def test_draft_of_another_vocabulary_is_refused_with_both_sizes(base):
-    draft = build_model("llama", vocab_size=200)
+    draft = build_model("llama", vocab_size=300)
     draft.config._name_or_path = "org/draft"
-    words = r"org/draft has a vocabulary of 200.*one of 160.*tokenizer"
+    words = r"org/draft has a vocabulary of 300.*one of 160.*tokenizer"
     with pytest.raises(VocabularyMismatchError, match=words) as caught:
         load(draft, base)
     assert "LlamaForCausalLM" in str(caught.value)  # the target has no name
