@@ -111,6 +111,11 @@ class TableTarget(TargetView):
     def vocab_size(self) -> int:
         return VOCAB
 
+    @property
+    @override
+    def rotary_switch(self) -> None:
+        return None
+
     @override
     def prefill(self, tokens: Tensor, cache: Any, **_: object) -> Tensor:
         self._write(tokens, cache)
