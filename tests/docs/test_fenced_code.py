@@ -6,42 +6,24 @@ command. ``speclm`` lines run, ``make`` targets, scripts and their options must 
 fetches or installs is checked for form. ``text`` is output.
 """
 
-import json
-import os
 import re
 import shlex
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 from markdown_it import MarkdownIt
 
+from tests.docs.fresh_process import Processes, Step
+
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-TIMEOUT_SECONDS = 300
-
-# Pages import the checkout that they belong to, and compute on one thread.
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-# Runs in its own process: steps come as JSON on stdin, tracebacks show the lines of the page.
-WORKER = """
-import json, subprocess, sys
-namespace = {"__name__": "__main__"}
-for page, line, source in json.load(sys.stdin):
-    if isinstance(source, str):
-        exec(compile("\\n" * line + source, page, "exec"), namespace)
-    elif subprocess.run([sys.executable, "-m", *source], stdin=subprocess.DEVNULL).returncode:
-        sys.exit(f"{page}:{line + 1}: {' '.join(source)} failed")
-"""
 
 REQUIREMENT = re.compile(r"(?:speclm|\.)(?:\[(?P<extras>[a-z,]+)\])?(?:[=<>~!]=?[\w.,<>=]+)?")
 URL = re.compile(r"https://[\w./-]+")
 SHELL_SYNTAX = {"|", "||", "&", "&&", ";", ">", ">>", "<", "(", ")"}
-
-Step = tuple[str, int, str | list[str]]
 
 
 def commands(source: str, line: int, *, prompted: bool) -> list[tuple[int, list[str]]]:
@@ -115,26 +97,16 @@ def steps(page: Path) -> list[Step]:
     return found
 
 
-def run_page(page: Path, folder: Path) -> None:
+def run_page(processes: Processes, page: Path, folder: Path) -> None:
     """Run the blocks of a page in a folder; fail with what the first broken one printed."""
-    if not (todo := steps(page)):
-        return
-    result = subprocess.run(
-        [sys.executable, "-c", WORKER],
-        input=json.dumps(todo),
-        cwd=folder,
-        env=ENVIRONMENT,
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_SECONDS,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    if todo := steps(page):
+        failure = processes.run(todo, folder)
+        assert failure is None, failure
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
-def test_page_runs(page, tmp_path):
-    run_page(page, tmp_path)
+def test_page_runs(page, processes, tmp_path):
+    run_page(processes, page, tmp_path)
 
 
 def fenced(language: str, source: str) -> str:
@@ -142,11 +114,11 @@ def fenced(language: str, source: str) -> str:
 
 
 @pytest.fixture
-def run(tmp_path):
+def run(processes, tmp_path):
     def run_text(*blocks: str) -> None:
         page = tmp_path / "page.md"
         page.write_text("\n".join(blocks))
-        run_page(page, tmp_path)
+        run_page(processes, page, tmp_path)
 
     return run_text
 

@@ -1,27 +1,14 @@
 """Every notebook of the documentation runs from top to bottom, and is stored without outputs."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.docs.fresh_process import Processes, Step
+
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
-TIMEOUT_SECONDS = 300
-
-# Notebooks import the checkout that they belong to, and compute on one thread.
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-# Runs in its own process: code cells come as JSON on stdin, and share one namespace.
-WORKER = """
-import json, sys
-namespace = {"__name__": "__main__"}
-for name, source in json.load(sys.stdin):
-    exec(compile(source, name, "exec"), namespace)
-"""
 
 
 def code_cells(notebook: Path) -> list[dict]:
@@ -29,26 +16,19 @@ def code_cells(notebook: Path) -> list[dict]:
     return [cell for cell in cells if cell["cell_type"] == "code"]
 
 
-def run_notebook(notebook: Path, folder: Path) -> None:
+def run_notebook(processes: Processes, notebook: Path, folder: Path) -> None:
     """Run the code cells in a folder; fail with what the first broken one printed."""
-    cells = code_cells(notebook)
-    named = [(f"{notebook.name}, cell {cell['id']}", "".join(cell["source"])) for cell in cells]
-    result = subprocess.run(
-        [sys.executable, "-c", WORKER],
-        input=json.dumps(named),
-        cwd=folder,
-        env=ENVIRONMENT,
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_SECONDS,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    cells: list[Step] = [
+        (f"{notebook.name}, cell {cell['id']}", 0, "".join(cell["source"]))
+        for cell in code_cells(notebook)
+    ]
+    failure = processes.run(cells, folder)
+    assert failure is None, failure
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.name)
-def test_notebook_runs(notebook, tmp_path):
-    run_notebook(notebook, tmp_path)
+def test_notebook_runs(notebook, processes, tmp_path):
+    run_notebook(processes, notebook, tmp_path)
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.name)
@@ -69,7 +49,7 @@ def test_there_are_notebooks():
 
 
 @pytest.fixture
-def run(tmp_path):
+def run(processes, tmp_path):
     def run_cells(*sources: str) -> None:
         cells = [
             {"cell_type": "code", "id": f"c{index}", "source": source.splitlines(keepends=True)}
@@ -77,7 +57,7 @@ def run(tmp_path):
         ]
         path = tmp_path / "page.ipynb"
         path.write_text(json.dumps({"cells": cells}))
-        run_notebook(path, tmp_path)
+        run_notebook(processes, path, tmp_path)
 
     return run_cells
 

@@ -37,6 +37,8 @@ from tests.enumeration import (
     target_law,
 )
 
+pytestmark = pytest.mark.no_cover  # what it runs is traced elsewhere, at half the speed
+
 FAVOUR = 2.0**-60  # noise of a favoured token; times 2 a step, so that it names its step
 DRAFT_LAW = (0.5, 0.3, 0.2)
 TREE = [0, 0, 0, 1]

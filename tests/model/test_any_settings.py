@@ -36,6 +36,8 @@ from tests.settings import (
     tokenizer,
 )
 
+pytestmark = pytest.mark.no_cover  # what it runs is traced elsewhere, at half the speed
+
 MAX_EXAMPLES = min(hypothesis.settings.default.max_examples, 2000)  # a case is two calls
 PROCESSORS = {
     "counts calls": lambda _: callbacks.CountsCalls(),
