@@ -19,7 +19,7 @@ _HALF_TOLERANCE = 0.1
 _EFFECT_SHARE = 0.1  # an error is small beside what the tokens before do
 _SMALLEST_EFFECT = {torch.float32: 5e-3, torch.float64: 1e-5}  # to be told from rounding
 _HALF_SMALLEST_EFFECT = 0.05
-_MASKED = -1e4  # some models write such logits, or -inf, for tokens that never come
+_MASKED = -1e3  # some models write logits far below, or -inf, for tokens that never come
 
 
 @dataclass(frozen=True, slots=True)
