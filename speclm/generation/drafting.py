@@ -55,7 +55,8 @@ def deepest_paths(draft: Draft, *, depth: int) -> tuple[Draft, list[list[int]]]:
     """Reduce trees to chains, for a target that takes no trees.
 
     Each chain follows the child with the tallest tree below it, the first of equals: proposers
-    draw deepest below what they think likeliest, and number drawn siblings as they were drawn.
+    draft deepest below what they think likeliest. Where siblings were drawn it follows the first
+    one, because the others do not have the law that they were drawn from together.
 
     Args:
         draft: What was drafted.
@@ -64,7 +65,8 @@ def deepest_paths(draft: Draft, *, depth: int) -> tuple[Draft, list[list[int]]]:
     Returns:
         The chains, and for each row the nodes that they were.
     """
-    paths = [_deepest_path(parents)[: depth + 1] for parents in draft.topology.host_parents]
+    follow = _deepest_path if draft.laws is None else _first_path
+    paths = [follow(parents)[: depth + 1] for parents in draft.topology.host_parents]
     length = max(map(len, paths))
     # A node that is its own parent is padding: what stands there is fed and never followed.
     rows = [
@@ -96,6 +98,14 @@ def _deepest_path(parents: list[int]) -> list[int]:
     while child is not None:
         path.append(child)
         child = tallest[child]
+    return path
+
+
+def _first_path(parents: list[int]) -> list[int]:
+    path = [0]
+    for node in range(1, len(parents)):  # children come behind their parents
+        if parents[node] == path[-1]:
+            path.append(node)
     return path
 
 

@@ -1,5 +1,7 @@
 """Drafts as the loop needs them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -100,15 +102,22 @@ def test_chains_are_cut_to_the_room_that_is_left():
     assert chains.tokens.tolist() == [[10, 12], [10, 12]]
 
 
-def test_of_equally_tall_children_the_first_drawn_is_followed_with_its_law():
-    topology = from_parents([[0, 0, 0]], device=CPU)
-    laws = torch.eye(3)[None].repeat(2, 1, 1)
-    tokens = torch.tensor([[7, 8, 9], [7, 8, 9]])
-    probs = torch.tensor([[1.0, 0.5, 0.3]]).repeat(2, 1)
+def test_of_drawn_children_the_first_is_followed_with_its_law_though_others_be_taller():
+    topology = from_parents([[0, 0, 0, 2]], device=CPU)
+    laws = torch.eye(4)[None].repeat(2, 1, 1)
+    tokens = torch.tensor([[7, 8, 9, 6], [7, 8, 9, 6]])
+    probs = torch.tensor([[1.0, 0.5, 0.3, 0.1]]).repeat(2, 1)
     chains, nodes = deepest_paths(Draft(tokens, topology, probs=probs, laws=laws), depth=5)
     assert nodes == [[0, 1], [0, 1]]
     assert chains.probs.tolist() == [[1.0, 0.5], [1.0, 0.5]]
     assert torch.equal(chains.laws, laws[:, :2])
+
+
+def test_drawn_chains_go_on_below_their_first_children_and_past_padding():
+    draft = draft_of([[0, 0, 2, 0, 1, 3, 4]], rows=1)  # node 2 is padding
+    laws = torch.zeros(1, 7, 20)
+    _, nodes = deepest_paths(replace(draft, laws=laws), depth=9)
+    assert nodes == [[0, 1, 4, 6]]
 
 
 def test_root_alone_stays_alone():

@@ -1,5 +1,6 @@
 """Accept rules that draw, through the real loop: the law of their outputs."""
 
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,7 +23,9 @@ from speclm.proposers.interface import Draft, Prefill, Proposer
 from speclm.sampling import DraftSampling, Draws, PositionNoise
 from speclm.sampling.drafts import Families
 from speclm.stats import SpeculationStats
+from speclm.target import TreeSession
 from speclm.tree.topology import from_parents
+from tests import enumeration
 from tests.enumeration import (
     EXACT,
     LENGTH,
@@ -42,6 +45,7 @@ pytestmark = pytest.mark.no_cover  # what it runs is traced elsewhere, at half t
 
 CHAIN = [0, 0, 1]
 WIDE = [0, 0, 0]
+SKEWED = [0, 0, 0, 2]  # deepest below what was drawn second
 TREES = {
     "2x2": [0, 0, 0, 1, 1, 2, 2],
     "deep first": [0, 0, 0, 1],
@@ -251,6 +255,19 @@ def test_drawn_trees_leave_the_targets_law(variant, tree, warpers, seed, monkeyp
     )
     assert abs(sum(law.values()) - 1) <= EXACT
     assert distance(law, target_law(WARPERS[warpers], table=target)) <= EXACT
+
+
+@pytest.mark.parametrize("variant", ["multi_round", "block"])
+def test_drawn_trees_that_become_chains_leave_the_targets_law(variant, monkeypatch):
+    monkeypatch.setattr(TreeSession, "needs_lockstep", True)  # as if the target took chains alone
+    for module in (enumeration, sys.modules[__name__]):
+        monkeypatch.setattr(module, "LENGTH", LENGTH + 1)  # the prompt's forward gives the first
+    target, draft = tables(5)
+    law, _ = law_of(
+        monkeypatch, RejectionRule(variant), lambda: DrawnProposer(SKEWED, draft), table=target
+    )
+    assert abs(sum(law.values()) - 1) <= EXACT
+    assert distance(law, target_law(table=target)) <= EXACT
 
 
 @pytest.mark.parametrize("variant", ["multi_round", "block", "traversal"])
