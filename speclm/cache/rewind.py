@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
 
 
 class Rewind:
@@ -27,6 +27,7 @@ class Rewind:
         self._cache = cache
         self.drops_slots = all(getattr(layer, "is_croppable", False) for layer in _layers(cache))
         self._marked: list[dict[str, Any]] = []
+        self._aside: list[tuple[Any, Tensor, Tensor]] = []
         if self.drops_slots:
             cache.activate_past_recording()  # type: ignore[no-untyped-call]  # Transformers'
 
@@ -35,8 +36,31 @@ class Rewind:
         if not self.drops_slots:
             self._marked = [_held(layer) for layer in _layers(self._cache)]
 
+    def narrow(self) -> None:
+        """Get ready for a further forward before anything is dropped.
+
+        Some versions of Transformers show such a forward all slots that a layer with a window
+        remembers, and a mask for fewer: what it must not see is set aside.
+        """
+        if not self.drops_slots:
+            return
+        for layer in _layers(self._cache):
+            if not isinstance(layer, DynamicSlidingWindowLayer):
+                continue
+            keys, values = layer.keys, layer.values
+            if keys is None or values is None:
+                continue
+            num_hidden = keys.shape[-2] - layer.sliding_window + 1
+            if num_hidden > 0:
+                self._aside.append((layer, keys[:, :, :num_hidden], values[:, :, :num_hidden]))
+                layer.keys, layer.values = keys[:, :, num_hidden:], values[:, :, num_hidden:]
+
     def drop(self, num_slots: int) -> None:
         """Drop the last slots of every row; those with a window forget what is behind it."""
+        for layer, keys, values in reversed(self._aside):
+            layer.keys = torch.cat([keys, layer.keys], dim=-2)
+            layer.values = torch.cat([values, layer.values], dim=-2)
+        self._aside = []
         self._cache.crop(-num_slots)
 
     def restore(self) -> None:

@@ -117,6 +117,7 @@ class ChainReader:
                 fed = torch.cat([self._owed, tokens], dim=1)
             self._num_owed, self._owed, self._fed = self.num_owed, None, fed
         else:
+            self._rewind.narrow()
             self._fed = torch.cat([self._fed, tokens], dim=1)
         return self._run(fed, self._inputs_for(self._fed.shape[1]), num_logits=tokens.shape[1])
 

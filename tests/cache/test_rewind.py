@@ -102,3 +102,20 @@ def test_layers_that_were_added_meanwhile_are_removed():
     read(model, cache, some_tokens(5))
     put_back(cache, states)
     assert cache.layers == []
+
+
+@torch.no_grad()
+def test_a_further_forward_is_shown_no_more_of_a_window_than_it_asks_for():
+    model, tokens = shared_model("mistral"), some_tokens(5)
+    cache, expected = filled(model), filled(model)
+    rewind = Rewind(cache)
+    rewind.mark()
+    read(model, cache, tokens[:, :3])
+    for step in (3, 4):
+        rewind.narrow()
+        assert all(layer.keys.shape[-2] == layer.sliding_window - 1 for layer in cache.layers)
+        read(model, cache, tokens[:, [step]])
+    rewind.drop(2)
+    rewind.release()
+    read(model, expected, tokens[:, :3])
+    require_same(cache, expected)
