@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 from typing_extensions import override
 
@@ -23,6 +23,7 @@ from speclm.errors import OptionError, PromptError
 from speclm.model.arguments import resolve_setting
 from speclm.model.spec_model import SpecModel
 from speclm.stats import PHASES, RowStats, SpeculationStats
+from speclm.verify import Backend
 
 Message = dict[str, str]
 MAX_NEW_TOKENS = 512
@@ -268,7 +269,7 @@ class Chat:
             try:
                 cache.crop(num_kept - len(self._cached_ids))
             except (RuntimeError, ValueError):
-                return None  # a sliding window has dropped what would be in sight again
+                return None  # a window or a state has lost what would be in sight again
         return cache
 
     def _generate(
@@ -295,10 +296,19 @@ class Chat:
         output: Any = self.spec.generate(**arguments)
         sequence: list[int] = output.sequences[0].tolist()
         cache = output.past_key_values
-        if cache is not None and cache.is_croppable:
+        if cache is not None and self._can_read_on(cache):
             self._cache = cache
             self._cached_ids = sequence[: int(cache.get_seq_length())]
         return sequence
+
+    def _can_read_on(self, cache: Cache) -> bool:
+        """Tell whether a later prompt may be read behind what a cache holds."""
+        if cache.is_croppable:
+            return True
+        # Recurrent states cannot be cut back, but are read behind where the self-check found that
+        # several tokens at once are read right. Alone they do not tell how much they have read.
+        has_slots = any(isinstance(layer, CacheLayerMixin) for layer in cache.layers)
+        return has_slots and self.spec.self_check.backend is Backend.CHAINS
 
     def _finish(
         self, tokens: list[int], ends: frozenset[int], max_new_tokens: int

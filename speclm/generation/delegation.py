@@ -41,6 +41,9 @@ KNOWN_INPUTS = frozenset(
 )
 """Model inputs that Transformers prepares for any text prompt; others mean another modality."""
 
+CACHE_INPUTS = ("past_key_values", "cache_params")
+"""Names under which models take a cache."""
+
 _UNSUPPORTED_FIELDS = tuple(
     setting
     for setting in (*LEFT_TO_THE_BASE, *REFUSED_SETTINGS)

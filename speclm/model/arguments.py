@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 
 from speclm.errors import CacheError, OptionError, PromptError
 from speclm.generation.delegation import require_left_padding
@@ -58,7 +58,8 @@ def require_acceptable(arguments: Mapping[str, Any], default: GenerationConfig) 
             f"{setting.describe(value)} {setting.note}; drop it, or call .base.generate"
         )
     cache = arguments.get("past_key_values")
-    if isinstance(cache, Cache) and not all(layer.is_croppable for layer in cache.layers):
+    # Recurrent states of a dynamic cache are put back rather than cropped.
+    if isinstance(cache, Cache) and not (isinstance(cache, DynamicCache) or cache.is_croppable):
         raise CacheError(
             f"past_key_values is a {type(cache).__name__}, which cannot be rolled back; pass a "
             "DynamicCache, or none"

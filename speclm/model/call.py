@@ -13,6 +13,7 @@ from transformers.utils.generic import ModelOutput
 
 from speclm.acceptance import AcceptanceRule
 from speclm.generation import Generated, PaceMemory, generate_tokens
+from speclm.generation.delegation import CACHE_INPUTS
 from speclm.model.arguments import resolve_setting
 from speclm.model.fitting import claimed
 from speclm.proposers.interface import Proposer
@@ -78,7 +79,7 @@ def decode(  # noqa: PLR0913 - a call has many sides
                 rule=rule,
                 paces=paces,
                 streamer=arguments.get("streamer"),
-                extends_cache=arguments.get("past_key_values") is not None,
+                extends_cache=any(arguments.get(name) is not None for name in CACHE_INPUTS),
                 **named,
             )
 

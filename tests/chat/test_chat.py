@@ -18,7 +18,8 @@ from tests.byte_tokenizer import (
 )
 from tests.models import build_model
 
-FAMILIES = ("llama", "mistral")  # without and with a window that drops what it no longer sees
+# Without and with a window that drops what it no longer sees, and with states that take none back.
+FAMILIES = ("llama", "mistral", "qwen3_next")
 GREEDY = {"do_sample": False, "max_new_tokens": 5}
 # A random model says broken characters, whose text has other tokens than were generated.
 LETTERS = set(byte_tokenizer().convert_tokens_to_ids(list("abcdefghijklmnopqrstuvwxyz")))
@@ -72,8 +73,9 @@ def test_answers_are_those_of_reading_everything_anew(family, template, heads):
         assert chat.ask(text).tokens == expected
 
 
-def test_a_second_turn_reads_only_what_is_new():
-    chat = new_chat(options=IN_LETTERS)
+@pytest.mark.parametrize("family", ["llama", "qwen3_next"])
+def test_a_second_turn_reads_only_what_is_new(family):
+    chat = new_chat(family=family, options=IN_LETTERS)
     with fed_tokens(chat) as fed:
         first = chat.ask("a long first question")
         assert fed[0] == first.num_prompt_tokens
@@ -92,6 +94,12 @@ def test_a_template_that_changes_earlier_turns_has_them_read_from_there():
         second = chat.ask("b")
     assert second.num_reused_tokens == first.num_prompt_tokens  # the bracket is different
     assert fed[0] == second.num_prompt_tokens - first.num_prompt_tokens
+
+
+def test_recurrent_states_are_read_anew_where_earlier_turns_change():
+    chat = new_chat(family="qwen3_next", template=CHANGING_TEMPLATE)
+    chat.ask("a long first question")
+    assert chat.ask("b").num_reused_tokens == 0
 
 
 def test_a_new_system_message_has_everything_read_again():

@@ -83,6 +83,8 @@ def test_cache_has_to_be_one_that_can_be_rolled_back():
     with pytest.raises(CacheError, match="rolled back"):
         require_acceptable({"past_key_values": static}, DEFAULT)
     require_acceptable({"past_key_values": DynamicCache()}, DEFAULT)
+    recurrent = DynamicCache(config=shared_model("qwen3_next").config)  # states are put back
+    require_acceptable({"past_key_values": recurrent}, DEFAULT)
 
 
 @pytest.mark.parametrize("name", ["inputs", "input_ids"])
