@@ -21,7 +21,9 @@ class TreeCache(Cache):
     tokens. Tree nodes are appended for all rows alike at slot `tree_start`, the longest length,
     and are pending until `keep` moves each row's surviving path to the end of that row and
     forgets the rest. What lies between a row's length and `tree_start` must be masked. `lengths`
-    is on the device of `num_padding`, `host_lengths` on the host.
+    is on the device of `num_padding`, `host_lengths` on the host. `position_shift`, where there is
+    one, is what positions of new tokens have beyond their slots without padding; it has leading
+    axes where a model has several positions for a token.
 
     Layers are given full-length storage in blocks, never in advance for the longest possible
     sequence. Layers of equal shape share one tensor, so that `keep` moves them in one operation.
@@ -37,6 +39,7 @@ class TreeCache(Cache):
         self._rows: list[TreeLayer] = [TreeLayer(self) for _ in range(num_layers)]
         super().__init__(layers=list(self._rows))
         self.num_padding = num_padding
+        self.position_shift: Int[Tensor, "*axes batch"] | None = None
         self.has_padding = bool(num_padding.any())  # once a generation, before the first forward
         self.tree_start = 0
         self.num_pending = 0

@@ -25,6 +25,7 @@ from speclm.generation.settings import (
     first_active,
 )
 from speclm.sampling.chooser import TokenChooser, first_text_dependent
+from speclm.target import TargetView, images_obstacle
 
 KNOWN_INPUTS = frozenset(
     {
@@ -39,7 +40,7 @@ KNOWN_INPUTS = frozenset(
         "output_hidden_states",
     }
 )
-"""Model inputs that Transformers prepares for any text prompt; others mean another modality."""
+"""Model inputs that Transformers prepares for any text prompt; others come with images."""
 
 CACHE_INPUTS = ("past_key_values", "cache_params")
 """Names under which models take a cache."""
@@ -66,7 +67,6 @@ class NeedsPlainDecoding(Exception):  # noqa: N818 - a signal inside speclm, not
 def require_supported(
     generation_config: GenerationConfig,
     logits_processor: LogitsProcessorList,
-    model_inputs: dict[str, Any],
     rule: AcceptanceRule,
 ) -> None:
     """Check that the loop gives what plain decoding gives for the resolved settings.
@@ -87,9 +87,32 @@ def require_supported(
             raise NeedsPlainDecoding(f"{type(processor).__name__} runs the model itself")
     if not rule.is_exact:
         _require_text_free(logits_processor, rule)
-    unknown = sorted(set(model_inputs) - KNOWN_INPUTS)
-    if unknown:
-        raise NeedsPlainDecoding(f"model input {unknown[0]!r}")
+
+
+def images_of(target: TargetView, tokens: Tensor, model_inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return the inputs that text does not have, if none but the prompt's forward needs them.
+
+    Raises:
+        NeedsPlainDecoding: If later forwards do, or the prompt is one of embeddings.
+    """
+    images = {
+        name: value
+        for name, value in model_inputs.items()
+        if name not in KNOWN_INPUTS and not _is_empty(value)
+    }
+    if not images:
+        return images
+    if model_inputs.get("inputs_embeds") is not None:
+        raise NeedsPlainDecoding(f"model input {min(images)!r} beside inputs_embeds")
+    obstacle = images_obstacle(target.model, tokens, model_inputs, images)
+    if obstacle is not None:
+        raise NeedsPlainDecoding(obstacle)
+    return images
+
+
+def _is_empty(value: Any) -> bool:
+    """Tell whether an input says nothing, as what is read from images where there are none."""
+    return value is None or (isinstance(value, dict) and not value)
 
 
 def _require_text_free(logits_processor: LogitsProcessorList, rule: AcceptanceRule) -> None:

@@ -18,6 +18,7 @@ from speclm.errors import UnsupportedModelError
 from speclm.generation.delegation import (
     NeedsPlainDecoding,
     eos_token_ids,
+    images_of,
     left_padding,
     max_length,
     num_slots,
@@ -34,7 +35,7 @@ from speclm.generation.run import Run
 from speclm.proposers.interface import Proposer
 from speclm.sampling.chooser import TokenChooser, first_text_dependent
 from speclm.stats import SpeculationStats
-from speclm.target import ChainSession, Session, TargetView, TreeSession
+from speclm.target import ChainSession, Session, TargetView, TreeSession, position_shift
 from speclm.verify import Backend
 
 
@@ -97,7 +98,7 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
     if rule is None or not generation_config.do_sample:
         rule = ExactRule()
     require_drafts_for(rule, proposer)
-    require_supported(generation_config, logits_processor, model_inputs, rule)
+    require_supported(generation_config, logits_processor, rule)
     wants_details = bool(generation_config.return_dict_in_generate)
     input_ids = input_ids.long()
     attention_mask = model_inputs.get("attention_mask")
@@ -106,12 +107,15 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
     embeddings = model_inputs.get("inputs_embeds")
     length = prompt_length(input_ids, attention_mask, generation_config, given, embeddings)
     num_padding = left_padding(input_ids, attention_mask, length=length)
+    images = images_of(target, input_ids, model_inputs)
     target.require_prompt_fits(length)
     # Plain decoding checks the length after a token, so there is always one.
     end = max(max_length(stopping_criteria, generation_config), input_ids.shape[1] + 1)
     num_unseen = length - input_ids.shape[1]
     meets_switch = _meets_switch(target, num_padding, start=length, end=num_unseen + end)
-    session = _open(target, backend, model_inputs, num_padding, given=given, num_tokens=length)
+    session = _open(
+        target, backend, model_inputs, images, num_padding, given=given, num_tokens=length
+    )
     rows = Rows(
         batch=input_ids.shape[0],
         max_new_tokens=end - input_ids.shape[1],
@@ -215,6 +219,7 @@ def _open(
     target: TargetView,
     backend: Backend,
     inputs: dict[str, Any],
+    images: dict[str, Any],
     num_padding: Int[Tensor, " batch"],
     *,
     given: Any,
@@ -223,18 +228,31 @@ def _open(
     """Return a session of the backend, with what a cache that was passed in holds.
 
     Raises:
-        NeedsPlainDecoding: If the backend cannot use that cache.
+        NeedsPlainDecoding: If the backend cannot use that cache, or positions switch rotations
+            elsewhere than slots.
     """
     batch = len(num_padding)
+    shift = position_shift(inputs.get("position_ids"), num_padding, num_tokens=num_tokens)
+    if shift is not None and target.rotary_switch is not None:
+        raise NeedsPlainDecoding("rope scaling by length, and positions that images shift")
     if backend is Backend.CHAINS:
-        inputs = {name: value for name, value in inputs.items() if name != "inputs_embeds"}
+        inputs = {
+            name: value
+            for name, value in inputs.items()
+            if name != "inputs_embeds" and name not in images
+        }
         try:
             return ChainSession(
-                target, inputs, num_cached=num_slots(given), is_callers=given is not None
+                target,
+                inputs,
+                images=images,
+                num_cached=num_slots(given),
+                is_callers=given is not None,
             )
         except UnsupportedModelError as error:
             raise NeedsPlainDecoding(str(error)) from error
     cache = target.new_cache(num_padding)
+    cache.position_shift = shift
     if given is not None:
         require_importable(given, target.num_layers, batch=batch, num_tokens=num_tokens)
         import_cache(cache, given, room=num_tokens)
@@ -243,6 +261,7 @@ def _open(
         cache,
         attention_mask=inputs.get("attention_mask"),
         position_ids=inputs.get("position_ids"),
+        images=images,
     )
 
 

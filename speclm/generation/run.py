@@ -98,8 +98,10 @@ class Run:
             self.noise = PositionNoise(
                 batch=batch, vocab_size=self.target.vocab_size, device=tokens.device
             )
+        # An image may stand in the text as a token that no vocabulary has.
+        known = tokens[:, :-1].clamp(max=self.target.vocab_size - 1)
         prompt = Prefill(
-            tokens=tokens[:, :-1],
+            tokens=known,
             num_padding=(self.num_padding - self.num_unseen).clamp(min=0),
             first_tokens=self.roots,
             temperature=temperature,
@@ -112,7 +114,7 @@ class Run:
         with stats.phase("prefill"):
             if self.proposer is not None and not needs_features:
                 self.proposer.begin(prompt)
-                can_merge = embeddings is None and not self.session.needs_lockstep
+                can_merge = embeddings is None and self.session.merges_prompt
                 if can_merge and new.shape[1] <= MAX_MERGED_PROMPT and self._pays:
                     draft = self._propose()
             if draft.topology.num_nodes == 1:

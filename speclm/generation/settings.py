@@ -113,7 +113,6 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "inputs_embeds", INPUT, HONOURED, "is a prompt of vectors, of which proposers see no text"
     ),
-    Setting("token_type_ids", INPUT, DELEGATED, "says what kind of text a token belongs to"),
     Setting("labels", INPUT, DELEGATED, "has the model compute a loss"),
     # Parameters of `generate`.
     Setting("generation_config", PARAMETER, HONOURED, "holds any of the fields"),

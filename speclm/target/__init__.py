@@ -2,6 +2,7 @@
 
 from speclm.target.chains import ChainReader, ChainSession
 from speclm.target.claims import exclusive
+from speclm.target.images import images_obstacle, position_shift
 from speclm.target.session import Session
 from speclm.target.trees import TreeSession
 from speclm.target.view import TargetFeatures, TargetView
@@ -14,4 +15,6 @@ __all__ = [
     "TargetView",
     "TreeSession",
     "exclusive",
+    "images_obstacle",
+    "position_shift",
 ]

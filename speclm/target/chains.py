@@ -1,7 +1,7 @@
 """A generation over a target that takes no trees, fed as plain decoding feeds it."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -31,18 +31,25 @@ class ChainReader:
     are not, it is owed: they are fed again in front of the next ones.
     """
 
-    def __init__(self, target: TargetView, inputs: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        target: TargetView,
+        inputs: dict[str, Any],
+        *,
+        images: Mapping[str, Any] | None = None,
+    ) -> None:
         """Start a generation.
 
         Args:
             target: The model.
             inputs: What `generate` resolved for the model, cache included.
+            images: More of that, for the prompt alone.
 
         Raises:
             UnsupportedModelError: If the model is not given a `DynamicCache`.
         """
         self._target = target
-        self._inputs = inputs
+        self._inputs, self._images = inputs, images or {}
         caches = [value for value in inputs.values() if isinstance(value, Cache)]
         if [type(cache) for cache in caches] != [DynamicCache]:
             found = ", ".join(type(cache).__name__ for cache in caches) or "none"
@@ -94,7 +101,7 @@ class ChainReader:
         Returns:
             Logits after the last token.
         """
-        ids, inputs = tokens, dict(self._inputs)
+        ids, inputs = tokens, {**self._inputs, **self._images}
         if tokens.is_floating_point():
             ids = torch.zeros(len(tokens), 0, dtype=torch.long, device=tokens.device)
             inputs["inputs_embeds"] = tokens
@@ -178,20 +185,27 @@ class ChainSession(Session):
     needs_lockstep = True
 
     def __init__(
-        self, target: TargetView, inputs: dict[str, Any], *, num_cached: int, is_callers: bool
+        self,
+        target: TargetView,
+        inputs: dict[str, Any],
+        *,
+        images: Mapping[str, Any] | None = None,
+        num_cached: int,
+        is_callers: bool,
     ) -> None:
         """Start a generation.
 
         Args:
             target: The model.
             inputs: What `generate` resolved for the model, cache included.
+            images: More of that, for the prompt alone.
             num_cached: Slots that the cache holds.
             is_callers: Whether the cache is the caller's, and restored after an error.
 
         Raises:
             UnsupportedModelError: If the model is not given a `DynamicCache`.
         """
-        self._reader = ChainReader(target, inputs)
+        self._reader = ChainReader(target, inputs, images=images)
         self._num_cached = num_cached
         self._before = held(self._reader.cache) if is_callers else None
 
@@ -199,6 +213,11 @@ class ChainSession(Session):
     @override
     def num_cached(self) -> int:
         return self._num_cached
+
+    @property
+    @override
+    def merges_prompt(self) -> bool:
+        return False
 
     @property
     @override

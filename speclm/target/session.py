@@ -30,6 +30,11 @@ class Session(ABC):
         """Slots of every row that a cache held before the prompt was read."""
 
     @property
+    @abstractmethod
+    def merges_prompt(self) -> bool:
+        """Whether one `verify` may read the prompt along with a draft."""
+
+    @property
     def is_behind(self) -> bool:
         """Whether a round without a draft is due, for the target to catch up."""
         return False
@@ -61,7 +66,7 @@ class Session(ABC):
             tokens: Token at each node.
             topology: Shape of the drafts.
             prompt: Tokens before the roots that have not been read, for one forward to do for
-                both. Never given to a session that needs lockstep.
+                both. Given where `merges_prompt` alone.
             max_length: Tokens at which every row ends; what lies beyond is of no use.
 
         Returns:

@@ -1,6 +1,7 @@
 """A generation over a target that takes trees."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -26,6 +27,7 @@ class TreeSession(Session):
         *,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        images: Mapping[str, Any] | None = None,
     ) -> None:
         """Start a generation.
 
@@ -34,15 +36,22 @@ class TreeSession(Session):
             cache: Empty, or filled with the same number of slots in every row.
             attention_mask: Of the prompt, as Transformers takes it; None when nothing is padding.
             position_ids: Of the prompt, as Transformers takes them; None for the usual ones.
+            images: Other inputs of the prompt.
         """
         self._target, self._cache = target, cache
         self._attention_mask, self._position_ids = attention_mask, position_ids
+        self._images = images
         self._num_cached = cache.tree_start
 
     @property
     @override
     def num_cached(self) -> int:
         return self._num_cached
+
+    @property
+    @override
+    def merges_prompt(self) -> bool:
+        return not self._images and self._cache.position_shift is None
 
     @override
     def prefill(
@@ -53,6 +62,7 @@ class TreeSession(Session):
             self._cache,
             attention_mask=self._attention_mask,
             position_ids=self._position_ids,
+            images=self._images,
         )
         self._cache.split(self._cache.tree_start - 1, num_pending=1)
         return logits[:, None]

@@ -2,7 +2,7 @@
 
 import inspect
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 from typing import Any, cast
@@ -18,6 +18,7 @@ from speclm.attention import TreeStep, attached, attention_configs, tree_step
 from speclm.cache.tree_cache import TreeCache
 from speclm.errors import PromptError, UnsupportedModelError
 from speclm.target.claims import exclusive
+from speclm.target.images import with_images
 from speclm.target.rotary import RotarySwitch, rotary_switch
 from speclm.tree.topology import TreeTopology
 
@@ -168,6 +169,7 @@ class TargetView:
         *,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        images: Mapping[str, Any] | None = None,
     ) -> Float[Tensor, "batch vocab"]:
         """Run the prompt, or what the cache lacks of it, through the model and commit it.
 
@@ -178,6 +180,7 @@ class TargetView:
                 is padding.
             position_ids: As Transformers takes them, of the new slots or of all; by default
                 counted without padding.
+            images: Other inputs of the whole prompt.
 
         Returns:
             Logits after the last prompt token.
@@ -186,15 +189,15 @@ class TargetView:
         if position_ids is None:
             slots = torch.arange(num_new, device=tokens.device) + cache.tree_start
             position_ids = (slots - cache.num_padding[:, None]).clamp(min=0)
+        inputs: dict[str, Any] = {"past_key_values": cache, "logits_to_keep": 1}
+        inputs |= {"attention_mask": attention_mask, "position_ids": position_ids[..., -num_new:]}
         cache.reserve(num_new)
         with attached(self._configs):
-            logits = self._forward(
-                tokens,
-                attention_mask=attention_mask,
-                position_ids=position_ids[..., -num_new:],
-                past_key_values=cache,
-                logits_to_keep=1,
-            )
+            if images:
+                inputs = with_images(self.model, tokens, images, inputs)
+                logits: Tensor = self.run(**inputs).logits
+            else:
+                logits = self._forward(tokens, **inputs)
         cache.append(num_new)
         cache.commit_prompt()
         return logits[:, -1]
@@ -271,6 +274,8 @@ class TargetView:
         position_ids = (roots[:, None] + slot_depths[:, -num_nodes:]).clamp_(
             min=0, max=max_position
         )
+        if cache.position_shift is not None:
+            position_ids = position_ids + cache.position_shift[..., None]
         step = TreeStep(visible, slot_depths, cache)
         with attached(self._configs), tree_step(step):
             logits = self._forward(

@@ -158,7 +158,6 @@ EXERCISES: dict[str, Exercise] = {
     "inputs_embeds": Exercise(  # the prompt is not returned
         lambda: shared_model("llama").get_input_embeddings()(prompts(6)["input_ids"]), no_prompt
     ),
-    "token_type_ids": quiet(lambda: torch.ones(1, 6, dtype=torch.long)),
     "labels": quiet(lambda: prompts(6)["input_ids"]),
     "generation_config": Exercise(lambda: GenerationConfig(suppress_tokens=greedy_tokens()[:1])),
     "logits_processor": Exercise(lambda: LogitsProcessorList([AddOne()])),

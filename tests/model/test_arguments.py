@@ -21,9 +21,7 @@ def test_setting_is_the_argument_then_the_given_config_then_the_models():
     assert resolve_setting("no_such_setting", {}, DEFAULT) is None
 
 
-@pytest.mark.parametrize(
-    "name", ["token_type_ids", "labels", "position_ids", "prefill_chunk_size", "constraints"]
-)
+@pytest.mark.parametrize("name", ["labels", "position_ids", "prefill_chunk_size", "constraints"])
 def test_argument_that_only_the_base_honours_is_named(name):
     assert first_delegated({name: torch.zeros(1, 2)}, DEFAULT) == name
     assert first_delegated({name: None}, DEFAULT) is None
