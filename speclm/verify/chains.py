@@ -1,5 +1,8 @@
 """Finds out whether a model reads a chain of tokens as it reads them one by one."""
 
+import math
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -24,7 +27,24 @@ def check_chains(target: TargetView) -> SelfCheck:
     Returns:
         A verdict for chains or for plain decoding.
     """
-    return attempt(target, Backend.CHAINS, _measure)
+    check = attempt(target, Backend.CHAINS, _measure)
+    limits = _step_limits(target)
+    if check.backend is Backend.CHAINS and limits is not None:
+        reason = (
+            f"time steps are bounded to {limits} in chains and not in single steps, which the "
+            "self-check's few tokens may not show"
+        )
+        return replace(check, backend=Backend.PLAIN, reason=reason)
+    return check
+
+
+def _step_limits(target: TargetView) -> tuple[float, float] | None:
+    """Return bounds of a recurrence's time steps, by Transformers' name for them, if they bind."""
+    for module in target.model.modules():
+        limits = getattr(module, "time_step_limit", None)
+        if isinstance(limits, tuple | list) and (limits[0] > 0.0 or limits[1] < math.inf):
+            return float(limits[0]), float(limits[1])
+    return None
 
 
 @torch.no_grad()

@@ -7,6 +7,8 @@ from transformers import BloomConfig, BloomForCausalLM
 from speclm.target import ChainReader, TargetView
 from speclm.verify import Backend
 from speclm.verify.chains import check_chains
+from tests.families import FAMILIES as FAMILY_ROWS
+from tests.families import build_family, build_type
 from tests.models import FAMILIES, VOCAB_SIZE, randomise, shared_model
 
 
@@ -51,3 +53,20 @@ def test_numbers_that_are_none_are_found(monkeypatch):
 
     monkeypatch.setattr(ChainReader, "feed", broken)
     assert check_chains(TargetView(alibi())).backend is Backend.PLAIN
+
+
+def nemotron_h():
+    return build_family("nemotron_h").bfloat16()  # rounds by more than its bound changes
+
+
+def bounded_mamba2():
+    settings = FAMILY_ROWS["mamba2"].settings
+    return randomise(build_type("mamba2", {**settings, "time_step_limit": (0.0, 1e4)}))
+
+
+@pytest.mark.parametrize("build", [nemotron_h, bounded_mamba2])
+def test_time_steps_that_are_bounded_in_chains_alone_are_refused_where_the_check_sees_none(build):
+    check = check_chains(TargetView(build()))
+    assert check.backend is Backend.PLAIN
+    assert check.error < 0.1
+    assert "time steps are bounded" in check.reason
