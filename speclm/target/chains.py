@@ -17,9 +17,10 @@ from speclm.target.session import Session
 from speclm.target.view import TargetView
 from speclm.tree.topology import TreeTopology
 
-MAX_OWED = 12
+MAX_OWED = 16
 """Kept tokens that a recurrent model may have to read again, beyond which a round is spent on
-catching up. They cost little beside a forward's fixed cost."""
+catching up. They cost little beside a forward's fixed cost, and what a round gains by more is
+less still."""
 
 
 class ChainReader:
