@@ -13,29 +13,25 @@ from transformers.generation.streamers import BaseStreamer
 
 from speclm.acceptance.exact import ExactRule
 from speclm.acceptance.interface import AcceptanceRule
-from speclm.cache import import_cache
-from speclm.errors import UnsupportedModelError
 from speclm.generation.delegation import (
-    NeedsPlainDecoding,
     eos_token_ids,
     images_of,
     left_padding,
     max_length,
-    num_slots,
     prompt_length,
     reads_positions,
-    require_importable,
     require_supported,
 )
 from speclm.generation.drafting import require_drafts_for
 from speclm.generation.frontier import Frontier
+from speclm.generation.opening import meets_switch, open_session
 from speclm.generation.pace import Pace, PaceMemory
 from speclm.generation.rows import Rows
 from speclm.generation.run import Run
 from speclm.proposers.interface import Proposer
 from speclm.sampling.chooser import TokenChooser, first_text_dependent
 from speclm.stats import SpeculationStats
-from speclm.target import ChainSession, Session, TargetView, TreeSession, position_shift
+from speclm.target import TargetView
 from speclm.verify import Backend
 
 
@@ -112,8 +108,8 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
     # Plain decoding checks the length after a token, so there is always one.
     end = max(max_length(stopping_criteria, generation_config), input_ids.shape[1] + 1)
     num_unseen = length - input_ids.shape[1]
-    meets_switch = _meets_switch(target, num_padding, start=length, end=num_unseen + end)
-    session = _open(
+    is_switching = meets_switch(target, num_padding, start=length, end=num_unseen + end)
+    session = open_session(
         target, backend, model_inputs, images, num_padding, given=given, num_tokens=length
     )
     rows = Rows(
@@ -124,13 +120,11 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
     pad_token_id = _token_id(generation_config._pad_token_tensor)
     frontier = None
     if (
-        streamer is not None
-        or (wants_details and (generation_config.output_scores or generation_config.output_logits))
-        or first_text_dependent(logits_processor) is not None
-        or reads_positions(stopping_criteria)
-        or meets_switch
+        is_switching
         or session.needs_lockstep
         or (proposer is not None and proposer.needs_lockstep)
+        or streamer is not None
+        or _looks_at_positions(generation_config, logits_processor, stopping_criteria)
     ):
         frontier = Frontier(
             input_ids,
@@ -154,6 +148,7 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
         num_unseen=num_unseen,
         first_token=_token_id(generation_config._bos_token_tensor),
         max_length=end,
+        pad_token_id=pad_token_id,
         num_padding=num_padding,
         session=session,
         keeps_cache=given is not None,
@@ -171,20 +166,7 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
             stats=stats,
         )
     stats.acceptance, stats.is_lossy = rule.name, rule.is_lossy
-    try:
-        with target.decoding(run.features):
-            run.start(input_ids, embeddings=embeddings, temperature=temperature)
-            while rows.any_live:
-                run.round()
-            sequences = rows.sequences(input_ids, pad_token_id)
-            if given is not None:
-                run.hand_over(given, sequences)
-    except BaseException:
-        session.abandon()
-        raise
-    finally:
-        if run.noise is not None:  # also after an error: the generator is the caller's
-            run.noise.finish(rows.num_steps)
+    sequences = _decode(run, input_ids, embeddings, given, temperature=temperature)
     if frontier is None:
         return Generated(sequences, past_key_values=given)
     frontier.finish()
@@ -193,75 +175,45 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
     )
 
 
-def _meets_switch(
-    target: TargetView, num_padding: Int[Tensor, " batch"], *, start: int, end: int
-) -> bool:
-    """Tell whether the rotation of keys may change while rows grow from `start` to `end` slots.
-
-    Raises:
-        NeedsPlainDecoding: If plain decoding then reads the text again.
-    """
-    switch = target.rotary_switch
-    if switch is None:
-        return False
-    shortest = int(num_padding.min())
-    is_met = switch.is_met(start - 1 - shortest, end - 1 - shortest)
-    # Whether to read again is decided by slots, how to rotate by positions.
-    if switch.reads_again and (is_met or switch.is_met(start - 1, end - 1)):
-        raise NeedsPlainDecoding(
-            f"within max_length the text may outgrow {switch.num_positions} positions, where this "
-            "model reads it again"
-        )
-    return is_met
-
-
-def _open(
-    target: TargetView,
-    backend: Backend,
-    inputs: dict[str, Any],
-    images: dict[str, Any],
-    num_padding: Int[Tensor, " batch"],
+def _decode(
+    run: Run,
+    input_ids: Int[Tensor, "batch seq"],
+    embeddings: Tensor | None,
+    given: DynamicCache | None,
     *,
-    given: Any,
-    num_tokens: int,
-) -> Session:
-    """Return a session of the backend, with what a cache that was passed in holds.
+    temperature: float,
+) -> Int[Tensor, "batch length"]:
+    """Go from the prompt to the end of the last row, and leave everything usable on the way."""
+    try:
+        with run.target.decoding(run.features):
+            run.start(input_ids, embeddings=embeddings, temperature=temperature)
+            while run.rows.any_live:
+                run.round()
+            sequences = run.rows.sequences(input_ids, run.pad_token_id)
+            if given is not None:
+                run.hand_over(given, sequences)
+    except BaseException:
+        run.session.abandon()
+        raise
+    finally:
+        if run.noise is not None:  # also after an error: the generator is the caller's
+            run.noise.finish(run.rows.num_steps)
+    return sequences
 
-    Raises:
-        NeedsPlainDecoding: If the backend cannot use that cache, or positions switch rotations
-            elsewhere than slots.
-    """
-    batch = len(num_padding)
-    shift = position_shift(inputs.get("position_ids"), num_padding, num_tokens=num_tokens)
-    if shift is not None and target.rotary_switch is not None:
-        raise NeedsPlainDecoding("rope scaling by length, and positions that images shift")
-    if backend is Backend.CHAINS:
-        inputs = {
-            name: value
-            for name, value in inputs.items()
-            if name != "inputs_embeds" and name not in images
-        }
-        try:
-            return ChainSession(
-                target,
-                inputs,
-                images=images,
-                num_cached=num_slots(given),
-                is_callers=given is not None,
-            )
-        except UnsupportedModelError as error:
-            raise NeedsPlainDecoding(str(error)) from error
-    cache = target.new_cache(num_padding)
-    cache.position_shift = shift
-    if given is not None:
-        require_importable(given, target.num_layers, batch=batch, num_tokens=num_tokens)
-        import_cache(cache, given, room=num_tokens)
-    return TreeSession(
-        target,
-        cache,
-        attention_mask=inputs.get("attention_mask"),
-        position_ids=inputs.get("position_ids"),
-        images=images,
+
+def _looks_at_positions(
+    generation_config: GenerationConfig,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+) -> bool:
+    """Tell whether something is told of every position, in plain decoding's order."""
+    is_kept = generation_config.return_dict_in_generate and (
+        generation_config.output_scores or generation_config.output_logits
+    )
+    return (
+        bool(is_kept)
+        or first_text_dependent(logits_processor) is not None
+        or reads_positions(stopping_criteria)
     )
 
 

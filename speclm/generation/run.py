@@ -44,6 +44,8 @@ class Run:
     first_token: int
     """What stands for the prompt's last token where it has none."""
     max_length: int
+    pad_token_id: int
+    """What follows the end of a row that ends before others."""
     num_padding: Int[Tensor, " batch"]
     session: Session
     keeps_cache: bool
