@@ -98,9 +98,20 @@ class TreeCache(Cache):
             self._grow(needed)
 
     def append(self, num_slots: int) -> None:
-        """Count nodes that a forward has just written as pending."""
+        """Count nodes that a forward has just written as pending.
+
+        Raises:
+            CacheError: If a first forward wrote more or fewer.
+        """
         self.num_pending += num_slots
         if self.capacity == 0:
+            written = {layer.keys.shape[2] for layer in self._rows if layer.keys is not None}
+            if not written <= {self.num_pending}:
+                raise CacheError(
+                    f"a forward over {self.num_pending} tokens wrote {max(written)} slots, "
+                    "expected one for each token, as masks and positions count them; images "
+                    "beside the text are decoded with .base.generate"
+                )
             self._grow(self.num_pending)
 
     def keep(self, paths: Sequence[Sequence[int]]) -> None:

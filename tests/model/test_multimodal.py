@@ -57,6 +57,17 @@ def test_text_alone_is_speculated(name, mode):
     require_few_forwards(shared_spec(name), prompt(name, *TEXT[mode]), **MODES[mode])
 
 
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3"])
+def test_inputs_that_say_there_are_no_images_change_nothing(name):
+    inputs = prompt(name, (9,), (4,))
+    kinds = torch.zeros_like(inputs["input_ids"])
+    if name == "gemma3":
+        none = {"token_type_ids": kinds}
+    else:
+        none = {"mm_token_type_ids": kinds, "image_grid_thw": None}
+    require_few_forwards(shared_spec(name), {**inputs, **none}, **MODES["sampled"])
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", SPECULATING)
 def test_images_are_speculated(name, mode):

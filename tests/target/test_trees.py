@@ -1,12 +1,14 @@
 """A session over trees: what it reads, keeps and leaves behind."""
 
+import pytest
 import torch
 from transformers import DynamicCache
 
 from speclm.cache import TreeCache, import_cache
+from speclm.errors import CacheError
 from speclm.target import TargetView, TreeSession
 from speclm.tree.topology import chain, from_parents
-from tests.models import prompts, shared_model
+from tests.models import build_model, prompts, shared_model
 
 TOLERANCE = 2e-4  # of logits whose spread is about 3, in float32
 
@@ -53,3 +55,19 @@ def test_slots_of_an_imported_cache_are_not_read_again():
     assert given.get_seq_length() == 8
     session.abandon()
     assert given.get_seq_length() == 8
+
+
+@torch.no_grad()
+def test_images_in_slots_beside_those_of_the_text_are_refused():
+    model, tokens = build_model("llama"), prompts(5)["input_ids"]
+
+    def prepare(tokens, *, is_first_iteration, position_ids, images, **inputs):
+        assert is_first_iteration
+        return {"input_ids": torch.cat([images, tokens], dim=1), **inputs}
+
+    model.prepare_inputs_for_generation = prepare
+    view = TargetView(model)
+    cache = view.new_cache(torch.tensor([0]))
+    session = TreeSession(view, cache, images={"images": tokens[:, :3]})
+    with pytest.raises(CacheError, match=r"5 tokens wrote 8 slots.*\.base\.generate"):
+        session.prefill(tokens)
