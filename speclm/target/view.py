@@ -12,13 +12,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
-from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from speclm.attention import TreeStep, attached, attention_configs, tree_step
 from speclm.cache.tree_cache import TreeCache
 from speclm.errors import PromptError, UnsupportedModelError
 from speclm.target.claims import exclusive
 from speclm.target.images import with_images
+from speclm.target.logits import find_decoder, logits_from
 from speclm.target.rotary import RotarySwitch, rotary_switch
 from speclm.tree.topology import TreeTopology
 
@@ -84,6 +84,11 @@ class TargetView:
         if hook is None or device.type != "meta":
             return device
         return torch.device(hook.execution_device)  # accelerate has the weights elsewhere
+
+    @property
+    def decoder(self) -> nn.Module:
+        """Module whose output the head reads."""
+        return find_decoder(self.model)
 
     @property
     def max_positions(self) -> int | None:
@@ -289,16 +294,7 @@ class TargetView:
 
     def head_logits(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows vocab"]:
         """Return the logits that the model computes from hidden states after the final norm."""
-        flat = hidden.reshape(1, -1, hidden.shape[-1])
-        if self._has_plain_head:
-            head = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
-            logits: Tensor = head(flat)
-        else:  # the model's own code knows its softcap or scale
-            with _stubbed(self._decoder, flat):
-                logits = self.model(
-                    input_ids=flat.new_zeros(flat.shape[:2], dtype=torch.long)
-                ).logits
-        return logits.view(*hidden.shape[:-1], -1)
+        return logits_from(self.model, hidden)
 
     @contextmanager
     def decoding(self, features: TargetFeatures = TargetFeatures.NONE) -> Iterator[None]:
@@ -316,7 +312,7 @@ class TargetView:
         with exclusive(self.model, name=self.name):
             handle = None
             if features is TargetFeatures.LAST_HIDDEN:
-                handle = self._decoder.register_forward_hook(self._tap)
+                handle = self.decoder.register_forward_hook(self._tap)
             try:
                 # Chooses the kernel of mixtures of experts.
                 with cast("Any", self.model)._optimize_model_for_decode():
@@ -338,41 +334,9 @@ class TargetView:
         inputs["inputs_embeds" if tokens.is_floating_point() else "input_ids"] = tokens
         return cast("Tensor", self.run(use_cache=True, **inputs).logits)
 
-    @property
-    def _decoder(self) -> nn.Module:
-        return cast("nn.Module", cast("Any", self.model).get_decoder())
-
-    @property
-    def _has_plain_head(self) -> bool:
-        """Whether logits are the head's product and nothing else."""
-        names = ("final_logit_softcapping", "logit_scale", "logits_scaling", "logits_scale")
-        return all(getattr(self._text_config, name, None) in {None, 1.0} for name in names)
-
     def _tap(self, module: nn.Module, arguments: object, output: Any) -> None:  # noqa: ARG002
         if self._running_thread == threading.get_ident():  # others may use the model as it is
             self.features = output[0]
-
-
-@contextmanager
-def _stubbed(decoder: nn.Module, hidden: Tensor) -> Iterator[None]:
-    """Let a decoder return the given hidden states to this thread, whatever it is called with."""
-    before = vars(decoder).get("forward")  # somebody's wrapper
-    own, thread = decoder.forward, threading.get_ident()
-
-    def forward(*arguments: Any, **named: Any) -> Any:
-        if threading.get_ident() != thread:
-            return own(*arguments, **named)
-        # Mixtures of experts read more of the output; the fields are None in either case.
-        return MoeModelOutputWithPast(last_hidden_state=hidden)
-
-    decoder.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del decoder.forward  # an instance attribute that hid the class's method
-        else:
-            decoder.forward = before
 
 
 def _below_prompt(

@@ -1,7 +1,6 @@
 """The module that is trained: Medusa heads on top of a frozen base."""
 
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -101,9 +100,8 @@ class MedusaTrainingModel(nn.Module):
         self, input_ids: Int[Tensor, "batch seq"], attention_mask: Int[Tensor, "batch seq"]
     ) -> Float[Tensor, "tokens hidden"]:
         """Return what the base's output matrix would read, without computing logits."""
-        decoder = cast("Any", self.view.model).get_decoder()
         device = self.view.device
-        output = decoder(
+        output = self.view.decoder(
             input_ids=input_ids.to(device),
             attention_mask=attention_mask.to(device),
             use_cache=False,

@@ -28,7 +28,13 @@ RECURRENT_ROWS = (
     ),
     Family(
         "falcon_h1",
-        {**_STATE_SPACE, "head_dim": 12, "mamba_d_ssm": 40, "mamba_d_head": 10},
+        {
+            **_STATE_SPACE,
+            "head_dim": 12,
+            "mamba_d_ssm": 40,
+            "mamba_d_head": 10,
+            "lm_head_multiplier": 0.4,
+        },
         "Falcon-H1",
         backend=Backend.CHAINS,
         reason="layers of type hybrid",
