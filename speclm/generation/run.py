@@ -112,7 +112,7 @@ class Run:
             sampler=self._sampler,
         )
         draft = roots_alone(self.roots)
-        needs_features = self.features is not TargetFeatures.NONE
+        needs_features = self.features != TargetFeatures.NONE
         with stats.phase("prefill"):
             if self.proposer is not None and not needs_features:
                 self.proposer.begin(prompt)

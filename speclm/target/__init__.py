@@ -2,10 +2,11 @@
 
 from speclm.target.chains import ChainReader, ChainSession
 from speclm.target.claims import exclusive
+from speclm.target.features import TargetFeatures
 from speclm.target.images import images_obstacle, position_shift
 from speclm.target.session import Session
 from speclm.target.trees import TreeSession
-from speclm.target.view import TargetFeatures, TargetView
+from speclm.target.view import TargetView
 
 __all__ = [
     "ChainReader",

@@ -4,10 +4,10 @@ import inspect
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from enum import Enum
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -17,18 +17,11 @@ from speclm.attention import TreeStep, attached, attention_configs, tree_step
 from speclm.cache.tree_cache import TreeCache
 from speclm.errors import PromptError, UnsupportedModelError
 from speclm.target.claims import exclusive
+from speclm.target.features import FeatureTap, TargetFeatures
 from speclm.target.images import with_images
 from speclm.target.logits import find_decoder, logits_from
 from speclm.target.rotary import RotarySwitch, rotary_switch
 from speclm.tree.topology import TreeTopology
-
-
-class TargetFeatures(Enum):
-    """Hidden states of the target that a proposer needs."""
-
-    NONE = "none"
-    LAST_HIDDEN = "last hidden"
-    """What the target's head reads: the decoder's output, after the final norm."""
 
 
 class TargetView:
@@ -292,6 +285,11 @@ class TargetView:
         cache.append(num_nodes)
         return logits
 
+    def stored_embeddings(self, tokens: Int[Tensor, "*rows"]) -> Float[Tensor, "*rows hidden"]:
+        """Return rows of the embedding matrix, without the factor that some models apply."""
+        module = self.model.get_input_embeddings()
+        return F.embedding(tokens, module.get_parameter("weight"))
+
     def head_logits(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows vocab"]:
         """Return the logits that the model computes from hidden states after the final norm."""
         return logits_from(self.model, hidden)
@@ -310,16 +308,15 @@ class TargetView:
             BusyError: If the model decodes already, in this thread or another.
         """
         with exclusive(self.model, name=self.name):
-            handle = None
-            if features is TargetFeatures.LAST_HIDDEN:
-                handle = self.decoder.register_forward_hook(self._tap)
+            tap = FeatureTap(features, is_own=self._is_running, take=self._take)
             try:
-                # Chooses the kernel of mixtures of experts.
-                with cast("Any", self.model)._optimize_model_for_decode():
+                with (
+                    tap.on(self.decoder, self.num_layers),
+                    # Chooses the kernel of mixtures of experts.
+                    cast("Any", self.model)._optimize_model_for_decode(),
+                ):
                     yield
             finally:
-                if handle is not None:
-                    handle.remove()
                 self.features = None
 
     def run(self, **inputs: Any) -> Any:
@@ -334,9 +331,12 @@ class TargetView:
         inputs["inputs_embeds" if tokens.is_floating_point() else "input_ids"] = tokens
         return cast("Tensor", self.run(use_cache=True, **inputs).logits)
 
-    def _tap(self, module: nn.Module, arguments: object, output: Any) -> None:  # noqa: ARG002
-        if self._running_thread == threading.get_ident():  # others may use the model as it is
-            self.features = output[0]
+    def _is_running(self) -> bool:
+        """Whether this thread runs a forward of this view; others may use the model as it is."""
+        return self._running_thread == threading.get_ident()
+
+    def _take(self, features: Tensor) -> None:
+        self.features = features
 
 
 def _below_prompt(

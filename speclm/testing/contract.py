@@ -104,7 +104,7 @@ class _Driver:
         positions = [1] * len(rows)
         prefill = self._prefill(rows)
         inputs = [prefill.tokens, prefill.num_padding, prefill.first_tokens]
-        needs_features = proposer.features is not TargetFeatures.NONE
+        needs_features = proposer.features != TargetFeatures.NONE
         if needs_features:
             inputs.append(self._features(prefill.tokens))
             prefill = replace(prefill, features=inputs[-1])

@@ -145,7 +145,7 @@ def test_proposers_are_told_of_one_token(kind, bos_token_id, monkeypatch):
     assert prompt.tokens.shape == (2, 0)
     assert prompt.num_padding.tolist() == [0, 0]
     assert prompt.first_tokens.tolist() == [bos_token_id or 0] * 2
-    if proposer.features is not TargetFeatures.NONE:
+    if proposer.features != TargetFeatures.NONE:
         assert prompt.features.shape == (2, 0, 40)
 
 

@@ -86,8 +86,8 @@ def test_the_first_parts_nodes_are_kept_when_there_are_too_many():
 def test_features_are_asked_for_when_a_part_needs_them():
     base = shared_model("llama")
     medusa = MedusaProposer(random_heads(), target=base)
-    assert CombinedProposer([NgramProposer()]).features is TargetFeatures.NONE
-    assert CombinedProposer([NgramProposer(), medusa]).features is TargetFeatures.LAST_HIDDEN
+    assert CombinedProposer([NgramProposer()]).features == TargetFeatures.NONE
+    assert CombinedProposer([NgramProposer(), medusa]).features == TargetFeatures.LAST_HIDDEN
 
 
 @pytest.mark.parametrize("lengths", [(9,), (4, 9, 6)])

@@ -23,7 +23,7 @@ def test_every_method_has_to_be_written(missing):
 
 
 def test_defaults_need_no_features_of_the_target():
-    assert Proposer.features is TargetFeatures.NONE
+    assert Proposer.features == TargetFeatures.NONE
     assert Proposer.config == ProposerConfig()
 
 

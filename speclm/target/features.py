@@ -1,0 +1,108 @@
+"""What a proposer may ask the target for, and how it is read off while the target runs."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from speclm.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class TargetFeatures:
+    """Hidden states of the target that a proposer needs, side by side.
+
+    Args:
+        layers: Which of them, numbered as Transformers' `hidden_states`: i is what decoder layer i
+            reads, from 0 for the embeddings; -1 is what the target's head reads, the decoder's
+            output after the final norm.
+    """
+
+    layers: tuple[int, ...] = ()
+
+    NONE: ClassVar["TargetFeatures"]
+    LAST_HIDDEN: ClassVar["TargetFeatures"]
+
+
+TargetFeatures.NONE = TargetFeatures()
+TargetFeatures.LAST_HIDDEN = TargetFeatures((-1,))
+
+
+class FeatureTap:
+    """Reads features off the forwards of a model that its owner runs; others' go unnoticed."""
+
+    def __init__(
+        self,
+        features: TargetFeatures,
+        *,
+        is_own: Callable[[], bool],
+        take: Callable[[Tensor], None],
+    ) -> None:
+        """Say what to read.
+
+        Args:
+            features: Which hidden states.
+            is_own: Tells whether the forward that goes on is the owner's.
+            take: Is given ``[batch, nodes, width]`` when the decoder is done.
+        """
+        self._features, self._is_own, self._take = features, is_own, take
+        self._found: dict[int, Tensor] = {}
+
+    @contextmanager
+    def on(self, decoder: nn.Module, num_layers: int) -> Iterator[None]:
+        """Read from a decoder, the model below the head.
+
+        Raises:
+            UnsupportedModelError: If the decoder has no such layer.
+        """
+        indices = self._features.layers
+        inner = [index for index in indices if index >= 0]
+        if inner and max(inner) >= num_layers:
+            raise UnsupportedModelError(
+                f"features of layer {max(inner)} are asked for, the target has layers 0 to "
+                f"{num_layers - 1}; use heads that were made for this target"
+            )
+        layers: Any = _layers(decoder, num_layers) if inner else None
+        # No closures: a model may be copied or pickled while it runs.
+        handles = [
+            layers[index].register_forward_pre_hook(partial(self._read, index), with_kwargs=True)
+            for index in inner
+        ]
+        if indices:
+            handles.append(decoder.register_forward_hook(self._end))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _read(
+        self,
+        index: int,
+        module: nn.Module,  # noqa: ARG002
+        arguments: tuple[Any, ...],
+        named: dict[str, Any],
+    ) -> None:
+        if self._is_own():
+            self._found[index] = arguments[0] if arguments else named["hidden_states"]
+
+    def _end(self, module: nn.Module, arguments: object, output: Any) -> None:  # noqa: ARG002
+        if self._is_own():
+            self._found[-1] = output[0]
+            self._take(torch.cat([self._found[index] for index in self._features.layers], dim=-1))
+            self._found.clear()
+
+
+def _layers(decoder: nn.Module, num_layers: int) -> nn.ModuleList:
+    """Return the decoder's layers: the outermost list of as many modules."""
+    for module in decoder.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+            return module
+    raise UnsupportedModelError(
+        f"{type(decoder).__name__} has no list of its {num_layers} layers, of which features are "
+        "asked for; use a proposer that needs none"
+    )
