@@ -1,5 +1,15 @@
 """Heads: draft networks that are trained on a target, built from plain numbers."""
 
+from speclm.formats.eagle_config import EagleConfig
+from speclm.heads._eagle_layer import KeyValueStore
+from speclm.heads.eagle import EagleHeads, build_eagle
 from speclm.heads.medusa import MedusaHeads, MedusaHeadsConfig
 
-__all__ = ["MedusaHeads", "MedusaHeadsConfig"]
+__all__ = [
+    "EagleConfig",
+    "EagleHeads",
+    "KeyValueStore",
+    "MedusaHeads",
+    "MedusaHeadsConfig",
+    "build_eagle",
+]
