@@ -12,9 +12,11 @@ from typing_extensions import override
 
 from speclm.acceptance.accepted import Accepted
 from speclm.config import ProposerConfig
+from speclm.heads import EagleConfig, EagleHeads
 from speclm.heads.medusa import MedusaHeads, MedusaHeadsConfig
 from speclm.proposers.combined import CombinedProposer
 from speclm.proposers.draft_model import DraftModelProposer
+from speclm.proposers.eagle import EagleProposer
 from speclm.proposers.interface import Draft, Prefill, Proposer
 from speclm.proposers.medusa import MedusaProposer
 from speclm.proposers.ngram import NgramProposer
@@ -155,6 +157,13 @@ def random_heads(base: PreTrainedModel, *, num_heads: int = 3) -> MedusaHeads:
     return heads.eval()
 
 
+def random_eagle(base: PreTrainedModel) -> EagleHeads:
+    """Return EAGLE heads that fit a target and that nobody trained."""
+    heads = EagleHeads(EagleConfig.from_model_config(base.config, kind="eagle"))
+    heads.init_weights_(generator=torch.Generator().manual_seed(3))
+    return heads.eval()
+
+
 PROPOSERS = (
     "scripted",
     "random tree",
@@ -163,6 +172,7 @@ PROPOSERS = (
     "other draft",
     "random Medusa",
     "Medusa that hits",
+    "EAGLE that hits",
     "joined",
     "none",
 )
@@ -201,6 +211,11 @@ def build_proposer(
         ),
         "random Medusa": medusa,
         "Medusa that hits": lambda: HittingProposer(medusa(), reference, seed=seed),
+        "EAGLE that hits": lambda: HittingProposer(
+            EagleProposer(random_eagle(target), target=target, min_probability=0.0),
+            reference,
+            seed=seed,
+        ),
         "joined": lambda: CombinedProposer(
             [NgramProposer(), HittingProposer(medusa(), reference, seed=seed)]
         ),

@@ -1,19 +1,28 @@
 """From what a user writes as ``heads`` to a proposer."""
 
 import difflib
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from speclm.errors import OptionError, UnknownNameError, UnsupportedModelError
-from speclm.formats import MedusaCheckpoint, find_medusa, read_medusa
+from speclm.formats import (
+    MedusaCheckpoint,
+    find_eagle,
+    find_medusa,
+    read_eagle,
+    read_medusa,
+)
+from speclm.heads.eagle import build_eagle
 from speclm.heads.medusa import MedusaHeads, MedusaHeadsConfig
 from speclm.proposers.chain_draft import ChainDraftProposer
 from speclm.proposers.combined import CombinedProposer
 from speclm.proposers.draft_model import DraftModelProposer
+from speclm.proposers.eagle import EagleProposer
 from speclm.proposers.interface import Proposer
 from speclm.proposers.medusa import MedusaProposer
 from speclm.proposers.registry import registered_proposers
@@ -45,7 +54,8 @@ def load_proposer(
             of them, whose guesses are joined.
         base: The target, whose vocabulary, dtype and device a draft model has to share.
         heads_kwargs: Arguments of a draft model's ``from_pretrained``, or of a registered
-            proposer's constructor; ``dtype``, ``min_chance`` and ``tree`` for Medusa heads.
+            proposer's constructor; ``dtype``, ``min_chance`` and ``tree`` for Medusa heads, and
+            ``dtype`` and the fields of `EagleProposerConfig` for EAGLE heads.
         num_draft_tokens: Most tokens drafted a round; None for the proposer's default.
 
     Raises:
@@ -53,7 +63,7 @@ def load_proposer(
         OptionError: If options are given for an object that is already built, or are none.
         VocabularyMismatchError: If a draft model or heads have another vocabulary.
         UnsupportedModelError: If a draft model fails the tree self-check.
-        CheckpointError: If Medusa heads are damaged or incomplete.
+        CheckpointError: If heads are damaged or incomplete.
     """
     heads_kwargs = {} if heads_kwargs is None else heads_kwargs
     if not isinstance(heads_kwargs, dict):
@@ -90,6 +100,9 @@ def load_proposer(
     folder = _medusa_folder(heads)
     if folder is not None:
         return _load_medusa(folder, heads, base, {**heads_kwargs, **options})
+    folder = _eagle_folder(heads)
+    if folder is not None:
+        return _load_eagle(folder, base, {**heads_kwargs, **options})
     return _wrap_draft_model(_load_draft_model(heads, base, heads_kwargs), base, options)
 
 
@@ -152,9 +165,7 @@ def _load_medusa(
             f"{heads} holds a model merged with its heads, which were trained together; the base "
             f"is {base.config.name_or_path!r}, load the base from {str(heads)!r} too"
         )
-    dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise OptionError(f"dtype of the heads is {dtype!r}, expected one such as torch.bfloat16")
+    dtype = _dtype(dtype)
     if dtype != base.dtype and not checkpoint.has_own_lm_head:
         raise OptionError(
             f"dtype of the heads is {dtype}, that of the base {base.dtype}, whose output matrix "
@@ -162,6 +173,51 @@ def _load_medusa(
         )
     options.setdefault("tree", checkpoint.choices)
     return MedusaProposer(_build_heads(checkpoint, TargetView(base), dtype), target=base, **options)
+
+
+def _eagle_folder(heads: str | Path) -> Path | None:
+    """Return the folder of EAGLE heads, downloaded if need be; None for anything else."""
+    if Path(heads).exists():
+        return Path(heads) if Path(heads).is_dir() and find_eagle(Path(heads)) else None
+    try:
+        hints = Path(snapshot_download(str(heads), allow_patterns=_HINTS))
+        if not _looks_like_eagle(hints / "config.json"):
+            return None
+        files = [*_HEAD_FILES, *_MODEL_PICKLES]
+        folder = Path(snapshot_download(str(heads), allow_patterns=files))
+    except (OSError, ValueError):  # as a draft model it fails too, and that error is reported
+        return None
+    return folder if find_eagle(folder) else None
+
+
+def _looks_like_eagle(config: Path) -> bool:
+    """Tell whether a repository may hold EAGLE heads, from its config.
+
+    The first heads were published with the config of a Llama of one layer, and nothing else.
+    """
+    text = config.read_text(encoding="utf-8") if config.is_file() else ""
+    return "eagle" in text.lower() or re.search(r'"num_hidden_layers": *1\b', text) is not None
+
+
+def _load_eagle(folder: Path, base: PreTrainedModel, options: dict[str, Any]) -> Proposer:
+    dtype = _dtype(options.pop("dtype", base.dtype))
+    view = TargetView(base)
+    model = cast("Any", base)
+    output = model.get_output_embeddings()
+    checkpoint = read_eagle(folder).share(
+        embeddings=model.get_input_embeddings().weight,
+        lm_weight=None if output is None else output.weight,
+    )
+    heads = build_eagle(checkpoint, dtype=dtype, device=view.device)
+    heads = heads.eval().requires_grad_(requires_grad=False)
+    return EagleProposer(heads, target=base, **options)
+
+
+def _dtype(dtype: object) -> torch.dtype:
+    found = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise OptionError(f"dtype of the heads is {found!r}, expected one such as torch.bfloat16")
+    return found
 
 
 def _build_heads(checkpoint: MedusaCheckpoint, view: TargetView, dtype: torch.dtype) -> MedusaHeads:

@@ -4,6 +4,7 @@ from speclm.config import ProposerConfig
 from speclm.proposers.chain_draft import ChainDraftConfig, ChainDraftProposer
 from speclm.proposers.combined import CombinedConfig, CombinedProposer
 from speclm.proposers.draft_model import DraftModelConfig, DraftModelProposer
+from speclm.proposers.eagle import EagleProposer, EagleProposerConfig
 from speclm.proposers.interface import Draft, Prefill, Proposer, TargetNeeds
 from speclm.proposers.medusa import MedusaConfig, MedusaProposer
 from speclm.proposers.ngram import NgramConfig, NgramProposer
@@ -18,6 +19,8 @@ __all__ = [
     "Draft",
     "DraftModelConfig",
     "DraftModelProposer",
+    "EagleProposer",
+    "EagleProposerConfig",
     "MedusaConfig",
     "MedusaProposer",
     "NgramConfig",

@@ -14,6 +14,7 @@ from speclm.acceptance.accepted import Accepted
 from speclm.cache.tree_cache import TreeCache
 from speclm.config import MAX_NODES, ProposerConfig, require_count, require_depth, require_in_range
 from speclm.errors import OptionError
+from speclm.proposers._levels import assemble, seen_below
 from speclm.proposers._shared_vocabulary import SharedVocabulary
 from speclm.proposers.interface import Draft, Prefill, Proposer, TargetNeeds
 from speclm.proposers.ranking import rank_log_probs
@@ -22,7 +23,7 @@ from speclm.sampling.noise import PositionNoise
 from speclm.target import TargetView
 from speclm.tree.choices import static_tree
 from speclm.tree.growth import GrowingTree, GrownRow, drawn_choices
-from speclm.tree.topology import chain, from_parents
+from speclm.tree.topology import chain
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +140,7 @@ class DraftModelProposer(Proposer):
         tree = self._grow(roots.device, longest, noise)
         min_score = math.log(max(self.config.min_probability, 1e-30))
         self._grown = tree.best_nodes(self.config.num_draft_tokens, min_score=min_score)
-        return self._assemble(roots)
+        return assemble(self._grown, roots)
 
     @override
     def commit(self, accepted: Accepted) -> None:
@@ -201,7 +202,7 @@ class DraftModelProposer(Proposer):
             tokens = tree.expanded_tokens
             width = tokens.shape[1]
             if not is_chain:
-                seen = _seen_below(seen, tree.expanded_parents)
+                seen = seen_below(seen, tree.expanded_parents)
             depths = (unseen + level - 1)[:, None].expand(-1, width)
             slot_depths = torch.cat([slot_depths, depths], dim=1)
             self._offsets.append(self._cache.num_pending)
@@ -243,7 +244,7 @@ class DraftModelProposer(Proposer):
             for place, node in enumerate(level):
                 expansions[node] = (depth, place)
             places = torch.tensor([above[parents[node]] for node in level], device=device)
-            seen = _seen_below(seen, places.expand(batch, -1))
+            seen = seen_below(seen, places.expand(batch, -1))
             depths = (num_unseen + depth)[:, None].expand(-1, len(level))
             slot_depths = torch.cat([slot_depths, depths], dim=1)
             self._offsets.append(self._cache.num_pending)
@@ -291,25 +292,3 @@ class DraftModelProposer(Proposer):
     ) -> Float[Tensor, "batch nodes vocab"]:
         level_noise = None if noise is None else noise.at_depth(depth)
         return rank_log_probs(logits, temperature=self._temperature, noise=level_noise)
-
-    def _assemble(self, roots: Int[Tensor, " batch"]) -> Draft:
-        parents = [[0, *row.parents] for row in self._grown]
-        nodes = max(map(len, parents))
-        # Padding repeats token 0, which every vocabulary has.
-        guesses = [row.tokens + [0] * (nodes - 1 - len(row.tokens)) for row in self._grown]
-        tokens = torch.tensor(guesses, dtype=torch.long, device=roots.device)
-        return Draft(
-            tokens=torch.cat([roots[:, None], tokens.view(len(guesses), -1)], dim=1),
-            topology=from_parents(parents, device=roots.device),
-            probs=None,
-        )
-
-
-def _seen_below(
-    seen: Bool[Tensor, "batch above slots"], parents: Int[Tensor, "batch width"]
-) -> Bool[Tensor, "batch width slots_and_width"]:
-    """Return what new nodes see: what their parents see, and each itself."""
-    batch, width = parents.shape
-    above = seen.gather(1, parents[:, :, None].expand(-1, -1, seen.shape[2]))
-    itself = torch.eye(width, dtype=torch.bool, device=seen.device).expand(batch, -1, -1)
-    return torch.cat([above, itself], dim=2)

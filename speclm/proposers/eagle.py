@@ -1,0 +1,285 @@
+"""Proposes what EAGLE heads guess on from the target's features."""
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+from typing_extensions import override
+
+from speclm.acceptance.accepted import Accepted
+from speclm.attention import TreeStep
+from speclm.cache.tree_cache import TreeCache
+from speclm.config import MAX_NODES, ProposerConfig, require_count, require_depth, require_in_range
+from speclm.errors import OptionError, VocabularyMismatchError
+from speclm.heads.eagle import EagleHeads
+from speclm.proposers._levels import assemble, seen_below
+from speclm.proposers.interface import Draft, Prefill, Proposer, TargetNeeds
+from speclm.proposers.ranking import rank_log_probs
+from speclm.sampling.noise import PositionNoise
+from speclm.target import TargetFeatures, TargetView
+from speclm.tree.growth import GrowingTree
+
+
+@dataclass(frozen=True, slots=True)
+class EagleProposerConfig(ProposerConfig):
+    """Settings of `EagleProposer`.
+
+    Args:
+        depth: Most levels of the tree, each of which costs one run of the heads.
+        num_draft_tokens: Most nodes drafted a round.
+        width: Nodes expanded at each level.
+        branches: Children considered for each expanded node.
+        min_probability: Nodes less likely than this are not verified.
+        min_confidence: A row grows no further once no path of it is this likely.
+        min_growing: No further level is drafted once a smaller share of the rows grows.
+    """
+
+    depth: int = 6
+    num_draft_tokens: int = 16
+    width: int = 3
+    branches: int = 3
+    min_probability: float = 0.05
+    min_confidence: float = 0.2
+    min_growing: float = 0.5
+
+    def __post_init__(self) -> None:
+        require_depth("depth", self.depth)  # super() does not work in a slotted dataclass
+        for name in ("num_draft_tokens", "width", "branches"):
+            require_count(name, getattr(self, name), low=1, high=MAX_NODES - 1)
+        for name in ("min_probability", "min_confidence", "min_growing"):
+            require_in_range(name, getattr(self, name), low=0.0, high=1.0)
+
+
+class EagleProposer(Proposer):
+    """Grows a tree with a small decoder that continues the target's own hidden states.
+
+    A slot of the heads joins the features of one position with the token after it. Committed slots
+    hold what the target really computed; what stands on guesses is dropped in every round.
+
+    Source: Li et al. 2024 (EAGLE-2), Li et al. 2025 (EAGLE-3).
+    """
+
+    config: EagleProposerConfig
+
+    def __init__(self, heads: EagleHeads, *, target: PreTrainedModel, **options: Any) -> None:
+        """Wrap trained heads.
+
+        Args:
+            heads: Heads trained on the target, on its device.
+            target: The model that will verify.
+            **options: Fields of `EagleProposerConfig`.
+
+        Raises:
+            VocabularyMismatchError: If the heads were made for another vocabulary.
+            OptionError: If an option is unknown or out of range, or the heads have another width.
+            UnsupportedModelError: If the target lacks the layers whose features are read.
+        """
+        known = {option.name for option in fields(EagleProposerConfig)}
+        unknown = sorted(options.keys() - known)
+        if unknown:
+            raise OptionError(
+                f"EagleProposer has no option {unknown[0]!r}, expected some of {sorted(known)!r}; "
+                "drop it or correct its name"
+            )
+        self.config = EagleProposerConfig(**options)
+        self.heads, self.view = heads, TargetView(target)
+        wanted = heads.config
+        if wanted.vocab_size != self.view.vocab_size:
+            raise VocabularyMismatchError(
+                f"EAGLE heads have a vocabulary of {wanted.vocab_size}, the target "
+                f"{self.view.name} one of {self.view.vocab_size}; use heads that were trained on it"
+            )
+        if wanted.target_hidden_size != self.view.hidden_size:
+            raise OptionError(
+                f"EAGLE heads read features of width {wanted.target_hidden_size}, those of "
+                f"{self.view.name} are {self.view.hidden_size} wide; use heads that were trained "
+                "on it"
+            )
+        is_eagle3 = wanted.kind == "eagle3"
+        self._features = (
+            TargetFeatures(wanted.layers_to_read(self.view.num_layers))
+            if is_eagle3
+            else TargetFeatures.LAST_HIDDEN
+        )
+        self.needs = TargetNeeds(
+            vocab_size=wanted.vocab_size, hidden_size=wanted.target_hidden_size, model=target
+        )
+        self._prompt: Prefill | None = None
+        self._cache: TreeCache | None = None
+        self._unseen_tokens: list[list[int]] = []
+        self._unseen_features: list[list[Tensor]] = []
+        self._hidden: Tensor | None = None  # of the slot before each root
+        self._is_idle: list[bool] = []
+
+    @property
+    @override
+    def features(self) -> TargetFeatures:  # type: ignore[override]  # the heads decide
+        return self._features
+
+    @override
+    def begin(self, prompt: Prefill) -> None:
+        self._prompt, self._cache, self._hidden = prompt, None, None
+        batch = len(prompt.first_tokens)
+        self._unseen_tokens = [[] for _ in range(batch)]
+        self._unseen_features = [[] for _ in range(batch)]
+        self._is_idle = [False] * batch
+
+    @override
+    def propose(self, roots: Int[Tensor, " batch"], *, noise: PositionNoise | None) -> Draft:
+        assert self._prompt is not None, "propose before begin"
+        if self._cache is None:
+            self._cache = self._read(self._prompt)
+        self._catch_up(roots.device)
+        tree = self._grow(roots.device, noise)
+        min_score = math.log(max(self.config.min_probability, 1e-30))
+        grown = tree.best_nodes(self.config.num_draft_tokens, min_score=min_score)
+        draft = assemble(grown, roots)
+        guesses = self.heads.target_ids(draft.tokens[:, 1:])
+        return Draft(torch.cat([roots[:, None], guesses], dim=1), draft.topology, None)
+
+    @override
+    def commit(self, accepted: Accepted) -> None:
+        if self._cache is not None:
+            self._cache.keep([[] for _ in accepted.emitted])  # guesses are not features
+        assert accepted.features is not None
+        for row, emitted in enumerate(accepted.emitted):
+            if emitted:
+                self._unseen_tokens[row] += emitted
+                self._unseen_features[row].append(accepted.features[row, : len(emitted)])
+        self._is_idle = [not emitted for emitted in accepted.emitted]
+
+    def _read(self, prompt: Prefill) -> TreeCache:
+        """Run the heads over the prompt's features, each joined with the token after it."""
+        features = prompt.features
+        assert features is not None
+        following = torch.cat([prompt.tokens[:, 1:], prompt.first_tokens[:, None]], dim=1)
+        length = features.shape[1]  # of the last ones alone, where a cache held the first
+        padding = (prompt.num_padding - (prompt.tokens.shape[1] - length)).clamp(min=0)
+        cache = TreeCache(num_layers=self.heads.config.num_layers, num_padding=padding)
+        self._hidden = None
+        if length > 0:
+            slots = torch.arange(length, device=padding.device)
+            visible = (slots[:, None] >= slots) & (slots >= padding[:, None])[:, None]
+            visible |= torch.eye(length, dtype=torch.bool, device=padding.device)
+            hidden = self._run(
+                following[:, -length:], self.heads.fuse(features), visible, slots[None], cache
+            )
+            cache.keep([list(range(length))] * len(padding))
+            self._hidden = hidden[:, -1]
+        return cache
+
+    def _catch_up(self, device: torch.device) -> None:
+        """Read what the target computed since, of rows that got tokens."""
+        assert self._cache is not None
+        counts = [len(tokens) for tokens in self._unseen_tokens]
+        longest = max(counts)
+        if longest == 0:
+            return
+        padded = [tokens + [0] * (longest - len(tokens)) for tokens in self._unseen_tokens]
+        width = self.heads.config.num_features * self.heads.config.target_hidden_size
+        features = torch.zeros(len(counts), longest, width, device=device, dtype=self.heads.dtype)
+        for row, parts in enumerate(self._unseen_features):
+            if parts:
+                features[row, : counts[row]] = torch.cat(parts)
+        causal = torch.ones(1, longest, longest, dtype=torch.bool, device=device).tril()
+        hidden = self._run(
+            torch.tensor(padded, device=device),
+            self.heads.fuse(features),
+            causal,
+            torch.arange(longest, device=device)[None],
+            self._cache,
+        )
+        self._cache.keep([list(range(count)) for count in counts])
+        last = torch.tensor([max(count - 1, 0) for count in counts], device=device)
+        newest = hidden[torch.arange(len(counts), device=device), last]
+        if self._hidden is not None:
+            is_new = torch.tensor([count > 0 for count in counts], device=device)
+            newest = torch.where(is_new[:, None], newest, self._hidden)
+        self._hidden = newest
+        self._unseen_tokens = [[] for _ in counts]
+        self._unseen_features = [[] for _ in counts]
+
+    def _grow(self, device: torch.device, noise: PositionNoise | None) -> GrowingTree:
+        """Guess level after level."""
+        assert self._cache is not None
+        assert self._hidden is not None
+        config, batch = self.config, len(self._hidden)
+        tree = GrowingTree(
+            width=config.width,
+            branches=min(config.branches, self.heads.config.draft_vocab_size),
+            leaf_tokens=self._leaf_columns(device),
+            is_idle=torch.tensor(self._is_idle, device=device) if any(self._is_idle) else None,
+        )
+        hidden = self._hidden[:, None]
+        tree.grow(self._rank(hidden, 0, noise))
+        floor = math.log(max(config.min_confidence, 1e-30))
+        seen: Tensor | None = None
+        slot_depths = torch.zeros(batch, 0, dtype=torch.long, device=device)
+        for level in range(1, config.depth):
+            if tree.stop_rows_below(floor) < max(config.min_growing, 1e-6):
+                break
+            tokens, parents = self.heads.target_ids(tree.expanded_tokens), tree.expanded_parents
+            width = tokens.shape[1]
+            if seen is None:
+                seen = torch.eye(width, dtype=torch.bool, device=device).expand(batch, -1, -1)
+            else:
+                seen = seen_below(seen, parents)
+            depths = torch.full((batch, width), level - 1, device=device)
+            slot_depths = torch.cat([slot_depths, depths], dim=1)
+            above = hidden.gather(1, parents[:, :, None].expand(-1, -1, hidden.shape[2]))
+            hidden = self._run(tokens, above, seen, slot_depths, self._cache)
+            tree.grow(self._rank(hidden, level, noise))
+        return tree
+
+    def _run(
+        self,
+        tokens: Int[Tensor, "batch nodes"],
+        hidden: Float[Tensor, "batch nodes hidden"],
+        visible: Bool[Tensor, "rows nodes slots"],
+        slot_depths: Int[Tensor, "depth_rows slots"],
+        cache: TreeCache,
+    ) -> Float[Tensor, "batch nodes hidden"]:
+        """Run the heads over new nodes, which become pending."""
+        num_nodes = tokens.shape[1]
+        cache.reserve(num_nodes)
+        first = cache.lengths - cache.num_padding
+        positions = (first[:, None] + slot_depths[:, -num_nodes:]).clamp(min=0)
+        step = TreeStep(visible, slot_depths, cache)
+        output: Tensor = self.heads(
+            hidden,
+            self._embed(tokens),
+            position_ids=positions.expand(len(tokens), -1),
+            attention_mask=step.bias(self.heads.config.sliding_window, self.heads.dtype),
+            past_key_values=cache,
+        )
+        cache.append(num_nodes)
+        return output
+
+    def _embed(self, tokens: Int[Tensor, "batch nodes"]) -> Float[Tensor, "batch nodes hidden"]:
+        return self.heads.embed(tokens, embedding=self.view.stored_embeddings)
+
+    def _rank(
+        self,
+        hidden: Float[Tensor, "batch nodes hidden"],
+        depth: int,
+        noise: PositionNoise | None,
+    ) -> Float[Tensor, "batch nodes draft_vocab"]:
+        assert self._prompt is not None
+        logits = self.heads.logits(hidden, lm_head=self.view.head_logits)
+        level_noise = None if noise is None else noise.at_depth(depth)
+        columns = self.heads.draft_columns
+        if level_noise is not None and columns is not None:
+            level_noise = level_noise[:, columns]
+        return rank_log_probs(logits, temperature=self._prompt.temperature, noise=level_noise)
+
+    def _leaf_columns(self, device: torch.device) -> Int[Tensor, " leaves"] | None:
+        """Return the columns of tokens after which nothing follows."""
+        assert self._prompt is not None
+        ends = torch.tensor(sorted(self._prompt.eos_token_ids), dtype=torch.long, device=device)
+        columns = self.heads.draft_columns
+        found = ends if columns is None else torch.isin(columns, ends).nonzero()[:, 0]
+        return found if len(found) else None
