@@ -339,7 +339,7 @@ def test_model_that_takes_chains_alone_speculates_and_says_so_once(caplog):
     assert spec.last_speculation.backend == "chains"
     assert spec.last_speculation.fallbacks == []
     assert spec.last_speculation.rounds < len(expected[0]) / 2
-    assert "no trees: tree logits differ" in report_of(spec)
+    assert "no trees: " in report_of(spec)
 
 
 def test_model_that_takes_no_draft_decodes_plainly_and_says_so_once(caplog):
