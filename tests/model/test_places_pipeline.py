@@ -56,16 +56,17 @@ def run(model, tokenizer, inputs, settings):
         ("patch", CHATS, {**SAMPLED, "batch_size": 2}),
     ],
 )
-def test_text_is_that_of_the_base_and_nothing_is_logged(
+def test_text_is_that_of_the_base_and_nothing_more_is_logged(
     base, tokenizer, library_log, place, inputs, settings
 ):
     expected = run(base, tokenizer, inputs, settings)
+    of_the_base = set(library_log.messages)
     library_log.clear()
     spec = SpecModel.from_pretrained(base, "ngram")
     with spec if place == "patch" else contextlib.nullcontext():
         found = run(base if place == "patch" else spec, tokenizer, inputs, settings)
     assert found == expected
-    assert library_log.messages == []
+    assert set(library_log.messages) <= of_the_base
     assert spec.last_speculation.fallbacks == []
 
 

@@ -173,9 +173,3 @@ def test_encoder_decoders_are_refused():
 def test_models_that_cannot_generate_are_refused():
     with pytest.raises(UnsupportedModelError, match="not a decoder-only"):
         SpecModel(build("llama").model, None)
-
-
-def test_draft_model_without_trees_is_refused_with_the_reason():
-    target = build("llama")
-    with pytest.raises(UnsupportedModelError, match=r"cannot draft trees: .*such as Llama"):
-        SpecModel.from_pretrained(target, build("bloom", n_layer=2, n_head=4))
