@@ -133,12 +133,15 @@ def _logits_in_chains(
     Chains of one token are the steps of plain decoding.
     """
     reader = ChainReader.of_prompt(TargetView(base), torch.ones_like(prompt))
-    logits = reader.prefill(prompt)
+    found = reader.prefill(prompt)[0, -1]
     for first in range(0, tokens.shape[1], num_nodes):
         nodes = tokens[:, first : first + num_nodes]
-        logits = reader.feed(nodes)
-        reader.keep(nodes.shape[1])
-    return logits[0, -1]
+        num_real = nodes.shape[1]
+        padding = nodes[:, -1:].expand(-1, num_nodes - num_real)
+        logits = reader.feed(torch.cat([nodes, padding], dim=1))
+        reader.keep(num_real)
+        found = logits[0, num_real - 1]
+    return found
 
 
 def _logits_in_trees(

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from speclm.bench import Divergence, plain_arm
+from speclm.bench.calls import Call
 from speclm.bench.divergence import (
     _log_noise,
     _logits_in_all_ways,
@@ -9,6 +10,8 @@ from speclm.bench.divergence import (
     explain,
     first_difference,
 )
+from speclm.target import ChainReader
+from tests.models import prompts, shared_model
 
 
 @pytest.mark.parametrize(
@@ -63,3 +66,20 @@ def test_scores_are_those_that_decided_plain_decoding(tiny_base, calls_of, setti
             if call.is_sampled:
                 scores = scores - _log_noise(tiny_base, call, row, position)
             assert int(scores.argmax()) == plain[row][position]
+
+
+def test_chains_are_compared_at_their_full_length_from_the_first_token_on(monkeypatch):
+    fed = []
+    feed = ChainReader.feed
+
+    def recorded(self, tokens):
+        fed.append(tokens.shape[1])
+        return feed(self, tokens)
+
+    monkeypatch.setattr(ChainReader, "feed", recorded)
+    base, inputs = shared_model("bloom"), prompts(5)
+    call = Call(**inputs, options={"max_new_tokens": 3}, seed=1, eos_token_ids=frozenset())
+    plain = plain_arm(base).run(call).tokens
+    wrong = [[*plain[0][:1], plain[0][1] ^ 1, *plain[0][2:]]]
+    explain(base, call, index=0, plain=plain, other=wrong)
+    assert fed[-4:] == [2, 4, 8, 16]
