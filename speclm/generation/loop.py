@@ -187,8 +187,9 @@ def _decode(
     try:
         with run.target.decoding(run.features):
             run.start(input_ids, embeddings=embeddings, temperature=temperature)
-            while run.rows.any_live:
-                run.round()
+            with run.target.steps():
+                while run.rows.any_live:
+                    run.round()
             sequences = run.rows.sequences(input_ids, run.pad_token_id)
             if given is not None:
                 run.hand_over(given, sequences)

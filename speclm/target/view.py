@@ -296,7 +296,7 @@ class TargetView:
 
     @contextmanager
     def decoding(self, features: TargetFeatures = TargetFeatures.NONE) -> Iterator[None]:
-        """Make the changes that Transformers makes for decode steps, and undo them.
+        """Have the model for one generation.
 
         The model is not free for another `decoding` until then; the model's own `generate` may
         be called meanwhile, from any thread.
@@ -310,14 +310,20 @@ class TargetView:
         with exclusive(self.model, name=self.name):
             tap = FeatureTap(features, is_own=self._is_running, take=self._take)
             try:
-                with (
-                    tap.on(self.decoder, self.num_layers),
-                    # Chooses the kernel of mixtures of experts.
-                    cast("Any", self.model)._optimize_model_for_decode(),
-                ):
+                with tap.on(self.decoder, self.num_layers):
                     yield
             finally:
                 self.features = None
+
+    @contextmanager
+    def steps(self) -> Iterator[None]:
+        """Make the changes that Transformers makes for decode steps, and undo them.
+
+        On accelerators they choose a kernel of mixtures of experts that copies the weights of the
+        experts for every token: quick for a few, too much memory for a prompt.
+        """
+        with cast("Any", self.model)._optimize_model_for_decode():
+            yield
 
     def run(self, **inputs: Any) -> Any:
         """Run the model and return its output; the hidden states of this run alone are tapped."""
