@@ -308,9 +308,11 @@ class TargetView:
             BusyError: If the model decodes already, in this thread or another.
         """
         with exclusive(self.model, name=self.name):
+            # Models may have no decoder apart from their head; without features none is needed.
+            decoder = self.decoder if features.layers else self.model
             tap = FeatureTap(features, is_own=self._is_running, take=self._take)
             try:
-                with tap.on(self.decoder, self.num_layers):
+                with tap.on(decoder, self.num_layers):
                     yield
             finally:
                 self.features = None

@@ -5,6 +5,7 @@ import torch
 from transformers import PreTrainedModel
 
 from speclm.errors import UnsupportedModelError
+from speclm.target import TargetView
 from speclm.target.logits import find_decoder, logits_from
 from tests.families import FAMILIES, build_type, shared_family
 from tests.models import prompts, shared_model
@@ -39,3 +40,5 @@ def test_model_that_is_one_with_its_head_is_refused(monkeypatch):
     monkeypatch.setattr(type(model), "children", lambda self: iter(()))
     with pytest.raises(UnsupportedModelError, match=r"no decoder beside its head.* n-grams"):
         find_decoder(model)
+    with TargetView(model).decoding():
+        pass  # it generates all the same, where nobody asks for hidden states
