@@ -28,7 +28,7 @@ CELLS = [
     for kind in (
         "scripted",
         *(
-            PROPOSERS[1 + (3 * index + offset) % (len(PROPOSERS) - 1)]
+            PROPOSERS[1 + (OTHERS_PER_CASE * index + offset) % (len(PROPOSERS) - 1)]
             for offset in range(OTHERS_PER_CASE)
         ),
     )
