@@ -73,6 +73,7 @@ class TreeStep:
         self.windows: set[int | None] = set()
         """Windows that the model has asked masks for; None among them for full attention."""
         self._biases: dict[tuple[int | None, torch.dtype], Tensor | None] = {}
+        self._repeated: dict[tuple[int, int], Tensor] = {}
         self._masks: dict[int | None, Bool[Tensor, "batch 1 nodes kv_len"] | None] = {}
 
     def mask(self, window: int | None) -> Bool[Tensor, "batch 1 nodes kv_len"] | None:
@@ -108,6 +109,17 @@ class TreeStep:
                 # Models that reshape their mask expect all rows.
                 self._biases[key] = bias.expand(len(self._cache.host_lengths), -1, -1, -1)
         return self._biases[key]
+
+    def repeated(
+        self, bias: Float[Tensor, "batch 1 nodes kv_len"], groups: int
+    ) -> Float[Tensor, "batch 1 grouped_nodes kv_len"]:
+        """Return a mask `groups` times behind itself; of the step's own it is derived once."""
+        if not any(own is bias for own in self._biases.values()):
+            return bias.repeat(1, 1, groups, 1)  # the model has made another of it
+        key = (id(bias), groups)
+        if key not in self._repeated:
+            self._repeated[key] = bias.repeat(1, 1, groups, 1)
+        return self._repeated[key]
 
     def _build(self, window: int | None) -> Bool[Tensor, "rows 1 nodes kv_len"] | None:
         if self.is_plain:
@@ -288,7 +300,7 @@ def _tree_attention(previous: str) -> AttentionFunction:
             if previous not in _TAKES_MASK:
                 name = "eager" if is_own else "sdpa"
             if name == "sdpa" and not is_own:
-                return _attend(query, key, value, attention_mask, scaling), None
+                return _attend(query, key, value, attention_mask, scaling, step), None
         return _previous_function(name, module)(
             module,
             query,
@@ -309,6 +321,7 @@ def _attend(
     value: Float[Tensor, "batch kv_heads kv_len value_dim"],
     bias: Float[Tensor, "batch mask_heads nodes kv_len"],
     scaling: float | None,
+    step: TreeStep,
 ) -> Float[Tensor, "batch nodes q_heads value_dim"]:
     """Compute what Transformers' SDPA computes, as far as possible without copies of shared heads.
 
@@ -321,7 +334,7 @@ def _attend(
     if groups > 1 and nodes <= head_dim:
         query = query.reshape(batch, kv_heads, groups * nodes, head_dim)
         if bias.shape[1] == 1:
-            bias = bias.repeat(1, 1, groups, 1)
+            bias = step.repeated(bias, groups)
         else:
             bias = bias.reshape(bias.shape[0], kv_heads, groups * nodes, -1)
     elif query.device.type != "cpu":  # there a mask and grouped heads exclude fused kernels

@@ -355,8 +355,23 @@ def test_heads_that_share_keys_attend_like_heads_with_copies(nodes, mask_heads):
     bias = torch.randn(2, mask_heads, nodes, 11, generator=generator)
     copies = (states.repeat_interleave(2, 1) for states in (key, value))
     expected = F.scaled_dot_product_attention(query, *copies, attn_mask=bias, scale=0.3)
-    found = attention._attend(query, key, value, bias, 0.3)
+    cache = TreeCache(num_layers=1, num_padding=torch.tensor([0, 0]))
+    step = TreeStep(None, torch.zeros(1, nodes, dtype=torch.long), cache)
+    found = attention._attend(query, key, value, bias, 0.3, step)
     torch.testing.assert_close(found, expected.transpose(1, 2))
+
+
+def test_mask_of_a_step_is_repeated_once_and_a_models_own_every_time():
+    cache = TreeCache(num_layers=1, num_padding=torch.tensor([0, 1]))
+    visible = torch.ones(1, 3, 3, dtype=torch.bool).tril()
+    step = TreeStep(visible, torch.arange(3)[None], cache)
+    bias = step.bias(None, torch.float32)
+    first = step.repeated(bias, 2)
+    assert step.repeated(bias, 2) is first
+    assert torch.equal(first, torch.cat([bias, bias], dim=2))
+    other = bias.clone()
+    assert step.repeated(other, 2) is not step.repeated(other, 2)
+    assert torch.equal(step.repeated(other, 3), torch.cat([bias] * 3, dim=2))
 
 
 def test_masks_of_another_precision_are_taken():
