@@ -148,6 +148,11 @@ class TableTarget(TargetView):
     def decoding(self, features: TargetFeatures = TargetFeatures.NONE) -> Iterator[None]:
         yield
 
+    @override
+    @contextmanager
+    def steps(self) -> Iterator[None]:
+        yield
+
     def _write(self, tokens: Tensor, cache: Any) -> Tensor:
         stored = tokens[:, None, :, None].float()
         return cache.layers[0].update(stored, stored.clone())[0][:, 0, :, 0]
