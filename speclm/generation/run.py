@@ -277,10 +277,13 @@ class Run:
         if switch is None and self._max_slots <= num_positions:
             return False
         first = self.num_unseen + self.num_prompt_tokens - 1
+        num_tokens = self.rows.num_tokens
+        if self.frontier is not None:  # ended rows go on with padding, beside the others
+            num_tokens = [max(num_tokens)] * len(num_tokens)
         # Syncs, but only where a row may get there.
         roots = [
             first + new - padding
-            for new, padding in zip(self.rows.num_tokens, self.num_padding.tolist(), strict=True)
+            for new, padding in zip(num_tokens, self.num_padding.tolist(), strict=True)
         ]
         if switch is not None and switch.excludes_drafts(max(roots), depth):
             return True

@@ -107,6 +107,22 @@ def test_a_longer_text_before_leaves_nothing_behind_for_a_draft_with_the_prompt(
     assert outputs[1].tolist() == outputs[0].tolist()
 
 
+@pytest.mark.parametrize("name", ["dynamic", "longrope"])
+def test_longest_row_takes_the_others_over_the_switch_after_it_has_ended(name):
+    spec, inputs = spec_of(name), prompts(17, 4)
+    reset, settings = prompts(3), {"max_new_tokens": 20, "do_sample": False}
+    generate(spec.base, reset, max_new_tokens=1)
+    free = generate(spec.base, inputs, **settings)[0][:, 17:].tolist()
+    settings["eos_token_id"] = next(token for token in free[0][:4] if token not in free[1])
+    generate(spec.base, reset, max_new_tokens=1)
+    expected = generate(spec.base, inputs, **settings)[0]
+    for wrong_at in ((), (5,), (6, 9)):
+        spec.proposer = ScriptedProposer(expected[:, 17:].tolist(), depth=5, wrong_at=wrong_at)
+        generate(spec.base, reset, max_new_tokens=1)
+        found = generate(spec, inputs, **settings)[0]
+        assert found.tolist() == expected.tolist()
+
+
 def test_switches_are_read_from_configs_and_modules():
     assert rotary_switch(shared_model("llama")) is None
     assert rotary_switch(shared_model("bloom")) is None
