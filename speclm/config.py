@@ -1,7 +1,8 @@
 """Limits of a round and the settings of the built-in proposers, as frozen dataclasses."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any, cast
 
@@ -19,6 +20,26 @@ MAX_DEPTH = MAX_LEAD
 
 MAX_MERGED_PROMPT = 1024
 """Longest prompt whose forward also verifies the first draft: its mask is dense."""
+
+
+def require_known(config_type: type, options: Mapping[str, object], *, owner: str) -> None:
+    """Check that options are fields of a config.
+
+    Args:
+        config_type: A dataclass.
+        options: By name.
+        owner: What takes them, for the message.
+
+    Raises:
+        OptionError: If one is no field; the message names those that there are.
+    """
+    known = {option.name for option in fields(config_type)}
+    unknown = sorted(options.keys() - known)
+    if unknown:
+        raise OptionError(
+            f"{owner} has no option {unknown[0]!r}, expected some of {sorted(known)!r}; drop it or "
+            "correct its name"
+        )
 
 
 def require_in_range(name: str, value: object, *, low: int | float, high: int | float) -> None:

@@ -119,13 +119,11 @@ class EagleLayer(nn.Module):
     ) -> Float[Tensor, "batch seq hidden"]:
         """Run the layer; embeddings are read by the first layer of EAGLE-3 alone."""
         states = residual = hidden
-        if self.input_layernorm is None:
-            pass
-        elif self.hidden_norm is None:
-            states = self.input_layernorm(hidden)
-        else:
+        if self.input_layernorm is not None and self.hidden_norm is not None:
             states = self.hidden_norm(hidden)
             residual = states if self.norm_before_residual else hidden
             states = torch.cat((self.input_layernorm(embeddings), states), dim=-1)
+        elif self.input_layernorm is not None:
+            states = self.input_layernorm(hidden)
         hidden = residual + self.self_attn(states, **attention)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))  # type: ignore[no-any-return]

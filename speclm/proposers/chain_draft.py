@@ -1,7 +1,7 @@
 """Proposes what a smaller language model would say that takes chains alone, such as a hybrid."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,8 +17,8 @@ from speclm.config import (
     require_count,
     require_depth,
     require_in_range,
+    require_known,
 )
-from speclm.errors import OptionError
 from speclm.proposers._shared_vocabulary import SharedVocabulary
 from speclm.proposers.interface import Draft, Prefill, Proposer, TargetNeeds
 from speclm.proposers.ranking import rank_log_probs
@@ -76,13 +76,7 @@ class ChainDraftProposer(Proposer):
             VocabularyMismatchError: If the two vocabularies differ by more than padding.
             OptionError: If an option is unknown or out of range.
         """
-        known = {option.name for option in fields(ChainDraftConfig)}
-        unknown = sorted(options.keys() - known)
-        if unknown:
-            raise OptionError(
-                f"ChainDraftProposer has no option {unknown[0]!r}, expected some of "
-                f"{sorted(known)!r}; drop it or correct its name"
-            )
+        require_known(ChainDraftConfig, options, owner="ChainDraftProposer")
         self.config = ChainDraftConfig(**options)
         self.view = TargetView(model)
         wanted = TargetView(target)

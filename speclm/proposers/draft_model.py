@@ -1,7 +1,7 @@
 """Proposes what a smaller language model with the same vocabulary would say."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,8 +12,14 @@ from typing_extensions import override
 
 from speclm.acceptance.accepted import Accepted
 from speclm.cache.tree_cache import TreeCache
-from speclm.config import MAX_NODES, ProposerConfig, require_count, require_depth, require_in_range
-from speclm.errors import OptionError
+from speclm.config import (
+    MAX_NODES,
+    ProposerConfig,
+    require_count,
+    require_depth,
+    require_in_range,
+    require_known,
+)
 from speclm.proposers._levels import assemble, seen_below
 from speclm.proposers._shared_vocabulary import SharedVocabulary
 from speclm.proposers.interface import Draft, Prefill, Proposer, TargetNeeds
@@ -85,13 +91,7 @@ class DraftModelProposer(Proposer):
             VocabularyMismatchError: If the two vocabularies differ by more than padding.
             OptionError: If an option is unknown or out of range.
         """
-        known = {option.name for option in fields(DraftModelConfig)}
-        unknown = sorted(options.keys() - known)
-        if unknown:
-            raise OptionError(
-                f"DraftModelProposer has no option {unknown[0]!r}, expected some of "
-                f"{sorted(known)!r}; drop it or correct its name"
-            )
+        require_known(DraftModelConfig, options, owner="DraftModelProposer")
         self.config = DraftModelConfig(**options)
         self.view = TargetView(model)
         wanted = TargetView(target)

@@ -1,7 +1,7 @@
 """Proposes what EAGLE heads guess on from the target's features."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +13,14 @@ from typing_extensions import override
 from speclm.acceptance.accepted import Accepted
 from speclm.attention import TreeStep
 from speclm.cache.tree_cache import TreeCache
-from speclm.config import MAX_NODES, ProposerConfig, require_count, require_depth, require_in_range
+from speclm.config import (
+    MAX_NODES,
+    ProposerConfig,
+    require_count,
+    require_depth,
+    require_in_range,
+    require_known,
+)
 from speclm.errors import OptionError, VocabularyMismatchError
 from speclm.heads.eagle import EagleHeads
 from speclm.proposers._levels import assemble, seen_below
@@ -78,13 +85,7 @@ class EagleProposer(Proposer):
             OptionError: If an option is unknown or out of range, or the heads have another width.
             UnsupportedModelError: If the target lacks the layers whose features are read.
         """
-        known = {option.name for option in fields(EagleProposerConfig)}
-        unknown = sorted(options.keys() - known)
-        if unknown:
-            raise OptionError(
-                f"EagleProposer has no option {unknown[0]!r}, expected some of {sorted(known)!r}; "
-                "drop it or correct its name"
-            )
+        require_known(EagleProposerConfig, options, owner="EagleProposer")
         self.config = EagleProposerConfig(**options)
         self.heads, self.view = heads, TargetView(target)
         wanted = heads.config
