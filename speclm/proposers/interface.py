@@ -14,6 +14,7 @@ from speclm.config import ProposerConfig
 from speclm.sampling.drafts import DraftSampler, DraftSampling
 from speclm.sampling.noise import PositionNoise
 from speclm.target import TargetFeatures
+from speclm.tree.plan import TreePlan
 from speclm.tree.topology import TreeTopology
 
 
@@ -108,6 +109,9 @@ class Proposer(ABC):
         config: Its settings; `config.depth` bounds its trees.
         needs: What the target has to be; checked when a `SpecModel` is given the proposer.
         parts: Proposers that it asks in turn, whose needs are checked too.
+        takes_choices: Whether it fills static trees of ranks.
+        plan: What the loop wants the next drafts to be, set before `begin` and every `propose`;
+            None for what `config` says. Larger trees are cut by the loop.
     """
 
     features: ClassVar[TargetFeatures] = TargetFeatures.NONE
@@ -116,6 +120,8 @@ class Proposer(ABC):
     config: ProposerConfig = ProposerConfig()
     needs: TargetNeeds = TargetNeeds()
     parts: Sequence["Proposer"] = ()
+    takes_choices: ClassVar[bool] = False
+    plan: TreePlan | None = None
 
     @abstractmethod
     def begin(self, prompt: Prefill) -> None:

@@ -1,0 +1,26 @@
+"""Plans of trees."""
+
+import pytest
+
+from speclm.errors import OptionError, TreeBudgetError
+from speclm.tree.plan import TreePlan
+
+
+def test_plan_of_choices_is_as_large_as_they_are():
+    plan = TreePlan.of(((0,), (1,), (0, 0)))
+    assert (plan.depth, plan.num_draft_tokens) == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "error", "words"),
+    [
+        ({"depth": 0}, TreeBudgetError, "depth is 0"),
+        ({"num_draft_tokens": 0}, OptionError, "num_draft_tokens is 0"),
+        ({"min_chance": 2.0}, OptionError, "min_chance is 2.0"),
+        ({"min_confidence": "x"}, OptionError, "min_confidence is 'x'"),
+        ({"choices": ((0,), (0, 0))}, OptionError, "2 levels"),
+    ],
+)
+def test_plans_that_cannot_be_are_refused(numbers, error, words):
+    with pytest.raises(error, match=words):
+        TreePlan(**{"depth": 1, "num_draft_tokens": 4, **numbers})
