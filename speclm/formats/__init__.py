@@ -2,6 +2,7 @@
 
 from speclm.formats.eagle import EagleCheckpoint, find_eagle, read_eagle
 from speclm.formats.eagle_config import EagleConfig
+from speclm.formats.eagle_writer import require_place_for_eagle, write_eagle
 from speclm.formats.medusa import MedusaCheckpoint, find_medusa, read_medusa
 from speclm.formats.medusa_writer import require_place_for_heads, write_medusa
 
@@ -13,6 +14,8 @@ __all__ = [
     "find_medusa",
     "read_eagle",
     "read_medusa",
+    "require_place_for_eagle",
     "require_place_for_heads",
+    "write_eagle",
     "write_medusa",
 ]

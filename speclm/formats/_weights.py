@@ -68,8 +68,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def weight_files(folder: Path) -> Iterator[WeightFiles]:
     """Yield the state dicts of a folder: safetensors, shards, then, if there are none, pickles.
 
-    Files named as heads come first, whatever else lies there. Indices of other things than weights
-    are left out. Of pickles a model's own comes alone: those beside it may be anything.
+    Files named as heads come first, then a model's own, whatever else lies there. Indices of other
+    things than weights are left out. Of pickles a model's own comes alone: those beside it may be
+    anything.
     """
     sharded: set[Path] = set()
     found_any = False
@@ -94,8 +95,8 @@ def weight_files(folder: Path) -> Iterator[WeightFiles]:
         yield WeightFiles(file, dict.fromkeys(_load_pickle(file), file))
 
 
-def _heads_first(file: Path) -> tuple[bool, str]:
-    return not file.name.startswith("medusa"), file.name
+def _heads_first(file: Path) -> tuple[bool, bool, str]:
+    return not file.name.startswith("medusa"), file.name != "model.safetensors", file.name
 
 
 def _indexed_files(index: Path) -> dict[str, Path] | None:

@@ -106,7 +106,7 @@ def find_eagle(folder: Path) -> WeightFiles | None:
     Raises:
         CheckpointError: If a file that would have to be looked into cannot be read.
     """
-    return next((source for source in weight_files(folder) if _is_eagle(source)), None)
+    return next((source for source in weight_files(folder) if is_eagle(source)), None)
 
 
 def read_eagle(folder: str | Path) -> EagleCheckpoint:
@@ -158,7 +158,8 @@ def read_eagle(folder: str | Path) -> EagleCheckpoint:
     return EagleCheckpoint(config=config, tensors=tensors, base_name_or_path=_base(hints))
 
 
-def _is_eagle(source: WeightFiles) -> bool:
+def is_eagle(source: WeightFiles) -> bool:
+    """Tell whether a state dict is that of EAGLE heads, from its keys."""
     names = {_canonical(key) for key in source.files}
     return {"fc.weight", "layers.0.self_attn.q_proj.weight"} <= names
 

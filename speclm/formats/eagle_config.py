@@ -156,7 +156,7 @@ class EagleConfig:
         Raises:
             OptionError: If the target has too few layers.
         """
-        usual = (2, num_target_layers // 2, num_target_layers - 3)
+        usual = usual_layers(num_target_layers)
         layers = self.feature_layers
         if layers is None or layers == tuple(layer - 1 for layer in usual):
             if num_target_layers < MIN_TARGET_LAYERS:
@@ -227,6 +227,11 @@ class EagleConfig:
         if is_eagle3:
             made.layers_to_read(int(text.num_hidden_layers))
         return made
+
+
+def usual_layers(num_target_layers: int) -> tuple[int, int, int]:
+    """Return the hidden states that EAGLE-3 reads unless it says otherwise, as HF indices."""
+    return 2, num_target_layers // 2, num_target_layers - 3
 
 
 def read_rope(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,21 +1,21 @@
 """Writes Medusa heads so that others read them too."""
 
-import json
-import os
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from speclm.errors import CheckpointError
+from speclm.formats._heads_files import (
+    CONFIG_NAME,
+    require_folder,
+    require_same_tensors,
+    write_heads,
+)
 from speclm.formats._weights import read_json
 from speclm.formats.medusa import MedusaCheckpoint, read_medusa
 
 WEIGHTS_NAME = "medusa_lm_head.safetensors"
-CONFIG_NAME = "config.json"
 
 
 def write_medusa(folder: str | Path, checkpoint: MedusaCheckpoint) -> None:
@@ -35,27 +35,27 @@ def write_medusa(folder: str | Path, checkpoint: MedusaCheckpoint) -> None:
     """
     folder = Path(folder)
     require_place_for_heads(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder, prefix=".writing-") as aside:
-        weights, config = Path(aside, WEIGHTS_NAME), Path(aside, CONFIG_NAME)
-        save_file(_named_tensors(checkpoint), weights, metadata={"format": "pt"})
-        text = json.dumps(_config(checkpoint), indent=2) + "\n"
-        config.write_text(text, encoding="utf-8")
-        for path in (weights, config):
-            _sync(path)
-        _require_equal(folder / WEIGHTS_NAME, checkpoint, read_medusa(aside))
-        for path in (weights, config):
-            path.replace(folder / path.name)
+
+    def check(aside: Path) -> None:
+        found = read_medusa(aside)
+        require_same_tensors(folder / WEIGHTS_NAME, checkpoint.tensors, found.tensors)
+
+    write_heads(
+        folder,
+        weights_name=WEIGHTS_NAME,
+        tensors=_named_tensors(checkpoint),
+        config=_config(checkpoint),
+        check=check,
+    )
 
 
 def require_place_for_heads(folder: Path) -> None:
-    """Check that heads can be written into a folder without destroying anything.
+    """Check that Medusa heads can be written into a folder without destroying anything.
 
     Raises:
         CheckpointError: If it is a file, or holds the config of another model.
     """
-    if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"{folder}: found a file, expected a folder; choose another place")
+    require_folder(folder)
     config = folder / CONFIG_NAME
     if config.is_file() and "medusa_num_heads" not in read_json(config):
         raise CheckpointError(
@@ -65,7 +65,6 @@ def require_place_for_heads(folder: Path) -> None:
 
 
 def _named_tensors(checkpoint: MedusaCheckpoint) -> dict[str, Tensor]:
-    """Return one tensor a key, none of which shares memory with another."""
     named = {}
     for head in range(checkpoint.num_heads):
         for layer in range(checkpoint.num_layers):
@@ -74,10 +73,7 @@ def _named_tensors(checkpoint: MedusaCheckpoint) -> dict[str, Tensor]:
                 named[f"{head}.{layer}.linear.bias"] = checkpoint.bias[layer, head]
         if checkpoint.lm_weight is not None:
             named[f"{head}.{checkpoint.num_layers}.weight"] = checkpoint.lm_weight[head]
-    return {
-        key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for key, tensor in named.items()
-    }
+    return named
 
 
 def _config(checkpoint: MedusaCheckpoint) -> dict[str, Any]:
@@ -99,30 +95,3 @@ def _config(checkpoint: MedusaCheckpoint) -> dict[str, Any]:
     if checkpoint.choices is not None:
         config["speclm"] = {"choices": [list(path) for path in checkpoint.choices]}
     return {name: value for name, value in config.items() if value is not None}
-
-
-def _require_equal(path: Path, written: MedusaCheckpoint, found: MedusaCheckpoint) -> None:
-    expected, actual = written.tensors, found.tensors
-    differing = [
-        name
-        for name in sorted({*expected, *actual})
-        if name not in expected
-        or name not in actual
-        or not _are_same_bits(expected[name].detach().cpu(), actual[name])
-    ]
-    if differing:
-        raise CheckpointError(
-            f"{path}: {differing!r} read back differ from what was written, the old files are "
-            "kept; check the disk and save again"
-        )
-
-
-def _are_same_bits(first: Tensor, second: Tensor) -> bool:
-    if first.shape != second.shape or first.dtype != second.dtype:
-        return False
-    return torch.equal(first.contiguous().view(torch.uint8), second.contiguous().view(torch.uint8))
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -2,7 +2,7 @@
 
 from speclm.formats.eagle_config import EagleConfig
 from speclm.heads._eagle_layer import KeyValueStore
-from speclm.heads.eagle import EagleHeads, build_eagle
+from speclm.heads.eagle import EagleHeads, build_eagle, eagle_checkpoint
 from speclm.heads.medusa import MedusaHeads, MedusaHeadsConfig
 
 __all__ = [
@@ -12,4 +12,5 @@ __all__ = [
     "MedusaHeads",
     "MedusaHeadsConfig",
     "build_eagle",
+    "eagle_checkpoint",
 ]

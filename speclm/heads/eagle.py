@@ -270,6 +270,17 @@ def build_eagle(
     return heads.to(target)
 
 
+def eagle_checkpoint(heads: EagleHeads, *, base_name_or_path: str | None = None) -> EagleCheckpoint:
+    """Return heads as numbers and tensors, whose memory they share, to be written.
+
+    Args:
+        heads: Trained heads.
+        base_name_or_path: The model that they were trained on, if it is to be recorded.
+    """
+    tensors = {name: tensor.detach() for name, tensor in heads.state_dict().items()}
+    return EagleCheckpoint(heads.config, tensors, base_name_or_path)
+
+
 def _constant(name: str) -> float:
     return 1.0 if "norm" in name else 0.0
 

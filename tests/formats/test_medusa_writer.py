@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from speclm.errors import CheckpointError
-from speclm.formats import MedusaCheckpoint, medusa_writer, read_medusa, write_medusa
+from speclm.formats import MedusaCheckpoint, _heads_files, medusa_writer, read_medusa, write_medusa
 
 
 def checkpoint(*, layers=1, heads=2, own=True, bias=True, dtype=torch.float32, choices=None):
@@ -91,15 +91,18 @@ def test_shared_and_transposed_and_odd_values_are_written(tmp_path):
     assert "vocab_size" not in config
 
 
-@pytest.mark.parametrize("step", ["save_file", "_sync", "read_medusa"])
-def test_failure_leaves_the_old_files(tmp_path, monkeypatch, step):
+STEPS = [(_heads_files, "save_file"), (_heads_files, "_sync"), (medusa_writer, "read_medusa")]
+
+
+@pytest.mark.parametrize(("module", "step"), STEPS)
+def test_failure_leaves_the_old_files(tmp_path, monkeypatch, module, step):
     write_medusa(tmp_path, checkpoint())
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr(medusa_writer, step, fail)
+    monkeypatch.setattr(module, step, fail)
     with pytest.raises(OSError, match="disk full"):
         write_medusa(tmp_path, checkpoint(heads=3))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -8,7 +8,7 @@ from transformers import DynamicCache, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from speclm.errors import OptionError
-from speclm.heads import EagleConfig, EagleHeads, KeyValueStore
+from speclm.heads import EagleConfig, EagleHeads, KeyValueStore, build_eagle, eagle_checkpoint
 
 CLOSE = 1e-6  # float32 values of about 1, beside double ones
 HIDDEN, VOCAB = 8, 13
@@ -378,3 +378,14 @@ def test_heads_on_the_meta_device_hold_nothing_until_loaded():
     features, embeddings, positions = inputs_of(heads)
     found = heads.to("cpu")(heads.fuse(features), embeddings, position_ids=positions)
     assert found.isfinite().all()
+
+
+@pytest.mark.parametrize("numbers", [{}, EAGLE3])
+def test_heads_come_back_from_their_checkpoint(numbers):
+    heads = heads_of(**numbers)
+    made = eagle_checkpoint(heads, base_name_or_path="org/base")
+    assert (made.config, made.base_name_or_path) == (heads.config, "org/base")
+    assert not any(tensor.requires_grad for tensor in made.tensors.values())
+    rebuilt, state = build_eagle(made).state_dict(), heads.state_dict()
+    assert rebuilt.keys() == state.keys()
+    assert all(torch.equal(rebuilt[name], state[name]) for name in state)
