@@ -1,14 +1,59 @@
 """What proposers share that draft a tree a level at a time with a cache of their own."""
 
 import math
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from speclm.config import MAX_NODES, ProposerConfig, require_count
 from speclm.proposers.interface import Draft
+from speclm.tree.choices import normalize_choices
 from speclm.tree.growth import GrownRow
+from speclm.tree.plan import TreePlan
 from speclm.tree.topology import from_parents
+
+ConfigT = TypeVar("ConfigT", bound=ProposerConfig)
+
+
+def options_with_tree(tree: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a config of which a static tree sets the size.
+
+    Args:
+        tree: As `normalize_choices` takes it.
+        options: The others; of `num_draft_tokens` nodes the first by depth are kept.
+
+    Raises:
+        UnknownNameError: If no preset has that name.
+        TopologyError: If the tree is none.
+        OptionError: If `num_draft_tokens` is out of range.
+    """
+    choices = normalize_choices(tree)
+    if "num_draft_tokens" in options:
+        bound = options["num_draft_tokens"]
+        require_count("num_draft_tokens", bound, low=1, high=MAX_NODES - 1)
+        choices = choices[:bound]
+    size = {"depth": max(map(len, choices)), "num_draft_tokens": len(choices)}
+    return {**options, **size, "choices": choices}
+
+
+@lru_cache(maxsize=64)
+def planned(config: ConfigT, plan: TreePlan) -> ConfigT:
+    """Return a config of trees that grow by level, with what the plan says in its place."""
+    changes: dict[str, Any] = {
+        "depth": plan.depth,
+        "num_draft_tokens": plan.num_draft_tokens,
+        "choices": plan.choices,
+    }
+    if plan.min_chance is not None:
+        changes["min_probability"] = plan.min_chance
+    if plan.min_confidence is not None:
+        changes["min_confidence"] = plan.min_confidence
+    return replace(config, **changes)
 
 
 def assemble(grown: list[GrownRow], roots: Int[Tensor, " batch"]) -> Draft:

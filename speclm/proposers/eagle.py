@@ -28,6 +28,7 @@ from speclm.proposers.interface import Draft, Prefill, Proposer, TargetNeeds
 from speclm.proposers.ranking import rank_log_probs
 from speclm.sampling.noise import PositionNoise
 from speclm.target import TargetFeatures, TargetView
+from speclm.tree.choices import Choices
 from speclm.tree.growth import GrowingTree
 
 
@@ -43,6 +44,7 @@ class EagleProposerConfig(ProposerConfig):
         min_probability: Nodes less likely than this are not verified.
         min_confidence: A row grows no further once no path of it is this likely.
         min_growing: No further level is drafted once a smaller share of the rows grows.
+        choices: Static tree as paths of ranks; None for trees that grow by chance.
     """
 
     depth: int = 6
@@ -52,6 +54,7 @@ class EagleProposerConfig(ProposerConfig):
     min_probability: float = 0.05
     min_confidence: float = 0.2
     min_growing: float = 0.5
+    choices: Choices | None = None
 
     def __post_init__(self) -> None:
         require_depth("depth", self.depth)  # super() does not work in a slotted dataclass

@@ -1,7 +1,13 @@
+"""What proposers share that draft a level at a time."""
+
+import pytest
 import torch
 
-from speclm.proposers._levels import assemble, row_probs
+from speclm.errors import OptionError, TopologyError
+from speclm.proposers._levels import assemble, options_with_tree, planned, row_probs
+from speclm.proposers.eagle import EagleProposerConfig
 from speclm.tree.growth import GrownRow
+from speclm.tree.plan import TreePlan
 
 
 def test_probabilities_of_nodes_are_given_their_paths():
@@ -20,3 +26,25 @@ def test_a_grown_draft_has_probabilities_and_padding_none():
     assert draft.probs is not None
     expected = torch.tensor([[0.0, -0.5, -torch.inf], [0.0, -0.2, -0.7]]).exp()
     assert torch.allclose(draft.probs, expected)
+
+
+def test_plan_goes_before_the_config_and_leaves_the_rest():
+    config = EagleProposerConfig(width=5, min_probability=0.3)
+    found = planned(config, TreePlan(3, 7, choices=((0,),), min_confidence=0.4))
+    assert (found.depth, found.num_draft_tokens, found.choices) == (3, 7, ((0,),))
+    assert (found.min_probability, found.min_confidence, found.width) == (0.3, 0.4, 5)
+    assert planned(config, TreePlan(3, 7, min_chance=0.1)).min_probability == 0.1
+
+
+def test_static_tree_sets_the_size():
+    found = options_with_tree([2, 2], {"num_draft_tokens": 4, "width": 2})
+    assert found == {
+        "choices": ((0,), (1,), (0, 0), (0, 1)),
+        "depth": 2,
+        "num_draft_tokens": 4,
+        "width": 2,
+    }
+    with pytest.raises(TopologyError, match="no paths"):
+        options_with_tree([], {})
+    with pytest.raises(OptionError, match="num_draft_tokens"):
+        options_with_tree([2], {"num_draft_tokens": 0})
