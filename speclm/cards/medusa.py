@@ -1,10 +1,8 @@
 """The model card of Medusa heads."""
 
-import json
 from dataclasses import dataclass
 
-GENERATED_MARK = "<!-- written by speclm: remove this line to keep your own changes -->"
-"""Stands in every generated card; a card without it belongs to somebody."""
+from speclm.cards._parts import GENERATED_MARK, header, loading
 
 _CARD = """\
 ---
@@ -28,27 +26,7 @@ hidden state that it sees; the base model verifies all guesses in one forward.
 | dtype | {dtype} |
 | tree | {tree} |
 
-## Load
-
-```python
-from speclm import SpecModel
-
-model = SpecModel.from_pretrained({base_code}, {heads_code})
-```
-
-`model.generate` takes what the base model's `generate` takes.
-
-## What is promised
-
-The heads only guess. With the default rule, `exact`, the tokens are those of the base model's own
-`generate`, greedy and sampled under the same seed, up to the rounding of floating-point sums: two
-tokens of almost the same score may change places, in 16 bits more often than in 32. The rule
-`rejection` keeps the base model's output distribution. The rule `typical` is **lossy**: it accepts
-guesses that the base model would not have drawn, and its output follows another distribution.
-
-Use the heads with the base model that they were trained on. With another one nothing becomes wrong,
-only slower, and they are refused where the vocabulary or the width differs.
-
+{loading}
 ## Other software
 
 The files are `medusa_lm_head.safetensors` and `config.json`, named as TGI and vLLM up to 0.32
@@ -85,7 +63,7 @@ class MedusaCard:
     def render(self) -> str:
         """Return the card as Markdown with a YAML header."""
         return _CARD.format(
-            front="\n".join(self._front()),
+            front=header("medusa", base=self.base, license_id=self.license),
             mark=GENERATED_MARK,
             for_base=f" for {self.base}" if self.base else "",
             base=self.base or "not recorded",
@@ -95,16 +73,5 @@ class MedusaCard:
             parameters=f"{self.num_parameters:,}",
             dtype=self.dtype,
             tree=f"{self.num_nodes} nodes" if self.num_nodes else "chosen when they are loaded",
-            base_code=json.dumps(self.base or "path/to/base"),
-            heads_code=json.dumps(self.repo_id or "path/to/this/folder"),
+            loading=loading(self.base, self.repo_id),
         )
-
-    def _front(self) -> list[str]:
-        """Return the lines of the header; strings are quoted as JSON, which is YAML too."""
-        lines = ["library_name: speclm"]
-        if self.base is not None:
-            lines.append(f"base_model: {json.dumps(self.base)}")
-        if self.license is not None:
-            lines.append(f"license: {json.dumps(self.license)}")
-        tags = ("speclm", "medusa", "speculative-decoding", "text-generation")
-        return [*lines, "tags:", *(f"- {tag}" for tag in tags)]

@@ -1,20 +1,50 @@
 """From a proposer to a folder of heads, with its model card, and to the hub."""
 
 import re
+from dataclasses import dataclass
+from functools import singledispatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, cast
 
 from huggingface_hub import HfApi
 from transformers import PreTrainedModel
 
-from speclm.cards import GENERATED_MARK, MedusaCard
+from speclm.cards import GENERATED_MARK, EagleCard, MedusaCard
 from speclm.errors import OptionError
-from speclm.formats import MedusaCheckpoint, write_medusa
+from speclm.formats import MedusaCheckpoint, write_eagle, write_medusa
+from speclm.heads.eagle import eagle_checkpoint
+from speclm.proposers.eagle import EagleProposer
 from speclm.proposers.interface import Proposer
 from speclm.proposers.medusa import MedusaProposer
 
 CARD_NAME = "README.md"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where heads go.
+
+    Args:
+        folder: Where they are written; created if it does not exist.
+        base: The model that they guess for.
+        repo_id: Repository on the hub that the folder is uploaded to, if any.
+    """
+
+    folder: Path
+    base: PreTrainedModel
+    repo_id: str | None = None
+
+    @property
+    def base_id(self) -> str | None:
+        """The base's name, if others can find it by that name."""
+        return _hub_id(self.base.config.name_or_path or None)
+
+    @property
+    def recorded_base(self) -> str | None:
+        """The name that stands in the config: of a local base only where it stays local."""
+        return self.base_id if self.repo_id is not None else self.base.config.name_or_path or None
 
 
 def save_heads(folder: str | Path, proposer: Proposer | None, base: PreTrainedModel) -> None:
@@ -28,7 +58,7 @@ def save_heads(folder: str | Path, proposer: Proposer | None, base: PreTrainedMo
     Raises:
         OptionError: If the proposer has no heads.
     """
-    _save(Path(folder), proposer, base, repo_id=None)
+    _save(proposer, Place(Path(folder), base))
 
 
 def push_heads(
@@ -55,35 +85,50 @@ def push_heads(
         OptionError: If the proposer has no heads; nothing is then sent.
     """
     with TemporaryDirectory() as folder:
-        _save(Path(folder), proposer, base, repo_id=repo_id)
+        _save(proposer, Place(Path(folder), base, repo_id))
         api = HfApi(token=token)
         repo = api.create_repo(repo_id, private=private, exist_ok=True)
         commit = api.upload_folder(
-            repo_id=repo.repo_id, folder_path=folder, commit_message="Upload Medusa heads"
+            repo_id=repo.repo_id, folder_path=folder, commit_message="Upload draft heads"
         )
     return commit.commit_url
 
 
-def _save(
-    folder: Path, proposer: Proposer | None, base: PreTrainedModel, *, repo_id: str | None
-) -> None:
-    if not isinstance(proposer, MedusaProposer):
-        found = type(proposer).__name__ if proposer is not None else "None"
-        raise OptionError(
-            f"proposer is {found}, only a MedusaProposer has heads to save; an n-gram proposer has "
-            "no weights, and a draft model is saved with its own save_pretrained"
-        )
-    name = base.config.name_or_path or None
+def _save(proposer: Proposer | None, place: Place) -> None:
+    card = write_proposer(proposer, place)
+    path = place.folder / CARD_NAME
+    if not path.exists() or _is_generated(path):
+        path.write_text(card, encoding="utf-8")
+
+
+@singledispatch
+def write_proposer(proposer: Proposer | None, _place: Place) -> str:
+    """Write the files of a proposer's heads, and return the text of their card.
+
+    Kinds of proposers register what writes them.
+
+    Raises:
+        OptionError: If the proposer has no heads.
+    """
+    found = type(proposer).__name__ if proposer is not None else "None"
+    raise OptionError(
+        f"proposer is {found}, only a MedusaProposer and an EagleProposer have heads to save; an "
+        "n-gram proposer has no weights, and a draft model is saved with its own save_pretrained"
+    )
+
+
+@write_proposer.register(MedusaProposer)
+def _write_medusa(proposer: MedusaProposer, place: Place) -> str:
     heads, choices = proposer.heads, proposer.config.choices
     checkpoint = MedusaCheckpoint(
         weight=heads.weight.detach(),
         bias=None if heads.bias is None else heads.bias.detach(),
         lm_weight=None if heads.lm_weight is None else heads.lm_weight.detach(),
         vocab_size=heads.config.vocab_size,
-        base_name_or_path=name if repo_id is None else _hub_id(name),
+        base_name_or_path=place.recorded_base,
         choices=choices,
     )
-    write_medusa(folder, checkpoint)
+    write_medusa(place.folder, checkpoint)
     card = MedusaCard(
         num_heads=checkpoint.num_heads,
         num_layers=checkpoint.num_layers,
@@ -91,12 +136,38 @@ def _save(
         num_parameters=sum(tensor.numel() for tensor in checkpoint.tensors.values()),
         dtype=str(checkpoint.dtype).removeprefix("torch."),
         num_nodes=None if choices is None else 1 + len(choices),
-        base=_hub_id(name),
-        repo_id=repo_id,
+        base=place.base_id,
+        repo_id=place.repo_id,
     )
-    path = folder / CARD_NAME
-    if not path.exists() or _is_generated(path):
-        path.write_text(card.render(), encoding="utf-8")
+    return card.render()
+
+
+@write_proposer.register(EagleProposer)
+def _write_eagle(proposer: EagleProposer, place: Place) -> str:
+    model = cast("Any", place.base)
+    output = model.get_output_embeddings()
+    checkpoint = eagle_checkpoint(proposer.heads, base_name_or_path=place.recorded_base).share(
+        embeddings=model.get_input_embeddings().weight,
+        lm_weight=None if output is None else output.weight,
+    )
+    num_layers, config = proposer.view.num_layers, checkpoint.config
+    write_eagle(place.folder, checkpoint, num_target_layers=num_layers)
+    is_eagle3 = config.kind == "eagle3"
+    card = EagleCard(
+        kind=config.kind,
+        num_layers=config.num_layers,
+        feature_layers=config.layers_to_read(num_layers) if is_eagle3 else (),
+        vocab_size=config.vocab_size,
+        draft_vocab_size=config.draft_vocab_size,
+        has_own_lm_head=config.has_own_lm_head,
+        num_parameters=sum(
+            tensor.numel() for tensor in checkpoint.tensors.values() if tensor.is_floating_point()
+        ),
+        dtype=str(checkpoint.dtype).removeprefix("torch."),
+        base=place.base_id,
+        repo_id=place.repo_id,
+    )
+    return card.render()
 
 
 def _is_generated(card: Path) -> bool:

@@ -1,15 +1,17 @@
 """Heads in a folder and on the hub, and back."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from speclm import SpecModel
 from speclm.cards import GENERATED_MARK
 from speclm.errors import OptionError
-from speclm.heads.medusa import MedusaHeads, MedusaHeadsConfig
-from speclm.proposers.medusa import MedusaProposer
+from speclm.heads import EagleConfig, EagleHeads, MedusaHeads, MedusaHeadsConfig
+from speclm.proposers import EagleProposer, MedusaProposer
 from tests.model.hub import running_hub
 from tests.models import VOCAB_SIZE, build_model, generate, prompts, shared_model
 
@@ -53,15 +55,61 @@ def test_card_is_generated_and_a_card_of_somebody_is_kept(tmp_path):
     assert card.read_text() == "my own words"
 
 
+def with_eagle(base, kind):
+    config = EagleConfig.from_model_config(
+        base.config, kind=kind, draft_vocab_size=40 if kind == "eagle3" else None
+    )
+    heads = EagleHeads(config)
+    heads.init_weights_(generator=torch.Generator().manual_seed(0))
+    if heads.draft_columns is not None:
+        heads.set_draft_columns_(torch.arange(3, 83, 2))
+    return SpecModel(base, EagleProposer(heads.eval(), target=base, depth=3))
+
+
+@pytest.fixture(scope="module")
+def deep_base():
+    return build_model("llama", num_hidden_layers=7, head_dim=10)
+
+
+@pytest.mark.parametrize("kind", ["eagle", "eagle3"])
+def test_saved_eagle_heads_are_loaded(deep_base, tmp_path, kind):
+    spec = with_eagle(deep_base, kind)
+    spec.save_pretrained(tmp_path)
+    loaded = SpecModel.from_pretrained(deep_base, tmp_path)
+    assert loaded.proposer.heads.config == spec.proposer.heads.config
+    state = spec.proposer.heads.state_dict()
+    found = loaded.proposer.heads.state_dict()
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+    card = (tmp_path / "README.md").read_text()
+    assert ("| hidden states read | 2, 3, 4 (0 is the embeddings) |" in card) is (kind == "eagle3")
+
+
+def test_eagle_heads_are_saved_without_what_the_base_has_too(deep_base, tmp_path):
+    config = EagleConfig.from_model_config(deep_base.config, kind="eagle")
+    heads = EagleHeads(replace(config, has_own_embeddings=True))
+    heads.init_weights_(embeddings=deep_base.get_input_embeddings().weight)
+    SpecModel(deep_base, EagleProposer(heads, target=deep_base)).save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        assert "embed_tokens.weight" not in file.keys()  # noqa: SIM118  # no dict
+
+
 @pytest.mark.parametrize(("heads", "name"), [("ngram", "NgramProposer"), (None, "None")])
 def test_proposer_without_heads_cannot_be_saved(tmp_path, heads, name):
     spec = SpecModel.from_pretrained(shared_model("llama"), heads)
-    words = rf"proposer is {name}, only a MedusaProposer.*draft model is saved with its own"
+    words = rf"proposer is {name}, only a MedusaProposer and an EagleProposer.*draft model is saved"
     with pytest.raises(OptionError, match=words):
         spec.save_pretrained(tmp_path)
     with pytest.raises(OptionError, match=words):
         spec.push_to_hub("me/heads")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_pushed_eagle_heads_are_their_two_files_and_a_card(deep_base, tmp_path, monkeypatch):
+    with running_hub(tmp_path, monkeypatch) as hub:
+        with_eagle(deep_base, "eagle3").push_to_hub("me/heads")
+    assert hub.commits["me/heads"].keys() == {"README.md", "config.json", "model.safetensors"}
+    assert '"me/heads"' in hub.commits["me/heads"]["README.md"].decode()
 
 
 @pytest.mark.parametrize("is_local", [True, False])
