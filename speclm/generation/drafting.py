@@ -1,5 +1,7 @@
 """Drafts as the loop needs them: checked, or made where nothing is guessed."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -11,6 +13,7 @@ from speclm.config import MAX_DEPTH, MAX_NODES
 from speclm.errors import DraftError, OptionError, TreeBudgetError
 from speclm.proposers.interface import Draft, Proposer
 from speclm.sampling.drafts import DraftSampling
+from speclm.tree.plan import TreePlan
 from speclm.tree.topology import chain, from_parents
 
 
@@ -67,24 +70,78 @@ def deepest_paths(draft: Draft, *, depth: int) -> tuple[Draft, list[list[int]]]:
     """
     follow = _deepest_path if draft.laws is None else _first_path
     paths = [follow(parents)[: depth + 1] for parents in draft.topology.host_parents]
-    length = max(map(len, paths))
+    chains = _at_nodes(draft, paths, [[0, *range(len(path) - 1)] for path in paths])
+    return chains, paths * (len(draft.tokens) if len(paths) == 1 else 1)
+
+
+def cut_to_plan(draft: Draft, plan: TreePlan | None) -> tuple[Draft, list[list[int]] | None]:
+    """Leave out what exceeds a plan.
+
+    The likeliest nodes are kept where the draft says how likely they are, else the first ones. So
+    they are where siblings were drawn, whose probabilities may not decide which are left out.
+
+    Args:
+        draft: What was drafted.
+        plan: Most levels and nodes; None for as many as there are.
+
+    Returns:
+        The draft, and for each row the nodes that it was made of; None if nothing was left out.
+    """
+    topology = draft.topology
+    if plan is None or (
+        topology.num_nodes - 1 <= plan.num_draft_tokens and topology.max_depth <= plan.depth
+    ):
+        return draft, None
+    all_parents, all_depths = topology.host_parents, topology.host_node_depths
+    is_ranked = draft.probs is not None and draft.laws is None
+    probs = draft.probs.tolist() if draft.probs is not None and is_ranked else None
+    num_rows = len(draft.tokens) if is_ranked else len(all_parents)
+    kept, rows = [], []
+    for row in range(num_rows):
+        shape = row if len(all_parents) > 1 else 0
+        parents, depths = all_parents[shape], all_depths[shape]
+        nodes = [node for node, depth in enumerate(depths) if 0 < depth <= plan.depth]
+        if probs is not None:
+            chances = path_chances(parents, probs[row])
+            nodes.sort(key=lambda node: -chances[node])
+        nodes = [0, *sorted(nodes[: plan.num_draft_tokens])]
+        places = {node: place for place, node in enumerate(nodes)}
+        kept.append(nodes)
+        rows.append([places[parents[node]] for node in nodes])
+    return _at_nodes(draft, kept, rows), kept * (len(draft.tokens) if num_rows == 1 else 1)
+
+
+def path_chances(parents: list[int], probs: list[float]) -> list[float]:
+    """Return the product of probabilities from the root to each node; 1 at the root."""
+    chances = [1.0]
+    for node in range(1, len(parents)):
+        above = chances[parents[node]] if parents[node] != node else 0.0
+        chances.append(min(probs[node], 1.0) * above)
+    return chances
+
+
+def _at_nodes(draft: Draft, nodes: list[list[int]], parents: list[list[int]]) -> Draft:
+    """Return a draft of some nodes of another.
+
+    Args:
+        draft: The other.
+        nodes: Nodes to keep in each row; one list where all rows keep the same.
+        parents: Their parents, counted in the new draft.
+    """
+    length, device = max(map(len, nodes)), draft.tokens.device
     # A node that is its own parent is padding: what stands there is fed and never followed.
-    rows = [
-        [max(node - 1, 0) if node < len(path) else node for node in range(length)] for path in paths
-    ]
-    device = draft.tokens.device
-    nodes = torch.tensor([path + [0] * (length - len(path)) for path in paths], device=device)
-    nodes = nodes.expand(len(draft.tokens), -1)
+    rows = [[*row, *range(len(row), length)] for row in parents]
+    indices = torch.tensor([row + [0] * (length - len(row)) for row in nodes], device=device)
+    indices = indices.expand(len(draft.tokens), -1)
     laws = draft.laws
     if laws is not None:
-        laws = laws.gather(1, nodes[:, :, None].expand(-1, -1, laws.shape[2]))
-    chains = Draft(
-        tokens=draft.tokens.gather(1, nodes),
+        laws = laws.gather(1, indices[:, :, None].expand(-1, -1, laws.shape[2]))
+    return Draft(
+        tokens=draft.tokens.gather(1, indices),
         topology=from_parents(rows, device=device),
-        probs=None if draft.probs is None else draft.probs.gather(1, nodes),
+        probs=None if draft.probs is None else draft.probs.gather(1, indices),
         laws=laws,
     )
-    return chains, paths * (len(draft.tokens) if len(paths) == 1 else 1)
 
 
 def _deepest_path(parents: list[int]) -> list[int]:
@@ -107,6 +164,26 @@ def _first_path(parents: list[int]) -> list[int]:
         if parents[node] == path[-1]:
             path.append(node)
     return path
+
+
+def hand_plan(proposer: Proposer, plan: TreePlan | None) -> None:
+    """Tell a proposer and its parts what the next drafts should be."""
+    proposer.plan = plan
+    for part in proposer.parts:
+        hand_plan(part, plan)
+
+
+@contextmanager
+def planned(proposer: Proposer | None, plan: TreePlan | None) -> Iterator[None]:
+    """Have a proposer draft by a plan, and by its own settings again afterwards."""
+    if proposer is None:
+        yield
+        return
+    hand_plan(proposer, plan)
+    try:
+        yield
+    finally:
+        hand_plan(proposer, None)
 
 
 def require_drafts_for(rule: AcceptanceRule, proposer: Proposer | None) -> None:

@@ -22,7 +22,7 @@ from speclm.generation.delegation import (
     reads_positions,
     require_supported,
 )
-from speclm.generation.drafting import require_drafts_for
+from speclm.generation.drafting import planned, require_drafts_for
 from speclm.generation.frontier import Frontier
 from speclm.generation.opening import meets_switch, open_session
 from speclm.generation.pace import Pace, PaceMemory
@@ -32,6 +32,7 @@ from speclm.proposers.interface import Proposer
 from speclm.sampling.chooser import TokenChooser, first_text_dependent
 from speclm.stats import SpeculationStats
 from speclm.target import TargetView
+from speclm.tree.plan import TreePlan
 from speclm.verify import Backend
 
 
@@ -67,6 +68,7 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
     streamer: BaseStreamer | None = None,
     extends_cache: bool = False,
     paces: PaceMemory | None = None,
+    tree: TreePlan | None = None,
     backend: Backend = Backend.TREES,
     **model_inputs: Any,
 ) -> Generated:
@@ -76,8 +78,9 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
     resolved: settings, processors, criteria, expanded rows. Greedy decoding has one rule, the
     exact one, whatever `rule` says; None is the exact rule too. `extends_cache` says that the
     cache among the inputs is the caller's, who finds it extended. `paces` is what earlier calls
-    measured; None to draft in every round, whether it pays or not. `backend` is the self-check's
-    verdict on the target.
+    measured; None to draft in every round, whether it pays or not. `tree` is what every draft
+    should be; None for what the proposer's own settings say. `backend` is the self-check's verdict
+    on the target.
 
     Rows run ahead of each other, unless something looks at positions one by one: a processor that
     reads the text, a criterion, a streamer, or a caller who wants scores or logits. Nor do they
@@ -154,6 +157,7 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
         keeps_cache=given is not None,
         stats=stats,
         rule=rule,
+        plan=tree,
     )
     temperature = (generation_config.temperature or 1.0) if generation_config.do_sample else 0.0
     if paces is not None and proposer is not None:
@@ -185,7 +189,7 @@ def _decode(
 ) -> Int[Tensor, "batch length"]:
     """Go from the prompt to the end of the last row, and leave everything usable on the way."""
     try:
-        with run.target.decoding(run.features):
+        with planned(run.proposer, run.plan), run.target.decoding(run.features):
             run.start(input_ids, embeddings=embeddings, temperature=temperature)
             with run.target.steps():
                 while run.rows.any_live:

@@ -11,6 +11,7 @@ from speclm.acceptance.accepted import Accepted
 from speclm.acceptance.interface import AcceptanceRule, Verified
 from speclm.config import MAX_MERGED_PROMPT
 from speclm.generation.drafting import (
+    cut_to_plan,
     deepest_paths,
     require_laws,
     require_valid,
@@ -27,6 +28,7 @@ from speclm.sampling.draws import Draws, seeded_draws
 from speclm.sampling.noise import PositionNoise
 from speclm.stats import RowStats, SpeculationStats
 from speclm.target import Session, TargetFeatures, TargetView
+from speclm.tree.plan import TreePlan
 
 
 @dataclass(slots=True)
@@ -55,8 +57,10 @@ class Run:
     noise: PositionNoise | None = None
     roots: Tensor | None = None
     pace: Pace | None = None
-    chain_nodes: list[list[int]] | None = None
-    """The proposer's nodes that the last draft's chains were, where trees became chains."""
+    plan: TreePlan | None = None
+    """What every draft should be; None for what the proposer's own settings say."""
+    own_nodes: list[list[int]] | None = None
+    """The proposer's nodes that the last draft is made of, where nodes of its were left out."""
 
     @property
     def features(self) -> TargetFeatures:
@@ -250,12 +254,14 @@ class Run:
         require_valid(draft, self.roots)
         if self.rule.draft_sampling is not DraftSampling.NONE:
             require_laws(draft, self.target.vocab_size)
+        draft, self.own_nodes = cut_to_plan(draft, self.plan)
         if self._is_too_deep(draft.topology.max_depth):
             return roots_alone(self._fed_roots)
         tokens = torch.cat([self.roots[:, None], draft.tokens[:, 1:]], dim=1)  # whatever it says
         draft = replace(draft, tokens=tokens)
         if self.session.needs_lockstep:
-            draft, self.chain_nodes = deepest_paths(draft, depth=room)
+            draft, nodes = deepest_paths(draft, depth=room)
+            self.own_nodes = nodes if self.own_nodes is None else _through(self.own_nodes, nodes)
         if self.frontier is None or all(self.rows.is_live):
             return draft
         return with_padding(
@@ -310,12 +316,9 @@ class Run:
 
     def _commit(self, taken: Accepted) -> None:
         if self.proposer is not None:
-            if self.chain_nodes is not None:
-                paths = [
-                    [nodes[node] for node in path]
-                    for nodes, path in zip(self.chain_nodes, taken.paths, strict=True)
-                ]
-                taken, self.chain_nodes = taken.with_paths(paths), None
+            if self.own_nodes is not None:
+                taken = taken.with_paths(_through(self.own_nodes, taken.paths))
+                self.own_nodes = None
             self.proposer.commit(taken)
         self.roots = torch.tensor(self.rows.last_tokens, device=self.num_padding.device)
 
@@ -330,6 +333,11 @@ class Run:
                     depth=depths[shape],
                     num_draft_tokens=sizes[shape] - 1,
                 )
+
+
+def _through(nodes: list[list[int]], paths: list[list[int]]) -> list[list[int]]:
+    """Return the nodes of another draft that each row's nodes are made of."""
+    return [[own[node] for node in path] for own, path in zip(nodes, paths, strict=True)]
 
 
 def _child(parents: list[int], tokens: list[int], node: int, token: int) -> int | None:

@@ -19,6 +19,7 @@ from speclm.model.fitting import claimed
 from speclm.proposers.interface import Proposer
 from speclm.stats import SpeculationStats
 from speclm.target import TargetView
+from speclm.tree.plan import TreePlan
 from speclm.verify import Backend
 
 
@@ -48,6 +49,7 @@ def decode(  # noqa: PLR0913 - a call has many sides
     stats: SpeculationStats,
     rule: AcceptanceRule,
     paces: PaceMemory | None,
+    tree: TreePlan | None = None,
 ) -> Tensor | SpeculativeOutput:
     """Answer a call with the decode loop.
 
@@ -61,6 +63,7 @@ def decode(  # noqa: PLR0913 - a call has many sides
         stats: Counters to fill.
         rule: Decides which guesses are kept when sampling.
         paces: What earlier calls measured; None to draft in every round.
+        tree: What every draft should be; None for what the proposer's settings say.
 
     Raises:
         NeedsPlainDecoding: Before anything is computed, if the loop does not give what is asked.
@@ -78,6 +81,7 @@ def decode(  # noqa: PLR0913 - a call has many sides
                 stats=stats,
                 rule=rule,
                 paces=paces,
+                tree=tree,
                 streamer=arguments.get("streamer"),
                 extends_cache=any(arguments.get(name) is not None for name in CACHE_INPUTS),
                 **named,

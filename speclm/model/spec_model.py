@@ -30,9 +30,11 @@ from speclm.model.loading import Heads, load_proposer
 from speclm.model.report import write_report
 from speclm.model.saving import push_heads, save_heads
 from speclm.model.standing_in import MOVES, move, unwrap
+from speclm.model.trees import Tree, normalize_tree, require_fillable
 from speclm.proposers.interface import Proposer
 from speclm.stats import SpeculationStats
 from speclm.target import TargetView
+from speclm.tree.plan import TreePlan
 from speclm.verify import Backend, check_model
 
 _log = logging.getLogger("speclm")
@@ -55,7 +57,12 @@ class SpecModel:
     """
 
     def __init__(
-        self, base: nn.Module, proposer: Proposer | None, *, adaptive: bool = True
+        self,
+        base: nn.Module,
+        proposer: Proposer | None,
+        *,
+        adaptive: bool = True,
+        tree: Tree | None = None,
     ) -> None:
         """Wrap a loaded model.
 
@@ -65,6 +72,7 @@ class SpecModel:
             adaptive: Whether rounds go without a draft while measured times say that drafts do
                 not pay. Tokens do not depend on it, in float32 at least: half precision rounds
                 otherwise in rounds of another size.
+            tree: What the drafts of calls should be that do not say so themselves; see `generate`.
 
         Raises:
             UnsupportedModelError: If `base` is not a decoder-only language model.
@@ -76,6 +84,7 @@ class SpecModel:
         self.self_check = check_model(self._target)
         self.last_speculation: SpeculationStats | None = None
         self.adaptive = adaptive
+        self.tree = tree
         self._paces = PaceMemory()
         self._logged: set[str] = set()
 
@@ -88,6 +97,7 @@ class SpecModel:
         heads_kwargs: dict[str, Any] | None = None,
         num_draft_tokens: int | None = None,
         adaptive: bool | None = None,
+        tree: Tree | None = None,
         **kwargs: Any,
     ) -> Self:
         """Load a base model and a proposer.
@@ -103,7 +113,8 @@ class SpecModel:
                 its own options.
             num_draft_tokens: Most tokens drafted a round; by default the proposer's own choice.
             adaptive: Whether rounds go without a draft while drafts do not pay; by default they
-                do, unless a tree is given.
+                do, unless a static tree is given.
+            tree: What the drafts of calls should be that do not say so themselves; see `generate`.
             **kwargs: Arguments of the base's ``from_pretrained``, such as dtype and device_map.
 
         Raises:
@@ -132,7 +143,8 @@ class SpecModel:
         )
         if adaptive is None:
             adaptive = (heads_kwargs or {}).get("tree") is None
-        return cls(model, proposer, adaptive=adaptive)
+        require_fillable(normalize_tree(tree), proposer)
+        return cls(model, proposer, adaptive=adaptive, tree=tree)
 
     @property
     def proposer(self) -> Proposer | None:
@@ -149,6 +161,15 @@ class SpecModel:
         if proposer is not None:
             require_fits(proposer, self._target)
         self._proposer = proposer
+
+    @property
+    def tree(self) -> TreePlan | str | None:
+        """What the drafts of calls should be that do not say so themselves; see `generate`."""
+        return self._tree
+
+    @tree.setter
+    def tree(self, tree: Tree | None) -> None:
+        self._tree = normalize_tree(tree)
 
     @property
     def base(self) -> PreTrainedModel:
@@ -191,14 +212,20 @@ class SpecModel:
         streamer: BaseStreamer | None = None,
         *,
         acceptance: str | AcceptanceRule = "exact",
+        tree: Tree | None = None,
         **kwargs: Any,
     ) -> Tensor | ModelOutput:
         """Generate the tokens that ``base.generate`` generates, in fewer forwards.
 
-        Takes what ``base.generate`` takes, and `acceptance`: the rule that decides which draft
-        tokens are kept when sampling. ``"exact"`` gives the tokens of ``base.generate`` under the
-        same seed, ``"rejection"`` others from the same distribution, and ``"typical"`` is lossy.
-        Greedy decoding is exact under every rule.
+        Takes what ``base.generate`` takes, and two options of its own. `acceptance` is the rule
+        that decides which draft tokens are kept when sampling. ``"exact"`` gives the tokens of
+        ``base.generate`` under the same seed, ``"rejection"`` others from the same distribution,
+        and ``"typical"`` is lossy. Greedy decoding is exact under every rule.
+
+        `tree` says what is drafted: ``"auto"`` for the depth and size that measured times and
+        acceptance make fastest; a static tree as a preset's name, widths, paths of ranks or a JSON
+        file of these; a `TreePlan`; by default what the proposer's own settings say. A static tree
+        or a plan is drafted in every round, whether it pays or not.
 
         Settings that ask for another way to decode, such as beams, are left to ``base.generate``
         itself, and one line is logged that says so. After the call `last_speculation` holds its
@@ -213,8 +240,9 @@ class SpecModel:
 
         Raises:
             OptionError: If another speculation method of Transformers' is asked for, or the accept
-                rule needs drafts of a kind that the proposer does not make.
-            UnknownNameError: If no accept rule has the name given.
+                rule or `tree` needs drafts of a kind that the proposer does not make.
+            UnknownNameError: If no accept rule or preset has the name given.
+            TopologyError: If `tree` is none.
             PromptError: If the prompt is empty, right-padded or too long for the model.
             CacheError: If a cache is passed in that cannot be rolled back.
             NumericalError: If the target's logits are not numbers.
@@ -232,6 +260,8 @@ class SpecModel:
             **kwargs,
         }
         rule = resolve_acceptance_rule(acceptance)
+        plan = self.tree if tree is None else normalize_tree(tree)
+        require_fillable(plan, self.proposer)
         require_acceptable(arguments, self.generation_config)
         arguments.pop("custom_generate", None)  # it is None
         check = self.self_check
@@ -249,7 +279,8 @@ class SpecModel:
                 proposer=self.proposer,
                 stats=stats,
                 rule=rule,
-                paces=self._paces if self.adaptive else None,
+                paces=self._paces if self.adaptive and not isinstance(plan, TreePlan) else None,
+                tree=plan if isinstance(plan, TreePlan) else None,
             )
         except BusyError:
             self.last_speculation = before  # the counters of the call that goes on

@@ -1,7 +1,8 @@
 """Proposes what a smaller language model would say that takes chains alone, such as a hybrid."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from speclm.proposers.ranking import rank_log_probs
 from speclm.sampling.drafts import DraftSampler, DraftSampling
 from speclm.sampling.noise import PositionNoise
 from speclm.target import ChainReader, TargetView
+from speclm.tree.plan import TreePlan
 from speclm.tree.topology import chain
 
 
@@ -82,7 +84,6 @@ class ChainDraftProposer(Proposer):
         wanted = TargetView(target)
         self._vocabulary = SharedVocabulary.of(self.view, wanted)
         self.needs = TargetNeeds(vocab_size=wanted.vocab_size)
-        self._longest = min(self.config.depth, self.config.num_draft_tokens)
         self._prompt: Prefill | None = None
         self._reader: ChainReader | None = None
         self._unseen: Tensor | None = None
@@ -100,16 +101,19 @@ class ChainDraftProposer(Proposer):
     @override
     def propose(self, roots: Int[Tensor, " batch"], *, noise: PositionNoise | None) -> Draft:
         assert self._prompt is not None, "propose before begin"
+        config = _planned(self.config, self.plan)
+        longest = min(config.depth, config.num_draft_tokens)
         bound = self.view.max_positions
-        if bound is not None and self._num_slots + self._longest > bound:
+        if bound is not None and self._num_slots + longest > bound:
             return Draft(roots[:, None], chain(0, device=roots.device), None)
         self._is_open, self._num_fed = True, 0
         logits = self._catch_up(self._prompt)
         if self._prompt.sampler is not None:
-            return self._draw(roots, logits, self._prompt.sampler)
+            return self._draw(roots, logits, self._prompt.sampler, longest=longest)
         ends = torch.tensor(sorted(self._prompt.eos_token_ids), device=roots.device)
-        floor = math.log(max(self.config.min_confidence, 1e-30))
+        floor = math.log(max(config.min_confidence, 1e-30))
         scores = torch.zeros(len(roots), device=roots.device)
+        probs = [torch.ones_like(scores)]
         grows = torch.tensor([not idle for idle in self._is_idle], device=roots.device)
         num_live, tokens = max(int(grows.sum()), 1), [roots]
         while True:
@@ -120,12 +124,14 @@ class ChainDraftProposer(Proposer):
             score, token = ranked.max(1)
             scores = scores + score
             tokens.append(token)
+            probs.append(score.exp())
             grows = grows & (scores >= floor) & ~torch.isin(token, ends)
             share = int(grows.sum()) / num_live  # a sync: the host decides whether to go on
-            if len(tokens) > self._longest or share < max(self.config.min_growing, 1e-6):
+            if len(tokens) > longest or share < max(config.min_growing, 1e-6):
                 break
             logits = self._feed(token)
-        return Draft(torch.stack(tokens, dim=1), chain(len(tokens) - 1, device=roots.device), None)
+        topology = chain(len(tokens) - 1, device=roots.device)
+        return Draft(torch.stack(tokens, dim=1), topology, torch.stack(probs, dim=1))
 
     @override
     def commit(self, accepted: Accepted) -> None:
@@ -175,13 +181,15 @@ class ChainDraftProposer(Proposer):
         roots: Int[Tensor, " batch"],
         logits: Float[Tensor, "batch 1 vocab"],
         sampler: DraftSampler,
+        *,
+        longest: int,
     ) -> Draft:
         """Draw every token of a chain of full length from its law."""
         tokens, laws = [roots], []
         while True:
             laws.append(sampler.law(logits))
             tokens.append(sampler.siblings(laws[-1], num=1)[:, 0, 0])
-            if len(tokens) > self._longest:
+            if len(tokens) > longest:
                 break
             logits = self._feed(tokens[-1])
         laws.append(torch.zeros_like(laws[0]))  # of the leaf
@@ -191,3 +199,17 @@ class ChainDraftProposer(Proposer):
             None,
             laws=torch.cat(laws, dim=1),
         )
+
+
+@lru_cache(maxsize=64)
+def _planned(config: ChainDraftConfig, plan: TreePlan | None) -> ChainDraftConfig:
+    """Return the settings of the next drafts; what a plan leaves open is the config's."""
+    if plan is None:
+        return config
+    confidence = config.min_confidence if plan.min_confidence is None else plan.min_confidence
+    return replace(
+        config,
+        depth=plan.depth,
+        num_draft_tokens=min(plan.num_draft_tokens, MAX_DEPTH),
+        min_confidence=confidence,
+    )

@@ -20,14 +20,15 @@ from speclm.config import (
     require_in_range,
     require_known,
 )
-from speclm.proposers._levels import assemble, seen_below
+from speclm.proposers._levels import assemble, planned, seen_below
 from speclm.proposers._shared_vocabulary import SharedVocabulary
 from speclm.proposers.interface import Draft, Prefill, Proposer, TargetNeeds
 from speclm.proposers.ranking import rank_log_probs
-from speclm.sampling.drafts import DraftSampler, DraftSampling, Families
+from speclm.sampling.drafts import DraftSampler, DraftSampling
 from speclm.sampling.noise import PositionNoise
 from speclm.target import TargetView
-from speclm.tree.choices import static_tree
+from speclm.tree.choices import Choices
+from speclm.tree.filling import FilledTree
 from speclm.tree.growth import GrowingTree, GrownRow, drawn_choices
 from speclm.tree.topology import chain
 
@@ -45,6 +46,7 @@ class DraftModelConfig(ProposerConfig):
         min_confidence: A row grows no further once no path of it is this likely.
         min_growing: No further level is drafted once a smaller share of the rows grows: a level
             costs the whole batch a forward.
+        choices: Static tree as paths of ranks; None for trees that grow by chance.
     """
 
     depth: int = 16
@@ -54,6 +56,7 @@ class DraftModelConfig(ProposerConfig):
     min_probability: float = 0.1
     min_confidence: float = 0.4
     min_growing: float = 0.75
+    choices: Choices | None = None
 
     def __post_init__(self) -> None:
         require_depth("depth", self.depth)  # super() does not work in a slotted dataclass
@@ -75,6 +78,7 @@ class DraftModelProposer(Proposer):
     depth, number of draft tokens, width and branches: probabilities then prune nothing.
     """
 
+    takes_choices = True
     draft_sampling = DraftSampling.WITHOUT_REPLACEMENT
     config: DraftModelConfig
 
@@ -129,17 +133,26 @@ class DraftModelProposer(Proposer):
         if self._prompt is not None:
             self._read(self._prompt, self._cache)
             self._prompt = None
+        config = self.config if self.plan is None else planned(self.config, self.plan)
+        choices = config.choices
         longest = max(map(len, self._unseen))
         bound = self.view.max_positions
-        deepest = self._cache.tree_start + longest + self.config.depth
+        deepest = self._cache.tree_start + longest + config.depth
         if self._is_silent or (bound is not None and deepest > bound):
             self._grown = [GrownRow([], [], [], []) for _ in self._unseen]
             return Draft(roots[:, None], chain(0, device=roots.device), probs=None)
-        if self._sampler is not None:
-            return self._draw(roots, longest, self._sampler)
-        tree = self._grow(roots.device, longest, noise)
-        min_score = math.log(max(self.config.min_probability, 1e-30))
-        self._grown = tree.best_nodes(self.config.num_draft_tokens, min_score=min_score)
+        if self._sampler is not None and choices is None:
+            choices = drawn_choices(
+                width=config.width,
+                branches=min(config.branches, self._vocabulary.num_shared),
+                depth=config.depth,
+                num_nodes=config.num_draft_tokens,
+            )
+        if choices is not None:
+            return self._fill(roots, longest, choices, noise)
+        tree = self._grow(roots.device, longest, noise, config)
+        min_score = math.log(max(config.min_probability, 1e-30))
+        self._grown = tree.best_nodes(config.num_draft_tokens, min_score=min_score)
         return assemble(self._grown, roots)
 
     @override
@@ -179,10 +192,15 @@ class DraftModelProposer(Proposer):
         else:  # rounds without a draft came first
             cache.keep([[] for _ in self._unseen])
 
-    def _grow(self, device: torch.device, longest: int, noise: PositionNoise | None) -> GrowingTree:
+    def _grow(
+        self,
+        device: torch.device,
+        longest: int,
+        noise: PositionNoise | None,
+        config: DraftModelConfig,
+    ) -> GrowingTree:
         """Feed what is unseen and then level after level."""
         assert self._cache is not None
-        config = self.config
         logits = self._catch_up(device, longest)
         tree = GrowingTree(
             width=config.width,
@@ -211,47 +229,43 @@ class DraftModelProposer(Proposer):
         self._offsets.append(self._cache.num_pending)  # the last level is not fed
         return tree
 
-    def _draw(self, roots: Int[Tensor, " batch"], longest: int, sampler: DraftSampler) -> Draft:
-        """Feed what is unseen, and draw the children of one level of a fixed tree after another."""
+    def _fill(
+        self,
+        roots: Int[Tensor, " batch"],
+        longest: int,
+        choices: Choices,
+        noise: PositionNoise | None,
+    ) -> Draft:
+        """Feed what is unseen, and fill one level of a static tree after another.
+
+        The children of a node are drawn where drafts have to be, and else go by rank.
+        """
         assert self._cache is not None
-        config, device, batch = self.config, roots.device, len(roots)
-        choices = drawn_choices(
-            width=config.width,
-            branches=min(config.branches, self._vocabulary.num_shared),
-            depth=config.depth,
-            num_nodes=config.num_draft_tokens,
-        )
-        topology = static_tree(choices, device=device).topology
-        parents = topology.host_parents[0]
-        families = Families.of(parents)
-        children = dict(zip(families.parents, families.children, strict=True))
-        tokens = roots[:, None].repeat(1, topology.num_nodes)
-        expansions: list[tuple[int, int] | None] = [None] * topology.num_nodes
-        level, self._offsets = [0], []
+        device, batch, sampler = roots.device, len(roots), self._sampler
+        tree = FilledTree(choices, roots=roots, are_drawn=sampler is not None)
+        self._offsets = []
         seen, slot_depths, num_unseen = self._seen_by_root(device, longest)
-        law = sampler.law(self._catch_up(device, longest))  # [batch, level, vocab]
-        laws = law.new_zeros(*tokens.shape, law.shape[2])
+        logits = self._catch_up(device, longest)  # [batch, level, vocab]
+        laws: Tensor | None = None
         while True:
-            laws[:, level] = law
-            drawn = sampler.siblings(law, num=families.max_children)
-            for place, node in enumerate(level):
-                tokens[:, children[node]] = drawn[:, place, : len(children[node])]
-            above = {node: place for place, node in enumerate(level)}
-            level = [node for node in children if parents[node] in above and node > 0]
-            if not level:
+            if sampler is not None:
+                law = sampler.law(logits)
+                laws = law.new_zeros(*tree.tokens.shape, law.shape[2]) if laws is None else laws
+                laws[:, tree.expanded_nodes] = law
+                tree.fill(sampler.siblings(law, num=tree.num_guesses))
+            else:
+                ranked = self._rank(logits, tree.depth, noise)
+                tree.fill(ranked.topk(tree.num_guesses, dim=-1).indices)
+            if tree.is_full:
                 break
-            depth = len(self._offsets)
-            for place, node in enumerate(level):
-                expansions[node] = (depth, place)
-            places = torch.tensor([above[parents[node]] for node in level], device=device)
-            seen = seen_below(seen, places.expand(batch, -1))
-            depths = (num_unseen + depth)[:, None].expand(-1, len(level))
+            seen = seen_below(seen, tree.expanded_parents)
+            depths = (num_unseen + tree.depth - 1)[:, None].expand(-1, len(tree.expanded_nodes))
             slot_depths = torch.cat([slot_depths, depths], dim=1)
             self._offsets.append(self._cache.num_pending)
-            law = sampler.law(self._forward(tokens[:, level], seen, slot_depths))
-        self._grown = [GrownRow([], [], expansions[1:], [])] * batch
+            logits = self._forward(tree.expanded_tokens, seen, slot_depths)
+        self._grown = [GrownRow([], [], tree.expansions, [])] * batch
         self._offsets = self._offsets or [self._cache.num_pending]
-        return Draft(tokens=tokens, topology=topology, probs=None, laws=laws)
+        return Draft(tokens=tree.tokens, topology=tree.topology, probs=None, laws=laws)
 
     def _seen_by_root(
         self, device: torch.device, longest: int

@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -22,6 +23,7 @@ from speclm.sampling.drafts import DraftSampler, DraftSampling, Families
 from speclm.sampling.noise import PositionNoise
 from speclm.target import TargetFeatures, TargetView
 from speclm.tree.choices import Choices, StaticTree, normalize_choices, static_tree, trim_choices
+from speclm.tree.plan import TreePlan
 from speclm.tree.products import likeliest_paths
 from speclm.tree.topology import chain, trees_of
 
@@ -69,6 +71,7 @@ class MedusaProposer(Proposer):
     """
 
     features = TargetFeatures.LAST_HIDDEN
+    takes_choices = True
     draft_sampling = DraftSampling.WITHOUT_REPLACEMENT
     config: MedusaConfig
 
@@ -140,14 +143,15 @@ class MedusaProposer(Proposer):
     def propose(self, roots: Int[Tensor, " batch"], *, noise: PositionNoise | None) -> Draft:
         if self._hidden is None:
             return Draft(roots[:, None], chain(0, device=roots.device), probs=None)
+        config = _planned(self.config, self.plan, num_heads=self.heads.num_heads)
         if self._sampler is not None:
-            drawn = self.config.choices or trim_choices(STATIC_TREE, max_depth=self.heads.num_heads)
-            tree = static_tree(drawn[: self.config.num_draft_tokens], device=roots.device)
+            drawn = config.choices or trim_choices(STATIC_TREE, max_depth=config.depth)
+            tree = static_tree(drawn[: config.num_draft_tokens], device=roots.device)
             return self._draw(roots, self._hidden, tree, self._sampler)
-        log_probs = self._rank(self._hidden, noise)
-        if self.config.choices is None:
-            return self._grow(roots, log_probs)
-        tree = static_tree(self.config.choices, device=roots.device)
+        log_probs = self._rank(self._hidden, noise, depth=config.depth)
+        if config.choices is None:
+            return self._grow(roots, log_probs, config)
+        tree = static_tree(config.choices, device=roots.device)
         guesses = log_probs.topk(tree.max_rank + 1, dim=-1).indices  # [batch, depth, rank]
         tokens = guesses[:, tree.depth_indices, tree.rank_indices]
         return Draft(
@@ -164,16 +168,21 @@ class MedusaProposer(Proposer):
             self._hidden = torch.where(self._is_idle[:, None], self._hidden, last)
 
     def _grow(
-        self, roots: Int[Tensor, " batch"], log_probs: Float[Tensor, "batch depth vocab"]
+        self,
+        roots: Int[Tensor, " batch"],
+        log_probs: Float[Tensor, "batch depth vocab"],
+        config: MedusaConfig,
     ) -> Draft:
         """Take the likeliest paths of every row; the shape of the tree is decided on the host."""
-        config = self.config
         best = log_probs.topk(min(MAX_RANK, log_probs.shape[2]), dim=-1)
         if self._is_idle is not None:  # nodes of a row that has ended would slow the others
             best.values.masked_fill_(self._is_idle[:, None, None], float("-inf"))
         guesses, scores = best.indices.tolist(), best.values.tolist()  # [batch, depth, rank]
         num_rows = sum(row[0][0] > -math.inf for row in scores)
-        min_score = math.log(max(least_chance(config.min_chance, num_rows=num_rows), 1e-30))
+        min_chance = config.min_chance
+        if self.plan is None or self.plan.min_chance is None:
+            min_chance = least_chance(min_chance, num_rows=num_rows)
+        min_score = math.log(max(min_chance, 1e-30))
         rows = [
             likeliest_paths(row, num_nodes=config.num_draft_tokens, min_score=min_score)
             for row in scores
@@ -183,13 +192,17 @@ class MedusaProposer(Proposer):
             [row_guesses[node.depth][node.rank] for node in row] + [0] * (longest - len(row))
             for row, row_guesses in zip(rows, guesses, strict=True)
         ]
+        probs = [
+            [1.0, *(math.exp(own[n.depth][n.rank]) for n in row), *[0.0] * (longest - len(row))]
+            for row, own in zip(rows, scores, strict=True)
+        ]
         found = torch.tensor(tokens, dtype=torch.long, device=roots.device)
         return Draft(
             tokens=torch.cat([roots[:, None], found.view(len(rows), -1)], dim=1),
             topology=trees_of(
                 [[0, *(node.parent for node in row)] for row in rows], device=roots.device
             ),
-            probs=None,
+            probs=torch.tensor(probs, device=roots.device),
         )
 
     def _draw(
@@ -212,10 +225,9 @@ class MedusaProposer(Proposer):
         return Draft(tokens=tokens, topology=tree.topology, probs=None, laws=laws)
 
     def _rank(
-        self, hidden: Float[Tensor, "batch hidden"], noise: PositionNoise | None
+        self, hidden: Float[Tensor, "batch hidden"], noise: PositionNoise | None, *, depth: int
     ) -> Float[Tensor, "batch depth vocab"]:
         """Return the log-probabilities by which guesses at each depth are ranked."""
-        depth = self.config.depth
         logits: Tensor = self.heads(hidden, lm_head=self.view.head_logits, num_heads=depth)
         if noise is None:
             return rank_log_probs(logits, temperature=0.0, noise=None)
@@ -228,6 +240,22 @@ class MedusaProposer(Proposer):
             for level in range(depth)
         ]
         return torch.cat(levels, dim=1)
+
+
+@lru_cache(maxsize=64)
+def _planned(config: MedusaConfig, plan: TreePlan | None, *, num_heads: int) -> MedusaConfig:
+    """Return the settings of the next drafts; what a plan leaves open is the config's."""
+    if plan is None:
+        return config
+    if plan.choices is not None:
+        choices = trim_choices(plan.choices, max_depth=num_heads)
+        depth = max(map(len, choices))
+        return MedusaConfig(depth=depth, choices=choices, num_draft_tokens=len(choices))
+    return MedusaConfig(
+        depth=min(plan.depth, num_heads),
+        num_draft_tokens=plan.num_draft_tokens,
+        min_chance=config.min_chance if plan.min_chance is None else plan.min_chance,
+    )
 
 
 def _fitting(choices: Choices, heads: MedusaHeads, view: TargetView) -> Choices:

@@ -1,6 +1,7 @@
 """A proposer without a model: what followed the same words before may follow again."""
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from heapq import heappop, heappush
 
 import torch
@@ -15,7 +16,10 @@ from speclm.proposers._pruning import least_chance
 from speclm.proposers.interface import Draft, Prefill, Proposer
 from speclm.proposers.registry import register_proposer
 from speclm.sampling.noise import PositionNoise
+from speclm.tree.plan import TreePlan
 from speclm.tree.topology import trees_of
+
+_LEAST_CHANCE = 0.001
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +102,7 @@ class NgramProposer(Proposer):
 
     @override
     def propose(self, roots: Int[Tensor, " batch"], *, noise: PositionNoise | None) -> Draft:
-        num_rows = self._is_waiting.count(False)
-        min_chance = least_chance(self.config.min_chance, num_rows=num_rows)
-        options = replace(self.config, min_chance=min_chance)
+        options = _planned(self.config, self.plan, num_rows=self._is_waiting.count(False))
         trees = [
             _Tree.root_alone(index) if is_waiting else _Tree.grow(index, options, self._ends)
             for index, is_waiting in zip(self._rows, self._is_waiting, strict=True)
@@ -110,7 +112,10 @@ class NgramProposer(Proposer):
         return Draft(
             tokens=torch.tensor(tokens, device=roots.device),
             topology=trees_of([tree.parents for tree in trees], device=roots.device),
-            probs=None,
+            probs=torch.tensor(
+                [tree.probs + [0.0] * (num_nodes - len(tree.probs)) for tree in trees],
+                device=roots.device,
+            ),
         )
 
     @override
@@ -127,28 +132,47 @@ class _Tree:
 
     tokens: list[int]
     parents: list[int]
+    probs: list[float]
 
     @classmethod
     def root_alone(cls, index: NgramIndex) -> "_Tree":
-        return cls([index.context[-1]], [0])
+        return cls([index.context[-1]], [0], [1.0])
 
     @classmethod
     def grow(cls, index: NgramIndex, options: NgramConfig, ends: frozenset[int]) -> "_Tree":
         """Add the likeliest node that is left until none is worth its time."""
         tree = cls.root_alone(index)
-        # Entries: minus the chance of the path, order of arrival, token, parent, context before.
-        frontier: list[tuple[float, int, int, int, tuple[int, ...]]] = []
-        node, chance, context, arrivals, is_end = 0, 1.0, index.context, 0, False
+        # Entries: minus the chance of the path, order of arrival, token, its chance given the path,
+        # parent, context before.
+        frontier: list[tuple[float, int, int, float, int, tuple[int, ...]]] = []
+        node, chance, context, arrivals, is_leaf = 0, 1.0, index.context, 0, False
+        depths = [0]
         while True:
-            guesses = [] if is_end else index.guess(context, limit=options.branches)
-            for token, follow_chance in guesses:
-                if chance * follow_chance >= options.min_chance:
+            guesses = [] if is_leaf else index.guess(context, limit=options.branches)
+            for token, prob in guesses:
+                if chance * prob >= options.min_chance:
                     arrivals += 1
-                    heappush(frontier, (-chance * follow_chance, arrivals, token, node, context))
+                    heappush(frontier, (-chance * prob, arrivals, token, prob, node, context))
             if not frontier or len(tree.tokens) > options.num_draft_tokens:
                 return tree
-            minus_chance, _, token, parent, before = heappop(frontier)
+            minus_chance, _, token, prob, parent, before = heappop(frontier)
             node, chance, context = len(tree.tokens), -minus_chance, index.slide(before, token)
             tree.tokens.append(token)
             tree.parents.append(parent)
-            is_end = token in ends
+            tree.probs.append(prob)
+            depths.append(depths[parent] + 1)
+            is_leaf = token in ends or depths[node] >= options.depth
+
+
+@lru_cache(maxsize=256)
+def _planned(config: NgramConfig, plan: TreePlan | None, *, num_rows: int) -> NgramConfig:
+    """Return the settings of the next drafts; what a plan leaves open is the config's."""
+    min_chance = least_chance(config.min_chance, num_rows=num_rows)
+    if plan is None:
+        return replace(config, min_chance=min_chance)
+    if plan.min_chance is not None:
+        min_chance = max(plan.min_chance, _LEAST_CHANCE)
+    num_draft_tokens = min(plan.num_draft_tokens, MAX_DEPTH)
+    return replace(
+        config, depth=plan.depth, num_draft_tokens=num_draft_tokens, min_chance=min_chance
+    )

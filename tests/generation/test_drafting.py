@@ -1,22 +1,29 @@
 """Drafts as the loop needs them."""
 
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from speclm.acceptance import ExactRule, RejectionRule
 from speclm.errors import DraftError, OptionError
 from speclm.generation.drafting import (
+    cut_to_plan,
     deepest_paths,
+    path_chances,
+    planned,
     require_drafts_for,
     require_laws,
     require_valid,
     roots_alone,
     with_padding,
 )
-from speclm.proposers import NgramProposer
+from speclm.proposers import CombinedProposer, NgramProposer
 from speclm.proposers.interface import Draft
+from speclm.tree.plan import TreePlan
 from speclm.tree.topology import chain, from_parents
 
 CPU = torch.device("cpu")
@@ -124,3 +131,76 @@ def test_root_alone_stays_alone():
     chains, nodes = deepest_paths(roots_alone(torch.tensor([4, 5])), depth=3)
     assert chains.tokens.tolist() == [[4], [5]]
     assert nodes == [[0], [0]]
+
+
+def test_a_draft_within_its_plan_is_not_touched():
+    draft = draft_of([TREE], rows=2)
+    assert cut_to_plan(draft, None) == (draft, None)
+    assert cut_to_plan(draft, TreePlan(3, 4)) == (draft, None)
+
+
+def test_the_first_nodes_are_kept_where_nothing_says_which_are_likely():
+    draft = draft_of([TREE], rows=2)
+
+    cut, nodes = cut_to_plan(draft, TreePlan(3, 3))
+
+    assert nodes == [[0, 1, 2, 3]] * 2
+    assert cut.tokens.tolist() == [[10, 11, 12, 13]] * 2
+    assert cut.topology.host_parents == [[0, 0, 0, 2]]
+
+
+def test_the_likeliest_nodes_are_kept_and_rows_may_differ():
+    probs = torch.tensor([[1.0, 0.6, 0.3, 0.9, 0.9], [1.0, 0.1, 0.8, 0.9, 0.9]])
+    draft = replace(draft_of([TREE], rows=2), probs=probs)
+
+    cut, nodes = cut_to_plan(draft, TreePlan(3, 2))
+
+    assert nodes == [[0, 1, 2], [0, 2, 3]]
+    assert cut.tokens.tolist() == [[10, 11, 12], [10, 12, 13]]
+    assert cut.topology.host_parents == [[0, 0, 0], [0, 0, 1]]
+    assert torch.equal(cut.probs, torch.tensor([[1.0, 0.6, 0.3], [1.0, 0.8, 0.9]]))
+
+
+def test_probabilities_do_not_choose_among_drawn_nodes():
+    probs = torch.tensor([[1.0, 0.1, 0.8, 0.9, 0.9]])
+    draft = replace(draft_of([TREE], rows=1), probs=probs, laws=torch.rand(1, 5, 7))
+
+    cut, nodes = cut_to_plan(draft, TreePlan(3, 2))
+
+    assert nodes == [[0, 1, 2]]
+    assert torch.equal(cut.laws, draft.laws[:, :3])
+
+
+@given(data=st.data())
+def test_what_is_kept_is_a_tree_within_the_plan_of_the_best_chances(data):
+    size = data.draw(st.integers(2, 14))
+    parents = [0] + [data.draw(st.integers(0, node - 1)) for node in range(1, size)]
+    numbers = st.sampled_from([0.0, 0.25, 0.5, 1.0])
+    probs = torch.tensor([[1.0] + [data.draw(numbers) for _ in range(size - 1)]])
+    draft = replace(draft_of([parents], rows=1), probs=probs)
+    plan = TreePlan(data.draw(st.integers(1, 6)), data.draw(st.integers(1, 8)))
+
+    cut, nodes = cut_to_plan(draft, plan)
+
+    assert cut.topology.num_nodes - 1 <= plan.num_draft_tokens
+    assert cut.topology.max_depth <= plan.depth
+    if nodes is not None:
+        chances = path_chances(parents, probs[0].tolist())
+        depths = draft.topology.host_node_depths[0]
+        left = [n for n in range(size) if n not in nodes[0] and depths[n] <= plan.depth]
+        assert len(nodes[0]) - 1 == plan.num_draft_tokens or not left
+        assert all(chances[n] <= min(chances[kept] for kept in nodes[0]) for n in left)
+        found = cut.topology.host_parents[0]
+        assert [nodes[0][parent] for parent in found] == [parents[node] for node in nodes[0]]
+
+
+def test_a_plan_is_handed_to_every_part_and_taken_back_after_an_error():
+    part = NgramProposer()
+    joined = CombinedProposer([CombinedProposer([part])])
+    with suppress(ZeroDivisionError), planned(joined, TreePlan(2, 3)):
+        assert joined.plan == part.plan == TreePlan(2, 3)
+        raise ZeroDivisionError
+    assert joined.plan is None
+    assert part.plan is None
+    with planned(None, TreePlan(2, 3)):
+        pass
