@@ -28,6 +28,13 @@ DEFAULTS: Mapping[str, Any] = {
 }
 """What heads are trained with. Source: the Medusa authors' recipe, for what it says."""
 
+EAGLE_DEFAULTS: Mapping[str, Any] = {
+    **DEFAULTS,
+    "learning_rate": 1e-4,
+    "adam_beta2": 0.95,
+    "max_grad_norm": 0.5,
+}
+"""What EAGLE heads are trained with. Source: the recipes of the EAGLE authors and SpecForge."""
 
 _LEAST_COUNTS = {
     "per_device_train_batch_size": 1,
@@ -40,13 +47,17 @@ _MOST = 2**31 - 1
 
 
 def training_arguments(
-    output_dir: str | Path, settings: Mapping[str, Any] | None = None
+    output_dir: str | Path,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    defaults: Mapping[str, Any] = DEFAULTS,
 ) -> TrainingArguments:
     """Return arguments for `Trainer`.
 
     Args:
         output_dir: Where checkpoints are written.
-        settings: Any fields of ``TrainingArguments``; they go before `DEFAULTS`.
+        settings: Any fields of ``TrainingArguments``; they go before `defaults`.
+        defaults: `DEFAULTS`, or `EAGLE_DEFAULTS` for EAGLE heads.
 
     Raises:
         OptionError: If there is no such field, or its value is refused.
@@ -58,7 +69,7 @@ def training_arguments(
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "see its documentation for the fields"
             raise OptionError(f"TrainingArguments has no field {name!r}; {hint}")
-    values = {**DEFAULTS, **settings}
+    values = {**defaults, **settings}
     for name in ("learning_rate", *(() if _has_max_steps(values) else ("num_train_epochs",))):
         require_positive(name, values[name])
     for name, low in _LEAST_COUNTS.items():

@@ -238,7 +238,7 @@ class EagleTrainingModel(nn.Module):
             )
         ranks = torch.full_like(targets, -1)
         ranks[is_target] = found
-        return _Scored(loss_sum, laws.can_guess[where].sum(), ranks)
+        return _Scored(loss_sum, laws.can_guess[where].sum().long(), ranks)
 
     def _score_rows(
         self,
@@ -279,5 +279,5 @@ class _Scored:
     """One step: sum of the losses, how many there are, and the ranks of the targets."""
 
     loss_sum: Float[Tensor, ""]
-    count: Float[Tensor, ""]
+    count: Int[Tensor, ""]
     ranks: Int[Tensor, "batch sources"]

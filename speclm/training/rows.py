@@ -1,7 +1,8 @@
 """The training set: tokenized conversations, and how they are put into batches."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,9 @@ class TrainingRows(Dataset[Item]):
     def __getitem__(self, index: int) -> Item:
         row = self._rows[index]
         return {"input_ids": row.tokens, "loss_mask": row.loss_mask}
+
+    def __iter__(self) -> Iterator[Item]:
+        return (self[index] for index in range(len(self)))
 
     @property
     def lengths(self) -> list[int]:
@@ -76,6 +80,36 @@ def load_rows(
         tokenize_conversation(conversation, tokenizer, max_length=max_length)
         for conversation in data
     )
+
+
+def require_trainable(rows: Any, *, max_length: int | None) -> None:
+    """Check that something can be learnt from every row.
+
+    Args:
+        rows: A data set of items, with a length; all of them are read.
+        max_length: Most tokens of a row; None for any number.
+
+    Raises:
+        DataError: If there are none, or a row has nothing to guess or too many tokens; the message
+            says which.
+    """
+    if not len(rows):
+        raise DataError("no rows to train on, expected at least one conversation; add some")
+    for index in range(len(rows)):
+        row: Item = rows[index]
+        length = len(row["input_ids"])
+        # Heads guess the second token after a hidden state and later ones, so two come before it.
+        if not any(row["loss_mask"][2:]):
+            raise DataError(
+                f"row {index}: the loss mask of {length} tokens is all zero after the second, "
+                "expected assistant tokens to guess; drop the row, or mark what the assistant wrote"
+            )
+        if max_length is not None and length > max_length:
+            raise DataError(
+                f"row {index} has {length} tokens, expected at most {max_length}, the positions "
+                f"that base and heads were built for; cut rows with max_length={max_length}, or "
+                "drop it"
+            )
 
 
 def collate_rows(items: Sequence[Item]) -> dict[str, Tensor]:

@@ -89,7 +89,7 @@ def test_numbers_that_no_training_can_have_are_named_before_anything_is_loaded(
     def load(*_: object, **__: object) -> None:
         raise AssertionError("the base was loaded")
 
-    monkeypatch.setattr("speclm.cli.train.load", load)
+    monkeypatch.setattr("speclm.cli._training.load", load)
     with pytest.raises(OptionError, match=words):
         train(**change)
     assert not options["--out"].exists()

@@ -2,7 +2,6 @@ import logging
 
 import pytest
 import torch
-from transformers import TrainerCallback
 
 from speclm import SpecModel
 from speclm.errors import NumericalError, OptionError, VocabularyMismatchError
@@ -18,27 +17,8 @@ from speclm.training import (
 )
 from speclm.training.assistant_tokens import TokenizedRow
 from tests.models import prompts, shared_model
+from tests.training.runs import CLOSE, SETTINGS, StopAt
 from tests.training.talks import TAGGED, WORDS, tiny_base, word_tokenizer, write_alphabet
-
-SETTINGS = {
-    "per_device_train_batch_size": 4,
-    "per_device_eval_batch_size": 4,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "disable_tqdm": True,
-    "use_cpu": True,
-}
-CLOSE = 1e-6  # the same float32 sums in the same order
-
-
-class StopAt(TrainerCallback):
-    """Ends a training early, as if it were killed after a checkpoint."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step >= self.step
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from speclm.training.medusa_meter import MedusaMeter, turns
+from speclm.training.guess_meter import GuessMeter, turns
 
 CHAIN = ((0,), (0, 0))
 
@@ -28,7 +28,7 @@ def test_turn_at_the_start_of_a_row_has_no_hidden_state_before_its_first_token()
 def test_estimated_tau_replays_rounds():
     mask = torch.tensor([[0, 1, 1, 1, 1, 1, 1]]).bool()
     ranks = torch.tensor([[[0, 0], [5, 5], [5, 5], [1, 5], [0, 5], [5, -1], [-1, -1]]])
-    meter = MedusaMeter(CHAIN, num_heads=2)
+    meter = GuessMeter(CHAIN, num_guesses=2, name="head")
     meter.add(
         loss_sums=torch.tensor([6.0, 4.0]), counts=torch.tensor([6, 4]), ranks=ranks, loss_mask=mask
     )
@@ -41,7 +41,7 @@ def test_estimated_tau_replays_rounds():
 
 
 def test_figures_start_anew_after_they_are_read():
-    meter = MedusaMeter(CHAIN, num_heads=1)
+    meter = GuessMeter(CHAIN, num_guesses=1, name="head")
     ranks = torch.tensor([[[0], [-1], [-1]]])
     mask = torch.tensor([[0, 1, 1]]).bool()
     for _ in range(2):
@@ -51,7 +51,7 @@ def test_figures_start_anew_after_they_are_read():
 
 
 def test_sums_of_all_processes_are_added():
-    meter = MedusaMeter(CHAIN, num_heads=1)
+    meter = GuessMeter(CHAIN, num_guesses=1, name="head")
     meter.add(
         loss_sums=torch.tensor([3.0]),
         counts=torch.tensor([1]),
@@ -65,3 +65,19 @@ def test_sums_of_all_processes_are_added():
         "head0_top2": 1.0,
         "head0_top3": 1.0,
     }  # no root: the answer is one token
+
+
+def test_guesses_that_are_not_trained_are_measured_all_the_same():
+    meter = GuessMeter(CHAIN, num_guesses=2, name="step")
+    meter.add(
+        loss_sums=torch.tensor([3.0]),
+        counts=torch.tensor([2]),  # one target less than there are ranks, outside the columns
+        ranks=torch.tensor([[[0, 2], [1, 0], [4, -1], [-1, -1], [-1, -1]]]),
+        loss_mask=torch.tensor([[False, True, True, True, True]]),
+    )
+    figures = meter.drain()
+    assert figures["step0_loss"] == pytest.approx(3 / 2)
+    assert figures["step0_top1"] == pytest.approx(1 / 3)
+    assert (figures["step1_top1"], figures["step1_top3"]) == (0.5, 1.0)
+    assert "step1_loss" not in figures
+    assert figures["estimated_tau"] == pytest.approx(3 / 2)  # the rounds end with 2 and 1 tokens

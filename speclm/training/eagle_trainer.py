@@ -1,0 +1,159 @@
+"""Trains EAGLE heads on a frozen base with Transformers' `Trainer`."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from typing_extensions import override
+
+from speclm.errors import OptionError
+from speclm.formats import EagleCheckpoint, write_eagle
+from speclm.heads import EagleConfig, EagleHeads
+from speclm.model.loading import load_proposer
+from speclm.proposers.eagle import EagleProposer
+from speclm.target import TargetView
+from speclm.training.eagle_model import EagleObjective, EagleTrainingModel
+from speclm.training.guess_meter import GuessMeter
+from speclm.training.heads_trainer import HeadsTrainer, place_base
+from speclm.training.rows import Item
+
+
+def new_eagle_heads(
+    base: PreTrainedModel,
+    *,
+    kind: str,
+    columns: Int[Tensor, " draft_vocab"] | None = None,
+    feature_layers: tuple[int, ...] | None = None,
+    num_layers: int = 1,
+    seed: int = 0,
+) -> EagleHeads:
+    """Return untrained heads for a base, in float32 and on its device.
+
+    Embeddings are the base's. The output matrix of EAGLE-3 starts as the base's rows of the draft
+    vocabulary.
+
+    Args:
+        base: The target; it gives all sizes.
+        kind: ``"eagle"`` (EAGLE-1 and 2) or ``"eagle3"``.
+        columns: The target's tokens that heads of EAGLE-3 may guess, increasing, see
+            `choose_columns`; None for all.
+        feature_layers: Hidden states that EAGLE-3 reads; None for the usual ones.
+        num_layers: Decoder layers of the heads.
+        seed: Of the random weights.
+
+    Raises:
+        OptionError: If the base has too few layers for the usual hidden states, or a number is out
+            of range.
+    """
+    config = EagleConfig.from_model_config(
+        base.config,
+        kind=kind,
+        draft_vocab_size=None if columns is None else len(columns),
+        feature_layers=feature_layers,
+        num_layers=num_layers,
+    )
+    heads = EagleHeads(config, dtype=torch.float32, device=base.device)
+    if columns is not None and config.has_draft_vocab:
+        heads.set_draft_columns_(columns.to(base.device))
+    output: Any = base.get_output_embeddings()  # type: ignore[no-untyped-call]  # Transformers' own
+    generator = torch.Generator().manual_seed(seed)
+    heads.init_weights_(lm_weight=output.weight, generator=generator)
+    return heads
+
+
+def load_eagle_heads(base: PreTrainedModel, heads: str | Path) -> EagleHeads:
+    """Return saved heads to go on training, in float32 and on the base's device.
+
+    They keep their numbers and their draft vocabulary. Matrices that are copies of the base's are
+    dropped.
+
+    Args:
+        base: The target.
+        heads: Folder or hub id.
+
+    Raises:
+        OptionError: If they are no EAGLE heads, or have another width than the base.
+        VocabularyMismatchError: If they were made for another vocabulary.
+        CheckpointError: If they are damaged or incomplete.
+    """
+    proposer = load_proposer(
+        heads, base, heads_kwargs={"dtype": torch.float32}, num_draft_tokens=None
+    )
+    if not isinstance(proposer, EagleProposer):
+        raise OptionError(
+            f"heads {str(heads)!r} are those of a {type(proposer).__name__}, expected EAGLE heads; "
+            "name a folder or hub id of such"
+        )
+    return proposer.heads.requires_grad_(requires_grad=True)
+
+
+class EagleTrainer(HeadsTrainer):
+    """A `Trainer` whose model is EAGLE heads on a frozen base.
+
+    Logs loss and top-1, 2 and 3 accuracy of each step, all guesses before being right, and
+    ``estimated_tau``, the tokens a round that decoding texts like the data would have, with as
+    many guesses in a row as there are steps.
+    """
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        heads: EagleHeads,
+        args: TrainingArguments,
+        *,
+        train_dataset: Dataset[Item],
+        eval_dataset: Dataset[Item] | None = None,
+        objective: EagleObjective | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        """Prepare a training.
+
+        Args:
+            base: The target. It is frozen, put into eval mode and, unless it was loaded with a
+                device map, moved to the device of `args`.
+            heads: Heads to train, see `new_eagle_heads` and `load_eagle_heads`.
+            args: As `training_arguments` makes them, with `EAGLE_DEFAULTS`.
+            train_dataset: Rows, see `load_rows`.
+            eval_dataset: Rows that ``args.eval_strategy`` evaluates on.
+            objective: What the heads are trained for; None for what is usual for their kind.
+            callbacks: Callbacks beside `Trainer`'s own.
+
+        Raises:
+            VocabularyMismatchError: If the heads were made for another vocabulary.
+            OptionError: If the heads have another width than the base.
+            DataError: If a row has nothing to learn, or more tokens than base and heads were built
+                for.
+        """
+        place_base(base, args)
+        EagleProposer(heads, target=base)  # checks that they fit
+        self._view = TargetView(base)
+        objective = objective or EagleObjective.usual(heads.config.kind)
+        num_guesses = objective.num_measured
+        chain = tuple((0,) * depth for depth in range(1, num_guesses + 1))
+        bounds = (self._view.max_positions, heads.config.max_position_embeddings)
+        super().__init__(
+            EagleTrainingModel(base, heads, objective=objective),
+            args,
+            make_meter=partial(GuessMeter, chain, num_guesses=num_guesses, name="step"),
+            max_length=min(bound for bound in bounds if bound is not None),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=callbacks,
+        )
+        self.heads = heads
+
+    @override
+    def _write(self, folder: Path) -> None:
+        base = self._view.model
+        checkpoint = EagleCheckpoint(
+            config=self.heads.config,
+            tensors=self.heads.state_dict(),
+            base_name_or_path=base.config.name_or_path or None,
+        )
+        write_eagle(folder, checkpoint, num_target_layers=self._view.num_layers)
