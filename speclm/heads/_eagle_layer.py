@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from speclm.formats.eagle_config import EagleConfig
 
@@ -41,8 +41,8 @@ class EagleAttention(nn.Module):
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.attention_output_bias)
         self.q_norm = self.k_norm = None
         if config.has_qk_norm:
-            self.q_norm = LlamaRMSNorm(config.head_dim, eps=config.rms_norm_eps)
-            self.k_norm = LlamaRMSNorm(config.head_dim, eps=config.rms_norm_eps)
+            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
 
     def forward(
         self,
@@ -60,9 +60,8 @@ class EagleAttention(nn.Module):
         values = self.v_proj(states).view(by_head).transpose(1, 2)
         if self.q_norm is not None and self.k_norm is not None:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
-        queries, keys = apply_rotary_pos_emb(
-            queries.transpose(1, 2), keys.transpose(1, 2), *rotation
-        )
+        queries = _rotated(queries, rotation).transpose(1, 2)
+        keys = _rotated(keys, rotation).transpose(1, 2)
         if past_key_values is not None:
             keys, values = past_key_values.update(keys, values, self.index)
         is_plain = attention_mask is None and self.sliding_window is None and seq == keys.shape[2]
@@ -91,6 +90,15 @@ class EagleAttention(nn.Module):
         return sees if window is None else sees & (behind < window)
 
 
+def _rotated(
+    states: Float[Tensor, "batch seq heads head_dim"], rotation: Rotation
+) -> Float[Tensor, "batch seq heads head_dim"]:
+    """Turn the pairs (i, i + half) of every head."""
+    cosines, sines = (part[:, :, None] for part in rotation)  # the same for all heads
+    first, second = states.chunk(2, dim=-1)
+    return torch.addcmul(states * cosines, torch.cat((-second, first), dim=-1), sines)
+
+
 class EagleLayer(nn.Module):
     """One decoder layer.
 
@@ -107,9 +115,9 @@ class EagleLayer(nn.Module):
             config, input_size=hidden * (1 + self.is_joining), index=index
         )
         self.mlp = LlamaMLP(llama)  # type: ignore[no-untyped-call]
-        self.post_attention_layernorm = LlamaRMSNorm(hidden, eps=eps)
-        self.input_layernorm = LlamaRMSNorm(hidden, eps=eps) if index or self.is_joining else None
-        self.hidden_norm = LlamaRMSNorm(hidden, eps=eps) if self.is_joining else None
+        self.post_attention_layernorm = nn.RMSNorm(hidden, eps=eps)
+        self.input_layernorm = nn.RMSNorm(hidden, eps=eps) if index or self.is_joining else None
+        self.hidden_norm = nn.RMSNorm(hidden, eps=eps) if self.is_joining else None
 
     def forward(
         self,

@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from typing_extensions import override
 
 from speclm.errors import OptionError
 from speclm.formats.eagle import EagleCheckpoint
 from speclm.formats.eagle_config import EagleConfig
-from speclm.heads._eagle_layer import EagleLayer, KeyValueStore
+from speclm.heads._eagle_layer import EagleLayer, KeyValueStore, Rotation
 
 _INIT_STD = 0.02  # that of Llama
 
@@ -58,8 +58,8 @@ class EagleHeads(nn.Module):
         is_eagle3 = config.kind == "eagle3"
         width = config.num_features * config.target_hidden_size if is_eagle3 else 2 * hidden
 
-        def norm(size: int) -> LlamaRMSNorm:
-            return LlamaRMSNorm(size, eps=config.rms_norm_eps)
+        def norm(size: int) -> nn.RMSNorm:
+            return nn.RMSNorm(size, eps=config.rms_norm_eps)
 
         self.embed_tokens: nn.Embedding | None = None
         if config.has_own_embeddings:
@@ -120,7 +120,8 @@ class EagleHeads(nn.Module):
         hidden: Float[Tensor, "batch seq hidden"],
         embeddings: Float[Tensor, "batch seq hidden"],
         *,
-        position_ids: Int[Tensor, "batch seq"],
+        position_ids: Int[Tensor, "rows seq"] | None = None,
+        rotation: Rotation | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: KeyValueStore | None = None,
     ) -> Float[Tensor, "batch seq hidden"]:
@@ -129,7 +130,9 @@ class EagleHeads(nn.Module):
         Args:
             hidden: Result of `fuse`, or of this method for the slots before.
             embeddings: Of the token after each slot, see `embed`.
-            position_ids: Position of each slot: that of the features, not of the token.
+            position_ids: Position of each slot: that of the features, not of the token. One row
+                when all have the same.
+            rotation: Result of `rotation` of those positions, instead of them.
             attention_mask: ``[batch or 1, 1, seq, kv_len]``, to be added to the scores, or true
                 where a slot is seen; each has to see one. None if each sees all before it within
                 the config's window; then slots are in order, without padding.
@@ -139,7 +142,9 @@ class EagleHeads(nn.Module):
         hidden, embeddings = hidden.to(self.dtype), embeddings.to(self.dtype)
         if self.config.kind == "eagle":
             hidden = self.fc(torch.cat((embeddings, hidden), dim=-1))
-        rotation = self.rotary(hidden, position_ids)
+        if rotation is None:
+            assert position_ids is not None, "neither position_ids nor rotation is given"
+            rotation = self.rotation(position_ids)
         for layer in self.layers:
             hidden = layer(
                 hidden,
@@ -151,6 +156,11 @@ class EagleHeads(nn.Module):
         if self.config.norm_output and self.norm is not None:
             hidden = self.norm(hidden)
         return hidden
+
+    def rotation(self, position_ids: Int[Tensor, "rows seq"]) -> Rotation:
+        """Return the cosines and sines of positions, of which one call may use a part."""
+        found: Rotation = self.rotary(self.fc.weight, position_ids)  # of which it reads the dtype
+        return found
 
     def logits(
         self, hidden: Float[Tensor, "*rows hidden"], *, lm_head: Callable[[Tensor], Tensor]

@@ -11,8 +11,9 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from speclm.config import MAX_NODES, ProposerConfig, require_count
+from speclm.errors import OptionError
 from speclm.proposers.interface import Draft
-from speclm.tree.choices import normalize_choices
+from speclm.tree.choices import Choices, normalize_choices
 from speclm.tree.growth import GrownRow
 from speclm.tree.plan import TreePlan
 from speclm.tree.topology import from_parents
@@ -39,6 +40,20 @@ def options_with_tree(tree: Any, options: Mapping[str, Any]) -> dict[str, Any]:
         choices = choices[:bound]
     size = {"depth": max(map(len, choices)), "num_draft_tokens": len(choices)}
     return {**options, **size, "choices": choices}
+
+
+def require_ranks(choices: Choices, vocab_size: int) -> None:
+    """Check that a static tree asks for no more guesses than there are.
+
+    Raises:
+        OptionError: If a rank exceeds the vocabulary that guesses are from.
+    """
+    rank = max(map(max, choices))
+    if rank >= vocab_size:
+        raise OptionError(
+            f"tree asks for rank {rank}, guesses are from a vocabulary of {vocab_size} tokens; "
+            "use smaller ranks"
+        )
 
 
 @lru_cache(maxsize=64)

@@ -1,6 +1,7 @@
 """Proposes what EAGLE heads guess on from the target's features."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,13 +24,18 @@ from speclm.config import (
 )
 from speclm.errors import OptionError, VocabularyMismatchError
 from speclm.heads.eagle import EagleHeads
-from speclm.proposers._levels import assemble, seen_below
+from speclm.proposers._eagle_levels import LevelRun
+from speclm.proposers._levels import assemble, options_with_tree, planned, require_ranks
 from speclm.proposers.interface import Draft, Prefill, Proposer, TargetNeeds
 from speclm.proposers.ranking import rank_log_probs
+from speclm.sampling.drafts import DraftSampler, DraftSampling
 from speclm.sampling.noise import PositionNoise
 from speclm.target import TargetFeatures, TargetView
 from speclm.tree.choices import Choices
-from speclm.tree.growth import GrowingTree
+from speclm.tree.filling import FilledTree
+from speclm.tree.growth import GrowingTree, drawn_choices
+
+_ABSENT = -1e4  # finite: a processor may ban all tokens that the heads know
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,23 +79,40 @@ class EagleProposer(Proposer):
     Source: Li et al. 2024 (EAGLE-2), Li et al. 2025 (EAGLE-3).
     """
 
+    takes_choices = True
+    draft_sampling = DraftSampling.WITHOUT_REPLACEMENT
     config: EagleProposerConfig
 
-    def __init__(self, heads: EagleHeads, *, target: PreTrainedModel, **options: Any) -> None:
+    def __init__(
+        self,
+        heads: EagleHeads,
+        *,
+        target: PreTrainedModel,
+        tree: str | Sequence[int] | Sequence[Sequence[int]] | None = None,
+        **options: Any,
+    ) -> None:
         """Wrap trained heads.
 
         Args:
             heads: Heads trained on the target, on its device.
             target: The model that will verify.
+            tree: Name of a preset, the number of children at each depth, or paths of ranks; with
+                `num_draft_tokens`, the first nodes by depth. None for trees that grow by chance.
             **options: Fields of `EagleProposerConfig`.
 
         Raises:
             VocabularyMismatchError: If the heads were made for another vocabulary.
-            OptionError: If an option is unknown or out of range, or the heads have another width.
+            OptionError: If an option is unknown or out of range, a rank exceeds the heads'
+                vocabulary, or they have another width.
+            TopologyError: If the tree is none.
             UnsupportedModelError: If the target lacks the layers whose features are read.
         """
         require_known(EagleProposerConfig, options, owner="EagleProposer")
+        if tree is not None:
+            options = options_with_tree(tree, options)
         self.config = EagleProposerConfig(**options)
+        if self.config.choices is not None:
+            require_ranks(self.config.choices, heads.config.draft_vocab_size)
         self.heads, self.view = heads, TargetView(target)
         wanted = heads.config
         if wanted.vocab_size != self.view.vocab_size:
@@ -118,6 +141,7 @@ class EagleProposer(Proposer):
         self._unseen_features: list[list[Tensor]] = []
         self._hidden: Tensor | None = None  # of the slot before each root
         self._is_idle: list[bool] = []
+        self._leaf_tokens: Tensor | None = None  # what nothing follows
 
     @property
     @override
@@ -131,6 +155,8 @@ class EagleProposer(Proposer):
         self._unseen_tokens = [[] for _ in range(batch)]
         self._unseen_features = [[] for _ in range(batch)]
         self._is_idle = [False] * batch
+        ends = sorted(prompt.eos_token_ids)
+        self._leaf_tokens = torch.tensor(ends, device=prompt.tokens.device) if ends else None
 
     @override
     def propose(self, roots: Int[Tensor, " batch"], *, noise: PositionNoise | None) -> Draft:
@@ -138,12 +164,14 @@ class EagleProposer(Proposer):
         if self._cache is None:
             self._cache = self._read(self._prompt)
         self._catch_up(roots.device)
-        tree = self._grow(roots.device, noise)
-        min_score = math.log(max(self.config.min_probability, 1e-30))
-        grown = tree.best_nodes(self.config.num_draft_tokens, min_score=min_score)
-        draft = assemble(grown, roots)
-        guesses = self.heads.target_ids(draft.tokens[:, 1:])
-        return Draft(torch.cat([roots[:, None], guesses], dim=1), draft.topology, None)
+        config = self.config if self.plan is None else planned(self.config, self.plan)
+        if self._prompt.sampler is not None:
+            return self._draw(roots, config, self._prompt.sampler)
+        if config.choices is not None:
+            return self._fill(roots, config.choices, noise)
+        tree = self._grow(config, noise)
+        min_score = math.log(max(config.min_probability, 1e-30))
+        return assemble(tree.best_nodes(config.num_draft_tokens, min_score=min_score), roots)
 
     @override
     def commit(self, accepted: Accepted) -> None:
@@ -207,37 +235,78 @@ class EagleProposer(Proposer):
         self._unseen_tokens = [[] for _ in counts]
         self._unseen_features = [[] for _ in counts]
 
-    def _grow(self, device: torch.device, noise: PositionNoise | None) -> GrowingTree:
-        """Guess level after level."""
-        assert self._cache is not None
+    def _grow(self, config: EagleProposerConfig, noise: PositionNoise | None) -> GrowingTree:
+        """Guess level after level, and follow what is likeliest; tokens are the target's."""
+        branches = min(config.branches, self.heads.config.draft_vocab_size)
         assert self._hidden is not None
-        config, batch = self.config, len(self._hidden)
+        device = self._hidden.device
         tree = GrowingTree(
             width=config.width,
-            branches=min(config.branches, self.heads.config.draft_vocab_size),
-            leaf_tokens=self._leaf_columns(device),
+            branches=branches,
+            leaf_tokens=self._leaf_tokens,
+            token_ids=self.heads.draft_columns,
             is_idle=torch.tensor(self._is_idle, device=device) if any(self._is_idle) else None,
         )
-        hidden = self._hidden[:, None]
-        tree.grow(self._rank(hidden, 0, noise))
+        widths = [min(config.width, branches)]
+        while len(widths) < config.depth:
+            widths.append(min(config.width, widths[-1] * branches))
+        run = self._start(widths[: config.depth - 1])
+        tree.grow(self._rank(run.hidden, 0, noise))
         floor = math.log(max(config.min_confidence, 1e-30))
-        seen: Tensor | None = None
-        slot_depths = torch.zeros(batch, 0, dtype=torch.long, device=device)
         for level in range(1, config.depth):
             if tree.stop_rows_below(floor) < max(config.min_growing, 1e-6):
                 break
-            tokens, parents = self.heads.target_ids(tree.expanded_tokens), tree.expanded_parents
-            width = tokens.shape[1]
-            if seen is None:
-                seen = torch.eye(width, dtype=torch.bool, device=device).expand(batch, -1, -1)
-            else:
-                seen = seen_below(seen, parents)
-            depths = torch.full((batch, width), level - 1, device=device)
-            slot_depths = torch.cat([slot_depths, depths], dim=1)
-            above = hidden.gather(1, parents[:, :, None].expand(-1, -1, hidden.shape[2]))
-            hidden = self._run(tokens, above, seen, slot_depths, self._cache)
+            hidden = run.below(tree.expanded_tokens, tree.expanded_parents)
             tree.grow(self._rank(hidden, level, noise))
         return tree
+
+    def _fill(
+        self, roots: Int[Tensor, " batch"], choices: Choices, noise: PositionNoise | None
+    ) -> Draft:
+        """Give a static tree the best guesses below each of its nodes."""
+        tree = FilledTree(choices, roots=roots)
+        run = self._start(tree.widths[1:])
+        while True:
+            ranked = self._rank(run.hidden, tree.depth, noise)
+            tree.fill(self.heads.target_ids(ranked.topk(tree.num_guesses).indices))
+            if tree.is_full:
+                return Draft(tokens=tree.tokens, topology=tree.topology, probs=None)
+            run.below(tree.expanded_tokens, tree.expanded_parents)
+
+    def _draw(
+        self, roots: Int[Tensor, " batch"], config: EagleProposerConfig, sampler: DraftSampler
+    ) -> Draft:
+        """Draw the children of one level of a fixed tree after another."""
+        choices = config.choices or drawn_choices(
+            width=config.width,
+            branches=min(config.branches, self.heads.config.draft_vocab_size),
+            depth=config.depth,
+            num_nodes=config.num_draft_tokens,
+        )
+        tree = FilledTree(choices, roots=roots, are_drawn=True)
+        run = self._start(tree.widths[1:])
+        laws: Tensor | None = None
+        while True:
+            law = sampler.law(self._spread(self._logits(run.hidden)))  # [batch, width, vocab]
+            if laws is None:
+                laws = law.new_zeros(*tree.tokens.shape, law.shape[2])
+            laws.index_copy_(1, tree.expanded_nodes, law)
+            tree.fill(sampler.siblings(law, num=tree.num_guesses))
+            if tree.is_full:
+                return Draft(tokens=tree.tokens, topology=tree.topology, probs=None, laws=laws)
+            run.below(tree.expanded_tokens, tree.expanded_parents)
+
+    def _start(self, widths: list[int]) -> LevelRun:
+        """Return a run from the roots down levels of at most as many nodes."""
+        assert self._cache is not None
+        assert self._hidden is not None
+        return LevelRun(
+            self.heads,
+            self._cache,
+            hidden=self._hidden,
+            widths=widths,
+            embedding=self.view.stored_embeddings,
+        )
 
     def _run(
         self,
@@ -266,6 +335,11 @@ class EagleProposer(Proposer):
     def _embed(self, tokens: Int[Tensor, "batch nodes"]) -> Float[Tensor, "batch nodes hidden"]:
         return self.heads.embed(tokens, embedding=self.view.stored_embeddings)
 
+    def _logits(
+        self, hidden: Float[Tensor, "batch nodes hidden"]
+    ) -> Float[Tensor, "batch nodes draft_vocab"]:
+        return self.heads.logits(hidden, lm_head=self.view.head_logits)
+
     def _rank(
         self,
         hidden: Float[Tensor, "batch nodes hidden"],
@@ -273,17 +347,20 @@ class EagleProposer(Proposer):
         noise: PositionNoise | None,
     ) -> Float[Tensor, "batch nodes draft_vocab"]:
         assert self._prompt is not None
-        logits = self.heads.logits(hidden, lm_head=self.view.head_logits)
         level_noise = None if noise is None else noise.at_depth(depth)
         columns = self.heads.draft_columns
         if level_noise is not None and columns is not None:
             level_noise = level_noise[:, columns]
-        return rank_log_probs(logits, temperature=self._prompt.temperature, noise=level_noise)
+        return rank_log_probs(
+            self._logits(hidden), temperature=self._prompt.temperature, noise=level_noise
+        )
 
-    def _leaf_columns(self, device: torch.device) -> Int[Tensor, " leaves"] | None:
-        """Return the columns of tokens after which nothing follows."""
-        assert self._prompt is not None
-        ends = torch.tensor(sorted(self._prompt.eos_token_ids), dtype=torch.long, device=device)
+    def _spread(
+        self, logits: Float[Tensor, "batch nodes draft_vocab"]
+    ) -> Float[Tensor, "batch nodes vocab"]:
+        """Put logits at the target's tokens; all others get no probability to speak of."""
         columns = self.heads.draft_columns
-        found = ends if columns is None else torch.isin(columns, ends).nonzero()[:, 0]
-        return found if len(found) else None
+        if columns is None:
+            return logits
+        shape = (*logits.shape[:2], self.heads.config.vocab_size)
+        return logits.new_full(shape, _ABSENT).index_copy_(2, columns, logits)

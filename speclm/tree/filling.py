@@ -74,6 +74,11 @@ class FilledTree:
         return self._num_filled == len(self._shape.levels)
 
     @property
+    def widths(self) -> list[int]:
+        """Nodes expanded at each level, the root's among them."""
+        return [len(level.nodes) for level in self._shape.levels]
+
+    @property
     def num_guesses(self) -> int:
         """Guesses that the next `fill` takes below each node expanded."""
         return self._shape.levels[self._num_filled].num_guesses

@@ -1,14 +1,13 @@
 """Grows a tree level by level and keeps its best nodes."""
 
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from itertools import accumulate
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-
-_STEP_PENALTY = 1e-6  # makes a sure child score below its parent, so that the best nodes connect
 
 _DRAWN_CHANCE = 0.65  # a usual overlap of the laws of a draft model and its target
 
@@ -21,6 +20,10 @@ class _Level:
     scores: Float[Tensor, "batch candidates"]
     expanded: Int[Tensor, "batch width"]  # candidates that the next level starts from
     expanded_scores: Float[Tensor, "batch width"]
+
+    @property
+    def num_candidates(self) -> int:
+        return self.tokens.shape[1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,7 @@ class GrowingTree:
         width: int,
         branches: int,
         leaf_tokens: Int[Tensor, " leaves"] | None = None,
+        token_ids: Int[Tensor, " vocab"] | None = None,
         is_idle: Bool[Tensor, " batch"] | None = None,
     ) -> None:
         """Start at the root.
@@ -60,15 +64,19 @@ class GrowingTree:
             width: Nodes expanded at each level.
             branches: Children considered for each expanded node.
             leaf_tokens: Tokens after which nothing follows, such as the end of the sequence.
+            token_ids: Token of each column of what `grow` is given; None where they are the same.
             is_idle: Rows that take part for their place in the batch alone; none of their nodes
                 is scored.
         """
         self._width = width
         self._branches = branches
         self._leaf_tokens = leaf_tokens
+        self._token_ids = token_ids
         self._levels: list[_Level] = []
-        self._is_idle = is_idle
         self._has_stopped = is_idle
+        # Idle rows are known on the host beforehand, where what stops others is decided.
+        self._is_idle: list[bool] | None = None if is_idle is None else is_idle.tolist()
+        self._stopped = self._is_idle
 
     @property
     def depth(self) -> int:
@@ -78,10 +86,12 @@ class GrowingTree:
     def grow(self, log_probs: Float[Tensor, "batch expanded vocab"]) -> None:
         """Add the children of the nodes that were last expanded; at first, of the root."""
         best = log_probs.topk(self._branches, dim=-1)  # [batch, expanded, branches]
-        scores = best.values - _STEP_PENALTY
+        scores = best.values.clamp(max=0)  # rounding may make a sure child likelier than that
         if self._levels:
             scores = scores + self._levels[-1].expanded_scores[:, :, None]
         scores, tokens = scores.flatten(1), best.indices.flatten(1)  # [batch, candidates]
+        if self._token_ids is not None:
+            tokens = self._token_ids[tokens]
         if self._has_stopped is not None:
             scores = scores.masked_fill(self._has_stopped[:, None], float("-inf"))
         expandable = scores
@@ -107,67 +117,74 @@ class GrowingTree:
         Returns:
             Share of the rows not idle that still grow; syncs with the device.
         """
-        is_low = self._levels[-1].expanded_scores[:, 0] < floor  # [batch]
-        self._has_stopped = is_low if self._has_stopped is None else self._has_stopped | is_low
-        num_growing = (~self._has_stopped).sum()
-        if self._is_idle is None:
-            return float(num_growing) / len(self._has_stopped)
-        return float(num_growing / (~self._is_idle).sum().clamp(min=1))
+        best: list[float] = self._levels[-1].expanded_scores[:, 0].tolist()
+        before = self._stopped or [False] * len(best)
+        stopped = [was or score < floor for was, score in zip(before, best, strict=True)]
+        if stopped != before:
+            self._has_stopped = torch.tensor(stopped, device=self._levels[-1].scores.device)
+        self._stopped = stopped
+        num_idle = sum(self._is_idle or ())
+        return stopped.count(False) / max(len(stopped) - num_idle, 1)
 
     def best_nodes(self, num_nodes: int, *, min_score: float) -> list[GrownRow]:
         """Return the `num_nodes` best candidates of each row with a score of at least `min_score`.
 
-        Syncs with the device: the tree's shape is decided on the host.
+        Nodes are chosen on the device, and read by the host at once.
         """
-        levels = [
-            [
-                _HostLevel(*columns)
-                for columns in zip(
-                    level.tokens.tolist(),
-                    level.scores.tolist(),
-                    level.expanded.tolist(),
-                    strict=True,
-                )
-            ]
-            for level in self._levels
-        ]
-        rows = zip(*levels, strict=True)
+        scores = torch.cat([level.scores for level in self._levels], dim=1)
+        num_candidates = scores.shape[1]
+        # No child scores above its parent, and of equals a stable sort takes the parent first: so
+        # the best are a tree.
+        best = scores.sort(dim=1, descending=True, stable=True)
+        values, order = best.values[:, :num_nodes], best.indices[:, :num_nodes]
+        order = order.masked_fill(values < min_score, num_candidates)
+        kept = order.sort(dim=1).values  # by level; what is left out comes last
+        chosen = kept.clamp(max=num_candidates - 1)
+        tokens = torch.cat([level.tokens for level in self._levels], dim=1).gather(1, chosen)
+        above, places = self._origins()
+        parents = torch.searchsorted(kept, above.gather(1, chosen), right=True)
+        # One transfer: scores travel as their bits.
+        bits = scores.gather(1, chosen).float().view(torch.int32).long()
+        packed = torch.stack([kept, tokens, parents, places.gather(1, chosen), bits]).cpu()
         return [
-            _best_of_row(row, num_nodes, branches=self._branches, min_score=min_score)
-            for row in rows
+            self._grown_row(*columns)
+            for columns in zip(
+                *packed[:4].tolist(), packed[4].int().view(torch.float32).tolist(), strict=True
+            )
         ]
 
+    def _origins(self) -> tuple[Int[Tensor, "batch candidates"], Int[Tensor, "batch candidates"]]:
+        """Return the candidate above each one, -1 for the root, and the place it was expanded at.
 
-class _HostLevel(NamedTuple):
-    """One row of a level, on the host."""
+        Candidates are counted over all levels; those that were not expanded have place -1.
+        """
+        above = [torch.full_like(self._levels[0].tokens, -1)]
+        places, first = [], 0
+        for level in self._levels:
+            slots = torch.arange(level.expanded.shape[1], device=level.expanded.device)
+            unexpanded = torch.full_like(level.tokens, -1)
+            places.append(unexpanded.scatter(1, level.expanded, slots.expand_as(level.expanded)))
+            below = (level.expanded + first)[:, :, None].expand(-1, -1, self._branches)
+            above.append(below.flatten(1))
+            first += level.num_candidates
+        return torch.cat(above[:-1], dim=1), torch.cat(places, dim=1)
 
-    tokens: list[int]
-    scores: list[float]
-    expanded: list[int]
-
-
-def _best_of_row(
-    levels: tuple[_HostLevel, ...], num_nodes: int, *, branches: int, min_score: float
-) -> GrownRow:
-    best = sorted(
-        (-score, depth, place)
-        for depth, level in enumerate(levels)
-        for place, score in enumerate(level.scores)
-        if score >= min_score
-    )[:num_nodes]
-    nodes = sorted((depth, cost, place) for cost, depth, place in best)
-    index = {(depth, place): node for node, (depth, _, place) in enumerate(nodes, start=1)}
-    grown = GrownRow([], [], [], [])
-    for depth, cost, place in nodes:
-        level = levels[depth]
-        above = None if depth == 0 else levels[depth - 1].expanded[place // branches]
-        grown.tokens.append(level.tokens[place])
-        grown.parents.append(0 if above is None else index[depth - 1, above])
-        grown.expansions.append(
-            (depth, level.expanded.index(place)) if place in level.expanded else None
-        )
-        grown.scores.append(-cost)
-    return grown
+    def _grown_row(
+        self,
+        kept: list[int],
+        tokens: list[int],
+        parents: list[int],
+        places: list[int],
+        scores: list[float],
+    ) -> GrownRow:
+        """Return a row from what the device chose, without what was left out."""
+        ends = list(accumulate(level.num_candidates for level in self._levels))
+        num = bisect_left(kept, ends[-1])
+        expansions = [
+            None if place < 0 else (bisect_right(ends, candidate), place)
+            for candidate, place in zip(kept[:num], places, strict=False)
+        ]
+        return GrownRow(tokens[:num], parents[:num], expansions, scores[:num])
 
 
 @lru_cache(maxsize=64)
