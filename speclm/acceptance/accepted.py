@@ -67,7 +67,11 @@ class Accepted:
     def with_features(self, node_features: Float[Tensor, "batch nodes hidden"]) -> "Accepted":
         """Return the same decisions together with features, given at all nodes of the draft."""
         indices = self.path.clamp(min=0)[:, :, None].expand(-1, -1, node_features.shape[2])
-        found = replace(self, features=node_features.gather(1, indices))
+        return self.with_path_features(node_features.gather(1, indices))
+
+    def with_path_features(self, features: Float[Tensor, "batch path hidden"]) -> "Accepted":
+        """Return the same decisions together with features that each token was chosen from."""
+        found = replace(self, features=features)
         known = vars(self)
         vars(found).update({name: known[name] for name in ("paths", "emitted") if name in known})
         return found

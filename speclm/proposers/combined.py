@@ -1,6 +1,6 @@
 """Joins the drafts of several proposers into one tree."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Int
@@ -84,14 +84,13 @@ class CombinedProposer(Proposer):
     @property
     @override
     def features(self) -> TargetFeatures:  # type: ignore[override]  # a part decides, not the class
-        wanted = {part.features for part in self.parts} - {TargetFeatures.NONE}
-        return next(iter(wanted), TargetFeatures.NONE)
+        return TargetFeatures.union(part.features for part in self.parts)
 
     @override
     def begin(self, prompt: Prefill) -> None:
         self._joined = []
         for part in self.parts:
-            part.begin(prompt)
+            part.begin(self._own_prompt(part, prompt))
 
     @override
     def propose(self, roots: Int[Tensor, " batch"], *, noise: PositionNoise | None) -> Draft:
@@ -116,15 +115,29 @@ class CombinedProposer(Proposer):
     @override
     def commit(self, accepted: Accepted) -> None:
         for index, part in enumerate(self.parts):
-            if not self._joined:  # nothing was drafted
-                part.commit(accepted)
-                continue
-            paths = [
-                _own_path(path, joined.own_nodes[index])
-                for path, joined in zip(accepted.paths, self._joined, strict=True)
-            ]
-            part.commit(accepted.with_paths(paths))
+            told = self._own_features(part, accepted)
+            if self._joined:
+                paths = [
+                    _own_path(path, joined.own_nodes[index])
+                    for path, joined in zip(accepted.paths, self._joined, strict=True)
+                ]
+                told = told.with_paths(paths)
+            part.commit(told)
         self._joined = []
+
+    def _own_prompt(self, part: Proposer, prompt: Prefill) -> Prefill:
+        """Return the prompt with the features that a part asked for."""
+        if prompt.features is None or part.features == self.features:
+            return prompt
+        if part.features == TargetFeatures.NONE:
+            return replace(prompt, features=None)
+        return replace(prompt, features=self.features.select(prompt.features, part.features))
+
+    def _own_features(self, part: Proposer, accepted: Accepted) -> Accepted:
+        """Return decisions with the features that a part asked for; one without needs none."""
+        if accepted.features is None or part.features == TargetFeatures.NONE:
+            return accepted
+        return accepted.with_path_features(self.features.select(accepted.features, part.features))
 
 
 @dataclass(frozen=True, slots=True)

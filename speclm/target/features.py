@@ -1,12 +1,13 @@
 """What a proposer may ask the target for, and how it is read off while the target runs."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from speclm.errors import UnsupportedModelError
@@ -26,6 +27,26 @@ class TargetFeatures:
 
     NONE: ClassVar["TargetFeatures"]
     LAST_HIDDEN: ClassVar["TargetFeatures"]
+
+    @classmethod
+    def union(cls, wanted: Iterable["TargetFeatures"]) -> "TargetFeatures":
+        """Return the hidden states that any of several readers needs, each once, -1 last."""
+        layers = {layer for features in wanted for layer in features.layers}
+        return cls(tuple(sorted(layers, key=lambda layer: (layer < 0, layer))))
+
+    def select(
+        self, states: Float[Tensor, "batch seq hidden"], wanted: "TargetFeatures"
+    ) -> Float[Tensor, "batch seq wanted_hidden"]:
+        """Return the part of these features that one reader needs.
+
+        Args:
+            states: Hidden states of `layers`, side by side and equally wide.
+            wanted: Some of `layers`.
+        """
+        if wanted == self:
+            return states
+        parts = states.chunk(len(self.layers), dim=-1)
+        return torch.cat([parts[self.layers.index(layer)] for layer in wanted.layers], dim=-1)
 
 
 TargetFeatures.NONE = TargetFeatures()

@@ -8,10 +8,13 @@ from speclm.errors import OptionError
 from speclm.proposers import Draft, NgramProposer, Prefill, Proposer, TargetFeatures
 from speclm.proposers.combined import CombinedProposer
 from speclm.proposers.draft_model import DraftModelProposer
+from speclm.proposers.eagle import EagleProposer
 from speclm.proposers.medusa import MedusaProposer
 from speclm.testing import ScriptedProposer
 from speclm.tree.topology import from_parents
-from tests.models import FAMILIES, generate, prompts, shared_model
+from tests.drafting import HittingProposer
+from tests.models import FAMILIES, build_model, generate, prompts, shared_model
+from tests.proposers.eagle_heads import heads_for
 from tests.proposers.test_medusa import random_heads
 
 CPU = torch.device("cpu")
@@ -88,6 +91,67 @@ def test_features_are_asked_for_when_a_part_needs_them():
     medusa = MedusaProposer(random_heads(), target=base)
     assert CombinedProposer([NgramProposer()]).features == TargetFeatures.NONE
     assert CombinedProposer([NgramProposer(), medusa]).features == TargetFeatures.LAST_HIDDEN
+
+
+class Keeping(Proposer):
+    """Asks for given layers, and keeps what it is given."""
+
+    def __init__(self, *layers: int) -> None:
+        self.wanted, self.given = TargetFeatures(layers), []
+
+    @property
+    def features(self) -> TargetFeatures:
+        return self.wanted
+
+    def begin(self, prompt: Prefill) -> None:
+        self.given = [prompt.features]
+
+    def propose(self, roots, *, noise) -> Draft:
+        return Draft(roots[:, None], from_parents([[0]], device=CPU), probs=None)
+
+    def commit(self, accepted: Accepted) -> None:
+        self.given.append(accepted.features)
+
+
+@torch.no_grad()
+def test_each_part_is_given_the_hidden_states_that_it_asked_for():
+    base = build_model("llama", num_hidden_layers=4)
+    parts = [Keeping(3, 1), Keeping(-1), Keeping(), Keeping(1, 2)]
+    joined = CombinedProposer(parts)
+    assert joined.features == TargetFeatures((1, 2, 3, -1))
+    inputs = prompts(6)
+    output, _ = generate(SpecModel(base, joined), inputs, max_new_tokens=4, do_sample=False)
+    states = base(output, output_hidden_states=True).hidden_states
+    for part in parts:
+        if not part.wanted.layers:
+            assert part.given[0] is None
+            continue
+        expected = torch.cat([states[layer] for layer in part.wanted.layers], dim=-1)
+        found = torch.cat(part.given, dim=1)
+        assert torch.allclose(found, expected[:, : found.shape[1]], rtol=1e-4, atol=1e-3)
+        assert found.shape[1] >= 8
+
+
+@pytest.mark.parametrize("settings", [{}, {"do_sample": True}])
+def test_heads_that_read_different_layers_join(settings):
+    base = build_model("llama", num_hidden_layers=4)
+    options = {**settings, "max_new_tokens": 16}
+    inputs = prompts(4, 9, 6)
+    expected = generate(base, inputs, **options)
+    reference = [row[9:] for row in expected[0].tolist()]
+    eagle = EagleProposer(
+        heads_for(base, "eagle3", layers=(1, 2, 3)), target=base, min_probability=0.0
+    )
+    parts = [
+        HittingProposer(eagle, reference),
+        MedusaProposer(random_heads(), target=base),
+        NgramProposer(),
+    ]
+    spec = SpecModel(base, CombinedProposer(parts))
+    found = generate(spec, inputs, **options)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    assert spec.last_speculation.tau > 1.5
 
 
 @pytest.mark.parametrize("lengths", [(9,), (4, 9, 6)])

@@ -9,12 +9,12 @@ from transformers import PreTrainedModel
 
 from speclm import SpecModel
 from speclm.errors import OptionError, VocabularyMismatchError
-from speclm.formats.eagle_config import EagleConfig
 from speclm.heads.eagle import EagleHeads
 from speclm.proposers.eagle import EagleProposer
 from speclm.testing import check_proposer
 from tests.drafting import HittingProposer
 from tests.models import VOCAB_SIZE, build_model, generate, prompts
+from tests.proposers import eagle_heads
 
 KINDS = ("eagle", "eagle3")
 LAYERS = (1, 2, 3)
@@ -29,22 +29,7 @@ def base_of(family: str = "llama") -> PreTrainedModel:
 def heads_for(
     model: PreTrainedModel, kind: str, *, draft_vocab_size: int | None = None
 ) -> EagleHeads:
-    config = EagleConfig.from_model_config(
-        model.config,
-        kind=kind,
-        draft_vocab_size=draft_vocab_size,
-        feature_layers=LAYERS if kind == "eagle3" else None,
-    )
-    heads = EagleHeads(config)
-    generator = torch.Generator().manual_seed(5)
-    heads.init_weights_(generator=generator)
-    with torch.no_grad():
-        for parameter in heads.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(8)
-        if heads.draft_columns is not None:
-            heads.set_draft_columns_(torch.arange(0, VOCAB_SIZE, VOCAB_SIZE // draft_vocab_size))
-    return heads.eval()
+    return eagle_heads.heads_for(model, kind, layers=LAYERS, draft_vocab_size=draft_vocab_size)
 
 
 def require_equal(spec: SpecModel, inputs: dict[str, Tensor], **settings: Any) -> None:
