@@ -199,10 +199,10 @@ class Watcher:
     def __init__(self, heads, text):
         self.heads, self.text = heads, text
         self.features, self.logits = {}, {}
-        self.pending, self.position, self.level = None, -1, 0
+        self.pending, self.position, self.level = None, -1, 0  # of the last slot
         self._fuse, self._logits = heads.fuse, heads.logits
         heads.fuse, heads.logits = self.fuse, self.guess
-        self._handle = heads.register_forward_hook(self.after, with_kwargs=True)
+        self._handle = heads.register_forward_hook(self.after)
 
     def stop(self):
         self._handle.remove()
@@ -212,21 +212,21 @@ class Watcher:
         self.pending = features[0]
         return self._fuse(features)
 
-    def after(self, heads, arguments, named, output):
-        positions = named["position_ids"][0].tolist()
-        self.position = positions[-1]
+    def after(self, heads, arguments, output):
         if self.pending is None:
             self.level += 1
             return
         self.level = 0
-        self.features |= dict(zip(positions, self.pending, strict=True))
+        for read in self.pending:
+            self.position += 1
+            self.features[self.position] = read
         self.pending = None
 
     def guess(self, hidden, *, lm_head):
         logits = self._logits(hidden, lm_head=lm_head)
         assert logits.shape[:-1].numel() == 1  # a chain, of one row
-        self.logits[self.position - self.level, self.level] = logits.flatten()
-        target = self.position + 2
+        self.logits[self.position, self.level] = logits.flatten()
+        target = self.position + 2 + self.level
         forced = torch.full_like(logits, -100.0)
         columns = self.heads.draft_columns
         token = self.text[target] if target < len(self.text) else 0
