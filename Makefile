@@ -5,6 +5,7 @@ export HYPOTHESIS_PROFILE ?= ci
 
 BIN := .venv/bin
 FLOOR := .venv-floor/bin
+CROSS ?= .venv-cross
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 # A worker a core. Each takes a stretch of the files, whose cached models stay with it, and from
 # the longer stretch when its own is done.
@@ -15,7 +16,7 @@ LAWS := --ignore=tests/generation/test_enumeration.py --ignore=tests/generation/
 CORE := --ignore=tests/docs --ignore=tests/cli --ignore=tests/demo --ignore=tests/test_repository.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-floor gpu deep docs lint types layers unit untyped
+.PHONY: help demo test test-floor cross-check gpu deep docs lint types layers unit untyped
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,6 +28,9 @@ test: lint types layers docs untyped unit ## Run every check a change must pass
 
 test-floor: .venv-floor/.ready ## Run the core suite on the oldest supported Transformers
 	$(FLOOR)/python -m pytest --quiet $(SPREAD) $(CORE) tests
+
+cross-check: $(CROSS)/.ready ## Compare EAGLE-3 heads with other libraries' draft classes
+	PYTHONPATH=. $(CROSS)/bin/python tests/cross_check/eagle3.py
 
 gpu: ## Check and measure the kernels on this machine's GPU, in the current Python
 	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py
@@ -77,4 +81,15 @@ untyped: .venv/.dev ## Run the decode loop without shape checks, as users do
 	@echo "Installing speclm with the oldest supported Transformers into .venv-floor (once)"
 	$(PYTHON) -m venv .venv-floor
 	$(FLOOR)/python $(PIP_INSTALL) --constraint constraints-floor.txt --editable '.[test]'
+	@touch $@
+
+# They ask for an older Transformers, and speculators for packages that fail beside a torch without
+# CUDA; neither uses them here.
+$(CROSS)/.ready: pyproject.toml
+	@echo "Installing speculators and SpecForge into $(CROSS) (once, 1.5 GB)"
+	$(PYTHON) -m venv $(CROSS)
+	$(CROSS)/bin/python $(PIP_INSTALL) torch==2.13.0
+	$(CROSS)/bin/python $(PIP_INSTALL) torch==2.13.0 speculators==0.9.0 --editable .
+	$(CROSS)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio
+	$(CROSS)/bin/python $(PIP_INSTALL) --no-deps specforge==0.2.0
 	@touch $@
