@@ -12,6 +12,7 @@ from speclm.bench.calls import SETTINGS, Call, make_calls, setting_options
 from speclm.bench.divergence import Divergence
 from speclm.bench.grid import Cell, Measured, measure_grid
 from speclm.bench.inflate import bytes_read, inflate_llama, inflate_medusa
+from speclm.bench.inflate_eagle import inflate_eagle
 from speclm.bench.pairs import Comparison, Pair, Spread, compare
 from speclm.bench.records import Record, append_record, read_records
 from speclm.bench.shapes import SHAPES, InflatedShape, draft_shape
@@ -35,6 +36,7 @@ __all__ = [
     "bytes_read",
     "compare",
     "draft_shape",
+    "inflate_eagle",
     "inflate_llama",
     "inflate_medusa",
     "make_calls",

@@ -6,9 +6,8 @@ small model, and every weight of the large shape is stored, read and multiplied.
 """
 
 import copy
-import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -16,16 +15,25 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
+from speclm.bench._widening import (
+    BOUND,
+    HeadPlaces,
+    fill_columns,
+    fill_norm,
+    fill_rows,
+    place_heads,
+    require_grown,
+    require_head_room,
+)
 from speclm.bench.shapes import InflatedShape, require_llama
-from speclm.errors import OptionError, UnsupportedModelError
+from speclm.errors import OptionError
+from speclm.heads.eagle import EagleHeads
 from speclm.heads.medusa import MedusaHeads
 
 EXTRA_LOGIT = -1e4
 """Logit, about, of the tokens that inflation adds: finite in every dtype, never chosen."""
 
-_BOUND = 0.02 * math.sqrt(3)  # of a uniform law with the deviation of a fresh Llama's weights
 _CHANNEL = 100.0  # SiLU returns it unchanged, and bfloat16 holds it exactly
-_ROPE_BY_FREQUENCY = ("default", "linear", "llama3")  # each pair is scaled by its frequency alone
 
 
 @torch.no_grad()
@@ -51,12 +59,12 @@ def inflate_llama(
     """
     source = require_llama(model)
     old = InflatedShape.of(source)
-    heads = _place_heads(old, shape)
+    heads = place_heads(old, shape)
     _require_room(source, old, shape, heads)
     target = _allocate(source, shape)
     generator = torch.Generator(source.device).manual_seed(seed)
     for parameter in target.parameters():
-        parameter.uniform_(-_BOUND, _BOUND, generator=generator)
+        parameter.uniform_(-BOUND, BOUND, generator=generator)
     width = old.hidden_size
     embedding = target.model.embed_tokens.weight
     embedding[:, width:] = 0
@@ -66,7 +74,7 @@ def inflate_llama(
     if target.lm_head.bias is not None:
         target.lm_head.bias[: old.vocab_size] = 0
         target.lm_head.bias[old.vocab_size :] = EXTRA_LOGIT
-    _fill_norm(target.model.norm, source.model.norm)
+    fill_norm(target.model.norm, source.model.norm)
     for index, layer in enumerate(target.model.layers):
         here = cast("LlamaDecoderLayer", layer)
         if index < old.num_layers:
@@ -96,8 +104,8 @@ def inflate_medusa(heads: MedusaHeads, shape: InflatedShape, *, seed: int = 0) -
     """
     config = heads.config
     width, num_tokens = config.hidden_size, config.vocab_size
-    _require_grown("hidden_size", width, shape.hidden_size)
-    _require_grown("vocab_size", num_tokens, shape.vocab_size)
+    require_grown("hidden_size", width, shape.hidden_size)
+    require_grown("vocab_size", num_tokens, shape.vocab_size)
     needs_channel = config.has_own_lm_head and shape.vocab_size > num_tokens
     if needs_channel and shape.hidden_size == width:
         raise OptionError(
@@ -114,7 +122,7 @@ def inflate_medusa(heads: MedusaHeads, shape: InflatedShape, *, seed: int = 0) -
     inflated = MedusaHeads(wide, dtype=weight.dtype, device=weight.device)
     generator = torch.Generator(weight.device).manual_seed(seed)
     for parameter in inflated.parameters():
-        parameter.uniform_(-_BOUND, _BOUND, generator=generator)
+        parameter.uniform_(-BOUND, BOUND, generator=generator)
     inflated.weight[..., width:, :width] = 0
     inflated.weight[..., :width, :width] = weight
     if inflated.bias is not None:
@@ -135,12 +143,16 @@ def inflate_medusa(heads: MedusaHeads, shape: InflatedShape, *, seed: int = 0) -
 
 
 def bytes_read(
-    module: PreTrainedModel | MedusaHeads, *, base: PreTrainedModel, num_heads: int | None = None
+    module: PreTrainedModel | MedusaHeads | EagleHeads,
+    *,
+    base: PreTrainedModel,
+    num_heads: int | None = None,
 ) -> int:
     """Return the bytes of weights that one forward of a base, draft model or heads reads.
 
     The rows of an embedding that is not also the output matrix are left out; a base's output
-    layer is counted for heads that use it. Keys and values are not counted.
+    layer is counted for heads that use it. Keys and values are not counted. Of EAGLE-3, the map of
+    the base's features is read in the first forward of a round alone, and counted.
 
     Args:
         module: What is counted.
@@ -153,9 +165,15 @@ def bytes_read(
             embedding = module.get_input_embeddings().get_parameter("weight")
             weights = [weight for weight in weights if weight is not embedding]
         return _num_bytes(weights)
-    used = module.num_heads if num_heads is None else num_heads
-    own = _num_bytes(module.parameters()) // module.num_heads * used
-    if module.lm_weight is not None:
+    if isinstance(module, EagleHeads):
+        named = module.named_parameters()
+        own = _num_bytes(weight for name, weight in named if name != "embed_tokens.weight")
+        has_output = module.lm_head is not None
+    else:
+        used = module.num_heads if num_heads is None else num_heads
+        own = _num_bytes(module.parameters()) // module.num_heads * used
+        has_output = module.lm_weight is not None
+    if has_output:
         return own
     output = cast("nn.Module", base.get_output_embeddings())  # type: ignore[no-untyped-call]
     return own + _num_bytes(output.parameters())
@@ -165,45 +183,7 @@ def _num_bytes(weights: Iterable[Tensor]) -> int:
     return sum(weight.numel() * weight.element_size() for weight in weights)
 
 
-@dataclass(frozen=True, slots=True)
-class _Places:
-    """Where the rows of old heads lie in the projections of an inflated layer."""
-
-    q_rows: Tensor
-    q_unused: Tensor  # other rows of the same heads, which must not see keys
-    k_rows: Tensor
-    k_sources: Tensor  # old row that each of `k_rows` and `v_rows` repeats
-    v_rows: Tensor
-    o_columns: Tensor
-    q_scale: float
-
-
-def _place_heads(old: InflatedShape, new: InflatedShape) -> _Places:
-    """Give every old head a new one; old keys are repeated where new groups are smaller."""
-    copies = math.ceil(old.group_size / new.group_size)
-    factor = new.head_dim // old.head_dim
-    half = torch.arange(old.head_dim // 2) * factor  # rope turns entry i together with half + i
-    rope = torch.cat([half, half + new.head_dim // 2])
-    entries = torch.arange(new.head_dim)
-    unused = entries[~torch.isin(entries, rope)]
-    straight = torch.arange(old.head_dim)
-    query = torch.arange(old.num_heads)
-    rank = query % old.group_size
-    new_kv = query // old.group_size * copies + rank // new.group_size
-    new_query = (new_kv * new.group_size + rank % new.group_size)[:, None] * new.head_dim
-    repeated = torch.arange(old.num_kv_heads * copies)[:, None]
-    return _Places(
-        q_rows=(new_query + rope).flatten(),
-        q_unused=(new_query + unused).flatten(),
-        k_rows=(repeated * new.head_dim + rope).flatten(),
-        k_sources=(repeated // copies * old.head_dim + straight).flatten(),
-        v_rows=(repeated * new.head_dim + straight).flatten(),
-        o_columns=(new_query + straight).flatten(),
-        q_scale=math.sqrt(new.head_dim / old.head_dim),
-    )
-
-
-def _fill_layer(new: LlamaDecoderLayer, old: LlamaDecoderLayer, heads: _Places) -> None:
+def _fill_layer(new: LlamaDecoderLayer, old: LlamaDecoderLayer, heads: HeadPlaces) -> None:
     """Write a layer of the small model into one of random weights."""
     to, of = new.self_attn, old.self_attn
     width = of.q_proj.in_features
@@ -211,16 +191,16 @@ def _fill_layer(new: LlamaDecoderLayer, old: LlamaDecoderLayer, heads: _Places) 
     if to.q_proj.bias is not None:
         to.q_proj.bias[heads.q_unused] = 0
     all_queries = torch.arange(of.q_proj.out_features)
-    _fill_rows(to.q_proj, of.q_proj, heads.q_rows, all_queries, scale=heads.q_scale)
-    _fill_rows(to.k_proj, of.k_proj, heads.k_rows, heads.k_sources)
-    _fill_rows(to.v_proj, of.v_proj, heads.v_rows, heads.k_sources)
-    _fill_columns(to.o_proj, of.o_proj, heads.o_columns)
+    fill_rows(to.q_proj, of.q_proj, heads.q_rows, all_queries, scale=heads.q_scale)
+    fill_rows(to.k_proj, of.k_proj, heads.k_rows, heads.k_sources)
+    fill_rows(to.v_proj, of.v_proj, heads.v_rows, heads.k_sources)
+    fill_columns(to.o_proj, of.o_proj, heads.o_columns)
     units = torch.arange(old.mlp.gate_proj.out_features)
-    _fill_rows(new.mlp.gate_proj, old.mlp.gate_proj, units, units)
-    _fill_rows(new.mlp.up_proj, old.mlp.up_proj, units, units)
-    _fill_columns(new.mlp.down_proj, old.mlp.down_proj, units)
-    _fill_norm(new.input_layernorm, old.input_layernorm)
-    _fill_norm(new.post_attention_layernorm, old.post_attention_layernorm)
+    fill_rows(new.mlp.gate_proj, old.mlp.gate_proj, units, units)
+    fill_rows(new.mlp.up_proj, old.mlp.up_proj, units, units)
+    fill_columns(new.mlp.down_proj, old.mlp.down_proj, units)
+    fill_norm(new.input_layernorm, old.input_layernorm)
+    fill_norm(new.post_attention_layernorm, old.post_attention_layernorm)
 
 
 def _silence_layer(layer: LlamaDecoderLayer) -> None:
@@ -230,31 +210,6 @@ def _silence_layer(layer: LlamaDecoderLayer) -> None:
             parameter.zero_()
     layer.input_layernorm.weight.fill_(1)
     layer.post_attention_layernorm.weight.fill_(1)
-
-
-def _fill_rows(
-    new: nn.Linear, old: nn.Linear, rows: Tensor, sources: Tensor, *, scale: float = 1.0
-) -> None:
-    """Write rows of a matrix that reads the stream; columns beyond meet zeros."""
-    new.weight[rows, : old.in_features] = old.weight[sources] * scale
-    if old.bias is not None:
-        new.bias[rows] = old.bias[sources] * scale
-
-
-def _fill_columns(new: nn.Linear, old: nn.Linear, columns: Tensor) -> None:
-    """Write a matrix that adds to the stream: what is not an old unit or entry adds nothing."""
-    new.weight.zero_()
-    new.weight[: old.out_features, columns] = old.weight
-    if old.bias is not None:
-        new.bias.zero_()
-        new.bias[: old.out_features] = old.bias
-
-
-def _fill_norm(new: nn.Module, old: nn.Module) -> None:
-    """Scale a norm's weights: the mean square of a padded stream is smaller."""
-    to, of = new.get_parameter("weight"), old.get_parameter("weight")
-    to.fill_(1)
-    to[: len(of)] = of.float() * math.sqrt(len(of) / len(to))
 
 
 def _allocate(source: LlamaForCausalLM, shape: InflatedShape) -> LlamaForCausalLM:
@@ -292,35 +247,12 @@ def _allocate(source: LlamaForCausalLM, shape: InflatedShape) -> LlamaForCausalL
 
 
 def _require_room(
-    source: LlamaForCausalLM, old: InflatedShape, new: InflatedShape, heads: _Places
+    source: LlamaForCausalLM, old: InflatedShape, new: InflatedShape, heads: HeadPlaces
 ) -> None:
     for name in ("hidden_size", "intermediate_size", "num_layers", "vocab_size"):
-        _require_grown(name, getattr(old, name), getattr(new, name))
-    if new.head_dim % old.head_dim:
-        raise OptionError(
-            f"head_dim is {new.head_dim}, expected a multiple of the model's {old.head_dim}, so "
-            "that its rope frequencies are among the new ones; choose a multiple"
-        )
-    needed = len(heads.k_rows) // old.head_dim
-    if new.num_kv_heads < needed:
-        raise OptionError(
-            f"num_kv_heads is {new.num_kv_heads}, expected at least {needed} in groups of "
-            f"{new.group_size}; choose more heads or larger groups"
-        )
+        require_grown(name, getattr(old, name), getattr(new, name))
+    require_head_room(old, new, heads, rope=dict(source.config.rope_parameters or {}))
     if new.is_tied and not old.is_tied:
         raise OptionError(
             "is_tied is True, the model's embedding and output matrix differ; pass is_tied=False"
-        )
-    rope = dict(source.config.rope_parameters or {}).get("rope_type", "default")
-    if new.head_dim != old.head_dim and rope not in _ROPE_BY_FREQUENCY:
-        raise UnsupportedModelError(
-            f"rope_type is {rope!r}, which depends on head_dim, expected one of "
-            f"{_ROPE_BY_FREQUENCY!r}; keep head_dim {old.head_dim}"
-        )
-
-
-def _require_grown(name: str, old: int, new: int) -> None:
-    if new < old:
-        raise OptionError(
-            f"{name} is {new}, expected at least the model's {old}; choose a larger one"
         )
