@@ -96,6 +96,7 @@ class SpeculationStats:
         num_plain_rounds: Rounds, among `rounds`, in which the proposer was not asked.
         pauses: When and why speculation was paused for some rounds. A call may begin within a
             pause, which is then listed with the call before.
+        tree: What was drafted at last, where that was not left to the proposer's own settings.
     """
 
     rows: list[RowStats] = field(default_factory=list)
@@ -108,6 +109,7 @@ class SpeculationStats:
     is_lossy: bool = False
     num_plain_rounds: int = 0
     pauses: list[Pause] = field(default_factory=list)
+    tree: str = ""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -181,6 +183,7 @@ class SpeculationStats:
             "is_lossy": self.is_lossy,
             "num_plain_rounds": self.num_plain_rounds,
             "pauses": [{"round": pause.round, "reason": pause.reason} for pause in self.pauses],
+            "tree": self.tree,
             "rows": [row.to_dict() for row in self.rows],
         }
 

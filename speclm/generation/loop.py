@@ -28,8 +28,10 @@ from speclm.generation.opening import meets_switch, open_session
 from speclm.generation.pace import Pace, PaceMemory
 from speclm.generation.rows import Rows
 from speclm.generation.run import Run
+from speclm.generation.tuning import TreeMemory, TreeTuner, describe_tree
 from speclm.proposers.interface import Proposer
 from speclm.sampling.chooser import TokenChooser, first_text_dependent
+from speclm.sampling.drafts import DraftSampling
 from speclm.stats import SpeculationStats
 from speclm.target import TargetView
 from speclm.tree.plan import TreePlan
@@ -69,6 +71,7 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
     extends_cache: bool = False,
     paces: PaceMemory | None = None,
     tree: TreePlan | None = None,
+    trees: TreeMemory | None = None,
     backend: Backend = Backend.TREES,
     **model_inputs: Any,
 ) -> Generated:
@@ -79,8 +82,9 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
     exact one, whatever `rule` says; None is the exact rule too. `extends_cache` says that the
     cache among the inputs is the caller's, who finds it extended. `paces` is what earlier calls
     measured; None to draft in every round, whether it pays or not. `tree` is what every draft
-    should be; None for what the proposer's own settings say. `backend` is the self-check's verdict
-    on the target.
+    should be; None for what the proposer's own settings say, or, where `trees` is given, for what
+    that memory of earlier calls and this one make fastest. `backend` is the self-check's verdict on
+    the target.
 
     Rows run ahead of each other, unless something looks at positions one by one: a processor that
     reads the text, a criterion, a streamer, or a caller who wants scores or logits. Nor do they
@@ -160,17 +164,29 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
         plan=tree,
     )
     temperature = (generation_config.temperature or 1.0) if generation_config.do_sample else 0.0
+    setting = (rule.name, temperature, *map(type, logits_processor))
     if paces is not None and proposer is not None:
         run.pace = Pace(
             paces,
             batch=len(input_ids),
             num_prompt_tokens=length,
-            setting=(rule.name, temperature, *map(type, logits_processor)),
+            setting=(setting, tree, trees is None),
             proposer=proposer,
             stats=stats,
         )
+    # Drawn trees are shaped before they are drawn: a smaller one is no part of a larger one.
+    if trees is not None and proposer is not None and rule.draft_sampling is DraftSampling.NONE:
+        run.tuner = TreeTuner(
+            trees,
+            batch=len(input_ids),
+            num_prompt_tokens=length,
+            max_depth=proposer.config.depth,
+            setting=setting,
+            proposer=proposer,
+        )
     stats.acceptance, stats.is_lossy = rule.name, rule.is_lossy
     sequences = _decode(run, input_ids, embeddings, given, temperature=temperature)
+    stats.tree = describe_tree(run.plan if run.tuner is None else run.tuner.best)
     if frontier is None:
         return Generated(sequences, past_key_values=given)
     frontier.finish()

@@ -327,6 +327,10 @@ class Pace:
         self._start = self._clock()
         return self._lane.mode in {_Mode.SPECULATING, _Mode.PROBING}
 
+    def restart_clock(self) -> None:
+        """Leave out of the round's time what has been done since `wants_draft`."""
+        self._start = self._clock()
+
     def record(
         self, *, tokens: int, drafted: bool, num_live: int, seconds: float | None = None
     ) -> None:

@@ -1,5 +1,6 @@
 """One generation: propose, verify, accept and commit, round by round."""
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +14,7 @@ from speclm.config import MAX_MERGED_PROMPT
 from speclm.generation.drafting import (
     cut_to_plan,
     deepest_paths,
+    hand_plan,
     require_laws,
     require_valid,
     roots_alone,
@@ -21,6 +23,8 @@ from speclm.generation.drafting import (
 from speclm.generation.frontier import Frontier, nan_logits
 from speclm.generation.pace import Pace
 from speclm.generation.rows import Rows
+from speclm.generation.timing import forward_timings
+from speclm.generation.tuning import TreeTuner
 from speclm.proposers.interface import Draft, Prefill, Proposer
 from speclm.sampling.chooser import TokenChooser
 from speclm.sampling.drafts import DraftSampler, DraftSampling
@@ -59,6 +63,8 @@ class Run:
     pace: Pace | None = None
     plan: TreePlan | None = None
     """What every draft should be; None for what the proposer's own settings say."""
+    tuner: TreeTuner | None = None
+    """What changes the plan from round to round; None for one that stays."""
     own_nodes: list[list[int]] | None = None
     """The proposer's nodes that the last draft is made of, where nodes of its were left out."""
 
@@ -153,6 +159,9 @@ class Run:
             and self.proposer is not None
             and rows.most_remaining > 1
         )
+        if may_draft and self.tuner is not None:
+            self._plan_round(self.tuner)
+        before = dict(stats.seconds)
         with stats.phase("draft"):
             draft = self._propose() if may_draft else roots_alone(self._fed_roots)
         with stats.phase("verify"):
@@ -160,9 +169,17 @@ class Run:
         taken = self._settle(draft, logits)
         self._count(draft, taken)
         stats.rounds += 1
+        is_usual = True
+        if may_draft and self.tuner is not None:
+            seconds = {name: stats.seconds[name] - past for name, past in before.items()}
+            self.tuner.record(draft, taken.paths, is_whole=rows.is_live, seconds=seconds)
+            is_usual = not self.tuner.is_exploring
         if self.pace is not None:
             self.pace.record(
-                tokens=sum(map(len, taken.emitted)), drafted=may_draft, num_live=num_live
+                tokens=sum(map(len, taken.emitted)),
+                drafted=may_draft,
+                num_live=num_live,
+                seconds=None if is_usual else math.nan,
             )
 
     def hand_over(self, into: DynamicCache, sequences: Int[Tensor, "batch length"]) -> None:
@@ -182,6 +199,25 @@ class Run:
         """Tokens to feed next: the roots, and padding behind the end of rows that go on with it."""
         assert self.roots is not None
         return self.roots if self.frontier is None else self.frontier.ids[:, -1]
+
+    def _plan_round(self, tuner: TreeTuner) -> None:
+        """Have the next draft as the tuner wants it."""
+        assert self.proposer is not None
+        takes_any = not self.session.needs_lockstep and self.target.rotary_switch is None
+        if tuner.timings is None and takes_any:
+            tuner.timings = forward_timings(
+                self.target,
+                self.session,
+                self._fed_roots,
+                context=self.num_unseen + self.num_prompt_tokens + self.rows.num_steps,
+                max_length=self._max_slots,
+            )
+            if self.pace is not None:  # what was measured is no part of the round
+                self.pace.restart_clock()
+        plan = tuner.next_plan()
+        if plan != self.plan:
+            self.plan = plan
+            hand_plan(self.proposer, plan)
 
     def _settle(self, draft: Draft, logits: Float[Tensor, "batch nodes vocab"]) -> Accepted:
         """Accept, take over and commit; return what was taken."""

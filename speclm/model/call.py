@@ -12,7 +12,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils.generic import ModelOutput
 
 from speclm.acceptance import AcceptanceRule
-from speclm.generation import Generated, PaceMemory, generate_tokens
+from speclm.generation import Generated, PaceMemory, TreeMemory, generate_tokens
 from speclm.generation.delegation import CACHE_INPUTS
 from speclm.model.arguments import resolve_setting
 from speclm.model.fitting import claimed
@@ -50,6 +50,7 @@ def decode(  # noqa: PLR0913 - a call has many sides
     rule: AcceptanceRule,
     paces: PaceMemory | None,
     tree: TreePlan | None = None,
+    trees: TreeMemory | None = None,
 ) -> Tensor | SpeculativeOutput:
     """Answer a call with the decode loop.
 
@@ -64,6 +65,7 @@ def decode(  # noqa: PLR0913 - a call has many sides
         rule: Decides which guesses are kept when sampling.
         paces: What earlier calls measured; None to draft in every round.
         tree: What every draft should be; None for what the proposer's settings say.
+        trees: What earlier calls learned about trees, for drafts that follow from it.
 
     Raises:
         NeedsPlainDecoding: Before anything is computed, if the loop does not give what is asked.
@@ -82,6 +84,7 @@ def decode(  # noqa: PLR0913 - a call has many sides
                 rule=rule,
                 paces=paces,
                 tree=tree,
+                trees=trees,
                 streamer=arguments.get("streamer"),
                 extends_cache=any(arguments.get(name) is not None for name in CACHE_INPUTS),
                 **named,

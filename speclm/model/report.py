@@ -46,5 +46,7 @@ def _write_last_call(stats: SpeculationStats, write: Callable[[str], object]) ->
     write(f"          acceptance {stats.acceptance}{lossy}")
     write(f"          acceptance by depth: {by_depth or 'nothing drafted'}")
     write(f"          ms a round: {phases}")
+    if stats.tree:
+        write(f"          tree: {stats.tree}")
     if stats.pause_summary is not None:
         write(f"          {stats.pause_summary}")

@@ -21,7 +21,7 @@ from transformers.utils.generic import ModelOutput
 
 from speclm.acceptance import AcceptanceRule, resolve_acceptance_rule
 from speclm.errors import BusyError, OptionError, UnsupportedModelError
-from speclm.generation import NeedsPlainDecoding, PaceMemory
+from speclm.generation import NeedsPlainDecoding, PaceMemory, TreeMemory
 from speclm.model.arguments import first_delegated, require_acceptable
 from speclm.model.attaching import attach, detach, enter
 from speclm.model.call import decode, with_counters
@@ -30,7 +30,7 @@ from speclm.model.loading import Heads, load_proposer
 from speclm.model.report import write_report
 from speclm.model.saving import push_heads, save_heads
 from speclm.model.standing_in import MOVES, move, unwrap
-from speclm.model.trees import Tree, normalize_tree, require_fillable
+from speclm.model.trees import AUTO, Tree, normalize_tree, require_fillable
 from speclm.proposers.interface import Proposer
 from speclm.stats import SpeculationStats
 from speclm.target import TargetView
@@ -85,7 +85,7 @@ class SpecModel:
         self.last_speculation: SpeculationStats | None = None
         self.adaptive = adaptive
         self.tree = tree
-        self._paces = PaceMemory()
+        self._paces, self._trees = PaceMemory(), TreeMemory()
         self._logged: set[str] = set()
 
     @classmethod
@@ -269,7 +269,6 @@ class SpecModel:
         before, self.last_speculation = self.last_speculation, stats
         try:
             self._require_speculation(arguments)
-
             return decode(
                 self._base_generate,
                 arguments,
@@ -281,6 +280,7 @@ class SpecModel:
                 rule=rule,
                 paces=self._paces if self.adaptive and not isinstance(plan, TreePlan) else None,
                 tree=plan if isinstance(plan, TreePlan) else None,
+                trees=self._trees if plan == AUTO else None,
             )
         except BusyError:
             self.last_speculation = before  # the counters of the call that goes on

@@ -5,12 +5,12 @@ import json
 import logging
 import math
 import os
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from speclm.verify.backend import Backend
+from speclm.verify.files import write_whole
 from speclm.verify.fingerprint import Fingerprint
 from speclm.verify.verdict import SelfCheck
 
@@ -88,15 +88,7 @@ def _write(path: Path, kind: Fingerprint, check: SelfCheck) -> None:
     }
     record = {"verdict": verdict, "checksum": _checksum(kind, verdict)}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(record, file, indent=1)
-            Path(name).replace(path)  # readers see all of it or nothing
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        write_whole(path, record)
     except OSError as error:  # read-only or full; the next load checks again
         _log.debug("not keeping the self-check in %s: %s", path, error)
 

@@ -56,6 +56,42 @@ def test_tokens_do_not_depend_on_the_tree_of_a_call(kind, tree, lengths, setting
     assert model.proposer.plan is None
 
 
+@pytest.mark.parametrize("settings", [{"do_sample": False}, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(
+    "kind", ["twin draft", "Medusa that hits", "ngram", "random tree", "joined"]
+)
+def test_tokens_do_not_depend_on_trees_that_are_planned(kind, settings):
+    inputs = prompts(9, 4, 12)
+    plain, state, reference = reference_of(inputs, **settings)
+    model = spec_of(kind, reference, tree="auto", adaptive=False)
+
+    for _ in range(4):
+        found, state_after = generate(model, inputs, max_new_tokens=20, **settings)
+
+        assert torch.equal(found, plain)
+        assert torch.equal(state_after, state)
+    assert "nodes on" in model.last_speculation.tree  # a plan was made
+    assert model.proposer.plan is None
+
+
+def test_planned_trees_pause_like_others_where_they_do_not_pay():
+    inputs = prompts(9)
+    plain, _, _ = reference_of(inputs, do_sample=False)
+    model = spec_of("other draft", [[]], tree="auto")
+
+    for _ in range(3):
+        found, _ = generate(model, inputs, max_new_tokens=20, do_sample=False)
+        assert torch.equal(found, plain)
+
+
+def test_drawn_drafts_are_left_to_the_proposer():
+    model = spec_of("twin draft", [[]], tree="auto")
+
+    generate(model, prompts(9), max_new_tokens=10, acceptance="rejection", **SAMPLED)
+
+    assert model.last_speculation.tree == ""
+
+
 @pytest.mark.parametrize("kind", ["random tree", "Medusa that hits", "joined", "twin draft"])
 def test_no_draft_exceeds_the_plan_of_a_call(kind):
     inputs = prompts(9)
