@@ -120,6 +120,7 @@ class Run:
             max_new_tokens=self.rows.most_remaining,
             eos_token_ids=self.rows.eos_token_ids,
             sampler=self._sampler,
+            chooser=self.chooser,
         )
         draft = roots_alone(self.roots)
         needs_features = self.features != TargetFeatures.NONE

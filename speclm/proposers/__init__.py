@@ -7,6 +7,7 @@ from speclm.proposers.draft_model import DraftModelConfig, DraftModelProposer
 from speclm.proposers.eagle import EagleProposer, EagleProposerConfig
 from speclm.proposers.interface import Draft, Prefill, Proposer, TargetNeeds
 from speclm.proposers.medusa import MedusaConfig, MedusaProposer
+from speclm.proposers.mixture import Mixture
 from speclm.proposers.ngram import NgramConfig, NgramProposer
 from speclm.proposers.registry import register_proposer, registered_proposers
 from speclm.target import TargetFeatures
@@ -23,6 +24,7 @@ __all__ = [
     "EagleProposerConfig",
     "MedusaConfig",
     "MedusaProposer",
+    "Mixture",
     "NgramConfig",
     "NgramProposer",
     "Prefill",

@@ -22,7 +22,8 @@ from speclm.config import (
 )
 from speclm.proposers._shared_vocabulary import SharedVocabulary
 from speclm.proposers.interface import Draft, Prefill, Proposer, TargetNeeds
-from speclm.proposers.ranking import rank_log_probs
+from speclm.proposers.mixture import Mixture, require_mixture
+from speclm.proposers.ranking import LevelRanking, chain_expansions
 from speclm.sampling.drafts import DraftSampler, DraftSampling
 from speclm.sampling.noise import PositionNoise
 from speclm.target import ChainReader, TargetView
@@ -40,18 +41,22 @@ class ChainDraftConfig(ProposerConfig):
         min_confidence: A row grows no further once its chain is less likely than this.
         min_growing: No further token is drafted once a smaller share of the rows grows: it costs
             the whole batch a forward.
+        mixture: Numbers of the law that ranks candidates under sampling; None to estimate them
+            from what the target chooses.
     """
 
     depth: int = 16
     num_draft_tokens: int = 8
     min_confidence: float = 0.4
     min_growing: float = 0.75
+    mixture: Mixture | None = None
 
     def __post_init__(self) -> None:
         require_depth("depth", self.depth)  # super() does not work in a slotted dataclass
         require_count("num_draft_tokens", self.num_draft_tokens, low=1, high=MAX_DEPTH)
         require_in_range("min_confidence", self.min_confidence, low=0.0, high=1.0)
         require_in_range("min_growing", self.min_growing, low=0.0, high=1.0)
+        require_mixture(self.mixture)
 
 
 class ChainDraftProposer(Proposer):
@@ -84,6 +89,7 @@ class ChainDraftProposer(Proposer):
         wanted = TargetView(target)
         self._vocabulary = SharedVocabulary.of(self.view, wanted)
         self.needs = TargetNeeds(vocab_size=wanted.vocab_size)
+        self._ranking = LevelRanking(self.config.mixture)
         self._prompt: Prefill | None = None
         self._reader: ChainReader | None = None
         self._unseen: Tensor | None = None
@@ -95,6 +101,7 @@ class ChainDraftProposer(Proposer):
     @override
     def begin(self, prompt: Prefill) -> None:
         self._prompt, self._reader = prompt, None  # read by the first draft, if any
+        self._ranking.begin(prompt)
         self._unseen, self._num_slots = prompt.first_tokens[:, None], prompt.tokens.shape[1] + 1
         self._is_open, self._is_idle = False, [False] * len(prompt.first_tokens)
 
@@ -117,10 +124,7 @@ class ChainDraftProposer(Proposer):
         grows = torch.tensor([not idle for idle in self._is_idle], device=roots.device)
         num_live, tokens = max(int(grows.sum()), 1), [roots]
         while True:
-            level_noise = None if noise is None else noise.at_depth(len(tokens) - 1)
-            ranked = rank_log_probs(
-                logits, temperature=self._prompt.temperature, noise=level_noise
-            )[:, 0]
+            ranked = self._ranking.rank(logits, depth=len(tokens) - 1, noise=noise)[:, 0]
             score, token = ranked.max(1)
             scores = scores + score
             tokens.append(token)
@@ -136,6 +140,7 @@ class ChainDraftProposer(Proposer):
     @override
     def commit(self, accepted: Accepted) -> None:
         assert self._unseen is not None, "commit before begin"
+        self._ranking.learn(accepted, chain_expansions(accepted))
         num_new = max(map(len, accepted.emitted))
         goes_on = [len(tokens) == num_new for tokens in accepted.emitted]  # others have ended
         self._is_idle = [not going for going in goes_on]

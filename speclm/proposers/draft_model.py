@@ -23,7 +23,8 @@ from speclm.config import (
 from speclm.proposers._levels import assemble, planned, seen_below
 from speclm.proposers._shared_vocabulary import SharedVocabulary
 from speclm.proposers.interface import Draft, Prefill, Proposer, TargetNeeds
-from speclm.proposers.ranking import rank_log_probs
+from speclm.proposers.mixture import Mixture, require_mixture
+from speclm.proposers.ranking import LevelRanking, path_expansions
 from speclm.sampling.drafts import DraftSampler, DraftSampling
 from speclm.sampling.noise import PositionNoise
 from speclm.target import TargetView
@@ -47,6 +48,8 @@ class DraftModelConfig(ProposerConfig):
         min_growing: No further level is drafted once a smaller share of the rows grows: a level
             costs the whole batch a forward.
         choices: Static tree as paths of ranks; None for trees that grow by chance.
+        mixture: Numbers of the law that ranks candidates under sampling; None to estimate them
+            from what the target chooses.
     """
 
     depth: int = 16
@@ -57,6 +60,7 @@ class DraftModelConfig(ProposerConfig):
     min_confidence: float = 0.4
     min_growing: float = 0.75
     choices: Choices | None = None
+    mixture: Mixture | None = None
 
     def __post_init__(self) -> None:
         require_depth("depth", self.depth)  # super() does not work in a slotted dataclass
@@ -66,6 +70,7 @@ class DraftModelConfig(ProposerConfig):
         require_in_range("min_probability", self.min_probability, low=0.0, high=1.0)
         require_in_range("min_confidence", self.min_confidence, low=0.0, high=1.0)
         require_in_range("min_growing", self.min_growing, low=0.0, high=1.0)
+        require_mixture(self.mixture)
 
 
 class DraftModelProposer(Proposer):
@@ -107,7 +112,7 @@ class DraftModelProposer(Proposer):
         self._unseen: list[list[int]] = []
         self._is_idle: list[bool] = []
         self._is_silent = False
-        self._temperature = 0.0
+        self._ranking = LevelRanking(self.config.mixture)
         self._sampler: DraftSampler | None = None
         self._leaf_tokens: Tensor | None = None
         self._grown: list[GrownRow] = []
@@ -121,7 +126,8 @@ class DraftModelProposer(Proposer):
         self._prompt = None if self._is_silent else prompt  # read by the first draft, if any
         # The draft model works on the host between levels, so one more sync costs nothing.
         self._unseen = [[token] for token in prompt.first_tokens.tolist()]
-        self._temperature, self._sampler = prompt.temperature, prompt.sampler
+        self._ranking.begin(prompt)
+        self._sampler = prompt.sampler
         ends = sorted(prompt.eos_token_ids)
         self._leaf_tokens = torch.tensor(ends, device=prompt.tokens.device) if ends else None
         self._is_idle = [False] * len(self._unseen)
@@ -159,14 +165,14 @@ class DraftModelProposer(Proposer):
     def commit(self, accepted: Accepted) -> None:
         assert self._cache is not None, "commit before begin"
         kept: list[list[int]] = []
+        expansions = path_expansions(accepted, self._grown)
         for row, (path, emitted) in enumerate(zip(accepted.paths, accepted.emitted, strict=True)):
             if not path or not self._offsets:
                 kept.append([])
                 self._unseen[row] += emitted
                 continue
-            expansions = [self._grown[row].expansions[node - 1] for node in path[1:]]
             slots = [
-                self._offsets[place[0]] + place[1] for place in expansions if place is not None
+                self._offsets[place[0]] + place[1] for place in expansions[row] if place is not None
             ]
             slots = [slot for slot in slots if slot < self._cache.num_pending]
             kept.append([*range(len(self._unseen[row])), *slots])
@@ -175,6 +181,7 @@ class DraftModelProposer(Proposer):
             self._cache.keep(kept)
         self._is_idle = [not emitted for emitted in accepted.emitted]
         self._prompt_logits, self._offsets = None, []
+        self._ranking.learn(accepted, expansions)
 
     def _read(self, prompt: Prefill, cache: TreeCache) -> None:
         """Run the prompt, whose last tokens are the first roots."""
@@ -208,7 +215,7 @@ class DraftModelProposer(Proposer):
             leaf_tokens=self._leaf_tokens,
             is_idle=torch.tensor(self._is_idle, device=device) if any(self._is_idle) else None,
         )
-        tree.grow(self._rank(logits, 0, noise))
+        tree.grow(self._ranking.rank(logits, depth=0, noise=noise))
         seen, slot_depths, unseen = self._seen_by_root(device, longest)
         # In chains below equally many unseen tokens, every node sees all that is pending.
         is_chain = config.width == 1 and min(map(len, self._unseen)) == longest
@@ -225,7 +232,7 @@ class DraftModelProposer(Proposer):
             slot_depths = torch.cat([slot_depths, depths], dim=1)
             self._offsets.append(self._cache.num_pending)
             logits = self._forward(tokens, None if is_chain else seen, slot_depths)
-            tree.grow(self._rank(logits, level, noise))
+            tree.grow(self._ranking.rank(logits, depth=level, noise=noise))
         self._offsets.append(self._cache.num_pending)  # the last level is not fed
         return tree
 
@@ -254,7 +261,7 @@ class DraftModelProposer(Proposer):
                 laws[:, tree.expanded_nodes] = law
                 tree.fill(sampler.siblings(law, num=tree.num_guesses))
             else:
-                ranked = self._rank(logits, tree.depth, noise)
+                ranked = self._ranking.rank(logits, depth=tree.depth, noise=noise)
                 tree.fill(ranked.topk(tree.num_guesses, dim=-1).indices)
             if tree.is_full:
                 break
@@ -300,9 +307,3 @@ class DraftModelProposer(Proposer):
         assert self._cache is not None
         fed = self._vocabulary.readable(tokens)
         return self._vocabulary.fit(self.view.forward_nodes(fed, seen, slot_depths, self._cache))
-
-    def _rank(
-        self, logits: Float[Tensor, "batch nodes vocab"], depth: int, noise: PositionNoise | None
-    ) -> Float[Tensor, "batch nodes vocab"]:
-        level_noise = None if noise is None else noise.at_depth(depth)
-        return rank_log_probs(logits, temperature=self._temperature, noise=level_noise)

@@ -27,13 +27,14 @@ from speclm.heads.eagle import EagleHeads
 from speclm.proposers._eagle_levels import LevelRun
 from speclm.proposers._levels import assemble, options_with_tree, planned, require_ranks
 from speclm.proposers.interface import Draft, Prefill, Proposer, TargetNeeds
-from speclm.proposers.ranking import rank_log_probs
+from speclm.proposers.mixture import Mixture, require_mixture
+from speclm.proposers.ranking import LevelRanking, path_expansions
 from speclm.sampling.drafts import DraftSampler, DraftSampling
 from speclm.sampling.noise import PositionNoise
 from speclm.target import TargetFeatures, TargetView
 from speclm.tree.choices import Choices
 from speclm.tree.filling import FilledTree
-from speclm.tree.growth import GrowingTree, drawn_choices
+from speclm.tree.growth import GrowingTree, GrownRow, drawn_choices
 
 _ABSENT = -1e4  # finite: a processor may ban all tokens that the heads know
 
@@ -51,6 +52,8 @@ class EagleProposerConfig(ProposerConfig):
         min_confidence: A row grows no further once no path of it is this likely.
         min_growing: No further level is drafted once a smaller share of the rows grows.
         choices: Static tree as paths of ranks; None for trees that grow by chance.
+        mixture: Numbers of the law that ranks candidates under sampling; None to estimate them
+            from what the target chooses.
     """
 
     depth: int = 6
@@ -61,6 +64,7 @@ class EagleProposerConfig(ProposerConfig):
     min_confidence: float = 0.2
     min_growing: float = 0.5
     choices: Choices | None = None
+    mixture: Mixture | None = None
 
     def __post_init__(self) -> None:
         require_depth("depth", self.depth)  # super() does not work in a slotted dataclass
@@ -68,6 +72,7 @@ class EagleProposerConfig(ProposerConfig):
             require_count(name, getattr(self, name), low=1, high=MAX_NODES - 1)
         for name in ("min_probability", "min_confidence", "min_growing"):
             require_in_range(name, getattr(self, name), low=0.0, high=1.0)
+        require_mixture(self.mixture)
 
 
 class EagleProposer(Proposer):
@@ -135,6 +140,8 @@ class EagleProposer(Proposer):
         self.needs = TargetNeeds(
             vocab_size=wanted.vocab_size, hidden_size=wanted.target_hidden_size, model=target
         )
+        self._ranking = LevelRanking(self.config.mixture)
+        self._grown: list[GrownRow] = []
         self._prompt: Prefill | None = None
         self._cache: TreeCache | None = None
         self._unseen_tokens: list[list[int]] = []
@@ -151,6 +158,7 @@ class EagleProposer(Proposer):
     @override
     def begin(self, prompt: Prefill) -> None:
         self._prompt, self._cache, self._hidden = prompt, None, None
+        self._ranking.begin(prompt)
         batch = len(prompt.first_tokens)
         self._unseen_tokens = [[] for _ in range(batch)]
         self._unseen_features = [[] for _ in range(batch)]
@@ -171,12 +179,14 @@ class EagleProposer(Proposer):
             return self._fill(roots, config.choices, noise)
         tree = self._grow(config, noise)
         min_score = math.log(max(config.min_probability, 1e-30))
-        return assemble(tree.best_nodes(config.num_draft_tokens, min_score=min_score), roots)
+        self._grown = tree.best_nodes(config.num_draft_tokens, min_score=min_score)
+        return assemble(self._grown, roots)
 
     @override
     def commit(self, accepted: Accepted) -> None:
         if self._cache is not None:
             self._cache.keep([[] for _ in accepted.emitted])  # guesses are not features
+        self._ranking.learn(accepted, path_expansions(accepted, self._grown))
         assert accepted.features is not None
         for row, emitted in enumerate(accepted.emitted):
             if emitted:
@@ -270,6 +280,7 @@ class EagleProposer(Proposer):
             ranked = self._rank(run.hidden, tree.depth, noise)
             tree.fill(self.heads.target_ids(ranked.topk(tree.num_guesses).indices))
             if tree.is_full:
+                self._grown = [GrownRow([], [], tree.expansions, [])] * len(roots)
                 return Draft(tokens=tree.tokens, topology=tree.topology, probs=None)
             run.below(tree.expanded_tokens, tree.expanded_parents)
 
@@ -293,6 +304,7 @@ class EagleProposer(Proposer):
             laws.index_copy_(1, tree.expanded_nodes, law)
             tree.fill(sampler.siblings(law, num=tree.num_guesses))
             if tree.is_full:
+                self._grown = [GrownRow([], [], tree.expansions, [])] * len(roots)
                 return Draft(tokens=tree.tokens, topology=tree.topology, probs=None, laws=laws)
             run.below(tree.expanded_tokens, tree.expanded_parents)
 
@@ -346,13 +358,8 @@ class EagleProposer(Proposer):
         depth: int,
         noise: PositionNoise | None,
     ) -> Float[Tensor, "batch nodes draft_vocab"]:
-        assert self._prompt is not None
-        level_noise = None if noise is None else noise.at_depth(depth)
-        columns = self.heads.draft_columns
-        if level_noise is not None and columns is not None:
-            level_noise = level_noise[:, columns]
-        return rank_log_probs(
-            self._logits(hidden), temperature=self._prompt.temperature, noise=level_noise
+        return self._ranking.rank(
+            self._logits(hidden), depth=depth, noise=noise, columns=self.heads.draft_columns
         )
 
     def _spread(

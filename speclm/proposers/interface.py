@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from speclm.acceptance.accepted import Accepted
 from speclm.config import ProposerConfig
+from speclm.sampling.chooser import TokenChooser
 from speclm.sampling.drafts import DraftSampler, DraftSampling
 from speclm.sampling.noise import PositionNoise
 from speclm.target import TargetFeatures
@@ -35,6 +36,8 @@ class Prefill:
             of them alone where a cache that was passed in held the first.
         sampler: What drafts have to be drawn with when the accept rule asks for drawn ones; None
             when it takes any. Only proposers that declare `draft_sampling` are given one.
+        chooser: How the target turns logits into tokens, with its processors; None where nobody
+            says.
     """
 
     tokens: Int[Tensor, "batch seq"]
@@ -45,6 +48,7 @@ class Prefill:
     eos_token_ids: frozenset[int] = frozenset()
     features: Float[Tensor, "batch seq hidden"] | None = None
     sampler: DraftSampler | None = None
+    chooser: TokenChooser | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

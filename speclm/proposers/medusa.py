@@ -18,7 +18,8 @@ from speclm.errors import OptionError, VocabularyMismatchError
 from speclm.heads.medusa import MedusaHeads
 from speclm.proposers._pruning import least_chance
 from speclm.proposers.interface import Draft, Prefill, Proposer, TargetNeeds
-from speclm.proposers.ranking import rank_log_probs
+from speclm.proposers.mixture import Mixture, require_mixture
+from speclm.proposers.ranking import LevelRanking, chain_expansions
 from speclm.sampling.drafts import DraftSampler, DraftSampling, Families
 from speclm.sampling.noise import PositionNoise
 from speclm.target import TargetFeatures, TargetView
@@ -47,17 +48,21 @@ class MedusaConfig(ProposerConfig):
         num_draft_tokens: Most nodes of a tree that grows by chance.
         min_chance: Least estimated chance of acceptance at which a node is added to it for a
             single row; more in a batch.
+        mixture: Numbers of the law that ranks candidates under sampling; None to estimate them
+            from what the target chooses.
     """
 
     depth: int = 4
     choices: Choices | None = None
     num_draft_tokens: int = 16
     min_chance: float = 0.07
+    mixture: Mixture | None = None
 
     def __post_init__(self) -> None:
         require_depth("depth", self.depth)  # super() does not work in a slotted dataclass
         require_count("num_draft_tokens", self.num_draft_tokens, low=1, high=MAX_NODES - 1)
         require_in_range("min_chance", self.min_chance, low=0.0, high=1.0)
+        require_mixture(self.mixture)
 
 
 class MedusaProposer(Proposer):
@@ -83,6 +88,7 @@ class MedusaProposer(Proposer):
         tree: str | Sequence[int] | Sequence[Sequence[int]] | None = None,
         num_draft_tokens: int | None = None,
         min_chance: float = 0.07,
+        mixture: Mixture | None = None,
     ) -> None:
         """Wrap trained heads.
 
@@ -94,6 +100,8 @@ class MedusaProposer(Proposer):
                 grown in every round, likeliest paths first.
             num_draft_tokens: Most nodes; of a static tree the first by depth are kept.
             min_chance: Least estimated chance of acceptance at which a growing tree gets a node.
+            mixture: Numbers of the law that ranks candidates under sampling; None to estimate
+                them from what the target chooses.
 
         Raises:
             VocabularyMismatchError: If the heads were made for another vocabulary.
@@ -119,6 +127,7 @@ class MedusaProposer(Proposer):
                 depth=heads.num_heads,
                 num_draft_tokens=16 if num_draft_tokens is None else num_draft_tokens,
                 min_chance=min_chance,
+                mixture=mixture,
             )
         else:
             choices = _fitting(normalize_choices(tree), heads, self.view)
@@ -126,17 +135,20 @@ class MedusaProposer(Proposer):
                 require_count("num_draft_tokens", num_draft_tokens, low=1, high=MAX_NODES - 1)
                 choices = choices[:num_draft_tokens]
             self.config = MedusaConfig(
-                depth=max(map(len, choices)), choices=choices, num_draft_tokens=len(choices)
+                depth=max(map(len, choices)),
+                choices=choices,
+                num_draft_tokens=len(choices),
+                mixture=mixture,
             )
         self._hidden: Float[Tensor, "batch hidden"] | None = None
         self._is_idle: Bool[Tensor, " batch"] | None = None
-        self._temperature = 0.0
+        self._ranking = LevelRanking(mixture)
         self._sampler: DraftSampler | None = None
 
     @override
     def begin(self, prompt: Prefill) -> None:
         self._hidden = None
-        self._temperature = prompt.temperature
+        self._ranking.begin(prompt)
         self._sampler = prompt.sampler
 
     @override
@@ -160,6 +172,7 @@ class MedusaProposer(Proposer):
 
     @override
     def commit(self, accepted: Accepted) -> None:
+        self._ranking.learn(accepted, chain_expansions(accepted))
         last = accepted.last_features
         self._is_idle = accepted.num_tokens == 0
         if self._hidden is None:
@@ -230,13 +243,9 @@ class MedusaProposer(Proposer):
         """Return the log-probabilities by which guesses at each depth are ranked."""
         logits: Tensor = self.heads(hidden, lm_head=self.view.head_logits, num_heads=depth)
         if noise is None:
-            return rank_log_probs(logits, temperature=0.0, noise=None)
+            return self._ranking.rank(logits, depth=0, noise=None)
         levels = [
-            rank_log_probs(
-                logits[:, level : level + 1],
-                temperature=self._temperature,
-                noise=noise.at_depth(level),
-            )
+            self._ranking.rank(logits[:, level : level + 1], depth=level, noise=noise)
             for level in range(depth)
         ]
         return torch.cat(levels, dim=1)

@@ -1,14 +1,17 @@
 """Ranks draft candidates by the chance that the target will choose them, given its noise."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-COUPLED_WEIGHT = 0.75
-"""Share of the noise-aware law in the mixture."""
-
-_SHARPNESS = 1.1
-"""Exponent of draft probabilities and of noise in the noise-aware law."""
+from speclm.acceptance.accepted import Accepted
+from speclm.proposers.interface import Prefill
+from speclm.proposers.mixture import Mixture, MixtureEstimator
+from speclm.sampling.noise import PositionNoise
+from speclm.tree.growth import GrownRow
 
 
 def rank_log_probs(
@@ -16,6 +19,7 @@ def rank_log_probs(
     *,
     temperature: float,
     noise: Float[Tensor, "batch vocab"] | None,
+    mixture: Mixture | None = None,
 ) -> Float[Tensor, "batch nodes vocab"]:
     """Return log-probabilities by which candidates are ranked and scored.
 
@@ -28,11 +32,142 @@ def rank_log_probs(
         logits: The draft's logits.
         temperature: The target's; ignored when greedy.
         noise: Exponential noise of the position that is decided; None when greedy.
+        mixture: Numbers of the mixture; None for those that estimates start at.
 
     Source: Daliri, Musco, Suresh 2024 (coupling without communication by shared noise).
     """
     if noise is None:
         return logits.float().log_softmax(-1)
     log_q = (logits.float() / temperature).log_softmax(-1)
-    coupled = (_SHARPNESS * (log_q - noise.log()[:, None, :])).softmax(-1)
-    return torch.lerp(log_q.exp(), coupled, COUPLED_WEIGHT).log()
+    return mixture_log_probs(log_q, noise[:, None, :], Mixture() if mixture is None else mixture)
+
+
+def mixture_log_probs(
+    log_probs: Float[Tensor, "*rows vocab"], noise: Float[Tensor, "*#rows vocab"], mixture: Mixture
+) -> Float[Tensor, "*rows vocab"]:
+    """Return the logarithms of ``w softmax(a log q - b log E) + (1 - w) softmax(a0 log q)``.
+
+    Args:
+        log_probs: The draft's law q at the target's temperature.
+        noise: Exponential noise E of the position that is decided.
+        mixture: The numbers.
+    """
+    key = torch.add(mixture.draft_exponent * log_probs, noise.log(), alpha=-mixture.noise_exponent)
+    plain = (mixture.plain_exponent * log_probs).softmax(-1)
+    return torch.lerp(plain, key.softmax(-1), mixture.weight).log()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Level:
+    """What the candidates of one depth were ranked by.
+
+    Args:
+        log_probs: The draft's law after every node that was expanded.
+        noise: Noise of the position, in the same columns.
+        columns: Token of each column; None where they are the vocabulary.
+    """
+
+    log_probs: Float[Tensor, "batch nodes columns"]
+    noise: Float[Tensor, "batch columns"]
+    columns: Int[Tensor, " columns"] | None
+
+
+class LevelRanking:
+    """Ranks the candidates of a draft a level at a time, and learns from where walks went.
+
+    It belongs to a proposer and outlives its generations. What it has learned changes which
+    tokens are drafted, and never which are emitted.
+    """
+
+    def __init__(self, mixture: Mixture | None = None) -> None:
+        """Rank by fixed numbers, or None to estimate them from what targets choose."""
+        self.estimator = MixtureEstimator(start=mixture, is_fixed=mixture is not None)
+        self._temperature = 0.0
+        self._levels: list[_Level] = []
+
+    def begin(self, prompt: Prefill) -> None:
+        """Start a generation."""
+        self._temperature, self._levels = prompt.temperature, []
+        processors = None if prompt.chooser is None else prompt.chooser.key
+        self.estimator.begin((prompt.temperature, processors))
+
+    def rank(
+        self,
+        logits: Float[Tensor, "batch nodes columns"],
+        *,
+        depth: int,
+        noise: PositionNoise | None,
+        columns: Int[Tensor, " columns"] | None = None,
+    ) -> Float[Tensor, "batch nodes columns"]:
+        """Return log-probabilities of the children of the nodes of one depth.
+
+        Args:
+            logits: The draft's, after every node that is expanded at that depth; kept until the
+                walk is known.
+            depth: Depth of the nodes; levels come in order.
+            noise: Noise of the positions; None when the target decodes greedily.
+            columns: Token of each column, where the draft's vocabulary is smaller.
+        """
+        if noise is None:
+            return rank_log_probs(logits, temperature=0.0, noise=None)
+        if depth == 0:
+            self._levels = []
+        level_noise = noise.at_depth(depth)
+        if columns is not None:
+            level_noise = level_noise[:, columns]
+        log_q = (logits.float() / self._temperature).log_softmax(-1)
+        self._levels.append(_Level(log_q, level_noise, columns))
+        return mixture_log_probs(log_q, level_noise[:, None], self.estimator.at(depth))
+
+    def learn(
+        self, accepted: Accepted, expansions: Sequence[Sequence[tuple[int, int] | None]]
+    ) -> None:
+        """Tell the estimate what was chosen after the nodes of a walk.
+
+        Args:
+            accepted: What the round decided.
+            expansions: For each row and each node of its path, the root left out, the level and
+                the place at which it was expanded; None where it was not.
+        """
+        levels, self._levels = self._levels, []
+        if not levels or not self.estimator.wants_round():
+            return
+        visits: list[list[tuple[int, int, int]]] = [[] for _ in levels]  # row, place, token
+        for row, emitted in enumerate(accepted.emitted):
+            places = [(0, 0), *((p and (p[0] + 1, p[1])) for p in expansions[row])]
+            for place, token in zip(places, emitted, strict=False):
+                if place is not None and place[0] < len(levels):
+                    visits[place[0]].append((row, place[1], token))
+        for depth, (level, visited) in enumerate(zip(levels, visits, strict=True)):
+            if visited:
+                rows, places, tokens = torch.tensor(visited, device=level.noise.device).T
+                self.estimator.observe(
+                    level.log_probs[rows, places],
+                    level.noise[rows],
+                    tokens if level.columns is None else _columns_of(tokens, level.columns),
+                    depth=depth,
+                )
+        self.estimator.end_round()
+
+
+def chain_expansions(accepted: Accepted) -> list[list[tuple[int, int] | None]]:
+    """Return the `expansions` of `LevelRanking.learn` where each depth has one law."""
+    return [[(depth, 0) for depth in range(len(path) - 1)] for path in accepted.paths]
+
+
+def path_expansions(
+    accepted: Accepted, grown: Sequence[GrownRow]
+) -> list[list[tuple[int, int] | None]]:
+    """Return the `expansions` of `LevelRanking.learn` where a tree was grown for each row."""
+    return [
+        [grown[row].expansions[node - 1] for node in path[1:]]
+        for row, path in enumerate(accepted.paths)
+    ]
+
+
+def _columns_of(
+    tokens: Int[Tensor, " rows"], columns: Int[Tensor, " columns"]
+) -> Int[Tensor, " rows"]:
+    """Return the column of each token, -1 where it has none."""
+    matches = tokens[:, None] == columns
+    return torch.where(matches.any(1), matches.int().argmax(1), -1)

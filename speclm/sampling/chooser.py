@@ -1,6 +1,6 @@
 """How the target chooses a token: logits processors, then argmax over probabilities and noise."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -85,6 +85,21 @@ class TokenChooser:
         self._processors = processor_list
         self.reads_lengths = any(type(p) in LENGTH_DEPENDENT for p in processor_list)
         self.is_greedy = is_greedy
+
+    @property
+    def key(self) -> Hashable:
+        """What tells its setting from others: the class and the plain numbers of each processor."""
+        return tuple(
+            (
+                type(processor).__qualname__,
+                *(
+                    (name, value)
+                    for name, value in sorted(vars(processor).items())
+                    if isinstance(value, int | float | str)
+                ),
+            )
+            for processor in self._processors
+        )
 
     def choose(
         self,

@@ -106,3 +106,13 @@ def test_classes_told_by_name_are_processors():
     assert all(
         issubclass(processor, LogitsProcessor) for processor in CONTEXT_FREE | LENGTH_DEPENDENT
     )
+
+
+def test_keys_tell_settings_apart_by_class_and_numbers():
+    def key(*warpers):
+        return TokenChooser(list(warpers), is_greedy=False).key
+
+    warm, nucleus = TemperatureLogitsWarper, TopPLogitsWarper
+    assert key(warm(0.7), nucleus(0.9)) == key(warm(0.7), nucleus(0.9))
+    found = {key(warm(0.7)), key(warm(0.8)), key(nucleus(0.9)), key(warm(0.7), nucleus(0.9))}
+    assert len(found) == 4

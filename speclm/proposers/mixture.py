@@ -1,0 +1,291 @@
+"""The law by which candidates are ranked under sampling, and the estimate of its numbers."""
+
+import math
+from collections import OrderedDict
+from collections.abc import Hashable
+from dataclasses import astuple, dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from speclm.config import require_in_range
+from speclm.errors import OptionError
+
+NUM_LEVELS = 4
+"""Depths with numbers of their own; what is deeper shares the last ones."""
+
+ROUNDS_PER_UPDATE = 32
+"""Observed rounds after which the numbers are set anew, with a sync."""
+
+THINNING = 4
+"""Of so many rounds one is observed, once there were many: numbers change slowly."""
+
+_EARLY_ROUNDS = 256
+
+_WEIGHT_BOUNDS = (0.02, 0.98)
+_EXPONENT_BOUNDS = (0.25, 4.0)
+_PRIOR_DEVIATIONS = (1.5, 0.3, 0.3, 0.3)  # of the first depth from the start values
+_LEVEL_DEVIATIONS = (0.75, 0.15, 0.15, 0.15)  # of each further depth from the one above it
+_MEMORY = 3000.0  # observations after which one counts for a third
+_MAX_STEP = 0.5  # of one update; its linear model holds no further
+_MAX_SETTINGS = 8
+_MAX_PENDING = 1 << 18  # numbers of a kind that wait to be looked at: 64 rows of 4096 tokens
+_LEAST_LOG_PROB = -20.0  # rarer tokens count as this rare: one surprise shall not decide
+_MAX_GRADIENT = 8.0
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """Numbers of the law ``w softmax(a log q - b log E) + (1 - w) softmax(a0 log q)``.
+
+    The first part is where the draft's law q resembles the target's, which takes the token with
+    the largest ``target_probs / E``; the second where the target takes its token whatever the
+    noise E is.
+
+    Args:
+        weight: Share w of the part that knows the noise.
+        draft_exponent: a, which sharpens the draft's law beside the noise.
+        noise_exponent: b, which sharpens the noise.
+        plain_exponent: a0, which sharpens the draft's law in the other part.
+
+    Raises:
+        OptionError: If a number is out of range.
+    """
+
+    weight: float = 0.75
+    draft_exponent: float = 1.1
+    noise_exponent: float = 1.1
+    plain_exponent: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_in_range("weight", self.weight, low=0.0, high=1.0)
+        for name in ("draft_exponent", "noise_exponent", "plain_exponent"):
+            require_in_range(name, getattr(self, name), low=0.0, high=100.0)
+
+
+def require_mixture(mixture: object) -> None:
+    """Check a proposer's option `mixture`.
+
+    Raises:
+        OptionError: If it is neither None nor a `Mixture`.
+    """
+    if mixture is not None and not isinstance(mixture, Mixture):
+        raise OptionError(
+            f"mixture is {mixture!r}, a {type(mixture).__name__}, expected a Mixture to rank by "
+            "fixed numbers, or None to estimate them; import Mixture from speclm.proposers"
+        )
+
+
+def mixture_scores(
+    log_probs: Float[Tensor, "rows vocab"],
+    noise: Float[Tensor, "rows vocab"],
+    tokens: Int[Tensor, " rows"],
+    numbers: Float[Tensor, "rows 4"],
+) -> tuple[Float[Tensor, "rows 4"], Float[Tensor, "rows 4 4"]]:
+    """Return the gradient of each chosen token's log-likelihood, and the expected information.
+
+    They are with respect to the logit of the weight and the logarithms of the exponents, in the
+    order of the fields of `Mixture`. The information is what the gradient's outer product would
+    be on average, were the mixture true.
+
+    Args:
+        log_probs: The draft's law at the target's temperature; what is rarer than exp(-20) counts
+            as that rare.
+        noise: Noise of the positions.
+        tokens: What the target chose.
+        numbers: Numbers of each row's mixture.
+    """
+    weight, a, b, plain_exponent = numbers[:, :, None].unbind(1)  # [rows, 1] each
+    log_q, log_noise = log_probs.clamp(min=_LEAST_LOG_PROB), noise.log()
+    coupled = (a * log_q - b * log_noise).softmax(-1)
+    plain = (plain_exponent * log_q).softmax(-1)
+    law = torch.lerp(plain, coupled, weight).clamp(min=torch.finfo(torch.float32).tiny)
+    share = weight * coupled / law  # chance that the noise decided, were this token chosen
+    from_coupled = a * (log_q - _row_sums(coupled * log_q))
+    from_noise = b * (_row_sums(coupled * log_noise) - log_noise)
+    from_plain = plain_exponent * (log_q - _row_sums(plain * log_q))
+    by_token = torch.stack(
+        [share - weight, share * from_coupled, share * from_noise, (1 - share) * from_plain], dim=1
+    )  # [rows, 4, vocab]
+    information = (by_token * law[:, None]) @ by_token.transpose(1, 2)
+    chosen = tokens[:, None, None].expand(-1, 4, 1)
+    return by_token.gather(2, chosen)[:, :, 0].clamp(-_MAX_GRADIENT, _MAX_GRADIENT), information
+
+
+def _row_sums(values: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows 1"]:
+    return values.sum(1, keepdim=True)
+
+
+class MixtureEstimator:
+    """Learns from what the target chose which numbers make its choices likeliest.
+
+    Maximum a posteriori with a prior around the start values; the numbers of a depth lean on
+    those of the depth above. Every observation adds its gradient and its expected information to
+    a quadratic model of the log-likelihood, and older ones fade. Settings are told apart by a
+    key, and each has numbers of its own, which live as long as the estimator. Nothing is random.
+
+    Observations are summed up on their device, which is read once in `ROUNDS_PER_UPDATE` rounds.
+    After the first rounds only every `THINNING`-th is observed.
+    """
+
+    def __init__(self, *, start: Mixture | None = None, is_fixed: bool = False) -> None:
+        """Start at given numbers.
+
+        Args:
+            start: Numbers before anything was observed; None for the default ones.
+            is_fixed: Whether they stay, whatever is observed.
+        """
+        self.start = Mixture() if start is None else start
+        self.is_fixed = is_fixed
+        self._states: OrderedDict[Hashable, _State] = OrderedDict()
+        self._state = _State.at(self.start)
+
+    def begin(self, setting: Hashable) -> None:
+        """Go on with the numbers of a setting; the least recent of many settings is forgotten."""
+        self._state.sum_up()
+        if setting not in self._states:
+            self._states[setting] = _State.at(self.start)
+        self._states.move_to_end(setting)
+        self._state = self._states[setting]
+        while len(self._states) > _MAX_SETTINGS:
+            self._states.popitem(last=False)
+
+    def at(self, depth: int) -> Mixture:
+        """Return the numbers for children of nodes of that depth."""
+        return self._state.mixtures[min(depth, NUM_LEVELS - 1)]
+
+    def wants_round(self) -> bool:
+        """Count a round, and tell whether it should be observed."""
+        if self.is_fixed:
+            return False
+        self._state.num_rounds += 1
+        return self._state.num_rounds <= _EARLY_ROUNDS or self._state.num_rounds % THINNING == 0
+
+    def observe(
+        self,
+        log_probs: Float[Tensor, "rows vocab"],
+        noise: Float[Tensor, "rows vocab"],
+        tokens: Int[Tensor, " rows"],
+        *,
+        depth: int,
+    ) -> None:
+        """Take note of what the target chose after nodes of one depth.
+
+        Args:
+            log_probs: The draft's law after each node, by which its children were ranked.
+            noise: Noise of the positions that were decided.
+            tokens: What the target chose; -1 where the draft's vocabulary does not have it.
+            depth: Depth of the nodes.
+        """
+        level = min(depth, NUM_LEVELS - 1)
+        self._state.pending.append(_Rows(log_probs, noise, tokens, level))
+        if sum(rows.log_probs.numel() for rows in self._state.pending) >= _MAX_PENDING:
+            self._state.sum_up()
+
+    def end_round(self) -> None:
+        """End a round that was observed, and set the numbers anew if it is time: with a sync."""
+        state = self._state
+        state.num_observed += 1
+        if state.num_observed % ROUNDS_PER_UPDATE == 0:
+            state.sum_up()
+            state.learn(self.start)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Rows:
+    """Observations that wait to be looked at."""
+
+    log_probs: Float[Tensor, "rows vocab"]
+    noise: Float[Tensor, "rows vocab"]
+    tokens: Int[Tensor, " rows"]
+    level: int
+
+
+@dataclass(slots=True, eq=False)
+class _State:
+    """What is known about one setting: for each level a quadratic model of the log-likelihood.
+
+    Args:
+        mixtures: The numbers in use.
+        curvature: Its matrix.
+        pull: Curvature times the place of its maximum.
+        pending: What was observed with these numbers and is not in the sums.
+        sums: Of gradients, of information and of observations, with these numbers.
+        num_rounds: Rounds so far.
+        num_observed: Those of them that were observed.
+    """
+
+    mixtures: list[Mixture]
+    curvature: Float[Tensor, "levels 4 4"]
+    pull: Float[Tensor, "levels 4"]
+    pending: list[_Rows] = field(default_factory=list)
+    sums: Float[Tensor, "levels 21"] | None = None
+    num_rounds: int = 0
+    num_observed: int = 0
+
+    @classmethod
+    def at(cls, mixture: Mixture) -> "_State":
+        double = torch.float64
+        return cls(
+            [mixture] * NUM_LEVELS,
+            torch.zeros(NUM_LEVELS, 4, 4, dtype=double),
+            torch.zeros(NUM_LEVELS, 4, dtype=double),
+        )
+
+    def sum_up(self) -> None:
+        """Reduce pending observations to sums, on their device."""
+        if not self.pending:
+            return
+        parts = [(rows.log_probs, rows.noise, rows.tokens) for rows in self.pending]
+        log_probs, noise, tokens = (torch.cat(part) for part in zip(*parts, strict=True))
+        device = log_probs.device
+        level_of_rows = [rows.level for rows in self.pending for _ in range(len(rows.tokens))]
+        levels = torch.tensor(level_of_rows, device=device)
+        self.pending = []
+        numbers = torch.tensor([astuple(mixture) for mixture in self.mixtures], device=device)
+        gradients, information = mixture_scores(
+            log_probs, noise, tokens.clamp(min=0), numbers[levels]
+        )
+        is_known = (tokens >= 0).float()[:, None]
+        found = torch.cat([gradients, information.flatten(1), torch.ones_like(is_known)], dim=1)
+        if self.sums is None:
+            self.sums = torch.zeros(NUM_LEVELS, found.shape[1], device=device)
+        self.sums = self.sums.to(device).index_add(0, levels, found * is_known)
+
+    def learn(self, start: Mixture) -> None:
+        """Take over the sums and move to the maximum; syncs with the device."""
+        if self.sums is None:
+            return
+        sums, self.sums = self.sums.double().cpu(), None
+        middle = _to_free(start)
+        for level in range(NUM_LEVELS):
+            here = _to_free(self.mixtures[level])
+            gradient, fresh, count = sums[level, :4], sums[level, 4:20].view(4, 4), sums[level, 20]
+            memory = math.exp(-float(count) / _MEMORY)
+            self.curvature[level] = memory * self.curvature[level] + fresh
+            self.pull[level] = memory * self.pull[level] + fresh @ here + gradient
+            deviations = _LEVEL_DEVIATIONS if level else _PRIOR_DEVIATIONS
+            prior = torch.tensor(deviations, dtype=torch.float64).pow(-2)
+            best = torch.linalg.solve(
+                self.curvature[level] + prior.diag(), self.pull[level] + prior * middle
+            )
+            self.mixtures[level] = _from_free(here + (best - here).clamp(-_MAX_STEP, _MAX_STEP))
+            middle = _to_free(self.mixtures[level])
+
+
+def _to_free(mixture: Mixture) -> Float[Tensor, " 4"]:
+    """Return logit of the weight and logarithms of the exponents, in their bounds."""
+    weight, *exponents = astuple(mixture)
+    low, high = _WEIGHT_BOUNDS
+    weight = min(max(weight, low), high)
+    exponents = [min(max(value, _EXPONENT_BOUNDS[0]), _EXPONENT_BOUNDS[1]) for value in exponents]
+    free = [math.log(weight / (1 - weight)), *map(math.log, exponents)]
+    return torch.tensor(free, dtype=torch.float64)
+
+
+def _from_free(free: Float[Tensor, " 4"]) -> Mixture:
+    odds, *exponents = free.tolist()
+    low, high = _EXPONENT_BOUNDS
+    weight = min(max(1 / (1 + math.exp(-odds)), _WEIGHT_BOUNDS[0]), _WEIGHT_BOUNDS[1])
+    return Mixture(weight, *(min(max(math.exp(value), low), high) for value in exponents))
