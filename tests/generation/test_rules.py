@@ -11,10 +11,11 @@ from speclm.acceptance import (
 )
 from speclm.errors import NumericalError, OptionError, UnknownNameError
 from speclm.heads.medusa import MedusaHeads, MedusaHeadsConfig
-from speclm.proposers import DraftModelProposer, MedusaProposer, NgramProposer
+from speclm.proposers import DraftModelProposer, EagleProposer, MedusaProposer, NgramProposer
 from speclm.proposers.interface import Draft, Proposer
 from speclm.sampling import PositionNoise
 from speclm.sampling.drafts import Families
+from tests.drafting import random_eagle
 from tests.models import VOCAB_SIZE, build_model, generate, prompts, shared_model
 
 
@@ -41,6 +42,8 @@ def drafter(kind: str) -> Proposer:
     if kind == "tree":
         other = shared_model("llama", 1)
         return DraftModelProposer(other, target=base, num_draft_tokens=7, width=2, branches=2)
+    if kind == "eagle":
+        return EagleProposer(random_eagle(base), target=base, tree=[2, 2])
     heads = MedusaHeads(MedusaHeadsConfig(base.config.hidden_size, VOCAB_SIZE, num_heads=2))
     heads.init_weights_(base.get_output_embeddings().weight)
     return MedusaProposer(heads, target=base, tree=[2, 2])
@@ -50,7 +53,7 @@ def drafter(kind: str) -> Proposer:
     ("kind", "rule"),
     [
         (kind, rule)
-        for kind in ("chain", "tree", "medusa")
+        for kind in ("chain", "tree", "medusa", "eagle")
         for rule in RULES
         if kind == "chain" or rule != RejectionRule("block")
     ],
@@ -115,7 +118,7 @@ def test_a_draft_model_that_is_the_target_is_always_kept():
         assert spec.last_speculation.tau == pytest.approx(4.0, abs=0.3)
 
 
-@pytest.mark.parametrize("kind", ["tree", "medusa"])
+@pytest.mark.parametrize("kind", ["tree", "medusa", "eagle"])
 def test_laws_of_a_draft_are_what_its_network_says_below_each_node(kind):
     """And siblings are different tokens that their law allows."""
     drafts: list[Draft] = []

@@ -127,6 +127,29 @@ def test_certain_children_come_after_their_parent():
     assert (grown.tokens, grown.parents) == ([2, 2], [0, 1])
 
 
+@given(
+    steps=st.lists(
+        st.lists(st.sampled_from([0.0, -0.5, -20.0]), min_size=9, max_size=9), max_size=5
+    ),
+    num_nodes=st.integers(1, 12),
+)
+def test_best_nodes_are_a_tree_however_many_score_the_same(steps, num_nodes):
+    """Sure children score as their parents do, and far below others a small step is lost."""
+    tree = GrowingTree(width=3, branches=3)
+    tree.grow(torch.tensor([[[-30.0, -30.0, 1e-7]]]))
+    for step in steps:
+        tree.grow(torch.tensor(step).view(1, 3, 3))
+    (grown,) = tree.best_nodes(num_nodes, min_score=-math.inf)
+    paths_of(grown.tokens, grown.parents)  # which checks the order
+    above = [0.0, *grown.scores]
+    assert all(
+        score <= above[parent] for score, parent in zip(grown.scores, grown.parents, strict=True)
+    )
+    assert len(grown.tokens) == min(num_nodes, 3 + 9 * len(steps))
+    for node, place in enumerate(grown.expansions, start=1):
+        assert place is not None or node not in grown.parents
+
+
 def test_leaf_tokens_stay_in_the_tree_and_are_not_expanded():
     law = torch.log(torch.tensor([[[0.5, 0.3, 0.15, 0.05]]]))
     tree = GrowingTree(width=2, branches=3, leaf_tokens=torch.tensor([0]))
