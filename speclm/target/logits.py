@@ -55,7 +55,7 @@ def logits_from(
     else:  # the model's own code knows its softcap or scale
         with _stubbed(find_decoder(model), flat):
             logits = model(input_ids=flat.new_zeros(flat.shape[:2], dtype=torch.long)).logits
-    return logits.view(*hidden.shape[:-1], -1)
+    return logits.view(*hidden.shape[:-1], logits.shape[-1])  # there may be no rows
 
 
 def _has_plain_head(model: PreTrainedModel) -> bool:

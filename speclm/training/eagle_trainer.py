@@ -13,15 +13,15 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from typing_extensions import override
 
 from speclm.errors import OptionError
-from speclm.formats import EagleCheckpoint, write_eagle
-from speclm.heads import EagleConfig, EagleHeads
+from speclm.formats import write_eagle
+from speclm.heads import EagleConfig, EagleHeads, eagle_checkpoint
 from speclm.model.loading import load_proposer
 from speclm.proposers.eagle import EagleProposer
 from speclm.target import TargetView
 from speclm.training.eagle_model import EagleObjective, EagleTrainingModel
 from speclm.training.guess_meter import GuessMeter
 from speclm.training.heads_trainer import HeadsTrainer, place_base
-from speclm.training.rows import Item
+from speclm.training.rows import EvalRows, Item
 
 
 def new_eagle_heads(
@@ -108,7 +108,7 @@ class EagleTrainer(HeadsTrainer):
         args: TrainingArguments,
         *,
         train_dataset: Dataset[Item],
-        eval_dataset: Dataset[Item] | None = None,
+        eval_dataset: EvalRows | None = None,
         objective: EagleObjective | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
@@ -120,7 +120,7 @@ class EagleTrainer(HeadsTrainer):
             heads: Heads to train, see `new_eagle_heads` and `load_eagle_heads`.
             args: As `training_arguments` makes them, with `EAGLE_DEFAULTS`.
             train_dataset: Rows, see `load_rows`.
-            eval_dataset: Rows that ``args.eval_strategy`` evaluates on.
+            eval_dataset: Rows that ``args.eval_strategy`` evaluates on, or several such by name.
             objective: What the heads are trained for; None for what is usual for their kind.
             callbacks: Callbacks beside `Trainer`'s own.
 
@@ -150,10 +150,6 @@ class EagleTrainer(HeadsTrainer):
 
     @override
     def _write(self, folder: Path) -> None:
-        base = self._view.model
-        checkpoint = EagleCheckpoint(
-            config=self.heads.config,
-            tensors=self.heads.state_dict(),
-            base_name_or_path=base.config.name_or_path or None,
-        )
+        name = self._view.model.config.name_or_path or None
+        checkpoint = eagle_checkpoint(self.heads, base_name_or_path=name)
         write_eagle(folder, checkpoint, num_target_layers=self._view.num_layers)

@@ -19,7 +19,7 @@ from speclm.training._progress import TauProgress
 from speclm.training.checkpoints import last_complete_checkpoint
 from speclm.training.guess_meter import GuessMeter
 from speclm.training.length_sampler import LengthSampler
-from speclm.training.rows import Item, TrainingRows, collate_rows, require_trainable
+from speclm.training.rows import EvalRows, Item, TrainingRows, collate_rows, require_trainable
 
 _log = logging.getLogger("speclm")
 
@@ -39,7 +39,7 @@ class HeadsTrainer(Trainer, ABC):
         make_meter: Callable[[], GuessMeter],
         max_length: int | None,
         train_dataset: Dataset[Item],
-        eval_dataset: Dataset[Item] | None,
+        eval_dataset: EvalRows | None,
         callbacks: Sequence[TrainerCallback],
     ) -> None:
         """Prepare a training.
@@ -50,15 +50,15 @@ class HeadsTrainer(Trainer, ABC):
             make_meter: Makes what counts the guesses, in training and in evaluation apart.
             max_length: Most tokens of a row; None for any number.
             train_dataset: Rows, see `load_rows`.
-            eval_dataset: Rows that ``args.eval_strategy`` evaluates on.
+            eval_dataset: Rows that ``args.eval_strategy`` evaluates on, or several such by name.
             callbacks: Callbacks beside `Trainer`'s own.
 
         Raises:
             DataError: If a row has nothing to learn, or too many tokens.
         """
-        several: Any = eval_dataset  # Trainer takes some by name too
-        named = several.values() if isinstance(several, dict) else (eval_dataset,)
-        for rows in (train_dataset, *named):
+        named = eval_dataset.values() if isinstance(eval_dataset, dict) else (eval_dataset,)
+        data_sets: tuple[Any, ...] = (train_dataset, *named)
+        for rows in data_sets:
             if isinstance(rows, Sized):  # a stream is checked where it is made
                 require_trainable(rows, max_length=max_length)
         self._meters = {is_training: make_meter() for is_training in (False, True)}

@@ -17,7 +17,7 @@ from speclm.target import TargetView
 from speclm.training.guess_meter import GuessMeter
 from speclm.training.heads_trainer import HeadsTrainer, place_base
 from speclm.training.medusa_model import MedusaObjective, MedusaTrainingModel
-from speclm.training.rows import Item
+from speclm.training.rows import EvalRows, Item
 from speclm.tree.choices import trim_choices
 
 
@@ -67,7 +67,7 @@ class MedusaTrainer(HeadsTrainer):
         args: TrainingArguments,
         *,
         train_dataset: Dataset[Item],
-        eval_dataset: Dataset[Item] | None = None,
+        eval_dataset: EvalRows | None = None,
         objective: MedusaObjective | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
@@ -79,7 +79,7 @@ class MedusaTrainer(HeadsTrainer):
             heads: Heads to train, see `new_medusa_heads`.
             args: As `training_arguments` makes them.
             train_dataset: Rows, see `load_rows`.
-            eval_dataset: Rows that ``args.eval_strategy`` evaluates on.
+            eval_dataset: Rows that ``args.eval_strategy`` evaluates on, or several such by name.
             objective: What the heads are trained for; None for the defaults.
             callbacks: Callbacks beside `Trainer`'s own.
 

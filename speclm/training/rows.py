@@ -16,6 +16,9 @@ from speclm.training.conversations import Conversation, read_conversations
 Item = dict[str, list[int]]
 """``input_ids`` and ``loss_mask`` of one row, equally long."""
 
+EvalRows = Dataset[Item] | dict[str, Dataset[Item]]
+"""Rows to evaluate on, or several sets of them by name."""
+
 
 class TrainingRows(Dataset[Item]):
     """Tokenized conversations, all in memory."""

@@ -125,6 +125,16 @@ def test_steps_that_are_only_measured_have_ranks_and_no_gradient():
     assert bool((output["ranks"][..., 2] >= 0).any())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_without_a_target_add_nothing(kind):
+    model = build(kind, num_steps=3, num_measured=3)
+    output = model(**batch_of([([1, 2, 3], [0, 0, 1])]))
+    assert output["counts"].tolist() == [1, 0, 0]
+    torch.testing.assert_close(output["loss"], output["loss_sums"][0])
+    output["loss"].backward()
+    assert bool(model.heads.fc.weight.grad.isfinite().all())
+
+
 def test_noise_is_on_features_in_training_alone():
     base = tiny_base()
     objective = replace(EagleObjective.usual("eagle"), noise=0.2)

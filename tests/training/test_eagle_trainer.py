@@ -5,7 +5,6 @@ import torch
 
 from speclm import SpecModel
 from speclm.errors import (
-    CheckpointError,
     DataError,
     NumericalError,
     OptionError,
@@ -192,19 +191,6 @@ def test_resumed_training_keeps_the_vocabulary_of_its_checkpoint(make):
     assert not torch.equal(resumed.heads.draft_columns, torch.arange(DRAFT))
 
 
-def test_checkpoint_of_other_heads_is_refused(tmp_path, make, rows):
-    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
-    make(callbacks=[StopAt(1)], **settings).train()
-    base = deep_base()
-    smaller = new_eagle_heads(base, kind="eagle3", columns=torch.arange(4))
-    with pytest.raises(CheckpointError, match=r"other heads.*size mismatch.*train in another fold"):
-        make(base=base, heads=smaller, **settings).train(resume_from_checkpoint=True)
-    arguments = training_arguments(tmp_path / "out", {**SETTINGS, **settings})
-    medusa = MedusaTrainer(base, new_medusa_heads(base), arguments, train_dataset=rows)
-    with pytest.raises(CheckpointError, match=r"other heads than those in training \('heads\."):
-        medusa.train(resume_from_checkpoint=True)
-
-
 def test_evaluation_has_the_same_figures_without_noise(make, rows):
     trainer = make("eagle", max_steps=1, eval_dataset=rows)
     metrics = [trainer.evaluate() for _ in range(2)]
@@ -220,23 +206,6 @@ def test_loss_that_is_no_number_is_an_error_with_a_remedy(make):
         trainer.heads.fc.weight.fill_(float("nan"))
     with pytest.raises(NumericalError, match=r"loss of step 1 is nan.*lower the learning rate"):
         trainer.train()
-
-
-@pytest.mark.parametrize("split", ["train_dataset", "eval_dataset"])
-@pytest.mark.parametrize(
-    ("bad", "words"),
-    [
-        (TokenizedRow([5, 6, 7, 8], [1, 1, 0, 0]), "row 1: the loss mask of 4 tokens is all zero"),
-        (TokenizedRow([5] * 17, [1] * 17), r"row 1 has 17 tokens.*at most 16.*max_length=16"),
-    ],
-)
-def test_rows_that_cannot_be_trained_on_are_named(make, split, bad, words):
-    base = deep_base(max_position_embeddings=16)
-    good = TokenizedRow([5, 6, 7, 8], [0, 0, 1, 1])
-    heads = new_eagle_heads(base, kind="eagle")
-    own = {"train_dataset": TrainingRows([good]), split: TrainingRows([good, bad])}
-    with pytest.raises(DataError, match=words):
-        make("eagle", base=base, heads=heads, **own)
 
 
 def test_rows_longer_than_the_heads_were_built_for_are_refused(make):
