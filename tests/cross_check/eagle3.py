@@ -1,8 +1,8 @@
 """Compare our EAGLE-3 heads with the draft classes of SpecForge and speculators.
 
 Heads with random weights are written into a folder, the other library loads it in its own way,
-and both compute logits of the same features and tokens. Runs where that library is installed, in
-an environment of its own:
+and both compute logits of the same features and tokens. speculators also feeds outputs back, as
+its training does; so do we. Runs where these libraries are installed, in an environment of its own:
 
     make cross-check
 """
@@ -26,11 +26,13 @@ from transformers.utils import logging
 
 from speclm.formats import EagleConfig, read_eagle, write_eagle
 from speclm.heads import EagleHeads, build_eagle, eagle_checkpoint
+from speclm.training.eagle_rollout import roll_out
 
 # Of the largest logit: float32 sums in another order.
 TOLERANCE = 1e-5
 NUM_LAYERS = 12  # of the base; speculators wants to know which three hidden states are read
 LENGTH = 24
+NUM_STEPS = 3
 BASE = LlamaConfig(
     hidden_size=64,
     intermediate_size=160,
@@ -62,11 +64,12 @@ UNSUPPORTED = {
     "speculators": {"wider base"},
 }
 
-Loader = Callable[[Path, Path, EagleConfig], Callable[[Tensor, Tensor, Tensor], Tensor]]
+Loader = Callable[[Path, Path, EagleConfig], Callable[[Tensor, Tensor, Tensor], list[Tensor]]]
+"""Returns a library's map from features, tokens and embeddings to the logits of its steps."""
 
 
-def specforge(folder: Path, _base: Path, _config: EagleConfig) -> Callable[..., Tensor]:
-    """Return SpecForge's map from features and embeddings to logits."""
+def specforge(folder: Path, _base: Path, config: EagleConfig) -> Callable[..., list[Tensor]]:
+    """Load heads as SpecForge starts a training from them; it has one step without its trainer."""
     from specforge.modeling.auto import AutoDraftModel, AutoDraftModelConfig
     from specforge.training.model_loading import warm_start_draft_model
 
@@ -81,8 +84,9 @@ def specforge(folder: Path, _base: Path, _config: EagleConfig) -> Callable[..., 
     )
     model.eval()
 
-    def logits(features: Tensor, embeddings: Tensor, _tokens: Tensor) -> Tensor:
+    def logits(features: Tensor, tokens: Tensor, table: Tensor) -> list[Tensor]:
         length = features.shape[1]
+        embeddings = model.embed_tokens(tokens) if config.has_own_embeddings else table[tokens]
         mask = model.prepare_decoder_attention_mask(
             attention_mask=torch.ones(1, length, dtype=torch.bool),
             hidden_states=embeddings,
@@ -97,13 +101,13 @@ def specforge(folder: Path, _base: Path, _config: EagleConfig) -> Callable[..., 
             attention_mask=mask,
             position_ids=torch.arange(length)[None],
         )
-        return model.compute_logits(hidden)
+        return [model.compute_logits(hidden)]
 
     return logits
 
 
-def speculators(folder: Path, base: Path, config: EagleConfig) -> Callable[..., Tensor]:
-    """Return speculators' map, after its own conversion to its format."""
+def speculators(folder: Path, base: Path, config: EagleConfig) -> Callable[..., list[Tensor]]:
+    """Load heads into speculators' class, after its own conversion to its format."""
     from speculators.convert import convert_model
     from speculators.models.eagle3 import Eagle3DraftModel, Eagle3SpeculatorConfig
 
@@ -129,13 +133,13 @@ def speculators(folder: Path, base: Path, config: EagleConfig) -> Callable[..., 
     assert not any(left), f"missing and unexpected: {left}"
     model.eval()
 
-    def logits(features: Tensor, embeddings: Tensor, tokens: Tensor) -> Tensor:
+    def logits(features: Tensor, tokens: Tensor, table: Tensor) -> list[Tensor]:
         steps: list[Tensor] = []
-        model.embed_tokens.weight.data[tokens[0]] = embeddings[0]
+        model.embed_tokens.weight.data.copy_(table)
         hook = model.lm_head.register_forward_hook(lambda *call: steps.append(call[2]))
-        model(features, tokens, document_ids=torch.zeros_like(tokens), ttt_steps=1)
+        model(features, tokens, document_ids=torch.zeros_like(tokens), ttt_steps=NUM_STEPS)
         hook.remove()
-        return steps[0]
+        return steps
 
     return logits
 
@@ -174,16 +178,22 @@ def difference(library: str, case: str, *, place: Path, base: Path) -> float:
     write_eagle(folder, eagle_checkpoint(heads), num_target_layers=NUM_LAYERS)
     generator = torch.Generator().manual_seed(2)
     width = config.num_features * config.target_hidden_size
-    features = torch.randn(1, LENGTH, width, generator=generator)
-    tokens = torch.randperm(config.vocab_size, generator=generator)[None, :LENGTH]
-    embeddings = torch.randn(1, LENGTH, config.hidden_size, generator=generator)
+    features = torch.randn(1, LENGTH + 1, width, generator=generator)
+    tokens = torch.randperm(config.vocab_size, generator=generator)[None, : LENGTH + 1]
+    table = torch.randn(config.vocab_size, config.hidden_size, generator=generator)
     ours = build_eagle(read_eagle(folder))
-    hidden = ours(ours.fuse(features), embeddings, position_ids=torch.arange(LENGTH)[None])
-    expected = ours.logits(hidden, lm_head=torch.nn.Identity())
+    slots = torch.arange(LENGTH)[None]
+    outputs = roll_out(
+        ours, features, tokens, slots, num_steps=NUM_STEPS, embedding=lambda ids: table[ids]
+    )
+    expected = [ours.logits(hidden, lm_head=torch.nn.Identity()) for hidden in outputs]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         theirs = LIBRARIES[library](folder, base, config)
-        found = theirs(features, embeddings, tokens)
-    return float((found - expected).abs().max() / expected.abs().max())
+        found = theirs(features[:, :-1], tokens[:, 1:], table)
+    return max(
+        float((logits - mine)[:, : LENGTH - step].abs().max() / mine.abs().max())
+        for step, (logits, mine) in enumerate(zip(found, expected, strict=False))
+    )
 
 
 def main() -> int:
