@@ -5,13 +5,14 @@ records file already holds for this commit and these settings is not measured ag
 
     python benchmarks/decode.py --set both --n 100 --settings greedy,t0.7,t1.0 --batch 1,4
     python benchmarks/decode.py --shape 1b --dtype bfloat16 --arms plain,ngram,draft
+    python benchmarks/decode.py --arms eagle3 --batch 1,4,16 --tree auto
 """
 
 import argparse
 import itertools
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from speclm.bench import (
     assisted_arm,
     bytes_read,
     draft_shape,
+    inflate_eagle,
     inflate_llama,
     inflate_medusa,
     make_calls,
@@ -46,7 +48,7 @@ from speclm.bench import (
 )
 from speclm.demo import assets, load_prompts
 from speclm.model.loading import load_proposer
-from speclm.proposers import CombinedProposer, MedusaProposer, NgramProposer
+from speclm.proposers import CombinedProposer, EagleProposer, MedusaProposer, NgramProposer
 from speclm.proposers.interface import Draft, Prefill, Proposer
 from speclm.sampling import PositionNoise
 from speclm.tree import chain
@@ -62,9 +64,12 @@ ARMS = (
     "draft",
     "medusa",
     "ngram+medusa",
+    "eagle",
+    "eagle3",
 )
 DRAFT_ARMS = frozenset({"assisted", "draft"})
 MEDUSA_ARMS = frozenset({"medusa", "ngram+medusa"})
+EAGLE_ARMS = frozenset({"eagle", "eagle3"})
 
 
 class UselessProposer(Proposer):
@@ -90,6 +95,7 @@ class Guessers:
 
     draft: PreTrainedModel | None
     medusa: MedusaProposer | None
+    eagle: Mapping[str, EagleProposer] = field(default_factory=dict)
 
 
 def load_model(name: str, *, dtype: torch.dtype, device: str) -> PreTrainedModel:
@@ -98,9 +104,16 @@ def load_model(name: str, *, dtype: torch.dtype, device: str) -> PreTrainedModel
 
 
 def load_guessers(
-    names: Sequence[str], base: PreTrainedModel, *, shape: InflatedShape | None = None
+    names: Sequence[str],
+    base: PreTrainedModel,
+    *,
+    shape: InflatedShape | None = None,
+    folder: Path | None = None,
 ) -> Guessers:
-    """Load what the named arms propose with, inflated beside a base of a given shape."""
+    """Load what the named arms propose with, inflated beside a base of a given shape.
+
+    EAGLE heads come from folders of the arms' names, in `folder` or among the bundled assets.
+    """
     small = base
     if shape is not None:
         small = load_model("base", dtype=base.dtype, device=str(base.device))
@@ -114,7 +127,21 @@ def load_guessers(
         if shape is not None:
             heads = inflate_medusa(medusa.heads, shape, seed=2)
             medusa = MedusaProposer(heads, target=base, tree=medusa.config.choices)
-    return Guessers(draft, medusa)
+    eagle = {}
+    for name in sorted(EAGLE_ARMS & set(names)):
+        eagle[name] = load_eagle(name, small, folder=folder)
+        if shape is not None:
+            mine = inflate_eagle(eagle[name].heads, shape, base=InflatedShape.of(small), seed=3)
+            eagle[name] = EagleProposer(mine, target=base)
+    return Guessers(draft, medusa, eagle)
+
+
+def load_eagle(name: str, base: PreTrainedModel, *, folder: Path | None = None) -> EagleProposer:
+    """Load EAGLE heads, from a folder of that name or the bundled ones."""
+    place = assets()[name] if folder is None else folder / name
+    proposer = load_proposer(place, base, heads_kwargs={}, num_draft_tokens=None)
+    assert isinstance(proposer, EagleProposer)
+    return proposer
 
 
 def load_medusa(base: PreTrainedModel) -> MedusaProposer:
@@ -129,8 +156,12 @@ def build_arms(
     *,
     lookup_tokens: int,
     guessers: Guessers | None = None,
+    tree: str | None = None,
 ) -> list[Arm]:
-    """Return the named arms; what is not given to propose with is loaded, once for all arms."""
+    """Return the named arms; what is not given to propose with is loaded, once for all arms.
+
+    `tree` is passed to our own `generate`; None for what proposers do by themselves.
+    """
     loaded = guessers or load_guessers(names, base)
 
     def build(name: str) -> Arm:
@@ -147,12 +178,13 @@ def build_arms(
             "ngram": "ngram",
             "draft": loaded.draft,
             "medusa": loaded.medusa,
+            **loaded.eagle,
         }
         if name == "ngram+medusa":
             assert loaded.medusa is not None
             heads[name] = CombinedProposer([NgramProposer(), loaded.medusa])
         proposer = load_proposer(heads[name], base, heads_kwargs={}, num_draft_tokens=None)
-        return speculative_arm(name, base, proposer)
+        return speculative_arm(name, base, proposer, tree=tree)
 
     return [build(name) for name in names]
 
@@ -163,7 +195,8 @@ def with_shape(
     """Return a cell whose settings say that the models are inflated, and what the arm reads.
 
     ``bytes_read`` holds the bytes of weights that one forward of each module reads. In a round the
-    base and Medusa heads run one forward, a draft model one for each level that it drafts.
+    base and Medusa heads run one forward, a draft model and EAGLE heads one for each level that
+    they draft.
     """
     read = {"base": bytes_read(base, base=base)}
     if arm.name in DRAFT_ARMS and guessers.draft is not None:
@@ -171,6 +204,8 @@ def with_shape(
     if arm.name in MEDUSA_ARMS and guessers.medusa is not None:
         used = guessers.medusa.config.depth
         read["medusa"] = bytes_read(guessers.medusa.heads, base=base, num_heads=used)
+    if arm.name in guessers.eagle:
+        read[arm.name] = bytes_read(guessers.eagle[arm.name].heads, base=base)
     added = {"shape": shape, "is_inflated": True, "bytes_read": read}
     return replace(cell, settings={**cell.settings, **added})
 
@@ -243,6 +278,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--batch", type=_numbers, default=[1, 4])
     parser.add_argument("--arms", type=_names(ARMS), default=[*ARMS])
     parser.add_argument("--shape", choices=sorted(SHAPES), help="inflate all models, see the docs")
+    parser.add_argument("--heads", type=Path, help="folder of folders eagle and eagle3 of heads")
+    parser.add_argument("--tree", help="tree that our arms are told to draft, such as auto")
     parser.add_argument("--lookup-tokens", type=int, default=10, help="prompt_lookup_num_tokens")
     parser.add_argument("--max-new-tokens", type=int, help="instead of 128 and 256")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/decode.jsonl"))
@@ -281,8 +318,14 @@ def main() -> None:
     shape = SHAPES[options.shape] if options.shape else None
     if shape is not None:
         base = inflate_llama(base, shape)
-    guessers = load_guessers(options.arms, base, shape=shape)
-    arms = build_arms(options.arms, base, lookup_tokens=options.lookup_tokens, guessers=guessers)
+    guessers = load_guessers(options.arms, base, shape=shape, folder=options.heads)
+    arms = build_arms(
+        options.arms,
+        base,
+        lookup_tokens=options.lookup_tokens,
+        guessers=guessers,
+        tree=options.tree,
+    )
     cells = build_cells(
         base,
         sets=("sql", "gsm8k") if options.set == "both" else (options.set,),
@@ -295,8 +338,10 @@ def main() -> None:
     table = comparison_table(("prompts", "setting", "batch"))
     for cell, arm in itertools.product(cells, arms):
         here = cell
+        if options.tree is not None:
+            here = replace(cell, settings={**cell.settings, "tree": options.tree})
         if shape is not None:
-            here = with_shape(cell, arm, shape=options.shape, base=base, guessers=guessers)
+            here = with_shape(here, arm, shape=options.shape, base=base, guessers=guessers)
         for result in measure_grid([here], [arm], base=base, benchmark="decode", path=options.out):
             settings = result.cell.settings
             keys = (settings["prompts"], settings["setting"], str(settings["batch"]))

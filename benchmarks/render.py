@@ -36,16 +36,24 @@ LABELS: Mapping[str, Mapping[str, str]] = {
         "draft": "draft model",
         "medusa": "Medusa heads",
         "ngram+medusa": '`"ngram"` and Medusa heads',
+        "eagle": "EAGLE heads",
+        "eagle3": "EAGLE-3 heads",
     },
     "setting": {"greedy": "greedy", "t0.7": "T = 0.7, top-p 0.9", "t1.0": "T = 1"},
     "prompts": {"sql_dev": "text-to-SQL", "gsm8k_dev": "maths"},
-    "drafter": {"draft": "draft model", "medusa": "Medusa heads"},
+    "drafter": {
+        "draft": "draft model",
+        "medusa": "Medusa heads",
+        "eagle": "EAGLE heads",
+        "eagle3": "EAGLE-3 heads",
+    },
     "device": {"cpu": "CPU", "cuda": "GPU"},
 }
 """What a setting's values are called, in the order in which they are shown; others follow."""
 
 ROWS: Mapping[str, tuple[str, ...]] = {
     "rules": ("shape", "arm"),
+    "tau": ("setting", "num_nodes", "drafter", "arm"),
     "overhead": ("benchmark", "shape", "num_nodes", "setting"),
 }
 """Settings that make a row, by name of the records; `USUAL_ROWS` for all others."""
@@ -127,13 +135,14 @@ def label_of(key: str, value: Any) -> str:
 
 
 def in_order(key: str, values: Iterable[Any]) -> list[Any]:
-    """Return the distinct values of a setting, known ones first."""
+    """Return the distinct values of a setting, known ones first, numbers by size."""
     known = list(LABELS.get(key, {}))
-    distinct = list(dict.fromkeys(values))
-    return sorted(
-        distinct,
-        key=lambda value: known.index(str(value)) if str(value) in known else len(known),
-    )
+
+    def place(value: Any) -> tuple[int, int]:
+        rank = known.index(str(value)) if str(value) in known else len(known)
+        return rank, value if isinstance(value, int) else 0
+
+    return sorted(dict.fromkeys(values), key=place)
 
 
 def heading_keys(records: Sequence[Record], rows: Sequence[str]) -> list[str]:

@@ -4,6 +4,7 @@ Every arm drafts as many nodes, for the same prompts. Arms that promise plain de
 are compared with it; the others draw differently, from the same distribution.
 
     python benchmarks/rules.py --set both --n 50 --drafter draft
+    python benchmarks/rules.py --drafter eagle3 --heads my-heads
 """
 
 import argparse
@@ -36,12 +37,21 @@ from speclm.bench.divergence import explain
 from speclm.bench.pairs import Spread, merge_stats
 from speclm.bench.records import Record, append_record, is_recorded
 from speclm.demo import assets, load_prompts
-from speclm.proposers import Draft, DraftModelProposer, MedusaProposer, Prefill, Proposer
+from speclm.model.loading import load_proposer
+from speclm.proposers import (
+    Draft,
+    DraftModelProposer,
+    EagleProposer,
+    MedusaProposer,
+    Prefill,
+    Proposer,
+)
 from speclm.sampling import PositionNoise
 from speclm.stats import SpeculationStats
 
 MAX_NEW_TOKENS = {"sql": 128, "gsm8k": 256}
 SETTING = "t1.0"
+DRAFTERS = ("draft", "medusa", "eagle", "eagle3")
 CHAIN_DEPTH = 5
 TREE_NODES = (8, 16, 32)
 
@@ -101,30 +111,46 @@ TREE_ARMS = (
 )
 
 
-def draft_model_maker(base: PreTrainedModel) -> Callable[[int | None], Proposer]:
-    """Return what builds a draft-model proposer with that many guesses; None for a chain."""
+Maker = Callable[[int | None], Proposer]
+"""Builds a proposer with that many guesses a round; with a chain for None."""
+
+
+def whole_trees(num_nodes: int | None) -> dict[str, Any]:
+    """Return options that give every arm drafts of one size: nothing is pruned as unlikely."""
+    width, branches = (1, 1) if num_nodes is None else TREE_SHAPES[num_nodes]
+    return {
+        "depth": CHAIN_DEPTH,
+        "num_draft_tokens": num_nodes or CHAIN_DEPTH,
+        "width": width,
+        "branches": branches,
+        "min_probability": 0.0,
+        "min_confidence": 0.0,
+        "min_growing": 0.0,
+    }
+
+
+def maker(drafter: str, base: PreTrainedModel, *, folder: Path | None = None) -> Maker:
+    """Return what builds proposers of a kind; EAGLE heads come from a folder of that name."""
+    if drafter == "draft":
+        return draft_model_maker(base)
+    if drafter == "medusa":
+        return medusa_maker(base, assets()["medusa"])
+    return eagle_maker(base, assets()[drafter] if folder is None else folder / drafter)
+
+
+def draft_model_maker(base: PreTrainedModel) -> Maker:
     draft = AutoModelForCausalLM.from_pretrained(assets()["draft"], dtype=base.dtype)
-
-    def make(num_nodes: int | None) -> Proposer:
-        width, branches = (1, 1) if num_nodes is None else TREE_SHAPES[num_nodes]
-        # Every rule is given drafts of one size: nothing is pruned for being unlikely.
-        return DraftModelProposer(
-            draft,
-            target=base,
-            depth=CHAIN_DEPTH,
-            num_draft_tokens=num_nodes or CHAIN_DEPTH,
-            width=width,
-            branches=branches,
-            min_probability=0.0,
-            min_confidence=0.0,
-            min_growing=0.0,
-        )
-
-    return make
+    return lambda num_nodes: DraftModelProposer(draft, target=base, **whole_trees(num_nodes))
 
 
-def medusa_maker(base: PreTrainedModel, folder: Path) -> Callable[[int | None], Proposer]:
-    """Return what builds a Medusa proposer with that many guesses; None for a chain."""
+def eagle_maker(base: PreTrainedModel, folder: Path) -> Maker:
+    loaded = load_proposer(folder, base, heads_kwargs={}, num_draft_tokens=None)
+    assert isinstance(loaded, EagleProposer)
+    heads = loaded.heads
+    return lambda num_nodes: EagleProposer(heads, target=base, **whole_trees(num_nodes))
+
+
+def medusa_maker(base: PreTrainedModel, folder: Path) -> Maker:
     from speclm.formats import read_medusa
     from speclm.heads import MedusaHeads, MedusaHeadsConfig
 
@@ -178,7 +204,7 @@ def plain_outputs(base: PreTrainedModel, calls: Sequence[Call]) -> list[list[lis
 
 def measure(
     base: PreTrainedModel,
-    make: Callable[[int | None], Proposer],
+    make: Maker,
     calls: Sequence[Call],
     *,
     settings: dict[str, Any],
@@ -193,45 +219,67 @@ def measure(
             if is_recorded(path, benchmark="rules", settings=named):
                 continue
             counters, outputs = run_arm(base, make(num_nodes), arm, calls)
-            num_identical, divergences = None, []
-            if arm.is_exact:
-                plain = plain_outputs(base, calls) if plain is None else plain
-                num_identical = sum(o == p for o, p in zip(outputs, plain, strict=True))
-                divergences = [
-                    found
-                    for index, call in enumerate(calls)
-                    for found in explain(
-                        base, call, index=index, plain=plain[index], other=outputs[index]
-                    )
-                ]
-            taus = Spread.of([stats.tau for stats in counters])
-            total = merge_stats(counters)
-            assert total is not None
-            record = Record(
+            if arm.is_exact and plain is None:
+                plain = plain_outputs(base, calls)
+            record = tau_record(
+                base,
+                calls,
+                counters,
+                outputs,
+                plain=plain if arm.is_exact else None,
                 benchmark="rules",
                 settings=named,
-                unit="tokens a target forward",
-                n=len(calls),
-                median=taus.median,
-                lower_quartile=taus.lower_quartile,
-                upper_quartile=taus.upper_quartile,
-                promises_identity=arm.is_exact,
-                num_identical=num_identical,
-                divergences=divergences,
-                tau=total.tau,
-                acceptance_by_depth=total.acceptance_by_depth,
-                milliseconds_per_round=total.milliseconds_per_round,
-                fallbacks=total.fallbacks,
             )
             append_record(path, record)
             yield record
+
+
+def tau_record(
+    base: PreTrainedModel,
+    calls: Sequence[Call],
+    counters: Sequence[SpeculationStats],
+    outputs: Sequence[list[list[int]]],
+    *,
+    plain: Sequence[list[list[int]]] | None,
+    benchmark: str,
+    settings: dict[str, Any],
+) -> Record:
+    """Return the record of tau; with plain outputs, those of the arm have to be the same."""
+    num_identical, divergences = None, []
+    if plain is not None:
+        num_identical = sum(o == p for o, p in zip(outputs, plain, strict=True))
+        divergences = [
+            found
+            for index, call in enumerate(calls)
+            for found in explain(base, call, index=index, plain=plain[index], other=outputs[index])
+        ]
+    taus = Spread.of([stats.tau for stats in counters])
+    total = merge_stats(counters)
+    assert total is not None
+    return Record(
+        benchmark=benchmark,
+        settings=settings,
+        unit="tokens a target forward",
+        n=len(calls),
+        median=taus.median,
+        lower_quartile=taus.lower_quartile,
+        upper_quartile=taus.upper_quartile,
+        promises_identity=plain is not None,
+        num_identical=num_identical,
+        divergences=divergences,
+        tau=total.tau,
+        acceptance_by_depth=total.acceptance_by_depth,
+        milliseconds_per_round=total.milliseconds_per_round,
+        fallbacks=total.fallbacks,
+    )
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--set", choices=("sql", "gsm8k", "both"), default="both")
     parser.add_argument("--n", type=int, default=50, help="prompts of each set")
-    parser.add_argument("--drafter", choices=("draft", "medusa"), default="draft")
+    parser.add_argument("--drafter", choices=DRAFTERS, default="draft")
+    parser.add_argument("--heads", type=Path, help="folder of folders eagle and eagle3 of heads")
     parser.add_argument("--max-new-tokens", type=int, help="instead of 128 and 256")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/rules.jsonl"))
     parser.add_argument("--threads", type=int, default=2)
@@ -247,10 +295,7 @@ def main() -> None:
     logging.disable_progress_bar()
     base = AutoModelForCausalLM.from_pretrained(assets()["base"], dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(assets()["base"])
-    if options.drafter == "draft":
-        make = draft_model_maker(base)
-    else:
-        make = medusa_maker(base, assets()["medusa"])
+    make = maker(options.drafter, base, folder=options.heads)
     table = Table("prompts", "shape", "rule", "tau", "median [quartiles]", "identical")
     console = Console()
     for name in ("sql", "gsm8k") if options.set == "both" else (options.set,):

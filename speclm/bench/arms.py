@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from speclm.bench.calls import Call
 from speclm.model import SpecModel
+from speclm.model.trees import Tree
 from speclm.proposers.interface import Proposer
 from speclm.stats import SpeculationStats
 
@@ -126,12 +127,21 @@ def assisted_arm(base: PreTrainedModel, assistant: PreTrainedModel) -> Arm:
     return Arm("assisted", generate_afresh, _no_stats, promises_identity=False, max_batch=1)
 
 
-def speculative_arm(name: str, base: PreTrainedModel, heads: Proposer | None) -> Arm:
-    """Return the arm of `SpecModel` with a proposer, or with none."""
+def speculative_arm(
+    name: str, base: PreTrainedModel, heads: Proposer | None, *, tree: Tree | None = None
+) -> Arm:
+    """Return the arm of `SpecModel` with a proposer, or with none.
+
+    Args:
+        name: For tables and records.
+        base: The model.
+        heads: What guesses.
+        tree: What it is told to draft; None for what it does by itself.
+    """
     model = SpecModel(base, heads)
 
     def generate(call: Call) -> Tensor:
-        output = model.generate(**call.arguments)
+        output = model.generate(**call.arguments, tree=tree)
         assert isinstance(output, Tensor)
         return output
 

@@ -8,6 +8,7 @@ from speclm.bench import InflatedShape, read_records
 from speclm.demo import assets
 from speclm.heads.medusa import MedusaHeads, MedusaHeadsConfig
 from speclm.proposers import MedusaProposer
+from tests.benchmarks.eagle_folders import write_eagle_folders
 
 ROOT = Path(__file__).parents[2]
 TINY = InflatedShape(
@@ -77,6 +78,36 @@ def test_shape_inflates_every_arm_and_is_recorded(decode, monkeypatch, tmp_path)
             assert 0 < read.pop("draft") < settings["bytes_read"]["base"]
         assert read == {}
     assert wide["ngram"]["tau"] > 1
+
+
+def test_eagle_heads_of_a_folder_are_measured_as_they_are_and_inflated(
+    decode, monkeypatch, tmp_path
+):
+    heads = write_eagle_folders(tmp_path / "heads")
+    options = ["--heads", str(heads), "--arms"]
+    small = run(decode, monkeypatch, tmp_path / "small", *options, "eagle,eagle3")
+    assert tuple(small) == ("eagle", "eagle3")
+    wide = run(decode, monkeypatch, tmp_path / "wide", *options, "eagle3", "--shape", "tiny")
+    record = wide["eagle3"]
+    assert record["num_identical"] == 1
+    assert record["tau"] == small["eagle3"]["tau"]
+    read = record["settings"]["bytes_read"]
+    assert read.keys() == {"base", "eagle3"}
+    assert 0 < read["eagle3"] < read["base"]
+
+
+def test_tree_is_passed_on_and_recorded(decode, monkeypatch, tmp_path):
+    told = []
+    make = decode.speculative_arm
+
+    def speculative_arm(name, base, heads, *, tree):
+        told.append(tree)
+        return make(name, base, heads, tree=tree)
+
+    monkeypatch.setattr(decode, "speculative_arm", speculative_arm)
+    records = run(decode, monkeypatch, tmp_path / "auto", "--arms", "draft", "--tree", "auto")
+    assert records["draft"]["settings"]["tree"] == "auto"
+    assert told == ["auto"]
 
 
 def test_shapes_that_are_not_known_are_refused(decode, capsys):

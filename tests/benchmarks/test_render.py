@@ -194,6 +194,25 @@ def test_rules_are_shown_by_shape_with_tau_over_all_calls(rewrite):
     assert tree.startswith("| tree 8 |")
 
 
+def test_tau_is_shown_by_setting_nodes_drafter_and_ranking(rewrite):
+    unit = "tokens a target forward"
+    records = [
+        a_record(unit=unit, arm=arm, num_nodes=nodes, drafter=drafter)
+        for arm, nodes, drafter in (
+            ("coupled", 16, "draft"),
+            ("top-k", 8, "eagle3"),
+            ("top-k", 8, "draft"),
+        )
+    ]
+    header, _, *found = rows(rewrite(*records, name="tau"))
+    assert header == "| setting | num nodes | drafter | arm | text-to-SQL: tau | by call |"
+    assert [row.split(" | ")[1:4] for row in found] == [
+        ["8", "draft model", "top-k"],
+        ["8", "EAGLE-3 heads", "top-k"],
+        ["16", "draft model", "coupled"],
+    ]
+
+
 def test_what_has_no_records_is_not_measured_yet(render, tmp_path):
     assert "Not measured yet." in render.rewrite(MARKED.format(filters=""), tmp_path)
 
