@@ -20,7 +20,7 @@ from speclm.generation.calibrate import Ranks, estimate_tau
 from speclm.heads import EagleHeads
 from speclm.training.draft_vocabulary import choose_columns, count_tokens
 from speclm.training.eagle_model import EagleObjective, EagleTrainingModel
-from speclm.training.eagle_trainer import new_eagle_heads
+from speclm.training.eagle_trainer import load_eagle_heads, new_eagle_heads
 from speclm.training.guess_meter import turns
 from speclm.training.rows import Item, collate_rows
 
@@ -39,7 +39,9 @@ def read_rows(folder: Path, pattern: str = "*.jsonl") -> list[Item]:
 
 
 def new_heads(base: PreTrainedModel, rows: list[Item], options: argparse.Namespace) -> EagleHeads:
-    """Return untrained heads; those of EAGLE-3 guess what the rows have most."""
+    """Return heads to train: saved ones, or new ones, of which EAGLE-3's guess what is frequent."""
+    if options.start is not None:
+        return load_eagle_heads(base, options.start)
     columns = None
     if options.kind == "eagle3":
         counts = count_tokens(rows, vocab_size=base.config.vocab_size)
@@ -113,8 +115,10 @@ def main() -> None:
     parser.add_argument("held_out", type=Path, help="folder of shards to report on")
     parser.add_argument("out", type=Path, help="folder for the heads")
     parser.add_argument("--kind", choices=("eagle", "eagle3"), default="eagle3")
+    parser.add_argument("--start", type=Path, help="folder of heads to go on from")
     parser.add_argument("--draft-vocab-size", type=int, default=3072)
     parser.add_argument("--num-steps", type=int, default=5, help="guesses in a row to train")
+    parser.add_argument("--decay", type=float, default=0.8, help="weight of a step to the last")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch-tokens", type=int, default=1600)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
@@ -137,6 +141,7 @@ def main() -> None:
     objective = EagleObjective(
         num_steps=options.num_steps,
         num_measured=options.num_steps,
+        decay=options.decay,
         law_weight=options.law_weight,
         feature_weight=options.feature_weight,
         noise=options.noise,
