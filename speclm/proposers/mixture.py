@@ -30,7 +30,7 @@ _LEVEL_DEVIATIONS = (0.75, 0.15, 0.15, 0.15)  # of each further depth from the o
 _MEMORY = 3000.0  # observations after which one counts for a third
 _MAX_STEP = 0.5  # of one update; its linear model holds no further
 _MAX_SETTINGS = 8
-_MAX_PENDING = 1 << 18  # numbers of a kind that wait to be looked at: 64 rows of 4096 tokens
+_MAX_PENDING = 1 << 16  # numbers of a kind that wait to be looked at: 16 rows of 4096 tokens
 _LEAST_LOG_PROB = -20.0  # rarer tokens count as this rare: one surprise shall not decide
 _MAX_GRADIENT = 8.0
 
@@ -61,7 +61,7 @@ class Mixture:
     def __post_init__(self) -> None:
         require_in_range("weight", self.weight, low=0.0, high=1.0)
         for name in ("draft_exponent", "noise_exponent", "plain_exponent"):
-            require_in_range(name, getattr(self, name), low=0.0, high=100.0)
+            require_in_range(name, getattr(self, name), low=0.01, high=100.0)
 
 
 def require_mixture(mixture: object) -> None:
@@ -247,7 +247,9 @@ class _State:
         gradients, information = mixture_scores(
             log_probs, noise, tokens.clamp(min=0), numbers[levels]
         )
-        is_known = (tokens >= 0).float()[:, None]
+        # A token that the draft does not have, or cut off, tells nothing about the others.
+        chosen = log_probs.gather(1, tokens.clamp(min=0)[:, None])
+        is_known = ((tokens >= 0)[:, None] & ~chosen.isinf()).float()
         found = torch.cat([gradients, information.flatten(1), torch.ones_like(is_known)], dim=1)
         if self.sums is None:
             self.sums = torch.zeros(NUM_LEVELS, found.shape[1], device=device)

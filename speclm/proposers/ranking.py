@@ -1,5 +1,6 @@
 """Ranks draft candidates by the chance that the target will choose them, given its noise."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,8 +11,11 @@ from torch import Tensor
 from speclm.acceptance.accepted import Accepted
 from speclm.proposers.interface import Prefill
 from speclm.proposers.mixture import Mixture, MixtureEstimator
+from speclm.sampling.chooser import Truncation
 from speclm.sampling.noise import PositionNoise
 from speclm.tree.growth import GrownRow
+
+_NUM_SORTED = 64  # more than the 50 that Transformers keeps by default
 
 
 def rank_log_probs(
@@ -57,6 +61,36 @@ def mixture_log_probs(
     return torch.lerp(plain, key.softmax(-1), mixture.weight).log()
 
 
+def truncate(
+    log_probs: Float[Tensor, "batch nodes columns"], truncation: Truncation
+) -> Float[Tensor, "batch nodes columns"]:
+    """Leave out what truncation of the draft's law would: the target can hardly take it.
+
+    Only the best tokens are sorted. Where the cut is not among them, nothing is left out.
+
+    Args:
+        log_probs: The draft's law at the target's temperature.
+        truncation: The target's.
+
+    Returns:
+        The same log-probabilities, not normalised anew, and minus infinity where a token is cut.
+    """
+    best = log_probs.topk(min(_NUM_SORTED, log_probs.shape[-1]), dim=-1).values
+    floor = torch.full_like(best[..., :1], -torch.inf)
+    total = torch.ones_like(floor)
+    if truncation.top_k is not None and truncation.top_k <= best.shape[-1]:
+        floor = best[..., truncation.top_k - 1, None]
+        total = best[..., : truncation.top_k].exp().sum(-1, keepdim=True)
+    if truncation.top_p is not None:
+        chances = best.exp()
+        is_kept = chances.cumsum(-1) - chances < truncation.top_p * total
+        least = best.masked_fill(~is_kept, torch.inf).amin(-1, keepdim=True)
+        floor = torch.where(is_kept[..., -1:], floor, least.maximum(floor))
+    if truncation.min_p is not None:
+        floor = floor.maximum(best[..., :1] + math.log(max(truncation.min_p, 1e-30)))
+    return log_probs.masked_fill(log_probs < floor, -torch.inf)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Level:
     """What the candidates of one depth were ranked by.
@@ -83,12 +117,15 @@ class LevelRanking:
         """Rank by fixed numbers, or None to estimate them from what targets choose."""
         self.estimator = MixtureEstimator(start=mixture, is_fixed=mixture is not None)
         self._temperature = 0.0
+        self._truncation: Truncation | None = None
         self._levels: list[_Level] = []
 
     def begin(self, prompt: Prefill) -> None:
         """Start a generation."""
         self._temperature, self._levels = prompt.temperature, []
-        processors = None if prompt.chooser is None else prompt.chooser.key
+        chooser = prompt.chooser
+        processors = None if chooser is None else chooser.key
+        self._truncation = None if chooser is None else chooser.truncation
         self.estimator.begin((prompt.temperature, processors))
 
     def rank(
@@ -116,6 +153,8 @@ class LevelRanking:
         if columns is not None:
             level_noise = level_noise[:, columns]
         log_q = (logits.float() / self._temperature).log_softmax(-1)
+        if self._truncation is not None:
+            log_q = truncate(log_q, self._truncation)
         self._levels.append(_Level(log_q, level_noise, columns))
         return mixture_log_probs(log_q, level_noise[:, None], self.estimator.at(depth))
 

@@ -1,6 +1,8 @@
 """How the target chooses a token: logits processors, then argmax over probabilities and noise."""
 
 from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -36,6 +38,12 @@ LENGTH_DEPENDENT = frozenset(
     }
 )
 """Processors that read of the text no more than how long it is, by exact class."""
+
+_TRUNCATIONS = {
+    processors.TopKLogitsWarper: "top_k",
+    processors.TopPLogitsWarper: "top_p",
+    processors.MinPLogitsWarper: "min_p",
+}
 
 _BIASES = frozenset({processors.SequenceBiasLogitsProcessor, processors.NoBadWordsLogitsProcessor})
 
@@ -75,6 +83,21 @@ def _is_text_free(processor: processors.LogitsProcessor) -> bool:
     return kind in CONTEXT_FREE or kind in LENGTH_DEPENDENT
 
 
+@dataclass(frozen=True, slots=True)
+class Truncation:
+    """What leaves out the rarest tokens of a law, by the usual numbers; None where not in use.
+
+    Args:
+        top_k: Tokens that are kept.
+        top_p: Least probability that the tokens kept have together.
+        min_p: Least probability of a token, as a share of the likeliest one's.
+    """
+
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+
 class TokenChooser:
     """Turns logits into tokens as plain decoding does, for any number of rows at once."""
 
@@ -100,6 +123,16 @@ class TokenChooser:
             )
             for processor in self._processors
         )
+
+    @property
+    def truncation(self) -> Truncation | None:
+        """What its warpers leave out, as far as plain numbers say; None where they say nothing."""
+        found: dict[str, Any] = {}
+        for processor in self._processors:
+            name = _TRUNCATIONS.get(type(processor))
+            if name is not None:
+                found[name] = vars(processor)[name]
+        return Truncation(**found) if found else None
 
     def choose(
         self,

@@ -158,6 +158,17 @@ def test_tokens_outside_the_drafts_vocabulary_count_for_nothing():
     assert torch.allclose(state.pull, expected._states["setting"].pull, rtol=1e-3)
 
 
+def test_tokens_that_the_draft_cut_off_count_for_nothing():
+    laws, noise = draws(400, spread=2.0)
+    tokens = (laws - noise.log()).argmax(-1)
+    hidden = torch.arange(400) % 2 == 0
+    cut = torch.where(hidden[:, None] & (torch.arange(VOCAB) == tokens[:, None]), -torch.inf, laws)
+    found = taught(cut, noise, tokens)._states["setting"]
+    expected = taught(laws, noise, torch.where(hidden, -1, tokens))._states["setting"]
+    assert torch.isfinite(found.pull).all()
+    assert torch.allclose(found.pull, expected.pull, rtol=1e-3)
+
+
 def test_settings_have_numbers_of_their_own_that_outlive_calls():
     laws, noise = draws(400, spread=2.0)
     estimator = taught(laws, noise, (laws - noise.log()).argmax(-1))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers.generation import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from speclm import SpecModel
 from speclm.acceptance.accepted import Accepted
@@ -16,7 +17,9 @@ from speclm.proposers.ranking import (
     mixture_log_probs,
     path_expansions,
     rank_log_probs,
+    truncate,
 )
+from speclm.sampling.chooser import Truncation
 from speclm.sampling.noise import PositionNoise
 from speclm.tree.growth import GrownRow
 from tests.models import generate, prompts, shared_model
@@ -74,6 +77,42 @@ def test_draft_with_the_targets_law_ranks_the_targets_token_first():
 
 def test_halves_are_ranked_in_single_precision():
     assert rank_log_probs(LOGITS.bfloat16(), temperature=1.0, noise=None).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "truncation",
+    [
+        Truncation(top_k=4),
+        Truncation(top_p=0.7),
+        Truncation(min_p=0.2),
+        Truncation(top_k=5, top_p=0.8, min_p=0.05),
+        Truncation(top_k=500),
+    ],
+)
+def test_drafts_are_cut_as_the_targets_law_would_be(truncation):
+    warpers = [
+        kind(getattr(truncation, name))
+        for name, kind in (
+            ("top_k", TopKLogitsWarper),
+            ("top_p", TopPLogitsWarper),
+            ("min_p", MinPLogitsWarper),
+        )
+        if getattr(truncation, name) is not None
+    ]
+    expected = LOGITS.log_softmax(-1).flatten(0, 1)
+    for warper in warpers:
+        expected = warper(None, expected)
+    found = truncate(LOGITS.log_softmax(-1), truncation)
+    assert torch.equal(found.flatten(0, 1).isinf(), expected.isinf())
+    ranked = mixture_log_probs(found, NOISE[:, None], Mixture())
+    assert torch.equal(ranked.isinf(), found.isinf())
+    assert torch.allclose(ranked.exp().sum(-1), torch.ones(2, 3), atol=1e-5)
+
+
+def test_where_the_cut_is_far_away_nothing_is_cut():
+    flat = torch.zeros(1, 1, 4000).log_softmax(-1)
+    assert torch.equal(truncate(flat, Truncation(top_p=0.9)), flat)
+    assert torch.equal(truncate(flat, Truncation(top_k=2000)), flat)
 
 
 def begun(mixture: Mixture | None = None, *, temperature: float = 1.0) -> LevelRanking:

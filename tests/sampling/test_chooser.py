@@ -5,6 +5,7 @@ import torch
 from transformers import LogitsProcessor
 from transformers.generation import (
     MinLengthLogitsProcessor,
+    MinPLogitsWarper,
     NoBadWordsLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     SuppressTokensLogitsProcessor,
@@ -14,7 +15,7 @@ from transformers.generation import (
 )
 
 from speclm.sampling import TokenChooser, first_text_dependent
-from speclm.sampling.chooser import CONTEXT_FREE, LENGTH_DEPENDENT
+from speclm.sampling.chooser import CONTEXT_FREE, LENGTH_DEPENDENT, Truncation
 
 LOGITS = 3 * torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
 WARPERS = [TemperatureLogitsWarper(0.8), TopKLogitsWarper(20), TopPLogitsWarper(0.9)]
@@ -116,3 +117,12 @@ def test_keys_tell_settings_apart_by_class_and_numbers():
     assert key(warm(0.7), nucleus(0.9)) == key(warm(0.7), nucleus(0.9))
     found = {key(warm(0.7)), key(warm(0.8)), key(nucleus(0.9)), key(warm(0.7), nucleus(0.9))}
     assert len(found) == 4
+
+
+def test_truncation_is_told_in_numbers():
+    def truncation(*warpers):
+        return TokenChooser(list(warpers), is_greedy=False).truncation
+
+    assert truncation(TemperatureLogitsWarper(0.8)) is None
+    assert truncation(*WARPERS) == Truncation(top_k=20, top_p=0.9)
+    assert truncation(MinPLogitsWarper(0.1)) == Truncation(min_p=0.1)
