@@ -48,7 +48,7 @@ def bench(  # noqa: PLR0913, PLR0917 - each is an option of the command
     if threads is not None:
         torch.set_num_threads(threads)
     texts = read_prompts(prompts)[:n]
-    batches = [_positive(size) for size in batch.split(",")]
+    batches = positive_numbers(batch)
     named = {name: setting_options(name) for name in settings.split(",")}
     loaded = load(base, heads, dtype=dtype)
     arms = [speculative_arm("speclm", loaded.base, loaded.spec.proposer)]
@@ -117,10 +117,16 @@ def _parse(line: str, where: str) -> Prompt:
     raise OptionError(f'{where}: expected "messages" or "prompt", found {line[:40]!r}')
 
 
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise OptionError(f"--batch has {text!r}, expected positive numbers such as 1,4")
-    return int(text)
+def positive_numbers(text: str) -> list[int]:
+    """Return the numbers of ``--batch``.
+
+    Raises:
+        OptionError: If one is not positive.
+    """
+    wrong = [part for part in text.split(",") if not part.isdigit() or int(part) < 1]
+    if wrong:
+        raise OptionError(f"--batch has {wrong[0]!r}, expected positive numbers such as 1,4")
+    return [int(part) for part in text.split(",")]
 
 
 def _common_settings(

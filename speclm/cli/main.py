@@ -12,6 +12,7 @@ from speclm.cli.demo import demo
 from speclm.cli.env import env
 from speclm.cli.generate import generate
 from speclm.cli.train import train
+from speclm.cli.tune import tune
 from speclm.cli.verify import verify
 from speclm.errors import SpeclmError
 
@@ -23,7 +24,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, generate, chat, bench, verify, env):
+for command in (demo, generate, chat, bench, tune, verify, env):
     app.command()(command)
 app.add_typer(train, name="train")
 

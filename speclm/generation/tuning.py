@@ -125,11 +125,19 @@ class TreeMemory:
     starts anew.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, explores_always: bool = False) -> None:
+        """Start without any knowledge.
+
+        Args:
+            explores_always: Whether every round is drafted to learn from, and no plan is made.
+        """
+        self.explores_always = explores_always
         self._lanes: dict[Hashable, _Lane] = {}
         self._proposer: object = None
         self.timings: dict[tuple[int, int], Timings] = {}
         """By buckets of rows and context, for this model."""
+        self.last: TreeTuner | None = None
+        """That of the last call."""
 
     def begin_call(self, proposer: object) -> None:
         """Start a call."""
@@ -176,7 +184,6 @@ class TreeTuner:
         max_depth: int,
         setting: Hashable = None,
         proposer: object = None,
-        explores_always: bool = False,
     ) -> None:
         """Begin a call.
 
@@ -187,18 +194,18 @@ class TreeTuner:
             max_depth: Most levels, those of the proposer's own settings.
             setting: What acceptance depends on beside the text, such as the temperature.
             proposer: Whose drafts are planned, by identity.
-            explores_always: Whether every round is drafted to learn from.
         """
         memory.begin_call(proposer)
         self._memory = memory
         self._setting, self._batch = setting, batch
         self._max_depth = min(max_depth, MAX_DEPTH)
-        self._explores_always = explores_always
+        self._explores_always = memory.explores_always
         self._key = (bucket_of_rows(batch), bucket_of_context(num_prompt_tokens))
         self._context = float(num_prompt_tokens)
         self._lane = memory.lane(setting, batch=batch, context=num_prompt_tokens)
         self._is_exploring = False
         self._num_rounds = 0
+        memory.last = self
 
     @property
     def timings(self) -> Timings | None:
@@ -281,15 +288,19 @@ class TreeTuner:
             lane.planned_at = lane.num_observed
         lane.wait = self._next_wait(lane)
 
+    @property
+    def costs(self) -> RoundCosts:
+        """What the parts of a round take."""
+        return self._lane.costs(self.timings)
+
     def estimates(self) -> list[Estimate]:
         """Return the best plan of at most 1, 2, 3... nodes by what was observed so far."""
-        lane = self._lane
         return best_by_size(
-            lane.rounds,
-            lane.costs(self.timings),
+            self._lane.rounds,
+            self.costs,
             max_depth=self._max_depth,
             max_nodes=self._max_nodes,
-            has_chances=bool(lane.has_chances),
+            has_chances=bool(self._lane.has_chances),
         )
 
     @property

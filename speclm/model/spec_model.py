@@ -85,7 +85,7 @@ class SpecModel:
         self.last_speculation: SpeculationStats | None = None
         self.adaptive = adaptive
         self.tree = tree
-        self._paces, self._trees = PaceMemory(), TreeMemory()
+        self._paces, self.trees = PaceMemory(), TreeMemory()
         self._logged: set[str] = set()
 
     @classmethod
@@ -280,7 +280,7 @@ class SpecModel:
                 rule=rule,
                 paces=self._paces if self.adaptive and not isinstance(plan, TreePlan) else None,
                 tree=plan if isinstance(plan, TreePlan) else None,
-                trees=self._trees if plan == AUTO else None,
+                trees=self.trees if plan == AUTO else None,
             )
         except BusyError:
             self.last_speculation = before  # the counters of the call that goes on

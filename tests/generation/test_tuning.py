@@ -154,7 +154,8 @@ def test_calls_of_other_sizes_learn_for_themselves():
 
 
 def test_rows_that_ended_or_wait_are_not_learned_from():
-    tuner = TreeTuner(TreeMemory(), batch=3, num_prompt_tokens=4, max_depth=4, explores_always=True)
+    memory = TreeMemory(explores_always=True)
+    tuner = TreeTuner(memory, batch=3, num_prompt_tokens=4, max_depth=4)
     tuner.next_plan()
     draft = Draft(torch.zeros(3, 3, dtype=torch.long), chain(2), None)
     seconds = dict.fromkeys(("draft", "verify", "accept", "commit"), 0.1)
@@ -166,8 +167,8 @@ def test_rows_that_ended_or_wait_are_not_learned_from():
 
 
 def test_a_tuner_that_always_explores_makes_no_plan_but_estimates():
-    memory = TreeMemory()
-    tuner = TreeTuner(memory, batch=1, num_prompt_tokens=4, max_depth=4, explores_always=True)
+    memory = TreeMemory(explores_always=True)
+    tuner = TreeTuner(memory, batch=1, num_prompt_tokens=4, max_depth=4)
     seconds = dict.fromkeys(("draft", "verify", "accept", "commit"), 0.1)
     draft = Draft(torch.zeros(1, 4, dtype=torch.long), chain(3), torch.full((1, 4), 0.9))
     for _ in range(20):

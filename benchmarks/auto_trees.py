@@ -1,0 +1,193 @@
+"""Measure planned trees beside a chain of four and calibrated static trees of 8, 16 and 32 nodes.
+
+Trees are calibrated on the tuning prompts, and planned trees learn on them; what is reported is of
+the other prompts. Every call is run with all trees, one right after the other and in an order that
+rotates, beside a plain run.
+
+    python benchmarks/auto_trees.py --heads medusa --n 32 --batch 1,4,16
+"""
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything needed is bundled
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
+
+from speclm.bench import (
+    Arm,
+    Call,
+    Comparison,
+    Pair,
+    append_record,
+    make_calls,
+    plain_arm,
+    setting_options,
+)
+from speclm.bench.divergence import explain
+from speclm.bench.records import decode_record
+from speclm.demo import assets, load_prompts
+from speclm.generation.ranks import RankRecorder
+from speclm.model import SpecModel
+from speclm.model.loading import load_proposer
+from speclm.proposers.interface import Proposer
+from speclm.tree.calibrated import calibrated_choices
+from speclm.tree.plan import TreePlan
+
+CHAIN = 4
+SIZES = (8, 16, 32)
+LEAST_SHARE = 0.95  # of the best fixed tree's speed that planned trees have to reach
+
+
+@dataclass(slots=True)
+class Trees:
+    """The arms of one proposer: a name and what ``tree=`` is."""
+
+    base: PreTrainedModel
+    proposer: Proposer
+    fixed: dict[str, TreePlan] = field(default_factory=dict)
+
+    def arms(self) -> list[Arm]:
+        named = {"own": None, **self.fixed, "auto": "auto"}
+        return [self._arm(name, tree) for name, tree in named.items()]
+
+    def calibrate(self, calls: Sequence[Call]) -> None:
+        """Calibrate static trees; proposers that do not rank have none."""
+        if not self.proposer.takes_choices:
+            sizes = (CHAIN, *SIZES)
+            self.fixed = {f"bound-{size}": TreePlan(min(size, 16), size) for size in sizes}
+            return
+        recorder = RankRecorder(self.proposer)
+        model = SpecModel(self.base, recorder, adaptive=False)
+        for call in calls:
+            torch.manual_seed(call.seed)
+            model.generate(**call.arguments)
+        chain = tuple((0,) * depth for depth in range(1, CHAIN + 1))
+        self.fixed = {f"chain-{CHAIN}": TreePlan.of(chain)}
+        for size in SIZES:
+            choices = calibrated_choices(recorder.acceptance, num_nodes=size)
+            self.fixed[f"static-{size}"] = TreePlan.of(choices)
+
+    def _arm(self, name: str, tree: TreePlan | str | None) -> Arm:
+        model = SpecModel(self.base, self.proposer, tree=tree)
+
+        def generate(call: Call) -> Tensor:
+            output = model.generate(**call.arguments)
+            assert isinstance(output, Tensor)
+            return output
+
+        return Arm(name, generate, lambda: model.last_speculation, promises_identity=True)
+
+
+def compare_all(
+    arms: Sequence[Arm], calls: Sequence[Call], base: PreTrainedModel
+) -> list[Comparison]:
+    """Run every call with every arm, all beside the same plain run."""
+    plain = plain_arm(base)
+    pairs: dict[str, list[Pair]] = {arm.name: [] for arm in arms}
+    for index, call in enumerate(calls):
+        turn = index % len(arms)
+        reference = plain.run(call)
+        for arm in [*arms[turn:], *arms[:turn]]:
+            pairs[arm.name].append(Pair(plain=reference, arm=arm.run(call)))
+    found = []
+    for arm in arms:
+        divergences = [
+            one
+            for index, (call, pair) in enumerate(zip(calls, pairs[arm.name], strict=True))
+            for one in explain(
+                base, call, index=index, plain=pair.plain.tokens, other=pair.arm.tokens
+            )
+        ]
+        found.append(Comparison(arm.name, True, pairs[arm.name], divergences))  # noqa: FBT003
+    return found
+
+
+def report(comparisons: Sequence[Comparison], batch: int) -> bool:
+    """Print every arm's speed; return whether planned trees are close to the best fixed one."""
+    speeds = {comparison.arm: comparison.tokens_per_second for comparison in comparisons}
+    best = max(speed for name, speed in speeds.items() if name not in {"own", "auto"})
+    for comparison in comparisons:
+        stats = comparison.stats
+        assert stats is not None
+        print(
+            f"batch {batch:2d} {comparison.arm:10s} {speeds[comparison.arm]:7.0f} tokens/s, "
+            f"{speeds[comparison.arm] / best:.3f} of the best fixed, ratio "
+            f"{comparison.ratio.median:.2f}, tau {stats.tau:.2f}, "
+            f"identical {comparison.num_identical}/{len(comparison.pairs)}"
+        )
+    return speeds["auto"] >= LEAST_SHARE * best
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--heads", default="medusa", help="a bundled asset, ngram, folder or id")
+    parser.add_argument("--set", choices=("sql", "gsm8k"), default="sql")
+    parser.add_argument("--setting", choices=("greedy", "t0.7", "t1.0"), default="greedy")
+    parser.add_argument("--n", type=int, default=32, help="prompts to report on")
+    parser.add_argument("--tune-n", type=int, default=32, help="prompts to calibrate on")
+    parser.add_argument("--batch", default="1,4,16")
+    parser.add_argument("--max-new-tokens", type=int, default=96)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/auto_trees.jsonl"))
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    options = parse_arguments()
+    torch.set_num_threads(options.threads)
+    logging.disable_progress_bar()
+    dtype = getattr(torch, options.dtype)
+    base = AutoModelForCausalLM.from_pretrained(assets()["base"], dtype=dtype).to(options.device)
+    tokenizer = AutoTokenizer.from_pretrained(assets()["base"])
+    heads = assets().get(options.heads, options.heads)
+    proposer = load_proposer(heads, base, heads_kwargs=None, num_draft_tokens=None)
+    assert proposer is not None
+    generation = {**setting_options(options.setting), "max_new_tokens": options.max_new_tokens}
+
+    def calls_of(prompts: str, limit: int, batch: int) -> list[Call]:
+        texts = load_prompts(f"{options.set}_{prompts}", limit=limit)
+        return make_calls(texts, base, tokenizer, options=generation, batch=batch)
+
+    trees = Trees(base, proposer)
+    trees.calibrate(calls_of("tune", options.tune_n, 1))
+    is_close = True
+    for batch in map(int, options.batch.split(",")):
+        arms = trees.arms()
+        for call in calls_of("tune", options.tune_n, batch):
+            arms[-1].run(call)  # planned trees learn
+        for arm in arms:  # and all warm up
+            arm.run(calls_of("tune", batch, batch)[0])
+        comparisons = compare_all(arms, calls_of("dev", options.n, batch), base)
+        for comparison in comparisons:
+            tree = trees.fixed.get(comparison.arm)
+            settings = {
+                "heads": options.heads,
+                "prompts": f"{options.set}_dev",
+                "num_prompts": options.n,
+                "setting": options.setting,
+                "batch": batch,
+                "max_new_tokens": options.max_new_tokens,
+                "dtype": options.dtype,
+                "device": options.device,
+                "num_threads": options.threads,
+                "arm": comparison.arm,
+                "num_nodes": None if tree is None else tree.num_draft_tokens,
+            }
+            record = decode_record(comparison, benchmark="auto_trees", settings=settings)
+            append_record(options.out, record)
+        is_close = report(comparisons, batch) and is_close
+    if not is_close:
+        raise SystemExit(f"planned trees reach less than {LEAST_SHARE} of the best fixed tree")
+
+
+if __name__ == "__main__":
+    main()

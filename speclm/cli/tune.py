@@ -1,0 +1,166 @@
+"""``speclm tune``: which trees pay on a machine, and a static tree for a proposer that ranks."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from speclm.bench import Call, make_calls, setting_options
+from speclm.cli._models import Loaded, load
+from speclm.cli.bench import positive_numbers, read_prompts
+from speclm.demo import load_prompts
+from speclm.errors import OptionError
+from speclm.generation import TreeMemory
+from speclm.generation.ranks import RankRecorder
+from speclm.model import SpecModel
+from speclm.tree.calibrated import RankAcceptance, calibrated_choices, expected_tau
+from speclm.tree.choices import Choices
+from speclm.tree.planner import RoundCosts
+
+_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48)
+
+
+def tune(  # noqa: PLR0913, PLR0917 - each is an option of the command
+    base: Annotated[
+        str | None, typer.Argument(help="Folder or hub id; by default the bundled model.")
+    ] = None,
+    heads: Annotated[
+        str | None, typer.Option(help="Proposer name, folder or hub id of heads or a draft model.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help='JSON lines with "messages" or "prompt"; by default bundled ones.'),
+    ] = None,
+    batch: Annotated[str, typer.Option(help="Rows of a call, such as 1,4,16.")] = "1",
+    n: Annotated[int, typer.Option(min=1, help="Prompts.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=4)] = 96,
+    setting: Annotated[str, typer.Option(help="greedy, t0.7 or t1.0.")] = "greedy",
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="Of the static tree; by default the fastest.")
+    ] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="Write the static tree here, for generate(tree=PATH).")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, auto.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of PyTorch.")] = None,
+) -> None:
+    """Measure rounds and acceptance on prompts, and tell which trees give most tokens a second.
+
+    A static tree is calibrated for proposers that rank their guesses.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if save is not None and save.suffix != ".json":
+        raise OptionError(f"--save is {str(save)!r}, expected a file named *.json; rename it")
+    texts = (read_prompts(data) if data else load_prompts("sql_tune"))[:n]
+    sizes, options = positive_numbers(batch), setting_options(setting)
+    options = {**options, "max_new_tokens": max_new_tokens}
+    loaded, console = load(base, heads, dtype=dtype), Console()
+    proposer = loaded.spec.proposer
+    if proposer is None:
+        raise OptionError("--heads is 'none', expected what guesses; drop it, or pass ngram")
+    if save is not None and not proposer.takes_choices:
+        raise OptionError(
+            f"--save has nothing to write: {type(proposer).__name__} does not rank its guesses; "
+            "drop it and use tree='auto'"
+        )
+    if loaded.tokenizer.pad_token is None:  # it is masked, so any token will do
+        loaded.tokenizer.pad_token = loaded.tokenizer.eos_token
+    for size in sizes:
+        calls = make_calls(texts, loaded.base, loaded.tokenizer, options=options, batch=size)
+        costs = _print_sizes(loaded, calls, size, console)
+        if size == sizes[0] and proposer.takes_choices:
+            tree, acceptance = _calibrate(loaded, calls, costs, nodes)
+            tau = expected_tau(acceptance, tree)
+            console.print(_acceptance_table(acceptance))
+            console.print(
+                f"static tree of {len(tree)} nodes on {max(map(len, tree))} levels, "
+                f"estimated tau {tau:.2f}",
+                highlight=False,
+            )
+            if save is not None:
+                _write(save, tree, tau, loaded, heads)
+                console.print(f"written to {save}; use generate(tree={str(save)!r})", markup=False)
+
+
+def _print_sizes(loaded: Loaded, calls: list[Call], batch: int, console: Console) -> RoundCosts:
+    """Decode with large trees alone, and print what smaller ones would give."""
+    model = SpecModel(loaded.base, loaded.spec.proposer, adaptive=False, tree="auto")
+    model.trees = TreeMemory(explores_always=True)
+    for call in calls:
+        torch.manual_seed(call.seed)
+        model.generate(**call.arguments)
+    tuner = model.trees.last
+    if tuner is None or not tuner.estimates():
+        raise OptionError("nothing was drafted; pass more or longer prompts")
+    estimates = tuner.estimates()
+    best = max(estimates, key=lambda estimate: estimate.rate)
+    table = Table(box=None, pad_edge=False, header_style="bold underline", title=f"batch {batch}")
+    for name in ("nodes", "depth", "min chance", "confidence", "tau", "ms a round", "tokens/s", ""):
+        table.add_column(name, justify="right")
+    for found in estimates:
+        size = found.plan.num_draft_tokens
+        if size in _SIZES or found is best:
+            thresholds = (found.plan.min_chance, found.plan.min_confidence)
+            table.add_row(
+                str(size),
+                str(found.plan.depth),
+                *("" if value is None else f"{value:.2f}" for value in thresholds),
+                f"{found.tau:.2f}",
+                f"{1e3 * found.seconds:.2f}",
+                f"{batch * found.rate:.0f}",
+                "best" if found is best else "",
+            )
+    console.print(table)
+    return tuner.costs
+
+
+def _calibrate(
+    loaded: Loaded, calls: list[Call], costs: RoundCosts, nodes: int | None
+) -> tuple[Choices, RankAcceptance]:
+    """Return the static tree of most tokens a second, or of a given size."""
+    proposer = loaded.spec.proposer
+    assert proposer is not None
+    recorder = RankRecorder(proposer)
+    model = SpecModel(loaded.base, recorder, adaptive=False)
+    for call in calls:
+        torch.manual_seed(call.seed)
+        model.generate(**call.arguments)
+    acceptance = recorder.acceptance
+    trees = [
+        calibrated_choices(acceptance, num_nodes=size) for size in ([nodes] if nodes else _SIZES)
+    ]
+
+    def rate(tree: Choices) -> float:
+        depth = float(max(map(len, tree)))
+        return expected_tau(acceptance, tree) / costs.round(len(tree), depth)
+
+    return max(trees, key=rate), acceptance
+
+
+def _acceptance_table(acceptance: RankAcceptance) -> Table:
+    """Return how often each rank was accepted at each depth where its parent was."""
+    table = Table(box=None, pad_edge=False, header_style="bold underline", title="accepted, %")
+    table.add_column("depth", justify="right")
+    for rank in range(max(map(len, acceptance))):
+        table.add_column(f"rank {rank}", justify="right")
+    for depth, shares in enumerate(acceptance, start=1):
+        table.add_row(str(depth), *(f"{share:.1%}"[:-1] for share in shares))
+    return table
+
+
+def _write(path: Path, tree: Choices, tau: float, loaded: Loaded, heads: str | None) -> None:
+    record: dict[str, Any] = {
+        "tree": tree,
+        "estimated_tau": round(tau, 3),
+        "base": loaded.base.config.name_or_path,
+        "heads": heads or "default",
+    }
+    try:
+        path.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OptionError(f"--save {str(path)!r} cannot be written ({error})") from error

@@ -1,0 +1,56 @@
+import json
+
+import pytest
+
+from speclm.demo import load_prompts
+from speclm.errors import OptionError
+from speclm.model.trees import normalize_tree
+
+QUICK = ("--n", "2", "--max-new-tokens", "24", "--threads", "1")
+
+
+def test_tune_prints_sizes_and_writes_a_tree_that_generate_takes(run, tmp_path):
+    path = tmp_path / "tree.json"
+
+    result = run("tune", "--heads", "medusa", *QUICK, "--nodes", "4", "--save", str(path))
+
+    assert result.exit_code == 0
+    for text in ("batch 1", "tau", "best", "rank 0", "static tree of 4 nodes"):
+        assert text in result.output
+    assert normalize_tree(str(path)).num_draft_tokens == 4
+    assert json.loads(path.read_text())["heads"] == "medusa"
+
+
+def test_tune_takes_batches_and_any_proposer(run, tmp_path):
+    data = tmp_path / "prompts.jsonl"
+    lines = [json.dumps({"messages": chat}) for chat in load_prompts("sql_tune", limit=2)]
+    data.write_text("\n".join(lines))
+
+    result = run("tune", "--heads", "ngram", "--data", str(data), "--batch", "1,2", *QUICK)
+
+    assert result.exit_code == 0
+    assert "batch 1" in result.output
+    assert "batch 2" in result.output
+    assert "static tree" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--save", "tree.txt"), r"--save.*\*\.json"),
+        (("--heads", "none"), "--heads is 'none'"),
+        (("--batch", "0"), "--batch has '0'"),
+        (("--heads", "ngram", "--save", "tree.json"), r"NgramProposer does not rank"),
+    ],
+)
+def test_options_that_make_no_sense_are_named(run, options, message):
+    with pytest.raises(OptionError, match=message):
+        run("tune", *QUICK, *options)
+
+
+def test_prompts_that_end_at_once_teach_nothing(run, tmp_path):
+    data = tmp_path / "prompts.jsonl"
+    data.write_text('{"prompt": "1 2 3 1 2 3 1 2 3"}')
+
+    with pytest.raises(OptionError, match=r"nothing was drafted.*prompts"):
+        run("tune", "--heads", "ngram", "--data", str(data), *QUICK)
