@@ -60,8 +60,8 @@ class EagleAttention(nn.Module):
         values = self.v_proj(states).view(by_head).transpose(1, 2)
         if self.q_norm is not None and self.k_norm is not None:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
-        queries = _rotated(queries, rotation).transpose(1, 2)
-        keys = _rotated(keys, rotation).transpose(1, 2)
+        both = _rotated(torch.cat((queries, keys), dim=2), rotation).transpose(1, 2)
+        queries, keys = both[:, : queries.shape[2]], both[:, queries.shape[2] :]
         if past_key_values is not None:
             keys, values = past_key_values.update(keys, values, self.index)
         is_plain = attention_mask is None and self.sliding_window is None and seq == keys.shape[2]

@@ -16,7 +16,7 @@ from speclm.proposers.interface import Draft
 from speclm.tree.choices import Choices, normalize_choices
 from speclm.tree.growth import GrownRow
 from speclm.tree.plan import TreePlan
-from speclm.tree.topology import from_parents
+from speclm.tree.topology import trees_of
 
 ConfigT = TypeVar("ConfigT", bound=ProposerConfig)
 
@@ -83,7 +83,7 @@ def assemble(grown: list[GrownRow], roots: Int[Tensor, " batch"]) -> Draft:
     probs = [[1.0, *row_probs(row), *[0.0] * (nodes - 1 - len(row.tokens))] for row in grown]
     return Draft(
         tokens=torch.cat([roots[:, None], tokens.view(len(guesses), -1)], dim=1),
-        topology=from_parents(parents, device=roots.device),
+        topology=trees_of(parents, device=roots.device),
         probs=torch.tensor(probs, device=roots.device),
     )
 

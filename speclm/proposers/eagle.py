@@ -3,9 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -317,7 +319,7 @@ class EagleProposer(Proposer):
             self._cache,
             hidden=self._hidden,
             widths=widths,
-            embedding=self.view.stored_embeddings,
+            embedding=partial(F.embedding, weight=self.view.embedding_weight),
         )
 
     def _run(

@@ -287,8 +287,13 @@ class TargetView:
 
     def stored_embeddings(self, tokens: Int[Tensor, "*rows"]) -> Float[Tensor, "*rows hidden"]:
         """Return rows of the embedding matrix, without the factor that some models apply."""
+        return F.embedding(tokens, self.embedding_weight)
+
+    @property
+    def embedding_weight(self) -> Float[Tensor, "vocab hidden"]:
+        """The embedding matrix, as it is stored."""
         module = self.model.get_input_embeddings()
-        return F.embedding(tokens, module.get_parameter("weight"))
+        return cast("Tensor", module.get_parameter("weight"))
 
     def head_logits(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows vocab"]:
         """Return the logits that the model computes from hidden states after the final norm."""

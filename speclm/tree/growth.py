@@ -21,10 +21,6 @@ class _Level:
     expanded: Int[Tensor, "batch width"]  # candidates that the next level starts from
     expanded_scores: Float[Tensor, "batch width"]
 
-    @property
-    def num_candidates(self) -> int:
-        return self.tokens.shape[1]
-
 
 @dataclass(frozen=True, slots=True)
 class GrownRow:
@@ -129,7 +125,7 @@ class GrowingTree:
     def best_nodes(self, num_nodes: int, *, min_score: float) -> list[GrownRow]:
         """Return the `num_nodes` best candidates of each row with a score of at least `min_score`.
 
-        Nodes are chosen on the device, and read by the host at once.
+        Nodes are chosen on the device, and read by the host in one transfer.
         """
         scores = torch.cat([level.scores for level in self._levels], dim=1)
         num_candidates = scores.shape[1]
@@ -137,54 +133,56 @@ class GrowingTree:
         # the best are a tree.
         best = scores.sort(dim=1, descending=True, stable=True)
         values, order = best.values[:, :num_nodes], best.indices[:, :num_nodes]
-        order = order.masked_fill(values < min_score, num_candidates)
-        kept = order.sort(dim=1).values  # by level; what is left out comes last
-        chosen = kept.clamp(max=num_candidates - 1)
+        kept = order.masked_fill(values < min_score, num_candidates).sort(dim=1).values
+        chosen = kept.clamp(max=num_candidates - 1)  # what is left out comes last
         tokens = torch.cat([level.tokens for level in self._levels], dim=1).gather(1, chosen)
-        above, places = self._origins()
-        parents = torch.searchsorted(kept, above.gather(1, chosen), right=True)
-        # One transfer: scores travel as their bits.
-        bits = scores.gather(1, chosen).float().view(torch.int32).long()
-        packed = torch.stack([kept, tokens, parents, places.gather(1, chosen), bits]).cpu()
-        return [
-            self._grown_row(*columns)
-            for columns in zip(
-                *packed[:4].tolist(), packed[4].int().view(torch.float32).tolist(), strict=True
-            )
-        ]
+        bits = scores.gather(1, chosen).float().view(torch.int32)  # scores travel as their bits
+        expanded = [level.expanded for level in self._levels]
+        packed = torch.cat([kept, tokens, bits, *expanded], dim=1).cpu()
+        sizes = [kept.shape[1]] * 3 + [level.shape[1] for level in expanded]
+        kept, tokens, bits, *expanded = torch.split(packed, sizes, dim=1)
+        rows = zip(
+            kept.tolist(),
+            tokens.tolist(),
+            bits.int().view(torch.float32).tolist(),
+            zip(*(level.tolist() for level in expanded), strict=True),
+            strict=True,
+        )
+        ends = list(accumulate(level.tokens.shape[1] for level in self._levels))
+        return [_grown_row(*row, ends=ends, branches=self._branches) for row in rows]
 
-    def _origins(self) -> tuple[Int[Tensor, "batch candidates"], Int[Tensor, "batch candidates"]]:
-        """Return the candidate above each one, -1 for the root, and the place it was expanded at.
 
-        Candidates are counted over all levels; those that were not expanded have place -1.
-        """
-        above = [torch.full_like(self._levels[0].tokens, -1)]
-        places, first = [], 0
-        for level in self._levels:
-            slots = torch.arange(level.expanded.shape[1], device=level.expanded.device)
-            unexpanded = torch.full_like(level.tokens, -1)
-            places.append(unexpanded.scatter(1, level.expanded, slots.expand_as(level.expanded)))
-            below = (level.expanded + first)[:, :, None].expand(-1, -1, self._branches)
-            above.append(below.flatten(1))
-            first += level.num_candidates
-        return torch.cat(above[:-1], dim=1), torch.cat(places, dim=1)
+def _grown_row(
+    kept: list[int],
+    tokens: list[int],
+    scores: list[float],
+    expanded: tuple[list[int], ...],
+    *,
+    ends: list[int],
+    branches: int,
+) -> GrownRow:
+    """Return a row from what the device chose.
 
-    def _grown_row(
-        self,
-        kept: list[int],
-        tokens: list[int],
-        parents: list[int],
-        places: list[int],
-        scores: list[float],
-    ) -> GrownRow:
-        """Return a row from what the device chose, without what was left out."""
-        ends = list(accumulate(level.num_candidates for level in self._levels))
-        num = bisect_left(kept, ends[-1])
-        expansions = [
-            None if place < 0 else (bisect_right(ends, candidate), place)
-            for candidate, place in zip(kept[:num], places, strict=False)
-        ]
-        return GrownRow(tokens[:num], parents[:num], expansions, scores[:num])
+    Args:
+        kept: Candidates, counted over all levels, ascending; beyond all where none is left.
+        tokens: Of each.
+        scores: Of each.
+        expanded: Candidates of every level that the next one starts from, counted within it.
+        ends: Candidates up to each level and in it.
+        branches: Children considered for each expanded node.
+    """
+    num = bisect_left(kept, ends[-1])
+    grown = GrownRow(tokens[:num], [], [], scores[:num])
+    nodes: list[dict[int, int]] = [{} for _ in ends]  # from the place in a level to the node
+    for node, candidate in enumerate(kept[:num], start=1):
+        depth = bisect_right(ends, candidate)
+        place = candidate - (ends[depth - 1] if depth else 0)
+        nodes[depth][place] = node
+        above = expanded[depth - 1][place // branches] if depth else -1
+        grown.parents.append(nodes[depth - 1][above] if depth else 0)
+        at_level = expanded[depth]
+        grown.expansions.append((depth, at_level.index(place)) if place in at_level else None)
+    return grown
 
 
 @lru_cache(maxsize=64)

@@ -193,7 +193,7 @@ def test_children_of_the_root_are_the_drafts_best_tokens():
         text = torch.cat([inputs["input_ids"][row, 6 - length :], roots[row : row + 1]])
         best = model(input_ids=text[None]).logits[0, -1].topk(3).indices
         assert draft.tokens[row].tolist() == [roots[row].item(), *best.tolist()]
-    assert draft.topology.parents.tolist() == [[0, 0, 0, 0]] * 2
+    assert draft.topology.parents.tolist() == [[0, 0, 0, 0]]  # of both rows
 
 
 @pytest.mark.parametrize("num_draft_tokens", [1, 4, 9])
@@ -243,7 +243,8 @@ def test_a_level_is_drafted_while_most_rows_grow():
     def depths(**more):
         proposer = DraftModelProposer(model, target=model, **options, **more)
         draft = proposer.propose(begun(proposer, 6, 9, 7, 8), noise=None)
-        return draft.topology.host_depths
+        found = draft.topology.host_depths
+        return found * (4 // len(found))  # rows of one shape share it
 
     inputs = prompts(6, 9, 7, 8)
     tokens = torch.cat([inputs["input_ids"], torch.arange(3, 7)[:, None]], dim=1)
