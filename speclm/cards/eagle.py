@@ -27,6 +27,7 @@ guesses in one forward.
 | output matrix | {lm_head} |
 | parameters | {parameters} |
 | dtype | {dtype} |
+| tree | {tree} |
 {figures}
 {loading}
 ## Other software
@@ -58,6 +59,7 @@ class EagleCard:
         has_own_lm_head: Whether they have an output matrix.
         num_parameters: Numbers in all of them.
         dtype: Name of their type.
+        num_nodes: Nodes of the stored tree, root included; None if none is stored.
         figures: What was measured, in words, by its name; nothing is said where it is empty.
         base: Hub id of the base model, if it has one.
         repo_id: Where the heads will be found, if known.
@@ -72,6 +74,7 @@ class EagleCard:
     has_own_lm_head: bool
     num_parameters: int
     dtype: str
+    num_nodes: int | None = None
     figures: Mapping[str, str] = field(default_factory=dict, hash=False)
     base: str | None = None
     repo_id: str | None = None
@@ -95,6 +98,7 @@ class EagleCard:
             lm_head="their own" if self.has_own_lm_head else "the base model's",
             parameters=f"{self.num_parameters:,}",
             dtype=self.dtype,
+            tree=f"{self.num_nodes} nodes" if self.num_nodes else "chosen when they are loaded",
             figures=self._figures(),
             loading=loading(self.base, self.repo_id),
             layout=_LAYOUTS[self.kind],

@@ -33,7 +33,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
         (bool,),
     ),
     **dict.fromkeys(("hidden_act", "base_model_name_or_path"), (str,)),
-    **dict.fromkeys(("rope_scaling", "rope_parameters", "speculators_config"), (dict,)),
+    **dict.fromkeys(("rope_scaling", "rope_parameters", "speculators_config", "speclm"), (dict,)),
     **dict.fromkeys((*_LAYER_IDS, "layer_types"), (list,)),
 }
 

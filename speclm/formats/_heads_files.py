@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from speclm.errors import CheckpointError
+from speclm.errors import CheckpointError, TopologyError, UnknownNameError
+from speclm.tree.choices import Choices, normalize_choices
 
 CONFIG_NAME = "config.json"
 
@@ -47,6 +48,23 @@ def write_heads(
         check(Path(aside))
         for path in (weights, described):
             path.replace(folder / path.name)
+
+
+def read_choices(folder: Path, config: Mapping[str, Any]) -> Choices | None:
+    """Return the static tree that a config holds, if any.
+
+    Raises:
+        CheckpointError: If it is no tree.
+    """
+    choices = (config.get("speclm") or {}).get("choices")
+    if choices is None:
+        return None
+    try:
+        return normalize_choices(choices)
+    except (TopologyError, UnknownNameError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: speclm.choices is no tree ({error}); remove it or pass tree"
+        ) from error
 
 
 def require_folder(folder: Path) -> None:

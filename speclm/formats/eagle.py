@@ -13,8 +13,10 @@ from torch import Tensor
 from speclm.errors import CheckpointError
 from speclm.formats._draft_vocabulary import read_draft_columns
 from speclm.formats._eagle_numbers import expected_shapes, infer_config, read_hints
+from speclm.formats._heads_files import read_choices
 from speclm.formats._weights import WeightFiles, weight_files
 from speclm.formats.eagle_config import EagleConfig
+from speclm.tree.choices import Choices
 
 _PREFIX = re.compile(r"model\.")
 _NAMES = {
@@ -54,11 +56,13 @@ class EagleCheckpoint:
         config: The numbers.
         tensors: By the names of the state dict of `speclm.heads.EagleHeads`.
         base_name_or_path: The model that the heads were trained on, if known.
+        choices: Static tree that was stored with the heads.
     """
 
     config: EagleConfig
     tensors: Mapping[str, Tensor]
     base_name_or_path: str | None = None
+    choices: Choices | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -155,7 +159,12 @@ def read_eagle(folder: str | Path) -> EagleCheckpoint:
         )
     if config.has_draft_vocab and columns is not None:
         tensors["draft_columns"] = columns
-    return EagleCheckpoint(config=config, tensors=tensors, base_name_or_path=_base(hints))
+    return EagleCheckpoint(
+        config=config,
+        tensors=tensors,
+        base_name_or_path=_base(hints),
+        choices=read_choices(folder, hints),
+    )
 
 
 def is_eagle(source: WeightFiles) -> bool:

@@ -187,6 +187,8 @@ def _described(checkpoint: EagleCheckpoint) -> dict[str, Any]:
     if config.kind == "eagle3":
         # SGLang asks for it, and shares the target's output matrix where it is null.
         described["draft_vocab_size"] = config.draft_vocab_size if config.has_own_lm_head else None
+    if checkpoint.choices is not None:
+        described["speclm"] = {"choices": [list(path) for path in checkpoint.choices]}
     return described
 
 

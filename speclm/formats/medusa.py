@@ -11,9 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from speclm.errors import CheckpointError, TopologyError, UnknownNameError
+from speclm.errors import CheckpointError
+from speclm.formats._heads_files import read_choices
 from speclm.formats._weights import WeightFiles, read_json, weight_files
-from speclm.tree.choices import Choices, normalize_choices
+from speclm.tree.choices import Choices
 
 _log = logging.getLogger("speclm")
 
@@ -202,7 +203,7 @@ def read_medusa(folder: str | Path) -> MedusaCheckpoint:
         lm_weight=lm_weight,
         vocab_size=vocab_size if lm_weight is None else lm_weight.shape[1],
         base_name_or_path=config.get("base_model_name_or_path"),
-        choices=_read_choices(folder, config),
+        choices=read_choices(folder, config),
         is_merged=len(keys) < len(source.files),
     )
 
@@ -296,15 +297,3 @@ def _compare_with_config(source: WeightFiles, config: dict[str, Any], parts: _Ke
     ]
     if wrong:
         _log.warning("%s goes by its tensors; config.json says %s", source.path, ", ".join(wrong))
-
-
-def _read_choices(folder: Path, config: dict[str, Any]) -> Choices | None:
-    choices = (config.get("speclm") or {}).get("choices")
-    if choices is None:
-        return None
-    try:
-        return normalize_choices(choices)
-    except (TopologyError, UnknownNameError, TypeError) as error:
-        raise CheckpointError(
-            f"{folder / 'config.json'}: speclm.choices is no tree ({error}); remove it or pass tree"
-        ) from error

@@ -15,6 +15,7 @@ from speclm.errors import OptionError
 from speclm.formats.eagle import EagleCheckpoint
 from speclm.formats.eagle_config import EagleConfig
 from speclm.heads._eagle_layer import EagleLayer, KeyValueStore, Rotation
+from speclm.tree.choices import Choices
 
 _INIT_STD = 0.02  # that of Llama
 
@@ -280,15 +281,18 @@ def build_eagle(
     return heads.to(target)
 
 
-def eagle_checkpoint(heads: EagleHeads, *, base_name_or_path: str | None = None) -> EagleCheckpoint:
+def eagle_checkpoint(
+    heads: EagleHeads, *, base_name_or_path: str | None = None, choices: Choices | None = None
+) -> EagleCheckpoint:
     """Return heads as numbers and tensors, whose memory they share, to be written.
 
     Args:
         heads: Trained heads.
         base_name_or_path: The model that they were trained on, if it is to be recorded.
+        choices: Static tree that is to be stored with them.
     """
     tensors = {name: tensor.detach() for name, tensor in heads.state_dict().items()}
-    return EagleCheckpoint(heads.config, tensors, base_name_or_path)
+    return EagleCheckpoint(heads.config, tensors, base_name_or_path, choices)
 
 
 def _constant(name: str) -> float:

@@ -210,6 +210,7 @@ def _load_eagle(folder: Path, base: PreTrainedModel, options: dict[str, Any]) ->
     )
     heads = build_eagle(checkpoint, dtype=dtype, device=view.device)
     heads = heads.eval().requires_grad_(requires_grad=False)
+    options.setdefault("tree", checkpoint.choices)
     return EagleProposer(heads, target=base, **options)
 
 

@@ -146,7 +146,10 @@ def _write_medusa(proposer: MedusaProposer, place: Place) -> str:
 def _write_eagle(proposer: EagleProposer, place: Place) -> str:
     model = cast("Any", place.base)
     output = model.get_output_embeddings()
-    checkpoint = eagle_checkpoint(proposer.heads, base_name_or_path=place.recorded_base).share(
+    choices = proposer.config.choices
+    checkpoint = eagle_checkpoint(
+        proposer.heads, base_name_or_path=place.recorded_base, choices=choices
+    ).share(
         embeddings=model.get_input_embeddings().weight,
         lm_weight=None if output is None else output.weight,
     )
@@ -164,6 +167,7 @@ def _write_eagle(proposer: EagleProposer, place: Place) -> str:
             tensor.numel() for tensor in checkpoint.tensors.values() if tensor.is_floating_point()
         ),
         dtype=str(checkpoint.dtype).removeprefix("torch."),
+        num_nodes=None if choices is None else 1 + len(choices),
         base=place.base_id,
         repo_id=place.repo_id,
     )

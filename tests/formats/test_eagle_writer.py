@@ -123,6 +123,17 @@ def test_hidden_states_are_named_only_if_they_are_not_the_usual_ones(tmp_path, l
     assert read_eagle(tmp_path).config.feature_layers == layers
 
 
+def test_static_tree_is_stored_and_a_broken_one_is_refused(tmp_path):
+    write_eagle(tmp_path, replace(checkpoint(), choices=((0,), (1,), (0, 0))))
+    assert read_eagle(tmp_path).choices == ((0,), (1,), (0, 0))
+    config = written(tmp_path)[1]
+    assert config["speclm"] == {"choices": [[0], [1], [0, 0]]}
+    broken = {**config, "speclm": {"choices": [[0, 0]]}}
+    (tmp_path / "config.json").write_text(json.dumps(broken))
+    with pytest.raises(CheckpointError, match=r"speclm.choices is no tree.*remove it"):
+        read_eagle(tmp_path)
+
+
 def test_options_of_eagle_3_1_and_other_widths_are_named(tmp_path):
     options = {"norm_before_residual": True, "fc_norm": True, "norm_output": True}
     heads = checkpoint(**options, target_hidden_size=6, has_own_embeddings=True, num_layers=2)

@@ -141,8 +141,8 @@ def test_damaged_heads_and_wrong_options_are_refused(base, tmp_path):
     with pytest.raises(CheckpointError, match="d2t"):
         SpecModel.from_pretrained(base, write(tmp_path / "a", "eagle3", d2t=None))
     folder = write(tmp_path / "b", "eagle3")
-    with pytest.raises(OptionError, match="no option 'tree'"):
-        SpecModel.from_pretrained(base, folder, heads_kwargs={"tree": "auto"})
+    with pytest.raises(OptionError, match="no option 'min_chance'"):
+        SpecModel.from_pretrained(base, folder, heads_kwargs={"min_chance": 0.1})
     with pytest.raises(OptionError, match="dtype of the heads"):
         SpecModel.from_pretrained(base, folder, heads_kwargs={"dtype": torch.int8})
     shallow = build_model("llama", num_hidden_layers=4, head_dim=10)

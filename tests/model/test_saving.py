@@ -85,6 +85,17 @@ def test_saved_eagle_heads_are_loaded(deep_base, tmp_path, kind):
     assert ("| hidden states read | 2, 3, 4 (0 is the embeddings) |" in card) is (kind == "eagle3")
 
 
+def test_static_tree_is_saved_with_eagle_heads(deep_base, tmp_path):
+    heads = with_eagle(deep_base, "eagle3").proposer.heads
+    spec = SpecModel(deep_base, EagleProposer(heads, target=deep_base, tree=[2, 1]))
+    spec.save_pretrained(tmp_path)
+    loaded = SpecModel.from_pretrained(deep_base, tmp_path)
+    assert loaded.proposer.config.choices == ((0,), (1,), (0, 0), (1, 0))
+    assert "| tree | 5 nodes |" in (tmp_path / "README.md").read_text()
+    other = SpecModel.from_pretrained(deep_base, tmp_path, heads_kwargs={"tree": [3]})
+    assert other.proposer.config.choices == ((0,), (1,), (2,))
+
+
 def test_eagle_heads_are_saved_without_what_the_base_has_too(deep_base, tmp_path):
     config = EagleConfig.from_model_config(deep_base.config, kind="eagle")
     heads = EagleHeads(replace(config, has_own_embeddings=True))
