@@ -32,7 +32,7 @@ BATCH = 10
 ARMS = ("top-k", "fixed mixture", "estimated mixture")
 
 # By the number of guesses of a tree: nodes expanded at a level, children of each, and levels.
-TREE_SHAPES = {8: (2, 3, 6), 16: (4, 4, 8), 32: (6, 6, 8)}
+TREE_SHAPES = {8: (3, 3, 6), 16: (4, 4, 8), 32: (8, 6, 8)}
 
 
 def follow(draft: Draft, row: int, text: Sequence[int]) -> tuple[list[int], list[int]]:

@@ -60,7 +60,7 @@ ROWS: Mapping[str, tuple[str, ...]] = {
 USUAL_ROWS = ("setting", "arm")
 COLUMN = "prompts"
 # They follow from others, or are given in the line above the table.
-NO_CELL = ("num_prompts", "options", "max_new_tokens", "num_threads", "rule")
+NO_CELL = ("num_prompts", "options", "max_new_tokens", "num_threads", "rule", "grown")
 
 
 @dataclass(frozen=True, slots=True)

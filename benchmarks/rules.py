@@ -55,8 +55,8 @@ DRAFTERS = ("draft", "medusa", "eagle", "eagle3")
 CHAIN_DEPTH = 5
 TREE_NODES = (8, 16, 32)
 
-# By the number of guesses of a tree: nodes expanded at a level, and children of each.
-TREE_SHAPES = {8: (2, 3), 16: (4, 3), 32: (6, 4)}
+# By the number of guesses of a tree: nodes expanded at a level, children of each, and levels.
+TREE_SHAPES = {8: (3, 3, 6), 16: (4, 4, 8), 32: (8, 6, 8)}
 # A static tree for Medusa heads: children at each depth.
 MEDUSA_WIDTHS = {8: [3, 1, 1], 16: [4, 2, 1], 32: [6, 2, 2]}
 
@@ -117,9 +117,9 @@ Maker = Callable[[int | None], Proposer]
 
 def whole_trees(num_nodes: int | None) -> dict[str, Any]:
     """Return options that give every arm drafts of one size: nothing is pruned as unlikely."""
-    width, branches = (1, 1) if num_nodes is None else TREE_SHAPES[num_nodes]
+    width, branches, depth = (1, 1, CHAIN_DEPTH) if num_nodes is None else TREE_SHAPES[num_nodes]
     return {
-        "depth": CHAIN_DEPTH,
+        "depth": depth,
         "num_draft_tokens": num_nodes or CHAIN_DEPTH,
         "width": width,
         "branches": branches,
@@ -127,6 +127,12 @@ def whole_trees(num_nodes: int | None) -> dict[str, Any]:
         "min_confidence": 0.0,
         "min_growing": 0.0,
     }
+
+
+def shape_name(num_nodes: int | None) -> str:
+    """Return nodes expanded at a level, children of each and levels."""
+    options = whole_trees(num_nodes)
+    return "x".join(str(options[name]) for name in ("width", "branches", "depth"))
 
 
 def maker(drafter: str, base: PreTrainedModel, *, folder: Path | None = None) -> Maker:
@@ -216,6 +222,7 @@ def measure(
         for arm in CHAIN_ARMS if num_nodes is None else TREE_ARMS:
             shape = "chain" if num_nodes is None else f"tree {num_nodes}"
             named = {**settings, "shape": shape, "arm": arm.name, "rule": arm.rule.name}
+            named["grown"] = shape_name(num_nodes)
             if is_recorded(path, benchmark="rules", settings=named):
                 continue
             counters, outputs = run_arm(base, make(num_nodes), arm, calls)

@@ -26,6 +26,7 @@ from rules import (
     maker,
     plain_outputs,
     run_arm,
+    shape_name,
     tau_record,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -57,6 +58,7 @@ def measure(
         for drafter, make in makers.items():
             for arm in rankings:
                 named = {**settings, "num_nodes": num_nodes, "drafter": drafter, "arm": arm.name}
+                named["grown"] = shape_name(num_nodes)
                 if is_recorded(path, benchmark="tau", settings=named):
                     continue
                 plain = plain_outputs(base, calls) if plain is None else plain
