@@ -249,11 +249,12 @@ class _State:
         )
         # A token that the draft does not have, or cut off, tells nothing about the others.
         chosen = log_probs.gather(1, tokens.clamp(min=0)[:, None])
-        is_known = ((tokens >= 0)[:, None] & ~chosen.isinf()).float()
-        found = torch.cat([gradients, information.flatten(1), torch.ones_like(is_known)], dim=1)
+        found = torch.cat([gradients, information.flatten(1), torch.ones_like(chosen)], dim=1)
+        # Nor does a law that overflowed, whose sums would be no numbers for good.
+        is_known = (tokens >= 0)[:, None] & ~chosen.isinf() & found.isfinite().all(1, keepdim=True)
         if self.sums is None:
             self.sums = torch.zeros(NUM_LEVELS, found.shape[1], device=device)
-        self.sums = self.sums.to(device).index_add(0, levels, found * is_known)
+        self.sums = self.sums.to(device).index_add(0, levels, found.where(is_known, 0.0))
 
     def learn(self, start: Mixture) -> None:
         """Take over the sums and move to the maximum; syncs with the device."""

@@ -88,6 +88,7 @@ def truncate(
         floor = torch.where(is_kept[..., -1:], floor, least.maximum(floor))
     if truncation.min_p is not None:
         floor = floor.maximum(best[..., :1] + math.log(max(truncation.min_p, 1e-30)))
+    floor = floor.minimum(best[..., :1])  # a top_p of 0 keeps the likeliest token too
     return log_probs.masked_fill(log_probs < floor, -torch.inf)
 
 

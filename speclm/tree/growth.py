@@ -82,7 +82,9 @@ class GrowingTree:
     def grow(self, log_probs: Float[Tensor, "batch expanded vocab"]) -> None:
         """Add the children of the nodes that were last expanded; at first, of the root."""
         best = log_probs.topk(self._branches, dim=-1)  # [batch, expanded, branches]
-        scores = best.values.clamp(max=0)  # rounding may make a sure child likelier than that
+        # What is no number would break the order of parents and children: nothing is so unlikely.
+        scores = best.values.nan_to_num(nan=-torch.inf, posinf=0.0, neginf=-torch.inf)
+        scores = scores.clamp(max=0)  # rounding may make a sure child likelier than that
         if self._levels:
             scores = scores + self._levels[-1].expanded_scores[:, :, None]
         scores, tokens = scores.flatten(1), best.indices.flatten(1)  # [batch, candidates]

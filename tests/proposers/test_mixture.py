@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import astuple
 
 import pytest
 import torch
@@ -167,6 +168,24 @@ def test_tokens_that_the_draft_cut_off_count_for_nothing():
     expected = taught(laws, noise, torch.where(hidden, -1, tokens))._states["setting"]
     assert torch.isfinite(found.pull).all()
     assert torch.allclose(found.pull, expected.pull, rtol=1e-3)
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_laws_that_overflow_count_for_nothing(wrong):
+    laws, noise = draws(8 * ROUNDS_PER_UPDATE, spread=3.0)
+    tokens = sampled(laws)
+    broken = laws.clone()
+    broken[::4] = wrong  # one observation of every round
+
+    found = taught(broken, noise, tokens)
+
+    expected = MixtureEstimator()
+    expected.begin("setting")
+    for rows in torch.arange(len(tokens)).view(-1, 4)[:, 1:]:
+        expected.observe(laws[rows], noise[rows], tokens[rows], depth=0)
+        expected.end_round()
+    assert found.at(0) != Mixture()
+    assert astuple(found.at(0)) == pytest.approx(astuple(expected.at(0)))
 
 
 def test_settings_have_numbers_of_their_own_that_outlive_calls():

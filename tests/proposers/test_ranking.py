@@ -87,6 +87,9 @@ def test_halves_are_ranked_in_single_precision():
         Truncation(min_p=0.2),
         Truncation(top_k=5, top_p=0.8, min_p=0.05),
         Truncation(top_k=500),
+        Truncation(top_p=0.0),
+        Truncation(top_k=3, top_p=0.0),
+        Truncation(min_p=1.0),
     ],
 )
 def test_drafts_are_cut_as_the_targets_law_would_be(truncation):

@@ -108,6 +108,26 @@ def test_expansions_say_where_a_node_was_fed():
     assert sum(place is not None for place in grown.expansions) == 6
 
 
+@pytest.mark.parametrize("where", [(0, slice(None)), (2, slice(None)), (1, 3), (2, 0)], ids=str)
+def test_nodes_whose_chance_is_no_number_are_left_out(where):
+    tables = laws(4, batch=1, depth=3)
+    level, token = where
+    tables[0][level][..., token] = math.nan  # an overflow in the proposer's network
+
+    tree = grow(tables, width=3, branches=3, depth=3)
+
+    for num_nodes in (4, 12):
+        (row,) = tree.best_nodes(num_nodes, min_score=math.log(1e-30))
+        depths = [0]
+        for parent in row.parents:
+            depths.append(depths[parent] + 1)
+        assert not any(map(math.isnan, row.scores))
+        if token == slice(None):
+            assert max(depths) <= level
+        else:
+            assert (level + 1, token) not in zip(depths[1:], row.tokens, strict=True)
+
+
 def test_min_score_leaves_unlikely_nodes_out():
     tables = laws(5, 2, 3)
     tree = grow(tables, width=3, branches=3, depth=3)
