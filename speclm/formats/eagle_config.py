@@ -166,10 +166,11 @@ class EagleConfig:
                     "same; name others"
                 )
             return usual
-        if max(layers) > num_target_layers:
+        # What the last layer gives is read behind the norm alone, as features of EAGLE-1.
+        if max(layers) >= num_target_layers:
             raise OptionError(
-                f"feature_layers is {layers!r}, expected at most {num_target_layers}, the layers "
-                "of the base; load the heads with the base they were trained on"
+                f"feature_layers is {layers!r}, expected at most {num_target_layers - 1}: what the "
+                "layers of the base read; load the heads with the base they were trained on"
             )
         return layers
 

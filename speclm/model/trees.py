@@ -69,8 +69,11 @@ def require_fillable(tree: TreePlan | str | None, proposer: Proposer | None) -> 
             "cannot fill: it does not rank guesses; pass tree='auto', or "
             "TreePlan(depth=4, num_draft_tokens=8) for a bound alone"
         )
-    vocab_size, rank = proposer.needs.vocab_size, max(max(path) for path in tree.choices)
-    if vocab_size is not None and rank >= vocab_size:
+    num_ranks, rank = proposer.num_ranks, max(max(path) for path in tree.choices)
+    if num_ranks is None:
+        num_ranks = proposer.needs.vocab_size
+    if num_ranks is not None and rank >= num_ranks:
         raise OptionError(
-            f"tree asks for rank {rank}, the vocabulary has {vocab_size} tokens; use smaller ranks"
+            f"tree asks for rank {rank}, the vocabulary has {num_ranks} tokens to guess; use "
+            "smaller ranks"
         )

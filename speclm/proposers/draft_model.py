@@ -28,7 +28,7 @@ from speclm.proposers.ranking import LevelRanking, path_expansions
 from speclm.sampling.drafts import DraftSampler, DraftSampling
 from speclm.sampling.noise import PositionNoise
 from speclm.target import TargetView
-from speclm.tree.choices import Choices
+from speclm.tree.choices import Choices, normalize_choices
 from speclm.tree.filling import FilledTree
 from speclm.tree.growth import GrowingTree, GrownRow, drawn_choices
 from speclm.tree.topology import chain
@@ -71,6 +71,8 @@ class DraftModelConfig(ProposerConfig):
         require_in_range("min_confidence", self.min_confidence, low=0.0, high=1.0)
         require_in_range("min_growing", self.min_growing, low=0.0, high=1.0)
         require_mixture(self.mixture)
+        if self.choices is not None:
+            object.__setattr__(self, "choices", normalize_choices(self.choices))
 
 
 class DraftModelProposer(Proposer):

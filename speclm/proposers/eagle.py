@@ -34,7 +34,7 @@ from speclm.proposers.ranking import LevelRanking, path_expansions
 from speclm.sampling.drafts import DraftSampler, DraftSampling
 from speclm.sampling.noise import PositionNoise
 from speclm.target import TargetFeatures, TargetView
-from speclm.tree.choices import Choices
+from speclm.tree.choices import Choices, normalize_choices
 from speclm.tree.filling import FilledTree
 from speclm.tree.growth import GrowingTree, GrownRow, drawn_choices
 
@@ -75,6 +75,8 @@ class EagleProposerConfig(ProposerConfig):
         for name in ("min_probability", "min_confidence", "min_growing"):
             require_in_range(name, getattr(self, name), low=0.0, high=1.0)
         require_mixture(self.mixture)
+        if self.choices is not None:
+            object.__setattr__(self, "choices", normalize_choices(self.choices))
 
 
 class EagleProposer(Proposer):
@@ -133,6 +135,7 @@ class EagleProposer(Proposer):
                 f"{self.view.name} are {self.view.hidden_size} wide; use heads that were trained "
                 "on it"
             )
+        self.num_ranks = wanted.draft_vocab_size
         is_eagle3 = wanted.kind == "eagle3"
         self._features = (
             TargetFeatures(wanted.layers_to_read(self.view.num_layers))

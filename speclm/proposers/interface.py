@@ -114,6 +114,7 @@ class Proposer(ABC):
         needs: What the target has to be; checked when a `SpecModel` is given the proposer.
         parts: Proposers that it asks in turn, whose needs are checked too.
         takes_choices: Whether it fills static trees of ranks.
+        num_ranks: Guesses that it can rank below a node; None for the vocabulary it needs.
         plan: What the loop wants the next drafts to be, set before `begin` and every `propose`;
             None for what `config` says. Larger trees are cut by the loop.
     """
@@ -125,6 +126,7 @@ class Proposer(ABC):
     needs: TargetNeeds = TargetNeeds()
     parts: Sequence["Proposer"] = ()
     takes_choices: ClassVar[bool] = False
+    num_ranks: int | None = None
     plan: TreePlan | None = None
 
     @abstractmethod

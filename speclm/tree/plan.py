@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from speclm.config import MAX_NODES, require_count, require_depth, require_in_range
 from speclm.errors import OptionError
-from speclm.tree.choices import Choices
+from speclm.tree.choices import Choices, normalize_choices
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,7 @@ class TreePlan:
     Raises:
         OptionError: If a number is out of range, or the static tree exceeds it.
         TreeBudgetError: If `depth` is out of range.
+        TopologyError: If `choices` are no tree.
     """
 
     depth: int
@@ -37,9 +38,10 @@ class TreePlan:
         for name in ("min_chance", "min_confidence"):
             if getattr(self, name) is not None:
                 require_in_range(name, getattr(self, name), low=0.0, high=1.0)
-        choices = self.choices
-        if choices is None:
+        if self.choices is None:
             return
+        choices = normalize_choices(self.choices)
+        object.__setattr__(self, "choices", choices)  # plans are keys, which lists cannot be
         if len(choices) > self.num_draft_tokens or max(map(len, choices)) > self.depth:
             raise OptionError(
                 f"choices have {len(choices)} nodes on {max(map(len, choices))} levels, expected "
@@ -49,4 +51,5 @@ class TreePlan:
     @classmethod
     def of(cls, choices: Choices) -> "TreePlan":
         """Return the plan that every tree is this static one."""
+        choices = normalize_choices(choices)
         return cls(max(map(len, choices)), len(choices), choices)

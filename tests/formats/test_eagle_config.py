@@ -70,11 +70,11 @@ def test_layers_to_read_are_the_usual_ones_or_those_named():
     assert usual.layers_to_read(32) == (2, 16, 29)
     assert usual.layers_to_read(7) == (2, 3, 4)
     named = EagleConfig(**{**NUMBERS, **EAGLE3, "feature_layers": (1, 5, 6)})
-    assert named.layers_to_read(6) == (1, 5, 6)
+    assert named.layers_to_read(7) == (1, 5, 6)
     with pytest.raises(OptionError, match=r"the base has 6 layers, expected at least 7.*name"):
         usual.layers_to_read(6)
     with pytest.raises(OptionError, match=r"\(1, 5, 6\), expected at most 5.*trained on"):
-        named.layers_to_read(5)
+        named.layers_to_read(6)  # the last layer's output is not read
 
 
 def test_layers_counted_without_the_embeddings_are_the_usual_ones():
@@ -138,8 +138,8 @@ def test_base_with_too_few_layers_needs_named_ones():
         EagleConfig.from_model_config(base, kind="eagle3")
     config = EagleConfig.from_model_config(base, kind="eagle3", feature_layers=(1, 3))
     assert (config.num_features, config.feature_layers) == (2, (1, 3))
-    with pytest.raises(OptionError, match=r"\(1, 5\), expected at most 4"):
-        EagleConfig.from_model_config(base, kind="eagle3", feature_layers=(1, 5))
+    with pytest.raises(OptionError, match=r"\(1, 4\), expected at most 3"):
+        EagleConfig.from_model_config(base, kind="eagle3", feature_layers=(1, 4))
 
 
 def test_rotation_that_is_no_dict_is_refused():

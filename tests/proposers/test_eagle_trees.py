@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from speclm import SpecModel
 from speclm.acceptance import Accepted
-from speclm.errors import OptionError, UnknownNameError
+from speclm.errors import OptionError, TopologyError, UnknownNameError
 from speclm.heads.eagle import EagleHeads
 from speclm.proposers.eagle import EagleProposer
 from speclm.proposers.interface import Draft, Prefill, Proposer
@@ -183,5 +183,11 @@ def test_trees_are_checked():
         EagleProposer(heads, target=model, tree=[5])
     with pytest.raises(UnknownNameError, match="'best' is no preset"):
         EagleProposer(heads, target=model, tree="best")
+    with pytest.raises(TopologyError, match="hangs in the air"):
+        EagleProposer(heads, target=model, choices=((0,), (1, 0)))
+    proposer = EagleProposer(heads, target=model, choices=((0, 1), (0,)))
+    assert proposer.config.choices == ((0,), (0, 1))
+    with pytest.raises(OptionError, match=r"rank 5, the vocabulary has 4"):
+        generate(SpecModel(model, proposer), prompts(5), max_new_tokens=3, tree=[[0], [5]])
     config = EagleProposer(heads, target=model, tree=[2, 2], num_draft_tokens=3).config
     assert (config.depth, config.choices) == (2, ((0,), (1,), (0, 0)))

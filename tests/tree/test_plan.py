@@ -2,7 +2,7 @@
 
 import pytest
 
-from speclm.errors import OptionError, TreeBudgetError
+from speclm.errors import OptionError, TopologyError, TreeBudgetError
 from speclm.tree.plan import TreePlan
 
 
@@ -19,8 +19,22 @@ def test_plan_of_choices_is_as_large_as_they_are():
         ({"min_chance": 2.0}, OptionError, "min_chance is 2.0"),
         ({"min_confidence": -0.5}, OptionError, "min_confidence is -0.5"),
         ({"choices": ((0,), (0, 0))}, OptionError, "2 levels"),
+        ({"choices": ()}, TopologyError, "no paths"),
+        ({"choices": ((0, 0),), "depth": 2}, TopologyError, "hangs in the air"),
+        ({"choices": ((-1,),)}, TopologyError, "negative rank"),
+        ({"choices": ((),)}, TopologyError, "empty"),
     ],
 )
 def test_plans_that_cannot_be_are_refused(numbers, error, words):
     with pytest.raises(error, match=words):
         TreePlan(**{"depth": 1, "num_draft_tokens": 4, **numbers})
+
+
+def test_choices_of_a_plan_are_brought_in_order():
+    plan = TreePlan(2, 3, choices=((0, 1), (0,), (0, 0)))
+
+    assert plan == TreePlan.of(((0, 0), (0,), (0, 1)))
+    assert plan.choices == ((0,), (0, 0), (0, 1))
+    assert hash(plan) == hash(TreePlan.of(plan.choices))
+    with pytest.raises(TopologyError, match="no paths"):
+        TreePlan.of(())
