@@ -18,6 +18,9 @@ from speclm.errors import OptionError, UnknownNameError
 from speclm.model import SpecModel
 from speclm.model.loading import Heads
 
+BUNDLED_HEADS = ("draft", "medusa", "eagle", "eagle3")
+"""Assets that propose for the bundled base."""
+
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -42,8 +45,8 @@ def load(
     Args:
         base: Folder or hub id; None for the bundled model.
         heads: As ``SpecModel.from_pretrained`` takes it, several parted by commas, or "none"; for
-            the bundled base also "draft" and "medusa". By default the bundled draft model for the
-            bundled base and "ngram" for any other.
+            the bundled base also one of `BUNDLED_HEADS`. By default the bundled draft model for
+            the bundled base and "ngram" for any other.
         dtype: Of the weights; by default float32 for the bundled model and "auto" for others.
         device: Where both run; by default a GPU if there is one.
 
@@ -67,7 +70,7 @@ def load(
         ) from error
     if heads is None:
         heads = "draft" if is_bundled else "ngram"
-    bundled = {part: assets()[part] for part in ("draft", "medusa")} if is_bundled else {}
+    bundled = {part: assets()[part] for part in BUNDLED_HEADS} if is_bundled else {}
     parts: list[Heads] = [bundled.get(part, part) for part in heads.split(",")]
     if heads == "none":
         spec = SpecModel.from_pretrained(model.to(device), None)

@@ -27,7 +27,7 @@ MAX_NEW_TOKENS = {"sql": 64, "gsm8k": 96}
 
 
 def demo(
-    prompts: Annotated[int, typer.Option(min=1, help="Prompts of each set.")] = 8,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts of each set.")] = 6,
     threads: Annotated[int, typer.Option(min=1, help="Threads; a small model gains from one.")] = 1,
     tune: Annotated[bool, typer.Option("--tune", help="Use the tuning prompts.")] = False,
 ) -> None:
@@ -61,12 +61,10 @@ def demo(
 
 
 def _arms(base: PreTrainedModel) -> list[Arm]:
-    medusa = assets()["medusa"]
     heads: dict[str, Any] = {
         "ngram": "ngram",
         "draft": AutoModelForCausalLM.from_pretrained(assets()["draft"], dtype=torch.float32),
-        "medusa": medusa,
-        "ngram+medusa": ["ngram", medusa],
+        **{name: assets()[name] for name in ("medusa", "eagle", "eagle3")},
     }
     proposers = {
         name: load_proposer(given, base, heads_kwargs={}, num_draft_tokens=None)

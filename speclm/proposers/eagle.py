@@ -58,13 +58,13 @@ class EagleProposerConfig(ProposerConfig):
             from what the target chooses.
     """
 
-    depth: int = 6
+    depth: int = 16
     num_draft_tokens: int = 16
-    width: int = 3
+    width: int = 1
     branches: int = 3
-    min_probability: float = 0.05
-    min_confidence: float = 0.2
-    min_growing: float = 0.5
+    min_probability: float = 0.06
+    min_confidence: float = 0.3
+    min_growing: float = 0.75
     choices: Choices | None = None
     mixture: Mixture | None = None
 

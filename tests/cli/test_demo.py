@@ -20,7 +20,7 @@ def test_demo_compares_both_sets_and_is_identical(run):
     rows = [line.split()[:3] for line in result.output.splitlines()]
     for name in ("sql", "gsm8k"):
         for setting in ("greedy", "t1.0"):
-            for arm in ("ngram", "draft", "medusa", "ngram+medusa"):
+            for arm in ("ngram", "draft", "medusa", "eagle", "eagle3"):
                 assert [name, setting, arm] in rows
     assert "SELECT" in result.output
 

@@ -17,7 +17,7 @@ from speclm.generation.timing import (
 )
 from speclm.target import Session, TargetView, TreeSession
 from speclm.verify.fingerprint import Fingerprint
-from tests.models import prompts, shared_model
+from tests.models import build_model, prompts
 
 TIMINGS = ((1, 0.25), (2, 0.5))
 
@@ -98,7 +98,7 @@ def test_long_forwards_are_not_repeated():
 
 
 def test_a_generation_goes_on_as_if_nothing_had_been_measured(empty_cache):
-    view = TargetView(shared_model("llama"))
+    view = TargetView(build_model("llama"))  # of its own: others may change what names the kind
     inputs = prompts(9, 4)
     mask = inputs["attention_mask"]
     cache = view.new_cache((1 - mask).sum(1))

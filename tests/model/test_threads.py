@@ -104,8 +104,9 @@ def test_second_thread_on_one_base_is_refused_and_the_first_goes_on(base, kind):
     output, calls = generate_calling(spec, refused)
     assert calls
     assert torch.equal(output, expected)
-    assert spec.last_speculation.rounds > 0
-    assert spec.last_speculation.fallbacks == []
+    stats = spec.last_speculation
+    assert stats.rounds > 0 or stats.rows[0].prefill_tokens > 1  # a good draft may end it at once
+    assert stats.fallbacks == []
     assert torch.equal(other.generate(**prompts(9, 5), **SAMPLED), expected)
 
 
