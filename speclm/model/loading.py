@@ -1,6 +1,7 @@
 """From what a user writes as ``heads`` to a proposer."""
 
 import difflib
+import json
 import re
 from pathlib import Path
 from typing import Any, cast
@@ -178,7 +179,10 @@ def _load_medusa(
 def _eagle_folder(heads: str | Path) -> Path | None:
     """Return the folder of EAGLE heads, downloaded if need be; None for anything else."""
     if Path(heads).exists():
-        return Path(heads) if Path(heads).is_dir() and find_eagle(Path(heads)) else None
+        is_named = _is_named_eagle(Path(heads) / "config.json")  # maybe its weights are damaged
+        return (
+            Path(heads) if is_named or (Path(heads).is_dir() and find_eagle(Path(heads))) else None
+        )
     try:
         hints = Path(snapshot_download(str(heads), allow_patterns=_HINTS))
         if not _looks_like_eagle(hints / "config.json"):
@@ -197,6 +201,15 @@ def _looks_like_eagle(config: Path) -> bool:
     """
     text = config.read_text(encoding="utf-8") if config.is_file() else ""
     return "eagle" in text.lower() or re.search(r'"num_hidden_layers": *1\b', text) is not None
+
+
+def _is_named_eagle(config: Path) -> bool:
+    """Tell whether a config says that its weights are EAGLE heads, not that they may be."""
+    try:
+        found = json.loads(config.read_text(encoding="utf-8"))
+        return any("eagle" in name.lower() for name in found["architectures"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def _load_eagle(folder: Path, base: PreTrainedModel, options: dict[str, Any]) -> Proposer:

@@ -140,6 +140,12 @@ def test_hub_id_of_eagle_heads_is_downloaded(base, kind, tmp_path, monkeypatch):
 def test_damaged_heads_and_wrong_options_are_refused(base, tmp_path):
     with pytest.raises(CheckpointError, match="d2t"):
         SpecModel.from_pretrained(base, write(tmp_path / "a", "eagle3", d2t=None))
+    for name in ("fc.weight", "midlayer.self_attn.q_proj.weight"):
+        damaged = write(tmp_path / name, "eagle3", **{name: None})
+        named = {**LLAMA, "architectures": ["LlamaForCausalLMEagle3"]}
+        (damaged / "config.json").write_text(json.dumps(named))
+        with pytest.raises(CheckpointError, match="no file has the keys of EAGLE heads"):
+            SpecModel.from_pretrained(base, damaged)
     folder = write(tmp_path / "b", "eagle3")
     with pytest.raises(OptionError, match="no option 'min_chance'"):
         SpecModel.from_pretrained(base, folder, heads_kwargs={"min_chance": 0.1})
