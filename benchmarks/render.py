@@ -54,13 +54,14 @@ LABELS: Mapping[str, Mapping[str, str]] = {
 ROWS: Mapping[str, tuple[str, ...]] = {
     "rules": ("shape", "arm"),
     "tau": ("setting", "num_nodes", "drafter", "arm"),
+    "auto_trees": ("batch", "arm"),
     "overhead": ("benchmark", "shape", "num_nodes", "setting"),
 }
 """Settings that make a row, by name of the records; `USUAL_ROWS` for all others."""
 USUAL_ROWS = ("setting", "arm")
 COLUMN = "prompts"
 # They follow from others, or are given in the line above the table.
-NO_CELL = ("num_prompts", "options", "max_new_tokens", "num_threads", "rule", "grown")
+NO_CELL = ("num_prompts", "options", "max_new_tokens", "num_threads", "rule", "grown", "num_nodes")
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,7 @@ from speclm.stats import SpeculationStats
 from speclm.target import TargetView
 from speclm.tree.plan import TreePlan
 from speclm.verify import Backend
+from speclm.verify.fingerprint import fingerprint
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -184,6 +185,7 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
             setting=setting,
             proposer=proposer,
         )
+        run.kind = fingerprint(target) if run.tuner.timings is None else None
     stats.acceptance, stats.is_lossy = rule.name, rule.is_lossy
     sequences = _decode(run, input_ids, embeddings, given, temperature=temperature)
     stats.tree = describe_tree(run.plan if run.tuner is None else run.tuner.best)

@@ -33,6 +33,7 @@ from speclm.sampling.noise import PositionNoise
 from speclm.stats import RowStats, SpeculationStats
 from speclm.target import Session, TargetFeatures, TargetView
 from speclm.tree.plan import TreePlan
+from speclm.verify.fingerprint import Fingerprint
 
 
 @dataclass(slots=True)
@@ -64,6 +65,8 @@ class Run:
     plan: TreePlan | None = None
     """What every draft should be; None for what the proposer's own settings say."""
     tuner: TreeTuner | None = None
+    kind: Fingerprint | None = None
+    """What the target's timings are kept under, where they are to be measured."""
     """What changes the plan from round to round; None for one that stays."""
     own_nodes: list[list[int]] | None = None
     """The proposer's nodes that the last draft is made of, where nodes of its were left out."""
@@ -207,7 +210,7 @@ class Run:
         takes_any = not self.session.needs_lockstep and self.target.rotary_switch is None
         if tuner.timings is None and takes_any:
             tuner.timings = forward_timings(
-                self.target,
+                self.kind,
                 self.session,
                 self._fed_roots,
                 context=self.num_unseen + self.num_prompt_tokens + self.rows.num_steps,

@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from speclm.target import Session, TargetView
+from speclm.target import Session
 from speclm.tree.topology import from_parents
 from speclm.verify.files import write_whole
-from speclm.verify.fingerprint import Fingerprint, fingerprint
+from speclm.verify.fingerprint import Fingerprint
 from speclm.verify.store import cache_folder
 
 SIZES = (1, 2, 3, 5, 9, 13, 17, 25, 33, 49)
@@ -78,7 +78,7 @@ def bucket_of_context(num_tokens: int) -> int:
 
 
 def forward_timings(
-    target: TargetView,
+    model: Fingerprint | None,
     session: Session,
     roots: Int[Tensor, " batch"],
     *,
@@ -88,14 +88,14 @@ def forward_timings(
     """Return what forwards of a generation take: measured before, or now.
 
     Args:
-        target: Whose forwards.
+        model: Fingerprint of the target, taken while nothing reads its features: what is hung
+            into its layers has no name. None for a model that is not known again.
         session: A generation of its; takes trees, and nothing is pending.
         roots: Any tokens.
         context: Tokens that the session holds.
         max_length: Tokens at which every row ends.
     """
-    model = fingerprint(target)
-    if model is None:  # changed in a way that has no name
+    if model is None:
         return measure_forwards(session, roots, max_length=max_length)
     key = TimingKey.of(model, batch=len(roots), context=context)
     known = find_timings(key)
@@ -180,7 +180,7 @@ def _read(path: Path, key: TimingKey) -> Timings | None:
             raise ValueError("its checksum is another")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:  # measured anew, written again
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
         _log.debug("ignoring the timings in %s: %s", path, error)
         return None
     return timings

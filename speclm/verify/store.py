@@ -75,7 +75,13 @@ def _read(path: Path, kind: Fingerprint) -> SelfCheck | None:
         return SelfCheck(backend, reason, math.inf if error is None else float(error))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:  # made anew, and written again
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        RecursionError,
+    ) as error:  # made anew, and written again
         _log.debug("ignoring the self-check in %s: %s", path, error)
         return None
 

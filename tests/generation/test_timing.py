@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 
+from speclm import SpecModel
 from speclm.generation import timing
 from speclm.generation.timing import (
     MAX_RATIO,
@@ -15,8 +16,10 @@ from speclm.generation.timing import (
     keep_timings,
     measure_forwards,
 )
+from speclm.proposers import EagleProposer
 from speclm.target import Session, TargetView, TreeSession
-from speclm.verify.fingerprint import Fingerprint
+from speclm.verify.fingerprint import Fingerprint, fingerprint
+from tests.drafting import random_eagle
 from tests.models import build_model, prompts
 
 TIMINGS = ((1, 0.25), (2, 0.5))
@@ -103,19 +106,29 @@ def test_a_generation_goes_on_as_if_nothing_had_been_measured(empty_cache):
     mask = inputs["attention_mask"]
     cache = view.new_cache((1 - mask).sum(1))
     session = TreeSession(view, cache, attention_mask=mask)
+    kind = fingerprint(view)
     with torch.no_grad(), view.decoding():
         session.prefill(inputs["input_ids"])
         session.keep([[0], [0]])
         lengths = list(cache.host_lengths)
 
         roots = torch.tensor([3, 4])
-        found = forward_timings(view, session, roots, context=9, max_length=40)
-        again = forward_timings(view, session, roots, context=9, max_length=40)
+        found = forward_timings(kind, session, roots, context=9, max_length=40)
+        again = forward_timings(kind, session, roots, context=9, max_length=40)
 
     assert found == again
     assert found[0][0] == 1
     assert cache.host_lengths == lengths
     assert cache.num_pending == 0
+    assert len(list((empty_cache / "timings").iterdir())) == 1
+
+
+def test_timings_are_kept_where_a_proposer_reads_features(empty_cache):
+    base = build_model("llama")
+    model = SpecModel(base, EagleProposer(random_eagle(base), target=base), tree="auto")
+
+    model.generate(**prompts(9, 4), max_new_tokens=8, do_sample=False)
+
     assert len(list((empty_cache / "timings").iterdir())) == 1
 
 
