@@ -31,8 +31,8 @@ _TIE = 1e-9  # share by which a larger tree has to be better
 _PRIOR_ROWS = 8
 """Rows that the proposer's own chances count for, beside what was accepted."""
 
-_GROWING_SHARE = 0.5
-"""Share of the rows that have to grow for another level to be drafted."""
+_GROWING_SHARE = 0.75
+"""Share of the rows that have to grow for another level; as proposers have it by default."""
 
 
 @dataclass(frozen=True, slots=True)
