@@ -19,7 +19,7 @@ from tests.proposers import eagle_heads
 KINDS = ("eagle", "eagle3")
 LAYERS = (1, 2, 3)
 TOLERANCE = 1e-5  # of the largest number
-FULL = {"min_probability": 0.0, "min_confidence": 0.0, "min_growing": 0.0}
+FULL = {"depth": 6, "width": 3, "min_probability": 0.0, "min_confidence": 0.0, "min_growing": 0.0}
 
 
 def base_of(family: str = "llama") -> PreTrainedModel:
@@ -91,7 +91,7 @@ def test_it_keeps_the_contract_of_proposers(kind):
     model = base_of()
     heads = heads_for(model, kind)
     width = model.config.hidden_size * len(LAYERS if kind == "eagle3" else (1,))
-    whole = {**FULL, "depth": 6, "num_draft_tokens": 18}  # a cut would fall between near ties
+    whole = {**FULL, "num_draft_tokens": 64}  # a cut would fall between near ties
     check_proposer(
         lambda: EagleProposer(heads, target=model, **whole),
         vocab_size=VOCAB_SIZE,

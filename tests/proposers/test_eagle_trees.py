@@ -145,7 +145,7 @@ def test_plan_goes_before_the_options():
     model = build_model("llama", num_hidden_layers=4)
     heads = heads_for(model, "eagle3", layers=LAYERS)
     sizes: list[tuple[int, int]] = []
-    proposer = EagleProposer(heads, target=model, **FULL)
+    proposer = EagleProposer(heads, target=model, width=3, **FULL)
     watched = Watching(
         proposer,
         lambda _, draft: sizes.append((draft.topology.num_nodes - 1, draft.topology.max_depth)),
