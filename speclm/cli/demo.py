@@ -27,7 +27,7 @@ MAX_NEW_TOKENS = {"sql": 64, "gsm8k": 96}
 
 
 def demo(
-    prompts: Annotated[int, typer.Option(min=1, help="Prompts of each set.")] = 6,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts of each set.")] = 5,
     threads: Annotated[int, typer.Option(min=1, help="Threads; a small model gains from one.")] = 1,
     tune: Annotated[bool, typer.Option("--tune", help="Use the tuning prompts.")] = False,
 ) -> None:
