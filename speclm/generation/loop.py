@@ -185,7 +185,8 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
             setting=setting,
             proposer=proposer,
         )
-        run.kind = fingerprint(target) if run.tuner.timings is None else None
+        if run.tuner.timings is None and run.can_time_forwards:
+            run.kind = fingerprint(target)
     stats.acceptance, stats.is_lossy = rule.name, rule.is_lossy
     sequences = _decode(run, input_ids, embeddings, given, temperature=temperature)
     stats.tree = describe_tree(run.plan if run.tuner is None else run.tuner.best)

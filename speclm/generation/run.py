@@ -65,9 +65,9 @@ class Run:
     plan: TreePlan | None = None
     """What every draft should be; None for what the proposer's own settings say."""
     tuner: TreeTuner | None = None
+    """What changes the plan from round to round; None for one that stays."""
     kind: Fingerprint | None = None
     """What the target's timings are kept under, where they are to be measured."""
-    """What changes the plan from round to round; None for one that stays."""
     own_nodes: list[list[int]] | None = None
     """The proposer's nodes that the last draft is made of, where nodes of its were left out."""
 
@@ -165,7 +165,7 @@ class Run:
         )
         if may_draft and self.tuner is not None:
             self._plan_round(self.tuner)
-        before = dict(stats.seconds)
+        before = None if self.tuner is None else dict(stats.seconds)
         with stats.phase("draft"):
             draft = self._propose() if may_draft else roots_alone(self._fed_roots)
         with stats.phase("verify"):
@@ -173,11 +173,10 @@ class Run:
         taken = self._settle(draft, logits)
         self._count(draft, taken)
         stats.rounds += 1
-        is_usual = True
-        if may_draft and self.tuner is not None:
+        if may_draft and self.tuner is not None and before is not None:
             seconds = {name: stats.seconds[name] - past for name, past in before.items()}
             self.tuner.record(draft, taken.paths, is_whole=rows.is_live, seconds=seconds)
-            is_usual = not self.tuner.is_exploring
+        is_usual = self.tuner is None or not (may_draft and self.tuner.is_exploring)
         if self.pace is not None:
             self.pace.record(
                 tokens=sum(map(len, taken.emitted)),
@@ -194,6 +193,11 @@ class Run:
         self.session.hand_over(into, sequences)
 
     @property
+    def can_time_forwards(self) -> bool:
+        """Whether forwards over any tree can be timed in the midst of the generation."""
+        return not self.session.needs_lockstep and self.target.rotary_switch is None
+
+    @property
     def _pays(self) -> bool:
         """Whether a draft is expected to be worth its time."""
         return self.pace is None or self.pace.wants_draft()
@@ -207,8 +211,7 @@ class Run:
     def _plan_round(self, tuner: TreeTuner) -> None:
         """Have the next draft as the tuner wants it."""
         assert self.proposer is not None
-        takes_any = not self.session.needs_lockstep and self.target.rotary_switch is None
-        if tuner.timings is None and takes_any:
+        if tuner.timings is None and self.can_time_forwards:
             tuner.timings = forward_timings(
                 self.kind,
                 self.session,
