@@ -1,6 +1,7 @@
 """Proposers: what guesses how the target will continue."""
 
 from speclm.config import ProposerConfig
+from speclm.proposers._levels import GrownTreeConfig
 from speclm.proposers.chain_draft import ChainDraftConfig, ChainDraftProposer
 from speclm.proposers.combined import CombinedConfig, CombinedProposer
 from speclm.proposers.draft_model import DraftModelConfig, DraftModelProposer
@@ -22,6 +23,7 @@ __all__ = [
     "DraftModelProposer",
     "EagleProposer",
     "EagleProposerConfig",
+    "GrownTreeConfig",
     "MedusaConfig",
     "MedusaProposer",
     "Mixture",

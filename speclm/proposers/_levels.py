@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -10,15 +10,62 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from speclm.config import MAX_NODES, ProposerConfig, require_count
+from speclm.config import (
+    MAX_NODES,
+    ProposerConfig,
+    require_count,
+    require_depth,
+    require_in_range,
+)
 from speclm.errors import OptionError
 from speclm.proposers.interface import Draft
+from speclm.proposers.mixture import Mixture, require_mixture
 from speclm.tree.choices import Choices, normalize_choices
 from speclm.tree.growth import GrownRow
 from speclm.tree.plan import TreePlan
 from speclm.tree.topology import trees_of
 
-ConfigT = TypeVar("ConfigT", bound=ProposerConfig)
+
+@dataclass(frozen=True, slots=True)
+class GrownTreeConfig(ProposerConfig):
+    """Settings of proposers whose trees grow by level.
+
+    Args:
+        depth: Most levels of the tree, each of which costs a run of the proposer's network.
+        num_draft_tokens: Most nodes drafted a round.
+        width: Nodes expanded at each level; 1 with one branch makes a chain.
+        branches: Children considered for each expanded node.
+        min_probability: Nodes less likely than this are not verified.
+        min_confidence: A row grows no further once no path of it is this likely.
+        min_growing: No further level is drafted once a smaller share of the rows grows: a level
+            costs the whole batch.
+        choices: Static tree as paths of ranks; None for trees that grow by chance.
+        mixture: Numbers of the law that ranks candidates under sampling; None to estimate them
+            from what the target chooses.
+    """
+
+    depth: int = 16
+    num_draft_tokens: int = 16
+    width: int = 1
+    branches: int = 2
+    min_probability: float = 0.1
+    min_confidence: float = 0.4
+    min_growing: float = 0.75
+    choices: Choices | None = None
+    mixture: Mixture | None = None
+
+    def __post_init__(self) -> None:
+        require_depth("depth", self.depth)  # super() does not work in a slotted dataclass
+        for name in ("num_draft_tokens", "width", "branches"):
+            require_count(name, getattr(self, name), low=1, high=MAX_NODES - 1)
+        for name in ("min_probability", "min_confidence", "min_growing"):
+            require_in_range(name, getattr(self, name), low=0.0, high=1.0)
+        require_mixture(self.mixture)
+        if self.choices is not None:
+            object.__setattr__(self, "choices", normalize_choices(self.choices))
+
+
+ConfigT = TypeVar("ConfigT", bound=GrownTreeConfig)
 
 
 def options_with_tree(tree: Any, options: Mapping[str, Any]) -> dict[str, Any]:

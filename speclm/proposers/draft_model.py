@@ -12,67 +12,23 @@ from typing_extensions import override
 
 from speclm.acceptance.accepted import Accepted
 from speclm.cache.tree_cache import TreeCache
-from speclm.config import (
-    MAX_NODES,
-    ProposerConfig,
-    require_count,
-    require_depth,
-    require_in_range,
-    require_known,
-)
-from speclm.proposers._levels import assemble, planned, seen_below
+from speclm.config import require_known
+from speclm.proposers._levels import GrownTreeConfig, assemble, planned, seen_below
 from speclm.proposers._shared_vocabulary import SharedVocabulary
 from speclm.proposers.interface import Draft, Prefill, Proposer, TargetNeeds
-from speclm.proposers.mixture import Mixture, require_mixture
 from speclm.proposers.ranking import LevelRanking, path_expansions
 from speclm.sampling.drafts import DraftSampler, DraftSampling
 from speclm.sampling.noise import PositionNoise
 from speclm.target import TargetView
-from speclm.tree.choices import Choices, normalize_choices
+from speclm.tree.choices import Choices
 from speclm.tree.filling import FilledTree
 from speclm.tree.growth import GrowingTree, GrownRow, drawn_choices
 from speclm.tree.topology import chain
 
 
 @dataclass(frozen=True, slots=True)
-class DraftModelConfig(ProposerConfig):
-    """Settings of `DraftModelProposer`.
-
-    Args:
-        depth: Most levels of the tree, each of which costs one draft forward.
-        num_draft_tokens: Most nodes drafted a round.
-        width: Nodes expanded at each level; 1 with one branch makes a chain.
-        branches: Children considered for each expanded node.
-        min_probability: Nodes less likely than this are not verified.
-        min_confidence: A row grows no further once no path of it is this likely.
-        min_growing: No further level is drafted once a smaller share of the rows grows: a level
-            costs the whole batch a forward.
-        choices: Static tree as paths of ranks; None for trees that grow by chance.
-        mixture: Numbers of the law that ranks candidates under sampling; None to estimate them
-            from what the target chooses.
-    """
-
-    depth: int = 16
-    num_draft_tokens: int = 16
-    width: int = 1
-    branches: int = 2
-    min_probability: float = 0.1
-    min_confidence: float = 0.4
-    min_growing: float = 0.75
-    choices: Choices | None = None
-    mixture: Mixture | None = None
-
-    def __post_init__(self) -> None:
-        require_depth("depth", self.depth)  # super() does not work in a slotted dataclass
-        require_count("num_draft_tokens", self.num_draft_tokens, low=1, high=MAX_NODES - 1)
-        require_count("width", self.width, low=1, high=MAX_NODES - 1)
-        require_count("branches", self.branches, low=1, high=MAX_NODES - 1)
-        require_in_range("min_probability", self.min_probability, low=0.0, high=1.0)
-        require_in_range("min_confidence", self.min_confidence, low=0.0, high=1.0)
-        require_in_range("min_growing", self.min_growing, low=0.0, high=1.0)
-        require_mixture(self.mixture)
-        if self.choices is not None:
-            object.__setattr__(self, "choices", normalize_choices(self.choices))
+class DraftModelConfig(GrownTreeConfig):
+    """Settings of `DraftModelProposer`; a level costs one draft forward of the whole batch."""
 
 
 class DraftModelProposer(Proposer):

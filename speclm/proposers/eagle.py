@@ -16,25 +16,23 @@ from typing_extensions import override
 from speclm.acceptance.accepted import Accepted
 from speclm.attention import TreeStep
 from speclm.cache.tree_cache import TreeCache
-from speclm.config import (
-    MAX_NODES,
-    ProposerConfig,
-    require_count,
-    require_depth,
-    require_in_range,
-    require_known,
-)
+from speclm.config import require_known
 from speclm.errors import OptionError, VocabularyMismatchError
 from speclm.heads.eagle import EagleHeads
 from speclm.proposers._eagle_levels import LevelRun
-from speclm.proposers._levels import assemble, options_with_tree, planned, require_ranks
+from speclm.proposers._levels import (
+    GrownTreeConfig,
+    assemble,
+    options_with_tree,
+    planned,
+    require_ranks,
+)
 from speclm.proposers.interface import Draft, Prefill, Proposer, TargetNeeds
-from speclm.proposers.mixture import Mixture, require_mixture
 from speclm.proposers.ranking import LevelRanking, path_expansions
 from speclm.sampling.drafts import DraftSampler, DraftSampling
 from speclm.sampling.noise import PositionNoise
 from speclm.target import TargetFeatures, TargetView
-from speclm.tree.choices import Choices, normalize_choices
+from speclm.tree.choices import Choices
 from speclm.tree.filling import FilledTree
 from speclm.tree.growth import GrowingTree, GrownRow, drawn_choices
 
@@ -42,41 +40,18 @@ _ABSENT = -1e4  # finite: a processor may ban all tokens that the heads know
 
 
 @dataclass(frozen=True, slots=True)
-class EagleProposerConfig(ProposerConfig):
-    """Settings of `EagleProposer`.
+class EagleProposerConfig(GrownTreeConfig):
+    """Settings of `EagleProposer`, those of `GrownTreeConfig`; a level costs one run of the heads.
 
     Args:
-        depth: Most levels of the tree, each of which costs one run of the heads.
-        num_draft_tokens: Most nodes drafted a round.
-        width: Nodes expanded at each level.
         branches: Children considered for each expanded node.
         min_probability: Nodes less likely than this are not verified.
         min_confidence: A row grows no further once no path of it is this likely.
-        min_growing: No further level is drafted once a smaller share of the rows grows.
-        choices: Static tree as paths of ranks; None for trees that grow by chance.
-        mixture: Numbers of the law that ranks candidates under sampling; None to estimate them
-            from what the target chooses.
     """
 
-    depth: int = 16
-    num_draft_tokens: int = 16
-    width: int = 1
     branches: int = 3
     min_probability: float = 0.06
     min_confidence: float = 0.3
-    min_growing: float = 0.75
-    choices: Choices | None = None
-    mixture: Mixture | None = None
-
-    def __post_init__(self) -> None:
-        require_depth("depth", self.depth)  # super() does not work in a slotted dataclass
-        for name in ("num_draft_tokens", "width", "branches"):
-            require_count(name, getattr(self, name), low=1, high=MAX_NODES - 1)
-        for name in ("min_probability", "min_confidence", "min_growing"):
-            require_in_range(name, getattr(self, name), low=0.0, high=1.0)
-        require_mixture(self.mixture)
-        if self.choices is not None:
-            object.__setattr__(self, "choices", normalize_choices(self.choices))
 
 
 class EagleProposer(Proposer):
