@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from speclm.config import require_count, require_in_range
+from speclm.errors import OptionError
 from speclm.heads import EagleHeads
 from speclm.target import TargetFeatures, TargetView
 from speclm.target.features import FeatureTap
@@ -90,9 +91,16 @@ class EagleTrainingModel(nn.Module):
 
         Raises:
             UnsupportedModelError: If `base` is not a decoder-only language model.
-            OptionError: If it has too few layers for the features that the heads read.
+            OptionError: If it has too few layers for the features that the heads read, or heads of
+                EAGLE-3 are to learn its next features.
         """
         super().__init__()
+        is_eagle3 = heads.config.kind == "eagle3"
+        if is_eagle3 and objective.feature_weight:
+            raise OptionError(
+                f"feature_weight is {objective.feature_weight!r}, expected 0 with heads of eagle3: "
+                "their states do not stand for the target's last ones; leave it out"
+            )
         self.view = TargetView(base)
         base.requires_grad_(requires_grad=False)
         base.train(mode=False)
@@ -100,7 +108,6 @@ class EagleTrainingModel(nn.Module):
             heads.embed_tokens.requires_grad_(requires_grad=False)
         self.heads = heads
         self.objective = objective
-        is_eagle3 = heads.config.kind == "eagle3"
         self._layers = heads.config.layers_to_read(self.view.num_layers) if is_eagle3 else (-1,)
 
     def forward(

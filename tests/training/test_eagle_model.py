@@ -89,6 +89,11 @@ def test_loss_and_gradients_are_those_of_loops(kind, options):
         assert bool((output["ranks"][row, len(expected) :] == -1).all())
 
 
+def test_heads_of_eagle3_learn_no_features():
+    with pytest.raises(OptionError, match=r"feature_weight is 1\.0, expected 0"):
+        build("eagle3", feature_weight=1.0)
+
+
 def test_targets_that_the_heads_cannot_guess_are_left_out_of_the_loss():
     model = build("eagle3", draft_vocab_size=12, num_steps=3, num_measured=3)
     output = model(**batch_of())
