@@ -50,6 +50,10 @@ class CacheError(SpeclmError, TypeError):
     """A key/value cache cannot be rolled back, taken over or extended as asked."""
 
 
+class KernelError(SpeclmError, ValueError):
+    """What a kernel was given cannot be computed with, or not by the backend that was asked for."""
+
+
 class BusyError(SpeclmError, RuntimeError):
     """A model or a proposer is in use by another generation."""
 

@@ -57,12 +57,14 @@ def describe_machine() -> Machine:
 
 
 def describe_versions() -> dict[str, str]:
-    """Return the versions of Python, PyTorch, Transformers and speclm."""
+    """Return the versions of Python, PyTorch, Transformers, speclm, and Triton where it is."""
+    triton = _version_of("triton")
     return {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "transformers": _version_of("transformers"),
         "speclm": __version__,
+        **({} if triton == "unknown" else {"triton": triton}),
     }
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from speclm.errors import CacheError
+from speclm.kernels import keep_path_, pays
 
 BLOCK = 256
 """Slots by which the storage grows, so that few rounds copy and little memory lies idle."""
@@ -46,7 +47,7 @@ class TreeCache(Cache):
         self.capacity = 0
         self._lengths = [0] * num_padding.shape[0]
         self.lengths: Int[Tensor, " batch"] = torch.zeros_like(num_padding)
-        self._arenas: list[Tensor] = []
+        self._arenas: list[tuple[Tensor, bool]] = []  # with whether a kernel moves its slots
 
     @property
     def host_lengths(self) -> list[int]:
@@ -128,7 +129,11 @@ class TreeCache(Cache):
             if self.tree_start + slot != length + offset
         ]
         if moves:
-            self._move(moves)
+            for arena, has_kernel in self._arenas:
+                if has_kernel:
+                    self._move_in_one_launch(arena, paths)
+                else:
+                    self._move(arena, moves)
         self._set_lengths(
             [length + len(path) for length, path in zip(self._lengths, paths, strict=True)]
         )
@@ -161,18 +166,30 @@ class TreeCache(Cache):
                 groups.setdefault(layer.signature(), []).append(layer)
         if not groups:
             return  # nothing has been written
-        self._arenas = [_build_arena(layers, used, capacity) for layers in groups.values()]
+        arenas = [_build_arena(layers, used, capacity) for layers in groups.values()]
+        self._arenas = [(arena, pays(arena.device)) for arena in arenas]
         self.capacity = capacity
 
-    def _move(self, moves: list[tuple[int, int, int]]) -> None:
-        single = len(self._lengths) == 1
-        for arena in self._arenas:
-            rows, sources, targets = torch.tensor(moves, device=arena.device).T
-            if single:
-                first, past = moves[0][2], moves[-1][2] + 1
-                arena[..., first:past, :] = arena.index_select(-2, sources)
-            else:
-                arena[:, rows, :, targets] = arena[:, rows, :, sources]
+    def _move(self, arena: Tensor, moves: list[tuple[int, int, int]]) -> None:
+        rows, sources, targets = torch.tensor(moves, device=arena.device).T
+        if len(self._lengths) == 1:
+            first, past = moves[0][2], moves[-1][2] + 1
+            arena[..., first:past, :] = arena.index_select(-2, sources)
+        else:
+            arena[:, rows, :, targets] = arena[:, rows, :, sources]
+
+    def _move_in_one_launch(self, arena: Tensor, paths: Sequence[Sequence[int]]) -> None:
+        longest = max(map(len, paths))
+        counted_from_lengths = [
+            [self.tree_start - length + slot for slot in path] + [-1] * (longest - len(path))
+            for length, path in zip(self._lengths, paths, strict=True)
+        ]
+        keep_path_(
+            arena,
+            torch.tensor(counted_from_lengths, device=arena.device),
+            prefix_lengths=self.lengths.to(arena.device),
+            check_values=False,
+        )
 
 
 class TreeLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subclass__

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from speclm.kernels import preferred
 from speclm.proposers.interface import Proposer
 from speclm.stats import SpeculationStats
 from speclm.target import TargetView
@@ -31,6 +32,8 @@ def write_report(
     write(f"backend   {check.backend.value}: {check.reason}")
     source = "from an earlier check" if check.is_cached else "checked"
     write(f"          {source} in {check.milliseconds:.1f} ms")
+    kernel = preferred(target.device)
+    write(f"kernels   {kernel.backend}: {kernel.reason}")
     if stats is not None:
         _write_last_call(stats, write)
 

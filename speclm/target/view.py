@@ -228,7 +228,14 @@ class TargetView:
         # The last token that is fed stands before the last one that is emitted.
         max_position = None if max_length is None else max(max_length - 2, 0)
         if prompt is None:
-            return self.forward_nodes(tokens, visible, depths, cache, max_position=max_position)
+            return self.forward_nodes(
+                tokens,
+                visible,
+                depths,
+                cache,
+                words=topology.ancestor_words,
+                max_position=max_position,
+            )
         cached, start = cache.tree_start, prompt.shape[1]
         slots = torch.arange(start, device=depths.device).expand(len(depths), -1)
         logits = self.forward_nodes(
@@ -249,6 +256,7 @@ class TargetView:
         slot_depths: Int[Tensor, "depth_rows slots"],
         cache: TreeCache,
         *,
+        words: Int[Tensor, "rows nodes words"] | None = None,
         num_logits: int = 0,
         max_position: int | None = None,
     ) -> Float[Tensor, "batch scored vocab"]:
@@ -260,6 +268,7 @@ class TargetView:
                 last slots. None for a single new node that sees all.
             slot_depths: Depth of each slot; depth 0 follows the committed tokens of its row.
             cache: Cache whose committed slots every node sees.
+            words: `visible` packed into words, where the caller has them.
             num_logits: Last nodes whose logits are wanted; 0 for all.
             max_position: Position given to nodes beyond it; None for no bound.
 
@@ -274,7 +283,7 @@ class TargetView:
         )
         if cache.position_shift is not None:
             position_ids = position_ids + cache.position_shift[..., None]
-        step = TreeStep(visible, slot_depths, cache)
+        step = TreeStep(visible, slot_depths, cache, words=words)
         with attached(self._configs), tree_step(step):
             logits = self._forward(
                 tokens,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Tensor
 
@@ -115,8 +116,7 @@ def from_parents(parents: Sequence[Sequence[int]], *, device: torch.device) -> T
             f"tree is {max_depth} levels deep, a round holds at most {MAX_DEPTH}; "
             "draft shorter continuations"
         )
-    num_words = -(-num_nodes // _WORD_BITS)
-    words = [[_signed_words(bits, num_words) for bits in row.ancestors] for row in rows]
+    words = [[_signed_words(bits, num_words(num_nodes)) for bits in row.ancestors] for row in rows]
     paths = [[path + [-1] * (max_depth + 1 - len(path)) for path in row.paths] for row in rows]
     return TreeTopology(
         parents=torch.tensor([row.parents for row in rows], device=device),
@@ -149,6 +149,21 @@ def chain(depth: int, *, device: torch.device | None = None) -> TreeTopology:
     """Return the topology of one path of `depth` draft tokens below the root."""
     parents = [0, *range(depth)]
     return from_parents([parents], device=device or torch.device("cpu"))
+
+
+def num_words(num_bits: int) -> int:
+    """Return the number of words that hold so many bits."""
+    return -(-num_bits // _WORD_BITS)
+
+
+def pack_words(bits: Bool[Tensor, "*axes num_bits"]) -> Int[Tensor, "*axes words"]:
+    """Pack booleans into int64 words, the first into the lowest bit of the first word."""
+    words = num_words(bits.shape[-1])
+    padded = F.pad(bits, (0, words * _WORD_BITS - bits.shape[-1]))
+    by_word = padded.view(*bits.shape[:-1], words, _WORD_BITS).long()
+    shifts = torch.arange(_WORD_BITS, device=bits.device)
+    # Bits do not overlap, so their sum is their union; that of the last one is negative.
+    return (by_word << shifts).sum(-1)
 
 
 def unpack_words(
@@ -205,6 +220,6 @@ class _Row:
         return cls([*parents, *padding], depths, ancestors, paths)
 
 
-def _signed_words(bits: int, num_words: int) -> list[int]:
-    words = [bits >> (_WORD_BITS * word) & (2**_WORD_BITS - 1) for word in range(num_words)]
+def _signed_words(bits: int, count: int) -> list[int]:
+    words = [bits >> (_WORD_BITS * word) & (2**_WORD_BITS - 1) for word in range(count)]
     return [word - 2**_WORD_BITS if word >> (_WORD_BITS - 1) else word for word in words]

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType
 from typing import Any, cast
@@ -21,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from speclm._version import __version__
 from speclm.attention import attention_configs
+from speclm.kernels import preferred
 from speclm.target import TargetView
 
 _KNOWN = {"torch", "transformers"}  # whose code is told by its version
@@ -116,7 +118,9 @@ def _source_of(module_name: str) -> str:
 
 
 def _describe_device(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    kernel = preferred(device).backend  # what computes attention of trees
+    return f"{name} {kernel} {version('triton') if kernel == 'triton' else ''}"
 
 
 def _describe_config(config: PretrainedConfig, foreign: list[object]) -> str:

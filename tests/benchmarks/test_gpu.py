@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from speclm.bench import read_records
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -43,15 +45,48 @@ def test_dry_run_checks_identity_and_writes_records(tmp_path):
         "prompt_lookup",
         "assisted",
     }
+    assert "kernels: 7 checks passed" in result.stdout
+    records = read_records(tmp_path / "kernels.jsonl")
+    arms = [r["settings"]["arm"] for r in records if r["benchmark"] == "tree_attention"]
+    assert arms == ["ours", "sdpa"] * 2
 
 
 def test_what_there_is_no_time_for_is_named(gpu, capsys):
     plan = gpu.make_plan(argparse.Namespace(tiny=True, seconds=0.0))
     gpu.check_identity(plan, torch.float32)
     gpu.measure_decoding(plan, torch.float32, Path("not written"))
+    gpu.measure_kernels(plan, Path("not written"), deadline=0.0)
     names = {name.split()[0] for name in plan.left_out}
-    assert names == {"identity", "decode"}
+    assert names == {"identity", "decode", "t5-n120:", "t5-n120-b3:"}
+    assert all(name.endswith(": no time") for name in plan.left_out)
+    assert not Path("not written").exists()
     assert plan.failures == []
+
+
+def test_what_checks_of_kernels_find_is_found_by_all(gpu, monkeypatch, capsys):
+    plan = gpu.make_plan(argparse.Namespace(tiny=True, seconds=60.0))
+
+    def fail(parts, setup, findings):
+        assert parts == ("attention", "report")
+        findings.fail("attention: off by 1")
+        findings.leave_out("bits", "no time")
+
+    monkeypatch.setattr(gpu.kernel_checks, "run_in_process", fail)
+    gpu.check_kernels(plan)
+    assert plan.failures == ["attention: off by 1"]
+    assert plan.left_out == ["bits: no time"]
+
+
+def test_on_a_gpu_checks_run_beside_compilations(gpu, monkeypatch):
+    plan = gpu.make_plan(argparse.Namespace(tiny=True, seconds=60.0))
+    plan.device = "cuda"
+    started = {}
+    monkeypatch.setattr(
+        gpu.kernel_checks, "run_in_processes", lambda *parts, **given: started.update(given)
+    )
+    gpu.check_kernels(plan)
+    assert not started["is_tiny"]
+    assert len(started["also"]) == 6
 
 
 def test_a_wrong_output_fails(gpu):

@@ -213,6 +213,31 @@ def test_tau_is_shown_by_setting_nodes_drafter_and_ranking(rewrite):
     ]
 
 
+def test_kernels_are_shown_with_what_they_read_and_compute(rewrite):
+    work = {"bytes": 4_000_000, "operations": 600_000_000}
+    shape = {"prefix": 8192, "num_nodes": 16, "work": work}
+    given = {"unit": "us", "benchmark": "tree_attention", "tau": None, "num_identical": None}
+    records = [
+        a_record(**given, **shape, arm=arm, median=2.0, device="cuda") for arm in ("flex", "ours")
+    ]
+    del records[0]["settings"]["work"]
+    other = a_record(**given, arm="ours")
+    other["benchmark"] = "keep_path"
+    text = rewrite(*records, other, name="kernels", filters=" benchmark=tree_attention")
+    header, _, ours, flex = rows(text)
+    assert header == "| batch | prefix | num nodes | arm | us | GB/s | TFLOP/s |"
+    assert ours == "| 1 | 8192 | 16 | ours | 2.0 [1.2, 1.8] | 2000 | 300 |"
+    assert flex.endswith("| compiled FlexAttention | 2.0 [1.2, 1.8] | - | - |")
+
+
+def test_dispatch_is_shown_with_both_times(rewrite):
+    settings = {"groups": 4, "times": {"ours_ms": 1.234, "theirs_ms": 2.5}, "arm": None}
+    unit = "times Transformers' SDPA"
+    header, _, row = rows(rewrite(a_record(unit=unit, tau=None, **settings), name="kernels"))
+    assert header == "| batch | groups | speed-up | ours | Transformers |"
+    assert row == "| 1 | 4 | 1.50 [1.25, 1.75] | 1.23 | 2.50 |"
+
+
 def test_what_has_no_records_is_not_measured_yet(render, tmp_path):
     assert "Not measured yet." in render.rewrite(MARKED.format(filters=""), tmp_path)
 

@@ -1,6 +1,8 @@
 """The cache against plain lists of the values that each row should hold."""
 
+import os
 from itertools import count
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 from speclm.cache import TreeCache
 from speclm.cache.tree_cache import BLOCK
 from speclm.errors import CacheError
+from speclm.kernels.backends import VARIABLE
 
 HEADS = 2
 
@@ -91,6 +94,36 @@ def test_keep_equals_a_gather_of_each_rows_path(case, widths):
             reference.append(nodes)
         reference.keep(paths)
         reference.require_equal()
+
+
+@given(case=rounds(), widths=st.sampled_from([(3, 3), (4, 2), (1, 5)]))
+def test_keep_through_the_op_equals_a_gather_of_each_rows_path(case, widths):
+    with mock.patch.dict(os.environ, {VARIABLE: "reference"}):
+        test_keep_equals_a_gather_of_each_rows_path.hypothesis.inner_test(case, widths)
+
+
+@pytest.mark.parametrize(
+    ("backend", "is_asked"), [(None, False), ("sdpa", False), ("reference", True), ("triton", True)]
+)
+def test_slots_move_through_the_op_where_the_environment_asks_for_it(backend, is_asked):
+    others = {name: value for name, value in os.environ.items() if name != VARIABLE}
+    chosen = {} if backend is None else {VARIABLE: backend}
+    with (
+        mock.patch.dict(os.environ, others | chosen, clear=True),
+        mock.patch("speclm.cache.tree_cache.keep_path_") as op,
+    ):
+        reference = Reference(2, 4, widths=(4, 2))
+        reference.append(5)
+        reference.cache.keep([[0, 1], []])  # in place already
+        assert not op.called
+        reference.append(5)
+        reference.cache.keep([[1, 3], [2]])
+    assert op.call_count == is_asked  # one for all layers
+    for call in op.call_args_list:
+        arena, paths = call.args
+        assert arena.shape == (2, 2, HEADS, BLOCK, 6)  # values beside keys
+        assert paths.tolist() == [[1, 3], [4, -1]]  # counted from each row's own length
+        assert call.kwargs["prefix_lengths"].tolist() == [6, 4]
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -11,3 +11,4 @@ def test_env_prints_versions_machine_and_devices(run):
     assert lines["torch"] == torch.__version__
     assert {"python", "transformers", "commit", "platform", "cpu", "cuda", "gpus"} <= set(lines)
     assert "ngram" in lines["proposers"]
+    assert lines["kernels"].startswith(("sdpa: ", "triton: "))

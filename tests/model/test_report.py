@@ -37,3 +37,10 @@ def test_last_call_shows_its_counters_or_why_it_was_plain():
     assert "last call tau" in report(spec.self_check, spec.last_speculation)
     stats = SpeculationStats(fallbacks=["num_beams=2"])
     assert "last call plain decoding: num_beams=2" in report(spec.self_check, stats)
+
+
+def test_kernel_and_reason_are_given(monkeypatch):
+    check = SelfCheck(Backend.TREES, "passed", milliseconds=1.0)
+    assert "kernels   sdpa: the model is on a CPU" in report(check)
+    monkeypatch.setenv("SPECLM_KERNELS", "reference")
+    assert "kernels   reference: SPECLM_KERNELS asks for it" in report(check)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from speclm.config import MAX_DEPTH, MAX_NODES
 from speclm.errors import TopologyError, TreeBudgetError
 from speclm.tree import chain, from_parents
-from speclm.tree.topology import unpack_words
+from speclm.tree.topology import num_words, pack_words, unpack_words
 
 CPU = torch.device("cpu")
 
@@ -128,3 +128,20 @@ def test_trees_beyond_the_budget_are_refused():
         from_parents([[0] * (MAX_NODES + 1)], device=CPU)
     with pytest.raises(TreeBudgetError, match=f"{MAX_DEPTH + 1} levels deep"):
         chain(MAX_DEPTH + 1)
+
+
+@given(num_bits=st.integers(1, 200), seed=st.integers(0, 9))
+def test_words_hold_the_bits_that_were_packed(num_bits, seed):
+    generator = torch.Generator().manual_seed(seed)
+    bits = torch.rand(2, 3, num_bits, generator=generator) < 0.5
+    bits[0, 0] = True  # the last bit of a word is its sign
+    words = pack_words(bits)
+    assert words.shape == (2, 3, num_words(num_bits))
+    assert torch.equal(unpack_words(words, num_bits=num_bits), bits)
+    padding = unpack_words(words, num_bits=64 * num_words(num_bits))[..., num_bits:]
+    assert not padding.any()
+
+
+def test_packed_masks_are_the_words_of_the_topology():
+    topology = from_parents([[0, *range(63)], [0] * 80], device=CPU)
+    assert torch.equal(pack_words(topology.ancestor_mask), topology.ancestor_words)

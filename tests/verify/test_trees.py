@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from speclm import attention
-from speclm.attention import TreeStep
+from speclm.attention import TreeStep, active_step
+from speclm.attention.attaching import register
 from speclm.cache.tree_cache import TreeCache
 from speclm.target import TargetView
 from speclm.verify import check_trees
@@ -135,15 +136,15 @@ def test_shifted_positions_are_found(monkeypatch, shift, is_everywhere):
 
 def plant_attention(monkeypatch, name, change):
     """Wrap what attention calls in trees."""
-    registered = attention._register(name)
-    original = attention.ALL_ATTENTION_FUNCTIONS[registered]
+    registered = register(name)
+    original = ALL_ATTENTION_FUNCTIONS[registered]
 
     def attend(module, *args, **kwargs):
-        if attention._STEP.get() is None:
+        if active_step() is None:
             return original(module, *args, **kwargs)
         return change(original, module, *args, **kwargs)
 
-    functions = attention.ALL_ATTENTION_FUNCTIONS._global_mapping
+    functions = ALL_ATTENTION_FUNCTIONS._global_mapping
     monkeypatch.setitem(functions, registered, attend)
 
 

@@ -1,0 +1,157 @@
+"""The attention and mask functions that stand in for a model's own while it is attached."""
+
+import sys
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    causal_mask_function,
+    sliding_window_causal_mask_function,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from speclm.attention.kernel_calls import attend_by_kernel, taken_arguments
+from speclm.attention.step import active_step
+from speclm.attention.tree_mask import TreeMask
+from speclm.errors import UnsupportedModelError
+from speclm.kernels import grouped_attention
+
+_TAKES_MASK = {"eager", "sdpa"}
+"""Implementations that compute with any additive mask."""
+_PLAIN = {
+    "sliding_window",  # stands in the mask
+    "is_causal",
+    "position_ids",
+    "use_cache",
+    "output_attentions",
+    "output_router_logits",
+}
+"""Arguments of attention that change nothing beside a mask. Any other is the model's own."""
+
+AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
+MaskFunction = Callable[..., Tensor | None]
+
+
+def tree_attention_function(previous: str) -> AttentionFunction:
+    """Return an attention function that does as `previous` does, and takes trees."""
+
+    def attend(
+        module: nn.Module,
+        query: Float[Tensor, "batch q_heads nodes head_dim"],
+        key: Float[Tensor, "batch kv_heads kv_len head_dim"],
+        value: Float[Tensor, "batch kv_heads kv_len value_dim"],
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        dropout: float = 0.0,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        step, name = active_step(), previous
+        if step is not None and not step.is_plain:
+            extras = {
+                name: kwargs[name] for name in kwargs.keys() - _PLAIN if kwargs[name] is not None
+            }
+            if dropout > 0:
+                extras["dropout"] = dropout
+            mask = _require_mask(module, attention_mask)
+            states = (query, key, value)
+            if isinstance(mask, TreeMask):
+                function = previous_function(previous, module)
+                takes = taken_arguments(previous, function)
+                found = attend_by_kernel(
+                    mask, step, states, takes=takes, scaling=scaling, extras=extras
+                )
+                if found is not None:
+                    return found, None
+                mask = mask.dense()
+            if mask.dtype != query.dtype:  # embeddings of another precision
+                mask = mask.to(query.dtype)
+            if previous not in _TAKES_MASK:
+                name = "eager" if extras else "sdpa"
+            if name == "sdpa" and not extras:
+                repeat = step.repeated
+                return grouped_attention(*states, mask, scale=scaling, repeat=repeat), None
+            attention_mask = mask
+        return previous_function(name, module)(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=scaling,
+            dropout=dropout,
+            **kwargs,
+        )
+
+    return attend
+
+
+def tree_mask_function(previous: str) -> MaskFunction:
+    """Return a mask function that does as that of `previous` does, and makes masks of trees."""
+
+    def mask(*args: Any, **kwargs: Any) -> Tensor | None:
+        step, window = active_step(), kwargs.get("local_size")
+        if step is not None:
+            step.windows.add(window)
+        if step is not None and not step.is_plain:
+            _require_window(kwargs.get("mask_function", causal_mask_function), window)
+            return step.lazy_bias(window, kwargs.get("dtype", torch.float32))
+        if previous not in ALL_MASK_ATTENTION_FUNCTIONS:
+            return None  # as Transformers does for a name without a mask function
+        return cast("Tensor | None", ALL_MASK_ATTENTION_FUNCTIONS[previous](*args, **kwargs))
+
+    return mask
+
+
+def _require_mask(module: nn.Module, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} attends without a mask, trees need one that Transformers "
+            "makes; the model decodes without trees"
+        )
+    return mask
+
+
+def _require_window(mask_function: Callable[..., Any], window: int | None) -> None:
+    """Check that what a model asks for is causal attention, in full or in a sliding window."""
+    expected = (
+        causal_mask_function if window is None else sliding_window_causal_mask_function(window)
+    )
+    if not _is_same(mask_function, expected):
+        name = getattr(mask_function, "__qualname__", repr(mask_function))
+        raise UnsupportedModelError(
+            f"the model asks for a mask by {name}, "
+            "trees need causal attention, in full or in a sliding window; it decodes without trees"
+        )
+
+
+def _is_same(left: object, right: object) -> bool:
+    """Tell whether two functions are the same code over the same captured values."""
+    if isinstance(left, tuple) and isinstance(right, tuple):
+        return len(left) == len(right) and all(map(_is_same, left, right))
+    if not isinstance(left, FunctionType) or not isinstance(right, FunctionType):
+        return type(left) is type(right) is int and left == right
+    if left.__code__ is not right.__code__:
+        return False
+    captured = [
+        tuple(cell.cell_contents for cell in side.__closure__ or ()) for side in (left, right)
+    ]
+    return _is_same(*captured)
+
+
+def previous_function(name: str, module: nn.Module) -> AttentionFunction:
+    """Return the attention function of a name; of ``"eager"`` that beside the module's class."""
+    if name != "eager":
+        return cast("AttentionFunction", ALL_ATTENTION_FUNCTIONS[name])
+    for kind in type(module).__mro__:  # every modeling file has its own
+        eager = vars(sys.modules[kind.__module__]).get("eager_attention_forward")
+        if eager is not None:
+            return cast("AttentionFunction", eager)
+    raise UnsupportedModelError(
+        f"no eager_attention_forward beside {type(module).__name__}; load the model with "
+        'attn_implementation="sdpa"'
+    )

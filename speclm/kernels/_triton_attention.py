@@ -1,0 +1,450 @@
+"""Tree attention in Triton: keys split over programs, and the merge of what these found.
+
+A program takes a tile of rows and a run of tiles of keys. A row is a node with one of the query
+heads that share the key head, so that keys are read once for all of them. Tiles count from the
+first slot of the prefix, then come those of the tree. What all rows of a program see in full goes
+through a loop without masks; the other tiles (the edge of a window, the end of the prefix, the
+tree) go through one with masks before.
+
+Products and sums that decide a result are written as fused multiply-adds, so that both loops round
+alike, and a row's result does not depend on which of them a tile goes through.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from speclm.kernels.inputs import TreeAttentionInputs
+from speclm.kernels.launch import Launch, LaunchPlan, head_parts
+
+_LOG2_E = 1.4426950408889634
+_MAX_DEPTH = tl.constexpr(2**30)
+_LN_2 = tl.constexpr(0.6931471805599453)
+_MERGED_ROWS = 8  # of one program of the merge
+_MERGED_SPLITS = 8  # loaded at once by it
+_FUSES = False  # a compiler that fuses where it likes could round the two loops differently
+IS_INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def _dot(left, right, total, WIDEN: tl.constexpr):
+    if WIDEN:  # the interpreter multiplies the bits of bf16 as if they were whole numbers
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    return tl.dot(left, right, total, input_precision="ieee")
+
+
+@triton.jit
+def _load(pointers, is_key, FIRST: tl.constexpr, WIDTH: tl.constexpr, IS_MASKED: tl.constexpr):
+    """Load columns of rows; zeros where there is no row: [rows, WIDTH]."""
+    at = pointers[:, None] + (FIRST + tl.arange(0, WIDTH))[None, :]
+    if IS_MASKED:
+        return tl.load(at, mask=is_key[:, None], other=0.0)
+    return tl.load(at)
+
+
+@triton.jit
+def _pages(table_ptr, slots, is_key, PAGE: tl.constexpr, IS_MASKED: tl.constexpr):
+    """Page of each slot: [BLOCK_KEYS]; in a contiguous cache nothing that is looked at."""
+    if PAGE == 0:
+        return slots
+    if IS_MASKED:
+        return tl.load(table_ptr + slots // PAGE, mask=is_key, other=0)
+    return tl.load(table_ptr + slots // PAGE)
+
+
+@triton.jit
+def _slots_at(base, pages, slot, columns, stride_page, stride_slot, PAGE: tl.constexpr, IS_MASKED: tl.constexpr):
+    """Address of each slot: [BLOCK_KEYS]."""
+    if PAGE == 0:
+        if IS_MASKED:
+            return base + (slot + columns).to(tl.int64) * stride_slot
+        return base + slot.to(tl.int64) * stride_slot + columns.to(tl.int64) * stride_slot
+    offset = (slot + columns) % PAGE
+    return base + pages.to(tl.int64) * stride_page + offset.to(tl.int64) * stride_slot
+
+
+@triton.jit
+def _lowest(count):
+    """A word whose lowest bits are set; `count` may be any whole number."""
+    bits = (tl.full([], 1, tl.int64) << tl.minimum(tl.maximum(count, 0), 63).to(tl.int64)) - 1
+    return tl.where(count > 63, -1, bits)
+
+
+@triton.jit
+def _unpack(word, BLOCK_KEYS: tl.constexpr):
+    """Spread the lowest bits of words: [BLOCK_ROWS, BLOCK_KEYS]; by halves, as GPUs shift them."""
+    columns = tl.arange(0, BLOCK_KEYS)[None, :]
+    half = word.to(tl.int32)[:, None]
+    if BLOCK_KEYS > 32:
+        half = tl.where(columns < 32, half, (word >> 32).to(tl.int32)[:, None])
+    return ((half >> (columns % 32)) & 1) != 0
+
+
+@triton.jit
+def _cap(scores, cap_scale, HAS_CAP: tl.constexpr):
+    """Soft cap, in units of the cap: tanh in a form that does not overflow."""
+    if not HAS_CAP:
+        return scores
+    return 1.0 - 2.0 / (1.0 + tl.exp2(scores * cap_scale))
+
+
+@triton.jit
+def _weigh(scores, unit, maximum, total, IS_MASKED: tl.constexpr):
+    """Fold a tile of scores into a running softmax; `unit` turns them into powers of two."""
+    highest = tl.maximum(maximum, tl.max(scores, 1) * unit)
+    if IS_MASKED:  # a row that has seen nothing yet
+        finite = tl.where(highest == float("-inf"), 0.0, highest)
+    else:
+        finite = highest
+    shares = tl.exp2(tl.fma(scores, unit, -finite[:, None]))
+    kept = tl.exp2(maximum - finite)
+    return highest, tl.fma(total, kept, tl.sum(shares, 1)), kept, shares
+
+
+@triton.jit(do_not_specialize=["num_nodes", "num_slots", "num_splits", "window"])
+def split_kernel(
+    query_ptr, key_ptr, value_ptr, table_ptr, lengths_ptr, starts_ptr, begins_ptr, words_ptr,
+    depths_ptr, sinks_ptr, output_ptr, lse_ptr,
+    unit, cap_scale, num_nodes, num_slots, num_splits, window,
+    query_row, query_head, query_node, key_row, key_head, key_slot, value_row, value_head,
+    value_slot, table_row, words_row, depths_row,
+    KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, REST: tl.constexpr,
+    PAGE: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_BEGINS: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, HAS_SINKS: tl.constexpr,
+    IS_SPLIT: tl.constexpr, FIXED_TILES: tl.constexpr, MIN_TILES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, STAGES: tl.constexpr, EDGE_STAGES: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Attend to one run of tiles; DIM and REST are the two powers of two that make a head.
+
+    Writes the mean of the values and the logarithm (to base 2) of the denominator, or, where the
+    keys are not split, the output itself.
+    """
+    split = tl.program_id(1)
+    batch, kv_head = tl.program_id(2) // KV_HEADS, tl.program_id(2) % KV_HEADS
+    length = tl.load(lengths_ptr + batch).to(tl.int32)
+    start = tl.load(starts_ptr + batch).to(tl.int32) if HAS_STARTS else 0
+    begin = tl.load(begins_ptr + batch).to(tl.int32) if HAS_BEGINS else length
+
+    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    node, head = rows // GROUPS, kv_head * GROUPS + rows % GROUPS
+    is_row = node < num_nodes
+    row_depths = depths_ptr + batch.to(tl.int64) * depths_row
+    depth = tl.load(row_depths + num_slots - num_nodes + node, mask=is_row, other=0).to(tl.int32)
+
+    # Tiles [first, past) are this program's, of which [open, shut) need no mask.
+    num_prefix = tl.cdiv(length - start, BLOCK_KEYS)
+    past = num_prefix + tl.cdiv(num_slots, BLOCK_KEYS)
+    first, open_tile = 0, 0
+    if HAS_WINDOW:
+        unseen = length - start - window + 1  # slots that the root does not see any more
+        first = tl.minimum(tl.maximum(unseen + tl.min(depth), 0) // BLOCK_KEYS, num_prefix)
+        open_tile = tl.cdiv(tl.maximum(unseen + tl.max(depth), 0), BLOCK_KEYS)
+        is_narrow = tl.max(depth) >= window
+        hidden = depth - window  # depths up to here are out of a row's window
+    if FIXED_TILES > 0:
+        if HAS_WINDOW:  # what needs no mask depends on the rows, and with it the order of tiles
+            open_tile = past
+        past = tl.minimum(past, (split + 1) * FIXED_TILES)
+        first = tl.maximum(first, split * FIXED_TILES)
+    else:
+        share = tl.maximum(tl.cdiv(past - first, num_splits), MIN_TILES)
+        first += split * share
+        past = tl.minimum(past, first + share)
+    open_tile = tl.minimum(tl.maximum(open_tile, first), tl.maximum(past, first))
+    shut = tl.maximum(tl.minimum(past, (length - start) // BLOCK_KEYS), open_tile)
+
+    query_at = (
+        query_ptr + batch.to(tl.int64) * query_row + head.to(tl.int64) * query_head
+        + node.to(tl.int64) * query_node
+    )  # fmt: skip
+    key_base = key_ptr + kv_head.to(tl.int64) * key_head
+    value_base = value_ptr + kv_head.to(tl.int64) * value_head
+    table_at = table_ptr + batch.to(tl.int64) * table_row
+    if PAGE == 0:
+        key_base += batch.to(tl.int64) * key_row
+        value_base += batch.to(tl.int64) * value_row
+    query = _load(query_at, is_row, 0, DIM, IS_MASKED=True)  # [BLOCK_ROWS, DIM]
+    mean = tl.zeros([BLOCK_ROWS, DIM], tl.float32)
+    if REST > 0:
+        query_rest = _load(query_at, is_row, DIM, REST, IS_MASKED=True)
+        mean_rest = tl.zeros([BLOCK_ROWS, REST], tl.float32)
+    maximum = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_ROWS], tl.float32)
+    zeros = tl.zeros([BLOCK_ROWS, BLOCK_KEYS], tl.float32)
+    columns = tl.arange(0, BLOCK_KEYS)
+    words_at = words_ptr + batch.to(tl.int64) * words_row + node * tl.cdiv(num_slots, 64)
+
+    for tile in tl.range(open_tile, shut, num_stages=STAGES):
+        slot = start + tile * BLOCK_KEYS
+        slots = slot + columns
+        pages = _pages(table_at, slots, slots, PAGE, IS_MASKED=False)
+        at = _slots_at(key_base, pages, slot, columns, key_row, key_slot, PAGE, IS_MASKED=False)
+        key = _load(at, at, 0, DIM, IS_MASKED=False)
+        scores = _dot(query, tl.trans(key), zeros, WIDEN)
+        if REST > 0:
+            key = _load(at, at, DIM, REST, IS_MASKED=False)
+            scores = _dot(query_rest, tl.trans(key), scores, WIDEN)
+        scores = _cap(scores, cap_scale, HAS_CAP)
+        maximum, total, kept, shares = _weigh(scores, unit, maximum, total, IS_MASKED=False)
+        at = _slots_at(value_base, pages, slot, columns, value_row, value_slot, PAGE, IS_MASKED=False)
+        value = _load(at, at, 0, DIM, IS_MASKED=False)
+        shares = shares.to(value.dtype)
+        mean = _dot(shares, value, mean * kept[:, None], WIDEN)
+        if REST > 0:
+            value = _load(at, at, DIM, REST, IS_MASKED=False)
+            mean_rest = _dot(shares, value, mean_rest * kept[:, None], WIDEN)
+
+    for step in tl.range(first + shut - open_tile, past, num_stages=EDGE_STAGES):
+        tile = step
+        if HAS_WINDOW:  # its edge comes before the tiles that need no mask
+            tile = tl.where(step < shut, step - (shut - open_tile), step)
+        is_tree = tile >= num_prefix
+        in_tree = (tile - num_prefix) * BLOCK_KEYS
+        slot = tl.where(is_tree, begin + in_tree, start + tile * BLOCK_KEYS)
+        num_keys = tl.where(is_tree, num_slots - in_tree, length - slot)
+        slots, is_key = slot + columns, columns < num_keys
+        word = tl.load(words_at + tl.maximum(in_tree, 0) // 64, mask=is_row, other=0)
+        word = (word >> (in_tree & 63)) | tl.where(is_tree, 0, -1)  # all see the prefix
+        word &= _lowest(num_keys)
+        if HAS_WINDOW:
+            word &= ~_lowest(tl.where(is_tree, 0, length + hidden + 1 - slot))
+        pages = _pages(table_at, slots, is_key, PAGE, IS_MASKED=True)
+        at = _slots_at(key_base, pages, slot, columns, key_row, key_slot, PAGE, IS_MASKED=True)
+        scores = _dot(query, tl.trans(_load(at, is_key, 0, DIM, IS_MASKED=True)), zeros, WIDEN)
+        if REST > 0:
+            key = _load(at, is_key, DIM, REST, IS_MASKED=True)
+            scores = _dot(query_rest, tl.trans(key), scores, WIDEN)
+        scores = _cap(scores, cap_scale, HAS_CAP)
+        scores = tl.where(_unpack(word, BLOCK_KEYS), scores, float("-inf"))
+        if HAS_WINDOW:
+            if is_tree & is_narrow:  # windows are rarely narrower than a tree is deep
+                above = tl.load(row_depths + in_tree + columns, mask=is_key, other=0)
+                is_near = above[None, :] > hidden[:, None]
+                scores = tl.where(is_near, scores, float("-inf"))
+        maximum, total, kept, shares = _weigh(scores, unit, maximum, total, IS_MASKED=True)
+        at = _slots_at(value_base, pages, slot, columns, value_row, value_slot, PAGE, IS_MASKED=True)
+        value = _load(at, is_key, 0, DIM, IS_MASKED=True)
+        shares = shares.to(value.dtype)
+        mean = _dot(shares, value, mean * kept[:, None], WIDEN)
+        if REST > 0:
+            value = _load(at, is_key, DIM, REST, IS_MASKED=True)
+            mean_rest = _dot(shares, value, mean_rest * kept[:, None], WIDEN)
+
+    if IS_SPLIT:
+        part = (tl.program_id(2).to(tl.int64) * num_splits + split) * num_nodes * GROUPS + rows
+        has_seen = is_row & (total > 0)  # parts of rows that saw nothing are not read
+        lse_at = lse_ptr + part
+    else:
+        part = ((batch * num_nodes + node) * KV_HEADS * GROUPS + head).to(tl.int64)
+        has_seen = is_row
+        lse_at = lse_ptr + ((batch * KV_HEADS * GROUPS + head) * num_nodes + node).to(tl.int64)
+        if HAS_SINKS:
+            sink = tl.load(sinks_ptr + head, mask=is_row, other=0.0).to(tl.float32)
+            sink *= 1.4426950408889634
+            highest = tl.maximum(maximum, sink)
+            kept = tl.exp2(maximum - highest)
+            total = tl.fma(total, kept, tl.exp2(sink - highest))
+            maximum = highest
+            mean *= kept[:, None]
+            if REST > 0:
+                mean_rest *= kept[:, None]
+    divisor = tl.where(total > 0, total, 1.0)  # of a row that saw nothing; its maximum is -inf
+    lse = maximum + tl.log2(divisor)
+    if not IS_SPLIT:
+        lse *= _LN_2
+    tl.store(lse_at, lse, mask=is_row)
+    share = 1.0 / divisor
+    output_at = output_ptr + part[:, None] * (DIM + REST)
+    kind = output_ptr.dtype.element_ty
+    columns_of = tl.arange(0, DIM)[None, :]
+    tl.store(output_at + columns_of, (mean * share[:, None]).to(kind), mask=has_seen[:, None])
+    if REST > 0:
+        columns_of = DIM + tl.arange(0, REST)[None, :]
+        mean_rest *= share[:, None]
+        tl.store(output_at + columns_of, mean_rest.to(kind), mask=has_seen[:, None])
+
+
+@triton.jit(do_not_specialize=["num_nodes", "num_splits"])
+def merge_kernel(
+    parts_ptr, parts_lse_ptr, sinks_ptr, output_ptr, lse_ptr, num_nodes, num_splits,
+    KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+    HAS_SINKS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Join the parts of each row in their order; parts that saw nothing change no bit."""
+    batch, kv_head = tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS
+    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    node, head = rows // GROUPS, kv_head * GROUPS + rows % GROUPS
+    is_row = node < num_nodes
+    columns = tl.arange(0, PADDED)
+    is_column = columns < WIDTH
+    maximum = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_ROWS], tl.float32)
+    if HAS_SINKS:  # in the denominator alone
+        maximum = tl.load(sinks_ptr + head, mask=is_row, other=0.0).to(tl.float32)
+        maximum *= 1.4426950408889634
+        total += 1.0
+    mean = tl.zeros([BLOCK_ROWS, PADDED], tl.float32)
+    for first in range(0, num_splits, BLOCK_SPLITS):
+        for offset in tl.static_range(BLOCK_SPLITS):  # their loads do not wait for each other
+            split = first + offset
+            part = tl.program_id(1).to(tl.int64) * num_splits + split
+            part = part * num_nodes * GROUPS + rows
+            is_part = node < tl.where(split < num_splits, num_nodes, 0)
+            lse = tl.load(parts_lse_ptr + part, mask=is_part, other=float("-inf"))
+            has_seen = lse > float("-inf")
+            found = tl.load(
+                parts_ptr + part[:, None] * WIDTH + columns[None, :],
+                mask=has_seen[:, None] & is_column[None, :],
+                other=0.0,
+            )
+            highest = tl.maximum(maximum, lse)
+            finite = tl.where(highest == float("-inf"), 0.0, highest)
+            kept, share = tl.exp2(maximum - finite), tl.exp2(lse - finite)
+            total = tl.fma(total, kept, share)
+            mean = mean * kept[:, None] + found * share[:, None]
+            maximum = highest
+    row = ((batch * num_nodes + node) * KV_HEADS * GROUPS + head).to(tl.int64)
+    total = tl.where(is_row, total, 1.0)
+    output = (mean / total[:, None]).to(output_ptr.dtype.element_ty)
+    at = output_ptr + row[:, None] * WIDTH + columns[None, :]
+    tl.store(at, output, mask=is_row[:, None] & is_column[None, :])
+    lse_at = lse_ptr + ((batch * KV_HEADS * GROUPS + head) * num_nodes + node).to(tl.int64)
+    tl.store(lse_at, (maximum + tl.log2(total)) * _LN_2, mask=is_row)
+
+
+def tree_attention_triton(
+    inputs: TreeAttentionInputs, plan: LaunchPlan
+) -> tuple[Tensor, Tensor]:
+    """Launch the kernels; nothing is read on the host.
+
+    Args:
+        inputs: Checked by shape.
+        plan: Sizes of tiles and programs, and how keys are split.
+
+    Returns:
+        The output, ``[batch, nodes, q_heads, head_dim]``, and the logarithm of the denominator,
+        ``[batch, q_heads, nodes]``.
+    """
+    query = inputs.query
+    output = query.new_empty(inputs.batch, inputs.num_nodes, inputs.q_heads, inputs.head_dim)
+    lse = query.new_empty(inputs.batch, inputs.q_heads, inputs.num_nodes, dtype=torch.float32)
+    with torch.cuda.device_of(query):  # Triton launches on the current device
+        for launch in attention_launches(inputs, plan, output, lse):
+            launch.kernel[launch.grid](*launch.arguments, **launch.options)
+    return output, lse
+
+
+def attention_launches(
+    inputs: TreeAttentionInputs, plan: LaunchPlan, output: Tensor, lse: Tensor
+) -> list[Launch]:
+    """Return what is launched to fill `output` and `lse`, in order."""
+    if plan.num_splits == 1:
+        return [_split_launch(inputs, plan, output, lse)]
+    shape = (inputs.batch * inputs.kv_heads, plan.num_splits, inputs.num_rows)
+    parts = output.new_empty(*shape, inputs.head_dim, dtype=torch.float32)
+    parts_lse = lse.new_empty(shape)
+    first = _split_launch(inputs, plan, parts, parts_lse)
+    return [first, _merge_launch(inputs, plan, parts, parts_lse, output, lse)]
+
+
+def _split_launch(
+    inputs: TreeAttentionInputs, plan: LaunchPlan, output: Tensor, lse: Tensor
+) -> Launch:
+    config, num_splits = plan.config, plan.num_splits
+    query, key, value = inputs.query, inputs.key, inputs.value
+    table, sinks, lengths = inputs.block_table, inputs.sinks, inputs.prefix_lengths
+    dim, rest = head_parts(inputs.head_dim)
+    row_tiles = triton.cdiv(inputs.num_rows, config.block_rows)
+    return Launch(
+        kernel=split_kernel,
+        grid=(row_tiles, num_splits, inputs.batch * inputs.kv_heads),
+        arguments=(
+            query,
+            key,
+            value,
+            lengths if table is None else table,
+            lengths,
+            lengths if inputs.prefix_starts is None else inputs.prefix_starts,
+            lengths if inputs.tree_starts is None else inputs.tree_starts,
+            inputs.ancestor_words,
+            inputs.depths,
+            lse if sinks is None else sinks,
+            output,
+            lse,
+            (inputs.softcap or inputs.scale) * _LOG2_E,
+            2 * inputs.scale / (inputs.softcap or 1.0) * _LOG2_E,
+            inputs.num_nodes,
+            inputs.num_slots,
+            num_splits,
+            inputs.window or 0,
+            *query.stride()[:3],
+            *key.stride()[:3],
+            *value.stride()[:3],
+            0 if table is None else table.stride(0),
+            _row_stride(inputs.ancestor_words),
+            _row_stride(inputs.depths),
+        ),
+        options={
+            "KV_HEADS": inputs.kv_heads,
+            "GROUPS": inputs.groups,
+            "DIM": dim,
+            "REST": rest,
+            "PAGE": inputs.page_len,
+            "HAS_STARTS": inputs.prefix_starts is not None,
+            "HAS_BEGINS": inputs.tree_starts is not None,
+            "HAS_WINDOW": inputs.window is not None,
+            "HAS_CAP": inputs.softcap is not None,
+            "HAS_SINKS": sinks is not None and num_splits == 1,
+            "IS_SPLIT": num_splits > 1,
+            "FIXED_TILES": config.fixed_tiles if inputs.deterministic else 0,
+            "MIN_TILES": config.min_tiles,
+            "BLOCK_ROWS": config.block_rows,
+            "BLOCK_KEYS": config.block_keys,
+            "STAGES": config.num_stages,
+            "EDGE_STAGES": min(config.num_stages, 2),
+            "WIDEN": IS_INTERPRETED and query.dtype == torch.bfloat16,
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+            "enable_fp_fusion": _FUSES,
+        },
+    )
+
+
+def _merge_launch(
+    inputs: TreeAttentionInputs,
+    plan: LaunchPlan,
+    parts: Tensor,
+    parts_lse: Tensor,
+    output: Tensor,
+    lse: Tensor,
+) -> Launch:
+    return Launch(
+        kernel=merge_kernel,
+        grid=(triton.cdiv(inputs.num_rows, _MERGED_ROWS), inputs.batch * inputs.kv_heads),
+        arguments=(
+            parts,
+            parts_lse,
+            lse if inputs.sinks is None else inputs.sinks,
+            output,
+            lse,
+            inputs.num_nodes,
+            plan.num_splits,
+        ),
+        options={
+            "KV_HEADS": inputs.kv_heads,
+            "GROUPS": inputs.groups,
+            "WIDTH": inputs.head_dim,
+            "PADDED": triton.next_power_of_2(inputs.head_dim),
+            "HAS_SINKS": inputs.sinks is not None,
+            "BLOCK_ROWS": _MERGED_ROWS,
+            "BLOCK_SPLITS": _MERGED_SPLITS,
+            "num_warps": 4,
+            "enable_fp_fusion": _FUSES,
+        },
+    )
+
+
+def _row_stride(tensor: Tensor) -> int:
+    """Stride of the batch; 0 for a tree that all rows share."""
+    return 0 if tensor.shape[0] == 1 else tensor.stride(0)

@@ -1,0 +1,322 @@
+"""What tree attention is computed from, and the checks that it can be."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from speclm.errors import KernelError
+from speclm.tree.topology import num_words, unpack_words
+
+MAX_SLOTS = 256
+"""Most tree slots of one call, nodes and those above them."""
+
+MAX_SPLITS = 256
+"""Most parts that the keys of one row and head are split into."""
+
+_INTEGERS = (torch.int32, torch.int64)
+_TENSORS = (
+    "key",
+    "value",
+    "prefix_lengths",
+    "ancestor_words",
+    "depths",
+    "prefix_starts",
+    "tree_starts",
+    "block_table",
+    "sinks",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TreeAttentionInputs:
+    """The arguments of `speclm.kernels.tree_attention`, where they are described."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    prefix_lengths: Tensor
+    ancestor_words: Tensor
+    depths: Tensor
+    prefix_starts: Tensor | None = None
+    tree_starts: Tensor | None = None
+    block_table: Tensor | None = None
+    sinks: Tensor | None = None
+    scale: float = 1.0
+    window: int | None = None
+    softcap: float | None = None
+    num_splits: int | None = None
+    deterministic: bool = False
+    return_lse: bool = False
+
+    @property
+    def batch(self) -> int:
+        """Rows of the batch."""
+        return self.query.shape[0]
+
+    @property
+    def q_heads(self) -> int:
+        """Query heads."""
+        return self.query.shape[1]
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes that attend."""
+        return self.query.shape[2]
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+        return self.query.shape[3]
+
+    @property
+    def kv_heads(self) -> int:
+        """Key heads."""
+        return self.key.shape[1]
+
+    @property
+    def groups(self) -> int:
+        """Query heads that share a key head."""
+        return self.q_heads // self.kv_heads
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the product with one key head: every node with every head of the group."""
+        return self.num_nodes * self.groups
+
+    @property
+    def num_slots(self) -> int:
+        """Tree slots; the last `num_nodes` of them are the nodes that attend."""
+        return self.depths.shape[1]
+
+    @property
+    def page_len(self) -> int:
+        """Slots of a page; 0 when the cache is contiguous."""
+        return 0 if self.block_table is None else self.key.shape[2]
+
+    @property
+    def kv_len(self) -> int:
+        """Slots that a row of the cache has room for."""
+        if self.block_table is None:
+            return self.key.shape[2]
+        return self.block_table.shape[1] * self.page_len
+
+
+def require_shapes(inputs: TreeAttentionInputs) -> None:
+    """Check what can be told without reading a tensor: shapes, types, devices, strides, numbers.
+
+    Raises:
+        KernelError: At the first of them that does not fit.
+    """
+    _require_floats(inputs)
+    _require_integers(inputs)
+    if inputs.sinks is not None and inputs.sinks.shape != (inputs.q_heads,):
+        raise KernelError(
+            f"sinks has shape {tuple(inputs.sinks.shape)}, expected one number for each of the "
+            f"{inputs.q_heads} query heads"
+        )
+    for name, tensor in _tensors(inputs).items():
+        if tensor.device != inputs.query.device:
+            raise KernelError(
+                f"{name} is on {tensor.device}, query on {inputs.query.device}; move it there"
+            )
+    for name in (
+        "prefix_lengths",
+        "prefix_starts",
+        "tree_starts",
+        "depths",
+        "block_table",
+        "sinks",
+    ):
+        tensor = getattr(inputs, name)
+        if tensor is not None and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            raise KernelError(
+                f"{name} has strides {tensor.stride()}, expected 1 in the last axis; call "
+                ".contiguous()"
+            )
+    _require_numbers(inputs)
+
+
+def require_values(inputs: TreeAttentionInputs) -> None:
+    """Check what only the values tell; reads them on the host, which waits for the device.
+
+    Raises:
+        KernelError: If a row's slots are not in the cache, a node sees what it may not, or pages
+            that hold tree slots are used twice.
+    """
+    lengths = inputs.prefix_lengths.tolist()
+    begins = lengths if inputs.tree_starts is None else inputs.tree_starts.tolist()
+    starts = [0] * len(lengths)
+    if inputs.prefix_starts is not None:
+        starts = inputs.prefix_starts.tolist()
+    for row, (start, length, begin) in enumerate(zip(starts, lengths, begins, strict=True)):
+        if not 0 <= start <= length <= begin:
+            raise KernelError(
+                f"row {row} has its prefix in slots {start} to {length} and its tree from {begin}, "
+                "expected 0 <= prefix_starts <= prefix_lengths <= tree_starts"
+            )
+        if begin + inputs.num_slots > inputs.kv_len:
+            raise KernelError(
+                f"row {row} needs slots up to {begin + inputs.num_slots}, the cache has "
+                f"{inputs.kv_len}; append the tree before attending, or make the cache longer"
+            )
+    _require_ancestors(inputs)
+    if inputs.block_table is not None:
+        require_pages(
+            inputs.block_table,
+            num_pages=inputs.key.shape[0],
+            page_len=inputs.page_len,
+            written=[(begin, begin + inputs.num_slots) for begin in begins],
+        )
+
+
+def require_pages(
+    block_table: Tensor, *, num_pages: int, page_len: int, written: list[tuple[int, int]]
+) -> None:
+    """Check that pages exist, and that those which are written to belong to one block alone.
+
+    Args:
+        block_table: Page of every block of every row; what lies behind a row's last written slot
+            is not looked at.
+        num_pages: Pages that there are.
+        page_len: Slots of a page.
+        written: First written slot of each row and the one behind the last.
+
+    Raises:
+        KernelError: If they are not.
+    """
+    used: dict[int, tuple[int, int]] = {}
+    owned: dict[int, tuple[int, int]] = {}
+    for row, (pages, (first, past)) in enumerate(zip(block_table.tolist(), written, strict=True)):
+        seen: set[int] = set()
+        for block in range(-(-past // page_len)):
+            page = pages[block]
+            if not 0 <= page < num_pages:
+                raise KernelError(
+                    f"block_table[{row}, {block}] is page {page}, expected one of {num_pages}"
+                )
+            is_written = (block + 1) * page_len > first
+            other = owned.get(page, used.get(page) if is_written or page in seen else None)
+            if other is not None:
+                raise KernelError(
+                    f"blocks {other} and {(row, block)} of block_table overlap in page {page}, "
+                    "where a tree is written; give one of them a copy of the page"
+                )
+            used[page] = (row, block)
+            seen.add(page)
+            if is_written:
+                owned[page] = (row, block)
+
+
+def _require_floats(inputs: TreeAttentionInputs) -> None:
+    query, key, value = inputs.query, inputs.key, inputs.value
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.ndim != 4:
+            raise KernelError(
+                f"{name} has shape {tuple(tensor.shape)}, expected 4 axes: rows or pages, heads, "
+                "slots, head_dim"
+            )
+        if not tensor.is_floating_point() or tensor.dtype != query.dtype:
+            raise KernelError(
+                f"{name} is {tensor.dtype}, query {query.dtype}; expected one floating type"
+            )
+        if tensor.shape[3] > 1 and tensor.stride(3) != 1:
+            raise KernelError(
+                f"{name} has strides {tensor.stride()}, expected 1 in the last axis; call "
+                ".contiguous() or transpose other axes"
+            )
+    if key.shape != value.shape or key.shape[3] != query.shape[3]:
+        raise KernelError(
+            f"key has shape {tuple(key.shape)}, value {tuple(value.shape)}, query "
+            f"{tuple(query.shape)}; expected keys and values alike and one head_dim"
+        )
+    if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
+        raise KernelError(
+            f"query has {query.shape[1]} heads, key {key.shape[1]}; expected a multiple of them"
+        )
+    if inputs.block_table is None and key.shape[0] != query.shape[0]:
+        raise KernelError(
+            f"key has {key.shape[0]} rows, query {query.shape[0]}; pass the rows that attend, or "
+            "a block_table for a paged cache"
+        )
+
+
+def _require_integers(inputs: TreeAttentionInputs) -> None:
+    batch, words, depths = inputs.batch, inputs.ancestor_words, inputs.depths
+    for name in ("prefix_lengths", "prefix_starts", "tree_starts"):
+        tensor = getattr(inputs, name)
+        if tensor is not None and (tensor.shape != (batch,) or tensor.dtype not in _INTEGERS):
+            raise KernelError(
+                f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}, expected one whole "
+                f"number for each of the {batch} rows, int32 or int64"
+            )
+    if depths.ndim != 2 or depths.shape[0] not in {1, batch} or depths.dtype not in _INTEGERS:
+        raise KernelError(
+            f"depths is {depths.dtype} of shape {tuple(depths.shape)}, expected a depth for every "
+            f"tree slot of 1 or {batch} rows, int32 or int64"
+        )
+    if not 1 <= inputs.num_nodes <= inputs.num_slots <= MAX_SLOTS:
+        raise KernelError(
+            f"{inputs.num_nodes} nodes attend to {inputs.num_slots} tree slots, expected 1 to "
+            f"{MAX_SLOTS} slots that end in these nodes; draft fewer tokens"
+        )
+    expected = (inputs.num_nodes, num_words(inputs.num_slots))
+    if (
+        words.ndim != 3
+        or words.shape[0] not in {1, batch}
+        or tuple(words.shape[1:]) != expected
+        or words.dtype != torch.int64
+        or not words.is_contiguous()
+    ):
+        raise KernelError(
+            f"ancestor_words is {words.dtype} of shape {tuple(words.shape)}, expected contiguous "
+            f"int64 of 1 or {batch} rows by {expected[0]} nodes by {expected[1]} words"
+        )
+    table = inputs.block_table
+    if table is not None and (
+        table.ndim != 2 or table.shape[0] != batch or table.dtype not in _INTEGERS
+    ):
+        raise KernelError(
+            f"block_table is {table.dtype} of shape {tuple(table.shape)}, expected pages of "
+            f"{batch} rows, int32 or int64"
+        )
+
+
+def _require_numbers(inputs: TreeAttentionInputs) -> None:
+    if not 0 < inputs.scale < float("inf"):
+        raise KernelError(f"scale is {inputs.scale!r}, expected a finite number above 0")
+    if inputs.window is not None and inputs.window < 1:
+        raise KernelError(f"window is {inputs.window!r}, expected at least 1, or None for none")
+    if inputs.softcap is not None and not 0 < inputs.softcap < float("inf"):
+        raise KernelError(
+            f"softcap is {inputs.softcap!r}, expected a finite number above 0, or None for no cap"
+        )
+    if inputs.num_splits is not None and not 1 <= inputs.num_splits <= MAX_SPLITS:
+        raise KernelError(
+            f"num_splits is {inputs.num_splits!r}, expected 1 to {MAX_SPLITS}, or None to choose"
+        )
+
+
+def _require_ancestors(inputs: TreeAttentionInputs) -> None:
+    num_bits = inputs.ancestor_words.shape[2] * 64
+    bits = unpack_words(inputs.ancestor_words, num_bits=num_bits)  # [rows, nodes, bits]
+    own = torch.arange(inputs.num_nodes, device=bits.device) + inputs.num_slots - inputs.num_nodes
+    later = torch.arange(num_bits, device=bits.device) > own[:, None]  # [nodes, bits]
+    wrong = (bits & later).nonzero()
+    if len(wrong):
+        row, node, slot = wrong[0].tolist()
+        raise KernelError(
+            f"node {node} of row {row} names the later slot {slot} in ancestor_words, expected "
+            "ancestors before it; order nodes so that parents come first"
+        )
+    blind = (~bits[:, torch.arange(inputs.num_nodes, device=bits.device), own]).nonzero()
+    if len(blind):
+        row, node = blind[0].tolist()
+        raise KernelError(f"node {node} of row {row} does not see itself; set its own bit")
+    if bool((inputs.depths < 0).any()):
+        raise KernelError("depths holds a negative number, expected 0 at the root and above below")
+
+
+def _tensors(inputs: TreeAttentionInputs) -> dict[str, Tensor]:
+    found = {name: getattr(inputs, name) for name in _TENSORS}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}

@@ -1,0 +1,195 @@
+"""Attention of tree nodes to a prefix and to their ancestors."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from speclm.errors import KernelError
+from speclm.kernels._sdpa import sdpa_obstacle, tree_attention_sdpa
+from speclm.kernels.backends import (
+    NAMES,
+    Choice,
+    choose,
+    head_obstacle,
+    is_recording,
+    triton_obstacle,
+)
+from speclm.kernels.inputs import TreeAttentionInputs, require_shapes, require_values
+from speclm.kernels.launch import plan_launch
+from speclm.kernels.reference import tree_attention_reference
+
+BACKENDS = NAMES
+"""Backends of `tree_attention`, the preferred one first."""
+
+_SCHEMA = (
+    "(Tensor query, Tensor key, Tensor value, Tensor prefix_lengths, Tensor ancestor_words, "
+    "Tensor depths, Tensor? prefix_starts, Tensor? tree_starts, Tensor? block_table, "
+    "Tensor? sinks, float scale, int? window, float? softcap, int? num_splits, "
+    "bool deterministic, bool return_lse, str backend) -> (Tensor, Tensor)"
+)
+
+
+def tree_attention(  # noqa: PLR0913 - a kernel's arguments
+    query: Float[Tensor, "batch q_heads nodes head_dim"],
+    key: Float[Tensor, "kv_rows kv_heads kv_len head_dim"],
+    value: Float[Tensor, "kv_rows kv_heads kv_len head_dim"],
+    *,
+    prefix_lengths: Int[Tensor, " batch"],
+    ancestor_words: Int[Tensor, "rows nodes words"],
+    depths: Int[Tensor, "depth_rows slots"],
+    prefix_starts: Int[Tensor, " batch"] | None = None,
+    tree_starts: Int[Tensor, " batch"] | None = None,
+    block_table: Int[Tensor, "batch blocks"] | None = None,
+    sinks: Float[Tensor, " q_heads"] | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    num_splits: int | None = None,
+    deterministic: bool = False,
+    return_lse: bool = False,
+    check_values: bool = True,
+    backend: str = "auto",
+) -> (
+    Float[Tensor, "batch nodes q_heads head_dim"]
+    | tuple[Float[Tensor, "batch nodes q_heads head_dim"], Float[Tensor, "batch q_heads nodes"]]
+):
+    """Attend from every node of a tree to its row's prefix and to its own ancestors.
+
+    Keys and values of the tree are in the cache already. Row b sees its prefix, the slots
+    ``[prefix_starts[b], prefix_lengths[b])``, and of the tree, which begins at slot
+    ``tree_starts[b]``, what `ancestor_words` names. No other slot is read; these may hold
+    anything, also NaN. Values of tree slots have to be finite even where a node does not see them.
+
+    Args:
+        query: Queries of the last `nodes` of the tree slots; strides are free but for the last
+            axis, here and below.
+        key: Keys of all slots, or of all pages where there is a `block_table`; a paged `kv_len` is
+            the length of a page. The number of query heads is a multiple, of any size, of theirs.
+        value: Values, laid out like the keys.
+        prefix_lengths: Slots before the tree, left padding included; 0 is allowed. int32 or int64,
+            as all whole numbers here but the words.
+        ancestor_words: Bit ``j % 64`` of word ``j // 64`` is set when a node sees tree slot j: its
+            ancestors and itself. int64; one row is shared by the batch.
+        depths: Depth of every tree slot below the root; the last ones are those of the nodes. At
+            most 256 slots.
+        prefix_starts: Slots of left padding; None for none.
+        tree_starts: First tree slot; None for `prefix_lengths`.
+        block_table: Page of each block of each row; None for a contiguous cache.
+        sinks: Logit of each query head that only adds to the softmax's denominator.
+        scale: Factor of the scores; by default one over the square root of `head_dim`.
+        window: Positions that a node sees, itself included. A node's position is the prefix length
+            plus its depth, not its slot.
+        softcap: Bound c of the scores, ``c * tanh(score / c)``, applied before masking.
+        num_splits: Parts that the keys of one row and head are split into; by default what fills
+            the device. Ignored where `deterministic` fixes them.
+        deterministic: Make the result of a node independent, to the bit, of how many nodes and
+            rows are computed with it, and of splits. Slower.
+        return_lse: Also return the natural logarithm of the softmax's denominator, float32.
+        check_values: Check lengths, words and pages too, which reads them on the host. Pass False
+            in a loop that must not wait for the device. Never done while a graph is compiled or
+            captured.
+        backend: ``"triton"``, ``"sdpa"``, ``"reference"``, or ``"auto"``: the environment variable
+            ``SPECLM_KERNELS``, or else the first of these that takes the call on this device.
+
+    Returns:
+        The output, nodes before heads, as Transformers' attention functions return it; with
+        `return_lse` a pair. Does not sync with the device where values are not checked and Triton
+        computes.
+
+    Raises:
+        KernelError: If something does not fit, or the backend cannot compute it. It is a
+            ValueError, and raised before anything is launched.
+
+    Example:
+        >>> import torch
+        >>> from speclm.kernels import tree_attention, tree_words
+        >>> words, depths = tree_words(torch.tensor([[0, 0, 0, 1]]))  # two children, a grandchild
+        >>> keys, values = torch.randn(2, 1, 2, 10, 64)  # 6 slots of prefix, 4 of the tree
+        >>> tree_attention(
+        ...     torch.randn(1, 8, 4, 64), keys, values, prefix_lengths=torch.tensor([6]),
+        ...     ancestor_words=words, depths=depths,
+        ... ).shape
+        torch.Size([1, 4, 8, 64])
+    """
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
+        raise KernelError(
+            "query or key requires gradients, which tree attention does not compute; call it under "
+            "torch.no_grad()"
+        )
+    inputs = TreeAttentionInputs(
+        query=query,
+        key=key,
+        value=value,
+        prefix_lengths=prefix_lengths,
+        ancestor_words=ancestor_words,
+        depths=depths,
+        prefix_starts=prefix_starts,
+        tree_starts=tree_starts,
+        block_table=block_table,
+        sinks=sinks,
+        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        window=window,
+        softcap=softcap,
+        num_splits=num_splits,
+        deterministic=deterministic,
+        return_lse=return_lse,
+    )
+    if check_values and not is_recording(query.device):
+        require_shapes(inputs)
+        require_values(inputs)
+    output, lse = torch.ops.speclm.tree_attention.default(
+        *(getattr(inputs, name) for name in TreeAttentionInputs.__slots__), backend
+    )
+    return (output, lse) if return_lse else output
+
+
+def attention_backend(inputs: TreeAttentionInputs, backend: str = "auto") -> Choice:
+    """Return the backend that computes a call of `tree_attention`, and why.
+
+    Raises:
+        KernelError: If `backend` cannot compute it.
+    """
+    query = inputs.query
+    triton = triton_obstacle(query.device, query.dtype) or head_obstacle(inputs.head_dim)
+    return choose(
+        backend,
+        names=BACKENDS,
+        obstacles={"triton": triton, "sdpa": sdpa_obstacle(inputs), "reference": None},
+    )
+
+
+def _compute(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Compute the op: its arguments are those of the schema, in its order."""
+    *values, backend = arguments
+    inputs = TreeAttentionInputs(*values)
+    require_shapes(inputs)
+    choice = attention_backend(inputs, backend)
+    if inputs.batch == 0:
+        return _allocate(*arguments)
+    if choice.backend == "sdpa":
+        return tree_attention_sdpa(inputs), inputs.query.new_empty(0, dtype=torch.float32)
+    if choice.backend == "reference":
+        output, lse = tree_attention_reference(inputs)
+    else:
+        from speclm.kernels._triton_attention import tree_attention_triton
+
+        output, lse = tree_attention_triton(inputs, plan_launch(inputs))
+    return output, lse if inputs.return_lse else lse.new_empty(0)
+
+
+def _allocate(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Return empty results of the op: what a compiler is told."""
+    inputs = TreeAttentionInputs(*arguments[:-1])
+    require_shapes(inputs)
+    query = inputs.query
+    output = query.new_empty(inputs.batch, inputs.num_nodes, inputs.q_heads, inputs.head_dim)
+    kind = torch.float64 if query.dtype == torch.float64 else torch.float32
+    shape = (inputs.batch, inputs.q_heads, inputs.num_nodes) if inputs.return_lse else (0,)
+    return output, query.new_empty(shape, dtype=kind)
+
+
+torch.library.define("speclm::tree_attention", _SCHEMA)
+torch.library.impl("speclm::tree_attention", "CompositeExplicitAutograd", _compute)
+torch.library.register_fake("speclm::tree_attention", _allocate)

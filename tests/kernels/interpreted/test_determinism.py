@@ -1,0 +1,152 @@
+"""Deterministic tree attention: a node's bits depend on what it sees, and on nothing beside it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.kernels.interpreted.launching import attend, attend_as_planned, plan, quick_search
+from tests.kernels.tree_cases import TreeCase, assert_right, draw_contents, grow, tree_cases
+
+LONG = 1100  # keys of more than one split
+
+cases = st.sampled_from([16, 64]).flatmap(
+    lambda block: tree_cases(
+        block=block,
+        most_blocks=3,
+        sizes=(4, 17, 33),
+        head_dims=(16, 80),
+        most_rows=48,
+        deterministic=True,
+    )
+)
+
+
+def fixed_plan(case, *, fixed_tiles, **sizes):
+    """Splits of so many tiles, as many as a case needs and two more."""
+    num_tiles = 2 + (max(case.begins) + case.slots) // sizes["block_keys"]
+    return plan(2 + num_tiles // fixed_tiles, fixed_tiles=fixed_tiles, **sizes)
+
+
+def assert_equal_bits(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def first_nodes(case, contents, how_many, run):
+    part = replace(
+        case,
+        parents=tuple(tree[:how_many] for tree in case.parents),
+        nodes=None,
+    )
+    return run(part, contents.tree_slots(slice(0, how_many)))
+
+
+def row_alone(case, contents, row, run):
+    rows = slice(row, row + 1)
+    alone = replace(
+        case,
+        parents=case.parents if len(case.parents) == 1 else case.parents[rows],
+        lengths=case.lengths[rows],
+        starts=case.starts and case.starts[rows],
+        gaps=case.gaps and case.gaps[rows],
+    )
+    return run(alone, contents.rows(rows))
+
+
+@quick_search
+@given(cases, st.sampled_from([1, 2, 7]))
+def test_first_nodes_alone_have_their_bits_inside_a_larger_tree(case, how_many):
+    case = replace(case, nodes=None)
+    contents = draw_contents(case)
+    output, lse = attend_as_planned(case, contents)
+    how_many = min(how_many, case.slots)
+    found = first_nodes(case, contents, how_many, attend_as_planned)
+    assert_equal_bits(found, (output[:, :how_many], lse[:, :, :how_many]))
+
+
+@quick_search
+@given(cases, st.sampled_from([1, 5]))
+def test_last_nodes_alone_have_their_bits_inside_a_larger_tree(case, how_many):
+    whole, part = replace(case, nodes=None), replace(case, nodes=min(how_many, case.slots))
+    contents = draw_contents(case)
+    output, lse = attend_as_planned(whole, contents)
+    found = attend_as_planned(part, contents)
+    assert_equal_bits(found, (output[:, -part.attending :], lse[:, :, -part.attending :]))
+
+
+@quick_search
+@given(cases)
+def test_row_alone_has_its_bits_in_a_batch(case):
+    contents = draw_contents(case)
+    output, lse = attend_as_planned(case, contents)
+    for row in range(case.batch):
+        found = row_alone(case, contents, row, attend_as_planned)
+        assert_equal_bits(found, (output[row : row + 1], lse[row : row + 1]))
+
+
+@quick_search
+@given(cases, st.sampled_from([0, 64, 2000]), st.sampled_from([1, 2, 5]))
+def test_room_in_the_cache_and_splits_asked_for_change_no_bit(case, spare, num_splits):
+    contents = draw_contents(case)
+    expected = attend_as_planned(case, contents)
+    moved = replace(case, spare=spare, page_len=0)
+    assert_equal_bits(attend_as_planned(moved, contents, num_splits=num_splits), expected)
+
+
+@quick_search
+@given(cases, st.integers(1, 3), st.sampled_from([16, 64]), st.sampled_from([16, 32, 64]))
+def test_bits_are_equal_wherever_splits_end(case, fixed_tiles, block_rows, block_keys):
+    case = replace(case, nodes=None)
+    sizes = {"block_rows": block_rows, "block_keys": block_keys}
+    how = fixed_plan(case, fixed_tiles=fixed_tiles, **sizes)
+    contents = draw_contents(case)
+
+    def run(part, its_contents):
+        return attend(part, how, its_contents)
+
+    output, lse = run(case, contents)
+    assert_right(case, (output, lse), contents)
+    found = first_nodes(case, contents, 3, run)
+    assert_equal_bits(found, (output[:, :3], lse[:, :, :3]))
+    found = row_alone(case, contents, case.batch - 1, run)
+    assert_equal_bits(found, (output[-1:], lse[-1:]))
+
+
+@pytest.mark.parametrize("window", [17, 24, 33, 48])
+@pytest.mark.parametrize("length", [33, 40, 64])
+def test_root_has_its_bits_where_deeper_nodes_see_less_through_their_window(length, window):
+    # Tiles that the root sees in full are cut for deeper nodes: they may not move in the order.
+    case = TreeCase((grow("near_chain", 33),), (length,), window=window, deterministic=True)
+    contents = draw_contents(case)
+    output, lse = attend_as_planned(case, contents)
+    for how_many in (1, 8):
+        found = first_nodes(case, contents, how_many, attend_as_planned)
+        assert_equal_bits(found, (output[:, :how_many], lse[:, :, :how_many]))
+
+
+@pytest.mark.parametrize("sinks", [None, 1.0])
+@pytest.mark.parametrize("window", [None, 1050])
+def test_bits_of_a_long_prefix_are_those_of_any_tree_batch_cache_and_splits(window, sinks):
+    case = TreeCase(
+        (grow("top_k", 9),),
+        (LONG, 3),
+        groups=2,
+        window=window,
+        sinks=sinks,
+        deterministic=True,
+    )
+    contents = draw_contents(case)
+    output, lse = attend_as_planned(case, contents)
+    assert_right(case, (output, lse), contents)
+    found = first_nodes(case, contents, 1, attend_as_planned)
+    assert_equal_bits(found, (output[:, :1], lse[:, :, :1]))
+    for row in range(2):
+        found = row_alone(case, contents, row, attend_as_planned)
+        assert_equal_bits(found, (output[row : row + 1], lse[row : row + 1]))
+    roomy = replace(case, spare=3 * LONG)
+    for num_splits in (1, 3):
+        found = attend_as_planned(roomy, contents, num_splits=num_splits)
+        assert_equal_bits(found, (output, lse))
