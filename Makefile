@@ -13,10 +13,13 @@ SPREAD := --numprocesses logical --maxprocesses 8 --dist worksteal
 UNIT := $(BIN)/python -m pytest --quiet $(SPREAD)
 # Enumerations, which switch the shape checks off by themselves.
 LAWS := --ignore=tests/generation/test_enumeration.py --ignore=tests/generation/test_rule_laws.py
+# Triton reads the variable when a kernel is defined; the shape checks would wrap what it compiles.
+INTERPRETER := TRITON_INTERPRET=1 SPECLM_TYPECHECK=0
 CORE := --ignore=tests/docs --ignore=tests/cli --ignore=tests/demo --ignore=tests/test_repository.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-floor cross-check gpu deep docs lint types layers unit untyped
+.PHONY: help demo test test-floor cross-check gpu deep docs lint types layers unit untyped \
+	interpreted aot
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,7 +27,7 @@ help: ## Show this list
 demo: .venv/.runtime ## Watch the bundled model decode, plain and speculative
 	@$(BIN)/speclm demo
 
-test: lint types layers docs untyped unit ## Run every check a change must pass
+test: lint types layers docs untyped interpreted aot unit ## Run every check a change must pass
 
 test-floor: .venv-floor/.ready ## Run the core suite on the oldest supported Transformers
 	$(FLOOR)/python -m pytest --quiet $(SPREAD) $(CORE) tests
@@ -38,6 +41,7 @@ gpu: ## Check and measure the kernels on this machine's GPU, in the current Pyth
 deep: .venv/.dev .venv/torchao ## Search long: slow tests, 5000 examples a property
 	HYPOTHESIS_PROFILE=deep $(UNIT) -m "not gpu and not network"
 	PYTHONPATH=.venv/torchao $(UNIT) -m slow tests/model/test_places_quantised.py
+	$(INTERPRETER) $(UNIT) -m "not gpu and not network" tests/kernels/interpreted
 
 docs: .venv/.dev ## Build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
@@ -57,6 +61,12 @@ unit: .venv/.dev ## Run the test suite with shape checks and coverage
 
 untyped: .venv/.dev ## Run the decode loop without shape checks, as users do
 	SPECLM_TYPECHECK=0 $(UNIT) $(LAWS) tests/generation
+
+interpreted: .venv/.dev ## Run the kernels in Triton's interpreter, in processes of its own
+	$(INTERPRETER) $(UNIT) tests/kernels/interpreted
+
+aot: .venv/.dev ## Compile the kernels for GPUs ahead of time, and look at the machine code
+	SPECLM_TYPECHECK=0 $(UNIT) tests/kernels/aot
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
