@@ -1,7 +1,7 @@
-"""Check and measure decoding on this machine's GPU: identity first, then speed.
+"""Check and measure kernels and decoding on this machine's GPU: what is right first, then speed.
 
-Needs PyTorch 2.11 and Transformers 5.17 or newer, and no network. Ends within nine minutes and says
-what it left out.
+Kernels have the first four minutes. Needs PyTorch 2.11 and Transformers 5.17 or newer, and no
+network. Ends within nine minutes and says what it left out.
 
     PYTHONPATH=. python benchmarks/gpu.py
     PYTHONPATH=. python benchmarks/gpu.py --tiny --out /tmp/gpu.jsonl    # a dry run on the CPU
@@ -16,9 +16,15 @@ from pathlib import Path
 from time import monotonic
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything needed is bundled
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # kernels compile side by side before
 
+import kernel_checks
+import kernel_speed
 import torch
 from decode import build_arms, build_cells, describe, load_model
+from findings import Findings
+from kernel_bench import Bench
+from kernel_rows import rows, tiny_rows
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -33,6 +39,8 @@ from speclm.demo import assets, load_prompts
 from speclm.errors import MeasurementError
 
 BUDGET_SECONDS = 8.5 * 60
+KERNEL_SECONDS = 4 * 60  # of these, for checks and speed of kernels
+CHECK_SECONDS = 2 * 60  # of these, for checks
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 SETTINGS = ("greedy", "t0.7", "t1.0")
 SPECULATIVE = ("none", "ngram", "draft")
@@ -73,8 +81,38 @@ class Plan:
         """Tell whether to go on; note `name` as left out if not."""
         if monotonic() < self.deadline:
             return True
-        self.left_out.append(name)
+        self.left_out.append(f"{name}: no time")
         return False
+
+
+def check_kernels(plan: Plan) -> None:
+    """Compare kernels with what they are to compute, and meanwhile compile those to be timed."""
+    findings = Findings(min(plan.deadline, monotonic() + CHECK_SECONDS))
+    if plan.device == "cpu":
+        setup = kernel_checks.Setup(plan.device, "reference", is_tiny=True)
+        kernel_checks.run_in_process(("attention", "report"), setup, findings)
+    else:
+        kernel_checks.run_in_processes(
+            kernel_checks.ALL, findings, is_tiny=False, also=kernel_speed.warm_commands()
+        )
+    print(f"kernels: {len(findings.passed)} checks passed", flush=True)
+    take_over(plan, findings)
+
+
+def measure_kernels(plan: Plan, path: Path, *, deadline: float) -> None:
+    """Run the benchmark of kernels, the most important rows first."""
+    findings = Findings(min(plan.deadline, deadline))
+    bench = Bench(plan.device, path, findings)
+    if bench.is_tiny:
+        bench.samples, bench.arms = 2, ("ours", "sdpa")
+    kernel_speed.run(bench, tiny_rows() if bench.is_tiny else rows())
+    take_over(plan, findings)
+
+
+def take_over(plan: Plan, findings: Findings) -> None:
+    """Add what checks of kernels found to the plan's own."""
+    plan.failures += findings.failures
+    plan.left_out += findings.left_out
 
 
 def tiny_model(family: str, *, vocab_size: int) -> PreTrainedModel:
@@ -219,12 +257,15 @@ def main() -> None:
     if options.tiny:
         torch.set_num_threads(1)
     plan = make_plan(options)
+    kernels_until = monotonic() + KERNEL_SECONDS
+    check_kernels(plan)
+    measure_kernels(plan, options.out.with_name("kernels.jsonl"), deadline=kernels_until)
     for dtype in plan.dtypes:
         check_identity(plan, dtype)
     for dtype in plan.dtypes:
         measure_decoding(plan, dtype, options.out)
     for name in plan.left_out:
-        print(f"left out, no time: {name}")
+        print(f"left out: {name}")
     for failure in plan.failures:
         print(f"FAILED {failure}")
     print(f"{len(plan.failures)} failures, {len(plan.left_out)} left out")

@@ -38,6 +38,14 @@ LABELS: Mapping[str, Mapping[str, str]] = {
         "ngram+medusa": '`"ngram"` and Medusa heads',
         "eagle": "EAGLE heads",
         "eagle3": "EAGLE-3 heads",
+        "ours": "ours",
+        "page16": "ours, pages of 16",
+        "page64": "ours, pages of 64",
+        "deterministic": "ours, deterministic",
+        "flex": "compiled FlexAttention",
+        "sdpa": "Transformers, SDPA with a mask",
+        "grouped_sdpa": "SDPA with a mask and grouped heads",
+        "eager": "Transformers, eager",
     },
     "setting": {"greedy": "greedy", "t0.7": "T = 0.7, top-p 0.9", "t1.0": "T = 1"},
     "prompts": {"sql_dev": "text-to-SQL", "gsm8k_dev": "maths"},
@@ -56,6 +64,7 @@ ROWS: Mapping[str, tuple[str, ...]] = {
     "tau": ("setting", "num_nodes", "drafter", "arm"),
     "auto_trees": ("batch", "arm"),
     "overhead": ("benchmark", "shape", "num_nodes", "setting"),
+    "kernels": ("batch", "groups", "prefix", "num_nodes", "arm"),
 }
 """Settings that make a row, by name of the records; `USUAL_ROWS` for all others."""
 USUAL_ROWS = ("setting", "arm")
@@ -93,6 +102,20 @@ def ratio_figures(record: Record) -> tuple[str, ...]:
     return spread(record), f"{tau:.2f}", f"{record['median'] / tau:.2f}"
 
 
+def kernel_figures(record: Record) -> tuple[str, ...]:
+    low, median, high = (record[key] for key in ("lower_quartile", "median", "upper_quartile"))
+    time = f"{median:.1f} [{low:.1f}, {high:.1f}]"
+    work = record["settings"].get("work")
+    if work is None:
+        return time, "-", "-"
+    return time, f"{work['bytes'] / median / 1e3:.0f}", f"{work['operations'] / median / 1e6:.0f}"
+
+
+def dispatch_figures(record: Record) -> tuple[str, ...]:
+    times = record["settings"]["times"]
+    return spread(record), f"{times['ours_ms']:.2f}", f"{times['theirs_ms']:.2f}"
+
+
 UNITS: Mapping[str, Unit] = {
     "times plain decoding": Unit(
         samples="pairs",
@@ -112,6 +135,19 @@ UNITS: Mapping[str, Unit] = {
         legend="Milliseconds, median with quartiles",
         headers=("ms",),
         figures=lambda record: (spread(record),),
+    ),
+    "us": Unit(
+        samples="samples",
+        legend="Microseconds, median with quartiles; keys and values read; operations",
+        headers=("us", "GB/s", "TFLOP/s"),
+        figures=kernel_figures,
+    ),
+    "times Transformers' SDPA": Unit(
+        samples="pairs",
+        legend="Speed-up over Transformers' SDPA with a mask, median of pairs with quartiles; "
+        "milliseconds of both",
+        headers=("speed-up", "ours", "Transformers"),
+        figures=dispatch_figures,
     ),
 }
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from speclm.kernels.inputs import TreeAttentionInputs
@@ -89,13 +89,43 @@ def tree_attention_sdpa(
 def _attend(
     inputs: TreeAttentionInputs, rows: slice, start: int, length: int, begin: int
 ) -> Float[Tensor, "rows nodes q_heads head_dim"]:
-    past = begin + inputs.num_slots
-    taken = [_slots(inputs, stored, rows, start, past) for stored in (inputs.key, inputs.value)]
+    if inputs.query.device.type == "cpu" and inputs.window is None:
+        return _attend_apart(inputs, rows, start, length, begin)
+    stored, past = (inputs.key, inputs.value), begin + inputs.num_slots
+    taken = [_slots(inputs, part, rows, start, past) for part in stored]
     if begin > length:  # what lies between may hold anything
         head, tail = length - start, begin - start
         taken = [torch.cat([part[:, :, :head], part[:, :, tail:]], dim=2) for part in taken]
     mask = _mask(inputs, rows, start, length)
-    return grouped_attention(inputs.query[rows], taken[0], taken[1], mask, scale=inputs.scale)
+    query, (key, value) = inputs.query[rows], taken
+    return grouped_attention(query, key, value, mask, scale=inputs.scale)
+
+
+def _attend_apart(
+    inputs: TreeAttentionInputs, rows: slice, start: int, length: int, begin: int
+) -> Float[Tensor, "rows nodes q_heads head_dim"]:
+    """Attend to prefix and tree each by itself, and join the two by their denominators.
+
+    The prefix, which may be long, then needs no mask, and what lies between is not looked at.
+    """
+    query = inputs.query[rows]
+    batch, nodes, groups = len(query), inputs.num_nodes, inputs.groups
+    query = query.reshape(batch, inputs.kv_heads, groups * nodes, -1)
+    tree = unpack_words(_of_rows(inputs.ancestor_words, rows), num_bits=inputs.num_slots)
+    bias = torch.zeros_like(tree, dtype=query.dtype).masked_fill_(~tree, -torch.inf)
+    bias = bias.repeat(1, groups, 1)[:, None]  # [mask_rows, 1, groups * nodes, slots]
+    # What scaled_dot_product_attention calls on a CPU; it alone returns the denominator.
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    stored, past = (inputs.key, inputs.value), begin + inputs.num_slots
+    key, value = (_slots(inputs, part, rows, begin, past) for part in stored)
+    output, lse = attend(query, key, value, attn_mask=bias, scale=inputs.scale)
+    if length > start:
+        key, value = (_slots(inputs, part, rows, start, length) for part in stored)
+        prefix, prefix_lse = attend(query, key, value, scale=inputs.scale)
+        share = torch.sigmoid(prefix_lse - lse)[..., None]
+        output = torch.lerp(output.to(share.dtype), prefix.to(share.dtype), share)
+    joined: Tensor = output.to(query.dtype).reshape(batch, inputs.q_heads, nodes, -1)
+    return joined.transpose(1, 2).contiguous()
 
 
 def _slots(
@@ -114,17 +144,19 @@ def _slots(
 def _mask(
     inputs: TreeAttentionInputs, rows: slice, start: int, length: int
 ) -> Bool[Tensor, "mask_rows 1 nodes slots"]:
-    words, depths = (
-        shared if shared.shape[0] == 1 else shared[rows]
-        for shared in (inputs.ancestor_words, inputs.depths)
-    )
-    tree = unpack_words(words, num_bits=inputs.num_slots)  # [mask_rows, nodes, slots]
-    own = depths[:, -inputs.num_nodes :, None]
+    depths = _of_rows(inputs.depths, rows)
+    tree = unpack_words(_of_rows(inputs.ancestor_words, rows), num_bits=inputs.num_slots)
+    own = depths[:, -inputs.num_nodes :, None]  # [depth_rows, nodes, 1]
     if inputs.window is None:
-        prefix = tree.new_ones(1, 1, 1).expand(*tree.shape[:2], length - start)
+        prefix = tree.new_ones(1, inputs.num_nodes, length - start)
     else:
         slots = torch.arange(start, length, device=tree.device)
         prefix = length + own - slots < inputs.window
         tree = tree & (own - depths[:, None] < inputs.window)
     mask_rows = max(len(prefix), len(tree))
     return torch.cat([part.expand(mask_rows, -1, -1) for part in (prefix, tree)], dim=2)[:, None]
+
+
+def _of_rows(shared: Int[Tensor, "shared_rows *rest"], rows: slice) -> Tensor:
+    """Return what belongs to some rows of the batch; all rows may share one."""
+    return shared if len(shared) == 1 else shared[rows]

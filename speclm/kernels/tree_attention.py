@@ -113,10 +113,10 @@ def tree_attention(  # noqa: PLR0913 - a kernel's arguments
         ... ).shape
         torch.Size([1, 4, 8, 64])
     """
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
+    if torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, value)):
         raise KernelError(
-            "query or key requires gradients, which tree attention does not compute; call it under "
-            "torch.no_grad()"
+            "query, key or value requires gradients, which tree attention does not compute; call "
+            "it under torch.no_grad()"
         )
     inputs = TreeAttentionInputs(
         query=query,
@@ -136,8 +136,9 @@ def tree_attention(  # noqa: PLR0913 - a kernel's arguments
         deterministic=deterministic,
         return_lse=return_lse,
     )
-    if check_values and not is_recording(query.device):
+    if not torch.compiler.is_compiling():  # a compiler checks the op itself
         require_shapes(inputs)
+    if check_values and not is_recording(query.device):
         require_values(inputs)
     output, lse = torch.ops.speclm.tree_attention.default(
         *(getattr(inputs, name) for name in TreeAttentionInputs.__slots__), backend
@@ -164,12 +165,12 @@ def _compute(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Compute the op: its arguments are those of the schema, in its order."""
     *values, backend = arguments
     inputs = TreeAttentionInputs(*values)
-    require_shapes(inputs)
     choice = attention_backend(inputs, backend)
     if inputs.batch == 0:
         return _allocate(*arguments)
     if choice.backend == "sdpa":
-        return tree_attention_sdpa(inputs), inputs.query.new_empty(0, dtype=torch.float32)
+        query = inputs.query
+        return tree_attention_sdpa(inputs), query.new_empty(0, dtype=_sum_dtype(query))
     if choice.backend == "reference":
         output, lse = tree_attention_reference(inputs)
     else:
@@ -185,9 +186,12 @@ def _allocate(*arguments: Any) -> tuple[Tensor, Tensor]:
     require_shapes(inputs)
     query = inputs.query
     output = query.new_empty(inputs.batch, inputs.num_nodes, inputs.q_heads, inputs.head_dim)
-    kind = torch.float64 if query.dtype == torch.float64 else torch.float32
     shape = (inputs.batch, inputs.q_heads, inputs.num_nodes) if inputs.return_lse else (0,)
-    return output, query.new_empty(shape, dtype=kind)
+    return output, query.new_empty(shape, dtype=_sum_dtype(query))
+
+
+def _sum_dtype(query: Tensor) -> torch.dtype:
+    return torch.promote_types(query.dtype, torch.float32)
 
 
 torch.library.define("speclm::tree_attention", _SCHEMA)
