@@ -11,6 +11,7 @@ from speclm.cli.chat import chat
 from speclm.cli.demo import demo
 from speclm.cli.env import env
 from speclm.cli.generate import generate
+from speclm.cli.kernels import kernels
 from speclm.cli.train import train
 from speclm.cli.tune import tune
 from speclm.cli.verify import verify
@@ -24,7 +25,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, generate, chat, bench, tune, verify, env):
+for command in (demo, generate, chat, bench, tune, verify, kernels, env):
     app.command()(command)
 app.add_typer(train, name="train")
 

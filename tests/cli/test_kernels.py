@@ -1,0 +1,63 @@
+import json
+
+import pytest
+import torch
+
+from speclm.cli import kernels as command
+from speclm.errors import OptionError
+from speclm.kernels.launch_files import write_table
+from speclm.kernels.launch_table import built_in_rows
+
+
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the command see a GPU, on which every call takes equally long."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(command, "architecture", lambda _: "sm_90")
+    monkeypatch.setattr(command, "measure_on", lambda _: lambda workload, config: 1.0)
+    monkeypatch.setenv("SPECLM_KERNELS", "triton")
+
+
+def test_sizes_of_any_gpu_are_shown(run):
+    result = run("kernels", "--arch", "sm_80")
+    assert result.exit_code == 0
+    assert "here: " in result.output
+    assert "sm_80, built in" in result.output
+    assert result.output.count("two bytes") == sum(
+        not row.is_float32 for row in built_in_rows("sm_80")
+    )
+
+
+def test_machine_without_a_gpu_is_told_how_to_see_sizes(run, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "--arch sm_90 shows the sizes" in run("kernels").output
+
+
+@pytest.mark.usefixtures("gpu")
+def test_sizes_of_this_gpu_and_those_of_a_file_are_shown(run, monkeypatch, tmp_path):
+    path = tmp_path / "sizes.json"
+    write_table(path, {"sm_90": built_in_rows("sm_90")[:1]})
+    monkeypatch.setenv("SPECLM_KERNEL_CONFIGS", str(path))
+    output = run("kernels").output.replace("\n", "")
+    assert "sm_90, built in" in output
+    assert "sizes.json" in output
+
+
+@pytest.mark.usefixtures("gpu")
+def test_tuned_sizes_are_written_and_shown(run, tmp_path):
+    path = tmp_path / "sizes.json"
+    result = run("kernels", "--tune", str(path))
+    assert result.exit_code == 0, result.output
+    assert "export SPECLM_KERNEL_CONFIGS=" in result.output
+    assert len(json.loads(path.read_text())["sm_90"]) == len(built_in_rows("sm_90"))
+
+
+def test_tuning_without_a_gpu_is_refused(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(OptionError, match="--tune measures on a GPU"):
+        run("kernels", "--tune", str(tmp_path / "sizes.json"))
