@@ -4,10 +4,11 @@ A program takes a tile of rows and a run of tiles of keys. A row is a node with 
 heads that share the key head, so that keys are read once for all of them. Tiles count from the
 first slot of the prefix, then come those of the tree. What all rows of a program see in full goes
 through a loop without masks; the other tiles (the edge of a window, the end of the prefix, the
-tree) go through one with masks before.
+tree) go through one with masks after it.
 
-Products and sums that decide a result are written as fused multiply-adds, so that both loops round
-alike, and a row's result does not depend on which of them a tile goes through.
+Products and sums that decide a result are written as fused multiply-adds, and the compiler may not
+fuse others, so that both loops round alike: a row's result does not depend on which of them a tile
+goes through.
 """
 
 import torch
@@ -15,15 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from speclm.kernels._triton_merge import merge_launch
 from speclm.kernels.inputs import TreeAttentionInputs
 from speclm.kernels.launch import Launch, LaunchPlan, head_parts
 
 _LOG2_E = 1.4426950408889634
-_MAX_DEPTH = tl.constexpr(2**30)
 _LN_2 = tl.constexpr(0.6931471805599453)
-_MERGED_ROWS = 8  # of one program of the merge
-_MERGED_SPLITS = 8  # loaded at once by it
-_FUSES = False  # a compiler that fuses where it likes could round the two loops differently
 IS_INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
@@ -54,10 +52,13 @@ def _pages(table_ptr, slots, is_key, PAGE: tl.constexpr, IS_MASKED: tl.constexpr
 
 
 @triton.jit
-def _slots_at(base, pages, slot, columns, stride_page, stride_slot, PAGE: tl.constexpr, IS_MASKED: tl.constexpr):
-    """Address of each slot: [BLOCK_KEYS]."""
+def _slots_at(
+    base, pages, slot, columns, stride_page, stride_slot,
+    PAGE: tl.constexpr, IS_MASKED: tl.constexpr,
+):  # fmt: skip
+    """Address of each of the slots that begin at `slot`: [BLOCK_KEYS]."""
     if PAGE == 0:
-        if IS_MASKED:
+        if IS_MASKED:  # needs fewer registers, of which masks leave few
             return base + (slot + columns).to(tl.int64) * stride_slot
         return base + slot.to(tl.int64) * stride_slot + columns.to(tl.int64) * stride_slot
     offset = (slot + columns) % PAGE
@@ -73,7 +74,7 @@ def _lowest(count):
 
 @triton.jit
 def _unpack(word, BLOCK_KEYS: tl.constexpr):
-    """Spread the lowest bits of words: [BLOCK_ROWS, BLOCK_KEYS]; by halves, as GPUs shift them."""
+    """Spread the lowest bits of words, by the halves that GPUs shift: [BLOCK_ROWS, BLOCK_KEYS]."""
     columns = tl.arange(0, BLOCK_KEYS)[None, :]
     half = word.to(tl.int32)[:, None]
     if BLOCK_KEYS > 32:
@@ -93,17 +94,24 @@ def _cap(scores, cap_scale, HAS_CAP: tl.constexpr):
 def _weigh(scores, unit, maximum, total, IS_MASKED: tl.constexpr):
     """Fold a tile of scores into a running softmax; `unit` turns them into powers of two."""
     highest = tl.maximum(maximum, tl.max(scores, 1) * unit)
-    if IS_MASKED:  # a row that has seen nothing yet
+    finite = highest
+    if IS_MASKED:  # a row may have seen nothing yet
         finite = tl.where(highest == float("-inf"), 0.0, highest)
-    else:
-        finite = highest
     shares = tl.exp2(tl.fma(scores, unit, -finite[:, None]))
     kept = tl.exp2(maximum - finite)
     return highest, tl.fma(total, kept, tl.sum(shares, 1)), kept, shares
 
 
-@triton.jit(do_not_specialize=["num_nodes", "num_slots", "num_splits", "window"])
-def split_kernel(
+@triton.jit(
+    do_not_specialize=[
+        "num_nodes", "num_slots", "num_splits", "window", "table_row", "words_row", "depths_row",
+    ],
+    do_not_specialize_on_alignment=[
+        "table_ptr", "lengths_ptr", "starts_ptr", "begins_ptr", "words_ptr", "depths_ptr",
+        "sinks_ptr", "lse_ptr",
+    ],
+)  # fmt: skip
+def split_kernel(  # noqa: C901, PLR0912 - constants decide most branches
     query_ptr, key_ptr, value_ptr, table_ptr, lengths_ptr, starts_ptr, begins_ptr, words_ptr,
     depths_ptr, sinks_ptr, output_ptr, lse_ptr,
     unit, cap_scale, num_nodes, num_slots, num_splits, window,
@@ -113,7 +121,8 @@ def split_kernel(
     PAGE: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_BEGINS: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, HAS_SINKS: tl.constexpr,
     IS_SPLIT: tl.constexpr, FIXED_TILES: tl.constexpr, MIN_TILES: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, STAGES: tl.constexpr, EDGE_STAGES: tl.constexpr, WIDEN: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, STAGES: tl.constexpr,
+    EDGE_STAGES: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """Attend to one run of tiles; DIM and REST are the two powers of two that make a head.
 
@@ -187,7 +196,9 @@ def split_kernel(
             scores = _dot(query_rest, tl.trans(key), scores, WIDEN)
         scores = _cap(scores, cap_scale, HAS_CAP)
         maximum, total, kept, shares = _weigh(scores, unit, maximum, total, IS_MASKED=False)
-        at = _slots_at(value_base, pages, slot, columns, value_row, value_slot, PAGE, IS_MASKED=False)
+        at = _slots_at(
+            value_base, pages, slot, columns, value_row, value_slot, PAGE, IS_MASKED=False
+        )
         value = _load(at, at, 0, DIM, IS_MASKED=False)
         shares = shares.to(value.dtype)
         mean = _dot(shares, value, mean * kept[:, None], WIDEN)
@@ -217,13 +228,15 @@ def split_kernel(
             scores = _dot(query_rest, tl.trans(key), scores, WIDEN)
         scores = _cap(scores, cap_scale, HAS_CAP)
         scores = tl.where(_unpack(word, BLOCK_KEYS), scores, float("-inf"))
-        if HAS_WINDOW:
+        if HAS_WINDOW:  # noqa: SIM102 - a constant, and a tensor
             if is_tree & is_narrow:  # windows are rarely narrower than a tree is deep
                 above = tl.load(row_depths + in_tree + columns, mask=is_key, other=0)
                 is_near = above[None, :] > hidden[:, None]
                 scores = tl.where(is_near, scores, float("-inf"))
         maximum, total, kept, shares = _weigh(scores, unit, maximum, total, IS_MASKED=True)
-        at = _slots_at(value_base, pages, slot, columns, value_row, value_slot, PAGE, IS_MASKED=True)
+        at = _slots_at(
+            value_base, pages, slot, columns, value_row, value_slot, PAGE, IS_MASKED=True
+        )
         value = _load(at, is_key, 0, DIM, IS_MASKED=True)
         shares = shares.to(value.dtype)
         mean = _dot(shares, value, mean * kept[:, None], WIDEN)
@@ -265,57 +278,7 @@ def split_kernel(
         tl.store(output_at + columns_of, mean_rest.to(kind), mask=has_seen[:, None])
 
 
-@triton.jit(do_not_specialize=["num_nodes", "num_splits"])
-def merge_kernel(
-    parts_ptr, parts_lse_ptr, sinks_ptr, output_ptr, lse_ptr, num_nodes, num_splits,
-    KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
-    HAS_SINKS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
-):  # fmt: skip
-    """Join the parts of each row in their order; parts that saw nothing change no bit."""
-    batch, kv_head = tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS
-    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    node, head = rows // GROUPS, kv_head * GROUPS + rows % GROUPS
-    is_row = node < num_nodes
-    columns = tl.arange(0, PADDED)
-    is_column = columns < WIDTH
-    maximum = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_ROWS], tl.float32)
-    if HAS_SINKS:  # in the denominator alone
-        maximum = tl.load(sinks_ptr + head, mask=is_row, other=0.0).to(tl.float32)
-        maximum *= 1.4426950408889634
-        total += 1.0
-    mean = tl.zeros([BLOCK_ROWS, PADDED], tl.float32)
-    for first in range(0, num_splits, BLOCK_SPLITS):
-        for offset in tl.static_range(BLOCK_SPLITS):  # their loads do not wait for each other
-            split = first + offset
-            part = tl.program_id(1).to(tl.int64) * num_splits + split
-            part = part * num_nodes * GROUPS + rows
-            is_part = node < tl.where(split < num_splits, num_nodes, 0)
-            lse = tl.load(parts_lse_ptr + part, mask=is_part, other=float("-inf"))
-            has_seen = lse > float("-inf")
-            found = tl.load(
-                parts_ptr + part[:, None] * WIDTH + columns[None, :],
-                mask=has_seen[:, None] & is_column[None, :],
-                other=0.0,
-            )
-            highest = tl.maximum(maximum, lse)
-            finite = tl.where(highest == float("-inf"), 0.0, highest)
-            kept, share = tl.exp2(maximum - finite), tl.exp2(lse - finite)
-            total = tl.fma(total, kept, share)
-            mean = mean * kept[:, None] + found * share[:, None]
-            maximum = highest
-    row = ((batch * num_nodes + node) * KV_HEADS * GROUPS + head).to(tl.int64)
-    total = tl.where(is_row, total, 1.0)
-    output = (mean / total[:, None]).to(output_ptr.dtype.element_ty)
-    at = output_ptr + row[:, None] * WIDTH + columns[None, :]
-    tl.store(at, output, mask=is_row[:, None] & is_column[None, :])
-    lse_at = lse_ptr + ((batch * KV_HEADS * GROUPS + head) * num_nodes + node).to(tl.int64)
-    tl.store(lse_at, (maximum + tl.log2(total)) * _LN_2, mask=is_row)
-
-
-def tree_attention_triton(
-    inputs: TreeAttentionInputs, plan: LaunchPlan
-) -> tuple[Tensor, Tensor]:
+def tree_attention_triton(inputs: TreeAttentionInputs, plan: LaunchPlan) -> tuple[Tensor, Tensor]:
     """Launch the kernels; nothing is read on the host.
 
     Args:
@@ -329,7 +292,7 @@ def tree_attention_triton(
     query = inputs.query
     output = query.new_empty(inputs.batch, inputs.num_nodes, inputs.q_heads, inputs.head_dim)
     lse = query.new_empty(inputs.batch, inputs.q_heads, inputs.num_nodes, dtype=torch.float32)
-    with torch.cuda.device_of(query):  # Triton launches on the current device
+    with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]  # launch where it is
         for launch in attention_launches(inputs, plan, output, lse):
             launch.kernel[launch.grid](*launch.arguments, **launch.options)
     return output, lse
@@ -344,8 +307,8 @@ def attention_launches(
     shape = (inputs.batch * inputs.kv_heads, plan.num_splits, inputs.num_rows)
     parts = output.new_empty(*shape, inputs.head_dim, dtype=torch.float32)
     parts_lse = lse.new_empty(shape)
-    first = _split_launch(inputs, plan, parts, parts_lse)
-    return [first, _merge_launch(inputs, plan, parts, parts_lse, output, lse)]
+    merge = merge_launch(parts, parts_lse, inputs.sinks, output, lse)
+    return [_split_launch(inputs, plan, parts, parts_lse), merge]
 
 
 def _split_launch(
@@ -401,48 +364,19 @@ def _split_launch(
             "MIN_TILES": config.min_tiles,
             "BLOCK_ROWS": config.block_rows,
             "BLOCK_KEYS": config.block_keys,
-            "STAGES": config.num_stages,
-            "EDGE_STAGES": min(config.num_stages, 2),
+            "STAGES": _stages(config.num_stages, inputs.page_len),
+            "EDGE_STAGES": _stages(min(config.num_stages, 2), inputs.page_len),
             "WIDEN": IS_INTERPRETED and query.dtype == torch.bfloat16,
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
-            "enable_fp_fusion": _FUSES,
+            "enable_fp_fusion": False,
         },
     )
 
 
-def _merge_launch(
-    inputs: TreeAttentionInputs,
-    plan: LaunchPlan,
-    parts: Tensor,
-    parts_lse: Tensor,
-    output: Tensor,
-    lse: Tensor,
-) -> Launch:
-    return Launch(
-        kernel=merge_kernel,
-        grid=(triton.cdiv(inputs.num_rows, _MERGED_ROWS), inputs.batch * inputs.kv_heads),
-        arguments=(
-            parts,
-            parts_lse,
-            lse if inputs.sinks is None else inputs.sinks,
-            output,
-            lse,
-            inputs.num_nodes,
-            plan.num_splits,
-        ),
-        options={
-            "KV_HEADS": inputs.kv_heads,
-            "GROUPS": inputs.groups,
-            "WIDTH": inputs.head_dim,
-            "PADDED": triton.next_power_of_2(inputs.head_dim),
-            "HAS_SINKS": inputs.sinks is not None,
-            "BLOCK_ROWS": _MERGED_ROWS,
-            "BLOCK_SPLITS": _MERGED_SPLITS,
-            "num_warps": 4,
-            "enable_fp_fusion": _FUSES,
-        },
-    )
+def _stages(num_stages: int, page_len: int) -> int:
+    """Pages are loaded as far ahead of their keys as these are ahead of their use."""
+    return 2 * num_stages - 1 if page_len else num_stages
 
 
 def _row_stride(tensor: Tensor) -> int:

@@ -132,5 +132,6 @@ def keep_path_launch(
             "BLOCK_DIM": block_dim,
             "num_warps": 1,
             "num_stages": 1,
+            "enable_fp_fusion": False,  # which Triton warns about where it is left open
         },
     )

@@ -250,7 +250,7 @@ def _require_integers(inputs: TreeAttentionInputs) -> None:
                 f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}, expected one whole "
                 f"number for each of the {batch} rows, int32 or int64"
             )
-    if depths.ndim != 2 or depths.shape[0] not in {1, batch} or depths.dtype not in _INTEGERS:
+    if depths.ndim != 2 or depths.shape[0] not in (1, batch) or depths.dtype not in _INTEGERS:
         raise KernelError(
             f"depths is {depths.dtype} of shape {tuple(depths.shape)}, expected a depth for every "
             f"tree slot of 1 or {batch} rows, int32 or int64"
@@ -263,7 +263,7 @@ def _require_integers(inputs: TreeAttentionInputs) -> None:
     expected = (inputs.num_nodes, num_words(inputs.num_slots))
     if (
         words.ndim != 3
-        or words.shape[0] not in {1, batch}
+        or words.shape[0] not in (1, batch)
         or tuple(words.shape[1:]) != expected
         or words.dtype != torch.int64
         or not words.is_contiguous()

@@ -49,7 +49,8 @@ def tree_attention_reference(
     is_live = torch.ones_like(slots, dtype=torch.bool)
     softmax.add(*_gather(inputs, slots, is_live, accumulate), sees)
     output, lse = softmax.finish(inputs.sinks)
-    return output.flatten(1, 2).transpose(1, 2).to(inputs.query.dtype), lse.flatten(1, 2)
+    output = output.flatten(1, 2).transpose(1, 2).to(inputs.query.dtype)
+    return output.contiguous(), lse.flatten(1, 2)
 
 
 def keep_path_reference(

@@ -1,3 +1,4 @@
+import inspect
 from dataclasses import replace
 
 import pytest
@@ -6,9 +7,12 @@ from hypothesis import given
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from speclm.errors import KernelError
+from speclm.kernels import inputs as inputs_module
+from speclm.kernels import tree_attention
 from speclm.kernels.backends import VARIABLE
 from speclm.kernels.inputs import TreeAttentionInputs
 from speclm.kernels.tree_attention import attention_backend
+from speclm.tree.topology import num_words
 from tests.kernels.tree_cases import (
     EPSILON,
     TreeCase,
@@ -188,13 +192,33 @@ def test_shared_words_go_with_depths_of_each_row():
 OP = torch.ops.speclm.tree_attention.default
 
 
+@pytest.fixture
+def _unchecked_sizes(monkeypatch):
+    """Take shape checks off what is traced; to them, a size that is not known yet is no int."""
+    monkeypatch.setattr(
+        TreeAttentionInputs, "__init__", inspect.unwrap(TreeAttentionInputs.__init__)
+    )
+    for name, member in vars(TreeAttentionInputs).items():
+        if isinstance(member, property):
+            monkeypatch.setattr(TreeAttentionInputs, name, property(inspect.unwrap(member.fget)))
+    monkeypatch.setattr(inputs_module, "num_words", inspect.unwrap(num_words))
+
+
+def unchecked_call(inputs):
+    fields = {name: getattr(inputs, name) for name in TreeAttentionInputs.__slots__}
+    return inspect.unwrap(tree_attention)(**fields)
+
+
 def arguments(inputs, backend="auto"):
     return (*(getattr(inputs, name) for name in TreeAttentionInputs.__slots__), backend)
 
 
+@pytest.mark.usefixtures("_unchecked_sizes")
 @pytest.mark.parametrize("return_lse", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("case", [CASE, BUSY, replace(BUSY, deterministic=True)])
+@pytest.mark.parametrize(
+    "case", [CASE, BUSY, replace(BUSY, deterministic=True)], ids=["sdpa", "all", "deterministic"]
+)
 def test_op_is_registered_as_torch_expects(case, dtype, return_lse):
     inputs = replace(lay_out(replace(case, dtype=dtype)), return_lse=return_lse)
     torch.library.opcheck(OP, arguments(inputs))
@@ -215,16 +239,27 @@ def test_fake_results_have_the_shapes_of_real_ones(return_lse):
         assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
 
 
-@pytest.mark.parametrize("case", [CASE, BUSY])
+@pytest.mark.usefixtures("_unchecked_sizes")
+@pytest.mark.parametrize("case", [CASE, BUSY], ids=["plain", "all"])
 def test_compiled_call_is_one_graph_and_gives_the_same(case):
-    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(unchecked_call, fullgraph=True, backend="aot_eager")
     inputs = lay_out(case)
     for found, expected in zip(compiled(inputs), call(inputs), strict=True):
         assert torch.equal(found, expected)
 
 
+@pytest.mark.usefixtures("_unchecked_sizes")
 def test_compiled_call_follows_lengths_that_change():
-    compiled = torch.compile(call, fullgraph=True, backend="eager")
+    compiled = torch.compile(unchecked_call, fullgraph=True, backend="eager")
     for lengths in ((20, 0), (3, 20)):
         case = replace(CASE, lengths=lengths)
+        assert_right(case, compiled(lay_out(case)))
+
+
+@pytest.mark.usefixtures("_unchecked_sizes")
+def test_call_is_compiled_for_sizes_that_are_not_known_yet():
+    compiled = torch.compile(unchecked_call, fullgraph=True, dynamic=True, backend="eager")
+    for slots, lengths in ((9, (20, 3)), (7, (5, 1, 2))):
+        case = replace(BUSY, parents=(grow("top_k", slots),), starts=None, gaps=None)
+        case = replace(case, lengths=lengths, nodes=slots - 2)
         assert_right(case, compiled(lay_out(case)))

@@ -343,9 +343,11 @@ def _sees(case: TreeCase, row: int) -> Tensor:
 def largest_error(
     found: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]
 ) -> tuple[float, float]:
-    """Largest error of outputs, and that of the sums relative to their size; NaN counts as one."""
+    """Largest error of outputs, and of sums, if any, relative to their size; NaN is one."""
     output = (found[0].double() - right[0]).abs()
-    lse = (found[1].double() - right[1]).abs() / right[1].abs().clamp(min=1.0)
+    lse = torch.zeros(1)
+    if found[1].numel():
+        lse = (found[1].double() - right[1]).abs() / right[1].abs().clamp(min=1.0)
     return tuple(part.nan_to_num(torch.inf).max().item() for part in (output, lse))
 
 
@@ -406,7 +408,7 @@ def tree_cases(
         dtypes: Types of queries, keys and values.
         head_dims: Widths of heads.
         most_rows: Most rows of queries of a key head; keeps the interpreter quick.
-        fixed: Fields that are not drawn.
+        fixed: Fields that are not drawn; `nodes` may only be None.
     """
     sampled = partial(_sampled, draw)
     slots = sampled(sizes)
@@ -415,7 +417,8 @@ def tree_cases(
     lengths = tuple(draw(near_blocks(block, most_blocks)) for _ in range(batch))
     starts = tuple(draw(st.sampled_from([0, 1, block - 1, block, length])) for length in lengths)
     starts = tuple(min(start, length) for start, length in zip(starts, lengths, strict=True))
-    nodes = slots if draw(st.booleans()) else draw(st.integers(1, slots))
+    attends_in_full = "nodes" in fixed or draw(st.booleans())
+    nodes = slots if attends_in_full else draw(st.integers(1, slots))
     groups = sampled([number for number in GROUPS if number * nodes <= most_rows or number == 1])
     trees = draw(st.sampled_from([1, batch]))
     fields = {

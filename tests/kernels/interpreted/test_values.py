@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from speclm.kernels._triton_attention import tree_attention_triton
-from tests.kernels.interpreted.launching import attend, attend_as_planned, plan, plans, search
+from tests.kernels.interpreted.launching import (
+    attend,
+    attend_as_planned,
+    plan,
+    plans,
+    quick_search,
+    search,
+)
 from tests.kernels.tree_cases import (
     EPSILON,
     GROUPS,
@@ -63,16 +70,15 @@ def test_any_number_of_query_heads_shares_a_key_head(groups):
     assert_attends_right(case, plan())
 
 
-@pytest.mark.parametrize("num_splits", [1, 2])
 @pytest.mark.parametrize("length", [64, 80, 100, 128])
 @pytest.mark.parametrize("window", [16, 17, 24, 33, 48])
-def test_window_begins_anywhere_in_a_tile(length, window, num_splits):
+def test_window_begins_anywhere_in_a_tile(length, window):
     case = TreeCase((grow("near_chain", 17),), (length,), window=window)
-    assert_attends_right(case, plan(num_splits, block_rows=32))
+    assert_attends_right(case, plan(block_rows=32))
 
 
-@pytest.mark.parametrize("start", [0, 1, 15, 16, 17, 33])
-@pytest.mark.parametrize("window", [None, 1, 5, 16, 40])
+@pytest.mark.parametrize("start", [0, 1, 16, 33])
+@pytest.mark.parametrize("window", [None, 1, 16, 40])
 def test_padding_on_the_left_and_a_window_at_once(start, window):
     case = TreeCase((grow("near_chain", 9),), (33,), starts=(start,), window=window)
     assert_attends_right(case, plan(2))
@@ -127,7 +133,7 @@ def test_padding_that_is_all_of_the_prefix():
 
 @pytest.mark.parametrize("sinks", [1e-3, 30.0, 1e4])
 @pytest.mark.parametrize("num_splits", [1, 3])
-@pytest.mark.parametrize("dtype", EPSILON, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_sinks_small_and_huge(sinks, num_splits, dtype):
     case = TreeCase((grow("uniform", 7),), (0, 33), groups=3, kv_heads=2, sinks=sinks, dtype=dtype)
     assert_attends_right(case, plan(num_splits))
@@ -177,7 +183,7 @@ def test_scale_is_the_factor_of_the_scores(scale, softcap):
     assert_right(case, tree_attention_triton(inputs, plan()), scaled)
 
 
-@search
+@quick_search
 @given(
     st.data(),
     tree_cases(
