@@ -42,6 +42,7 @@ deep: .venv/.dev .venv/torchao ## Search long: slow tests, 5000 examples a prope
 	HYPOTHESIS_PROFILE=deep $(UNIT) -m "not gpu and not network"
 	PYTHONPATH=.venv/torchao $(UNIT) -m slow tests/model/test_places_quantised.py
 	$(INTERPRETER) $(UNIT) -m "not gpu and not network" tests/kernels/interpreted
+	SPECLM_TYPECHECK=0 $(UNIT) -m "not gpu and not network" tests/kernels/aot
 
 docs: .venv/.dev ## Build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

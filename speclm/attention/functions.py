@@ -59,14 +59,15 @@ def tree_attention_function(previous: str) -> AttentionFunction:
                 extras["dropout"] = dropout
             mask = _require_mask(module, attention_mask)
             states = (query, key, value)
-            if isinstance(mask, TreeMask):
+            if isinstance(mask, TreeMask) and not mask.is_touched:
                 function = previous_function(previous, module)
-                takes = taken_arguments(previous, function)
+                takes = taken_arguments(previous, function, query.dtype)
                 found = attend_by_kernel(
                     mask, step, states, takes=takes, scaling=scaling, extras=extras
                 )
                 if found is not None:
                     return found, None
+            if isinstance(mask, TreeMask):
                 mask = mask.dense()
             if mask.dtype != query.dtype:  # embeddings of another precision
                 mask = mask.to(query.dtype)

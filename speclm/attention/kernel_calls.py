@@ -1,12 +1,14 @@
 """Has the attention of a layer computed by the tree-attention kernel, where that gives the same."""
 
-import importlib
+import importlib.util
 import logging
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from types import CodeType
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -58,14 +60,7 @@ def attend_by_kernel(
         once.
     """
     query, key, value = states
-    obstacle = None
-    if takes is None:
-        obstacle = "the modeling file computes attention in a way of its own"
-    elif extras.keys() - takes:
-        obstacle = f"layers pass {', '.join(sorted(extras.keys() - takes))} to attention"
-    elif key.shape != value.shape or query.shape[2] != mask.shape[2]:
-        obstacle = "keys, values and nodes differ in more than the kernel takes"
-    obstacle = obstacle or attention_obstacle(query.device, query.dtype, query.shape[3])
+    obstacle = _obstacle(mask, states, takes=takes, scaling=scaling, extras=extras)
     if obstacle is not None:
         _log_once(obstacle)
         return None
@@ -89,29 +84,79 @@ def attend_by_kernel(
     return output
 
 
-def taken_arguments(name: str, function: Callable[..., Any]) -> frozenset[str] | None:
+def _obstacle(
+    mask: TreeMask,
+    states: tuple[Tensor, Tensor, Tensor],
+    *,
+    takes: frozenset[str] | None,
+    scaling: Any,
+    extras: dict[str, Any],
+) -> str | None:
+    """Say why the kernel cannot stand in for a layer's own function; None if nothing."""
+    query, key, value = states
+    batch, q_heads, nodes, head_dim = query.shape
+    if takes is None:
+        return "eager attention is of the modeling file's own kind, or rounds scores to half"
+    if extras.keys() - takes:
+        return f"layers pass {', '.join(sorted(extras.keys() - takes))} to attention"
+    is_usual = key.shape == value.shape and q_heads % key.shape[1] == 0
+    if not is_usual or (batch, nodes, key.shape[2]) != (len(mask), *mask.shape[2:]):
+        return "keys, values and nodes differ in more than the kernel takes"
+    if not query.dtype == key.dtype == value.dtype:
+        return f"queries are {query.dtype}, keys {key.dtype} and values {value.dtype}"
+    if torch.is_autocast_enabled(query.device.type):
+        return "autocast chooses the type that attention is computed in"
+    if not isinstance(scaling, float | None):
+        return f"layers scale by a {type(scaling).__name__}"
+    return attention_obstacle(query.device, query.dtype, head_dim)
+
+
+def taken_arguments(
+    name: str, function: Callable[..., Any], dtype: torch.dtype
+) -> frozenset[str] | None:
     """Return the arguments beyond a softmax that an attention function goes by; None if unknown.
 
     Args:
         name: Of the implementation.
         function: The implementation; of ``"eager"`` the modeling file's own.
+        dtype: Of the states. Eager attention rounds scores to it, and plain decoding with it.
     """
     if name == "sdpa":
         return frozenset()
     if name != "eager":
         return _FUSED
-    return _eager_arguments(function.__code__)
+    code = getattr(function, "__code__", None)
+    if code is None or dtype not in {torch.float32, torch.float64}:
+        return None
+    helper = getattr(function, "__globals__", {}).get("repeat_kv")
+    return _eager_arguments(code, getattr(helper, "__code__", None))
 
 
 @cache
-def _eager_arguments(code: CodeType) -> frozenset[str] | None:
+def _eager_arguments(code: CodeType, helper: CodeType | None) -> frozenset[str] | None:
+    """Look code up among that of the files of `_LIKE_EAGER`, whatever has been put in its place."""
     for family, taken in _LIKE_EAGER.items():
-        file = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-        known: CodeType = file.eager_attention_forward.__code__
-        parts = ("co_code", "co_consts", "co_names", "co_varnames")
-        if all(getattr(code, part) == getattr(known, part) for part in parts):
+        known = _written_functions(family)
+        if _is_same(code, known["eager_attention_forward"]) and _is_same(
+            helper, known["repeat_kv"]
+        ):
             return taken
     return None
+
+
+@cache
+def _written_functions(family: str) -> dict[str, CodeType]:
+    """Compile the functions of a modeling file from its source."""
+    spec = importlib.util.find_spec(f"transformers.models.{family}.modeling_{family}")
+    assert spec is not None
+    assert spec.origin is not None
+    module = compile(Path(spec.origin).read_bytes(), spec.origin, "exec")
+    return {part.co_name: part for part in module.co_consts if isinstance(part, CodeType)}
+
+
+def _is_same(left: CodeType | None, right: CodeType) -> bool:
+    parts = ("co_code", "co_consts", "co_names", "co_varnames")
+    return left is not None and all(getattr(left, part) == getattr(right, part) for part in parts)
 
 
 @cache

@@ -134,10 +134,16 @@ class TreeStep:
                 prefix_lengths=cache.lengths,
                 ancestor_words=pack_words(self._seen()) if words is None else words,
                 depths=self._slot_depths,
-                prefix_starts=cache.num_padding if cache.has_padding else None,
+                prefix_starts=self._prefix_starts(),
                 tree_starts=begins,
             ).to(device)
         return self._sights[device]
+
+    def _prefix_starts(self) -> Int[Tensor, " batch"] | None:
+        if not self._cache.has_padding:
+            return None
+        # Of a prompt that is read along with a tree nothing is a prefix, nor is its padding.
+        return torch.minimum(self._cache.num_padding, self._cache.lengths)
 
     def repeated(
         self, bias: Float[Tensor, "batch 1 nodes kv_len"], groups: int

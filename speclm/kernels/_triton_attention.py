@@ -133,6 +133,8 @@ def split_kernel(  # noqa: C901, PLR0912 - constants decide most branches
     batch, kv_head = tl.program_id(2) // KV_HEADS, tl.program_id(2) % KV_HEADS
     length = tl.load(lengths_ptr + batch).to(tl.int32)
     start = tl.load(starts_ptr + batch).to(tl.int32) if HAS_STARTS else 0
+    if HAS_STARTS:  # numbers that nobody has checked hide no tile of the tree
+        start = tl.minimum(start, length)
     begin = tl.load(begins_ptr + batch).to(tl.int32) if HAS_BEGINS else length
 
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)

@@ -54,7 +54,7 @@ def merge_kernel(
             mean = mean * kept[:, None] + found * share[:, None]
             maximum = highest
     row = ((batch * num_nodes + node) * KV_HEADS * GROUPS + head).to(tl.int64)
-    total = tl.where(is_row, total, 1.0)
+    total = tl.where(total > 0, total, 1.0)  # outside the rows, and where nothing was seen
     output = (mean / total[:, None]).to(output_ptr.dtype.element_ty)
     at = output_ptr + row[:, None] * WIDTH + columns[None, :]
     tl.store(at, output, mask=is_row[:, None] & is_column[None, :])

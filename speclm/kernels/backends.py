@@ -69,6 +69,16 @@ def choose(backend: str, *, names: tuple[str, ...], obstacles: dict[str, str | N
     raise KernelError(f"no backend can compute the call: {found}; change what it asks for")
 
 
+def require_backend_name(backend: object) -> None:
+    """Check that what should name a backend is text; `choose` looks at the name.
+
+    Raises:
+        KernelError: If it is not.
+    """
+    if not isinstance(backend, str):
+        raise KernelError(f"backend is {backend!r}, expected the name of one, or 'auto'")
+
+
 def forced_backend(names: tuple[str, ...]) -> str | None:
     """Return the backend that the environment forces on an op, or None where it forces none.
 

@@ -1,6 +1,7 @@
 """What tree attention is computed from, and the checks that it can be."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -15,17 +16,10 @@ MAX_SPLITS = 256
 """Most parts that the keys of one row and head are split into."""
 
 _INTEGERS = (torch.int32, torch.int64)
-_TENSORS = (
-    "key",
-    "value",
-    "prefix_lengths",
-    "ancestor_words",
-    "depths",
-    "prefix_starts",
-    "tree_starts",
-    "block_table",
-    "sinks",
-)
+_DEEPEST = 2**24
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_OPTIONAL_TENSORS = ("prefix_starts", "tree_starts", "block_table", "sinks")
+_TENSORS = ("key", "value", "prefix_lengths", "ancestor_words", "depths", *_OPTIONAL_TENSORS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,18 +96,49 @@ class TreeAttentionInputs:
         return self.block_table.shape[1] * self.page_len
 
 
+def require_tensors(**tensors: object) -> None:
+    """Check that arguments are ordinary tensors, which a kernel can address.
+
+    Raises:
+        KernelError: If one is something else.
+    """
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise KernelError(f"{name} is a {type(tensor).__name__}, expected a tensor")
+        is_odd = tensor.is_quantized or tensor.is_nested or tensor.is_conj() or tensor.is_neg()
+        if is_odd or tensor.layout != torch.strided:
+            raise KernelError(
+                f"{name} is quantised, nested, sparse or a lazy view, expected an ordinary tensor "
+                "with strides; convert it first, e.g. with .dequantize(), .to_dense() or .clone()"
+            )
+
+
+def require_readable(tensor: Tensor) -> None:
+    """Check that there are values to be checked.
+
+    Raises:
+        KernelError: If the tensor is on the meta device.
+    """
+    if tensor.is_meta:
+        raise KernelError(
+            "tensors are on the meta device and hold no values; pass check_values=False"
+        )
+
+
 def require_shapes(inputs: TreeAttentionInputs) -> None:
     """Check what can be told without reading a tensor: shapes, types, devices, strides, numbers.
 
     Raises:
         KernelError: At the first of them that does not fit.
     """
+    require_tensors(query=inputs.query, **_tensors(inputs))
     _require_floats(inputs)
     _require_integers(inputs)
-    if inputs.sinks is not None and inputs.sinks.shape != (inputs.q_heads,):
+    sinks = inputs.sinks
+    if sinks is not None and (sinks.shape != (inputs.q_heads,) or sinks.dtype not in _FLOATS):
         raise KernelError(
-            f"sinks has shape {tuple(inputs.sinks.shape)}, expected one number for each of the "
-            f"{inputs.q_heads} query heads"
+            f"sinks is {sinks.dtype} of shape {tuple(sinks.shape)}, expected one floating number "
+            f"for each of the {inputs.q_heads} query heads"
         )
     for name, tensor in _tensors(inputs).items():
         if tensor.device != inputs.query.device:
@@ -144,6 +169,7 @@ def require_values(inputs: TreeAttentionInputs) -> None:
         KernelError: If a row's slots are not in the cache, a node sees what it may not, or pages
             that hold tree slots are used twice.
     """
+    require_readable(inputs.query)
     lengths = inputs.prefix_lengths.tolist()
     begins = lengths if inputs.tree_starts is None else inputs.tree_starts.tolist()
     starts = [0] * len(lengths)
@@ -216,9 +242,14 @@ def _require_floats(inputs: TreeAttentionInputs) -> None:
                 f"{name} has shape {tuple(tensor.shape)}, expected 4 axes: rows or pages, heads, "
                 "slots, head_dim"
             )
-        if not tensor.is_floating_point() or tensor.dtype != query.dtype:
+        if tensor.dtype not in _FLOATS or tensor.dtype != query.dtype:
             raise KernelError(
-                f"{name} is {tensor.dtype}, query {query.dtype}; expected one floating type"
+                f"{name} is {tensor.dtype}, query {query.dtype}; expected one floating type of "
+                "two, four or eight bytes"
+            )
+        if tensor.shape[1] == 0 or tensor.shape[3] == 0:
+            raise KernelError(
+                f"{name} has shape {tuple(tensor.shape)}, expected heads, and a width of each"
             )
         if tensor.shape[3] > 1 and tensor.stride(3) != 1:
             raise KernelError(
@@ -230,7 +261,7 @@ def _require_floats(inputs: TreeAttentionInputs) -> None:
             f"key has shape {tuple(key.shape)}, value {tuple(value.shape)}, query "
             f"{tuple(query.shape)}; expected keys and values alike and one head_dim"
         )
-    if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
+    if query.shape[1] % key.shape[1]:
         raise KernelError(
             f"query has {query.shape[1]} heads, key {key.shape[1]}; expected a multiple of them"
         )
@@ -283,18 +314,24 @@ def _require_integers(inputs: TreeAttentionInputs) -> None:
 
 
 def _require_numbers(inputs: TreeAttentionInputs) -> None:
-    if not 0 < inputs.scale < float("inf"):
-        raise KernelError(f"scale is {inputs.scale!r}, expected a finite number above 0")
-    if inputs.window is not None and inputs.window < 1:
-        raise KernelError(f"window is {inputs.window!r}, expected at least 1, or None for none")
-    if inputs.softcap is not None and not 0 < inputs.softcap < float("inf"):
-        raise KernelError(
-            f"softcap is {inputs.softcap!r}, expected a finite number above 0, or None for no cap"
-        )
-    if inputs.num_splits is not None and not 1 <= inputs.num_splits <= MAX_SPLITS:
-        raise KernelError(
-            f"num_splits is {inputs.num_splits!r}, expected 1 to {MAX_SPLITS}, or None to choose"
-        )
+    _require_number("scale", inputs.scale)
+    if inputs.softcap is not None:
+        _require_number("softcap", inputs.softcap)
+    for name, most in (("window", 2**31 - 1), ("num_splits", MAX_SPLITS)):
+        value = getattr(inputs, name)
+        if value is not None and (type(value) is not int or not 1 <= value <= most):
+            raise KernelError(
+                f"{name} is {value!r}, expected a whole number from 1 to {most}, or None"
+            )
+    for name in ("deterministic", "return_lse"):
+        if type(getattr(inputs, name)) is not bool:
+            raise KernelError(f"{name} is {getattr(inputs, name)!r}, expected True or False")
+
+
+def _require_number(name: str, value: object) -> None:
+    is_number = isinstance(value, float | int) and not isinstance(value, bool)
+    if not is_number or not 0 < cast("float", value) < float("inf"):
+        raise KernelError(f"{name} is {value!r}, expected a finite number above 0, or None")
 
 
 def _require_ancestors(inputs: TreeAttentionInputs) -> None:
@@ -313,10 +350,17 @@ def _require_ancestors(inputs: TreeAttentionInputs) -> None:
     if len(blind):
         row, node = blind[0].tolist()
         raise KernelError(f"node {node} of row {row} does not see itself; set its own bit")
-    if bool((inputs.depths < 0).any()):
-        raise KernelError("depths holds a negative number, expected 0 at the root and above below")
+    if bool(((inputs.depths < 0) | (inputs.depths > _DEEPEST)).any()):
+        raise KernelError(
+            f"depths holds a negative number or one above {_DEEPEST}, expected 0 at the root and "
+            "above below"
+        )
 
 
 def _tensors(inputs: TreeAttentionInputs) -> dict[str, Tensor]:
     found = {name: getattr(inputs, name) for name in _TENSORS}
-    return {name: tensor for name, tensor in found.items() if tensor is not None}
+    return {
+        name: tensor
+        for name, tensor in found.items()
+        if not (tensor is None and name in _OPTIONAL_TENSORS)
+    }

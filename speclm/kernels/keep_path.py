@@ -8,8 +8,14 @@ from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from speclm.errors import KernelError
-from speclm.kernels.backends import Choice, choose, is_recording, triton_obstacle
-from speclm.kernels.inputs import require_pages
+from speclm.kernels.backends import (
+    Choice,
+    choose,
+    is_recording,
+    require_backend_name,
+    triton_obstacle,
+)
+from speclm.kernels.inputs import require_pages, require_readable, require_tensors
 from speclm.kernels.reference import keep_path_reference
 
 BACKENDS = ("triton", "reference")
@@ -65,13 +71,22 @@ def keep_path_(
         >>> storage.flatten()
         tensor([0., 1., 2., 3., 4., 6., 6., 7.])
     """
+    if not torch.compiler.is_compiling():  # a compiler checks the op itself
+        given = {"prefix_lengths": prefix_lengths, "tree_starts": tree_starts}
+        given |= {"storage": storage, "paths": paths, "block_table": block_table}
+        optional = ("tree_starts", "block_table")
+        require_tensors(
+            **{name: x for name, x in given.items() if not (x is None and name in optional)}
+        )
+        require_backend_name(backend)
+        _require_shapes(storage, paths, prefix_lengths, tree_starts, block_table)
     if torch.is_grad_enabled() and storage.requires_grad:
         raise KernelError(
             "storage requires gradients, which moving slots does not compute; call it under "
             "torch.no_grad()"
         )
     if check_values and not is_recording(storage.device):
-        _require_shapes(storage, paths, prefix_lengths, tree_starts, block_table)
+        require_readable(storage)
         _require_values(storage, paths, prefix_lengths, tree_starts, block_table)
     torch.ops.speclm.keep_path_.default(
         storage, paths, prefix_lengths, tree_starts, block_table, backend
@@ -189,12 +204,14 @@ def _require_storage(storage: Tensor) -> None:
             f"storage has strides {storage.stride()}, expected 1 in the last axis; transpose other "
             "axes"
         )
-    strides = zip(storage.shape, storage.stride(), strict=True)
-    if any(size > 1 and stride == 0 for size, stride in strides):
-        raise KernelError(
-            f"storage has strides {storage.stride()}, so that several of its places are one; "
-            "expand none of its axes"
-        )
+    extent = 1
+    for stride, size in sorted(zip(storage.stride(), storage.shape, strict=True)):
+        if size > 1 and stride < extent:
+            raise KernelError(
+                f"storage has strides {storage.stride()}, so that several of its places are one; "
+                "expand none of its axes, and let none overlap"
+            )
+        extent = max(extent, stride * size)
 
 
 def _require_values(

@@ -162,6 +162,8 @@ _AMPERE = (
 
 # As above, with 99 KiB of shared memory.
 _SMALL_MEMORY = (
+    _row(16, 128, block=(16, 64), warps=4, stages=2, programs=2),
+    _row(16, 160, block=(16, 32), warps=4, stages=3, programs=2),
     _row(16, 256, block=(16, 64), warps=4, stages=2, programs=2),
     _row(64, 256, block=(64, 32), warps=4, stages=2, programs=2),
     _row(None, 256, block=(128, 32), warps=8, stages=2, programs=1),
@@ -175,7 +177,7 @@ _SMALL_MEMORY = (
 _AMD = (
     _row(16, 256, block=(16, 64), warps=4, stages=2, programs=2),
     _row(64, 256, block=(64, 32), warps=4, stages=2, programs=2),
-    _row(None, 256, block=(128, 32), warps=8, stages=2, programs=1),
+    _row(None, 256, block=(128, 16), warps=8, stages=2, programs=1),
     _row(16, None, block=(16, 32), warps=4, stages=2, programs=2),
     _row(None, None, block=(64, 16), warps=4, stages=2, programs=2),
     _FLOAT32,
@@ -198,11 +200,6 @@ TABLE: LaunchTable = {
         LaunchRow(LaunchConfig(16, 16, 4, 2, fixed_tiles=4)),
         LaunchRow(LaunchConfig(16, 16, 4, 2, fixed_tiles=4), is_float32=True),
     ),
-    _DEFAULT: (
-        _row(16, None, block=(16, 32), warps=4, stages=2, programs=1),
-        _row(None, 256, block=(64, 32), warps=4, stages=2, programs=1),
-        _row(None, None, block=(16, 32), warps=4, stages=2, programs=1),
-        _FLOAT32,
-    ),
+    _DEFAULT: (_row(None, None, block=(32, 16), warps=4, stages=1, programs=1), _FLOAT32),
 }
 """Our sizes. They are chosen so that no call of a row spills registers or lacks shared memory."""

@@ -84,7 +84,9 @@ def tree_words_reference(
     rows, nodes = parents.shape
     own = torch.arange(nodes, device=parents.device).expand(rows, -1)
     sees = torch.eye(nodes, dtype=torch.bool, device=parents.device).expand(rows, -1, -1)
-    above = parents.long()  # the ancestor so far up, which twice as far up is its own
+    above = parents.long()
+    above = above.where((above >= 0) & (above < nodes), own)  # nobody may have checked them
+    # `above` is the ancestor so far up, whose own is twice as far up.
     depths = (above != own).long()  # steps on the way there
     for _ in range((nodes - 1).bit_length()):
         sees = sees | sees.gather(1, above[:, :, None].expand(-1, -1, nodes))

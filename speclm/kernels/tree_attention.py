@@ -14,15 +14,22 @@ from speclm.kernels.backends import (
     choose,
     head_obstacle,
     is_recording,
+    require_backend_name,
     triton_obstacle,
 )
-from speclm.kernels.inputs import TreeAttentionInputs, require_shapes, require_values
+from speclm.kernels.inputs import (
+    TreeAttentionInputs,
+    require_shapes,
+    require_tensors,
+    require_values,
+)
 from speclm.kernels.launch import plan_launch
 from speclm.kernels.reference import tree_attention_reference
 
 BACKENDS = NAMES
 """Backends of `tree_attention`, the preferred one first."""
 
+_MOST_PAIRS = 65_535  # of a grid's second and third axis
 _SCHEMA = (
     "(Tensor query, Tensor key, Tensor value, Tensor prefix_lengths, Tensor ancestor_words, "
     "Tensor depths, Tensor? prefix_starts, Tensor? tree_starts, Tensor? block_table, "
@@ -113,11 +120,11 @@ def tree_attention(  # noqa: PLR0913 - a kernel's arguments
         ... ).shape
         torch.Size([1, 4, 8, 64])
     """
-    if torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, value)):
-        raise KernelError(
-            "query, key or value requires gradients, which tree attention does not compute; call "
-            "it under torch.no_grad()"
-        )
+    is_traced = torch.compiler.is_compiling()  # a compiler checks the op itself
+    if not is_traced:
+        require_tensors(query=query)
+    if scale is None:
+        scale = query.shape[-1] ** -0.5 if query.ndim and query.shape[-1] else 1.0
     inputs = TreeAttentionInputs(
         query=query,
         key=key,
@@ -129,15 +136,22 @@ def tree_attention(  # noqa: PLR0913 - a kernel's arguments
         tree_starts=tree_starts,
         block_table=block_table,
         sinks=sinks,
-        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        scale=scale,
         window=window,
         softcap=softcap,
         num_splits=num_splits,
         deterministic=deterministic,
         return_lse=return_lse,
     )
-    if not torch.compiler.is_compiling():  # a compiler checks the op itself
+    if not is_traced:
         require_shapes(inputs)
+    differentiable = (query, key, value, sinks)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in differentiable):
+        raise KernelError(
+            "query, key, value or sinks require gradients, which tree attention does not compute; "
+            "call it under torch.no_grad()"
+        )
+    require_backend_name(backend)
     if check_values and not is_recording(query.device):
         require_values(inputs)
     output, lse = torch.ops.speclm.tree_attention.default(
@@ -154,6 +168,8 @@ def attention_backend(inputs: TreeAttentionInputs, backend: str = "auto") -> Cho
     """
     query = inputs.query
     triton = triton_obstacle(query.device, query.dtype) or head_obstacle(inputs.head_dim)
+    if inputs.batch * inputs.kv_heads > _MOST_PAIRS:
+        triton = f"the Triton kernel takes at most {_MOST_PAIRS} rows times key heads"
     return choose(
         backend,
         names=BACKENDS,

@@ -5,8 +5,14 @@ from jaxtyping import Int
 from torch import Tensor
 
 from speclm.errors import KernelError
-from speclm.kernels.backends import Choice, choose, is_recording, triton_obstacle
-from speclm.kernels.inputs import MAX_SLOTS
+from speclm.kernels.backends import (
+    Choice,
+    choose,
+    is_recording,
+    require_backend_name,
+    triton_obstacle,
+)
+from speclm.kernels.inputs import MAX_SLOTS, require_readable, require_tensors
 from speclm.kernels.reference import tree_words_reference
 from speclm.tree.topology import num_words
 
@@ -46,8 +52,12 @@ def tree_words(
         >>> [f"{word:04b}" for word in words[0, :, 0].tolist()], depths.tolist()
         (['0001', '0011', '0101', '1011'], [[0, 1, 1, 2]])
     """
-    if check_values and not is_recording(parents.device):
+    if not torch.compiler.is_compiling():  # a compiler checks the op itself
+        require_tensors(parents=parents)
+        require_backend_name(backend)
         _require_shape(parents)
+    if check_values and not is_recording(parents.device):
+        require_readable(parents)
         _require_values(parents)
     words, depths = torch.ops.speclm.tree_words.default(parents, backend)
     return words, depths

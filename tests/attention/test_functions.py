@@ -191,3 +191,20 @@ def test_mask_is_that_of_the_window_that_is_asked_for():
 def test_other_masks_than_causal_ones_are_refused(function, window):
     with pytest.raises(UnsupportedModelError, match=r"asks for a mask by.*sliding window"):
         mask_for(function, window)
+
+
+@torch.no_grad()
+def test_mask_that_a_model_writes_to_counts_for_all_layers(monkeypatch):
+    model = build_model("llama")
+    view, topology = TargetView(model), from_parents([[0, 0, 0]], device=CPU)
+    tree = prompts(3)["input_ids"]
+    layer, found = model.model.layers[0], {}
+
+    def hide_the_first_slot(module, args, kwargs):
+        kwargs["attention_mask"][..., 1:, 0] = -1e30
+
+    with layer.register_forward_pre_hook(hide_the_first_slot, with_kwargs=True):
+        for backend in ("sdpa", "reference"):
+            monkeypatch.setenv("SPECLM_KERNELS", backend)
+            found[backend] = view.forward_tree(tree, topology, view.new_cache(torch.tensor([0])))
+    torch.testing.assert_close(found["reference"], found["sdpa"])

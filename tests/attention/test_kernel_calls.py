@@ -1,5 +1,6 @@
 """Layers go through the kernel where it computes what they do, and say why where it does not."""
 
+import functools
 import importlib
 import logging
 
@@ -89,13 +90,32 @@ def test_any_implementation_gives_way_to_the_kernel_in_trees(implementation, cal
 )
 def test_eager_attention_is_known_by_its_code(family, taken):
     file = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-    found = taken_arguments("eager", file.eager_attention_forward)
+    function = file.eager_attention_forward
+    found = taken_arguments("eager", function, torch.float32)
     assert found == (None if taken is None else frozenset(taken))
+    assert taken_arguments("eager", function, torch.bfloat16) is None  # rounds scores to it
+
+
+def test_patched_eager_attention_is_not_taken_for_what_it_replaces(monkeypatch):
+    from transformers.models.llama import modeling_llama
+    from transformers.models.qwen3 import modeling_qwen3
+
+    def patched(module, query, key, value, attention_mask, scaling, **kwargs):
+        return query, None
+
+    for other in (patched, functools.partial(patched), len):
+        monkeypatch.setattr(modeling_llama, "eager_attention_forward", other)
+        assert taken_arguments("eager", other, torch.float32) is None
+        own = modeling_qwen3.eager_attention_forward
+        assert taken_arguments("eager", own, torch.float32) == frozenset()
+    monkeypatch.setattr(modeling_qwen3, "repeat_kv", patched)
+    assert taken_arguments("eager", own, torch.float32) is None
 
 
 def test_what_an_implementation_takes_beyond_a_softmax():
-    assert taken_arguments("sdpa", len) == frozenset()
-    assert taken_arguments("flash_attention_3", len) == {"softcap", "s_aux"}
+    for dtype in (torch.float32, torch.bfloat16):
+        assert taken_arguments("sdpa", len, dtype) == frozenset()
+        assert taken_arguments("flash_attention_3", len, dtype) == {"softcap", "s_aux"}
 
 
 def mask_and_step() -> tuple[TreeMask, TreeStep]:
@@ -106,19 +126,36 @@ def mask_and_step() -> tuple[TreeMask, TreeStep]:
     return mask, step
 
 
-def states(value_dim: int = 8, nodes: int = 2) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.randn(1, 4, nodes, 8), torch.randn(1, 2, 2, 8), torch.randn(1, 2, 2, value_dim)
+def states(
+    *,
+    value_dim: int = 8,
+    nodes: int = 2,
+    batch: int = 1,
+    q_heads: int = 4,
+    kv_len: int = 2,
+    kind: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor, Tensor]:
+    query = torch.randn(batch, q_heads, nodes, 8)
+    return (
+        query,
+        torch.randn(batch, 2, kv_len, 8),
+        torch.randn(batch, 2, kv_len, value_dim).to(kind),
+    )
 
 
 @pytest.mark.parametrize(
     ("takes", "extras", "given", "reason"),
     [
-        (None, {}, {}, "in a way of its own"),
+        (None, {}, {}, "modeling file's own kind"),
         (frozenset(), {"softcap": 2.0}, {}, "layers pass softcap to attention"),
         (frozenset({"s_aux"}), {"position_bias": 1}, {}, "layers pass position_bias"),
         (frozenset(), {"dropout": 0.1}, {}, "layers pass dropout"),
         (frozenset(), {}, {"value_dim": 5}, "differ in more than the kernel takes"),
         (frozenset(), {}, {"nodes": 1}, "differ in more than the kernel takes"),
+        (frozenset(), {}, {"batch": 2}, "differ in more than the kernel takes"),
+        (frozenset(), {}, {"kv_len": 3}, "differ in more than the kernel takes"),
+        (frozenset(), {}, {"q_heads": 3}, "differ in more than the kernel takes"),
+        (frozenset(), {}, {"kind": torch.bfloat16}, "values torch.bfloat16"),
     ],
 )
 def test_what_the_kernel_does_not_compute_is_said_once(takes, extras, given, reason, calls, caplog):
@@ -133,6 +170,31 @@ def test_what_the_kernel_does_not_compute_is_said_once(takes, extras, given, rea
     assert not calls
     (line,) = caplog.messages
     assert reason in line
+
+
+def test_types_that_autocast_chooses_and_factors_that_are_tensors_are_left_alone(calls):
+    mask, step = mask_and_step()
+    options = {"takes": frozenset(), "extras": {}}
+    with torch.autocast("cpu", torch.bfloat16):
+        assert attend_by_kernel(mask, step, states(), scaling=None, **options) is None
+    obstacle = kernel_calls._obstacle(mask, states(), scaling=torch.tensor(0.5), **options)
+    assert "scale by a Tensor" in obstacle
+    assert not calls
+
+
+@torch.no_grad()
+def test_prompt_with_much_padding_that_is_read_with_a_tree_has_no_prefix(calls):
+    model, inputs = build_model("llama"), prompts(50, 5)
+    view, topology = TargetView(model), from_parents([[0, 0, 0, 1]], device=CPU)
+    padding = (inputs["attention_mask"] == 0).sum(1)
+    tree = prompts(4, 4, seed=1)["input_ids"]
+    found = view.forward_tree(tree, topology, view.new_cache(padding), prompt=inputs["input_ids"])
+    for call in calls:
+        assert (call["prefix_starts"] <= call["prefix_lengths"]).all()
+    for row, skip in enumerate(padding.tolist()):
+        text = torch.cat([inputs["input_ids"][row, skip:], tree[row, [0, 1, 3]]])[None]
+        expected = model(input_ids=text).logits[0, -3:]
+        torch.testing.assert_close(found[row, [0, 1, 3]], expected, rtol=1e-3, atol=1e-3)
 
 
 def test_head_width_that_triton_does_not_take_is_left_to_pytorch(monkeypatch, caplog):

@@ -1,6 +1,7 @@
 """A mask that nothing looks into is never computed, and any other is what it stands for."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -73,6 +74,36 @@ def test_moves_to_another_device_do_not_compute_it():
     assert moved.window == 7
     assert counted.calls == 0
     assert moved.dense().device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda mask: mask.add_(1.0),
+        lambda mask: mask.masked_fill_(mask < 0, -2.0),
+        lambda mask: mask[..., 0].fill_(-5.0),
+        lambda mask: mask.__setitem__((slice(None), 0, 0), -5.0),
+    ],
+)
+def test_what_is_written_into_it_counts_from_then_on(write):
+    own, expected = DENSE.clone(), DENSE.clone()
+    mask = TreeMask.of(
+        lambda: own, None, shape=tuple(own.shape), dtype=own.dtype, device=own.device
+    )
+    moved = mask.to("meta")
+    assert not mask.is_touched
+    write(mask)
+    write(expected)
+    assert mask.is_touched
+    assert moved.is_touched
+    assert torch.equal(mask.dense(), expected)
+
+
+def test_copies_are_ordinary_tensors():
+    for other in (copy.deepcopy, lambda mask: pickle.loads(pickle.dumps(mask))):
+        found = other(Counted().mask)
+        assert not isinstance(found, TreeMask)
+        assert torch.equal(found, DENSE)
 
 
 def test_copies_and_comparisons_are_those_of_the_mask():

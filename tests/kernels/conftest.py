@@ -1,4 +1,4 @@
-"""Keeps apart what needs a process of its own: Triton reads its settings when kernels are defined."""
+"""Keeps apart what needs a process of its own: Triton reads settings when kernels are defined."""
 
 import os
 

@@ -16,7 +16,9 @@ IS_DEEP = hypothesis.settings.get_current_profile_name() == "deep"
 def _search(max_examples: int) -> hypothesis.settings:
     """Search for so many examples, always the same ones; a program takes 10 ms here."""
     return hypothesis.settings(
-        max_examples=200 if IS_DEEP else max_examples, derandomize=not IS_DEEP, deadline=None
+        max_examples=8 * max_examples if IS_DEEP else max_examples,
+        derandomize=not IS_DEEP,
+        deadline=None,
     )
 
 
