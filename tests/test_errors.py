@@ -14,6 +14,7 @@ BUILTINS = {
     "DraftError": ValueError,
     "ProposerContractError": AssertionError,
     "CacheError": TypeError,
+    "KernelError": ValueError,
     "BusyError": RuntimeError,
     "PatchError": RuntimeError,
     "NumericalError": ArithmeticError,

@@ -175,6 +175,8 @@ _SMALL_MEMORY = (
 
 # Up to 512 registers of 64 threads each, but 64 KiB of shared memory for all programs.
 _AMD = (
+    _row(16, 128, block=(16, 64), warps=4, stages=2, programs=2),
+    _row(16, 160, block=(16, 32), warps=4, stages=2, programs=2),  # Triton 3.6 lacks 64 keys
     _row(16, 256, block=(16, 64), warps=4, stages=2, programs=2),
     _row(64, 256, block=(64, 32), warps=4, stages=2, programs=2),
     _row(None, 256, block=(128, 16), warps=8, stages=2, programs=1),
