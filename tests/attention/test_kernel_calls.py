@@ -43,6 +43,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
 @torch.no_grad()
 def test_every_node_is_what_its_path_gives_by_kernel(name, calls):
     model = build(name)
+    if name == "softcap, window and full":  # whose default has been sdpa, which ignores the cap
+        model.set_attn_implementation("eager")
     assert largest_error(model) < TOLERANCE
     assert bool(calls) == (name in BY_KERNEL)
     if name == "softcap, window and full":
