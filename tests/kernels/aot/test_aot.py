@@ -113,6 +113,6 @@ def test_threads_wait_between_reading_and_writing_of_a_path():
 
 @pytest.mark.slow
 def test_what_spills_is_seen():
-    config = LaunchConfig(block_rows=16, block_keys=64, num_warps=4, num_stages=3)
-    split, _ = attention_kernels(meta_inputs(nodes=16, groups=1, head_dim=80), config)
+    config = LaunchConfig(block_rows=128, block_keys=64, num_warps=4, num_stages=2)
+    split, _ = attention_kernels(meta_inputs(nodes=32, groups=4, head_dim=256), config)
     assert compile_for("sm_90", split).spills > 0
