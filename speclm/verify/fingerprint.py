@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import version
+from importlib import import_module
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType
 from typing import Any, cast
@@ -120,7 +120,8 @@ def _source_of(module_name: str) -> str:
 def _describe_device(device: torch.device) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     kernel = preferred(device).backend  # what computes attention of trees
-    return f"{name} {kernel} {version('triton') if kernel == 'triton' else ''}"
+    # Its package has another name in some builds of PyTorch; the module has not.
+    return f"{name} {kernel} {import_module('triton').__version__ if kernel == 'triton' else ''}"
 
 
 def _describe_config(config: PretrainedConfig, foreign: list[object]) -> str:

@@ -167,3 +167,13 @@ def test_patched_base_keeps_its_fingerprint():
     before = kind_of(model)
     model.generate = functools.partial(model.generate)
     assert kind_of(model) == before
+
+
+def test_kernels_that_verify_trees_are_part_of_the_kind(monkeypatch):
+    digests = set()
+    for backend in ("sdpa", "reference", "triton"):
+        monkeypatch.setenv("SPECLM_KERNELS", backend)
+        found = fingerprint(TargetView(build_model("llama")))
+        assert found is not None
+        digests.add(found.digest)
+    assert len(digests) == 3
