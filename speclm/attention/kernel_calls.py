@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import math
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -106,8 +107,11 @@ def _obstacle(
         return f"queries are {query.dtype}, keys {key.dtype} and values {value.dtype}"
     if torch.is_autocast_enabled(query.device.type):
         return "autocast chooses the type that attention is computed in"
-    if not isinstance(scaling, float | None):
-        return f"layers scale by a {type(scaling).__name__}"
+    factors = {"scaling": scaling, "softcap": extras.get("softcap")}
+    for name, factor in factors.items():
+        is_usual = factor is None or (isinstance(factor, float | int) and 0 < factor < math.inf)
+        if not is_usual:
+            return f"{name} of layers is {factor!r}, not a number above 0"
     return attention_obstacle(query.device, query.dtype, head_dim)
 
 

@@ -179,8 +179,19 @@ def test_types_that_autocast_chooses_and_factors_that_are_tensors_are_left_alone
     options = {"takes": frozenset(), "extras": {}}
     with torch.autocast("cpu", torch.bfloat16):
         assert attend_by_kernel(mask, step, states(), scaling=None, **options) is None
-    obstacle = kernel_calls._obstacle(mask, states(), scaling=torch.tensor(0.5), **options)
-    assert "scale by a Tensor" in obstacle
+    for scaling in (torch.tensor(0.5), 0.0, -1.0, float("inf")):
+        obstacle = kernel_calls._obstacle(mask, states(), scaling=scaling, **options)
+        assert "scaling of layers is" in obstacle
+    assert not calls
+    for scaling in (None, 0.5, 1):  # a config may hold a whole number
+        assert kernel_calls._obstacle(mask, states(), scaling=scaling, **options) is None
+
+
+def test_soft_cap_that_is_no_cap_is_left_to_the_layer(calls):
+    mask, step = mask_and_step()
+    extras, takes = {"softcap": 0.0}, frozenset({"softcap"})
+    found = attend_by_kernel(mask, step, states(), takes=takes, scaling=None, extras=extras)
+    assert found is None
     assert not calls
 
 
