@@ -13,7 +13,7 @@ from speclm.attention.tree_mask import TreeMask
 from speclm.cache.tree_cache import TreeCache
 from speclm.kernels import pays
 from speclm.kernels.inputs import MAX_SLOTS
-from speclm.tree.topology import pack_words
+from speclm.tree.topology import pack_words, unpack_words
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class TreeStep:
 
     Args:
         visible: True at ``[i, j]`` when new node i sees pending slot j; the last slots are the new
-            nodes themselves. None for a single new node that sees all.
+            nodes themselves. None where there are `words`, or for a single new node that sees all.
         slot_depths: Depth of every pending slot and new node.
         cache: Cache that the forward appends to.
         words: `visible` packed into words, where the caller has them.
@@ -66,8 +66,9 @@ class TreeStep:
         self._words = words
         self._slot_depths = slot_depths
         self._cache = cache
-        self._nodes = 1 if visible is None else visible.shape[1]
-        has_one = self._nodes + cache.num_pending == 1 or visible is None
+        given = words if visible is None else visible
+        self._nodes = 1 if given is None else given.shape[1]
+        has_one = self._nodes + cache.num_pending == 1 or given is None
         self.is_plain = has_one and not cache.is_ragged and not cache.has_padding
         """Whether this is a step of plain decoding: one node a row, whose slot is its position."""
         self.windows: set[int | None] = set()
@@ -159,6 +160,8 @@ class TreeStep:
     def _seen(self) -> Bool[Tensor, "rows nodes slots"]:
         if self._visible is not None:
             return self._visible
+        if self._words is not None:
+            return unpack_words(self._words, num_bits=self._slot_depths.shape[1])
         return self._slot_depths.new_ones(1, 1, self._cache.num_pending + 1, dtype=torch.bool)
 
     def _build(self, window: int | None) -> Bool[Tensor, "rows 1 nodes kv_len"] | None:

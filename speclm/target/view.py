@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 from speclm.attention import TreeStep, attached, attention_configs, tree_step
 from speclm.cache.tree_cache import TreeCache
 from speclm.errors import PromptError, UnsupportedModelError
+from speclm.kernels import pays
 from speclm.target.claims import exclusive
 from speclm.target.features import FeatureTap, TargetFeatures
 from speclm.target.images import with_images
@@ -224,13 +225,13 @@ class TargetView:
         Returns:
             Logits after every node.
         """
-        visible, depths = topology.ancestor_mask, topology.depths
+        depths = topology.depths
         # The last token that is fed stands before the last one that is emitted.
         max_position = None if max_length is None else max(max_length - 2, 0)
         if prompt is None:
             return self.forward_nodes(
                 tokens,
-                visible,
+                None if pays(depths.device) else topology.ancestor_mask,  # kernels read the words
                 depths,
                 cache,
                 words=topology.ancestor_words,
@@ -240,7 +241,7 @@ class TargetView:
         slots = torch.arange(start, device=depths.device).expand(len(depths), -1)
         logits = self.forward_nodes(
             torch.cat([prompt, tokens], dim=1),
-            _below_prompt(visible, cache.num_padding - cached, start),
+            _below_prompt(topology.ancestor_mask, cache.num_padding - cached, start),
             torch.cat([slots, start + depths], dim=1),
             cache,
             num_logits=tokens.shape[1],
@@ -265,7 +266,7 @@ class TargetView:
         Args:
             tokens: Token at each new node.
             visible: True at ``[i, j]`` when new node i sees pending slot j; the new nodes are the
-                last slots. None for a single new node that sees all.
+                last slots. None where there are `words`, or for a single new node that sees all.
             slot_depths: Depth of each slot; depth 0 follows the committed tokens of its row.
             cache: Cache whose committed slots every node sees.
             words: `visible` packed into words, where the caller has them.

@@ -125,8 +125,13 @@ def test_kernels_are_told_what_the_mask_shows(case):
     lengths, padding, parents = case
     topology = from_parents(parents, device=CPU)
     cache = cache_of(lengths, padding)
-    for words in (None, topology.ancestor_words):  # packed by the step, and by the caller
-        step = TreeStep(topology.ancestor_mask, topology.depths, cache, words=words)
+    mask, packed = topology.ancestor_mask, topology.ancestor_words
+    for visible, words in ((mask, None), (mask, packed), (None, packed)):
+        step = TreeStep(visible, topology.depths, cache, words=words)
+        from_mask = TreeStep(mask, topology.depths, cache)
+        assert step.is_plain == from_mask.is_plain
+        if not step.is_plain:
+            assert torch.equal(step.mask(3), from_mask.mask(3))
         sight = step.sight(CPU)
         assert step.sight(CPU) is sight
         assert torch.equal(sight.ancestor_words, topology.ancestor_words)
