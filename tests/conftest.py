@@ -115,9 +115,9 @@ def no_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
 def _drafts_in_every_round(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Draft whether it pays or not: the times of tiny models say nothing, and forwards are counted.
 
-    Tests of the pace itself are left alone.
+    Tests of pausing itself are left alone.
     """
-    pace = sys.modules.get("speclm.generation.pace")  # None where the test decodes nothing
-    if pace is not None and "pace" not in request.path.name:
-        monkeypatch.setattr(pace.Pace, "wants_draft", lambda _: True)
-        monkeypatch.setattr(pace.Pace, "record", lambda _, **__: None)
+    pausing = sys.modules.get("speclm.generation.pausing")  # None where the test decodes nothing
+    if pausing is not None and "pausing" not in request.path.name:
+        monkeypatch.setattr(pausing.Pausing, "wants_draft", lambda _: True)
+        monkeypatch.setattr(pausing.Pausing, "record", lambda _, **__: None)

@@ -12,6 +12,8 @@ from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import (
     EosTokenCriteria,
     MaxLengthCriteria,
+    StoppingCriteria,
+    StopStringCriteria,
 )
 
 from speclm.acceptance.interface import AcceptanceRule
@@ -24,6 +26,7 @@ from speclm.generation.settings import (
     Kind,
     first_active,
 )
+from speclm.generation.stop_strings import StopStrings
 from speclm.sampling.chooser import TokenChooser, first_text_dependent
 from speclm.target import TargetView, images_obstacle
 
@@ -57,7 +60,8 @@ _OWN_FORWARDS = frozenset(
     }
 )
 """Processors that run the model or double the batch themselves."""
-_CRITERIA = (EosTokenCriteria, MaxLengthCriteria)
+_OWN_CRITERIA = frozenset({EosTokenCriteria, MaxLengthCriteria, StopStringCriteria})
+"""Criteria that each row decides by itself, by exact class."""
 
 
 class NeedsPlainDecoding(Exception):  # noqa: N818 - a signal inside speclm, not an error
@@ -127,9 +131,26 @@ def _require_text_free(logits_processor: LogitsProcessorList, rule: AcceptanceRu
         )
 
 
-def reads_positions(stopping_criteria: Sequence[Any]) -> bool:
-    """Return whether criteria say more than the end-of-sequence tokens and the maximal length."""
-    return any(type(criterion) not in _CRITERIA for criterion in stopping_criteria)
+def foreign_criteria(stopping_criteria: Sequence[StoppingCriteria]) -> list[StoppingCriteria]:
+    """Return the criteria that have to be told of every position, in order."""
+    return [criterion for criterion in stopping_criteria if type(criterion) not in _OWN_CRITERIA]
+
+
+def stop_strings_of(
+    stopping_criteria: Sequence[StoppingCriteria], prompt: Tensor
+) -> StopStrings | None:
+    """Return the stop strings among criteria, for prompts ``[batch, seq]``; None without any."""
+    found = [criterion for criterion in stopping_criteria if type(criterion) is StopStringCriteria]
+    return StopStrings(found, prompt) if found else None
+
+
+def rows_end_together(stopping_criteria: Sequence[StoppingCriteria]) -> bool:
+    """Return whether no row of a batch ends before all have met a stop string.
+
+    Transformers has it so where no criterion names an end-of-sequence token.
+    """
+    has_end = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+    return not has_end and any(type(found) is StopStringCriteria for found in stopping_criteria)
 
 
 def max_length(stopping_criteria: Sequence[Any], generation_config: GenerationConfig) -> int:

@@ -5,9 +5,7 @@ rows, count their calls or draw random numbers. They are given the tensors that 
 gives them, in its order, once per position.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -16,18 +14,13 @@ from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from speclm.acceptance.accepted import Accepted
 from speclm.errors import NumericalError, OptionError
+from speclm.generation.listener import FollowsRounds
 from speclm.generation.rows import Rows
+from speclm.proposers.interface import Draft
 from speclm.sampling.chooser import pick
-from speclm.sampling.noise import PositionNoise
-
-
-@runtime_checkable
-class FollowsRounds(Protocol):
-    """A streamer that wants to know which tokens were drafted."""
-
-    def on_round(self, accepted_length: int) -> None:
-        """Hear how many of the tokens put since the last call were drafted; the last one is not."""
+from speclm.sampling.noise import PositionNoise, as_if_drawn
 
 
 class Frontier:
@@ -113,7 +106,7 @@ class Frontier:
         """
         step = self._rows.num_steps
         raw = logits.to(copy=True, dtype=torch.float32)
-        with _as_if_drawn(noise, step):
+        with as_if_drawn(noise, step):
             scores: Tensor = cast("Any", self._processors)(self.ids, raw)
         self._require_rows(scores)
         if self.scores is not None:
@@ -132,18 +125,68 @@ class Frontier:
         column = torch.tensor(tokens, device=self.ids.device)
         self.ids = torch.cat([self.ids, column[:, None]], dim=1)
         self._rows.append(tokens)
-        with _as_if_drawn(noise, step + 1):
+        with as_if_drawn(noise, step + 1):
             flags = self._criteria(self.ids, self.scores)
             self._end_rows(flags.tolist())
             if self._streamer is not None:
                 self._streamer.put(column.cpu())  # type: ignore[no-untyped-call]  # Transformers'
         return tokens
 
-    def end_round(self, accepted_length: int) -> None:
-        """Tell a streamer that follows rounds how many of its last tokens were drafted."""
+    def follow(
+        self,
+        draft: Draft,
+        logits: Float[Tensor, "batch nodes vocab"],
+        noise: PositionNoise | None,
+        *,
+        decided: list[list[int]] | None,
+    ) -> tuple[Accepted, list[list[int]]]:
+        """Decide position by position for all rows, as far as all of them follow a draft.
+
+        Args:
+            draft: What was verified.
+            logits: The target's logits after every node.
+            noise: Noise of the positions; None when nothing is decided by it.
+            decided: Tokens of each row that an accept rule has decided on; None to choose here.
+
+        Returns:
+            What running rows were given, and the nodes to keep in all rows, ended ones included.
+        """
+        batch = torch.arange(len(logits), device=logits.device)
+        tokens, parents = draft.tokens.tolist(), draft.topology.host_parents
+        nodes = [0] * len(tokens)
+        kept: list[list[int]] = [[] for _ in tokens]
+        paths: list[list[int]] = [[] for _ in tokens]
+        emitted: list[list[int]] = [[] for _ in tokens]
+        for depth in range(draft.topology.max_depth + 1):
+            was_live = self._rows.is_live
+            at_nodes = torch.tensor(nodes, device=logits.device)
+            column = self.advance(
+                logits[batch, at_nodes],
+                noise,
+                depth=depth,
+                chosen=None if decided is None else [_at(row, depth) for row in decided],
+            )
+            for row, (node, token) in enumerate(zip(nodes, column, strict=True)):
+                kept[row].append(node)
+                if was_live[row]:
+                    paths[row].append(node)
+                    emitted[row].append(token)
+            children = [
+                _child(parents[row if len(parents) > 1 else 0], tokens[row], node, token)
+                for row, (node, token) in enumerate(zip(nodes, column, strict=True))
+            ]
+            is_decided = decided is None or all(
+                len(row) > depth + 1
+                for row, live in zip(decided, self._rows.is_live, strict=True)
+                if live
+            )
+            if None in children or not is_decided or not self._rows.any_live:
+                break
+            nodes = [child for child in children if child is not None]
         follower: object = self._streamer
         if isinstance(follower, FollowsRounds):
-            follower.on_round(accepted_length)
+            follower.on_round(len(kept[0]) - 1)
+        return Accepted.from_host(paths, emitted, device=logits.device), kept
 
     def finish(self) -> None:
         """Tell the streamer that all is said."""
@@ -198,10 +241,18 @@ def nan_logits(target_name: str, dtype: torch.dtype) -> NumericalError:
     return NumericalError(f"{target_name} produced logits that are NaN, in {dtype}; {remedy}")
 
 
-@contextmanager
-def _as_if_drawn(noise: PositionNoise | None, step: int) -> Iterator[None]:
-    if noise is None:
-        yield
-        return
-    with noise.foreign_code(step):
-        yield
+def _child(parents: list[int], tokens: list[int], node: int, token: int) -> int | None:
+    """Return the first child of a node with the given token."""
+    return next(
+        (
+            child
+            for child in range(node + 1, len(parents))
+            if parents[child] == node and tokens[child] == token
+        ),
+        None,
+    )
+
+
+def _at(row: list[int], depth: int) -> int:
+    """Return a row's token at a depth; any number after the end of a row that is not running."""
+    return row[depth] if depth < len(row) else 0

@@ -15,17 +15,20 @@ from speclm.acceptance.exact import ExactRule
 from speclm.acceptance.interface import AcceptanceRule
 from speclm.generation.delegation import (
     eos_token_ids,
+    foreign_criteria,
     images_of,
     left_padding,
     max_length,
     prompt_length,
-    reads_positions,
     require_supported,
+    rows_end_together,
+    stop_strings_of,
 )
 from speclm.generation.drafting import planned, require_drafts_for
 from speclm.generation.frontier import Frontier
+from speclm.generation.listener import Listener
 from speclm.generation.opening import meets_switch, open_session
-from speclm.generation.pace import Pace, PaceMemory
+from speclm.generation.pausing import PauseMemory, Pausing
 from speclm.generation.rows import Rows
 from speclm.generation.run import Run
 from speclm.generation.tuning import TreeMemory, TreeTuner, describe_tree
@@ -70,7 +73,7 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
     rule: AcceptanceRule | None = None,
     streamer: BaseStreamer | None = None,
     extends_cache: bool = False,
-    paces: PaceMemory | None = None,
+    pauses: PauseMemory | None = None,
     tree: TreePlan | None = None,
     trees: TreeMemory | None = None,
     backend: Backend = Backend.TREES,
@@ -81,15 +84,16 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
     This is the callable that ``base.generate(custom_generate=...)`` enters with everything
     resolved: settings, processors, criteria, expanded rows. Greedy decoding has one rule, the
     exact one, whatever `rule` says; None is the exact rule too. `extends_cache` says that the
-    cache among the inputs is the caller's, who finds it extended. `paces` is what earlier calls
+    cache among the inputs is the caller's, who finds it extended. `pauses` is what earlier calls
     measured; None to draft in every round, whether it pays or not. `tree` is what every draft
     should be; None for what the proposer's own settings say, or, where `trees` is given, for what
     that memory of earlier calls and this one make fastest. `backend` is the self-check's verdict on
     the target.
 
     Rows run ahead of each other, unless something looks at positions one by one: a processor that
-    reads the text, a criterion, a streamer, or a caller who wants scores or logits. Nor do they
-    where the target takes chains alone, or the proposer needs all rows to be equally long.
+    reads the text, or a caller who wants scores or logits. Nor do the rows of a batch where a
+    criterion of an unknown class or a streamer hears of every position, where the target takes
+    only chains, or where the proposer needs all rows to be equally long.
 
     Raises:
         NeedsPlainDecoding: Before anything is computed, if a setting asks for more than this loop
@@ -124,15 +128,21 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
         batch=input_ids.shape[0],
         max_new_tokens=end - input_ids.shape[1],
         eos_token_ids=eos_token_ids(stopping_criteria),
+        stop_strings=stop_strings_of(stopping_criteria, input_ids),
     )
     pad_token_id = _token_id(generation_config._pad_token_tensor)
-    frontier = None
-    if (
-        is_switching
-        or session.needs_lockstep
-        or (proposer is not None and proposer.needs_lockstep)
-        or streamer is not None
-        or _looks_at_positions(generation_config, logits_processor, stopping_criteria)
+    foreign = foreign_criteria(stopping_criteria)
+    frontier = listener = None
+    if _reads_positions(generation_config, logits_processor) or (
+        len(input_ids) > 1
+        and (
+            is_switching
+            or session.needs_lockstep
+            or (proposer is not None and proposer.needs_lockstep)
+            or streamer is not None
+            or bool(foreign)
+            or rows_end_together(stopping_criteria)
+        )
     ):
         frontier = Frontier(
             input_ids,
@@ -146,12 +156,15 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
             keeps_logits=bool(wants_details and generation_config.output_logits),
             target_name=target.name,
         )
+    elif foreign or streamer is not None:
+        listener = Listener(input_ids, rows, criteria=foreign, streamer=streamer)
     run = Run(
         target=target,
         proposer=proposer,
         chooser=TokenChooser(list(logits_processor), is_greedy=not generation_config.do_sample),
         rows=rows,
         frontier=frontier,
+        listener=listener,
         num_prompt_tokens=input_ids.shape[1],
         num_unseen=num_unseen,
         first_token=_token_id(generation_config._bos_token_tensor),
@@ -166,9 +179,9 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
     )
     temperature = (generation_config.temperature or 1.0) if generation_config.do_sample else 0.0
     setting = (rule.name, temperature, *map(type, logits_processor))
-    if paces is not None and proposer is not None:
-        run.pace = Pace(
-            paces,
+    if pauses is not None and proposer is not None:
+        run.pausing = Pausing(
+            pauses,
             batch=len(input_ids),
             num_prompt_tokens=length,
             setting=(setting, tree, trees is None),
@@ -190,6 +203,8 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
     stats.acceptance, stats.is_lossy = rule.name, rule.is_lossy
     sequences = _decode(run, input_ids, embeddings, given, temperature=temperature)
     stats.tree = describe_tree(run.plan if run.tuner is None else run.tuner.best)
+    if listener is not None:
+        listener.finish()
     if frontier is None:
         return Generated(sequences, past_key_values=given)
     frontier.finish()
@@ -213,6 +228,8 @@ def _decode(
             with run.target.steps():
                 while run.rows.any_live:
                     run.round()
+            if run.pausing is not None:
+                run.pausing.finish(run.rows.num_steps)
             sequences = run.rows.sequences(input_ids, run.pad_token_id)
             if given is not None:
                 run.hand_over(given, sequences)
@@ -225,20 +242,14 @@ def _decode(
     return sequences
 
 
-def _looks_at_positions(
-    generation_config: GenerationConfig,
-    logits_processor: LogitsProcessorList,
-    stopping_criteria: StoppingCriteriaList,
+def _reads_positions(
+    generation_config: GenerationConfig, logits_processor: LogitsProcessorList
 ) -> bool:
-    """Tell whether something is told of every position, in plain decoding's order."""
+    """Return whether the scores of every position are needed one by one."""
     is_kept = generation_config.return_dict_in_generate and (
         generation_config.output_scores or generation_config.output_logits
     )
-    return (
-        bool(is_kept)
-        or first_text_dependent(logits_processor) is not None
-        or reads_positions(stopping_criteria)
-    )
+    return bool(is_kept) or first_text_dependent(logits_processor) is not None
 
 
 def _token_id(token: Tensor | None) -> int:

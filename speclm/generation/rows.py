@@ -8,20 +8,29 @@ from torch import Tensor
 
 from speclm.acceptance.accepted import Accepted
 from speclm.config import MAX_LEAD
+from speclm.generation.stop_strings import StopStrings
 
 
 class Rows:
     """New tokens of every row, on the host.
 
-    A row ends with its end-of-sequence token or when it has `max_new_tokens`. A row waits while
-    it is `MAX_LEAD` tokens ahead of the slowest one that still runs.
+    A row ends with its end-of-sequence token, with a stop string, or when it has `max_new_tokens`.
+    A row waits while it is `MAX_LEAD` tokens ahead of the slowest one that still runs.
     """
 
-    def __init__(self, *, batch: int, max_new_tokens: int, eos_token_ids: Collection[int]) -> None:
+    def __init__(
+        self,
+        *,
+        batch: int,
+        max_new_tokens: int,
+        eos_token_ids: Collection[int],
+        stop_strings: StopStrings | None = None,
+    ) -> None:
         """Start with empty rows."""
         self.tokens: list[list[int]] = [[] for _ in range(batch)]
         self.is_live = [max_new_tokens > 0] * batch
-        self._max_new_tokens = max_new_tokens
+        self._max_new_tokens = [max_new_tokens] * batch
+        self._stop_strings = stop_strings
         self.eos_token_ids = frozenset(eos_token_ids)
 
     @property
@@ -47,21 +56,28 @@ class Rows:
     @property
     def most_remaining(self) -> int:
         """Most tokens that any running row may still be given."""
-        return max(
-            (
-                self._max_new_tokens - len(tokens)
-                for tokens, is_live in zip(self.tokens, self.is_live, strict=True)
-                if is_live
-            ),
-            default=0,
-        )
+        rows = zip(self.tokens, self._max_new_tokens, self.is_live, strict=True)
+        return max((most - len(tokens) for tokens, most, is_live in rows if is_live), default=0)
+
+    def last(self) -> list[int]:
+        """Return the running rows that have fewest tokens."""
+        running = [row for row, is_live in enumerate(self.is_live) if is_live]
+        fewest = min((len(self.tokens[row]) for row in running), default=0)
+        return [row for row in running if len(self.tokens[row]) == fewest]
 
     def admit(self, accepted: Accepted) -> Accepted:
         """Take over a round's tokens and end the rows that are complete.
 
         Returns:
-            What was taken: rows are cut behind their end, and empty when they had ended before.
+            What was taken: rows are cut after their end, and empty when they had ended before.
         """
+        cut = self.cut(accepted)
+        for row, emitted in enumerate(cut.emitted):
+            self.extend(row, emitted)
+        return cut
+
+    def cut(self, accepted: Accepted) -> Accepted:
+        """Return what rows may take of a round's tokens: none after the end of a row."""
         slowest = min(
             len(tokens)
             for tokens, is_live in zip(self.tokens, self.is_live, strict=True)
@@ -70,16 +86,19 @@ class Rows:
         limits = [
             self._limit(row, emitted, slowest) for row, emitted in enumerate(accepted.emitted)
         ]
-        cut = accepted.cut(limits)
-        for row, emitted in enumerate(cut.emitted):
-            self.extend(row, emitted)
-        return cut
+        if self._stop_strings is not None:
+            emitted = [row[:limit] for row, limit in zip(accepted.emitted, limits, strict=True)]
+            for row, length in self._stop_strings.first_stops(self.tokens, emitted).items():
+                limits[row] = length
+                self._max_new_tokens[row] = len(self.tokens[row]) + length
+        return accepted.cut(limits)
 
     def extend(self, row: int, emitted: list[int]) -> None:
         """Append tokens to a row and end it when it is complete."""
         tokens = self.tokens[row]
         tokens += emitted
-        if emitted and (emitted[-1] in self.eos_token_ids or len(tokens) >= self._max_new_tokens):
+        is_full = len(tokens) >= self._max_new_tokens[row]
+        if emitted and (emitted[-1] in self.eos_token_ids or is_full):
             self.is_live[row] = False
 
     def append(self, tokens: list[int]) -> None:
@@ -105,7 +124,7 @@ class Rows:
         if not self.is_live[row]:
             return 0
         length = len(self.tokens[row])
-        limit = min(self._max_new_tokens - length, slowest + MAX_LEAD - length)
+        limit = min(self._max_new_tokens[row] - length, slowest + MAX_LEAD - length)
         for index, token in enumerate(emitted[:limit]):
             if token in self.eos_token_ids:
                 return index + 1

@@ -1,7 +1,10 @@
 """One generation: propose, verify, accept and commit, round by round."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
+from time import perf_counter
 
 import torch
 from jaxtyping import Float, Int
@@ -21,7 +24,8 @@ from speclm.generation.drafting import (
     with_padding,
 )
 from speclm.generation.frontier import Frontier, nan_logits
-from speclm.generation.pace import Pace
+from speclm.generation.listener import Listener
+from speclm.generation.pausing import Pausing
 from speclm.generation.rows import Rows
 from speclm.generation.timing import forward_timings
 from speclm.generation.tuning import TreeTuner
@@ -45,6 +49,9 @@ class Run:
     chooser: TokenChooser
     rows: Rows
     frontier: Frontier | None
+    listener: Listener | None
+    """What is told of every position of a single row; None where the frontier does it, or nobody
+    asks."""
     num_prompt_tokens: int
     num_unseen: int
     """Slots in front of the prompt, of which the cache that was passed in knows the tokens."""
@@ -61,7 +68,8 @@ class Run:
     draws: Draws | None = None
     noise: PositionNoise | None = None
     roots: Tensor | None = None
-    pace: Pace | None = None
+    pausing: Pausing | None = None
+    """What says whether a round should have a draft; None for one in every round."""
     plan: TreePlan | None = None
     """What every draft should be; None for what the proposer's own settings say."""
     tuner: TreeTuner | None = None
@@ -125,14 +133,16 @@ class Run:
             sampler=self._sampler,
             chooser=self.chooser,
         )
-        draft = roots_alone(self.roots)
+        draft, seconds = roots_alone(self.roots), None
         needs_features = self.features != TargetFeatures.NONE
         with stats.phase("prefill"):
             if self.proposer is not None and not needs_features:
                 self.proposer.begin(prompt)
                 can_merge = embeddings is None and self.session.merges_prompt
-                if can_merge and new.shape[1] <= MAX_MERGED_PROMPT and self._pays:
+                if can_merge and new.shape[1] <= MAX_MERGED_PROMPT and self._wants_draft():
+                    start = perf_counter()
                     draft = self._propose()
+                    seconds = perf_counter() - start
             if draft.topology.num_nodes == 1:
                 logits = self.session.prefill(new if embeddings is None else embeddings)
             else:
@@ -150,16 +160,18 @@ class Run:
         taken = self._settle(draft, logits)
         for row, emitted in zip(stats.rows, taken.emitted, strict=True):
             row.prefill_tokens = len(emitted)
+        if self.pausing is not None:
+            self.pausing.record_prefill(tokens=_mean_length(taken, range(batch)), seconds=seconds)
 
     def round(self) -> None:
         """Propose, verify, accept and commit once."""
         stats, rows = self.stats, self.rows
-        num_live = sum(rows.is_live)
+        last_rows = rows.last()
         if self.noise is not None:
             self.noise.seek(rows.num_tokens, live=rows.is_live)
         may_draft = (
-            not self.session.is_behind
-            and self._pays
+            self._wants_draft()
+            and not self.session.is_behind
             and self.proposer is not None
             and rows.most_remaining > 1
         )
@@ -177,11 +189,10 @@ class Run:
             seconds = {name: stats.seconds[name] - past for name, past in before.items()}
             self.tuner.record(draft, taken.paths, is_whole=rows.is_live, seconds=seconds)
         is_usual = self.tuner is None or not (may_draft and self.tuner.is_exploring)
-        if self.pace is not None:
-            self.pace.record(
-                tokens=sum(map(len, taken.emitted)),
+        if self.pausing is not None:
+            self.pausing.record(
+                tokens=_mean_length(taken, last_rows),
                 drafted=may_draft,
-                num_live=num_live,
                 seconds=None if is_usual else math.nan,
             )
 
@@ -198,15 +209,14 @@ class Run:
         return not self.session.needs_lockstep and self.target.rotary_switch is None
 
     @property
-    def _pays(self) -> bool:
-        """Whether a draft is expected to be worth its time."""
-        return self.pace is None or self.pace.wants_draft()
-
-    @property
     def _fed_roots(self) -> Int[Tensor, " batch"]:
         """Tokens to feed next: the roots, and padding behind the end of rows that go on with it."""
         assert self.roots is not None
         return self.roots if self.frontier is None else self.frontier.ids[:, -1]
+
+    def _wants_draft(self) -> bool:
+        """Start the round's clock; return whether a draft is expected to be worth its time."""
+        return self.pausing is None or self.pausing.wants_draft()
 
     def _plan_round(self, tuner: TreeTuner) -> None:
         """Have the next draft as the tuner wants it."""
@@ -219,8 +229,8 @@ class Run:
                 context=self.num_unseen + self.num_prompt_tokens + self.rows.num_steps,
                 max_length=self._max_slots,
             )
-            if self.pace is not None:  # what was measured is no part of the round
-                self.pace.restart_clock()
+            if self.pausing is not None:  # what was measured is no part of the round
+                self.pausing.restart_clock()
         plan = tuner.next_plan()
         if plan != self.plan:
             self.plan = plan
@@ -230,10 +240,11 @@ class Run:
         """Accept, take over and commit; return what was taken."""
         with self.stats.phase("accept"):
             if self.frontier is None:
-                taken = self.rows.admit(self._accept(draft, logits))
+                taken = self._take(self._accept(draft, logits))
                 kept = taken.paths
             else:
-                taken, kept = self._advance(self.frontier, draft, logits)
+                decided = None if self.rule.is_exact else self._accept(draft, logits).emitted
+                taken, kept = self.frontier.follow(draft, logits, self.noise, decided=decided)
             if self.target.features is not None:
                 nodes = draft.topology.num_nodes
                 taken = taken.with_features(self.target.features[:, -nodes:])
@@ -244,49 +255,12 @@ class Run:
                 self._commit(taken)
         return taken
 
-    def _advance(
-        self, frontier: Frontier, draft: Draft, logits: Float[Tensor, "batch nodes vocab"]
-    ) -> tuple[Accepted, list[list[int]]]:
-        """Decide position by position for all rows, as far as all of them follow the draft.
-
-        Returns:
-            What running rows were given, and the nodes to keep in all rows, ended ones included.
-        """
-        decided = None if self.rule.is_exact else self._accept(draft, logits).emitted
-        batch = torch.arange(len(logits), device=logits.device)
-        tokens, parents = draft.tokens.tolist(), draft.topology.host_parents
-        nodes = [0] * len(tokens)
-        kept: list[list[int]] = [[] for _ in tokens]
-        paths: list[list[int]] = [[] for _ in tokens]
-        emitted: list[list[int]] = [[] for _ in tokens]
-        for depth in range(draft.topology.max_depth + 1):
-            was_live = self.rows.is_live
-            at_nodes = torch.tensor(nodes, device=logits.device)
-            column = frontier.advance(
-                logits[batch, at_nodes],
-                self.noise,
-                depth=depth,
-                chosen=None if decided is None else [_at(row, depth) for row in decided],
-            )
-            for row, (node, token) in enumerate(zip(nodes, column, strict=True)):
-                kept[row].append(node)
-                if was_live[row]:
-                    paths[row].append(node)
-                    emitted[row].append(token)
-            children = [
-                _child(parents[row if len(parents) > 1 else 0], tokens[row], node, token)
-                for row, (node, token) in enumerate(zip(nodes, column, strict=True))
-            ]
-            is_decided = decided is None or all(
-                len(row) > depth + 1
-                for row, live in zip(decided, self.rows.is_live, strict=True)
-                if live
-            )
-            if None in children or not is_decided or not self.rows.any_live:
-                break
-            nodes = [child for child in children if child is not None]
-        frontier.end_round(len(kept[0]) - 1)
-        return Accepted.from_host(paths, emitted, device=logits.device), kept
+    def _take(self, accepted: Accepted) -> Accepted:
+        """Take over what rows may take, and tell who listens."""
+        if self.listener is None:
+            return self.rows.admit(accepted)
+        cut = self.rows.cut(accepted)
+        return cut.cut([self.listener.hear(cut.emitted[0], self.noise)])
 
     def _propose(self) -> Draft:
         assert self.roots is not None
@@ -378,23 +352,11 @@ class Run:
                 )
 
 
+def _mean_length(taken: Accepted, rows: Sequence[int]) -> float:
+    """Return the mean number of tokens that some rows were given."""
+    return fmean(len(taken.emitted[row]) for row in rows)
+
+
 def _through(nodes: list[list[int]], paths: list[list[int]]) -> list[list[int]]:
     """Return the nodes of another draft that each row's nodes are made of."""
     return [[own[node] for node in path] for own, path in zip(nodes, paths, strict=True)]
-
-
-def _child(parents: list[int], tokens: list[int], node: int, token: int) -> int | None:
-    """Return the first child of a node with the given token."""
-    return next(
-        (
-            child
-            for child in range(node + 1, len(parents))
-            if parents[child] == node and tokens[child] == token
-        ),
-        None,
-    )
-
-
-def _at(row: list[int], depth: int) -> int:
-    """Return a row's token at a depth; any number behind the end of a row that is not running."""
-    return row[depth] if depth < len(row) else 0

@@ -12,7 +12,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils.generic import ModelOutput
 
 from speclm.acceptance import AcceptanceRule
-from speclm.generation import Generated, PaceMemory, TreeMemory, generate_tokens
+from speclm.generation import Generated, PauseMemory, TreeMemory, generate_tokens
 from speclm.generation.delegation import CACHE_INPUTS
 from speclm.model.arguments import resolve_setting
 from speclm.model.fitting import claimed
@@ -48,7 +48,7 @@ def decode(  # noqa: PLR0913 - a call has many sides
     proposer: Proposer | None,
     stats: SpeculationStats,
     rule: AcceptanceRule,
-    paces: PaceMemory | None,
+    pauses: PauseMemory | None,
     tree: TreePlan | None = None,
     trees: TreeMemory | None = None,
 ) -> Tensor | SpeculativeOutput:
@@ -63,7 +63,7 @@ def decode(  # noqa: PLR0913 - a call has many sides
         proposer: Guesses tokens.
         stats: Counters to fill.
         rule: Decides which guesses are kept when sampling.
-        paces: What earlier calls measured; None to draft in every round.
+        pauses: What earlier calls measured; None to draft in every round.
         tree: What every draft should be; None for what the proposer's settings say.
         trees: What earlier calls learned about trees, for drafts that follow from it.
 
@@ -82,7 +82,7 @@ def decode(  # noqa: PLR0913 - a call has many sides
                 proposer=proposer,
                 stats=stats,
                 rule=rule,
-                paces=paces,
+                pauses=pauses,
                 tree=tree,
                 trees=trees,
                 streamer=arguments.get("streamer"),

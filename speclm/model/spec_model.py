@@ -21,7 +21,7 @@ from transformers.utils.generic import ModelOutput
 
 from speclm.acceptance import AcceptanceRule, resolve_acceptance_rule
 from speclm.errors import BusyError, OptionError, UnsupportedModelError
-from speclm.generation import NeedsPlainDecoding, PaceMemory, TreeMemory
+from speclm.generation import NeedsPlainDecoding, PauseMemory, TreeMemory
 from speclm.model.arguments import first_delegated, require_acceptable
 from speclm.model.attaching import attach, detach, enter
 from speclm.model.call import decode, with_counters
@@ -85,7 +85,7 @@ class SpecModel:
         self.last_speculation: SpeculationStats | None = None
         self.adaptive = adaptive
         self.tree = tree
-        self._paces, self.trees = PaceMemory(), TreeMemory()
+        self._pauses, self.trees = PauseMemory(), TreeMemory()
         self._logged: set[str] = set()
 
     @classmethod
@@ -278,7 +278,7 @@ class SpecModel:
                 proposer=self.proposer,
                 stats=stats,
                 rule=rule,
-                paces=self._paces if self.adaptive and not isinstance(plan, TreePlan) else None,
+                pauses=self._pauses if self.adaptive and not isinstance(plan, TreePlan) else None,
                 tree=plan if isinstance(plan, TreePlan) else None,
                 trees=self.trees if plan == AUTO else None,
             )

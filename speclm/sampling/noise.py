@@ -82,6 +82,10 @@ class PositionNoise:
                     self._matrices.pop(drawn, None)
                 del self._states[step:]
 
+    def has_drawn(self, step: int) -> bool:
+        """Return whether the noise of a step has been drawn, and still counts."""
+        return step < len(self._states)
+
     def finish(self, num_steps: int) -> None:
         """Put the generator where plain decoding leaves it after `num_steps` draws."""
         if num_steps < len(self._states):
@@ -102,6 +106,16 @@ class PositionNoise:
             drawn = torch.empty(self._shape, device=self._device).exponential_(1.0)
             self._matrices[len(self._states) - 1] = drawn
         return self._matrices[step]
+
+
+@contextmanager
+def as_if_drawn(noise: PositionNoise | None, step: int) -> Iterator[None]:
+    """Let code run as `PositionNoise.foreign_code` does; without noise nothing is to be done."""
+    if noise is None:
+        yield
+        return
+    with noise.foreign_code(step):
+        yield
 
 
 def _get_state(device: torch.device) -> Tensor:
