@@ -11,6 +11,7 @@ from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaL
 
 from speclm import SpecModel
 from speclm.acceptance import RejectionRule
+from speclm.generation.pausing import Pausing
 from speclm.proposers import ChainDraftProposer, DraftModelProposer, NgramProposer
 from speclm.target.chains import MAX_OWED
 from speclm.testing import ScriptedProposer
@@ -128,7 +129,9 @@ def test_forwards_are_as_few_as_the_draft_allows(name, lengths):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_rounds_to_catch_up_are_forwards_that_count_and_draft_nothing(name):
+def test_rounds_to_catch_up_are_forwards_that_count_and_draft_nothing(name, monkeypatch):
+    asked: list[int] = []  # which starts the clock of a round, whether it drafts or not
+    monkeypatch.setattr(Pausing, "wants_draft", lambda _: not asked.append(1))
     base, spec, inputs = target(name), spec_of(name), prompts(9)
     plain = base.generate(**inputs, **GREEDY, max_new_tokens=40)[0, 9:].tolist()
     # One token is right and the next one wrong, so that a recurrent model reads most tokens twice.
@@ -142,6 +145,7 @@ def test_rounds_to_catch_up_are_forwards_that_count_and_draft_nothing(name):
     assert found[0, 9:].tolist() == plain
     stats = spec.last_speculation
     assert len(fed) == 1 + stats.rounds
+    assert len(asked) == stats.rounds
     num_behind = sum(num_tokens > MAX_OWED + 1 for num_tokens in fed)
     assert (num_behind > 0) == (name == HYBRID)
     assert max(fed[1:]) <= MAX_OWED + 1 + 2 + 1  # owed, the root, the draft

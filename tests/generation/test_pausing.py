@@ -134,7 +134,8 @@ def test_first_call_loses_less_than_a_twentieth(cost, batch):
 @pytest.mark.parametrize(
     ("cost", "acceptance", "batch"), [(1.2, 0.5, 1), (1.4, 0.6, 4), (1.8, 0.8, 1), (2.5, 0.9, 4)]
 )
-def test_good_drafts_lose_less_than_a_thirtieth(cost, acceptance, batch, num_tokens=30):
+def test_good_drafts_lose_less_than_a_thirtieth(cost, acceptance, batch):
+    num_tokens = 30
     machine, memory = Machine(cost=cost, acceptance=always(acceptance)), PauseMemory()
     spent = sum(
         decode(machine, memory, num_tokens=num_tokens, batch=batch).seconds for _ in range(50)
