@@ -14,6 +14,7 @@ from speclm.cli._models import Loaded, load
 from speclm.cli.bench import positive_numbers, read_prompts
 from speclm.demo import load_prompts
 from speclm.errors import OptionError
+from speclm.files import write_file
 from speclm.generation import TreeMemory
 from speclm.generation.ranks import RankRecorder
 from speclm.model import SpecModel
@@ -161,6 +162,6 @@ def _write(path: Path, tree: Choices, tau: float, loaded: Loaded, heads: str | N
         "heads": heads or "default",
     }
     try:
-        path.write_text(json.dumps(record) + "\n", encoding="utf-8")
+        write_file(path, json.dumps(record) + "\n")
     except OSError as error:
         raise OptionError(f"--save {str(path)!r} cannot be written ({error})") from error

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from typing_extensions import override
 
 from speclm.errors import OptionError
-from speclm.formats import write_eagle
+from speclm.formats import hub_id, write_eagle
 from speclm.heads import EagleConfig, EagleHeads, eagle_checkpoint
 from speclm.model.loading import load_proposer
 from speclm.proposers.eagle import EagleProposer
@@ -150,6 +150,6 @@ class EagleTrainer(HeadsTrainer):
 
     @override
     def _write(self, folder: Path) -> None:
-        name = self._view.model.config.name_or_path or None
-        checkpoint = eagle_checkpoint(self.heads, base_name_or_path=name)
+        base_id = hub_id(self._view.model.config.name_or_path)  # paths are not written
+        checkpoint = eagle_checkpoint(self.heads, base_name_or_path=base_id)
         write_eagle(folder, checkpoint, num_target_layers=self._view.num_layers)

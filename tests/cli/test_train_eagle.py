@@ -34,7 +34,7 @@ def test_heads_of_eagle3_are_trained_and_their_figures_printed(train, options):
     assert [f"step{step}" in result.output for step in range(4)] == [True, True, True, False]
     saved = read_eagle(options["--out"])
     assert (saved.config.kind, saved.config.draft_vocab_size) == ("eagle3", 8)
-    assert saved.base_name_or_path == str(options["--base"])
+    assert saved.base_name_or_path is None  # a path of this machine
 
 
 def test_heads_of_eagle_are_trained_on_one_step_and_measured_on_more(train, options):
