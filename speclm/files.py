@@ -131,11 +131,12 @@ def written_together(folder: Path, *, last: str) -> Iterator[Path]:
 
 def _require_shallow(found: Any) -> None:
     level = [found]
-    for _ in range(MAX_LEVELS):
-        parts = (part.values() if isinstance(part, dict) else part for part in level)
-        level = [value for part in parts for value in part if isinstance(value, dict | list)]
-        if not level:
+    for _ in range(MAX_LEVELS + 1):
+        nested = [value for value in level if isinstance(value, dict | list)]
+        if not nested:
             return
+        parts = (value.values() if isinstance(value, dict) else value for value in nested)
+        level = [value for part in parts for value in part]
     raise ValueError(f"it is nested deeper than {MAX_LEVELS} levels")
 
 

@@ -1,6 +1,5 @@
 """``speclm bench``: measures a base with a proposer on prompts of your own."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +18,7 @@ from speclm.bench import (
 from speclm.cli._models import Loaded, load
 from speclm.cli._tables import add_comparison, comparison_table
 from speclm.errors import OptionError
+from speclm.files import load_json
 
 Prompt = str | list[dict[str, str]]
 
@@ -105,8 +105,8 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 def _parse(line: str, where: str) -> Prompt:
     try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
+        value = load_json(line)
+    except ValueError as error:
         raise OptionError(f"{where}: expected a JSON object, found {line[:40]!r}") from error
     match value:
         case {"messages": [*messages]} if messages:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from speclm.errors import CheckpointError, TopologyError, UnknownNameError
+from speclm.errors import CheckpointError, TopologyError, TreeBudgetError, UnknownNameError
 from speclm.files import write_file, written_together
 from speclm.tree.choices import Choices, normalize_choices
 
@@ -68,7 +68,7 @@ def read_choices(folder: Path, config: Mapping[str, Any]) -> Choices | None:
         return None
     try:
         return normalize_choices(choices)
-    except (TopologyError, UnknownNameError, TypeError) as error:
+    except (TopologyError, TreeBudgetError, UnknownNameError) as error:
         raise CheckpointError(
             f"{folder / 'config.json'}: speclm.choices is no tree ({error}); remove it or pass tree"
         ) from error

@@ -179,6 +179,8 @@ def _read(path: Path, key: TimingKey) -> Timings | None:
         timings = tuple((int(size), float(seconds)) for size, seconds in record["timings"])
         if record["checksum"] != _checksum(key, timings) or not timings:
             raise ValueError("its checksum is another")
+        if not all(0 <= seconds < math.inf for _, seconds in timings):
+            raise ValueError("its times are not finite")
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, ArithmeticError) as error:

@@ -44,7 +44,7 @@ def read_table(path: str) -> LaunchTable:
         found = read_json(Path(path))
     except OSError as error:
         raise KernelError(
-            f"{path} cannot be read ({error.strerror}); correct or unset {VARIABLE}"
+            f"{path} cannot be read ({error.strerror or error}); correct or unset {VARIABLE}"
         ) from error
     except ValueError as error:
         raise KernelError(
