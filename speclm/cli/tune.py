@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from speclm.bench import Call, make_calls, setting_options
-from speclm.cli._models import Loaded, load
+from speclm.cli._models import HeadsRevision, Loaded, load
 from speclm.cli.bench import positive_numbers, read_prompts
 from speclm.demo import load_prompts
 from speclm.errors import OptionError
@@ -32,6 +32,7 @@ def tune(  # noqa: PLR0913, PLR0917 - each is an option of the command
     heads: Annotated[
         str | None, typer.Option(help="Proposer name, folder or hub id of heads or a draft model.")
     ] = None,
+    heads_revision: HeadsRevision = None,
     data: Annotated[
         Path | None,
         typer.Option(help='JSON lines with "messages" or "prompt"; by default bundled ones.'),
@@ -60,7 +61,7 @@ def tune(  # noqa: PLR0913, PLR0917 - each is an option of the command
     texts = (read_prompts(data) if data else load_prompts("sql_tune"))[:n]
     sizes, options = positive_numbers(batch), setting_options(setting)
     options = {**options, "max_new_tokens": max_new_tokens}
-    loaded, console = load(base, heads, dtype=dtype), Console()
+    loaded, console = load(base, heads, dtype=dtype, heads_revision=heads_revision), Console()
     proposer = loaded.spec.proposer
     if proposer is None:
         raise OptionError("--heads is 'none', expected what guesses; drop it, or pass ngram")

@@ -67,7 +67,9 @@ def new_eagle_heads(
     return heads
 
 
-def load_eagle_heads(base: PreTrainedModel, heads: str | Path) -> EagleHeads:
+def load_eagle_heads(
+    base: PreTrainedModel, heads: str | Path, *, revision: str | None = None
+) -> EagleHeads:
     """Return saved heads to go on training, in float32 and on the base's device.
 
     They keep their numbers and their draft vocabulary. Matrices that are copies of the base's are
@@ -76,15 +78,17 @@ def load_eagle_heads(base: PreTrainedModel, heads: str | Path) -> EagleHeads:
     Args:
         base: The target.
         heads: Folder or hub id.
+        revision: Branch, tag or commit on the hub; None for the main branch.
 
     Raises:
         OptionError: If they are no EAGLE heads, or have another width than the base.
         VocabularyMismatchError: If they were made for another vocabulary.
         CheckpointError: If they are damaged or incomplete.
     """
-    proposer = load_proposer(
-        heads, base, heads_kwargs={"dtype": torch.float32}, num_draft_tokens=None
-    )
+    options: dict[str, Any] = {"dtype": torch.float32}
+    if revision is not None:
+        options["revision"] = revision
+    proposer = load_proposer(heads, base, heads_kwargs=options, num_draft_tokens=None)
     if not isinstance(proposer, EagleProposer):
         raise OptionError(
             f"heads {str(heads)!r} are those of a {type(proposer).__name__}, expected EAGLE heads; "
