@@ -16,7 +16,6 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from transformers import PreTrainedModel
 
 from speclm.errors import OptionError, UnknownNameError, reason_of, shown
 from speclm.files import read_json
@@ -33,8 +32,18 @@ _LEFTOVERS = (
     *("*optim_states*", "*model_states*", "*/*"),
 )
 _REPOSITORY = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
+_MAX_NAME = 96  # characters; the hub has none longer
 _KINDS = ("base", "draft", "draft_model", "medusa", "eagle", "eagle2", "eagle3")
 _SIMILAR = 0.75  # above which a name without an organisation is taken for a typo
+
+_TYPES: dict[str, Any] = {
+    "revision": str | None,
+    "token": str | bool | None,
+    "cache_dir": str | Path | None,
+    "subfolder": str,
+    "local_files_only": bool,
+    "force_download": bool,
+}
 
 Kind = Literal["medusa", "eagle", "draft model"]
 
@@ -52,7 +61,7 @@ class HubOptions:
         force_download: Whether files are downloaded that are in the cache already.
 
     Raises:
-        OptionError: If one is of another type, or the subfolder is outside of the repository.
+        OptionError: If the subfolder is outside of the repository.
     """
 
     revision: str | None = None
@@ -63,21 +72,6 @@ class HubOptions:
     force_download: bool = False
 
     def __post_init__(self) -> None:
-        types = {
-            "revision": str | None,
-            "token": str | bool | None,
-            "subfolder": str,
-            "cache_dir": str | Path | None,
-            "local_files_only": bool,
-            "force_download": bool,
-        }
-        for name, expected in types.items():
-            value = getattr(self, name)
-            if not isinstance(value, expected):
-                raise OptionError(
-                    f"{name} in heads_kwargs is a {type(value).__name__}, expected {expected}; "
-                    "correct it"
-                )
         parts = Path(self.subfolder).parts
         if ".." in parts or Path(self.subfolder).is_absolute():
             raise OptionError(
@@ -88,22 +82,19 @@ class HubOptions:
 
     @classmethod
     def split(cls, options: Mapping[str, Any]) -> tuple[Self, dict[str, Any]]:
-        """Return the options of this class, and the others."""
-        names = {option.name for option in fields(cls)}
-        mine = {name: value for name, value in options.items() if name in names}
-        return cls(**mine), {name: v for name, v in options.items() if name not in names}
+        """Return the options of this class, and the others.
 
-    def of(self, heads: str | Path, base: PreTrainedModel) -> Self:
-        """Return the options for heads of a base.
-
-        Heads in the base's own repository are taken from the commit that the base was loaded from,
-        unless a revision is given.
+        Raises:
+            OptionError: If one is of another type.
         """
-        is_same = str(heads) == base.config.name_or_path and not _is_there(heads)
-        commit = getattr(base.config, "_commit_hash", None)
-        if is_same and commit is not None and self.revision is None:
-            return replace(self, revision=commit)
-        return self
+        mine = {name: value for name, value in options.items() if name in _TYPES}
+        for name, value in mine.items():
+            if not isinstance(value, _TYPES[name]):
+                raise OptionError(
+                    f"{name} in heads_kwargs is a {type(value).__name__}, expected "
+                    f"{_TYPES[name]}; correct it"
+                )
+        return cls(**mine), {name: v for name, v in options.items() if name not in mine}
 
     @property
     def given(self) -> dict[str, Any]:
@@ -111,6 +102,23 @@ class HubOptions:
         found = {option.name: getattr(self, option.name) for option in fields(self)}
         default = {option.name: option.default for option in fields(self)}
         return {name: value for name, value in found.items() if value != default[name]}
+
+
+def options_beside_base(
+    heads_kwargs: Any, kwargs: Mapping[str, Any], *, heads: Any, base: str | Path
+) -> Any:
+    """Return `heads_kwargs`, with the base's options of the hub where both are one repository.
+
+    Args:
+        heads_kwargs: As the user gave them; they go before the base's.
+        kwargs: Arguments of the base's ``from_pretrained``.
+        heads: As the user gave them.
+        base: Folder or hub id of the base.
+    """
+    is_same = isinstance(heads, str | Path) and str(heads) == str(base) and not _is_there(base)
+    if not is_same or not isinstance(heads_kwargs, dict | None):
+        return heads_kwargs
+    return {**{name: kwargs[name] for name in _TYPES if name in kwargs}, **(heads_kwargs or {})}
 
 
 def find_heads(heads: str | Path, hub: HubOptions) -> tuple[Kind, Path]:
@@ -174,7 +182,8 @@ def _require_repository(name: str) -> None:
     """
     registered = sorted(registered_proposers())
     known = f"registered are {registered!r}"
-    if not _REPOSITORY.fullmatch(name) or ".." in name or "--" in name:
+    is_long = len(name) > _MAX_NAME
+    if is_long or not _REPOSITORY.fullmatch(name) or ".." in name or "--" in name:
         raise UnknownNameError(
             f"heads {shown(name)} is not a registered proposer, nor a folder that exists, nor a "
             f"hub id such as 'org/name'; {known}"

@@ -87,7 +87,6 @@ def load_proposer(
     if str(heads) in registered_proposers():
         return _create(str(heads), {**heads_kwargs, **options})
     hub, heads_kwargs = HubOptions.split(heads_kwargs)
-    hub = hub.of(heads, base)
     kind, folder = find_heads(heads, hub)
     if kind == "medusa":
         return _load_medusa(folder, heads, base, {**heads_kwargs, **options})

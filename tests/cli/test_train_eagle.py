@@ -71,6 +71,7 @@ def test_resume_goes_on_where_a_training_ended(train, options):
         ({"draft_vocab_size": 0}, "--draft-vocab-size is 0, expected at least 1"),
         ({"init": "heads", "num_layers": 2}, "--num-layers is 2 beside --init 'heads'"),
         ({"init": "heads", "draft_vocab_size": 4}, "--draft-vocab-size is 4 beside --init"),
+        ({"init_revision": "v2"}, "--init-revision is .v2. without --init"),
         ({"learning_rate": "nan"}, "--learning-rate is nan"),
         ({"decay": "2"}, "decay is 2.0, expected 0.0 to 1.0"),
     ],
