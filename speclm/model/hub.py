@@ -104,7 +104,7 @@ class HubOptions:
         return {name: value for name, value in found.items() if value != default[name]}
 
 
-def options_beside_base(
+def with_base_options(
     heads_kwargs: Any, kwargs: Mapping[str, Any], *, heads: Any, base: str | Path
 ) -> Any:
     """Return `heads_kwargs`, with the base's options of the hub where both are one repository.

@@ -26,7 +26,7 @@ from speclm.model.arguments import first_delegated, require_acceptable
 from speclm.model.attaching import attach, detach, enter
 from speclm.model.call import decode, with_counters
 from speclm.model.fitting import require_fits
-from speclm.model.hub import options_beside_base
+from speclm.model.hub import with_base_options
 from speclm.model.loading import Heads, load_proposer
 from speclm.model.report import write_report
 from speclm.model.saving import push_heads, save_heads
@@ -108,14 +108,13 @@ class SpecModel:
             heads: Name of a registered proposer, folder or hub id of heads or of a draft model, a
                 loaded draft model, a `Proposer`, or None. A list of these joins their guesses.
             heads_kwargs: From the hub: revision, token, cache_dir, subfolder, local_files_only and
-                force_download. For a draft model: arguments of its ``from_pretrained``; it gets
-                the base's dtype and device by default. For heads and proposers: their options.
+                force_download. For a draft model: arguments of its ``from_pretrained``, by default
+                the base's dtype and device. For heads and proposers: their options.
             num_draft_tokens: Most tokens drafted a round; by default the proposer's own choice.
-            adaptive: Whether rounds go without a draft while drafts do not pay; by default they
-                do, unless a static tree is given.
+            adaptive: As in the constructor; by default on, unless a static tree is given.
             tree: What the drafts of calls should be that do not say so themselves; see `generate`.
-            **kwargs: Of the base's ``from_pretrained``; revision and the like reach heads only where
-                they lie in the base's own repository.
+            **kwargs: Of the base's ``from_pretrained``. Heads of the same name, which lie in its
+                repository, get those of the hub too.
 
         Raises:
             UnknownNameError: If `heads` is a string that names nothing.
@@ -138,7 +137,7 @@ class SpecModel:
             model = base
         else:
             model = AutoModelForCausalLM.from_pretrained(base, **kwargs)
-            heads_kwargs = options_beside_base(heads_kwargs, kwargs, heads=heads, base=base)
+            heads_kwargs = with_base_options(heads_kwargs, kwargs, heads=heads, base=base)
         proposer = load_proposer(
             heads, model, heads_kwargs=heads_kwargs, num_draft_tokens=num_draft_tokens
         )

@@ -141,6 +141,8 @@ def running_hub(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub
         patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         patch.setattr(constants, "HF_HUB_CACHE", str(root / "cache"))
         patch.setattr(constants, "HF_XET_CACHE", str(root / "xet"), raising=False)
+        # Transformers makes its client once, for the hub that it knows then.
+        patch.setattr("transformers.utils.hub._hf_api", None, raising=False)
         patch.setenv("NO_PROXY", "127.0.0.1")
         huggingface_hub.close_session()
         yield hub
