@@ -5,6 +5,21 @@ SpeclmError`` and ``except ValueError`` work. Messages say what was found, what 
 what to do.
 """
 
+import reprlib
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+
+
+def shown(value: object) -> str:
+    """Return a value as a message shows it: cut where it is long or nested."""
+    return _SHORT.repr(value)
+
+
+def reason_of(error: Exception) -> str:
+    """Return the kind of an error and what it says, on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
 
 class SpeclmError(Exception):
     """Base of all errors raised by speclm."""

@@ -1,8 +1,6 @@
 """Records of measurements, one JSON object a line."""
 
 import json
-import os
-import tempfile
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +16,7 @@ from speclm.bench.machine import (
 )
 from speclm.bench.pairs import Comparison, Spread
 from speclm.errors import MeasurementError
+from speclm.files import append_line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,21 +120,7 @@ def append_record(path: Path, record: Record) -> None:
     """
     _require_honest(record)
     path.parent.mkdir(parents=True, exist_ok=True)
-    before = path.read_bytes() if path.exists() else b""
-    if before and not before.endswith(b"\n"):
-        before += b"\n"
-    line = json.dumps(asdict(record), ensure_ascii=False) + "\n"
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(before + line.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    append_line(path, json.dumps(asdict(record), ensure_ascii=False))
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -1,8 +1,6 @@
 """`Chat`: answers in turns, of which only what is new is read."""
 
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -20,6 +18,7 @@ from typing_extensions import override
 
 from speclm.chat.text_stream import Piece, RoundStreamer
 from speclm.errors import OptionError, PromptError
+from speclm.files import append_line
 from speclm.model.arguments import resolve_setting
 from speclm.model.spec_model import SpecModel
 from speclm.stats import PHASES, RowStats, SpeculationStats
@@ -207,7 +206,7 @@ class Chat:
             raise OptionError("there is no turn to save yet; ask something first")
         row = json.dumps({"messages": self.messages}, ensure_ascii=False)
         try:
-            _append_line(Path(path).resolve(), row)
+            append_line(Path(path), row)
         except OSError as error:
             raise OptionError(
                 f"{str(path)!r} cannot be written ({error}); name a file in a folder that exists"
@@ -356,21 +355,3 @@ def _add_up(answers: Iterable[SpeculationStats]) -> SpeculationStats:
         total.is_lossy |= stats.is_lossy
     total.rows = rows
     return total
-
-
-def _append_line(path: Path, line: str) -> None:
-    before = path.read_bytes() if path.exists() else b""
-    if before and not before.endswith(b"\n"):
-        before += b"\n"
-    mode = path.stat().st_mode & 0o777 if path.exists() else 0o644
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(before + line.encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(mode)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

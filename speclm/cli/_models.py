@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -20,6 +21,10 @@ from speclm.model.loading import Heads
 
 BUNDLED_HEADS = ("draft", "medusa", "eagle", "eagle3")
 """Assets that propose for the bundled base."""
+
+HeadsRevision = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of heads or a draft model on the hub.")
+]
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -38,7 +43,12 @@ class Loaded:
 
 
 def load(
-    base: str | None, heads: str | None, *, dtype: str | None = None, device: str | None = None
+    base: str | None,
+    heads: str | None,
+    *,
+    dtype: str | None = None,
+    device: str | None = None,
+    heads_revision: str | None = None,
 ) -> Loaded:
     """Load a base model, its tokenizer and what proposes for it.
 
@@ -49,6 +59,7 @@ def load(
             the bundled base and "ngram" for any other.
         dtype: Of the weights; by default float32 for the bundled model and "auto" for others.
         device: Where both run; by default a GPU if there is one.
+        heads_revision: Branch, tag or commit of heads that come from the hub.
 
     Raises:
         OptionError: If `dtype` is not known.
@@ -72,10 +83,9 @@ def load(
         heads = "draft" if is_bundled else "ngram"
     bundled = {part: assets()[part] for part in BUNDLED_HEADS} if is_bundled else {}
     parts: list[Heads] = [bundled.get(part, part) for part in heads.split(",")]
-    if heads == "none":
-        spec = SpecModel.from_pretrained(model.to(device), None)
-    else:
-        spec = SpecModel.from_pretrained(model.to(device), parts if len(parts) > 1 else parts[0])
+    named = None if heads == "none" else parts if len(parts) > 1 else parts[0]
+    options = None if heads_revision is None else {"revision": heads_revision}
+    spec = SpecModel.from_pretrained(model.to(device), named, heads_kwargs=options)
     return Loaded(spec, tokenizer)
 
 

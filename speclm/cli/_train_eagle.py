@@ -30,6 +30,9 @@ NumLayers = Annotated[int | None, typer.Option(help="Decoder layers of new heads
 Init = Annotated[
     str | None, typer.Option(help="Folder or hub id of heads to go on from; they stay as they are.")
 ]
+InitRevision = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of --init on the hub.")
+]
 Decay = Annotated[float, typer.Option(help="Weight of a step relative to the one before it.")]
 NumSteps = Annotated[int, typer.Option(help="Guesses in a row that are trained.")]
 
@@ -42,12 +45,18 @@ class _Start:
     init: str | None
     num_layers: int | None
     draft_vocab_size: int | None = None
+    init_revision: str | None = None
 
     def __post_init__(self) -> None:
         if self.num_layers is not None:
             require_count("--num-layers", self.num_layers, low=1, high=_MAX_LAYERS)
         if self.draft_vocab_size is not None:
             require_size("--draft-vocab-size", self.draft_vocab_size)
+        if self.init is None and self.init_revision is not None:
+            raise OptionError(
+                f"--init-revision is {self.init_revision!r} without --init, expected heads on the "
+                "hub to go on from; name them, or leave it out"
+            )
         for name, value in (
             ("--num-layers", self.num_layers),
             ("--draft-vocab-size", self.draft_vocab_size),
@@ -69,7 +78,7 @@ class _Start:
         )
 
         if self.init is not None:
-            heads = load_eagle_heads(prepared.base, self.init)
+            heads = load_eagle_heads(prepared.base, self.init, revision=self.init_revision)
             if heads.config.kind != self.kind:
                 raise OptionError(
                     f"--init {self.init!r} are heads of {heads.config.kind}, expected {self.kind}; "
@@ -99,6 +108,7 @@ def eagle(
     decay: Decay = 0.8,
     noise: Annotated[float, typer.Option(help="Width of the noise on the base's features.")] = 0.2,
     init: Init = None,
+    init_revision: InitRevision = None,
 ) -> None:
     """Train heads of EAGLE-1, which EAGLE-2 uses too; the base stays as it is."""
     from speclm.training import EagleObjective
@@ -111,7 +121,7 @@ def eagle(
         decay=decay,
         noise=noise,
     )
-    _train(options, _Start("eagle", init, num_layers), objective)
+    _train(options, _Start("eagle", init, num_layers, init_revision=init_revision), objective)
 
 
 @with_train_options(learning_rate=LEARNING_RATE)
@@ -129,6 +139,7 @@ def eagle3(
     num_steps: NumSteps = 7,
     decay: Decay = 0.8,
     init: Init = None,
+    init_revision: InitRevision = None,
 ) -> None:
     """Train heads of EAGLE-3; the base stays as it is."""
     from speclm.training import EagleObjective
@@ -136,7 +147,8 @@ def eagle3(
     objective = replace(
         EagleObjective.usual("eagle3"), num_steps=num_steps, num_measured=num_steps, decay=decay
     )
-    _train(options, _Start("eagle3", init, num_layers, draft_vocab_size), objective)
+    start = _Start("eagle3", init, num_layers, draft_vocab_size, init_revision)
+    _train(options, start, objective)
 
 
 def _train(options: TrainOptions, start: _Start, objective: "EagleObjective") -> None:

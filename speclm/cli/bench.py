@@ -1,6 +1,5 @@
 """``speclm bench``: measures a base with a proposer on prompts of your own."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,9 +15,10 @@ from speclm.bench import (
     setting_options,
     speculative_arm,
 )
-from speclm.cli._models import Loaded, load
+from speclm.cli._models import HeadsRevision, Loaded, load
 from speclm.cli._tables import add_comparison, comparison_table
 from speclm.errors import OptionError
+from speclm.files import load_json
 
 Prompt = str | list[dict[str, str]]
 
@@ -32,6 +32,7 @@ def bench(  # noqa: PLR0913, PLR0917 - each is an option of the command
         str | None,
         typer.Option(help='Proposer name, folder or hub id of a draft model, or "none".'),
     ] = None,
+    heads_revision: HeadsRevision = None,
     settings: Annotated[str, typer.Option(help="Of greedy, t0.7, t1.0.")] = "greedy,t1.0",
     batch: Annotated[str, typer.Option(help="Rows of each call.")] = "1",
     n: Annotated[int | None, typer.Option(min=1, help="Prompts; all by default.")] = None,
@@ -50,7 +51,7 @@ def bench(  # noqa: PLR0913, PLR0917 - each is an option of the command
     texts = read_prompts(prompts)[:n]
     batches = positive_numbers(batch)
     named = {name: setting_options(name) for name in settings.split(",")}
-    loaded = load(base, heads, dtype=dtype)
+    loaded = load(base, heads, dtype=dtype, heads_revision=heads_revision)
     arms = [speculative_arm("speclm", loaded.base, loaded.spec.proposer)]
     if prompt_lookup:
         arms.append(prompt_lookup_arm(loaded.base))
@@ -105,8 +106,8 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 def _parse(line: str, where: str) -> Prompt:
     try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
+        value = load_json(line)
+    except ValueError as error:
         raise OptionError(f"{where}: expected a JSON object, found {line[:40]!r}") from error
     match value:
         case {"messages": [*messages]} if messages:

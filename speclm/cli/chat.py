@@ -10,7 +10,7 @@ from rich.console import Console
 
 from speclm.chat import Chat
 from speclm.cli._chat_loop import ChatLoop, read_piped, read_typed
-from speclm.cli._models import load
+from speclm.cli._models import HeadsRevision, load
 
 
 def chat(  # noqa: PLR0913, PLR0917 - each is an option of the command
@@ -21,6 +21,7 @@ def chat(  # noqa: PLR0913, PLR0917 - each is an option of the command
         str | None,
         typer.Option(help='Proposer name, folder or hub id of a draft model, or "none".'),
     ] = None,
+    heads_revision: HeadsRevision = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, auto.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of each answer.")] = 512,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 decodes greedily.")] = 0.0,
@@ -37,7 +38,7 @@ def chat(  # noqa: PLR0913, PLR0917 - each is an option of the command
     for stream in (sys.stdin, sys.stdout):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a wrong byte is no reason to end
-    loaded = load(base, heads, dtype=dtype)
+    loaded = load(base, heads, dtype=dtype, heads_revision=heads_revision)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0.0}
     if temperature > 0.0:
         options.update(temperature=temperature, top_p=top_p, top_k=top_k)

@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 
 from speclm.bench import Arm, Outcome, make_calls, plain_arm, speculative_arm
-from speclm.cli._models import load, read_prompt
+from speclm.cli._models import HeadsRevision, load, read_prompt
 from speclm.cli._tables import coloured
 from speclm.errors import OptionError
 
@@ -22,6 +22,7 @@ def generate(  # noqa: PLR0913, PLR0917 - each is an option of the command
         str | None,
         typer.Option(help='Proposer name, folder or hub id of a draft model, or "none".'),
     ] = None,
+    heads_revision: HeadsRevision = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 decodes greedily.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
@@ -34,7 +35,7 @@ def generate(  # noqa: PLR0913, PLR0917 - each is an option of the command
 ) -> None:
     """Generate an answer; tokens that were drafted and accepted are coloured."""
     text = read_prompt(prompt, file)
-    loaded = load(base, heads, dtype=dtype)
+    loaded = load(base, heads, dtype=dtype, heads_revision=heads_revision)
     tokenizer = loaded.tokenizer
     if chat and not tokenizer.chat_template:
         raise OptionError("the tokenizer has no chat template; pass --no-chat")

@@ -10,10 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from speclm.bench import Call, make_calls, setting_options
-from speclm.cli._models import Loaded, load
+from speclm.cli._models import HeadsRevision, Loaded, load
 from speclm.cli.bench import positive_numbers, read_prompts
 from speclm.demo import load_prompts
 from speclm.errors import OptionError
+from speclm.files import write_file
 from speclm.generation import TreeMemory
 from speclm.generation.ranks import RankRecorder
 from speclm.model import SpecModel
@@ -31,6 +32,7 @@ def tune(  # noqa: PLR0913, PLR0917 - each is an option of the command
     heads: Annotated[
         str | None, typer.Option(help="Proposer name, folder or hub id of heads or a draft model.")
     ] = None,
+    heads_revision: HeadsRevision = None,
     data: Annotated[
         Path | None,
         typer.Option(help='JSON lines with "messages" or "prompt"; by default bundled ones.'),
@@ -59,7 +61,7 @@ def tune(  # noqa: PLR0913, PLR0917 - each is an option of the command
     texts = (read_prompts(data) if data else load_prompts("sql_tune"))[:n]
     sizes, options = positive_numbers(batch), setting_options(setting)
     options = {**options, "max_new_tokens": max_new_tokens}
-    loaded, console = load(base, heads, dtype=dtype), Console()
+    loaded, console = load(base, heads, dtype=dtype, heads_revision=heads_revision), Console()
     proposer = loaded.spec.proposer
     if proposer is None:
         raise OptionError("--heads is 'none', expected what guesses; drop it, or pass ngram")
@@ -161,6 +163,6 @@ def _write(path: Path, tree: Choices, tau: float, loaded: Loaded, heads: str | N
         "heads": heads or "default",
     }
     try:
-        path.write_text(json.dumps(record) + "\n", encoding="utf-8")
+        write_file(path, json.dumps(record) + "\n")
     except OSError as error:
         raise OptionError(f"--save {str(path)!r} cannot be written ({error})") from error

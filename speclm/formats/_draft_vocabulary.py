@@ -8,6 +8,8 @@ from torch import Tensor
 
 from speclm.errors import CheckpointError
 
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+
 
 def read_draft_columns(
     path: Path, *, offsets: Tensor, is_drafted: Tensor | None, num_columns: int, vocab_size: int
@@ -59,7 +61,7 @@ def read_draft_columns(
 
 
 def _require_list(path: Path, key: str, found: Tensor, length: int, of: str) -> None:
-    if found.shape != (length,) or found.is_floating_point():
+    if found.shape != (length,) or found.dtype not in _WHOLE:
         raise CheckpointError(
             f"{path}: {key!r} is {found.dtype} of shape {list(found.shape)}, expected whole "
             f"numbers of shape [{length}], the {of}; export the heads again"

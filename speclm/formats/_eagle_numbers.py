@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from speclm.errors import CheckpointError, OptionError
-from speclm.formats._weights import read_json
+from speclm.errors import CheckpointError, OptionError, shown
+from speclm.formats._weights import MAX_COUNT, read_json
 from speclm.formats.eagle_config import NUM_FEATURES, EagleConfig, read_rope
 
 _log = logging.getLogger("speclm")
@@ -36,6 +36,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("rope_scaling", "rope_parameters", "speculators_config", "speclm"), (dict,)),
     **dict.fromkeys((*_LAYER_IDS, "layer_types"), (list,)),
 }
+_MAX_NUMBER = 1e30  # of what is no count
 
 
 def read_hints(folder: Path) -> dict[str, Any]:
@@ -55,7 +56,9 @@ def read_hints(folder: Path) -> dict[str, Any]:
     for name in ("eagle_config", None, "model", "transformer_layer_config"):
         part = config if name is None else config.get(name) or {}
         if not isinstance(part, dict):
-            raise CheckpointError(f"{path}: {name} is {part!r}, expected an object; correct it")
+            raise CheckpointError(
+                f"{path}: {name} is {shown(part)}, expected an object; correct it"
+            )
         parts.append(part)
     hints = {name: value for part in parts for name, value in part.items() if value is not None}
     for name, types in _TYPES.items():
@@ -63,8 +66,17 @@ def read_hints(folder: Path) -> dict[str, Any]:
         is_wrong = not isinstance(value, types) or (isinstance(value, bool) and bool not in types)
         if value is not None and is_wrong:
             raise CheckpointError(
-                f"{path}: {name} is {value!r}, expected {types[-1].__name__}; correct it"
+                f"{path}: {name} is {shown(value)}, expected {types[-1].__name__}; correct it"
             )
+        most = MAX_COUNT if types == (int,) else _MAX_NUMBER
+        if isinstance(value, int | float) and not abs(value) <= most:
+            raise CheckpointError(
+                f"{path}: {name} is {shown(value)}, expected a number up to {most}; correct it"
+            )
+    if any(not isinstance(kind, str) for kind in hints.get("layer_types", ())):
+        raise CheckpointError(
+            f"{path}: layer_types is {shown(hints['layer_types'])}, expected strings; correct it"
+        )
     return hints
 
 
@@ -93,8 +105,12 @@ def infer_config(path: Path, shapes: Shapes, hints: Mapping[str, Any], kind: str
     head_dim = _head_dim(path, shapes, hints, (q_proj[0], k_proj[0]))
     vocab_size, draft_vocab_size = _vocabularies(path, shapes, hints)
     layers = _feature_layers(path, hints) if kind == "eagle3" else None
-    num_features, target_hidden = _features(path, fc[1], hidden, hints, layers, kind)
     has = shapes.__contains__
+    num_features, target_hidden = 1, hidden
+    if kind == "eagle3":
+        num_features, target_hidden = _features(
+            path, fc, hints, layers, has_own_embeddings=has("embed_tokens.weight")
+        )
     config: dict[str, Any] = {
         "hidden_size": hidden,
         "intermediate_size": gate[0],
@@ -104,7 +120,7 @@ def infer_config(path: Path, shapes: Shapes, hints: Mapping[str, Any], kind: str
         "vocab_size": vocab_size,
         "draft_vocab_size": draft_vocab_size,
         "target_hidden_size": target_hidden,
-        "num_layers": 1 + max(int(n.split(".")[1]) for n in shapes if n.startswith("layers.")),
+        "num_layers": _count_layers(path, shapes),
     }
     _compare(path, hints, config)
     is_eagle3 = kind == "eagle3"
@@ -136,7 +152,7 @@ def infer_config(path: Path, shapes: Shapes, hints: Mapping[str, Any], kind: str
             has_own_lm_head=has("lm_head.weight"),
         )
     except OptionError as error:
-        raise CheckpointError(f"{path} or the config.json beside it: {error}") from error
+        raise CheckpointError(f"{path} or the config.json next to it: {error}") from error
 
 
 def expected_shapes(config: EagleConfig) -> dict[str, tuple[int, ...]]:
@@ -248,29 +264,51 @@ def _feature_layers(path: Path, hints: Mapping[str, Any]) -> tuple[int, ...] | N
         return None
     if any(not isinstance(layer, int) or isinstance(layer, bool) for layer in ids):
         raise CheckpointError(
-            f"{path}: {_LAYER_IDS[0]} is {ids!r}, expected whole numbers; correct config.json"
+            f"{path}: {_LAYER_IDS[0]} is {shown(ids)}, expected whole numbers; correct config.json"
         )
     return tuple(ids)
 
 
 def _features(
     path: Path,
-    width: int,
-    hidden: int,
+    fc: tuple[int, int],
     hints: Mapping[str, Any],
     layers: tuple[int, ...] | None,
-    kind: str,
+    *,
+    has_own_embeddings: bool,
 ) -> tuple[int, int]:
-    """Return how many hidden states are read, and how wide each is."""
-    if kind == "eagle":
-        return 1, hidden
+    """Return how many hidden states of the target are read, and how wide each is."""
+    hidden, width = fc
     num_features = len(layers) if layers else hints.get("num_aux_hidden_states", NUM_FEATURES)
-    if num_features < 1 or width % num_features:
+    one = hints.get("target_hidden_size") or hidden
+    is_whole = num_features > 0 and width % num_features == 0
+    # Heads with embeddings of their own may read wider states, which no tensor shows.
+    is_open = is_whole and has_own_embeddings and width != NUM_FEATURES * one
+    if layers and width != len(layers) * one and not is_open:
+        raise CheckpointError(
+            f"{path}: 'fc.weight' reads {width} values, {width / one:g} hidden states {one} wide, "
+            f"and {_LAYER_IDS[0]} in config.json is {shown(list(layers))}, {len(layers)} of them; "
+            "expected one layer id for each hidden state, correct them"
+        )
+    if not is_whole:
         raise CheckpointError(
             f"{path}: 'fc.weight' reads {width} values, expected a multiple of {num_features}, the "
-            "hidden states that are joined; correct eagle_aux_hidden_state_layer_ids in config.json"
+            f"hidden states that are joined; correct {_LAYER_IDS[0]} in config.json"
         )
     return num_features, width // num_features
+
+
+def _count_layers(path: Path, shapes: Shapes) -> int:
+    """Return how many layers there are tensors for, before anything counts to a number in a key."""
+    indices = {int(name.split(".")[1]) for name in shapes if name.startswith("layers.")}
+    missing = next((index for index in range(len(indices)) if index not in indices), None)
+    if missing is not None:
+        raise CheckpointError(
+            f"{path}: key 'layers.{missing}.self_attn.q_proj.weight' is missing, found parts of "
+            f"{len(indices)} layers up to number {max(indices)}, expected numbers from 0 without "
+            "gaps; download the file again"
+        )
+    return len(indices)
 
 
 def _sliding_window(hints: Mapping[str, Any]) -> int | None:

@@ -1,20 +1,23 @@
-"""Writes the two files of heads, weights and config, so that they change together or not at all."""
+"""Writes the files of heads so that they change together or not at all."""
 
 import json
-import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from speclm.errors import CheckpointError, TopologyError, UnknownNameError
+from speclm.errors import CheckpointError, TopologyError, TreeBudgetError, UnknownNameError
+from speclm.files import write_file, written_together
 from speclm.tree.choices import Choices, normalize_choices
 
 CONFIG_NAME = "config.json"
+CARD_NAME = "README.md"
+
+_HUB_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
 
 
 def write_heads(
@@ -23,31 +26,35 @@ def write_heads(
     weights_name: str,
     tensors: Mapping[str, Tensor],
     config: Mapping[str, Any],
+    card: str | None,
     check: Callable[[Path], None],
 ) -> None:
-    """Write both files aside, have them checked, then replace older ones, the config last.
+    """Write all files aside, have them checked, then let them appear, the config last.
 
     Args:
         folder: Created if it does not exist.
         weights_name: Name of the weights.
         tensors: By key; may share memory with each other.
         config: What the config says.
+        card: Text of the model card; None for none.
         check: Raises if what it reads from a folder is not what was meant.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder, prefix=".writing-") as aside:
-        weights, described = Path(aside, weights_name), Path(aside, CONFIG_NAME)
+    with written_together(folder, last=CONFIG_NAME) as aside:
         own = {
             key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
             for key, tensor in tensors.items()
         }
-        save_file(own, weights, metadata={"format": "pt"})
-        described.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for path in (weights, described):
-            _sync(path)
-        check(Path(aside))
-        for path in (weights, described):
-            path.replace(folder / path.name)
+        save_file(own, aside / weights_name, metadata={"format": "pt"})
+        write_file(aside / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
+        if card is not None:
+            write_file(aside / CARD_NAME, card)
+        check(aside)
+
+
+def hub_id(name: str | None) -> str | None:
+    """Return a model's name if others can find it by that name; None for a path."""
+    is_id = name and _HUB_ID.fullmatch(name) and not Path(name).exists()
+    return name if is_id else None
 
 
 def read_choices(folder: Path, config: Mapping[str, Any]) -> Choices | None:
@@ -61,7 +68,7 @@ def read_choices(folder: Path, config: Mapping[str, Any]) -> Choices | None:
         return None
     try:
         return normalize_choices(choices)
-    except (TopologyError, UnknownNameError, TypeError) as error:
+    except (TopologyError, TreeBudgetError, UnknownNameError) as error:
         raise CheckpointError(
             f"{folder / 'config.json'}: speclm.choices is no tree ({error}); remove it or pass tree"
         ) from error
@@ -103,8 +110,3 @@ def _are_same_bits(first: Tensor, second: Tensor) -> bool:
     if first.shape != second.shape or first.dtype != second.dtype:
         return False
     return torch.equal(first.contiguous().view(torch.uint8), second.contiguous().view(torch.uint8))
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -1,9 +1,8 @@
 """Weight files of a folder: which keys lie where, and their tensors, with typed errors."""
 
-import json
-import pickle
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,34 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from speclm.errors import CheckpointError
+from speclm import files
+from speclm.errors import CheckpointError, SpeclmError, reason_of, shown
 
-_UNREADABLE = (
-    *(pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError),
-    *(LookupError, TypeError, AttributeError),  # from damaged streams
-)
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""Types of weights; narrower ones mean nothing without scales next to them."""
+
+INDEX = "(0|[1-9][0-9]{0,4})"
+"""Pattern of the number of a layer or head in a key: digits as everybody writes them."""
+
+MAX_COUNT = 2**31 - 1
+"""Largest whole number that a config may name."""
+
+_MAX_SHARING = 2
+"""Most bytes of tensors for each byte of their file: an output matrix may be the embeddings."""
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn whatever Python raises while it reads a file into a `CheckpointError`."""
+    try:
+        yield
+    except SpeclmError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({reason_of(error)}), expected whole files of draft heads; "
+            "they are damaged, download them again"
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +62,9 @@ class WeightFiles:
         loaded: dict[str, Tensor] = {}
         for file in sorted({self.files[key] for key in keys}):
             wanted = [key for key in keys if self.files[key] == file]
-            loaded |= _load(file, wanted)
+            found = _load(file, wanted)
+            _require_backed(file, found)
+            loaded |= found
         return loaded
 
 
@@ -52,10 +75,11 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: If the file holds no JSON object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = files.read_json(path)
+    except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path}: no JSON can be read ({error}), expected an object; download the file again"
+            f"{path}: no JSON can be read ({reason_of(error)}), expected an object; download the "
+            "file again"
         ) from error
     if not isinstance(content, dict):
         raise CheckpointError(
@@ -109,7 +133,7 @@ def _indexed_files(index: Path) -> dict[str, Path] | None:
         not isinstance(name, str) or Path(name).name != name for name in names
     ):
         raise CheckpointError(
-            f"{index}: weight_map is {str(weight_map)[:80]}, expected file names beside the index "
+            f"{index}: weight_map is {shown(weight_map)}, expected file names beside the index "
             "by key; download the file again"
         )
     return {key: index.parent / name for key, name in weight_map.items()}
@@ -132,6 +156,24 @@ def _load(file: Path, keys: list[str]) -> dict[str, Tensor]:
     state = _load_pickle(file)
     _require_keys(file, keys, list(state))
     return {key: state[key] for key in keys}
+
+
+def _require_backed(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Check that tensors lie in memory, and are as many numbers as their file has bytes for."""
+    for key, tensor in tensors.items():
+        is_plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if not is_plain or tensor.is_quantized:
+            raise CheckpointError(
+                f"{file}: {key!r} is {tensor.dtype} of layout {tensor.layout} on "
+                f"{tensor.device.type}, expected plain numbers; export the heads again"
+            )
+    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    most = _MAX_SHARING * file.stat().st_size
+    if num_bytes > most:
+        raise CheckpointError(
+            f"{file}: {len(tensors)} tensors name {num_bytes} bytes, expected at most {most} for "
+            "a file of that size; download it again"
+        )
 
 
 def _require_keys(file: Path, keys: list[str], found: list[str]) -> None:
@@ -158,11 +200,11 @@ def _load_pickle(file: Path) -> dict[str, Tensor]:
         # Heads may be a small part of a model; pickles of old are no archives, nor can be mapped.
         is_archive = zipfile.is_zipfile(file)
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=is_archive)
-    except _UNREADABLE as error:
-        reason = str(error).strip().partition("\n")[0]
+    except Exception as error:  # damaged streams raise nearly everything
         raise CheckpointError(
-            f"{file}: no tensors can be read ({reason}), expected a pickled state dict of tensors "
-            "and nothing else; it is damaged or would run code, ask for a safetensors file"
+            f"{file}: no tensors can be read ({reason_of(error)}), expected a pickled state dict "
+            "of tensors and nothing else; it is damaged or would run code, ask for "
+            "safetensors"
         ) from error
     named = isinstance(state, dict) and all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()

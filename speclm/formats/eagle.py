@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from speclm.errors import CheckpointError
+from speclm.errors import CheckpointError, shown
 from speclm.formats._draft_vocabulary import read_draft_columns
 from speclm.formats._eagle_numbers import expected_shapes, infer_config, read_hints
 from speclm.formats._heads_files import read_choices
-from speclm.formats._weights import WeightFiles, weight_files
+from speclm.formats._weights import FLOATS, INDEX, WeightFiles, reading, weight_files
 from speclm.formats.eagle_config import EagleConfig
 from speclm.tree.choices import Choices
 
@@ -34,11 +34,11 @@ _NAMES = {
     "aux_norm_high.weight": "feature_norms.2.weight",
 }
 _LAYER = re.compile(
-    r"layers\.\d+\.(?:self_attn\.(?:[qkvo]_proj\.(?:weight|bias)|[qk]_norm\.weight)"
+    rf"layers\.{INDEX}\.(?:self_attn\.(?:[qkvo]_proj\.(?:weight|bias)|[qk]_norm\.weight)"
     r"|mlp\.(?:gate|up|down)_proj\.weight"
     r"|(?:input_layernorm|hidden_norm|post_attention_layernorm)\.weight)"
 )
-_FEATURE_NORM = re.compile(r"fc_norm\.(\d+)\.weight")
+_FEATURE_NORM = re.compile(rf"fc_norm\.{INDEX}\.weight")
 # What can be computed, and what speculators keeps of the target while it trains.
 _UNUSED = re.compile(r".*rotary_emb\.inv_freq|verifier_(?:lm_head|norm)\.weight")
 _EAGLE3_SIGNS = {"layers.0.hidden_norm.weight", "norm.weight", "d2t", "t2d"}
@@ -110,7 +110,8 @@ def find_eagle(folder: Path) -> WeightFiles | None:
     Raises:
         CheckpointError: If a file that would have to be looked into cannot be read.
     """
-    return next((source for source in weight_files(folder) if is_eagle(source)), None)
+    with reading(folder):
+        return next((source for source in weight_files(folder) if is_eagle(source)), None)
 
 
 def read_eagle(folder: str | Path) -> EagleCheckpoint:
@@ -125,7 +126,11 @@ def read_eagle(folder: str | Path) -> EagleCheckpoint:
         CheckpointError: If the folder holds no EAGLE heads, or a key or tensor is missing,
             unknown or of another shape than the others and the config say.
     """
-    folder = Path(folder)
+    with reading(Path(folder)):
+        return _read(Path(folder))
+
+
+def _read(folder: Path) -> EagleCheckpoint:
     source = find_eagle(folder)
     if source is None:
         found = sorted(path.name for path in folder.glob("*"))[:8]
@@ -197,8 +202,8 @@ def _own_names(source: WeightFiles) -> dict[str, str]:
             if found in ("mask_hidden", "hidden_norm.weight"):
                 reason = "these are heads of P-EAGLE or DFlash, which are not supported"
             raise CheckpointError(
-                f"{source.path}: found key {key!r}, expected only those of EAGLE heads such as "
-                f"'fc.weight' and 'layers.0.mlp.up_proj.weight'; {reason}"
+                f"{source.path}: found key {shown(key)}, expected only those of EAGLE heads such "
+                f"as 'fc.weight' and 'layers.0.mlp.up_proj.weight'; {reason}"
             )
         if name in keys:
             raise CheckpointError(
@@ -220,7 +225,7 @@ def _require_shapes(
                 f"heads of {config.kind}; download the file again"
             )
         tensor = tensors[name]
-        if tuple(tensor.shape) != shape or not tensor.is_floating_point():
+        if tuple(tensor.shape) != shape or tensor.dtype not in FLOATS:
             raise CheckpointError(
                 f"{source.path}: {keys[name]!r} is {tensor.dtype} of shape {list(tensor.shape)}, "
                 f"expected floating numbers of shape {list(shape)} as the other tensors say; "

@@ -1,13 +1,16 @@
 """The numbers that EAGLE heads are built from, read from a checkpoint or made for a base."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Self, cast
 
+from transformers import LlamaConfig
 from transformers.activations import ACT2FN
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from speclm.config import require_count, require_positive, require_size
-from speclm.errors import OptionError
+from speclm.errors import OptionError, reason_of, shown
 
 KINDS = ("eagle", "eagle3")
 """EAGLE-1 and 2 have the same heads, which read the last hidden state; EAGLE-3 reads several."""
@@ -29,6 +32,9 @@ _ROPE_NEEDS: dict[str, tuple[str, ...]] = {
     "longrope": ("short_factor", "long_factor"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
+_FACTORS = ("short_factor", "long_factor")
+_MAX_NUMBER = 1e30
+_LEARNED = ("prelu", "xielu")  # activations with numbers of their own
 _SIZES = (
     *("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
     *("head_dim", "vocab_size", "draft_vocab_size", "target_hidden_size", "num_layers"),
@@ -119,10 +125,10 @@ class EagleConfig:
             require_positive(name, getattr(self, name))
         if self.sliding_window is not None:
             require_size("sliding_window", self.sliding_window)
-        if self.hidden_act not in ACT2FN:
+        if self.hidden_act not in ACT2FN or self.hidden_act in _LEARNED:
             raise OptionError(
                 f"hidden_act is {self.hidden_act!r}, expected an activation that Transformers "
-                "knows, such as 'silu'; correct it"
+                "knows and that has no weights, such as 'silu'; correct it"
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise OptionError(
@@ -134,7 +140,7 @@ class EagleConfig:
                 f"head_dim is {self.head_dim}, expected an even number, since pairs are rotated; "
                 "correct it or num_attention_heads"
             )
-        _require_rope(self.rope_parameters)
+        _require_rope(self)
         _require_features(self)
         _require_outputs(self)
 
@@ -243,7 +249,7 @@ def read_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     found = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(found, Mapping):
-        raise OptionError(f"the rotation is {found!r}, expected a dict of numbers; correct it")
+        raise OptionError(f"the rotation is {shown(found)}, expected a dict of numbers; correct it")
     nested = found.get("full_attention")
     rope = dict(nested if isinstance(nested, Mapping) else found)
     old_type = rope.pop("type", None)
@@ -256,11 +262,12 @@ def read_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     return rope if share in (None, 1) else rope | {"partial_rotary_factor": share}
 
 
-def _require_rope(rope: Mapping[str, Any]) -> None:
+def _require_rope(config: EagleConfig) -> None:
+    rope = config.rope_parameters
     rope_type = rope.get("rope_type")
-    if rope_type not in _ROPE_NEEDS:
+    if not isinstance(rope_type, str) or rope_type not in _ROPE_NEEDS:
         raise OptionError(
-            f"rope_type is {rope_type!r}, expected one of {sorted(_ROPE_NEEDS)!r}; correct "
+            f"rope_type is {shown(rope_type)}, expected one of {sorted(_ROPE_NEEDS)!r}; correct "
             "rope_parameters"
         )
     require_positive("rope_theta", rope.get("rope_theta"))
@@ -272,8 +279,51 @@ def _require_rope(rope: Mapping[str, Any]) -> None:
         )
     if rope.get("partial_rotary_factor", 1) != 1:
         raise OptionError(
-            f"partial_rotary_factor is {rope['partial_rotary_factor']!r}, expected 1: heads rotate "
-            "all of each query and key; remove it if they were trained so"
+            f"partial_rotary_factor is {shown(rope['partial_rotary_factor'])}, expected 1: heads "
+            "rotate all of each query and key; remove it if they were trained so"
+        )
+    for name, value in rope.items():
+        length = config.head_dim // 2 if name in _FACTORS else None
+        if not _is_rope_value(value, length):
+            expected = "a finite number" if length is None else f"{length} finite numbers"
+            raise OptionError(
+                f"{name} of rope_parameters is {shown(value)}, expected {expected}; correct it"
+            )
+    if rope_type != "default":
+        _require_frequencies(config)
+
+
+def _is_rope_value(value: object, length: int | None) -> bool:
+    if length is not None:
+        is_list = isinstance(value, list | tuple) and len(value) == length
+        return is_list and all(_is_rope_value(part, None) for part in cast("list[Any]", value))
+    if isinstance(value, int | float):
+        return abs(value) <= _MAX_NUMBER  # which NaN is not
+    return value is None or isinstance(value, str)
+
+
+def _require_frequencies(config: EagleConfig) -> None:
+    """Check that a rotation can be computed, whatever its numbers are."""
+    size = config.head_dim
+    try:
+        llama = LlamaConfig(
+            hidden_size=size,
+            head_dim=size,
+            num_attention_heads=1,
+            max_position_embeddings=config.max_position_embeddings,
+            rope_parameters=dict(config.rope_parameters),
+        )
+        rotary = LlamaRotaryEmbedding(llama)
+    except Exception as error:
+        raise OptionError(
+            f"rope_parameters {shown(dict(config.rope_parameters))} cannot be computed with "
+            f"({reason_of(error)}); correct them"
+        ) from error
+    is_finite = math.isfinite(rotary.attention_scaling) and bool(rotary.inv_freq.isfinite().all())
+    if not is_finite:
+        raise OptionError(
+            f"rope_parameters {shown(dict(config.rope_parameters))} give frequencies that are not "
+            "finite; correct them"
         )
 
 
@@ -303,8 +353,8 @@ def _require_features(config: EagleConfig) -> None:
             require_count("feature_layers", layer, low=0, high=10_000)
         if len(set(layers)) != config.num_features:
             raise OptionError(
-                f"feature_layers is {layers!r}, expected {config.num_features} different ones; "
-                "correct it"
+                f"feature_layers is {shown(layers)}, expected {config.num_features} different "
+                "ones; correct it"
             )
 
 

@@ -29,19 +29,24 @@ _FLAGS = ("norm_before_residual", "fc_norm", "norm_before_fc", "norm_output")
 
 
 def write_eagle(
-    folder: str | Path, checkpoint: EagleCheckpoint, *, num_target_layers: int | None = None
+    folder: str | Path,
+    checkpoint: EagleCheckpoint,
+    *,
+    num_target_layers: int | None = None,
+    card: str | None = None,
 ) -> None:
     """Write EAGLE heads into a folder, in the layout of SafeAILab and SpecForge.
 
     vLLM and SGLang read EAGLE-3 of one layer that reads the usual hidden states; vLLM reads
-    EAGLE-1 without a bias after the joined inputs. Both files are written aside, read back and
-    compared bit by bit; only then do they replace older ones, the config last.
+    EAGLE-1 without a bias after the joined inputs. The files are written aside, read back and
+    compared bit by bit; only then do they appear together, or replace older ones, the config last.
 
     Args:
         folder: Created if it does not exist.
         checkpoint: What to write; `EagleCheckpoint.share` leaves out what the base has too.
         num_target_layers: Decoder layers of the base, if known. Hidden states that are the usual
             ones are then not named: libraries count named ones from different ends.
+        card: Text of the model card; None leaves the card that is there.
 
     Raises:
         CheckpointError: If the folder is a file or holds another model, a tensor is missing,
@@ -64,6 +69,7 @@ def write_eagle(
         weights_name=WEIGHTS_NAME,
         tensors=_named_tensors(checkpoint),
         config=_described(checkpoint),
+        card=card,
         check=check,
     )
 

@@ -11,19 +11,27 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from speclm.errors import CheckpointError
+from speclm.errors import CheckpointError, shown
 from speclm.formats._heads_files import read_choices
-from speclm.formats._weights import WeightFiles, read_json, weight_files
+from speclm.formats._weights import (
+    FLOATS,
+    INDEX,
+    MAX_COUNT,
+    WeightFiles,
+    read_json,
+    reading,
+    weight_files,
+)
 from speclm.tree.choices import Choices
 
 _log = logging.getLogger("speclm")
 
 # Source: FasterDecoding/Medusa, whose heads are a ModuleList of Sequential.
-_LAYER = re.compile(r"(\d+)\.(\d+)\.linear\.(weight|bias)")
-_LM_HEAD = re.compile(r"(\d+)\.(\d+)\.weight")
+_LAYER = re.compile(rf"{INDEX}\.{INDEX}\.linear\.(weight|bias)")
+_LM_HEAD = re.compile(rf"{INDEX}\.{INDEX}\.weight")
 # Source: vLLM up to 0.32.
-_VLLM_LAYER = re.compile(r"blocks\.(\d+)\.layers\.(\d+)\.(weight|bias)")
-_VLLM_LM_HEAD = re.compile(r"lm_heads\.(\d+)\.weight")
+_VLLM_LAYER = re.compile(rf"blocks\.{INDEX}\.layers\.{INDEX}\.(weight|bias)")
+_VLLM_LM_HEAD = re.compile(rf"lm_heads\.{INDEX}\.weight")
 _PREFIX = re.compile(r"medusa_heads?\.")
 
 
@@ -118,8 +126,9 @@ class _Keys:
                 lm_layers[int(match[1])] = int(match[2])
             else:
                 raise CheckpointError(
-                    f"{source.path}: found key {key!r}, expected only those of Medusa heads such "
-                    "as '0.0.linear.weight' and '0.1.weight'; remove it, or export the heads again"
+                    f"{source.path}: found key {shown(key)}, expected only those of Medusa heads "
+                    "such as '0.0.linear.weight' and '0.1.weight'; remove it, or export "
+                    "them again"
                 )
         for head, layer in lm_layers.items():
             if layer != parts.num_layers:
@@ -145,7 +154,8 @@ def find_medusa(folder: Path) -> WeightFiles | None:
     Raises:
         CheckpointError: If a file that would have to be looked into cannot be read.
     """
-    return next((source for source in weight_files(folder) if _head_keys(source)), None)
+    with reading(folder):
+        return next((source for source in weight_files(folder) if _head_keys(source)), None)
 
 
 def read_medusa(folder: str | Path) -> MedusaCheckpoint:
@@ -161,7 +171,11 @@ def read_medusa(folder: str | Path) -> MedusaCheckpoint:
         CheckpointError: If the folder holds no Medusa heads, or a key or tensor is missing,
             unknown or of another shape or dtype than the others.
     """
-    folder = Path(folder)
+    with reading(Path(folder)):
+        return _read(Path(folder))
+
+
+def _read(folder: Path) -> MedusaCheckpoint:
     source = find_medusa(folder)
     if source is None:
         found = sorted(path.name for path in folder.glob("*"))[:8]
@@ -189,10 +203,10 @@ def read_medusa(folder: str | Path) -> MedusaCheckpoint:
         lm_weight = _stack(source, tensors, by_layer, (numbers[0], range(1)), layout, 2)[0]
         _require_width(source, parts.lm_heads[0], lm_weight, weight)
     dtypes = {str(tensor.dtype) for tensor in tensors.values()}
-    if len(dtypes) > 1 or not weight.is_floating_point():
+    if len(dtypes) > 1 or weight.dtype not in FLOATS:
         raise CheckpointError(
-            f"{source.path}: found tensors of {sorted(dtypes)!r}, expected one floating dtype; "
-            "convert them to one"
+            f"{source.path}: found tensors of {sorted(dtypes)!r}, expected one floating dtype "
+            "such as float32 or bfloat16; convert them to one"
         )
     config = _read_config(folder)
     _compare_with_config(source, config, parts)
@@ -282,8 +296,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
         value = config.get(name)
         if value is not None and not isinstance(value, kind):
             raise CheckpointError(
-                f"{path}: {name} is {value!r}, expected {kind.__name__}; correct it"
+                f"{path}: {name} is {shown(value)}, expected {kind.__name__}; correct it"
             )
+    vocab_size = config.get("vocab_size")
+    if vocab_size is not None and (vocab_size is True or not 1 <= vocab_size <= MAX_COUNT):
+        raise CheckpointError(
+            f"{path}: vocab_size is {shown(vocab_size)}, expected 1 to {MAX_COUNT}; correct it"
+        )
     return config
 
 
@@ -291,7 +310,7 @@ def _compare_with_config(source: WeightFiles, config: dict[str, Any], parts: _Ke
     """Log where the config names other numbers than the tensors show."""
     found = {"medusa_num_heads": parts.num_heads, "medusa_num_layers": parts.num_layers}
     wrong = [
-        f"{name} {config[name]!r} (found {number})"
+        f"{name} {shown(config[name])} (found {number})"
         for name, number in found.items()
         if name in config and config[name] != number
     ]

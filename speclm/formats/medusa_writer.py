@@ -18,16 +18,19 @@ from speclm.formats.medusa import MedusaCheckpoint, read_medusa
 WEIGHTS_NAME = "medusa_lm_head.safetensors"
 
 
-def write_medusa(folder: str | Path, checkpoint: MedusaCheckpoint) -> None:
-    """Write Medusa heads into a folder, beside whatever else it holds.
+def write_medusa(
+    folder: str | Path, checkpoint: MedusaCheckpoint, *, card: str | None = None
+) -> None:
+    """Write Medusa heads into a folder, next to whatever else it holds.
 
     TGI and vLLM up to 0.32 read it; heads without output matrices only TGI, and those of one
-    layer. Both files are written aside, read back and compared bit by bit; only then do they
-    replace older ones, the config last.
+    layer. The files are written aside, read back and compared bit by bit; only then do they appear
+    together, or replace older ones, the config last.
 
     Args:
         folder: Created if it does not exist.
         checkpoint: What to write.
+        card: Text of the model card; None leaves the card that is there.
 
     Raises:
         CheckpointError: If the folder is a file or holds another model's config, or what was read
@@ -45,6 +48,7 @@ def write_medusa(folder: str | Path, checkpoint: MedusaCheckpoint) -> None:
         weights_name=WEIGHTS_NAME,
         tensors=_named_tensors(checkpoint),
         config=_config(checkpoint),
+        card=card,
         check=check,
     )
 

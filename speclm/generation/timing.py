@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from speclm.files import read_json, write_json
 from speclm.target import Session
 from speclm.tree.topology import from_parents
-from speclm.verify.files import write_whole
 from speclm.verify.fingerprint import Fingerprint
 from speclm.verify.store import cache_folder
 
@@ -163,7 +163,8 @@ def keep_timings(key: TimingKey, timings: Timings) -> None:
         return
     path = _path(folder, key)
     try:
-        write_whole(path, {"timings": timings, "checksum": _checksum(key, timings)})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"timings": timings, "checksum": _checksum(key, timings)})
     except OSError as error:  # read-only or full; the next process measures again
         _log.debug("not keeping timings in %s: %s", path, error)
 
@@ -174,13 +175,15 @@ def _path(folder: Path, key: TimingKey) -> Path:
 
 def _read(path: Path, key: TimingKey) -> Timings | None:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
         timings = tuple((int(size), float(seconds)) for size, seconds in record["timings"])
         if record["checksum"] != _checksum(key, timings) or not timings:
             raise ValueError("its checksum is another")
+        if not all(0 <= seconds < math.inf for _, seconds in timings):
+            raise ValueError("its times are not finite")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError) as error:
         _log.debug("ignoring the timings in %s: %s", path, error)
         return None
     return timings

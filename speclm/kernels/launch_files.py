@@ -8,18 +8,15 @@ A file holds a list of rows for each architecture; a row has the fields of `Laun
                 "fixed_tiles": 16}]}
 """
 
-import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from speclm.errors import KernelError
+from speclm.files import read_json, write_json
 from speclm.kernels.launch_table import LaunchConfig, LaunchRow, LaunchTable
 
 VARIABLE = "SPECLM_KERNEL_CONFIGS"
@@ -44,10 +41,10 @@ def read_table(path: str) -> LaunchTable:
         KernelError: If the file is not there, or a row cannot be launched with.
     """
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = read_json(Path(path))
     except OSError as error:
         raise KernelError(
-            f"{path} cannot be read ({error.strerror}); correct or unset {VARIABLE}"
+            f"{path} cannot be read ({error.strerror or error}); correct or unset {VARIABLE}"
         ) from error
     except ValueError as error:
         raise KernelError(
@@ -63,16 +60,7 @@ def read_table(path: str) -> LaunchTable:
 def write_table(path: Path, table: LaunchTable) -> None:
     """Write rows to a file that `read_table` reads; whoever reads it sees all of them or none."""
     lines = {name: [_fields(row) for row in rows] for name, rows in sorted(table.items())}
-    descriptor, written = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(lines, file, indent=1)
-            file.write("\n")
-        Path(written).replace(path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            Path(written).unlink()
-        raise
+    write_json(path, lines)
 
 
 def _rows(path: str, architecture: str, rows: Any) -> tuple[LaunchRow, ...]:

@@ -8,6 +8,7 @@ BLOCK_KEYS = (16, 32, 64)
 """Keys that a tile may have: the bits of a word cover it."""
 
 _DEFAULT = "default"
+_MOST = 2**16  # of what only has to be positive
 _FIXED_KEYS = 1024  # of a split in deterministic calls
 
 
@@ -44,8 +45,10 @@ class LaunchConfig:
                     f"{name} is {value!r}, expected a power of two from {least} to {most}"
                 )
         for name in ("num_stages", "programs", "min_tiles", "fixed_tiles"):
-            if getattr(self, name) < 1:
-                raise KernelError(f"{name} is {getattr(self, name)!r}, expected at least 1")
+            if not 1 <= getattr(self, name) <= _MOST:
+                raise KernelError(
+                    f"{name} is {getattr(self, name)!r}, expected at least 1 and at most {_MOST}"
+                )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,25 +1,16 @@
 """From what a user writes as ``heads`` to a proposer."""
 
-import difflib
-import json
-import re
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from speclm.errors import OptionError, UnknownNameError, UnsupportedModelError
-from speclm.formats import (
-    MedusaCheckpoint,
-    find_eagle,
-    find_medusa,
-    read_eagle,
-    read_medusa,
-)
+from speclm.formats import MedusaCheckpoint, read_eagle, read_medusa
 from speclm.heads.eagle import build_eagle
 from speclm.heads.medusa import MedusaHeads, MedusaHeadsConfig
+from speclm.model.hub import HubOptions, find_heads
 from speclm.proposers.chain_draft import ChainDraftProposer
 from speclm.proposers.combined import CombinedProposer
 from speclm.proposers.draft_model import DraftModelProposer
@@ -30,10 +21,6 @@ from speclm.proposers.registry import registered_proposers
 from speclm.target import TargetView
 from speclm.verify import Backend, check_model
 
-# What tells heads from a draft model, and what heads consist of: no code is ever downloaded.
-_HINTS = ["config.json", "*.index.json", "medusa_lm_head.*"]
-_HEAD_FILES = ["*.json", "*.safetensors", "*.pt"]
-_MODEL_PICKLES = ["pytorch_model*.bin"]
 _MEDUSA_OPTIONS = ("dtype", "min_chance", "tree")
 
 
@@ -56,11 +43,13 @@ def load_proposer(
         base: The target, whose vocabulary, dtype and device a draft model has to share.
         heads_kwargs: Arguments of a draft model's ``from_pretrained``, or of a registered
             proposer's constructor; ``dtype``, ``min_chance`` and ``tree`` for Medusa heads, and
-            ``dtype`` and the fields of `EagleProposerConfig` for EAGLE heads.
+            ``dtype`` and the fields of `EagleProposerConfig` for EAGLE heads. Those of
+            `HubOptions` say which files are taken.
         num_draft_tokens: Most tokens drafted a round; None for the proposer's default.
 
     Raises:
-        UnknownNameError: If a string is no registered name, no folder and not on the hub.
+        UnknownNameError: If a string is no registered name, no folder and not to be had from the
+            hub.
         OptionError: If options are given for an object that is already built, or are none.
         VocabularyMismatchError: If a draft model or heads have another vocabulary.
         UnsupportedModelError: If a draft model fails the tree self-check.
@@ -97,13 +86,13 @@ def load_proposer(
         )
     if str(heads) in registered_proposers():
         return _create(str(heads), {**heads_kwargs, **options})
-    _require_no_near_miss(heads)
-    folder = _medusa_folder(heads)
-    if folder is not None:
+    hub, heads_kwargs = HubOptions.split(heads_kwargs)
+    kind, folder = find_heads(heads, hub)
+    if kind == "medusa":
         return _load_medusa(folder, heads, base, {**heads_kwargs, **options})
-    folder = _eagle_folder(heads)
-    if folder is not None:
+    if kind == "eagle":
         return _load_eagle(folder, base, {**heads_kwargs, **options})
+    heads_kwargs = {**heads_kwargs, **hub.given}
     return _wrap_draft_model(_load_draft_model(heads, base, heads_kwargs), base, options)
 
 
@@ -120,35 +109,6 @@ def _join(
         )
     parts = [load_proposer(part, base, heads_kwargs=None, num_draft_tokens=None) for part in heads]
     return CombinedProposer([part for part in parts if part is not None], **options)
-
-
-def _medusa_folder(heads: str | Path) -> Path | None:
-    """Return the folder of Medusa heads, downloaded if need be; None for anything else."""
-    if Path(heads).exists():
-        return Path(heads) if Path(heads).is_dir() and find_medusa(Path(heads)) else None
-    try:
-        hints = Path(snapshot_download(str(heads), allow_patterns=_HINTS))
-        if not _looks_like_medusa(hints):
-            return None
-        folder = Path(snapshot_download(str(heads), allow_patterns=_HEAD_FILES))
-        source = find_medusa(folder)
-        if source is None or not all(file.exists() for file in source.files.values()):
-            # A merged model that is pickled; it is large, and mostly not needed.
-            files = [*_HEAD_FILES, *_MODEL_PICKLES]
-            folder = Path(snapshot_download(str(heads), allow_patterns=files))
-    except (OSError, ValueError):  # as a draft model it fails too, and that error is reported
-        return None
-    return folder if find_medusa(folder) else None
-
-
-def _looks_like_medusa(folder: Path) -> bool:
-    """Tell whether a repository holds Medusa heads, from its small files and their names."""
-    config, indices = folder / "config.json", folder.glob("*.index.json")
-    return (
-        any(folder.glob("medusa_lm_head.*"))
-        or (config.is_file() and '"medusa' in config.read_text(encoding="utf-8"))
-        or any('"medusa_head' in index.read_text(encoding="utf-8") for index in indices)
-    )
 
 
 def _load_medusa(
@@ -174,42 +134,6 @@ def _load_medusa(
         )
     options.setdefault("tree", checkpoint.choices)
     return MedusaProposer(_build_heads(checkpoint, TargetView(base), dtype), target=base, **options)
-
-
-def _eagle_folder(heads: str | Path) -> Path | None:
-    """Return the folder of EAGLE heads, downloaded if need be; None for anything else."""
-    if Path(heads).exists():
-        is_named = _is_named_eagle(Path(heads) / "config.json")  # maybe its weights are damaged
-        return (
-            Path(heads) if is_named or (Path(heads).is_dir() and find_eagle(Path(heads))) else None
-        )
-    try:
-        hints = Path(snapshot_download(str(heads), allow_patterns=_HINTS))
-        if not _looks_like_eagle(hints / "config.json"):
-            return None
-        files = [*_HEAD_FILES, *_MODEL_PICKLES]
-        folder = Path(snapshot_download(str(heads), allow_patterns=files))
-    except (OSError, ValueError):  # as a draft model it fails too, and that error is reported
-        return None
-    return folder if find_eagle(folder) else None
-
-
-def _looks_like_eagle(config: Path) -> bool:
-    """Tell whether a repository may hold EAGLE heads, from its config.
-
-    The first heads were published with the config of a Llama of one layer, and nothing else.
-    """
-    text = config.read_text(encoding="utf-8") if config.is_file() else ""
-    return "eagle" in text.lower() or re.search(r'"num_hidden_layers": *1\b', text) is not None
-
-
-def _is_named_eagle(config: Path) -> bool:
-    """Tell whether a config says that its weights are EAGLE heads, not that they may be."""
-    try:
-        found = json.loads(config.read_text(encoding="utf-8"))
-        return any("eagle" in name.lower() for name in found["architectures"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False
 
 
 def _load_eagle(folder: Path, base: PreTrainedModel, options: dict[str, Any]) -> Proposer:
@@ -272,16 +196,6 @@ def _create(name: str, options: dict[str, Any]) -> Proposer:
             f"proposer {name!r} does not take {sorted(options)!r} ({error}); "
             f"see help(registered_proposers()[{name!r}])"
         ) from error
-
-
-def _require_no_near_miss(heads: str | Path) -> None:
-    names = sorted(registered_proposers())
-    near = difflib.get_close_matches(str(heads), names, n=1)
-    if near and not Path(heads).exists() and "/" not in str(heads):
-        raise UnknownNameError(  # without asking the hub, which takes long to say no
-            f"heads {str(heads)!r} is not a registered proposer nor a folder; did you mean "
-            f"{near[0]!r}? registered are {names!r}"
-        )
 
 
 def _load_draft_model(

@@ -1,6 +1,5 @@
 """From a proposer to a folder of heads, with its model card, and to the hub."""
 
-import re
 from dataclasses import dataclass
 from functools import singledispatch
 from pathlib import Path
@@ -12,14 +11,11 @@ from transformers import PreTrainedModel
 
 from speclm.cards import GENERATED_MARK, EagleCard, MedusaCard
 from speclm.errors import OptionError
-from speclm.formats import MedusaCheckpoint, write_eagle, write_medusa
+from speclm.formats import CARD_NAME, MedusaCheckpoint, hub_id, write_eagle, write_medusa
 from speclm.heads.eagle import eagle_checkpoint
 from speclm.proposers.eagle import EagleProposer
 from speclm.proposers.interface import Proposer
 from speclm.proposers.medusa import MedusaProposer
-
-CARD_NAME = "README.md"
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +34,13 @@ class Place:
 
     @property
     def base_id(self) -> str | None:
-        """The base's name, if others can find it by that name."""
-        return _hub_id(self.base.config.name_or_path or None)
+        """The base's name, if others can find it by that name; paths are not written."""
+        return hub_id(self.base.config.name_or_path)
 
-    @property
-    def recorded_base(self) -> str | None:
-        """The name that stands in the config: of a local base only where it stays local."""
-        return self.base_id if self.repo_id is not None else self.base.config.name_or_path or None
+    def card(self, text: str) -> str | None:
+        """Return the text of the card if it is to be written; None where somebody has their own."""
+        path = self.folder / CARD_NAME
+        return text if not path.exists() or _is_generated(path) else None
 
 
 def save_heads(folder: str | Path, proposer: Proposer | None, base: PreTrainedModel) -> None:
@@ -53,12 +49,12 @@ def save_heads(folder: str | Path, proposer: Proposer | None, base: PreTrainedMo
     Args:
         folder: Created if it does not exist. A card that somebody has written is kept.
         proposer: What to save.
-        base: The model that it guesses for.
+        base: The model that it guesses for; the path of a local one is not written.
 
     Raises:
         OptionError: If the proposer has no heads.
     """
-    _save(proposer, Place(Path(folder), base))
+    write_proposer(proposer, Place(Path(folder), base))
 
 
 def push_heads(
@@ -85,7 +81,7 @@ def push_heads(
         OptionError: If the proposer has no heads; nothing is then sent.
     """
     with TemporaryDirectory() as folder:
-        _save(proposer, Place(Path(folder), base, repo_id))
+        write_proposer(proposer, Place(Path(folder), base, repo_id))
         api = HfApi(token=token)
         repo = api.create_repo(repo_id, private=private, exist_ok=True)
         commit = api.upload_folder(
@@ -94,16 +90,9 @@ def push_heads(
     return commit.commit_url
 
 
-def _save(proposer: Proposer | None, place: Place) -> None:
-    card = write_proposer(proposer, place)
-    path = place.folder / CARD_NAME
-    if not path.exists() or _is_generated(path):
-        path.write_text(card, encoding="utf-8")
-
-
 @singledispatch
-def write_proposer(proposer: Proposer | None, _place: Place) -> str:
-    """Write the files of a proposer's heads, and return the text of their card.
+def write_proposer(proposer: Proposer | None, _place: Place) -> None:
+    """Write the files of a proposer's heads, and their card.
 
     Kinds of proposers register what writes them.
 
@@ -118,17 +107,16 @@ def write_proposer(proposer: Proposer | None, _place: Place) -> str:
 
 
 @write_proposer.register(MedusaProposer)
-def _write_medusa(proposer: MedusaProposer, place: Place) -> str:
+def _write_medusa(proposer: MedusaProposer, place: Place) -> None:
     heads, choices = proposer.heads, proposer.config.choices
     checkpoint = MedusaCheckpoint(
         weight=heads.weight.detach(),
         bias=None if heads.bias is None else heads.bias.detach(),
         lm_weight=None if heads.lm_weight is None else heads.lm_weight.detach(),
         vocab_size=heads.config.vocab_size,
-        base_name_or_path=place.recorded_base,
+        base_name_or_path=place.base_id,
         choices=choices,
     )
-    write_medusa(place.folder, checkpoint)
     card = MedusaCard(
         num_heads=checkpoint.num_heads,
         num_layers=checkpoint.num_layers,
@@ -139,22 +127,21 @@ def _write_medusa(proposer: MedusaProposer, place: Place) -> str:
         base=place.base_id,
         repo_id=place.repo_id,
     )
-    return card.render()
+    write_medusa(place.folder, checkpoint, card=place.card(card.render()))
 
 
 @write_proposer.register(EagleProposer)
-def _write_eagle(proposer: EagleProposer, place: Place) -> str:
+def _write_eagle(proposer: EagleProposer, place: Place) -> None:
     model = cast("Any", place.base)
     output = model.get_output_embeddings()
     choices = proposer.config.choices
     checkpoint = eagle_checkpoint(
-        proposer.heads, base_name_or_path=place.recorded_base, choices=choices
+        proposer.heads, base_name_or_path=place.base_id, choices=choices
     ).share(
         embeddings=model.get_input_embeddings().weight,
         lm_weight=None if output is None else output.weight,
     )
     num_layers, config = proposer.view.num_layers, checkpoint.config
-    write_eagle(place.folder, checkpoint, num_target_layers=num_layers)
     is_eagle3 = config.kind == "eagle3"
     card = EagleCard(
         kind=config.kind,
@@ -171,16 +158,11 @@ def _write_eagle(proposer: EagleProposer, place: Place) -> str:
         base=place.base_id,
         repo_id=place.repo_id,
     )
-    return card.render()
+    text = place.card(card.render())
+    write_eagle(place.folder, checkpoint, num_target_layers=num_layers, card=text)
 
 
 def _is_generated(card: Path) -> bool:
     if not card.is_file():
         return False
     return GENERATED_MARK in card.read_text(encoding="utf-8", errors="replace")
-
-
-def _hub_id(name: str | None) -> str | None:
-    """Return a base's name if others can find it by that name."""
-    is_id = name is not None and _HUB_ID.fullmatch(name) and not Path(name).exists()
-    return name if is_id else None

@@ -26,6 +26,7 @@ from speclm.model.arguments import first_delegated, require_acceptable
 from speclm.model.attaching import attach, detach, enter
 from speclm.model.call import decode, with_counters
 from speclm.model.fitting import require_fits
+from speclm.model.hub import with_base_options
 from speclm.model.loading import Heads, load_proposer
 from speclm.model.report import write_report
 from speclm.model.saving import push_heads, save_heads
@@ -104,18 +105,16 @@ class SpecModel:
 
         Args:
             base: Folder, hub id or loaded model.
-            heads: The name of a registered proposer, a folder or hub id of Medusa heads, a folder,
-                a hub id or a loaded model of a draft model with the same vocabulary, a
-                `Proposer`, or None for none. A list of these joins their guesses.
-            heads_kwargs: For a draft model that is loaded: arguments of its ``from_pretrained``,
-                such as dtype, quantisation or device_map; by default it gets the base's dtype and
-                device. For Medusa heads: dtype, tree and min_chance. For a registered proposer:
-                its own options.
+            heads: Name of a registered proposer, folder or hub id of heads or of a draft model, a
+                loaded draft model, a `Proposer`, or None. A list of these joins their guesses.
+            heads_kwargs: From the hub: revision, token, cache_dir, subfolder, local_files_only and
+                force_download. For a draft model: arguments of its ``from_pretrained``, by default
+                the base's dtype and device. For heads and proposers: their options.
             num_draft_tokens: Most tokens drafted a round; by default the proposer's own choice.
-            adaptive: Whether rounds go without a draft while drafts do not pay; by default they
-                do, unless a static tree is given.
+            adaptive: As in the constructor; by default on, unless a static tree is given.
             tree: What the drafts of calls should be that do not say so themselves; see `generate`.
-            **kwargs: Arguments of the base's ``from_pretrained``, such as dtype and device_map.
+            **kwargs: Of the base's ``from_pretrained``. Heads of the same name, which lie in its
+                repository, get those of the hub too.
 
         Raises:
             UnknownNameError: If `heads` is a string that names nothing.
@@ -138,6 +137,7 @@ class SpecModel:
             model = base
         else:
             model = AutoModelForCausalLM.from_pretrained(base, **kwargs)
+            heads_kwargs = with_base_options(heads_kwargs, kwargs, heads=heads, base=base)
         proposer = load_proposer(
             heads, model, heads_kwargs=heads_kwargs, num_draft_tokens=num_draft_tokens
         )

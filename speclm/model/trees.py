@@ -1,11 +1,11 @@
 """From what a user writes as ``tree`` to what drafts should be."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from speclm.errors import OptionError
+from speclm.files import read_json
 from speclm.proposers.interface import Proposer
 from speclm.tree.choices import Choices, normalize_choices
 from speclm.tree.plan import TreePlan
@@ -37,9 +37,10 @@ def read_tree(path: Any) -> Choices:
     Raises:
         OptionError: If the file cannot be read.
         TopologyError: If it holds no tree.
+        TreeBudgetError: If the tree is too deep.
     """
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = read_json(Path(path))
     except (OSError, ValueError) as error:
         raise OptionError(
             f"tree {str(path)!r} cannot be read ({error}), expected a JSON file of paths such as "

@@ -1,7 +1,6 @@
 """Training arguments: defaults for heads, and what a user sets beside them."""
 
 import difflib
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -12,6 +11,7 @@ from transformers import TrainingArguments
 
 from speclm.config import require_count, require_in_range, require_positive
 from speclm.errors import OptionError
+from speclm.files import load_json
 
 DEFAULTS: Mapping[str, Any] = {
     "learning_rate": 1e-3,
@@ -105,7 +105,7 @@ def parse_settings(texts: Iterable[str]) -> dict[str, Any]:
         if not key or not equals:
             raise OptionError(f"training argument is {text!r}, expected key=value such as seed=3")
         try:
-            settings[key] = json.loads(value)
-        except json.JSONDecodeError:
+            settings[key] = load_json(value)
+        except ValueError:
             settings[key] = value
     return settings

@@ -1,12 +1,12 @@
 """Reads conversations to train on from JSON lines."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from speclm.errors import DataError, OptionError
+from speclm.files import load_json
 
 Message = dict[str, Any]
 """One turn: ``role`` and ``content``, and whatever else the chat template reads."""
@@ -63,9 +63,11 @@ def parse_conversation(line: str, where: str) -> Conversation:
         DataError: If it is no conversation, or has no assistant turn.
     """
     try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: expected a JSON object, found {line[:40]!r}") from error
+        value = load_json(line)
+    except ValueError as error:
+        raise DataError(
+            f"{where}: expected a JSON object, found {line[:40]!r} ({error}); correct the row"
+        ) from error
     messages = value.get("messages") if isinstance(value, dict) else None
     if not isinstance(messages, list) or not all(map(_is_message, messages)):
         raise DataError(

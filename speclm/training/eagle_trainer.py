@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from typing_extensions import override
 
 from speclm.errors import OptionError
-from speclm.formats import write_eagle
+from speclm.formats import hub_id, write_eagle
 from speclm.heads import EagleConfig, EagleHeads, eagle_checkpoint
 from speclm.model.loading import load_proposer
 from speclm.proposers.eagle import EagleProposer
@@ -67,7 +67,9 @@ def new_eagle_heads(
     return heads
 
 
-def load_eagle_heads(base: PreTrainedModel, heads: str | Path) -> EagleHeads:
+def load_eagle_heads(
+    base: PreTrainedModel, heads: str | Path, *, revision: str | None = None
+) -> EagleHeads:
     """Return saved heads to go on training, in float32 and on the base's device.
 
     They keep their numbers and their draft vocabulary. Matrices that are copies of the base's are
@@ -76,15 +78,17 @@ def load_eagle_heads(base: PreTrainedModel, heads: str | Path) -> EagleHeads:
     Args:
         base: The target.
         heads: Folder or hub id.
+        revision: Branch, tag or commit on the hub; None for the main branch.
 
     Raises:
         OptionError: If they are no EAGLE heads, or have another width than the base.
         VocabularyMismatchError: If they were made for another vocabulary.
         CheckpointError: If they are damaged or incomplete.
     """
-    proposer = load_proposer(
-        heads, base, heads_kwargs={"dtype": torch.float32}, num_draft_tokens=None
-    )
+    options: dict[str, Any] = {"dtype": torch.float32}
+    if revision is not None:
+        options["revision"] = revision
+    proposer = load_proposer(heads, base, heads_kwargs=options, num_draft_tokens=None)
     if not isinstance(proposer, EagleProposer):
         raise OptionError(
             f"heads {str(heads)!r} are those of a {type(proposer).__name__}, expected EAGLE heads; "
@@ -150,6 +154,6 @@ class EagleTrainer(HeadsTrainer):
 
     @override
     def _write(self, folder: Path) -> None:
-        name = self._view.model.config.name_or_path or None
-        checkpoint = eagle_checkpoint(self.heads, base_name_or_path=name)
+        base_id = hub_id(self._view.model.config.name_or_path)  # paths are not written
+        checkpoint = eagle_checkpoint(self.heads, base_name_or_path=base_id)
         write_eagle(folder, checkpoint, num_target_layers=self._view.num_layers)

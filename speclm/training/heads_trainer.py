@@ -16,7 +16,11 @@ from typing_extensions import override
 
 from speclm.errors import CheckpointError, NumericalError
 from speclm.training._progress import TauProgress
-from speclm.training.checkpoints import last_complete_checkpoint
+from speclm.training.checkpoints import (
+    last_complete_checkpoint,
+    reading_checkpoint,
+    require_state,
+)
 from speclm.training.guess_meter import GuessMeter
 from speclm.training.length_sampler import LengthSampler
 from speclm.training.rows import EvalRows, Item, TrainingRows, collate_rows, require_trainable
@@ -94,23 +98,38 @@ class HeadsTrainer(Trainer, ABC):
 
         Raises:
             NumericalError: If the loss is not a number.
-            CheckpointError: If the checkpoint is that of other heads.
+            CheckpointError: If the checkpoint is that of other heads, or cannot be read.
         """
         if resume_from_checkpoint is True:
             found = last_complete_checkpoint(str(self.args.output_dir))
             _log.warning("resuming from %s", found or "nothing: no complete checkpoint was found")
             resume_from_checkpoint = None if found is None else str(found)
+        if isinstance(resume_from_checkpoint, str):
+            require_state(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     @override
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        try:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        except RuntimeError as error:  # PyTorch's word for tensors of another shape
-            difference = " ".join(str(error).split())
-            raise _other_heads(resume_from_checkpoint, difference) from error
+        with reading_checkpoint(resume_from_checkpoint):
+            try:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+            except RuntimeError as error:  # PyTorch's word for tensors of another shape
+                if "Error(s) in loading state_dict" not in str(error):
+                    raise
+                difference = " ".join(str(error).split())
+                raise _other_heads(resume_from_checkpoint, difference) from error
+
+    @override
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with reading_checkpoint(str(checkpoint)):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    @override
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading_checkpoint(str(checkpoint)):
+            super()._load_rng_state(checkpoint)
 
     @override
     def _issue_warnings_after_load(self, load_result: Any) -> None:

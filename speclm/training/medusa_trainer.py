@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from typing_extensions import override
 
-from speclm.formats import MedusaCheckpoint, write_medusa
+from speclm.formats import MedusaCheckpoint, hub_id, write_medusa
 from speclm.heads import MedusaHeads, MedusaHeadsConfig
 from speclm.proposers.medusa import STATIC_TREE, MedusaProposer
 from speclm.target import TargetView
@@ -102,13 +102,13 @@ class MedusaTrainer(HeadsTrainer):
             callbacks=callbacks,
         )
         self.heads = heads
-        self._base_name = base.config.name_or_path or None
+        self._base_id = hub_id(base.config.name_or_path)
 
     @override
     def _write(self, folder: Path) -> None:
         checkpoint = MedusaCheckpoint(
             **self.heads.state_dict(),
             vocab_size=self.heads.config.vocab_size,
-            base_name_or_path=self._base_name,
+            base_name_or_path=self._base_id,
         )
         write_medusa(folder, checkpoint)

@@ -10,14 +10,15 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from speclm.config import MAX_NODES
-from speclm.errors import TopologyError, UnknownNameError
+from speclm.config import MAX_DEPTH, MAX_NODES
+from speclm.errors import TopologyError, TreeBudgetError, UnknownNameError, shown
 from speclm.tree.topology import TreeTopology, from_parents
 
 Choices = tuple[tuple[int, ...], ...]
 """Paths of ranks from the root; rank 0 is the best guess at its depth."""
 
 
+_MAX_RANK = 2**31 - 1  # beyond any vocabulary
 _EXPECTED = "expected a preset's name, widths such as [4, 2, 1] or paths such as [[0], [0, 0]]"
 
 
@@ -58,22 +59,23 @@ def normalize_choices(tree: Any) -> Choices:
     Raises:
         UnknownNameError: If no preset has that name.
         TopologyError: If the paths are no tree, or none are given.
+        TreeBudgetError: If the tree is deeper than `MAX_DEPTH`.
     """
     if isinstance(tree, str):
         if tree not in PRESETS:
             raise UnknownNameError(
-                f"tree {tree!r} is no preset; known are {sorted(PRESETS)!r}, and widths such as "
-                "[4, 2, 1] or paths of ranks are taken too"
+                f"tree {shown(tree)} is no preset; known are {sorted(PRESETS)!r}, and widths "
+                "such as [4, 2, 1] or paths of ranks are taken too"
             )
         return PRESETS[tree]
     if not isinstance(tree, Sequence):
-        raise TopologyError(f"tree is {tree!r}, {_EXPECTED}")
+        raise TopologyError(f"tree is {shown(tree)}, {_EXPECTED}")
     widths = [width for width in tree if type(width) is int]  # True is no width
     if widths and len(widths) == len(tree):
         return choices_of_widths(widths)
     found: list[tuple[Any, ...]] = [tuple(path) for path in tree if isinstance(path, Sequence)]
     if len(found) < len(tree) or any(type(rank) is not int for path in found for rank in path):
-        raise TopologyError(f"tree is {str(tree)[:80]}, {_EXPECTED}")
+        raise TopologyError(f"tree is {shown(tree)}, {_EXPECTED}")
     paths = sorted(set(found), key=_by_depth)
     _require_tree(paths)
     return tuple(paths)
@@ -84,19 +86,21 @@ def choices_of_widths(widths: Sequence[int]) -> Choices:
 
     Raises:
         TopologyError: If a width is below 1, none is given, or the tree exceeds `MAX_NODES`.
+        TreeBudgetError: If the tree is deeper than `MAX_DEPTH`.
     """
     if not widths or min(widths) < 1:
         raise TopologyError(
-            f"tree widths are {list(widths)!r}, expected at least one, each 1 or more; "
+            f"tree widths are {shown(list(widths))}, expected at least one, each 1 or more; "
             "for example [4, 2, 1]"
         )
+    _require_levels(len(widths))
     num_nodes, level = 1, 1
     for width in widths:
         level *= width
         num_nodes += level
         if num_nodes > MAX_NODES:
             raise TopologyError(
-                f"tree widths {list(widths)!r} make more than {MAX_NODES} nodes; lower them"
+                f"tree widths {shown(list(widths))} make more than {MAX_NODES} nodes; lower them"
             )
     paths: list[tuple[int, ...]] = []
     for depth in range(1, len(widths) + 1):
@@ -139,17 +143,26 @@ def _require_tree(paths: Sequence[tuple[int, ...]]) -> None:
             f"tree has {len(paths)} nodes below the root, a round holds at most {MAX_NODES} with "
             "it; drop the least likely"
         )
+    _require_levels(max(map(len, paths)))
     known = {(), *paths}
     for path in paths:
-        if not path or min(path) < 0:
+        if not path or min(path) < 0 or max(path) > _MAX_RANK:
             raise TopologyError(
-                f"path {path!r} of the tree is empty or has a negative rank; ranks count from 0"
+                f"path {shown(path)} of the tree is empty, has a negative rank or one beyond any "
+                "vocabulary; ranks count from 0"
             )
         if path[:-1] not in known:
             raise TopologyError(
                 f"path {path!r} of the tree hangs in the air, its prefix {path[:-1]!r} is missing; "
                 "list every prefix too"
             )
+
+
+def _require_levels(depth: int) -> None:
+    if depth > MAX_DEPTH:
+        raise TreeBudgetError(
+            f"tree is {depth} levels deep, a round holds at most {MAX_DEPTH}; shorten its paths"
+        )
 
 
 def _parse(text: str) -> Choices:

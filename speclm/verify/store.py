@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from speclm.files import read_json, write_json
 from speclm.verify.backend import Backend
-from speclm.verify.files import write_whole
 from speclm.verify.fingerprint import Fingerprint
 from speclm.verify.verdict import SelfCheck
 
@@ -66,7 +66,7 @@ def _path(folder: Path, kind: Fingerprint) -> Path:
 
 def _read(path: Path, kind: Fingerprint) -> SelfCheck | None:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
         verdict = record["verdict"]
         if record["checksum"] != _checksum(kind, verdict):
             raise ValueError("its checksum is another")
@@ -75,13 +75,7 @@ def _read(path: Path, kind: Fingerprint) -> SelfCheck | None:
         return SelfCheck(backend, reason, math.inf if error is None else float(error))
     except FileNotFoundError:
         return None
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        RecursionError,
-    ) as error:  # made anew, and written again
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError) as error:  # made anew
         _log.debug("ignoring the self-check in %s: %s", path, error)
         return None
 
@@ -94,7 +88,8 @@ def _write(path: Path, kind: Fingerprint, check: SelfCheck) -> None:
     }
     record = {"verdict": verdict, "checksum": _checksum(kind, verdict)}
     try:
-        write_whole(path, record)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, record)
     except OSError as error:  # read-only or full; the next load checks again
         _log.debug("not keeping the self-check in %s: %s", path, error)
 

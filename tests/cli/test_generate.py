@@ -57,3 +57,9 @@ def test_generate_exits_with_1_when_the_output_differs(run, monkeypatch):
 def test_mistakes_are_named(run, arguments, error, message):
     with pytest.raises(error, match=message):
         run("generate", *arguments)
+
+
+@pytest.mark.parametrize("heads", ["ngram", "none", "medusa"])
+def test_revision_is_for_heads_on_the_hub(run, heads):
+    with pytest.raises(OptionError, match="revision"):
+        run("generate", "--prompt", "a", "--heads", heads, "--heads-revision", "v2")

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from speclm import files
 from speclm.errors import CheckpointError
 from speclm.formats import (
     EagleCheckpoint,
@@ -206,7 +207,7 @@ def test_what_is_written_is_read_bit_by_bit(tmp_path_factory, switches, numbers,
     assert found.dtype == heads.dtype
 
 
-STEPS = [(_heads_files, "save_file"), (_heads_files, "_sync"), (eagle_writer, "read_eagle")]
+STEPS = [(_heads_files, "save_file"), (files, "_sync"), (eagle_writer, "read_eagle")]
 
 
 @pytest.mark.parametrize(("module", "step"), STEPS)

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from speclm import files
 from speclm.errors import CheckpointError
 from speclm.formats import MedusaCheckpoint, _heads_files, medusa_writer, read_medusa, write_medusa
 
@@ -91,7 +92,7 @@ def test_shared_and_transposed_and_odd_values_are_written(tmp_path):
     assert "vocab_size" not in config
 
 
-STEPS = [(_heads_files, "save_file"), (_heads_files, "_sync"), (medusa_writer, "read_medusa")]
+STEPS = [(_heads_files, "save_file"), (files, "_sync"), (medusa_writer, "read_medusa")]
 
 
 @pytest.mark.parametrize(("module", "step"), STEPS)

@@ -73,7 +73,7 @@ def test_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
     def fail(*_: object, **__: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(json, "dump", fail)
+    monkeypatch.setattr("speclm.files.os.fsync", fail)
     with pytest.raises(OSError, match="disk full"):
         write_table(path, {})
     assert path.read_text() == "old"

@@ -73,6 +73,7 @@ def test_call_that_no_row_takes_has_no_sizes():
         ({"programs": 0}, "programs is 0, expected at least 1"),
         ({"min_tiles": -1}, "min_tiles is -1, expected at least 1"),
         ({"fixed_tiles": 0}, "fixed_tiles is 0, expected at least 1"),
+        ({"programs": 10**30}, "programs is 10*, expected at least 1 and at most 65536"),
     ],
 )
 def test_sizes_that_cannot_be_launched_are_refused(changes, message):

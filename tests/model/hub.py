@@ -14,6 +14,8 @@ import pytest
 from huggingface_hub import constants
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
+SHAS = {"main": SHA, "v2": "2" * 40}
+NAMES = {sha: name for name, sha in SHAS.items()}
 
 
 class FakeHub:
@@ -26,28 +28,44 @@ class FakeHub:
         self.commits: dict[str, dict[str, bytes]] = {}
         self.sent: list[str] = []
         self.tokens: set[str | None] = set()
+        self.asked: list[str] = []
+        self.gated: dict[str, str] = {}  # token by repository
 
-    def files(self, repo_id: str) -> list[Path]:
-        return sorted(p for p in (self.root / repo_id).glob("*") if p.is_file())
+    def folder(self, repo_id: str, revision: str) -> Path:
+        """Return the files of a revision: main lies under its name, v2 under ``name@v2``."""
+        is_main = revision in ("main", SHA)
+        name = repo_id if is_main else f"{repo_id}@{NAMES.get(revision, revision)}"
+        return self.root / name
 
-    def answer(self, path: str) -> object:
-        """Return the body of a GET: JSON, bytes of a file, or None where there is nothing."""
+    def answer(self, path: str, token: str | None) -> object:
+        """Return the body of a GET: JSON, bytes of a file, or the code of an error."""
         parts = path.strip("/").split("/")
         if parts[:2] == ["api", "models"]:
             repo_id, rest = "/".join(parts[2:4]), parts[4:]
-            if not (self.root / repo_id).is_dir():
-                return None
-            if rest[:1] == ["tree"]:
-                return [
-                    {"type": "file", "path": p.name, "size": p.stat().st_size, "oid": "0" * 40}
-                    for p in self.files(repo_id)
-                ]
-            siblings = [{"rfilename": p.name} for p in self.files(repo_id)]
-            return {"id": repo_id, "sha": SHA, "siblings": siblings}
-        if len(parts) == 5 and parts[2] == "resolve":
-            file = self.root / parts[0] / parts[1] / parts[4]
-            return file.read_bytes() if file.is_file() else None
-        return None
+            revision = rest[1] if len(rest) > 1 else "main"
+        elif parts[2:3] == ["resolve"]:
+            repo_id, revision = "/".join(parts[:2]), parts[3]
+        else:
+            return "RepoNotFound"
+        if not (self.root / repo_id).is_dir():
+            return "RepoNotFound"
+        if self.gated.get(repo_id) not in (None, token):
+            return "GatedRepo"
+        folder = self.folder(repo_id, revision)
+        if not folder.is_dir():
+            return "RevisionNotFound"
+        if parts[0] != "api":
+            file = folder.joinpath(*parts[4:])
+            return file.read_bytes() if file.is_file() else "EntryNotFound"
+        files = sorted(p for p in folder.rglob("*") if p.is_file())
+        names = {p.relative_to(folder).as_posix(): p.stat().st_size for p in files}
+        if rest[:1] == ["tree"]:
+            return [
+                {"type": "file", "path": name, "size": size, "oid": "0" * 40}
+                for name, size in names.items()
+            ]
+        siblings = [{"rfilename": name} for name in names]
+        return {"id": repo_id, "sha": SHAS.get(revision, revision), "siblings": siblings}
 
     def accept(self, path: str, body: bytes) -> object:
         """Return the answer to a POST."""
@@ -75,17 +93,20 @@ def running_hub(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub
         protocol_version = "HTTP/1.1"
 
         def reply(self, content):
-            status = 404 if content is None else 200
-            body = {"error": "not here"} if content is None else content
+            code = content if isinstance(content, str) else "RepoNotFound"
+            is_error = content is None or isinstance(content, str)
+            status = (403 if code == "GatedRepo" else 404) if is_error else 200
+            body = {"error": "not here"} if is_error else content
             if not isinstance(body, bytes):
                 body = json.dumps(body).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
             self.send_header("Content-Type", "application/json")
             self.send_header("ETag", f'"{hash(body) & (2**63 - 1):x}"')
-            self.send_header("X-Repo-Commit", SHA)
-            if content is None:
-                self.send_header("X-Error-Code", "RepoNotFound")
+            revision = urlsplit(self.path).path.partition("/resolve/")[2].partition("/")[0]
+            self.send_header("X-Repo-Commit", SHAS.get(revision, revision or SHA))
+            if is_error:
+                self.send_header("X-Error-Code", code)
             self.end_headers()
             if self.command != "HEAD":
                 self.wfile.write(body)
@@ -93,8 +114,9 @@ def running_hub(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub
         def do_GET(self):
             path = unquote(urlsplit(self.path).path)
             if self.command == "GET" and "/resolve/" in path:
-                hub.sent.append(path.rsplit("/", 1)[1])
-            self.reply(hub.answer(path))
+                hub.sent.append(path.split("/", 5)[5])
+            hub.asked.append(path)
+            self.reply(hub.answer(path, self.headers.get("Authorization")))
 
         def do_HEAD(self):
             self.do_GET()
@@ -119,6 +141,8 @@ def running_hub(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub
         patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         patch.setattr(constants, "HF_HUB_CACHE", str(root / "cache"))
         patch.setattr(constants, "HF_XET_CACHE", str(root / "xet"), raising=False)
+        # Transformers makes its client once, for the hub that it knows then.
+        patch.setattr("transformers.utils.hub._hf_api", None, raising=False)
         patch.setenv("NO_PROXY", "127.0.0.1")
         huggingface_hub.close_session()
         yield hub

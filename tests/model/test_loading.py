@@ -19,7 +19,8 @@ from speclm.errors import (
     VocabularyMismatchError,
 )
 from speclm.formats import read_medusa
-from speclm.model.loading import _medusa_folder, load_proposer
+from speclm.model.hub import HubOptions, find_heads
+from speclm.model.loading import load_proposer
 from speclm.proposers.combined import CombinedProposer
 from speclm.proposers.draft_model import DraftModelProposer
 from speclm.proposers.medusa import MedusaProposer
@@ -303,7 +304,6 @@ def test_heads_on_the_hub_are_downloaded_without_any_code(base, tmp_path, monkey
         proposer = load("me/heads", base)
         assert isinstance(proposer, MedusaProposer)
         assert {*hub.sent} == {"config.json", "medusa_lm_head.safetensors"}
-        assert _medusa_folder("me/nothing") is None  # and so it is tried as a draft model
     # A second call takes what is there; the hub has stopped.
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     assert isinstance(load("me/heads", base), MedusaProposer)
@@ -321,7 +321,8 @@ def test_pickled_merged_model_on_the_hub_is_downloaded(base, tmp_path, monkeypat
         index = {"weight_map": dict.fromkeys(state, name)}
         (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     with running_hub(tmp_path, monkeypatch):
-        found = _medusa_folder("me/merged")
+        kind, found = find_heads("me/merged", HubOptions())
+    assert kind == "medusa"
     assert read_medusa(found).is_merged
 
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,6 +54,26 @@ def test_card_is_generated_and_a_card_of_somebody_is_kept(tmp_path):
     card.write_text("my own words")
     spec.save_pretrained(tmp_path)
     assert card.read_text() == "my own words"
+
+
+@pytest.mark.parametrize("name", ["org/base", "", "/home/me/base", "here"])
+def test_saved_folder_appears_whole_for_everybody_without_local_paths(tmp_path, monkeypatch, name):
+    base = build_model("llama")
+    base.config._name_or_path = name
+    monkeypatch.chdir(tmp_path)
+    Path("here").mkdir()
+    seen = []
+    rename = Path.rename
+    monkeypatch.setattr(
+        Path,
+        "rename",
+        lambda path, to: (seen.append(sorted(p.name for p in path.iterdir())), rename(path, to)),
+    )
+    with_heads(base).save_pretrained("new")
+    assert seen == [["README.md", "config.json", "medusa_lm_head.safetensors"]]
+    assert {path.stat().st_mode & 0o777 for path in Path("new").iterdir()} == {0o644}
+    config = json.loads(Path("new/config.json").read_text())
+    assert config.get("base_model_name_or_path") == ("org/base" if "org" in name else None)
 
 
 def with_eagle(base, kind):

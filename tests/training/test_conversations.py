@@ -30,6 +30,9 @@ def test_limit_draws_rows_by_seed_in_file_order(tmp_path):
     [
         ("nonsense", "row 7: expected a JSON object"),
         ("[1]", 'expected "messages"'),
+        ("[" * 10**5, "row 7: .*nested too deeply"),
+        ('{"a": ' + "9" * 5000 + "}", "row 7: .*digits"),
+        ('{"messages": [{"role": "assistant", "content": "\\ud800"}]}', "row 7: .*surrogates"),
         ('{"messages": "hello"}', 'expected "messages"'),
         ('{"messages": [{"role": "user"}]}', 'strings "role" and "content"'),
         ('{"messages": []}', "no turn has the role 'assistant'"),

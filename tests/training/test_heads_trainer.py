@@ -1,5 +1,7 @@
 """What the training of any heads refuses, and which data sets it takes."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils.data import Dataset, IterableDataset
@@ -103,6 +105,25 @@ def test_checkpoint_of_other_heads_is_refused(make):
         make("medusa", num_heads=3).train(resume_from_checkpoint=True)
     with pytest.raises(CheckpointError, match=r"other heads than those in training \('heads\."):
         make("eagle").train(resume_from_checkpoint=True)
+
+
+def test_damaged_checkpoint_is_refused_whichever_file_it_is(make, tmp_path):
+    trainer = make("medusa", max_steps=2, callbacks=[StopAt(1)])
+    trainer.train()
+    (folder,) = map(str, tmp_path.rglob("checkpoint-1"))
+    for name, load in (
+        ("model.safetensors", trainer._load_from_checkpoint),
+        ("optimizer.pt", trainer._load_optimizer_and_scheduler),
+        ("rng_state.pth", trainer._load_rng_state),
+    ):
+        path = Path(folder, name)
+        path.write_bytes(path.read_bytes()[:-100])
+        with pytest.raises(CheckpointError, match=r"checkpoint-1: the checkpoint cannot be read"):
+            load(folder)
+    for missing in ("nowhere", folder):
+        Path(folder, "trainer_state.json").write_text("[" * 10**5)
+        with pytest.raises(CheckpointError, match=rf"{missing}: the checkpoint cannot be read"):
+            trainer.train(resume_from_checkpoint=missing)
 
 
 def test_meters_of_training_and_evaluation_are_apart(make):

@@ -105,7 +105,7 @@ def test_no_half_written_file_is_left(folder, monkeypatch):
     def fail(*_, **__):
         raise OSError("disk full")
 
-    monkeypatch.setattr(store.json, "dump", fail)
+    monkeypatch.setattr("speclm.files.os.fsync", fail)
     keep_verdict(KIND, CHECK)
     assert list((folder / "self_check").iterdir()) == []
 
