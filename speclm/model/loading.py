@@ -8,9 +8,9 @@ from typing import Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from speclm.errors import OptionError, UnknownNameError, UnsupportedModelError
+from speclm.errors import CheckpointError, OptionError, UnknownNameError, UnsupportedModelError
 from speclm.formats import (
     MedusaCheckpoint,
     find_eagle,
@@ -20,6 +20,7 @@ from speclm.formats import (
 )
 from speclm.heads.eagle import build_eagle
 from speclm.heads.medusa import MedusaHeads, MedusaHeadsConfig
+from speclm.model.causal_lm import load_causal_lm
 from speclm.proposers.chain_draft import ChainDraftProposer
 from speclm.proposers.combined import CombinedProposer
 from speclm.proposers.draft_model import DraftModelProposer
@@ -34,6 +35,7 @@ from speclm.verify import Backend, check_model
 _HINTS = ["config.json", "*.index.json", "medusa_lm_head.*"]
 _HEAD_FILES = ["*.json", "*.safetensors", "*.pt"]
 _MODEL_PICKLES = ["pytorch_model*.bin"]
+_DRAFT_OPTIONS = ("dtype", "device_map", "revision", "quantization_config", "attn_implementation")
 _MEDUSA_OPTIONS = ("dtype", "min_chance", "tree")
 
 
@@ -290,7 +292,9 @@ def _load_draft_model(
     names = sorted(registered_proposers())
     kwargs = {"dtype": base.dtype, "device_map": {"": base.device}, **heads_kwargs}
     try:
-        return AutoModelForCausalLM.from_pretrained(heads, **kwargs)
+        return load_causal_lm(heads, kwargs, owner="draft model", known=_DRAFT_OPTIONS)
+    except (OptionError, CheckpointError):
+        raise
     except (OSError, ValueError) as error:
         raise UnknownNameError(
             f"heads {str(heads)!r} is not a registered proposer, nor a folder or hub id of a "
