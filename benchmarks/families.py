@@ -31,6 +31,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from speclm import SpecModel
 from speclm.errors import UnsupportedModelError
+from speclm.json_lines import parse_json_lines
 from tests.families import FAMILIES, build_type, shared_family
 from tests.families.cells import CELLS, compare, plain
 from tests.families.family import EXPERTS, LATENT
@@ -106,12 +107,8 @@ def survey_model(model_type: str) -> PreTrainedModel:
 def write(path: Path, rows: list[Row], *, version: str) -> None:
     """Put rows in the place of those of the same version and kinds."""
     kinds = {row["kind"] for row in rows}
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = [
-        row
-        for row in map(json.loads, lines)
-        if row["transformers"] != version or row["kind"] not in kinds
-    ]
+    old = parse_json_lines(path) if path.exists() else []
+    kept = [row for row in old if row["transformers"] != version or row["kind"] not in kinds]
     rows = [*kept, *({"transformers": version, **row} for row in rows)]
     rows.sort(key=lambda row: (row["kind"] == "survey", row["transformers"]))
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

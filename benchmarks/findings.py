@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic, sleep
 
+from speclm.json_lines import parse_json_lines
+
 TAIL = 1500
 """Characters at the end of what was printed that are worth showing."""
 
@@ -63,14 +65,14 @@ class Findings:
         print(f"{word} {text}", flush=True)
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps([kind, text]) + "\n")
+                file.write(json.dumps({"kind": kind, "text": text}) + "\n")
 
     def read(self, path: Path) -> None:
         """Take over what a process noted in its file."""
         if not path.exists():
             return
-        for line in path.read_text(encoding="utf-8").splitlines():
-            kind, text = json.loads(line)
+        for row in parse_json_lines(path):
+            kind, text = row["kind"], row["text"]
             getattr(self, kind).append(text)
             if kind == "failures":
                 print(f"FAILED {text}", flush=True)

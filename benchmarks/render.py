@@ -9,7 +9,6 @@ not have. Needs nothing but Python.
     python benchmarks/render.py --check  # fails if one is out of date
 """
 
-import json
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import markers
+
+from speclm.json_lines import parse_json_lines
 
 PAGES = ("README.md", "docs/benchmarks.md")
 RESULTS = "benchmarks/results"
@@ -156,8 +157,7 @@ def read_records(path: Path) -> list[Record]:
     """Return the records of a file, oldest first; none when it does not exist."""
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return sorted((json.loads(line) for line in lines if line), key=lambda record: record["date"])
+    return sorted(parse_json_lines(path), key=lambda record: record["date"])
 
 
 def value_of(record: Record, key: str) -> Any:

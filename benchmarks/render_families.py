@@ -9,7 +9,6 @@ Python.
     python benchmarks/render_families.py --check  # fails if one is out of date
 """
 
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import markers
+
+from speclm.json_lines import parse_json_lines
 
 PAGES = ("docs/compatibility.md",)
 RESULTS = "benchmarks/results/families.jsonl"
@@ -29,8 +30,7 @@ Records = Mapping[str, Sequence[Row]]
 
 def read(root: Path) -> dict[str, list[Row]]:
     """Return the records of each Transformers version, the newest first."""
-    lines = (root / RESULTS).read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
+    rows = parse_json_lines(root / RESULTS)
     versions = {row["transformers"] for row in rows}
     newest_first = sorted(versions, key=lambda text: [int(part) for part in text.split(".")[:2]])
     return {

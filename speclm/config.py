@@ -80,6 +80,21 @@ def require_size(name: str, value: object) -> None:
         )
 
 
+def require_unicode(name: str, text: str) -> None:
+    """Check that a text can be encoded: that it holds no half of a surrogate pair.
+
+    Raises:
+        OptionError: If it does.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise OptionError(
+            f"{name} is no Unicode text: {text[error.start]!r} at character {error.start}, "
+            "expected text that was decoded from UTF-8; drop that character"
+        ) from error
+
+
 def require_positive(name: str, value: object) -> None:
     """Check that an option is a number above 0 that is finite.
 

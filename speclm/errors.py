@@ -42,7 +42,7 @@ class PromptError(SpeclmError, ValueError):
 
 
 class DataError(SpeclmError, ValueError):
-    """A row or file of training data cannot be trained on."""
+    """A file of JSON lines, or a row of it, cannot be used."""
 
 
 class TreeBudgetError(SpeclmError, ValueError):

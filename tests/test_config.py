@@ -14,6 +14,7 @@ from speclm.config import (
     require_in_range,
     require_positive,
     require_size,
+    require_unicode,
 )
 from speclm.errors import OptionError, TreeBudgetError
 
@@ -92,3 +93,9 @@ def test_numbers_of_numpy_are_numbers():
     require_in_range("share", np.float32(0.5), low=0, high=1)
     require_count("width", np.int64(3), low=1, high=9)
     require_positive("rate", np.float64(3))
+
+
+def test_text_with_half_a_surrogate_pair_is_refused():
+    require_unicode("prompt", "a好🙂\0")
+    with pytest.raises(OptionError, match=r"prompt is no Unicode text: '\\ud800' at character 1"):
+        require_unicode("prompt", "a\ud800")

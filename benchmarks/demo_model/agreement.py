@@ -5,13 +5,14 @@ draft's choices equal the answer, so rounds can be replayed without a decoding l
 """
 
 import argparse
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from speclm.json_lines import parse_json_lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +90,7 @@ def measure(
     num_agreeing = num_tokens = num_committed = 0
     accepted_lengths: list[int] = []
     for shard in shards:
-        for line in shard.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
+        for row in parse_json_lines(shard):
             answer = torch.tensor(row["answer_ids"])
             input_ids = torch.tensor([row["prompt_ids"] + row["answer_ids"]])
             first = len(row["prompt_ids"]) - 1

@@ -1,7 +1,6 @@
 """Train a small draft model on the answers that ``distill.py`` wrote."""
 
 import argparse
-import json
 import math
 import random
 import time
@@ -24,6 +23,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+from speclm.json_lines import parse_json_lines
+
 PROMPT_SHARE = 0.1  # of the prompt positions take part in a step, with hard targets
 
 
@@ -45,8 +46,7 @@ def read_samples(folder: Path) -> list[Sample]:
         top_probs = tensors["log_probs"].float().softmax(-1)
         top_ids = tensors["ids"]
         start = 0
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
+        for row in parse_json_lines(path):
             stop = start + len(row["answer_ids"])
             samples.append(
                 Sample(

@@ -5,7 +5,6 @@ token ids already, and texts of like length share a batch of about equally many 
 """
 
 import argparse
-import json
 import math
 import random
 import time
@@ -18,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from speclm.formats import EagleCheckpoint, write_eagle
 from speclm.generation.calibrate import Ranks, estimate_tau
 from speclm.heads import EagleHeads
+from speclm.json_lines import parse_json_lines
 from speclm.training.draft_vocabulary import choose_columns, count_tokens
 from speclm.training.eagle_model import EagleObjective, EagleTrainingModel
 from speclm.training.eagle_trainer import load_eagle_heads, new_eagle_heads
@@ -29,8 +29,7 @@ def read_rows(folder: Path, pattern: str = "*.jsonl") -> list[Item]:
     """Read prompts with their answers; the loss counts the answers."""
     rows = []
     for shard in sorted(folder.glob(pattern)):
-        for line in shard.read_text(encoding="utf-8").splitlines():
-            found = json.loads(line)
+        for found in parse_json_lines(shard):
             prompt, answer = found["prompt_ids"], found["answer_ids"]
             mask = [0] * len(prompt) + [1] * len(answer)
             if len(answer) > 1:

@@ -5,7 +5,6 @@ computes them at every step instead, and needs no more than conversations.
 """
 
 import argparse
-import json
 import math
 import time
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from speclm.formats import MedusaCheckpoint, write_medusa
 from speclm.generation.calibrate import Ranks, calibrate_choices, estimate_tau
 from speclm.heads import MedusaHeads, MedusaHeadsConfig
+from speclm.json_lines import parse_json_lines
 from speclm.target import TargetView
 from speclm.tree.choices import Choices
 
@@ -57,8 +57,7 @@ def read_answers(base: PreTrainedModel, shards: list[Path]) -> list[Answer]:
     for shard in shards:
         tensors = load_file(shard.with_suffix(".safetensors"))
         start = 0
-        for line in shard.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
+        for row in parse_json_lines(shard):
             stop = start + len(row["answer_ids"])
             row["top_ids"] = tensors["ids"][start:stop]
             row["top_probs"] = tensors["log_probs"][start:stop].float().softmax(-1).half()

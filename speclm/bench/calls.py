@@ -9,7 +9,8 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from speclm.errors import OptionError
+from speclm.config import require_unicode
+from speclm.errors import OptionError, PromptError
 
 SETTINGS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -78,15 +79,34 @@ def eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
 def render_prompts(
     conversations: Sequence[Conversation | str], tokenizer: PreTrainedTokenizerBase
 ) -> list[str]:
-    """Return prompt texts: conversations by the chat template, strings as they are."""
+    """Return prompt texts: conversations by the chat template, strings as they are.
+
+    Raises:
+        OptionError: If a text is no Unicode text, or there is no chat template.
+        PromptError: If the chat template refuses a conversation.
+    """
+    from jinja2 import TemplateError
+
     rendered: list[str] = []
-    for prompt in conversations:
-        if isinstance(prompt, str):
-            rendered.append(prompt)
-            continue
-        text = tokenizer.apply_chat_template(
-            [dict(message) for message in prompt], add_generation_prompt=True, tokenize=False
-        )
+    for index, prompt in enumerate(conversations):
+        text: Any = prompt
+        if not isinstance(prompt, str):
+            if not tokenizer.chat_template:
+                raise OptionError(
+                    f"prompt {index} is a conversation, and the tokenizer has no chat template; "
+                    "pass texts, or set tokenizer.chat_template"
+                )
+            messages = [dict(message) for message in prompt]
+            try:
+                text = tokenizer.apply_chat_template(
+                    messages, add_generation_prompt=True, tokenize=False
+                )
+            except (TemplateError, TypeError, ValueError) as error:
+                raise PromptError(
+                    f"the chat template refuses prompt {index} ({error}); change its turns, or "
+                    "pass texts"
+                ) from error
+        require_unicode(f"prompt {index}", str(text))
         rendered.append(str(text))
     return rendered
 
@@ -109,6 +129,10 @@ def make_calls(
         options: Arguments of ``generate``.
         batch: Prompts a call; the last call may have fewer.
         seed: Seed of the first call; each further one has the next.
+
+    Raises:
+        OptionError: If a text is no Unicode text, or there is no chat template.
+        PromptError: If a prompt has no tokens, or the chat template refuses it.
     """
     texts = render_prompts(prompts, tokenizer)
     # A chat template writes the special tokens itself.
@@ -122,6 +146,11 @@ def make_calls(
             padding_side="left",
             add_special_tokens=needs_special[first],
         ).to(model.device)
+        lengths = encoded["attention_mask"].sum(dim=1).tolist()
+        if 0 in lengths:
+            raise PromptError(
+                f"prompt {first + lengths.index(0)} has no tokens, expected at least one; drop it"
+            )
         calls.append(
             Call(
                 input_ids=encoded["input_ids"],

@@ -15,8 +15,9 @@ from speclm.bench.machine import (
     describe_versions,
 )
 from speclm.bench.pairs import Comparison, Spread
-from speclm.errors import MeasurementError
+from speclm.errors import DataError, MeasurementError, OptionError
 from speclm.files import append_line
+from speclm.json_lines import JsonLine, read_json_lines
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,17 +118,23 @@ def append_record(path: Path, record: Record) -> None:
     Raises:
         MeasurementError: If outputs were promised to be those of plain decoding, were not, and
             not every difference is listed and explained by rounding.
+        OptionError: If `path` is no file.
     """
     _require_honest(record)
+    if path.exists() and not path.is_file():
+        raise OptionError(f"{path} is a folder or a device, expected a file of records; name one")
     path.parent.mkdir(parents=True, exist_ok=True)
     append_line(path, json.dumps(asdict(record), ensure_ascii=False))
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Return the records in a file as plain dictionaries; none when it does not exist."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    """Return the records in a file as plain dictionaries; none when it does not exist.
+
+    Raises:
+        DataError: If the file cannot be read, or a line is no record.
+    """
+    lines = read_json_lines(path) if path.exists() else []
+    return [_parse(line) for line in lines]
 
 
 def is_recorded(path: Path, *, benchmark: str, settings: dict[str, Any]) -> bool:
@@ -139,6 +146,16 @@ def is_recorded(path: Path, *, benchmark: str, settings: dict[str, Any]) -> bool
         == (benchmark, wanted, sha)
         for record in read_records(path)
     )
+
+
+def _parse(line: JsonLine) -> dict[str, Any]:
+    found = line.parse()
+    if not isinstance(found.get("commit"), dict) or not {"benchmark", "settings"} <= found.keys():
+        raise DataError(
+            f"{line.where}: expected a record of a measurement, found {line.excerpt}; name a file "
+            "of records, or a new one"
+        )
+    return found
 
 
 def _require_honest(record: Record) -> None:

@@ -17,6 +17,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 from typing_extensions import override
 
 from speclm.chat.text_stream import Piece, RoundStreamer
+from speclm.config import require_unicode
 from speclm.errors import OptionError, PromptError
 from speclm.files import append_line
 from speclm.model.arguments import resolve_setting
@@ -134,6 +135,7 @@ class Chat:
             marks_drafted: Tell drafted pieces apart; text then comes a round at a time.
 
         Raises:
+            OptionError: If a message is no Unicode text.
             PromptError: If the conversation is too long for the model, or the chat template
                 refuses it.
         """
@@ -207,7 +209,7 @@ class Chat:
         row = json.dumps({"messages": self.messages}, ensure_ascii=False)
         try:
             append_line(Path(path), row)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a null byte in the name
             raise OptionError(
                 f"{str(path)!r} cannot be written ({error}); name a file in a folder that exists"
             ) from error
@@ -215,6 +217,8 @@ class Chat:
     def _render(self, messages: list[Message]) -> list[int]:
         from jinja2 import TemplateError
 
+        for message in messages:
+            require_unicode(f"a message of the {message['role']}", message["content"])
         try:
             text: Any = self._tokenizer.apply_chat_template(
                 [dict(message) for message in messages], add_generation_prompt=True, tokenize=False

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from speclm.chat import Answer, Chat, Piece
 from speclm.cli._chat_report import describe
+from speclm.cli._console import printable
 from speclm.cli._tables import ACCEPTED_STYLE
 from speclm.errors import OptionError, SpeclmError
 
@@ -31,9 +32,6 @@ _FINISHES = {
     "length": "stopped at the bound of --max-new-tokens or of the model",
     "stopped": "stopped",
 }
-
-# What moves the cursor or rings the bell; a model may have learned such characters.
-_CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 
 
 def read_typed() -> str | None:
@@ -84,7 +82,8 @@ class ChatLoop:
                     self._answer(line.removeprefix("/"))
             except SpeclmError as error:
                 has_failed = True
-                self._errors.print(Text(f"error: {error}", style="red"), soft_wrap=True)
+                line = printable(f"error: {error}")
+                self._errors.print(Text(line, style="red"), soft_wrap=True)
         if self._console.is_terminal:
             self._console.print()
         return has_failed
@@ -106,7 +105,7 @@ class ChatLoop:
 
     def _show(self, piece: Piece) -> None:
         style = self._console.get_style(ACCEPTED_STYLE) if piece.is_drafted else None
-        segment = Segment(piece.text.translate(_CONTROL), style)
+        segment = Segment(printable(piece.text), style)
         # Segments go out as they are; text would have its tabs expanded, wherever it begins.
         self._console.print(Segments([segment]), end="", soft_wrap=True)
 
@@ -163,7 +162,11 @@ class ChatLoop:
     def _save(self, path: str) -> None:
         if not path:
             raise OptionError("/save expected a file name, found none; write /save FILE")
-        self._chat.save(Path(path).expanduser())
+        try:
+            file = Path(path).expanduser()
+        except RuntimeError as error:
+            raise OptionError(f"{path!r} names no home folder ({error}); write it out") from error
+        self._chat.save(file)
         self._note(f"added to {path}")
 
     def _print_help(self) -> None:

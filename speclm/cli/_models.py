@@ -1,5 +1,6 @@
 """Loads what commands work on: models, tokenizer and proposer, the bundled ones by default."""
 
+import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +19,7 @@ from speclm.demo import assets
 from speclm.errors import OptionError, UnknownNameError
 from speclm.model import SpecModel
 from speclm.model.loading import Heads
+from speclm.proposers import registered_proposers
 
 BUNDLED_HEADS = ("draft", "medusa", "eagle", "eagle3")
 """Assets that propose for the bundled base."""
@@ -63,7 +65,7 @@ def load(
 
     Raises:
         OptionError: If `dtype` is not known.
-        UnknownNameError: If `base` is no model.
+        UnknownNameError: If `base` is no model, or `heads` is nearly a name.
     """
     is_bundled = base is None
     name = str(assets()["base"]) if base is None else base
@@ -72,21 +74,44 @@ def load(
         raise OptionError(f"--dtype is {dtype!r}, expected one of {list(_DTYPES)!r}")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     disable_progress_bar()  # type: ignore[no-untyped-call]  # Transformers' own
+    if heads is None:
+        heads = "draft" if is_bundled else "ngram"
+    parts = _parts(heads, is_bundled=is_bundled)
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(name)
         model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise UnknownNameError(
-            f"--base {name!r} is not a folder or hub id of a causal language model ({error})"
+            f"--base {name!r} is not a folder or hub id of a causal language model that can be "
+            f"loaded ({type(error).__name__}: {error})"
         ) from error
-    if heads is None:
-        heads = "draft" if is_bundled else "ngram"
-    bundled = {part: assets()[part] for part in BUNDLED_HEADS} if is_bundled else {}
-    parts: list[Heads] = [bundled.get(part, part) for part in heads.split(",")]
-    named = None if heads == "none" else parts if len(parts) > 1 else parts[0]
+    if tokenizer.pad_token is None:  # it is masked, so any token will do
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    given = parts if len(parts) > 1 else parts[0] if parts else None
     options = None if heads_revision is None else {"revision": heads_revision}
-    spec = SpecModel.from_pretrained(model.to(device), named, heads_kwargs=options)
+    spec = SpecModel.from_pretrained(model.to(device), given, heads_kwargs=options)
     return Loaded(spec, tokenizer)
+
+
+def _parts(heads: str, *, is_bundled: bool) -> list[Heads]:
+    """Return what ``--heads`` names; nothing for "none"."""
+    if heads == "none":
+        return []
+    bundled = {part: assets()[part] for part in BUNDLED_HEADS} if is_bundled else {}
+    known = [*bundled, *registered_proposers()]
+    for part in heads.split(","):
+        if part in ("", "none"):
+            raise OptionError(
+                f"--heads is {heads!r}, expected names parted by commas, or 'none'; drop the "
+                f"{part!r} in it"
+            )
+        near = difflib.get_close_matches(part, known, n=1)
+        if near and part not in known and "/" not in part and not Path(part).exists():
+            raise UnknownNameError(
+                f"--heads has {part!r}, which is no folder; did you mean {near[0]!r}? known are "
+                f"{known!r}"
+            )
+    return [bundled.get(part, part) for part in heads.split(",")]
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:
@@ -101,5 +126,7 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
         return str(prompt)
     try:
         return file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise OptionError(f"--file {str(file)!r} cannot be read ({error})") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(
+            f"--file {str(file)!r} cannot be read ({error}); name a text file in UTF-8"
+        ) from error

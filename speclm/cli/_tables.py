@@ -7,6 +7,8 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from speclm.bench import Comparison
+from speclm.chat import TextDecoder
+from speclm.cli._console import printable
 from speclm.stats import RowStats
 
 ACCEPTED_STYLE = "bold green"
@@ -71,11 +73,9 @@ def coloured(tokens: list[int], stats: RowStats, tokenizer: PreTrainedTokenizerB
     is_drafted: list[bool] = []
     for accepted_length in [stats.prefill_tokens - 1, *stats.accepted_lengths]:
         is_drafted += [True] * accepted_length + [False]
-    text, written = Text(), ""
-    for index in range(len(tokens)):
-        # Characters may spread over tokens: each one shows what it adds to the text so far.
-        longer = str(tokenizer.decode(tokens[: index + 1], skip_special_tokens=True))
+    decoder, text = TextDecoder(tokenizer), Text()
+    for index, token in enumerate(tokens):
         drafted = index < len(is_drafted) and is_drafted[index]
-        text.append(longer[len(written) :], style=ACCEPTED_STYLE if drafted else "")
-        written = longer
+        piece = printable(decoder.push(token))
+        text.append(piece, style=ACCEPTED_STYLE if drafted else "")
     return text

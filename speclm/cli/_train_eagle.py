@@ -1,6 +1,7 @@
 """``speclm train eagle`` and ``speclm train eagle3``: train EAGLE heads."""
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -155,7 +156,8 @@ def _train(options: TrainOptions, start: _Start, objective: "EagleObjective") ->
     from speclm.training import EAGLE_DEFAULTS, EagleTrainer
 
     prepared = prepare(options, require_place=require_place_for_eagle, defaults=EAGLE_DEFAULTS)
-    trainer = EagleTrainer(
+    make = partial(
+        EagleTrainer,
         prepared.base,
         start.heads(prepared, seed=options.seed),
         prepared.arguments,
@@ -163,4 +165,4 @@ def _train(options: TrainOptions, start: _Start, objective: "EagleObjective") ->
         eval_dataset=prepared.eval_rows,
         objective=objective,
     )
-    run_training(trainer, options)
+    run_training(make, options)

@@ -1,5 +1,6 @@
 """``speclm train medusa``: trains Medusa heads."""
 
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -40,7 +41,8 @@ def medusa(
         has_own_lm_head=own_lm_head,
         seed=options.seed,
     )
-    trainer = MedusaTrainer(
+    make = partial(
+        MedusaTrainer,
         prepared.base,
         heads,
         prepared.arguments,
@@ -48,4 +50,4 @@ def medusa(
         eval_dataset=prepared.eval_rows,
         objective=objective,
     )
-    run_training(trainer, options)
+    run_training(make, options)

@@ -13,8 +13,9 @@ from rich.table import Table
 from transformers import PreTrainedModel, TrainingArguments
 
 from speclm.cli._models import load
+from speclm.cli._outputs import require_folder_to_write
 from speclm.config import require_count, require_positive
-from speclm.errors import OptionError
+from speclm.errors import OptionError, SpeclmError
 
 if TYPE_CHECKING:
     from speclm.training import HeadsTrainer, TrainingRows
@@ -129,6 +130,7 @@ def prepare(
     require_positive("--epochs", options.epochs)
     require_positive("--learning-rate", options.learning_rate)
     require_count("--seed", options.seed, low=0, high=2**31 - 1)
+    require_folder_to_write("--out", out)
     settings = {
         "num_train_epochs": options.epochs,
         "learning_rate": options.learning_rate,
@@ -152,9 +154,32 @@ def prepare(
     return Prepared(loaded.base, arguments, rows, eval_rows)
 
 
-def run_training(trainer: "HeadsTrainer", options: TrainOptions) -> None:
-    """Train, write the heads and print how well they guess."""
-    trainer.train(resume_from_checkpoint=options.resume)
+def run_training(make: Callable[[], "HeadsTrainer"], options: TrainOptions) -> None:
+    """Train, write the heads and print how well they guess.
+
+    Args:
+        make: Makes the trainer.
+        options: As given.
+
+    Raises:
+        OptionError: If `Trainer` cannot begin with what --training-arg and --report-to say.
+    """
+    trainer: HeadsTrainer | None = None
+    try:
+        trainer = make()
+        trainer.train(resume_from_checkpoint=options.resume)
+    except (SpeclmError, MemoryError):
+        raise
+    except Exception as error:
+        has_begun = trainer is not None and trainer.state.global_step > 0
+        if has_begun or (not options.training_arg and options.report_to == "none"):
+            raise
+        # Most fields are read first, and some only, by what they are for.
+        raise OptionError(
+            f"training cannot begin with --training-arg {options.training_arg or []!r} and "
+            f"--report-to {options.report_to!r} ({type(error).__name__}: {error}); correct or drop "
+            "the one that this is about"
+        ) from error
     trainer.save_model()
     if trainer.is_world_process_zero():
         _print_result(trainer.state.log_history, options.out)

@@ -12,15 +12,15 @@ from speclm.bench import (
     make_calls,
     measure_grid,
     prompt_lookup_arm,
+    read_records,
     setting_options,
     speculative_arm,
 )
 from speclm.cli._models import HeadsRevision, Loaded, load
+from speclm.cli._options import MaxNewTokens, Seed, Threads, positive_numbers
+from speclm.cli._outputs import prepare_file
+from speclm.cli._prompts import read_prompts
 from speclm.cli._tables import add_comparison, comparison_table
-from speclm.errors import OptionError
-from speclm.files import load_json
-
-Prompt = str | list[dict[str, str]]
 
 
 def bench(  # noqa: PLR0913, PLR0917 - each is an option of the command
@@ -36,21 +36,27 @@ def bench(  # noqa: PLR0913, PLR0917 - each is an option of the command
     settings: Annotated[str, typer.Option(help="Of greedy, t0.7, t1.0.")] = "greedy,t1.0",
     batch: Annotated[str, typer.Option(help="Rows of each call.")] = "1",
     n: Annotated[int | None, typer.Option(min=1, help="Prompts; all by default.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    max_new_tokens: MaxNewTokens = 128,
     prompt_lookup: Annotated[
         bool, typer.Option("--prompt-lookup", help="Measure Transformers' prompt lookup too.")
     ] = False,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, auto.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of PyTorch.")] = None,
-    seed: Annotated[int, typer.Option()] = 0,
+    threads: Threads = None,
+    seed: Seed = 0,
     out: Annotated[Path | None, typer.Option(help="Append records to this file.")] = None,
+    make_folders: Annotated[
+        bool, typer.Option("--make-folders", help="Make the folders of --out without asking.")
+    ] = False,
 ) -> None:
     """Measure speculative beside plain decoding, in pairs, and check that outputs are equal."""
     if threads is not None:
         torch.set_num_threads(threads)
-    texts = read_prompts(prompts)[:n]
+    texts = read_prompts("--prompts", prompts)[:n]
     batches = positive_numbers(batch)
     named = {name: setting_options(name) for name in settings.split(",")}
+    if out is not None:
+        prepare_file("--out", out, flag="--make-folders", makes=make_folders)
+        read_records(out)  # another file is named before anything is measured
     loaded = load(base, heads, dtype=dtype, heads_revision=heads_revision)
     arms = [speculative_arm("speclm", loaded.base, loaded.spec.proposer)]
     if prompt_lookup:
@@ -86,48 +92,6 @@ def bench(  # noqa: PLR0913, PLR0917 - each is an option of the command
     Console().print(table)
     if not is_honest:
         raise typer.Exit(1)
-
-
-def read_prompts(path: Path) -> list[Prompt]:
-    """Read prompts; a conversation loses its final assistant turn.
-
-    Raises:
-        OptionError: If the file cannot be read, has no prompt, or a line is none.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise OptionError(f"--prompts {str(path)!r} cannot be read ({error})") from error
-    found = [_parse(line, f"{path}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
-    if not found:
-        raise OptionError(f"--prompts {str(path)!r} is empty, expected one JSON object a line")
-    return found
-
-
-def _parse(line: str, where: str) -> Prompt:
-    try:
-        value = load_json(line)
-    except ValueError as error:
-        raise OptionError(f"{where}: expected a JSON object, found {line[:40]!r}") from error
-    match value:
-        case {"messages": [*messages]} if messages:
-            is_answered = messages[-1].get("role") == "assistant"
-            return messages[:-1] if is_answered else messages
-        case {"prompt": str(text)}:
-            return text
-    raise OptionError(f'{where}: expected "messages" or "prompt", found {line[:40]!r}')
-
-
-def positive_numbers(text: str) -> list[int]:
-    """Return the numbers of ``--batch``.
-
-    Raises:
-        OptionError: If one is not positive.
-    """
-    wrong = [part for part in text.split(",") if not part.isdigit() or int(part) < 1]
-    if wrong:
-        raise OptionError(f"--batch has {wrong[0]!r}, expected positive numbers such as 1,4")
-    return [int(part) for part in text.split(",")]
 
 
 def _common_settings(

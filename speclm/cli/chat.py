@@ -11,6 +11,8 @@ from rich.console import Console
 from speclm.chat import Chat
 from speclm.cli._chat_loop import ChatLoop, read_piped, read_typed
 from speclm.cli._models import HeadsRevision, load
+from speclm.cli._options import MOST, Seed
+from speclm.errors import OptionError
 
 
 def chat(  # noqa: PLR0913, PLR0917 - each is an option of the command
@@ -23,21 +25,22 @@ def chat(  # noqa: PLR0913, PLR0917 - each is an option of the command
     ] = None,
     heads_revision: HeadsRevision = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, auto.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of each answer.")] = 512,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST, help="Of each answer.")] = 512,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 decodes greedily.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
-    top_k: Annotated[int, typer.Option(min=0, help="0 for no bound.")] = 0,
-    seed: Annotated[int, typer.Option()] = 0,
+    top_k: Annotated[int, typer.Option(min=0, max=MOST, help="0 for no bound.")] = 0,
+    seed: Seed = 0,
     system: Annotated[str | None, typer.Option(help="Text of a system message.")] = None,
     show_accepted: Annotated[
         bool, typer.Option("--show-accepted", help="Colour tokens that were drafted and accepted.")
     ] = False,
 ) -> None:
     """Chat with a model; /help lists the commands. Piped input is answered line by line."""
-    is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    for stream in (sys.stdin, sys.stdout):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a wrong byte is no reason to end
+    if sys.stdin is None:
+        raise OptionError("standard input is closed; open it, or use: speclm generate")
+    is_terminal = sys.stdin.isatty() and sys.stdout is not None and sys.stdout.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a wrong byte is no reason to end
     loaded = load(base, heads, dtype=dtype, heads_revision=heads_revision)
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0.0}
     if temperature > 0.0:

@@ -28,7 +28,9 @@ MAX_NEW_TOKENS = {"sql": 64, "gsm8k": 96}
 
 def demo(
     prompts: Annotated[int, typer.Option(min=1, help="Prompts of each set.")] = 5,
-    threads: Annotated[int, typer.Option(min=1, help="Threads; a small model gains from one.")] = 1,
+    threads: Annotated[
+        int, typer.Option(min=1, max=1024, help="Threads; a small model gains from one.")
+    ] = 1,
     tune: Annotated[bool, typer.Option("--tune", help="Use the tuning prompts.")] = False,
 ) -> None:
     """Decode text-to-SQL and maths prompts plainly and with drafts, and compare."""
@@ -53,7 +55,8 @@ def demo(
             status.update(f"decoded {len(measured)} of {len(cells) * len(arms)}")
     console.print(table)
     _print_samples(console, measured, loaded.tokenizer)
-    if all(result.comparison.num_identical == prompts for result in measured):
+    comparisons = [result.comparison for result in measured]
+    if all(found.num_identical == len(found.pairs) for found in comparisons):
         console.print("identical: yes", style="green")
         return
     console.print("identical: NO", style="bold red")

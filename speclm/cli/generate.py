@@ -7,7 +7,9 @@ import typer
 from rich.console import Console
 
 from speclm.bench import Arm, Outcome, make_calls, plain_arm, speculative_arm
+from speclm.cli._console import printable
 from speclm.cli._models import HeadsRevision, load, read_prompt
+from speclm.cli._options import MaxNewTokens, Seed
 from speclm.cli._tables import coloured
 from speclm.errors import OptionError
 
@@ -23,10 +25,10 @@ def generate(  # noqa: PLR0913, PLR0917 - each is an option of the command
         typer.Option(help='Proposer name, folder or hub id of a draft model, or "none".'),
     ] = None,
     heads_revision: HeadsRevision = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    max_new_tokens: MaxNewTokens = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 decodes greedily.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Seed = 0,
     chat: Annotated[bool, typer.Option(help="Apply the chat template.")] = True,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, auto.")] = None,
     compare: Annotated[
@@ -57,8 +59,8 @@ def generate(  # noqa: PLR0913, PLR0917 - each is an option of the command
     if own.stats is not None and own.stats.rows:
         console.print(coloured(own.tokens[0], own.stats.rows[0], tokenizer))
     else:
-        decoded = tokenizer.decode(own.tokens[0], skip_special_tokens=True)
-        console.print(decoded, markup=False, highlight=False)
+        decoded = str(tokenizer.decode(own.tokens[0], skip_special_tokens=True))
+        console.print(printable(decoded), markup=False, highlight=False)
     for name, outcome in outcomes.items():
         console.print(_summary(name, outcome), style="dim", highlight=False)
     if compare:

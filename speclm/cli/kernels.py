@@ -10,11 +10,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from speclm.cli._outputs import prepare_file
 from speclm.errors import OptionError
 from speclm.kernels import preferred
 from speclm.kernels.launch import architecture
 from speclm.kernels.launch_files import VARIABLE, read_table
-from speclm.kernels.launch_table import LaunchRow, built_in_rows
+from speclm.kernels.launch_table import TABLE, LaunchRow, built_in_rows
 from speclm.kernels.tuning import measure_on, tune
 
 
@@ -30,6 +31,9 @@ def kernels(
 
     What --tune writes is used where the environment variable SPECLM_KERNEL_CONFIGS names it.
     """
+    if arch is not None and arch not in TABLE:
+        known = sorted(TABLE, key=lambda name: (name[:2] != "sm", len(name), name))
+        raise OptionError(f"--arch is {arch!r}, expected one of {known!r}; pass one of them")
     console, has_gpu = Console(), torch.cuda.is_available()
     device = torch.device("cuda" if has_gpu else "cpu")
     choice = preferred(device)
@@ -37,6 +41,7 @@ def kernels(
     if save is not None:
         if not has_gpu:
             raise OptionError("--tune measures on a GPU, and there is none here; leave it out")
+        prepare_file("--tune", save)
         here = architecture(device)
         rows = tune(save, architecture=here, measure=measure_on(device))[here]
         console.print(_sizes(f"{here}, from {save}", rows))

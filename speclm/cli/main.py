@@ -1,11 +1,19 @@
 """The command line."""
 
 import sys
+from typing import Any
 
 import typer
-from rich.console import Console
-from rich.text import Text
+from typer.core import TyperGroup
+from typing_extensions import override
 
+from speclm.cli._console import (
+    USAGE_ERROR,
+    exits_when_output_fails,
+    flush_output,
+    print_error,
+    replace_unencodable,
+)
 from speclm.cli.bench import bench
 from speclm.cli.chat import chat
 from speclm.cli.demo import demo
@@ -17,9 +25,23 @@ from speclm.cli.tune import tune
 from speclm.cli.verify import verify
 from speclm.errors import SpeclmError
 
-USAGE_ERROR = 2
+
+class _Commands(TyperGroup):
+    """Ends a command whose output cannot be written with `USAGE_ERROR`; Typer would with 1."""
+
+    @override
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with exits_when_output_fails():
+            return super().make_context(*args, **kwargs)
+
+    @override
+    def invoke(self, ctx: Any) -> Any:
+        with exits_when_output_fails():
+            return super().invoke(ctx)
+
 
 app = typer.Typer(
+    cls=_Commands,
     help="Exact speculative decoding: the tokens of generate, faster.",
     no_args_is_help=True,
     add_completion=False,
@@ -31,10 +53,18 @@ app.add_typer(train, name="train")
 
 
 def main() -> None:
-    """Run the command line; an error of speclm's own becomes one red line and exit code 2."""
+    """Run the command line.
+
+    An error of speclm's own, and output that cannot be written, become one red line and exit code
+    2. Output that nobody reads on, as in ``speclm env | head -1``, gives the same code and no line.
+    """
+    replace_unencodable()
     try:
         app()
+    except SystemExit as finished:
+        if finished.code == 0:
+            flush_output()
+        raise
     except SpeclmError as error:
-        line = " ".join(str(error).split())
-        Console(stderr=True, soft_wrap=True).print(Text(f"error: {line}", style="red"))
+        print_error(error)
         sys.exit(USAGE_ERROR)

@@ -11,7 +11,9 @@ from rich.table import Table
 
 from speclm.bench import Call, make_calls, setting_options
 from speclm.cli._models import HeadsRevision, Loaded, load
-from speclm.cli.bench import positive_numbers, read_prompts
+from speclm.cli._options import MOST, Threads, positive_numbers
+from speclm.cli._outputs import prepare_file
+from speclm.cli._prompts import read_prompts
 from speclm.demo import load_prompts
 from speclm.errors import OptionError
 from speclm.files import write_file
@@ -39,7 +41,7 @@ def tune(  # noqa: PLR0913, PLR0917 - each is an option of the command
     ] = None,
     batch: Annotated[str, typer.Option(help="Rows of a call, such as 1,4,16.")] = "1",
     n: Annotated[int, typer.Option(min=1, help="Prompts.")] = 16,
-    max_new_tokens: Annotated[int, typer.Option(min=4)] = 96,
+    max_new_tokens: Annotated[int, typer.Option(min=4, max=MOST)] = 96,
     setting: Annotated[str, typer.Option(help="greedy, t0.7 or t1.0.")] = "greedy",
     nodes: Annotated[
         int | None, typer.Option(min=1, help="Of the static tree; by default the fastest.")
@@ -48,7 +50,7 @@ def tune(  # noqa: PLR0913, PLR0917 - each is an option of the command
         Path | None, typer.Option(help="Write the static tree here, for generate(tree=PATH).")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, auto.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of PyTorch.")] = None,
+    threads: Threads = None,
 ) -> None:
     """Measure rounds and acceptance on prompts, and tell which trees give most tokens a second.
 
@@ -58,7 +60,7 @@ def tune(  # noqa: PLR0913, PLR0917 - each is an option of the command
         torch.set_num_threads(threads)
     if save is not None and save.suffix != ".json":
         raise OptionError(f"--save is {str(save)!r}, expected a file named *.json; rename it")
-    texts = (read_prompts(data) if data else load_prompts("sql_tune"))[:n]
+    texts = (read_prompts("--data", data) if data else load_prompts("sql_tune"))[:n]
     sizes, options = positive_numbers(batch), setting_options(setting)
     options = {**options, "max_new_tokens": max_new_tokens}
     loaded, console = load(base, heads, dtype=dtype, heads_revision=heads_revision), Console()
@@ -70,8 +72,8 @@ def tune(  # noqa: PLR0913, PLR0917 - each is an option of the command
             f"--save has nothing to write: {type(proposer).__name__} does not rank its guesses; "
             "drop it and use tree='auto'"
         )
-    if loaded.tokenizer.pad_token is None:  # it is masked, so any token will do
-        loaded.tokenizer.pad_token = loaded.tokenizer.eos_token
+    if save is not None:
+        prepare_file("--save", save)
     for size in sizes:
         calls = make_calls(texts, loaded.base, loaded.tokenizer, options=options, batch=size)
         costs = _print_sizes(loaded, calls, size, console)

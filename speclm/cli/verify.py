@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from speclm.bench import Arm, Cell, make_calls, measure_grid, plain_arm, setting_options
 from speclm.bench.calls import Call
 from speclm.cli._models import load
+from speclm.cli._options import MaxNewTokens
 from speclm.cli._tables import verdict
 from speclm.demo import load_prompts
 from speclm.model import SpecModel
@@ -26,7 +27,7 @@ def verify(
         str | None, typer.Argument(help="Folder or hub id; by default the bundled model.")
     ] = None,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts of each setting.")] = 8,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 32,
+    max_new_tokens: MaxNewTokens = 32,
     batch: Annotated[int, typer.Option(min=1, help="Rows of the larger calls.")] = 4,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, auto.")] = None,
 ) -> None:
@@ -37,8 +38,6 @@ def verify(
     """
     console, loaded = Console(), load(base, "none", dtype=dtype)
     loaded.spec.print_report(write=console.print)
-    if loaded.tokenizer.pad_token is None:  # it is masked, so any token will do
-        loaded.tokenizer.pad_token = loaded.tokenizer.eos_token
     arm = _scripted_arm(loaded.base)
     half = -(-prompts // 2)
     texts = [*load_prompts("sql_tune", limit=half), *load_prompts("gsm8k_tune", limit=half)]

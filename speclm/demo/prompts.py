@@ -1,9 +1,8 @@
 """Conversations to try the bundled models on."""
 
-import json
-
 from speclm.demo._assets import assets
 from speclm.errors import OptionError
+from speclm.json_lines import read_json_lines
 
 
 def load_prompts(name: str, *, limit: int | None = None) -> list[list[dict[str, str]]]:
@@ -29,5 +28,5 @@ def load_prompts(name: str, *, limit: int | None = None) -> list[list[dict[str, 
         raise OptionError(f"expected prompts named one of {sorted(files)}, found {name!r}")
     if limit is not None and limit < 0:
         raise OptionError(f"expected limit to be at least 0 or None, found {limit!r}")
-    lines = files[name].read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["messages"][:-1] for line in lines[:limit]]
+    lines = read_json_lines(files[name])
+    return [line.parse()["messages"][:-1] for line in lines[:limit]]

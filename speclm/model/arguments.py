@@ -1,6 +1,7 @@
 """The arguments of `generate`: what is refused, and what is left to the base's own."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from speclm.generation.settings import (
     Setting,
     first_active,
 )
+from speclm.model.causal_lm import OPTIONS_OF_LOADING, suggest
 
 
 def resolve_setting(name: str, arguments: Mapping[str, Any], default: GenerationConfig) -> Any:
@@ -94,6 +96,31 @@ def require_acceptable(arguments: Mapping[str, Any], default: GenerationConfig) 
                 "pass the mask that the tokenizer returned with the prompt"
             )
         require_left_padding(mask)
+
+
+@contextmanager
+def naming_unknown(arguments: Iterable[str]) -> Iterator[None]:
+    """Name arguments that nothing takes, and what they may be meant for.
+
+    Args:
+        arguments: Names of those that Transformers' ``generate`` is called with inside.
+
+    Raises:
+        OptionError: In place of Transformers' own error.
+    """
+    try:
+        yield
+    except ValueError as error:
+        unknown = [name for name in arguments if repr(name) in str(error)]
+        if "not used by the model" not in str(error) or not unknown:
+            raise
+        if unknown[0] in OPTIONS_OF_LOADING:
+            remedy = "pass it to SpecModel.from_pretrained"
+        else:
+            remedy = suggest(unknown[0], [*BY_NAME, *OPTIONS_OF_LOADING, "acceptance"])
+        raise OptionError(
+            f"arguments {unknown!r} are not used by the model, nor known to generate; {remedy}"
+        ) from error
 
 
 def _first_active(

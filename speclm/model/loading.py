@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from speclm.errors import OptionError, UnknownNameError, UnsupportedModelError
+from speclm.errors import CheckpointError, OptionError, UnknownNameError, UnsupportedModelError
 from speclm.formats import MedusaCheckpoint, read_eagle, read_medusa
 from speclm.heads.eagle import build_eagle
 from speclm.heads.medusa import MedusaHeads, MedusaHeadsConfig
+from speclm.model.causal_lm import load_causal_lm
 from speclm.model.hub import HubOptions, find_heads
 from speclm.proposers.chain_draft import ChainDraftProposer
 from speclm.proposers.combined import CombinedProposer
@@ -21,6 +22,7 @@ from speclm.proposers.registry import registered_proposers
 from speclm.target import TargetView
 from speclm.verify import Backend, check_model
 
+_DRAFT_OPTIONS = ("dtype", "device_map", "revision", "quantization_config", "attn_implementation")
 _MEDUSA_OPTIONS = ("dtype", "min_chance", "tree")
 
 
@@ -204,7 +206,9 @@ def _load_draft_model(
     names = sorted(registered_proposers())
     kwargs = {"dtype": base.dtype, "device_map": {"": base.device}, **heads_kwargs}
     try:
-        return AutoModelForCausalLM.from_pretrained(heads, **kwargs)
+        return load_causal_lm(heads, kwargs, owner="draft model", known=_DRAFT_OPTIONS)
+    except (OptionError, CheckpointError):
+        raise
     except (OSError, ValueError) as error:
         raise UnknownNameError(
             f"heads {str(heads)!r} is not a registered proposer, nor a folder or hub id of a "

@@ -8,12 +8,7 @@ from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
@@ -22,12 +17,14 @@ from transformers.utils.generic import ModelOutput
 from speclm.acceptance import AcceptanceRule, resolve_acceptance_rule
 from speclm.errors import BusyError, OptionError, UnsupportedModelError
 from speclm.generation import NeedsPlainDecoding, PauseMemory, TreeMemory
-from speclm.model.arguments import first_delegated, require_acceptable
+from speclm.model.arguments import first_delegated, naming_unknown, require_acceptable
 from speclm.model.attaching import attach, detach, enter
 from speclm.model.call import decode, with_counters
+from speclm.model.causal_lm import OPTIONS_OF_LOADING, load_causal_lm, require_no_options
 from speclm.model.fitting import require_fits
 from speclm.model.hub import with_base_options
 from speclm.model.loading import Heads, load_proposer
+from speclm.model.misses import MissWatch
 from speclm.model.report import write_report
 from speclm.model.saving import push_heads, save_heads
 from speclm.model.standing_in import MOVES, move, unwrap
@@ -86,7 +83,7 @@ class SpecModel:
         self.last_speculation: SpeculationStats | None = None
         self.adaptive = adaptive
         self.tree = tree
-        self._pauses, self.trees = PauseMemory(), TreeMemory()
+        self._pauses, self.trees, self._misses = PauseMemory(), TreeMemory(), MissWatch()
         self._logged: set[str] = set()
 
     @classmethod
@@ -120,7 +117,8 @@ class SpecModel:
             UnknownNameError: If `heads` is a string that names nothing.
             UnsupportedModelError: If `base` is not a decoder-only language model.
             VocabularyMismatchError: If a draft model has another vocabulary than the base.
-            OptionError: If arguments are given that the objects passed in have no use for.
+            OptionError: If arguments are given that the objects passed in have no use for, or do
+                not know.
         """
         base = unwrap(base, SpecModel)
         if not isinstance(base, str | Path | PreTrainedModel):
@@ -129,14 +127,10 @@ class SpecModel:
                 "PreTrainedModel; load one with AutoModelForCausalLM.from_pretrained"
             )
         if isinstance(base, PreTrainedModel):
-            if kwargs:
-                raise OptionError(
-                    f"base is a loaded model and {sorted(kwargs)!r} would have no effect; pass "
-                    "them where the model is loaded"
-                )
+            require_no_options(kwargs)
             model = base
         else:
-            model = AutoModelForCausalLM.from_pretrained(base, **kwargs)
+            model = load_causal_lm(base, kwargs, owner="base", known=OPTIONS_OF_LOADING)
             heads_kwargs = with_base_options(heads_kwargs, kwargs, heads=heads, base=base)
         proposer = load_proposer(
             heads, model, heads_kwargs=heads_kwargs, num_draft_tokens=num_draft_tokens
@@ -269,7 +263,7 @@ class SpecModel:
         before, self.last_speculation = self.last_speculation, stats
         try:
             self._require_speculation(arguments)
-            return decode(
+            output = decode(
                 self._base_generate,
                 arguments,
                 self.generation_config,
@@ -282,6 +276,8 @@ class SpecModel:
                 tree=plan if isinstance(plan, TreePlan) else None,
                 trees=self.trees if plan == AUTO else None,
             )
+            self._misses.look(self.proposer, stats, target=self._target)
+            return output
         except BusyError:
             self.last_speculation = before  # the counters of the call that goes on
             raise
@@ -380,7 +376,8 @@ class SpecModel:
     def _base_generate(self, **arguments: Any) -> Any:
         # The class's method: an instance attribute may be a wrapper that leads back here.
         generate: Callable[..., Any] = cast("Any", type(self.base)).generate
-        return generate(self.base, **arguments)
+        with naming_unknown(arguments):
+            return generate(self.base, **arguments)
 
     def _require_speculation(self, arguments: dict[str, Any]) -> None:
         """Raise `NeedsPlainDecoding` for what is known before Transformers resolves the call."""

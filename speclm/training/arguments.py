@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from transformers import TrainingArguments
@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from speclm.config import require_count, require_in_range, require_positive
 from speclm.errors import OptionError
 from speclm.files import load_json
+from speclm.training._trackers import require_trackers
 
 DEFAULTS: Mapping[str, Any] = {
     "learning_rate": 1e-3,
@@ -42,7 +43,17 @@ _LEAST_COUNTS = {
     "gradient_accumulation_steps": 1,
     "max_steps": -1,  # for as many as the epochs have
     "seed": 0,
+    "dataloader_num_workers": 0,
 }
+_NOT_NEGATIVE = (
+    "weight_decay",
+    "max_grad_norm",
+    "warmup_steps",
+    "logging_steps",
+    "save_steps",
+    "eval_steps",
+    "save_total_limit",
+)
 _MOST = 2**31 - 1
 
 
@@ -60,7 +71,8 @@ def training_arguments(
         defaults: `DEFAULTS`, or `EAGLE_DEFAULTS` for EAGLE heads.
 
     Raises:
-        OptionError: If there is no such field, or its value is refused.
+        OptionError: If there is no such field, its value is refused, or what it asks for is not
+            installed.
     """
     known = {field.name for field in fields(TrainingArguments) if field.init}
     settings = dict(settings or {})
@@ -70,21 +82,37 @@ def training_arguments(
             hint = f"did you mean {near[0]!r}?" if near else "see its documentation for the fields"
             raise OptionError(f"TrainingArguments has no field {name!r}; {hint}")
     values = {**defaults, **settings}
+    _require_types(settings)
+    require_trackers(values.get("report_to"))
     for name in ("learning_rate", *(() if _has_max_steps(values) else ("num_train_epochs",))):
         require_positive(name, values[name])
     for name, low in _LEAST_COUNTS.items():
         if name in values:
             require_count(name, values[name], low=low, high=_MOST)
-    for name in ("weight_decay", "max_grad_norm", "warmup_steps"):
+    for name in _NOT_NEGATIVE:
         if values.get(name) is not None:
             require_in_range(name, values[name], low=0.0, high=_MOST)
     pinning = {"dataloader_pin_memory": torch.accelerator.is_available()}
     try:
         return TrainingArguments(str(output_dir), **{**pinning, **values})
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, ImportError, OSError) as error:  # some name a file of settings
         raise OptionError(
             f"TrainingArguments refuses {settings!r} ({error}); correct the value"
         ) from error
+
+
+def _require_types(settings: Mapping[str, Any]) -> None:
+    """Check switches and counts, which Transformers takes as they are: any text is true."""
+    hints = get_type_hints(TrainingArguments)
+    for name, value in settings.items():
+        kinds = set(get_args(hints[name]) or (hints[name],))
+        wanted = kinds - {type(None)}
+        if (value is None and kinds != wanted) or name in _LEAST_COUNTS:
+            continue
+        if wanted == {bool} and not isinstance(value, bool):
+            raise OptionError(f"{name} is {value!r}, expected true or false; pass one of them")
+        if wanted == {int} and (isinstance(value, bool) or not isinstance(value, int)):
+            raise OptionError(f"{name} is {value!r}, expected a whole number; pass one")
 
 
 def _has_max_steps(values: Mapping[str, Any]) -> bool:

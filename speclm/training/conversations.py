@@ -6,7 +6,7 @@ from random import Random
 from typing import Any
 
 from speclm.errors import DataError, OptionError
-from speclm.files import load_json
+from speclm.json_lines import JsonLine, read_json_lines
 
 Message = dict[str, Any]
 """One turn: ``role`` and ``content``, and whatever else the chat template reads."""
@@ -42,44 +42,33 @@ def read_conversations(
     """
     if limit is not None and limit < 1:
         raise OptionError(f"limit is {limit!r}, expected at least 1; pass None to keep all rows")
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path}: cannot be read as UTF-8 text ({error}); give a file of JSON lines"
-        ) from error
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not numbered:
+    lines = read_json_lines(path)
+    if not lines:
         raise DataError(f'{path}: no rows, expected one {{"messages": [...]}} a line')
-    if limit is not None and limit < len(numbered):
-        numbered = sorted(Random(seed).sample(numbered, limit))
-    return [parse_conversation(line, f"{path}:{number}") for number, line in numbered]
+    if limit is not None and limit < len(lines):
+        kept = sorted(Random(seed).sample(range(len(lines)), limit))
+        lines = [lines[index] for index in kept]
+    return [parse_conversation(line) for line in lines]
 
 
-def parse_conversation(line: str, where: str) -> Conversation:
+def parse_conversation(line: JsonLine) -> Conversation:
     """Read one line.
 
     Raises:
         DataError: If it is no conversation, or has no assistant turn.
     """
-    try:
-        value = load_json(line)
-    except ValueError as error:
-        raise DataError(
-            f"{where}: expected a JSON object, found {line[:40]!r} ({error}); correct the row"
-        ) from error
-    messages = value.get("messages") if isinstance(value, dict) else None
+    messages = line.parse().get("messages")
     if not isinstance(messages, list) or not all(map(_is_message, messages)):
         raise DataError(
-            f'{where}: expected "messages", a list of objects with the strings "role" and '
-            f'"content", found {line[:60]!r}'
+            f'{line.where}: expected "messages", a list of objects with the strings "role" and '
+            f'"content", found {line.excerpt}'
         )
     if not any(message["role"] == "assistant" for message in messages):
         raise DataError(
-            f"{where}: no turn has the role 'assistant', so there is nothing to learn; drop the "
-            "row or add the answer"
+            f"{line.where}: no turn has the role 'assistant', so there is nothing to learn; drop "
+            "the row or add the answer"
         )
-    return Conversation(messages, where)
+    return Conversation(messages, line.where)
 
 
 def _is_message(value: object) -> bool:

@@ -3,7 +3,8 @@ import torch
 
 from speclm.bench import make_calls, setting_options
 from speclm.bench.calls import eos_token_ids, render_prompts
-from speclm.errors import OptionError
+from speclm.errors import OptionError, PromptError
+from tests.byte_tokenizer import STRICT_TEMPLATE, byte_tokenizer
 
 
 def test_batches_are_padded_on_the_left_and_seeded_one_after_the_other(calls_of):
@@ -40,3 +41,24 @@ def test_eos_tokens_come_from_the_generation_config(tiny_base):
 def test_unknown_setting_names_the_known_ones():
     with pytest.raises(OptionError, match=r"t9.*greedy"):
         setting_options("t9")
+
+
+def test_prompts_without_tokens_are_named(tiny_base, tokenizer):
+    for batch in (1, 2):
+        with pytest.raises(PromptError, match="prompt 2 has no tokens, expected at least one"):
+            make_calls(["a", "b", "", "c"], tiny_base, tokenizer, options={}, batch=batch)
+
+
+def test_conversations_that_no_template_renders_are_named():
+    chat = [{"role": "system", "content": "a"}]
+    with pytest.raises(PromptError, match=r"refuses prompt 0 \(no system role\)"):
+        render_prompts([chat], byte_tokenizer(STRICT_TEMPLATE))
+    with pytest.raises(PromptError, match=r"refuses prompt 1 .*empty"):
+        render_prompts(["a", []], byte_tokenizer())
+    with pytest.raises(OptionError, match=r"prompt 0 is a conversation, and .* no chat template"):
+        render_prompts([chat], byte_tokenizer(None))
+
+
+def test_text_that_cannot_be_encoded_is_named(tokenizer):
+    with pytest.raises(OptionError, match="prompt 1 is no Unicode text"):
+        render_prompts(["a", "b\ud800"], tokenizer)

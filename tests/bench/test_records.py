@@ -5,7 +5,7 @@ import pytest
 
 from speclm.bench import Divergence, Record, Spread, append_record, compare, plain_arm, read_records
 from speclm.bench.records import decode_record, is_recorded, time_record
-from speclm.errors import MeasurementError, SpeclmError
+from speclm.errors import DataError, MeasurementError, OptionError, SpeclmError
 
 EXPLAINED = Divergence(0, 0, 5, 1, 2, gap=0.1, logit_difference=0.1)
 UNEXPLAINED = Divergence(0, 0, 5, 1, 2, gap=9.0, logit_difference=0.1)
@@ -115,3 +115,24 @@ def test_decode_record_holds_ratio_and_counters(tiny_base, calls_of):
 def test_time_record_has_no_outputs_to_compare():
     found = time_record(Spread(1.0, 2.0, 3.0), n=5, benchmark="import", settings={})
     assert (found.median, found.unit, found.num_identical) == (2.0, "ms", None)
+
+
+def test_text_of_settings_may_hold_any_line_separator(tmp_path):
+    path = tmp_path / "decode.jsonl"
+    append_record(path, record(settings={"prompts": "a\u2028b\x85c"}))
+    assert read_records(path)[0]["settings"] == {"prompts": "a\u2028b\x85c"}
+
+
+@pytest.mark.parametrize("line", ["nonsense", "{}", '{"benchmark": 1, "settings": 2, "commit": 3}'])
+def test_lines_that_are_no_records_are_named(tmp_path, line):
+    path = tmp_path / "decode.jsonl"
+    append_record(path, record())
+    path.write_text(path.read_text() + line)
+    with pytest.raises(DataError, match=r"decode\.jsonl:2: expected a"):
+        read_records(path)
+
+
+@pytest.mark.parametrize("path", [".", "/dev/null"])
+def test_folders_and_devices_are_not_replaced(path):
+    with pytest.raises(OptionError, match="is a folder or a device"):
+        append_record(Path(path), record())

@@ -1,6 +1,7 @@
 import io
 import json
 import signal
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -10,7 +11,7 @@ from speclm import SpecModel
 from speclm.chat import Chat, RoundStreamer
 from speclm.cli import app
 from speclm.cli._chat_loop import COMMANDS, ChatLoop, read_typed
-from speclm.errors import UnknownNameError
+from speclm.errors import OptionError, UnknownNameError
 from speclm.stats import Pause, RowStats, SpeculationStats
 from speclm.testing import ScriptedProposer
 from tests.byte_tokenizer import VOCAB_SIZE, byte_tokenizer
@@ -291,3 +292,32 @@ def test_typed_lines_end_with_the_input_and_outlive_an_interrupt(monkeypatch, ca
     assert typed(KeyboardInterrupt, "b") == "b"
     assert capsys.readouterr().out == "\n"
     assert typed(EOFError) is None
+
+
+def test_bad_names_of_files_are_named(tmp_path):
+    terminal = Terminal("a", "/save a\0b", "/save ~nobody-of-that-name/x", f"/save {tmp_path}")
+    assert terminal.errors.count("error:") == 3
+    assert "cannot be written (embedded null byte)" in terminal.errors
+    assert "names no home folder" in terminal.errors
+    assert "found a folder or a device, expected a file" in terminal.errors
+
+
+def test_text_that_cannot_be_encoded_is_named():
+    terminal = Terminal("a\udcff", "/system b\udcff", "a")
+    assert "a message of the user is no Unicode text" in terminal.errors
+    assert "a message of the system is no Unicode text" in terminal.errors
+
+
+def test_errors_do_not_steer_the_terminal():
+    template = "{{ raise_exception('\x1b[31m\x9b') }}"
+    chat = tiny_chat()
+    chat._tokenizer.chat_template = template
+    errors = Terminal("a", chat=chat, color_system=None).errors
+    assert "refuses a conversation of user ([31m)" in errors
+    assert not {"\x1b", "\x9b"} & set(errors)
+
+
+def test_closed_input_is_named(run, monkeypatch):
+    monkeypatch.setattr("speclm.cli.chat.sys", SimpleNamespace(stdin=None))
+    with pytest.raises(OptionError, match="standard input is closed"):
+        run("chat")

@@ -4,6 +4,7 @@ from dataclasses import replace
 import pytest
 
 from speclm.bench import plain_arm
+from speclm.demo import load_prompts
 
 demo_module = importlib.import_module("speclm.cli.demo")  # the package's `demo` is the function
 
@@ -23,6 +24,15 @@ def test_demo_compares_both_sets_and_is_identical(run):
             for arm in ("ngram", "draft", "medusa", "eagle", "eagle3"):
                 assert [name, setting, arm] in rows
     assert "SELECT" in result.output
+
+
+def test_demo_is_identical_with_more_prompts_than_there_are(run, monkeypatch):
+    monkeypatch.setattr(
+        demo_module, "load_prompts", lambda name, limit: load_prompts(name, limit=1)
+    )
+    monkeypatch.setattr(demo_module, "_arms", lambda base: [plain_arm(base)])
+    result = run("demo", "--prompts", "999")
+    assert (result.exit_code, "identical: yes" in result.output) == (0, True)
 
 
 def test_demo_fails_when_an_output_differs(run, monkeypatch):

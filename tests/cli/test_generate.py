@@ -2,8 +2,11 @@ import importlib
 from dataclasses import replace
 
 import pytest
+from transformers import PreTrainedTokenizerBase
 
-from speclm.errors import OptionError, UnknownNameError
+from speclm.chat import TextDecoder
+from speclm.demo import assets
+from speclm.errors import OptionError, PromptError, UnknownNameError
 
 generate_module = importlib.import_module("speclm.cli.generate")
 SHORT = ("--max-new-tokens", "8")
@@ -52,6 +55,11 @@ def test_generate_exits_with_1_when_the_output_differs(run, monkeypatch):
         (("--prompt", "a", "--dtype", "int3"), OptionError, "--dtype.*float32"),
         (("--prompt", "a", "--base", "/no/such/model"), UnknownNameError, "--base.*not a folder"),
         (("--prompt", "a", "--heads", "ngrm"), UnknownNameError, "did you mean 'ngram'"),
+        (("--prompt", "a", "--heads", "medus"), UnknownNameError, "did you mean 'medusa'"),
+        (("--prompt", "a", "--heads", "ngram,"), OptionError, "--heads is 'ngram,'"),
+        (("--prompt", "a", "--heads", "none,ngram"), OptionError, "drop the 'none'"),
+        (("--prompt", "\udcff"), OptionError, "prompt 0 is no Unicode text"),
+        (("--prompt", "", "--no-chat"), PromptError, "prompt 0 has no tokens"),
     ],
 )
 def test_mistakes_are_named(run, arguments, error, message):
@@ -63,3 +71,41 @@ def test_mistakes_are_named(run, arguments, error, message):
 def test_revision_is_for_heads_on_the_hub(run, heads):
     with pytest.raises(OptionError, match="revision"):
         run("generate", "--prompt", "a", "--heads", heads, "--heads-revision", "v2")
+
+
+def test_file_that_is_no_text_is_named(run, tmp_path):
+    (tmp_path / "prompt").write_bytes(b"\xff\xfe")
+    with pytest.raises(OptionError, match=r"--file .* cannot be read .*UTF-8"):
+        run("generate", "--file", str(tmp_path / "prompt"))
+
+
+def test_base_whose_tokenizer_cannot_be_read_is_named(run, tmp_path):
+    for path in assets()["base"].iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UnknownNameError, match=r"can be loaded \(KeyError"):
+        run("generate", "--prompt", "a", "--base", str(tmp_path))
+
+
+@pytest.mark.parametrize("heads", ["none", "ngram"])
+def test_control_characters_of_the_model_do_not_reach_the_terminal(run, monkeypatch, heads):
+    class Hostile(TextDecoder):
+        def push(self, token):
+            return "\x1b[31m" + super().push(token)
+
+    monkeypatch.setattr("speclm.cli._tables.TextDecoder", Hostile)
+    decode = PreTrainedTokenizerBase.decode
+    monkeypatch.setattr(
+        PreTrainedTokenizerBase, "decode", lambda *a, **k: "\x9b31m" + decode(*a, **k)
+    )
+    output = run("generate", "--prompt", "2 + 2?", "--heads", heads, *SHORT).output
+    assert "31m" in output
+    assert not {"\x1b", "\x9b"} & set(output)
+
+
+@pytest.mark.parametrize(
+    "option", [("--max-new-tokens", "9" * 20), ("--seed", "9" * 30), ("--seed", "-1")]
+)
+def test_numbers_that_no_tensor_holds_are_refused(run, option):
+    assert run("generate", "--prompt", "a", *option).exit_code == 2

@@ -61,3 +61,18 @@ def test_tuning_without_a_gpu_is_refused(run, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(OptionError, match="--tune measures on a GPU"):
         run("kernels", "--tune", str(tmp_path / "sizes.json"))
+
+
+@pytest.mark.parametrize("arch", ["sm_99", "", "hopper"])
+def test_architectures_without_sizes_are_refused_with_those_that_have_some(run, arch):
+    with pytest.raises(OptionError, match=rf"--arch is '{arch}', expected one of .*'sm_90'"):
+        run("kernels", "--arch", arch)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_file_that_cannot_be_written_is_named_before_anything_is_measured(
+    run, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(command, "tune", None)
+    with pytest.raises(OptionError, match=r"--tune is .* expected a file"):
+        run("kernels", "--tune", str(tmp_path))

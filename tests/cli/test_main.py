@@ -1,4 +1,7 @@
+import errno
 import importlib
+import io
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -6,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from speclm.cli import main
+from speclm.cli._console import print_error, printable
+from speclm.errors import OptionError
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,3 +47,90 @@ def test_module_is_the_command():
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     assert "error: expected exactly one of" in result.stderr
+
+
+class Failing(io.StringIO):
+    """Standard output that cannot be written."""
+
+    def __init__(self, number):
+        super().__init__()
+        self._number = number
+
+    def write(self, text):
+        raise OSError(self._number, os.strerror(self._number))
+
+
+def exit_code(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["speclm", *arguments])
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    return exit_info.value.code
+
+
+@pytest.mark.parametrize("arguments", [("env",), ("kernels", "--arch", "sm_80"), ("--help",)])
+def test_output_that_nobody_reads_on_ends_with_code_2_and_no_word(monkeypatch, capsys, arguments):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert exit_code(monkeypatch, *arguments) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_full_disk_ends_with_code_2_and_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", Failing(errno.ENOSPC))
+    assert exit_code(monkeypatch, "env") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: output cannot be written ([Errno 28]")
+    assert error.count("\n") == 1
+
+
+def test_output_that_fails_when_it_is_flushed_ends_with_code_2(monkeypatch, capsys):
+    class Full(io.StringIO):
+        def flush(self):
+            raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    assert exit_code(monkeypatch, "env") == 2
+    assert "make room, or write elsewhere" in capsys.readouterr().err
+
+
+def test_errors_that_cannot_be_written_keep_their_exit_code(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Failing(errno.ENOSPC))
+    assert exit_code(monkeypatch, "generate") == 2
+
+
+def test_other_errors_of_files_are_not_hidden(monkeypatch):
+    def fail():
+        raise PermissionError(errno.EACCES, "no")
+
+    monkeypatch.setattr("speclm.cli.env.describe_machine", fail)
+    monkeypatch.setattr(sys, "argv", ["speclm", "env"])
+    with pytest.raises(PermissionError):
+        main()
+
+
+def test_interrupt_ends_with_code_130(monkeypatch):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("speclm.cli.env.describe_machine", interrupt)
+    assert exit_code(monkeypatch, "env") == 130
+
+
+def test_characters_that_the_encoding_lacks_are_replaced(monkeypatch):
+    output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", output)
+    monkeypatch.setattr("speclm.cli.env.registered_proposers", lambda: {"好": None})
+    assert exit_code(monkeypatch, "env") == 0
+    assert output.buffer.getvalue().endswith(b"proposers     ?\n")
+
+
+def test_printable_text_has_no_character_that_steers_a_terminal():
+    hostile = "a\x1b[31m\x9b1m\x07\rb\x7f\u202ec\u2066d\u2028e\t\n好"
+    assert printable(hostile) == "a[31m1mbcde\t\n好"
+
+
+def test_errors_are_printed_without_what_steers_a_terminal(capsys):
+    print_error(OptionError("a\x1b[31m\nb"))
+    assert capsys.readouterr().err == "error: a[31m b\n"

@@ -7,6 +7,7 @@ from speclm.bench import Comparison, Divergence, Outcome, Pair
 from speclm.cli._tables import ACCEPTED_STYLE, add_comparison, coloured, comparison_table, verdict
 from speclm.demo import assets
 from speclm.stats import RowStats, SpeculationStats
+from tests.byte_tokenizer import byte_tokenizer
 
 SAME = Pair(Outcome([[1, 2]], 2.0, None), Outcome([[1, 2]], 1.0, None))
 OTHER = Pair(Outcome([[1, 2]], 2.0, None), Outcome([[1, 3]], 1.0, None))
@@ -46,3 +47,12 @@ def test_table_shows_ratio_and_tau_within_80_columns():
     assert "2.00x" in lines[1]
     assert "2.50" in lines[1]
     assert "100 50 0" in lines[1]
+
+
+def test_escape_sequences_that_are_split_over_tokens_do_not_reach_the_terminal():
+    tokenizer = byte_tokenizer()
+    hostile = "a\x1b]0;x\x07\x9b31mb\u202e好"
+    tokens = tokenizer(hostile, add_special_tokens=False)["input_ids"]
+    assert len(tokens) == len(hostile.encode())  # a token is a byte: C1 controls are split too
+    text = coloured(tokens, RowStats(accepted_lengths=[len(tokens)]), tokenizer)
+    assert text.plain == "a]0;x31mb好"

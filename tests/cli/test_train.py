@@ -106,3 +106,29 @@ def test_command_line_loads_the_training_code_only_to_train():
     command = [sys.executable, "-c", script]
     result = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     assert result.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [("bf16=maybe", "bf16 is 'maybe', expected true or false"), ("report_to=wandbb", "'wandb'")],
+)
+def test_settings_that_mean_nothing_are_named_before_anything_is_loaded(
+    train, monkeypatch, setting, words
+):
+    monkeypatch.setattr("speclm.cli._training.load", None)
+    with pytest.raises(OptionError, match=words):
+        train("--training-arg", setting)
+
+
+def test_setting_that_the_trainer_refuses_is_named(train):
+    with pytest.raises(OptionError, match=r"cannot begin with .*'adam_beta1=-3'.*Invalid beta"):
+        train("--training-arg", "adam_beta1=-3")
+
+
+def test_folder_that_cannot_be_written_to_is_named_before_anything_is_loaded(
+    train, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("speclm.cli._training.load", None)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OptionError, match=r"--out '.*/file/heads' cannot be written to"):
+        train(out=tmp_path / "file" / "heads")

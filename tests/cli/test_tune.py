@@ -41,6 +41,7 @@ def test_tune_takes_batches_and_any_proposer(run, tmp_path):
         (("--heads", "none"), "--heads is 'none'"),
         (("--batch", "0"), "--batch has '0'"),
         (("--heads", "ngram", "--save", "tree.json"), r"NgramProposer does not rank"),
+        (("--save", "no/such/tree.json"), r"--save is .* make .* first"),
     ],
 )
 def test_options_that_make_no_sense_are_named(run, options, message):

@@ -68,3 +68,49 @@ def test_epochs_do_not_matter_where_steps_are_given(tmp_path):
 def test_numbers_that_no_training_can_have_are_named(tmp_path, settings, words):
     with pytest.raises(OptionError, match=words):
         training_arguments(tmp_path, settings)
+
+
+@pytest.mark.parametrize("value", ["maybe", "False", 1, None])
+def test_switches_are_true_or_false(tmp_path, value):
+    with pytest.raises(OptionError, match=r"bf16 is .*, expected true or false"):
+        training_arguments(tmp_path, {"bf16": value})
+    assert training_arguments(tmp_path, {"bf16": False, "tf32": None}).bf16 is False
+
+
+def test_counts_are_whole_numbers(tmp_path):
+    with pytest.raises(OptionError, match="ddp_timeout is 'long', expected a whole number"):
+        training_arguments(tmp_path, {"ddp_timeout": "long"})
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(
+        "speclm.training._trackers.get_available_reporting_integrations", lambda: ["mlflow"]
+    )
+    for report_to in (name, ["mlflow", name]):
+        with pytest.raises(OptionError, match=rf"'{name}'.* not installed .*pip install {name}"):
+            training_arguments(tmp_path, {"report_to": report_to})
+
+
+@pytest.mark.parametrize(
+    ("report_to", "words"),
+    [
+        ("wandbb", r"did you mean 'wandb'\?"),
+        (["none", "mlflow"], "'none' by itself"),
+        ("", "''"),
+        (None, "None"),
+    ],
+)
+def test_unknown_tracker_is_named_with_those_that_are_known(tmp_path, report_to, words):
+    with pytest.raises(OptionError, match=rf"report_to has .*'tensorboard'.*{words}|{words}.*"):
+        training_arguments(tmp_path, {"report_to": report_to})
+
+
+@pytest.mark.parametrize("report_to", ["none", ["none"], []])
+def test_no_tracker_is_a_choice(tmp_path, report_to):
+    assert training_arguments(tmp_path, {"report_to": report_to}).report_to == []
+
+
+def test_file_of_settings_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(OptionError, match=r"refuses .*'accelerator_config': 'none\.json'"):
+        training_arguments(tmp_path, {"accelerator_config": "none.json"})

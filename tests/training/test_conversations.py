@@ -3,6 +3,7 @@ import json
 import pytest
 
 from speclm.errors import DataError, OptionError
+from speclm.json_lines import JsonLine
 from speclm.training.conversations import parse_conversation, read_conversations
 from tests.training.talks import write_alphabet
 
@@ -13,6 +14,13 @@ def test_rows_keep_file_order_and_know_their_line(tmp_path):
     rows = read_conversations(path)
     assert [row.messages[0]["content"] for row in rows] == ["a", "b", "c"]
     assert [row.where for row in rows] == [f"{path}:{line}" for line in (2, 3, 4)]
+
+
+def test_line_separators_inside_a_string_stay_in_it(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    messages = [{"role": "assistant", "content": "a\u2028b\x85c"}]
+    path.write_text(json.dumps({"messages": messages}, ensure_ascii=False), "utf-8")
+    assert [row.messages for row in read_conversations(path)] == [messages]
 
 
 def test_limit_draws_rows_by_seed_in_file_order(tmp_path):
@@ -29,10 +37,10 @@ def test_limit_draws_rows_by_seed_in_file_order(tmp_path):
     ("line", "message"),
     [
         ("nonsense", "row 7: expected a JSON object"),
-        ("[1]", 'expected "messages"'),
-        ("[" * 10**5, "row 7: .*nested too deeply"),
-        ('{"a": ' + "9" * 5000 + "}", "row 7: .*digits"),
-        ('{"messages": [{"role": "assistant", "content": "\\ud800"}]}', "row 7: .*surrogates"),
+        ("{}", 'expected "messages"'),
+        ("[" * 10**5, "7: .*nested too deeply"),
+        ('{"a": ' + "9" * 5000 + "}", "7: .*digits"),
+        ('{"messages": [{"role": "assistant", "content": "\\ud800"}]}', "7: .*surrogates"),
         ('{"messages": "hello"}', 'expected "messages"'),
         ('{"messages": [{"role": "user"}]}', 'strings "role" and "content"'),
         ('{"messages": []}', "no turn has the role 'assistant'"),
@@ -44,11 +52,11 @@ def test_limit_draws_rows_by_seed_in_file_order(tmp_path):
 )
 def test_bad_rows_are_named(line, message):
     with pytest.raises(DataError, match=message):
-        parse_conversation(line, "row 7")
+        parse_conversation(JsonLine(line.encode(), "row 7"))
 
 
 def test_missing_and_empty_files_are_named(tmp_path):
-    with pytest.raises(DataError, match=r"none\.jsonl: cannot be read"):
+    with pytest.raises(DataError, match=r"none\.jsonl cannot be read"):
         read_conversations(tmp_path / "none.jsonl")
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(DataError, match=r"empty\.jsonl: no rows"):
