@@ -261,7 +261,7 @@ class Run:
         emitted: list[list[int]] = [[] for _ in tokens]
         for depth in range(draft.topology.max_depth + 1):
             was_live = self.rows.is_live
-            at_nodes = torch.tensor(nodes, device=logits.device)
+            at_nodes = torch.tensor(nodes, device=logits.device, dtype=torch.long)
             column = frontier.advance(
                 logits[batch, at_nodes],
                 self.noise,
@@ -363,7 +363,7 @@ class Run:
                 taken = taken.with_paths(_through(self.own_nodes, taken.paths))
                 self.own_nodes = None
             self.proposer.commit(taken)
-        self.roots = torch.tensor(self.rows.last_tokens, device=self.num_padding.device)
+        self.roots = self.num_padding.new_tensor(self.rows.last_tokens)
 
     def _count(self, draft: Draft, taken: Accepted) -> None:
         """Count the round in the rows that emitted something."""

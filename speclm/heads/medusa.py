@@ -96,7 +96,7 @@ class MedusaHeads(nn.Module):
             self.bias.zero_()
         if self.config.num_layers > 1:
             bound = 1 / math.sqrt(self.config.hidden_size)
-            first = torch.empty(self.weight[:-1].shape, dtype=torch.float32)
+            first = torch.empty(self.weight[:-1].shape, dtype=torch.float32, device="cpu")
             self.weight[:-1].copy_(first.uniform_(-bound, bound, generator=generator))
 
     def forward(

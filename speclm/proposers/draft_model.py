@@ -87,7 +87,9 @@ class DraftModelProposer(Proposer):
         self._ranking.begin(prompt)
         self._sampler = prompt.sampler
         ends = sorted(prompt.eos_token_ids)
-        self._leaf_tokens = torch.tensor(ends, device=prompt.tokens.device) if ends else None
+        self._leaf_tokens = (
+            torch.tensor(ends, device=prompt.tokens.device, dtype=torch.long) if ends else None
+        )
         self._is_idle = [False] * len(self._unseen)
         self._grown, self._offsets = [], []
 
@@ -171,7 +173,9 @@ class DraftModelProposer(Proposer):
             width=config.width,
             branches=config.branches,
             leaf_tokens=self._leaf_tokens,
-            is_idle=torch.tensor(self._is_idle, device=device) if any(self._is_idle) else None,
+            is_idle=torch.tensor(self._is_idle, device=device, dtype=torch.bool)
+            if any(self._is_idle)
+            else None,
         )
         tree.grow(self._ranking.rank(logits, depth=0, noise=noise))
         seen, slot_depths, unseen = self._seen_by_root(device, longest)
@@ -239,7 +243,9 @@ class DraftModelProposer(Proposer):
 
         A level-0 node sees its row's unseen tokens, the last of which is the root.
         """
-        unseen = torch.tensor([len(tokens) for tokens in self._unseen], device=device)
+        unseen = torch.tensor(
+            [len(tokens) for tokens in self._unseen], device=device, dtype=torch.long
+        )
         slot_depths = torch.arange(longest, device=device).expand(len(unseen), -1)
         return (slot_depths < unseen[:, None])[:, None, :], slot_depths, unseen
 
@@ -251,7 +257,9 @@ class DraftModelProposer(Proposer):
         padded = [tokens + [0] * (longest - len(tokens)) for tokens in self._unseen]
         causal = torch.ones(1, longest, longest, dtype=torch.bool, device=device).tril()
         depths = torch.arange(longest, device=device)[None]
-        logits = self._forward(torch.tensor(padded, device=device), causal, depths)
+        logits = self._forward(
+            torch.tensor(padded, device=device, dtype=torch.long), causal, depths
+        )
         last = [len(tokens) - 1 for tokens in self._unseen]
         return logits[range(len(last)), last][:, None]
 

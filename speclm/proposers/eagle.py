@@ -144,7 +144,9 @@ class EagleProposer(Proposer):
         self._unseen_features = [[] for _ in range(batch)]
         self._is_idle = [False] * batch
         ends = sorted(prompt.eos_token_ids)
-        self._leaf_tokens = torch.tensor(ends, device=prompt.tokens.device) if ends else None
+        self._leaf_tokens = (
+            torch.tensor(ends, device=prompt.tokens.device, dtype=torch.long) if ends else None
+        )
 
     @override
     def propose(self, roots: Int[Tensor, " batch"], *, noise: PositionNoise | None) -> Draft:
@@ -209,17 +211,19 @@ class EagleProposer(Proposer):
                 features[row, : counts[row]] = torch.cat(parts)
         causal = torch.ones(1, longest, longest, dtype=torch.bool, device=device).tril()
         hidden = self._run(
-            torch.tensor(padded, device=device),
+            torch.tensor(padded, device=device, dtype=torch.long),
             self.heads.fuse(features),
             causal,
             torch.arange(longest, device=device)[None],
             self._cache,
         )
         self._cache.keep([list(range(count)) for count in counts])
-        last = torch.tensor([max(count - 1, 0) for count in counts], device=device)
+        last = torch.tensor(
+            [max(count - 1, 0) for count in counts], device=device, dtype=torch.long
+        )
         newest = hidden[torch.arange(len(counts), device=device), last]
         if self._hidden is not None:
-            is_new = torch.tensor([count > 0 for count in counts], device=device)
+            is_new = torch.tensor([count > 0 for count in counts], device=device, dtype=torch.bool)
             newest = torch.where(is_new[:, None], newest, self._hidden)
         self._hidden = newest
         self._unseen_tokens = [[] for _ in counts]
@@ -235,7 +239,9 @@ class EagleProposer(Proposer):
             branches=branches,
             leaf_tokens=self._leaf_tokens,
             token_ids=self.heads.draft_columns,
-            is_idle=torch.tensor(self._is_idle, device=device) if any(self._is_idle) else None,
+            is_idle=torch.tensor(self._is_idle, device=device, dtype=torch.bool)
+            if any(self._is_idle)
+            else None,
         )
         widths = [min(config.width, branches)]
         while len(widths) < config.depth:

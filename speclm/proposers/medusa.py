@@ -215,7 +215,7 @@ class MedusaProposer(Proposer):
             topology=trees_of(
                 [[0, *(node.parent for node in row)] for row in rows], device=roots.device
             ),
-            probs=torch.tensor(probs, device=roots.device),
+            probs=torch.tensor(probs, device=roots.device, dtype=torch.float32),
         )
 
     def _draw(
