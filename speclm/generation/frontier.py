@@ -122,6 +122,8 @@ class Frontier:
             self.logits = (*self.logits, raw)
         if chosen is None:
             # A sync per position: criteria and streamers are host code.
+            if noise is not None:
+                noise.match(scores, step)
             chosen = pick(scores, None if noise is None else noise.at_depth(depth)).tolist()
             self._require_numbers(chosen, raw, logits.dtype)
         is_live = self._rows.is_live
@@ -129,7 +131,7 @@ class Frontier:
             token if live else self.pad_token_id
             for token, live in zip(chosen, is_live, strict=True)
         ]
-        column = torch.tensor(tokens, device=self.ids.device)
+        column = torch.tensor(tokens, device=self.ids.device, dtype=torch.long)
         self.ids = torch.cat([self.ids, column[:, None]], dim=1)
         self._rows.append(tokens)
         with _as_if_drawn(noise, step + 1):

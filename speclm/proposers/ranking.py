@@ -153,6 +153,8 @@ class LevelRanking:
         level_noise = noise.at_depth(depth)
         if columns is not None:
             level_noise = level_noise[:, columns]
+        if level_noise.dtype != torch.float32:  # that of half precision may be 0
+            level_noise = level_noise.float().clamp_(min=torch.finfo(torch.float32).tiny)
         log_q = (logits.float() / self._temperature).log_softmax(-1)
         if self._truncation is not None:
             log_q = truncate(log_q, self._truncation)
@@ -180,7 +182,9 @@ class LevelRanking:
                     visits[place[0]].append((row, place[1], token))
         for depth, (level, visited) in enumerate(zip(levels, visits, strict=True)):
             if visited:
-                rows, places, tokens = torch.tensor(visited, device=level.noise.device).T
+                rows, places, tokens = torch.tensor(
+                    visited, device=level.noise.device, dtype=torch.long
+                ).T
                 self.estimator.observe(
                     level.log_probs[rows, places],
                     level.noise[rows],

@@ -61,19 +61,21 @@ def pick(
     """Return the token that plain decoding takes from processed scores, for every row.
 
     Args:
-        scores: What the logits processors leave, in float32.
-        noise: Exponential noise of each row's position; None when greedy.
+        scores: What the logits processors leave, in any dtype.
+        noise: Exponential noise of each row's position, in that dtype; None when greedy.
 
     Returns:
-        Token ids; -1 where the winning score is not a number. Does not sync.
+        Token ids; -1 where the chosen score or probability is not a number. Does not sync.
 
     Source: the Gumbel-max trick in its exponential form, as in ``torch.multinomial``.
     """
-    if noise is not None:
-        scores = scores.softmax(-1) / noise
-    tokens = scores.argmax(-1)
-    winning = scores.gather(-1, tokens[:, None])[:, 0]  # argmax prefers a NaN to any number
-    return tokens.masked_fill(winning.isnan(), -1)
+    if noise is None:
+        tokens = scores.argmax(-1)
+    else:
+        scores = scores.softmax(-1)
+        tokens = (scores / noise).argmax(-1)  # 0 / 0, which half precision has, wins there too
+    chosen = scores.gather(-1, tokens[:, None])[:, 0]  # argmax prefers a NaN to any number
+    return tokens.masked_fill(chosen.isnan(), -1)
 
 
 def _is_text_free(processor: processors.LogitsProcessor) -> bool:
