@@ -80,16 +80,20 @@ class MedusaHeads(nn.Module):
 
     @torch.no_grad()
     def init_weights_(
-        self, lm_weight: Float[Tensor, "vocab hidden"], *, generator: torch.Generator | None = None
+        self,
+        lm_weight: Float[Tensor, "vocab hidden"] | None,
+        *,
+        generator: torch.Generator | None = None,
     ) -> None:
         """Start from heads that guess what the target's own output matrix says.
 
         Args:
-            lm_weight: The target's output matrix, copied where the heads have their own.
+            lm_weight: The target's output matrix, copied where the heads have their own; of no use
+                elsewhere.
             generator: Source of the small random weights of all layers but the first, which
                 would otherwise stay equal in all of them.
         """
-        if self.lm_weight is not None:
+        if self.lm_weight is not None and lm_weight is not None:
             self.lm_weight.copy_(lm_weight.to(self.lm_weight).expand_as(self.lm_weight))
         self.weight.zero_()
         if self.bias is not None:

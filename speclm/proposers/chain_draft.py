@@ -100,6 +100,7 @@ class ChainDraftProposer(Proposer):
 
     @override
     def begin(self, prompt: Prefill) -> None:
+        self._vocabulary = replace(self._vocabulary, num_draft=self.view.vocab_size)  # resized?
         self._prompt, self._reader = prompt, None  # read by the first draft, if any
         self._ranking.begin(prompt)
         self._unseen, self._num_slots = prompt.first_tokens[:, None], prompt.tokens.shape[1] + 1

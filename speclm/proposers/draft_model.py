@@ -1,7 +1,7 @@
 """Proposes what a smaller language model with the same vocabulary would say."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -78,6 +78,7 @@ class DraftModelProposer(Proposer):
 
     @override
     def begin(self, prompt: Prefill) -> None:
+        self._vocabulary = replace(self._vocabulary, num_draft=self.view.vocab_size)  # resized?
         self._cache, self._prompt_logits = self.view.new_cache(prompt.num_padding), None
         length, bound = prompt.tokens.shape[1] + 1, self.view.max_positions
         self._is_silent = bound is not None and length > bound  # learned positions end there

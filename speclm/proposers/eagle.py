@@ -89,7 +89,8 @@ class EagleProposer(Proposer):
             OptionError: If an option is unknown or out of range, a rank exceeds the heads'
                 vocabulary, or they have another width.
             TopologyError: If the tree is none.
-            UnsupportedModelError: If the target lacks the layers whose features are read.
+            UnsupportedModelError: If the target lacks the layers whose features are read, or its
+                embeddings are quantised or offloaded and the heads have none of their own.
         """
         require_known(EagleProposerConfig, options, owner="EagleProposer")
         if tree is not None:
@@ -110,6 +111,8 @@ class EagleProposer(Proposer):
                 f"{self.view.name} are {self.view.hidden_size} wide; use heads that were trained "
                 "on it"
             )
+        if heads.embed_tokens is None:
+            _ = self.view.embedding_weight  # raises where the target's cannot be read
         self.num_ranks = wanted.draft_vocab_size
         is_eagle3 = wanted.kind == "eagle3"
         self._features = (

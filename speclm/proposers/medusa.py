@@ -105,8 +105,8 @@ class MedusaProposer(Proposer):
 
         Raises:
             VocabularyMismatchError: If the heads were made for another vocabulary.
-            OptionError: If the heads have another width, or the dtype of a matrix that is not
-                theirs, a rank exceeds the vocabulary, or an option is out of range.
+            OptionError: If the heads have another width, a rank exceeds the vocabulary, or an
+                option is out of range.
             TopologyError: If the tree is none.
         """
         self.view = TargetView(target)
@@ -297,9 +297,4 @@ def _require_match(heads: MedusaHeads, view: TargetView) -> None:
         raise OptionError(
             f"heads are {config.hidden_size} wide, the hidden states of {view.name} "
             f"{view.hidden_size}; load them with the base they were trained on"
-        )
-    if heads.weight.dtype != view.model.dtype and not config.has_own_lm_head:
-        raise OptionError(
-            f"heads are {heads.weight.dtype}, {view.name} is {view.model.dtype}, and they use its "
-            "output matrix; move the heads with .to(base.dtype)"
         )

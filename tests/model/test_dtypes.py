@@ -6,11 +6,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import pytest
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from speclm import SpecModel
-from tests.drafting import build_proposer
-from tests.models import prompts, shared_model
+from speclm.proposers import EagleProposer, MedusaProposer
+from tests.drafting import build_proposer, random_eagle, random_heads
+from tests.models import build_model, prompts, shared_model
 from tests.outcomes import observe, require_same
 
 SAMPLED = {"do_sample": True, "top_k": 0, "max_new_tokens": 16}
@@ -82,3 +83,45 @@ def test_candidates_are_ranked_by_noise_of_any_dtype():
 
 def test_scores_of_another_width_are_sampled_from_in_that_width():
     require_same_call("scripted", logits_processor=LogitsProcessorList([Narrows()]))
+
+
+def spec_with_heads(kind: str, base: PreTrainedModel) -> SpecModel:
+    if kind == "medusa":
+        return SpecModel(base, MedusaProposer(random_heads(base), target=base, min_chance=0.0))
+    return SpecModel(base, EagleProposer(random_eagle(base), target=base, min_probability=0.0))
+
+
+def convert_heads(spec: SpecModel) -> None:
+    spec.proposer.heads.to(torch.bfloat16)
+
+
+def convert_base(spec: SpecModel) -> None:
+    spec.base.to(torch.bfloat16)
+
+
+def convert_what_it_is_part_of(spec: SpecModel) -> None:
+    outer = torch.nn.Module()
+    outer.inner = spec
+    outer.to(torch.bfloat16)
+    assert {p.dtype for p in spec.proposer.heads.parameters()} == {spec.base.dtype}
+
+
+@pytest.mark.parametrize(
+    ("kind", "convert", "acceptance"),
+    [
+        ("medusa", convert_heads, "exact"),
+        ("eagle", convert_heads, "exact"),
+        ("medusa", convert_base, "rejection"),
+        ("eagle", convert_base, "rejection"),
+        ("eagle", convert_what_it_is_part_of, "exact"),
+    ],
+)
+def test_heads_and_base_are_converted_by_themselves_or_together(kind, convert, acceptance):
+    spec = spec_with_heads(kind, build_model("llama"))
+    convert(spec)
+    inputs, arguments = prompts(6, 9), {**SAMPLED, "max_new_tokens": 8}
+    found = observe(spec, inputs, {**arguments, "acceptance": acceptance}, base=spec.base)
+    if acceptance == "exact" and convert is convert_heads:  # halves round otherwise in trees
+        require_same(found, observe(spec.base, inputs, arguments, base=spec.base))
+    assert spec.last_speculation.fallbacks == []
+    assert all(row.num_draft_tokens > 0 for row in spec.last_speculation.rows)
