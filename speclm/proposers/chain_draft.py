@@ -129,7 +129,9 @@ class ChainDraftProposer(Proposer):
         )
         num_live, tokens = max(int(grows.sum()), 1), [roots]
         while True:
-            ranked = self._ranking.rank(logits, depth=len(tokens) - 1, noise=noise)[:, 0]
+            nodes = (tokens[-1][:, None], torch.zeros_like(roots)[:, None])
+            depth = len(tokens) - 1
+            ranked = self._ranking.rank(logits, depth=depth, noise=noise, nodes=nodes)[:, 0]
             score, token = ranked.max(1)
             scores = scores + score
             tokens.append(token)

@@ -195,7 +195,8 @@ class DraftModelProposer(Proposer):
             slot_depths = torch.cat([slot_depths, depths], dim=1)
             self._offsets.append(self._cache.num_pending)
             logits = self._forward(tokens, None if is_chain else seen, slot_depths)
-            tree.grow(self._ranking.rank(logits, depth=level, noise=noise))
+            nodes = (tokens, tree.expanded_parents)
+            tree.grow(self._ranking.rank(logits, depth=level, noise=noise, nodes=nodes))
         self._offsets.append(self._cache.num_pending)  # the last level is not fed
         return tree
 
@@ -224,7 +225,8 @@ class DraftModelProposer(Proposer):
                 laws[:, tree.expanded_nodes] = law
                 tree.fill(sampler.siblings(law, num=tree.num_guesses))
             else:
-                ranked = self._ranking.rank(logits, depth=tree.depth, noise=noise)
+                nodes = (tree.expanded_tokens, tree.expanded_parents)
+                ranked = self._ranking.rank(logits, depth=tree.depth, noise=noise, nodes=nodes)
                 tree.fill(ranked.topk(tree.num_guesses, dim=-1).indices)
             if tree.is_full:
                 break

@@ -19,6 +19,7 @@ from speclm.cache.tree_cache import TreeCache
 from speclm.config import require_known
 from speclm.errors import OptionError, VocabularyMismatchError
 from speclm.heads.eagle import EagleHeads
+from speclm.proposers._adjusting import Nodes
 from speclm.proposers._eagle_levels import LevelRun
 from speclm.proposers._levels import (
     GrownTreeConfig,
@@ -123,7 +124,7 @@ class EagleProposer(Proposer):
         self.needs = TargetNeeds(
             vocab_size=wanted.vocab_size, hidden_size=wanted.target_hidden_size, model=target
         )
-        self._ranking = LevelRanking(self.config.mixture)
+        self._ranking = LevelRanking(self.config.mixture, vocab_size=wanted.vocab_size)
         self._grown: list[GrownRow] = []
         self._prompt: Prefill | None = None
         self._cache: TreeCache | None = None
@@ -255,8 +256,8 @@ class EagleProposer(Proposer):
         for level in range(1, config.depth):
             if tree.stop_rows_below(floor) < max(config.min_growing, 1e-6):
                 break
-            hidden = run.below(tree.expanded_tokens, tree.expanded_parents)
-            tree.grow(self._rank(hidden, level, noise))
+            nodes = (tree.expanded_tokens, tree.expanded_parents)
+            tree.grow(self._rank(run.below(*nodes), level, noise, nodes))
         return tree
 
     def _fill(
@@ -266,7 +267,8 @@ class EagleProposer(Proposer):
         tree = FilledTree(choices, roots=roots)
         run = self._start(tree.widths[1:])
         while True:
-            ranked = self._rank(run.hidden, tree.depth, noise)
+            nodes = (tree.expanded_tokens, tree.expanded_parents)
+            ranked = self._rank(run.hidden, tree.depth, noise, nodes)
             tree.fill(self.heads.target_ids(ranked.topk(tree.num_guesses).indices))
             if tree.is_full:
                 self._grown = [GrownRow([], [], tree.expansions, [])] * len(roots)
@@ -346,9 +348,14 @@ class EagleProposer(Proposer):
         hidden: Float[Tensor, "batch nodes hidden"],
         depth: int,
         noise: PositionNoise | None,
+        nodes: Nodes | None = None,
     ) -> Float[Tensor, "batch nodes draft_vocab"]:
         return self._ranking.rank(
-            self._logits(hidden), depth=depth, noise=noise, columns=self.heads.draft_columns
+            self._logits(hidden),
+            depth=depth,
+            noise=noise,
+            columns=self.heads.draft_columns,
+            nodes=nodes,
         )
 
     def _spread(

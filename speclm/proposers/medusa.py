@@ -242,7 +242,7 @@ class MedusaProposer(Proposer):
     ) -> Float[Tensor, "batch depth vocab"]:
         """Return the log-probabilities by which guesses at each depth are ranked."""
         logits: Tensor = self.heads(hidden, lm_head=self.view.head_logits, num_heads=depth)
-        if noise is None:
+        if noise is None and not self._ranking.changes_scores:
             return self._ranking.rank(logits, depth=0, noise=None)
         levels = [
             self._ranking.rank(logits[:, level : level + 1], depth=level, noise=noise)
