@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,11 @@ FORBIDDEN = (
     "py" + "pi.org",
     "pythonhos" + "ted",
 )
+
+# What has the default dtype unless told otherwise, and what has the default device alone.
+MAKE_ANY_DTYPE = {"as_tensor", "empty", "eye", "full", "linspace", "ones", "rand", "randn"}
+MAKE_ANY_DTYPE |= {"tensor", "zeros"}
+MAKE_INTEGERS = {"arange", "randint", "randperm"}
 
 # Imported by the first line of the library only if something went wrong.
 HEAVY = ("triton", "typer", "rich")
@@ -69,6 +75,24 @@ def test_no_file_names_what_lies_outside_the_repository():
         (p, word) for p, text in contents.items() for word in FORBIDDEN if word.encode() in text
     ]
     assert not found
+
+
+def allocations(module: Path) -> Iterator[tuple[str, set[str]]]:
+    """Yield where tensors are made from nothing, and the keywords that are missing there."""
+    for node in ast.walk(ast.parse(module.read_bytes())):
+        made = node.func if isinstance(node, ast.Call) else None
+        if not (isinstance(made, ast.Attribute) and ast.unparse(made.value) == "torch"):
+            continue
+        needed = {"device"} | ({"dtype"} if made.attr in MAKE_ANY_DTYPE else set())
+        if made.attr in MAKE_ANY_DTYPE | MAKE_INTEGERS:
+            missing = needed - {keyword.arg for keyword in node.keywords}
+            yield f"{relative(module)}:{node.lineno}", missing
+
+
+def test_tensors_made_from_nothing_have_a_stated_dtype_and_device():
+    found = [place for module in MODULES for place in allocations(module)]
+    assert len(found) > 100
+    assert [place for place in found if place[1]] == []
 
 
 def test_long_files_are_those_listed_with_a_reason():

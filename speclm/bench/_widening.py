@@ -34,16 +34,17 @@ def place_heads(old: InflatedShape, new: InflatedShape) -> HeadPlaces:
     """Give every old head a new one; old keys are repeated where new groups are smaller."""
     copies = math.ceil(old.group_size / new.group_size)
     factor = new.head_dim // old.head_dim
-    half = torch.arange(old.head_dim // 2) * factor  # rope turns entry i together with half + i
+    # rope turns entry i together with half + i
+    half = torch.arange(old.head_dim // 2, device="cpu") * factor
     rope = torch.cat([half, half + new.head_dim // 2])
-    entries = torch.arange(new.head_dim)
+    entries = torch.arange(new.head_dim, device="cpu")
     unused = entries[~torch.isin(entries, rope)]
-    straight = torch.arange(old.head_dim)
-    query = torch.arange(old.num_heads)
+    straight = torch.arange(old.head_dim, device="cpu")
+    query = torch.arange(old.num_heads, device="cpu")
     rank = query % old.group_size
     new_kv = query // old.group_size * copies + rank // new.group_size
     new_query = (new_kv * new.group_size + rank % new.group_size)[:, None] * new.head_dim
-    repeated = torch.arange(old.num_kv_heads * copies)[:, None]
+    repeated = torch.arange(old.num_kv_heads * copies, device="cpu")[:, None]
     return HeadPlaces(
         q_rows=(new_query + rope).flatten(),
         q_unused=(new_query + unused).flatten(),
@@ -74,7 +75,7 @@ def fill_rows(
         scale: Factor of them.
         columns: Where the small one's inputs lie among the wide one's; None for the first.
     """
-    inputs = torch.arange(old.in_features) if columns is None else columns
+    inputs = torch.arange(old.in_features, device="cpu") if columns is None else columns
     new.weight[rows[:, None], inputs] = old.weight[sources] * scale
     if old.bias is not None:
         new.bias[rows] = old.bias[sources] * scale
@@ -92,7 +93,7 @@ def fill_columns(new: nn.Linear, old: nn.Linear, columns: Tensor) -> None:
 def fill_norm(new: nn.Module, old: nn.Module, *, columns: Tensor | None = None) -> None:
     """Scale a norm's weights: the mean square of a padded stream is smaller."""
     to, of = new.get_parameter("weight"), old.get_parameter("weight")
-    places = torch.arange(len(of)) if columns is None else columns
+    places = torch.arange(len(of), device="cpu") if columns is None else columns
     to.fill_(1)
     to[places] = (of.float() * math.sqrt(len(of) / len(to))).to(to.dtype)
 

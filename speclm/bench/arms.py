@@ -162,5 +162,5 @@ def _no_stats() -> SpeculationStats | None:
 
 
 def _synchronize(tokens: Tensor) -> None:
-    if tokens.device.type == "cuda":
-        torch.cuda.synchronize(tokens.device)
+    if tokens.device.type != "cpu":
+        torch.accelerator.synchronize(tokens.device)

@@ -190,12 +190,12 @@ def _fill_layer(new: LlamaDecoderLayer, old: LlamaDecoderLayer, heads: HeadPlace
     to.q_proj.weight[heads.q_unused, :width] = 0
     if to.q_proj.bias is not None:
         to.q_proj.bias[heads.q_unused] = 0
-    all_queries = torch.arange(of.q_proj.out_features)
+    all_queries = torch.arange(of.q_proj.out_features, device="cpu")
     fill_rows(to.q_proj, of.q_proj, heads.q_rows, all_queries, scale=heads.q_scale)
     fill_rows(to.k_proj, of.k_proj, heads.k_rows, heads.k_sources)
     fill_rows(to.v_proj, of.v_proj, heads.v_rows, heads.k_sources)
     fill_columns(to.o_proj, of.o_proj, heads.o_columns)
-    units = torch.arange(old.mlp.gate_proj.out_features)
+    units = torch.arange(old.mlp.gate_proj.out_features, device="cpu")
     fill_rows(new.mlp.gate_proj, old.mlp.gate_proj, units, units)
     fill_rows(new.mlp.up_proj, old.mlp.up_proj, units, units)
     fill_columns(new.mlp.down_proj, old.mlp.down_proj, units)

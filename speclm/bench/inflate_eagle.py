@@ -154,7 +154,7 @@ def _fill_inputs(new: EagleHeads, old: EagleHeads) -> None:
     """Write what joins the inputs, each of which is followed by zeros."""
     width, wide = old.config.hidden_size, new.config.hidden_size
     columns = _blocks(old.fc.in_features // width, width, wide)
-    rows = torch.arange(width)
+    rows = torch.arange(width, device="cpu")
     new.fc.weight[width:] = 0
     if new.fc.bias is not None:
         new.fc.bias.zero_()
@@ -175,12 +175,12 @@ def _fill_layer(new: EagleLayer, old: EagleLayer, places: HeadPlaces, config: Ea
     to.q_proj.weight[places.q_unused[:, None], columns] = 0
     if to.q_proj.bias is not None:
         to.q_proj.bias[places.q_unused] = 0
-    queries = torch.arange(of.q_proj.out_features)
+    queries = torch.arange(of.q_proj.out_features, device="cpu")
     fill_rows(to.q_proj, of.q_proj, places.q_rows, queries, scale=places.q_scale, columns=columns)
     fill_rows(to.k_proj, of.k_proj, places.k_rows, places.k_sources, columns=columns)
     fill_rows(to.v_proj, of.v_proj, places.v_rows, places.k_sources, columns=columns)
     fill_columns(to.o_proj, of.o_proj, places.o_columns)
-    units = torch.arange(old.mlp.gate_proj.out_features)
+    units = torch.arange(old.mlp.gate_proj.out_features, device="cpu")
     fill_rows(new.mlp.gate_proj, old.mlp.gate_proj, units, units)
     fill_rows(new.mlp.up_proj, old.mlp.up_proj, units, units)
     fill_columns(new.mlp.down_proj, old.mlp.down_proj, units)
@@ -202,5 +202,5 @@ def _fill_outputs(new: EagleHeads, old: EagleHeads) -> None:
 
 def _blocks(count: int, width: int, wide: int) -> Tensor:
     """Return where several streams lie side by side once each is padded."""
-    starts = torch.arange(count)[:, None] * wide
-    return (starts + torch.arange(width)).flatten()
+    starts = torch.arange(count, device="cpu")[:, None] * wide
+    return (starts + torch.arange(width, device="cpu")).flatten()

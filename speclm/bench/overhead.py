@@ -64,7 +64,7 @@ class FixedProposer(Proposer):
     @override
     def begin(self, prompt: Prefill) -> None:
         tokens = prompt.tokens
-        guesses = torch.tensor(self._tokens, device=tokens.device)
+        guesses = torch.tensor(self._tokens, device=tokens.device, dtype=torch.long)
         self._nodes = torch.cat(
             [prompt.first_tokens[:, None], guesses.expand(len(tokens), -1)], dim=1
         )
@@ -202,6 +202,6 @@ def import_seconds(*, num_runs: int = 5) -> list[float]:
 
 def _now(tokens: Tensor) -> float:
     """Return the time at which all work issued so far is done."""
-    if tokens.device.type == "cuda":
-        torch.cuda.synchronize(tokens.device)
+    if tokens.device.type != "cpu":
+        torch.accelerator.synchronize(tokens.device)
     return perf_counter()

@@ -153,7 +153,7 @@ class TreeCache(Cache):
 
     def _set_lengths(self, lengths: list[int]) -> None:
         self._lengths = lengths
-        self.lengths = torch.tensor(lengths, device=self.num_padding.device)
+        self.lengths = torch.tensor(lengths, device=self.num_padding.device, dtype=torch.long)
         self.tree_start = max(lengths)
         self.num_pending = 0
 
@@ -171,7 +171,7 @@ class TreeCache(Cache):
         self.capacity = capacity
 
     def _move(self, arena: Tensor, moves: list[tuple[int, int, int]]) -> None:
-        rows, sources, targets = torch.tensor(moves, device=arena.device).T
+        rows, sources, targets = torch.tensor(moves, device=arena.device, dtype=torch.long).T
         if len(self._lengths) == 1:
             first, past = moves[0][2], moves[-1][2] + 1
             arena[..., first:past, :] = arena.index_select(-2, sources)
@@ -186,7 +186,7 @@ class TreeCache(Cache):
         ]
         keep_path_(
             arena,
-            torch.tensor(counted_from_lengths, device=arena.device),
+            torch.tensor(counted_from_lengths, device=arena.device, dtype=torch.long),
             prefix_lengths=self.lengths.to(arena.device),
             check_values=False,
         )

@@ -251,7 +251,9 @@ class Chat:
         found = resolve_setting("eos_token_id", self._options, self.spec.generation_config)
         if found is None:
             return frozenset()
-        return frozenset(torch.as_tensor(found).reshape(-1).tolist())
+        return frozenset(
+            torch.as_tensor(found, dtype=torch.long, device="cpu").reshape(-1).tolist()
+        )
 
     def _is_plain(self) -> bool:
         speculation = self.spec.last_speculation
@@ -284,7 +286,7 @@ class Chat:
         max_new_tokens: int,
     ) -> list[int]:
         """Return prompt and answer, and keep the cache that comes back."""
-        input_ids = torch.tensor([prompt], device=self.spec.device)
+        input_ids = torch.tensor([prompt], device=self.spec.device, dtype=torch.long)
         arguments = {
             **self._options,
             "input_ids": input_ids,
@@ -332,7 +334,7 @@ class _Requested(StoppingCriteria):
     @override
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         is_set = self._stopping.is_set()
-        return torch.full((input_ids.shape[0],), is_set, device=input_ids.device)
+        return torch.full((input_ids.shape[0],), is_set, device=input_ids.device, dtype=torch.bool)
 
 
 def _message(role: str, content: str) -> Message:

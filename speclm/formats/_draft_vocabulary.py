@@ -28,7 +28,7 @@ def read_draft_columns(
             target's vocabulary, or do not increase, or if the two disagree.
     """
     _require_list(path, "d2t", offsets, num_columns, "columns of the logits")
-    columns = offsets.to(torch.int64) + torch.arange(num_columns)
+    columns = offsets.to(torch.int64) + torch.arange(num_columns, device="cpu")
     outside = (columns < 0) | (columns >= vocab_size)
     if outside.any():
         place = int(outside.nonzero()[0])
@@ -47,7 +47,7 @@ def read_draft_columns(
         )
     if is_drafted is not None:
         _require_list(path, "t2d", is_drafted, vocab_size, "tokens of the target")
-        expected = torch.zeros(vocab_size, dtype=torch.bool)
+        expected = torch.zeros(vocab_size, dtype=torch.bool, device="cpu")
         expected[columns] = True
         differs = (is_drafted != 0) != expected
         if differs.any():

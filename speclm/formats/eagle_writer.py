@@ -158,10 +158,12 @@ def _named_tensors(checkpoint: EagleCheckpoint) -> dict[str, Tensor]:
 def _draft_lists(checkpoint: EagleCheckpoint) -> dict[str, Tensor]:
     """Return which token each column is; SpecForge asks for it even where it is all of them."""
     config = checkpoint.config
-    columns = checkpoint.tensors.get("draft_columns", torch.arange(config.vocab_size)).cpu()
-    is_drafted = torch.zeros(config.vocab_size, dtype=torch.bool)
+    columns = checkpoint.tensors.get(
+        "draft_columns", torch.arange(config.vocab_size, device="cpu")
+    ).cpu()
+    is_drafted = torch.zeros(config.vocab_size, dtype=torch.bool, device="cpu")
     is_drafted[columns] = True
-    return {"d2t": columns - torch.arange(len(columns)), "t2d": is_drafted}
+    return {"d2t": columns - torch.arange(len(columns), device="cpu"), "t2d": is_drafted}
 
 
 def _described(checkpoint: EagleCheckpoint) -> dict[str, Any]:

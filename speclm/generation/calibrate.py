@@ -44,7 +44,7 @@ def measure_ranks(
             f"prompt has {len(prompt)} tokens and the answer {len(answer)}, expected at least 1 "
             "and 2; leave such texts out"
         )
-    tokens = torch.tensor([[*prompt, *answer]], device=view.device)
+    tokens = torch.tensor([[*prompt, *answer]], device=view.device, dtype=torch.long)
     with view.decoding(TargetFeatures.LAST_HIDDEN):
         view.prefill(tokens, view.new_cache(torch.zeros(1, dtype=torch.long, device=view.device)))
         assert view.features is not None

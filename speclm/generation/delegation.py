@@ -28,6 +28,7 @@ from speclm.generation.settings import (
 )
 from speclm.generation.stop_strings import StopStrings
 from speclm.sampling.chooser import TokenChooser, first_text_dependent
+from speclm.sampling.noise import generator_obstacle
 from speclm.target import TargetView, images_obstacle
 
 KNOWN_INPUTS = frozenset(
@@ -72,8 +73,16 @@ def require_supported(
     generation_config: GenerationConfig,
     logits_processor: LogitsProcessorList,
     rule: AcceptanceRule,
+    *,
+    device: torch.device,
 ) -> None:
     """Check that the loop gives what plain decoding gives for the resolved settings.
+
+    Args:
+        generation_config: The settings.
+        logits_processor: All logits processors.
+        rule: Decides which draft tokens are kept.
+        device: That of the logits, where regular generation draws.
 
     Raises:
         NeedsPlainDecoding: If a setting needs more; the message is the reason.
@@ -91,6 +100,9 @@ def require_supported(
             raise NeedsPlainDecoding(f"{type(processor).__name__} runs the model itself")
     if not rule.is_exact:
         _require_text_free(logits_processor, rule)
+    obstacle = generator_obstacle(device)
+    if obstacle is not None and generation_config.do_sample and rule.uses_noise:
+        raise NeedsPlainDecoding(obstacle)
 
 
 def images_of(target: TargetView, tokens: Tensor, model_inputs: dict[str, Any]) -> dict[str, Any]:

@@ -131,7 +131,9 @@ def _at_nodes(draft: Draft, nodes: list[list[int]], parents: list[list[int]]) ->
     length, device = max(map(len, nodes)), draft.tokens.device
     # A node that is its own parent is padding: what stands there is fed and never followed.
     rows = [[*row, *range(len(row), length)] for row in parents]
-    indices = torch.tensor([row + [0] * (length - len(row)) for row in nodes], device=device)
+    indices = torch.tensor(
+        [row + [0] * (length - len(row)) for row in nodes], device=device, dtype=torch.long
+    )
     indices = indices.expand(len(draft.tokens), -1)
     laws = draft.laws
     if laws is not None:

@@ -115,6 +115,8 @@ class Frontier:
             self.logits = (*self.logits, raw)
         if chosen is None:
             # A sync per position: criteria and streamers are host code.
+            if noise is not None:
+                noise.match(scores, step)
             chosen = pick(scores, None if noise is None else noise.at_depth(depth)).tolist()
             self._require_numbers(chosen, raw, logits.dtype)
         is_live = self._rows.is_live
@@ -122,7 +124,7 @@ class Frontier:
             token if live else self.pad_token_id
             for token, live in zip(chosen, is_live, strict=True)
         ]
-        column = torch.tensor(tokens, device=self.ids.device)
+        column = torch.tensor(tokens, device=self.ids.device, dtype=torch.long)
         self.ids = torch.cat([self.ids, column[:, None]], dim=1)
         self._rows.append(tokens)
         with as_if_drawn(noise, step + 1):
@@ -159,7 +161,7 @@ class Frontier:
         emitted: list[list[int]] = [[] for _ in tokens]
         for depth in range(draft.topology.max_depth + 1):
             was_live = self._rows.is_live
-            at_nodes = torch.tensor(nodes, device=logits.device)
+            at_nodes = torch.tensor(nodes, device=logits.device, dtype=torch.long)
             column = self.advance(
                 logits[batch, at_nodes],
                 noise,

@@ -73,7 +73,7 @@ class Listener:
         return num_taken
 
     def _tell(self, token: int, noise: PositionNoise | None, step: int) -> None:
-        column = torch.tensor([token], device=self._ids.device)
+        column = torch.tensor([token], device=self._ids.device, dtype=torch.long)
         if self._criteria:
             self._ids = torch.cat([self._ids, column[:, None]], dim=1)
         with as_if_drawn(noise, step):

@@ -106,7 +106,7 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
     if rule is None or not generation_config.do_sample:
         rule = ExactRule()
     require_drafts_for(rule, proposer)
-    require_supported(generation_config, logits_processor, rule)
+    require_supported(generation_config, logits_processor, rule, device=input_ids.device)
     wants_details = bool(generation_config.return_dict_in_generate)
     input_ids = input_ids.long()
     attention_mask = model_inputs.get("attention_mask")

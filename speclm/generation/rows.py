@@ -117,7 +117,7 @@ class Rows:
         """Return prompt and new tokens, ended rows padded on the right."""
         width = self.num_steps
         padded = [tokens + [pad_token_id] * (width - len(tokens)) for tokens in self.tokens]
-        new = torch.tensor(padded, device=prompt.device).view(-1, width)
+        new = torch.tensor(padded, device=prompt.device, dtype=torch.long).view(-1, width)
         return torch.cat([prompt, new], dim=1)
 
     def _limit(self, row: int, emitted: list[int], slowest: int) -> int:

@@ -337,7 +337,7 @@ class Run:
                 taken = taken.with_paths(_through(self.own_nodes, taken.paths))
                 self.own_nodes = None
             self.proposer.commit(taken)
-        self.roots = torch.tensor(self.rows.last_tokens, device=self.num_padding.device)
+        self.roots = self.num_padding.new_tensor(self.rows.last_tokens)
 
     def _count(self, draft: Draft, taken: Accepted) -> None:
         """Count the round in the rows that emitted something."""

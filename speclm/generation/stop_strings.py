@@ -43,7 +43,8 @@ class StopStrings:
                 by_width.setdefault(len(window), []).append((row, count, window))
         stops: dict[int, int] = {}
         for group in by_width.values():
-            windows = torch.tensor([window for _, _, window in group], device=self._device)
+            texts = [window for _, _, window in group]
+            windows = torch.tensor(texts, device=self._device, dtype=torch.long)
             flags = torch.stack([criterion(windows, None) for criterion in self._criteria])
             # A sync: whether a row goes on is decided on the host.
             for (row, count, _), is_stop in zip(group, flags.any(0).tolist(), strict=True):

@@ -78,7 +78,7 @@ class EagleHeads(nn.Module):
         self.lm_head: nn.Linear | None = None
         if config.has_own_lm_head:
             self.lm_head = nn.Linear(hidden, config.draft_vocab_size, bias=False)
-        columns = torch.empty(config.draft_vocab_size, dtype=torch.int64)
+        columns = torch.empty(config.draft_vocab_size, dtype=torch.int64, device="meta")
         self.register_buffer("draft_columns", columns if config.has_draft_vocab else None)
 
     @override
@@ -236,7 +236,7 @@ class EagleHeads(nn.Module):
         """
         for name, parameter in self.named_parameters():
             if parameter.ndim > 1:
-                drawn = torch.empty(parameter.shape, dtype=torch.float32)
+                drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
                 parameter.copy_(drawn.normal_(std=_INIT_STD, generator=generator))
             else:
                 parameter.fill_(_constant(name))
@@ -251,7 +251,9 @@ class EagleHeads(nn.Module):
         for name, parameter in self.named_parameters():
             parameter.fill_(_constant(name))
         if self.draft_columns is not None:
-            self.draft_columns.copy_(torch.arange(len(self.draft_columns)))
+            self.draft_columns.copy_(
+                torch.arange(len(self.draft_columns), device=self.draft_columns.device)
+            )
 
 
 def build_eagle(

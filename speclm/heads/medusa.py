@@ -80,23 +80,27 @@ class MedusaHeads(nn.Module):
 
     @torch.no_grad()
     def init_weights_(
-        self, lm_weight: Float[Tensor, "vocab hidden"], *, generator: torch.Generator | None = None
+        self,
+        lm_weight: Float[Tensor, "vocab hidden"] | None,
+        *,
+        generator: torch.Generator | None = None,
     ) -> None:
         """Start from heads that guess what the target's own output matrix says.
 
         Args:
-            lm_weight: The target's output matrix, copied where the heads have their own.
+            lm_weight: The target's output matrix, copied where the heads have their own; of no use
+                elsewhere.
             generator: Source of the small random weights of all layers but the first, which
                 would otherwise stay equal in all of them.
         """
-        if self.lm_weight is not None:
+        if self.lm_weight is not None and lm_weight is not None:
             self.lm_weight.copy_(lm_weight.to(self.lm_weight).expand_as(self.lm_weight))
         self.weight.zero_()
         if self.bias is not None:
             self.bias.zero_()
         if self.config.num_layers > 1:
             bound = 1 / math.sqrt(self.config.hidden_size)
-            first = torch.empty(self.weight[:-1].shape, dtype=torch.float32)
+            first = torch.empty(self.weight[:-1].shape, dtype=torch.float32, device="cpu")
             self.weight[:-1].copy_(first.uniform_(-bound, bound, generator=generator))
 
     def forward(

@@ -169,7 +169,7 @@ def workload_inputs(workload: Workload, device: torch.device) -> TreeAttentionIn
         ),
         key=torch.randn(cache_shape, dtype=dtype, device=device),
         value=torch.randn(cache_shape, dtype=dtype, device=device),
-        prefix_lengths=torch.full((1,), _KV_LEN - nodes, device=device),
+        prefix_lengths=torch.full((1,), _KV_LEN - nodes, device=device, dtype=torch.long),
         ancestor_words=words,  # which bits are set takes no time
         depths=torch.arange(nodes, device=device)[None],
         scale=workload.head_dim**-0.5,

@@ -15,7 +15,7 @@ from speclm.acceptance import AcceptanceRule
 from speclm.generation import Generated, PauseMemory, TreeMemory, generate_tokens
 from speclm.generation.delegation import CACHE_INPUTS
 from speclm.model.arguments import resolve_setting
-from speclm.model.fitting import claimed
+from speclm.model.fitting import claimed, require_still_fits
 from speclm.proposers.interface import Proposer
 from speclm.stats import SpeculationStats
 from speclm.target import TargetView
@@ -90,6 +90,7 @@ def decode(  # noqa: PLR0913 - a call has many sides
                 **named,
             )
 
+    require_still_fits(proposer, target)
     generated: Generated = base_generate(custom_generate=loop, **for_own_loop(arguments, default))
     if not resolve_setting("return_dict_in_generate", arguments, default):
         return generated.sequences

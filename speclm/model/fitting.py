@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from speclm.errors import OptionError, VocabularyMismatchError
+from speclm.generation import NeedsPlainDecoding
 from speclm.proposers.interface import Proposer
 from speclm.target import TargetView, exclusive
 
@@ -35,6 +36,22 @@ def require_fits(proposer: Proposer, target: TargetView) -> None:
                 f"{name} uses the output matrix of another model object, {found}, expected that "
                 f"of the base {target.name}; {_REMEDY}"
             )
+
+
+def require_still_fits(proposer: Proposer | None, target: TargetView) -> None:
+    """Check before a call that nothing was changed since the proposer was checked.
+
+    Embeddings that were resized are an example.
+
+    Raises:
+        NeedsPlainDecoding: If it does not fit any more; the message says why.
+    """
+    if proposer is None:
+        return
+    try:
+        require_fits(proposer, target)
+    except (VocabularyMismatchError, OptionError) as error:
+        raise NeedsPlainDecoding(str(error)) from error
 
 
 @contextmanager

@@ -1,9 +1,10 @@
 """From what a user writes as ``heads`` to a proposer."""
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from speclm.errors import CheckpointError, OptionError, UnknownNameError, UnsupportedModelError
@@ -12,6 +13,7 @@ from speclm.heads.eagle import build_eagle
 from speclm.heads.medusa import MedusaHeads, MedusaHeadsConfig
 from speclm.model.causal_lm import load_causal_lm
 from speclm.model.hub import HubOptions, find_heads
+from speclm.model.standing_in import unwrap
 from speclm.proposers.chain_draft import ChainDraftProposer
 from speclm.proposers.combined import CombinedProposer
 from speclm.proposers.draft_model import DraftModelProposer
@@ -19,15 +21,15 @@ from speclm.proposers.eagle import EagleProposer
 from speclm.proposers.interface import Proposer
 from speclm.proposers.medusa import MedusaProposer
 from speclm.proposers.registry import registered_proposers
-from speclm.target import TargetView
+from speclm.target import TargetView, stored_matrices
 from speclm.verify import Backend, check_model
 
 _DRAFT_OPTIONS = ("dtype", "device_map", "revision", "quantization_config", "attn_implementation")
 _MEDUSA_OPTIONS = ("dtype", "min_chance", "tree")
 
 
-Heads = str | Path | PreTrainedModel | Proposer
-"""What a user may write for one proposer."""
+Heads = str | Path | nn.Module | Proposer
+"""What a user may write for one proposer; modules are draft models, PEFT's too."""
 
 
 def load_proposer(
@@ -74,6 +76,7 @@ def load_proposer(
                 "proposer is built"
             )
         return heads
+    heads = unwrap(heads, ())
     if isinstance(heads, PreTrainedModel):
         if heads_kwargs:
             raise OptionError(
@@ -129,11 +132,6 @@ def _load_medusa(
             f"is {base.config.name_or_path!r}, load the base from {str(heads)!r} too"
         )
     dtype = _dtype(dtype)
-    if dtype != base.dtype and not checkpoint.has_own_lm_head:
-        raise OptionError(
-            f"dtype of the heads is {dtype}, that of the base {base.dtype}, whose output matrix "
-            "they use; leave dtype out"
-        )
     options.setdefault("tree", checkpoint.choices)
     return MedusaProposer(_build_heads(checkpoint, TargetView(base), dtype), target=base, **options)
 
@@ -141,12 +139,7 @@ def _load_medusa(
 def _load_eagle(folder: Path, base: PreTrainedModel, options: dict[str, Any]) -> Proposer:
     dtype = _dtype(options.pop("dtype", base.dtype))
     view = TargetView(base)
-    model = cast("Any", base)
-    output = model.get_output_embeddings()
-    checkpoint = read_eagle(folder).share(
-        embeddings=model.get_input_embeddings().weight,
-        lm_weight=None if output is None else output.weight,
-    )
+    checkpoint = read_eagle(folder).share(**stored_matrices(base))
     heads = build_eagle(checkpoint, dtype=dtype, device=view.device)
     heads = heads.eval().requires_grad_(requires_grad=False)
     options.setdefault("tree", checkpoint.choices)
@@ -204,7 +197,7 @@ def _load_draft_model(
     heads: str | Path, base: PreTrainedModel, heads_kwargs: dict[str, Any]
 ) -> PreTrainedModel:
     names = sorted(registered_proposers())
-    kwargs = {"dtype": base.dtype, "device_map": {"": base.device}, **heads_kwargs}
+    kwargs = {"dtype": base.dtype, "device_map": {"": TargetView(base).device}, **heads_kwargs}
     try:
         return load_causal_lm(heads, kwargs, owner="draft model", known=_DRAFT_OPTIONS)
     except (OptionError, CheckpointError):

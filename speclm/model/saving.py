@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from functools import singledispatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
 
 from huggingface_hub import HfApi
 from transformers import PreTrainedModel
@@ -16,6 +15,7 @@ from speclm.heads.eagle import eagle_checkpoint
 from speclm.proposers.eagle import EagleProposer
 from speclm.proposers.interface import Proposer
 from speclm.proposers.medusa import MedusaProposer
+from speclm.target import stored_matrices
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,15 +132,10 @@ def _write_medusa(proposer: MedusaProposer, place: Place) -> None:
 
 @write_proposer.register(EagleProposer)
 def _write_eagle(proposer: EagleProposer, place: Place) -> None:
-    model = cast("Any", place.base)
-    output = model.get_output_embeddings()
     choices = proposer.config.choices
     checkpoint = eagle_checkpoint(
         proposer.heads, base_name_or_path=place.base_id, choices=choices
-    ).share(
-        embeddings=model.get_input_embeddings().weight,
-        lm_weight=None if output is None else output.weight,
-    )
+    ).share(**stored_matrices(place.base))
     num_layers, config = proposer.view.num_layers, checkpoint.config
     is_eagle3 = config.kind == "eagle3"
     card = EagleCard(

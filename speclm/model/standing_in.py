@@ -12,6 +12,7 @@ from speclm.target import TargetView
 
 MOVES = frozenset(
     {
+        "_apply",  # called by the module that a SpecModel is put into
         "bfloat16",
         "cpu",
         "cuda",
@@ -28,14 +29,14 @@ MOVES = frozenset(
 """Methods of a module that change it and return it; here heads and draft models go along."""
 
 
-def unwrap(base: Any, wrapper: type) -> Any:
+def unwrap(base: Any, wrapper: type | tuple[type, ...]) -> Any:
     """Return the Transformers model inside a wrapper or a PEFT model, and others as they are.
 
     Adapters that sit in the layers, such as LoRA, stay active in it.
 
     Args:
-        base: What a user gave as base.
-        wrapper: `SpecModel`, whose objects are wrapped anew.
+        base: What a user gave as base, or as draft model.
+        wrapper: `SpecModel`, whose objects are wrapped anew; empty for draft models.
 
     Raises:
         UnsupportedModelError: If the adapter is a learned prompt, which sits outside the model.

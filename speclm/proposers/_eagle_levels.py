@@ -82,7 +82,7 @@ class LevelRun:
         sees = (slots >= cache.num_padding[:, None]) & (slots < lengths)
         if window is not None:
             levels = [level for level, width in enumerate(widths) for _ in range(width)]
-            pending = lengths + torch.tensor(levels, device=lengths.device)
+            pending = lengths + torch.tensor(levels, device=lengths.device, dtype=torch.long)
             prefix = slots[: cache.tree_start].expand(len(lengths), -1)
             self._places = torch.cat([prefix, pending], dim=1)  # of a row, padding included
         seen = torch.zeros(sees.shape, dtype=self._heads.dtype, device=sees.device)

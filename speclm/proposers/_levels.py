@@ -131,7 +131,7 @@ def assemble(grown: list[GrownRow], roots: Int[Tensor, " batch"]) -> Draft:
     return Draft(
         tokens=torch.cat([roots[:, None], tokens.view(len(guesses), -1)], dim=1),
         topology=trees_of(parents, device=roots.device),
-        probs=torch.tensor(probs, device=roots.device),
+        probs=torch.tensor(probs, device=roots.device, dtype=torch.float32),
     )
 
 

@@ -100,6 +100,7 @@ class ChainDraftProposer(Proposer):
 
     @override
     def begin(self, prompt: Prefill) -> None:
+        self._vocabulary = replace(self._vocabulary, num_draft=self.view.vocab_size)  # resized?
         self._prompt, self._reader = prompt, None  # read by the first draft, if any
         self._ranking.begin(prompt)
         self._unseen, self._num_slots = prompt.first_tokens[:, None], prompt.tokens.shape[1] + 1
@@ -117,14 +118,20 @@ class ChainDraftProposer(Proposer):
         logits = self._catch_up(self._prompt)
         if self._prompt.sampler is not None:
             return self._draw(roots, logits, self._prompt.sampler, longest=longest)
-        ends = torch.tensor(sorted(self._prompt.eos_token_ids), device=roots.device)
+        ends = torch.tensor(
+            sorted(self._prompt.eos_token_ids), device=roots.device, dtype=torch.long
+        )
         floor = math.log(max(config.min_confidence, 1e-30))
-        scores = torch.zeros(len(roots), device=roots.device)
+        scores = torch.zeros(len(roots), device=roots.device, dtype=torch.float32)
         probs = [torch.ones_like(scores)]
-        grows = torch.tensor([not idle for idle in self._is_idle], device=roots.device)
+        grows = torch.tensor(
+            [not idle for idle in self._is_idle], device=roots.device, dtype=torch.bool
+        )
         num_live, tokens = max(int(grows.sum()), 1), [roots]
         while True:
-            ranked = self._ranking.rank(logits, depth=len(tokens) - 1, noise=noise)[:, 0]
+            nodes = (tokens[-1][:, None], torch.zeros_like(roots)[:, None])
+            depth = len(tokens) - 1
+            ranked = self._ranking.rank(logits, depth=depth, noise=noise, nodes=nodes)[:, 0]
             score, token = ranked.max(1)
             scores = scores + score
             tokens.append(token)
@@ -146,7 +153,9 @@ class ChainDraftProposer(Proposer):
         self._is_idle = [not going for going in goes_on]
         # What ended rows are fed is of no use to anybody.
         rows = [tokens + [0] * (num_new - len(tokens)) for tokens in accepted.emitted]
-        new = torch.tensor(rows, device=self._unseen.device).view(len(rows), num_new)
+        new = torch.tensor(rows, device=self._unseen.device, dtype=torch.long).view(
+            len(rows), num_new
+        )
         self._num_slots += num_new
         if not self._is_open:
             self._unseen = torch.cat([self._unseen, new], dim=1)

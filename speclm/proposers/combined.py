@@ -105,7 +105,7 @@ class CombinedProposer(Proposer):
             self._joined.append(joined)
         longest = max(len(joined.tokens) for joined in self._joined)
         guesses = [joined.tokens + [0] * (longest - len(joined.tokens)) for joined in self._joined]
-        found = torch.tensor(guesses, device=roots.device)
+        found = torch.tensor(guesses, device=roots.device, dtype=torch.long)
         return Draft(
             tokens=torch.cat([roots[:, None], found[:, 1:]], dim=1),
             topology=from_parents([joined.parents for joined in self._joined], device=roots.device),

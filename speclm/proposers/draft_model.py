@@ -1,7 +1,7 @@
 """Proposes what a smaller language model with the same vocabulary would say."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -78,6 +78,7 @@ class DraftModelProposer(Proposer):
 
     @override
     def begin(self, prompt: Prefill) -> None:
+        self._vocabulary = replace(self._vocabulary, num_draft=self.view.vocab_size)  # resized?
         self._cache, self._prompt_logits = self.view.new_cache(prompt.num_padding), None
         length, bound = prompt.tokens.shape[1] + 1, self.view.max_positions
         self._is_silent = bound is not None and length > bound  # learned positions end there
@@ -87,7 +88,9 @@ class DraftModelProposer(Proposer):
         self._ranking.begin(prompt)
         self._sampler = prompt.sampler
         ends = sorted(prompt.eos_token_ids)
-        self._leaf_tokens = torch.tensor(ends, device=prompt.tokens.device) if ends else None
+        self._leaf_tokens = (
+            torch.tensor(ends, device=prompt.tokens.device, dtype=torch.long) if ends else None
+        )
         self._is_idle = [False] * len(self._unseen)
         self._grown, self._offsets = [], []
 
@@ -171,7 +174,9 @@ class DraftModelProposer(Proposer):
             width=config.width,
             branches=config.branches,
             leaf_tokens=self._leaf_tokens,
-            is_idle=torch.tensor(self._is_idle, device=device) if any(self._is_idle) else None,
+            is_idle=torch.tensor(self._is_idle, device=device, dtype=torch.bool)
+            if any(self._is_idle)
+            else None,
         )
         tree.grow(self._ranking.rank(logits, depth=0, noise=noise))
         seen, slot_depths, unseen = self._seen_by_root(device, longest)
@@ -190,7 +195,8 @@ class DraftModelProposer(Proposer):
             slot_depths = torch.cat([slot_depths, depths], dim=1)
             self._offsets.append(self._cache.num_pending)
             logits = self._forward(tokens, None if is_chain else seen, slot_depths)
-            tree.grow(self._ranking.rank(logits, depth=level, noise=noise))
+            nodes = (tokens, tree.expanded_parents)
+            tree.grow(self._ranking.rank(logits, depth=level, noise=noise, nodes=nodes))
         self._offsets.append(self._cache.num_pending)  # the last level is not fed
         return tree
 
@@ -219,7 +225,8 @@ class DraftModelProposer(Proposer):
                 laws[:, tree.expanded_nodes] = law
                 tree.fill(sampler.siblings(law, num=tree.num_guesses))
             else:
-                ranked = self._ranking.rank(logits, depth=tree.depth, noise=noise)
+                nodes = (tree.expanded_tokens, tree.expanded_parents)
+                ranked = self._ranking.rank(logits, depth=tree.depth, noise=noise, nodes=nodes)
                 tree.fill(ranked.topk(tree.num_guesses, dim=-1).indices)
             if tree.is_full:
                 break
@@ -239,7 +246,9 @@ class DraftModelProposer(Proposer):
 
         A level-0 node sees its row's unseen tokens, the last of which is the root.
         """
-        unseen = torch.tensor([len(tokens) for tokens in self._unseen], device=device)
+        unseen = torch.tensor(
+            [len(tokens) for tokens in self._unseen], device=device, dtype=torch.long
+        )
         slot_depths = torch.arange(longest, device=device).expand(len(unseen), -1)
         return (slot_depths < unseen[:, None])[:, None, :], slot_depths, unseen
 
@@ -251,7 +260,9 @@ class DraftModelProposer(Proposer):
         padded = [tokens + [0] * (longest - len(tokens)) for tokens in self._unseen]
         causal = torch.ones(1, longest, longest, dtype=torch.bool, device=device).tril()
         depths = torch.arange(longest, device=device)[None]
-        logits = self._forward(torch.tensor(padded, device=device), causal, depths)
+        logits = self._forward(
+            torch.tensor(padded, device=device, dtype=torch.long), causal, depths
+        )
         last = [len(tokens) - 1 for tokens in self._unseen]
         return logits[range(len(last)), last][:, None]
 

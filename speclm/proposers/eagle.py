@@ -19,6 +19,7 @@ from speclm.cache.tree_cache import TreeCache
 from speclm.config import require_known
 from speclm.errors import OptionError, VocabularyMismatchError
 from speclm.heads.eagle import EagleHeads
+from speclm.proposers._adjusting import Nodes
 from speclm.proposers._eagle_levels import LevelRun
 from speclm.proposers._levels import (
     GrownTreeConfig,
@@ -89,7 +90,8 @@ class EagleProposer(Proposer):
             OptionError: If an option is unknown or out of range, a rank exceeds the heads'
                 vocabulary, or they have another width.
             TopologyError: If the tree is none.
-            UnsupportedModelError: If the target lacks the layers whose features are read.
+            UnsupportedModelError: If the target lacks the layers whose features are read, or its
+                embeddings are quantised or offloaded and the heads have none of their own.
         """
         require_known(EagleProposerConfig, options, owner="EagleProposer")
         if tree is not None:
@@ -110,6 +112,8 @@ class EagleProposer(Proposer):
                 f"{self.view.name} are {self.view.hidden_size} wide; use heads that were trained "
                 "on it"
             )
+        if heads.embed_tokens is None:
+            _ = self.view.embedding_weight  # raises where the target's cannot be read
         self.num_ranks = wanted.draft_vocab_size
         is_eagle3 = wanted.kind == "eagle3"
         self._features = (
@@ -120,7 +124,7 @@ class EagleProposer(Proposer):
         self.needs = TargetNeeds(
             vocab_size=wanted.vocab_size, hidden_size=wanted.target_hidden_size, model=target
         )
-        self._ranking = LevelRanking(self.config.mixture)
+        self._ranking = LevelRanking(self.config.mixture, vocab_size=wanted.vocab_size)
         self._grown: list[GrownRow] = []
         self._prompt: Prefill | None = None
         self._cache: TreeCache | None = None
@@ -144,7 +148,9 @@ class EagleProposer(Proposer):
         self._unseen_features = [[] for _ in range(batch)]
         self._is_idle = [False] * batch
         ends = sorted(prompt.eos_token_ids)
-        self._leaf_tokens = torch.tensor(ends, device=prompt.tokens.device) if ends else None
+        self._leaf_tokens = (
+            torch.tensor(ends, device=prompt.tokens.device, dtype=torch.long) if ends else None
+        )
 
     @override
     def propose(self, roots: Int[Tensor, " batch"], *, noise: PositionNoise | None) -> Draft:
@@ -209,17 +215,19 @@ class EagleProposer(Proposer):
                 features[row, : counts[row]] = torch.cat(parts)
         causal = torch.ones(1, longest, longest, dtype=torch.bool, device=device).tril()
         hidden = self._run(
-            torch.tensor(padded, device=device),
+            torch.tensor(padded, device=device, dtype=torch.long),
             self.heads.fuse(features),
             causal,
             torch.arange(longest, device=device)[None],
             self._cache,
         )
         self._cache.keep([list(range(count)) for count in counts])
-        last = torch.tensor([max(count - 1, 0) for count in counts], device=device)
+        last = torch.tensor(
+            [max(count - 1, 0) for count in counts], device=device, dtype=torch.long
+        )
         newest = hidden[torch.arange(len(counts), device=device), last]
         if self._hidden is not None:
-            is_new = torch.tensor([count > 0 for count in counts], device=device)
+            is_new = torch.tensor([count > 0 for count in counts], device=device, dtype=torch.bool)
             newest = torch.where(is_new[:, None], newest, self._hidden)
         self._hidden = newest
         self._unseen_tokens = [[] for _ in counts]
@@ -235,7 +243,9 @@ class EagleProposer(Proposer):
             branches=branches,
             leaf_tokens=self._leaf_tokens,
             token_ids=self.heads.draft_columns,
-            is_idle=torch.tensor(self._is_idle, device=device) if any(self._is_idle) else None,
+            is_idle=torch.tensor(self._is_idle, device=device, dtype=torch.bool)
+            if any(self._is_idle)
+            else None,
         )
         widths = [min(config.width, branches)]
         while len(widths) < config.depth:
@@ -246,8 +256,8 @@ class EagleProposer(Proposer):
         for level in range(1, config.depth):
             if tree.stop_rows_below(floor) < max(config.min_growing, 1e-6):
                 break
-            hidden = run.below(tree.expanded_tokens, tree.expanded_parents)
-            tree.grow(self._rank(hidden, level, noise))
+            nodes = (tree.expanded_tokens, tree.expanded_parents)
+            tree.grow(self._rank(run.below(*nodes), level, noise, nodes))
         return tree
 
     def _fill(
@@ -257,7 +267,8 @@ class EagleProposer(Proposer):
         tree = FilledTree(choices, roots=roots)
         run = self._start(tree.widths[1:])
         while True:
-            ranked = self._rank(run.hidden, tree.depth, noise)
+            nodes = (tree.expanded_tokens, tree.expanded_parents)
+            ranked = self._rank(run.hidden, tree.depth, noise, nodes)
             tree.fill(self.heads.target_ids(ranked.topk(tree.num_guesses).indices))
             if tree.is_full:
                 self._grown = [GrownRow([], [], tree.expansions, [])] * len(roots)
@@ -337,9 +348,14 @@ class EagleProposer(Proposer):
         hidden: Float[Tensor, "batch nodes hidden"],
         depth: int,
         noise: PositionNoise | None,
+        nodes: Nodes | None = None,
     ) -> Float[Tensor, "batch nodes draft_vocab"]:
         return self._ranking.rank(
-            self._logits(hidden), depth=depth, noise=noise, columns=self.heads.draft_columns
+            self._logits(hidden),
+            depth=depth,
+            noise=noise,
+            columns=self.heads.draft_columns,
+            nodes=nodes,
         )
 
     def _spread(

@@ -105,8 +105,8 @@ class MedusaProposer(Proposer):
 
         Raises:
             VocabularyMismatchError: If the heads were made for another vocabulary.
-            OptionError: If the heads have another width, or the dtype of a matrix that is not
-                theirs, a rank exceeds the vocabulary, or an option is out of range.
+            OptionError: If the heads have another width, a rank exceeds the vocabulary, or an
+                option is out of range.
             TopologyError: If the tree is none.
         """
         self.view = TargetView(target)
@@ -215,7 +215,7 @@ class MedusaProposer(Proposer):
             topology=trees_of(
                 [[0, *(node.parent for node in row)] for row in rows], device=roots.device
             ),
-            probs=torch.tensor(probs, device=roots.device),
+            probs=torch.tensor(probs, device=roots.device, dtype=torch.float32),
         )
 
     def _draw(
@@ -242,7 +242,7 @@ class MedusaProposer(Proposer):
     ) -> Float[Tensor, "batch depth vocab"]:
         """Return the log-probabilities by which guesses at each depth are ranked."""
         logits: Tensor = self.heads(hidden, lm_head=self.view.head_logits, num_heads=depth)
-        if noise is None:
+        if noise is None and not self._ranking.changes_scores:
             return self._ranking.rank(logits, depth=0, noise=None)
         levels = [
             self._ranking.rank(logits[:, level : level + 1], depth=level, noise=noise)
@@ -297,9 +297,4 @@ def _require_match(heads: MedusaHeads, view: TargetView) -> None:
         raise OptionError(
             f"heads are {config.hidden_size} wide, the hidden states of {view.name} "
             f"{view.hidden_size}; load them with the base they were trained on"
-        )
-    if heads.weight.dtype != view.model.dtype and not config.has_own_lm_head:
-        raise OptionError(
-            f"heads are {heads.weight.dtype}, {view.name} is {view.model.dtype}, and they use its "
-            "output matrix; move the heads with .to(base.dtype)"
         )

@@ -229,8 +229,8 @@ class _State:
         double = torch.float64
         return cls(
             [mixture] * NUM_LEVELS,
-            torch.zeros(NUM_LEVELS, 4, 4, dtype=double),
-            torch.zeros(NUM_LEVELS, 4, dtype=double),
+            torch.zeros(NUM_LEVELS, 4, 4, dtype=double, device="cpu"),
+            torch.zeros(NUM_LEVELS, 4, dtype=double, device="cpu"),
         )
 
     def sum_up(self) -> None:
@@ -241,9 +241,11 @@ class _State:
         log_probs, noise, tokens = (torch.cat(part) for part in zip(*parts, strict=True))
         device = log_probs.device
         level_of_rows = [rows.level for rows in self.pending for _ in range(len(rows.tokens))]
-        levels = torch.tensor(level_of_rows, device=device)
+        levels = torch.tensor(level_of_rows, device=device, dtype=torch.long)
         self.pending = []
-        numbers = torch.tensor([astuple(mixture) for mixture in self.mixtures], device=device)
+        numbers = torch.tensor(
+            [astuple(mixture) for mixture in self.mixtures], device=device, dtype=torch.float32
+        )
         gradients, information = mixture_scores(
             log_probs, noise, tokens.clamp(min=0), numbers[levels]
         )
@@ -253,7 +255,7 @@ class _State:
         # Nor does a law that overflowed, whose sums would be no numbers for good.
         is_known = (tokens >= 0)[:, None] & ~chosen.isinf() & found.isfinite().all(1, keepdim=True)
         if self.sums is None:
-            self.sums = torch.zeros(NUM_LEVELS, found.shape[1], device=device)
+            self.sums = torch.zeros(NUM_LEVELS, found.shape[1], device=device, dtype=torch.float32)
         self.sums = self.sums.to(device).index_add(0, levels, found.where(is_known, 0.0))
 
     def learn(self, start: Mixture) -> None:
@@ -269,7 +271,7 @@ class _State:
             self.curvature[level] = memory * self.curvature[level] + fresh
             self.pull[level] = memory * self.pull[level] + fresh @ here + gradient
             deviations = _LEVEL_DEVIATIONS if level else _PRIOR_DEVIATIONS
-            prior = torch.tensor(deviations, dtype=torch.float64).pow(-2)
+            prior = torch.tensor(deviations, dtype=torch.float64, device="cpu").pow(-2)
             best = torch.linalg.solve(
                 self.curvature[level] + prior.diag(), self.pull[level] + prior * middle
             )
@@ -284,7 +286,7 @@ def _to_free(mixture: Mixture) -> Float[Tensor, " 4"]:
     weight = min(max(weight, low), high)
     exponents = [min(max(value, _EXPONENT_BOUNDS[0]), _EXPONENT_BOUNDS[1]) for value in exponents]
     free = [math.log(weight / (1 - weight)), *map(math.log, exponents)]
-    return torch.tensor(free, dtype=torch.float64)
+    return torch.tensor(free, dtype=torch.float64, device="cpu")
 
 
 def _from_free(free: Float[Tensor, " 4"]) -> Mixture:

@@ -110,11 +110,12 @@ class NgramProposer(Proposer):
         num_nodes = max(len(tree.tokens) for tree in trees)
         tokens = [tree.tokens + [0] * (num_nodes - len(tree.tokens)) for tree in trees]
         return Draft(
-            tokens=torch.tensor(tokens, device=roots.device),
+            tokens=torch.tensor(tokens, device=roots.device, dtype=torch.long),
             topology=trees_of([tree.parents for tree in trees], device=roots.device),
             probs=torch.tensor(
                 [tree.probs + [0.0] * (num_nodes - len(tree.probs)) for tree in trees],
                 device=roots.device,
+                dtype=torch.float32,
             ),
         )
 

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from speclm.acceptance.accepted import Accepted
+from speclm.proposers._adjusting import Nodes, ScoreAdjuster
 from speclm.proposers.interface import Prefill
 from speclm.proposers.mixture import Mixture, MixtureEstimator
 from speclm.sampling.chooser import Truncation
@@ -114,8 +115,14 @@ class LevelRanking:
     tokens are drafted, and never which are emitted.
     """
 
-    def __init__(self, mixture: Mixture | None = None) -> None:
-        """Rank by fixed numbers, or None to estimate them from what targets choose."""
+    def __init__(self, mixture: Mixture | None = None, *, vocab_size: int | None = None) -> None:
+        """Start without any knowledge.
+
+        Args:
+            mixture: Fixed numbers to rank by; None to estimate them from what targets choose.
+            vocab_size: Width of the target's logits, where the draft's vocabulary is smaller.
+        """
+        self._adjuster = ScoreAdjuster(vocab_size)
         self.estimator = MixtureEstimator(start=mixture, is_fixed=mixture is not None)
         self._temperature = 0.0
         self._truncation: Truncation | None = None
@@ -124,10 +131,16 @@ class LevelRanking:
     def begin(self, prompt: Prefill) -> None:
         """Start a generation."""
         self._temperature, self._levels = prompt.temperature, []
+        self._adjuster.begin(prompt)
         chooser = prompt.chooser
         processors = None if chooser is None else chooser.key
         self._truncation = None if chooser is None else chooser.truncation
         self.estimator.begin((prompt.temperature, processors))
+
+    @property
+    def changes_scores(self) -> bool:
+        """Whether processors of the target change the scores of a draft, each level its own way."""
+        return self._adjuster.is_needed
 
     def rank(
         self,
@@ -136,8 +149,11 @@ class LevelRanking:
         depth: int,
         noise: PositionNoise | None,
         columns: Int[Tensor, " columns"] | None = None,
+        nodes: Nodes | None = None,
     ) -> Float[Tensor, "batch nodes columns"]:
         """Return log-probabilities of the children of the nodes of one depth.
+
+        The target's own logits processors are applied first, as far as they are known.
 
         Args:
             logits: The draft's, after every node that is expanded at that depth; kept until the
@@ -145,7 +161,10 @@ class LevelRanking:
             depth: Depth of the nodes; levels come in order.
             noise: Noise of the positions; None when the target decodes greedily.
             columns: Token of each column, where the draft's vocabulary is smaller.
+            nodes: Tokens and parents of the nodes, from depth 1 on; None where the draft does not
+                depend on them.
         """
+        logits = self._adjuster.adjust(logits, depth=depth, nodes=nodes, columns=columns)
         if noise is None:
             return rank_log_probs(logits, temperature=0.0, noise=None)
         if depth == 0:
@@ -153,6 +172,8 @@ class LevelRanking:
         level_noise = noise.at_depth(depth)
         if columns is not None:
             level_noise = level_noise[:, columns]
+        if level_noise.dtype != torch.float32:  # that of half precision may be 0
+            level_noise = level_noise.float().clamp_(min=torch.finfo(torch.float32).tiny)
         log_q = (logits.float() / self._temperature).log_softmax(-1)
         if self._truncation is not None:
             log_q = truncate(log_q, self._truncation)
@@ -169,6 +190,7 @@ class LevelRanking:
             expansions: For each row and each node of its path, the root left out, the level and
                 the place at which it was expanded; None where it was not.
         """
+        self._adjuster.extend(accepted.emitted)
         levels, self._levels = self._levels, []
         if not levels or not self.estimator.wants_round():
             return
@@ -180,7 +202,9 @@ class LevelRanking:
                     visits[place[0]].append((row, place[1], token))
         for depth, (level, visited) in enumerate(zip(levels, visits, strict=True)):
             if visited:
-                rows, places, tokens = torch.tensor(visited, device=level.noise.device).T
+                rows, places, tokens = torch.tensor(
+                    visited, device=level.noise.device, dtype=torch.long
+                ).T
                 self.estimator.observe(
                     level.log_probs[rows, places],
                     level.noise[rows],

@@ -3,7 +3,7 @@
 from speclm.sampling.chooser import TokenChooser, first_text_dependent
 from speclm.sampling.drafts import DraftSampler, DraftSampling
 from speclm.sampling.draws import Draws, GeneratorDraws, seeded_draws
-from speclm.sampling.noise import PositionNoise
+from speclm.sampling.noise import PositionNoise, generator_obstacle
 
 __all__ = [
     "DraftSampler",
@@ -13,5 +13,6 @@ __all__ = [
     "PositionNoise",
     "TokenChooser",
     "first_text_dependent",
+    "generator_obstacle",
     "seeded_draws",
 ]

@@ -61,19 +61,21 @@ def pick(
     """Return the token that plain decoding takes from processed scores, for every row.
 
     Args:
-        scores: What the logits processors leave, in float32.
-        noise: Exponential noise of each row's position; None when greedy.
+        scores: What the logits processors leave, in any dtype.
+        noise: Exponential noise of each row's position, in that dtype; None when greedy.
 
     Returns:
-        Token ids; -1 where the winning score is not a number. Does not sync.
+        Token ids; -1 where the chosen score or probability is not a number. Does not sync.
 
     Source: the Gumbel-max trick in its exponential form, as in ``torch.multinomial``.
     """
-    if noise is not None:
-        scores = scores.softmax(-1) / noise
-    tokens = scores.argmax(-1)
-    winning = scores.gather(-1, tokens[:, None])[:, 0]  # argmax prefers a NaN to any number
-    return tokens.masked_fill(winning.isnan(), -1)
+    if noise is None:
+        tokens = scores.argmax(-1)
+    else:
+        scores = scores.softmax(-1)
+        tokens = (scores / noise).argmax(-1)  # 0 / 0, which half precision has, wins there too
+    chosen = scores.gather(-1, tokens[:, None])[:, 0]  # argmax prefers a NaN to any number
+    return tokens.masked_fill(chosen.isnan(), -1)
 
 
 def _is_text_free(processor: processors.LogitsProcessor) -> bool:
@@ -105,7 +107,7 @@ class TokenChooser:
         self, processor_list: Sequence[processors.LogitsProcessor], *, is_greedy: bool
     ) -> None:
         """Use text-free processors in the order given; see `first_text_dependent`."""
-        self._processors = processor_list
+        self.processors = processor_list
         self.reads_lengths = any(type(p) in LENGTH_DEPENDENT for p in processor_list)
         self.is_greedy = is_greedy
 
@@ -121,14 +123,14 @@ class TokenChooser:
                     if isinstance(value, int | float | str)
                 ),
             )
-            for processor in self._processors
+            for processor in self.processors
         )
 
     @property
     def truncation(self) -> Truncation | None:
         """What its warpers leave out, as far as plain numbers say; None where they say nothing."""
         found: dict[str, Any] = {}
-        for processor in self._processors:
+        for processor in self.processors:
             name = _TRUNCATIONS.get(type(processor))
             if name is not None:
                 found[name] = vars(processor)[name]
@@ -152,16 +154,17 @@ class TokenChooser:
         Returns:
             Token ids; -1 where the winning score is not a number. Does not sync.
         """
-        return pick(self._process(logits.float(), lengths), noise)
+        return pick(self.process(logits.float(), lengths), noise)
 
     def law(self, logits: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows vocab"]:
         """Return the probabilities that tokens are drawn from, in single precision or better."""
         scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return self._process(scores, None).softmax(-1)
+        return self.process(scores, None).softmax(-1)
 
-    def _process(
+    def process(
         self, scores: Float[Tensor, "rows vocab"], lengths: Sequence[int] | None
     ) -> Float[Tensor, "rows vocab"]:
+        """Return what the processors make of scores; see `choose`."""
         if not self.reads_lengths:
             return self._process_at(scores, 0)
         assert lengths is not None, "a processor reads the length of the text"
@@ -176,10 +179,10 @@ class TokenChooser:
     def _process_at(
         self, scores: Float[Tensor, "rows vocab"], length: int
     ) -> Float[Tensor, "rows vocab"]:
-        if not self._processors:
+        if not self.processors:
             return scores
         text = torch.zeros(1, 1, dtype=torch.long, device=scores.device)
         text = text.expand(len(scores), length)  # nothing but its shape is read
-        for processor in self._processors:
+        for processor in self.processors:
             scores = processor(text, scores)
         return scores

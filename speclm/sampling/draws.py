@@ -42,7 +42,9 @@ class GeneratorDraws(Draws):
 
     @override
     def bernoulli(self, chance: float) -> bool:
-        uniform = torch.rand((), generator=self._generator, device=self._generator.device)
+        uniform = torch.rand(
+            (), generator=self._generator, device=self._generator.device, dtype=torch.float32
+        )
         return bool(uniform < chance)
 
     @override

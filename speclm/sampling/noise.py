@@ -18,7 +18,8 @@ class PositionNoise:
     matter in which round, or beside which draft, it is decided.
 
     Rows may be at different steps; `seek` says where each one is. Matrices drawn ahead are kept
-    for later rounds, and `finish` leaves the generator as plain decoding would.
+    for later rounds, and `finish` leaves the generator as plain decoding would. They are drawn in
+    single precision, that of scores which no logits processor changes, until `match` says more.
     """
 
     def __init__(self, *, batch: int, vocab_size: int, device: torch.device) -> None:
@@ -30,6 +31,7 @@ class PositionNoise:
             device: Device whose default generator plain decoding would use.
         """
         self._shape = (batch, vocab_size)
+        self._dtype = torch.float32
         self._device = device
         self._matrices: dict[int, Float[Tensor, "batch vocab"]] = {}
         self._states: list[Tensor] = []  # generator state before each draw
@@ -60,6 +62,18 @@ class PositionNoise:
         """Return the noise that decides the token after a node of `depth` in one row."""
         return self._row(self._steps[row] + depth, row)
 
+    def match(self, scores: Float[Tensor, "batch vocab"], step: int) -> None:
+        """Draw the noise from `step` on as regular generation draws it for scores like these.
+
+        It draws in their dtype and width, which a logits processor may choose anew at every step.
+        No live row may be before `step`. What was drawn otherwise is drawn again.
+        """
+        if scores.dtype == self._dtype and scores.shape == self._shape:
+            return
+        self._dtype, self._shape = scores.dtype, (scores.shape[0], scores.shape[1])
+        self._matrices.clear()
+        self._rewind(step)
+
     @contextmanager
     def foreign_code(self, step: int) -> Iterator[None]:
         """Let code run that may draw from the generator itself, just before the draw of `step`.
@@ -70,13 +84,13 @@ class PositionNoise:
         if step >= len(self._states):  # nothing was drawn ahead
             yield
             return
-        latest, here = _get_state(self._device), self._states[step]
-        _set_state(here, self._device)
+        latest, here = get_generator_state(self._device), self._states[step]
+        set_generator_state(here, self._device)
         try:
             yield
         finally:
-            if torch.equal(_get_state(self._device), here):
-                _set_state(latest, self._device)
+            if torch.equal(get_generator_state(self._device), here):
+                set_generator_state(latest, self._device)
             else:
                 for drawn in range(step, len(self._states)):
                     self._matrices.pop(drawn, None)
@@ -88,23 +102,26 @@ class PositionNoise:
 
     def finish(self, num_steps: int) -> None:
         """Put the generator where plain decoding leaves it after `num_steps` draws."""
-        if num_steps < len(self._states):
-            _set_state(self._states[num_steps], self._device)
-            del self._states[num_steps:]
+        self._rewind(num_steps)
         self._matrices.clear()
+
+    def _rewind(self, step: int) -> None:
+        if step < len(self._states):
+            set_generator_state(self._states[step], self._device)
+            del self._states[step:]
 
     def _row(self, step: int, row: int) -> Float[Tensor, " vocab"]:
         # A finished row may lie behind what was dropped; nobody reads its noise.
         matrix = self._matrices.get(step)
         if matrix is None and step < len(self._states):
-            return torch.ones(self._shape[1], device=self._device)
+            return torch.ones(self._shape[1], dtype=self._dtype, device=self._device)
         return self._matrix(step)[row]
 
     def _matrix(self, step: int) -> Float[Tensor, "batch vocab"]:
         while len(self._states) <= step:
-            self._states.append(_get_state(self._device))
-            drawn = torch.empty(self._shape, device=self._device).exponential_(1.0)
-            self._matrices[len(self._states) - 1] = drawn
+            self._states.append(get_generator_state(self._device))
+            drawn = torch.empty(self._shape, dtype=self._dtype, device=self._device)
+            self._matrices[len(self._states) - 1] = drawn.exponential_(1.0)
         return self._matrices[step]
 
 
@@ -118,12 +135,30 @@ def as_if_drawn(noise: PositionNoise | None, step: int) -> Iterator[None]:
         yield
 
 
-def _get_state(device: torch.device) -> Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+def generator_obstacle(device: torch.device) -> str | None:
+    """Say why the default generator of a device cannot be put back; None where it can."""
+    if device.type == "cpu":
+        return None
+    try:
+        module = torch.get_device_module(device)
+    except RuntimeError:
+        module = None
+    if hasattr(module, "get_rng_state") and hasattr(module, "set_rng_state"):
+        return None
+    return f"the state of the random generator of device {device.type!r} cannot be saved"
 
 
-def _set_state(state: Tensor, device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    else:
+def get_generator_state(device: torch.device) -> Tensor:
+    """Return the state of the default generator of a device without a `generator_obstacle`."""
+    if device.type == "cpu":
+        return torch.get_rng_state()
+    state: Tensor = torch.get_device_module(device).get_rng_state(device)
+    return state
+
+
+def set_generator_state(state: Tensor, device: torch.device) -> None:
+    """Set the state of the default generator of a device without a `generator_obstacle`."""
+    if device.type == "cpu":
         torch.set_rng_state(state)
+    else:
+        torch.get_device_module(device).set_rng_state(state, device)

@@ -4,6 +4,7 @@ from speclm.target.chains import ChainReader, ChainSession
 from speclm.target.claims import exclusive
 from speclm.target.features import TargetFeatures
 from speclm.target.images import images_obstacle, position_shift
+from speclm.target.matrices import output_matrix, stored_matrices
 from speclm.target.session import Session
 from speclm.target.trees import TreeSession
 from speclm.target.view import TargetView
@@ -17,5 +18,7 @@ __all__ = [
     "TreeSession",
     "exclusive",
     "images_obstacle",
+    "output_matrix",
     "position_shift",
+    "stored_matrices",
 ]

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from speclm.errors import UnsupportedModelError
+from speclm.target.matrices import stored_matrix
 
 _HEAD_SETTINGS = (
     "final_logit_softcapping",
@@ -47,8 +48,14 @@ def find_decoder(model: PreTrainedModel) -> nn.Module:
 def logits_from(
     model: PreTrainedModel, hidden: Float[Tensor, "*rows hidden"]
 ) -> Float[Tensor, "*rows vocab"]:
-    """Return the logits that a model computes from hidden states after the final norm."""
-    flat = hidden.reshape(1, -1, hidden.shape[-1])
+    """Return the logits that a model computes from hidden states after the final norm.
+
+    The hidden states may have another dtype than the model's.
+    """
+    weight = stored_matrix(model.get_output_embeddings())  # type: ignore[no-untyped-call]
+    flat = hidden.reshape(1, -1, hidden.shape[-1]).to(
+        model.dtype if weight is None else weight.dtype
+    )
     if _has_plain_head(model):
         head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
         logits: Tensor = head(flat)

@@ -18,9 +18,11 @@ from speclm.cache.tree_cache import TreeCache
 from speclm.errors import PromptError, UnsupportedModelError
 from speclm.kernels import pays
 from speclm.target.claims import exclusive
+from speclm.target.devices import device_of
 from speclm.target.features import FeatureTap, TargetFeatures
 from speclm.target.images import with_images
 from speclm.target.logits import find_decoder, logits_from
+from speclm.target.matrices import embedding_matrix, head_shape
 from speclm.target.rotary import RotarySwitch, rotary_switch
 from speclm.tree.topology import TreeTopology
 
@@ -36,7 +38,8 @@ class TargetView:
         if not isinstance(model, PreTrainedModel):
             raise UnsupportedModelError(
                 f"model is a {type(model).__name__}, expected a Transformers PreTrainedModel; "
-                "load one with AutoModelForCausalLM.from_pretrained"
+                "load one with AutoModelForCausalLM.from_pretrained, and of a PEFT model pass "
+                "get_base_model()"
             )
         if model.config.is_encoder_decoder or not model.can_generate():
             raise UnsupportedModelError(
@@ -53,18 +56,12 @@ class TargetView:
     @property
     def vocab_size(self) -> int:
         """Width of the logits, which may exceed the tokenizer's vocabulary."""
-        head: nn.Module | None = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        if head is None:
-            return int(self._text_config.vocab_size)
-        return head.get_parameter("weight").shape[0]
+        return head_shape(self.model)[0]
 
     @property
     def hidden_size(self) -> int:
         """Width of the hidden states that the head reads."""
-        head: nn.Module | None = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        if head is None:
-            return int(self._text_config.hidden_size)
-        return head.get_parameter("weight").shape[1]
+        return head_shape(self.model)[1]
 
     @property
     def num_layers(self) -> int:
@@ -74,10 +71,7 @@ class TargetView:
     @property
     def device(self) -> torch.device:
         """Device that token ids are fed on."""
-        device, hook = self.model.device, getattr(self.model, "_hf_hook", None)
-        if hook is None or device.type != "meta":
-            return device
-        return torch.device(hook.execution_device)  # accelerate has the weights elsewhere
+        return device_of(self.model)
 
     @property
     def decoder(self) -> nn.Module:
@@ -301,9 +295,12 @@ class TargetView:
 
     @property
     def embedding_weight(self) -> Float[Tensor, "vocab hidden"]:
-        """The embedding matrix, as it is stored."""
-        module = self.model.get_input_embeddings()
-        return cast("Tensor", module.get_parameter("weight"))
+        """The embedding matrix, as it is stored.
+
+        Raises:
+            UnsupportedModelError: If it is quantised or offloaded.
+        """
+        return embedding_matrix(self.model)
 
     def head_logits(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows vocab"]:
         """Return the logits that the model computes from hidden states after the final norm."""

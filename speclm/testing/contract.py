@@ -15,7 +15,7 @@ from speclm.acceptance.exact import accept_exact
 from speclm.config import MAX_DEPTH, require_in_range
 from speclm.errors import ProposerContractError
 from speclm.proposers.interface import Draft, Prefill, Proposer
-from speclm.sampling.noise import PositionNoise
+from speclm.sampling.noise import PositionNoise, get_generator_state
 from speclm.target import TargetFeatures
 from speclm.testing._draft_checks import require_sound_draft
 from speclm.testing._scripted_rows import ScriptedRow, guessed_paths
@@ -72,8 +72,8 @@ def check_proposer(
     require_in_range("max_length", max_length, low=32, high=4096)
     make = (lambda: make_proposer) if isinstance(make_proposer, Proposer) else make_proposer
     device = torch.device(device)
-    devices = [device] if device.type == "cuda" else []
-    with torch.no_grad(), torch.random.fork_rng(devices=devices):
+    devices = [] if device.type == "cpu" else [device]
+    with torch.no_grad(), torch.random.fork_rng(devices=devices, device_type=device.type):
         for mode_temperature in (0.0, temperature):
             driver = _Driver(vocab_size, hidden_size, device, mode_temperature, seed)
             batch = _batch(driver, max_length)
@@ -114,7 +114,7 @@ class _Driver:
             if noise is not None:
                 noise.seek(positions, live=[True] * len(rows))
                 noise.at_depth(MAX_DEPTH)  # drawn here, so that what moves later is a fault
-            given = torch.tensor(roots, device=self.device)
+            given = torch.tensor(roots, device=self.device, dtype=torch.long)
             draft = watch.draft(proposer, given, noise, self.vocab_size)
             history.append([guessed_paths(draft, row) for row in range(len(rows))])
             limits = [row.limit(positions[b], round_index) for b, row in enumerate(rows)]
@@ -142,7 +142,13 @@ class _Driver:
     def _features(self, tokens: Tensor) -> Tensor:
         """Return a random hidden state for every token, the same wherever it stands."""
         generator = torch.Generator().manual_seed(self.seed)
-        table = torch.randn(self.vocab_size, self.hidden_size, generator=generator)
+        table = torch.randn(
+            self.vocab_size,
+            self.hidden_size,
+            generator=generator,
+            dtype=torch.float32,
+            device="cpu",
+        )
         return table.to(self.device)[tokens]
 
     def _prefill(self, rows: Sequence[ScriptedRow]) -> Prefill:
@@ -150,16 +156,22 @@ class _Driver:
         padding = [width - len(row.prompt) for row in rows]
         padded = [[0] * pad + row.prompt for pad, row in zip(padding, rows, strict=True)]
         return Prefill(
-            tokens=torch.tensor(padded, device=self.device),
-            num_padding=torch.tensor(padding, device=self.device),
-            first_tokens=torch.tensor([row.said[0] for row in rows], device=self.device),
+            tokens=torch.tensor(padded, device=self.device, dtype=torch.long),
+            num_padding=torch.tensor(padding, device=self.device, dtype=torch.long),
+            first_tokens=torch.tensor(
+                [row.said[0] for row in rows], device=self.device, dtype=torch.long
+            ),
             temperature=self.temperature,
             max_new_tokens=max(row.max_new_tokens for row in rows),
         )
 
     def _accept(self, draft: Draft, rows: Sequence[ScriptedRow], positions: list[int]) -> Accepted:
         choices = [row.choices(draft, b, positions[b]) for b, row in enumerate(rows)]
-        return accept_exact(draft.tokens, torch.tensor(choices, device=self.device), draft.topology)
+        return accept_exact(
+            draft.tokens,
+            torch.tensor(choices, device=self.device, dtype=torch.long),
+            draft.topology,
+        )
 
 
 class _Watch:
@@ -347,6 +359,6 @@ def _generator_states(device: torch.device) -> dict[str, bytes]:
         "torch": torch.get_rng_state().numpy().tobytes(),
         "numpy": pickle.dumps(numpy_state),
     }
-    if device.type == "cuda":
-        states["torch.cuda"] = torch.cuda.get_rng_state(device).numpy().tobytes()
+    if device.type != "cpu":
+        states[f"torch.{device.type}"] = get_generator_state(device).numpy().tobytes()
     return states

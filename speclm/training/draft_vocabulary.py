@@ -21,10 +21,10 @@ def count_tokens(rows: Iterable[Item], *, vocab_size: int) -> Int[Tensor, " voca
     Raises:
         OptionError: If a row has a token outside the vocabulary.
     """
-    counts = torch.zeros(vocab_size, dtype=torch.int64)
+    counts = torch.zeros(vocab_size, dtype=torch.int64, device="cpu")
     for index, row in enumerate(rows):
-        tokens = torch.tensor(row["input_ids"])
-        counted = tokens[torch.tensor(row["loss_mask"], dtype=torch.bool)]
+        tokens = torch.tensor(row["input_ids"], dtype=torch.long, device="cpu")
+        counted = tokens[torch.tensor(row["loss_mask"], dtype=torch.bool, device="cpu")]
         if len(counted) and int(counted.max()) >= vocab_size:
             raise OptionError(
                 f"row {index} has token {int(counted.max())}, expected ids below {vocab_size}, the "

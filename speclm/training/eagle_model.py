@@ -144,7 +144,9 @@ class EagleTrainingModel(nn.Module):
         )
         sums, counts = [], []
         # Sources that pad a row stand at slot 0 with rank -1, beneath that of any real one.
-        ranks = torch.full((*tokens.shape, objective.num_measured), -1, device=device)
+        ranks = torch.full(
+            (*tokens.shape, objective.num_measured), -1, device=device, dtype=torch.long
+        )
         for step in range(objective.num_measured):
             is_trained = step < objective.num_steps
             with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained):

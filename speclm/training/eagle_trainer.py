@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -17,7 +16,7 @@ from speclm.formats import hub_id, write_eagle
 from speclm.heads import EagleConfig, EagleHeads, eagle_checkpoint
 from speclm.model.loading import load_proposer
 from speclm.proposers.eagle import EagleProposer
-from speclm.target import TargetView
+from speclm.target import TargetView, output_matrix
 from speclm.training.eagle_model import EagleObjective, EagleTrainingModel
 from speclm.training.guess_meter import GuessMeter
 from speclm.training.heads_trainer import HeadsTrainer, place_base
@@ -50,6 +49,8 @@ def new_eagle_heads(
     Raises:
         OptionError: If the base has too few layers for the usual hidden states, or a number is out
             of range.
+        UnsupportedModelError: If the heads get a copy of the base's output matrix, which is
+            quantised or offloaded.
     """
     config = EagleConfig.from_model_config(
         base.config,
@@ -58,12 +59,13 @@ def new_eagle_heads(
         feature_layers=feature_layers,
         num_layers=num_layers,
     )
-    heads = EagleHeads(config, dtype=torch.float32, device=base.device)
+    view = TargetView(base)
+    heads = EagleHeads(config, dtype=torch.float32, device=view.device)
     if columns is not None and config.has_draft_vocab:
-        heads.set_draft_columns_(columns.to(base.device))
-    output: Any = base.get_output_embeddings()  # type: ignore[no-untyped-call]  # Transformers' own
+        heads.set_draft_columns_(columns.to(view.device))
     generator = torch.Generator().manual_seed(seed)
-    heads.init_weights_(lm_weight=output.weight, generator=generator)
+    lm_weight = None if heads.lm_head is None else output_matrix(base)
+    heads.init_weights_(lm_weight=lm_weight, generator=generator)
     return heads
 
 

@@ -63,7 +63,7 @@ class GuessMeter:
             (len(turn), len(replay_rounds(turn, self._choices)))
             for turn in turns(ranks, loss_mask.cpu())
         ]
-        emitted = torch.tensor([[0, 0], *replayed], dtype=torch.float64).sum(0)
+        emitted = torch.tensor([[0, 0], *replayed], dtype=torch.float64, device="cpu").sum(0)
         by_guess = torch.stack([*losses, asked.double(), *(hit.double() for hit in hits)])
         self._sums = self._sums + torch.cat([by_guess.flatten(), emitted])
 
@@ -95,7 +95,7 @@ class GuessMeter:
         return figures
 
     def _zeros(self) -> Tensor:
-        return torch.zeros((3 + TOP) * self._num_guesses + 2, dtype=torch.float64)
+        return torch.zeros((3 + TOP) * self._num_guesses + 2, dtype=torch.float64, device="cpu")
 
 
 def turns(

@@ -44,7 +44,7 @@ class LengthSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self._seed + self._epoch)
-        shuffled = torch.randperm(len(self._lengths), generator=generator).tolist()
+        shuffled = torch.randperm(len(self._lengths), generator=generator, device="cpu").tolist()
         size, pool_size = self._batch_size, self._batch_size * _POOL_BATCHES
         batches = []
         for start in range(0, len(shuffled), pool_size):
@@ -52,6 +52,6 @@ class LengthSampler(Sampler[int]):
             batches += [pool[i : i + size] for i in range(0, len(pool), size)]
         # A short batch anywhere but at the end would shift all after it.
         full = [batch for batch in batches if len(batch) == size]
-        order = torch.randperm(len(full), generator=generator).tolist()
+        order = torch.randperm(len(full), generator=generator, device="cpu").tolist()
         for batch in [*(full[i] for i in order), *(b for b in batches if len(b) < size)]:
             yield from batch

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.utils.data import Dataset
@@ -13,7 +12,7 @@ from typing_extensions import override
 from speclm.formats import MedusaCheckpoint, hub_id, write_medusa
 from speclm.heads import MedusaHeads, MedusaHeadsConfig
 from speclm.proposers.medusa import STATIC_TREE, MedusaProposer
-from speclm.target import TargetView
+from speclm.target import TargetView, output_matrix
 from speclm.training.guess_meter import GuessMeter
 from speclm.training.heads_trainer import HeadsTrainer, place_base
 from speclm.training.medusa_model import MedusaObjective, MedusaTrainingModel
@@ -38,6 +37,10 @@ def new_medusa_heads(
         has_own_lm_head: Whether each head gets an output matrix of its own, which starts as a
             copy of the base's. It guesses better and is as large as the base's.
         seed: Of the random weights of all layers but the first.
+
+    Raises:
+        UnsupportedModelError: If the base's output matrix is to be copied, and is quantised or
+            offloaded.
     """
     view = TargetView(base)
     config = MedusaHeadsConfig(
@@ -47,9 +50,11 @@ def new_medusa_heads(
         num_layers=num_layers,
         has_own_lm_head=has_own_lm_head,
     )
-    heads = MedusaHeads(config, dtype=torch.float32, device=base.device)
-    output: Any = base.get_output_embeddings()  # type: ignore[no-untyped-call]  # Transformers' own
-    heads.init_weights_(output.weight, generator=torch.Generator().manual_seed(seed))
+    heads = MedusaHeads(config, dtype=torch.float32, device=view.device)
+    heads.init_weights_(
+        output_matrix(base) if has_own_lm_head else None,
+        generator=torch.Generator().manual_seed(seed),
+    )
     return heads
 
 

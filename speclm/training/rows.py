@@ -125,13 +125,15 @@ def collate_rows(items: Sequence[Item]) -> dict[str, Tensor]:
         ``input_ids`` padded with 0, ``attention_mask``, and ``loss_mask`` (bool, padded with
         False), each ``[batch, seq]``, on the CPU.
     """
-    lengths = torch.tensor([len(item["input_ids"]) for item in items])
+    lengths = torch.tensor(
+        [len(item["input_ids"]) for item in items], dtype=torch.long, device="cpu"
+    )
     longest = int(lengths.max())
-    tokens = torch.zeros(len(items), longest, dtype=torch.long)
-    loss_mask = torch.zeros(len(items), longest, dtype=torch.bool)
+    tokens = torch.zeros(len(items), longest, dtype=torch.long, device="cpu")
+    loss_mask = torch.zeros(len(items), longest, dtype=torch.bool, device="cpu")
     for row, item in enumerate(items):
         length = len(item["input_ids"])
-        tokens[row, :length] = torch.tensor(item["input_ids"])
-        loss_mask[row, :length] = torch.tensor(item["loss_mask"], dtype=torch.bool)
-    attention_mask = (torch.arange(longest) < lengths[:, None]).long()
+        tokens[row, :length] = torch.tensor(item["input_ids"], dtype=torch.long, device="cpu")
+        loss_mask[row, :length] = torch.tensor(item["loss_mask"], dtype=torch.bool, device="cpu")
+    attention_mask = (torch.arange(longest, device="cpu") < lengths[:, None]).long()
     return {"input_ids": tokens, "attention_mask": attention_mask, "loss_mask": loss_mask}

@@ -126,8 +126,10 @@ def static_tree(choices: Choices, *, device: torch.device) -> StaticTree:
     return StaticTree(
         choices=choices,
         topology=from_parents([parents], device=device),
-        depth_indices=torch.tensor([len(path) - 1 for path in choices], device=device),
-        rank_indices=torch.tensor([path[-1] for path in choices], device=device),
+        depth_indices=torch.tensor(
+            [len(path) - 1 for path in choices], device=device, dtype=torch.long
+        ),
+        rank_indices=torch.tensor([path[-1] for path in choices], device=device, dtype=torch.long),
     )
 
 

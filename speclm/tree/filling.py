@@ -145,11 +145,11 @@ def _shape_of(choices: Choices, *, are_drawn: bool, device: torch.device) -> _Sh
         beside = [places[path[:-1]] for path in children]
         levels.append(
             _Level(
-                nodes=torch.tensor(nodes, device=device),
-                parents=torch.tensor(parents, device=device),
-                children=torch.tensor(filled, device=device),
-                places=torch.tensor(beside, device=device),
-                ranks=torch.tensor(ranks, device=device),
+                nodes=torch.tensor(nodes, device=device, dtype=torch.long),
+                parents=torch.tensor(parents, device=device, dtype=torch.long),
+                children=torch.tensor(filled, device=device, dtype=torch.long),
+                places=torch.tensor(beside, device=device, dtype=torch.long),
+                ranks=torch.tensor(ranks, device=device, dtype=torch.long),
                 num_guesses=max(ranks) + 1,
             )
         )

@@ -119,7 +119,9 @@ class GrowingTree:
         before = self._stopped or [False] * len(best)
         stopped = [was or score < floor for was, score in zip(before, best, strict=True)]
         if stopped != before:
-            self._has_stopped = torch.tensor(stopped, device=self._levels[-1].scores.device)
+            self._has_stopped = torch.tensor(
+                stopped, device=self._levels[-1].scores.device, dtype=torch.bool
+            )
         self._stopped = stopped
         num_idle = sum(self._is_idle or ())
         return stopped.count(False) / max(len(stopped) - num_idle, 1)

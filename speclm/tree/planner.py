@@ -160,7 +160,7 @@ def best_by_size(
     table = _Table.of(rounds)
     if table is None:
         return []
-    chances = torch.tensor(_CHANCES if has_chances else (0.0,), dtype=torch.float64)
+    chances = torch.tensor(_CHANCES if has_chances else (0.0,), dtype=torch.float64, device="cpu")
     prior = _PRIOR_ROWS / (_PRIOR_ROWS + table.num_rows) if has_chances else 0.0
     values = torch.lerp(table.accepted, table.chances, prior)  # [rows, nodes]
     seconds = [costs.round(num, 0.0) for num in range(max_nodes + 1)]
@@ -176,7 +176,7 @@ def best_by_size(
             gains, sizes = table.replay(values, row_levels, chances, max_nodes=max_nodes)
             times = _mean_seconds(sizes, seconds) + costs.level * levels
             rates, places = ((1 + gains) / times).max(0)
-            columns = torch.arange(max_nodes + 1)
+            columns = torch.arange(max_nodes + 1, device="cpu")
             found = list(
                 zip(
                     rates.tolist(),
@@ -215,8 +215,8 @@ def _mean_seconds(sizes: Tensor, seconds: Sequence[float]) -> Tensor:
         sizes: Nodes of the largest row of each round at each threshold, ``[thresholds, rounds]``.
         seconds: By nodes.
     """
-    bounds = torch.arange(len(seconds))
-    table = torch.tensor(seconds, dtype=torch.float64)
+    bounds = torch.arange(len(seconds), device="cpu")
+    table = torch.tensor(seconds, dtype=torch.float64, device="cpu")
     return table[torch.minimum(sizes[:, :, None], bounds)].mean(1)
 
 
@@ -257,7 +257,7 @@ class _Table:
             return None
         width = max(1, *(len(row.depths) for row in rows))
         deepest = max((max(row.depths, default=0) for row in rows), default=0)
-        best = torch.zeros(len(rows), deepest + 1, dtype=torch.float64)
+        best = torch.zeros(len(rows), deepest + 1, dtype=torch.float64, device="cpu")
         best[:, 0] = 1.0
         for index, row in enumerate(rows):
             for depth, chance in zip(row.depths, row.chances, strict=True):
@@ -269,6 +269,7 @@ class _Table:
         numbers = torch.tensor(
             [[padded(row.depths), padded(row.chances), padded(row.is_accepted)] for row in rows],
             dtype=torch.float64,
+            device="cpu",
         )  # [rows, 3, nodes]
         depths, chances, accepted = numbers.unbind(1)
         growing = [max(math.ceil(_GROWING_SHARE * len(group)) - 1, 0) for group in rounds]
@@ -277,16 +278,26 @@ class _Table:
             chances,
             accepted,
             best,
-            rounds=torch.tensor([index for index, group in enumerate(rounds) for _ in group]),
-            slots=torch.tensor([slot for group in rounds for slot in range(len(group))]),
-            growing=torch.tensor(growing),
+            rounds=torch.tensor(
+                [index for index, group in enumerate(rounds) for _ in group],
+                dtype=torch.long,
+                device="cpu",
+            ),
+            slots=torch.tensor(
+                [slot for group in rounds for slot in range(len(group))],
+                dtype=torch.long,
+                device="cpu",
+            ),
+            growing=torch.tensor(growing, dtype=torch.long, device="cpu"),
         )
 
     def levels(self, depth: int, confidence: float) -> tuple[float, Tensor]:
         """Return the mean levels that are drafted, and those that each row gets nodes of."""
         grows = (self.best[:, :depth] >= confidence) & (self.best[:, :depth] > 0)
         own = grows.long().sum(1)  # chances fall with depth
-        by_round = torch.zeros(self.num_rounds, int(self.slots.max()) + 1, dtype=torch.long)
+        by_round = torch.zeros(
+            self.num_rounds, int(self.slots.max()) + 1, dtype=torch.long, device="cpu"
+        )
         by_round[self.rounds, self.slots] = own
         ordered = by_round.sort(1, descending=True).values
         drafted = ordered.gather(1, self.growing[:, None])[:, 0]  # [rounds]
@@ -305,10 +316,10 @@ class _Table:
         kept = is_drafted & (self.chances >= chances[:, None, None])  # [thresholds, rows, nodes]
         ranks = kept.long().cumsum(2)
         width = max(self.depths.shape[1], max_nodes)
-        gains = torch.zeros(len(chances), width + 1, dtype=torch.float64)
+        gains = torch.zeros(len(chances), width + 1, dtype=torch.float64, device="cpu")
         places = ranks.masked_fill(~kept, 0).flatten(1)
         gains.scatter_add_(1, places, (values * kept).flatten(1))
         counts = ranks[:, :, -1]  # [thresholds, rows]
-        sizes = torch.zeros(len(chances), self.num_rounds, dtype=torch.long)
+        sizes = torch.zeros(len(chances), self.num_rounds, dtype=torch.long, device="cpu")
         sizes.scatter_reduce_(1, self.rounds.expand(len(chances), -1), counts, reduce="amax")
         return gains.cumsum(1)[:, : max_nodes + 1] / self.num_rows, sizes

@@ -119,10 +119,10 @@ def from_parents(parents: Sequence[Sequence[int]], *, device: torch.device) -> T
     words = [[_signed_words(bits, num_words(num_nodes)) for bits in row.ancestors] for row in rows]
     paths = [[path + [-1] * (max_depth + 1 - len(path)) for path in row.paths] for row in rows]
     return TreeTopology(
-        parents=torch.tensor([row.parents for row in rows], device=device),
-        depths=torch.tensor([row.depths for row in rows], device=device),
-        ancestor_words=torch.tensor(words, device=device),
-        path_indices=torch.tensor(paths, device=device),
+        parents=torch.tensor([row.parents for row in rows], device=device, dtype=torch.long),
+        depths=torch.tensor([row.depths for row in rows], device=device, dtype=torch.long),
+        ancestor_words=torch.tensor(words, device=device, dtype=torch.long),
+        path_indices=torch.tensor(paths, device=device, dtype=torch.long),
         max_depth=max_depth,
     )
 

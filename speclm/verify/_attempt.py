@@ -122,7 +122,7 @@ def distinct_tokens(target: TargetView, num_tokens: int) -> Int[Tensor, " tokens
         if len(ids) < num_tokens and (token not in special or vocab_size <= len(special)):
             ids.append(token)
     ids *= -(-num_tokens // len(ids))  # enough ids that are not special, in any vocabulary
-    return torch.tensor(ids[:num_tokens], device=target.device)
+    return torch.tensor(ids[:num_tokens], device=target.device, dtype=torch.long)
 
 
 def _special_ids(config: Mapping[Any, object]) -> set[int]:

@@ -50,7 +50,9 @@ def _step_limits(target: TargetView) -> tuple[float, float] | None:
 @torch.no_grad()
 def _measure(target: TargetView) -> Evidence:
     batch, longest = len(_PROMPT_LENGTHS), max(_PROMPT_LENGTHS)
-    padding = torch.tensor([longest - length for length in _PROMPT_LENGTHS], device=target.device)
+    padding = torch.tensor(
+        [longest - length for length in _PROMPT_LENGTHS], device=target.device, dtype=torch.long
+    )
     mask = (torch.arange(longest, device=target.device) >= padding[:, None]).long()
     num_wrong = sum(count for _, count in _ROUNDS)
     tokens = distinct_tokens(target, batch * (longest + _NUM_STEPS + num_wrong)).view(batch, -1)

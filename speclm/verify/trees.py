@@ -45,7 +45,9 @@ def _measure(target: TargetView) -> Evidence:
     prompts, first = tokens[:, :longest], tokens[:, longest : longest + nodes]
     second = tokens[:, longest + nodes :]
     second[1, 0] = first[0, 2]  # both at `_SAME`
-    padding = torch.tensor([longest - length for length in _PROMPT_LENGTHS], device=device)
+    padding = torch.tensor(
+        [longest - length for length in _PROMPT_LENGTHS], device=device, dtype=torch.long
+    )
 
     cache = target.new_cache(padding)
     after_first = target.forward_tree(first, topology, cache, prompt=prompts)

@@ -21,6 +21,7 @@ from transformers.generation import (
 from speclm import SpecModel
 from speclm.acceptance import ExactRule
 from speclm.errors import PromptError
+from speclm.generation import delegation
 from speclm.generation.delegation import (
     NeedsPlainDecoding,
     eos_token_ids,
@@ -136,13 +137,32 @@ def test_speculation_logs_nothing(spec, lines):
     assert lines() == []
 
 
-def check(config=None, processors=()):
+def check(config=None, processors=(), device="cpu"):
     config = config or GenerationConfig()
-    require_supported(config, LogitsProcessorList(processors), ExactRule())
+    processors = LogitsProcessorList(processors)
+    require_supported(config, processors, ExactRule(), device=torch.device(device))
 
 
 def test_plain_settings_are_supported():
     check(processors=[TopKLogitsWarper(5), MinLengthLogitsProcessor(3, 0)])
+
+
+def test_sampling_is_delegated_where_a_generator_cannot_be_put_back():
+    check(device="meta")  # nothing is drawn
+    with pytest.raises(NeedsPlainDecoding, match="generator of device 'meta' cannot be saved"):
+        check(GenerationConfig(do_sample=True), device="meta")
+
+
+def test_a_generator_that_cannot_be_put_back_is_said_once(spec, lines, monkeypatch):
+    reason = "the generator is of no use"
+    monkeypatch.setattr(delegation, "generator_obstacle", lambda device: reason)
+    expected, state = generate(spec.base, prompts(6), **SAMPLED)
+    for _ in range(2):
+        found, state_found = generate(spec, prompts(6), **SAMPLED)
+        assert torch.equal(found, expected)
+        assert torch.equal(state_found, state)
+        assert spec.last_speculation.fallbacks == [reason]
+    assert [reason in line for line in lines()] == [True]
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def enumerate_law(
         ) -> Tensor:
             if noise is not None:
                 for scores, row in zip(logits, noise, strict=True):
-                    law = process(chooser._processors, scores)
+                    law = process(chooser.processors, scores)
                     lowest, token = row.min(0)
                     if float(lowest) < 1:
                         used.append(round(math.log2(float(lowest) / FAVOUR)))
@@ -178,7 +178,7 @@ def ratio_test(decisions: Decisions) -> Callable[[Any, Draft, Tensor], Accepted]
         emitted: list[int] = []
         guesses = draft.tokens[0, 1:].tolist()
         for node in range(len(guesses) + 1):
-            law = process(run.chooser._processors, logits[0, node])
+            law = process(run.chooser.processors, logits[0, node])
             if node == len(guesses):
                 emitted.append(decisions.draw(law.tolist()))
                 break

@@ -104,8 +104,41 @@ def test_heads_with_a_matrix_of_their_own_fit_any_base_of_their_size():
     assert torch.equal(generate(spec, prompts(6), **SETTINGS)[0], expected)
 
 
-def test_heads_of_another_dtype_than_the_matrix_they_use_are_refused():
-    base = build_model("llama").bfloat16()
-    with pytest.raises(OptionError, match=r"float32.*bfloat16.*\.to\(base\.dtype\)"):
-        medusa(base)
-    assert medusa(base, has_own_lm_head=True).needs.model is None
+def resized_draft(base):
+    return DraftModelProposer(build_model("llama", seed=7), target=base)
+
+
+@pytest.mark.parametrize("build", [resized_draft, medusa])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_calls_after_the_embeddings_were_resized_are_decoded_plainly(build, sampled, caplog):
+    base = build_model("llama")
+    spec = SpecModel(base, CombinedProposer([NgramProposer(), build(base)]))
+    base.resize_token_embeddings(VOCAB_SIZE + 10, mean_resizing=False)
+    settings = {**SETTINGS, "do_sample": sampled}
+    expected, state = generate(base, prompts(6), **settings)
+    found, state_found = generate(spec, prompts(6), **settings)
+    assert torch.equal(found, expected)
+    assert torch.equal(state_found, state)
+    (reason,) = spec.last_speculation.fallbacks
+    assert "built for a vocabulary of 160" in reason
+    assert "170" in reason
+    assert reason in caplog.text
+
+
+def test_ngrams_go_on_after_the_embeddings_were_resized():
+    base = build_model("llama")
+    spec = SpecModel(base, NgramProposer())
+    base.resize_token_embeddings(VOCAB_SIZE + 10, mean_resizing=False)
+    expected = generate(base, prompts(6), do_sample=True, max_new_tokens=8)[0]
+    assert torch.equal(generate(spec, prompts(6), do_sample=True, max_new_tokens=8)[0], expected)
+    assert spec.last_speculation.fallbacks == []
+
+
+@pytest.mark.parametrize("num_tokens", [VOCAB_SIZE - 10, VOCAB_SIZE + 10])
+def test_a_draft_model_whose_embeddings_were_resized_goes_on(num_tokens):
+    base, draft = build_model("llama"), build_model("llama", seed=7)
+    spec = SpecModel(base, DraftModelProposer(draft, target=base))
+    draft.resize_token_embeddings(num_tokens, mean_resizing=False)
+    expected = generate(base, prompts(6), do_sample=True, max_new_tokens=8)[0]
+    assert torch.equal(generate(spec, prompts(6), do_sample=True, max_new_tokens=8)[0], expected)
+    assert spec.last_speculation.fallbacks == []

@@ -66,3 +66,10 @@ def test_learned_prompt_is_refused():
     adapted = peft.get_peft_model(build_model("llama"), config)
     with pytest.raises(UnsupportedModelError, match=r"learned prompt PromptTuningConfig.*LoRA"):
         SpecModel.from_pretrained(adapted, "ngram")
+
+
+def test_adapted_models_draft(adapted):
+    base = build_model("llama")
+    spec = SpecModel.from_pretrained(base, ["ngram", adapted])
+    assert spec.proposer.parts[1].view.model is adapted.get_base_model()
+    require_identical(spec, base)

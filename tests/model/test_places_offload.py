@@ -1,11 +1,14 @@
 """Models whose weights accelerate keeps elsewhere, and several models on one base."""
 
+import accelerate
 import pytest
 import torch
 
 from speclm import SpecModel
-from speclm.proposers import NgramProposer
+from speclm.errors import UnsupportedModelError
+from speclm.proposers import EagleProposer, NgramProposer
 from speclm.proposers.draft_model import DraftModelProposer
+from tests.drafting import random_eagle
 from tests.models import build_model, generate, prompts, shared_model
 
 IN_PARTS = {
@@ -37,6 +40,36 @@ def test_tokens_do_not_depend_on_where_weights_are(tmp_path, device_map):
         assert spec.last_speculation.fallbacks == []
     after = [module._hf_hook for module in spec.base.modules() if hasattr(module, "_hf_hook")]
     assert after == hooks
+
+
+@pytest.mark.parametrize("is_on_disk", [False, True])
+def test_whole_models_are_offloaded_by_accelerate_itself(tmp_path, is_on_disk):
+    whole, offloaded = shared_model("llama"), build_model("llama")
+    if is_on_disk:
+        offloaded = accelerate.disk_offload(offloaded, tmp_path)
+    else:
+        offloaded = accelerate.cpu_offload(offloaded)
+    settings = {"do_sample": True, "max_new_tokens": 8}
+    expected, state = generate(whole, prompts(9, 5), **settings)
+    spec = SpecModel.from_pretrained(offloaded, "ngram")
+    for model in (spec, SpecModel(whole, DraftModelProposer(offloaded, target=whole))):
+        found, state_found = generate(model, prompts(9, 5), **settings)
+        assert torch.equal(found, expected)
+        assert torch.equal(state_found, state)
+        assert model.last_speculation.fallbacks == []
+
+
+def test_draft_model_of_an_offloaded_base_is_loaded_where_the_base_computes(tmp_path):
+    build_model("llama", seed=7).save_pretrained(tmp_path)
+    spec = SpecModel.from_pretrained(accelerate.cpu_offload(build_model("llama")), tmp_path)
+    assert spec.proposer.view.device == torch.device("cpu")
+
+
+def test_heads_that_read_offloaded_embeddings_are_refused():
+    base = build_model("llama")
+    heads = random_eagle(base)
+    with pytest.raises(UnsupportedModelError, match=r"embeddings .* offloaded"):
+        EagleProposer(heads, target=accelerate.cpu_offload(base))
 
 
 def test_models_on_one_base_and_the_base_itself_take_turns():

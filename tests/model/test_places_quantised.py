@@ -6,7 +6,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, QuantoConfig, Torc
 
 from speclm import SpecModel
 from speclm.demo import assets
+from speclm.proposers import MedusaProposer, NgramProposer
+from tests.drafting import random_heads
+from tests.models import build_model, prompts
 from tests.outcomes import observe, require_same
+from tests.target.test_matrices import Coded
 
 TEXTS = ["SELECT name FROM table_1 WHERE name = ", "how many wins in table_2"]
 
@@ -40,3 +44,27 @@ def test_tokens_are_those_of_the_quantised_base_in_fewer_forwards(config):
         require_same(found, expected)
         assert spec.last_speculation.fallbacks == []
         assert found.num_forwards < expected.num_forwards
+
+
+def test_a_head_of_codes_decodes_speculatively():
+    base = build_model("llama")
+    base.lm_head = Coded(base.lm_head)
+    heads = random_heads(base)
+    for proposer in (NgramProposer(), MedusaProposer(heads, target=base, min_chance=0.0)):
+        spec = SpecModel(base, proposer)
+        arguments = {"do_sample": True, "max_new_tokens": 8}
+        expected = observe(base, prompts(6), arguments, base=base)
+        require_same(observe(spec, prompts(6), arguments, base=base), expected)
+        assert spec.last_speculation.fallbacks == []
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.ao.quantization:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*quantize_per_tensor:UserWarning")
+def test_a_base_quantised_by_pytorch_itself_decodes_plainly_with_the_reason():
+    kinds = {torch.nn.Linear}  # activations are quantised by the batch: trees change them
+    base = torch.ao.quantization.quantize_dynamic(build_model("llama"), kinds, dtype=torch.qint8)
+    spec = SpecModel.from_pretrained(base, "ngram")
+    arguments = {"do_sample": True, "max_new_tokens": 8}
+    expected = observe(base, prompts(6), arguments, base=base)
+    require_same(observe(spec, prompts(6), arguments, base=base), expected)
+    assert "logits differ" in spec.last_speculation.fallbacks[0]

@@ -47,6 +47,26 @@ def taught(
     return estimator
 
 
+def test_numbers_do_not_depend_on_the_default_dtype_and_device():
+    laws, noise = draws(4 * ROUNDS_PER_UPDATE, spread=1.5)
+    rounds = list(zip(laws.split(4), noise.split(4), sampled(laws).split(4), strict=True))
+
+    def learned() -> Mixture:
+        estimator = MixtureEstimator()
+        for one in rounds:
+            estimator.observe(*one, depth=0)
+            estimator.end_round()
+        return estimator.at(0)
+
+    expected = learned()
+    with torch.device("meta"):
+        torch.set_default_dtype(torch.float64)
+        try:
+            assert learned() == expected != Mixture()
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
 def log_likelihood(laws: Tensor, noise: Tensor, tokens: Tensor, mixture: Mixture) -> float:
     ranked = mixture_log_probs(laws, noise, mixture)
     return float(ranked.gather(1, tokens[:, None]).mean())

@@ -4,18 +4,29 @@ import pytest
 import torch
 from transformers import LogitsProcessor
 from transformers.generation import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    ExponentialDecayLengthPenalty,
+    ForcedBOSTokenLogitsProcessor,
+    ForcedEOSTokenLogitsProcessor,
+    InfNanRemoveLogitsProcessor,
+    LogitNormalization,
     MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
     NoBadWordsLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
+    SuppressTokensAtBeginLogitsProcessor,
     SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
+    TopHLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
 from speclm.sampling import TokenChooser, first_text_dependent
-from speclm.sampling.chooser import CONTEXT_FREE, LENGTH_DEPENDENT, Truncation
+from speclm.sampling.chooser import CONTEXT_FREE, LENGTH_DEPENDENT, Truncation, pick
 
 LOGITS = 3 * torch.randn(6, 50, generator=torch.Generator().manual_seed(0))
 WARPERS = [TemperatureLogitsWarper(0.8), TopKLogitsWarper(20), TopPLogitsWarper(0.9)]
@@ -126,3 +137,40 @@ def test_truncation_is_told_in_numbers():
     assert truncation(TemperatureLogitsWarper(0.8)) is None
     assert truncation(*WARPERS) == Truncation(top_k=20, top_p=0.9)
     assert truncation(MinPLogitsWarper(0.1)) == Truncation(min_p=0.1)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_known_processors_keep_single_precision_whatever_the_default_is(default):
+    known = [
+        TemperatureLogitsWarper(0.8),
+        TopKLogitsWarper(20),
+        TopPLogitsWarper(0.9),
+        MinPLogitsWarper(0.1),
+        TopHLogitsWarper(0.5),
+        TypicalLogitsWarper(0.9),
+        EpsilonLogitsWarper(0.01),
+        EtaLogitsWarper(0.01, device="cpu"),
+        LogitNormalization(),
+        InfNanRemoveLogitsProcessor(),
+        SuppressTokensLogitsProcessor([3]),
+        MinLengthLogitsProcessor(3, 7, device="cpu"),
+        MinNewTokensLengthLogitsProcessor(1, 3, 7, device="cpu"),
+        ForcedBOSTokenLogitsProcessor(4),
+        ForcedEOSTokenLogitsProcessor(3, 7, device="cpu"),
+        SuppressTokensAtBeginLogitsProcessor([4], 2, device="cpu"),
+        ExponentialDecayLengthPenalty((1, 1.2), 7, 1),
+    ]
+    # Those of biases fail under other defaults, in regular generation too.
+    assert {type(processor) for processor in known} == CONTEXT_FREE | LENGTH_DEPENDENT
+    torch.set_default_dtype(default)
+    try:
+        processed = {type(p): p(torch.ones(6, 2).long(), LOGITS.clone()) for p in known}
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {scores.dtype for scores in processed.values()} == {torch.float32}
+
+
+def test_a_probability_over_noise_that_are_both_zero_in_half_precision_win_as_in_multinomial():
+    scores = torch.tensor([[0.0, -40.0, 0.0]], dtype=torch.float16)
+    noise = torch.tensor([[1.0, 0.0, 1.0]], dtype=torch.float16)
+    assert pick(scores, noise).tolist() == [1]

@@ -1,9 +1,12 @@
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speclm.sampling.noise import PositionNoise
+from speclm.sampling.noise import PositionNoise, generator_obstacle
 
 CPU = torch.device("cpu")
 VOCAB = 7
@@ -104,3 +107,74 @@ def test_drawing_for_an_ended_row_does_not_move_the_generator():
 
 def test_device_is_that_of_the_logits():
     assert noise_after(0, 1).device == CPU
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_noise_is_drawn_as_for_the_scores_of_its_step(dtype):
+    probs = [step_probs(0, 2), step_probs(1, 2)[:, :4].to(dtype), step_probs(2, 2)]
+    torch.manual_seed(3)
+    expected = [torch.multinomial(step, 1)[:, 0] for step in probs]
+    state = torch.get_rng_state()
+    noise = noise_after(3, 2)
+    noise.seek([0, 0], live=[True, True])
+    noise.at_depth(2)  # drawn ahead for scores that have not been seen
+    for step, known in enumerate(probs):
+        noise.match(known, step)
+        drawn = noise.at_depth(step)
+        assert drawn.dtype == known.dtype
+        assert torch.equal((known / drawn).argmax(1), expected[step])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_noise_of_an_ended_row_fits_that_of_the_others_after_a_change():
+    noise = noise_after(1, 2)
+    noise.seek([0, 0], live=[True, True])
+    noise.at_depth(1)
+    noise.seek([2, 1], live=[True, False])
+    noise.match(torch.ones(2, 3, dtype=torch.float64), 2)
+    assert noise.at_depth(0).shape == (2, 3)
+
+
+@pytest.fixture
+def accelerator(monkeypatch):
+    """Return the generator of a device whose tensors are in fact on the CPU."""
+    generator = torch.Generator().manual_seed(5)
+
+    def empty(shape, *, dtype, device):
+        drawn = torch.ones(shape, dtype=dtype)
+        return SimpleNamespace(exponential_=partial(drawn.exponential_, generator=generator))
+
+    module = SimpleNamespace(
+        get_rng_state=lambda device: generator.get_state(),
+        set_rng_state=lambda state, device: generator.set_state(state),
+    )
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    monkeypatch.setattr(torch, "empty", empty)
+    return generator
+
+
+def test_the_generator_that_is_put_back_is_that_of_the_device(accelerator):
+    own, other = accelerator.get_state(), torch.get_rng_state()
+    noise = PositionNoise(batch=1, vocab_size=VOCAB, device=torch.device("xpu"))
+    noise.seek([0], live=[True])
+    first = noise.at_depth(0)
+    after_first = accelerator.get_state()
+    noise.at_depth(3)
+    torch.rand(1, dtype=torch.float32)  # on the CPU, where others draw
+    moved = torch.get_rng_state()
+    with noise.foreign_code(1):
+        assert torch.equal(accelerator.get_state(), after_first)
+    noise.finish(0)
+    assert torch.equal(accelerator.get_state(), own)
+    assert not torch.equal(moved, other)
+    assert torch.equal(torch.get_rng_state(), moved)
+    assert torch.equal(noise.at_depth(0), first)
+
+
+def test_devices_without_a_generator_that_can_be_put_back_are_told(monkeypatch):
+    assert generator_obstacle(CPU) is None
+    assert generator_obstacle(torch.device("cuda")) is None
+    assert generator_obstacle(torch.device("mps")) is None
+    assert "'meta' cannot be saved" in generator_obstacle(torch.device("meta"))
+    monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace())
+    assert "'xpu' cannot be saved" in generator_obstacle(torch.device("xpu"))
