@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from speclm.target.features import FeatureTap
+
 # A product over several rows rounds otherwise than one over a single row; plain decoding itself is
 # up to 7e-5 from what float64 computes for the logits of the text models, which are about 10.
 SCORE_TOLERANCE = 2e-4
@@ -28,6 +30,16 @@ class Outcome:
         return self.sequences[:, inputs["input_ids"].shape[1] :].tolist()
 
 
+class _Counter(FeatureTap):
+    """Counts forwards. For a tap, which only reads, no model is checked again."""
+
+    def __init__(self) -> None:
+        self.num_forwards = 0
+
+    def count(self, *_: object) -> None:
+        self.num_forwards += 1
+
+
 def observe(
     model: Any,
     inputs: dict[str, Tensor],
@@ -37,8 +49,8 @@ def observe(
     seed: int = 5,
 ) -> Outcome:
     """Call `generate` of a model or of what wraps it, and count the decoder's forwards."""
-    calls: list[None] = []
-    handle = base.get_decoder().register_forward_hook(lambda *_: calls.append(None))
+    counter = _Counter()
+    handle = base.get_decoder().register_forward_hook(counter.count)
     torch.manual_seed(seed)
     try:
         output = model.generate(**inputs, **arguments)
@@ -51,7 +63,7 @@ def observe(
         state=state,
         scores=output.scores if is_dict else None,
         logits=output.logits if is_dict else None,
-        num_forwards=len(calls),
+        num_forwards=counter.num_forwards,
     )
 
 

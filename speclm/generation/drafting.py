@@ -238,3 +238,15 @@ def require_valid(draft: object, roots: Int[Tensor, " batch"]) -> None:
             f"draft tokens are {draft.tokens.dtype} on {draft.tokens.device}, expected "
             f"torch.int64 on {roots.device}; see speclm.testing.check_proposer"
         )
+
+
+def child_of(parents: list[int], tokens: list[int], node: int, token: int) -> int | None:
+    """Return the first child of a node with the given token."""
+    return next(
+        (
+            child
+            for child in range(node + 1, len(parents))
+            if parents[child] == node and tokens[child] == token
+        ),
+        None,
+    )

@@ -1,6 +1,7 @@
 """One generation: propose, verify, accept and commit, round by round."""
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,6 +13,7 @@ from speclm.acceptance.accepted import Accepted
 from speclm.acceptance.interface import AcceptanceRule, Verified
 from speclm.config import MAX_MERGED_PROMPT
 from speclm.generation.drafting import (
+    child_of,
     cut_to_plan,
     deepest_paths,
     hand_plan,
@@ -29,6 +31,7 @@ from speclm.proposers.interface import Draft, Prefill, Proposer
 from speclm.sampling.chooser import TokenChooser
 from speclm.sampling.drafts import DraftSampler, DraftSampling
 from speclm.sampling.draws import Draws, seeded_draws
+from speclm.sampling.generators import undisturbed
 from speclm.sampling.noise import PositionNoise
 from speclm.stats import RowStats, SpeculationStats
 from speclm.target import Session, TargetFeatures, TargetView
@@ -68,6 +71,7 @@ class Run:
     """What changes the plan from round to round; None for one that stays."""
     kind: Fingerprint | None = None
     """What the target's timings are kept under, where they are to be measured."""
+    isolates: bool = False  # whether to undo what the proposer draws from default generators
     own_nodes: list[list[int]] | None = None
     """The proposer's nodes that the last draft is made of, where nodes of its were left out."""
 
@@ -129,7 +133,8 @@ class Run:
         needs_features = self.features != TargetFeatures.NONE
         with stats.phase("prefill"):
             if self.proposer is not None and not needs_features:
-                self.proposer.begin(prompt)
+                with self._undisturbed():
+                    self.proposer.begin(prompt)
                 can_merge = embeddings is None and self.session.merges_prompt
                 if can_merge and new.shape[1] <= MAX_MERGED_PROMPT and self._pays:
                     draft = self._propose()
@@ -146,7 +151,8 @@ class Run:
                 assert self.target.features is not None
                 features = self.target.features[:, :-1]
                 first = max(features.shape[1] - prompt.tokens.shape[1], 0)  # of embeddings alone
-                self.proposer.begin(replace(prompt, features=features[:, first:]))
+                with self._undisturbed():
+                    self.proposer.begin(replace(prompt, features=features[:, first:]))
         taken = self._settle(draft, logits)
         for row, emitted in zip(stats.rows, taken.emitted, strict=True):
             row.prefill_tokens = len(emitted)
@@ -274,7 +280,7 @@ class Run:
                     paths[row].append(node)
                     emitted[row].append(token)
             children = [
-                _child(parents[row if len(parents) > 1 else 0], tokens[row], node, token)
+                child_of(parents[row if len(parents) > 1 else 0], tokens[row], node, token)
                 for row, (node, token) in enumerate(zip(nodes, column, strict=True))
             ]
             is_decided = decided is None or all(
@@ -288,12 +294,16 @@ class Run:
         frontier.end_round(len(kept[0]) - 1)
         return Accepted.from_host(paths, emitted, device=logits.device), kept
 
+    def _undisturbed(self) -> AbstractContextManager[None]:
+        return undisturbed(self.num_padding.device, self.noise) if self.isolates else nullcontext()
+
     def _propose(self) -> Draft:
         assert self.roots is not None
         room = self.rows.most_remaining - 1  # the bonus token needs no draft
         if self.proposer is None or room < 1:
             return roots_alone(self._fed_roots)
-        draft = self.proposer.propose(self.roots, noise=self.noise)
+        with self._undisturbed():
+            draft = self.proposer.propose(self.roots, noise=self.noise)
         require_valid(draft, self.roots)
         if self.rule.draft_sampling is not DraftSampling.NONE:
             require_laws(draft, self.target.vocab_size)
@@ -362,7 +372,8 @@ class Run:
             if self.own_nodes is not None:
                 taken = taken.with_paths(_through(self.own_nodes, taken.paths))
                 self.own_nodes = None
-            self.proposer.commit(taken)
+            with self._undisturbed():
+                self.proposer.commit(taken)
         self.roots = torch.tensor(self.rows.last_tokens, device=self.num_padding.device)
 
     def _count(self, draft: Draft, taken: Accepted) -> None:
@@ -381,18 +392,6 @@ class Run:
 def _through(nodes: list[list[int]], paths: list[list[int]]) -> list[list[int]]:
     """Return the nodes of another draft that each row's nodes are made of."""
     return [[own[node] for node in path] for own, path in zip(nodes, paths, strict=True)]
-
-
-def _child(parents: list[int], tokens: list[int], node: int, token: int) -> int | None:
-    """Return the first child of a node with the given token."""
-    return next(
-        (
-            child
-            for child in range(node + 1, len(parents))
-            if parents[child] == node and tokens[child] == token
-        ),
-        None,
-    )
 
 
 def _at(row: list[int], depth: int) -> int:

@@ -34,6 +34,7 @@ class PositionNoise:
         self._matrices: dict[int, Float[Tensor, "batch vocab"]] = {}
         self._states: list[Tensor] = []  # generator state before each draw
         self._steps = [0] * batch
+        self._undisturbed: Tensor | None = None  # generator state while foreign draws are undone
 
     @property
     def device(self) -> torch.device:
@@ -82,6 +83,17 @@ class PositionNoise:
                     self._matrices.pop(drawn, None)
                 del self._states[step:]
 
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Let code run whose own draws from the generator are undone and change no noise."""
+        self._undisturbed = _get_state(self._device)
+        try:
+            yield
+        finally:
+            if not torch.equal(_get_state(self._device), self._undisturbed):
+                _set_state(self._undisturbed, self._device)
+            self._undisturbed = None
+
     def finish(self, num_steps: int) -> None:
         """Put the generator where plain decoding leaves it after `num_steps` draws."""
         if num_steps < len(self._states):
@@ -97,10 +109,16 @@ class PositionNoise:
         return self._matrix(step)[row]
 
     def _matrix(self, step: int) -> Float[Tensor, "batch vocab"]:
+        if len(self._states) > step:
+            return self._matrices[step]
+        if self._undisturbed is not None:
+            _set_state(self._undisturbed, self._device)
         while len(self._states) <= step:
             self._states.append(_get_state(self._device))
             drawn = torch.empty(self._shape, device=self._device).exponential_(1.0)
             self._matrices[len(self._states) - 1] = drawn
+        if self._undisturbed is not None:
+            self._undisturbed = _get_state(self._device)
         return self._matrices[step]
 
 
