@@ -1,6 +1,6 @@
 """What one call of `generate` leaves behind, and how two calls are compared."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,14 +30,20 @@ class Outcome:
         return self.sequences[:, inputs["input_ids"].shape[1] :].tolist()
 
 
-class _Counter(FeatureTap):
-    """Counts forwards. For a tap, which only reads, no model is checked again."""
+class _Reader(FeatureTap):
+    def __init__(self, function: Callable[..., object]) -> None:
+        self._function = function
 
-    def __init__(self) -> None:
-        self.num_forwards = 0
+    def read(self, *arguments: object) -> None:
+        self._function(*arguments)
 
-    def count(self, *_: object) -> None:
-        self.num_forwards += 1
+
+def reading(function: Callable[..., object]) -> Callable[..., None]:
+    """Return a forward hook that speclm takes for one of its own, which only read.
+
+    For others the model is checked again, in forwards that run the hook too.
+    """
+    return _Reader(function).read
 
 
 def observe(
@@ -49,8 +55,8 @@ def observe(
     seed: int = 5,
 ) -> Outcome:
     """Call `generate` of a model or of what wraps it, and count the decoder's forwards."""
-    counter = _Counter()
-    handle = base.get_decoder().register_forward_hook(counter.count)
+    calls: list[None] = []
+    handle = base.get_decoder().register_forward_hook(reading(lambda *_: calls.append(None)))
     torch.manual_seed(seed)
     try:
         output = model.generate(**inputs, **arguments)
@@ -63,7 +69,7 @@ def observe(
         state=state,
         scores=output.scores if is_dict else None,
         logits=output.logits if is_dict else None,
-        num_forwards=counter.num_forwards,
+        num_forwards=len(calls),
     )
 
 

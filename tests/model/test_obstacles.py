@@ -158,6 +158,13 @@ class OwnAnswer(LlamaForCausalLM):
         return super().generate(*args, **kwargs)[:, -3:]
 
 
+class OwnPositions(LlamaForCausalLM):
+    def _prepare_position_ids_for_generation(self, *args, **kwargs):
+        positions = super()._prepare_position_ids_for_generation(*args, **kwargs)
+        positions[:, [-3, -2]] = positions[:, [-2, -3]]
+        return positions
+
+
 def of_class(kind):
     base = build_model("llama")
     model = kind(base.config)
@@ -183,6 +190,10 @@ def test_what_a_class_does_with_the_answer_is_honoured():
     found = generate(SpecModel(model, NgramProposer()), INPUTS, **SETTINGS)
     assert expected[0].shape == (2, 3)
     assert all(map(torch.equal, found, expected))
+
+
+def test_positions_that_a_class_gives_to_the_prompt_are_honoured():
+    require_exact(SpecModel(of_class(OwnPositions), None), INPUTS, **SETTINGS)
 
 
 def draft_model(base):
