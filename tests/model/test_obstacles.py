@@ -5,7 +5,7 @@ import logging
 import peft
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import DynamicCache, LlamaForCausalLM
 
 from speclm import SpecModel
 from speclm.heads.medusa import MedusaHeads, MedusaHeadsConfig
@@ -158,6 +158,15 @@ class OwnAnswer(LlamaForCausalLM):
         return super().generate(*args, **kwargs)[:, -3:]
 
 
+class Forgetful(DynamicCache):
+    """Stands for caches that keep less than they are given."""
+
+
+class OwnCache(LlamaForCausalLM):
+    def _prepare_cache_for_generation(self, config, model_kwargs, *args, **kwargs):
+        model_kwargs["past_key_values"] = Forgetful(config=self.config)
+
+
 class OwnPositions(LlamaForCausalLM):
     def _prepare_position_ids_for_generation(self, *args, **kwargs):
         positions = super()._prepare_position_ids_for_generation(*args, **kwargs)
@@ -176,6 +185,7 @@ def of_class(kind):
     ("kind", "words"),
     [
         (OwnUpdate, "OwnUpdate overrides _update_model_kwargs_for_generation"),
+        (OwnCache, "cache of type Forgetful"),
         (OwnEnd, "OwnEnd has its own _has_unfinished_sequences"),
         (OwnLoop, "OwnLoop has its own _sample"),
     ],
