@@ -1,12 +1,14 @@
 """What one call of `generate` leaves behind, and how two calls are compared."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from speclm.target.features import FeatureTap
 
 # A product over several rows rounds otherwise than one over a single row; plain decoding itself is
 # up to 7e-5 from what float64 computes for the logits of the text models, which are about 10.
@@ -28,6 +30,22 @@ class Outcome:
         return self.sequences[:, inputs["input_ids"].shape[1] :].tolist()
 
 
+class _Reader(FeatureTap):
+    def __init__(self, function: Callable[..., object]) -> None:
+        self._function = function
+
+    def read(self, *arguments: object) -> None:
+        self._function(*arguments)
+
+
+def reading(function: Callable[..., object]) -> Callable[..., None]:
+    """Return a forward hook that speclm takes for one of its own, which only read.
+
+    For others the model is checked again, in forwards that run the hook too.
+    """
+    return _Reader(function).read
+
+
 def observe(
     model: Any,
     inputs: dict[str, Tensor],
@@ -38,7 +56,7 @@ def observe(
 ) -> Outcome:
     """Call `generate` of a model or of what wraps it, and count the decoder's forwards."""
     calls: list[None] = []
-    handle = base.get_decoder().register_forward_hook(lambda *_: calls.append(None))
+    handle = base.get_decoder().register_forward_hook(reading(lambda *_: calls.append(None)))
     torch.manual_seed(seed)
     try:
         output = model.generate(**inputs, **arguments)

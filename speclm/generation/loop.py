@@ -77,6 +77,7 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
     tree: TreePlan | None = None,
     trees: TreeMemory | None = None,
     backend: Backend = Backend.TREES,
+    isolates: bool = False,
     **model_inputs: Any,
 ) -> Generated:
     """Generate as Transformers' own decoding methods do, in rounds.
@@ -88,7 +89,8 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
     measured; None to draft in every round, whether it pays or not. `tree` is what every draft
     should be; None for what the proposer's own settings say, or, where `trees` is given, for what
     that memory of earlier calls and this one make fastest. `backend` is the self-check's verdict on
-    the target.
+    the target. `isolates` says that the proposer may draw from the default generators, which is
+    undone.
 
     Rows run ahead of each other, unless something looks at positions one by one: a processor that
     reads the text, or a caller who wants scores or logits. Nor do the rows of a batch where a
@@ -176,6 +178,7 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
         stats=stats,
         rule=rule,
         plan=tree,
+        isolates=isolates,
     )
     temperature = (generation_config.temperature or 1.0) if generation_config.do_sample else 0.0
     setting = (rule.name, temperature, *map(type, logits_processor))

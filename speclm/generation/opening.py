@@ -4,6 +4,7 @@ from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache
 
 from speclm.cache import import_cache
 from speclm.errors import UnsupportedModelError
@@ -70,6 +71,11 @@ def open_session(
             )
         except UnsupportedModelError as error:
             raise NeedsPlainDecoding(str(error)) from error
+    for made in inputs.values():
+        if given is None and isinstance(made, Cache) and type(made) is not DynamicCache:
+            raise NeedsPlainDecoding(
+                f"the model makes itself a cache of type {type(made).__name__}"
+            )
     cache = target.new_cache(num_padding)
     cache.position_shift = shift
     if given is not None:

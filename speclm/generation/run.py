@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from statistics import fmean
 from time import perf_counter
@@ -33,7 +34,7 @@ from speclm.proposers.interface import Draft, Prefill, Proposer
 from speclm.sampling.chooser import TokenChooser
 from speclm.sampling.drafts import DraftSampler, DraftSampling
 from speclm.sampling.draws import Draws, seeded_draws
-from speclm.sampling.noise import PositionNoise
+from speclm.sampling.noise import PositionNoise, undisturbed
 from speclm.stats import RowStats, SpeculationStats
 from speclm.target import Session, TargetFeatures, TargetView
 from speclm.tree.plan import TreePlan
@@ -76,6 +77,7 @@ class Run:
     """What changes the plan from round to round; None for one that stays."""
     kind: Fingerprint | None = None
     """What the target's timings are kept under, where they are to be measured."""
+    isolates: bool = False  # whether to undo what the proposer draws from default generators
     own_nodes: list[list[int]] | None = None
     """The proposer's nodes that the last draft is made of, where nodes of its were left out."""
 
@@ -137,7 +139,8 @@ class Run:
         needs_features = self.features != TargetFeatures.NONE
         with stats.phase("prefill"):
             if self.proposer is not None and not needs_features:
-                self.proposer.begin(prompt)
+                with self._undisturbed():
+                    self.proposer.begin(prompt)
                 can_merge = embeddings is None and self.session.merges_prompt
                 if can_merge and new.shape[1] <= MAX_MERGED_PROMPT and self._wants_draft():
                     start = perf_counter()
@@ -156,7 +159,8 @@ class Run:
                 assert self.target.features is not None
                 features = self.target.features[:, :-1]
                 first = max(features.shape[1] - prompt.tokens.shape[1], 0)  # of embeddings alone
-                self.proposer.begin(replace(prompt, features=features[:, first:]))
+                with self._undisturbed():
+                    self.proposer.begin(replace(prompt, features=features[:, first:]))
         taken = self._settle(draft, logits)
         for row, emitted in zip(stats.rows, taken.emitted, strict=True):
             row.prefill_tokens = len(emitted)
@@ -262,12 +266,16 @@ class Run:
         cut = self.rows.cut(accepted)
         return cut.cut([self.listener.hear(cut.emitted[0], self.noise)])
 
+    def _undisturbed(self) -> AbstractContextManager[None]:
+        return undisturbed(self.num_padding.device, self.noise) if self.isolates else nullcontext()
+
     def _propose(self) -> Draft:
         assert self.roots is not None
         room = self.rows.most_remaining - 1  # the bonus token needs no draft
         if self.proposer is None or room < 1:
             return roots_alone(self._fed_roots)
-        draft = self.proposer.propose(self.roots, noise=self.noise)
+        with self._undisturbed():
+            draft = self.proposer.propose(self.roots, noise=self.noise)
         require_valid(draft, self.roots)
         if self.rule.draft_sampling is not DraftSampling.NONE:
             require_laws(draft, self.target.vocab_size)
@@ -336,7 +344,8 @@ class Run:
             if self.own_nodes is not None:
                 taken = taken.with_paths(_through(self.own_nodes, taken.paths))
                 self.own_nodes = None
-            self.proposer.commit(taken)
+            with self._undisturbed():
+                self.proposer.commit(taken)
         self.roots = self.num_padding.new_tensor(self.rows.last_tokens)
 
     def _count(self, draft: Draft, taken: Accepted) -> None:

@@ -16,11 +16,12 @@ from speclm.generation import Generated, PauseMemory, TreeMemory, generate_token
 from speclm.generation.delegation import CACHE_INPUTS
 from speclm.model.arguments import resolve_setting
 from speclm.model.fitting import claimed, require_still_fits
+from speclm.model.standing_in import proposer_modules
 from speclm.proposers.interface import Proposer
 from speclm.stats import SpeculationStats
 from speclm.target import TargetView
 from speclm.tree.plan import TreePlan
-from speclm.verify import Backend
+from speclm.verify import Backend, may_draw
 
 
 @dataclass
@@ -72,10 +73,10 @@ def decode(  # noqa: PLR0913 - a call has many sides
         BusyError: If the base or the proposer is in use by another call that has not ended.
     """
 
-    def loop(*resolved: Any, **named: Any) -> Generated:
+    def loop(*resolved: Any, **named: Any) -> Tensor | SpeculativeOutput:
         # A partial would let the caller's keywords replace these.
         with claimed(proposer):
-            return generate_tokens(
+            generated = generate_tokens(
                 *resolved,
                 target=target,
                 backend=backend,
@@ -85,14 +86,25 @@ def decode(  # noqa: PLR0913 - a call has many sides
                 pauses=pauses,
                 tree=tree,
                 trees=trees,
+                isolates=any(map(may_draw, proposer_modules(proposer))),
                 streamer=arguments.get("streamer"),
                 extends_cache=any(arguments.get(name) is not None for name in CACHE_INPUTS),
                 **named,
             )
+        return _as_output(generated, named["generation_config"], stats)
 
     require_still_fits(proposer, target)
-    generated: Generated = base_generate(custom_generate=loop, **for_own_loop(arguments, default))
-    if not resolve_setting("return_dict_in_generate", arguments, default):
+    output: Tensor | SpeculativeOutput = base_generate(
+        custom_generate=loop, **for_own_loop(arguments, default)
+    )
+    return output
+
+
+def _as_output(
+    generated: Generated, config: GenerationConfig, stats: SpeculationStats
+) -> Tensor | SpeculativeOutput:
+    """Return what Transformers' own loop returns: a class may have a `generate` around it."""
+    if not config.return_dict_in_generate:
         return generated.sequences
     return SpeculativeOutput(
         sequences=generated.sequences,

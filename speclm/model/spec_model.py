@@ -17,7 +17,7 @@ from transformers.utils.generic import ModelOutput
 from speclm.acceptance import AcceptanceRule, resolve_acceptance_rule
 from speclm.errors import BusyError, OptionError, UnsupportedModelError
 from speclm.generation import NeedsPlainDecoding, PauseMemory, TreeMemory
-from speclm.model.arguments import first_delegated, naming_unknown, require_acceptable
+from speclm.model.arguments import naming_unknown, require_acceptable
 from speclm.model.attaching import attach, detach, enter
 from speclm.model.call import decode, with_counters
 from speclm.model.causal_lm import OPTIONS_OF_LOADING, load_causal_lm, require_no_options
@@ -25,6 +25,7 @@ from speclm.model.fitting import require_fits
 from speclm.model.hub import with_base_options
 from speclm.model.loading import Heads, load_proposer
 from speclm.model.misses import MissWatch
+from speclm.model.obstacles import notes, require_speculation
 from speclm.model.report import write_report
 from speclm.model.saving import push_heads, save_heads
 from speclm.model.standing_in import MOVES, move, unwrap
@@ -33,7 +34,7 @@ from speclm.proposers.interface import Proposer
 from speclm.stats import SpeculationStats
 from speclm.target import TargetView
 from speclm.tree.plan import TreePlan
-from speclm.verify import Backend, check_model
+from speclm.verify import SelfCheck, Watch
 
 _log = logging.getLogger("speclm")
 
@@ -79,10 +80,9 @@ class SpecModel:
         """
         self._target = TargetView(unwrap(base, SpecModel))
         self.proposer = proposer
-        self.self_check = check_model(self._target)
+        self._watch = Watch(self._target)
         self.last_speculation: SpeculationStats | None = None
-        self.adaptive = adaptive
-        self.tree = tree
+        self.adaptive, self.tree = adaptive, tree
         self._pauses, self.trees, self._misses = PauseMemory(), TreeMemory(), MissWatch()
         self._logged: set[str] = set()
 
@@ -164,6 +164,15 @@ class SpecModel:
     @tree.setter
     def tree(self, tree: Tree | None) -> None:
         self._tree = normalize_tree(tree)
+
+    @property
+    def self_check(self) -> SelfCheck:
+        """How drafts are verified, and why, for the base as it was at the last call."""
+        return self._watch.check
+
+    @self_check.setter
+    def self_check(self, check: SelfCheck) -> None:
+        self._watch.check = check
 
     @property
     def base(self) -> PreTrainedModel:
@@ -258,11 +267,14 @@ class SpecModel:
         require_fillable(plan, self.proposer)
         require_acceptable(arguments, self.generation_config)
         arguments.pop("custom_generate", None)  # it is None
+        self._watch.look(self._target)
         check = self.self_check
         stats = SpeculationStats(backend=check.backend.value, self_check=check.reason)
         before, self.last_speculation = self.last_speculation, stats
         try:
-            self._require_speculation(arguments)
+            require_speculation(self._watch, arguments, self.generation_config)
+            for message, reason in notes(check, self.proposer):
+                self._log_once(message, reason)
             output = decode(
                 self._base_generate,
                 arguments,
@@ -375,21 +387,8 @@ class SpecModel:
 
     def _base_generate(self, **arguments: Any) -> Any:
         # The class's method: an instance attribute may be a wrapper that leads back here.
-        generate: Callable[..., Any] = cast("Any", type(self.base)).generate
         with naming_unknown(arguments):
-            return generate(self.base, **arguments)
-
-    def _require_speculation(self, arguments: dict[str, Any]) -> None:
-        """Raise `NeedsPlainDecoding` for what is known before Transformers resolves the call."""
-        if self.self_check.backend is Backend.PLAIN:
-            raise NeedsPlainDecoding(self.self_check.reason)
-        if self.base.training:
-            raise NeedsPlainDecoding("the model is in training mode, whose dropout is random")
-        name = first_delegated(arguments, self.generation_config)
-        if name is not None:
-            raise NeedsPlainDecoding(name)
-        if self.self_check.backend is Backend.CHAINS:
-            self._log_once("verifying chains with %s: %s", self.self_check.reason)
+            return cast("Any", type(self.base)).generate(self.base, **arguments)
 
     def _log_once(self, message: str, reason: str) -> None:
         if reason not in self._logged:

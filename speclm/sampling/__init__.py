@@ -3,7 +3,8 @@
 from speclm.sampling.chooser import TokenChooser, first_text_dependent
 from speclm.sampling.drafts import DraftSampler, DraftSampling
 from speclm.sampling.draws import Draws, GeneratorDraws, seeded_draws
-from speclm.sampling.noise import PositionNoise, generator_obstacle
+from speclm.sampling.generators import generator_obstacle
+from speclm.sampling.noise import PositionNoise
 
 __all__ = [
     "DraftSampler",

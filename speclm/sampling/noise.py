@@ -1,11 +1,17 @@
 """The exponential draws that decide sampled positions, in plain decoding's order."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from speclm.sampling.generators import (
+    GeneratorStates,
+    get_generator_state,
+    set_generator_state,
+)
 
 
 class PositionNoise:
@@ -36,6 +42,7 @@ class PositionNoise:
         self._matrices: dict[int, Float[Tensor, "batch vocab"]] = {}
         self._states: list[Tensor] = []  # generator state before each draw
         self._steps = [0] * batch
+        self._undisturbed: Tensor | None = None  # generator state while foreign draws are undone
 
     @property
     def device(self) -> torch.device:
@@ -100,6 +107,17 @@ class PositionNoise:
         """Return whether the noise of a step has been drawn, and still counts."""
         return step < len(self._states)
 
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Let code run whose own draws from the generator are undone and change no noise."""
+        self._undisturbed = get_generator_state(self._device)
+        try:
+            yield
+        finally:
+            if not torch.equal(get_generator_state(self._device), self._undisturbed):
+                set_generator_state(self._undisturbed, self._device)
+            self._undisturbed = None
+
     def finish(self, num_steps: int) -> None:
         """Put the generator where plain decoding leaves it after `num_steps` draws."""
         self._rewind(num_steps)
@@ -118,10 +136,16 @@ class PositionNoise:
         return self._matrix(step)[row]
 
     def _matrix(self, step: int) -> Float[Tensor, "batch vocab"]:
+        if len(self._states) > step:
+            return self._matrices[step]
+        if self._undisturbed is not None:
+            set_generator_state(self._undisturbed, self._device)
         while len(self._states) <= step:
             self._states.append(get_generator_state(self._device))
             drawn = torch.empty(self._shape, dtype=self._dtype, device=self._device)
             self._matrices[len(self._states) - 1] = drawn.exponential_(1.0)
+        if self._undisturbed is not None:
+            self._undisturbed = get_generator_state(self._device)
         return self._matrices[step]
 
 
@@ -135,30 +159,19 @@ def as_if_drawn(noise: PositionNoise | None, step: int) -> Iterator[None]:
         yield
 
 
-def generator_obstacle(device: torch.device) -> str | None:
-    """Say why the default generator of a device cannot be put back; None where it can."""
-    if device.type == "cpu":
-        return None
+@contextmanager
+def undisturbed(device: torch.device, noise: PositionNoise | None) -> Iterator[None]:
+    """Let drafting code run, and undo what it draws from the default generators.
+
+    Args:
+        device: That of the target's tokens.
+        noise: What such code may draw noise of positions from, which does count.
+    """
+    drawn_from = None if noise is None else noise.device
+    states = GeneratorStates(*({torch.device("cpu"), device} - {drawn_from}))
     try:
-        module = torch.get_device_module(device)
-    except RuntimeError:
-        module = None
-    if hasattr(module, "get_rng_state") and hasattr(module, "set_rng_state"):
-        return None
-    return f"the state of the random generator of device {device.type!r} cannot be saved"
-
-
-def get_generator_state(device: torch.device) -> Tensor:
-    """Return the state of the default generator of a device without a `generator_obstacle`."""
-    if device.type == "cpu":
-        return torch.get_rng_state()
-    state: Tensor = torch.get_device_module(device).get_rng_state(device)
-    return state
-
-
-def set_generator_state(state: Tensor, device: torch.device) -> None:
-    """Set the state of the default generator of a device without a `generator_obstacle`."""
-    if device.type == "cpu":
-        torch.set_rng_state(state)
-    else:
-        torch.get_device_module(device).set_rng_state(state, device)
+        with nullcontext() if noise is None else noise.undisturbed():
+            yield
+    finally:
+        if states.changed():
+            states.restore()

@@ -1,9 +1,10 @@
 """The target: the only package that knows how a Hugging Face model is called."""
 
-from speclm.target.chains import ChainReader, ChainSession
+from speclm.target.chains import ChainReader, ChainSession, prompt_inputs
 from speclm.target.claims import exclusive
-from speclm.target.features import TargetFeatures
+from speclm.target.features import TargetFeatures, is_tap
 from speclm.target.images import images_obstacle, position_shift
+from speclm.target.logits import replaced_forward
 from speclm.target.matrices import output_matrix, stored_matrices
 from speclm.target.session import Session
 from speclm.target.trees import TreeSession
@@ -18,7 +19,10 @@ __all__ = [
     "TreeSession",
     "exclusive",
     "images_obstacle",
+    "is_tap",
     "output_matrix",
     "position_shift",
+    "prompt_inputs",
+    "replaced_forward",
     "stored_matrices",
 ]

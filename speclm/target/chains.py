@@ -67,20 +67,7 @@ class ChainReader:
     @classmethod
     def of_prompt(cls, target: TargetView, attention_mask: Tensor) -> "ChainReader":
         """Start without `generate`, for a prompt with the given mask ``[batch, seq]``."""
-        model = cast("Any", target.model)
-        accepted = inspect.signature(model.forward).parameters
-        inputs: dict[str, Any] = {"use_cache": True}
-        if not bool(attention_mask.all()):
-            inputs["attention_mask"] = attention_mask
-        if "position_ids" in accepted:
-            inputs["position_ids"] = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
-        if "logits_to_keep" in accepted:
-            inputs["logits_to_keep"] = 1
-        if model._supports_default_dynamic_cache():
-            # As generate names it.
-            name = "cache_params" if "mamba" in type(model).__name__.lower() else "past_key_values"
-            inputs[name] = DynamicCache(config=model.config.get_text_config(decoder=True))
-        return cls(target, inputs)
+        return cls(target, prompt_inputs(target, attention_mask))
 
     @property
     def num_owed(self) -> int:
@@ -178,6 +165,24 @@ class ChainReader:
             resolved["logits_to_keep"] = num_logits
         logits: Tensor = self._target.run(**resolved).logits
         return logits[:, -num_logits:]
+
+
+def prompt_inputs(target: TargetView, attention_mask: Tensor) -> dict[str, Any]:
+    """Return what `generate` resolves for a model and a prompt with the mask ``[batch, seq]``."""
+    model = cast("Any", target.model)
+    accepted = inspect.signature(model.forward).parameters
+    inputs: dict[str, Any] = {"use_cache": True}
+    if not bool(attention_mask.all()):
+        inputs["attention_mask"] = attention_mask
+    if "position_ids" in accepted:
+        inputs["position_ids"] = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
+    if "logits_to_keep" in accepted:
+        inputs["logits_to_keep"] = 1
+    if model._supports_default_dynamic_cache():
+        # As generate names it.
+        name = "cache_params" if "mamba" in type(model).__name__.lower() else "past_key_values"
+        inputs[name] = DynamicCache(config=model.config.get_text_config(decoder=True))
+    return inputs
 
 
 class ChainSession(Session):

@@ -118,6 +118,12 @@ class FeatureTap:
             self._found.clear()
 
 
+def is_tap(hook: object) -> bool:
+    """Return whether a forward hook is a `FeatureTap`, which changes nothing."""
+    method = hook.func if isinstance(hook, partial) else hook
+    return isinstance(getattr(method, "__self__", None), FeatureTap)
+
+
 def _layers(decoder: nn.Module, num_layers: int) -> nn.ModuleList:
     """Return the decoder's layers: the outermost list of as many modules."""
     for module in decoder.modules():

@@ -81,9 +81,13 @@ def position_shift(
         num_tokens: Slots of the prompt.
 
     Returns:
-        Numbers to add, ``[*axes, batch]``; None when all are 0. Syncs.
+        Numbers to add, ``[*axes, batch]``; None where positions count slots throughout. Syncs.
     """
     if position_ids is None:
         return None
     shift = position_ids[..., -1] - (num_tokens - 1 - num_padding)
-    return shift if bool(shift.any()) else None
+    is_counted = ~shift.any()
+    if position_ids.shape[-1] == num_tokens:  # else they are of new slots only
+        slots = torch.arange(num_tokens, device=num_padding.device) - num_padding[:, None]
+        is_counted &= ((position_ids == slots) | (slots < 0)).all()
+    return None if bool(is_counted) else shift

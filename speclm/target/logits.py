@@ -71,6 +71,12 @@ def _has_plain_head(model: PreTrainedModel) -> bool:
     return all(getattr(config, name, None) in {None, 1.0} for name in _HEAD_SETTINGS)
 
 
+def replaced_forward(module: nn.Module) -> object:
+    """Return the `forward` that a module object was given in place of its class's, if any."""
+    found = module.__dict__.get("forward")
+    return found if found is None else getattr(found, "stands_for", found)
+
+
 @contextmanager
 def _stubbed(decoder: nn.Module, hidden: Tensor) -> Iterator[None]:
     """Let a decoder return the given hidden states to this thread, whatever it is called with."""
@@ -83,6 +89,7 @@ def _stubbed(decoder: nn.Module, hidden: Tensor) -> Iterator[None]:
         # Mixtures of experts read more of the output; the fields are None in either case.
         return MoeModelOutputWithPast(last_hidden_state=hidden)
 
+    cast("Any", forward).stands_for = before
     decoder.forward = forward
     try:
         yield

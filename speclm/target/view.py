@@ -53,6 +53,11 @@ class TargetView:
         """Hidden states of the last forward, inside `decoding` when some were asked for."""
         self._running_thread: int | None = None  # that of a forward of this view
 
+    def refresh(self) -> None:
+        """Look at the model anew, after parts of it may have been replaced."""
+        self._text_config = self.model.config.get_text_config()
+        self._configs = attention_configs(self.model)
+
     @property
     def vocab_size(self) -> int:
         """Width of the logits, which may exceed the tokenizer's vocabulary."""

@@ -15,7 +15,8 @@ from speclm.acceptance.exact import accept_exact
 from speclm.config import MAX_DEPTH, require_in_range
 from speclm.errors import ProposerContractError
 from speclm.proposers.interface import Draft, Prefill, Proposer
-from speclm.sampling.noise import PositionNoise, get_generator_state
+from speclm.sampling.generators import get_generator_state
+from speclm.sampling.noise import PositionNoise
 from speclm.target import TargetFeatures
 from speclm.testing._draft_checks import require_sound_draft
 from speclm.testing._scripted_rows import ScriptedRow, guessed_paths

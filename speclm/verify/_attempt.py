@@ -10,8 +10,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from speclm.errors import BusyError, SpeclmError
+from speclm.sampling.generators import GeneratorStates
 from speclm.target import TargetView
 from speclm.verify.backend import Backend
+from speclm.verify.changes import changes, loop_obstacle
+from speclm.verify.drawing import first_draw
 from speclm.verify.verdict import SelfCheck
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}  # of the logits' spread; halves round more
@@ -19,6 +22,7 @@ _HALF_TOLERANCE = 0.1
 _EFFECT_SHARE = 0.1  # an error is small beside what the tokens before do
 _SMALLEST_EFFECT = {torch.float32: 5e-3, torch.float64: 1e-5}  # to be told from rounding
 _HALF_SMALLEST_EFFECT = 0.05
+_MAX_NAMED = 3  # changes of a model in a reason
 _MASKED = -1e3  # some models write logits far below, or -inf, for tokens that never come
 
 
@@ -39,10 +43,29 @@ class Evidence:
 def attempt(
     target: TargetView, backend: Backend, measure: Callable[[TargetView], Evidence]
 ) -> SelfCheck:
-    """Return whether `backend` passes `measure`; plain decoding when it does not.
+    """Return whether `backend` passes `measure`; regular generation when it does not.
 
-    Exceptions are part of the verdict: foreign model code may fail in any way.
+    Exceptions are part of the verdict: foreign model code may fail in any way. So are draws from
+    the default random generators, which are undone.
     """
+    obstacle = loop_obstacle(target.model)
+    if obstacle is not None:
+        return SelfCheck(Backend.PLAIN, obstacle)
+    generators = GeneratorStates(torch.device("cpu"), target.device)
+    check = _attempt(target, backend, measure)
+    if not generators.changed():
+        return check
+    drawing = first_draw(target, measure)  # or another thread has drawn
+    if drawing is None:
+        return check
+    generators.restore()
+    reason = f"{drawing} draws random numbers in evaluation mode, where each step draws its own"
+    return SelfCheck(Backend.PLAIN, reason)
+
+
+def _attempt(
+    target: TargetView, backend: Backend, measure: Callable[[TargetView], Evidence]
+) -> SelfCheck:
     noun = "tree" if backend is Backend.TREES else "chain"
     try:
         evidence = measure(target)
@@ -52,12 +75,12 @@ def attempt(
     except Exception as failure:  # noqa: BLE001
         return SelfCheck(
             Backend.PLAIN,
-            f"{noun} forward failed with {type(failure).__name__}: {failure}",
+            f"{noun} forward failed with {type(failure).__name__}: {failure}{_due_to(target)}",
             is_lasting=_is_repeatable(failure, target.device),
         )
     error, dtype = evidence.error, target.model.dtype
     bound = min(_TOLERANCE.get(dtype, _HALF_TOLERANCE), _EFFECT_SHARE * evidence.effect)
-    if not math.isfinite(evidence.effect):
+    if math.isnan(error) or not math.isfinite(evidence.effect):
         reason = "the model's own logits are not numbers, which leaves nothing to compare"
         if dtype is torch.float16:
             reason += "; if numbers beyond 65504 are why, load it with dtype=torch.bfloat16"
@@ -71,10 +94,16 @@ def attempt(
     if error > bound:
         reason = (
             f"{noun} logits differ from the model's own by {error:.1e} of their spread, at most "
-            f"{bound:.0e} expected"
+            f"{bound:.0e} expected{_due_to(target)}"
         )
         return SelfCheck(Backend.PLAIN, reason, error)
     return SelfCheck(backend, f"{noun} self-check passed, {error:.1e}", error)
+
+
+def _due_to(target: TargetView) -> str:
+    """Return an addition to a reason that names what may be the cause in the model itself."""
+    found = changes(target.model)
+    return f"; {', '.join(found[:_MAX_NAMED])}" if found else ""
 
 
 def relative_difference(

@@ -1,4 +1,4 @@
-"""Finds out whether a model reads a chain of tokens as it reads them one by one."""
+"""Finds out whether a model reads a chain of tokens as regular generation has it read them."""
 
 import math
 from dataclasses import replace
@@ -10,6 +10,7 @@ from torch import Tensor
 from speclm.target import ChainReader, TargetView
 from speclm.verify._attempt import Evidence, attempt, distinct_tokens, relative_difference
 from speclm.verify.backend import Backend
+from speclm.verify.regular import regular_logits
 from speclm.verify.verdict import SelfCheck
 
 _PROMPT_LENGTHS = (5, 3)
@@ -18,11 +19,11 @@ _NUM_STEPS = sum(num_kept for num_kept, _ in _ROUNDS) + 1
 
 
 def check_chains(target: TargetView) -> SelfCheck:
-    """Compare chains that are kept in part with steps of one token, over two padded rows.
+    """Compare chains that are kept in part with regular generation, over two padded rows.
 
-    Both are fed as plain decoding feeds them, because a model may compute something else in a
-    step than in a forward over the whole text, and plain decoding's steps are what is promised.
-    Costs nine forwards of fewer than 13 tokens. The model has to be in evaluation mode.
+    A model may compute something else in a step than in a forward over the whole text, and the
+    steps of regular generation are what is promised. Costs nine forwards of fewer than 13 tokens.
+    The model has to be in evaluation mode.
 
     Returns:
         A verdict for chains or for plain decoding.
@@ -61,24 +62,14 @@ def _measure(target: TargetView) -> Evidence:
     text[1, -1] = text[0, -1]
 
     target.require_masked_windows()
-    with target.decoding(), target.steps():
-        wanted = _in_steps(target, prompts, mask, text)
-        found = _in_chains(target, prompts, mask, text, wrong)
+    with target.decoding():
+        wanted = regular_logits(target, prompts, mask, text)
+        with target.steps():
+            found = _in_chains(target, prompts, mask, text, wrong)
     return Evidence(
         error=relative_difference(found.flatten(0, 1), wanted.flatten(0, 1)),
         effect=relative_difference(wanted[:1, -1], wanted[1:, -1]),
     )
-
-
-def _in_steps(
-    target: TargetView,
-    prompts: Int[Tensor, "batch seq"],
-    mask: Int[Tensor, "batch seq"],
-    text: Int[Tensor, "batch steps"],
-) -> Float[Tensor, "batch steps vocab"]:
-    reader = ChainReader.of_prompt(target, mask)
-    reader.prefill(prompts)
-    return torch.cat([_read(reader, text[:, [at]]) for at in range(text.shape[1])], dim=1)
 
 
 def _in_chains(
@@ -87,21 +78,12 @@ def _in_chains(
     mask: Int[Tensor, "batch seq"],
     text: Int[Tensor, "batch steps"],
     wrong: Int[Tensor, "batch wrong"],
-) -> Float[Tensor, "batch steps vocab"]:
+) -> Float[Tensor, "batch positions vocab"]:
     reader = ChainReader.of_prompt(target, mask)
-    reader.prefill(prompts)
-    found, at = [], 0
+    found, at = [reader.prefill(prompts)], 0
     for num_kept, num_wrong in _ROUNDS:
         fed = torch.cat([text[:, at : at + num_kept], wrong[:, -num_wrong:]], dim=1)
         found.append(reader.feed(fed)[:, :num_kept])
         reader.keep(num_kept)
         at += num_kept
-    return torch.cat([*found, _read(reader, text[:, at:])], dim=1)
-
-
-def _read(
-    reader: ChainReader, tokens: Int[Tensor, "batch new"]
-) -> Float[Tensor, "batch new vocab"]:
-    logits = reader.feed(tokens)
-    reader.keep(tokens.shape[1])
-    return logits
+    return torch.cat([*found, reader.feed(text[:, at:])], dim=1)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
 from types import BuiltinFunctionType, FunctionType
 from typing import Any, cast
@@ -16,7 +17,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
-from transformers import PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -24,9 +25,8 @@ from speclm._version import __version__
 from speclm.attention import attention_configs
 from speclm.kernels import preferred
 from speclm.target import TargetView
+from speclm.verify.changes import STEP_METHODS, foreign_hooks, is_foreign, is_known
 
-_KNOWN = {"torch", "transformers"}  # whose code is told by its version
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _FUNCTIONS = (FunctionType, BuiltinFunctionType)
 _PLAIN_TYPES = (bool, int, float, str, type(None))
 _IGNORED_SETTINGS = {  # of a config: what does not change a computation, or is told elsewhere
@@ -155,7 +155,7 @@ def _describe_modules(model: nn.Module, foreign: list[object]) -> Iterator[str]:
     classes: dict[type, None] = {}
     for name, module in model.named_modules():
         state = vars(module)
-        if any(state.get(hooks) for hooks in _HOOKS) or "_hf_hook" in state:
+        if foreign_hooks(module) or "_hf_hook" in state:
             raise _UnknownError
         if state.get("_compiled_call_impl") is not None:
             raise _UnknownError
@@ -164,7 +164,7 @@ def _describe_modules(model: nn.Module, foreign: list[object]) -> Iterator[str]:
     for kind in classes:
         _note_class(kind, foreign)
     for module_name in dict.fromkeys(kind.__module__ for kind in classes):
-        if _is_known(module_name) and "modeling_" in module_name:
+        if is_known(module_name) and "modeling_" in module_name:
             yield _source_of(module_name)
             for value in vars(sys.modules[module_name]).values():
                 if isinstance(value, FunctionType):
@@ -172,13 +172,13 @@ def _describe_modules(model: nn.Module, foreign: list[object]) -> Iterator[str]:
 
 
 def _describe_weights(model: nn.Module) -> str:
-    """Return one number of each parameter.
+    """Return one number of each parameter and buffer.
 
     Some models compute something else in chains than in steps only for certain weights: where a
     bound is applied in one of them, and a trained number exceeds it.
     """
     samples: dict[torch.device, list[Tensor]] = {}
-    for parameter in model.parameters():
+    for parameter in chain(model.parameters(), model.buffers()):
         if parameter.numel() and parameter.device.type != "meta":
             middle = parameter.detach().reshape(-1)[parameter.numel() // 2]
             samples.setdefault(parameter.device, []).append(middle.float())
@@ -194,38 +194,45 @@ def _describe_state(module: nn.Module, state: dict[str, Any]) -> Iterator[str]:
             shape = tuple(parameter.shape)
             yield f"{name} {_name(kind)} {parameter.dtype} {parameter.device.type} {shape},"
     for name, value in state.items():
-        if name.startswith("_") or name in {"training", "generate"}:  # patch() puts one there
+        if name in {"training", "generate"}:  # patch() puts one there
+            continue
+        if name.startswith("_") and not callable(value):
             continue
         if isinstance(value, _PLAIN_TYPES):
             yield f"{name}={value!r},"
-        elif isinstance(value, _FUNCTIONS) and name != "forward" and _is_known(value.__module__):
+        elif isinstance(value, _FUNCTIONS) and name != "forward" and is_known(value.__module__):
             yield f"{name}={_name(value)},"
         elif callable(value):  # a method of this instance alone
             raise _UnknownError
+        elif not is_known(type(module).__module__):
+            yield f"{name}={_describe_value(value)},"
+
+
+def _describe_value(value: object) -> str:
+    """Describe what an object of a foreign class holds, which its code may do anything with."""
+    if value is None or isinstance(value, (*_PLAIN_TYPES, torch.dtype, torch.device)):
+        return repr(value)
+    if isinstance(value, PretrainedConfig | GenerationConfig):
+        return _name(type(value))  # the one is described by itself, the other is of calls
+    if isinstance(value, dict):
+        return str([[_describe_value(key), _describe_value(kept)] for key, kept in value.items()])
+    if isinstance(value, list | tuple | set | frozenset):
+        return str([_describe_value(kept) for kept in value])
+    raise _UnknownError
 
 
 def _note_class(kind: type, foreign: list[object]) -> None:
-    if not _is_known(kind.__module__):
+    if not is_known(kind.__module__):
         foreign.append(kind)
-    _note_function(cast("Any", kind).forward, foreign)
+    own = [value for value in vars(kind).values() if isinstance(value, FunctionType)]
+    for function in [*(getattr(kind, name, None) for name in STEP_METHODS), *own]:
+        _note_function(function, foreign)
 
 
 def _note_function(function: object, foreign: list[object]) -> None:
-    """Note a function of another package, or what it wraps.
-
-    Wrappers copy the name of what they wrap; the globals that a function runs in tell its origin.
-    """
-    layer: Any = function
-    while layer is not None:
-        origin = getattr(layer, "__globals__", {"__name__": type(layer).__module__})["__name__"]
-        if not _is_known(origin) and origin.split(".")[0] not in sys.stdlib_module_names:
-            foreign.append(function)
-            return
-        layer = getattr(layer, "__wrapped__", None)
-
-
-def _is_known(module_name: str) -> bool:
-    return module_name.split(".", maxsplit=1)[0] in _KNOWN
+    """Note a function of another package."""
+    if is_foreign(function):
+        foreign.append(function)
 
 
 def _name(thing: Any) -> str:

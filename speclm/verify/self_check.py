@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from threading import RLock
 from time import perf_counter
 
@@ -17,7 +17,24 @@ from speclm.verify.store import cache_folder, find_verdict, keep_verdict
 from speclm.verify.trees import check_trees
 from speclm.verify.verdict import SelfCheck
 
-_ONE_AT_A_TIME = RLock()  # two checks of one model would switch its mode under each other
+
+@dataclass(slots=True)
+class _Evaluation:
+    """A model that checks have put into evaluation mode.
+
+    Args:
+        model: Kept here so that its id is no other's.
+        in_training: What has to be put back.
+        num_checks: Checks that go on, in this thread or in others.
+    """
+
+    model: nn.Module
+    in_training: list[nn.Module]
+    num_checks: int = 0
+
+
+_EVALUATIONS: dict[int, _Evaluation] = {}
+_LOCK = RLock()  # of these; not held during a forward, whose hooks may wait for another check
 
 
 def check_model(target: TargetView) -> SelfCheck:
@@ -32,13 +49,12 @@ def check_model(target: TargetView) -> SelfCheck:
         The verdict; its reason also says why nothing better was chosen.
     """
     start = perf_counter()
-    with _ONE_AT_A_TIME:
-        kind = None if cache_folder() is None else fingerprint(target)
-        check = None if kind is None else find_verdict(kind)
-        if check is None:
-            check = _check(target)
-            if kind is not None:
-                keep_verdict(kind, check)
+    kind = None if cache_folder() is None else fingerprint(target)
+    check = None if kind is None else find_verdict(kind)
+    if check is None:
+        check = _check(target)
+        if kind is not None:
+            keep_verdict(kind, check)
     return replace(check, milliseconds=1e3 * (perf_counter() - start))
 
 
@@ -62,12 +78,21 @@ def _check(target: TargetView) -> SelfCheck:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model into evaluation mode, and back what was in training mode."""
-    in_training = [module for module in model.modules() if module.training]
-    for module in in_training:  # one by one: a model may be in training mode in parts
-        module.training = False
+    """Put a model into evaluation mode, and back what was in training mode after the last check."""
+    with _LOCK:
+        evaluation = _EVALUATIONS.get(id(model))
+        if evaluation is None:
+            in_training = [module for module in model.modules() if module.training]
+            evaluation = _EVALUATIONS[id(model)] = _Evaluation(model, in_training)
+        evaluation.num_checks += 1
+        for module in evaluation.in_training:  # one by one: a model may be in training in parts
+            module.training = False
     try:
         yield
     finally:
-        for module in in_training:
-            module.training = True
+        with _LOCK:
+            evaluation.num_checks -= 1
+            if not evaluation.num_checks:
+                del _EVALUATIONS[id(model)]
+                for module in evaluation.in_training:
+                    module.training = True

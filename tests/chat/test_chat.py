@@ -17,6 +17,7 @@ from tests.byte_tokenizer import (
     byte_tokenizer,
 )
 from tests.models import build_model
+from tests.outcomes import reading
 
 # Without and with a window that drops what it no longer sees, and with states that take none back.
 FAMILIES = ("llama", "mistral", "qwen3_next")
@@ -39,7 +40,7 @@ def fed_tokens(chat):
     """Yield a list to which every forward adds the number of tokens that it reads."""
     fed = []
     hook = chat.spec.base.get_input_embeddings().register_forward_hook(
-        lambda _, inputs, __: fed.append(inputs[0].shape[1])
+        reading(lambda _, inputs, __: fed.append(inputs[0].shape[1]))
     )
     yield fed
     hook.remove()

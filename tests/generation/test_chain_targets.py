@@ -20,7 +20,7 @@ from tests.callbacks import CountsCalls, DrawsAtEachCall, EndsRows, Tokens
 from tests.drafting import DEPTH, PROPOSERS, WRONG_AT, build_proposer
 from tests.families import shared_family
 from tests.models import VOCAB_SIZE, build_model, generate, prompts, shared_model
-from tests.outcomes import Outcome, observe, require_close, require_same
+from tests.outcomes import Outcome, observe, reading, require_close, require_same
 from tests.settings import tokenizer
 
 BY_SLOT, HYBRID = "bloom", "qwen3_next"
@@ -138,7 +138,7 @@ def test_rounds_to_catch_up_are_forwards_that_count_and_draft_nothing(name, monk
     spec.proposer = ScriptedProposer([plain], depth=2, wrong_at=range(2, 40, 2))
     fed: list[int] = []
     handle = base.get_input_embeddings().register_forward_hook(
-        lambda _, given, __: fed.append(given[0].shape[1])
+        reading(lambda _, given, __: fed.append(given[0].shape[1]))
     )
     found = spec.generate(**inputs, **GREEDY, max_new_tokens=40)
     handle.remove()

@@ -7,6 +7,7 @@ import pytest
 from speclm import SpecModel
 from speclm.proposers import NgramProposer
 from tests.models import build_model, generate, prompts
+from tests.outcomes import reading
 
 
 @pytest.mark.parametrize("family", ["llama", "bloom"])
@@ -19,9 +20,9 @@ def test_prompts_are_read_without_what_is_meant_for_steps(family, monkeypatch):
         yield
         is_step.pop()
 
-    spec = SpecModel(base, NgramProposer())
     monkeypatch.setattr(type(base), "_optimize_model_for_decode", optimised)
-    hook = base.register_forward_hook(lambda *_: seen.append(bool(is_step)))
+    spec = SpecModel(base, NgramProposer())
+    hook = base.register_forward_hook(reading(lambda *_: seen.append(bool(is_step))))
     for model in (base, spec):
         seen.clear()
         generate(model, prompts(7), max_new_tokens=8)

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from speclm import SpecModel
 from speclm.demo import assets
+from tests.outcomes import reading
 
 QUESTIONS = [
     "SELECT name FROM table_1 WHERE name = ",
@@ -78,7 +79,7 @@ def scores(model, tokenizer, documents, settings):
     )
     lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=2, device="cpu")
     forwards = []
-    handle = model.get_decoder().register_forward_hook(lambda *_: forwards.append(1))
+    handle = model.get_decoder().register_forward_hook(reading(lambda *_: forwards.append(1)))
     torch.manual_seed(3)
     found = evaluate(lm, {"local": task}, bootstrap_iters=0)
     handle.remove()

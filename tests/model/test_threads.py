@@ -28,6 +28,7 @@ from speclm.proposers import (
 )
 from speclm.target import TargetFeatures, TargetView
 from tests.models import VOCAB_SIZE, build_model, prompts, randomise
+from tests.outcomes import reading
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
 SAMPLED = {"max_new_tokens": 8, "do_sample": True, "top_k": 1}
@@ -158,7 +159,7 @@ def test_plain_forward_of_another_thread_inside_a_tree_forward_is_bit_equal(base
             names.add(base.config._attn_implementation)
             found.append(elsewhere(lambda: base(**inputs).logits))
 
-    handle = base.model.layers[0].register_forward_hook(meanwhile)
+    handle = base.model.layers[0].register_forward_hook(reading(meanwhile))
     try:
         output = spec.generate(**prompts(9, 5), **GREEDY)
     finally:
@@ -193,7 +194,7 @@ def test_plain_forward_is_right_while_heads_ask_the_model_for_logits():
         if threading.get_ident() == main:
             found.append(elsewhere(lambda: base(**inputs).logits))
 
-    handle = base.model.register_forward_hook(meanwhile)
+    handle = base.model.register_forward_hook(reading(meanwhile))
     assert torch.equal(view.head_logits(hidden), wanted)
     handle.remove()
     assert torch.equal(found[0], expected)
@@ -339,7 +340,7 @@ def test_models_built_inside_a_forward_of_another_thread_pass_and_leave_the_conf
             built.append(elsewhere(lambda: SpecModel(base, None)))
 
     spec = SpecModel(base, medusa(base))
-    handle = base.model.layers[0].register_forward_hook(meanwhile)
+    handle = base.model.layers[0].register_forward_hook(reading(meanwhile))
     expected = build_model("llama").generate(**prompts(9, 5), **GREEDY)
     assert torch.equal(spec.generate(**prompts(9, 5), **GREEDY), expected)
     handle.remove()

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speclm.sampling.noise import PositionNoise, generator_obstacle
+from speclm.sampling.generators import generator_obstacle
+from speclm.sampling.noise import PositionNoise
 
 CPU = torch.device("cpu")
 VOCAB = 7

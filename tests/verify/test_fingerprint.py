@@ -71,6 +71,10 @@ def own_method(model):
     model.prepare_inputs_for_generation = lambda *_, **__: {}
 
 
+def own_private_method(model):
+    model._update_model_kwargs_for_generation = lambda *_, **__: {}
+
+
 def offloaded(model):
     model._hf_hook = object()
 
@@ -79,7 +83,9 @@ def compiled(model):
     model._compiled_call_impl = model.forward
 
 
-@pytest.mark.parametrize("change", [hook, pre_hook, own_forward, own_method, offloaded, compiled])
+@pytest.mark.parametrize(
+    "change", [hook, pre_hook, own_forward, own_method, own_private_method, offloaded, compiled]
+)
 def test_models_changed_in_ways_without_a_name_have_none(change):
     model = build_model("llama")
     change(model)
@@ -133,6 +139,32 @@ def test_classes_of_others_are_known_by_identity_in_this_process_alone():
     assert first in kind.foreign
     assert kind == again
     assert kind != other
+
+
+class Steered(LlamaForCausalLM):
+    steering = None
+
+
+def test_objects_of_other_classes_are_known_by_what_they_hold():
+    config = build_model("llama").config
+    models = [randomise(Steered(config)) for _ in range(4)]
+    for model, steering in zip(models, ([1.0], [1.0], {"after": [2.0, None]}), strict=False):
+        model.steering = steering
+    first, again, other, none = map(kind_of, models)
+    assert first == again
+    assert len({first, other, none}) == 3
+    models[0].steering = [torch.ones(2)]  # no words for it
+    assert kind_of(models[0]) is None
+
+
+def test_steps_that_are_patched_are_noticed(monkeypatch):
+    before = kind_of(build_model("llama"))
+    for name in ("prepare_inputs_for_generation", "_sample", "_prefill"):
+        with monkeypatch.context() as patch:
+            patch.setattr(LlamaForCausalLM, name, lambda *_, **__: None)
+            kind = kind_of(build_model("llama"))
+        assert kind != before
+        assert not kind.is_lasting
 
 
 def test_patched_classes_and_functions_of_transformers_are_noticed(monkeypatch):

@@ -1,0 +1,95 @@
+"""What was done to a model beyond the code of Transformers, and which of it matters to a loop."""
+
+import sys
+from typing import Any, cast
+
+from torch import nn
+from torch.nn.modules import module as torch_module
+from transformers import GenerationMixin, PreTrainedModel
+
+from speclm.target import is_tap, replaced_forward
+
+STEP_METHODS = (
+    "__call__",
+    "_has_unfinished_sequences",
+    "_optimize_model_for_decode",
+    "_prefill",
+    "_sample",
+    "_update_model_kwargs_for_generation",
+    "_valid_auto_compile_criteria",
+    "create_masks_for_generate",
+    "forward",
+    "get_compiled_call",
+    "prepare_inputs_for_generation",
+)
+"""Methods of a model that regular generation calls, most of them once per step."""
+
+_KNOWN = frozenset({"torch", "transformers"})  # whose code is told by its version
+
+
+def loop_obstacle(model: PreTrainedModel) -> str | None:
+    """Say which part of the decoding loop the model replaces, which no check of logits covers."""
+    for name in ("_sample", "_has_unfinished_sequences"):
+        # The loop is looked up on the class, what it calls on the model.
+        found = getattr(type(model) if name == "_sample" else model, name)
+        function = getattr(found, "__func__", found)
+        qualified = (getattr(function, "__module__", None), getattr(function, "__qualname__", None))
+        if qualified != (GenerationMixin.__module__, f"GenerationMixin.{name}"):
+            return f"{type(model).__name__} has its own {name}, a part of the decoding loop"
+    return None
+
+
+def changes(model: nn.Module) -> list[str]:
+    """Name the hooks, methods and classes of a model that are not those of Transformers.
+
+    Returns:
+        Words for reasons, what regular generation calls itself first.
+    """
+    kind, found = type(model), list[str]()
+    for name in STEP_METHODS:
+        if name in vars(model) and name != "forward":
+            found.append(f"{name} of the model object is replaced")
+        elif is_foreign(getattr(kind, name, None)):
+            found.append(f"{kind.__name__} overrides {name}")
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        found.append("all modules have a forward hook")
+    kinds = dict[type, None]()
+    for name, module in model.named_modules():
+        where = repr(name) if name else "the model"
+        if replaced_forward(module) is not None:
+            found.append(f"forward of {where} is replaced")
+        if foreign_hooks(module):
+            found.append(f"{where} has a forward hook")
+        kinds[type(module)] = None
+    for kind in kinds:
+        if not is_known(kind.__module__):
+            found.append(f"{kind.__qualname__} is not of Transformers")
+        elif is_foreign(cast("Any", kind).forward):
+            found.append(f"forward of {kind.__qualname__} is replaced")
+    return list(dict.fromkeys(found))
+
+
+def foreign_hooks(module: nn.Module) -> list[object]:
+    """Return the forward hooks and pre-hooks of a module, those of speclm left out."""
+    state = module.__dict__
+    hooks = [*state["_forward_hooks"].values(), *state["_forward_pre_hooks"].values()]
+    return [hook for hook in hooks if not is_tap(hook)]
+
+
+def is_foreign(function: object) -> bool:
+    """Return whether a function, or what it wraps, is of another package.
+
+    Wrappers copy the name of what they wrap; the globals that a function runs in tell its origin.
+    """
+    layer: Any = function
+    while layer is not None:
+        origin = getattr(layer, "__globals__", {"__name__": type(layer).__module__})["__name__"]
+        if not is_known(origin) and origin.split(".")[0] not in sys.stdlib_module_names:
+            return True
+        layer = getattr(layer, "__wrapped__", None)
+    return False
+
+
+def is_known(module_name: str) -> bool:
+    """Return whether a module is of a package whose version says what it does."""
+    return module_name.split(".", maxsplit=1)[0] in _KNOWN
