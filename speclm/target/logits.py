@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from speclm.errors import UnsupportedModelError
+from speclm.forking import temporary
 
 _HEAD_SETTINGS = (
     "final_logit_softcapping",
@@ -68,19 +69,22 @@ def _has_plain_head(model: PreTrainedModel) -> bool:
 def _stubbed(decoder: nn.Module, hidden: Tensor) -> Iterator[None]:
     """Let a decoder return the given hidden states to this thread, whatever it is called with."""
     before = vars(decoder).get("forward")  # somebody's wrapper
-    own, thread = decoder.forward, threading.get_ident()
+    own, thread = decoder.forward, threading.current_thread()
 
     def forward(*arguments: Any, **named: Any) -> Any:
-        if threading.get_ident() != thread:
+        if threading.current_thread() is not thread:
             return own(*arguments, **named)
         # Mixtures of experts read more of the output; the fields are None in either case.
         return MoeModelOutputWithPast(last_hidden_state=hidden)
 
-    decoder.forward = forward
-    try:
-        yield
-    finally:
+    def restore() -> None:
+        if vars(decoder).get("forward") is not forward:
+            return
         if before is None:
             del decoder.forward  # an instance attribute that hid the class's method
         else:
             decoder.forward = before
+
+    with temporary(restore):
+        decoder.forward = forward
+        yield
