@@ -59,7 +59,7 @@ def _measure(target: TargetView) -> Evidence:
     text[1, -1] = text[0, -1]
 
     target.require_masked_windows()
-    with target.decoding(), target.steps():
+    with target.steps():
         wanted = _in_steps(target, prompts, mask, text)
         found = _in_chains(target, prompts, mask, text, wrong)
     return Evidence(

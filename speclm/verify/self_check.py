@@ -9,7 +9,9 @@ from time import perf_counter
 import torch
 from torch import nn
 
-from speclm.target import TargetView
+from speclm.errors import BusyError
+from speclm.forking import reset_in_children, temporary
+from speclm.target import TargetView, exclusive
 from speclm.verify.backend import Backend
 from speclm.verify.chains import check_chains
 from speclm.verify.fingerprint import fingerprint
@@ -18,6 +20,14 @@ from speclm.verify.trees import check_trees
 from speclm.verify.verdict import SelfCheck
 
 _ONE_AT_A_TIME = RLock()  # two checks of one model would switch its mode under each other
+
+
+def _renew_lock() -> None:
+    global _ONE_AT_A_TIME  # noqa: PLW0603 - a thread that does not exist in the child may have it
+    _ONE_AT_A_TIME = RLock()
+
+
+reset_in_children(_renew_lock)
 
 
 def check_model(target: TargetView) -> SelfCheck:
@@ -34,23 +44,37 @@ def check_model(target: TargetView) -> SelfCheck:
     start = perf_counter()
     with _ONE_AT_A_TIME:
         kind = None if cache_folder() is None else fingerprint(target)
-        check = None if kind is None else find_verdict(kind)
-        if check is None:
-            check = _check(target)
-            if kind is not None:
-                keep_verdict(kind, check)
+        known = None if kind is None else find_verdict(kind)
+        check = _check_trees(target) if known is None else known
+        if kind is not None and check.backend is Backend.TREES and known is None:
+            keep_verdict(kind, check)
+    if known is None and check.backend is not Backend.TREES and target.device.type != "meta":
+        check = _check_chains(target, check)  # may wait for a generation, which may need the lock
+        if kind is not None:
+            keep_verdict(kind, check)
     return replace(check, milliseconds=1e3 * (perf_counter() - start))
 
 
-def _check(target: TargetView) -> SelfCheck:
+def _check_trees(target: TargetView) -> SelfCheck:
     if target.device.type == "meta":
         reason = "its weights are on the meta device and have no values; load them first"
         return SelfCheck(Backend.PLAIN, reason, is_lasting=False)
     with _evaluating(target.model), torch.no_grad():
-        trees = check_trees(target)
-        if trees.backend is Backend.TREES:
-            return trees
-        chains = check_chains(target)
+        return check_trees(target)
+
+
+def _check_chains(target: TargetView, trees: SelfCheck) -> SelfCheck:
+    """Return the verdict on a model that failed by trees, when no other thread decodes with it."""
+    try:
+        with (
+            exclusive([(target.model, target.name)]),
+            _ONE_AT_A_TIME,
+            _evaluating(target.model),
+            torch.no_grad(),
+        ):
+            chains = check_chains(target)
+    except BusyError as refusal:  # this thread is inside a generation, where it cannot wait
+        chains = SelfCheck(Backend.PLAIN, str(refusal), is_lasting=False)
     is_plain = chains.backend is Backend.PLAIN
     return SelfCheck(
         chains.backend,
@@ -64,10 +88,12 @@ def _check(target: TargetView) -> SelfCheck:
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode, and back what was in training mode."""
     in_training = [module for module in model.modules() if module.training]
-    for module in in_training:  # one by one: a model may be in training mode in parts
-        module.training = False
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         for module in in_training:
             module.training = True
+
+    with temporary(restore):
+        for module in in_training:  # one by one: a model may be in training mode in parts
+            module.training = False
+        yield
