@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from threading import RLock
 from typing import Self
 
@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 
 from speclm.attention.functions import tree_attention_function, tree_mask_function
+from speclm.forking import reset_in_children, temporary
 
 _PREFIX = "speclm_"
 
@@ -23,13 +24,10 @@ def attached(configs: Sequence[PretrainedConfig]) -> Iterator[None]:
     What a thread without a tree step runs meanwhile computes what it always does.
     """
     user = object()
-    try:
+    with temporary(partial(_ATTACHMENTS.remove, configs, user)):
         for config in configs:
             _ATTACHMENTS.add(config, user)
         yield
-    finally:
-        for config in configs:
-            _ATTACHMENTS.remove(config, user)
 
 
 @dataclass(slots=True)
@@ -51,9 +49,13 @@ class _Attachments:
     """The configs that are attached, by id."""
 
     def __init__(self) -> None:
+        self._found: dict[int, _Attachment] = {}
+        self.renew_lock()
+
+    def renew_lock(self) -> None:
+        """Forget who holds the lock."""
         # The collector may close a forward that was abandoned while this thread holds it.
         self._lock = RLock()
-        self._found: dict[int, _Attachment] = {}
 
     def add(self, config: PretrainedConfig, user: object) -> None:
         with self._lock:
@@ -63,19 +65,21 @@ class _Attachments:
             if not isinstance(name, _Name):
                 config._attn_implementation_internal = _Name(name)
 
-    def remove(self, config: PretrainedConfig, user: object) -> None:
-        """Restore the config if nobody else uses it; of no effect for one that was not added."""
+    def remove(self, configs: Sequence[PretrainedConfig], user: object) -> None:
+        """Restore those that nobody else uses; of no effect for one that was not added."""
         with self._lock:
-            attachment = self._found.get(id(config))
-            if attachment is None:
-                return
-            attachment.users.discard(user)
-            if not attachment.users:
-                config._attn_implementation_internal = attachment.implementation
-                del self._found[id(config)]
+            for config in configs:
+                attachment = self._found.get(id(config))
+                if attachment is None:
+                    continue
+                attachment.users.discard(user)
+                if not attachment.users:
+                    config._attn_implementation_internal = attachment.implementation
+                    del self._found[id(config)]
 
 
 _ATTACHMENTS = _Attachments()
+reset_in_children(_ATTACHMENTS.renew_lock)
 
 
 def attention_configs(model: nn.Module) -> list[PretrainedConfig]:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from speclm.config import MAX_NODES
 from speclm.errors import OptionError
 from speclm.heads.medusa import MedusaHeads
-from speclm.target import TargetFeatures, TargetView
+from speclm.target import TargetFeatures, TargetView, exclusive
 from speclm.tree.choices import Choices
 
 Ranks = Sequence[Sequence[int]]
@@ -45,11 +45,12 @@ def measure_ranks(
             "and 2; leave such texts out"
         )
     tokens = torch.tensor([[*prompt, *answer]], device=view.device, dtype=torch.long)
-    with view.decoding(TargetFeatures.LAST_HIDDEN):
-        view.prefill(tokens, view.new_cache(torch.zeros(1, dtype=torch.long, device=view.device)))
+    no_padding = torch.zeros(1, dtype=torch.long, device=view.device)
+    with exclusive([(view.model, view.name)]), view.decoding(TargetFeatures.LAST_HIDDEN):
+        view.prefill(tokens, view.new_cache(no_padding))
         assert view.features is not None
         hidden = view.features[0, len(prompt) - 1 : -2]  # what chose the answer's tokens but one
-    logits = heads(hidden, lm_head=view.head_logits)  # [roots, heads, vocab]
+        logits = heads(hidden, lm_head=view.head_logits)  # [roots, heads, vocab]
     following = F.pad(tokens[0, len(prompt) + 1 :], (0, heads.num_heads - 1), value=-1)
     wanted = following.unfold(0, heads.num_heads, 1)  # [roots, heads]
     right = logits.gather(2, wanted.clamp(min=0)[:, :, None])

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 from jaxtyping import Int
@@ -11,6 +12,7 @@ from torch import Tensor
 from speclm.acceptance.interface import AcceptanceRule
 from speclm.config import MAX_DEPTH, MAX_NODES
 from speclm.errors import DraftError, OptionError, TreeBudgetError
+from speclm.forking import temporary
 from speclm.proposers.interface import Draft, Proposer
 from speclm.sampling.drafts import DraftSampling
 from speclm.tree.plan import TreePlan
@@ -181,11 +183,9 @@ def planned(proposer: Proposer | None, plan: TreePlan | None) -> Iterator[None]:
     if proposer is None:
         yield
         return
-    hand_plan(proposer, plan)
-    try:
+    with temporary(partial(hand_plan, proposer, None)):
+        hand_plan(proposer, plan)
         yield
-    finally:
-        hand_plan(proposer, None)
 
 
 def require_drafts_for(rule: AcceptanceRule, proposer: Proposer | None) -> None:

@@ -1,5 +1,6 @@
 """The decode loop, as Transformers enters it with everything resolved."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +79,7 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
     trees: TreeMemory | None = None,
     backend: Backend = Backend.TREES,
     isolates: bool = False,
+    on_decoded: Callable[[], object] | None = None,
     **model_inputs: Any,
 ) -> Generated:
     """Generate as Transformers' own decoding methods do, in rounds.
@@ -90,7 +92,8 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
     should be; None for what the proposer's own settings say, or, where `trees` is given, for what
     that memory of earlier calls and this one make fastest. `backend` is the self-check's verdict on
     the target. `isolates` says that the proposer may draw from the default generators, which is
-    undone.
+    undone. `on_decoded` is called once nothing shared is used any more, and before the streamer
+    ends.
 
     Rows run ahead of each other, unless something looks at positions one by one: a processor that
     reads the text, or a caller who wants scores or logits. Nor do the rows of a batch where a
@@ -206,6 +209,8 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
     stats.acceptance, stats.is_lossy = rule.name, rule.is_lossy
     sequences = _decode(run, input_ids, embeddings, given, temperature=temperature)
     stats.tree = describe_tree(run.plan if run.tuner is None else run.tuner.best)
+    if on_decoded is not None:
+        on_decoded()
     if listener is not None:
         listener.finish()
     if frontier is None:

@@ -46,14 +46,27 @@ def first_delegated(arguments: Mapping[str, Any], default: GenerationConfig) -> 
     return None if setting is None else setting.describe(value)
 
 
-def require_acceptable(arguments: Mapping[str, Any], default: GenerationConfig) -> None:
+def require_acceptable(
+    arguments: Mapping[str, Any], default: GenerationConfig, *, busy: object = "wait"
+) -> None:
     """Check the arguments of a call before anything is computed.
 
+    Args:
+        arguments: Of the call.
+        default: The model's own generation config.
+        busy: What becomes of it while another thread's call has the model.
+
     Raises:
-        OptionError: If another speculation method is asked for, or an output of every forward.
+        OptionError: If another speculation method is asked for, or an output of every forward, or
+            `busy` has another value than its two.
         CacheError: If a cache is passed in that cannot be rolled back.
         PromptError: If the prompt is empty, of the wrong shape or padded on the right.
     """
+    if not isinstance(busy, str) or busy not in {"wait", "raise"}:
+        raise OptionError(
+            f"busy is {busy!r}, expected 'wait' to wait for the calls of other threads, or 'raise' "
+            "to fail with a BusyError"
+        )
     setting, value = _first_active(REFUSED_SETTINGS, arguments, default)
     if setting is not None:
         raise OptionError(

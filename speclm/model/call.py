@@ -1,7 +1,9 @@
 """One call of `generate`: into the decode loop and out of it, through Transformers' entry."""
 
 import copy
+import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,14 +14,20 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils.generic import ModelOutput
 
 from speclm.acceptance import AcceptanceRule
-from speclm.generation import Generated, PauseMemory, TreeMemory, generate_tokens
+from speclm.generation import (
+    Generated,
+    NeedsPlainDecoding,
+    PauseMemory,
+    TreeMemory,
+    generate_tokens,
+)
 from speclm.generation.delegation import CACHE_INPUTS
 from speclm.model.arguments import resolve_setting
 from speclm.model.fitting import claimed, require_still_fits
 from speclm.model.standing_in import proposer_modules
 from speclm.proposers.interface import Proposer
 from speclm.stats import SpeculationStats
-from speclm.target import TargetView
+from speclm.target import NestedError, TargetView
 from speclm.tree.plan import TreePlan
 from speclm.verify import Backend, may_draw
 
@@ -39,6 +47,27 @@ class SpeculativeOutput(GenerateDecoderOnlyOutput):
     speculation: SpeculationStats | None = None
 
 
+class KeepsCounters:
+    """Keeps the counters of its last call.
+
+    Attributes:
+        last_speculation: Counters of the call that ended last, or goes on; None before the first.
+            After a call they are its own, whatever its callbacks have called from inside.
+    """
+
+    last_speculation: SpeculationStats | None = None
+    _last_thread: int | None = None
+
+    def _report(self, stats: SpeculationStats) -> None:
+        """Report when a call begins, and when it ends and the model is still its own."""
+        self.last_speculation, self._last_thread = stats, threading.get_ident()
+
+    def _report_again(self, stats: SpeculationStats) -> None:
+        """Report at the end of a call, unless another thread has reported since."""
+        if self._last_thread == threading.get_ident():
+            self._report(stats)
+
+
 def decode(  # noqa: PLR0913 - a call has many sides
     base_generate: Callable[..., Any],
     arguments: dict[str, Any],
@@ -52,8 +81,10 @@ def decode(  # noqa: PLR0913 - a call has many sides
     pauses: PauseMemory | None,
     tree: TreePlan | None = None,
     trees: TreeMemory | None = None,
-) -> Tensor | SpeculativeOutput:
-    """Answer a call with the decode loop.
+    waits: bool = True,
+    report: Callable[[], object],
+) -> Tensor | ModelOutput:
+    """Answer a call with the decode loop, when base and proposer are free.
 
     Args:
         base_generate: The base's own `generate`.
@@ -67,36 +98,47 @@ def decode(  # noqa: PLR0913 - a call has many sides
         pauses: What earlier calls measured; None to draft in every round.
         tree: What every draft should be; None for what the proposer's settings say.
         trees: What earlier calls learned about trees, for drafts that follow from it.
+        waits: Whether to wait while another thread has the base or the proposer.
+        report: Called when the turn of this call begins and just before it ends. The streamer
+            ends after that, when others may use the model.
 
     Raises:
-        NeedsPlainDecoding: Before anything is computed, if the loop does not give what is asked.
-        BusyError: If the base or the proposer is in use by another call that has not ended.
+        NeedsPlainDecoding: Before anything is computed, if the loop does not give what is asked,
+            or the call comes from inside another one.
+        BusyError: If another thread has the base or the proposer, and `waits` is False.
     """
+    turn = ExitStack()
 
     def loop(*resolved: Any, **named: Any) -> Tensor | SpeculativeOutput:
         # A partial would let the caller's keywords replace these.
-        with claimed(proposer):
-            generated = generate_tokens(
-                *resolved,
-                target=target,
-                backend=backend,
-                proposer=proposer,
-                stats=stats,
-                rule=rule,
-                pauses=pauses,
-                tree=tree,
-                trees=trees,
-                isolates=any(map(may_draw, proposer_modules(proposer))),
-                streamer=arguments.get("streamer"),
-                extends_cache=any(arguments.get(name) is not None for name in CACHE_INPUTS),
-                **named,
-            )
+        generated = generate_tokens(
+            *resolved,
+            target=target,
+            backend=backend,
+            proposer=proposer,
+            stats=stats,
+            rule=rule,
+            pauses=pauses,
+            tree=tree,
+            trees=trees,
+            isolates=any(map(may_draw, proposer_modules(proposer))),
+            streamer=arguments.get("streamer"),
+            extends_cache=any(arguments.get(name) is not None for name in CACHE_INPUTS),
+            on_decoded=turn.close,
+            **named,
+        )
         return _as_output(generated, named["generation_config"], stats)
 
     require_still_fits(proposer, target)
-    output: Tensor | SpeculativeOutput = base_generate(
-        custom_generate=loop, **for_own_loop(arguments, default)
-    )
+    with turn:
+        try:
+            turn.enter_context(claimed(target, proposer, waits=waits))
+        except NestedError as error:
+            raise NeedsPlainDecoding(str(error)) from error
+        report()
+        turn.callback(report)
+        resolved_arguments = for_own_loop(arguments, default)
+        output: Tensor | ModelOutput = base_generate(custom_generate=loop, **resolved_arguments)
     return output
 
 

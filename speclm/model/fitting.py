@@ -1,7 +1,7 @@
 """Whether a proposer that the caller built fits the base that it is used with."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 from speclm.errors import OptionError, VocabularyMismatchError
 from speclm.generation import NeedsPlainDecoding
@@ -55,15 +55,21 @@ def require_still_fits(proposer: Proposer | None, target: TargetView) -> None:
 
 
 @contextmanager
-def claimed(proposer: Proposer | None) -> Iterator[None]:
-    """Have a proposer and its parts for one generation alone.
+def claimed(target: TargetView, proposer: Proposer | None, *, waits: bool = True) -> Iterator[None]:
+    """Have a target, a proposer and its parts for one generation, all of them at once.
+
+    Args:
+        target: The target.
+        proposer: Guesses tokens for it.
+        waits: Whether to wait while another thread has one of them.
 
     Raises:
-        BusyError: If one is in use by another generation.
+        NestedError: If the call comes from inside a generation and cannot wait.
+        BusyError: If another thread has one of them and `waits` is False.
     """
-    with ExitStack() as claims:
-        for part in _every_part(proposer) if proposer is not None else ():
-            claims.enter_context(exclusive(part, name=type(part).__name__))
+    parts = [] if proposer is None else list(_every_part(proposer))
+    wanted = [(target.model, target.name), *((part, type(part).__name__) for part in parts)]
+    with exclusive(wanted, waits=waits):
         yield
 
 

@@ -15,11 +15,11 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils.generic import ModelOutput
 
 from speclm.acceptance import AcceptanceRule, resolve_acceptance_rule
-from speclm.errors import BusyError, OptionError, UnsupportedModelError
+from speclm.errors import OptionError, UnsupportedModelError
 from speclm.generation import NeedsPlainDecoding, PauseMemory, TreeMemory
 from speclm.model.arguments import naming_unknown, require_acceptable
 from speclm.model.attaching import attach, detach, enter
-from speclm.model.call import decode, with_counters
+from speclm.model.call import KeepsCounters, decode, with_counters
 from speclm.model.causal_lm import OPTIONS_OF_LOADING, load_causal_lm, require_no_options
 from speclm.model.fitting import require_fits
 from speclm.model.hub import with_base_options
@@ -39,7 +39,7 @@ from speclm.verify import SelfCheck, Watch
 _log = logging.getLogger("speclm")
 
 
-class SpecModel:
+class SpecModel(KeepsCounters):
     """A base model together with the proposer that guesses its tokens.
 
     It stands in for the base: what is not defined here is read from the base and written to it,
@@ -81,7 +81,6 @@ class SpecModel:
         self._target = TargetView(unwrap(base, SpecModel))
         self.proposer = proposer
         self._watch = Watch(self._target)
-        self.last_speculation: SpeculationStats | None = None
         self.adaptive, self.tree = adaptive, tree
         self._pauses, self.trees, self._misses = PauseMemory(), TreeMemory(), MissWatch()
         self._logged: set[str] = set()
@@ -216,11 +215,12 @@ class SpecModel:
         *,
         acceptance: str | AcceptanceRule = "exact",
         tree: Tree | None = None,
+        busy: str = "wait",
         **kwargs: Any,
     ) -> Tensor | ModelOutput:
         """Generate the tokens that ``base.generate`` generates, in fewer forwards.
 
-        Takes what ``base.generate`` takes, and two options of its own. `acceptance` is the rule
+        Takes what ``base.generate`` takes, and three options of its own. `acceptance` is the rule
         that decides which draft tokens are kept when sampling. ``"exact"`` gives the tokens of
         ``base.generate`` under the same seed, ``"rejection"`` others from the same distribution,
         and ``"typical"`` is lossy. Greedy decoding is exact under every rule.
@@ -234,7 +234,9 @@ class SpecModel:
         itself, and one line is logged that says so. After the call `last_speculation` holds its
         counters.
 
-        One base decodes one call at a time: threads need a model object each, or a lock.
+        While another thread's call has the base or the proposer, this one waits for its turn, or
+        raises an error with ``busy="raise"``. A call from inside another one, by a processor,
+        criterion or streamer, is left to ``base.generate``.
 
         Returns:
             Prompt and new tokens ``[batch, length]``; with ``return_dict_in_generate=True`` a
@@ -242,14 +244,14 @@ class SpecModel:
             Transformers' own class, with that attribute.
 
         Raises:
-            OptionError: If another speculation method of Transformers' is asked for, or the accept
-                rule or `tree` needs drafts of a kind that the proposer does not make.
+            OptionError: If `busy` or another option has no such value, or the accept rule or
+                `tree` needs drafts of a kind that the proposer does not make.
             UnknownNameError: If no accept rule or preset has the name given.
             TopologyError: If `tree` is none.
             PromptError: If the prompt is empty, right-padded or too long for the model.
             CacheError: If a cache is passed in that cannot be rolled back.
             NumericalError: If the target's logits are not numbers.
-            BusyError: If the base or the proposer is in use by another call that has not ended.
+            BusyError: If `busy` is ``"raise"`` and another thread has the base or the proposer.
         """
         arguments: dict[str, Any] = {
             "inputs": inputs,
@@ -265,12 +267,11 @@ class SpecModel:
         rule = resolve_acceptance_rule(acceptance)
         plan = self.tree if tree is None else normalize_tree(tree)
         require_fillable(plan, self.proposer)
-        require_acceptable(arguments, self.generation_config)
+        require_acceptable(arguments, self.generation_config, busy=busy)
         arguments.pop("custom_generate", None)  # it is None
         self._watch.look(self._target)
         check = self.self_check
         stats = SpeculationStats(backend=check.backend.value, self_check=check.reason)
-        before, self.last_speculation = self.last_speculation, stats
         try:
             require_speculation(self._watch, arguments, self.generation_config)
             for message, reason in notes(check, self.proposer):
@@ -287,18 +288,17 @@ class SpecModel:
                 pauses=self._pauses if self.adaptive and not isinstance(plan, TreePlan) else None,
                 tree=plan if isinstance(plan, TreePlan) else None,
                 trees=self.trees if plan == AUTO else None,
+                waits=busy == "wait",
+                report=partial(self._report, stats),
             )
             self._misses.look(self.proposer, stats, target=self._target)
-            return output
-        except BusyError:
-            self.last_speculation = before  # the counters of the call that goes on
-            raise
         except NeedsPlainDecoding as reason:
             self._log_once("decoding plainly with %s.generate: %s", str(reason))
-            self.last_speculation = stats = SpeculationStats(
-                self_check=check.reason, fallbacks=[str(reason)]
-            )
-            return with_counters(self._base_generate(**arguments), stats)
+            stats = SpeculationStats(self_check=check.reason, fallbacks=[str(reason)])
+            self._report(stats)
+            output = with_counters(self._base_generate(**arguments), stats)
+        self._report_again(stats)
+        return output
 
     def attach(self) -> None:
         """Make ``base.generate`` this model's; see `patch`.

@@ -1,7 +1,7 @@
 """The target: the only package that knows how a Hugging Face model is called."""
 
 from speclm.target.chains import ChainReader, ChainSession, prompt_inputs
-from speclm.target.claims import exclusive
+from speclm.target.claims import NestedError, exclusive
 from speclm.target.features import TargetFeatures, is_tap
 from speclm.target.images import images_obstacle, position_shift
 from speclm.target.logits import replaced_forward
@@ -13,6 +13,7 @@ from speclm.target.view import TargetView
 __all__ = [
     "ChainReader",
     "ChainSession",
+    "NestedError",
     "Session",
     "TargetFeatures",
     "TargetView",

@@ -1,7 +1,7 @@
 """What a proposer may ask the target for, and how it is read off while the target runs."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from speclm.errors import UnsupportedModelError
+from speclm.forking import temporary
 
 
 @dataclass(frozen=True)
@@ -88,18 +89,16 @@ class FeatureTap:
                 f"{num_layers - 1}; use heads that were made for this target"
             )
         layers: Any = _layers(decoder, num_layers) if inner else None
-        # No closures: a model may be copied or pickled while it runs.
-        handles = [
-            layers[index].register_forward_pre_hook(partial(self._read, index), with_kwargs=True)
-            for index in inner
-        ]
-        if indices:
-            handles.append(decoder.register_forward_hook(self._end))
-        try:
+        with ExitStack() as hooks:
+            # No closures: a model may be copied or pickled while it runs.
+            for index in inner:
+                read = partial(self._read, index)
+                handle = layers[index].register_forward_pre_hook(read, with_kwargs=True)
+                hooks.enter_context(temporary(handle.remove))
+            if indices:
+                handle = decoder.register_forward_hook(self._end)
+                hooks.enter_context(temporary(handle.remove))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _read(
         self,

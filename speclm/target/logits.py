@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from speclm.errors import UnsupportedModelError
+from speclm.forking import temporary
 from speclm.target.matrices import stored_matrix
 
 _HEAD_SETTINGS = (
@@ -81,20 +82,24 @@ def replaced_forward(module: nn.Module) -> object:
 def _stubbed(decoder: nn.Module, hidden: Tensor) -> Iterator[None]:
     """Let a decoder return the given hidden states to this thread, whatever it is called with."""
     before = vars(decoder).get("forward")  # somebody's wrapper
-    own, thread = decoder.forward, threading.get_ident()
+    own, thread = decoder.forward, threading.current_thread()
 
     def forward(*arguments: Any, **named: Any) -> Any:
-        if threading.get_ident() != thread:
+        if threading.current_thread() is not thread:
             return own(*arguments, **named)
         # Mixtures of experts read more of the output; the fields are None in either case.
         return MoeModelOutputWithPast(last_hidden_state=hidden)
 
     cast("Any", forward).stands_for = before
-    decoder.forward = forward
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
+        if vars(decoder).get("forward") is not forward:
+            return
         if before is None:
             del decoder.forward  # an instance attribute that hid the class's method
         else:
             decoder.forward = before
+
+    with temporary(restore):
+        decoder.forward = forward
+        yield

@@ -16,8 +16,8 @@ from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 from speclm.attention import TreeStep, attached, attention_configs, tree_step
 from speclm.cache.tree_cache import TreeCache
 from speclm.errors import PromptError, UnsupportedModelError
+from speclm.forking import temporary
 from speclm.kernels import pays
-from speclm.target.claims import exclusive
 from speclm.target.devices import device_of
 from speclm.target.features import FeatureTap, TargetFeatures
 from speclm.target.images import with_images
@@ -313,26 +313,18 @@ class TargetView:
 
     @contextmanager
     def decoding(self, features: TargetFeatures = TargetFeatures.NONE) -> Iterator[None]:
-        """Have the model for one generation.
+        """Read features off the forwards of one generation, which has the model for itself.
 
-        The model is not free for another `decoding` until then; the model's own `generate` may
-        be called meanwhile, from any thread.
+        See `exclusive`. The model's own `generate` may be called meanwhile, from any thread.
 
         Args:
             features: What forwards leave in `features`.
-
-        Raises:
-            BusyError: If the model decodes already, in this thread or another.
         """
-        with exclusive(self.model, name=self.name):
-            # Models may have no decoder apart from their head; without features none is needed.
-            decoder = self.decoder if features.layers else self.model
-            tap = FeatureTap(features, is_own=self._is_running, take=self._take)
-            try:
-                with tap.on(decoder, self.num_layers):
-                    yield
-            finally:
-                self.features = None
+        # Models may have no decoder apart from their head; without features none is needed.
+        decoder = self.decoder if features.layers else self.model
+        tap = FeatureTap(features, is_own=self._is_running, take=self._take)
+        with temporary(self._forget), tap.on(decoder, self.num_layers):
+            yield
 
     @contextmanager
     def steps(self) -> Iterator[None]:
@@ -346,11 +338,9 @@ class TargetView:
 
     def run(self, **inputs: Any) -> Any:
         """Run the model and return its output; the hidden states of this run alone are tapped."""
-        self._running_thread = threading.get_ident()
-        try:
+        with temporary(self._stop_running):  # a later thread may have this one's number
+            self._running_thread = threading.get_ident()
             return self.model(**inputs, return_dict=True)
-        finally:
-            self._running_thread = None
 
     def _forward(self, tokens: Tensor, **inputs: Any) -> Tensor:
         inputs["inputs_embeds" if tokens.is_floating_point() else "input_ids"] = tokens
@@ -360,8 +350,14 @@ class TargetView:
         """Whether this thread runs a forward of this view; others may use the model as it is."""
         return self._running_thread == threading.get_ident()
 
+    def _stop_running(self) -> None:
+        self._running_thread = None
+
     def _take(self, features: Tensor) -> None:
         self.features = features
+
+    def _forget(self) -> None:
+        self.features = None
 
 
 def _below_prompt(

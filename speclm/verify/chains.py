@@ -62,10 +62,9 @@ def _measure(target: TargetView) -> Evidence:
     text[1, -1] = text[0, -1]
 
     target.require_masked_windows()
-    with target.decoding():
-        wanted = regular_logits(target, prompts, mask, text)
-        with target.steps():
-            found = _in_chains(target, prompts, mask, text, wrong)
+    wanted = regular_logits(target, prompts, mask, text)
+    with target.steps():
+        found = _in_chains(target, prompts, mask, text, wrong)
     return Evidence(
         error=relative_difference(found.flatten(0, 1), wanted.flatten(0, 1)),
         effect=relative_difference(wanted[:1, -1], wanted[1:, -1]),

@@ -2,14 +2,16 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from threading import RLock
 from time import perf_counter
 
 import torch
 from torch import nn
 
-from speclm.target import TargetView
+from speclm.errors import BusyError
+from speclm.forking import reset_in_children, temporary
+from speclm.target import TargetView, exclusive
 from speclm.verify.backend import Backend
 from speclm.verify.chains import check_chains
 from speclm.verify.fingerprint import fingerprint
@@ -25,16 +27,24 @@ class _Evaluation:
     Args:
         model: Kept here so that its id is no other's.
         in_training: What has to be put back.
-        num_checks: Checks that go on, in this thread or in others.
+        checks: Those that go on, in this thread or in others.
     """
 
     model: nn.Module
     in_training: list[nn.Module]
-    num_checks: int = 0
+    checks: set[object] = field(default_factory=set)
 
 
 _EVALUATIONS: dict[int, _Evaluation] = {}
 _LOCK = RLock()  # of these; not held during a forward, whose hooks may wait for another check
+
+
+def _renew_lock() -> None:
+    global _LOCK  # noqa: PLW0603 - a thread that does not exist in the child may have it
+    _LOCK = RLock()
+
+
+reset_in_children(_renew_lock)
 
 
 def check_model(target: TargetView) -> SelfCheck:
@@ -64,9 +74,9 @@ def _check(target: TargetView) -> SelfCheck:
         return SelfCheck(Backend.PLAIN, reason, is_lasting=False)
     with _evaluating(target.model), torch.no_grad():
         trees = check_trees(target)
-        if trees.backend is Backend.TREES:
-            return trees
-        chains = check_chains(target)
+    if trees.backend is Backend.TREES:
+        return trees
+    chains = _check_chains(target)
     is_plain = chains.backend is Backend.PLAIN
     return SelfCheck(
         chains.backend,
@@ -76,23 +86,43 @@ def _check(target: TargetView) -> SelfCheck:
     )
 
 
+def _check_chains(target: TargetView) -> SelfCheck:
+    """Check chains when no other thread generates with the model."""
+    try:
+        with (
+            exclusive([(target.model, target.name)]),
+            _evaluating(target.model),
+            torch.no_grad(),
+        ):
+            return check_chains(target)
+    except BusyError as refusal:  # this thread is inside a generation, where it cannot wait
+        return SelfCheck(Backend.PLAIN, str(refusal), is_lasting=False)
+
+
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Put a model into evaluation mode, and back what was in training mode after the last check."""
-    with _LOCK:
-        evaluation = _EVALUATIONS.get(id(model))
-        if evaluation is None:
-            in_training = [module for module in model.modules() if module.training]
-            evaluation = _EVALUATIONS[id(model)] = _Evaluation(model, in_training)
-        evaluation.num_checks += 1
-        for module in evaluation.in_training:  # one by one: a model may be in training in parts
-            module.training = False
-    try:
-        yield
-    finally:
+    check = object()
+
+    def leave() -> None:
         with _LOCK:
-            evaluation.num_checks -= 1
-            if not evaluation.num_checks:
+            evaluation = _EVALUATIONS.get(id(model))
+            if evaluation is None or check not in evaluation.checks:
+                return
+            evaluation.checks.remove(check)
+            if not evaluation.checks:
                 del _EVALUATIONS[id(model)]
                 for module in evaluation.in_training:
                     module.training = True
+
+    with temporary(leave):
+        with _LOCK:
+            evaluation = _EVALUATIONS.get(id(model))
+            if evaluation is None:
+                in_training = [module for module in model.modules() if module.training]
+                evaluation = _Evaluation(model, in_training)
+            evaluation.checks.add(check)
+            _EVALUATIONS[id(model)] = evaluation
+            for module in evaluation.in_training:  # a model may be in training mode in parts
+                module.training = False
+        yield

@@ -26,14 +26,15 @@ from speclm.proposers import (
     NgramProposer,
     Proposer,
 )
-from speclm.target import TargetFeatures, TargetView
+from speclm.target import TargetFeatures, TargetView, exclusive
 from tests.models import VOCAB_SIZE, build_model, prompts, randomise
 from tests.outcomes import reading
 
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
+REFUSED = {**GREEDY, "busy": "raise"}
 SAMPLED = {"max_new_tokens": 8, "do_sample": True, "top_k": 1}
 """Sampling from one token: a rule is asked, and the seed does not change the output."""
-REMEDY = r"give each thread a model object.*lock around generate"
+REMEDY = r"busy='wait'.*give each thread a model object"
 
 
 def medusa(base: Any) -> MedusaProposer:
@@ -86,7 +87,7 @@ def generate_calling(spec: SpecModel, call: Callable[[], Any]) -> tuple[Tensor, 
 
 
 @pytest.mark.parametrize("kind", PROPOSERS)
-def test_second_thread_on_one_base_is_refused_and_the_first_goes_on(base, kind):
+def test_second_thread_on_one_base_is_refused_on_request_and_the_first_goes_on(base, kind):
     expected = base.generate(**prompts(9, 5), **SAMPLED)
     spec, other = (SpecModel(base, PROPOSERS[kind](base)) for _ in range(2))
 
@@ -94,12 +95,13 @@ def test_second_thread_on_one_base_is_refused_and_the_first_goes_on(base, kind):
         found = []
         for model in (spec, other):
             with pytest.raises(BusyError, match=REMEDY) as caught:
-                elsewhere(lambda model=model: model.generate(**prompts(4), **GREEDY))
+                elsewhere(lambda model=model: model.generate(**prompts(4), **REFUSED))
             assert isinstance(caught.value, SpeclmError)
             assert isinstance(caught.value, RuntimeError)
             found.append(str(caught.value))
         assert "in thread 'MainThread'" in found[0]
         assert "LlamaForCausalLM is generating already" in found[1]
+        assert other.last_speculation is None
         return found[0]
 
     output, calls = generate_calling(spec, refused)
@@ -109,20 +111,6 @@ def test_second_thread_on_one_base_is_refused_and_the_first_goes_on(base, kind):
     assert stats.rounds > 0 or stats.rows[0].prefill_tokens > 1  # a good draft may end it at once
     assert stats.fallbacks == []
     assert torch.equal(other.generate(**prompts(9, 5), **SAMPLED), expected)
-
-
-def test_a_nested_speculative_call_is_refused_and_names_the_plain_one(base):
-    expected = base.generate(**prompts(9, 5), **SAMPLED)
-    spec, other = SpecModel(base, medusa(base)), SpecModel(base, NgramProposer())
-
-    def nested() -> None:
-        for model in (spec, other):
-            with pytest.raises(BusyError, match=r"in this thread.*plain base\.generate"):
-                model.generate(**prompts(4), **GREEDY)
-
-    output, calls = generate_calling(spec, nested)
-    assert len(calls) > 1
-    assert torch.equal(output, expected)
 
 
 @pytest.mark.parametrize("kind", PROPOSERS)
@@ -234,14 +222,14 @@ def test_two_bases_with_one_config_object_generate_at_once(base):
     assert base.config._attn_implementation == "sdpa"
 
 
-def test_one_proposer_for_two_bases_at_once_is_refused(base):
+def test_one_proposer_for_two_bases_at_once_is_refused_on_request(base):
     shared = NgramProposer()
     first = SpecModel(base, CombinedProposer([shared]))
     second = SpecModel(build_model("llama", seed=4), shared)
 
     def refused() -> None:
         with pytest.raises(BusyError, match=rf"NgramProposer.*already.*{REMEDY}"):
-            elsewhere(lambda: second.generate(**prompts(4), **GREEDY))
+            elsewhere(lambda: second.generate(**prompts(4), **REFUSED))
 
     assert generate_calling(first, refused)[1]
     second.generate(**prompts(4), **GREEDY)
@@ -291,17 +279,17 @@ def test_an_abandoned_generator_frees_the_base(base):
     view = TargetView(base)
 
     def steps() -> Any:
-        with view.decoding(TargetFeatures.LAST_HIDDEN):
+        with exclusive([(base, "base")]), view.decoding(TargetFeatures.LAST_HIDDEN):
             yield 1
             yield 2
 
-    running = steps()
+    spec, running = SpecModel(base, None), steps()
     next(running)
-    with pytest.raises(BusyError, match="in this thread"):
-        SpecModel(base, None).generate(**prompts(4), **GREEDY)
+    with pytest.raises(BusyError, match="is generating already, in thread"):
+        elsewhere(lambda: spec.generate(**prompts(4), **REFUSED))
     del running
     gc.collect()
-    SpecModel(base, None).generate(**prompts(4), **GREEDY)
+    elsewhere(lambda: spec.generate(**prompts(4), **REFUSED))
     assert not base.model._forward_hooks
 
 
