@@ -17,6 +17,9 @@ _log = logging.getLogger("speclm")
 ROUNDS_BEFORE_WARNING = 200
 """Without an accepted token: 1 in 28 000 heads that are right in a round of 20 has so many."""
 
+FEWEST_DRAFTS = 16
+"""Drafts among those rounds: useless ones are soon paused, and then few rounds have one."""
+
 
 @dataclass(slots=True)
 class _Tally:
@@ -25,7 +28,7 @@ class _Tally:
     Args:
         proposer: It; None once it is gone.
         num_misses: Drafts since a token of one was accepted; each row has its own.
-        num_rounds: Rounds since then in which it was asked, whether it drafted or not.
+        num_rounds: Rounds since then, those included in which it was not asked.
         is_checked: Whether its weights were looked at.
         has_warned: Whether a line was logged.
     """
@@ -69,9 +72,10 @@ class MissWatch:
             tally.num_misses = tally.num_rounds = 0
             return
         tally.num_misses += sum(sum(row.offered[:1]) for row in stats.rows)
-        tally.num_rounds += stats.rounds - stats.num_plain_rounds
-        is_wrong = tally.num_misses >= ROUNDS_BEFORE_WARNING
-        is_silent = tally.num_rounds >= ROUNDS_BEFORE_WARNING and not tally.is_checked
+        tally.num_rounds += stats.rounds
+        has_waited = tally.num_rounds >= ROUNDS_BEFORE_WARNING
+        is_wrong = tally.num_misses >= (FEWEST_DRAFTS if has_waited else ROUNDS_BEFORE_WARNING)
+        is_silent = has_waited and not tally.is_checked
         if tally.has_warned or not (is_wrong or is_silent):
             return
         if next(proposer_modules(proposer), None) is None:

@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 
-from speclm.model.misses import ROUNDS_BEFORE_WARNING, MissWatch
+from speclm.model.misses import FEWEST_DRAFTS, ROUNDS_BEFORE_WARNING, MissWatch
 from speclm.model.spec_model import SpecModel
 from speclm.proposers import CombinedProposer, MedusaProposer, NgramProposer
 from speclm.stats import RowStats, SpeculationStats
@@ -58,6 +58,16 @@ def test_one_warning_after_many_misses_over_calls_and_rows(base, caplog):
         assert word in message
     assert "weight" not in message
     look(watch, proposer, call(HALF * 2), base)
+    assert len(caplog.records) == 1
+
+
+def test_paused_drafts_are_noticed_too(base, caplog):
+    watch, proposer = MissWatch(), heads(base)
+    for _ in range(FEWEST_DRAFTS):
+        assert caplog.records == []
+        stats = call([0])
+        stats.rounds = ROUNDS_BEFORE_WARNING // FEWEST_DRAFTS + 1
+        look(watch, proposer, stats, base)
     assert len(caplog.records) == 1
 
 
