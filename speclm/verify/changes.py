@@ -6,6 +6,7 @@ from typing import Any, cast
 from torch import nn
 from torch.nn.modules import module as torch_module
 from transformers import GenerationMixin, PreTrainedModel
+from transformers.utils import output_capturing
 
 from speclm.target import is_tap, replaced_forward
 
@@ -70,10 +71,18 @@ def changes(model: nn.Module) -> list[str]:
 
 
 def foreign_hooks(module: nn.Module) -> list[object]:
-    """Return the forward hooks and pre-hooks of a module, those of speclm left out."""
+    """Return the forward hooks and pre-hooks of a module, but for those that only read."""
     state = module.__dict__
     hooks = [*state["_forward_hooks"].values(), *state["_forward_pre_hooks"].values()]
-    return [hook for hook in hooks if not is_tap(hook)]
+    return [hook for hook in hooks if not only_reads(hook)]
+
+
+def only_reads(hook: object) -> bool:
+    """Return whether a hook is one of speclm's, or of Transformers' that records hidden states.
+
+    Transformers puts them on a model when it is first asked for hidden states or attentions.
+    """
+    return is_tap(hook) or getattr(hook, "__module__", None) == output_capturing.__name__
 
 
 def is_foreign(function: object) -> bool:

@@ -11,9 +11,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from speclm.attention import attention_configs
-from speclm.target import TargetView, is_tap, replaced_forward
+from speclm.target import TargetView, replaced_forward
 from speclm.verify.backend import Backend
-from speclm.verify.changes import STEP_METHODS, is_known
+from speclm.verify.changes import STEP_METHODS, is_known, only_reads
 from speclm.verify.self_check import check_model
 from speclm.verify.verdict import SelfCheck
 
@@ -184,7 +184,7 @@ def _walk(model: nn.Module) -> tuple[list[object], list[int], nn.Module | None]:
 def _over_forward(module: nn.Module) -> tuple[object, ...]:
     """Return what was put over a module's forward, or before or after it."""
     hooks, pre_hooks = (
-        [hook for hook in list(found.values()) if not is_tap(hook)]
+        [hook for hook in list(found.values()) if not only_reads(hook)]
         for found in (module._forward_hooks, module._forward_pre_hooks)
     )
     return replaced_forward(module), hooks, pre_hooks

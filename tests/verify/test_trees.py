@@ -12,6 +12,7 @@ from speclm.cache.tree_cache import TreeCache
 from speclm.target import TargetView
 from speclm.verify import check_trees
 from tests.models import FAMILIES, build_model, randomise, shared_model
+from tests.multimodal import shared_wrapper
 
 SIZES = {
     "hidden_size": 32,
@@ -206,6 +207,10 @@ def test_dropped_soft_caps_and_sinks_are_found(monkeypatch, model_type, drop):
     check = check_trees(view)
     assert not check.passes
     assert "differ" in check.reason
+
+
+def test_models_that_read_unpadded_prompts_otherwise_are_found():
+    assert not check_trees(TargetView(shared_wrapper("paligemma"))).passes
 
 
 def test_nan_in_the_tree_alone_is_found(monkeypatch):

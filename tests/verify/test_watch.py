@@ -193,6 +193,14 @@ def test_stub_over_the_decoder_is_no_change(view, checks):
     handle.remove()
 
 
+def test_recording_of_hidden_states_is_no_change(view, checks):
+    seen = Watch(view)
+    view.model(torch.tensor([[3, 4]]), output_hidden_states=True)
+    assert any(module._forward_hooks for module in view.model.modules())  # of Transformers
+    seen.look(view)
+    assert len(checks) == 1
+
+
 def test_attributes_that_are_no_functions_are_no_change(view, checks):
     seen = Watch(view)
     view.model.model.layers[0].counter = 3
