@@ -53,6 +53,8 @@ def write_file(path: Path, content: str | bytes) -> None:
         OSError: If it cannot be written, or its folder does not exist; an old file stays.
     """
     path = path.resolve()
+    if path.exists() and not path.is_file():
+        raise OSError(f"found a folder or a device, expected a file: {str(path)!r}")
     written = _free_name(path.parent)
     try:
         with written.open("xb") as file:  # its permissions are those of any new file
@@ -84,7 +86,7 @@ def append_line(path: Path, line: str) -> None:
     Raises:
         OSError: If it cannot be written; the file is then as it was.
     """
-    before = path.read_bytes() if path.exists() else b""
+    before = path.read_bytes() if path.is_file() else b""
     if before and not before.endswith(b"\n"):
         before += b"\n"
     write_file(path, before + line.encode() + b"\n")

@@ -43,6 +43,7 @@ class _Ledger:
         rounds: Seconds, tokens and booked gain of the last rounds with a draft.
         first_times: Seconds of rounds with a draft after one without. There proposers read what
             they have missed, at the start of a call the prompt.
+        prefill_times: Seconds of drafts that the prompt's forward verified.
         before_probe: Balance before the last series of rounds with a draft; None outside of one.
         num_unmeasured: Rounds with a draft since they could not be compared with plain ones.
     """
@@ -56,6 +57,7 @@ class _Ledger:
         default_factory=lambda: deque(maxlen=_NUM_ROUNDS)
     )
     first_times: deque[float] = field(default_factory=lambda: deque(maxlen=_NUM_FIRST_ROUNDS))
+    prefill_times: deque[float] = field(default_factory=lambda: deque(maxlen=_NUM_FIRST_ROUNDS))
     before_probe: float | None = None
     num_unmeasured: int = 0
 
@@ -64,8 +66,8 @@ class _Ledger:
         return self.to_measure == 0 and self.balance >= self.price()
 
     def is_paused(self) -> bool:
-        """Return whether drafts are known not to pay."""
-        return self.to_measure == 0 and self.balance < self.price()
+        """Return whether rounds have shown that drafts do not pay."""
+        return self.to_measure == 0 and bool(self.rounds) and self.balance < self.price()
 
     def price(self) -> float:
         """Return what a round with a draft loses that guesses nothing right; 0 if unknown."""
@@ -147,7 +149,14 @@ class _Ledger:
             tokens: What the draft gave.
         """
         plain = self.plain_time()
-        return 0.0 if plain is None else self._add(tokens - seconds / plain)
+        self.prefill_times.append(seconds)
+        if plain is None:
+            return 0.0
+        # What is long counts once two calls have shown it.
+        counted = min(seconds, _CLIP * plain)
+        if len(self.prefill_times) > 1:
+            counted = max(counted, median_low(self.prefill_times))
+        return self._add(tokens - counted / plain)
 
     def _add(self, change: float) -> float:
         self.balance = min(self.balance + change, _LIMIT)

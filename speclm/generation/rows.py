@@ -29,8 +29,9 @@ class Rows:
         """Start with empty rows."""
         self.tokens: list[list[int]] = [[] for _ in range(batch)]
         self.is_live = [max_new_tokens > 0] * batch
-        self._max_new_tokens = [max_new_tokens] * batch
+        self._max_new_tokens = max_new_tokens
         self._stop_strings = stop_strings
+        self._stop_lengths: dict[int, int] = {}  # tokens of rows that end by a stop string now
         self.eos_token_ids = frozenset(eos_token_ids)
 
     @property
@@ -56,8 +57,9 @@ class Rows:
     @property
     def most_remaining(self) -> int:
         """Most tokens that any running row may still be given."""
-        rows = zip(self.tokens, self._max_new_tokens, self.is_live, strict=True)
-        return max((most - len(tokens) for tokens, most, is_live in rows if is_live), default=0)
+        rows = zip(self.tokens, self.is_live, strict=True)
+        fewest = min((len(tokens) for tokens, is_live in rows if is_live), default=None)
+        return 0 if fewest is None else self._max_new_tokens - fewest
 
     def last(self) -> list[int]:
         """Return the running rows that have fewest tokens."""
@@ -88,16 +90,17 @@ class Rows:
         ]
         if self._stop_strings is not None:
             emitted = [row[:limit] for row, limit in zip(accepted.emitted, limits, strict=True)]
-            for row, length in self._stop_strings.first_stops(self.tokens, emitted).items():
-                limits[row] = length
-                self._max_new_tokens[row] = len(self.tokens[row]) + length
+            stops = self._stop_strings.first_stops(self.tokens, emitted)
+            # Of this round only: what stops a row may be dropped before the row takes it.
+            self._stop_lengths = {row: len(self.tokens[row]) + new for row, new in stops.items()}
+            limits = [stops.get(row, limit) for row, limit in enumerate(limits)]
         return accepted.cut(limits)
 
     def extend(self, row: int, emitted: list[int]) -> None:
         """Append tokens to a row and end it when it is complete."""
         tokens = self.tokens[row]
         tokens += emitted
-        is_full = len(tokens) >= self._max_new_tokens[row]
+        is_full = len(tokens) in {self._max_new_tokens, self._stop_lengths.get(row)}
         if emitted and (emitted[-1] in self.eos_token_ids or is_full):
             self.is_live[row] = False
 
@@ -124,7 +127,7 @@ class Rows:
         if not self.is_live[row]:
             return 0
         length = len(self.tokens[row])
-        limit = min(self._max_new_tokens[row] - length, slowest + MAX_LEAD - length)
+        limit = min(self._max_new_tokens - length, slowest + MAX_LEAD - length)
         for index, token in enumerate(emitted[:limit]):
             if token in self.eos_token_ids:
                 return index + 1

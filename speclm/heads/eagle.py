@@ -86,7 +86,7 @@ class EagleHeads(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # What casts the weights rounds the frequencies too, and `to_empty` loses them.
         device = self.fc.weight.device
-        self.rotary = _rotary(self._llama)
+        self.rotary = _rotary(self._llama).train(self.training)
         if device.type != "meta":
             self.rotary.to(device)
         return self

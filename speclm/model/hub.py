@@ -140,6 +140,14 @@ def find_heads(heads: str | Path, hub: HubOptions) -> tuple[Kind, Path]:
             "effect; leave them out, or pass a hub id"
         )
     folder = Path(heads) / hub.subfolder
+    if not folder.is_dir():
+        raise UnknownNameError(
+            f"heads {str(heads)!r} has no subfolder {hub.subfolder!r}, expected that of heads or a "
+            "draft model; correct subfolder in heads_kwargs"
+            if hub.subfolder
+            else f"heads {str(heads)!r} is a file, expected a folder, hub id or registered name; "
+            "pass the folder that it lies in"
+        )
     if folder.is_dir() and find_medusa(folder):
         return "medusa", folder
     # A config may say that its weights are EAGLE heads though they are damaged.

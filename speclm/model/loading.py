@@ -1,5 +1,6 @@
 """From what a user writes as ``heads`` to a proposer."""
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from speclm.errors import CheckpointError, OptionError, UnknownNameError, Unsupp
 from speclm.formats import MedusaCheckpoint, read_eagle, read_medusa
 from speclm.heads.eagle import build_eagle
 from speclm.heads.medusa import MedusaHeads, MedusaHeadsConfig
-from speclm.model.causal_lm import load_causal_lm
+from speclm.model.causal_lm import load_causal_lm, suggest
 from speclm.model.hub import HubOptions, find_heads
 from speclm.model.standing_in import unwrap
 from speclm.proposers.chain_draft import ChainDraftProposer
@@ -24,7 +25,14 @@ from speclm.proposers.registry import registered_proposers
 from speclm.target import TargetView, stored_matrices
 from speclm.verify import Backend, check_model
 
-_DRAFT_OPTIONS = ("dtype", "device_map", "revision", "quantization_config", "attn_implementation")
+_DRAFT_OPTIONS = (
+    "num_draft_tokens",
+    "dtype",
+    "device_map",
+    "revision",
+    "quantization_config",
+    "attn_implementation",
+)
 _MEDUSA_OPTIONS = ("dtype", "min_chance", "tree")
 
 
@@ -123,7 +131,8 @@ def _load_medusa(
     unknown = sorted(options.keys() - {"min_chance", "tree", "num_draft_tokens"})
     if unknown:
         raise OptionError(
-            f"Medusa heads do not take {unknown!r} in heads_kwargs; known are {_MEDUSA_OPTIONS!r}"
+            f"Medusa heads do not take {unknown!r} in heads_kwargs; known are {_MEDUSA_OPTIONS!r}; "
+            f"{suggest(unknown[0], (*_MEDUSA_OPTIONS, 'num_draft_tokens'))}"
         )
     checkpoint = read_medusa(folder)
     if checkpoint.is_merged and base.config.name_or_path not in {str(heads), str(folder)}:
@@ -187,8 +196,12 @@ def _create(name: str, options: dict[str, Any]) -> Proposer:
     try:
         return registered_proposers()[name](**options)
     except TypeError as error:
+        kind = registered_proposers()[name]
+        known = inspect.signature(kind).parameters
+        unknown = [option for option in options if option not in known]
+        remedy = f"{suggest(unknown[0], known)} " if unknown else ""
         raise OptionError(
-            f"proposer {name!r} does not take {sorted(options)!r} ({error}); "
+            f"proposer {name!r} does not take {sorted(options)!r} ({error}); {remedy}"
             f"see help(registered_proposers()[{name!r}])"
         ) from error
 

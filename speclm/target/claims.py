@@ -88,15 +88,15 @@ def _wait(ticket: _Ticket, *, is_nested: bool, waits: bool) -> None:
         if name is None or not earlier.gate.locked():
             continue
         place = f"in thread {earlier.thread.name!r}"
-        if not waits:
-            raise BusyError(
-                f"{name} is generating already, {place}; call generate with busy='wait', or give "
-                "each thread a model object and a proposer of its own"
-            )
         if is_nested:
             raise NestedError(
                 f"{name} is generating already, {place}, and a call from inside another generation "
                 "does not wait"
+            )
+        if not waits:
+            raise BusyError(
+                f"{name} is generating already, {place}; call generate with busy='wait', or give "
+                "each thread a model object and a proposer of its own"
             )
         if not has_logged:
             has_logged = True

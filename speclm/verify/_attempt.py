@@ -50,7 +50,7 @@ def attempt(
     """
     obstacle = loop_obstacle(target.model)
     if obstacle is not None:
-        return SelfCheck(Backend.PLAIN, obstacle)
+        return SelfCheck(Backend.PLAIN, obstacle, is_final=True)
     generators = GeneratorStates(torch.device("cpu"), target.device)
     check = _attempt(target, backend, measure)
     if not generators.changed():
@@ -60,7 +60,7 @@ def attempt(
         return check
     generators.restore()
     reason = f"{drawing} draws random numbers in evaluation mode, where each step draws its own"
-    return SelfCheck(Backend.PLAIN, reason)
+    return SelfCheck(Backend.PLAIN, reason, is_final=True)
 
 
 def _attempt(

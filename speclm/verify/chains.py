@@ -10,11 +10,13 @@ from torch import Tensor
 from speclm.target import ChainReader, TargetView
 from speclm.verify._attempt import Evidence, attempt, distinct_tokens, relative_difference
 from speclm.verify.backend import Backend
-from speclm.verify.regular import regular_logits
+from speclm.verify.changes import changes
+from speclm.verify.regular import NUM_LATER_STEPS, regular_logits
 from speclm.verify.verdict import SelfCheck
 
 _PROMPT_LENGTHS = (5, 3)
 _ROUNDS = ((1, 1), (2, 1))  # tokens of each chain that are kept, and such that are not
+_LATER_CHAIN = 3
 _NUM_STEPS = sum(num_kept for num_kept, _ in _ROUNDS) + 1
 
 
@@ -22,8 +24,8 @@ def check_chains(target: TargetView) -> SelfCheck:
     """Compare chains that are kept in part with regular generation, over two padded rows.
 
     A model may compute something else in a step than in a forward over the whole text, and the
-    steps of regular generation are what is promised. Costs nine forwards of fewer than 13 tokens.
-    The model has to be in evaluation mode.
+    steps of regular generation are what is promised. Costs nine forwards of fewer than 13 tokens,
+    and `NUM_LATER_STEPS` more with code of others. The model has to be in evaluation mode.
 
     Returns:
         A verdict for chains or for plain decoding.
@@ -50,6 +52,28 @@ def _step_limits(target: TargetView) -> tuple[float, float] | None:
 
 @torch.no_grad()
 def _measure(target: TargetView) -> Evidence:
+    evidence = _measure_rounds(target)
+    if not changes(target.model):
+        return evidence
+    return replace(evidence, error=max(evidence.error, _error_of_later_steps(target)))
+
+
+def _error_of_later_steps(target: TargetView) -> float:
+    """Return how far chains that are kept whole are from as many steps of regular generation."""
+    length = _PROMPT_LENGTHS[0]
+    text = distinct_tokens(target, length + NUM_LATER_STEPS)[None]
+    prompt, mask = text[:, :length], torch.ones_like(text[:, :length])
+    wanted = regular_logits(target, prompt, mask, text[:, length:])
+    with target.steps():
+        reader = ChainReader.of_prompt(target, mask)
+        found = [reader.prefill(prompt)]
+        for fed in text[:, length:].split(_LATER_CHAIN, dim=1):
+            found.append(reader.feed(fed))
+            reader.keep(fed.shape[1])
+    return relative_difference(torch.cat(found, dim=1)[0], wanted[0])
+
+
+def _measure_rounds(target: TargetView) -> Evidence:
     batch, longest = len(_PROMPT_LENGTHS), max(_PROMPT_LENGTHS)
     padding = torch.tensor(
         [longest - length for length in _PROMPT_LENGTHS], device=target.device, dtype=torch.long

@@ -14,6 +14,10 @@ from typing_extensions import override
 from speclm.target import TargetView, prompt_inputs
 
 
+NUM_LATER_STEPS = 24
+"""Steps that are compared of models with code of others, which may act only after some tokens."""
+
+
 class _ForcedTokens(LogitsProcessor):
     """Leaves a single choice: the tokens of a given text."""
 

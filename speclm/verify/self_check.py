@@ -74,7 +74,7 @@ def _check(target: TargetView) -> SelfCheck:
         return SelfCheck(Backend.PLAIN, reason, is_lasting=False)
     with _evaluating(target.model), torch.no_grad():
         trees = check_trees(target)
-    if trees.backend is Backend.TREES:
+    if trees.backend is Backend.TREES or trees.is_final:
         return trees
     chains = _check_chains(target)
     is_plain = chains.backend is Backend.PLAIN

@@ -19,6 +19,7 @@ class SelfCheck:
         is_cached: Whether it was known from an earlier check.
         is_lasting: Whether another model of the same kind must get the same verdict; others are
             not cached.
+        is_final: Whether it holds for every way to verify drafts.
     """
 
     backend: Backend
@@ -27,6 +28,7 @@ class SelfCheck:
     milliseconds: float = 0.0
     is_cached: bool = False
     is_lasting: bool = True
+    is_final: bool = False
 
     @property
     def passes(self) -> bool:

@@ -20,6 +20,11 @@ from speclm.verify.verdict import SelfCheck
 _MAX_KNOWN = 8
 _SWITCHED = {"_attn_implementation_internal", "_experts_implementation_internal"}
 """Settings of a config that change for the time of a generation."""
+_ALWAYS_ALIKE = frozenset(
+    {nn.Embedding, nn.Identity, nn.LayerNorm, nn.Linear, nn.ModuleDict, nn.ModuleList, nn.RMSNorm}
+)
+"""Classes that compute the same in training mode, by exact class. Transformers makes some anew in
+training mode, as when embeddings are resized."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +34,13 @@ class _Parts:
     Args:
         configs: Of the modules.
         kinds: Classes of the modules.
+        strange: Modules of other packages, which may have switches.
         slots: Modules and their attributes that are functions.
     """
 
     configs: list[PretrainedConfig]
     kinds: list[type]
+    strange: list[ref[nn.Module]]
     slots: list[tuple[ref[nn.Module], str]]
 
 
@@ -128,7 +135,7 @@ def _unseen(check: SelfCheck) -> Watch:
 
 def first_in_training(model: nn.Module) -> str | None:
     """Return what is in training mode, in words: the model or the first such module."""
-    module = next((module for module in _modules(model) if module.training), None)
+    module = next(filter(_is_training, _modules(model)), None)
     return None if module is None else _name(module, model)
 
 
@@ -139,10 +146,14 @@ def may_draw(model: nn.Module) -> bool:
     """
     modules = _modules(model)
     return (
-        any(module.training for module in modules)
+        any(map(_is_training, modules))
         or any(any(_over_forward(module)) for module in modules)
         or any(_is_strange(kind) for kind in set(map(type, modules)))
     )
+
+
+def _is_training(module: nn.Module) -> bool:
+    return module.training and type(module) not in _ALWAYS_ALIKE
 
 
 def _is_strange(kind: type) -> bool:
@@ -177,7 +188,14 @@ def _walk(model: nn.Module) -> tuple[list[object], list[int], nn.Module | None]:
             over = _over_forward(modules[index])
             if any(over):
                 marks += (index, over)
-    training = next((modules[i] for i, state in enumerate(states) if state["training"]), None)
+    training = next(
+        (
+            modules[i]
+            for i, state in enumerate(states)
+            if state["training"] and type(modules[i]) not in _ALWAYS_ALIKE
+        ),
+        None,
+    )
     return marks, list(map(len, states)), training
 
 
@@ -192,14 +210,17 @@ def _over_forward(module: nn.Module) -> tuple[object, ...]:
 
 def _parts(model: nn.Module) -> _Parts:
     slots = list[tuple[ref[nn.Module], str]]()
+    strange = list[ref[nn.Module]]()
     kinds = dict[type, None]()
     for module in model.modules():
         kinds[type(module)] = None
+        if _is_strange(type(module)):
+            strange.append(ref(module))
         for name, value in vars(module).items():
             # `patch` puts a `generate` there, which is not what regular generation calls.
             if callable(value) and name not in {"forward", "generate"}:
                 slots.append((ref(module), name))
-    return _Parts(attention_configs(model), list(kinds), slots)
+    return _Parts(attention_configs(model), list(kinds), strange, slots)
 
 
 def _settings(model: PreTrainedModel, parts: _Parts) -> list[object]:
@@ -216,8 +237,21 @@ def _settings(model: PreTrainedModel, parts: _Parts) -> list[object]:
         *(own.get(name) for name in STEP_METHODS if name != "forward"),
         *(cast("Any", kind).forward for kind in parts.kinds),
         *(vars(module()).get(name) for module, name in parts.slots),
+        *(_switches(module()) for module in parts.strange),
         *_of_configs(parts.configs),
     ]
+
+
+def _switches(module: nn.Module | None) -> dict[str, bool | str]:
+    """Return the attributes of a module that say yes or no or name something.
+
+    Numbers are left out: many are counters, which forwards change.
+    """
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, bool | str) and name != "training"
+    }
 
 
 def _of_configs(configs: Iterable[PretrainedConfig]) -> Iterable[object]:

@@ -11,6 +11,7 @@ from transformers.generation import (
     EosTokenCriteria,
     LogitsProcessorList,
     MaxLengthCriteria,
+    MaxTimeCriteria,
     MinLengthLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     StoppingCriteriaList,
@@ -25,10 +26,10 @@ from speclm.generation import delegation
 from speclm.generation.delegation import (
     NeedsPlainDecoding,
     eos_token_ids,
+    foreign_criteria,
     left_padding,
     max_length,
     prompt_length,
-    reads_positions,
     require_left_padding,
     require_supported,
 )
@@ -185,13 +186,13 @@ def test_unsupported_setting_is_named(settings, reason):
 @pytest.mark.parametrize(
     ("criteria", "expected"),
     [
-        ([MaxLengthCriteria(20), EosTokenCriteria(3)], False),
-        ([MaxLengthCriteria(9), MaxLengthCriteria(12)], False),  # the caller's own
-        ([AfterFive()], True),
+        ([MaxLengthCriteria(20), EosTokenCriteria(3)], 0),
+        ([MaxLengthCriteria(9), MaxLengthCriteria(12)], 0),  # the caller's own
+        ([EosTokenCriteria(3), AfterFive(), MaxTimeCriteria(9.0)], 2),
     ],
 )
-def test_criteria_that_read_positions_are_told_apart(criteria, expected):
-    assert reads_positions(StoppingCriteriaList(criteria)) is expected
+def test_criteria_that_hear_of_every_position_are_those_that_rows_do_not_decide(criteria, expected):
+    assert len(foreign_criteria(StoppingCriteriaList(criteria))) == expected
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from speclm.testing import ScriptedProposer
 from tests.callbacks import EndsRows, Tokens
 from tests.models import prompts
 from tests.outcomes import observe, require_same
-from tests.settings import GREEDY, SAMPLED, tiny_model
+from tests.settings import GREEDY, SAMPLED, tiny_model, tokenizer
 
 
 class DrawsAtSomeTokens(StoppingCriteria):
@@ -72,6 +72,23 @@ def test_what_a_streamer_draws_decides_the_tokens_that_follow(mode):
     assert streamers[0].calls == streamers[1].calls
     if mode is SAMPLED:  # what was drafted after the first token of a round was decided in vain
         assert stats.tau == 1.0
+
+
+@pytest.mark.usefixtures("no_lockstep")
+def test_stop_string_in_tokens_that_are_dropped_ends_nothing():
+    base, inputs = tiny_model("text"), prompts(6, vocab_size=60, seed=4)
+    common = {"max_new_tokens": 14, **SAMPLED}
+    free = observe(base, inputs, common, base=base).new_tokens(inputs)
+    word = tokenizer().decode(free[0][4:6])
+    common |= {"stop_strings": [word], "tokenizer": tokenizer()}
+
+    def arguments():  # the third token's criterion draws, and the word does not come
+        return {**common, "stopping_criteria": StoppingCriteriaList([DrawsAtSomeTokens()])}
+
+    expected = observe(base, inputs, arguments(), base=base)
+    assert len(expected.new_tokens(inputs)[0]) > 6
+    spec = SpecModel(base, ScriptedProposer(free, depth=12))
+    require_same(observe(spec, inputs, arguments(), base=base), expected)
 
 
 def test_accepted_tokens_are_told_in_one_round(no_lockstep):

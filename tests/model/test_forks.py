@@ -18,6 +18,7 @@ from speclm.proposers import MedusaProposer, NgramProposer
 from speclm.tree.plan import TreePlan
 from tests.forks import in_child
 from tests.models import SHAPE, VOCAB_SIZE, build_model, prompts, randomise
+from tests.outcomes import reading
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
@@ -43,7 +44,7 @@ def stopped_at(module: nn.Module, call: Callable[[], Any], *, at: int = 0) -> It
                 has_stopped.set()
                 may_go_on.wait(60)
 
-    handle = module.register_forward_hook(stop)
+    handle = module.register_forward_hook(reading(stop))
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
     try:

@@ -8,6 +8,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from speclm import SpecModel
+from speclm.demo import assets
 from speclm.errors import OptionError, SpeclmError, UnknownNameError
 from speclm.model.hub import HubOptions, find_heads
 from speclm.model.loading import load_proposer
@@ -211,3 +212,8 @@ def test_configs_that_are_none_say_nothing(tmp_path, text):
     except SpeclmError:
         return
     assert kind == "draft model"
+
+
+def test_missing_subfolder_of_a_local_folder_is_named():
+    with pytest.raises(UnknownNameError, match="has no subfolder 'a'"):
+        find_heads(assets()["medusa"], HubOptions(subfolder="a"))

@@ -232,3 +232,57 @@ def test_draws_of_what_drafts_change_nothing_and_training_mode_is_said_once(base
             require_exact(spec, INPUTS, proposer=lambda _: proposer, is_faster=False, **settings)
     (line,) = [record.getMessage() for record in caplog.records if record.name == "speclm"]
     assert f"the model of {type(module).__name__} is in training mode" in line
+
+
+class ShiftsLate(LlamaForCausalLM):
+    """Counts positions otherwise once the text is long."""
+
+    def prepare_inputs_for_generation(self, input_ids, **kwargs):
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        if input_ids.shape[1] > 20:
+            inputs["position_ids"] = inputs["position_ids"] * 2
+        return inputs
+
+
+def test_override_that_acts_on_later_steps_is_noticed(base):
+    base.__class__ = ShiftsLate
+    spec = SpecModel(base, None)
+    reason = "overrides prepare_inputs_for_generation"
+    require_exact(spec, INPUTS, plainly=reason, **(SETTINGS | {"max_new_tokens": 24}))
+
+
+class DrawsForOneToken(torch.nn.Module):
+    def forward(self, hidden):
+        return hidden + torch.randn_like(hidden) if hidden.shape[:2] == (1, 1) else hidden
+
+
+def test_draws_that_only_one_row_makes_exclude_chains_too(base):
+    mlp = base.model.layers[1].mlp
+    base.model.layers[1].mlp = torch.nn.Sequential(mlp, DrawsForOneToken()).eval()
+    spec = SpecModel(base, None)
+    assert spec.self_check.backend is Backend.PLAIN
+    assert "draws random numbers" in spec.self_check.reason
+
+
+class SwitchedEmbedding(torch.nn.Embedding):
+    is_on = False
+
+    def forward(self, tokens):
+        found = super().forward(tokens)
+        return found * 2 if self.is_on and tokens.shape[1] == 1 else found
+
+
+def test_switch_of_a_module_of_others_is_seen(base):
+    base.model.embed_tokens.__class__ = SwitchedEmbedding
+    spec = SpecModel(base, None)
+    assert spec.self_check.backend is Backend.TREES
+    base.model.embed_tokens.is_on = True
+    require_exact(spec, INPUTS, plainly="SwitchedEmbedding is not of Transformers", **SETTINGS)
+
+
+def test_new_embeddings_in_training_mode_change_nothing(base):
+    spec = SpecModel(base, NgramProposer())
+    base.resize_token_embeddings(VOCAB_SIZE + 8)
+    base.lm_head.train()
+    spec.generate(**INPUTS, max_new_tokens=1)  # which checks it again
+    require_exact(spec, INPUTS, **SETTINGS)

@@ -48,7 +48,7 @@ def test_tokens_are_those_of_the_quantised_base_in_fewer_forwards(config):
 
 def test_a_head_of_codes_decodes_speculatively():
     base = build_model("llama")
-    base.lm_head = Coded(base.lm_head)
+    base.lm_head = Coded(base.lm_head).eval()
     heads = random_heads(base)
     for proposer in (NgramProposer(), MedusaProposer(heads, target=base, min_chance=0.0)):
         spec = SpecModel(base, proposer)
