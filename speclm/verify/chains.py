@@ -67,9 +67,9 @@ def _error_of_later_steps(target: TargetView) -> float:
     with target.steps():
         reader = ChainReader.of_prompt(target, mask)
         found = [reader.prefill(prompt)]
-        for fed in text[:, length:].split(_LATER_CHAIN, dim=1):
-            found.append(reader.feed(fed))
-            reader.keep(fed.shape[1])
+        for start in range(length, text.shape[1], _LATER_CHAIN):
+            found.append(reader.feed(text[:, start : start + _LATER_CHAIN]))
+            reader.keep(_LATER_CHAIN)
     return relative_difference(torch.cat(found, dim=1)[0], wanted[0])
 
 

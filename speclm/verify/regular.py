@@ -13,7 +13,6 @@ from typing_extensions import override
 
 from speclm.target import TargetView, prompt_inputs
 
-
 NUM_LATER_STEPS = 24
 """Steps that are compared of models with code of others, which may act only after some tokens."""
 
