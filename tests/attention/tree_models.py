@@ -12,8 +12,8 @@ from tests.models import VOCAB_SIZE, WINDOW, prompts, randomise
 
 CPU = torch.device("cpu")
 TOLERANCE = 2e-5
-"""Of the logits' spread: float32 sums over other numbers of slots round differently, and a router of
-experts magnifies that; 1.004e-5 was seen on one processor."""
+"""Of the logits' spread: float32 sums over other numbers of slots round differently, and a router
+of experts magnifies that; 1.004e-5 was seen on one processor."""
 
 
 SHAPE = {
