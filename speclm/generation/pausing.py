@@ -11,7 +11,9 @@ from speclm.stats import Pause, SpeculationStats
 
 # Gains, losses and balances are in plain rounds: the time of a round without a draft, or the token
 # that it gives.
-_START = 1.0  # balance before anything is known: what the first call may lose
+_START = 0.5  # balance before anything is known: what the first call may lose
+_FIRST_PRICE = 2.0  # of the first draft of a batch, which reads the prompts of all rows
+_NEW_TEXT = 4  # a new call adds one part in so many of what is missing for a draft
 _LIMIT = 12.0  # most that is saved up, and so lost once texts become harder to guess
 _REFILL = 1 / 40  # what a round without a draft adds: the share of time that probes may cost
 _LEAST_REFILL = 1 / 160  # it is halved down to this, each time that a probe has gained nothing
@@ -34,6 +36,7 @@ class _Ledger:
     """What drafts gained and lost in calls of one setting, batch size and length of context.
 
     Args:
+        first_price: What the first draft is expected to lose.
         balance: Gains less losses, at most `_LIMIT`. Drafts pause while it is less than the price
             of a useless one.
         refill: What a round without a draft adds to a low balance.
@@ -48,6 +51,7 @@ class _Ledger:
         num_unmeasured: Rounds with a draft since they could not be compared with plain ones.
     """
 
+    first_price: float
     balance: float = _START
     refill: float = _REFILL
     to_measure: int = _MEASURED_ROUNDS
@@ -70,10 +74,12 @@ class _Ledger:
         return self.to_measure == 0 and bool(self.rounds) and self.balance < self.price()
 
     def price(self) -> float:
-        """Return what a round with a draft loses that guesses nothing right; 0 if unknown."""
+        """Return what a round with a draft loses that guesses nothing right."""
         plain = self.plain_time()
-        if plain is None or not self.rounds:
+        if plain is None:
             return 0.0
+        if not self.rounds:
+            return self.first_price
         seconds = self._usual()
         if self.before_probe is None and len(self.first_times) > 1:
             seconds = max(seconds, median_low(self.first_times))
@@ -97,10 +103,8 @@ class _Ledger:
         )
 
     def begin_call(self) -> None:
-        """Halve what is missing for a draft: the text is another."""
-        missing = self.price() - self.balance
-        if missing > 0:
-            self.balance += missing / 2
+        """Add a part of what is missing for a draft: the text is another."""
+        self.balance += max(self.price() - self.balance, 0.0) / _NEW_TEXT
 
     def add_plain(self, seconds: float | None) -> float:
         """Book a round without a draft; return what that adds to the balance.
@@ -217,7 +221,7 @@ class PauseMemory:
         if key not in self._ledgers:
             if len(self._ledgers) >= _MAX_LEDGERS:
                 del self._ledgers[next(iter(self._ledgers))]
-            self._ledgers[key] = _Ledger()
+            self._ledgers[key] = _Ledger(_FIRST_PRICE if batch > 1 else 0.0)
         return self._ledgers[key]
 
 
