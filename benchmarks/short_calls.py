@@ -4,7 +4,7 @@ Each call of `SpecModel` stands next to the same call of the base, in alternatin
 calls are the first ones of a new `SpecModel`, "later" ones share one. The ratio is the base's time
 over ours, everything included that the place does around `generate`.
 
-    python benchmarks/short_calls.py --places lm_eval,pipeline,generate --arms none,useless,ngram
+    python benchmarks/short_calls.py --places lm_eval,pipeline,generate --methods none,useless,ngram
 """
 
 import argparse
@@ -34,7 +34,7 @@ from speclm.bench.calls import render_prompts
 from speclm.bench.records import Record
 from speclm.demo import assets, load_prompts
 
-ARMS = ("none", "useless", "ngram", "draft", "medusa", "eagle", "eagle3")
+METHODS = ("none", "useless", "ngram", "draft", "medusa", "eagle", "eagle3")
 PLACES = ("lm_eval", "pipeline", "generate", "stop_strings")
 UNTIL = ["\n\n", "Question:"]
 Run = Callable[[int], object]
@@ -89,7 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/short_calls.jsonl"))
     parser.add_argument("--places", default=",".join(PLACES))
-    parser.add_argument("--arms", default=",".join(ARMS))
+    parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--batch", default="1,4")
     parser.add_argument("--tokens", default="32")
     parser.add_argument("--calls", type=int, default=30, help="later calls")
@@ -107,32 +107,32 @@ def main() -> None:
         options.places.split(","),
         map(int, options.batch.split(",")),
         map(int, options.tokens.split(",")),
-        options.arms.split(","),
+        options.methods.split(","),
     )
-    for place, batch, tokens, arm in cells:
+    for place, batch, tokens, method in cells:
         run = partial(make_run, place, tokenizer=tokenizer, prompts=prompts, batch=batch)
         base_run = run(model=base, tokens=tokens)
-        heads = load_heads(arm, base)
+        heads = load_heads(method, base)
         base_run(0)  # warms up
         later_run = run(model=SpecModel(base, heads), tokens=tokens)
         later_run(0)
         ratios = [pair(base_run, later_run, index) for index in range(options.calls)]
         firsts = []
         for index in range(options.first):
-            fresh = run(model=SpecModel(base, load_heads(arm, base)), tokens=tokens)
+            fresh = run(model=SpecModel(base, load_heads(method, base)), tokens=tokens)
             firsts.append(pair(base_run, fresh, index))
-        settings = {"place": place, "arm": arm, "batch": batch, "max_new_tokens": tokens}
+        settings = {"place": place, "method": method, "batch": batch, "max_new_tokens": tokens}
         settings |= {"set": options.set, "dtype": "float32", "device": "cpu"}
         report(options.out, ratios, {**settings, "calls": "later"})
         if firsts:
             report(options.out, firsts, {**settings, "calls": "first"})
 
 
-def load_heads(arm: str, base: Any) -> Any:
-    """Return the proposer of an arm."""
-    if arm in ("none", "useless"):
-        return UselessProposer() if arm == "useless" else None
-    heads: Any = "ngram" if arm == "ngram" else assets()[arm]
+def load_heads(method: str, base: Any) -> Any:
+    """Return the proposer of a method."""
+    if method in ("none", "useless"):
+        return UselessProposer() if method == "useless" else None
+    heads: Any = "ngram" if method == "ngram" else assets()[method]
     return SpecModel.from_pretrained(base, heads).proposer
 
 
@@ -152,7 +152,7 @@ def report(path: Path, pairs: Sequence[tuple[float, float]], settings: dict[str,
     )
     if str(path) != "-":
         append_record(path, record)
-    names = " ".join(str(settings[name]) for name in ("place", "arm", "batch", "max_new_tokens"))
+    names = " ".join(str(settings[name]) for name in ("place", "method", "batch", "max_new_tokens"))
     print(
         f"{names} {settings['calls']}: {spread.median:.3f} "
         f"[{spread.lower_quartile:.3f}, {spread.upper_quartile:.3f}], in all {overall:.3f}",
