@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from tests.kernels.interpreted.launching import attend, attend_as_planned, plan, quick_search
 from tests.kernels.tree_cases import TreeCase, assert_right, draw_contents, grow, tree_cases
 
-
 LONG = 150  # keys of more than two splits of the interpreter's plan
 
 cases = st.sampled_from([16, 64]).flatmap(
