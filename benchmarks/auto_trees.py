@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
+from speclm.adaptive.acceptance_rates import RankRecorder, calibrated_choices
 from speclm.bench import (
     Arm,
     Call,
@@ -32,12 +33,10 @@ from speclm.bench import (
 )
 from speclm.bench.divergence import explain
 from speclm.bench.records import decode_record
-from speclm.demo import assets, load_prompts
-from speclm.generation.ranks import RankRecorder
+from speclm.demo.bundle import assets, load_prompts
+from speclm.drafting.interface import Proposer
 from speclm.model import SpecModel
 from speclm.model.loading import load_proposer
-from speclm.proposers.interface import Proposer
-from speclm.tree.calibrated import calibrated_choices
 from speclm.tree.plan import TreePlan
 
 CHAIN = 4

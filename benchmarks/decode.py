@@ -46,10 +46,13 @@ from speclm.bench import (
     setting_options,
     speculative_arm,
 )
-from speclm.demo import assets, load_prompts
+from speclm.demo.bundle import assets, load_prompts
+from speclm.drafting.combined import CombinedProposer
+from speclm.drafting.interface import Draft, Prefill, Proposer
+from speclm.methods.eagle.proposer import EagleProposer
+from speclm.methods.medusa.proposer import MedusaProposer
+from speclm.methods.ngram.proposer import NgramProposer
 from speclm.model.loading import load_proposer
-from speclm.proposers import CombinedProposer, EagleProposer, MedusaProposer, NgramProposer
-from speclm.proposers.interface import Draft, Prefill, Proposer
 from speclm.sampling import PositionNoise
 from speclm.tree import chain
 

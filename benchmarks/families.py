@@ -31,7 +31,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from speclm import SpecModel
 from speclm.errors import UnsupportedModelError
-from speclm.json_lines import parse_json_lines
+from speclm.files.json_lines import parse_json_lines
 from tests.families import FAMILIES, build_type, shared_family
 from tests.families.cells import CELLS, compare, plain
 from tests.families.family import EXPERTS, LATENT

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic, sleep
 
-from speclm.json_lines import parse_json_lines
+from speclm.files.json_lines import parse_json_lines
 
 TAIL = 1500
 """Characters at the end of what was printed that are worth showing."""

@@ -35,7 +35,7 @@ from transformers.utils import logging
 
 from speclm.bench import Arm, Call, make_calls, measure_grid, plain_arm, setting_options
 from speclm.bench.divergence import explain
-from speclm.demo import assets, load_prompts
+from speclm.demo.bundle import assets, load_prompts
 from speclm.errors import MeasurementError
 
 BUDGET_SECONDS = 8.5 * 60

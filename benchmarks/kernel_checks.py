@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from speclm import SpecModel
-from speclm.demo import assets
+from speclm.demo.bundle import assets
 from speclm.kernels.backends import is_interpreting
 
 SECONDS = 120.0

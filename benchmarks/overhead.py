@@ -17,8 +17,8 @@ from speclm import SpecModel
 from speclm.bench import SETTINGS, Spread, append_record, make_calls
 from speclm.bench.overhead import import_seconds, round_overheads, walk_overheads
 from speclm.bench.records import Record, time_record
-from speclm.demo import assets, load_prompts
-from speclm.proposers import NgramProposer
+from speclm.demo.bundle import assets, load_prompts
+from speclm.methods.ngram.proposer import NgramProposer
 
 NUM_NODES = 8
 PROMPT_LENGTH = 100

@@ -24,8 +24,10 @@ from speclm.bench.arms import until_end
 from speclm.bench.calls import SETTINGS, Call, make_calls, setting_options
 from speclm.bench.pairs import Spread
 from speclm.bench.records import Record, append_record, is_recorded
-from speclm.demo import assets, load_prompts
-from speclm.proposers import Draft, DraftModelProposer, Mixture, Prefill, Proposer
+from speclm.demo.bundle import assets, load_prompts
+from speclm.drafting.interface import Draft, Prefill, Proposer
+from speclm.drafting.mixture import Mixture
+from speclm.methods.draft_model.proposer import DraftModelProposer
 from speclm.sampling import PositionNoise
 
 BATCH = 10

@@ -17,7 +17,7 @@ from typing import Any
 
 import markers
 
-from speclm.json_lines import parse_json_lines
+from speclm.files.json_lines import parse_json_lines
 
 PAGES = ("README.md", "docs/benchmarks.md")
 RESULTS = "benchmarks/results"

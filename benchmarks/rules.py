@@ -24,28 +24,18 @@ from transformers.utils import logging
 from typing_extensions import override
 
 from speclm import SpecModel
-from speclm.acceptance import (
-    AcceptanceRule,
-    Accepted,
-    ExactRule,
-    RejectionRule,
-    TypicalRule,
-)
+from speclm.acceptance import AcceptanceRule, Accepted, ExactRule, RejectionRule, TypicalRule
 from speclm.bench.arms import until_end
 from speclm.bench.calls import Call, make_calls, setting_options
 from speclm.bench.divergence import explain
 from speclm.bench.pairs import Spread, merge_stats
 from speclm.bench.records import Record, append_record, is_recorded
-from speclm.demo import assets, load_prompts
+from speclm.demo.bundle import assets, load_prompts
+from speclm.drafting.interface import Draft, Prefill, Proposer
+from speclm.methods.draft_model.proposer import DraftModelProposer
+from speclm.methods.eagle.proposer import EagleProposer
+from speclm.methods.medusa.proposer import MedusaProposer
 from speclm.model.loading import load_proposer
-from speclm.proposers import (
-    Draft,
-    DraftModelProposer,
-    EagleProposer,
-    MedusaProposer,
-    Prefill,
-    Proposer,
-)
 from speclm.sampling import PositionNoise
 from speclm.stats import SpeculationStats
 
@@ -157,8 +147,8 @@ def eagle_maker(base: PreTrainedModel, folder: Path) -> Maker:
 
 
 def medusa_maker(base: PreTrainedModel, folder: Path) -> Maker:
-    from speclm.formats import read_medusa
-    from speclm.heads import MedusaHeads, MedusaHeadsConfig
+    from speclm.methods.medusa.checkpoint import read_medusa
+    from speclm.methods.medusa.network import MedusaHeads, MedusaHeadsConfig
 
     stored = read_medusa(folder)
     config = MedusaHeadsConfig(

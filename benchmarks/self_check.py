@@ -13,10 +13,11 @@ import torch
 from overhead import report
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from speclm.self_check.check import check_model
+from speclm.self_check.fingerprint import fingerprint
+from speclm.self_check.store import VARIABLE
+from speclm.self_check.verdict import Backend
 from speclm.target import TargetView
-from speclm.verify import Backend, check_model
-from speclm.verify.fingerprint import fingerprint
-from speclm.verify.store import VARIABLE
 
 
 def main() -> None:

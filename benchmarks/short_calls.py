@@ -32,7 +32,7 @@ from speclm import SpecModel
 from speclm.bench import Spread, append_record, make_calls, setting_options
 from speclm.bench.calls import render_prompts
 from speclm.bench.records import Record
-from speclm.demo import assets, load_prompts
+from speclm.demo.bundle import assets, load_prompts
 
 METHODS = ("none", "useless", "ngram", "draft", "medusa", "eagle", "eagle3")
 PLACES = ("lm_eval", "pipeline", "generate", "stop_strings")

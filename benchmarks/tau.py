@@ -35,7 +35,7 @@ from transformers.utils import logging
 from speclm.acceptance import ExactRule
 from speclm.bench.calls import Call, make_calls, setting_options
 from speclm.bench.records import Record, append_record, is_recorded
-from speclm.demo import assets, load_prompts
+from speclm.demo.bundle import assets, load_prompts
 
 SETTINGS = ("greedy", "t1.0")
 TOP_K = RuleArm("top-k", ExactRule(), is_coupled=False)

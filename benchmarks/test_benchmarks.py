@@ -10,12 +10,13 @@ from speclm.acceptance import accept_exact
 from speclm.acceptance.choices import choose_at_all_nodes
 from speclm.bench.overhead import TREE_PARENTS
 from speclm.cache import TreeCache
-from speclm.demo import assets
-from speclm.proposers import NgramProposer, Prefill
+from speclm.demo.bundle import assets
+from speclm.drafting.interface import Prefill
+from speclm.methods.ngram.proposer import NgramProposer
 from speclm.sampling import TokenChooser
+from speclm.self_check.comparison import check_trees
 from speclm.target import TargetView
 from speclm.tree.topology import TreeTopology, from_parents
-from speclm.verify import check_trees
 
 PROMPT_LENGTH = 100
 

@@ -117,7 +117,7 @@ def _drafts_in_every_round(request: pytest.FixtureRequest, monkeypatch: pytest.M
 
     Tests of pausing itself are left alone.
     """
-    pausing = sys.modules.get("speclm.generation.pausing")  # None where the test decodes nothing
+    pausing = sys.modules.get("speclm.adaptive.pausing")  # None where the test decodes nothing
     if pausing is not None and "pausing" not in request.path.name:
         monkeypatch.setattr(pausing.Pausing, "wants_draft", lambda _: True)
         monkeypatch.setattr(pausing.Pausing, "record", lambda _, **__: None)

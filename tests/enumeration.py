@@ -24,8 +24,8 @@ from transformers.generation import (
 from typing_extensions import override
 
 from speclm.acceptance import AcceptanceRule
-from speclm.generation import generate_tokens
-from speclm.proposers.interface import Proposer
+from speclm.drafting.interface import Proposer
+from speclm.generation.loop import generate_tokens
 from speclm.stats import SpeculationStats
 from speclm.target import TargetFeatures, TargetView
 from speclm.tree.topology import TreeTopology

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from speclm import SpecModel
-from speclm.proposers.interface import Proposer
+from speclm.drafting.interface import Proposer
 from speclm.testing import ScriptedProposer
 from tests.models import randomise
 from tests.outcomes import observe, require_same

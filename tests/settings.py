@@ -21,7 +21,7 @@ from transformers import (
     WatermarkingConfig,
 )
 
-from speclm.demo import assets
+from speclm.demo.bundle import assets
 from tests import callbacks
 from tests.models import build_model
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from speclm.json_lines import parse_json_lines
+from speclm.files.json_lines import parse_json_lines
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from speclm.json_lines import parse_json_lines
+from speclm.files.json_lines import parse_json_lines
 
 PROMPT_SHARE = 0.1  # of the prompt positions take part in a step, with hard targets
 

@@ -14,13 +14,18 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from speclm.formats import EagleCheckpoint, write_eagle
-from speclm.generation.calibrate import Ranks, estimate_tau
-from speclm.heads import EagleHeads
-from speclm.json_lines import parse_json_lines
-from speclm.training.draft_vocabulary import choose_columns, count_tokens
-from speclm.training.eagle_model import EagleObjective, EagleTrainingModel
-from speclm.training.eagle_trainer import load_eagle_heads, new_eagle_heads
+from speclm.adaptive.acceptance_rates import Ranks, estimate_tau
+from speclm.files.json_lines import parse_json_lines
+from speclm.methods.eagle.checkpoint import EagleCheckpoint
+from speclm.methods.eagle.network import EagleHeads
+from speclm.methods.eagle.objective import EagleObjective, EagleTrainingModel
+from speclm.methods.eagle.training import (
+    choose_columns,
+    count_tokens,
+    load_eagle_heads,
+    new_eagle_heads,
+)
+from speclm.methods.eagle.writer import write_eagle
 from speclm.training.guess_meter import turns
 from speclm.training.rows import Item, collate_rows
 

@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from speclm.formats import MedusaCheckpoint, write_medusa
-from speclm.generation.calibrate import Ranks, calibrate_choices, estimate_tau
-from speclm.heads import MedusaHeads, MedusaHeadsConfig
-from speclm.json_lines import parse_json_lines
+from speclm.adaptive.acceptance_rates import Ranks, calibrate_choices, estimate_tau
+from speclm.files.json_lines import parse_json_lines
+from speclm.methods.medusa.checkpoint import MedusaCheckpoint, write_medusa
+from speclm.methods.medusa.network import MedusaHeads, MedusaHeadsConfig
 from speclm.target import TargetView
-from speclm.tree.choices import Choices
+from speclm.tree.static import Choices
 
 FORWARD_ROWS = 32
 

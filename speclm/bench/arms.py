@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from speclm.bench.calls import Call
+from speclm.drafting.interface import Proposer
 from speclm.model import SpecModel
 from speclm.model.trees import Tree
-from speclm.proposers.interface import Proposer
 from speclm.stats import SpeculationStats
 
 

@@ -11,9 +11,11 @@ from transformers import PreTrainedModel
 
 from speclm.bench.calls import Call
 from speclm.sampling.noise import PositionNoise
-from speclm.target import ChainReader, TargetView
+from speclm.self_check.check import check_model
+from speclm.self_check.verdict import Backend
+from speclm.target import TargetView
+from speclm.target.chain_session import ChainReader
 from speclm.tree.topology import chain
-from speclm.verify import Backend, check_model
 
 MAX_GAP_PER_DIFFERENCE = 4.0
 """Two roundings move two scores; beyond twice their sum a divergence is a mistake."""

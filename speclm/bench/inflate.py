@@ -27,8 +27,8 @@ from speclm.bench._widening import (
 )
 from speclm.bench.shapes import InflatedShape, require_llama
 from speclm.errors import OptionError
-from speclm.heads.eagle import EagleHeads
-from speclm.heads.medusa import MedusaHeads
+from speclm.methods.eagle.network import EagleHeads
+from speclm.methods.medusa.network import MedusaHeads
 
 EXTRA_LOGIT = -1e4
 """Logit, about, of the tokens that inflation adds: finite in every dtype, never chosen."""

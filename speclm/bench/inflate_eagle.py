@@ -19,9 +19,9 @@ from speclm.bench._widening import (
 from speclm.bench.inflate import EXTRA_LOGIT
 from speclm.bench.shapes import InflatedShape
 from speclm.errors import OptionError
-from speclm.formats.eagle_config import EagleConfig
-from speclm.heads import EagleHeads
-from speclm.heads._eagle_layer import EagleLayer
+from speclm.methods.eagle.config import EagleConfig
+from speclm.methods.eagle.layer import EagleLayer
+from speclm.methods.eagle.network import EagleHeads
 
 
 @torch.no_grad()

@@ -19,9 +19,9 @@ from typing_extensions import override
 
 from speclm.acceptance.accepted import Accepted
 from speclm.bench.calls import Call
+from speclm.drafting.interface import Draft, Prefill, Proposer
 from speclm.errors import MeasurementError
 from speclm.model import SpecModel
-from speclm.proposers.interface import Draft, Prefill, Proposer
 from speclm.sampling.noise import PositionNoise
 from speclm.tree.topology import TreeTopology, chain, from_parents
 

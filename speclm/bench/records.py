@@ -16,8 +16,8 @@ from speclm.bench.machine import (
 )
 from speclm.bench.pairs import Comparison, Spread
 from speclm.errors import DataError, MeasurementError, OptionError
-from speclm.files import append_line
-from speclm.json_lines import JsonLine, read_json_lines
+from speclm.files.atomic import append_line
+from speclm.files.json_lines import JsonLine, read_json_lines
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,11 +19,11 @@ from typing_extensions import override
 from speclm.chat.text_stream import Piece, RoundStreamer
 from speclm.config import require_unicode
 from speclm.errors import OptionError, PromptError
-from speclm.files import append_line
+from speclm.files.atomic import append_line
 from speclm.model.arguments import resolve_setting
 from speclm.model.spec_model import SpecModel
+from speclm.self_check.verdict import Backend
 from speclm.stats import PHASES, RowStats, SpeculationStats
-from speclm.verify import Backend
 
 Message = dict[str, str]
 MAX_NEW_TOKENS = 512

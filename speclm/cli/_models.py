@@ -15,11 +15,11 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
-from speclm.demo import assets
+from speclm.demo.bundle import assets
+from speclm.drafting.registry import registered_proposers
 from speclm.errors import OptionError, UnknownNameError
 from speclm.model import SpecModel
 from speclm.model.loading import Heads
-from speclm.proposers import registered_proposers
 
 BUNDLED_HEADS = ("draft", "medusa", "eagle", "eagle3")
 """Assets that propose for the bundled base."""

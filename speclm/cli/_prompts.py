@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from speclm.errors import DataError
-from speclm.json_lines import JsonLine, read_json_lines
+from speclm.files.json_lines import JsonLine, read_json_lines
 
 Prompt = str | list[dict[str, str]]
 

@@ -6,20 +6,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from speclm.cli._training import (
-    Prepared,
-    TrainOptions,
-    prepare,
-    run_training,
-    with_train_options,
-)
+from speclm.cli._training import Prepared, TrainOptions, prepare, run_training, with_train_options
 from speclm.config import require_count, require_size
 from speclm.errors import OptionError
-from speclm.formats import require_place_for_eagle
+from speclm.methods.eagle.writer import require_place_for_eagle
 
 if TYPE_CHECKING:
-    from speclm.heads import EagleHeads
-    from speclm.training import EagleObjective
+    from speclm.methods.eagle.network import EagleHeads
+    from speclm.methods.eagle.objective import EagleObjective
 
 LEARNING_RATE = 1e-4
 MAX_DRAFT_VOCAB_SIZE = 32_000
@@ -70,13 +64,13 @@ class _Start:
 
     def heads(self, prepared: Prepared, *, seed: int) -> "EagleHeads":
         """Return loaded or new heads; those of EAGLE-3 guess among the data's own tokens."""
-        from speclm.target import TargetView
-        from speclm.training import (
+        from speclm.methods.eagle.training import (
             choose_columns,
             count_tokens,
             load_eagle_heads,
             new_eagle_heads,
         )
+        from speclm.target import TargetView
 
         if self.init is not None:
             heads = load_eagle_heads(prepared.base, self.init, revision=self.init_revision)
@@ -112,7 +106,7 @@ def eagle(
     init_revision: InitRevision = None,
 ) -> None:
     """Train heads of EAGLE-1, which EAGLE-2 uses too; the base stays as it is."""
-    from speclm.training import EagleObjective
+    from speclm.methods.eagle.objective import EagleObjective
 
     usual = EagleObjective.usual("eagle")
     objective = replace(
@@ -143,7 +137,7 @@ def eagle3(
     init_revision: InitRevision = None,
 ) -> None:
     """Train heads of EAGLE-3; the base stays as it is."""
-    from speclm.training import EagleObjective
+    from speclm.methods.eagle.objective import EagleObjective
 
     objective = replace(
         EagleObjective.usual("eagle3"), num_steps=num_steps, num_measured=num_steps, decay=decay
@@ -153,7 +147,8 @@ def eagle3(
 
 
 def _train(options: TrainOptions, start: _Start, objective: "EagleObjective") -> None:
-    from speclm.training import EAGLE_DEFAULTS, EagleTrainer
+    from speclm.methods.eagle.training import EagleTrainer
+    from speclm.training.arguments import EAGLE_DEFAULTS
 
     prepared = prepare(options, require_place=require_place_for_eagle, defaults=EAGLE_DEFAULTS)
     make = partial(

@@ -7,7 +7,7 @@ import typer
 
 from speclm.cli._training import TrainOptions, prepare, run_training, with_train_options
 from speclm.config import require_count
-from speclm.formats import require_place_for_heads
+from speclm.methods.medusa.checkpoint import require_place_for_heads
 
 _MAX_LAYERS = 64
 
@@ -27,8 +27,9 @@ def medusa(
     ] = 0.0,
 ) -> None:
     """Train Medusa heads; the base stays as it is."""
-    from speclm.heads.medusa import MAX_HEADS
-    from speclm.training import DEFAULTS, MedusaObjective, MedusaTrainer, new_medusa_heads
+    from speclm.methods.medusa.network import MAX_HEADS
+    from speclm.methods.medusa.training import MedusaObjective, MedusaTrainer, new_medusa_heads
+    from speclm.training.arguments import DEFAULTS
 
     require_count("--num-heads", num_heads, low=1, high=MAX_HEADS)
     require_count("--num-layers", num_layers, low=1, high=_MAX_LAYERS)

@@ -18,7 +18,8 @@ from speclm.config import require_count, require_positive
 from speclm.errors import OptionError, SpeclmError
 
 if TYPE_CHECKING:
-    from speclm.training import HeadsTrainer, TrainingRows
+    from speclm.training.heads_trainer import HeadsTrainer
+    from speclm.training.rows import TrainingRows
 
 MAX_LENGTH = 2048
 _EVALUATION = "eval_"
@@ -118,7 +119,8 @@ def prepare(
     Raises:
         OptionError: If an option is out of range, or the folder is that of another training.
     """
-    from speclm.training import load_rows, parse_settings, training_arguments
+    from speclm.training.arguments import parse_settings, training_arguments
+    from speclm.training.rows import load_rows
 
     out = options.out
     require_place(out)

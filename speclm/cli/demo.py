@@ -19,7 +19,7 @@ from speclm.bench import (
 )
 from speclm.cli._models import load
 from speclm.cli._tables import ACCEPTED_STYLE, add_comparison, coloured, comparison_table
-from speclm.demo import assets, load_prompts
+from speclm.demo.bundle import assets, load_prompts
 from speclm.model.loading import load_proposer
 
 SETTINGS = ("greedy", "t1.0")

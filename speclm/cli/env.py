@@ -5,8 +5,8 @@ import platform
 import torch
 
 from speclm.bench.machine import describe_commit, describe_machine, describe_versions
+from speclm.drafting.registry import registered_proposers
 from speclm.kernels import preferred
-from speclm.proposers import registered_proposers
 
 
 def env() -> None:

@@ -9,20 +9,24 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from speclm.adaptive.acceptance_rates import (
+    RankAcceptance,
+    RankRecorder,
+    calibrated_choices,
+    expected_tau,
+)
+from speclm.adaptive.planner import RoundCosts
+from speclm.adaptive.tuner import TreeMemory
 from speclm.bench import Call, make_calls, setting_options
 from speclm.cli._models import HeadsRevision, Loaded, load
 from speclm.cli._options import MOST, Threads, positive_numbers
 from speclm.cli._outputs import prepare_file
 from speclm.cli._prompts import read_prompts
-from speclm.demo import load_prompts
+from speclm.demo.bundle import load_prompts
 from speclm.errors import OptionError
-from speclm.files import write_file
-from speclm.generation import TreeMemory
-from speclm.generation.ranks import RankRecorder
+from speclm.files.atomic import write_file
 from speclm.model import SpecModel
-from speclm.tree.calibrated import RankAcceptance, calibrated_choices, expected_tau
-from speclm.tree.choices import Choices
-from speclm.tree.planner import RoundCosts
+from speclm.tree.static import Choices
 
 _SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48)
 

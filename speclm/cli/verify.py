@@ -14,7 +14,7 @@ from speclm.bench.calls import Call
 from speclm.cli._models import load
 from speclm.cli._options import MaxNewTokens
 from speclm.cli._tables import verdict
-from speclm.demo import load_prompts
+from speclm.demo.bundle import load_prompts
 from speclm.model import SpecModel
 from speclm.testing import ScriptedProposer
 

@@ -14,6 +14,10 @@ from transformers.generation.streamers import BaseStreamer
 
 from speclm.acceptance.exact import ExactRule
 from speclm.acceptance.interface import AcceptanceRule
+from speclm.adaptive.pausing import PauseMemory, Pausing
+from speclm.adaptive.tuner import TreeMemory, TreeTuner, describe_tree
+from speclm.drafting.interface import Proposer
+from speclm.generation.callbacks import Listener
 from speclm.generation.delegation import (
     eos_token_ids,
     foreign_criteria,
@@ -25,22 +29,18 @@ from speclm.generation.delegation import (
     rows_end_together,
     stop_strings_of,
 )
-from speclm.generation.drafting import planned, require_drafts_for
-from speclm.generation.frontier import Frontier
-from speclm.generation.listener import Listener
+from speclm.generation.draft_checks import planned, require_drafts_for
+from speclm.generation.lockstep import Frontier
 from speclm.generation.opening import meets_switch, open_session
-from speclm.generation.pausing import PauseMemory, Pausing
-from speclm.generation.rows import Rows
 from speclm.generation.run import Run
-from speclm.generation.tuning import TreeMemory, TreeTuner, describe_tree
-from speclm.proposers.interface import Proposer
+from speclm.generation.sequences import Rows
 from speclm.sampling.chooser import TokenChooser, first_text_dependent
 from speclm.sampling.drafts import DraftSampling
+from speclm.self_check.fingerprint import fingerprint
+from speclm.self_check.verdict import Backend
 from speclm.stats import SpeculationStats
 from speclm.target import TargetView
 from speclm.tree.plan import TreePlan
-from speclm.verify import Backend
-from speclm.verify.fingerprint import fingerprint
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,8 +9,10 @@ from transformers.cache_utils import Cache, DynamicCache
 from speclm.cache import import_cache
 from speclm.errors import UnsupportedModelError
 from speclm.generation.delegation import NeedsPlainDecoding, num_slots, require_importable
-from speclm.target import ChainSession, Session, TargetView, TreeSession, position_shift
-from speclm.verify import Backend
+from speclm.self_check.verdict import Backend
+from speclm.target import Session, TargetView, position_shift
+from speclm.target.chain_session import ChainSession
+from speclm.target.tree_session import TreeSession
 
 
 def meets_switch(

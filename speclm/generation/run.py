@@ -14,8 +14,13 @@ from transformers.cache_utils import DynamicCache
 
 from speclm.acceptance.accepted import Accepted
 from speclm.acceptance.interface import AcceptanceRule, Verified
+from speclm.adaptive.pausing import Pausing
+from speclm.adaptive.timings import forward_timings
+from speclm.adaptive.tuner import TreeTuner
 from speclm.config import MAX_MERGED_PROMPT
-from speclm.generation.drafting import (
+from speclm.drafting.interface import Draft, Prefill, Proposer
+from speclm.generation.callbacks import Listener
+from speclm.generation.draft_checks import (
     cut_to_plan,
     deepest_paths,
     hand_plan,
@@ -24,21 +29,16 @@ from speclm.generation.drafting import (
     roots_alone,
     with_padding,
 )
-from speclm.generation.frontier import Frontier, nan_logits
-from speclm.generation.listener import Listener
-from speclm.generation.pausing import Pausing
-from speclm.generation.rows import Rows
-from speclm.generation.timing import forward_timings
-from speclm.generation.tuning import TreeTuner
-from speclm.proposers.interface import Draft, Prefill, Proposer
+from speclm.generation.lockstep import Frontier, nan_logits
+from speclm.generation.sequences import Rows
 from speclm.sampling.chooser import TokenChooser
 from speclm.sampling.drafts import DraftSampler, DraftSampling
 from speclm.sampling.draws import Draws, seeded_draws
 from speclm.sampling.noise import PositionNoise, undisturbed
+from speclm.self_check.fingerprint import Fingerprint
 from speclm.stats import RowStats, SpeculationStats
 from speclm.target import Session, TargetFeatures, TargetView
 from speclm.tree.plan import TreePlan
-from speclm.verify.fingerprint import Fingerprint
 
 
 @dataclass(slots=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from speclm.errors import KernelError
-from speclm.files import read_json, write_json
+from speclm.files.atomic import read_json, write_json
 from speclm.kernels.launch_table import LaunchConfig, LaunchRow, LaunchTable
 
 VARIABLE = "SPECLM_KERNEL_CONFIGS"

@@ -14,22 +14,19 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils.generic import ModelOutput
 
 from speclm.acceptance import AcceptanceRule
-from speclm.generation import (
-    Generated,
-    NeedsPlainDecoding,
-    PauseMemory,
-    TreeMemory,
-    generate_tokens,
-)
-from speclm.generation.delegation import CACHE_INPUTS
+from speclm.adaptive.pausing import PauseMemory
+from speclm.adaptive.tuner import TreeMemory
+from speclm.drafting.interface import Proposer
+from speclm.generation.delegation import CACHE_INPUTS, NeedsPlainDecoding
+from speclm.generation.loop import Generated, generate_tokens
 from speclm.model.arguments import resolve_setting
 from speclm.model.fitting import claimed, require_still_fits
 from speclm.model.standing_in import proposer_modules
-from speclm.proposers.interface import Proposer
+from speclm.self_check.verdict import Backend
+from speclm.self_check.watch import may_draw
 from speclm.stats import SpeculationStats
 from speclm.target import NestedError, TargetView
 from speclm.tree.plan import TreePlan
-from speclm.verify import Backend, may_draw
 
 
 @dataclass

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from speclm.drafting.interface import Proposer
 from speclm.errors import OptionError, VocabularyMismatchError
-from speclm.generation import NeedsPlainDecoding
-from speclm.proposers.interface import Proposer
+from speclm.generation.delegation import NeedsPlainDecoding
 from speclm.target import TargetView, exclusive
 
 _REMEDY = "build it with target=base, or wrap the base that it was built for"

@@ -17,10 +17,11 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from speclm.drafting.registry import registered_proposers
 from speclm.errors import OptionError, UnknownNameError, reason_of, shown
-from speclm.files import read_json
-from speclm.formats import find_eagle, find_medusa
-from speclm.proposers.registry import registered_proposers
+from speclm.files.atomic import read_json
+from speclm.methods.eagle.checkpoint import find_eagle
+from speclm.methods.medusa.checkpoint import find_medusa
 
 # What shows whether a repository holds heads, and what heads consist of: no code is downloaded.
 _HINTS = ("config.json", "*.index.json", "medusa_lm_head.*")

@@ -8,22 +8,24 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from speclm.drafting.combined import CombinedProposer
+from speclm.drafting.interface import Proposer
+from speclm.drafting.registry import registered_proposers
 from speclm.errors import CheckpointError, OptionError, UnknownNameError, UnsupportedModelError
-from speclm.formats import MedusaCheckpoint, read_eagle, read_medusa
-from speclm.heads.eagle import build_eagle
-from speclm.heads.medusa import MedusaHeads, MedusaHeadsConfig
+from speclm.methods.draft_model.chain_proposer import ChainDraftProposer
+from speclm.methods.draft_model.proposer import DraftModelProposer
+from speclm.methods.eagle.checkpoint import read_eagle
+from speclm.methods.eagle.network import build_eagle
+from speclm.methods.eagle.proposer import EagleProposer
+from speclm.methods.medusa.checkpoint import MedusaCheckpoint, read_medusa
+from speclm.methods.medusa.network import MedusaHeads, MedusaHeadsConfig
+from speclm.methods.medusa.proposer import MedusaProposer
 from speclm.model.causal_lm import load_causal_lm, suggest
 from speclm.model.hub import HubOptions, find_heads
 from speclm.model.standing_in import unwrap
-from speclm.proposers.chain_draft import ChainDraftProposer
-from speclm.proposers.combined import CombinedProposer
-from speclm.proposers.draft_model import DraftModelProposer
-from speclm.proposers.eagle import EagleProposer
-from speclm.proposers.interface import Proposer
-from speclm.proposers.medusa import MedusaProposer
-from speclm.proposers.registry import registered_proposers
+from speclm.self_check.check import check_model
+from speclm.self_check.verdict import Backend
 from speclm.target import TargetView, stored_matrices
-from speclm.verify import Backend, check_model
 
 _DRAFT_OPTIONS = (
     "num_draft_tokens",

@@ -5,11 +5,12 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from speclm.generation import NeedsPlainDecoding
+from speclm.drafting.interface import Proposer
+from speclm.generation.delegation import NeedsPlainDecoding
 from speclm.model.arguments import first_delegated
 from speclm.model.standing_in import proposer_modules
-from speclm.proposers.interface import Proposer
-from speclm.verify import Backend, SelfCheck, Watch, first_in_training
+from speclm.self_check.verdict import Backend, SelfCheck
+from speclm.self_check.watch import Watch, first_in_training
 
 
 def require_speculation(watch: Watch, arguments: dict[str, Any], default: GenerationConfig) -> None:

@@ -36,7 +36,7 @@ def patch(
     Example:
         ```python
         import speclm
-        from speclm.demo import assets
+        from speclm.demo.bundle import assets
         from transformers import AutoModelForCausalLM
 
         base = AutoModelForCausalLM.from_pretrained(assets()["base"], dtype="float32")

@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 
+from speclm.drafting.interface import Proposer
 from speclm.kernels import preferred
-from speclm.proposers.interface import Proposer
+from speclm.self_check.verdict import SelfCheck
 from speclm.stats import SpeculationStats
 from speclm.target import TargetView
-from speclm.verify import SelfCheck
 
 
 def write_report(

@@ -8,13 +8,17 @@ from tempfile import TemporaryDirectory
 from huggingface_hub import HfApi
 from transformers import PreTrainedModel
 
-from speclm.cards import GENERATED_MARK, EagleCard, MedusaCard
+from speclm.cards import GENERATED_MARK
+from speclm.drafting.heads_folder import CARD_NAME, hub_id
+from speclm.drafting.interface import Proposer
 from speclm.errors import OptionError
-from speclm.formats import CARD_NAME, MedusaCheckpoint, hub_id, write_eagle, write_medusa
-from speclm.heads.eagle import eagle_checkpoint
-from speclm.proposers.eagle import EagleProposer
-from speclm.proposers.interface import Proposer
-from speclm.proposers.medusa import MedusaProposer
+from speclm.methods.eagle.card import EagleCard
+from speclm.methods.eagle.network import eagle_checkpoint
+from speclm.methods.eagle.proposer import EagleProposer
+from speclm.methods.eagle.writer import write_eagle
+from speclm.methods.medusa.card import MedusaCard
+from speclm.methods.medusa.checkpoint import MedusaCheckpoint, write_medusa
+from speclm.methods.medusa.proposer import MedusaProposer
 from speclm.target import stored_matrices
 
 

@@ -15,8 +15,11 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils.generic import ModelOutput
 
 from speclm.acceptance import AcceptanceRule, resolve_acceptance_rule
+from speclm.adaptive.pausing import PauseMemory
+from speclm.adaptive.tuner import TreeMemory
+from speclm.drafting.interface import Proposer
 from speclm.errors import OptionError, UnsupportedModelError
-from speclm.generation import NeedsPlainDecoding, PauseMemory, TreeMemory
+from speclm.generation.delegation import NeedsPlainDecoding
 from speclm.model.arguments import naming_unknown, require_acceptable
 from speclm.model.attaching import attach, detach, enter
 from speclm.model.call import KeepsCounters, decode, with_counters
@@ -30,11 +33,11 @@ from speclm.model.report import write_report
 from speclm.model.saving import push_heads, save_heads
 from speclm.model.standing_in import MOVES, move, unwrap
 from speclm.model.trees import AUTO, Tree, normalize_tree, require_fillable
-from speclm.proposers.interface import Proposer
+from speclm.self_check.verdict import SelfCheck
+from speclm.self_check.watch import Watch
 from speclm.stats import SpeculationStats
 from speclm.target import TargetView
 from speclm.tree.plan import TreePlan
-from speclm.verify import SelfCheck, Watch
 
 _log = logging.getLogger("speclm")
 
@@ -49,7 +52,7 @@ class SpecModel(KeepsCounters):
     Example:
         ```python
         from speclm import SpecModel
-        from speclm.demo import assets
+        from speclm.demo.bundle import assets
 
         model = SpecModel.from_pretrained(assets()["base"], "ngram", dtype="float32")
         ```

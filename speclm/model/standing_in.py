@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from speclm.drafting.interface import Proposer
 from speclm.errors import UnsupportedModelError
-from speclm.proposers.interface import Proposer
 from speclm.target import TargetView
 
 MOVES = frozenset(

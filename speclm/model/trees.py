@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from speclm.drafting.interface import Proposer
 from speclm.errors import OptionError
-from speclm.files import read_json
-from speclm.proposers.interface import Proposer
-from speclm.tree.choices import Choices, normalize_choices
+from speclm.files.atomic import read_json
 from speclm.tree.plan import TreePlan
+from speclm.tree.static import Choices, normalize_choices
 
 AUTO = "auto"
 """The tree whose depth and size follow from measured times and acceptance."""

@@ -7,11 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from speclm.sampling.generators import (
-    GeneratorStates,
-    get_generator_state,
-    set_generator_state,
-)
+from speclm.sampling.generators import GeneratorStates, get_generator_state, set_generator_state
 
 
 class PositionNoise:

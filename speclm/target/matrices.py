@@ -1,5 +1,6 @@
 """The embeddings and the output matrix of a model, which may be quantised or offloaded."""
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -67,3 +68,23 @@ def _require_matrix(module: nn.Module | None, role: str, model: PreTrainedModel)
             "it; load the base with this module as it is, or take heads with a matrix of their own"
         )
     return weight
+
+
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Return the device that a model's inputs are fed on."""
+    device = model.device
+    if device.type != "meta":
+        return device
+    # The outermost hook may leave it to those of the modules inside.
+    used = (_execution_device(module) for module in model.modules())
+    return next((found for found in used if found is not None), device)
+
+
+def _execution_device(module: nn.Module) -> torch.device | None:
+    """Return where accelerate runs a module, None where its hooks do not say."""
+    hook = getattr(module, "_hf_hook", None)
+    for each in getattr(hook, "hooks", (hook,)):  # one, or several in a row
+        device = getattr(each, "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return None

@@ -18,11 +18,10 @@ from speclm.cache.tree_cache import TreeCache
 from speclm.errors import PromptError, UnsupportedModelError
 from speclm.forking import temporary
 from speclm.kernels import pays
-from speclm.target.devices import device_of
 from speclm.target.features import FeatureTap, TargetFeatures
 from speclm.target.images import with_images
 from speclm.target.logits import find_decoder, logits_from
-from speclm.target.matrices import embedding_matrix, head_shape
+from speclm.target.matrices import device_of, embedding_matrix, head_shape
 from speclm.target.rotary import RotarySwitch, rotary_switch
 from speclm.tree.topology import TreeTopology
 

@@ -5,8 +5,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from speclm.config import MAX_DEPTH, MAX_NODES
+from speclm.drafting.interface import Draft
 from speclm.errors import ProposerContractError, TopologyError, TreeBudgetError
-from speclm.proposers.interface import Draft
 from speclm.tree.topology import TreeTopology, from_parents
 
 _SUM_TOLERANCE = 1e-3  # a softmax in bfloat16 sums to 1 within about this

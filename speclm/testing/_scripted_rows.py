@@ -3,7 +3,7 @@
 import random
 from dataclasses import dataclass, field
 
-from speclm.proposers.interface import Draft
+from speclm.drafting.interface import Draft
 
 _FOLLOW_CHANCE = 0.7  # how often the target says what some child says
 _FEW_TOKENS = 6  # texts of few different tokens repeat themselves

@@ -13,8 +13,8 @@ from torch import Tensor
 from speclm.acceptance.accepted import Accepted
 from speclm.acceptance.exact import accept_exact
 from speclm.config import MAX_DEPTH, require_in_range
+from speclm.drafting.interface import Draft, Prefill, Proposer
 from speclm.errors import ProposerContractError
-from speclm.proposers.interface import Draft, Prefill, Proposer
 from speclm.sampling.generators import get_generator_state
 from speclm.sampling.noise import PositionNoise
 from speclm.target import TargetFeatures

@@ -9,8 +9,8 @@ from typing_extensions import override
 
 from speclm.acceptance.accepted import Accepted
 from speclm.config import ProposerConfig
+from speclm.drafting.interface import Draft, Prefill, Proposer
 from speclm.errors import OptionError
-from speclm.proposers.interface import Draft, Prefill, Proposer
 from speclm.sampling.noise import PositionNoise
 from speclm.tree.topology import from_parents
 

@@ -11,7 +11,7 @@ import torch
 from transformers import TrainerState
 
 from speclm.errors import CheckpointError, SpeclmError, reason_of, shown
-from speclm.files import read_json
+from speclm.files.atomic import read_json
 
 _log = logging.getLogger("speclm")
 

@@ -6,7 +6,7 @@ from random import Random
 from typing import Any
 
 from speclm.errors import DataError, OptionError
-from speclm.json_lines import JsonLine, read_json_lines
+from speclm.files.json_lines import JsonLine, read_json_lines
 
 Message = dict[str, Any]
 """One turn: ``role`` and ``content``, and whatever else the chat template reads."""

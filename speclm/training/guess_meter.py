@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from speclm.generation.calibrate import Ranks, replay_rounds
-from speclm.tree.choices import Choices
+from speclm.adaptive.acceptance_rates import Ranks, replay_rounds
+from speclm.tree.static import Choices
 
 TOP = 3
 """Accuracies are counted among the 1, 2, ... best guesses up to this."""

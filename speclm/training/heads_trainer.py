@@ -15,14 +15,10 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from typing_extensions import override
 
 from speclm.errors import CheckpointError, NumericalError
-from speclm.training._progress import TauProgress
-from speclm.training.checkpoints import (
-    last_complete_checkpoint,
-    reading_checkpoint,
-    require_state,
-)
+from speclm.training.checkpoints import last_complete_checkpoint, reading_checkpoint, require_state
 from speclm.training.guess_meter import GuessMeter
 from speclm.training.length_sampler import LengthSampler
+from speclm.training.progress import TauProgress
 from speclm.training.rows import EvalRows, Item, TrainingRows, collate_rows, require_trainable
 
 _log = logging.getLogger("speclm")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from speclm.config import MAX_NODES, require_count, require_depth, require_in_range
 from speclm.errors import OptionError
-from speclm.tree.choices import Choices, normalize_choices
+from speclm.tree.static import Choices, normalize_choices
 
 
 @dataclass(frozen=True, slots=True)

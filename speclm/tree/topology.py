@@ -223,3 +223,12 @@ class _Row:
 def _signed_words(bits: int, count: int) -> list[int]:
     words = [bits >> (_WORD_BITS * word) & (2**_WORD_BITS - 1) for word in range(count)]
     return [word - 2**_WORD_BITS if word >> (_WORD_BITS - 1) else word for word in words]
+
+
+def path_products(parents: list[int], probs: list[float]) -> list[float]:
+    """Return the product of probabilities from the root to each node; 1 at the root."""
+    chances = [1.0]
+    for node in range(1, len(parents)):
+        above = chances[parents[node]] if parents[node] != node else 0.0
+        chances.append(min(probs[node], 1.0) * above)
+    return chances

@@ -3,7 +3,7 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from speclm.bench import make_calls, setting_options
-from speclm.demo import assets
+from speclm.demo.bundle import assets
 
 PROMPTS = ["one two three four one two", "a b", "SELECT a FROM b WHERE a", "x"]
 

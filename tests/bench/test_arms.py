@@ -5,7 +5,7 @@ import torch
 
 from speclm.bench import assisted_arm, plain_arm, prompt_lookup_arm, speculative_arm
 from speclm.bench.arms import until_end
-from speclm.proposers import NgramProposer
+from speclm.methods.ngram.proposer import NgramProposer
 
 
 def test_tokens_end_with_the_first_end_of_sequence():

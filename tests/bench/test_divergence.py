@@ -10,7 +10,7 @@ from speclm.bench.divergence import (
     explain,
     first_difference,
 )
-from speclm.target import ChainReader
+from speclm.target.chain_session import ChainReader
 from tests.models import prompts, shared_model
 
 

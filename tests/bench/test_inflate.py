@@ -14,11 +14,12 @@ from speclm.bench import (
     setting_options,
 )
 from speclm.bench.inflate import EXTRA_LOGIT
-from speclm.demo import assets, load_prompts
+from speclm.demo.bundle import assets, load_prompts
 from speclm.errors import OptionError, UnsupportedModelError
-from speclm.heads.medusa import MedusaHeads, MedusaHeadsConfig
+from speclm.methods.draft_model.proposer import DraftModelProposer
+from speclm.methods.medusa.network import MedusaHeads, MedusaHeadsConfig
+from speclm.methods.medusa.proposer import MedusaProposer
 from speclm.model import SpecModel
-from speclm.proposers import DraftModelProposer, MedusaProposer
 from tests.models import build_model, generate, prompts
 
 # Sums over more, scaled terms round otherwise; relative to the largest logit.

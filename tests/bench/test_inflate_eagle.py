@@ -7,9 +7,10 @@ from torch.nn import functional
 from speclm.bench import InflatedShape, bytes_read, inflate_eagle, inflate_llama
 from speclm.bench.inflate import EXTRA_LOGIT
 from speclm.errors import OptionError, UnsupportedModelError
-from speclm.heads import EagleConfig, EagleHeads
+from speclm.methods.eagle.config import EagleConfig
+from speclm.methods.eagle.network import EagleHeads
+from speclm.methods.eagle.proposer import EagleProposer
 from speclm.model import SpecModel
-from speclm.proposers import EagleProposer
 from speclm.target import TargetView
 from tests.models import build_model, prompts
 

@@ -8,8 +8,8 @@ from speclm.bench.overhead import (
     round_overheads,
     walk_overheads,
 )
+from speclm.methods.ngram.proposer import NgramProposer
 from speclm.model import SpecModel
-from speclm.proposers import NgramProposer
 
 
 @pytest.mark.parametrize("shape", ["chain", "tree"])

@@ -5,7 +5,7 @@ import pytest
 from speclm.bench import Outcome, Pair, Spread, compare, plain_arm, speculative_arm
 from speclm.bench.pairs import merge_stats
 from speclm.errors import MeasurementError
-from speclm.proposers import NgramProposer
+from speclm.methods.ngram.proposer import NgramProposer
 from speclm.stats import Pause, RowStats, SpeculationStats
 
 

@@ -5,9 +5,10 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
-from speclm.demo import assets
-from speclm.formats import write_eagle
-from speclm.heads import EagleConfig, EagleHeads, eagle_checkpoint
+from speclm.demo.bundle import assets
+from speclm.methods.eagle.config import EagleConfig
+from speclm.methods.eagle.network import EagleHeads, eagle_checkpoint
+from speclm.methods.eagle.writer import write_eagle
 
 
 def write_eagle_folders(place: Path) -> Path:

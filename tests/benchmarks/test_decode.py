@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from speclm.bench import InflatedShape, read_records
-from speclm.demo import assets
-from speclm.heads.medusa import MedusaHeads, MedusaHeadsConfig
-from speclm.proposers import MedusaProposer
+from speclm.demo.bundle import assets
+from speclm.methods.medusa.network import MedusaHeads, MedusaHeadsConfig
+from speclm.methods.medusa.proposer import MedusaProposer
 from tests.benchmarks.eagle_folders import write_eagle_folders
 
 ROOT = Path(__file__).parents[2]

@@ -10,7 +10,9 @@ import torch
 from speclm import SpecModel
 from speclm.bench.calls import Call
 from speclm.bench.records import read_records
-from speclm.proposers import Draft, DraftModelProposer, Mixture
+from speclm.drafting.interface import Draft
+from speclm.drafting.mixture import Mixture
+from speclm.methods.draft_model.proposer import DraftModelProposer
 from speclm.tree import from_parents
 from tests.models import prompts, shared_model
 

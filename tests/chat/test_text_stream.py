@@ -6,7 +6,7 @@ from transformers import AutoTokenizer
 
 from speclm.chat import Piece, RoundStreamer, TextDecoder
 from speclm.config import MAX_DEPTH
-from speclm.demo import assets
+from speclm.demo.bundle import assets
 from speclm.errors import OptionError
 from tests.byte_tokenizer import END, byte_tokenizer
 

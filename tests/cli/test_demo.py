@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 from speclm.bench import plain_arm
-from speclm.demo import load_prompts
+from speclm.demo.bundle import load_prompts
 
 demo_module = importlib.import_module("speclm.cli.demo")  # the package's `demo` is the function
 

@@ -5,7 +5,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from speclm.chat import TextDecoder
-from speclm.demo import assets
+from speclm.demo.bundle import assets
 from speclm.errors import OptionError, PromptError, UnknownNameError
 
 generate_module = importlib.import_module("speclm.cli.generate")

@@ -1,7 +1,7 @@
 import pytest
 
 from speclm.errors import CheckpointError, OptionError
-from speclm.formats import read_eagle
+from speclm.methods.eagle.checkpoint import read_eagle
 from tests.models import build_model
 from tests.training.talks import TAGGED, WORDS, word_tokenizer, write_alphabet
 

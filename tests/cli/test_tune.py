@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from speclm.demo import load_prompts
+from speclm.demo.bundle import load_prompts
 from speclm.errors import OptionError
 from speclm.model.trees import normalize_tree
 

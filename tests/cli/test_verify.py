@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from speclm.demo import assets
+from speclm.demo.bundle import assets
 from speclm.errors import UnknownNameError
 from speclm.target import TargetView
 from tests.models import build_model

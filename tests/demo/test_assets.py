@@ -6,7 +6,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from speclm import SpecModel
-from speclm.demo import _assets, assets, load_prompts
+from speclm.demo import bundle as _assets
+from speclm.demo.bundle import assets, load_prompts
 from speclm.errors import MissingAssetError
 
 MAX_BYTES = 35_000_000

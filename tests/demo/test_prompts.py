@@ -1,6 +1,6 @@
 import pytest
 
-from speclm.demo import load_prompts
+from speclm.demo.bundle import load_prompts
 from speclm.errors import OptionError
 
 ROWS = {"sql_dev": 100, "gsm8k_dev": 100, "sql_tune": 50, "gsm8k_tune": 50}

@@ -1,6 +1,6 @@
 """Families whose layers are attention alone."""
 
-from speclm.verify import Backend
+from speclm.self_check.verdict import Backend
 from tests.families.family import EXPERTS, GLOBAL, HALF_WINDOW, LATENT, Family
 from tests.models import SETTINGS, VOCAB_SIZE, WINDOW
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from speclm import SpecModel
+from speclm.self_check.verdict import Backend
 from speclm.stats import SpeculationStats
 from speclm.testing import ScriptedProposer
-from speclm.verify import Backend
 from tests.families.building import shared_family
 from tests.models import generate, prompts
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from speclm.verify import Backend
+from speclm.self_check.verdict import Backend
 from tests.models import WINDOW
 
 GLOBAL = "full_attention"

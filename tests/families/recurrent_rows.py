@@ -1,6 +1,6 @@
 """Families with recurrent layers, alone or beside attention."""
 
-from speclm.verify import Backend
+from speclm.self_check.verdict import Backend
 from tests.families.family import EXPERTS, GLOBAL, LATENT, Family
 from tests.models import WINDOW
 

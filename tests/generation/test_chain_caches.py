@@ -12,9 +12,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from speclm import SpecModel
 from speclm.testing import ScriptedProposer
-from tests.drafting import DEPTH, WRONG_AT
 from tests.families import shared_family
 from tests.models import VOCAB_SIZE, generate, prompts, shared_model
+from tests.proposers import DEPTH, WRONG_AT
 
 HYBRID = "qwen3_next"
 FAMILIES = ("bloom", HYBRID)

@@ -11,16 +11,18 @@ from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaL
 
 from speclm import SpecModel
 from speclm.acceptance import RejectionRule
-from speclm.generation.pausing import Pausing
-from speclm.proposers import ChainDraftProposer, DraftModelProposer, NgramProposer
-from speclm.target.chains import MAX_OWED
+from speclm.adaptive.pausing import Pausing
+from speclm.methods.draft_model.chain_proposer import ChainDraftProposer
+from speclm.methods.draft_model.proposer import DraftModelProposer
+from speclm.methods.ngram.proposer import NgramProposer
+from speclm.self_check.verdict import Backend
+from speclm.target.chain_session import MAX_OWED
 from speclm.testing import ScriptedProposer
-from speclm.verify import Backend
 from tests.callbacks import CountsCalls, DrawsAtEachCall, EndsRows, Tokens
-from tests.drafting import DEPTH, PROPOSERS, WRONG_AT, build_proposer
 from tests.families import shared_family
 from tests.models import VOCAB_SIZE, build_model, generate, prompts, shared_model
 from tests.outcomes import Outcome, observe, reading, require_close, require_same
+from tests.proposers import DEPTH, PROPOSERS, WRONG_AT, build_proposer
 from tests.settings import tokenizer
 
 BY_SLOT, HYBRID = "bloom", "qwen3_next"

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import pytest
 
 from speclm import SpecModel
-from speclm.proposers import NgramProposer
+from speclm.methods.ngram.proposer import NgramProposer
 from tests.models import build_model, generate, prompts
 from tests.outcomes import reading
 

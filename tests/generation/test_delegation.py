@@ -33,7 +33,7 @@ from speclm.generation.delegation import (
     require_left_padding,
     require_supported,
 )
-from speclm.proposers.ngram import NgramProposer
+from speclm.methods.ngram.proposer import NgramProposer
 from tests.models import build_model, generate, prompts, shared_model
 
 SAMPLED = {"do_sample": True, "max_new_tokens": 8}

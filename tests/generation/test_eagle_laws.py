@@ -8,9 +8,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from speclm.acceptance import Accepted, RejectionRule
-from speclm.heads import EagleConfig, EagleHeads
-from speclm.proposers.eagle import EagleProposer
-from speclm.proposers.interface import Draft, Prefill, Proposer
+from speclm.drafting.interface import Draft, Prefill, Proposer
+from speclm.methods.eagle.config import EagleConfig
+from speclm.methods.eagle.network import EagleHeads
+from speclm.methods.eagle.proposer import EagleProposer
 from speclm.sampling import DraftSampling, PositionNoise
 from tests import enumeration
 from tests.enumeration import EXACT, LENGTH, VOCAB, TableTarget, distance, target_law

@@ -17,8 +17,8 @@ from typing_extensions import override
 
 from speclm.acceptance import Accepted
 from speclm.config import ProposerConfig
+from speclm.drafting.interface import Draft, Prefill, Proposer
 from speclm.generation import run as rounds
-from speclm.proposers.interface import Draft, Prefill, Proposer
 from speclm.sampling import PositionNoise, TokenChooser
 from speclm.tree.topology import chain, from_parents
 from tests.enumeration import (

@@ -14,12 +14,11 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from speclm import SpecModel
+from speclm.drafting.interface import Proposer
 from speclm.generation import run as rounds
-from speclm.proposers.draft_model import DraftModelProposer
-from speclm.proposers.interface import Proposer
-from speclm.proposers.ngram import NgramProposer
+from speclm.methods.draft_model.proposer import DraftModelProposer
+from speclm.methods.ngram.proposer import NgramProposer
 from speclm.testing import ScriptedProposer
-from tests.drafting import RandomTreeProposer
 from tests.models import (
     FAMILIES,
     VOCAB_SIZE,
@@ -28,6 +27,7 @@ from tests.models import (
     randomise,
     shared_model,
 )
+from tests.proposers import RandomTreeProposer
 
 NEW_TOKENS = 20
 DEPTH = 4

@@ -20,9 +20,9 @@ from speclm.generation.delegation import NeedsPlainDecoding, prompt_length
 from speclm.target import TargetFeatures
 from speclm.testing import ScriptedProposer
 from tests.byte_tokenizer import byte_tokenizer
-from tests.drafting import build_proposer
 from tests.models import VOCAB_SIZE, build_model, prompts, randomise, shared_model
 from tests.outcomes import observe, require_close, require_same
+from tests.proposers import build_proposer
 
 FAMILIES = ("llama", "gemma3", "gpt2")
 LENGTHS = ((6,), (6, 3, 5))

@@ -6,8 +6,10 @@ from transformers import DynamicCache, StaticCache
 
 from speclm.generation.delegation import NeedsPlainDecoding
 from speclm.generation.opening import meets_switch, open_session
-from speclm.target import ChainSession, TargetView, TreeSession
-from speclm.verify import Backend
+from speclm.self_check.verdict import Backend
+from speclm.target import TargetView
+from speclm.target.chain_session import ChainSession
+from speclm.target.tree_session import TreeSession
 from tests.models import build_model, prompts, shared_model
 
 NOTHING_PADDED = torch.tensor([0])

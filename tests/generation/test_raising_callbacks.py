@@ -15,9 +15,9 @@ from transformers.generation.streamers import BaseStreamer
 from speclm import SpecModel
 from speclm.errors import OptionError
 from tests.callbacks import DrawsAtEachCall
-from tests.drafting import build_proposer
 from tests.models import prompts
 from tests.outcomes import Outcome, observe, require_same
+from tests.proposers import build_proposer
 from tests.settings import GREEDY, SAMPLED, Arguments, tiny_draft, tiny_model
 
 LENGTHS = (7, 3, 5)

@@ -10,20 +10,15 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from speclm.acceptance import (
-    AcceptanceRule,
-    Accepted,
-    RejectionRule,
-    rejection,
-)
+from speclm.acceptance import AcceptanceRule, Accepted, RejectionRule, rejection
 from speclm.config import ProposerConfig
+from speclm.drafting.interface import Draft, Prefill, Proposer
 from speclm.errors import DraftError
 from speclm.generation import run as rounds
-from speclm.proposers.interface import Draft, Prefill, Proposer
 from speclm.sampling import DraftSampling, Draws, PositionNoise
 from speclm.sampling.drafts import Families
 from speclm.stats import SpeculationStats
-from speclm.target import TreeSession
+from speclm.target.tree_session import TreeSession
 from speclm.tree.topology import from_parents
 from tests import enumeration
 from tests.enumeration import (

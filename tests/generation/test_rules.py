@@ -5,18 +5,18 @@ import torch
 from torch import Tensor
 
 from speclm import SpecModel
-from speclm.acceptance import (
-    RejectionRule,
-    TypicalRule,
-)
+from speclm.acceptance import RejectionRule, TypicalRule
+from speclm.drafting.interface import Draft, Proposer
 from speclm.errors import NumericalError, OptionError, UnknownNameError
-from speclm.heads.medusa import MedusaHeads, MedusaHeadsConfig
-from speclm.proposers import DraftModelProposer, EagleProposer, MedusaProposer, NgramProposer
-from speclm.proposers.interface import Draft, Proposer
+from speclm.methods.draft_model.proposer import DraftModelProposer
+from speclm.methods.eagle.proposer import EagleProposer
+from speclm.methods.medusa.network import MedusaHeads, MedusaHeadsConfig
+from speclm.methods.medusa.proposer import MedusaProposer
+from speclm.methods.ngram.proposer import NgramProposer
 from speclm.sampling import PositionNoise
 from speclm.sampling.drafts import Families
-from tests.drafting import random_eagle
 from tests.models import VOCAB_SIZE, build_model, generate, prompts, shared_model
+from tests.proposers import random_eagle
 
 
 def test_greedy_decoding_takes_the_exact_rule():

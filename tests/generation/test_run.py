@@ -10,8 +10,8 @@ from transformers import DynamicCache, PreTrainedModel
 from speclm import SpecModel
 from speclm.cache import TreeCache
 from speclm.testing import ScriptedProposer
-from tests.drafting import RandomTreeProposer
 from tests.models import FAMILIES, VOCAB_SIZE, generate, prompts, shared_model
+from tests.proposers import RandomTreeProposer
 
 TOLERANCE = 1e-5  # of values of about 1: sums over other shapes round differently in float32
 

@@ -40,8 +40,8 @@ from speclm.generation.settings import (
     Setting,
     first_active,
 )
+from speclm.methods.ngram.proposer import NgramProposer
 from speclm.model.arguments import first_delegated, require_acceptable
-from speclm.proposers.ngram import NgramProposer
 from tests.models import VOCAB_SIZE, generate, prompts, shared_model
 
 MODES = ({"do_sample": False, "max_new_tokens": 8}, {"do_sample": True, "max_new_tokens": 8})

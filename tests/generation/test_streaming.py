@@ -14,9 +14,9 @@ from transformers.generation.streamers import AsyncTextIteratorStreamer
 
 from speclm import SpecModel
 from tests.callbacks import EndsRowsByCalls, Tokens
-from tests.drafting import build_proposer
 from tests.models import prompts
 from tests.outcomes import observe, require_same
+from tests.proposers import build_proposer
 from tests.settings import (
     EOS,
     GREEDY,

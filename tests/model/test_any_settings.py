@@ -21,9 +21,9 @@ from transformers import (
 
 from speclm import SpecModel
 from tests import callbacks
-from tests.drafting import PROPOSERS, RandomTreeProposer, build_proposer
 from tests.models import prompts
 from tests.outcomes import Outcome, live_steps, observe, require_close, require_same
+from tests.proposers import PROPOSERS, RandomTreeProposer, build_proposer
 from tests.settings import (
     EOS,
     TEXT,

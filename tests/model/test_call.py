@@ -4,7 +4,7 @@ import pytest
 from transformers import AutoTokenizer, GenerationConfig
 from transformers.generation import MaxLengthCriteria, StopStringCriteria
 
-from speclm.demo import assets
+from speclm.demo.bundle import assets
 from speclm.model.call import for_own_loop
 
 DEFAULT = GenerationConfig()

@@ -9,10 +9,11 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from speclm import SpecModel
-from speclm.proposers import EagleProposer, MedusaProposer
-from tests.drafting import build_proposer, random_eagle, random_heads
+from speclm.methods.eagle.proposer import EagleProposer
+from speclm.methods.medusa.proposer import MedusaProposer
 from tests.models import build_model, prompts, shared_model
 from tests.outcomes import observe, require_same
+from tests.proposers import build_proposer, random_eagle, random_heads
 
 SAMPLED = {"do_sample": True, "top_k": 0, "max_new_tokens": 16}
 

@@ -9,8 +9,8 @@ import transformers
 from packaging.version import Version
 
 from speclm import SpecModel
-from speclm.proposers import NgramProposer
-from speclm.verify import Backend
+from speclm.methods.ngram.proposer import NgramProposer
+from speclm.self_check.verdict import Backend
 from tests.families import FAMILIES, ROWS, build_family, is_known
 from tests.families.cells import CELLS, MAX_FORWARDS, compare, shared_plain, shared_spec
 from tests.models import generate, prompts

@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from speclm import SpecModel
+from speclm.drafting.combined import CombinedProposer
 from speclm.errors import OptionError, SpeclmError, VocabularyMismatchError
-from speclm.heads import MedusaHeads, MedusaHeadsConfig
-from speclm.proposers import CombinedProposer, DraftModelProposer, MedusaProposer, NgramProposer
+from speclm.methods.draft_model.proposer import DraftModelProposer
+from speclm.methods.medusa.network import MedusaHeads, MedusaHeadsConfig
+from speclm.methods.medusa.proposer import MedusaProposer
+from speclm.methods.ngram.proposer import NgramProposer
 from tests.models import VOCAB_SIZE, build_model, generate, prompts, shared_model
 
 SETTINGS = {"max_new_tokens": 8, "do_sample": False}

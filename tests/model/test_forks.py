@@ -13,8 +13,9 @@ from transformers import CohereConfig, CohereForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 from speclm import SpecModel
-from speclm.heads import MedusaHeads, MedusaHeadsConfig
-from speclm.proposers import MedusaProposer, NgramProposer
+from speclm.methods.medusa.network import MedusaHeads, MedusaHeadsConfig
+from speclm.methods.medusa.proposer import MedusaProposer
+from speclm.methods.ngram.proposer import NgramProposer
 from speclm.tree.plan import TreePlan
 from tests.forks import in_child
 from tests.models import SHAPE, VOCAB_SIZE, build_model, prompts, randomise

@@ -8,11 +8,13 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from speclm import SpecModel
-from speclm.demo import assets
+from speclm.demo.bundle import assets
 from speclm.errors import OptionError, SpeclmError, UnknownNameError
+from speclm.methods.draft_model.proposer import DraftModelProposer
+from speclm.methods.eagle.proposer import EagleProposer
+from speclm.methods.medusa.proposer import MedusaProposer
 from speclm.model.hub import HubOptions, find_heads
 from speclm.model.loading import load_proposer
-from speclm.proposers import DraftModelProposer, EagleProposer, MedusaProposer
 from tests.model.hub import running_hub
 from tests.model.test_loading_eagle import write as write_eagle
 from tests.models import build_model, shared_model

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from speclm import SpeclmError, SpecModel
+from speclm.drafting.combined import CombinedProposer
 from speclm.errors import (
     CheckpointError,
     OptionError,
@@ -18,13 +19,12 @@ from speclm.errors import (
     UnsupportedModelError,
     VocabularyMismatchError,
 )
-from speclm.formats import read_medusa
+from speclm.methods.draft_model.proposer import DraftModelProposer
+from speclm.methods.medusa.checkpoint import read_medusa
+from speclm.methods.medusa.proposer import MedusaProposer
+from speclm.methods.ngram.proposer import NgramProposer
 from speclm.model.hub import HubOptions, find_heads
 from speclm.model.loading import load_proposer
-from speclm.proposers.combined import CombinedProposer
-from speclm.proposers.draft_model import DraftModelProposer
-from speclm.proposers.medusa import MedusaProposer
-from speclm.proposers.ngram import NgramProposer
 from tests.model.hub import running_hub
 from tests.models import VOCAB_SIZE, build_model, generate, prompts, shared_model
 

@@ -10,8 +10,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from speclm import SpecModel
+from speclm.drafting.combined import CombinedProposer
 from speclm.errors import CheckpointError, OptionError
-from speclm.proposers import CombinedProposer, EagleProposer
+from speclm.methods.eagle.proposer import EagleProposer
 from tests.model.hub import running_hub
 from tests.models import VOCAB_SIZE, build_model, generate, prompts
 

@@ -13,9 +13,9 @@ import pytest
 from torch import Tensor
 
 from speclm import SpecModel
-from tests.drafting import DEPTH, PROPOSERS, WRONG_AT, build_proposer
 from tests.models import prompts
 from tests.outcomes import Outcome, lengths, live_steps, observe, require_close, require_same
+from tests.proposers import DEPTH, PROPOSERS, WRONG_AT, build_proposer
 from tests.settings import EOS, NEW_TOKENS, SETTINGS, tiny_draft, tiny_model
 
 BATCHES = {"one row": (6,), "padded rows": (7, 3, 5)}

@@ -5,13 +5,15 @@ import pickle
 import pytest
 import torch
 
+from speclm.drafting.combined import CombinedProposer
+from speclm.methods.medusa.proposer import MedusaProposer
+from speclm.methods.medusa.training import new_medusa_heads
+from speclm.methods.ngram.proposer import NgramProposer
 from speclm.model.misses import FEWEST_DRAFTS, ROUNDS_BEFORE_WARNING, MissWatch
 from speclm.model.spec_model import SpecModel
-from speclm.proposers import CombinedProposer, MedusaProposer, NgramProposer
 from speclm.stats import RowStats, SpeculationStats
 from speclm.target import TargetView
 from speclm.testing import ScriptedProposer
-from speclm.training import new_medusa_heads
 from tests.models import prompts, shared_model
 
 

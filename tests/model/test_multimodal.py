@@ -9,13 +9,13 @@ from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
 from speclm import SpecModel
-from speclm.heads.medusa import MedusaHeads, MedusaHeadsConfig
-from speclm.proposers.draft_model import DraftModelProposer
-from speclm.proposers.medusa import MedusaProposer
-from speclm.proposers.ngram import NgramProposer
+from speclm.methods.draft_model.proposer import DraftModelProposer
+from speclm.methods.medusa.network import MedusaHeads, MedusaHeadsConfig
+from speclm.methods.medusa.proposer import MedusaProposer
+from speclm.methods.ngram.proposer import NgramProposer
+from speclm.self_check.verdict import Backend
 from speclm.target import TargetFeatures, TargetView
 from speclm.testing import ScriptedProposer
-from speclm.verify import Backend
 from tests.exactness import MODES, WRONG_AT, planted, require_exact
 from tests.models import VOCAB_SIZE, build_model, generate
 from tests.multimodal import IMAGE_TOKEN, WRAPPERS, build_wrapper, prompt, shared_wrapper

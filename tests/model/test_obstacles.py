@@ -8,10 +8,11 @@ import torch
 from transformers import DynamicCache, LlamaForCausalLM
 
 from speclm import SpecModel
-from speclm.heads.medusa import MedusaHeads, MedusaHeadsConfig
-from speclm.proposers import DraftModelProposer, NgramProposer
-from speclm.proposers.medusa import MedusaProposer
-from speclm.verify import Backend
+from speclm.methods.draft_model.proposer import DraftModelProposer
+from speclm.methods.medusa.network import MedusaHeads, MedusaHeadsConfig
+from speclm.methods.medusa.proposer import MedusaProposer
+from speclm.methods.ngram.proposer import NgramProposer
+from speclm.self_check.verdict import Backend
 from tests.exactness import require_exact
 from tests.models import VOCAB_SIZE, build_model, generate, prompts
 

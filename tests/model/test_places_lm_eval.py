@@ -11,7 +11,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from speclm import SpecModel
-from speclm.demo import assets
+from speclm.demo.bundle import assets
 from tests.outcomes import reading
 
 QUESTIONS = [

@@ -6,10 +6,11 @@ import torch
 
 from speclm import SpecModel
 from speclm.errors import UnsupportedModelError
-from speclm.proposers import EagleProposer, NgramProposer
-from speclm.proposers.draft_model import DraftModelProposer
-from tests.drafting import random_eagle
+from speclm.methods.draft_model.proposer import DraftModelProposer
+from speclm.methods.eagle.proposer import EagleProposer
+from speclm.methods.ngram.proposer import NgramProposer
 from tests.models import build_model, generate, prompts, shared_model
+from tests.proposers import random_eagle
 
 IN_PARTS = {
     "model.embed_tokens": "cpu",

@@ -10,7 +10,7 @@ from transformers.utils import logging as hf_logging
 
 import speclm
 from speclm import SpecModel
-from speclm.demo import assets
+from speclm.demo.bundle import assets
 
 TEXTS = ["how many wins in table_2", "SELECT name FROM", "a"]
 CHATS = [

@@ -5,11 +5,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, QuantoConfig, TorchAoConfig
 
 from speclm import SpecModel
-from speclm.demo import assets
-from speclm.proposers import MedusaProposer, NgramProposer
-from tests.drafting import random_heads
+from speclm.demo.bundle import assets
+from speclm.methods.medusa.proposer import MedusaProposer
+from speclm.methods.ngram.proposer import NgramProposer
 from tests.models import build_model, prompts
 from tests.outcomes import observe, require_same
+from tests.proposers import random_heads
 from tests.target.test_matrices import Coded
 
 TEXTS = ["SELECT name FROM table_1 WHERE name = ", "how many wins in table_2"]

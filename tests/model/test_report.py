@@ -3,11 +3,11 @@
 import pytest
 
 from speclm import SpecModel
+from speclm.methods.ngram.proposer import NgramProposer
 from speclm.model.report import write_report
-from speclm.proposers import NgramProposer
+from speclm.self_check.verdict import Backend, SelfCheck
 from speclm.stats import SpeculationStats
 from speclm.target import TargetView
-from speclm.verify import Backend, SelfCheck
 from tests.models import prompts, shared_model
 
 

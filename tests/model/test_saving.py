@@ -11,8 +11,11 @@ from safetensors import safe_open
 from speclm import SpecModel
 from speclm.cards import GENERATED_MARK
 from speclm.errors import OptionError
-from speclm.heads import EagleConfig, EagleHeads, MedusaHeads, MedusaHeadsConfig
-from speclm.proposers import EagleProposer, MedusaProposer
+from speclm.methods.eagle.config import EagleConfig
+from speclm.methods.eagle.network import EagleHeads
+from speclm.methods.eagle.proposer import EagleProposer
+from speclm.methods.medusa.network import MedusaHeads, MedusaHeadsConfig
+from speclm.methods.medusa.proposer import MedusaProposer
 from tests.model.hub import running_hub
 from tests.models import VOCAB_SIZE, build_model, generate, prompts, shared_model
 

@@ -25,6 +25,7 @@ from typing_extensions import override
 from speclm import SpecModel, SpeculativeOutput
 from speclm.acceptance import Accepted
 from speclm.config import ProposerConfig
+from speclm.drafting.interface import Draft, Prefill, Proposer
 from speclm.errors import (
     CacheError,
     DraftError,
@@ -35,13 +36,12 @@ from speclm.errors import (
     TreeBudgetError,
     UnsupportedModelError,
 )
-from speclm.proposers.draft_model import DraftModelProposer
-from speclm.proposers.interface import Draft, Prefill, Proposer
-from speclm.proposers.ngram import NgramProposer
+from speclm.methods.draft_model.proposer import DraftModelProposer
+from speclm.methods.ngram.proposer import NgramProposer
 from speclm.sampling import PositionNoise
+from speclm.self_check.verdict import Backend
 from speclm.testing import ScriptedProposer
 from speclm.tree.topology import chain, from_parents
-from speclm.verify import Backend
 from tests.models import VOCAB_SIZE, build_model, generate, prompts, randomise, shared_model
 
 SAMPLED = {"do_sample": True, "max_new_tokens": 10}

@@ -9,10 +9,13 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from speclm import SpecModel
+from speclm.drafting.combined import CombinedProposer
 from speclm.errors import OptionError
-from speclm.heads.medusa import MedusaHeads, MedusaHeadsConfig
+from speclm.methods.draft_model.proposer import DraftModelProposer
+from speclm.methods.medusa.network import MedusaHeads, MedusaHeadsConfig
+from speclm.methods.medusa.proposer import MedusaProposer
+from speclm.methods.ngram.proposer import NgramProposer
 from speclm.model.standing_in import proposer_modules
-from speclm.proposers import CombinedProposer, DraftModelProposer, MedusaProposer, NgramProposer
 from tests.callbacks import Tokens
 from tests.models import VOCAB_SIZE, build_model, generate, prompts
 

@@ -17,15 +17,13 @@ from typing_extensions import override
 
 from speclm import SpecModel
 from speclm.acceptance import AcceptanceRule, Accepted, Verified, resolve_acceptance_rule
+from speclm.drafting.combined import CombinedProposer
+from speclm.drafting.interface import Proposer
 from speclm.errors import BusyError, SpeclmError
-from speclm.heads import MedusaHeads, MedusaHeadsConfig
-from speclm.proposers import (
-    CombinedProposer,
-    DraftModelProposer,
-    MedusaProposer,
-    NgramProposer,
-    Proposer,
-)
+from speclm.methods.draft_model.proposer import DraftModelProposer
+from speclm.methods.medusa.network import MedusaHeads, MedusaHeadsConfig
+from speclm.methods.medusa.proposer import MedusaProposer
+from speclm.methods.ngram.proposer import NgramProposer
 from speclm.target import TargetFeatures, TargetView, exclusive
 from tests.models import VOCAB_SIZE, build_model, prompts, randomise
 from tests.outcomes import reading

@@ -7,8 +7,8 @@ from speclm import SpecModel
 from speclm.errors import OptionError, TopologyError, UnknownNameError
 from speclm.model.trees import normalize_tree
 from speclm.tree.plan import TreePlan
-from tests.drafting import build_proposer
 from tests.models import build_model, generate, prompts, shared_model
+from tests.proposers import build_proposer
 
 CHAIN = TreePlan.of(((0,), (0, 0), (0, 0, 0), (0, 0, 0, 0)))
 SAMPLED = {"do_sample": True, "temperature": 0.9}

@@ -20,8 +20,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from speclm import SpecModel
 from speclm.errors import UnsupportedModelError
-from speclm.proposers import NgramProposer
-from speclm.verify import Backend
+from speclm.methods.ngram.proposer import NgramProposer
+from speclm.self_check.verdict import Backend
 from tests.models import VOCAB_SIZE, prompts, randomise
 
 SIZES = {

@@ -16,8 +16,9 @@ from transformers.generation.streamers import BaseStreamer
 import speclm
 from speclm import SpecModel
 from speclm.attention import active_step
+from speclm.drafting.combined import CombinedProposer
 from speclm.errors import BusyError, OptionError
-from speclm.proposers import CombinedProposer, NgramProposer
+from speclm.methods.ngram.proposer import NgramProposer
 from speclm.target import claims
 from tests.models import build_model, prompts
 from tests.outcomes import reading

@@ -4,7 +4,7 @@ import torch
 from accelerate import cpu_offload
 from accelerate.hooks import ModelHook, add_hook_to_module
 
-from speclm.target.devices import device_of
+from speclm.target.matrices import device_of
 from tests.models import build_model
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from speclm.self_check.verdict import Backend
 from speclm.target import TargetFeatures, TargetView
 from speclm.tree.topology import from_parents
-from speclm.verify import Backend
 from tests.families import FAMILIES, shared_family
 from tests.models import VOCAB_SIZE, prompts
 

@@ -9,7 +9,7 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedMo
 
 from speclm.cache import TreeCache, import_cache
 from speclm.target import TargetView
-from speclm.target.handover import fill_rows, hand_over
+from speclm.target.tree_session import fill_rows, hand_over
 from speclm.tree.topology import chain
 from tests.models import VOCAB_SIZE, build_model, prompts, randomise
 

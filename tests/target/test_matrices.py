@@ -5,12 +5,7 @@ import torch
 from torch import nn
 
 from speclm.errors import UnsupportedModelError
-from speclm.target.matrices import (
-    embedding_matrix,
-    head_shape,
-    output_matrix,
-    stored_matrices,
-)
+from speclm.target.matrices import embedding_matrix, head_shape, output_matrix, stored_matrices
 from tests.models import VOCAB_SIZE, build_model, shared_model
 
 HIDDEN = 40

@@ -9,8 +9,8 @@ from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedModel
 from speclm import SpecModel
 from speclm.target.rotary import RotarySwitch, rotary_switch
 from speclm.testing import ScriptedProposer
-from tests.drafting import RandomTreeProposer
 from tests.models import VOCAB_SIZE, build_model, generate, prompts, randomise, shared_model
+from tests.proposers import RandomTreeProposer
 
 SWITCH = 24
 DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}

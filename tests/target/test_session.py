@@ -5,7 +5,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from speclm.target import ChainSession, Session, TargetView, TreeSession
+from speclm.target import Session, TargetView
+from speclm.target.chain_session import ChainSession
+from speclm.target.tree_session import TreeSession
 from speclm.tree.topology import chain
 from tests.models import prompts, shared_model
 

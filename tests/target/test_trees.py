@@ -6,7 +6,8 @@ from transformers import DynamicCache
 
 from speclm.cache import TreeCache, import_cache
 from speclm.errors import CacheError
-from speclm.target import TargetView, TreeSession
+from speclm.target import TargetView
+from speclm.target.tree_session import TreeSession
 from speclm.tree.topology import chain, from_parents
 from tests.models import build_model, prompts, shared_model
 

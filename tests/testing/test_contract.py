@@ -4,16 +4,13 @@ import numpy as np
 import pytest
 import torch
 
+from speclm.config import ProposerConfig
+from speclm.drafting.interface import Draft, Proposer
 from speclm.errors import OptionError, ProposerContractError
-from speclm.heads.medusa import MedusaHeads, MedusaHeadsConfig
-from speclm.proposers import (
-    Draft,
-    MedusaProposer,
-    NgramProposer,
-    Proposer,
-    ProposerConfig,
-    TargetFeatures,
-)
+from speclm.methods.medusa.network import MedusaHeads, MedusaHeadsConfig
+from speclm.methods.medusa.proposer import MedusaProposer
+from speclm.methods.ngram.proposer import NgramProposer
+from speclm.target.features import TargetFeatures
 from speclm.testing import ScriptedProposer, check_proposer
 from speclm.tree import TreeTopology, chain, from_parents
 from tests.models import VOCAB_SIZE, shared_model

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from speclm.acceptance import accept_exact
+from speclm.drafting.interface import Prefill
 from speclm.errors import OptionError, TreeBudgetError
-from speclm.proposers import Prefill
 from speclm.testing import ScriptedProposer
 
 ROOT = 5  # last token of every prompt

@@ -7,7 +7,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
-from speclm.training import Conversation
+from speclm.training.conversations import Conversation
 from tests.models import build_model
 
 TURN = "{{ '<' + m['role'] + '>' }}"

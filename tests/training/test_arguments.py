@@ -85,7 +85,7 @@ def test_counts_are_whole_numbers(tmp_path):
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])
 def test_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch, name):
     monkeypatch.setattr(
-        "speclm.training._trackers.get_available_reporting_integrations", lambda: ["mlflow"]
+        "speclm.training.arguments.get_available_reporting_integrations", lambda: ["mlflow"]
     )
     for report_to in (name, ["mlflow", name]):
         with pytest.raises(OptionError, match=rf"'{name}'.* not installed .*pip install {name}"):

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from speclm.errors import DataError, OptionError
-from speclm.json_lines import JsonLine
+from speclm.files.json_lines import JsonLine
 from speclm.training.conversations import parse_conversation, read_conversations
 from tests.training.talks import write_alphabet
 

@@ -5,19 +5,18 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from speclm import SpecModel
-from speclm.demo import assets, load_prompts
-from speclm.proposers import EagleProposer
-from speclm.training import (
-    EAGLE_DEFAULTS,
-    EagleObjective,
+from speclm.demo.bundle import assets, load_prompts
+from speclm.methods.eagle.objective import EagleObjective
+from speclm.methods.eagle.proposer import EagleProposer
+from speclm.methods.eagle.training import (
     EagleTrainer,
-    TrainingRows,
     choose_columns,
     count_tokens,
     new_eagle_heads,
-    training_arguments,
 )
+from speclm.training.arguments import EAGLE_DEFAULTS, training_arguments
 from speclm.training.assistant_tokens import TokenizedRow
+from speclm.training.rows import TrainingRows
 from tests.training.runs import SETTINGS
 
 NUM_ROWS, NUM_HELD_OUT = 8, 4

@@ -7,16 +7,12 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 
 from speclm.errors import CheckpointError, DataError
-from speclm.training import (
-    EagleTrainer,
-    HeadsTrainer,
-    MedusaTrainer,
-    TrainingRows,
-    new_eagle_heads,
-    new_medusa_heads,
-    training_arguments,
-)
+from speclm.methods.eagle.training import EagleTrainer, new_eagle_heads
+from speclm.methods.medusa.training import MedusaTrainer, new_medusa_heads
+from speclm.training.arguments import training_arguments
 from speclm.training.assistant_tokens import TokenizedRow
+from speclm.training.heads_trainer import HeadsTrainer
+from speclm.training.rows import TrainingRows
 from tests.models import build_model
 from tests.training.runs import SETTINGS, StopAt
 from tests.training.talks import WORDS

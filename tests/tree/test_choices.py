@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from speclm.config import MAX_NODES
 from speclm.errors import TopologyError, UnknownNameError
-from speclm.tree.choices import (
+from speclm.tree.static import (
     PRESETS,
     choices_of_widths,
     normalize_choices,

@@ -4,8 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speclm.tree.choices import PRESETS, normalize_choices
-from speclm.tree.filling import FilledTree
+from speclm.tree.dynamic import FilledTree
+from speclm.tree.static import PRESETS, normalize_choices
 
 SKEWED = ((0,), (2,), (0, 1), (2, 0), (2, 3), (2, 3, 0))
 

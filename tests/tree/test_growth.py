@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from speclm.tree.growth import GrowingTree
+from speclm.tree.dynamic import GrowingTree
 
 VOCAB = 4
 PENALTY = 1e-4  # of a whole path at most: every step is charged a little

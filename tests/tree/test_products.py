@@ -4,7 +4,7 @@ from itertools import product
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speclm.tree.products import likeliest_paths
+from speclm.tree.static import likeliest_paths
 
 CLOSE = 1e-9  # sums of a few logarithms, in another order
 

@@ -1,0 +1,349 @@
+"""Never slower: whether the next round of a generation should have a draft."""
+
+import math
+from collections import deque
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from statistics import fmean, median, median_low
+from time import perf_counter
+
+from speclm.stats import Pause, SpeculationStats
+
+# Gains, losses and balances are in plain rounds: the time of a round without a draft, or the token
+# that it gives.
+_START = 0.5  # balance before anything is known: what the first call may lose
+_FIRST_PRICE = 2.0  # of the first draft of a batch, which reads the prompts of all rows
+_NEW_TEXT = 4  # a new call adds one part in so many of what is missing for a draft
+_LIMIT = 12.0  # most that is saved up, and so lost once texts become harder to guess
+_REFILL = 1 / 40  # what a round without a draft adds: the share of time that probes may cost
+_LEAST_REFILL = 1 / 160  # it is halved down to this, each time that a probe has gained nothing
+
+_MEASURED_ROUNDS = 2
+_FRESH_ROUNDS = 16  # a plain time older than this is measured again before drafts pause ...
+_VALID_ROUNDS = 256  # ... and one older than this in any case, unless drafts obviously pay
+_OBVIOUS_TAU = 2.5
+
+_NUM_PLAIN_TIMES = 9
+_NUM_ROUNDS = 8
+_NUM_FIRST_ROUNDS = 5
+_CLIP = 2.0  # times the median: what counts of an outlier
+_SHORT_CONTEXT = 2048  # tokens; longer contexts are told apart by powers of two
+_MAX_LEDGERS = 64
+
+
+@dataclass(slots=True)
+class _Ledger:
+    """What drafts gained and lost in calls of one setting, batch size and length of context.
+
+    Args:
+        first_price: What the first draft is expected to lose.
+        balance: Gains less losses, at most `_LIMIT`. Drafts pause while it is less than the price
+            of a useless one.
+        refill: What a round without a draft adds to a low balance.
+        to_measure: Rounds without a draft that are still to be timed.
+        plain_times: Seconds of the last rounds without a draft.
+        age: Rounds since the last of them.
+        rounds: Seconds, tokens and booked gain of the last rounds with a draft.
+        first_times: Seconds of rounds with a draft after one without. There proposers read what
+            they have missed, at the start of a call the prompt.
+        prefill_times: Seconds of drafts that the prompt's forward verified.
+        before_probe: Balance before the last series of rounds with a draft; None outside of one.
+        num_unmeasured: Rounds with a draft since they could not be compared with plain ones.
+    """
+
+    first_price: float
+    balance: float = _START
+    refill: float = _REFILL
+    to_measure: int = _MEASURED_ROUNDS
+    plain_times: deque[float] = field(default_factory=lambda: deque(maxlen=_NUM_PLAIN_TIMES))
+    age: int = 0
+    rounds: deque[tuple[float, float, float]] = field(
+        default_factory=lambda: deque(maxlen=_NUM_ROUNDS)
+    )
+    first_times: deque[float] = field(default_factory=lambda: deque(maxlen=_NUM_FIRST_ROUNDS))
+    prefill_times: deque[float] = field(default_factory=lambda: deque(maxlen=_NUM_FIRST_ROUNDS))
+    before_probe: float | None = None
+    num_unmeasured: int = 0
+
+    def wants_draft(self) -> bool:
+        """Return whether the next round should have a draft."""
+        return self.to_measure == 0 and self.balance >= self.price()
+
+    def is_paused(self) -> bool:
+        """Return whether rounds have shown that drafts do not pay."""
+        return self.to_measure == 0 and bool(self.rounds) and self.balance < self.price()
+
+    def price(self) -> float:
+        """Return what a round with a draft loses that guesses nothing right."""
+        plain = self.plain_time()
+        if plain is None:
+            return 0.0
+        if not self.rounds:
+            return self.first_price
+        seconds = self._usual()
+        if self.before_probe is None and len(self.first_times) > 1:
+            seconds = max(seconds, median_low(self.first_times))
+        return max(seconds / plain - 1.0, 0.0)
+
+    def plain_time(self) -> float | None:
+        """Return the seconds of a round without a draft; the low median, since noise adds time."""
+        return median_low(self.plain_times) if self.plain_times else None
+
+    def tau(self) -> float:
+        """Return the mean tokens of the last rounds with a draft."""
+        return fmean(tokens for _, tokens, _ in self.rounds) if self.rounds else 1.0
+
+    def reason(self) -> str:
+        """Return why drafts do not pay, in numbers."""
+        limit = _CLIP * self._usual()
+        seconds = fmean(min(seconds, limit) for seconds, _, _ in self.rounds)
+        return (
+            f"round of {1e3 * seconds:.1f} ms for {self.tau():.1f} tokens, "
+            f"plain {1e3 * (self.plain_time() or 0.0):.1f} ms"
+        )
+
+    def begin_call(self) -> None:
+        """Add a part of what is missing for a draft: the text is another."""
+        self.balance += max(self.price() - self.balance, 0.0) / _NEW_TEXT
+
+    def add_plain(self, seconds: float | None) -> float:
+        """Book a round without a draft; return what that adds to the balance.
+
+        Args:
+            seconds: None when the time says nothing.
+        """
+        if seconds is not None:
+            self.plain_times.append(seconds)
+            self.age = 0
+        if self.to_measure:
+            self.to_measure -= 1
+            return self._book_again() if self.to_measure == 0 else 0.0
+        if self.before_probe is not None:
+            has_gained = self.balance > self.before_probe
+            self.refill = _REFILL if has_gained else max(self.refill / 2, _LEAST_REFILL)
+            self.before_probe = None
+        is_low = self.balance < max(self.price(), _START)
+        return self._add(self.refill if is_low else 0.0)
+
+    def add_draft(self, seconds: float | None, tokens: int | float, *, is_first: bool) -> float:
+        """Book a round with a draft; return what that adds to the balance, a loss below 0.
+
+        Args:
+            seconds: None when the time says nothing.
+            tokens: What the round gave.
+            is_first: Whether the round before had none, or there was none in this call.
+        """
+        self.age += 1
+        if self.before_probe is None:
+            self.before_probe = self.balance
+        gain = 0.0 if seconds is None else self._book(seconds, tokens, is_first=is_first)
+        self.num_unmeasured = self.num_unmeasured + 1 if self.plain_time() is None else 0
+        is_stale = self.age > _VALID_ROUNDS and self.tau() <= _OBVIOUS_TAU
+        is_doubtful = self.age > _FRESH_ROUNDS and self.balance < self.price()
+        if is_stale or is_doubtful or self.num_unmeasured > 2 * _FRESH_ROUNDS:
+            self.to_measure, self.age, self.num_unmeasured = _MEASURED_ROUNDS, 0, 0
+            self.plain_times.clear()
+        return gain
+
+    def add_prefill(self, seconds: float, tokens: int | float) -> float:
+        """Book a draft that the prompt's forward verified; return what that adds to the balance.
+
+        Args:
+            seconds: What drafting took.
+            tokens: What the draft gave.
+        """
+        plain = self.plain_time()
+        self.prefill_times.append(seconds)
+        if plain is None:
+            return 0.0
+        # What is long counts once two calls have shown it.
+        counted = min(seconds, _CLIP * plain)
+        if len(self.prefill_times) > 1:
+            counted = max(counted, median_low(self.prefill_times))
+        return self._add(tokens - counted / plain)
+
+    def _add(self, change: float) -> float:
+        self.balance = min(self.balance + change, _LIMIT)
+        return change
+
+    def _book(self, seconds: float, tokens: int | float, *, is_first: bool) -> float:
+        plain = self.plain_time()
+        usual = self._usual() if self.rounds else None
+        if is_first:
+            # What is read in addition counts once two calls have shown it: a model's first call
+            # is slow in many ways.
+            self.first_times.append(seconds)
+            usual = usual or min(seconds, _CLIP * (plain or seconds))
+            read = median_low(self.first_times) if len(self.first_times) > 1 else 0.0
+            seconds, counted = usual, max(usual, read)
+        else:
+            counted = seconds = min(seconds, _CLIP * (usual or seconds))
+        gain = 0.0 if plain is None else tokens - counted / plain
+        self.rounds.append((seconds, tokens, gain))
+        return self._add(gain)
+
+    def _book_again(self) -> float:
+        """Weigh the last rounds with a draft by the new plain time; return the change."""
+        plain = self.plain_time()
+        if plain is None:  # the clock says nothing
+            return 0.0
+        rounds = [(seconds, tokens, tokens - seconds / plain) for seconds, tokens, _ in self.rounds]
+        pairs = zip(rounds, self.rounds, strict=True)
+        change = sum((new[2] - old[2] for new, old in pairs), 0.0)
+        self.rounds.extend(rounds)
+        return self._add(change)
+
+    def _usual(self) -> float:
+        """Return the seconds of a round with a draft."""
+        return median(seconds for seconds, _, _ in self.rounds)
+
+
+class PauseMemory:
+    """What the calls of one model have learned about the time of rounds.
+
+    Times belong to a proposer, a setting, a batch size and a length of context. Another proposer
+    starts anew.
+    """
+
+    def __init__(self) -> None:
+        self._ledgers: dict[Hashable, _Ledger] = {}
+        self._proposer: object = None
+
+    def begin_call(self, proposer: object) -> None:
+        """Start a call, whose text may be easier to guess than that of the last one."""
+        if proposer is not self._proposer:
+            self._ledgers.clear()
+            self._proposer = proposer
+
+    def ledger(self, setting: Hashable, *, batch: int, context: int) -> _Ledger:
+        """Return what is known about rounds of that many rows; contexts by powers of two."""
+        key = (setting, batch, (max(context, 0) // _SHORT_CONTEXT).bit_length())
+        if key not in self._ledgers:
+            if len(self._ledgers) >= _MAX_LEDGERS:
+                del self._ledgers[next(iter(self._ledgers))]
+            self._ledgers[key] = _Ledger(_FIRST_PRICE if batch > 1 else 0.0)
+        return self._ledgers[key]
+
+
+class Pausing:
+    """Says before each round of one call whether to draft, and is told what the round took.
+
+    Drafts have a balance: each round adds the tokens that it gave, less its time, both in plain
+    rounds. A balance that does not cover another useless draft pauses them. Rounds without a draft
+    refill it slowly, so that a draft is tried now and then, more rarely the less came of it. What
+    speculation can lose is bounded by the start and the refill, and gains are saved up to a limit.
+    All of it is kept for the next call of the same setting and batch size. The time of a plain
+    round is measured by the first two rounds of all.
+
+    Tokens never depend on it, as they do not depend on drafts. No tensors, and no sync.
+
+    Example:
+        ```python
+
+        pausing = Pausing(PauseMemory(), batch=1, num_prompt_tokens=20)
+        drafted = pausing.wants_draft()  # starts the clock
+        pausing.record(tokens=3, drafted=drafted)  # stops it
+        ```
+    """
+
+    def __init__(
+        self,
+        memory: PauseMemory,
+        *,
+        batch: int,
+        num_prompt_tokens: int,
+        setting: Hashable = None,
+        proposer: object = None,
+        stats: SpeculationStats | None = None,
+        clock: Callable[[], float] = perf_counter,
+    ) -> None:
+        """Begin a call.
+
+        Args:
+            memory: What earlier calls learned; is changed.
+            batch: Rows, those that end early included: forwards have them all.
+            num_prompt_tokens: Tokens in the cache before the first round.
+            setting: What acceptance depends on besides the text, such as the temperature.
+            proposer: Whose drafts are judged, by identity.
+            stats: Told about plain rounds and pauses; None for nobody.
+            clock: Seconds; may be any clock, but one that stands still or jumps teaches little.
+        """
+        memory.begin_call(proposer)
+        self._memory = memory
+        self._setting, self._batch = setting, batch
+        self._stats = stats
+        self._clock = clock
+        self._context = float(num_prompt_tokens)
+        self._ledger = memory.ledger(setting, batch=batch, context=num_prompt_tokens)
+        self._ledger.begin_call()
+        self._first_ledger = self._ledger
+        self._balance = self._ledger.balance  # without the limit
+        self._num_tokens = 0.0
+        self._num_rounds = 0
+        self._has_read = False  # whether the round before had a draft
+        self._is_paused = self._ledger.is_paused()
+        self._start = clock()
+
+    def wants_draft(self) -> bool:
+        """Start the clock, and return whether the round that begins should have a draft.
+
+        Before the prefill it says whether the prompt's forward should verify one.
+        """
+        self._start = self._clock()
+        return self._ledger.wants_draft()
+
+    def restart_clock(self) -> None:
+        """Leave out of the round's time what has been done since `wants_draft`."""
+        self._start = self._clock()
+
+    def record_prefill(self, *, tokens: int | float, seconds: float | None) -> None:
+        """Take note of the prompt's forward.
+
+        Args:
+            tokens: Tokens that it gave.
+            seconds: What drafting took before it; None without a draft.
+        """
+        self._num_tokens += tokens
+        if seconds is not None and 0 < seconds < math.inf:
+            self._balance += self._ledger.add_prefill(seconds, tokens - 1)
+            self._has_read = True
+
+    def record(self, *, tokens: int | float, drafted: bool, seconds: float | None = None) -> None:
+        """Take note of a round.
+
+        Args:
+            tokens: Tokens that the round gave the rows that had fewest: those decide when the
+                call ends.
+            drafted: Whether the proposer was asked, though it may have guessed nothing.
+            seconds: Wall time of the round, NaN if it says nothing; None for the time since
+                `wants_draft`.
+        """
+        if seconds is None:
+            seconds = self._clock() - self._start
+        timed = seconds if math.isfinite(seconds) and seconds > 0 else None
+        self._num_rounds += 1
+        self._num_tokens += tokens
+        self._context += tokens
+        ledger = self._memory.ledger(self._setting, batch=self._batch, context=int(self._context))
+        self._ledger = ledger
+        if drafted:
+            self._balance += ledger.add_draft(timed, tokens, is_first=not self._has_read)
+        else:
+            self._balance += ledger.add_plain(timed)
+        self._has_read = drafted
+        was_paused, self._is_paused = self._is_paused, ledger.is_paused()
+        if self._stats is None:
+            return
+        if not drafted:
+            self._stats.num_plain_rounds += 1
+        if self._is_paused and not was_paused:
+            self._stats.pauses.append(Pause(self._num_rounds, ledger.reason()))
+
+    def finish(self, num_steps: int) -> None:
+        """End the call, whose longest row has `num_steps` new tokens.
+
+        Rows that took turns at being last have been given more tokens than that.
+        """
+        excess = self._num_tokens - num_steps
+        if excess > 0 and self._ledger is self._first_ledger:
+            self._ledger.balance = min(self._ledger.balance, self._balance - excess)

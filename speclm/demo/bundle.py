@@ -1,0 +1,61 @@
+"""Where the bundled models and prompts lie."""
+
+from pathlib import Path
+
+from speclm.errors import MissingAssetError, OptionError
+from speclm.files.json_lines import read_json_lines
+
+DATA = Path(__file__).parent / "data"
+NAMES = ("base", "draft", "eagle", "eagle3", "medusa", "prompts")
+
+
+def assets() -> dict[str, Path]:
+    """Return the folders of the bundled assets by name.
+
+    ``base`` and ``draft`` are model folders with tokenizer; ``medusa``, ``eagle`` and ``eagle3``
+    hold Medusa, EAGLE-1 and EAGLE-3 heads for that base. Load the models with
+    ``dtype=torch.float32``, because their files are bfloat16.
+    ``prompts`` holds the conversations that [speclm.demo.load_prompts][] reads.
+
+    Raises:
+        MissingAssetError: An asset is not part of this installation.
+
+    Example:
+        >>> sorted(assets())
+        ['base', 'draft', 'eagle', 'eagle3', 'medusa', 'prompts']
+    """
+    paths = {name: DATA / name for name in NAMES}
+    missing = [name for name, path in paths.items() if not path.is_dir()]
+    if missing:
+        raise MissingAssetError(
+            f"{DATA}: expected the demo assets {list(NAMES)}, found no {missing}; install speclm "
+            "from its wheel or from a full checkout"
+        )
+    return paths
+
+
+def load_prompts(name: str, *, limit: int | None = None) -> list[list[dict[str, str]]]:
+    """Read the conversations of one bundled set, each without its final assistant turn.
+
+    Args:
+        name: ``sql_dev`` or ``gsm8k_dev`` to report on; ``sql_tune`` or ``gsm8k_tune`` to choose
+            settings with, which the draft model never trained on either.
+        limit: Number of conversations to keep from the start; None keeps all.
+
+    Returns:
+        Messages with ``role`` and ``content``, as chat templates take them.
+
+    Raises:
+        OptionError: No set has that name, or ``limit`` is negative.
+
+    Example:
+        >>> [message["role"] for message in load_prompts("sql_dev", limit=1)[0]]
+        ['system', 'user']
+    """
+    files = {path.stem: path for path in assets()["prompts"].glob("*.jsonl")}
+    if name not in files:
+        raise OptionError(f"expected prompts named one of {sorted(files)}, found {name!r}")
+    if limit is not None and limit < 0:
+        raise OptionError(f"expected limit to be at least 0 or None, found {limit!r}")
+    lines = read_json_lines(files[name])
+    return [line.parse()["messages"][:-1] for line in lines[:limit]]

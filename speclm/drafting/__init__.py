@@ -1,0 +1,1 @@
+"""What a drafting method implements, and what methods share."""

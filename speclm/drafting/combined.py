@@ -1,0 +1,195 @@
+"""Joins the drafts of several proposers into one tree."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from typing_extensions import override
+
+from speclm.acceptance.accepted import Accepted
+from speclm.config import MAX_NODES, ProposerConfig, require_count, require_depth
+from speclm.drafting.interface import Draft, Prefill, Proposer
+from speclm.errors import OptionError
+from speclm.sampling.noise import PositionNoise
+from speclm.target import TargetFeatures
+from speclm.tree.topology import from_parents
+
+
+@dataclass(frozen=True, slots=True)
+class CombinedConfig(ProposerConfig):
+    """Settings of `CombinedProposer`.
+
+    Args:
+        depth: Most levels of any part.
+        num_draft_tokens: Most nodes of the joined tree.
+    """
+
+    depth: int = 16
+    num_draft_tokens: int = 24
+
+    def __post_init__(self) -> None:
+        require_depth("depth", self.depth)  # super() does not work in a slotted dataclass
+        require_count("num_draft_tokens", self.num_draft_tokens, low=1, high=MAX_NODES - 1)
+
+
+class CombinedProposer(Proposer):
+    """Verifies what any of its parts guesses.
+
+    The trees of the parts are laid over each other: a token that two of them guess after the same
+    path is one node. Every part is told all tokens that were emitted, and of the path as much as
+    it drafted itself.
+    """
+
+    config: CombinedConfig
+
+    def __init__(
+        self, parts: list[Proposer] | tuple[Proposer, ...], *, num_draft_tokens: int = 24
+    ) -> None:
+        """Join proposers.
+
+        Args:
+            parts: At least one; where nodes are left out, the first parts' are kept.
+            num_draft_tokens: Most nodes of the joined tree.
+
+        Raises:
+            OptionError: If there is no part, one is no proposer, or one comes twice.
+        """
+        if not isinstance(parts, list | tuple):
+            raise OptionError(f"parts is {parts!r}, expected a list of proposers; put it into one")
+        if not parts:
+            raise OptionError("no proposers to join, expected at least one, such as 'ngram'")
+        for part in parts:
+            if not isinstance(part, Proposer):
+                raise OptionError(
+                    f"part {part!r} is no Proposer; SpecModel.from_pretrained(base, [...]) also "
+                    "takes names, folders and draft models"
+                )
+        singles = [single for part in parts for single in _singles(part)]
+        if len({id(single) for single in singles}) < len(singles):
+            raise OptionError(
+                "one proposer is given twice, and its state is that of one; build another"
+            )
+        self.parts = tuple(parts)
+        self.config = CombinedConfig(
+            depth=max(part.config.depth for part in parts), num_draft_tokens=num_draft_tokens
+        )
+        self._joined: list[_JoinedRow] = []
+
+    @property
+    @override
+    def needs_lockstep(self) -> bool:  # type: ignore[override]  # the parts decide
+        return any(part.needs_lockstep for part in self.parts)
+
+    @property
+    @override
+    def features(self) -> TargetFeatures:  # type: ignore[override]  # a part decides, not the class
+        return TargetFeatures.union(part.features for part in self.parts)
+
+    @override
+    def begin(self, prompt: Prefill) -> None:
+        self._joined = []
+        for part in self.parts:
+            part.begin(self._own_prompt(part, prompt))
+
+    @override
+    def propose(self, roots: Int[Tensor, " batch"], *, noise: PositionNoise | None) -> Draft:
+        drafts = [part.propose(roots, noise=noise) for part in self.parts]
+        tokens = [draft.tokens.tolist() for draft in drafts]  # trees are joined on the host
+        self._joined = []
+        for row in range(len(roots)):
+            joined = _JoinedRow([0], [0], [])
+            for draft, rows in zip(drafts, tokens, strict=True):
+                parents = draft.topology.host_parents
+                joined.add(rows[row], parents[row if len(parents) > 1 else 0], self.config)
+            self._joined.append(joined)
+        longest = max(len(joined.tokens) for joined in self._joined)
+        guesses = [joined.tokens + [0] * (longest - len(joined.tokens)) for joined in self._joined]
+        found = torch.tensor(guesses, device=roots.device, dtype=torch.long)
+        return Draft(
+            tokens=torch.cat([roots[:, None], found[:, 1:]], dim=1),
+            topology=from_parents([joined.parents for joined in self._joined], device=roots.device),
+            probs=None,
+        )
+
+    @override
+    def commit(self, accepted: Accepted) -> None:
+        for index, part in enumerate(self.parts):
+            told = self._own_features(part, accepted)
+            if self._joined:
+                paths = [
+                    _own_path(path, joined.own_nodes[index])
+                    for path, joined in zip(accepted.paths, self._joined, strict=True)
+                ]
+                told = told.with_paths(paths)
+            part.commit(told)
+        self._joined = []
+
+    def _own_prompt(self, part: Proposer, prompt: Prefill) -> Prefill:
+        """Return the prompt with the features that a part asked for."""
+        if prompt.features is None or part.features == self.features:
+            return prompt
+        if part.features == TargetFeatures.NONE:
+            return replace(prompt, features=None)
+        return replace(prompt, features=self.features.select(prompt.features, part.features))
+
+    def _own_features(self, part: Proposer, accepted: Accepted) -> Accepted:
+        """Return decisions with the features that a part asked for; one without needs none."""
+        if accepted.features is None or part.features == TargetFeatures.NONE:
+            return accepted
+        return accepted.with_path_features(self.features.select(accepted.features, part.features))
+
+
+@dataclass(frozen=True, slots=True)
+class _JoinedRow:
+    """One row of the joined tree, on the host.
+
+    Args:
+        tokens: Token of each node; of no meaning at the root.
+        parents: Parent of each node.
+        own_nodes: For each part the node of its own draft at every joined node that it guessed.
+    """
+
+    tokens: list[int]
+    parents: list[int]
+    own_nodes: list[dict[int, int]]
+
+    def add(self, tokens: list[int], parents: list[int], config: CombinedConfig) -> None:
+        """Lay the next part's tree over the nodes that are there."""
+        places = {
+            (parent, token): node
+            for node, (parent, token) in enumerate(zip(self.parents, self.tokens, strict=True))
+            if node
+        }
+        joined = {0: 0}  # from the part's nodes to ours
+        for node in range(1, len(parents)):
+            above = joined.get(parents[node]) if parents[node] != node else None
+            if above is None:
+                continue  # padding, or below a node that was left out
+            place = places.get((above, tokens[node]))
+            if place is None:
+                if len(self.tokens) > config.num_draft_tokens:
+                    continue
+                place = len(self.tokens)
+                places[above, tokens[node]] = place
+                self.tokens.append(tokens[node])
+                self.parents.append(above)
+            joined[node] = place
+        self.own_nodes.append({ours: own for own, ours in joined.items()})
+
+
+def _singles(part: Proposer) -> list[Proposer]:
+    """Return the proposers in a part that may itself be joined."""
+    if isinstance(part, CombinedProposer):
+        return [single for inner in part.parts for single in _singles(inner)]
+    return [part]
+
+
+def _own_path(path: list[int], own_nodes: dict[int, int]) -> list[int]:
+    """Return the part of a path that a proposer drafted itself, in its own nodes."""
+    own: list[int] = []
+    for node in path:
+        if node not in own_nodes:
+            break
+        own.append(own_nodes[node])
+    return own

@@ -1,0 +1,112 @@
+"""Writes the files of heads so that they change together or not at all."""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from speclm.errors import CheckpointError, TopologyError, TreeBudgetError, UnknownNameError
+from speclm.files.atomic import write_file, written_together
+from speclm.tree.static import Choices, normalize_choices
+
+CONFIG_NAME = "config.json"
+CARD_NAME = "README.md"
+
+_HUB_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
+
+
+def write_heads(
+    folder: Path,
+    *,
+    weights_name: str,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    card: str | None,
+    check: Callable[[Path], None],
+) -> None:
+    """Write all files aside, have them checked, then let them appear, the config last.
+
+    Args:
+        folder: Created if it does not exist.
+        weights_name: Name of the weights.
+        tensors: By key; may share memory with each other.
+        config: What the config says.
+        card: Text of the model card; None for none.
+        check: Raises if what it reads from a folder is not what was meant.
+    """
+    with written_together(folder, last=CONFIG_NAME) as aside:
+        own = {
+            key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for key, tensor in tensors.items()
+        }
+        save_file(own, aside / weights_name, metadata={"format": "pt"})
+        write_file(aside / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
+        if card is not None:
+            write_file(aside / CARD_NAME, card)
+        check(aside)
+
+
+def hub_id(name: str | None) -> str | None:
+    """Return a model's name if others can find it by that name; None for a path."""
+    is_id = name and _HUB_ID.fullmatch(name) and not Path(name).exists()
+    return name if is_id else None
+
+
+def read_choices(folder: Path, config: Mapping[str, Any]) -> Choices | None:
+    """Return the static tree that a config holds, if any.
+
+    Raises:
+        CheckpointError: If it is no tree.
+    """
+    choices = (config.get("speclm") or {}).get("choices")
+    if choices is None:
+        return None
+    try:
+        return normalize_choices(choices)
+    except (TopologyError, TreeBudgetError, UnknownNameError) as error:
+        raise CheckpointError(
+            f"{folder / 'config.json'}: speclm.choices is no tree ({error}); remove it or pass tree"
+        ) from error
+
+
+def require_folder(folder: Path) -> None:
+    """Check that a place is a folder, or free.
+
+    Raises:
+        CheckpointError: If it is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder}: found a file, expected a folder; choose another place")
+
+
+def require_same_tensors(
+    path: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]
+) -> None:
+    """Check that what was read back is what was written, bit by bit.
+
+    Raises:
+        CheckpointError: If a tensor differs or is missing on one side.
+    """
+    differing = [
+        name
+        for name in sorted({*expected, *found})
+        if name not in expected
+        or name not in found
+        or not _are_same_bits(expected[name].detach().cpu(), found[name])
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{path}: {differing!r} read back differ from what was written, the old files are "
+            "kept; check the disk and save again"
+        )
+
+
+def _are_same_bits(first: Tensor, second: Tensor) -> bool:
+    if first.shape != second.shape or first.dtype != second.dtype:
+        return False
+    return torch.equal(first.contiguous().view(torch.uint8), second.contiguous().view(torch.uint8))

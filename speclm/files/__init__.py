@@ -1,0 +1,1 @@
+"""Atomic writes, and files that anyone may have written."""

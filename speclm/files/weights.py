@@ -1,0 +1,217 @@
+"""Weight files of a folder: which keys lie where, and their tensors, with typed errors."""
+
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from speclm.errors import CheckpointError, SpeclmError, reason_of, shown
+from speclm.files import atomic as files
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""Types of weights; narrower ones mean nothing without scales next to them."""
+
+INDEX = "(0|[1-9][0-9]{0,4})"
+"""Pattern of the number of a layer or head in a key: digits as everybody writes them."""
+
+MAX_COUNT = 2**31 - 1
+"""Largest whole number that a config may name."""
+
+_MAX_SHARING = 2
+"""Most bytes of tensors for each byte of their file: an output matrix may be the embeddings."""
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn whatever Python raises while it reads a file into a `CheckpointError`."""
+    try:
+        yield
+    except SpeclmError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({reason_of(error)}), expected whole files of draft heads; "
+            "they are damaged, download them again"
+        ) from error
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFiles:
+    """Files that hold one state dict.
+
+    Args:
+        path: The file, or the index of several, for messages.
+        files: File of each key.
+    """
+
+    path: Path
+    files: dict[str, Path]
+
+    def load(self, keys: list[str]) -> dict[str, Tensor]:
+        """Return the tensors of some keys, on the CPU.
+
+        Raises:
+            CheckpointError: If a file is missing, damaged or without the key.
+        """
+        loaded: dict[str, Tensor] = {}
+        for file in sorted({self.files[key] for key in keys}):
+            wanted = [key for key in keys if self.files[key] == file]
+            found = _load(file, wanted)
+            _require_backed(file, found)
+            loaded |= found
+        return loaded
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises:
+        CheckpointError: If the file holds no JSON object.
+    """
+    try:
+        content = files.read_json(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: no JSON can be read ({reason_of(error)}), expected an object; download the "
+            "file again"
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"{path}: found a {type(content).__name__}, expected a JSON object; download the file "
+            "again"
+        )
+    return content
+
+
+def weight_files(folder: Path) -> Iterator[WeightFiles]:
+    """Yield the state dicts of a folder: safetensors, shards, then, if there are none, pickles.
+
+    Files named as heads come first, then a model's own, whatever else lies there. Indices of other
+    things than weights are left out. Of pickles a model's own comes alone: those beside it may be
+    anything.
+    """
+    sharded: set[Path] = set()
+    found_any = False
+    indexed: list[WeightFiles] = []
+    for index in sorted(folder.glob("*.index.json")):
+        files = _indexed_files(index)
+        if files is None:
+            continue
+        sharded |= set(files.values())
+        indexed.append(WeightFiles(index, files))
+    for file in sorted(folder.glob("*.safetensors"), key=_heads_first):
+        if file not in sharded:
+            found_any = True
+            yield WeightFiles(file, dict.fromkeys(_safetensors_keys(file), file))
+    yield from indexed
+    if found_any or indexed:
+        return
+    models = sorted(folder.glob("pytorch_model*.bin"))
+    if models and models[0].name != "pytorch_model.bin":
+        return  # shards without an index
+    for file in models[:1] or sorted(folder.glob("*.pt"), key=_heads_first):
+        yield WeightFiles(file, dict.fromkeys(_load_pickle(file), file))
+
+
+def _heads_first(file: Path) -> tuple[bool, bool, str]:
+    return not file.name.startswith("medusa"), file.name != "model.safetensors", file.name
+
+
+def _indexed_files(index: Path) -> dict[str, Path] | None:
+    content = read_json(index)
+    if "weight_map" not in content:
+        return None  # of something else
+    weight_map = content["weight_map"]
+    names = weight_map.values() if isinstance(weight_map, dict) else [None]
+    if not isinstance(weight_map, dict) or any(
+        not isinstance(name, str) or Path(name).name != name for name in names
+    ):
+        raise CheckpointError(
+            f"{index}: weight_map is {shown(weight_map)}, expected file names beside the index "
+            "by key; download the file again"
+        )
+    return {key: index.parent / name for key, name in weight_map.items()}
+
+
+def _safetensors_keys(file: Path) -> list[str]:
+    with _opened(file) as tensors:
+        return list(tensors.keys())
+
+
+def _load(file: Path, keys: list[str]) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise CheckpointError(
+            f"{file}: the file is missing, the index says it holds {keys[0]!r}; download it"
+        )
+    if file.suffix == ".safetensors":
+        with _opened(file) as tensors:
+            _require_keys(file, keys, list(tensors.keys()))
+            return {key: tensors.get_tensor(key) for key in keys}
+    state = _load_pickle(file)
+    _require_keys(file, keys, list(state))
+    return {key: state[key] for key in keys}
+
+
+def _require_backed(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Check that tensors lie in memory, and are as many numbers as their file has bytes for."""
+    for key, tensor in tensors.items():
+        is_plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
+        if not is_plain or tensor.is_quantized:
+            raise CheckpointError(
+                f"{file}: {key!r} is {tensor.dtype} of layout {tensor.layout} on "
+                f"{tensor.device.type}, expected plain numbers; export the heads again"
+            )
+    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    most = _MAX_SHARING * file.stat().st_size
+    if num_bytes > most:
+        raise CheckpointError(
+            f"{file}: {len(tensors)} tensors name {num_bytes} bytes, expected at most {most} for "
+            "a file of that size; download it again"
+        )
+
+
+def _require_keys(file: Path, keys: list[str], found: list[str]) -> None:
+    missing = sorted({*keys} - {*found})
+    if missing:
+        raise CheckpointError(
+            f"{file}: key {missing[0]!r} is missing, found {len(found)} others; the index belongs "
+            "to other files, download all again"
+        )
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file}: no tensors can be read ({error}), expected a whole safetensors file; it is "
+            "truncated or damaged, download it again"
+        ) from error
+
+
+def _load_pickle(file: Path) -> dict[str, Tensor]:
+    try:
+        # Heads may be a small part of a model; pickles of old are no archives, nor can be mapped.
+        is_archive = zipfile.is_zipfile(file)
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=is_archive)
+    except Exception as error:  # damaged streams raise nearly everything
+        raise CheckpointError(
+            f"{file}: no tensors can be read ({reason_of(error)}), expected a pickled state dict "
+            "of tensors and nothing else; it is damaged or would run code, ask for "
+            "safetensors"
+        ) from error
+    named = isinstance(state, dict) and all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    )
+    if not named:
+        raise CheckpointError(
+            f"{file}: found a {type(state).__name__}, expected a state dict of names and tensors; "
+            "save module.state_dict() instead"
+        )
+    return {key: tensor.detach() for key, tensor in state.items()}

@@ -1,0 +1,260 @@
+"""Decides positions one by one for all rows in step, as plain decoding does.
+
+Logits processors that read the text, stopping criteria and streamers may keep state, look at other
+rows, count their calls or draw random numbers. They are given the tensors that plain decoding
+gives them, in its order, once per position.
+"""
+
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers.generation.logits_process import LogitsProcessorList
+from transformers.generation.stopping_criteria import StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from speclm.acceptance.accepted import Accepted
+from speclm.drafting.interface import Draft
+from speclm.errors import NumericalError, OptionError
+from speclm.generation.callbacks import FollowsRounds
+from speclm.generation.sequences import Rows
+from speclm.sampling.chooser import pick
+from speclm.sampling.noise import PositionNoise, as_if_drawn
+
+
+class Frontier:
+    """The last position that all rows have reached, and what is told about it.
+
+    Ended rows go on beside the others with padding tokens, which the target reads as in plain
+    decoding, so that their logits and cache entries are plain decoding's too. Where no criterion
+    names an end-of-sequence token, Transformers lets every row run until all have been stopped
+    once, and so does this.
+
+    Attributes:
+        ids: Prompt and tokens so far, ``[batch, length]``; padding in ended rows.
+        scores: Processed scores of every position, if they are kept.
+        logits: The target's logits of every position in float32, if they are kept.
+        pad_token_id: Token of ended rows.
+    """
+
+    def __init__(  # noqa: PLR0913 - what plain decoding's loop holds
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        rows: Rows,
+        *,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        streamer: BaseStreamer | None,
+        is_greedy: bool,
+        pad_token_id: int,
+        keeps_scores: bool,
+        keeps_logits: bool,
+        target_name: str,
+    ) -> None:
+        """Start behind the prompt.
+
+        Args:
+            input_ids: The prompt, as `generate` was given it.
+            rows: Take the tokens and end when a criterion says so.
+            processors: All logits processors, in order.
+            criteria: All stopping criteria, in order.
+            streamer: Is told the prompt now, and then the tokens of every position.
+            is_greedy: Whether the likeliest token is taken.
+            pad_token_id: Token of ended rows.
+            keeps_scores: Whether `scores` are collected.
+            keeps_logits: Whether `logits` are collected.
+            target_name: What messages call the target.
+        """
+        self.ids = input_ids
+        self.scores: tuple[Float[Tensor, "batch vocab"], ...] | None = () if keeps_scores else None
+        self.logits: tuple[Float[Tensor, "batch vocab"], ...] | None = () if keeps_logits else None
+        self._rows = rows
+        self._processors = processors
+        self._criteria = criteria
+        self._streamer = streamer
+        self._is_greedy = is_greedy
+        self.pad_token_id = pad_token_id
+        self._target_name = target_name
+        self._rows_end_alone = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+        self._was_stopped = [False] * len(input_ids)
+        if streamer is not None:
+            streamer.put(input_ids.cpu())  # type: ignore[no-untyped-call]  # Transformers'
+
+    def advance(
+        self,
+        logits: Float[Tensor, "batch vocab"],
+        noise: PositionNoise | None,
+        *,
+        depth: int,
+        chosen: list[int] | None = None,
+    ) -> list[int]:
+        """Decide the next position of every row and tell everybody.
+
+        Args:
+            logits: The target's logits at that position.
+            noise: Noise of the positions; None when nothing is decided by it.
+            depth: Positions decided since `noise` was sought.
+            chosen: Tokens that an accept rule has decided on; None to choose here.
+
+        Returns:
+            The tokens, padding in ended rows.
+
+        Raises:
+            OptionError: If the processors return anything but one row of scores for each row.
+            NumericalError: If no largest score can be told, because of the target or a processor.
+        """
+        step = self._rows.num_steps
+        raw = logits.to(copy=True, dtype=torch.float32)
+        with as_if_drawn(noise, step):
+            scores: Tensor = cast("Any", self._processors)(self.ids, raw)
+        self._require_rows(scores)
+        if self.scores is not None:
+            self.scores = (*self.scores, scores)
+        if self.logits is not None:
+            self.logits = (*self.logits, raw)
+        if chosen is None:
+            # A sync per position: criteria and streamers are host code.
+            if noise is not None:
+                noise.match(scores, step)
+            chosen = pick(scores, None if noise is None else noise.at_depth(depth)).tolist()
+            self._require_numbers(chosen, raw, logits.dtype)
+        is_live = self._rows.is_live
+        tokens = [
+            token if live else self.pad_token_id
+            for token, live in zip(chosen, is_live, strict=True)
+        ]
+        column = torch.tensor(tokens, device=self.ids.device, dtype=torch.long)
+        self.ids = torch.cat([self.ids, column[:, None]], dim=1)
+        self._rows.append(tokens)
+        with as_if_drawn(noise, step + 1):
+            flags = self._criteria(self.ids, self.scores)
+            self._end_rows(flags.tolist())
+            if self._streamer is not None:
+                self._streamer.put(column.cpu())  # type: ignore[no-untyped-call]  # Transformers'
+        return tokens
+
+    def follow(
+        self,
+        draft: Draft,
+        logits: Float[Tensor, "batch nodes vocab"],
+        noise: PositionNoise | None,
+        *,
+        decided: list[list[int]] | None,
+    ) -> tuple[Accepted, list[list[int]]]:
+        """Decide position by position for all rows, as far as all of them follow a draft.
+
+        Args:
+            draft: What was verified.
+            logits: The target's logits after every node.
+            noise: Noise of the positions; None when nothing is decided by it.
+            decided: Tokens of each row that an accept rule has decided on; None to choose here.
+
+        Returns:
+            What running rows were given, and the nodes to keep in all rows, ended ones included.
+        """
+        batch = torch.arange(len(logits), device=logits.device)
+        tokens, parents = draft.tokens.tolist(), draft.topology.host_parents
+        nodes = [0] * len(tokens)
+        kept: list[list[int]] = [[] for _ in tokens]
+        paths: list[list[int]] = [[] for _ in tokens]
+        emitted: list[list[int]] = [[] for _ in tokens]
+        for depth in range(draft.topology.max_depth + 1):
+            was_live = self._rows.is_live
+            at_nodes = torch.tensor(nodes, device=logits.device, dtype=torch.long)
+            column = self.advance(
+                logits[batch, at_nodes],
+                noise,
+                depth=depth,
+                chosen=None if decided is None else [_at(row, depth) for row in decided],
+            )
+            for row, (node, token) in enumerate(zip(nodes, column, strict=True)):
+                kept[row].append(node)
+                if was_live[row]:
+                    paths[row].append(node)
+                    emitted[row].append(token)
+            children = [
+                _child(parents[row if len(parents) > 1 else 0], tokens[row], node, token)
+                for row, (node, token) in enumerate(zip(nodes, column, strict=True))
+            ]
+            is_decided = decided is None or all(
+                len(row) > depth + 1
+                for row, live in zip(decided, self._rows.is_live, strict=True)
+                if live
+            )
+            if None in children or not is_decided or not self._rows.any_live:
+                break
+            nodes = [child for child in children if child is not None]
+        follower: object = self._streamer
+        if isinstance(follower, FollowsRounds):
+            follower.on_round(len(kept[0]) - 1)
+        return Accepted.from_host(paths, emitted, device=logits.device), kept
+
+    def finish(self) -> None:
+        """Tell the streamer that all is said."""
+        if self._streamer is not None:
+            self._streamer.end()  # type: ignore[no-untyped-call]  # Transformers'
+
+    def _end_rows(self, stopped: list[bool]) -> None:
+        self._was_stopped = [
+            before or now for before, now in zip(self._was_stopped, stopped, strict=True)
+        ]
+        if self._rows_end_alone or all(self._was_stopped):
+            self._rows.end(self._was_stopped)
+
+    def _require_rows(self, scores: object) -> None:
+        if isinstance(scores, Tensor) and scores.dim() == 2 and len(scores) == len(self.ids):
+            return
+        names = ", ".join(type(processor).__name__ for processor in self._processors)
+        found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise OptionError(
+            f"logits processors ({names}) returned {found}, expected scores of shape "
+            f"[{len(self.ids)}, vocab]; check the processors passed in"
+        )
+
+    def _require_numbers(
+        self, chosen: list[int], raw: Float[Tensor, "batch vocab"], dtype: torch.dtype
+    ) -> None:
+        bad = [
+            row
+            for row, (token, live) in enumerate(zip(chosen, self._rows.is_live, strict=True))
+            if live and token < 0
+        ]
+        if not bad:
+            return
+        if bool(raw[bad].isnan().any()):
+            raise nan_logits(self._target_name, dtype)
+        names = ", ".join(type(processor).__name__ for processor in self._processors)
+        raise NumericalError(
+            f"scores of row {bad[0]} have no largest number after the logits processors ({names}), "
+            "though the target's logits have one; check the processors passed in, and that they "
+            "leave at least one token in every row"
+        )
+
+
+def nan_logits(target_name: str, dtype: torch.dtype) -> NumericalError:
+    """Return the error for logits of the target that are not numbers."""
+    remedy = (
+        "float16 overflows beyond 65504: load the model with dtype=torch.bfloat16"
+        if dtype == torch.float16
+        else "check the weights and inputs; in float16 an overflow would be the likely "
+        "cause, and bfloat16 the remedy"
+    )
+    return NumericalError(f"{target_name} produced logits that are NaN, in {dtype}; {remedy}")
+
+
+def _child(parents: list[int], tokens: list[int], node: int, token: int) -> int | None:
+    """Return the first child of a node with the given token."""
+    return next(
+        (
+            child
+            for child in range(node + 1, len(parents))
+            if parents[child] == node and tokens[child] == token
+        ),
+        None,
+    )
+
+
+def _at(row: list[int], depth: int) -> int:
+    """Return a row's token at a depth; any number after the end of a row that is not running."""
+    return row[depth] if depth < len(row) else 0

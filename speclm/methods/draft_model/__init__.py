@@ -1,0 +1,1 @@
+"""Drafts with a smaller language model of the same vocabulary."""

@@ -1,0 +1,277 @@
+"""Proposes what a smaller language model with the same vocabulary would say."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+from typing_extensions import override
+
+from speclm.acceptance.accepted import Accepted
+from speclm.cache.tree_cache import TreeCache
+from speclm.config import require_known
+from speclm.drafting.interface import Draft, Prefill, Proposer, TargetNeeds
+from speclm.drafting.levels import GrownTreeConfig, assemble, planned, seen_below
+from speclm.drafting.ranking import LevelRanking, path_expansions
+from speclm.methods.draft_model.vocabulary import SharedVocabulary
+from speclm.sampling.drafts import DraftSampler, DraftSampling
+from speclm.sampling.noise import PositionNoise
+from speclm.target import TargetView
+from speclm.tree.dynamic import FilledTree, GrowingTree, GrownRow, drawn_choices
+from speclm.tree.static import Choices
+from speclm.tree.topology import chain
+
+
+@dataclass(frozen=True, slots=True)
+class DraftModelConfig(GrownTreeConfig):
+    """Settings of `DraftModelProposer`; a level costs one draft forward of the whole batch."""
+
+
+class DraftModelProposer(Proposer):
+    """Drafts a chain or a tree with a separate model and its own cache.
+
+    The tree grows a level with each draft forward. What the target accepts stays in the draft
+    model's cache, so that a round starts with the one or two tokens that it has not seen.
+
+    Where the accept rule asks for drawn drafts, all trees of a call have one shape, made from
+    depth, number of draft tokens, width and branches: probabilities then prune nothing.
+    """
+
+    takes_choices = True
+    draft_sampling = DraftSampling.WITHOUT_REPLACEMENT
+    config: DraftModelConfig
+
+    def __init__(self, model: PreTrainedModel, *, target: PreTrainedModel, **options: Any) -> None:
+        """Wrap a loaded draft model.
+
+        Args:
+            model: Any causal language model with the target's vocabulary; either may have padded
+                it further.
+            target: The model that will verify.
+            **options: Fields of `DraftModelConfig`.
+
+        Raises:
+            VocabularyMismatchError: If the two vocabularies differ by more than padding.
+            OptionError: If an option is unknown or out of range.
+        """
+        require_known(DraftModelConfig, options, owner="DraftModelProposer")
+        self.config = DraftModelConfig(**options)
+        self.view = TargetView(model)
+        wanted = TargetView(target)
+        self._vocabulary = SharedVocabulary.of(self.view, wanted)
+        self.needs = TargetNeeds(vocab_size=wanted.vocab_size)
+        self._cache: TreeCache | None = None
+        self._prompt: Prefill | None = None  # until it is read
+        self._prompt_logits: Tensor | None = None  # what follows the prompt, until it is used
+        self._unseen: list[list[int]] = []
+        self._is_idle: list[bool] = []
+        self._is_silent = False
+        self._ranking = LevelRanking(self.config.mixture)
+        self._sampler: DraftSampler | None = None
+        self._leaf_tokens: Tensor | None = None
+        self._grown: list[GrownRow] = []
+        self._offsets: list[int] = []
+
+    @override
+    def begin(self, prompt: Prefill) -> None:
+        self._vocabulary = replace(self._vocabulary, num_draft=self.view.vocab_size)  # resized?
+        self._cache, self._prompt_logits = self.view.new_cache(prompt.num_padding), None
+        length, bound = prompt.tokens.shape[1] + 1, self.view.max_positions
+        self._is_silent = bound is not None and length > bound  # learned positions end there
+        self._prompt = None if self._is_silent else prompt  # read by the first draft, if any
+        # The draft model works on the host between levels, so one more sync costs nothing.
+        self._unseen = [[token] for token in prompt.first_tokens.tolist()]
+        self._ranking.begin(prompt)
+        self._sampler = prompt.sampler
+        ends = sorted(prompt.eos_token_ids)
+        self._leaf_tokens = (
+            torch.tensor(ends, device=prompt.tokens.device, dtype=torch.long) if ends else None
+        )
+        self._is_idle = [False] * len(self._unseen)
+        self._grown, self._offsets = [], []
+
+    @override
+    def propose(self, roots: Int[Tensor, " batch"], *, noise: PositionNoise | None) -> Draft:
+        assert self._cache is not None, "propose before begin"
+        if self._prompt is not None:
+            self._read(self._prompt, self._cache)
+            self._prompt = None
+        config = self.config if self.plan is None else planned(self.config, self.plan)
+        choices = config.choices
+        longest = max(map(len, self._unseen))
+        bound = self.view.max_positions
+        deepest = self._cache.tree_start + longest + config.depth
+        if self._is_silent or (bound is not None and deepest > bound):
+            self._grown = [GrownRow([], [], [], []) for _ in self._unseen]
+            return Draft(roots[:, None], chain(0, device=roots.device), probs=None)
+        if self._sampler is not None and choices is None:
+            choices = drawn_choices(
+                width=config.width,
+                branches=min(config.branches, self._vocabulary.num_shared),
+                depth=config.depth,
+                num_nodes=config.num_draft_tokens,
+            )
+        if choices is not None:
+            return self._fill(roots, longest, choices, noise)
+        tree = self._grow(roots.device, longest, noise, config)
+        min_score = math.log(max(config.min_probability, 1e-30))
+        self._grown = tree.best_nodes(config.num_draft_tokens, min_score=min_score)
+        return assemble(self._grown, roots)
+
+    @override
+    def commit(self, accepted: Accepted) -> None:
+        assert self._cache is not None, "commit before begin"
+        kept: list[list[int]] = []
+        expansions = path_expansions(accepted, self._grown)
+        for row, (path, emitted) in enumerate(zip(accepted.paths, accepted.emitted, strict=True)):
+            if not path or not self._offsets:
+                kept.append([])
+                self._unseen[row] += emitted
+                continue
+            slots = [
+                self._offsets[place[0]] + place[1] for place in expansions[row] if place is not None
+            ]
+            slots = [slot for slot in slots if slot < self._cache.num_pending]
+            kept.append([*range(len(self._unseen[row])), *slots])
+            self._unseen[row] = emitted[len(slots) :]
+        if self._prompt is None:
+            self._cache.keep(kept)
+        self._is_idle = [not emitted for emitted in accepted.emitted]
+        self._prompt_logits, self._offsets = None, []
+        self._ranking.learn(accepted, expansions)
+
+    def _read(self, prompt: Prefill, cache: TreeCache) -> None:
+        """Run the prompt, whose last tokens are the first roots."""
+        tokens = torch.cat([prompt.tokens, prompt.first_tokens[:, None]], dim=1)
+        length = tokens.shape[1]
+        slots = torch.arange(length, device=tokens.device)
+        is_token = slots >= prompt.num_padding[:, None]
+        mask = is_token.long() if cache.has_padding else None
+        logits = self._vocabulary.fit(
+            self.view.prefill(self._vocabulary.readable(tokens), cache, attention_mask=mask)
+        )
+        cache.split(length - 1, num_pending=1)  # as if only the roots were unseen
+        if all(len(row) == 1 for row in self._unseen):
+            self._prompt_logits = logits[:, None]
+        else:  # rounds without a draft came first
+            cache.keep([[] for _ in self._unseen])
+
+    def _grow(
+        self,
+        device: torch.device,
+        longest: int,
+        noise: PositionNoise | None,
+        config: DraftModelConfig,
+    ) -> GrowingTree:
+        """Feed what is unseen and then level after level."""
+        assert self._cache is not None
+        logits = self._catch_up(device, longest)
+        tree = GrowingTree(
+            width=config.width,
+            branches=config.branches,
+            leaf_tokens=self._leaf_tokens,
+            is_idle=torch.tensor(self._is_idle, device=device, dtype=torch.bool)
+            if any(self._is_idle)
+            else None,
+        )
+        tree.grow(self._ranking.rank(logits, depth=0, noise=noise))
+        seen, slot_depths, unseen = self._seen_by_root(device, longest)
+        # In chains below equally many unseen tokens, every node sees all that is pending.
+        is_chain = config.width == 1 and min(map(len, self._unseen)) == longest
+        self._offsets = []
+        floor = math.log(max(config.min_confidence, 1e-30))
+        for level in range(1, min(config.depth, config.num_draft_tokens)):
+            if tree.stop_rows_below(floor) < max(config.min_growing, 1e-6):
+                break
+            tokens = tree.expanded_tokens
+            width = tokens.shape[1]
+            if not is_chain:
+                seen = seen_below(seen, tree.expanded_parents)
+            depths = (unseen + level - 1)[:, None].expand(-1, width)
+            slot_depths = torch.cat([slot_depths, depths], dim=1)
+            self._offsets.append(self._cache.num_pending)
+            logits = self._forward(tokens, None if is_chain else seen, slot_depths)
+            nodes = (tokens, tree.expanded_parents)
+            tree.grow(self._ranking.rank(logits, depth=level, noise=noise, nodes=nodes))
+        self._offsets.append(self._cache.num_pending)  # the last level is not fed
+        return tree
+
+    def _fill(
+        self,
+        roots: Int[Tensor, " batch"],
+        longest: int,
+        choices: Choices,
+        noise: PositionNoise | None,
+    ) -> Draft:
+        """Feed what is unseen, and fill one level of a static tree after another.
+
+        The children of a node are drawn where drafts have to be, and else go by rank.
+        """
+        assert self._cache is not None
+        device, batch, sampler = roots.device, len(roots), self._sampler
+        tree = FilledTree(choices, roots=roots, are_drawn=sampler is not None)
+        self._offsets = []
+        seen, slot_depths, num_unseen = self._seen_by_root(device, longest)
+        logits = self._catch_up(device, longest)  # [batch, level, vocab]
+        laws: Tensor | None = None
+        while True:
+            if sampler is not None:
+                law = sampler.law(logits)
+                laws = law.new_zeros(*tree.tokens.shape, law.shape[2]) if laws is None else laws
+                laws[:, tree.expanded_nodes] = law
+                tree.fill(sampler.siblings(law, num=tree.num_guesses))
+            else:
+                nodes = (tree.expanded_tokens, tree.expanded_parents)
+                ranked = self._ranking.rank(logits, depth=tree.depth, noise=noise, nodes=nodes)
+                tree.fill(ranked.topk(tree.num_guesses, dim=-1).indices)
+            if tree.is_full:
+                break
+            seen = seen_below(seen, tree.expanded_parents)
+            depths = (num_unseen + tree.depth - 1)[:, None].expand(-1, len(tree.expanded_nodes))
+            slot_depths = torch.cat([slot_depths, depths], dim=1)
+            self._offsets.append(self._cache.num_pending)
+            logits = self._forward(tree.expanded_tokens, seen, slot_depths)
+        self._grown = [GrownRow([], [], tree.expansions, [])] * batch
+        self._offsets = self._offsets or [self._cache.num_pending]
+        return Draft(tokens=tree.tokens, topology=tree.topology, probs=None, laws=laws)
+
+    def _seen_by_root(
+        self, device: torch.device, longest: int
+    ) -> tuple[Bool[Tensor, "batch 1 slots"], Int[Tensor, "batch slots"], Int[Tensor, " batch"]]:
+        """Return what level 0 sees, the depth of each such slot, and each row's unseen tokens.
+
+        A level-0 node sees its row's unseen tokens, the last of which is the root.
+        """
+        unseen = torch.tensor(
+            [len(tokens) for tokens in self._unseen], device=device, dtype=torch.long
+        )
+        slot_depths = torch.arange(longest, device=device).expand(len(unseen), -1)
+        return (slot_depths < unseen[:, None])[:, None, :], slot_depths, unseen
+
+    def _catch_up(self, device: torch.device, longest: int) -> Float[Tensor, "batch 1 vocab"]:
+        """Feed committed tokens that the draft model has not seen; short rows end in padding."""
+        assert self._cache is not None
+        if self._prompt_logits is not None:
+            return self._prompt_logits
+        padded = [tokens + [0] * (longest - len(tokens)) for tokens in self._unseen]
+        causal = torch.ones(1, longest, longest, dtype=torch.bool, device=device).tril()
+        depths = torch.arange(longest, device=device)[None]
+        logits = self._forward(
+            torch.tensor(padded, device=device, dtype=torch.long), causal, depths
+        )
+        last = [len(tokens) - 1 for tokens in self._unseen]
+        return logits[range(len(last)), last][:, None]
+
+    def _forward(
+        self,
+        tokens: Int[Tensor, "batch width"],
+        seen: Bool[Tensor, "rows width slots"] | None,
+        slot_depths: Int[Tensor, "depth_rows slots"],
+    ) -> Float[Tensor, "batch width vocab"]:
+        """Run nodes through the draft model; their logits are over the target's vocabulary."""
+        assert self._cache is not None
+        fed = self._vocabulary.readable(tokens)
+        return self._vocabulary.fit(self.view.forward_nodes(fed, seen, slot_depths, self._cache))

@@ -1,0 +1,320 @@
+"""EAGLE heads: a small decoder that guesses on from the target's hidden states."""
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from typing_extensions import override
+
+from speclm.errors import OptionError
+from speclm.methods.eagle.checkpoint import EagleCheckpoint
+from speclm.methods.eagle.config import EagleConfig
+from speclm.methods.eagle.layer import EagleLayer, KeyValueStore, Rotation
+from speclm.tree.static import Choices
+
+_INIT_STD = 0.02  # that of Llama
+
+
+class EagleHeads(nn.Module):
+    """The draft network of EAGLE-1, 2 and 3, without any state of decoding.
+
+    A slot joins the target's features at one position with the embedding of the token after it.
+    The output stands for the features one position on: `logits` of it guess the token after that
+    one, and fed back as hidden states it guesses further. Layers are Llama's, with Transformers'
+    own parts. Fresh heads are zero; see `init_weights_`.
+
+    Source: Li et al. 2024 (EAGLE, EAGLE-2), Li et al. 2025 (EAGLE-3).
+    """
+
+    draft_columns: Int[Tensor, " draft_vocab"] | None
+    """The target's token of each column of the logits; None where the vocabularies are equal."""
+
+    def __init__(
+        self,
+        config: EagleConfig,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        """Allocate heads for the given numbers; none are allocated on the meta device."""
+        super().__init__()
+        self.config = config
+        self._llama = _llama_config(config)
+        with torch.device("meta"):  # draws no random numbers
+            self._add_parts()
+        self.rotary = _rotary(self._llama)
+        if dtype is not None:
+            self.to(dtype=dtype)
+        if device is None or device.type != "meta":
+            self.to_empty(device=device or torch.device("cpu"))
+            self._clear_()
+
+    def _add_parts(self) -> None:
+        config, hidden = self.config, self.config.hidden_size
+        is_eagle3 = config.kind == "eagle3"
+        width = config.num_features * config.target_hidden_size if is_eagle3 else 2 * hidden
+
+        def norm(size: int) -> nn.RMSNorm:
+            return nn.RMSNorm(size, eps=config.rms_norm_eps)
+
+        self.embed_tokens: nn.Embedding | None = None
+        if config.has_own_embeddings:
+            self.embed_tokens = nn.Embedding(config.vocab_size, hidden)
+        num_norms = config.num_features if config.fc_norm else 0
+        self.feature_norms = nn.ModuleList(
+            norm(config.target_hidden_size) for _ in range(num_norms)
+        )
+        self.feature_norm = norm(width) if config.norm_before_fc else None
+        self.fc = nn.Linear(width, hidden, bias=config.fc_bias)
+        self.layers = nn.ModuleList(
+            EagleLayer(config, self._llama, index=index) for index in range(config.num_layers)
+        )
+        self.norm = norm(hidden) if is_eagle3 else None
+        self.lm_head: nn.Linear | None = None
+        if config.has_own_lm_head:
+            self.lm_head = nn.Linear(hidden, config.draft_vocab_size, bias=False)
+        columns = torch.empty(config.draft_vocab_size, dtype=torch.int64, device="meta")
+        self.register_buffer("draft_columns", columns if config.has_draft_vocab else None)
+
+    @override
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # What casts the weights rounds the frequencies too, and `to_empty` loses them.
+        device = self.fc.weight.device
+        self.rotary = _rotary(self._llama).train(self.training)
+        if device.type != "meta":
+            self.rotary.to(device)
+        return self
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights and of all outputs."""
+        return self.fc.weight.dtype
+
+    def fuse(
+        self, features: Float[Tensor, "batch seq features"]
+    ) -> Float[Tensor, "batch seq hidden"]:
+        """Return the hidden states that stand for the target's features.
+
+        Args:
+            features: For EAGLE-3 the hidden states of the layers read, joined in their order; for
+                EAGLE-1 the last one, after the final norm, which is returned as it is.
+        """
+        features = features.to(self.dtype)
+        if self.config.kind == "eagle":
+            return features
+        if self.feature_norms:
+            parts = features.chunk(self.config.num_features, dim=-1)
+            normed = [norm(part) for norm, part in zip(self.feature_norms, parts, strict=True)]
+            features = torch.cat(normed, dim=-1)
+        elif self.feature_norm is not None:
+            features = self.feature_norm(features)
+        return F.linear(features, self.fc.weight, self.fc.bias)
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "batch seq hidden"],
+        embeddings: Float[Tensor, "batch seq hidden"],
+        *,
+        position_ids: Int[Tensor, "rows seq"] | None = None,
+        rotation: Rotation | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: KeyValueStore | None = None,
+    ) -> Float[Tensor, "batch seq hidden"]:
+        """Return the hidden states one position on.
+
+        Args:
+            hidden: Result of `fuse`, or of this method for the slots before.
+            embeddings: Of the token after each slot, see `embed`.
+            position_ids: Position of each slot: that of the features, not of the token. One row
+                when all have the same.
+            rotation: Result of `rotation` of those positions, instead of them.
+            attention_mask: ``[batch or 1, 1, seq, kv_len]``, to be added to the scores, or true
+                where a slot is seen; each has to see one. None if each sees all before it within
+                the config's window; then slots are in order, without padding.
+            past_key_values: Where keys and values are added to and read from; None for those of
+                this call alone.
+        """
+        hidden, embeddings = hidden.to(self.dtype), embeddings.to(self.dtype)
+        if self.config.kind == "eagle":
+            hidden = self.fc(torch.cat((embeddings, hidden), dim=-1))
+        if rotation is None:
+            assert position_ids is not None, "neither position_ids nor rotation is given"
+            rotation = self.rotation(position_ids)
+        for layer in self.layers:
+            hidden = layer(
+                hidden,
+                embeddings,
+                rotation=rotation,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+            )
+        if self.config.norm_output and self.norm is not None:
+            hidden = self.norm(hidden)
+        return hidden
+
+    def rotation(self, position_ids: Int[Tensor, "rows seq"]) -> Rotation:
+        """Return the cosines and sines of positions, of which one call may use a part."""
+        found: Rotation = self.rotary(self.fc.weight, position_ids)  # of which it reads the dtype
+        return found
+
+    def logits(
+        self, hidden: Float[Tensor, "*rows hidden"], *, lm_head: Callable[[Tensor], Tensor]
+    ) -> Float[Tensor, "*rows draft_vocab"]:
+        """Return the logits of outputs, over the draft vocabulary.
+
+        Args:
+            hidden: Result of `forward`.
+            lm_head: The target's map from hidden states to logits; called where the heads have no
+                output matrix of their own.
+        """
+        if self.norm is not None and not self.config.norm_output:
+            hidden = self.norm(hidden)
+        logits = lm_head(hidden) if self.lm_head is None else self.lm_head(hidden)
+        scale = self.config.logit_scale
+        return logits if scale == 1 else logits * scale
+
+    def embed(
+        self, tokens: Int[Tensor, "*rows"], *, embedding: Callable[[Tensor], Tensor]
+    ) -> Float[Tensor, "*rows hidden"]:
+        """Return the embeddings of the target's tokens.
+
+        Args:
+            tokens: Ids of the target.
+            embedding: Looks up rows of the target's embedding matrix, as they are stored; called
+                where the heads have no embeddings of their own.
+        """
+        return embedding(tokens) if self.embed_tokens is None else self.embed_tokens(tokens)
+
+    def target_ids(self, draft_ids: Int[Tensor, "*rows"]) -> Int[Tensor, "*rows"]:
+        """Return the target's ids of tokens of the draft vocabulary."""
+        return draft_ids if self.draft_columns is None else self.draft_columns[draft_ids]
+
+    @torch.no_grad()
+    def set_draft_columns_(self, columns: Int[Tensor, " draft_vocab"]) -> None:
+        """Choose the target's tokens that the heads may guess.
+
+        Raises:
+            OptionError: If the heads have no vocabulary of their own, or the tokens are not as
+                many as its columns, increasing and of the target.
+        """
+        mine, vocab_size = self.draft_columns, self.config.vocab_size
+        if mine is None or columns.shape != mine.shape:
+            raise OptionError(
+                f"columns are {len(columns)}, expected draft_vocab_size, "
+                f"{self.config.draft_vocab_size}, below vocab_size, {vocab_size}; build the heads "
+                "with another draft_vocab_size"
+            )
+        is_increasing = bool((columns[1:] > columns[:-1]).all())
+        if not is_increasing or columns[0] < 0 or columns[-1] >= vocab_size:
+            raise OptionError(
+                f"columns run from {int(columns.min())} to {int(columns.max())}, expected "
+                f"increasing ids below {vocab_size}, each once; sort them"
+            )
+        mine.copy_(columns)
+
+    @torch.no_grad()
+    def init_weights_(
+        self,
+        *,
+        lm_weight: Float[Tensor, "vocab hidden"] | None = None,
+        embeddings: Float[Tensor, "vocab hidden"] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Start from small random matrices, norms that scale nothing, and no biases.
+
+        Args:
+            lm_weight: The target's output matrix, of which the heads' own gets the rows of the
+                draft vocabulary.
+            embeddings: The target's embeddings, for heads that have their own.
+            generator: Source of the random numbers, on the CPU.
+        """
+        for name, parameter in self.named_parameters():
+            if parameter.ndim > 1:
+                drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+                parameter.copy_(drawn.normal_(std=_INIT_STD, generator=generator))
+            else:
+                parameter.fill_(_constant(name))
+        if self.lm_head is not None and lm_weight is not None:
+            columns = slice(None) if self.draft_columns is None else self.draft_columns
+            self.lm_head.weight.copy_(lm_weight[columns])
+        if self.embed_tokens is not None and embeddings is not None:
+            self.embed_tokens.weight.copy_(embeddings)
+
+    @torch.no_grad()
+    def _clear_(self) -> None:
+        for name, parameter in self.named_parameters():
+            parameter.fill_(_constant(name))
+        if self.draft_columns is not None:
+            self.draft_columns.copy_(
+                torch.arange(len(self.draft_columns), device=self.draft_columns.device)
+            )
+
+
+def build_eagle(
+    checkpoint: EagleCheckpoint,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> EagleHeads:
+    """Return the heads of a checkpoint, with tensors of their own.
+
+    Args:
+        checkpoint: Result of `speclm.formats.read_eagle`.
+        dtype: Type of the weights; None for the checkpoint's.
+        device: Where they lie; None for the CPU.
+    """
+    heads = EagleHeads(checkpoint.config, device=torch.device("meta"))
+    target = device or torch.device("cpu")
+    state = {
+        name: tensor.to(
+            target,
+            (dtype or checkpoint.dtype) if tensor.is_floating_point() else tensor.dtype,
+            copy=True,  # of files that are mapped
+        )
+        for name, tensor in checkpoint.tensors.items()
+    }
+    heads.load_state_dict(state, assign=True)
+    return heads.to(target)
+
+
+def eagle_checkpoint(
+    heads: EagleHeads, *, base_name_or_path: str | None = None, choices: Choices | None = None
+) -> EagleCheckpoint:
+    """Return heads as numbers and tensors, whose memory they share, to be written.
+
+    Args:
+        heads: Trained heads.
+        base_name_or_path: The model that they were trained on, if it is to be recorded.
+        choices: Static tree that is to be stored with them.
+    """
+    tensors = {name: tensor.detach() for name, tensor in heads.state_dict().items()}
+    return EagleCheckpoint(heads.config, tensors, base_name_or_path, choices)
+
+
+def _constant(name: str) -> float:
+    return 1.0 if "norm" in name else 0.0
+
+
+def _llama_config(config: EagleConfig) -> LlamaConfig:
+    """Return what Transformers' parts read; attention is not one of them."""
+    return LlamaConfig(
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_attention_heads=1,  # so that any hidden_size passes
+        head_dim=config.head_dim,
+        hidden_act=config.hidden_act,
+        rms_norm_eps=config.rms_norm_eps,
+        max_position_embeddings=config.max_position_embeddings,
+        rope_parameters=dict(config.rope_parameters),
+    )
+
+
+def _rotary(llama: LlamaConfig) -> LlamaRotaryEmbedding:
+    with torch.device("cpu"):
+        return LlamaRotaryEmbedding(llama)

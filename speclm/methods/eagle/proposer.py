@@ -1,0 +1,368 @@
+"""Proposes what EAGLE heads guess on from the target's features."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+from typing_extensions import override
+
+from speclm.acceptance.accepted import Accepted
+from speclm.attention import TreeStep
+from speclm.cache.tree_cache import TreeCache
+from speclm.config import require_known
+from speclm.drafting.adjusting import Nodes
+from speclm.drafting.interface import Draft, Prefill, Proposer, TargetNeeds
+from speclm.drafting.levels import (
+    GrownTreeConfig,
+    assemble,
+    options_with_tree,
+    planned,
+    require_ranks,
+)
+from speclm.drafting.ranking import LevelRanking, path_expansions
+from speclm.errors import OptionError, VocabularyMismatchError
+from speclm.methods.eagle.levels import LevelRun
+from speclm.methods.eagle.network import EagleHeads
+from speclm.sampling.drafts import DraftSampler, DraftSampling
+from speclm.sampling.noise import PositionNoise
+from speclm.target import TargetFeatures, TargetView
+from speclm.tree.dynamic import FilledTree, GrowingTree, GrownRow, drawn_choices
+from speclm.tree.static import Choices
+
+_ABSENT = -1e4  # finite: a processor may ban all tokens that the heads know
+
+
+@dataclass(frozen=True, slots=True)
+class EagleProposerConfig(GrownTreeConfig):
+    """Settings of `EagleProposer`, those of `GrownTreeConfig`; a level costs one run of the heads.
+
+    Args:
+        branches: Children considered for each expanded node.
+        min_probability: Nodes less likely than this are not verified.
+        min_confidence: A row grows no further once no path of it is this likely.
+    """
+
+    branches: int = 3
+    min_probability: float = 0.06
+    min_confidence: float = 0.3
+
+
+class EagleProposer(Proposer):
+    """Grows a tree with a small decoder that continues the target's own hidden states.
+
+    A slot of the heads joins the features of one position with the token after it. Committed slots
+    hold what the target really computed; what stands on guesses is dropped in every round.
+
+    Source: Li et al. 2024 (EAGLE-2), Li et al. 2025 (EAGLE-3).
+    """
+
+    takes_choices = True
+    draft_sampling = DraftSampling.WITHOUT_REPLACEMENT
+    config: EagleProposerConfig
+
+    def __init__(
+        self,
+        heads: EagleHeads,
+        *,
+        target: PreTrainedModel,
+        tree: str | Sequence[int] | Sequence[Sequence[int]] | None = None,
+        **options: Any,
+    ) -> None:
+        """Wrap trained heads.
+
+        Args:
+            heads: Heads trained on the target, on its device.
+            target: The model that will verify.
+            tree: Name of a preset, the number of children at each depth, or paths of ranks; with
+                `num_draft_tokens`, the first nodes by depth. None for trees that grow by chance.
+            **options: Fields of `EagleProposerConfig`.
+
+        Raises:
+            VocabularyMismatchError: If the heads were made for another vocabulary.
+            OptionError: If an option is unknown or out of range, a rank exceeds the heads'
+                vocabulary, or they have another width.
+            TopologyError: If the tree is none.
+            UnsupportedModelError: If the target lacks the layers whose features are read, or its
+                embeddings are quantised or offloaded and the heads have none of their own.
+        """
+        require_known(EagleProposerConfig, options, owner="EagleProposer")
+        if tree is not None:
+            options = options_with_tree(tree, options)
+        self.config = EagleProposerConfig(**options)
+        if self.config.choices is not None:
+            require_ranks(self.config.choices, heads.config.draft_vocab_size)
+        self.heads, self.view = heads, TargetView(target)
+        wanted = heads.config
+        if wanted.vocab_size != self.view.vocab_size:
+            raise VocabularyMismatchError(
+                f"EAGLE heads have a vocabulary of {wanted.vocab_size}, the target "
+                f"{self.view.name} one of {self.view.vocab_size}; use heads that were trained on it"
+            )
+        if wanted.target_hidden_size != self.view.hidden_size:
+            raise OptionError(
+                f"EAGLE heads read features of width {wanted.target_hidden_size}, those of "
+                f"{self.view.name} are {self.view.hidden_size} wide; use heads that were trained "
+                "on it"
+            )
+        if heads.embed_tokens is None:
+            _ = self.view.embedding_weight  # raises where the target's cannot be read
+        self.num_ranks = wanted.draft_vocab_size
+        is_eagle3 = wanted.kind == "eagle3"
+        self._features = (
+            TargetFeatures(wanted.layers_to_read(self.view.num_layers))
+            if is_eagle3
+            else TargetFeatures.LAST_HIDDEN
+        )
+        self.needs = TargetNeeds(
+            vocab_size=wanted.vocab_size, hidden_size=wanted.target_hidden_size, model=target
+        )
+        self._ranking = LevelRanking(self.config.mixture, vocab_size=wanted.vocab_size)
+        self._grown: list[GrownRow] = []
+        self._prompt: Prefill | None = None
+        self._cache: TreeCache | None = None
+        self._unseen_tokens: list[list[int]] = []
+        self._unseen_features: list[list[Tensor]] = []
+        self._hidden: Tensor | None = None  # of the slot before each root
+        self._is_idle: list[bool] = []
+        self._leaf_tokens: Tensor | None = None  # what nothing follows
+
+    @property
+    @override
+    def features(self) -> TargetFeatures:  # type: ignore[override]  # the heads decide
+        return self._features
+
+    @override
+    def begin(self, prompt: Prefill) -> None:
+        self._prompt, self._cache, self._hidden = prompt, None, None
+        self._ranking.begin(prompt)
+        batch = len(prompt.first_tokens)
+        self._unseen_tokens = [[] for _ in range(batch)]
+        self._unseen_features = [[] for _ in range(batch)]
+        self._is_idle = [False] * batch
+        ends = sorted(prompt.eos_token_ids)
+        self._leaf_tokens = (
+            torch.tensor(ends, device=prompt.tokens.device, dtype=torch.long) if ends else None
+        )
+
+    @override
+    def propose(self, roots: Int[Tensor, " batch"], *, noise: PositionNoise | None) -> Draft:
+        assert self._prompt is not None, "propose before begin"
+        if self._cache is None:
+            self._cache = self._read(self._prompt)
+        self._catch_up(roots.device)
+        config = self.config if self.plan is None else planned(self.config, self.plan)
+        if self._prompt.sampler is not None:
+            return self._draw(roots, config, self._prompt.sampler)
+        if config.choices is not None:
+            return self._fill(roots, config.choices, noise)
+        tree = self._grow(config, noise)
+        min_score = math.log(max(config.min_probability, 1e-30))
+        self._grown = tree.best_nodes(config.num_draft_tokens, min_score=min_score)
+        return assemble(self._grown, roots)
+
+    @override
+    def commit(self, accepted: Accepted) -> None:
+        if self._cache is not None:
+            self._cache.keep([[] for _ in accepted.emitted])  # guesses are not features
+        self._ranking.learn(accepted, path_expansions(accepted, self._grown))
+        assert accepted.features is not None
+        for row, emitted in enumerate(accepted.emitted):
+            if emitted:
+                self._unseen_tokens[row] += emitted
+                self._unseen_features[row].append(accepted.features[row, : len(emitted)])
+        self._is_idle = [not emitted for emitted in accepted.emitted]
+
+    def _read(self, prompt: Prefill) -> TreeCache:
+        """Run the heads over the prompt's features, each joined with the token after it."""
+        features = prompt.features
+        assert features is not None
+        following = torch.cat([prompt.tokens[:, 1:], prompt.first_tokens[:, None]], dim=1)
+        length = features.shape[1]  # of the last ones alone, where a cache held the first
+        padding = (prompt.num_padding - (prompt.tokens.shape[1] - length)).clamp(min=0)
+        cache = TreeCache(num_layers=self.heads.config.num_layers, num_padding=padding)
+        self._hidden = None
+        if length > 0:
+            slots = torch.arange(length, device=padding.device)
+            visible = (slots[:, None] >= slots) & (slots >= padding[:, None])[:, None]
+            visible |= torch.eye(length, dtype=torch.bool, device=padding.device)
+            hidden = self._run(
+                following[:, -length:], self.heads.fuse(features), visible, slots[None], cache
+            )
+            cache.keep([list(range(length))] * len(padding))
+            self._hidden = hidden[:, -1]
+        return cache
+
+    def _catch_up(self, device: torch.device) -> None:
+        """Read what the target computed since, of rows that got tokens."""
+        assert self._cache is not None
+        counts = [len(tokens) for tokens in self._unseen_tokens]
+        longest = max(counts)
+        if longest == 0:
+            return
+        padded = [tokens + [0] * (longest - len(tokens)) for tokens in self._unseen_tokens]
+        width = self.heads.config.num_features * self.heads.config.target_hidden_size
+        features = torch.zeros(len(counts), longest, width, device=device, dtype=self.heads.dtype)
+        for row, parts in enumerate(self._unseen_features):
+            if parts:
+                features[row, : counts[row]] = torch.cat(parts)
+        causal = torch.ones(1, longest, longest, dtype=torch.bool, device=device).tril()
+        hidden = self._run(
+            torch.tensor(padded, device=device, dtype=torch.long),
+            self.heads.fuse(features),
+            causal,
+            torch.arange(longest, device=device)[None],
+            self._cache,
+        )
+        self._cache.keep([list(range(count)) for count in counts])
+        last = torch.tensor(
+            [max(count - 1, 0) for count in counts], device=device, dtype=torch.long
+        )
+        newest = hidden[torch.arange(len(counts), device=device), last]
+        if self._hidden is not None:
+            is_new = torch.tensor([count > 0 for count in counts], device=device, dtype=torch.bool)
+            newest = torch.where(is_new[:, None], newest, self._hidden)
+        self._hidden = newest
+        self._unseen_tokens = [[] for _ in counts]
+        self._unseen_features = [[] for _ in counts]
+
+    def _grow(self, config: EagleProposerConfig, noise: PositionNoise | None) -> GrowingTree:
+        """Guess level after level, and follow what is likeliest; tokens are the target's."""
+        branches = min(config.branches, self.heads.config.draft_vocab_size)
+        assert self._hidden is not None
+        device = self._hidden.device
+        tree = GrowingTree(
+            width=config.width,
+            branches=branches,
+            leaf_tokens=self._leaf_tokens,
+            token_ids=self.heads.draft_columns,
+            is_idle=torch.tensor(self._is_idle, device=device, dtype=torch.bool)
+            if any(self._is_idle)
+            else None,
+        )
+        widths = [min(config.width, branches)]
+        while len(widths) < config.depth:
+            widths.append(min(config.width, widths[-1] * branches))
+        run = self._start(widths[: config.depth - 1])
+        tree.grow(self._rank(run.hidden, 0, noise))
+        floor = math.log(max(config.min_confidence, 1e-30))
+        for level in range(1, config.depth):
+            if tree.stop_rows_below(floor) < max(config.min_growing, 1e-6):
+                break
+            nodes = (tree.expanded_tokens, tree.expanded_parents)
+            tree.grow(self._rank(run.below(*nodes), level, noise, nodes))
+        return tree
+
+    def _fill(
+        self, roots: Int[Tensor, " batch"], choices: Choices, noise: PositionNoise | None
+    ) -> Draft:
+        """Give a static tree the best guesses below each of its nodes."""
+        tree = FilledTree(choices, roots=roots)
+        run = self._start(tree.widths[1:])
+        while True:
+            nodes = (tree.expanded_tokens, tree.expanded_parents)
+            ranked = self._rank(run.hidden, tree.depth, noise, nodes)
+            tree.fill(self.heads.target_ids(ranked.topk(tree.num_guesses).indices))
+            if tree.is_full:
+                self._grown = [GrownRow([], [], tree.expansions, [])] * len(roots)
+                return Draft(tokens=tree.tokens, topology=tree.topology, probs=None)
+            run.below(tree.expanded_tokens, tree.expanded_parents)
+
+    def _draw(
+        self, roots: Int[Tensor, " batch"], config: EagleProposerConfig, sampler: DraftSampler
+    ) -> Draft:
+        """Draw the children of one level of a fixed tree after another."""
+        choices = config.choices or drawn_choices(
+            width=config.width,
+            branches=min(config.branches, self.heads.config.draft_vocab_size),
+            depth=config.depth,
+            num_nodes=config.num_draft_tokens,
+        )
+        tree = FilledTree(choices, roots=roots, are_drawn=True)
+        run = self._start(tree.widths[1:])
+        laws: Tensor | None = None
+        while True:
+            law = sampler.law(self._spread(self._logits(run.hidden)))  # [batch, width, vocab]
+            if laws is None:
+                laws = law.new_zeros(*tree.tokens.shape, law.shape[2])
+            laws.index_copy_(1, tree.expanded_nodes, law)
+            tree.fill(sampler.siblings(law, num=tree.num_guesses))
+            if tree.is_full:
+                self._grown = [GrownRow([], [], tree.expansions, [])] * len(roots)
+                return Draft(tokens=tree.tokens, topology=tree.topology, probs=None, laws=laws)
+            run.below(tree.expanded_tokens, tree.expanded_parents)
+
+    def _start(self, widths: list[int]) -> LevelRun:
+        """Return a run from the roots down levels of at most as many nodes."""
+        assert self._cache is not None
+        assert self._hidden is not None
+        return LevelRun(
+            self.heads,
+            self._cache,
+            hidden=self._hidden,
+            widths=widths,
+            embedding=partial(F.embedding, weight=self.view.embedding_weight),
+        )
+
+    def _run(
+        self,
+        tokens: Int[Tensor, "batch nodes"],
+        hidden: Float[Tensor, "batch nodes hidden"],
+        visible: Bool[Tensor, "rows nodes slots"],
+        slot_depths: Int[Tensor, "depth_rows slots"],
+        cache: TreeCache,
+    ) -> Float[Tensor, "batch nodes hidden"]:
+        """Run the heads over new nodes, which become pending."""
+        num_nodes = tokens.shape[1]
+        cache.reserve(num_nodes)
+        first = cache.lengths - cache.num_padding
+        positions = (first[:, None] + slot_depths[:, -num_nodes:]).clamp(min=0)
+        step = TreeStep(visible, slot_depths, cache)
+        output: Tensor = self.heads(
+            hidden,
+            self._embed(tokens),
+            position_ids=positions.expand(len(tokens), -1),
+            attention_mask=step.bias(self.heads.config.sliding_window, self.heads.dtype),
+            past_key_values=cache,
+        )
+        cache.append(num_nodes)
+        return output
+
+    def _embed(self, tokens: Int[Tensor, "batch nodes"]) -> Float[Tensor, "batch nodes hidden"]:
+        return self.heads.embed(tokens, embedding=self.view.stored_embeddings)
+
+    def _logits(
+        self, hidden: Float[Tensor, "batch nodes hidden"]
+    ) -> Float[Tensor, "batch nodes draft_vocab"]:
+        return self.heads.logits(hidden, lm_head=self.view.head_logits)
+
+    def _rank(
+        self,
+        hidden: Float[Tensor, "batch nodes hidden"],
+        depth: int,
+        noise: PositionNoise | None,
+        nodes: Nodes | None = None,
+    ) -> Float[Tensor, "batch nodes draft_vocab"]:
+        return self._ranking.rank(
+            self._logits(hidden),
+            depth=depth,
+            noise=noise,
+            columns=self.heads.draft_columns,
+            nodes=nodes,
+        )
+
+    def _spread(
+        self, logits: Float[Tensor, "batch nodes draft_vocab"]
+    ) -> Float[Tensor, "batch nodes vocab"]:
+        """Put logits at the target's tokens; all others get no probability to speak of."""
+        columns = self.heads.draft_columns
+        if columns is None:
+            return logits
+        shape = (*logits.shape[:2], self.heads.config.vocab_size)
+        return logits.new_full(shape, _ABSENT).index_copy_(2, columns, logits)

@@ -1,0 +1,306 @@
+"""Proposes what Medusa heads guess from the target's last hidden state."""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+from typing_extensions import override
+
+from speclm.acceptance.accepted import Accepted
+from speclm.config import MAX_NODES, ProposerConfig, require_count, require_depth, require_in_range
+from speclm.drafting.interface import Draft, Prefill, Proposer, TargetNeeds
+from speclm.drafting.levels import least_chance
+from speclm.drafting.mixture import Mixture, require_mixture
+from speclm.drafting.ranking import LevelRanking, chain_expansions
+from speclm.errors import OptionError, VocabularyMismatchError
+from speclm.methods.medusa.network import MedusaHeads
+from speclm.sampling.drafts import DraftSampler, DraftSampling, Families
+from speclm.sampling.noise import PositionNoise
+from speclm.target import TargetFeatures, TargetView
+from speclm.tree.plan import TreePlan
+from speclm.tree.static import (
+    Choices,
+    StaticTree,
+    likeliest_paths,
+    normalize_choices,
+    static_tree,
+    trim_choices,
+)
+from speclm.tree.topology import chain, trees_of
+
+_log = logging.getLogger("speclm")
+
+MAX_RANK = 8
+"""Guesses of one head that a tree grown by chance considers."""
+
+STATIC_TREE: Choices = ((0,), (1,), (0, 0), (0, 1), (0, 0, 0), (0, 0, 1), (0, 0, 0, 0))
+"""Where a static tree is needed and none is given: drafts drawn for an accept rule, training."""
+
+
+@dataclass(frozen=True, slots=True)
+class MedusaConfig(ProposerConfig):
+    """Settings of `MedusaProposer`.
+
+    Args:
+        depth: Most levels of a tree; as many heads are computed.
+        choices: Static tree as paths of ranks, see `speclm.tree.static`; None for trees that
+            grow by chance in every round.
+        num_draft_tokens: Most nodes of a tree that grows by chance.
+        min_chance: Least estimated chance of acceptance at which a node is added to it for a
+            single row; more in a batch.
+        mixture: Numbers of the law that ranks candidates under sampling; None to estimate them
+            from what the target chooses.
+    """
+
+    depth: int = 4
+    choices: Choices | None = None
+    num_draft_tokens: int = 16
+    min_chance: float = 0.07
+    mixture: Mixture | None = None
+
+    def __post_init__(self) -> None:
+        require_depth("depth", self.depth)  # super() does not work in a slotted dataclass
+        require_count("num_draft_tokens", self.num_draft_tokens, low=1, high=MAX_NODES - 1)
+        require_in_range("min_chance", self.min_chance, low=0.0, high=1.0)
+        require_mixture(self.mixture)
+
+
+class MedusaProposer(Proposer):
+    """Fills a tree with the best guesses of Medusa heads.
+
+    Head i sees the hidden state that the target's last root was chosen from, and guesses the
+    token of depth i + 1. It does not see the tokens between: all nodes of a depth share one law,
+    and the chance of a path is taken for the product of its guesses' chances.
+
+    Source: Cai et al. 2024 (Medusa).
+    """
+
+    features = TargetFeatures.LAST_HIDDEN
+    takes_choices = True
+    draft_sampling = DraftSampling.WITHOUT_REPLACEMENT
+    config: MedusaConfig
+
+    def __init__(
+        self,
+        heads: MedusaHeads,
+        *,
+        target: PreTrainedModel,
+        tree: str | Sequence[int] | Sequence[Sequence[int]] | None = None,
+        num_draft_tokens: int | None = None,
+        min_chance: float = 0.07,
+        mixture: Mixture | None = None,
+    ) -> None:
+        """Wrap trained heads.
+
+        Args:
+            heads: Heads trained on the target, on its device.
+            target: The model that will verify; heads without an output matrix use its own.
+            tree: Name of a preset, the number of children at each depth, or paths of ranks.
+                Levels beyond the heads are left out, with a log line. None for a tree that is
+                grown in every round, likeliest paths first.
+            num_draft_tokens: Most nodes; of a static tree the first by depth are kept.
+            min_chance: Least estimated chance of acceptance at which a growing tree gets a node.
+            mixture: Numbers of the law that ranks candidates under sampling; None to estimate
+                them from what the target chooses.
+
+        Raises:
+            VocabularyMismatchError: If the heads were made for another vocabulary.
+            OptionError: If the heads have another width, a rank exceeds the vocabulary, or an
+                option is out of range.
+            TopologyError: If the tree is none.
+        """
+        self.view = TargetView(target)
+        if not isinstance(heads, MedusaHeads):
+            raise OptionError(
+                f"heads is a {type(heads).__name__}, expected MedusaHeads; for a folder or hub id "
+                "use SpecModel.from_pretrained(base, heads)"
+            )
+        self.heads = heads
+        _require_match(heads, self.view)
+        self.needs = TargetNeeds(
+            vocab_size=heads.config.vocab_size,
+            hidden_size=heads.config.hidden_size,
+            model=None if heads.config.has_own_lm_head else target,
+        )
+        if tree is None:
+            self.config = MedusaConfig(
+                depth=heads.num_heads,
+                num_draft_tokens=16 if num_draft_tokens is None else num_draft_tokens,
+                min_chance=min_chance,
+                mixture=mixture,
+            )
+        else:
+            choices = _fitting(normalize_choices(tree), heads, self.view)
+            if num_draft_tokens is not None:
+                require_count("num_draft_tokens", num_draft_tokens, low=1, high=MAX_NODES - 1)
+                choices = choices[:num_draft_tokens]
+            self.config = MedusaConfig(
+                depth=max(map(len, choices)),
+                choices=choices,
+                num_draft_tokens=len(choices),
+                mixture=mixture,
+            )
+        self._hidden: Float[Tensor, "batch hidden"] | None = None
+        self._is_idle: Bool[Tensor, " batch"] | None = None
+        self._ranking = LevelRanking(mixture)
+        self._sampler: DraftSampler | None = None
+
+    @override
+    def begin(self, prompt: Prefill) -> None:
+        self._hidden = None
+        self._ranking.begin(prompt)
+        self._sampler = prompt.sampler
+
+    @override
+    def propose(self, roots: Int[Tensor, " batch"], *, noise: PositionNoise | None) -> Draft:
+        if self._hidden is None:
+            return Draft(roots[:, None], chain(0, device=roots.device), probs=None)
+        config = _planned(self.config, self.plan, num_heads=self.heads.num_heads)
+        if self._sampler is not None:
+            drawn = config.choices or trim_choices(STATIC_TREE, max_depth=config.depth)
+            tree = static_tree(drawn[: config.num_draft_tokens], device=roots.device)
+            return self._draw(roots, self._hidden, tree, self._sampler)
+        log_probs = self._rank(self._hidden, noise, depth=config.depth)
+        if config.choices is None:
+            return self._grow(roots, log_probs, config)
+        tree = static_tree(config.choices, device=roots.device)
+        guesses = log_probs.topk(tree.max_rank + 1, dim=-1).indices  # [batch, depth, rank]
+        tokens = guesses[:, tree.depth_indices, tree.rank_indices]
+        return Draft(
+            tokens=torch.cat([roots[:, None], tokens], dim=1), topology=tree.topology, probs=None
+        )
+
+    @override
+    def commit(self, accepted: Accepted) -> None:
+        self._ranking.learn(accepted, chain_expansions(accepted))
+        last = accepted.last_features
+        self._is_idle = accepted.num_tokens == 0
+        if self._hidden is None:
+            self._hidden = last.clone()
+        else:  # a row that was given nothing keeps its hidden state, as it keeps its root
+            self._hidden = torch.where(self._is_idle[:, None], self._hidden, last)
+
+    def _grow(
+        self,
+        roots: Int[Tensor, " batch"],
+        log_probs: Float[Tensor, "batch depth vocab"],
+        config: MedusaConfig,
+    ) -> Draft:
+        """Take the likeliest paths of every row; the shape of the tree is decided on the host."""
+        best = log_probs.topk(min(MAX_RANK, log_probs.shape[2]), dim=-1)
+        if self._is_idle is not None:  # nodes of a row that has ended would slow the others
+            best.values.masked_fill_(self._is_idle[:, None, None], float("-inf"))
+        guesses, scores = best.indices.tolist(), best.values.tolist()  # [batch, depth, rank]
+        num_rows = sum(row[0][0] > -math.inf for row in scores)
+        min_chance = config.min_chance
+        if self.plan is None or self.plan.min_chance is None:
+            min_chance = least_chance(min_chance, num_rows=num_rows)
+        min_score = math.log(max(min_chance, 1e-30))
+        rows = [
+            likeliest_paths(row, num_nodes=config.num_draft_tokens, min_score=min_score)
+            for row in scores
+        ]
+        longest = max(map(len, rows))
+        tokens = [
+            [row_guesses[node.depth][node.rank] for node in row] + [0] * (longest - len(row))
+            for row, row_guesses in zip(rows, guesses, strict=True)
+        ]
+        probs = [
+            [1.0, *(math.exp(own[n.depth][n.rank]) for n in row), *[0.0] * (longest - len(row))]
+            for row, own in zip(rows, scores, strict=True)
+        ]
+        found = torch.tensor(tokens, dtype=torch.long, device=roots.device)
+        return Draft(
+            tokens=torch.cat([roots[:, None], found.view(len(rows), -1)], dim=1),
+            topology=trees_of(
+                [[0, *(node.parent for node in row)] for row in rows], device=roots.device
+            ),
+            probs=torch.tensor(probs, device=roots.device, dtype=torch.float32),
+        )
+
+    def _draw(
+        self,
+        roots: Int[Tensor, " batch"],
+        hidden: Float[Tensor, "batch hidden"],
+        tree: StaticTree,
+        sampler: DraftSampler,
+    ) -> Draft:
+        """Draw the children of every node, the j-th drawn in the place of the j-th child."""
+        logits: Tensor = self.heads(hidden, lm_head=self.view.head_logits, num_heads=tree.max_depth)
+        levels = sampler.law(logits)  # [batch, depth, vocab]
+        depths = tree.topology.depths[0].clamp(max=tree.max_depth - 1)
+        families = Families.of(tree.topology.host_parents[0])
+        laws = levels[:, depths]  # [batch, nodes, vocab]
+        drawn = sampler.siblings(laws[:, families.parents], num=families.max_children)
+        tokens = roots[:, None].repeat(1, tree.topology.num_nodes)
+        for family, children in enumerate(families.children):
+            tokens[:, children] = drawn[:, family, : len(children)]
+        return Draft(tokens=tokens, topology=tree.topology, probs=None, laws=laws)
+
+    def _rank(
+        self, hidden: Float[Tensor, "batch hidden"], noise: PositionNoise | None, *, depth: int
+    ) -> Float[Tensor, "batch depth vocab"]:
+        """Return the log-probabilities by which guesses at each depth are ranked."""
+        logits: Tensor = self.heads(hidden, lm_head=self.view.head_logits, num_heads=depth)
+        if noise is None and not self._ranking.changes_scores:
+            return self._ranking.rank(logits, depth=0, noise=None)
+        levels = [
+            self._ranking.rank(logits[:, level : level + 1], depth=level, noise=noise)
+            for level in range(depth)
+        ]
+        return torch.cat(levels, dim=1)
+
+
+@lru_cache(maxsize=64)
+def _planned(config: MedusaConfig, plan: TreePlan | None, *, num_heads: int) -> MedusaConfig:
+    """Return the settings of the next drafts; what a plan leaves open is the config's."""
+    if plan is None:
+        return config
+    if plan.choices is not None:
+        choices = trim_choices(plan.choices, max_depth=num_heads)
+        depth = max(map(len, choices))
+        return MedusaConfig(depth=depth, choices=choices, num_draft_tokens=len(choices))
+    return MedusaConfig(
+        depth=min(plan.depth, num_heads),
+        num_draft_tokens=plan.num_draft_tokens,
+        min_chance=config.min_chance if plan.min_chance is None else plan.min_chance,
+    )
+
+
+def _fitting(choices: Choices, heads: MedusaHeads, view: TargetView) -> Choices:
+    """Leave out what is deeper than the heads, and refuse ranks beyond the vocabulary."""
+    trimmed = trim_choices(choices, max_depth=heads.num_heads)
+    if len(trimmed) < len(choices):
+        _log.warning(
+            "tree is deeper than %d heads reach; %d of its %d nodes are left out",
+            heads.num_heads,
+            len(choices) - len(trimmed),
+            len(choices),
+        )
+    rank = max(path[-1] for path in trimmed)
+    if rank >= view.vocab_size:
+        raise OptionError(
+            f"tree asks for rank {rank}, the vocabulary has {view.vocab_size} tokens; "
+            "use smaller ranks"
+        )
+    return trimmed
+
+
+def _require_match(heads: MedusaHeads, view: TargetView) -> None:
+    config = heads.config
+    if config.vocab_size != view.vocab_size:
+        raise VocabularyMismatchError(
+            f"heads are for a vocabulary of {config.vocab_size}, the target {view.name} has one of "
+            f"{view.vocab_size}; load them with the base they were trained on"
+        )
+    if config.hidden_size != view.hidden_size:
+        raise OptionError(
+            f"heads are {config.hidden_size} wide, the hidden states of {view.name} "
+            f"{view.hidden_size}; load them with the base they were trained on"
+        )

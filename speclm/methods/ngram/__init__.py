@@ -1,0 +1,1 @@
+"""Drafts what followed the same tokens before."""

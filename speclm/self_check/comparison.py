@@ -1,0 +1,199 @@
+"""Finds out whether a model reads a chain of tokens as regular generation has it read them."""
+
+import math
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from speclm.self_check.attempt import Evidence, attempt, distinct_tokens, relative_difference
+from speclm.self_check.changes import changes
+from speclm.self_check.regular import NUM_LATER_STEPS, regular_logits
+from speclm.self_check.verdict import Backend, SelfCheck
+from speclm.target import TargetView
+from speclm.target.chain_session import ChainReader
+from speclm.tree.topology import chain, from_parents
+
+_PROMPT_LENGTHS = (5, 3)
+_ROUNDS = ((1, 1), (2, 1))  # tokens of each chain that are kept, and such that are not
+_LATER_CHAIN = 3
+_NUM_STEPS = sum(num_kept for num_kept, _ in _ROUNDS) + 1
+
+
+def check_chains(target: TargetView) -> SelfCheck:
+    """Compare chains that are kept in part with regular generation, over two padded rows.
+
+    A model may compute something else in a step than in a forward over the whole text, and the
+    steps of regular generation are what is promised. Costs nine forwards of fewer than 13 tokens,
+    and `NUM_LATER_STEPS` more with code of others. The model has to be in evaluation mode.
+
+    Returns:
+        A verdict for chains or for plain decoding.
+    """
+    check = attempt(target, Backend.CHAINS, _measure)
+    limits = _step_limits(target)
+    if check.backend is Backend.CHAINS and limits is not None:
+        reason = (
+            f"time steps are bounded to {limits} in chains and not in single steps, which the "
+            "self-check's few tokens may not show"
+        )
+        return replace(check, backend=Backend.PLAIN, reason=reason)
+    return check
+
+
+def _step_limits(target: TargetView) -> tuple[float, float] | None:
+    """Return bounds of a recurrence's time steps, by Transformers' name for them, if they bind."""
+    for module in target.model.modules():
+        limits = getattr(module, "time_step_limit", None)
+        if isinstance(limits, tuple | list) and (limits[0] > 0.0 or limits[1] < math.inf):
+            return float(limits[0]), float(limits[1])
+    return None
+
+
+@torch.no_grad()
+def _measure(target: TargetView) -> Evidence:
+    evidence = _measure_rounds(target)
+    if not changes(target.model):
+        return evidence
+    return replace(evidence, error=max(evidence.error, _error_of_later_steps(target)))
+
+
+def _error_of_later_steps(target: TargetView) -> float:
+    """Return how far chains that are kept whole are from as many steps of regular generation."""
+    length = _PROMPT_LENGTHS[0]
+    text = distinct_tokens(target, length + NUM_LATER_STEPS)[None]
+    prompt, mask = text[:, :length], torch.ones_like(text[:, :length])
+    wanted = regular_logits(target, prompt, mask, text[:, length:])
+    with target.steps():
+        reader = ChainReader.of_prompt(target, mask)
+        found = [reader.prefill(prompt)]
+        for start in range(length, text.shape[1], _LATER_CHAIN):
+            found.append(reader.feed(text[:, start : start + _LATER_CHAIN]))
+            reader.keep(_LATER_CHAIN)
+    return relative_difference(torch.cat(found, dim=1)[0], wanted[0])
+
+
+def _measure_rounds(target: TargetView) -> Evidence:
+    batch, longest = len(_PROMPT_LENGTHS), max(_PROMPT_LENGTHS)
+    padding = torch.tensor(
+        [longest - length for length in _PROMPT_LENGTHS], device=target.device, dtype=torch.long
+    )
+    mask = (torch.arange(longest, device=target.device) >= padding[:, None]).long()
+    num_wrong = sum(count for _, count in _ROUNDS)
+    tokens = distinct_tokens(target, batch * (longest + _NUM_STEPS + num_wrong)).view(batch, -1)
+    prompts, text = tokens[:, :longest], tokens[:, longest : longest + _NUM_STEPS]
+    wrong = tokens[:, longest + _NUM_STEPS :]
+    text[1, -1] = text[0, -1]
+
+    target.require_masked_windows()
+    wanted = regular_logits(target, prompts, mask, text)
+    with target.steps():
+        found = _in_chains(target, prompts, mask, text, wrong)
+    return Evidence(
+        error=relative_difference(found.flatten(0, 1), wanted.flatten(0, 1)),
+        effect=relative_difference(wanted[:1, -1], wanted[1:, -1]),
+    )
+
+
+def _in_chains(
+    target: TargetView,
+    prompts: Int[Tensor, "batch seq"],
+    mask: Int[Tensor, "batch seq"],
+    text: Int[Tensor, "batch steps"],
+    wrong: Int[Tensor, "batch wrong"],
+) -> Float[Tensor, "batch positions vocab"]:
+    reader = ChainReader.of_prompt(target, mask)
+    found, at = [reader.prefill(prompts)], 0
+    for num_kept, num_wrong in _ROUNDS:
+        fed = torch.cat([text[:, at : at + num_kept], wrong[:, -num_wrong:]], dim=1)
+        found.append(reader.feed(fed)[:, :num_kept])
+        reader.keep(num_kept)
+        at += num_kept
+    return torch.cat([*found, reader.feed(text[:, at:])], dim=1)
+
+
+_PARENTS = [0, 0, 0, 1]
+_TREE_PROMPT_LENGTHS = (4, 3)
+_PATHS = (((0, 2), (0, 1, 3)), ((0, 1, 3), (0, 2)))
+"""For each row what is kept of the first tree, and what is compared of the second. One row is
+padded, the other has a gap before the second tree; neither keeps a prefix of the slots. The second
+row is shorter by a token, so that both have a last position in common but one."""
+
+
+def check_trees(target: TargetView) -> SelfCheck:
+    """Compare two tiny trees over two ragged, padded rows with regular generation.
+
+    The first tree is read along with the prompt; the second follows a kept path that is not a
+    prefix of the slots, so that positions, masks and rollback are all covered. Costs six
+    forwards of at most 16 tokens, and `NUM_LATER_STEPS` more for a model with code of others. The
+    model has to be in evaluation mode.
+
+    Returns:
+        A verdict for trees or for plain decoding.
+    """
+    obstacle = target.tree_obstacle()
+    if obstacle is not None:  # which tiny trees may not run into
+        return SelfCheck(Backend.PLAIN, obstacle)
+    return attempt(target, Backend.TREES, _measure_tree_steps)
+
+
+@torch.no_grad()
+def _measure_tree_steps(target: TargetView) -> Evidence:
+    evidence = _measure_trees(target)
+    if not changes(target.model):
+        return evidence
+    return replace(evidence, error=max(evidence.error, _tree_error_of_later_steps(target)))
+
+
+def _measure_trees(target: TargetView) -> Evidence:
+    device, longest = target.device, max(_TREE_PROMPT_LENGTHS)
+    batch, topology = len(_TREE_PROMPT_LENGTHS), from_parents([_PARENTS], device=device)
+    nodes = topology.num_nodes
+    tokens = distinct_tokens(target, batch * (longest + 2 * nodes)).view(batch, -1)
+    prompts, first = tokens[:, :longest], tokens[:, longest : longest + nodes]
+    second = tokens[:, longest + nodes :]
+    second[1, 2] = second[0, 1]  # at the same position, after other tokens
+    padding = torch.tensor(
+        [longest - length for length in _TREE_PROMPT_LENGTHS], device=device, dtype=torch.long
+    )
+
+    cache = target.new_cache(padding)
+    after_first = target.forward_tree(first, topology, cache, prompt=prompts)
+    cache.keep([kept for kept, _ in _PATHS])
+    with target.steps():
+        after_second = target.forward_tree(second, topology, cache)
+
+    target.require_masked_windows()
+    found, wanted = [], []
+    for row, (kept, compared) in enumerate(_PATHS):
+        parts = [prompts[row, int(padding[row]) :], first[row, kept], second[row, compared]]
+        after = torch.cat([after_first[row, kept], after_second[row, compared]])
+        found.append(after[-2:])
+        # Without padding models get no mask, and some compute something else then.
+        wanted.append(_generated(target, torch.cat(parts), num_padding=row, num_steps=1))
+    return Evidence(
+        error=relative_difference(torch.cat(found), torch.cat(wanted)),
+        effect=relative_difference(wanted[0][-2:-1], wanted[1][-1:]),
+    )
+
+
+def _tree_error_of_later_steps(target: TargetView) -> float:
+    """Return how far a chain of nodes is from as many steps of regular generation."""
+    text = distinct_tokens(target, NUM_LATER_STEPS + _TREE_PROMPT_LENGTHS[0])
+    wanted = _generated(target, text, num_padding=0, num_steps=NUM_LATER_STEPS)
+    prompt, nodes = text[None, : -NUM_LATER_STEPS - 1], text[None, -NUM_LATER_STEPS - 1 :]
+    cache = target.new_cache(text.new_zeros(1))
+    topology = chain(NUM_LATER_STEPS, device=target.device)
+    found = target.forward_tree(nodes, topology, cache, prompt=prompt)
+    return relative_difference(found[0], wanted)
+
+
+def _generated(
+    target: TargetView, text: Int[Tensor, " seq"], *, num_padding: int, num_steps: int
+) -> Float[Tensor, "positions vocab"]:
+    """Return the logits of regular generation that ends with the last tokens of a text."""
+    prompt = torch.cat([text.new_zeros(num_padding), text[:-num_steps]])[None]
+    mask = torch.ones_like(prompt)
+    mask[:, :num_padding] = 0
+    return regular_logits(target, prompt, mask, text[None, -num_steps:])[0]

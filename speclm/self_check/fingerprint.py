@@ -1,0 +1,239 @@
+"""What two models must have in common to share a verdict."""
+
+import hashlib
+import json
+import platform
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from itertools import chain
+from pathlib import Path
+from types import BuiltinFunctionType, FunctionType
+from typing import Any, cast
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from transformers import GenerationConfig, PretrainedConfig
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from speclm._version import __version__
+from speclm.attention import attention_configs
+from speclm.kernels import preferred
+from speclm.self_check.changes import STEP_METHODS, foreign_hooks, is_foreign, is_known
+from speclm.target import TargetView
+
+_FUNCTIONS = (FunctionType, BuiltinFunctionType)
+_PLAIN_TYPES = (bool, int, float, str, type(None))
+_IGNORED_SETTINGS = {  # of a config: what does not change a computation, or is told elsewhere
+    "_commit_hash",
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "id2label",
+    "label2id",
+    "name_or_path",
+    "problem_type",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
+_EXERCISED = ("attention", "cache", "kernels", "target", "tree", "verify")
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """A kind of model.
+
+    Args:
+        digest: Of everything that can be named: class, config, versions, dtype, device, attention
+            implementation, modules and a few weights.
+        foreign: Classes and functions of other packages than Transformers and torch. Their names
+            do not tell what they do, so they are compared by identity.
+        is_lasting: Whether the digest alone tells the kind, in other processes too.
+    """
+
+    digest: str
+    foreign: tuple[object, ...]
+    is_lasting: bool
+
+
+class _UnknownError(Exception):
+    """A model was changed in a way that has no name."""
+
+
+def fingerprint(target: TargetView) -> Fingerprint | None:
+    """Return what tells the target from models that may compute otherwise.
+
+    Returns:
+        None for a model with hooks, or with methods of its own on an instance: offloaded, patched
+        and compiled ones. Two of them are never taken for the same.
+    """
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        return None
+    model, foreign = target.model, list[object]()
+    try:
+        lines = [
+            *_versions(),
+            _describe_device(target.device),
+            *(_describe_config(config, foreign) for config in attention_configs(model)),
+            *_describe_modules(model, foreign),
+            _describe_weights(model),
+        ]
+    except _UnknownError:
+        return None
+    except Exception:  # noqa: BLE001 - a config of foreign code; then the check is made anew
+        return None
+    digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    is_release = all("dev" not in version for version in (transformers.__version__, __version__))
+    return Fingerprint(digest, tuple(foreign), is_lasting=is_release and not foreign)
+
+
+def _versions() -> tuple[str, ...]:
+    own = (transformers.__version__, str(torch.__version__), __version__)
+    return (*own, platform.python_version(), platform.machine(), _own_sources())
+
+
+@cache
+def _own_sources() -> str:
+    """Return a hash of the code that the check exercises, which changes between releases too."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parents[1]
+    for name in _EXERCISED:
+        for path in [root / f"{name}.py", *sorted((root / name).rglob("*.py"))]:
+            if path.exists():
+                digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+@cache
+def _source_of(module_name: str) -> str:
+    """Return a hash of the file of a modeling module, which people edit in place."""
+    path = getattr(sys.modules[module_name], "__file__", None)
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
+
+
+def _describe_device(device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    kernel = preferred(device).backend  # what computes attention of trees
+    # Its package has another name in some builds of PyTorch; the module has not.
+    return f"{name} {kernel} {import_module('triton').__version__ if kernel == 'triton' else ''}"
+
+
+def _describe_config(config: PretrainedConfig, foreign: list[object]) -> str:
+    implementation = config._attn_implementation
+    for registered in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
+        function = cast("Any", registered).get(implementation)
+        if function is not None:
+            _note_function(function, foreign)
+    experts = getattr(config, "_experts_implementation", None)
+    settings = json.dumps(_relevant(config.to_dict()), sort_keys=True, default=_to_json)
+    return f"{_name(type(config))} {implementation} {experts} {settings}"
+
+
+def _relevant(settings: Any) -> Any:
+    if not isinstance(settings, dict):
+        return settings
+    return {
+        str(name): _relevant(value)
+        for name, value in settings.items()
+        if name not in _IGNORED_SETTINGS
+    }
+
+
+def _to_json(value: object) -> str:
+    if isinstance(value, torch.dtype | torch.device):
+        return str(value)
+    raise _UnknownError  # its text may hold an address, or too little
+
+
+def _describe_modules(model: nn.Module, foreign: list[object]) -> Iterator[str]:
+    classes: dict[type, None] = {}
+    for name, module in model.named_modules():
+        state = vars(module)
+        if foreign_hooks(module) or "_hf_hook" in state:
+            raise _UnknownError
+        if state.get("_compiled_call_impl") is not None:
+            raise _UnknownError
+        classes[type(module)] = None
+        yield f"{name} {_name(type(module))} {''.join(_describe_state(module, state))}"
+    for kind in classes:
+        _note_class(kind, foreign)
+    for module_name in dict.fromkeys(kind.__module__ for kind in classes):
+        if is_known(module_name) and "modeling_" in module_name:
+            yield _source_of(module_name)
+            for value in vars(sys.modules[module_name]).values():
+                if isinstance(value, FunctionType):
+                    _note_function(value, foreign)
+
+
+def _describe_weights(model: nn.Module) -> str:
+    """Return one number of each parameter and buffer.
+
+    Some models compute something else in chains than in steps only for certain weights: where a
+    bound is applied in one of them, and a trained number exceeds it.
+    """
+    samples: dict[torch.device, list[Tensor]] = {}
+    for parameter in chain(model.parameters(), model.buffers()):
+        if parameter.numel() and parameter.device.type != "meta":
+            middle = parameter.detach().reshape(-1)[parameter.numel() // 2]
+            samples.setdefault(parameter.device, []).append(middle.float())
+    # One sync for each device.
+    return str([torch.stack(numbers).tolist() for numbers in samples.values()])
+
+
+def _describe_state(module: nn.Module, state: dict[str, Any]) -> Iterator[str]:
+    """Describe the parameters of a module and its plain attributes, of which some are settings."""
+    for name, parameter in module._parameters.items():
+        if parameter is not None:
+            kind = type(parameter)
+            shape = tuple(parameter.shape)
+            yield f"{name} {_name(kind)} {parameter.dtype} {parameter.device.type} {shape},"
+    for name, value in state.items():
+        if name in {"training", "generate"}:  # patch() puts one there
+            continue
+        if name.startswith("_") and not callable(value):
+            continue
+        if isinstance(value, _PLAIN_TYPES):
+            yield f"{name}={value!r},"
+        elif isinstance(value, _FUNCTIONS) and name != "forward" and is_known(value.__module__):
+            yield f"{name}={_name(value)},"
+        elif callable(value):  # a method of this instance alone
+            raise _UnknownError
+        elif not is_known(type(module).__module__):
+            yield f"{name}={_describe_value(value)},"
+
+
+def _describe_value(value: object) -> str:
+    """Describe what an object of a foreign class holds, which its code may do anything with."""
+    if value is None or isinstance(value, (*_PLAIN_TYPES, torch.dtype, torch.device)):
+        return repr(value)
+    if isinstance(value, PretrainedConfig | GenerationConfig):
+        return _name(type(value))  # the one is described by itself, the other is of calls
+    if isinstance(value, dict):
+        return str([[_describe_value(key), _describe_value(kept)] for key, kept in value.items()])
+    if isinstance(value, list | tuple | set | frozenset):
+        return str([_describe_value(kept) for kept in value])
+    raise _UnknownError
+
+
+def _note_class(kind: type, foreign: list[object]) -> None:
+    if not is_known(kind.__module__):
+        foreign.append(kind)
+    own = [value for value in vars(kind).values() if isinstance(value, FunctionType)]
+    for function in [*(getattr(kind, name, None) for name in STEP_METHODS), *own]:
+        _note_function(function, foreign)
+
+
+def _note_function(function: object, foreign: list[object]) -> None:
+    """Note a function of another package."""
+    if is_foreign(function):
+        foreign.append(function)
+
+
+def _name(thing: Any) -> str:
+    return f"{thing.__module__}.{thing.__qualname__}"

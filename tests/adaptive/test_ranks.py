@@ -1,0 +1,87 @@
+from copy import deepcopy
+
+import pytest
+import torch
+
+from speclm import SpecModel
+from speclm.adaptive.acceptance_rates import RankRecorder
+from speclm.drafting.interface import Draft, Proposer
+from speclm.errors import OptionError
+from speclm.methods.draft_model.proposer import DraftModelProposer
+from speclm.methods.ngram.proposer import NgramProposer
+from speclm.tree.static import static_tree
+from tests.models import generate, prompts, shared_model
+from tests.proposers import random_heads
+
+
+class RankedProposer(Proposer):
+    """Puts the true tokens at ranks that a script names, one for each depth."""
+
+    takes_choices = True
+
+    def __init__(self, reference, ranks):
+        self._reference, self._ranks, self._num_tokens = reference, ranks, 0
+
+    def begin(self, prompt):
+        self._num_tokens = 0
+
+    def propose(self, roots, *, noise):
+        tree = static_tree(self.plan.choices, device=roots.device)
+        tokens = torch.zeros(1, 1 + len(tree.choices), dtype=torch.long)  # never generated
+        for node, path in enumerate(tree.choices, start=1):
+            depth = len(path)
+            position = self._num_tokens + depth - 1
+            if path == tuple(self._ranks[:depth]) and position < len(self._reference):
+                tokens[0, node] = self._reference[position]
+        return Draft(tokens, tree.topology, None)
+
+    def commit(self, accepted):
+        self._num_tokens += len(accepted.emitted[0])
+
+
+def test_ranks_are_counted_where_they_were_accepted():
+    base, inputs = shared_model("llama"), prompts(9)
+    plain, _ = generate(base, inputs, max_new_tokens=24, do_sample=False)
+    reference = plain[0, inputs["input_ids"].shape[1] :].tolist()
+    assert 0 not in reference
+    recorder = RankRecorder(RankedProposer(reference, (1, 0, 2)))
+    model = SpecModel(base, recorder, adaptive=False)
+
+    found, _ = generate(model, inputs, max_new_tokens=24, do_sample=False)
+
+    assert torch.equal(found, plain)
+    assert model.last_speculation.tau == 4.0
+    acceptance = recorder.acceptance
+    assert acceptance[0][:2] == [0.0, 1.0]
+    assert acceptance[1][0] == 1.0
+    assert acceptance[2] == [0.0, 0.0, 1.0]
+    assert len(acceptance) == 3
+
+
+def test_a_wrapped_proposer_keeps_its_features_and_gives_its_plan_back():
+    from speclm.methods.medusa.proposer import MedusaProposer
+
+    base, inputs = shared_model("llama"), prompts(9, 5)
+    inner = MedusaProposer(random_heads(base), target=base)
+    model = SpecModel(base, RankRecorder(inner), adaptive=False)
+    plain, _ = generate(base, inputs, max_new_tokens=8, do_sample=False)
+
+    found, _ = generate(model, inputs, max_new_tokens=8, do_sample=False)
+
+    assert torch.equal(found, plain)
+    assert model.proposer.features == inner.features
+    assert inner.plan is None
+
+
+def test_a_draft_model_that_is_the_target_is_always_right_first():
+    base, inputs = shared_model("llama"), prompts(9)
+    recorder = RankRecorder(DraftModelProposer(deepcopy(base), target=base, depth=3))
+
+    generate(SpecModel(base, recorder, adaptive=False), inputs, max_new_tokens=20, do_sample=False)
+
+    assert recorder.acceptance == [[1.0], [1.0], [1.0]]
+
+
+def test_a_proposer_without_ranks_is_refused():
+    with pytest.raises(OptionError, match=r"NgramProposer does not rank.*auto"):
+        RankRecorder(NgramProposer())

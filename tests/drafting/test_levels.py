@@ -1,0 +1,50 @@
+"""What proposers share that draft a level at a time."""
+
+import pytest
+import torch
+
+from speclm.drafting.levels import assemble, options_with_tree, planned, row_probs
+from speclm.errors import OptionError, TopologyError
+from speclm.methods.eagle.proposer import EagleProposerConfig
+from speclm.tree.dynamic import GrownRow
+from speclm.tree.plan import TreePlan
+
+
+def test_probabilities_of_nodes_are_given_their_paths():
+    row = GrownRow([5, 6, 7], [0, 0, 1], [None] * 3, [-0.5, -1.5, -0.75])
+
+    found = torch.tensor(row_probs(row)).log()
+
+    assert torch.allclose(found, torch.tensor([-0.5, -1.5, -0.25]))
+
+
+def test_a_grown_draft_has_probabilities_and_padding_none():
+    rows = [GrownRow([5], [0], [None], [-0.5]), GrownRow([6, 7], [0, 1], [None] * 2, [-0.2, -0.9])]
+
+    draft = assemble(rows, torch.tensor([1, 2]))
+
+    assert draft.probs is not None
+    expected = torch.tensor([[0.0, -0.5, -torch.inf], [0.0, -0.2, -0.7]]).exp()
+    assert torch.allclose(draft.probs, expected)
+
+
+def test_plan_goes_before_the_config_and_leaves_the_rest():
+    config = EagleProposerConfig(width=5, min_probability=0.3)
+    found = planned(config, TreePlan(3, 7, choices=((0,),), min_confidence=0.4))
+    assert (found.depth, found.num_draft_tokens, found.choices) == (3, 7, ((0,),))
+    assert (found.min_probability, found.min_confidence, found.width) == (0.3, 0.4, 5)
+    assert planned(config, TreePlan(3, 7, min_chance=0.1)).min_probability == 0.1
+
+
+def test_static_tree_sets_the_size():
+    found = options_with_tree([2, 2], {"num_draft_tokens": 4, "width": 2})
+    assert found == {
+        "choices": ((0,), (1,), (0, 0), (0, 1)),
+        "depth": 2,
+        "num_draft_tokens": 4,
+        "width": 2,
+    }
+    with pytest.raises(TopologyError, match="no paths"):
+        options_with_tree([], {})
+    with pytest.raises(OptionError, match="num_draft_tokens"):
+        options_with_tree([2], {"num_draft_tokens": 0})

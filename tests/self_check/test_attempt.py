@@ -1,0 +1,55 @@
+"""Measurements and failures become verdicts; differences and tokens are those of any model."""
+
+import math
+
+import pytest
+import torch
+
+from speclm.self_check.attempt import Evidence, attempt, distinct_tokens, relative_difference
+from speclm.self_check.verdict import Backend
+from speclm.target import TargetView
+from tests.models import build_model, shared_model
+
+
+def verdict_on(error, effect):
+    return attempt(
+        TargetView(shared_model("llama")), Backend.TREES, lambda _: Evidence(error, effect)
+    )
+
+
+def test_error_has_to_be_small_in_itself_and_beside_the_effect_of_the_text():
+    assert verdict_on(5e-5, 1.0).backend is Backend.TREES
+    assert "at most 1e-04 expected" in verdict_on(2e-4, 1.0).reason
+    assert "too little" in verdict_on(0.0, 1e-3).reason
+    assert "not numbers" in verdict_on(math.nan, math.nan).reason
+    assert verdict_on(math.inf, 1.0).backend is Backend.PLAIN
+
+
+def test_difference_is_relative_to_the_spread_of_each_position():
+    wanted = torch.tensor([[1.0, -1.0], [10.0, -10.0]])
+    found = wanted + torch.tensor([[0.1, 0.0], [0.0, 0.5]])
+    assert relative_difference(found, wanted) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("masked", [-math.inf, torch.finfo(torch.float32).min, -1e9])
+def test_tokens_that_never_come_are_left_out(masked):
+    wanted = torch.tensor([[1.0, masked, -1.0]])
+    assert relative_difference(wanted + 0.1, wanted) == pytest.approx(0.1)
+    found = torch.tensor([[1.0, 0.0, -1.0]])
+    assert relative_difference(found, wanted) == math.inf
+
+
+def test_numbers_on_one_side_alone_are_found():
+    wanted = torch.tensor([[1.0, -1.0]])
+    broken = torch.tensor([[1.0, torch.nan]])
+    assert relative_difference(broken, wanted) == math.inf
+    assert math.isnan(relative_difference(wanted, broken))
+
+
+@pytest.mark.parametrize("vocab_size", [1, 2, 10, 37, 160])
+def test_tokens_are_as_distinct_as_the_vocabulary_allows(vocab_size):
+    tokens = distinct_tokens(TargetView(build_model("llama", vocab_size=vocab_size)), 20)
+    assert tokens.shape == (20,)
+    assert int(tokens.max()) < vocab_size
+    assert len(set(tokens.tolist())) >= min(20, vocab_size - 1)  # padding is left out
+    assert vocab_size == 1 or 0 not in tokens.tolist()

@@ -1,7 +1,0 @@
-"""The ways to verify drafts have names that reports use."""
-
-from speclm.verify import Backend
-
-
-def test_values_are_words_for_reports():
-    assert [backend.value for backend in Backend] == ["tree attention", "chains", "plain decoding"]
