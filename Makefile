@@ -12,7 +12,7 @@ PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 SPREAD := --numprocesses logical --maxprocesses 8 --dist worksteal
 UNIT := $(BIN)/python -m pytest --quiet $(SPREAD)
 # Enumerations, which switch the shape checks off by themselves.
-LAWS := --ignore=tests/generation/test_enumeration.py --ignore=tests/generation/test_rule_laws.py
+ENUMERATIONS := --ignore=tests/generation/test_enumeration.py --ignore=tests/generation/test_rule_distributions.py
 # Triton reads the variable when a kernel is defined; the shape checks would wrap what it compiles.
 INTERPRETER := TRITON_INTERPRET=1 SPECLM_TYPECHECK=0
 CORE := --ignore=tests/docs --ignore=tests/cli --ignore=tests/demo --ignore=tests/test_repository.py
@@ -61,7 +61,7 @@ unit: .venv/.dev ## Run the test suite with shape checks and coverage
 	$(UNIT) --cov --cov-report=term
 
 untyped: .venv/.dev ## Run the decode loop without shape checks, as users do
-	SPECLM_TYPECHECK=0 $(UNIT) $(LAWS) tests/generation
+	SPECLM_TYPECHECK=0 $(UNIT) $(ENUMERATIONS) tests/generation
 
 interpreted: .venv/.dev ## Run the kernels in Triton's interpreter, in processes of its own
 	$(INTERPRETER) $(UNIT) tests/kernels/interpreted
@@ -94,7 +94,7 @@ aot: .venv/.dev ## Compile the kernels for GPUs ahead of time, and look at the m
 	$(FLOOR)/python $(PIP_INSTALL) --constraint constraints-floor.txt --editable '.[test]'
 	@touch $@
 
-# They ask for an older Transformers, and speculators for packages that fail beside a torch without
+# They ask for an older Transformers, and speculators for packages that fail next to a torch without
 # CUDA; neither uses them here.
 $(CROSS)/.ready: pyproject.toml
 	@echo "Installing speculators and SpecForge into $(CROSS) (once, 1.5 GB)"

@@ -1,4 +1,4 @@
-"""Measure a tree's forward beside the same forward with a dense mask, and keeping a path.
+"""Measure a tree's forward next to the same forward with a dense mask, and keeping a path.
 
 python benchmarks/attention.py
 """

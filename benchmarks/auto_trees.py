@@ -1,8 +1,8 @@
-"""Measure planned trees beside a chain of four and calibrated static trees of 8, 16 and 32 nodes.
+"""Measure planned trees next to a chain of four and calibrated static trees of 8, 16 and 32 nodes.
 
 Trees are calibrated on the tuning prompts, and planned trees learn on them; what is reported is of
 the other prompts. Every call is run with all trees, one right after the other and in an order that
-rotates, beside a plain run.
+rotates, next to a plain run.
 
     python benchmarks/auto_trees.py --heads medusa --n 32 --batch 1,4,16
 """
@@ -22,13 +22,13 @@ from transformers.utils import logging
 
 from speclm.adaptive.acceptance_rates import RankRecorder, calibrated_choices
 from speclm.bench import (
-    Arm,
     Call,
     Comparison,
+    Decoder,
     Pair,
     append_record,
     make_calls,
-    plain_arm,
+    plain_decoder,
     setting_options,
 )
 from speclm.bench.divergence import explain
@@ -46,15 +46,15 @@ LEAST_SHARE = 0.95  # of the best fixed tree's speed that planned trees have to 
 
 @dataclass(slots=True)
 class Trees:
-    """The arms of one proposer: a name and what ``tree=`` is."""
+    """The methods of one proposer: a name and what ``tree=`` is."""
 
     base: PreTrainedModel
     proposer: Proposer
     fixed: dict[str, TreePlan] = field(default_factory=dict)
 
-    def arms(self) -> list[Arm]:
+    def methods(self) -> list[Decoder]:
         named = {"own": None, **self.fixed, "auto": "auto"}
-        return [self._arm(name, tree) for name, tree in named.items()]
+        return [self._method(name, tree) for name, tree in named.items()]
 
     def calibrate(self, calls: Sequence[Call]) -> None:
         """Calibrate static trees; proposers that do not rank have none."""
@@ -73,7 +73,7 @@ class Trees:
             choices = calibrated_choices(recorder.acceptance, num_nodes=size)
             self.fixed[f"static-{size}"] = TreePlan.of(choices)
 
-    def _arm(self, name: str, tree: TreePlan | str | None) -> Arm:
+    def _method(self, name: str, tree: TreePlan | str | None) -> Decoder:
         model = SpecModel(self.base, self.proposer, tree=tree)
 
         def generate(call: Call) -> Tensor:
@@ -81,43 +81,43 @@ class Trees:
             assert isinstance(output, Tensor)
             return output
 
-        return Arm(name, generate, lambda: model.last_speculation, promises_identity=True)
+        return Decoder(name, generate, lambda: model.last_speculation, promises_identity=True)
 
 
 def compare_all(
-    arms: Sequence[Arm], calls: Sequence[Call], base: PreTrainedModel
+    methods: Sequence[Decoder], calls: Sequence[Call], base: PreTrainedModel
 ) -> list[Comparison]:
-    """Run every call with every arm, all beside the same plain run."""
-    plain = plain_arm(base)
-    pairs: dict[str, list[Pair]] = {arm.name: [] for arm in arms}
+    """Run every call with every method, all next to the same plain run."""
+    plain = plain_decoder(base)
+    pairs: dict[str, list[Pair]] = {method.name: [] for method in methods}
     for index, call in enumerate(calls):
-        turn = index % len(arms)
+        turn = index % len(methods)
         reference = plain.run(call)
-        for arm in [*arms[turn:], *arms[:turn]]:
-            pairs[arm.name].append(Pair(plain=reference, arm=arm.run(call)))
+        for method in [*methods[turn:], *methods[:turn]]:
+            pairs[method.name].append(Pair(plain=reference, method=method.run(call)))
     found = []
-    for arm in arms:
+    for method in methods:
         divergences = [
             one
-            for index, (call, pair) in enumerate(zip(calls, pairs[arm.name], strict=True))
+            for index, (call, pair) in enumerate(zip(calls, pairs[method.name], strict=True))
             for one in explain(
-                base, call, index=index, plain=pair.plain.tokens, other=pair.arm.tokens
+                base, call, index=index, plain=pair.plain.tokens, other=pair.method.tokens
             )
         ]
-        found.append(Comparison(arm.name, True, pairs[arm.name], divergences))  # noqa: FBT003
+        found.append(Comparison(method.name, True, pairs[method.name], divergences))  # noqa: FBT003
     return found
 
 
 def report(comparisons: Sequence[Comparison], batch: int) -> bool:
-    """Print every arm's speed; return whether planned trees are close to the best fixed one."""
-    speeds = {comparison.arm: comparison.tokens_per_second for comparison in comparisons}
+    """Print every method's speed; return whether planned trees are close to the best fixed one."""
+    speeds = {comparison.method: comparison.tokens_per_second for comparison in comparisons}
     best = max(speed for name, speed in speeds.items() if name not in {"own", "auto"})
     for comparison in comparisons:
         stats = comparison.stats
         assert stats is not None
         print(
-            f"batch {batch:2d} {comparison.arm:10s} {speeds[comparison.arm]:7.0f} tokens/s, "
-            f"{speeds[comparison.arm] / best:.3f} of the best fixed, ratio "
+            f"batch {batch:2d} {comparison.method:10s} {speeds[comparison.method]:7.0f} tokens/s, "
+            f"{speeds[comparison.method] / best:.3f} of the best fixed, ratio "
             f"{comparison.ratio.median:.2f}, tau {stats.tau:.2f}, "
             f"identical {comparison.num_identical}/{len(comparison.pairs)}"
         )
@@ -160,14 +160,14 @@ def main() -> None:
     trees.calibrate(calls_of("tune", options.tune_n, 1))
     is_close = True
     for batch in map(int, options.batch.split(",")):
-        arms = trees.arms()
+        methods = trees.methods()
         for call in calls_of("tune", options.tune_n, batch):
-            arms[-1].run(call)  # planned trees learn
-        for arm in arms:  # and all warm up
-            arm.run(calls_of("tune", batch, batch)[0])
-        comparisons = compare_all(arms, calls_of("dev", options.n, batch), base)
+            methods[-1].run(call)  # planned trees learn
+        for method in methods:  # and all warm up
+            method.run(calls_of("tune", batch, batch)[0])
+        comparisons = compare_all(methods, calls_of("dev", options.n, batch), base)
         for comparison in comparisons:
-            tree = trees.fixed.get(comparison.arm)
+            tree = trees.fixed.get(comparison.method)
             settings = {
                 "heads": options.heads,
                 "prompts": f"{options.set}_dev",
@@ -178,7 +178,7 @@ def main() -> None:
                 "dtype": options.dtype,
                 "device": options.device,
                 "num_threads": options.threads,
-                "arm": comparison.arm,
+                "method": comparison.method,
                 "num_nodes": None if tree is None else tree.num_draft_tokens,
             }
             record = decode_record(comparison, benchmark="auto_trees", settings=settings)

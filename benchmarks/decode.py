@@ -1,11 +1,11 @@
 """Measure plain, Transformers' own speculative and our decoding on the bundled prompts.
 
-Every run stands beside a plain run of the same prompts and seed, in alternating order. What the
+Every run stands next to a plain run of the same prompts and seed, in alternating order. What the
 records file already holds for this commit and these settings is not measured again.
 
     python benchmarks/decode.py --set both --n 100 --settings greedy,t0.7,t1.0 --batch 1,4
-    python benchmarks/decode.py --shape 1b --dtype bfloat16 --arms plain,ngram,draft
-    python benchmarks/decode.py --arms eagle3 --batch 1,4,16 --tree auto
+    python benchmarks/decode.py --shape 1b --dtype bfloat16 --methods plain,ngram,draft
+    python benchmarks/decode.py --methods eagle3 --batch 1,4,16 --tree auto
 """
 
 import argparse
@@ -29,11 +29,11 @@ from speclm.acceptance import Accepted
 from speclm.bench import (
     SETTINGS,
     SHAPES,
-    Arm,
     Cell,
+    Decoder,
     InflatedShape,
     Measured,
-    assisted_arm,
+    assisted_decoder,
     bytes_read,
     draft_shape,
     inflate_eagle,
@@ -41,10 +41,10 @@ from speclm.bench import (
     inflate_medusa,
     make_calls,
     measure_grid,
-    plain_arm,
-    prompt_lookup_arm,
+    plain_decoder,
+    prompt_lookup_decoder,
     setting_options,
-    speculative_arm,
+    speculative_decoder,
 )
 from speclm.demo.bundle import assets, load_prompts
 from speclm.drafting.combined import CombinedProposer
@@ -94,7 +94,7 @@ class UselessProposer(Proposer):
 
 @dataclass(frozen=True, slots=True)
 class Guessers:
-    """What several arms propose with; None where no arm does."""
+    """What several methods propose with; None where no method does."""
 
     draft: PreTrainedModel | None
     medusa: MedusaProposer | None
@@ -113,9 +113,9 @@ def load_guessers(
     shape: InflatedShape | None = None,
     folder: Path | None = None,
 ) -> Guessers:
-    """Load what the named arms propose with, inflated beside a base of a given shape.
+    """Load what the named methods propose with, inflated next to a base of a given shape.
 
-    EAGLE heads come from folders of the arms' names, in `folder` or among the bundled assets.
+    EAGLE heads come from folders of the methods' names, in `folder` or among the bundled assets.
     """
     small = base
     if shape is not None:
@@ -153,28 +153,28 @@ def load_medusa(base: PreTrainedModel) -> MedusaProposer:
     return proposer
 
 
-def build_arms(
+def build_methods(
     names: Sequence[str],
     base: PreTrainedModel,
     *,
     lookup_tokens: int,
     guessers: Guessers | None = None,
     tree: str | None = None,
-) -> list[Arm]:
-    """Return the named arms; what is not given to propose with is loaded, once for all arms.
+) -> list[Decoder]:
+    """Return the named methods; what is not given to propose with is loaded, once for all methods.
 
     `tree` is passed to our own `generate`; None for what proposers do by themselves.
     """
     loaded = guessers or load_guessers(names, base)
 
-    def build(name: str) -> Arm:
+    def build(name: str) -> Decoder:
         if name == "plain":
-            return plain_arm(base)
+            return plain_decoder(base)
         if name == "prompt_lookup":
-            return prompt_lookup_arm(base, num_tokens=lookup_tokens)
+            return prompt_lookup_decoder(base, num_tokens=lookup_tokens)
         if name == "assisted":
             assert loaded.draft is not None
-            return assisted_arm(base, loaded.draft)
+            return assisted_decoder(base, loaded.draft)
         heads: dict[str, Any] = {
             "none": None,
             "useless": UselessProposer(),
@@ -187,28 +187,28 @@ def build_arms(
             assert loaded.medusa is not None
             heads[name] = CombinedProposer([NgramProposer(), loaded.medusa])
         proposer = load_proposer(heads[name], base, heads_kwargs={}, num_draft_tokens=None)
-        return speculative_arm(name, base, proposer, tree=tree)
+        return speculative_decoder(name, base, proposer, tree=tree)
 
     return [build(name) for name in names]
 
 
 def with_shape(
-    cell: Cell, arm: Arm, *, shape: str, base: PreTrainedModel, guessers: Guessers
+    cell: Cell, method: Decoder, *, shape: str, base: PreTrainedModel, guessers: Guessers
 ) -> Cell:
-    """Return a cell whose settings say that the models are inflated, and what the arm reads.
+    """Return a cell whose settings say that the models are inflated, and what the method reads.
 
     ``bytes_read`` holds the bytes of weights that one forward of each module reads. In a round the
     base and Medusa heads run one forward, a draft model and EAGLE heads one for each level that
     they draft.
     """
     read = {"base": bytes_read(base, base=base)}
-    if arm.name in DRAFT_ARMS and guessers.draft is not None:
+    if method.name in DRAFT_ARMS and guessers.draft is not None:
         read["draft"] = bytes_read(guessers.draft, base=base)
-    if arm.name in MEDUSA_ARMS and guessers.medusa is not None:
+    if method.name in MEDUSA_ARMS and guessers.medusa is not None:
         used = guessers.medusa.config.depth
         read["medusa"] = bytes_read(guessers.medusa.heads, base=base, num_heads=used)
-    if arm.name in guessers.eagle:
-        read[arm.name] = bytes_read(guessers.eagle[arm.name].heads, base=base)
+    if method.name in guessers.eagle:
+        read[method.name] = bytes_read(guessers.eagle[method.name].heads, base=base)
     added = {"shape": shape, "is_inflated": True, "bytes_read": read}
     return replace(cell, settings={**cell.settings, **added})
 
@@ -265,7 +265,7 @@ def describe(measured: Measured) -> str:
         same += " (rounding)"
     return (
         f"{settings['prompts']:11s} {settings['dtype']:8s} {settings['setting']:6s} "
-        f"batch {settings['batch']} {measured.comparison.arm:13s} "
+        f"batch {settings['batch']} {measured.comparison.method:13s} "
         f"{record.tokens_per_second or 0:7.0f} tokens/s, "
         f"plain {record.plain_tokens_per_second or 0:6.0f}, "
         f"ratio {record.median:.2f} [{record.lower_quartile:.2f}, {record.upper_quartile:.2f}] "
@@ -279,10 +279,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--n", type=int, default=100, help="prompts of each set")
     parser.add_argument("--settings", type=_names(tuple(SETTINGS)), default=[*SETTINGS])
     parser.add_argument("--batch", type=_numbers, default=[1, 4])
-    parser.add_argument("--arms", type=_names(ARMS), default=[*ARMS])
+    parser.add_argument("--methods", type=_names(ARMS), default=[*ARMS])
     parser.add_argument("--shape", choices=sorted(SHAPES), help="inflate all models, see the docs")
     parser.add_argument("--heads", type=Path, help="folder of folders eagle and eagle3 of heads")
-    parser.add_argument("--tree", help="tree that our arms are told to draft, such as auto")
+    parser.add_argument("--tree", help="tree that our methods are told to draft, such as auto")
     parser.add_argument("--lookup-tokens", type=int, default=10, help="prompt_lookup_num_tokens")
     parser.add_argument("--max-new-tokens", type=int, help="instead of 128 and 256")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/decode.jsonl"))
@@ -321,9 +321,9 @@ def main() -> None:
     shape = SHAPES[options.shape] if options.shape else None
     if shape is not None:
         base = inflate_llama(base, shape)
-    guessers = load_guessers(options.arms, base, shape=shape, folder=options.heads)
-    arms = build_arms(
-        options.arms,
+    guessers = load_guessers(options.methods, base, shape=shape, folder=options.heads)
+    methods = build_methods(
+        options.methods,
         base,
         lookup_tokens=options.lookup_tokens,
         guessers=guessers,
@@ -339,13 +339,15 @@ def main() -> None:
         max_new_tokens=options.max_new_tokens,
     )
     table = comparison_table(("prompts", "setting", "batch"))
-    for cell, arm in itertools.product(cells, arms):
+    for cell, method in itertools.product(cells, methods):
         here = cell
         if options.tree is not None:
             here = replace(cell, settings={**cell.settings, "tree": options.tree})
         if shape is not None:
-            here = with_shape(here, arm, shape=options.shape, base=base, guessers=guessers)
-        for result in measure_grid([here], [arm], base=base, benchmark="decode", path=options.out):
+            here = with_shape(here, method, shape=options.shape, base=base, guessers=guessers)
+        for result in measure_grid(
+            [here], [method], base=base, benchmark="decode", path=options.out
+        ):
             settings = result.cell.settings
             keys = (settings["prompts"], settings["setting"], str(settings["batch"]))
             add_comparison(table, keys, result.comparison)

@@ -1,4 +1,4 @@
-"""Record, for each family, what the self-check decides and whether tokens are plain decoding's.
+"""Record, for each family, what the self-check decides and whether tokens are regular generation's.
 
 The families are those of ``tests/families``, tiny and random; ``--all`` adds every other causal
 language model of the installed Transformers, with a config that nobody looked at. Rows of the same
@@ -83,7 +83,7 @@ def survey_rows() -> Iterator[Row]:
         row = {"family": model_type, "kind": "survey"}
         try:
             row |= measure(survey_model(model_type))
-        except Exception as failure:  # noqa: BLE001 - of configs, models and plain decoding
+        except Exception as failure:  # noqa: BLE001 - of configs, models and regular generation
             row |= {"backend": None, "reason": f"{type(failure).__name__}: {failure}"[:200]}
         yield row
 

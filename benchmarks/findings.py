@@ -108,7 +108,7 @@ def run_side_by_side(
         commands: Arguments of each process, by its name.
         deadline: On the monotonic clock.
         folder: Where what they print is written.
-        environment: Variables beside those of this process.
+        environment: Variables next to those of this process.
     """
     variables = {**os.environ, **(environment or {})}
     running = {}

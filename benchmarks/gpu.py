@@ -21,7 +21,7 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # kernels compile s
 import kernel_checks
 import kernel_speed
 import torch
-from decode import build_arms, build_cells, describe, load_model
+from decode import build_cells, build_methods, describe, load_model
 from findings import Findings
 from kernel_bench import Bench
 from kernel_rows import rows, tiny_rows
@@ -33,7 +33,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from speclm.bench import Arm, Call, make_calls, measure_grid, plain_arm, setting_options
+from speclm.bench import Call, Decoder, make_calls, measure_grid, plain_decoder, setting_options
 from speclm.bench.divergence import explain
 from speclm.demo.bundle import assets, load_prompts
 from speclm.errors import MeasurementError
@@ -56,7 +56,7 @@ class Plan:
         dtypes: Of the weights.
         settings: Of the identity suite.
         batches: Rows of each call.
-        speculative: Our arms.
+        speculative: Our methods.
         num_prompts: Prompts of each set in the decode benchmark.
         max_new_tokens: Of the decode benchmark; None for its own.
         identity_tokens: New tokens in the identity suite.
@@ -78,7 +78,7 @@ class Plan:
     failures: list[str] = field(default_factory=list)
 
     def has_time(self, name: str) -> bool:
-        """Tell whether to go on; note `name` as left out if not."""
+        """Return whether to go on; note `name` as left out if not."""
         if monotonic() < self.deadline:
             return True
         self.left_out.append(f"{name}: no time")
@@ -104,7 +104,7 @@ def measure_kernels(plan: Plan, path: Path, *, deadline: float) -> None:
     findings = Findings(min(plan.deadline, deadline))
     bench = Bench(plan.device, path, findings)
     if bench.is_tiny:
-        bench.samples, bench.arms = 2, ("ours", "sdpa")
+        bench.samples, bench.methods = 2, ("ours", "sdpa")
     kernel_speed.run(bench, tiny_rows() if bench.is_tiny else rows())
     take_over(plan, findings)
 
@@ -144,11 +144,11 @@ def identity_models(plan: Plan, dtype: torch.dtype) -> Iterator[tuple[str, PreTr
 
 
 def check_identity(plan: Plan, dtype: torch.dtype) -> None:
-    """Compare tokens and the generator's state with plain decoding."""
+    """Compare tokens and the generator's state with regular generation."""
     tokenizer = AutoTokenizer.from_pretrained(assets()["base"])
     prompts = load_prompts("sql_tune", limit=2) + load_prompts("gsm8k_tune", limit=2)
     for name, model in identity_models(plan, dtype):
-        arms = build_arms(plan.speculative, model, lookup_tokens=10)
+        methods = build_methods(plan.speculative, model, lookup_tokens=10)
         for setting in plan.settings:
             for batch in plan.batches:
                 what = f"identity {name} {dtype} {setting} batch {batch}"
@@ -156,20 +156,22 @@ def check_identity(plan: Plan, dtype: torch.dtype) -> None:
                     continue
                 options = {**setting_options(setting), "max_new_tokens": plan.identity_tokens}
                 calls = make_calls(prompts, model, tokenizer, options=options, batch=batch)
-                for arm in arms:
-                    verdict = compare_states(model, arm, calls, is_half=dtype != torch.float32)
-                    print(f"{what} {arm.name:6s} {verdict}", flush=True)
+                for method in methods:
+                    verdict = compare_states(model, method, calls, is_half=dtype != torch.float32)
+                    print(f"{what} {method.name:6s} {verdict}", flush=True)
                     if "FAILED" in verdict:
-                        plan.failures.append(f"{what} {arm.name}: {verdict}")
+                        plan.failures.append(f"{what} {method.name}: {verdict}")
 
 
-def compare_states(base: PreTrainedModel, arm: Arm, calls: list[Call], *, is_half: bool) -> str:
-    """Say whether an arm gives plain decoding's tokens and leaves its generator state."""
-    plain = plain_arm(base)
+def compare_states(
+    base: PreTrainedModel, method: Decoder, calls: list[Call], *, is_half: bool
+) -> str:
+    """Say whether a method gives regular generation's tokens and leaves its generator state."""
+    plain = plain_decoder(base)
     num_explained = 0
     for index, call in enumerate(calls):
         expected, wanted = plain.run(call), generator_state(call)
-        outcome, state = arm.run(call), generator_state(call)
+        outcome, state = method.run(call), generator_state(call)
         if outcome.stats is not None and outcome.stats.fallbacks:
             return f"FAILED: decoded plainly, {outcome.stats.fallbacks[0]}"
         if outcome.tokens == expected.tokens:
@@ -192,7 +194,7 @@ def generator_state(call: Call) -> torch.Tensor:
 def measure_decoding(plan: Plan, dtype: torch.dtype, path: Path) -> None:
     """Run the decode benchmark, cell by cell."""
     base = load_model("base", dtype=dtype, device=plan.device)
-    arms = build_arms((*BASELINES, *plan.speculative), base, lookup_tokens=10)
+    methods = build_methods((*BASELINES, *plan.speculative), base, lookup_tokens=10)
     cells = build_cells(
         base,
         sets=("sql", "gsm8k"),
@@ -204,14 +206,14 @@ def measure_decoding(plan: Plan, dtype: torch.dtype, path: Path) -> None:
     )
     for cell in cells:
         settings = cell.settings
-        for arm in arms:
+        for method in methods:
             what = f"decode {dtype} {settings['prompts']} {settings['setting']} "
-            what += f"batch {settings['batch']} {arm.name}"
+            what += f"batch {settings['batch']} {method.name}"
             if not plan.has_time(what):
                 continue
             try:
                 for measured in measure_grid(
-                    [cell], [arm], base=base, benchmark="gpu_decode", path=path
+                    [cell], [method], base=base, benchmark="gpu_decode", path=path
                 ):
                     print(describe(measured), flush=True)
             except MeasurementError as error:

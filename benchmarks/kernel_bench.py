@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from findings import Findings
-from kernel_arms import FLEX_OPTIONS, Attend, Shape, Workload
+from kernel_methods import FLEX_OPTIONS, Attend, Shape, Workload
 from kernel_rows import BASELINES, OURS, Measured, Row, goals
 from kernel_timing import MIN_SAMPLES, copy_rates, product_rates, time_calls
 
@@ -28,7 +28,7 @@ class Bench:
         out: File that records are appended to.
         findings: What went wrong, and what there was no time for.
         samples: Of each figure.
-        arms: What is measured; None for all.
+        methods: What is measured; None for all.
         copy_rate: Of the machine, in gigabytes a second.
         measured: Rows that are done.
         flex_options: Best settings found, by nodes and width of heads.
@@ -38,7 +38,7 @@ class Bench:
     out: Path
     findings: Findings
     samples: int = MIN_SAMPLES
-    arms: Sequence[str] | None = None
+    methods: Sequence[str] | None = None
     copy_rate: float = 1.0
     measured: list[Measured] = field(default_factory=list)
     flex_options: dict[tuple[int, ...], Mapping[str, Any]] = field(default_factory=dict)
@@ -77,7 +77,7 @@ def measure_machine(bench: Bench) -> None:
 
 
 def measure_row(bench: Bench, row: Row) -> None:
-    """Compare, time and record the arms of a row."""
+    """Compare, time and record the methods of a row."""
     if monotonic() >= bench.findings.deadline:
         bench.findings.leave_out(row.name, "no time")
         return
@@ -85,47 +85,47 @@ def measure_row(bench: Bench, row: Row) -> None:
     expected = workload.expected()
     medians: dict[str, float] = {}
     spreads: dict[str, Spread] = {}
-    for arm in row.arms:
-        if bench.arms is not None and arm not in bench.arms:
+    for method in row.methods:
+        if bench.methods is not None and method not in bench.methods:
             continue
-        name = f"{row.name} {arm}"
+        name = f"{row.name} {method}"
         if monotonic() >= bench.findings.deadline:
             bench.findings.leave_out(name, "no time")
             continue
         try:
-            found = time_arm(bench, workload, arm, expected)
+            found = time_method(bench, workload, method, expected)
         except Exception as error:  # noqa: BLE001 - a baseline may refuse a shape in any way
             text = f"{type(error).__name__}: {str(error)[:200]}"
-            _note(bench, name, arm, text)
+            _note(bench, name, method, text)
             continue
         if found is None:
             continue
         samples, options = found
-        settings = {**settings_of(row.shape), "arm": arm, "options": dict(options)}
-        spreads[arm] = bench.record("tree_attention", samples, unit="us", settings=settings)
-        medians[arm] = spreads[arm].median
+        settings = {**settings_of(row.shape), "method": method, "options": dict(options)}
+        spreads[method] = bench.record("tree_attention", samples, unit="us", settings=settings)
+        medians[method] = spreads[method].median
     if "ours" in medians:
         bench.measured.append(Measured(row, medians, bench.copy_rate))
         print(describe(bench.measured[-1], spreads["ours"]), flush=True)
 
 
-def _note(bench: Bench, name: str, arm: str, reason: str) -> None:
-    """Note that an arm has no figure: a failure of ours, or what a baseline does not do."""
-    if arm in OURS:
+def _note(bench: Bench, name: str, method: str, reason: str) -> None:
+    """Note that a method has no figure: a failure of ours, or what a baseline does not do."""
+    if method in OURS:
         bench.findings.fail(f"{name}: {reason}")
     else:
         bench.findings.leave_out(name, reason)
 
 
-def time_arm(
-    bench: Bench, workload: Workload, arm: str, expected: torch.Tensor
+def time_method(
+    bench: Bench, workload: Workload, method: str, expected: torch.Tensor
 ) -> tuple[list[float], Mapping[str, Any]] | None:
-    """Return samples and settings of an arm; None, and a note, if its output is wrong."""
+    """Return samples and settings of a method; None, and a note, if its output is wrong."""
     best: tuple[list[float], Mapping[str, Any]] | None = None
     complaint = None
-    bound = TOLERANCE["ours" if arm in OURS else "others"]
-    for options, attend in attends(bench, workload, arm):
-        if arm == "flex":
+    bound = TOLERANCE["ours" if method in OURS else "others"]
+    for options, attend in attends(bench, workload, method):
+        if method == "flex":
             torch.compiler.reset()  # which compiles a function only so often
         try:
             wrong = workload.complaint(attend, expected, bound=bound)
@@ -135,13 +135,13 @@ def time_arm(
                 if best is None or Spread.of(samples).median < Spread.of(best[0]).median:
                     best = samples, options
         except Exception as error:  # a setting may not fit the device
-            if arm != "flex":
+            if method != "flex":
                 raise
             wrong = f"{type(error).__name__}: {str(error)[:200]}"
         complaint = complaint or wrong
     if best is None:
-        _note(bench, f"{workload.shape} {arm}", arm, str(complaint))
-    elif arm == "flex":
+        _note(bench, f"{workload.shape} {method}", method, str(complaint))
+    elif method == "flex":
         bench.flex_options.setdefault(_kind(workload.shape), best[1])
     return best
 
@@ -150,9 +150,11 @@ def _kind(shape: Shape) -> tuple[int, ...]:
     return shape.nodes, shape.head_dim, shape.batch
 
 
-def attends(bench: Bench, workload: Workload, arm: str) -> list[tuple[Mapping[str, Any], Attend]]:
-    """Return what computes an arm, with each of its settings."""
-    if arm == "flex":
+def attends(
+    bench: Bench, workload: Workload, method: str
+) -> list[tuple[Mapping[str, Any], Attend]]:
+    """Return what computes a method, with each of its settings."""
+    if method == "flex":
         known = bench.flex_options.get(_kind(workload.shape))
         tried = FLEX_OPTIONS if known is None else (known,)
         if bench.is_tiny:
@@ -167,7 +169,7 @@ def attends(bench: Bench, workload: Workload, arm: str) -> list[tuple[Mapping[st
         "grouped_sdpa": workload.grouped_sdpa,
         "eager": workload.eager,
     }
-    return [({}, makers[arm]())]
+    return [({}, makers[method]())]
 
 
 def settings_of(shape: Shape) -> dict[str, Any]:
@@ -187,9 +189,9 @@ def settings_of(shape: Shape) -> dict[str, Any]:
 def describe(measured: Measured, spread: Spread) -> str:
     """Return a row as text."""
     ratios = [
-        f"{arm} {measured.microseconds[arm] / spread.median:.2f}x"
-        for arm in (*BASELINES, *OURS[1:])
-        if arm in measured.microseconds
+        f"{method} {measured.microseconds[method] / spread.median:.2f}x"
+        for method in (*BASELINES, *OURS[1:])
+        if method in measured.microseconds
     ]
     quartiles = f"[{spread.lower_quartile:.1f}, {spread.upper_quartile:.1f}]"
     figures = (

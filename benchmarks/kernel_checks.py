@@ -188,7 +188,7 @@ def run_in_processes(
     is_tiny: bool,
     also: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
-    """Run parts side by side, and other commands beside them, whose output is not looked at."""
+    """Run parts side by side, and other commands next to them, whose output is not looked at."""
     others = also or {}
     shards = [
         (part, f"{index}/{NUM_SHARDS}" if part == "attention" else "0/1")

@@ -90,7 +90,7 @@ def check_case(case: Case, *, device: str, backend: str, seed: int = 0) -> str |
 
 
 def deterministic_cases(*, is_tiny: bool) -> list[Case]:
-    """Return cases whose rows are computed alone and beside others."""
+    """Return cases whose rows are computed alone and next to others."""
     if is_tiny:
         sizes = {"nodes": 6, "head_dim": 16, "lengths": (9, 20, 1)}
         return [Case(**sizes, is_deterministic=True, has_padding=True, has_own_trees=True)]

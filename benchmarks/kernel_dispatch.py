@@ -1,4 +1,4 @@
-"""Our op on a CPU beside what Transformers computes with a mask, in pairs."""
+"""Our op on a CPU next to what Transformers computes with a mask, in pairs."""
 
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatch
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from kernel_arms import Attend, Shape, Workload
+from kernel_methods import Attend, Shape, Workload
 
 from speclm.bench import Record, Spread, append_record
 
@@ -99,7 +99,7 @@ def _report(
     quartiles = f"[{ratio.lower_quartile:.2f}, {ratio.upper_quartile:.2f}]"
     least = 1.5 if shape.kv_heads < shape.q_heads else 1.0
     print(
-        f"{name:22s} {ratio.median:5.2f} {quartiles} times as fast, {in_ms.median:.2f} ms beside "
+        f"{name:22s} {ratio.median:5.2f} {quartiles} times as fast, {in_ms.median:.2f} ms next to "
         f"{theirs.median:.2f} ms{'' if ratio.median >= least else f'  MISSED: {least}'}",
         flush=True,
     )
@@ -112,24 +112,24 @@ def measure_overhead(out: Path, *, repeats: int = 300) -> None:
     query, key, value = workload.query, *workload.cache(0)
     mask = workload.visible
     bare = partial(F.scaled_dot_product_attention, query, key, value, mask, enable_gqa=True)
-    arms = {
+    methods = {
         "bare SDPA": bare,
         "unchecked": partial(workload.ours(check_values=False), 0),
         "checked": partial(workload.ours(check_values=True), 0),
         "Transformers": partial(workload.sdpa(), 0),
     }
-    times: dict[str, list[float]] = {arm: [] for arm in arms}
+    times: dict[str, list[float]] = {method: [] for method in methods}
     with torch.no_grad():
         for _ in range(repeats):
-            for arm, call in arms.items():
+            for method, call in methods.items():
                 start = perf_counter()
                 call()
-                times[arm].append(1e6 * (perf_counter() - start))
-    for arm, samples in times.items():
+                times[method].append(1e6 * (perf_counter() - start))
+    for method, samples in times.items():
         spread = Spread.of(samples)
-        settings = {"device": "cpu", "prefix": 64, "num_nodes": 8, "arm": arm}
+        settings = {"device": "cpu", "prefix": 64, "num_nodes": 8, "method": method}
         _append(out, "call_overhead", spread, repeats, "us", settings)
-        print(f"call of {arm}: {spread.median:.0f} us")
+        print(f"call of {method}: {spread.median:.0f} us")
 
 
 def _append(

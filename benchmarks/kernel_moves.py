@@ -40,7 +40,7 @@ def _measure_keep(bench: Bench, batch: int) -> None:
         for begin in range(0, sizes["prefix"] - _NODES, _NODES)
     ]
     settings = {"dtype": "bfloat16", "batch": batch, "num_nodes": _NODES, **sizes}
-    for arm, backend in (("ours", "auto"), ("reference", "reference")):
+    for method, backend in (("ours", "auto"), ("reference", "reference")):
         calls: list[Callable[[], object]] = [
             partial(
                 keep_path_,
@@ -52,15 +52,15 @@ def _measure_keep(bench: Bench, batch: int) -> None:
             )
             for place in places
         ]
-        if arm == "reference" and not bench.is_tiny:
+        if method == "reference" and not bench.is_tiny:
             continue  # reads lengths of paths on the host, which no graph can hold
-        _record(bench, "keep_path", calls, {**settings, "arm": arm})
+        _record(bench, "keep_path", calls, {**settings, "method": method})
 
 
 def _measure_words(bench: Bench, batch: int) -> None:
     parents = random_parents(batch, _NODES, torch.Generator().manual_seed(0)).to(bench.device)
     calls = [partial(tree_words, parents, check_values=False)] * 20
-    _record(bench, "tree_words", calls, {"batch": batch, "num_nodes": _NODES, "arm": "ours"})
+    _record(bench, "tree_words", calls, {"batch": batch, "num_nodes": _NODES, "method": "ours"})
 
 
 def _record(

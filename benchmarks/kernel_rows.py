@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 
 import torch
-from kernel_arms import Shape
+from kernel_methods import Shape
 
 BASELINES = ("flex", "sdpa", "grouped_sdpa", "eager")
 OURS = ("ours", "page16", "page64", "deterministic")
@@ -19,13 +19,13 @@ class Row:
     Args:
         name: For filters and tables.
         shape: What is attended to.
-        arms: What computes it; ours comes first.
+        methods: What computes it; ours comes first.
         has_goals: Whether it is of the shape that goals are set for.
     """
 
     name: str
     shape: Shape
-    arms: tuple[str, ...] = _ALL
+    methods: tuple[str, ...] = _ALL
     has_goals: bool = True
 
 
@@ -35,7 +35,7 @@ class Measured:
 
     Args:
         row: The row.
-        microseconds: Median of each arm.
+        microseconds: Median of each method.
         copy_rate: Of the machine, in gigabytes a second.
     """
 
@@ -58,11 +58,11 @@ class Measured:
         """Operations a second of ours."""
         return self.row.shape.operations / self.microseconds["ours"] / 1e6
 
-    def speedup(self, arm: str) -> float | None:
-        """Return how many times longer an arm takes than ours."""
-        if arm not in self.microseconds:
+    def speedup(self, method: str) -> float | None:
+        """Return how many times longer a method takes than ours."""
+        if method not in self.microseconds:
             return None
-        return self.microseconds[arm] / self.microseconds["ours"]
+        return self.microseconds[method] / self.microseconds["ours"]
 
 
 def rows() -> list[Row]:
@@ -88,16 +88,16 @@ def rows() -> list[Row]:
     return found + [_row(nodes, kilo, _ALL) for nodes, kilo in last]
 
 
-def _row(nodes: int, kilo: int, arms: tuple[str, ...]) -> Row:
-    return Row(f"t{nodes}-n{kilo}k", Shape(1024 * kilo, nodes), arms)
+def _row(nodes: int, kilo: int, methods: tuple[str, ...]) -> Row:
+    return Row(f"t{nodes}-n{kilo}k", Shape(1024 * kilo, nodes), methods)
 
 
 def tiny_rows() -> list[Row]:
     """Return rows for a dry run."""
     shape = Shape(120, 5, q_heads=4, kv_heads=2, head_dim=16, dtype=torch.float32)
-    arms = (*_ALL, "page16", "deterministic")
+    methods = (*_ALL, "page16", "deterministic")
     return [
-        Row("t5-n120", shape, arms),
+        Row("t5-n120", shape, methods),
         Row("t5-n120-b3", replace(shape, batch=3), ("ours", "flex", "sdpa"), has_goals=False),
     ]
 
@@ -123,10 +123,10 @@ def goals(measured: Measured) -> list[tuple[str, bool]]:
     least = {"flex": 1.3 if shape.prefix >= 8192 else 1.0, "sdpa": 0.0, "eager": 0.0}
     if shape.nodes == 64 and is_long:
         least |= {"sdpa": 6.0 if shape.prefix >= 131072 else 4.0, "eager": 15.0}
-    for arm, factor in least.items():
-        speedup = measured.speedup(arm)
+    for method, factor in least.items():
+        speedup = measured.speedup(method)
         if speedup is not None and factor:
-            found.append((f"{arm} takes {factor} times as long", speedup >= factor))
+            found.append((f"{method} takes {factor} times as long", speedup >= factor))
     paged = measured.speedup("page16")
     if paged is not None:
         found.append(("pages of 16 take at most 10 % longer", paged <= 1.1))

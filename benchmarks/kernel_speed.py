@@ -1,6 +1,6 @@
-"""Measure the kernels on this machine's GPU beside FlexAttention, SDPA and eager attention.
+"""Measure the kernels on this machine's GPU next to FlexAttention, SDPA and eager attention.
 
-Outputs are compared before anything is timed. On a CPU our dispatch is measured beside what
+Outputs are compared before anything is timed. On a CPU our dispatch is measured next to what
 Transformers computes with a mask.
 
     PYTHONPATH=. python benchmarks/kernel_speed.py
@@ -23,9 +23,9 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # kernels compile s
 
 import torch
 from findings import Findings, run_side_by_side
-from kernel_arms import Workload
 from kernel_bench import Bench, attends, measure_machine, measure_row
 from kernel_dispatch import measure_dispatch
+from kernel_methods import Workload
 from kernel_moves import measure_moves
 from kernel_rows import BASELINES, OURS, Row, chosen, goals, rows, tiny_rows
 from kernel_timing import time_calls
@@ -35,21 +35,21 @@ SECONDS = 240.0
 NUM_WARMERS = 6
 
 
-def warm(found: Sequence[Row], share: str, device: str, *, arms: Sequence[str] | None) -> None:
+def warm(found: Sequence[Row], share: str, device: str, *, methods: Sequence[str] | None) -> None:
     """Compile what a share of the rows needs, into the caches of Triton and Inductor."""
     index, number = map(int, share.split("/"))
-    bench = Bench(device, OUT, Findings(monotonic()), arms=arms)
+    bench = Bench(device, OUT, Findings(monotonic()), methods=methods)
     for row in found[index::number]:
         workload = Workload(row.shape, device=device, is_timed=False)
-        for arm in row.arms:
-            if arm not in {*OURS, "flex"} or (arms is not None and arm not in arms):
+        for method in row.methods:
+            if method not in {*OURS, "flex"} or (methods is not None and method not in methods):
                 continue
-            for _, attend in attends(bench, workload, arm):
+            for _, attend in attends(bench, workload, method):
                 torch.compiler.reset()
                 try:
                     attend(0)
                 except Exception as error:  # noqa: BLE001 - the benchmark itself tells
-                    print(f"{row.name} {arm}: {type(error).__name__}")
+                    print(f"{row.name} {method}: {type(error).__name__}")
 
 
 def warm_commands(*, patterns: Sequence[str] | None = None) -> dict[str, list[str]]:
@@ -63,15 +63,15 @@ def warm_commands(*, patterns: Sequence[str] | None = None) -> dict[str, list[st
     }
 
 
-def print_launches(found: Sequence[Row], device: str, *, arms: Sequence[str]) -> None:
-    """Print the kernels that arms of rows launch, with their times."""
+def print_launches(found: Sequence[Row], device: str, *, methods: Sequence[str]) -> None:
+    """Print the kernels that methods of rows launch, with their times."""
     bench = Bench(device, OUT, Findings(monotonic()))
     activity = torch.profiler.ProfilerActivity
     kinds = [activity.CPU] if device == "cpu" else [activity.CUDA]
     for row in found:
         workload = Workload(row.shape, device=device)
-        for arm in arms:
-            _, attend = attends(bench, workload, arm)[0]
+        for method in methods:
+            _, attend = attends(bench, workload, method)[0]
             calls = [partial(attend, index) for index in range(workload.num_buffers)]
             time_calls(calls, device=device, samples=3)
             with torch.profiler.profile(activities=kinds) as profile:
@@ -79,7 +79,7 @@ def print_launches(found: Sequence[Row], device: str, *, arms: Sequence[str]) ->
                     call()
                 if device != "cpu":
                     torch.cuda.synchronize()
-            print(f"{row.name} {arm}, {5 * len(calls)} calls")
+            print(f"{row.name} {method}, {5 * len(calls)} calls")
             order = "self_cpu_time_total" if device == "cpu" else "self_device_time_total"
             table = profile.key_averages().table(
                 sort_by=order, row_limit=12, max_name_column_width=70
@@ -93,7 +93,7 @@ def run(bench: Bench, found: Sequence[Row]) -> None:
         measure_machine(bench)
     for row in found:
         measure_row(bench, row)
-    if bench.arms is None:
+    if bench.methods is None:
         measure_moves(bench)
     results = [met for measured in bench.measured for _, met in goals(measured)]
     print(f"goals: {sum(results)} met, {len(results) - sum(results)} missed")
@@ -105,7 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--seconds", type=float, default=SECONDS)
     parser.add_argument("--rows", nargs="+", help="patterns of names, such as 't64-*'")
-    parser.add_argument("--arms", nargs="+", choices=(*OURS, *BASELINES))
+    parser.add_argument("--methods", nargs="+", choices=(*OURS, *BASELINES))
     parser.add_argument("--launches", action="store_true", help="print kernels, time nothing")
     parser.add_argument("--warm", metavar="I/N", help="compile a share of the rows, time nothing")
     parser.add_argument("--no-warm", action="store_true", help="compile as it goes")
@@ -121,10 +121,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = "cpu" if options.tiny else "cuda"
     found = chosen(tiny_rows() if options.tiny else rows(), options.rows)
     if options.warm:
-        warm(found, options.warm, device, arms=options.arms)
+        warm(found, options.warm, device, methods=options.methods)
         return 0
     if options.launches:
-        print_launches(found, device, arms=options.arms or ["ours"])
+        print_launches(found, device, methods=options.methods or ["ours"])
         return 0
     if not options.tiny and not options.no_warm:
         with tempfile.TemporaryDirectory() as folder:
@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 environment={"OMP_NUM_THREADS": "1"},
             )
     findings = Findings(deadline)
-    bench = Bench(device, options.out, findings, arms=options.arms)
+    bench = Bench(device, options.out, findings, methods=options.methods)
     if options.tiny:
         bench.samples = 3
     run(bench, found)

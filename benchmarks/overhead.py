@@ -1,4 +1,4 @@
-"""Measure what a round and a position cost beside the base's own forward, and the import.
+"""Measure what a round and a position cost next to the base's own forward, and the import.
 
 python benchmarks/overhead.py
 """

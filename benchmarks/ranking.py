@@ -1,8 +1,8 @@
 """Compare ways to rank draft candidates under sampling, by tokens a target forward.
 
-Plain decoding generates once. Every arm then drafts along the same tokens, with the noise that
-chose them, and counts how far they follow its trees: that is what `generate` would emit a round,
-without the cost of a forward of the target.
+Regular generation generates once. Every method then drafts along the same tokens, with the noise
+that chose them, and counts how far they follow its trees: that is what `generate` would emit a
+round, without the cost of a forward of the target.
 
     python benchmarks/ranking.py --set both --n 30 --setting t1.0
 """
@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from speclm.acceptance import Accepted
-from speclm.bench.arms import until_end
 from speclm.bench.calls import SETTINGS, Call, make_calls, setting_options
+from speclm.bench.decoders import until_end
 from speclm.bench.pairs import Spread
 from speclm.bench.records import Record, append_record, is_recorded
 from speclm.demo.bundle import assets, load_prompts
@@ -102,7 +102,7 @@ def draft_model_maker(base: PreTrainedModel) -> Callable[..., Proposer]:
 
     def make(num_nodes: int, shape: tuple[int, int, int], mixture: Mixture | None) -> Proposer:
         width, branches, depth = shape
-        # Every arm drafts as many nodes: nothing is pruned for being unlikely.
+        # Every method drafts as many nodes: nothing is pruned for being unlikely.
         return DraftModelProposer(
             draft,
             target=base,
@@ -120,7 +120,7 @@ def draft_model_maker(base: PreTrainedModel) -> Callable[..., Proposer]:
 
 
 def plain_texts(base: PreTrainedModel, calls: Sequence[Call]) -> list[list[list[int]]]:
-    """Return plain decoding's new tokens of every call, up to each row's end."""
+    """Return regular generation's new tokens of every call, up to each row's end."""
     texts = []
     for call in calls:
         torch.manual_seed(call.seed)
@@ -139,10 +139,10 @@ def measure(
     settings: dict[str, Any],
     path: Path | None,
 ) -> Iterator[Record]:
-    """Measure every arm on one set of prompts, and record what was not recorded yet."""
+    """Measure every method on one set of prompts, and record what was not recorded yet."""
     texts: list[list[list[int]]] | None = None
     for num_nodes in nodes:
-        for arm in ARMS:
+        for method in ARMS:
             width, branches, depth = shape or TREE_SHAPES[num_nodes]
             named = {
                 **settings,
@@ -150,15 +150,15 @@ def measure(
                 "width": width,
                 "branches": branches,
                 "depth": depth,
-                "arm": arm,
+                "method": method,
             }
             if path is not None and is_recorded(path, benchmark="ranking", settings=named):
                 continue
             texts = plain_texts(base, calls) if texts is None else texts
-            mixture = None if arm == "estimated mixture" else Mixture()
+            mixture = None if method == "estimated mixture" else Mixture()
             proposer = make(num_nodes, (width, branches, depth), mixture)
             lengths = [
-                replay(proposer, call, rows, is_coupled=arm != "top-k")
+                replay(proposer, call, rows, is_coupled=method != "top-k")
                 for call, rows in zip(calls, texts, strict=True)
             ]
             taus = Spread.of([sum(found) / len(found) for found in lengths if found])
@@ -227,7 +227,7 @@ def main() -> None:
             found = record.settings
             print(
                 f"{found['prompts']} {found['setting']} {found['num_nodes']:3d} nodes "
-                f"{found['width']}x{found['branches']}x{found['depth']} {found['arm']:18s} "
+                f"{found['width']}x{found['branches']}x{found['depth']} {found['method']:18s} "
                 f"tau {record.tau:.2f}",
                 flush=True,
             )

@@ -26,7 +26,7 @@ Record = dict[str, Any]
 
 PLAIN_ARMS = ("base", "plain")
 LABELS: Mapping[str, Mapping[str, str]] = {
-    "arm": {
+    "method": {
         "base": "plain against plain",
         "plain": "plain against plain",
         "none": "no proposer",
@@ -61,14 +61,14 @@ LABELS: Mapping[str, Mapping[str, str]] = {
 """What a setting's values are called, in the order in which they are shown; others follow."""
 
 ROWS: Mapping[str, tuple[str, ...]] = {
-    "rules": ("shape", "arm"),
-    "tau": ("setting", "num_nodes", "drafter", "arm"),
-    "auto_trees": ("batch", "arm"),
+    "rules": ("shape", "method"),
+    "tau": ("setting", "num_nodes", "drafter", "method"),
+    "auto_trees": ("batch", "method"),
     "overhead": ("benchmark", "shape", "num_nodes", "setting"),
-    "kernels": ("batch", "groups", "prefix", "num_nodes", "arm"),
+    "kernels": ("batch", "groups", "prefix", "num_nodes", "method"),
 }
 """Settings that make a row, by name of the records; `USUAL_ROWS` for all others."""
-USUAL_ROWS = ("setting", "arm")
+USUAL_ROWS = ("setting", "method")
 COLUMN = "prompts"
 # They follow from others, or are given in the line above the table.
 NO_CELL = ("num_prompts", "options", "max_new_tokens", "num_threads", "rule", "grown", "num_nodes")
@@ -118,7 +118,7 @@ def dispatch_figures(record: Record) -> tuple[str, ...]:
 
 
 UNITS: Mapping[str, Unit] = {
-    "times plain decoding": Unit(
+    "times regular generation": Unit(
         samples="pairs",
         legend="Speed-up over `base.generate`, median of pairs with quartiles; tau; "
         "speed-up divided by tau",
@@ -185,7 +185,7 @@ def in_order(key: str, values: Iterable[Any]) -> list[Any]:
 def heading_keys(records: Sequence[Record], rows: Sequence[str]) -> list[str]:
     """Return the settings that are equal throughout a table: all that make no row and no column.
 
-    Lists and dictionaries are left out: they describe an arm further.
+    Lists and dictionaries are left out: they describe a method further.
     """
     found = {
         key: None
@@ -290,19 +290,21 @@ def bytes_read(records: Sequence[Record]) -> list[str]:
 
 
 def identity(records: Sequence[Record]) -> list[str]:
-    """Return how many outputs were those of plain decoding, of those that had to be."""
+    """Return how many outputs were those of regular generation, of those that had to be."""
     ours = [
         record
         for record in records
         if record["promises_identity"]
         and record["num_identical"] is not None
-        and record["settings"].get("arm") not in PLAIN_ARMS
+        and record["settings"].get("method") not in PLAIN_ARMS
     ]
     if not ours:
         return []
     same, total = (sum(record[key] for record in ours) for key in ("num_identical", "n"))
     rest = "" if same == total else "; the others part at a near tie"
-    return [f"Outputs of exact arms that were those of `base.generate`: {same} of {total}{rest}."]
+    return [
+        f"Outputs of exact methods that were those of `base.generate`: {same} of {total}{rest}."
+    ]
 
 
 def distinct(records: Sequence[Record], describe: Callable[[Record], str]) -> str:

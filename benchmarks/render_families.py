@@ -21,7 +21,7 @@ from speclm.files.json_lines import parse_json_lines
 
 PAGES = ("docs/compatibility.md",)
 RESULTS = "benchmarks/results/families.jsonl"
-WORDS = {"trees": "tree attention", "chains": "chains", "plain": "plain decoding"}
+WORDS = {"trees": "tree attention", "chains": "chains", "plain": "regular generation"}
 """How the page calls what the records call a backend."""
 
 Row = dict[str, Any]

@@ -1,7 +1,7 @@
-"""Compare accept rules by tokens per target forward at temperature 1, with one drafter.
+"""Compare acceptance rules by tokens per target forward at temperature 1, with one drafter.
 
-Every arm drafts as many nodes, for the same prompts. Arms that promise plain decoding's tokens
-are compared with it; the others draw differently, from the same distribution.
+Every method drafts as many nodes, for the same prompts. Arms that promise regular generation's
+tokens are compared with it; the others draw differently, from the same distribution.
 
     python benchmarks/rules.py --set both --n 50 --drafter draft
     python benchmarks/rules.py --drafter eagle3 --heads my-heads
@@ -25,8 +25,8 @@ from typing_extensions import override
 
 from speclm import SpecModel
 from speclm.acceptance import AcceptanceRule, Accepted, ExactRule, RejectionRule, TypicalRule
-from speclm.bench.arms import until_end
 from speclm.bench.calls import Call, make_calls, setting_options
+from speclm.bench.decoders import until_end
 from speclm.bench.divergence import explain
 from speclm.bench.pairs import Spread, merge_stats
 from speclm.bench.records import Record, append_record, is_recorded
@@ -74,7 +74,7 @@ class Uncoupled(Proposer):
 
 @dataclass(frozen=True, slots=True)
 class RuleArm:
-    """An accept rule with a way to draft."""
+    """An acceptance rule with a way to draft."""
 
     name: str
     rule: AcceptanceRule
@@ -106,7 +106,7 @@ Maker = Callable[[int | None], Proposer]
 
 
 def whole_trees(num_nodes: int | None) -> dict[str, Any]:
-    """Return options that give every arm drafts of one size: nothing is pruned as unlikely."""
+    """Return options that give every method drafts of one size: nothing is pruned as unlikely."""
     width, branches, depth = (1, 1, CHAIN_DEPTH) if num_nodes is None else TREE_SHAPES[num_nodes]
     return {
         "depth": depth,
@@ -169,16 +169,16 @@ def medusa_maker(base: PreTrainedModel, folder: Path) -> Maker:
     return make
 
 
-def run_arm(
-    base: PreTrainedModel, proposer: Proposer, arm: RuleArm, calls: Sequence[Call]
+def run_method(
+    base: PreTrainedModel, proposer: Proposer, method: RuleArm, calls: Sequence[Call]
 ) -> tuple[list[SpeculationStats], list[list[list[int]]]]:
     """Return the counters and the new tokens of every call."""
-    guesser = proposer if arm.is_coupled else Uncoupled(proposer)
+    guesser = proposer if method.is_coupled else Uncoupled(proposer)
     model = SpecModel(base, guesser, adaptive=False)
     counters, outputs = [], []
     for call in calls:
         torch.manual_seed(call.seed)
-        tokens = model.generate(**call.arguments, acceptance=arm.rule)
+        tokens = model.generate(**call.arguments, acceptance=method.rule)
         assert isinstance(tokens, Tensor)
         assert model.last_speculation is not None
         counters.append(model.last_speculation)
@@ -188,7 +188,7 @@ def run_arm(
 
 
 def plain_outputs(base: PreTrainedModel, calls: Sequence[Call]) -> list[list[list[int]]]:
-    """Return plain decoding's new tokens of every call."""
+    """Return regular generation's new tokens of every call."""
     outputs = []
     for call in calls:
         torch.manual_seed(call.seed)
@@ -206,24 +206,24 @@ def measure(
     settings: dict[str, Any],
     path: Path,
 ) -> Iterator[Record]:
-    """Measure every arm on one set of prompts, and record what was not recorded yet."""
+    """Measure every method on one set of prompts, and record what was not recorded yet."""
     plain: list[list[list[int]]] | None = None
     for num_nodes in (None, *TREE_NODES):
-        for arm in CHAIN_ARMS if num_nodes is None else TREE_ARMS:
+        for method in CHAIN_ARMS if num_nodes is None else TREE_ARMS:
             shape = "chain" if num_nodes is None else f"tree {num_nodes}"
-            named = {**settings, "shape": shape, "arm": arm.name, "rule": arm.rule.name}
+            named = {**settings, "shape": shape, "method": method.name, "rule": method.rule.name}
             named["grown"] = shape_name(num_nodes)
             if is_recorded(path, benchmark="rules", settings=named):
                 continue
-            counters, outputs = run_arm(base, make(num_nodes), arm, calls)
-            if arm.is_exact and plain is None:
+            counters, outputs = run_method(base, make(num_nodes), method, calls)
+            if method.is_exact and plain is None:
                 plain = plain_outputs(base, calls)
             record = tau_record(
                 base,
                 calls,
                 counters,
                 outputs,
-                plain=plain if arm.is_exact else None,
+                plain=plain if method.is_exact else None,
                 benchmark="rules",
                 settings=named,
             )
@@ -241,7 +241,7 @@ def tau_record(
     benchmark: str,
     settings: dict[str, Any],
 ) -> Record:
-    """Return the record of tau; with plain outputs, those of the arm have to be the same."""
+    """Return the record of tau; with plain outputs, those of the method have to be the same."""
     num_identical, divergences = None, []
     if plain is not None:
         num_identical = sum(o == p for o, p in zip(outputs, plain, strict=True))
@@ -320,14 +320,14 @@ def main() -> None:
             table.add_row(
                 settings["prompts"],
                 record.settings["shape"],
-                record.settings["arm"],
+                record.settings["method"],
                 f"{record.tau:.2f}",
                 spread,
                 same,
             )
             console.print(
                 f"{settings['prompts']} {record.settings['shape']:8s} "
-                f"{record.settings['arm']:16s} tau {record.tau:.2f} {same}",
+                f"{record.settings['method']:16s} tau {record.tau:.2f} {same}",
                 highlight=False,
             )
     console.print(table)

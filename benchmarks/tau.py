@@ -25,7 +25,7 @@ from rules import (
     RuleArm,
     maker,
     plain_outputs,
-    run_arm,
+    run_method,
     shape_name,
     tau_record,
 )
@@ -56,13 +56,18 @@ def measure(
     rankings = (TOP_K,) if settings["setting"] == "greedy" else (TOP_K, COUPLED)
     for num_nodes in nodes:
         for drafter, make in makers.items():
-            for arm in rankings:
-                named = {**settings, "num_nodes": num_nodes, "drafter": drafter, "arm": arm.name}
+            for method in rankings:
+                named = {
+                    **settings,
+                    "num_nodes": num_nodes,
+                    "drafter": drafter,
+                    "method": method.name,
+                }
                 named["grown"] = shape_name(num_nodes)
                 if is_recorded(path, benchmark="tau", settings=named):
                     continue
                 plain = plain_outputs(base, calls) if plain is None else plain
-                counters, outputs = run_arm(base, make(num_nodes), arm, calls)
+                counters, outputs = run_method(base, make(num_nodes), method, calls)
                 record = tau_record(
                     base, calls, counters, outputs, plain=plain, benchmark="tau", settings=named
                 )
@@ -114,7 +119,7 @@ def main() -> None:
                 told = record.settings
                 console.print(
                     f"{told['prompts']:9s} {setting:6s} {told['num_nodes']:2d} nodes "
-                    f"{told['drafter']:6s} {told['arm']:7s} tau {record.tau:.2f} "
+                    f"{told['drafter']:6s} {told['method']:7s} tau {record.tau:.2f} "
                     f"{record.num_identical}/{record.n}",
                     highlight=False,
                 )

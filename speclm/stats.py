@@ -91,8 +91,8 @@ class SpeculationStats:
         backend: How drafts were verified, in the words of `Backend`.
         self_check: Why by this backend and by nothing better.
         fallbacks: Why the call, or a part of it, was decoded without speculation.
-        acceptance: Name of the accept rule that decided; greedy decoding takes the exact one.
-        is_lossy: Whether an accept rule was used that changes the output's distribution.
+        acceptance: Name of the acceptance rule that decided; greedy decoding takes the exact one.
+        is_lossy: Whether an acceptance rule was used that changes the output's distribution.
         num_plain_rounds: Rounds, among `rounds`, in which the proposer was not asked.
         pauses: When and why speculation was paused for some rounds. A call may begin within a
             pause, which is then listed with the call before.
@@ -102,7 +102,7 @@ class SpeculationStats:
     rows: list[RowStats] = field(default_factory=list)
     rounds: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
-    backend: str = "plain decoding"
+    backend: str = "regular generation"
     self_check: str = ""
     fallbacks: list[str] = field(default_factory=list)
     acceptance: str = "exact"

@@ -59,7 +59,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _is_local(address: Any) -> bool:
-    """Tell whether a socket address (a path, or a host and port) stays on this machine."""
+    """Return whether a socket address (a path, or a host and port) stays on this machine."""
     if not isinstance(address, tuple):
         return True  # a Unix socket
     host = address[0] or "localhost"

@@ -61,11 +61,11 @@ class Decisions:
         self._at += 1
         return self._taken[self._at - 1]
 
-    def draw(self, law: Sequence[float]) -> int:
-        """Decide between the options that the law has."""
-        options = [index for index, chance in enumerate(law) if chance > 0]
+    def draw(self, distribution: Sequence[float]) -> int:
+        """Decide between the options that the distribution has."""
+        options = [index for index, probability in enumerate(distribution) if probability > 0]
         choice = options[self.take(len(options))]
-        self.weight *= law[choice]
+        self.weight *= distribution[choice]
         return choice
 
     def advance(self) -> bool:
@@ -190,18 +190,18 @@ def process(warpers: Sequence[Any], scores: Tensor) -> Tensor:
     return rows[0].double().softmax(-1)
 
 
-def target_law(
+def target_probs(
     warpers: Sequence[Any] = (), *, table: Tensor = TABLE
 ) -> dict[tuple[int, ...], float]:
-    """Return the product of the table's laws over all outputs."""
-    law = {}
+    """Return the product of the table's distributions over all outputs."""
+    distribution = {}
     for output in product(range(VOCAB), repeat=LENGTH):
         path, weight = list(PROMPT[0]), 1.0
         for token in output:
             weight *= float(process(warpers, table[path[-2], path[-1]])[token])
             path.append(token)
-        law[output] = weight
-    return law
+        distribution[output] = weight
+    return distribution
 
 
 def distance(found: dict[tuple[int, ...], float], expected: dict[tuple[int, ...], float]) -> float:

@@ -1,4 +1,5 @@
-"""The promise in one call: the tokens of plain decoding, and fewer forwards where drafts hit."""
+"""The promise in one call: the tokens of regular generation, and fewer forwards where drafts
+hit."""
 
 from collections.abc import Callable
 from typing import Any
@@ -33,12 +34,12 @@ def require_exact(
     is_faster: bool = True,
     **settings: Any,
 ) -> None:
-    """Assert that a call speculates and leaves behind what plain decoding does.
+    """Assert that a call speculates and leaves behind what regular generation does.
 
     Args:
         spec: The model, whose proposer is replaced.
         inputs: Its prompts.
-        proposer: Builds one from the new tokens of plain decoding.
+        proposer: Builds one from the new tokens of regular generation.
         plainly: Words of the reason for which the call decodes plainly instead; None where it
             must not.
         is_faster: Whether it has to take fewer forwards; never fewer than the prompt's own.

@@ -56,7 +56,7 @@ def build_model(family: str, *, seed: int = 0, **settings: object) -> PreTrained
 def randomise(
     model: PreTrainedModel, *, seed: int = 0, embedding_scale: float = 1.0
 ) -> PreTrainedModel:
-    """Redraw the weights from a fixed seed, large enough for peaked and varied laws.
+    """Redraw the weights from a fixed seed, large enough for peaked and varied distributions.
 
     Args:
         model: Changed in place.

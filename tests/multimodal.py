@@ -1,4 +1,4 @@
-"""Tiny random models that read images beside text, and prompts for them."""
+"""Tiny random models that read images next to text, and prompts for them."""
 
 from functools import cache
 from typing import Any

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from speclm.target.features import FeatureTap
 
-# A product over several rows rounds otherwise than one over a single row; plain decoding itself is
-# up to 7e-5 from what float64 computes for the logits of the text models, which are about 10.
+# A product over several rows rounds otherwise than one over a single row; regular generation itself
+# is up to 7e-5 from what float64 computes for the logits of the text models, which are about 10.
 SCORE_TOLERANCE = 2e-4
 
 
@@ -90,7 +90,7 @@ def require_close(
 
     Args:
         found: One ``[batch, vocab]`` a step.
-        expected: The same of plain decoding.
+        expected: The same of regular generation.
         live: Flags ``[batch, steps]``; None for all.
     """
     assert (found is None) == (expected is None)

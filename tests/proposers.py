@@ -191,7 +191,7 @@ def build_proposer(
 
     Args:
         kind: One of `PROPOSERS`.
-        reference: New tokens of plain decoding, for those that know them.
+        reference: New tokens of regular generation, for those that know them.
         target: The model that verifies.
         draft: A model of the same vocabulary that knows nothing of the target.
         seed: Where the planted errors fall.
@@ -199,8 +199,8 @@ def build_proposer(
     vocab_size = target.config.vocab_size
 
     def medusa() -> Proposer:
-        # Estimated chances of a random head mean nothing: its trees grow whatever they say.
-        return MedusaProposer(random_heads(target), target=target, min_chance=0.0)
+        # Estimated probabilities of a random head mean nothing: its trees grow whatever they say.
+        return MedusaProposer(random_heads(target), target=target, min_probability=0.0)
 
     build: dict[str, Callable[[], Proposer | None]] = {
         "scripted": lambda: ScriptedProposer(reference, depth=DEPTH, wrong_at=WRONG_AT),

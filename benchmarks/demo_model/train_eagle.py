@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--batch-tokens", type=int, default=1600)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--noise", type=float, default=0.0, help="on the features of eagle")
-    parser.add_argument("--law-weight", type=float, default=1.0)
+    parser.add_argument("--distribution-weight", type=float, default=1.0)
     parser.add_argument("--feature-weight", type=float, default=0.0)
     parser.add_argument("--warmup-steps", type=int, default=100)
     parser.add_argument("--limit", type=int, help="rows, for a trial")
@@ -146,7 +146,7 @@ def main() -> None:
         num_steps=options.num_steps,
         num_measured=options.num_steps,
         decay=options.decay,
-        law_weight=options.law_weight,
+        distribution_weight=options.distribution_weight,
         feature_weight=options.feature_weight,
         noise=options.noise,
     )

@@ -87,7 +87,8 @@ def train(
 ) -> None:
     """Minimise the cross-entropy of every head, those further ahead counting less.
 
-    Part of it is taken against the base's own law of the token, the rest against the token.
+    Part of it is taken against the base's own distribution of the token, the rest against the
+    token.
     """
     hidden = torch.cat([answer.hidden for answer in answers])
     targets = torch.cat([answer.targets(heads.num_heads) for answer in answers])

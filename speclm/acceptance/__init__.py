@@ -1,4 +1,4 @@
-"""Accept rules: what of a draft survives."""
+"""Acceptance rules: what of a draft survives."""
 
 from speclm.acceptance.accepted import Accepted
 from speclm.acceptance.exact import ExactRule, accept_exact

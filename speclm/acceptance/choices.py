@@ -39,7 +39,7 @@ def choose_at_all_nodes(
     return chosen.view(batch, nodes)
 
 
-def accept_along_walk(
+def accept_along_path(
     logits: Float[Tensor, "batch nodes vocab"],
     draft_tokens: Int[Tensor, "batch nodes"],
     topology: TreeTopology,

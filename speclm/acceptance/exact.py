@@ -1,4 +1,4 @@
-"""The default rule: emit what plain decoding would emit, whatever was drafted."""
+"""The default rule: emit what regular generation would emit, whatever was drafted."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from speclm.acceptance.accepted import Accepted
-from speclm.acceptance.choices import accept_along_walk, choose_at_all_nodes
+from speclm.acceptance.choices import accept_along_path, choose_at_all_nodes
 from speclm.acceptance.interface import AcceptanceRule, Verified
 from speclm.acceptance.registry import register_acceptance_rule
 from speclm.tree.topology import TreeTopology
@@ -19,7 +19,7 @@ def accept_exact(
     choices: Int[Tensor, "batch nodes"],
     topology: TreeTopology,
 ) -> Accepted:
-    """Walk from the root to the deepest node whose path plain decoding would have taken.
+    """Walk from the root to the deepest node whose path regular generation would have taken.
 
     Greedy and sampling are one rule: only the way in which the target chooses differs. The result
     is lossless for any draft, because a draft token is emitted only where the target chose it.
@@ -53,7 +53,7 @@ def accept_exact(
 @register_acceptance_rule("exact")
 @dataclass(frozen=True, slots=True)
 class ExactRule(AcceptanceRule):
-    """Emits the tokens of plain decoding under the same seed, greedy and sampling."""
+    """Emits the tokens of regular generation under the same seed, greedy and sampling."""
 
     is_exact = True
     uses_noise = True
@@ -68,6 +68,6 @@ class ExactRule(AcceptanceRule):
         logits, tokens, topology = verified.logits, verified.tokens, verified.topology
         chooser, noise, lengths = verified.chooser, verified.noise, verified.lengths
         if logits.device.type == "cpu":
-            return accept_along_walk(logits, tokens, topology, chooser, noise, lengths=lengths)
+            return accept_along_path(logits, tokens, topology, chooser, noise, lengths=lengths)
         choices = choose_at_all_nodes(logits, topology, chooser, noise, lengths=lengths)
         return accept_exact(tokens, choices, topology)

@@ -1,4 +1,4 @@
-"""What an accept rule is: the abstract class and what it decides on."""
+"""What an acceptance rule is: the abstract class and what it decides on."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -23,13 +23,13 @@ class Verified:
         tokens: Token at each node; column 0 is the root.
         topology: Shape of the trees.
         logits: The target's logits after every node.
-        chooser: Turns logits into laws and choices, with the processors of the generation.
+        chooser: Turns logits into distributions and choices, with the processors of the generation.
         is_live: Rows that are still generated; what is decided for the others is dropped.
         noise: Noise of the positions; for rules with `uses_noise`, None when greedy.
         draws: The generation's own draws; for rules with `uses_draws`.
-        laws: Law that the children of each node were drawn from, before siblings were removed;
-            for rules with `draft_sampling`, and None where no draft has a child. Rows of leaves
-            may hold anything.
+        distributions: Distribution that the children of each node were drawn from, before siblings
+            were removed; for rules with `draft_sampling`, and None where no draft has a child. Rows
+            of leaves may hold anything.
         lengths: Tokens of each row, prompt and padding included, up to and with its root; for
             choosers that read lengths.
     """
@@ -41,7 +41,7 @@ class Verified:
     is_live: list[bool]
     noise: PositionNoise | None = None
     draws: Draws | None = None
-    laws: Float[Tensor, "batch nodes vocab"] | None = None
+    distributions: Float[Tensor, "batch nodes vocab"] | None = None
     lengths: list[int] | None = None
 
 
@@ -55,7 +55,7 @@ class AcceptanceRule(ABC):
         is_exact: Whether every token is the target's own choice after those before, so that
             positions may be decided one by one, whatever decides them.
         is_lossy: Whether outputs follow another distribution than the target's.
-        uses_noise: Whether it decides by the noise of positions, as plain decoding does.
+        uses_noise: Whether it decides by the noise of positions, as regular generation does.
             Proposers are then told the noise.
         uses_draws: Whether it needs draws of its own. They are seeded with one draw from the
             default generator of the logits' device.
@@ -78,6 +78,6 @@ class AcceptanceRule(ABC):
         """Decide on every row of a draft.
 
         Returns:
-            At least one token for each live row, -1 where the target's law is not made of
+            At least one token for each live row, -1 where the target's distribution is not made of
             numbers. A padding node is never accepted.
         """

@@ -1,4 +1,4 @@
-"""Accept rules by name."""
+"""Acceptance rules by name."""
 
 from collections.abc import Callable
 from typing import TypeVar

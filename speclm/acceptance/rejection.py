@@ -1,8 +1,8 @@
 """Speculative sampling by rejection: lossless in distribution for drafts that were drawn.
 
-The rules compare the target's law with the one that each draft token was drawn from, and accept
-where the former is the larger. They give other tokens than plain decoding does under the same
-seed, from the same distribution.
+The rules compare the target's distribution with the one that each draft token was drawn from, and
+accept where the former is the larger. They give other tokens than regular generation does under the
+same seed, from the same distribution.
 """
 
 import math
@@ -21,7 +21,7 @@ from speclm.errors import DraftError, OptionError
 from speclm.sampling.drafts import DraftSampling
 from speclm.sampling.draws import Draws
 
-Law = Float[Tensor, " vocab"]
+Distribution = Float[Tensor, " vocab"]
 
 
 @register_acceptance_rule("rejection")
@@ -30,7 +30,7 @@ class RejectionRule(AcceptanceRule):
     """Accepts drawn drafts so that outputs follow the target's distribution.
 
     Decides row by row on the host, which syncs with the device several times a round. Drafts
-    whose laws are not finite are refused, whatever the variant would have read of them.
+    whose distributions are not finite are refused, whatever the variant would have read of them.
 
     Args:
         variant: ``multi_round`` tries the children of a node in turn; on a chain that is
@@ -67,7 +67,7 @@ class RejectionRule(AcceptanceRule):
         assert verified.draws is not None, "a rule with uses_draws is given draws"
         decide = VARIANTS[self.variant]
         trees = {row: _RowTree(verified, row) for row in _live_rows(verified)}
-        _require_finite_laws(verified, trees)
+        _require_finite_distributions(verified, trees)
         paths: list[list[int]] = []
         emitted: list[list[int]] = []
         for row, is_live in enumerate(verified.is_live):
@@ -98,53 +98,55 @@ class _RowTree:
                 self.children[parent].append(node)
         self._verified, self._row = verified, row
 
-    def target_law(self, node: int) -> Law:
-        """Return the target's processed law after a node."""
-        return self._verified.chooser.law(self._verified.logits[self._row, node][None])[0]
+    def target_probs(self, node: int) -> Distribution:
+        """Return the target's processed distribution after a node."""
+        return self._verified.chooser.distribution(self._verified.logits[self._row, node][None])[0]
 
-    def draft_law(self, node: int) -> Law:
-        """Return the law that a node's first child was drawn from."""
-        assert self._verified.laws is not None, "a draft with children was let in without laws"
-        return self._verified.laws[self._row, node]
+    def draft_probs(self, node: int) -> Distribution:
+        """Return the distribution that a node's first child was drawn from."""
+        assert self._verified.distributions is not None, (
+            "a draft with children was let in without distributions"
+        )
+        return self._verified.distributions[self._row, node]
 
 
-def _require_finite_laws(verified: Verified, trees: Mapping[int, _RowTree]) -> None:
-    """Check the law after every node with children; those of leaves may hold anything.
+def _require_finite_distributions(verified: Verified, trees: Mapping[int, _RowTree]) -> None:
+    """Check the distribution after every node with children; those of leaves may hold anything.
 
     Raises:
         DraftError: If one has a value that is not finite.
     """
-    if verified.laws is None:
+    if verified.distributions is None:
         return
-    is_finite = verified.laws.sum(-1).isfinite().tolist()  # [batch][nodes], one sync
+    is_finite = verified.distributions.sum(-1).isfinite().tolist()  # [batch][nodes], one sync
     for row, tree in trees.items():
         for node, children in enumerate(tree.children):
             if children and not is_finite[row][node]:
                 raise DraftError(
-                    "the law that the proposer drew the draft from is not finite after node "
+                    "the distribution that the proposer drew from is not finite after node "
                     f"{node} of row {row}, expected probabilities; its logits are NaN or overflow "
                     "(in float16 beyond 65504): load the draft model or the heads in "
                     "torch.bfloat16, check their weights, or take acceptance='exact', which reads "
-                    "no laws"
+                    "no distributions"
                 )
 
 
 def accept_multi_round(tree: _RowTree, draws: Draws) -> tuple[list[int], int]:
-    """Try children in turn, and draw from what they leave of the target's law.
+    """Try children in turn, and draw from what they leave of the target's distribution.
 
     Source: Leviathan et al. 2023, Alg. 1, for one child; Chen et al. 2024 (Sequoia) for more.
     """
     path = [0]
     while True:
-        rest = tree.target_law(path[-1])
+        rest = tree.target_probs(path[-1])
         accepted, draft = None, None
         for child in tree.children[path[-1]]:
-            draft = tree.draft_law(path[-1]) if draft is None else draft
+            draft = tree.draft_probs(path[-1]) if draft is None else draft
             token = tree.tokens[child]
-            chance = float(draft[token])
-            if not chance > 0:
-                continue  # the law had no token left to draw
-            if draws.bernoulli(float(rest[token]) / chance):
+            probability = float(draft[token])
+            if not probability > 0:
+                continue  # the distribution had no token left to draw
+            if draws.bernoulli(float(rest[token]) / probability):
                 accepted = child
                 break
             rest, draft = _residual(rest, draft)[0], _without(draft, token)
@@ -165,25 +167,25 @@ def accept_block(tree: _RowTree, draws: Draws) -> tuple[list[int], int]:
     chain = _drawn_chain(tree)
     for index, node in enumerate(chain[1:], start=1):
         above, token = chain[index - 1], tree.tokens[node]
-        ratio = float(tree.target_law(above)[token]) / float(tree.draft_law(above)[token])
+        ratio = float(tree.target_probs(above)[token]) / float(tree.draft_probs(above)[token])
         share = _at_most_one(share * ratio)
         passes = share
         if node != chain[-1]:
-            left = _residual(tree.target_law(node), tree.draft_law(node), share=share)[1]
+            left = _residual(tree.target_probs(node), tree.draft_probs(node), share=share)[1]
             passes = _share_left(left, share)
         if draws.bernoulli(passes):
             kept, kept_share = chain[: index + 1], share
     if math.isnan(share):
         return kept, -1
     last = kept[-1]
-    rest = tree.target_law(last)
+    rest = tree.target_probs(last)
     if last != chain[-1]:
-        rest = _residual(rest, tree.draft_law(last), share=kept_share)[0]
+        rest = _residual(rest, tree.draft_probs(last), share=kept_share)[0]
     return kept, draws.categorical(rest)
 
 
 def _drawn_chain(tree: _RowTree) -> list[int]:
-    """Return the nodes of a draft that is a chain, up to a token that no law had left to draw."""
+    """Return the nodes of a drafted chain, up to a token that no distribution could draw."""
     chain = [0]
     while children := tree.children[chain[-1]]:
         if len(children) > 1:
@@ -191,7 +193,7 @@ def _drawn_chain(tree: _RowTree) -> list[int]:
                 f"node {chain[-1]} of the draft has {len(children)} children, block verification "
                 "expected a chain; let the proposer draft one, or take RejectionRule('traversal')"
             )
-        if not float(tree.draft_law(chain[-1])[tree.tokens[children[0]]]) > 0:
+        if not float(tree.draft_probs(chain[-1])[tree.tokens[children[0]]]) > 0:
             break
         chain.append(children[0])
     return chain
@@ -199,17 +201,18 @@ def _drawn_chain(tree: _RowTree) -> list[int]:
 
 @dataclass(slots=True)
 class _Stop:
-    """A node while it is decided on: what is left of both laws below it, and its share.
+    """A node while it is decided on: what is left of both distributions below it, and its share.
 
     Args:
-        target: Law of the token after the node, given that the children tried were rejected.
-        draft: Law of its next child; None for a leaf.
+        target: Distribution of the token after the node, given that the children tried were
+            rejected.
+        draft: Distribution of its next child; None for a leaf.
         share: Probability with which the path to here is kept, given what was rejected.
         children: Children that are left, first one last.
     """
 
-    target: Law
-    draft: Law | None
+    target: Distribution
+    draft: Distribution | None
     share: float
     children: list[int]
 
@@ -222,8 +225,8 @@ def accept_traversal(tree: _RowTree, draws: Draws) -> tuple[list[int], int]:
 
     def stop_at(node: int, share: float) -> _Stop:
         children = tree.children[node]
-        draft = tree.draft_law(node) if children else None
-        return _Stop(tree.target_law(node), draft, share, children[::-1])
+        draft = tree.draft_probs(node) if children else None
+        return _Stop(tree.target_probs(node), draft, share, children[::-1])
 
     path, stops = [0], [stop_at(0, 1.0)]
     while True:
@@ -232,11 +235,11 @@ def accept_traversal(tree: _RowTree, draws: Draws) -> tuple[list[int], int]:
             assert top.draft is not None
             child = top.children[-1]
             token = tree.tokens[child]
-            chance = float(top.draft[token])
-            if not chance > 0:
-                top.children.pop()  # the law had no token left to draw
+            probability = float(top.draft[token])
+            if not probability > 0:
+                top.children.pop()  # the distribution had no token left to draw
                 continue
-            share = _at_most_one(top.share * float(top.target[token]) / chance)
+            share = _at_most_one(top.share * float(top.target[token]) / probability)
             path.append(child)
             stops.append(stop_at(child, share))
             continue
@@ -260,7 +263,9 @@ VARIANTS: Mapping[str, Callable[[_RowTree, Draws], tuple[list[int], int]]] = Map
 """Ways to decide on one row, by name."""
 
 
-def _residual(target: Law, draft: Law, *, share: float = 1.0) -> tuple[Law, float]:
+def _residual(
+    target: Distribution, draft: Distribution, *, share: float = 1.0
+) -> tuple[Distribution, float]:
     """Return what a share of `target` has beyond `draft`, normalised, and its mass.
 
     Where nothing is left, which rounding alone brings about, the target stays as it is. What is
@@ -271,9 +276,9 @@ def _residual(target: Law, draft: Law, *, share: float = 1.0) -> tuple[Law, floa
     return (beyond / mass if mass != 0 else target), mass
 
 
-def _without(law: Law, token: int) -> Law:
-    """Return a law given that `token` is not drawn; zero where no other could be."""
-    rest = law.clone()
+def _without(distribution: Distribution, token: int) -> Distribution:
+    """Return a distribution given that `token` is not drawn; zero where no other could be."""
+    rest = distribution.clone()
     rest[token] = 0
     mass = rest.sum()
     return rest / mass if float(mass) > 0 else rest

@@ -20,14 +20,14 @@ class TypicalRule(AcceptanceRule):
     """Keeps the longest path of tokens that are likely for how sure the target is.
 
     A token x after context c is likely if ``target_probs(x | c) > min(epsilon, delta *
-    exp(-H))``, where H is the entropy of the target's processed law after c. The bonus token is
-    the target's likeliest. Nothing is drawn: with a proposer that draws nothing either, equal
-    prompts give equal outputs.
+    exp(-H))``, where H is the entropy of the target's processed distribution after c. The bonus
+    token is the target's likeliest. Nothing is drawn: with a proposer that draws nothing either,
+    equal prompts give equal outputs.
 
     Args:
         epsilon: Probability above which a token is likely in any context, in ``[0, 1]``.
-        delta: Share of the probability that the tokens of a uniform law of equal entropy have, at
-            least 0. Medusa's authors recommend the square root of `epsilon`.
+        delta: Share of the probability that the tokens of a uniform distribution of equal entropy
+            have, at least 0. Medusa's authors recommend the square root of `epsilon`.
 
     Raises:
         OptionError: If an option is out of range.
@@ -53,9 +53,13 @@ class TypicalRule(AcceptanceRule):
     def accept(self, verified: Verified) -> Accepted:
         logits, tokens, topology = verified.logits, verified.tokens, verified.topology
         batch, nodes, vocab = logits.shape
-        laws = verified.chooser.law(logits.reshape(batch * nodes, vocab)).view(logits.shape)
-        is_likely, chances = _likely(laws, tokens, topology, epsilon=self.epsilon, delta=self.delta)
-        path = _longest(is_likely, chances, topology)  # [batch, path]
+        distributions = verified.chooser.distribution(logits.reshape(batch * nodes, vocab)).view(
+            logits.shape
+        )
+        is_likely, probabilities = _likely(
+            distributions, tokens, topology, epsilon=self.epsilon, delta=self.delta
+        )
+        path = _longest(is_likely, probabilities, topology)  # [batch, path]
         length = (path >= 0).sum(1)
         rows = torch.arange(batch, device=path.device)
         last = path[rows, length - 1]
@@ -66,7 +70,7 @@ class TypicalRule(AcceptanceRule):
 
 
 def _likely(
-    laws: Float[Tensor, "batch nodes vocab"],
+    distributions: Float[Tensor, "batch nodes vocab"],
     tokens: Int[Tensor, "batch nodes"],
     topology: TreeTopology,
     *,
@@ -75,27 +79,27 @@ def _likely(
 ) -> tuple[Bool[Tensor, "batch nodes"], Float[Tensor, "batch nodes"]]:
     """Tell which nodes are likely after their parents, and how likely."""
     parents = topology.parents.expand(len(tokens), -1)
-    entropy = -torch.special.xlogy(laws, laws).sum(-1)  # [batch, nodes]
+    entropy = -torch.special.xlogy(distributions, distributions).sum(-1)  # [batch, nodes]
     thresholds = (delta * (-entropy).exp()).clamp(max=epsilon).gather(1, parents)
     rows = torch.arange(len(tokens), device=tokens.device)[:, None]
-    chances = laws[rows, parents, tokens]
-    is_likely = (chances > thresholds) & ~topology.is_padding
+    probabilities = distributions[rows, parents, tokens]
+    is_likely = (probabilities > thresholds) & ~topology.is_padding
     is_likely[:, 0] = True
-    return is_likely, chances
+    return is_likely, probabilities
 
 
 def _longest(
     is_likely: Bool[Tensor, "batch nodes"],
-    chances: Float[Tensor, "batch nodes"],
+    probabilities: Float[Tensor, "batch nodes"],
     topology: TreeTopology,
 ) -> Int[Tensor, "batch path"]:
     """Return the longest path of likely nodes; of equally long ones the most probable."""
     above = topology.ancestor_mask
     is_alive = (is_likely[:, None, :] | ~above).all(2) & ~topology.is_padding
-    log_chances = chances.log()
-    log_chances[:, 0] = 0.0  # the root is no guess
+    log_probabilities = probabilities.log()
+    log_probabilities[:, 0] = 0.0  # the root is no guess
     # A zero probability stays out of sums that it is not part of, where it would make NaN.
-    totals = log_chances[:, None, :].where(above, 0.0).sum(2)  # [batch, nodes]
+    totals = log_probabilities[:, None, :].where(above, 0.0).sum(2)  # [batch, nodes]
     depths = topology.depths.masked_fill(~is_alive, -1)
     is_longest = depths == depths.amax(1, keepdim=True)
     last = totals.masked_fill(~is_longest, -torch.inf).argmax(1)

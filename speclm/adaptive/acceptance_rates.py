@@ -14,7 +14,6 @@ from speclm.acceptance.accepted import Accepted
 from speclm.config import MAX_NODES, require_count
 from speclm.drafting.interface import Draft, Prefill, Proposer
 from speclm.errors import OptionError
-from speclm.methods.medusa.network import MedusaHeads
 from speclm.sampling.noise import PositionNoise
 from speclm.target import TargetFeatures, TargetView, exclusive
 from speclm.tree.plan import TreePlan
@@ -29,7 +28,8 @@ _SUM_NEAR_ROOT = 3
 _SUM_OF_RANKS = 2
 
 RankAcceptance = Sequence[Sequence[float]]
-"""For each depth, the chance that the child of rank 0, 1, ... is accepted where its parent was."""
+"""For each depth, the probability that the child of rank 0, 1, ... is accepted where its parent
+was."""
 
 
 def calibrated_choices(acceptance: RankAcceptance, *, num_nodes: int) -> Choices:
@@ -46,14 +46,14 @@ def calibrated_choices(acceptance: RankAcceptance, *, num_nodes: int) -> Choices
     """
     require_count("num_nodes", num_nodes, low=1, high=MAX_NODES - 1)
     chosen: list[tuple[int, ...]] = []
-    # Entries: minus the chance of the path, its length, the path.
-    frontier: list[tuple[float, int, tuple[int, ...]]] = [(-1.0, 0, ())]
-    while frontier and len(chosen) <= num_nodes:
-        minus_chance, depth, path = heappop(frontier)
+    # Entries: minus the probability of the path, its length, the path.
+    candidates: list[tuple[float, int, tuple[int, ...]]] = [(-1.0, 0, ())]
+    while candidates and len(chosen) <= num_nodes:
+        minus_probability, depth, path = heappop(candidates)
         chosen.append(path)
         for rank, share in enumerate(acceptance[depth] if depth < len(acceptance) else ()):
             if share > 0:
-                heappush(frontier, (minus_chance * share, depth + 1, (*path, rank)))
+                heappush(candidates, (minus_probability * share, depth + 1, (*path, rank)))
     choices = chosen[1:]
     if not choices:
         raise OptionError(
@@ -67,11 +67,11 @@ def expected_tau(acceptance: RankAcceptance, choices: Choices) -> float:
     """Return the tokens a round that the tree gives if ranks are accepted independently."""
     tau = 1.0
     for path in choices:
-        chance = 1.0
+        probability = 1.0
         for depth, rank in enumerate(path):
             shares = acceptance[depth] if depth < len(acceptance) else ()
-            chance *= shares[rank] if rank < len(shares) else 0.0
-        tau += chance
+            probability *= shares[rank] if rank < len(shares) else 0.0
+        tau += probability
     return tau
 
 
@@ -201,7 +201,7 @@ _REPLAYS = 3  # rounds start where the tree before ended them, which settles qui
 
 @torch.no_grad()
 def measure_ranks(
-    view: TargetView, heads: MedusaHeads, prompt: Sequence[int], answer: Sequence[int]
+    view: TargetView, heads: torch.nn.Module, prompt: Sequence[int], answer: Sequence[int]
 ) -> Ranks:
     """Return the rank that each head gave to what came, at every root of an answer.
 
@@ -273,7 +273,7 @@ def calibrate_choices(
 ) -> Choices:
     """Return the static tree with the highest expected tau on the texts.
 
-    The chance that a node is accepted is how often its path of ranks is the right one where
+    The probability that a node is accepted is how often its path of ranks is the right one where
     rounds start. A prefix is at least as frequent as what follows it, so the most frequent paths
     are a tree. Where rounds start depends on the tree; counting is repeated with the tree found.
 

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from speclm.tree.plan import TreePlan
 
-_CHANCES = (0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.3)
+_PROBABILITIES = (0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.3)
 """Thresholds that are tried for nodes."""
 
 _CONFIDENCES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75)
 """Thresholds that are tried for levels."""
 
-EXPLORED_CHANCE, EXPLORED_CONFIDENCE = _CHANCES[0], _CONFIDENCES[0]
+EXPLORED_PROBABILITY, EXPLORED_CONFIDENCE = _PROBABILITIES[0], _CONFIDENCES[0]
 """Thresholds of trees that are drafted to learn from: no larger ones can be replayed."""
 
 _DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64)
@@ -29,7 +29,7 @@ _DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64)
 _TIE = 1e-9  # share by which a larger tree has to be better
 
 _PRIOR_ROWS = 8
-"""Rows that the proposer's own chances count for, beside what was accepted."""
+"""Rows that the proposer's own probabilities count for, next to what was accepted."""
 
 _GROWING_SHARE = 0.75
 """Share of the rows that have to grow for another level; as proposers have it by default."""
@@ -76,32 +76,32 @@ class ObservedRow:
 
     Args:
         depths: Depth of each node, the best node first, the root left out.
-        chances: Chance that the proposer gave to each node's path; not rising.
+        probabilities: Probability that the proposer gave to each node's path; not rising.
         is_accepted: Whether the node is on the accepted path.
     """
 
     depths: tuple[int, ...]
-    chances: tuple[float, ...]
+    probabilities: tuple[float, ...]
     is_accepted: tuple[bool, ...]
 
     @classmethod
     def of(
-        cls, depths: Sequence[int], chances: Sequence[float] | None, path: Sequence[int]
+        cls, depths: Sequence[int], probabilities: Sequence[float] | None, path: Sequence[int]
     ) -> "ObservedRow":
         """Sort the nodes of a draft.
 
         Args:
             depths: Depth of each node, root included; 0 for padding.
-            chances: Chance of each node's path; None for nodes in order of their worth.
+            probabilities: Probability of each node's path; None for nodes in order of their worth.
             path: Accepted nodes.
         """
         nodes = [node for node, depth in enumerate(depths) if depth > 0]
-        if chances is not None:
-            nodes.sort(key=lambda node: -chances[node])  # parents stay before their children
+        if probabilities is not None:
+            nodes.sort(key=lambda node: -probabilities[node])  # parents stay before their children
         kept = set(path)
         return cls(
             tuple(depths[node] for node in nodes),
-            tuple(1.0 if chances is None else chances[node] for node in nodes),
+            tuple(1.0 if probabilities is None else probabilities[node] for node in nodes),
             tuple(node in kept for node in nodes),
         )
 
@@ -131,49 +131,51 @@ class Estimate:
 
 
 def best_plan(
-    rounds: Observed, costs: RoundCosts, *, max_depth: int, max_nodes: int, has_chances: bool
+    rounds: Observed, costs: RoundCosts, *, max_depth: int, max_nodes: int, has_probabilities: bool
 ) -> Estimate | None:
     """Return the plan with the most tokens a second; None where nothing was observed.
 
     Of equal ones the smaller tree is taken. A node is worth its place while what it adds to tau
     exceeds what it adds to the time of a round, in tokens that this time gives on average; the
-    thresholds of the plan are such chances, found by trying some.
+    thresholds of the plan are such probabilities, found by trying some.
 
     Args:
         rounds: Drafts at least as large as any that is considered.
         costs: Seconds of the parts of a round.
         max_depth: Most levels.
         max_nodes: Most nodes, the root left out.
-        has_chances: Whether the chances mean something; the plan has thresholds then.
+        has_probabilities: Whether the probabilities mean something; the plan has thresholds then.
     """
     sizes = best_by_size(
-        rounds, costs, max_depth=max_depth, max_nodes=max_nodes, has_chances=has_chances
+        rounds, costs, max_depth=max_depth, max_nodes=max_nodes, has_probabilities=has_probabilities
     )
     best = max((estimate.rate for estimate in sizes), default=0.0)
     return next((one for one in sizes if one.rate >= best * (1 - _TIE)), None)
 
 
 def best_by_size(
-    rounds: Observed, costs: RoundCosts, *, max_depth: int, max_nodes: int, has_chances: bool
+    rounds: Observed, costs: RoundCosts, *, max_depth: int, max_nodes: int, has_probabilities: bool
 ) -> list[Estimate]:
     """Return the best plan of at most 1, 2, 3... nodes; arguments as of `best_plan`."""
     table = _Table.of(rounds)
     if table is None:
         return []
-    chances = torch.tensor(_CHANCES if has_chances else (0.0,), dtype=torch.float64, device="cpu")
-    prior = _PRIOR_ROWS / (_PRIOR_ROWS + table.num_rows) if has_chances else 0.0
-    values = torch.lerp(table.accepted, table.chances, prior)  # [rows, nodes]
+    probabilities = torch.tensor(
+        _PROBABILITIES if has_probabilities else (0.0,), dtype=torch.float64, device="cpu"
+    )
+    prior = _PRIOR_ROWS / (_PRIOR_ROWS + table.num_rows) if has_probabilities else 0.0
+    values = torch.lerp(table.accepted, table.probabilities, prior)  # [rows, nodes]
     seconds = [costs.round(num, 0.0) for num in range(max_nodes + 1)]
     best: list[tuple[float, float, float, int, float, float]] = []
     tried: set[tuple[int, ...]] = set()
     for depth in sorted({min(depth, max_depth) for depth in _DEPTHS}):
-        for confidence in _CONFIDENCES if has_chances else (0.0,):
+        for confidence in _CONFIDENCES if has_probabilities else (0.0,):
             levels, row_levels = table.levels(depth, confidence)
             shape = tuple(row_levels.tolist())
             if shape in tried:
                 continue  # the same trees as those of a smaller depth or lower confidence
             tried.add(shape)
-            gains, sizes = table.replay(values, row_levels, chances, max_nodes=max_nodes)
+            gains, sizes = table.replay(values, row_levels, probabilities, max_nodes=max_nodes)
             times = _mean_seconds(sizes, seconds) + costs.level * levels
             rates, places = ((1 + gains) / times).max(0)
             columns = torch.arange(max_nodes + 1, device="cpu")
@@ -184,7 +186,7 @@ def best_by_size(
                     times[places, columns].tolist(),
                     [depth] * (max_nodes + 1),
                     [confidence] * (max_nodes + 1),
-                    chances[places].tolist(),
+                    probabilities[places].tolist(),
                     strict=True,
                 )
             )
@@ -197,13 +199,13 @@ def best_by_size(
             TreePlan(
                 depth,
                 size,
-                min_chance=chance if has_chances else None,
-                min_confidence=confidence if has_chances else None,
+                min_probability=probability if has_probabilities else None,
+                min_confidence=confidence if has_probabilities else None,
             ),
             tau,
             time,
         )
-        for size, (_, tau, time, depth, confidence, chance) in enumerate(best)
+        for size, (_, tau, time, depth, confidence, probability) in enumerate(best)
         if size > 0
     ]
 
@@ -226,16 +228,16 @@ class _Table:
 
     Args:
         depths: ``[rows, nodes]``.
-        chances: ``[rows, nodes]``, 0 at padding.
+        probabilities: ``[rows, nodes]``, 0 at padding.
         accepted: ``[rows, nodes]``, 1 at nodes of the accepted path.
-        best: Best chance at depth 0, 1, 2... of each row, ``[rows, depth]``.
+        best: Best probability at depth 0, 1, 2... of each row, ``[rows, depth]``.
         rounds: Round of each row.
         slots: Place of each row in its round.
         growing: Place among the rows of each round, the deepest first, whose growth is decisive.
     """
 
     depths: Tensor
-    chances: Tensor
+    probabilities: Tensor
     accepted: Tensor
     best: Tensor
     rounds: Tensor
@@ -260,22 +262,25 @@ class _Table:
         best = torch.zeros(len(rows), deepest + 1, dtype=torch.float64, device="cpu")
         best[:, 0] = 1.0
         for index, row in enumerate(rows):
-            for depth, chance in zip(row.depths, row.chances, strict=True):
-                best[index, depth] = max(float(best[index, depth]), chance)
+            for depth, probability in zip(row.depths, row.probabilities, strict=True):
+                best[index, depth] = max(float(best[index, depth]), probability)
 
         def padded(values: Sequence[float | int]) -> list[float | int]:
             return [*values, *[0.0] * (width - len(values))]
 
         numbers = torch.tensor(
-            [[padded(row.depths), padded(row.chances), padded(row.is_accepted)] for row in rows],
+            [
+                [padded(row.depths), padded(row.probabilities), padded(row.is_accepted)]
+                for row in rows
+            ],
             dtype=torch.float64,
             device="cpu",
         )  # [rows, 3, nodes]
-        depths, chances, accepted = numbers.unbind(1)
+        depths, probabilities, accepted = numbers.unbind(1)
         growing = [max(math.ceil(_GROWING_SHARE * len(group)) - 1, 0) for group in rounds]
         return cls(
             depths,
-            chances,
+            probabilities,
             accepted,
             best,
             rounds=torch.tensor(
@@ -294,7 +299,7 @@ class _Table:
     def levels(self, depth: int, confidence: float) -> tuple[float, Tensor]:
         """Return the mean levels that are drafted, and those that each row gets nodes of."""
         grows = (self.best[:, :depth] >= confidence) & (self.best[:, :depth] > 0)
-        own = grows.long().sum(1)  # chances fall with depth
+        own = grows.long().sum(1)  # probabilities fall with depth
         by_round = torch.zeros(
             self.num_rounds, int(self.slots.max()) + 1, dtype=torch.long, device="cpu"
         )
@@ -304,7 +309,7 @@ class _Table:
         return float(drafted.double().mean()), torch.minimum(own, drafted[self.rounds])
 
     def replay(
-        self, values: Tensor, row_levels: Tensor, chances: Tensor, *, max_nodes: int
+        self, values: Tensor, row_levels: Tensor, probabilities: Tensor, *, max_nodes: int
     ) -> tuple[Tensor, Tensor]:
         """Return what trees of bounded size give, and how large they become unbounded.
 
@@ -313,13 +318,15 @@ class _Table:
             nodes of the largest row of every round, ``[thresholds, rounds]``.
         """
         is_drafted = (self.depths > 0) & (self.depths <= row_levels[:, None])
-        kept = is_drafted & (self.chances >= chances[:, None, None])  # [thresholds, rows, nodes]
+        kept = is_drafted & (
+            self.probabilities >= probabilities[:, None, None]
+        )  # [thresholds, rows, nodes]
         ranks = kept.long().cumsum(2)
         width = max(self.depths.shape[1], max_nodes)
-        gains = torch.zeros(len(chances), width + 1, dtype=torch.float64, device="cpu")
+        gains = torch.zeros(len(probabilities), width + 1, dtype=torch.float64, device="cpu")
         places = ranks.masked_fill(~kept, 0).flatten(1)
         gains.scatter_add_(1, places, (values * kept).flatten(1))
         counts = ranks[:, :, -1]  # [thresholds, rows]
-        sizes = torch.zeros(len(chances), self.num_rounds, dtype=torch.long, device="cpu")
-        sizes.scatter_reduce_(1, self.rounds.expand(len(chances), -1), counts, reduce="amax")
+        sizes = torch.zeros(len(probabilities), self.num_rounds, dtype=torch.long, device="cpu")
+        sizes.scatter_reduce_(1, self.rounds.expand(len(probabilities), -1), counts, reduce="amax")
         return gains.cumsum(1)[:, : max_nodes + 1] / self.num_rows, sizes

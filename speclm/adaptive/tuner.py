@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from statistics import fmean, median
 
 from speclm.adaptive.planner import (
-    EXPLORED_CHANCE,
     EXPLORED_CONFIDENCE,
+    EXPLORED_PROBABILITY,
     Estimate,
     Observed,
     ObservedRow,
@@ -34,7 +34,7 @@ _MIN_WAIT, _MAX_WAIT = 8, 160  # rounds
 _NUM_TIMES = 64
 _CLIP = 3.0  # times the median: what counts of an outlier
 _MIN_SPREAD = 0.2  # of sizes, below which their times tell nothing about one more
-_MAX_LANES = 64
+_MAX_BUCKETS = 64
 
 
 @dataclass(slots=True)
@@ -64,11 +64,11 @@ class _Line:
 
 
 @dataclass(slots=True)
-class _Lane:
+class _Bucket:
     """What is known about calls of one setting, number of rows and length of context.
 
     Args:
-        has_chances: Whether drafts say how likely their nodes are; None before the first.
+        has_probabilities: Whether drafts say how likely their nodes are; None before the first.
         rounds: Rounds with explored trees.
         num_rows: Rows in them.
         num_observed: Rows observed so far, forgotten ones included.
@@ -81,7 +81,7 @@ class _Lane:
         forward: Seconds of a forward by nodes, for targets whose forwards are not measured.
     """
 
-    has_chances: bool | None = None
+    has_probabilities: bool | None = None
     rounds: deque[tuple[ObservedRow, ...]] = field(default_factory=deque)
     num_rows: int = 0
     num_observed: int = 0
@@ -132,7 +132,7 @@ class TreeMemory:
             explores_always: Whether every round is drafted to learn from, and no plan is made.
         """
         self.explores_always = explores_always
-        self._lanes: dict[Hashable, _Lane] = {}
+        self._buckets: dict[Hashable, _Bucket] = {}
         self._proposer: object = None
         self.timings: dict[tuple[int, int], Timings] = {}
         """By buckets of rows and context, for this model."""
@@ -142,17 +142,17 @@ class TreeMemory:
     def begin_call(self, proposer: object) -> None:
         """Start a call."""
         if proposer is not self._proposer:
-            self._lanes.clear()
+            self._buckets.clear()
             self._proposer = proposer
 
-    def lane(self, setting: Hashable, *, batch: int, context: int) -> _Lane:
+    def bucket(self, setting: Hashable, *, batch: int, context: int) -> _Bucket:
         """Return what is known about rounds of that many rows, in buckets of powers of two."""
         key = (setting, bucket_of_rows(batch), bucket_of_context(context))
-        if key not in self._lanes:
-            if len(self._lanes) >= _MAX_LANES:
-                del self._lanes[next(iter(self._lanes))]
-            self._lanes[key] = _Lane()
-        return self._lanes[key]
+        if key not in self._buckets:
+            if len(self._buckets) >= _MAX_BUCKETS:
+                del self._buckets[next(iter(self._buckets))]
+            self._buckets[key] = _Bucket()
+        return self._buckets[key]
 
 
 class TreeTuner:
@@ -191,7 +191,7 @@ class TreeTuner:
             batch: Rows, those that end included: forwards have them all.
             num_prompt_tokens: Tokens in the cache before the first round.
             max_depth: Most levels, those of the proposer's own settings.
-            setting: What acceptance depends on beside the text, such as the temperature.
+            setting: What acceptance depends on next to the text, such as the temperature.
             proposer: Whose drafts are planned, by identity.
         """
         memory.begin_call(proposer)
@@ -201,7 +201,7 @@ class TreeTuner:
         self._explores_always = memory.explores_always
         self._key = (bucket_of_rows(batch), bucket_of_context(num_prompt_tokens))
         self._context = float(num_prompt_tokens)
-        self._lane = memory.lane(setting, batch=batch, context=num_prompt_tokens)
+        self._bucket = memory.bucket(setting, batch=batch, context=num_prompt_tokens)
         self._is_exploring = False
         self._num_rounds = 0
         memory.last = self
@@ -223,31 +223,31 @@ class TreeTuner:
     @property
     def best(self) -> Estimate | None:
         """The plan in use, and what it was expected to give; None before there is one."""
-        return self._lane.best
+        return self._bucket.best
 
     def next_plan(self) -> TreePlan | None:
         """Return what the next draft should be; None for what the proposer's own settings say."""
-        lane = self._memory.lane(self._setting, batch=self._batch, context=int(self._context))
-        self._lane = lane
-        if lane.best is None:
+        bucket = self._memory.bucket(self._setting, batch=self._batch, context=int(self._context))
+        self._bucket = bucket
+        if bucket.best is None:
             # Drafts of two sizes in turn also tell what a level takes.
-            self._is_exploring = lane.has_chances is not None and lane.num_rounds % 2 == 1
+            self._is_exploring = bucket.has_probabilities is not None and bucket.num_rounds % 2 == 1
         else:
-            self._is_exploring = lane.wait <= 0
+            self._is_exploring = bucket.wait <= 0
         self._is_exploring = self._is_exploring or self._explores_always
         if self._is_exploring:
             return self.explored_plan
-        return None if lane.best is None else lane.best.plan
+        return None if bucket.best is None else bucket.best.plan
 
     @property
     def explored_plan(self) -> TreePlan:
         """The tree that is drafted to learn from; those that are considered are parts of it."""
-        has_chances = bool(self._lane.has_chances) or self._explores_always
+        has_probabilities = bool(self._bucket.has_probabilities) or self._explores_always
         return TreePlan(
             self._max_depth,
             self._max_nodes,
-            min_chance=EXPLORED_CHANCE if has_chances else None,
-            min_confidence=EXPLORED_CONFIDENCE if has_chances else None,
+            min_probability=EXPLORED_PROBABILITY if has_probabilities else None,
+            min_confidence=EXPLORED_CONFIDENCE if has_probabilities else None,
         )
 
     def record(
@@ -266,46 +266,46 @@ class TreeTuner:
             is_whole: Rows whose path was not cut by the end of the text.
             seconds: Of each phase of the round.
         """
-        lane, topology = self._lane, draft.topology
-        lane.has_chances = draft.probs is not None
-        lane.num_rounds += 1
-        lane.wait -= 1
+        bucket, topology = self._bucket, draft.topology
+        bucket.has_probabilities = draft.probs is not None
+        bucket.num_rounds += 1
+        bucket.wait -= 1
         self._num_rounds += 1
         live = [len(path) for path in paths if path]
         self._context += fmean(live) if live else 0.0
         if self._num_rounds > 1:  # in the first one, proposers may read the prompt
-            lane.drafting.add(topology.max_depth, seconds["draft"])
-            lane.rest.add(topology.num_nodes - 1, seconds["accept"] + seconds["commit"])
-            lane.forward.add(topology.num_nodes, seconds["verify"])
+            bucket.drafting.add(topology.max_depth, seconds["draft"])
+            bucket.rest.add(topology.num_nodes - 1, seconds["accept"] + seconds["commit"])
+            bucket.forward.add(topology.num_nodes, seconds["verify"])
         if not self._is_exploring:
             return
         rows = self._observed(draft, paths, is_whole)
         if rows:
-            lane.observe(rows)
-        if lane.is_due and not self._explores_always:
-            lane.best = self._plan(lane)
-            lane.planned_at = lane.num_observed
-        lane.wait = self._next_wait(lane)
+            bucket.observe(rows)
+        if bucket.is_due and not self._explores_always:
+            bucket.best = self._plan(bucket)
+            bucket.planned_at = bucket.num_observed
+        bucket.wait = self._next_wait(bucket)
 
     @property
     def costs(self) -> RoundCosts:
         """What the parts of a round take."""
-        return self._lane.costs(self.timings)
+        return self._bucket.costs(self.timings)
 
     def estimates(self) -> list[Estimate]:
         """Return the best plan of at most 1, 2, 3... nodes by what was observed so far."""
         return best_by_size(
-            self._lane.rounds,
+            self._bucket.rounds,
             self.costs,
             max_depth=self._max_depth,
             max_nodes=self._max_nodes,
-            has_chances=bool(self._lane.has_chances),
+            has_probabilities=bool(self._bucket.has_probabilities),
         )
 
     @property
     def observed(self) -> Observed:
         """Rounds that were drafted to learn from."""
-        return self._lane.rounds
+        return self._bucket.rounds
 
     @property
     def _max_nodes(self) -> int:
@@ -325,32 +325,34 @@ class TreeTuner:
         for row, path in enumerate(paths):
             if path and is_whole[row]:
                 shape = row if len(all_parents) > 1 else 0
-                chances = None if probs is None else path_products(all_parents[shape], probs[row])
-                rows.append(ObservedRow.of(all_depths[shape], chances, path))
+                probabilities = (
+                    None if probs is None else path_products(all_parents[shape], probs[row])
+                )
+                rows.append(ObservedRow.of(all_depths[shape], probabilities, path))
         return rows
 
-    def _plan(self, lane: _Lane) -> Estimate | None:
+    def _plan(self, bucket: _Bucket) -> Estimate | None:
         return best_plan(
-            lane.rounds,
-            lane.costs(self.timings),
+            bucket.rounds,
+            bucket.costs(self.timings),
             max_depth=self._max_depth,
             max_nodes=self._max_nodes,
-            has_chances=bool(lane.has_chances),
+            has_probabilities=bool(bucket.has_probabilities),
         )
 
-    def _next_wait(self, lane: _Lane) -> int:
+    def _next_wait(self, bucket: _Bucket) -> int:
         """Return for how many rounds to use the plan before another tree is explored."""
-        if lane.best is None:
+        if bucket.best is None:
             return 0
-        rows = [row for group in lane.rounds for row in group]
-        costs = lane.costs(self.timings)
-        size = fmean(max(len(row.depths) for row in group) for group in lane.rounds if group)
+        rows = [row for group in bucket.rounds for row in group]
+        costs = bucket.costs(self.timings)
+        size = fmean(max(len(row.depths) for row in group) for group in bucket.rounds if group)
         levels = fmean(max(row.depths, default=1) for row in rows)
         seconds = costs.round(round(size), levels)
         tau = 1 + fmean(sum(row.is_accepted) for row in rows)
-        lost = max(seconds * lane.best.rate - tau, 0.0) / lane.best.tau  # in rounds
+        lost = max(seconds * bucket.best.rate - tau, 0.0) / bucket.best.tau  # in rounds
         wait = int(min(max(lost / _SHARE, _MIN_WAIT), _MAX_WAIT))
-        return min(wait, _LEARNING_WAIT) if lane.num_observed < _LEARNING_ROWS else wait
+        return min(wait, _LEARNING_WAIT) if bucket.num_observed < _LEARNING_ROWS else wait
 
 
 def describe_tree(tree: TreePlan | Estimate | None) -> str:
@@ -361,8 +363,8 @@ def describe_tree(tree: TreePlan | Estimate | None) -> str:
     if plan.choices is not None:
         return f"static tree of {len(plan.choices)} nodes on {plan.depth} levels"
     line = f"up to {plan.num_draft_tokens} nodes on {plan.depth} levels"
-    if plan.min_chance is not None:
-        line += f", nodes from a chance of {plan.min_chance:.2f}"
+    if plan.min_probability is not None:
+        line += f", nodes from a probability of {plan.min_probability:.2f}"
     if plan.min_confidence is not None:
         line += f", levels from {plan.min_confidence:.2f}"
     return line

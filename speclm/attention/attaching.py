@@ -114,7 +114,7 @@ class _Name(str):
         return (self.previous,)
 
     def __eq__(self, other: object) -> bool:
-        """Tell whether `other` is the same text, or the name that this stands for."""
+        """Return whether `other` is the same text, or the name that this stands for."""
         return str.__eq__(self, other) is True or self.previous == other
 
     def __ne__(self, other: object) -> bool:

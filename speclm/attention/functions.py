@@ -31,7 +31,7 @@ _PLAIN = {
     "output_attentions",
     "output_router_logits",
 }
-"""Arguments of attention that change nothing beside a mask. Any other is the model's own."""
+"""Arguments of attention that change nothing next to a mask. Any other is the model's own."""
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 MaskFunction = Callable[..., Tensor | None]
@@ -131,7 +131,7 @@ def _require_window(mask_function: Callable[..., Any], window: int | None) -> No
 
 
 def _is_same(left: object, right: object) -> bool:
-    """Tell whether two functions are the same code over the same captured values."""
+    """Return whether two functions are the same code over the same captured values."""
     if isinstance(left, tuple) and isinstance(right, tuple):
         return len(left) == len(right) and all(map(_is_same, left, right))
     if not isinstance(left, FunctionType) or not isinstance(right, FunctionType):
@@ -145,7 +145,7 @@ def _is_same(left: object, right: object) -> bool:
 
 
 def previous_function(name: str, module: nn.Module) -> AttentionFunction:
-    """Return the attention function of a name; of ``"eager"`` that beside the module's class."""
+    """Return the attention function of a name; of ``"eager"`` that next to the module's class."""
     if name != "eager":
         return cast("AttentionFunction", ALL_ATTENTION_FUNCTIONS[name])
     for kind in type(module).__mro__:  # every modeling file has its own
@@ -153,6 +153,6 @@ def previous_function(name: str, module: nn.Module) -> AttentionFunction:
         if eager is not None:
             return cast("AttentionFunction", eager)
     raise UnsupportedModelError(
-        f"no eager_attention_forward beside {type(module).__name__}; load the model with "
+        f"no eager_attention_forward next to {type(module).__name__}; load the model with "
         'attn_implementation="sdpa"'
     )

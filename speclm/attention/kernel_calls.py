@@ -123,7 +123,7 @@ def taken_arguments(
     Args:
         name: Of the implementation.
         function: The implementation; of ``"eager"`` the modeling file's own.
-        dtype: Of the states. Eager attention rounds scores to it, and plain decoding with it.
+        dtype: Of the states. Eager attention rounds scores to it, and regular generation with it.
     """
     if name == "sdpa":
         return frozenset()

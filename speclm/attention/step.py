@@ -70,7 +70,8 @@ class TreeStep:
         self._nodes = 1 if given is None else given.shape[1]
         has_one = self._nodes + cache.num_pending == 1 or given is None
         self.is_plain = has_one and not cache.is_ragged and not cache.has_padding
-        """Whether this is a step of plain decoding: one node a row, whose slot is its position."""
+        """Whether this is a step of regular generation: one node a row, whose slot is its
+        position."""
         self.windows: set[int | None] = set()
         """Windows that the model has asked masks for; None among them for full attention."""
         self._biases: dict[tuple[int | None, torch.dtype], Tensor | None] = {}
@@ -86,7 +87,7 @@ class TreeStep:
                 siblings are at the same position. None for full attention.
 
         Returns:
-            None in a step of plain decoding, for which the model's own mask is right.
+            None in a step of regular generation, for which the model's own mask is right.
         """
         if window not in self._masks:
             self._masks[window] = self._build(window)

@@ -1,14 +1,14 @@
-"""Measures decoding: paired with plain decoding, identity first, every figure with its spread."""
+"""Measures decoding, paired with regular generation."""
 
-from speclm.bench.arms import (
-    Arm,
-    Outcome,
-    assisted_arm,
-    plain_arm,
-    prompt_lookup_arm,
-    speculative_arm,
-)
 from speclm.bench.calls import SETTINGS, Call, make_calls, setting_options
+from speclm.bench.decoders import (
+    Decoder,
+    Outcome,
+    assisted_decoder,
+    plain_decoder,
+    prompt_lookup_decoder,
+    speculative_decoder,
+)
 from speclm.bench.divergence import Divergence
 from speclm.bench.grid import Cell, Measured, measure_grid
 from speclm.bench.inflate import bytes_read, inflate_llama, inflate_medusa
@@ -20,10 +20,10 @@ from speclm.bench.shapes import SHAPES, InflatedShape, draft_shape
 __all__ = [
     "SETTINGS",
     "SHAPES",
-    "Arm",
     "Call",
     "Cell",
     "Comparison",
+    "Decoder",
     "Divergence",
     "InflatedShape",
     "Measured",
@@ -32,7 +32,7 @@ __all__ = [
     "Record",
     "Spread",
     "append_record",
-    "assisted_arm",
+    "assisted_decoder",
     "bytes_read",
     "compare",
     "draft_shape",
@@ -41,9 +41,9 @@ __all__ = [
     "inflate_medusa",
     "make_calls",
     "measure_grid",
-    "plain_arm",
-    "prompt_lookup_arm",
+    "plain_decoder",
+    "prompt_lookup_decoder",
     "read_records",
     "setting_options",
-    "speculative_arm",
+    "speculative_decoder",
 ]

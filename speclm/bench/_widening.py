@@ -12,7 +12,7 @@ from speclm.bench.shapes import InflatedShape
 from speclm.errors import OptionError, UnsupportedModelError
 
 BOUND = 0.02 * math.sqrt(3)
-"""Of a uniform law with the deviation of a fresh Llama's weights."""
+"""Of a uniform distribution with the deviation of a fresh Llama's weights."""
 
 _ROPE_BY_FREQUENCY = ("default", "linear", "llama3")  # each pair is scaled by its frequency alone
 

@@ -1,4 +1,4 @@
-"""Where an output differs from plain decoding, and whether rounding explains it."""
+"""Where an output differs from regular generation, and whether rounding explains it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,13 +27,13 @@ rounded there, is not known. In bfloat16 one size alone may happen to round like
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """The first position at which a row differs from plain decoding.
+    """The first position at which a row differs from regular generation.
 
     Args:
         call: Index of the call.
         row: Row of its batch.
         position: Index of the new token.
-        plain_token: Plain decoding's token; -1 when its row has ended.
+        plain_token: Regular generation's token; -1 when its row has ended.
         token: The other token; -1 when that row has ended.
         gap: Score by which the winner leads the token that was emitted instead: a logit, or,
             when sampling, the logarithm of the probability over the noise.
@@ -78,7 +78,7 @@ def explain(
         base: The model.
         call: What was generated.
         index: Index of the call, for the report.
-        plain: New tokens of each row by plain decoding.
+        plain: New tokens of each row by regular generation.
         other: New tokens of each row, to be judged.
     """
     found: list[Divergence] = []
@@ -132,7 +132,7 @@ def _logits_in_chains(
 ) -> Float[Tensor, " vocab"]:
     """Return the logits after a prompt and tokens that are fed in chains of one length.
 
-    Chains of one token are the steps of plain decoding.
+    Chains of one token are the steps of regular generation.
     """
     reader = ChainReader.of_prompt(TargetView(base), torch.ones_like(prompt))
     found = reader.prefill(prompt)[0, -1]

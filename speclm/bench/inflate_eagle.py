@@ -95,7 +95,7 @@ def _shape_of(config: EagleConfig) -> InflatedShape:
 
 
 def _widened(config: EagleConfig, shape: InflatedShape, base: InflatedShape) -> InflatedShape:
-    """Return the heads' own shape beside a base of a shape: the same share of everything."""
+    """Return the heads' own shape next to a base of a shape: the same share of everything."""
     num_kv_heads = _share(config.num_key_value_heads, base.num_kv_heads, shape.num_kv_heads)
     group = config.num_attention_heads // config.num_key_value_heads
     return InflatedShape(

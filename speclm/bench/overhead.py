@@ -40,7 +40,7 @@ print(perf_counter() - start)
 
 
 class FixedProposer(Proposer):
-    """Proposes the same tokens in every round, and times rounds beside forwards of the base.
+    """Proposes the same tokens in every round, and times rounds next to forwards of the base.
 
     Each round is measured next to a bare forward over as many tokens at the same cache length,
     so that a busy machine slows both.
@@ -165,15 +165,15 @@ def walk_overheads(model: SpecModel, calls: Sequence[Call]) -> list[float]:
         seconds: dict[bool, float] = {}
         outputs: dict[bool, Tensor] = {}
         num_rounds = 1
-        for walks in (True, False) if index % 2 else (False, True):
-            arguments = {**call.arguments, "logits_processor": walking if walks else None}
+        for paths in (True, False) if index % 2 else (False, True):
+            arguments = {**call.arguments, "logits_processor": walking if paths else None}
             torch.manual_seed(call.seed)
             start = perf_counter()
             output = model.generate(**arguments)
-            seconds[walks] = perf_counter() - start
+            seconds[paths] = perf_counter() - start
             assert isinstance(output, Tensor)
             assert model.last_speculation is not None
-            outputs[walks] = output
+            outputs[paths] = output
             num_rounds = model.last_speculation.rounds + 1  # the prompt's forward decides too
         if not torch.equal(outputs[True], outputs[False]):
             raise MeasurementError(f"call {index} gave other tokens position by position")

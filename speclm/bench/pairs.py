@@ -6,8 +6,8 @@ from statistics import quantiles
 
 from transformers import PreTrainedModel
 
-from speclm.bench.arms import Arm, Outcome
 from speclm.bench.calls import Call
+from speclm.bench.decoders import Decoder, Outcome
 from speclm.bench.divergence import Divergence, explain
 from speclm.errors import MeasurementError
 from speclm.stats import SpeculationStats
@@ -31,47 +31,47 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A plain run and a run of an arm, one right after the other."""
+    """A plain run and a run of a method, one right after the other."""
 
     plain: Outcome
-    arm: Outcome
+    method: Outcome
 
     @property
     def ratio(self) -> float:
-        """Plain seconds a token over the arm's: of seconds, wherever outputs are equal."""
-        return self.arm.tokens_per_second / self.plain.tokens_per_second
+        """Plain seconds a token over the method's: of seconds, wherever outputs are equal."""
+        return self.method.tokens_per_second / self.plain.tokens_per_second
 
     @property
     def is_identical(self) -> bool:
         """Whether both runs gave the same tokens in every row."""
-        return self.plain.tokens == self.arm.tokens
+        return self.plain.tokens == self.method.tokens
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """An arm beside plain decoding.
+    """A method next to regular generation.
 
     Args:
-        arm: Name of the arm.
-        promises_identity: Whether it claims plain decoding's tokens.
+        method: Name of the method.
+        promises_identity: Whether it claims regular generation's tokens.
         pairs: One a call.
-        divergences: Where the outputs of an arm that promises identity differ.
+        divergences: Where the outputs of a method that promises identity differ.
     """
 
-    arm: str
+    method: str
     promises_identity: bool
     pairs: list[Pair]
     divergences: list[Divergence] = field(default_factory=list)
 
     @property
     def ratio(self) -> Spread:
-        """Plain time over the arm's, over pairs."""
+        """Plain time over the method's, over pairs."""
         return Spread.of([pair.ratio for pair in self.pairs])
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens of all runs of the arm over their time."""
-        return _rate([pair.arm for pair in self.pairs])
+        """Tokens of all runs of the method over their time."""
+        return _rate([pair.method for pair in self.pairs])
 
     @property
     def plain_tokens_per_second(self) -> float:
@@ -85,7 +85,7 @@ class Comparison:
 
     @property
     def is_honest(self) -> bool:
-        """Whether the outputs are what the arm promises, rounding aside."""
+        """Whether the outputs are what the method promises, rounding aside."""
         if not self.promises_identity:
             return True
         differing = {index for index, pair in enumerate(self.pairs) if not pair.is_identical}
@@ -94,24 +94,24 @@ class Comparison:
 
     @property
     def stats(self) -> SpeculationStats | None:
-        """Counters of all runs together; None for an arm without any."""
-        return merge_stats([pair.arm.stats for pair in self.pairs])
+        """Counters of all runs together; None for a method without any."""
+        return merge_stats([pair.method.stats for pair in self.pairs])
 
 
 def compare(
-    plain: Arm,
-    arm: Arm,
+    plain: Decoder,
+    method: Decoder,
     calls: Sequence[Call],
     *,
     base: PreTrainedModel,
     num_warmup: int = 1,
     on_pair: Callable[[Pair], object] | None = None,
 ) -> Comparison:
-    """Run an arm next to plain decoding, in alternating order, and check its outputs.
+    """Run a method next to regular generation, in alternating order, and check its outputs.
 
     Args:
-        plain: The arm of plain decoding.
-        arm: The arm to measure.
+        plain: The method of regular generation.
+        method: The method to measure.
         calls: What is generated; one pair each.
         base: The model, which explains divergences.
         num_warmup: Calls run by both before anything is counted.
@@ -124,26 +124,26 @@ def compare(
         raise MeasurementError("no prompts to measure on, expected at least one; pass more")
     for call in calls[:num_warmup]:
         plain.run(call)
-        arm.run(call)
+        method.run(call)
     pairs: list[Pair] = []
     for index, call in enumerate(calls):
         if index % 2:
-            measured = arm.run(call)
-            pair = Pair(plain=plain.run(call), arm=measured)
+            measured = method.run(call)
+            pair = Pair(plain=plain.run(call), method=measured)
         else:
-            pair = Pair(plain=plain.run(call), arm=arm.run(call))
+            pair = Pair(plain=plain.run(call), method=method.run(call))
         pairs.append(pair)
         if on_pair is not None:
             on_pair(pair)
     divergences = [
         found
         for index, (call, pair) in enumerate(zip(calls, pairs, strict=True))
-        if arm.promises_identity
+        if method.promises_identity
         for found in explain(
-            base, call, index=index, plain=pair.plain.tokens, other=pair.arm.tokens
+            base, call, index=index, plain=pair.plain.tokens, other=pair.method.tokens
         )
     ]
-    return Comparison(arm.name, arm.promises_identity, pairs, divergences)
+    return Comparison(method.name, method.promises_identity, pairs, divergences)
 
 
 def merge_stats(parts: Sequence[SpeculationStats | None]) -> SpeculationStats | None:

@@ -32,11 +32,11 @@ class Record:
         median: Median sample.
         lower_quartile: A quarter of the samples are below.
         upper_quartile: A quarter of the samples are above.
-        promises_identity: Whether the outputs have to be those of plain decoding.
-        num_identical: Samples whose outputs were those of plain decoding.
+        promises_identity: Whether the outputs have to be those of regular generation.
+        num_identical: Samples whose outputs were those of regular generation.
         divergences: Where outputs differ though identity was promised.
-        tokens_per_second: Of the arm, all rows together.
-        plain_tokens_per_second: Of plain decoding in the same pairs.
+        tokens_per_second: Of the method, all rows together.
+        plain_tokens_per_second: Of regular generation in the same pairs.
         tau: Tokens per row and target forward, prefill excluded.
         acceptance_by_depth: Share of drafts that reached a depth and were kept there.
         milliseconds_per_round: Host time by phase.
@@ -80,7 +80,7 @@ def decode_record(comparison: Comparison, *, benchmark: str, settings: dict[str,
     return Record(
         benchmark=benchmark,
         settings=settings,
-        unit="times plain decoding",
+        unit="times regular generation",
         n=len(comparison.pairs),
         median=ratio.median,
         lower_quartile=ratio.lower_quartile,
@@ -116,7 +116,7 @@ def append_record(path: Path, record: Record) -> None:
     Two processes must not append to one file at the same time.
 
     Raises:
-        MeasurementError: If outputs were promised to be those of plain decoding, were not, and
+        MeasurementError: If outputs were promised to be those of regular generation, were not, and
             not every difference is listed and explained by rounding.
         OptionError: If `path` is no file.
     """
@@ -138,7 +138,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def is_recorded(path: Path, *, benchmark: str, settings: dict[str, Any]) -> bool:
-    """Tell whether a measurement with these settings was made at this commit."""
+    """Return whether a measurement with these settings was made at this commit."""
     sha = describe_commit().sha
     wanted = json.loads(json.dumps(settings))
     return any(
@@ -166,6 +166,6 @@ def _require_honest(record: Record) -> None:
     if record.unexplained or num_listed != num_differing:
         raise MeasurementError(
             f"{record.benchmark} {record.settings!r}: {num_differing} of {record.n} outputs differ "
-            f"from plain decoding, expected none unless listed and explained by rounding; listed "
-            f"are {record.divergences!r}; nothing was recorded, report this as a bug"
+            f"from regular generation, expected none unless listed and explained by rounding; "
+            f"listed are {record.divergences!r}; nothing was recorded, report this as a bug"
         )

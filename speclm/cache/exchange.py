@@ -97,7 +97,7 @@ def export_cache(cache: TreeCache, into: DynamicCache, *, length: int) -> None:
     """Extend a Transformers cache to `length` slots with copies of committed ones.
 
     The layers take them as from a forward, so that those with a sliding window drop what is behind
-    it, and the result is what plain decoding leaves.
+    it, and the result is what regular generation leaves.
 
     Args:
         cache: Cache in which every row has at least `length` committed slots.

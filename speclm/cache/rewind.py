@@ -68,7 +68,7 @@ class Rewind:
         put_back(self._cache, self._marked)
 
     def release(self) -> None:
-        """Leave the cache as plain decoding does."""
+        """Leave the cache as regular generation does."""
         if not self.drops_slots:
             return
         self._cache.crop(0)

@@ -111,7 +111,7 @@ class TreeCache(Cache):
                 raise CacheError(
                     f"a forward over {self.num_pending} tokens wrote {max(written)} slots, "
                     "expected one for each token, as masks and positions count them; images "
-                    "beside the text are decoded with .base.generate"
+                    "next to the text are decoded with .base.generate"
                 )
             self._grow(self.num_pending)
 
@@ -195,7 +195,9 @@ class TreeCache(Cache):
 class TreeLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subclass__
     """One layer of a `TreeCache`."""
 
-    is_compileable = False  # plain decoding's prefill takes the same path only with a growing cache
+    is_compileable = (
+        False  # regular generation's prefill takes the same path only with a growing cache
+    )
     is_croppable = True
     is_sliding = False
 

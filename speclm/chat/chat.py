@@ -307,7 +307,7 @@ class Chat:
         return sequence
 
     def _can_read_on(self, cache: Cache) -> bool:
-        """Tell whether a later prompt may be read behind what a cache holds."""
+        """Return whether a later prompt may be read behind what a cache holds."""
         if cache.is_croppable:
             return True
         # Recurrent states cannot be cut back, but are read behind where the self-check found that

@@ -14,21 +14,21 @@ from speclm.stats import RowStats
 ACCEPTED_STYLE = "bold green"
 
 _COLUMNS = (
-    "arm", "tok/s", "plain", "ratio", "quartiles", "tau", "kept %", "identical"
+    "method", "tok/s", "plain", "ratio", "quartiles", "tau", "kept %", "identical"
 )  # fmt: skip
 
 
 def comparison_table(keys: Iterable[str]) -> Table:
     """Return an empty table whose first columns are `keys`.
 
-    ``plain`` is plain decoding's tokens/s in the same pairs; ``kept %`` is the share of drafts
+    ``plain`` is regular generation's tokens/s in the same pairs; ``kept %`` is the share of drafts
     reaching depth 1, 2 and 3 whose token there was accepted.
     """
     table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold underline")
     for name in keys:
         table.add_column(name)
     for name in _COLUMNS:
-        table.add_column(name, justify="left" if name == "arm" else "right", no_wrap=True)
+        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
     return table
 
 
@@ -38,7 +38,7 @@ def add_comparison(table: Table, keys: Iterable[str], comparison: Comparison) ->
     depths = [] if stats is None else stats.acceptance_by_depth[:3]
     table.add_row(
         *keys,
-        comparison.arm,
+        comparison.method,
         f"{comparison.tokens_per_second:.0f}",
         f"{comparison.plain_tokens_per_second:.0f}",
         f"{ratio.median:.2f}x",
@@ -50,7 +50,7 @@ def add_comparison(table: Table, keys: Iterable[str], comparison: Comparison) ->
 
 
 def verdict(comparison: Comparison) -> Text:
-    """Say whether the outputs are those of plain decoding."""
+    """Say whether the outputs are those of regular generation."""
     same, total = comparison.num_identical, len(comparison.pairs)
     if not comparison.promises_identity:
         return Text(f"{same}/{total}", style="dim")

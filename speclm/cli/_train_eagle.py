@@ -58,7 +58,7 @@ class _Start:
         ):
             if self.init is not None and value is not None:
                 raise OptionError(
-                    f"{name} is {value} beside --init {self.init!r}, whose heads keep their "
+                    f"{name} is {value} next to --init {self.init!r}, whose heads keep their "
                     "numbers and their vocabulary; leave one of them out"
                 )
 

@@ -23,7 +23,7 @@ def medusa(
     ] = False,
     decay: Annotated[float, typer.Option(help="Weight of a head relative to the last.")] = 0.8,
     soft_weight: Annotated[
-        float, typer.Option(help="Share of the loss against the base's own law.")
+        float, typer.Option(help="Share of the loss against the base's own distribution.")
     ] = 0.0,
 ) -> None:
     """Train Medusa heads; the base stays as it is."""

@@ -11,10 +11,10 @@ from speclm.bench import (
     Cell,
     make_calls,
     measure_grid,
-    prompt_lookup_arm,
+    prompt_lookup_decoder,
     read_records,
     setting_options,
-    speculative_arm,
+    speculative_decoder,
 )
 from speclm.cli._models import HeadsRevision, Loaded, load
 from speclm.cli._options import MaxNewTokens, Seed, Threads, positive_numbers
@@ -48,7 +48,7 @@ def bench(  # noqa: PLR0913, PLR0917 - each is an option of the command
         bool, typer.Option("--make-folders", help="Make the folders of --out without asking.")
     ] = False,
 ) -> None:
-    """Measure speculative beside plain decoding, in pairs, and check that outputs are equal."""
+    """Measure speculative and regular generation in pairs, and check that outputs are equal."""
     if threads is not None:
         torch.set_num_threads(threads)
     texts = read_prompts("--prompts", prompts)[:n]
@@ -58,9 +58,9 @@ def bench(  # noqa: PLR0913, PLR0917 - each is an option of the command
         prepare_file("--out", out, flag="--make-folders", makes=make_folders)
         read_records(out)  # another file is named before anything is measured
     loaded = load(base, heads, dtype=dtype, heads_revision=heads_revision)
-    arms = [speculative_arm("speclm", loaded.base, loaded.spec.proposer)]
+    methods = [speculative_decoder("speclm", loaded.base, loaded.spec.proposer)]
     if prompt_lookup:
-        arms.append(prompt_lookup_arm(loaded.base))
+        methods.append(prompt_lookup_decoder(loaded.base))
     cells = [
         Cell(
             make_calls(
@@ -85,7 +85,7 @@ def bench(  # noqa: PLR0913, PLR0917 - each is an option of the command
     table = comparison_table(("setting", "batch"))
     is_honest = True
     with Console(stderr=True).status("measuring"):
-        for result in measure_grid(cells, arms, base=loaded.base, benchmark="bench", path=out):
+        for result in measure_grid(cells, methods, base=loaded.base, benchmark="bench", path=out):
             keys = (result.cell.settings["setting"], str(result.cell.settings["batch"]))
             add_comparison(table, keys, result.comparison)
             is_honest = is_honest and result.comparison.is_honest

@@ -8,14 +8,14 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from speclm.bench import (
-    Arm,
     Call,
     Cell,
+    Decoder,
     Measured,
     make_calls,
     measure_grid,
     setting_options,
-    speculative_arm,
+    speculative_decoder,
 )
 from speclm.cli._models import load
 from speclm.cli._tables import ACCEPTED_STYLE, add_comparison, coloured, comparison_table
@@ -37,22 +37,22 @@ def demo(
     torch.set_num_threads(threads)
     console = Console()
     loaded = load(None, "none", device="cpu")
-    arms = _arms(loaded.base)
+    methods = _methods(loaded.base)
     console.print(
         f"A {_millions(loaded.base):.1f} M-parameter model answers {prompts} text-to-SQL and "
         f"{prompts} maths prompts, greedily and by sampling at temperature 1.\n"
-        "Each run stands beside a plain run with the same seed; ratios are medians of pairs.\n"
+        "Each run stands next to a plain run with the same seed; ratios are medians of pairs.\n"
         "tau: tokens a round; kept %: drafted tokens accepted at depth 1, 2 and 3.\n"
     )
     cells = _cells(loaded.base, loaded.tokenizer, num_prompts=prompts, tune=tune)
     measured: list[Measured] = []
     table = comparison_table(("set", "setting"))
     with console.status("decoding") as status:
-        for result in measure_grid(cells, arms, base=loaded.base, benchmark="demo"):
+        for result in measure_grid(cells, methods, base=loaded.base, benchmark="demo"):
             keys = (result.cell.settings["set"], result.cell.settings["setting"])
             add_comparison(table, keys, result.comparison)
             measured.append(result)
-            status.update(f"decoded {len(measured)} of {len(cells) * len(arms)}")
+            status.update(f"decoded {len(measured)} of {len(cells) * len(methods)}")
     console.print(table)
     _print_samples(console, measured, loaded.tokenizer)
     comparisons = [result.comparison for result in measured]
@@ -63,7 +63,7 @@ def demo(
     raise typer.Exit(1)
 
 
-def _arms(base: PreTrainedModel) -> list[Arm]:
+def _methods(base: PreTrainedModel) -> list[Decoder]:
     heads: dict[str, Any] = {
         "ngram": "ngram",
         "draft": AutoModelForCausalLM.from_pretrained(assets()["draft"], dtype=torch.float32),
@@ -73,7 +73,7 @@ def _arms(base: PreTrainedModel) -> list[Arm]:
         name: load_proposer(given, base, heads_kwargs={}, num_draft_tokens=None)
         for name, given in heads.items()
     }
-    return [speculative_arm(name, base, proposer) for name, proposer in proposers.items()]
+    return [speculative_decoder(name, base, proposer) for name, proposer in proposers.items()]
 
 
 def _cells(
@@ -95,9 +95,9 @@ def _print_samples(
     console.print(f"\nAnswers; [{ACCEPTED_STYLE}]coloured[/] tokens were drafted and accepted.\n")
     for result in measured:
         settings = result.cell.settings
-        if settings["setting"] != "greedy" or result.comparison.arm != "draft":
+        if settings["setting"] != "greedy" or result.comparison.method != "draft":
             continue
-        outcome = result.comparison.pairs[0].arm
+        outcome = result.comparison.pairs[0].method
         if outcome.stats is not None and outcome.stats.rows:
             console.print(f"[dim]{settings['set']}[/]")
             console.print(coloured(outcome.tokens[0], outcome.stats.rows[0], tokenizer))

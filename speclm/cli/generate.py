@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from speclm.bench import Arm, Outcome, make_calls, plain_arm, speculative_arm
+from speclm.bench import Decoder, Outcome, make_calls, plain_decoder, speculative_decoder
 from speclm.cli._console import printable
 from speclm.cli._models import HeadsRevision, load, read_prompt
 from speclm.cli._options import MaxNewTokens, Seed
@@ -48,12 +48,12 @@ def generate(  # noqa: PLR0913, PLR0917 - each is an option of the command
         options=_options(temperature, top_p, max_new_tokens),
         seed=seed,
     )
-    arms: list[Arm] = [speculative_arm("speclm", loaded.base, loaded.spec.proposer)]
+    methods: list[Decoder] = [speculative_decoder("speclm", loaded.base, loaded.spec.proposer)]
     if compare:
-        arms.append(plain_arm(loaded.base))
-        for arm in arms:  # warms up, so that the comparison is fair
-            arm.run(call)
-    outcomes = {arm.name: arm.run(call) for arm in arms}
+        methods.append(plain_decoder(loaded.base))
+        for method in methods:  # warms up, so that the comparison is fair
+            method.run(call)
+    outcomes = {method.name: method.run(call) for method in methods}
     console = Console()
     own = outcomes["speclm"]
     if own.stats is not None and own.stats.rows:

@@ -108,12 +108,21 @@ def _print_sizes(loaded: Loaded, calls: list[Call], batch: int, console: Console
     estimates = tuner.estimates()
     best = max(estimates, key=lambda estimate: estimate.rate)
     table = Table(box=None, pad_edge=False, header_style="bold underline", title=f"batch {batch}")
-    for name in ("nodes", "depth", "min chance", "confidence", "tau", "ms a round", "tokens/s", ""):
+    for name in (
+        "nodes",
+        "depth",
+        "min probability",
+        "confidence",
+        "tau",
+        "ms a round",
+        "tokens/s",
+        "",
+    ):
         table.add_column(name, justify="right")
     for found in estimates:
         size = found.plan.num_draft_tokens
         if size in _SIZES or found is best:
-            thresholds = (found.plan.min_chance, found.plan.min_confidence)
+            thresholds = (found.plan.min_probability, found.plan.min_confidence)
             table.add_row(
                 str(size),
                 str(found.plan.depth),

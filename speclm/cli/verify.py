@@ -9,7 +9,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from speclm.bench import Arm, Cell, make_calls, measure_grid, plain_arm, setting_options
+from speclm.bench import Cell, Decoder, make_calls, measure_grid, plain_decoder, setting_options
 from speclm.bench.calls import Call
 from speclm.cli._models import load
 from speclm.cli._options import MaxNewTokens
@@ -31,14 +31,14 @@ def verify(
     batch: Annotated[int, typer.Option(min=1, help="Rows of the larger calls.")] = 4,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, auto.")] = None,
 ) -> None:
-    """Check a model: the self-check's verdict, and outputs beside those of plain decoding.
+    """Check a model: the self-check's verdict, and outputs next to those of regular generation.
 
     Drafts are the true tokens with errors here and there, so that much is accepted and much is
     not, whatever model it is.
     """
     console, loaded = Console(), load(base, "none", dtype=dtype)
     loaded.spec.print_report(write=console.print)
-    arm = _scripted_arm(loaded.base)
+    method = _scripted_decoder(loaded.base)
     half = -(-prompts // 2)
     texts = [*load_prompts("sql_tune", limit=half), *load_prompts("gsm8k_tune", limit=half)]
     chats = texts[:prompts]
@@ -63,7 +63,7 @@ def verify(
         table.add_column(name)
     is_honest = True
     with console.status("decoding"):
-        for result in measure_grid(cells, [arm], base=loaded.base, benchmark="verify"):
+        for result in measure_grid(cells, [method], base=loaded.base, benchmark="verify"):
             comparison, settings = result.comparison, result.cell.settings
             tau = "" if comparison.stats is None else f"{comparison.stats.tau:.2f}"
             table.add_row(settings["setting"], str(settings["batch"]), tau, verdict(comparison))
@@ -74,10 +74,10 @@ def verify(
         raise typer.Exit(1)
 
 
-def _scripted_arm(base: PreTrainedModel) -> Arm:
-    """Return an arm that drafts what plain decoding says, with errors."""
+def _scripted_decoder(base: PreTrainedModel) -> Decoder:
+    """Return a method that drafts what regular generation says, with errors."""
     spec = SpecModel(base, None, adaptive=False)
-    plain = plain_arm(base)
+    plain = plain_decoder(base)
 
     def generate(call: Call) -> Tensor:
         tokens = plain.run(call).tokens
@@ -88,4 +88,4 @@ def _scripted_arm(base: PreTrainedModel) -> Arm:
         assert isinstance(output, Tensor)
         return output
 
-    return Arm("scripted", generate, lambda: spec.last_speculation, promises_identity=True)
+    return Decoder("scripted", generate, lambda: spec.last_speculation, promises_identity=True)

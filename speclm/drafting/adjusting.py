@@ -13,7 +13,7 @@ _BIASES = {processors.SequenceBiasLogitsProcessor, processors.NoBadWordsLogitsPr
 _OCCURRENCES = {processors.RepetitionPenaltyLogitsProcessor}
 _ORDER = {processors.NoRepeatNGramLogitsProcessor}
 _KNOWN = _SINGLE_TOKENS | _BIASES | _OCCURRENCES | _ORDER
-"""Processors without a state of their own, by exact class, which cost little beside a forward.
+"""Processors without a state of their own, by exact class, which cost little next to a forward.
 Warpers are left out: what temperature and truncation do is part of the ranking."""
 
 Nodes = tuple[Int[Tensor, "batch nodes"], Int[Tensor, "batch nodes"]]

@@ -34,8 +34,8 @@ class Prefill:
         eos_token_ids: Tokens that end a row; what follows them is of no use.
         features: Features of the target at `tokens`, for proposers that ask for them; at the last
             of them alone where a cache that was passed in held the first.
-        sampler: What drafts have to be drawn with when the accept rule asks for drawn ones; None
-            when it takes any. Only proposers that declare `draft_sampling` are given one.
+        sampler: What drafts have to be drawn with when the acceptance rule asks for drawn ones;
+            None when it takes any. Only proposers that declare `draft_sampling` are given one.
         chooser: How the target turns logits into tokens, with its processors; None where nobody
             says.
     """
@@ -60,14 +60,14 @@ class Draft:
         topology: Shape of the trees; one row when all rows share it.
         probs: Probability that the proposer gave to each token, given its path; None when it has
             none.
-        laws: Law that the children of each node were drawn from, before siblings were removed;
-            rows of leaves may hold anything. None unless a sampler was given.
+        distributions: Distribution that the children of each node were drawn from, before siblings
+            were removed; rows of leaves may hold anything. None unless a sampler was given.
     """
 
     tokens: Int[Tensor, "batch nodes"]
     topology: TreeTopology
     probs: Float[Tensor, "batch nodes"] | None
-    laws: Float[Tensor, "batch nodes vocab"] | None = None
+    distributions: Float[Tensor, "batch nodes vocab"] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,8 +100,9 @@ class Proposer(ABC):
 
     A proposer that sets `draft_sampling` can draw its drafts, which rejection rules need. When
     `Prefill.sampler` is given, it draws the children of every node with it, in the order of
-    their nodes, from laws that it returns in `Draft.laws`. It then draws before it shapes: a
-    node may be left out for what stands above it, never for its own token or a sibling's.
+    their nodes, from distributions that it returns in `Draft.distributions`. It then draws before
+    it shapes: a node may be left out for what stands above it, never for its own token or a
+    sibling's.
 
     A proposer that sets `needs_lockstep` is given equally many tokens in all rows that run, at the
     price that the fast wait for the slow.
@@ -144,7 +145,7 @@ class Proposer(ABC):
 
         Returns:
             A draft on the device of `roots`. A draft of the root alone is allowed: the round is
-            then one step of plain decoding.
+            then one step of regular generation.
         """
 
     @abstractmethod

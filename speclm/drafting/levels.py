@@ -33,9 +33,9 @@ class GrownTreeConfig(ProposerConfig):
         min_confidence: A row grows no further once no path of it is this likely.
         min_growing: No further level is drafted once a smaller share of the rows grows: a level
             costs the whole batch.
-        choices: Static tree as paths of ranks; None for trees that grow by chance.
-        mixture: Numbers of the law that ranks candidates under sampling; None to estimate them
-            from what the target chooses.
+        choices: Static tree as paths of ranks; None for trees that grow by probability.
+        mixture: Numbers of the distribution that ranks candidates under sampling; None to estimate
+            them from what the target chooses.
     """
 
     depth: int = 16
@@ -105,8 +105,8 @@ def planned(config: ConfigT, plan: TreePlan) -> ConfigT:
         "num_draft_tokens": plan.num_draft_tokens,
         "choices": plan.choices,
     }
-    if plan.min_chance is not None:
-        changes["min_probability"] = plan.min_chance
+    if plan.min_probability is not None:
+        changes["min_probability"] = plan.min_probability
     if plan.min_confidence is not None:
         changes["min_confidence"] = plan.min_confidence
     return replace(config, **changes)
@@ -148,15 +148,15 @@ def seen_below(
     return torch.cat([above, itself], dim=2)
 
 
-def least_chance(min_chance: float, *, num_rows: int) -> float:
-    """Return the chance of acceptance below which a node costs more time than it saves.
+def least_probability(min_probability: float, *, num_rows: int) -> float:
+    """Return the probability of acceptance below which a node costs more time than it saves.
 
     What a round costs at least is shared by the rows, what a node costs is not: among more rows a
     node has to be likelier. Measured on batches of four, where twice the threshold of a single
     row was best for n-grams and for Medusa heads; hence the square root.
 
     Args:
-        min_chance: The threshold for a single row.
+        min_probability: The threshold for a single row.
         num_rows: Rows that are still generated.
     """
-    return min(min_chance * math.sqrt(max(num_rows, 1)), max(min_chance, 0.5))
+    return min(min_probability * math.sqrt(max(num_rows, 1)), max(min_probability, 0.5))

@@ -1,4 +1,4 @@
-"""The law by which candidates are ranked under sampling, and the estimate of its numbers."""
+"""The distribution that ranks candidates under sampling, and the estimate of its numbers."""
 
 import math
 from collections import OrderedDict
@@ -37,17 +37,17 @@ _MAX_GRADIENT = 8.0
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """Numbers of the law ``w softmax(a log q - b log E) + (1 - w) softmax(a0 log q)``.
+    """Numbers of the distribution ``w softmax(a log q - b log E) + (1 - w) softmax(a0 log q)``.
 
-    The first part is where the draft's law q resembles the target's, which takes the token with
-    the largest ``target_probs / E``; the second where the target takes its token whatever the
+    The first part is where the draft's distribution q resembles the target's, which takes the token
+    with the largest ``target_probs / E``; the second where the target takes its token whatever the
     noise E is.
 
     Args:
         weight: Share w of the part that knows the noise.
-        draft_exponent: a, which sharpens the draft's law beside the noise.
+        draft_exponent: a, which sharpens the draft's distribution next to the noise.
         noise_exponent: b, which sharpens the noise.
-        plain_exponent: a0, which sharpens the draft's law in the other part.
+        plain_exponent: a0, which sharpens the draft's distribution in the other part.
 
     Raises:
         OptionError: If a number is out of range.
@@ -90,8 +90,8 @@ def mixture_scores(
     be on average, were the mixture true.
 
     Args:
-        log_probs: The draft's law at the target's temperature; what is rarer than exp(-20) counts
-            as that rare.
+        log_probs: The draft's distribution at the target's temperature; what is rarer than exp(-20)
+            counts as that rare.
         noise: Noise of the positions.
         tokens: What the target chose.
         numbers: Numbers of each row's mixture.
@@ -100,15 +100,17 @@ def mixture_scores(
     log_q, log_noise = log_probs.clamp(min=_LEAST_LOG_PROB), noise.log()
     coupled = (a * log_q - b * log_noise).softmax(-1)
     plain = (plain_exponent * log_q).softmax(-1)
-    law = torch.lerp(plain, coupled, weight).clamp(min=torch.finfo(torch.float32).tiny)
-    share = weight * coupled / law  # chance that the noise decided, were this token chosen
+    distribution = torch.lerp(plain, coupled, weight).clamp(min=torch.finfo(torch.float32).tiny)
+    share = (
+        weight * coupled / distribution
+    )  # probability that the noise decided, were this token chosen
     from_coupled = a * (log_q - _row_sums(coupled * log_q))
     from_noise = b * (_row_sums(coupled * log_noise) - log_noise)
     from_plain = plain_exponent * (log_q - _row_sums(plain * log_q))
     by_token = torch.stack(
         [share - weight, share * from_coupled, share * from_noise, (1 - share) * from_plain], dim=1
     )  # [rows, 4, vocab]
-    information = (by_token * law[:, None]) @ by_token.transpose(1, 2)
+    information = (by_token * distribution[:, None]) @ by_token.transpose(1, 2)
     chosen = tokens[:, None, None].expand(-1, 4, 1)
     return by_token.gather(2, chosen)[:, :, 0].clamp(-_MAX_GRADIENT, _MAX_GRADIENT), information
 
@@ -156,7 +158,7 @@ class MixtureEstimator:
         return self._state.mixtures[min(depth, NUM_LEVELS - 1)]
 
     def wants_round(self) -> bool:
-        """Count a round, and tell whether it should be observed."""
+        """Count a round, and return whether it should be observed."""
         if self.is_fixed:
             return False
         self._state.num_rounds += 1
@@ -173,7 +175,7 @@ class MixtureEstimator:
         """Take note of what the target chose after nodes of one depth.
 
         Args:
-            log_probs: The draft's law after each node, by which its children were ranked.
+            log_probs: The draft's distribution after each node, by which its children were ranked.
             noise: Noise of the positions that were decided.
             tokens: What the target chose; -1 where the draft's vocabulary does not have it.
             depth: Depth of the nodes.
@@ -252,7 +254,7 @@ class _State:
         # A token that the draft does not have, or cut off, tells nothing about the others.
         chosen = log_probs.gather(1, tokens.clamp(min=0)[:, None])
         found = torch.cat([gradients, information.flatten(1), torch.ones_like(chosen)], dim=1)
-        # Nor does a law that overflowed, whose sums would be no numbers for good.
+        # Nor does a distribution that overflowed, whose sums would be no numbers for good.
         is_known = (tokens >= 0)[:, None] & ~chosen.isinf() & found.isfinite().all(1, keepdim=True)
         if self.sums is None:
             self.sums = torch.zeros(NUM_LEVELS, found.shape[1], device=device, dtype=torch.float32)

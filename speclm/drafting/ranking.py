@@ -1,4 +1,4 @@
-"""Ranks draft candidates by the chance that the target will choose them, given its noise."""
+"""Ranks draft candidates by the probability that the target will choose them, given its noise."""
 
 import math
 from collections.abc import Sequence
@@ -28,10 +28,10 @@ def rank_log_probs(
 ) -> Float[Tensor, "batch nodes vocab"]:
     """Return log-probabilities by which candidates are ranked and scored.
 
-    Greedy decoding ranks by the draft's own law q. A sampling target takes
+    Greedy decoding ranks by the draft's own distribution q. A sampling target takes
     ``argmax(target_probs / E)`` with noise E that is known already, so the draft's best guess is
     ``argmax(q / E)`` where q resembles the target, and ``argmax(q)`` where the target is nearly
-    certain. The mixture of both laws is close to the better one in either case.
+    certain. The mixture of both distributions is close to the better one in either case.
 
     Args:
         logits: The draft's logits.
@@ -53,7 +53,7 @@ def mixture_log_probs(
     """Return the logarithms of ``w softmax(a log q - b log E) + (1 - w) softmax(a0 log q)``.
 
     Args:
-        log_probs: The draft's law q at the target's temperature.
+        log_probs: The draft's distribution q at the target's temperature.
         noise: Exponential noise E of the position that is decided.
         mixture: The numbers.
     """
@@ -65,12 +65,12 @@ def mixture_log_probs(
 def truncate(
     log_probs: Float[Tensor, "batch nodes columns"], truncation: Truncation
 ) -> Float[Tensor, "batch nodes columns"]:
-    """Leave out what truncation of the draft's law would: the target can hardly take it.
+    """Leave out what truncation of the draft's distribution would: the target can hardly take it.
 
     Only the best tokens are sorted. Where the cut is not among them, nothing is left out.
 
     Args:
-        log_probs: The draft's law at the target's temperature.
+        log_probs: The draft's distribution at the target's temperature.
         truncation: The target's.
 
     Returns:
@@ -83,8 +83,8 @@ def truncate(
         floor = best[..., truncation.top_k - 1, None]
         total = best[..., : truncation.top_k].exp().sum(-1, keepdim=True)
     if truncation.top_p is not None:
-        chances = best.exp()
-        is_kept = chances.cumsum(-1) - chances < truncation.top_p * total
+        probabilities = best.exp()
+        is_kept = probabilities.cumsum(-1) - probabilities < truncation.top_p * total
         least = best.masked_fill(~is_kept, torch.inf).amin(-1, keepdim=True)
         floor = torch.where(is_kept[..., -1:], floor, least.maximum(floor))
     if truncation.min_p is not None:
@@ -98,7 +98,7 @@ class _Level:
     """What the candidates of one depth were ranked by.
 
     Args:
-        log_probs: The draft's law after every node that was expanded.
+        log_probs: The draft's distribution after every node that was expanded.
         noise: Noise of the position, in the same columns.
         columns: Token of each column; None where they are the vocabulary.
     """
@@ -109,7 +109,7 @@ class _Level:
 
 
 class LevelRanking:
-    """Ranks the candidates of a draft a level at a time, and learns from where walks went.
+    """Ranks the candidates of a draft a level at a time, and learns from where paths went.
 
     It belongs to a proposer and outlives its generations. What it has learned changes which
     tokens are drafted, and never which are emitted.
@@ -215,7 +215,7 @@ class LevelRanking:
 
 
 def chain_expansions(accepted: Accepted) -> list[list[tuple[int, int] | None]]:
-    """Return the `expansions` of `LevelRanking.learn` where each depth has one law."""
+    """Return the `expansions` of `LevelRanking.learn` where each depth has one distribution."""
     return [[(depth, 0) for depth in range(len(path) - 1)] for path in accepted.paths]
 
 

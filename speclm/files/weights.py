@@ -93,7 +93,7 @@ def weight_files(folder: Path) -> Iterator[WeightFiles]:
     """Yield the state dicts of a folder: safetensors, shards, then, if there are none, pickles.
 
     Files named as heads come first, then a model's own, whatever else lies there. Indices of other
-    things than weights are left out. Of pickles a model's own comes alone: those beside it may be
+    things than weights are left out. Of pickles a model's own comes alone: those next to it may be
     anything.
     """
     sharded: set[Path] = set()
@@ -133,7 +133,7 @@ def _indexed_files(index: Path) -> dict[str, Path] | None:
         not isinstance(name, str) or Path(name).name != name for name in names
     ):
         raise CheckpointError(
-            f"{index}: weight_map is {shown(weight_map)}, expected file names beside the index "
+            f"{index}: weight_map is {shown(weight_map)}, expected file names next to the index "
             "by key; download the file again"
         )
     return {key: index.parent / name for key, name in weight_map.items()}

@@ -1,4 +1,4 @@
-"""What the decode loop does not do itself: signals that plain decoding has to take over."""
+"""What the decode loop does not do itself: signals that regular generation has to take over."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -65,7 +65,7 @@ _OWN_CRITERIA = frozenset({EosTokenCriteria, MaxLengthCriteria, StopStringCriter
 """Criteria that each row decides by itself, by exact class."""
 
 
-class NeedsPlainDecoding(Exception):  # noqa: N818 - a signal inside speclm, not an error
+class NeedsRegularGeneration(Exception):  # noqa: N818 - a signal inside speclm, not an error
     """Raised before anything is drawn or computed; `generate` then calls the base's own."""
 
 
@@ -76,7 +76,7 @@ def require_supported(
     *,
     device: torch.device,
 ) -> None:
-    """Check that the loop gives what plain decoding gives for the resolved settings.
+    """Check that the loop gives what regular generation gives for the resolved settings.
 
     Args:
         generation_config: The settings.
@@ -85,7 +85,7 @@ def require_supported(
         device: That of the logits, where regular generation draws.
 
     Raises:
-        NeedsPlainDecoding: If a setting needs more; the message is the reason.
+        NeedsRegularGeneration: If a setting needs more; the message is the reason.
     """
 
     def value_of(name: str) -> Any:
@@ -94,22 +94,22 @@ def require_supported(
 
     setting = first_active(_UNSUPPORTED_FIELDS, value_of)
     if setting is not None:
-        raise NeedsPlainDecoding(setting.describe(value_of(setting.name)))
+        raise NeedsRegularGeneration(setting.describe(value_of(setting.name)))
     for processor in logits_processor:
         if type(processor) in _OWN_FORWARDS:
-            raise NeedsPlainDecoding(f"{type(processor).__name__} runs the model itself")
+            raise NeedsRegularGeneration(f"{type(processor).__name__} runs the model itself")
     if not rule.is_exact:
         _require_text_free(logits_processor, rule)
     obstacle = generator_obstacle(device)
     if obstacle is not None and generation_config.do_sample and rule.uses_noise:
-        raise NeedsPlainDecoding(obstacle)
+        raise NeedsRegularGeneration(obstacle)
 
 
 def images_of(target: TargetView, tokens: Tensor, model_inputs: dict[str, Any]) -> dict[str, Any]:
     """Return the inputs that text does not have, if none but the prompt's forward needs them.
 
     Raises:
-        NeedsPlainDecoding: If later forwards do, or the prompt is one of embeddings.
+        NeedsRegularGeneration: If later forwards do, or the prompt is one of embeddings.
     """
     images = {
         name: value
@@ -119,26 +119,28 @@ def images_of(target: TargetView, tokens: Tensor, model_inputs: dict[str, Any]) 
     if not images:
         return images
     if model_inputs.get("inputs_embeds") is not None:
-        raise NeedsPlainDecoding(f"model input {min(images)!r} beside inputs_embeds")
+        raise NeedsRegularGeneration(f"model input {min(images)!r} next to inputs_embeds")
     obstacle = images_obstacle(target.model, tokens, model_inputs, images)
     if obstacle is not None:
-        raise NeedsPlainDecoding(obstacle)
+        raise NeedsRegularGeneration(obstacle)
     return images
 
 
 def _is_empty(value: Any) -> bool:
-    """Tell whether an input says nothing, as what is read from images where there are none."""
+    """Return whether an input says nothing, as what is read from images where there are none."""
     return value is None or (isinstance(value, dict) and not value)
 
 
 def _require_text_free(logits_processor: LogitsProcessorList, rule: AcceptanceRule) -> None:
-    """Raise if a rule that compares laws would need them after a path of its own."""
+    """Raise if a rule that compares distributions would need them after a path of its own."""
     text_dependent = first_text_dependent(logits_processor)
     if text_dependent is not None:
         name = type(text_dependent).__name__
-        raise NeedsPlainDecoding(f"{name} reads the text, and acceptance {rule.name!r} decides all")
+        raise NeedsRegularGeneration(
+            f"{name} reads the text, and acceptance {rule.name!r} decides all"
+        )
     if TokenChooser(logits_processor, is_greedy=False).reads_lengths:
-        raise NeedsPlainDecoding(
+        raise NeedsRegularGeneration(
             f"a processor reads the length of the text, and acceptance {rule.name!r} does not"
         )
 
@@ -213,13 +215,13 @@ def prompt_length(
     new tokens alone. Embeddings are the whole prompt.
 
     Raises:
-        NeedsPlainDecoding: If mask, prompt and cache do not add up.
+        NeedsRegularGeneration: If mask, prompt and cache do not add up.
     """
     num_tokens, num_cached = tokens.shape[1], num_slots(given)
     if embeddings is not None:
         if num_cached or num_tokens not in {0, embeddings.shape[1]}:
-            raise NeedsPlainDecoding(
-                f"inputs_embeds for {embeddings.shape[1]} slots beside {num_tokens} tokens and "
+            raise NeedsRegularGeneration(
+                f"inputs_embeds for {embeddings.shape[1]} slots next to {num_tokens} tokens and "
                 f"{num_cached} cached slots"
             )
         num_tokens = embeddings.shape[1]
@@ -228,7 +230,7 @@ def prompt_length(
     else:  # left out when it was all ones
         length = getattr(generation_config, "_mask_length", None) or num_tokens
     if length not in {num_tokens, num_cached + num_tokens}:
-        raise NeedsPlainDecoding(
+        raise NeedsRegularGeneration(
             f"{num_cached} cached and {num_tokens} given tokens under a mask for {length}"
         )
     return length
@@ -238,7 +240,7 @@ def num_slots(given: Any) -> int:
     """Return the slots that a cache holds; none are without attention to count them.
 
     Raises:
-        NeedsPlainDecoding: If it holds recurrent states alone, which do not tell.
+        NeedsRegularGeneration: If it holds recurrent states alone, which do not tell.
     """
     if given is None:
         return 0
@@ -246,7 +248,7 @@ def num_slots(given: Any) -> int:
     if not layers or any(isinstance(layer, CacheLayerMixin) for layer in layers):
         return int(given.get_seq_length())
     if given.has_previous_state():
-        raise NeedsPlainDecoding(
+        raise NeedsRegularGeneration(
             "past_key_values of recurrent layers, which do not tell its length"
         )
     return 0
@@ -256,27 +258,27 @@ def require_importable(given: Any, num_layers: int, *, batch: int, num_tokens: i
     """Check that a cache can be taken over.
 
     Raises:
-        NeedsPlainDecoding: If not.
+        NeedsRegularGeneration: If not.
     """
     obstacle = import_obstacle(given, num_layers=num_layers, batch=batch, num_tokens=num_tokens)
     if obstacle is not None:
-        raise NeedsPlainDecoding(f"past_key_values {obstacle}")
+        raise NeedsRegularGeneration(f"past_key_values {obstacle}")
 
 
 def left_padding(tokens: Tensor, attention_mask: Tensor | None, *, length: int) -> Tensor:
     """Return the number of padding tokens at the start of each row of `length` slots.
 
     Raises:
-        NeedsPlainDecoding: If the mask has holes after a row's first token, or more axes.
+        NeedsRegularGeneration: If the mask has holes after a row's first token, or more axes.
         PromptError: If a row is padded on the right.
     """
     if attention_mask is None:
         return torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
     if attention_mask.dim() != 2:
-        raise NeedsPlainDecoding(f"an attention mask with {attention_mask.dim()} axes")
+        raise NeedsRegularGeneration(f"an attention mask with {attention_mask.dim()} axes")
     require_left_padding(attention_mask)
     num_padding = length - attention_mask.long().sum(1)
     slots = torch.arange(length, device=tokens.device)
     if not torch.equal(attention_mask.bool(), slots >= num_padding[:, None]):
-        raise NeedsPlainDecoding("an attention mask with holes")
+        raise NeedsRegularGeneration("an attention mask with holes")
     return num_padding

@@ -20,7 +20,7 @@ from speclm.tree.topology import chain, from_parents, path_products
 
 
 def roots_alone(roots: Int[Tensor, " batch"]) -> Draft:
-    """Return the draft that makes a round a step of plain decoding."""
+    """Return the draft that makes a round a step of regular generation."""
     return Draft(tokens=roots[:, None], topology=chain(0, device=roots.device), probs=None)
 
 
@@ -61,7 +61,7 @@ def deepest_paths(draft: Draft, *, depth: int) -> tuple[Draft, list[list[int]]]:
 
     Each chain follows the child with the tallest tree below it, the first of equals: proposers
     draft deepest below what they think likeliest. Where siblings were drawn it follows the first
-    one, because the others do not have the law that they were drawn from together.
+    one, because the others do not have the distribution that they were drawn from together.
 
     Args:
         draft: What was drafted.
@@ -70,7 +70,7 @@ def deepest_paths(draft: Draft, *, depth: int) -> tuple[Draft, list[list[int]]]:
     Returns:
         The chains, and for each row the nodes that they were.
     """
-    follow = _deepest_path if draft.laws is None else _first_path
+    follow = _deepest_path if draft.distributions is None else _first_path
     paths = [follow(parents)[: depth + 1] for parents in draft.topology.host_parents]
     chains = _at_nodes(draft, paths, [[0, *range(len(path) - 1)] for path in paths])
     return chains, paths * (len(draft.tokens) if len(paths) == 1 else 1)
@@ -95,7 +95,7 @@ def cut_to_plan(draft: Draft, plan: TreePlan | None) -> tuple[Draft, list[list[i
     ):
         return draft, None
     all_parents, all_depths = topology.host_parents, topology.host_node_depths
-    is_ranked = draft.probs is not None and draft.laws is None
+    is_ranked = draft.probs is not None and draft.distributions is None
     probs = draft.probs.tolist() if draft.probs is not None and is_ranked else None
     num_rows = len(draft.tokens) if is_ranked else len(all_parents)
     kept, rows = [], []
@@ -104,8 +104,8 @@ def cut_to_plan(draft: Draft, plan: TreePlan | None) -> tuple[Draft, list[list[i
         parents, depths = all_parents[shape], all_depths[shape]
         nodes = [node for node, depth in enumerate(depths) if 0 < depth <= plan.depth]
         if probs is not None:
-            chances = path_products(parents, probs[row])
-            nodes.sort(key=lambda node: -chances[node])
+            probabilities = path_products(parents, probs[row])
+            nodes.sort(key=lambda node: -probabilities[node])
         nodes = [0, *sorted(nodes[: plan.num_draft_tokens])]
         places = {node: place for place, node in enumerate(nodes)}
         kept.append(nodes)
@@ -128,14 +128,16 @@ def _at_nodes(draft: Draft, nodes: list[list[int]], parents: list[list[int]]) ->
         [row + [0] * (length - len(row)) for row in nodes], device=device, dtype=torch.long
     )
     indices = indices.expand(len(draft.tokens), -1)
-    laws = draft.laws
-    if laws is not None:
-        laws = laws.gather(1, indices[:, :, None].expand(-1, -1, laws.shape[2]))
+    distributions = draft.distributions
+    if distributions is not None:
+        distributions = distributions.gather(
+            1, indices[:, :, None].expand(-1, -1, distributions.shape[2])
+        )
     return Draft(
         tokens=draft.tokens.gather(1, indices),
         topology=from_parents(rows, device=device),
         probs=None if draft.probs is None else draft.probs.gather(1, indices),
-        laws=laws,
+        distributions=distributions,
     )
 
 
@@ -180,25 +182,27 @@ def planned(proposer: Proposer | None, plan: TreePlan | None) -> Iterator[None]:
 
 
 def require_drafts_for(rule: AcceptanceRule, proposer: Proposer | None) -> None:
-    """Refuse a rule for drawn drafts beside a proposer that does not draw."""
+    """Refuse a rule for drawn drafts next to a proposer that does not draw."""
     wanted = rule.draft_sampling
     if proposer is None or wanted in {DraftSampling.NONE, proposer.draft_sampling}:
         return
     raise OptionError(
-        f"acceptance {rule.name!r} expected drafts drawn {wanted.value}, with their laws, found "
-        f"{type(proposer).__name__}, which does not draw; use a draft model or Medusa heads, or "
+        f"acceptance {rule.name!r} expected drafts drawn {wanted.value}, with their "
+        f"distributions, found {type(proposer).__name__}, which does not draw; use a draft "
+        "model or Medusa heads, or "
         "acceptance='exact', which is lossless with any proposer"
     )
 
 
-def require_laws(draft: Draft, vocab_size: int) -> None:
-    """Check that a draft comes with the laws that it was drawn from."""
-    found = None if draft.laws is None else tuple(draft.laws.shape)
+def require_distributions(draft: Draft, vocab_size: int) -> None:
+    """Check that a draft comes with the distributions that it was drawn from."""
+    found = None if draft.distributions is None else tuple(draft.distributions.shape)
     expected = (*draft.tokens.shape, vocab_size)
     if draft.topology.max_depth > 0 and found != expected:
         raise DraftError(
-            f"draft has laws of shape {found}, the accept rule expected {expected}: a proposer "
-            "that declares draft_sampling returns the law after every node; see Prefill.sampler"
+            f"draft has distributions of shape {found}, the acceptance rule expected {expected}: "
+            "a proposer that declares draft_sampling returns the distribution after every node; "
+            "see Prefill.sampler"
         )
 
 

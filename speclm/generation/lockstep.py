@@ -1,7 +1,7 @@
-"""Decides positions one by one for all rows in step, as plain decoding does.
+"""Decides positions one by one for all rows in step, as regular generation does.
 
 Logits processors that read the text, stopping criteria and streamers may keep state, look at other
-rows, count their calls or draw random numbers. They are given the tensors that plain decoding
+rows, count their calls or draw random numbers. They are given the tensors that regular generation
 gives them, in its order, once per position.
 """
 
@@ -23,13 +23,13 @@ from speclm.sampling.chooser import pick
 from speclm.sampling.noise import PositionNoise, as_if_drawn
 
 
-class Frontier:
+class Lockstep:
     """The last position that all rows have reached, and what is told about it.
 
-    Ended rows go on beside the others with padding tokens, which the target reads as in plain
-    decoding, so that their logits and cache entries are plain decoding's too. Where no criterion
-    names an end-of-sequence token, Transformers lets every row run until all have been stopped
-    once, and so does this.
+    Ended rows go on next to the others with padding tokens, which the target reads as in plain
+    decoding, so that their logits and cache entries are regular generation's too. Where no
+    criterion names an end-of-sequence token, Transformers lets every row run until all have been
+    stopped once, and so does this.
 
     Attributes:
         ids: Prompt and tokens so far, ``[batch, length]``; padding in ended rows.
@@ -38,7 +38,7 @@ class Frontier:
         pad_token_id: Token of ended rows.
     """
 
-    def __init__(  # noqa: PLR0913 - what plain decoding's loop holds
+    def __init__(  # noqa: PLR0913 - what regular generation's loop holds
         self,
         input_ids: Int[Tensor, "batch seq"],
         rows: Rows,
@@ -95,7 +95,7 @@ class Frontier:
             logits: The target's logits at that position.
             noise: Noise of the positions; None when nothing is decided by it.
             depth: Positions decided since `noise` was sought.
-            chosen: Tokens that an accept rule has decided on; None to choose here.
+            chosen: Tokens that an acceptance rule has decided on; None to choose here.
 
         Returns:
             The tokens, padding in ended rows.
@@ -148,7 +148,7 @@ class Frontier:
             draft: What was verified.
             logits: The target's logits after every node.
             noise: Noise of the positions; None when nothing is decided by it.
-            decided: Tokens of each row that an accept rule has decided on; None to choose here.
+            decided: Tokens of each row that an acceptance rule has decided on; None to choose here.
 
         Returns:
             What running rows were given, and the nodes to keep in all rows, ended ones included.

@@ -30,7 +30,7 @@ from speclm.generation.delegation import (
     stop_strings_of,
 )
 from speclm.generation.draft_checks import planned, require_drafts_for
-from speclm.generation.lockstep import Frontier
+from speclm.generation.lockstep import Lockstep
 from speclm.generation.opening import meets_switch, open_session
 from speclm.generation.run import Run
 from speclm.generation.sequences import Rows
@@ -101,8 +101,8 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
     only chains, or where the proposer needs all rows to be equally long.
 
     Raises:
-        NeedsPlainDecoding: Before anything is computed, if a setting asks for more than this loop
-            gives.
+        NeedsRegularGeneration: Before anything is computed, if a setting asks for more than this
+            loop gives.
         PromptError: If the prompt is longer than the model's positions.
         NumericalError: If the target's logits are not numbers.
         OptionError: If the rule needs drafts of a kind that the proposer does not make.
@@ -122,7 +122,7 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
     num_padding = left_padding(input_ids, attention_mask, length=length)
     images = images_of(target, input_ids, model_inputs)
     target.require_prompt_fits(length)
-    # Plain decoding checks the length after a token, so there is always one.
+    # Regular generation checks the length after a token, so there is always one.
     end = max(max_length(stopping_criteria, generation_config), input_ids.shape[1] + 1)
     num_unseen = length - input_ids.shape[1]
     is_switching = meets_switch(target, num_padding, start=length, end=num_unseen + end)
@@ -137,7 +137,7 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
     )
     pad_token_id = _token_id(generation_config._pad_token_tensor)
     foreign = foreign_criteria(stopping_criteria)
-    frontier = listener = None
+    lockstep = listener = None
     if _reads_positions(generation_config, logits_processor) or (
         len(input_ids) > 1
         and (
@@ -149,7 +149,7 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
             or rows_end_together(stopping_criteria)
         )
     ):
-        frontier = Frontier(
+        lockstep = Lockstep(
             input_ids,
             rows,
             processors=logits_processor,
@@ -168,7 +168,7 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
         proposer=proposer,
         chooser=TokenChooser(list(logits_processor), is_greedy=not generation_config.do_sample),
         rows=rows,
-        frontier=frontier,
+        lockstep=lockstep,
         listener=listener,
         num_prompt_tokens=input_ids.shape[1],
         num_unseen=num_unseen,
@@ -213,11 +213,11 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
         on_decoded()
     if listener is not None:
         listener.finish()
-    if frontier is None:
+    if lockstep is None:
         return Generated(sequences, past_key_values=given)
-    frontier.finish()
+    lockstep.finish()
     return Generated(
-        sequences, scores=frontier.scores, logits=frontier.logits, past_key_values=given
+        sequences, scores=lockstep.scores, logits=lockstep.logits, past_key_values=given
     )
 
 

@@ -8,7 +8,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from speclm.cache import import_cache
 from speclm.errors import UnsupportedModelError
-from speclm.generation.delegation import NeedsPlainDecoding, num_slots, require_importable
+from speclm.generation.delegation import NeedsRegularGeneration, num_slots, require_importable
 from speclm.self_check.verdict import Backend
 from speclm.target import Session, TargetView, position_shift
 from speclm.target.chain_session import ChainSession
@@ -18,10 +18,10 @@ from speclm.target.tree_session import TreeSession
 def meets_switch(
     target: TargetView, num_padding: Int[Tensor, " batch"], *, start: int, end: int
 ) -> bool:
-    """Tell whether the rotation of keys may change while rows grow from `start` to `end` slots.
+    """Return whether the rotation of keys may change while rows grow from `start` to `end` slots.
 
     Raises:
-        NeedsPlainDecoding: If plain decoding then reads the text again.
+        NeedsRegularGeneration: If regular generation then reads the text again.
     """
     switch = target.rotary_switch
     if switch is None:
@@ -30,7 +30,7 @@ def meets_switch(
     is_met = switch.is_met(start - 1 - shortest, end - 1 - shortest)
     # Whether to read again is decided by slots, how to rotate by positions.
     if switch.reads_again and (is_met or switch.is_met(start - 1, end - 1)):
-        raise NeedsPlainDecoding(
+        raise NeedsRegularGeneration(
             f"within max_length the text may outgrow {switch.num_positions} positions, where this "
             "model reads it again"
         )
@@ -50,13 +50,13 @@ def open_session(
     """Return a session of the backend, with what a cache that was passed in holds.
 
     Raises:
-        NeedsPlainDecoding: If the backend cannot use that cache, or positions switch rotations
+        NeedsRegularGeneration: If the backend cannot use that cache, or positions switch rotations
             elsewhere than slots.
     """
     batch = len(num_padding)
     shift = position_shift(inputs.get("position_ids"), num_padding, num_tokens=num_tokens)
     if shift is not None and target.rotary_switch is not None:
-        raise NeedsPlainDecoding("rope scaling by length, and positions that images shift")
+        raise NeedsRegularGeneration("rope scaling by length, and positions that images shift")
     if backend is Backend.CHAINS:
         inputs = {
             name: value
@@ -72,10 +72,10 @@ def open_session(
                 is_callers=given is not None,
             )
         except UnsupportedModelError as error:
-            raise NeedsPlainDecoding(str(error)) from error
+            raise NeedsRegularGeneration(str(error)) from error
     for made in inputs.values():
         if given is None and isinstance(made, Cache) and type(made) is not DynamicCache:
-            raise NeedsPlainDecoding(
+            raise NeedsRegularGeneration(
                 f"the model makes itself a cache of type {type(made).__name__}"
             )
     cache = target.new_cache(num_padding)

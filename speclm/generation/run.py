@@ -24,12 +24,12 @@ from speclm.generation.draft_checks import (
     cut_to_plan,
     deepest_paths,
     hand_plan,
-    require_laws,
+    require_distributions,
     require_valid,
     roots_alone,
     with_padding,
 )
-from speclm.generation.lockstep import Frontier, nan_logits
+from speclm.generation.lockstep import Lockstep, nan_logits
 from speclm.generation.sequences import Rows
 from speclm.sampling.chooser import TokenChooser
 from speclm.sampling.drafts import DraftSampler, DraftSampling
@@ -49,13 +49,13 @@ class Run:
     proposer: Proposer | None
     chooser: TokenChooser
     rows: Rows
-    frontier: Frontier | None
+    lockstep: Lockstep | None
     listener: Listener | None
-    """What is told of every position of a single row; None where the frontier does it, or nobody
+    """What is told of every position of a single row; None where the lockstep does it, or nobody
     asks."""
     num_prompt_tokens: int
     num_unseen: int
-    """Slots in front of the prompt, of which the cache that was passed in knows the tokens."""
+    """Slots before the prompt, of which the cache that was passed in knows the tokens."""
     first_token: int
     """What stands for the prompt's last token where it has none."""
     max_length: int
@@ -108,7 +108,7 @@ class Run:
     ) -> None:
         """Run the prompt, whose last tokens are the first roots, and verify the first draft.
 
-        Nothing but roots to verify is plain decoding's own prefill. Otherwise one forward does
+        Nothing but roots to verify is regular generation's own prefill. Otherwise one forward does
         for the prompt and the draft, which saves one of what may be few. Embeddings are read by
         the former; where they come without tokens, proposers know of a single one, `first_token`.
         """
@@ -201,7 +201,7 @@ class Run:
             )
 
     def hand_over(self, into: DynamicCache, sequences: Int[Tensor, "batch length"]) -> None:
-        """Extend the cache that was passed in to what plain decoding leaves in it."""
+        """Extend the cache that was passed in to what regular generation leaves in it."""
         if self.num_unseen:  # their tokens are not needed: the cache has them
             unseen = sequences.new_zeros(len(sequences), self.num_unseen)
             sequences = torch.cat([unseen, sequences], dim=1)
@@ -216,7 +216,7 @@ class Run:
     def _fed_roots(self) -> Int[Tensor, " batch"]:
         """Tokens to feed next: the roots, and padding behind the end of rows that go on with it."""
         assert self.roots is not None
-        return self.roots if self.frontier is None else self.frontier.ids[:, -1]
+        return self.roots if self.lockstep is None else self.lockstep.ids[:, -1]
 
     def _wants_draft(self) -> bool:
         """Start the round's clock; return whether a draft is expected to be worth its time."""
@@ -243,12 +243,12 @@ class Run:
     def _settle(self, draft: Draft, logits: Float[Tensor, "batch nodes vocab"]) -> Accepted:
         """Accept, take over and commit; return what was taken."""
         with self.stats.phase("accept"):
-            if self.frontier is None:
+            if self.lockstep is None:
                 taken = self._take(self._accept(draft, logits))
                 kept = taken.paths
             else:
                 decided = None if self.rule.is_exact else self._accept(draft, logits).emitted
-                taken, kept = self.frontier.follow(draft, logits, self.noise, decided=decided)
+                taken, kept = self.lockstep.follow(draft, logits, self.noise, decided=decided)
             if self.target.features is not None:
                 nodes = draft.topology.num_nodes
                 taken = taken.with_features(self.target.features[:, -nodes:])
@@ -278,7 +278,7 @@ class Run:
             draft = self.proposer.propose(self.roots, noise=self.noise)
         require_valid(draft, self.roots)
         if self.rule.draft_sampling is not DraftSampling.NONE:
-            require_laws(draft, self.target.vocab_size)
+            require_distributions(draft, self.target.vocab_size)
         draft, self.own_nodes = cut_to_plan(draft, self.plan)
         if self._is_too_deep(draft.topology.max_depth):
             return roots_alone(self._fed_roots)
@@ -287,17 +287,17 @@ class Run:
         if self.session.needs_lockstep:
             draft, nodes = deepest_paths(draft, depth=room)
             self.own_nodes = nodes if self.own_nodes is None else _through(self.own_nodes, nodes)
-        if self.frontier is None or all(self.rows.is_live):
+        if self.lockstep is None or all(self.rows.is_live):
             return draft
         return with_padding(
             draft,
-            self.frontier.ids[:, -1],
+            self.lockstep.ids[:, -1],
             self.rows.is_live,
-            pad_token_id=self.frontier.pad_token_id,
+            pad_token_id=self.lockstep.pad_token_id,
         )
 
     def _is_too_deep(self, depth: int) -> bool:
-        """Tell whether plain decoding might get elsewhere than a draft of that depth.
+        """Return whether regular generation might get elsewhere than a draft of that depth.
 
         That is where the rotation of keys changes, and behind the last learned position: plain
         decoding fails once it arrives there, if it ever does. With rotary positions it goes on,
@@ -309,7 +309,7 @@ class Run:
             return False
         first = self.num_unseen + self.num_prompt_tokens - 1
         num_tokens = self.rows.num_tokens
-        if self.frontier is not None:  # ended rows go on with padding, beside the others
+        if self.lockstep is not None:  # ended rows go on with padding, next to the others
             num_tokens = [max(num_tokens)] * len(num_tokens)
         # Syncs, but only where a row may get there.
         roots = [
@@ -330,7 +330,7 @@ class Run:
                 is_live=self.rows.is_live,
                 noise=self.noise,
                 draws=self.draws,
-                laws=draft.laws,
+                distributions=draft.distributions,
                 lengths=[self.num_prompt_tokens + new for new in self.rows.num_tokens],
             )
         )

@@ -51,7 +51,7 @@ class Rows:
 
     @property
     def num_steps(self) -> int:
-        """Steps that plain decoding takes to get as far as the longest row."""
+        """Steps that regular generation takes to get as far as the longest row."""
         return max(self.num_tokens)
 
     @property

@@ -1,8 +1,8 @@
 """Every setting of `generate`, and what becomes of it: the one list that code and guide read.
 
 Transformers prefers a callable given as ``custom_generate`` to most of its own ways to decode,
-without a word. So nothing may be left to chance: each field of `GenerationConfig`, each parameter
-of `generate` and each model input that a text prompt may have is a row here.
+without a word. So nothing may be left to probability: each field of `GenerationConfig`, each
+parameter of `generate` and each model input that a text prompt may have is a row here.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -65,7 +65,7 @@ class Setting:
     default: Any = None
 
     def is_active(self, lookup: Lookup) -> bool:
-        """Tell whether the setting has an effect in Transformers' own `generate`."""
+        """Return whether the setting has an effect in Transformers' own `generate`."""
         value = lookup(self.name)
         # Values may be tensors, which have no truth.
         if any(value is other or (_is_plain(value) and value == other) for other in self.inactive):
@@ -348,7 +348,7 @@ SETTINGS: tuple[Setting, ...] = (
         "assistant_ensemble_weight",
         FIELD,
         REFUSED,
-        "mixes the law of an assistant model into the result",
+        "mixes the distribution of an assistant model into the result",
         needs="assistant_model",
     ),
     # Bookkeeping.

@@ -1,4 +1,4 @@
-"""Ancestor bits and depths in Triton: a program walks up from all nodes of a row at once."""
+"""Ancestor bits and depths in Triton: a program paths up from all nodes of a row at once."""
 
 import torch
 import triton

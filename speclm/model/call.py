@@ -17,7 +17,7 @@ from speclm.acceptance import AcceptanceRule
 from speclm.adaptive.pausing import PauseMemory
 from speclm.adaptive.tuner import TreeMemory
 from speclm.drafting.interface import Proposer
-from speclm.generation.delegation import CACHE_INPUTS, NeedsPlainDecoding
+from speclm.generation.delegation import CACHE_INPUTS, NeedsRegularGeneration
 from speclm.generation.loop import Generated, generate_tokens
 from speclm.model.arguments import resolve_setting
 from speclm.model.fitting import claimed, require_still_fits
@@ -100,8 +100,8 @@ def decode(  # noqa: PLR0913 - a call has many sides
             ends after that, when others may use the model.
 
     Raises:
-        NeedsPlainDecoding: Before anything is computed, if the loop does not give what is asked,
-            or the call comes from inside another one.
+        NeedsRegularGeneration: Before anything is computed, if the loop does not give what is
+            asked, or the call comes from inside another one.
         BusyError: If another thread has the base or the proposer, and `waits` is False.
     """
     turn = ExitStack()
@@ -131,7 +131,7 @@ def decode(  # noqa: PLR0913 - a call has many sides
         try:
             turn.enter_context(claimed(target, proposer, waits=waits))
         except NestedError as error:
-            raise NeedsPlainDecoding(str(error)) from error
+            raise NeedsRegularGeneration(str(error)) from error
         report()
         turn.callback(report)
         resolved_arguments = for_own_loop(arguments, default)

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from speclm.drafting.interface import Proposer
 from speclm.errors import OptionError, VocabularyMismatchError
-from speclm.generation.delegation import NeedsPlainDecoding
+from speclm.generation.delegation import NeedsRegularGeneration
 from speclm.target import TargetView, exclusive
 
 _REMEDY = "build it with target=base, or wrap the base that it was built for"
@@ -44,14 +44,14 @@ def require_still_fits(proposer: Proposer | None, target: TargetView) -> None:
     Embeddings that were resized are an example.
 
     Raises:
-        NeedsPlainDecoding: If it does not fit any more; the message says why.
+        NeedsRegularGeneration: If it does not fit any more; the message says why.
     """
     if proposer is None:
         return
     try:
         require_fits(proposer, target)
     except (VocabularyMismatchError, OptionError) as error:
-        raise NeedsPlainDecoding(str(error)) from error
+        raise NeedsRegularGeneration(str(error)) from error
 
 
 @contextmanager

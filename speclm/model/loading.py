@@ -35,7 +35,7 @@ _DRAFT_OPTIONS = (
     "quantization_config",
     "attn_implementation",
 )
-_MEDUSA_OPTIONS = ("dtype", "min_chance", "tree")
+_MEDUSA_OPTIONS = ("dtype", "min_probability", "tree")
 
 
 Heads = str | Path | nn.Module | Proposer
@@ -56,8 +56,8 @@ def load_proposer(
             of them, whose guesses are joined.
         base: The target, whose vocabulary, dtype and device a draft model has to share.
         heads_kwargs: Arguments of a draft model's ``from_pretrained``, or of a registered
-            proposer's constructor; ``dtype``, ``min_chance`` and ``tree`` for Medusa heads, and
-            ``dtype`` and the fields of `EagleProposerConfig` for EAGLE heads. Those of
+            proposer's constructor; ``dtype``, ``min_probability`` and ``tree`` for Medusa heads,
+            and ``dtype`` and the fields of `EagleProposerConfig` for EAGLE heads. Those of
             `HubOptions` say which files are taken.
         num_draft_tokens: Most tokens drafted a round; None for the proposer's default.
 
@@ -73,7 +73,7 @@ def load_proposer(
     if not isinstance(heads_kwargs, dict):
         raise OptionError(
             f"heads_kwargs is {heads_kwargs!r}, expected a dictionary of options by name; pass for "
-            "example {'min_chance': 0.1}"
+            "example {'min_probability': 0.1}"
         )
     options = {} if num_draft_tokens is None else {"num_draft_tokens": num_draft_tokens}
     if isinstance(heads, list | tuple):
@@ -130,7 +130,7 @@ def _load_medusa(
     folder: Path, heads: str | Path, base: PreTrainedModel, options: dict[str, Any]
 ) -> Proposer:
     dtype = options.pop("dtype", base.dtype)
-    unknown = sorted(options.keys() - {"min_chance", "tree", "num_draft_tokens"})
+    unknown = sorted(options.keys() - {"min_probability", "tree", "num_draft_tokens"})
     if unknown:
         raise OptionError(
             f"Medusa heads do not take {unknown!r} in heads_kwargs; known are {_MEDUSA_OPTIONS!r}; "

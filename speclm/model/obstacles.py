@@ -6,7 +6,7 @@ from typing import Any
 from transformers import GenerationConfig
 
 from speclm.drafting.interface import Proposer
-from speclm.generation.delegation import NeedsPlainDecoding
+from speclm.generation.delegation import NeedsRegularGeneration
 from speclm.model.arguments import first_delegated
 from speclm.model.standing_in import proposer_modules
 from speclm.self_check.verdict import Backend, SelfCheck
@@ -22,18 +22,18 @@ def require_speculation(watch: Watch, arguments: dict[str, Any], default: Genera
         default: The base's own generation config.
 
     Raises:
-        NeedsPlainDecoding: If not; the message is the reason.
+        NeedsRegularGeneration: If not; the message is the reason.
     """
     if not watch.check.passes:
-        raise NeedsPlainDecoding(watch.check.reason)
+        raise NeedsRegularGeneration(watch.check.reason)
     if watch.in_training is not None:
-        raise NeedsPlainDecoding(
+        raise NeedsRegularGeneration(
             f"{watch.in_training} is in training mode, in which forwards may be random; call "
             ".eval() on the model"
         )
     name = first_delegated(arguments, default)
     if name is not None:
-        raise NeedsPlainDecoding(name)
+        raise NeedsRegularGeneration(name)
 
 
 def notes(check: SelfCheck, proposer: Proposer | None) -> Iterator[tuple[str, str]]:

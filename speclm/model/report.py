@@ -40,7 +40,7 @@ def write_report(
 
 def _write_last_call(stats: SpeculationStats, write: Callable[[str], object]) -> None:
     if stats.fallbacks:
-        write(f"last call plain decoding: {'; '.join(stats.fallbacks)}")
+        write(f"last call regular generation: {'; '.join(stats.fallbacks)}")
         return
     by_depth = " ".join(f"{share:.2f}" for share in stats.acceptance_by_depth)
     phases = ", ".join(f"{name} {ms:.2f}" for name, ms in stats.milliseconds_per_round.items())

@@ -19,7 +19,7 @@ from speclm.adaptive.pausing import PauseMemory
 from speclm.adaptive.tuner import TreeMemory
 from speclm.drafting.interface import Proposer
 from speclm.errors import OptionError, UnsupportedModelError
-from speclm.generation.delegation import NeedsPlainDecoding
+from speclm.generation.delegation import NeedsRegularGeneration
 from speclm.model.arguments import naming_unknown, require_acceptable
 from speclm.model.attaching import attach, detach, enter
 from speclm.model.call import KeepsCounters, decode, with_counters
@@ -247,9 +247,9 @@ class SpecModel(KeepsCounters):
             Transformers' own class, with that attribute.
 
         Raises:
-            OptionError: If `busy` or another option has no such value, or the accept rule or
+            OptionError: If `busy` or another option has no such value, or the acceptance rule or
                 `tree` needs drafts of a kind that the proposer does not make.
-            UnknownNameError: If no accept rule or preset has the name given.
+            UnknownNameError: If no acceptance rule or preset has the name given.
             TopologyError: If `tree` is none.
             PromptError: If the prompt is empty, right-padded or too long for the model.
             CacheError: If a cache is passed in that cannot be rolled back.
@@ -295,7 +295,7 @@ class SpecModel(KeepsCounters):
                 report=partial(self._report, stats),
             )
             self._misses.look(self.proposer, stats, target=self._target)
-        except NeedsPlainDecoding as reason:
+        except NeedsRegularGeneration as reason:
             self._log_once("decoding plainly with %s.generate: %s", str(reason))
             stats = SpeculationStats(self_check=check.reason, fallbacks=[str(reason)])
             self._report(stats)

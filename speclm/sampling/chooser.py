@@ -58,7 +58,7 @@ def first_text_dependent(
 def pick(
     scores: Float[Tensor, "rows vocab"], noise: Float[Tensor, "rows vocab"] | None
 ) -> Int[Tensor, " rows"]:
-    """Return the token that plain decoding takes from processed scores, for every row.
+    """Return the token that regular generation takes from processed scores, for every row.
 
     Args:
         scores: What the logits processors leave, in any dtype.
@@ -87,7 +87,7 @@ def _is_text_free(processor: processors.LogitsProcessor) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Truncation:
-    """What leaves out the rarest tokens of a law, by the usual numbers; None where not in use.
+    """The usual limits that leave out the rarest tokens; None where not in use.
 
     Args:
         top_k: Tokens that are kept.
@@ -101,7 +101,7 @@ class Truncation:
 
 
 class TokenChooser:
-    """Turns logits into tokens as plain decoding does, for any number of rows at once."""
+    """Turns logits into tokens as regular generation does, for any number of rows at once."""
 
     def __init__(
         self, processor_list: Sequence[processors.LogitsProcessor], *, is_greedy: bool
@@ -156,7 +156,7 @@ class TokenChooser:
         """
         return pick(self.process(logits.float(), lengths), noise)
 
-    def law(self, logits: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows vocab"]:
+    def distribution(self, logits: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows vocab"]:
         """Return the probabilities that tokens are drawn from, in single precision or better."""
         scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return self.process(scores, None).softmax(-1)

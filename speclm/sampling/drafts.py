@@ -1,4 +1,4 @@
-"""How draft tokens are drawn for accept rules that compare laws."""
+"""How draft tokens are drawn for acceptance rules that compare distributions."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ class DraftSampling(Enum):
     NONE = "none"
     """In any way: by rank, by rule, with the positions' noise."""
     WITHOUT_REPLACEMENT = "without replacement"
-    """Drawn from a law that comes with the draft, siblings without replacement, in the order of
-    their nodes. The shape below a node may depend on the tokens above it alone."""
+    """Drawn from a distribution that comes with the draft, siblings without replacement, in the
+    order of their nodes. The shape below a node may depend on the tokens above it alone."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,22 +33,25 @@ class DraftSampler:
     chooser: TokenChooser
     draws: Draws
 
-    def law(self, logits: Float[Tensor, "batch nodes vocab"]) -> Float[Tensor, "batch nodes vocab"]:
+    def distribution(
+        self, logits: Float[Tensor, "batch nodes vocab"]
+    ) -> Float[Tensor, "batch nodes vocab"]:
         """Return the probabilities that a proposer's logits stand for, processed as the target's.
 
-        They are proper laws for any processors, and the closer to the target's the better.
+        They are proper distributions for any processors, and the closer to the target's the better.
         """
-        return self.chooser.law(logits.flatten(0, 1)).view(logits.shape)
+        return self.chooser.distribution(logits.flatten(0, 1)).view(logits.shape)
 
     def siblings(
-        self, laws: Float[Tensor, "batch nodes vocab"], *, num: int
+        self, distributions: Float[Tensor, "batch nodes vocab"], *, num: int
     ) -> Int[Tensor, "batch nodes num"]:
         """Draw `num` children below every node, without replacement.
 
-        Where a law has fewer tokens, the others have no probability, and rules leave them out.
+        Where a distribution has fewer tokens, the others have no probability, and rules leave them
+        out.
         """
-        drawn = self.draws.without_replacement(laws.flatten(0, 1), num=num)
-        return drawn.view(*laws.shape[:2], num)
+        drawn = self.draws.without_replacement(distributions.flatten(0, 1), num=num)
+        return drawn.view(*distributions.shape[:2], num)
 
 
 @dataclass(frozen=True, slots=True)

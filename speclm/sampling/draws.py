@@ -1,4 +1,4 @@
-"""Draws of a generation's own: those that are not plain decoding's noise."""
+"""Draws of a generation's own: those that are not regular generation's noise."""
 
 from abc import ABC, abstractmethod
 
@@ -9,15 +9,15 @@ from typing_extensions import override
 
 
 class Draws(ABC):
-    """Makes the random decisions of accept rules and of proposers that sample.
+    """Makes the random decisions of acceptance rules and of proposers that sample.
 
     Everything random passes through these three methods, so that all decisions can be enumerated
     in place of being drawn.
     """
 
     @abstractmethod
-    def bernoulli(self, chance: float) -> bool:
-        """Return True with a probability of `chance`: surely from 1 on, never for NaN."""
+    def bernoulli(self, probability: float) -> bool:
+        """Return True with a probability of `probability`: surely from 1 on, never for NaN."""
 
     @abstractmethod
     def categorical(self, probs: Float[Tensor, " vocab"]) -> int:
@@ -41,11 +41,11 @@ class GeneratorDraws(Draws):
         self._generator = generator
 
     @override
-    def bernoulli(self, chance: float) -> bool:
+    def bernoulli(self, probability: float) -> bool:
         uniform = torch.rand(
             (), generator=self._generator, device=self._generator.device, dtype=torch.float32
         )
-        return bool(uniform < chance)
+        return bool(uniform < probability)
 
     @override
     def categorical(self, probs: Float[Tensor, " vocab"]) -> int:

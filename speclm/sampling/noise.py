@@ -1,4 +1,4 @@
-"""The exponential draws that decide sampled positions, in plain decoding's order."""
+"""The exponential draws that decide sampled positions, in regular generation's order."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,11 +17,11 @@ class PositionNoise:
     generator of the logits' device and takes ``argmax(probs / E)``: that is what
     ``torch.multinomial(probs, 1)`` does inside. Drawing the same matrices in the same order makes
     the token at a position a function of the target's probabilities alone, so that it does not
-    matter in which round, or beside which draft, it is decided.
+    matter in which round, or next to which draft, it is decided.
 
     Rows may be at different steps; `seek` says where each one is. Matrices drawn ahead are kept
-    for later rounds, and `finish` leaves the generator as plain decoding would. They are drawn in
-    single precision, that of scores which no logits processor changes, until `match` says more.
+    for later rounds, and `finish` leaves the generator as regular generation would. They are drawn
+    in single precision, that of scores which no logits processor changes, until `match` says more.
     """
 
     def __init__(self, *, batch: int, vocab_size: int, device: torch.device) -> None:
@@ -30,7 +30,7 @@ class PositionNoise:
         Args:
             batch: Rows of the batch, finished ones included.
             vocab_size: Width of the target's logits.
-            device: Device whose default generator plain decoding would use.
+            device: Device whose default generator regular generation would use.
         """
         self._shape = (batch, vocab_size)
         self._dtype = torch.float32
@@ -81,8 +81,8 @@ class PositionNoise:
     def foreign_code(self, step: int) -> Iterator[None]:
         """Let code run that may draw from the generator itself, just before the draw of `step`.
 
-        It finds the generator as plain decoding would leave it there. If it draws, what was drawn
-        ahead from that step on is not plain decoding's noise any more, and is forgotten.
+        It finds the generator as regular generation would leave it there. If it draws, what was
+        drawn ahead from that step on is not regular generation's noise any more, and is forgotten.
         """
         if step >= len(self._states):  # nothing was drawn ahead
             yield
@@ -115,7 +115,7 @@ class PositionNoise:
             self._undisturbed = None
 
     def finish(self, num_steps: int) -> None:
-        """Put the generator where plain decoding leaves it after `num_steps` draws."""
+        """Put the generator where regular generation leaves it after `num_steps` draws."""
         self._rewind(num_steps)
         self._matrices.clear()
 

@@ -18,7 +18,7 @@ from speclm.target import TargetView
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}  # of the logits' spread; halves round more
 _HALF_TOLERANCE = 0.1
-_EFFECT_SHARE = 0.1  # an error is small beside what the tokens before do
+_EFFECT_SHARE = 0.1  # an error is small next to what the tokens before do
 _SMALLEST_EFFECT = {torch.float32: 5e-3, torch.float64: 1e-5}  # to be told from rounding
 _HALF_SMALLEST_EFFECT = 0.05
 _MAX_NAMED = 3  # changes of a model in a reason

@@ -29,7 +29,7 @@ def check_chains(target: TargetView) -> SelfCheck:
     and `NUM_LATER_STEPS` more with code of others. The model has to be in evaluation mode.
 
     Returns:
-        A verdict for chains or for plain decoding.
+        A verdict for chains or for regular generation.
     """
     check = attempt(target, Backend.CHAINS, _measure)
     limits = _step_limits(target)
@@ -130,7 +130,7 @@ def check_trees(target: TargetView) -> SelfCheck:
     model has to be in evaluation mode.
 
     Returns:
-        A verdict for trees or for plain decoding.
+        A verdict for trees or for regular generation.
     """
     obstacle = target.tree_obstacle()
     if obstacle is not None:  # which tiny trees may not run into

@@ -10,8 +10,8 @@ class Backend(Enum):
 
     TREES = "tree attention"
     CHAINS = "chains"
-    """One chain per row, read by the model as in plain decoding; rows advance together."""
-    PLAIN = "plain decoding"
+    """One chain per row, read by the model as in regular generation; rows advance together."""
+    PLAIN = "regular generation"
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,7 @@ class SelfCheck:
         backend: How its drafts are verified.
         reason: Why, and why by nothing better, in words for reports.
         error: Largest difference of a logit, relative to their spread, that the check of `backend`
-            saw; for plain decoding that of trees. Infinite when the check raised.
+            saw; for regular generation that of trees. Infinite when the check raised.
         milliseconds: What finding the verdict took.
         is_cached: Whether it was known from an earlier check.
         is_lasting: Whether another model of the same kind must get the same verdict; others are

@@ -1,4 +1,4 @@
-"""A generation over a target that takes no trees, fed as plain decoding feeds it."""
+"""A generation over a target that takes no trees, fed as regular generation feeds it."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -19,17 +19,17 @@ from speclm.tree.topology import TreeTopology
 
 MAX_OWED = 16
 """Kept tokens that a recurrent model may have to read again, beyond which a round is spent on
-catching up. They cost little beside a forward's fixed cost, and what a round gains by more is
+catching up. They cost little next to a forward's fixed cost, and what a round gains by more is
 less still."""
 
 
 class ChainReader:
     """Feeds a model one chain of tokens per row, and takes back what was not kept.
 
-    All rows are equally long, padding included. The model gets what it gets in plain decoding,
+    All rows are equally long, padding included. The model gets what it gets in regular generation,
     from its own `prepare_inputs_for_generation` and with Transformers' cache, only several tokens
     at a time. Tokens that a recurrent model has read and that are kept though others behind them
-    are not, it is owed: they are fed again in front of the next ones.
+    are not, it is owed: they are fed again before the next ones.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class ChainReader:
         self._fed = None
 
     def settle(self) -> None:
-        """Read what is owed and leave the cache as plain decoding does; nothing may be pending."""
+        """Read what is owed, with nothing pending, and leave the cache as regular generation."""
         assert self._fed is None
         if self._owed is not None:
             self._run(self._owed, self._inputs_for(self.num_owed), num_logits=1)

@@ -1,4 +1,4 @@
-"""What a prompt consists of beside its tokens: images, and inputs that say where they are."""
+"""What a prompt consists of next to its tokens: images, and inputs that say where they are."""
 
 from collections.abc import Mapping
 from typing import Any, cast
@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 _PLACES = frozenset({"image_grid_thw", "mm_token_type_ids", "second_per_grid_ts", "video_grid_thw"})
-"""Inputs that plain decoding goes on to hand over, though text has no images. Models take
+"""Inputs that regular generation goes on to hand over, though text has no images. Models take
 positions from them, which `generate` has resolved."""
 
 
@@ -53,7 +53,7 @@ def images_obstacle(
 def with_images(
     model: PreTrainedModel, tokens: Tensor, images: Mapping[str, Any], inputs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return what plain decoding gives the model for a prompt.
+    """Return what regular generation gives the model for a prompt.
 
     Args:
         model: The target.

@@ -41,7 +41,7 @@ def find_decoder(model: PreTrainedModel) -> nn.Module:
         if isinstance(child, PreTrainedModel):
             return child
     raise UnsupportedModelError(
-        f"{type(model).__name__} has no decoder beside its head, so there are no hidden states to "
+        f"{type(model).__name__} has no decoder next to its head, so there are no hidden states to "
         "guess from; guess with a draft model or n-grams"
     )
 

@@ -11,12 +11,12 @@ class RotarySwitch:
     """Where a model begins to rotate keys in another way, for all rows of a forward alike.
 
     Keys keep the rotation of the forward that computed them. So a forward must not reach across
-    the switch unless plain decoding's would, and all rows have to get there at the same time.
+    the switch unless regular generation's would, and all rows have to get there at the same time.
 
     Args:
         num_positions: Positions before the switch.
         is_gradual: Whether the rotation changes again with every position after it.
-        reads_again: Whether plain decoding reads the whole text again at the switch.
+        reads_again: Whether regular generation reads the whole text again at the switch.
     """
 
     num_positions: int
@@ -24,7 +24,7 @@ class RotarySwitch:
     reads_again: bool
 
     def excludes_drafts(self, root: int, depth: int) -> bool:
-        """Tell whether a draft would be rotated differently than by plain decoding.
+        """Return whether a draft would be rotated differently than by regular generation.
 
         Args:
             root: Largest position of a root.
@@ -35,7 +35,7 @@ class RotarySwitch:
         return root + depth >= self.num_positions
 
     def is_met(self, first: int, last: int) -> bool:
-        """Tell whether positions from `first` on, up to `last`, are not all rotated alike."""
+        """Return whether positions from `first` on, up to `last`, are not all rotated alike."""
         return last >= self.num_positions and (self.is_gradual or first < self.num_positions)
 
 

@@ -43,7 +43,7 @@ class Session(ABC):
     def prefill(
         self, tokens: Int[Tensor, "batch seq"] | Float[Tensor, "batch seq hidden"]
     ) -> Float[Tensor, "batch 1 vocab"]:
-        """Read what the cache lacks of the prompt, as plain decoding does.
+        """Read what the cache lacks of the prompt, as regular generation does.
 
         The last token becomes a pending draft of one node.
 
@@ -83,7 +83,7 @@ class Session(ABC):
 
     @abstractmethod
     def hand_over(self, into: DynamicCache, sequences: Int[Tensor, "batch length"]) -> None:
-        """Extend a cache to what plain decoding leaves in it: all tokens but the last.
+        """Extend a cache to what regular generation leaves in it: all tokens but the last.
 
         Args:
             into: Cache that holds what the session found in it, or nothing.

@@ -22,7 +22,7 @@ def hand_over(
     into: DynamicCache,
     sequences: Int[Tensor, "batch length"],
 ) -> None:
-    """Extend a Transformers cache to what plain decoding of the same tokens leaves in it.
+    """Extend a Transformers cache to what regular generation of the same tokens leaves in it.
 
     That is all but the last token of every row: what is sampled last is never fed.
 
@@ -40,8 +40,8 @@ def hand_over(
 def fill_rows(target: TargetView, cache: TreeCache, tokens: Int[Tensor, "batch seq"]) -> None:
     """Run what the cache lacks of each row of `tokens` through the model, in one forward.
 
-    Plain decoding feeds padding to rows that have ended, until the last one ends; this leaves the
-    same in the cache. Pending nodes are forgotten. Nothing runs when no row lacks a token.
+    Regular generation feeds padding to rows that have ended, until the last one ends; this leaves
+    the same in the cache. Pending nodes are forgotten. Nothing runs when no row lacks a token.
     """
     missing = [max(tokens.shape[1] - length, 0) for length in cache.host_lengths]
     num_nodes = max(missing)

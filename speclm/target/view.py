@@ -114,7 +114,7 @@ class TargetView:
         return None
 
     def require_masked_windows(self) -> None:
-        """Check that masks hide what plain decoding's cache forgets.
+        """Check that masks hide what regular generation's cache forgets.
 
         Otherwise tokens that are fed at once see more than each would by itself. Runs a forward
         of one token if the cache has sliding windows.
@@ -134,7 +134,7 @@ class TargetView:
             self.model(input_ids=token, use_cache=False)
         if not kept <= step.windows:
             raise UnsupportedModelError(
-                f"plain decoding forgets what is beyond a window of {min(kept - step.windows)}, "
+                f"regular generation forgets beyond a window of {min(kept - step.windows)}, "
                 "which the model's masks show; it decodes one token at a time"
             )
 
@@ -374,7 +374,7 @@ def _below_prompt(
 
 
 def _is_band(buffer: Tensor) -> bool:
-    """Tell whether a buffer is a causal mask whose last slot does not see the first."""
+    """Return whether a buffer is a causal mask whose last slot does not see the first."""
     if buffer.ndim < 2 or buffer.dtype is not torch.bool or buffer.shape[-1] != buffer.shape[-2]:
         return False
     last = buffer.flatten(0, -2)[-1]

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from speclm.drafting.interface import Draft
 
-_FOLLOW_CHANCE = 0.7  # how often the target says what some child says
+_FOLLOW_PROBABILITY = 0.7  # how often the target says what some child says
 _FEW_TOKENS = 6  # texts of few different tokens repeat themselves
 
 
@@ -45,7 +45,7 @@ class ScriptedRow:
     def token_at(self, position: int, children: list[int]) -> int:
         """Return the token at a position after the prompt; make it up if need be."""
         while len(self.said) <= position:
-            if children and self._random.random() < _FOLLOW_CHANCE:
+            if children and self._random.random() < _FOLLOW_PROBABILITY:
                 self.said.append(self._random.choice(children))
             else:
                 self.said.append(self._random.randrange(min(self.vocab_size, _FEW_TOKENS)))

@@ -1,4 +1,4 @@
-"""Training arguments: defaults for heads, and what a user sets beside them."""
+"""Training arguments: defaults for heads, and what a user sets next to them."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -119,7 +119,7 @@ def _require_types(settings: Mapping[str, Any]) -> None:
 
 
 def _has_max_steps(values: Mapping[str, Any]) -> bool:
-    """Tell whether steps are given, which go before epochs; what is no number is refused later."""
+    """Return whether steps are given, which go before epochs; later checks see the value."""
     steps = values.get("max_steps", -1)
     return not isinstance(steps, int) or steps > 0
 

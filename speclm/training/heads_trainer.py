@@ -51,7 +51,7 @@ class HeadsTrainer(Trainer, ABC):
             max_length: Most tokens of a row; None for any number.
             train_dataset: Rows, see `load_rows`.
             eval_dataset: Rows that ``args.eval_strategy`` evaluates on, or several such by name.
-            callbacks: Callbacks beside `Trainer`'s own.
+            callbacks: Callbacks next to `Trainer`'s own.
 
         Raises:
             DataError: If a row has nothing to learn, or too many tokens.

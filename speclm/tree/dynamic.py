@@ -12,7 +12,7 @@ from torch import Tensor
 from speclm.tree.static import Choices, static_tree
 from speclm.tree.topology import TreeTopology
 
-_DRAWN_CHANCE = 0.65  # a usual overlap of the laws of a draft model and its target
+_DRAWN_PROBABILITY = 0.65  # a usual overlap of the distributions of a draft model and its target
 
 
 @dataclass(slots=True, eq=False)
@@ -199,7 +199,7 @@ def drawn_choices(
     """Return the shape of a tree whose tokens are drawn, and so may not shape it.
 
     The places that are likeliest to be reached are kept, if the first child drawn were accepted
-    with one chance at every node, and each further one with that chance of what is left.
+    with one probability at every node, and each further one with that probability of what is left.
 
     Args:
         width: Nodes expanded at each level.
@@ -214,7 +214,7 @@ def drawn_choices(
     expanded: list[tuple[float, tuple[int, ...]]] = [(1.0, ())]
     for _ in range(min(depth, num_nodes)):
         level = [
-            (score * _DRAWN_CHANCE * (1 - _DRAWN_CHANCE) ** rank, (*path, rank))
+            (score * _DRAWN_PROBABILITY * (1 - _DRAWN_PROBABILITY) ** rank, (*path, rank))
             for score, path in expanded
             for rank in range(branches)
         ]
@@ -357,13 +357,13 @@ def _shape_of(choices: Choices, *, are_drawn: bool, device: torch.device) -> _Sh
             expansions[node] = (len(levels) - 1, place)
         parents = [above.get(node[:-1], 0) for node in expanded]
         filled = [index[path] for path in children]
-        beside = [places[path[:-1]] for path in children]
+        indices = [places[path[:-1]] for path in children]
         levels.append(
             _FilledLevel(
                 nodes=torch.tensor(nodes, device=device, dtype=torch.long),
                 parents=torch.tensor(parents, device=device, dtype=torch.long),
                 children=torch.tensor(filled, device=device, dtype=torch.long),
-                places=torch.tensor(beside, device=device, dtype=torch.long),
+                places=torch.tensor(indices, device=device, dtype=torch.long),
                 ranks=torch.tensor(ranks, device=device, dtype=torch.long),
                 num_guesses=max(ranks) + 1,
             )

@@ -14,11 +14,11 @@ class TreePlan:
     Args:
         depth: Most levels, each of which may cost a run of the proposer's network.
         num_draft_tokens: Most nodes, the root left out.
-        choices: Static tree as paths of ranks; None for trees that grow by chance.
-        min_chance: Chance of acceptance below which a node of a growing tree costs more than it
+        choices: Static tree as paths of ranks; None for trees that grow by probability.
+        min_probability: Probability of acceptance below which a node of a growing tree costs more
+            than it gives; None for the proposer's own.
+        min_confidence: Probability of the best path below which another level costs more than it
             gives; None for the proposer's own.
-        min_confidence: Chance of the best path below which another level costs more than it gives;
-            None for the proposer's own.
 
     Raises:
         OptionError: If a number is out of range, or the static tree exceeds it.
@@ -29,13 +29,13 @@ class TreePlan:
     depth: int
     num_draft_tokens: int
     choices: Choices | None = None
-    min_chance: float | None = None
+    min_probability: float | None = None
     min_confidence: float | None = None
 
     def __post_init__(self) -> None:
         require_depth("depth", self.depth)
         require_count("num_draft_tokens", self.num_draft_tokens, low=1, high=MAX_NODES - 1)
-        for name in ("min_chance", "min_confidence"):
+        for name in ("min_probability", "min_confidence"):
             if getattr(self, name) is not None:
                 require_in_range(name, getattr(self, name), low=0.0, high=1.0)
         if self.choices is None:

@@ -222,17 +222,17 @@ def likeliest_paths(
     nodes: list[ProductNode] = []
     # Entries: minus the score, depth, rank, parent, score of the parent. A node's next sibling
     # and its first child are no likelier than itself, so that they come after it.
-    frontier: list[tuple[float, int, int, int, float]] = []
+    candidates: list[tuple[float, int, int, int, float]] = []
 
     def push(depth: int, rank: int, parent: int, above: float) -> None:
         if depth < len(log_probs) and rank < len(log_probs[depth]):
             score = above + log_probs[depth][rank]
             if score >= min_score:
-                heappush(frontier, (-score, depth, rank, parent, above))
+                heappush(candidates, (-score, depth, rank, parent, above))
 
     push(0, 0, 0, 0.0)
-    while frontier and len(nodes) < num_nodes:
-        cost, depth, rank, parent, above = heappop(frontier)
+    while candidates and len(nodes) < num_nodes:
+        cost, depth, rank, parent, above = heappop(candidates)
         nodes.append(ProductNode(parent, depth, rank))
         push(depth, rank + 1, parent, above)
         push(depth + 1, 0, len(nodes), -cost)

@@ -227,8 +227,8 @@ def _signed_words(bits: int, count: int) -> list[int]:
 
 def path_products(parents: list[int], probs: list[float]) -> list[float]:
     """Return the product of probabilities from the root to each node; 1 at the root."""
-    chances = [1.0]
+    probabilities = [1.0]
     for node in range(1, len(parents)):
-        above = chances[parents[node]] if parents[node] != node else 0.0
-        chances.append(min(probs[node], 1.0) * above)
-    return chances
+        above = probabilities[parents[node]] if parents[node] != node else 0.0
+        probabilities.append(min(probs[node], 1.0) * above)
+    return probabilities

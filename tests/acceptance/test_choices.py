@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from speclm.acceptance import accept_exact
-from speclm.acceptance.choices import accept_along_walk, choose_at_all_nodes
+from speclm.acceptance.choices import accept_along_path, choose_at_all_nodes
 from speclm.sampling import PositionNoise, TokenChooser
 from speclm.tree.topology import chain, from_parents
 
@@ -62,7 +62,7 @@ def test_walk_and_all_nodes_accept_the_same(draft, greedy, warped):
     choices = choose_at_all_nodes(logits, topology, chooser, noise)
     expected = accept_exact(tokens, choices, topology)
     noise = None if greedy else noise_at(steps, seed=seed)
-    found = accept_along_walk(logits, tokens, topology, chooser, noise)
+    found = accept_along_path(logits, tokens, topology, chooser, noise)
     assert found.paths == expected.paths
     assert found.emitted == expected.emitted
     width = found.path.shape[1]  # the walk returns no more columns than it needs
@@ -81,7 +81,7 @@ def test_repeated_siblings_emit_a_prefix_of_the_same_tokens(greedy):
     noise = None if greedy else noise_at([0], seed=1)
     deepest = accept_exact(tokens, choose_at_all_nodes(logits, topology, chooser, noise), topology)
     noise = None if greedy else noise_at([0], seed=1)
-    walked = accept_along_walk(logits, tokens, topology, chooser, noise)
+    walked = accept_along_path(logits, tokens, topology, chooser, noise)
     assert deepest.emitted == [[3, 1, 4]]
     assert walked.emitted[0] == deepest.emitted[0][: len(walked.emitted[0])]
 
@@ -97,7 +97,7 @@ def test_each_row_reads_the_noise_of_its_own_step():
         [int(matrices[0][0].argmin()), int(matrices[1][0].argmin())],
         [int(matrices[2][1].argmin()), int(matrices[3][1].argmin())],
     ]
-    walked = accept_along_walk(logits, tokens, topology, chooser, noise_at([0, 2], seed=3))
+    walked = accept_along_path(logits, tokens, topology, chooser, noise_at([0, 2], seed=3))
     assert walked.emitted == [[choices[0, 0].item()], [choices[1, 0].item()]]
 
 
@@ -110,7 +110,7 @@ def test_walk_reads_no_noise_below_the_node_at_which_it_ends():
     after_one = torch.get_rng_state()
     torch.set_rng_state(before)
     chooser = TokenChooser([], is_greedy=False)
-    accept_along_walk(logits, torch.tensor([[0, 1, 1, 1]]), chain(3), chooser, noise)
+    accept_along_path(logits, torch.tensor([[0, 1, 1, 1]]), chain(3), chooser, noise)
     assert torch.equal(torch.get_rng_state(), after_one)
 
 
@@ -120,7 +120,7 @@ def test_chosen_nan_is_reported_as_minus_one(greedy):
     logits[0, 0, 3] = torch.nan
     chooser = TokenChooser([], is_greedy=greedy)
     noise = None if greedy else noise_at([0], seed=0)
-    assert accept_along_walk(logits, torch.tensor([[0]]), chain(0), chooser, noise).emitted == [
+    assert accept_along_path(logits, torch.tensor([[0]]), chain(0), chooser, noise).emitted == [
         [-1]
     ]
     noise = None if greedy else noise_at([0], seed=0)

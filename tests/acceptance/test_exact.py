@@ -33,15 +33,15 @@ def rounds(draw):
 def walk(parents, tokens, choices):
     """Every deepest path that the choices allow; the accepted one has to be among them."""
     children = [n for n in range(1, len(parents)) if parents[n] == 0]
-    ends, frontier = [[0]], [([0], children)]
-    while frontier:
-        path, children = frontier.pop()
+    ends, lockstep = [[0]], [([0], children)]
+    while lockstep:
+        path, children = lockstep.pop()
         for child in children:
             if tokens[child] == choices[path[-1]]:
                 longer = [*path, child]
                 ends.append(longer)
                 below = [n for n in range(child + 1, len(parents)) if parents[n] == child]
-                frontier.append((longer, below))
+                lockstep.append((longer, below))
     deepest = max(map(len, ends))
     return [path for path in ends if len(path) == deepest]
 

@@ -17,13 +17,13 @@ SURE = [0.97, 0.01, 0.01, 0.01]
 SPREAD = [0.4, 0.3, 0.2, 0.1]
 
 
-def accept(tokens, laws, topology, *, rule=None, warpers=()):
+def accept(tokens, distributions, topology, *, rule=None, warpers=()):
     tokens = torch.tensor(tokens)
     return (rule or TypicalRule()).accept(
         Verified(
             tokens=tokens,
             topology=topology,
-            logits=torch.tensor(laws).log(),
+            logits=torch.tensor(distributions).log(),
             chooser=TokenChooser(list(warpers), is_greedy=False),
             is_live=[True] * len(tokens),
         )
@@ -34,8 +34,8 @@ def test_a_token_is_likely_above_the_threshold_that_the_entropy_sets():
     entropy = -sum(p * math.log(p) for p in SPREAD)
     threshold = 0.3 * math.exp(-entropy)
     assert threshold < 0.09 < 0.1
-    for token, law in ((3, SPREAD), (2, SPREAD)):
-        assert accept([[0, token]], [[law, SURE]], chain(1)).emitted == [[token, 0]]
+    for token, distribution in ((3, SPREAD), (2, SPREAD)):
+        assert accept([[0, token]], [[distribution, SURE]], chain(1)).emitted == [[token, 0]]
     assert accept([[0, 1]], [[SURE, SURE]], chain(1)).emitted == [[0]]
     strict = TypicalRule(epsilon=1.0, delta=0.12 / math.exp(-entropy))
     assert accept([[0, 3]], [[SPREAD, SURE]], chain(1), rule=strict).emitted == [[0]]

@@ -2,7 +2,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.proposers.test_medusa import random_heads
 
 from speclm import SpecModel
 from speclm.adaptive.acceptance_rates import (
@@ -16,6 +15,7 @@ from speclm.methods.medusa.network import MedusaHeads, MedusaHeadsConfig
 from speclm.methods.medusa.proposer import MedusaProposer
 from speclm.target import TargetView
 from speclm.tree.static import normalize_choices, static_tree
+from tests.methods.medusa.test_proposer import random_heads
 from tests.models import VOCAB_SIZE, build_model, prompts, shared_model
 
 TEXTS = st.lists(
@@ -33,12 +33,12 @@ def test_measured_ranks_are_those_of_the_tokens_that_came():
     ranks = measure_ranks(TargetView(base), heads, prompt, answer)
     hidden = base.model(torch.tensor([prompt + answer])).last_hidden_state[0]
     for root in range(3):
-        laws = heads(hidden[2 + root][None], lm_head=base.lm_head)[0]
+        distributions = heads(hidden[2 + root][None], lm_head=base.lm_head)[0]
         for head in range(3):
             if root + 1 + head >= len(answer):
                 assert ranks[root][head] == -1
             else:
-                order = laws[head].argsort(descending=True).tolist()
+                order = distributions[head].argsort(descending=True).tolist()
                 assert order[ranks[root][head]] == answer[root + 1 + head]
 
 

@@ -20,7 +20,8 @@ class Machine:
 
     Args:
         cost: Of a speculative round, in plain rounds.
-        acceptance: Chance that the next draft token of a path is right; may change over tokens.
+        acceptance: Probability that the next draft token of a path is right; may change over
+            tokens.
         depth: Draft tokens on a path.
         noise: Relative spread of times.
         outliers: Share of rounds that take several times as long.
@@ -96,7 +97,7 @@ def decode(
 
 
 def slowdown(machine: Machine, *, num_tokens: int, calls: int, batch: int = 1) -> float:
-    """Return the time of many calls over that of plain decoding, first call left out."""
+    """Return the time of many calls over that of regular generation, first call left out."""
     memory = PauseMemory()
     decode(machine, memory, num_tokens=num_tokens, batch=batch)  # as benchmarks do
     mean_noise = 1.0 + machine.noise * math.sqrt(2 / math.pi)
@@ -107,8 +108,8 @@ def slowdown(machine: Machine, *, num_tokens: int, calls: int, batch: int = 1) -
     return spent / (calls * num_tokens * plain)
 
 
-def always(chance: float) -> Callable[[int], float]:
-    return lambda _: chance
+def always(probability: float) -> Callable[[int], float]:
+    return lambda _: probability
 
 
 def plain_positions(call: Call) -> list[int]:

@@ -15,13 +15,15 @@ MAX_DEPTH = 8
 class Simulation:
     """Rounds of a proposer of chains, with times of its own.
 
-    A token is right with `chance`; the proposer knows. A round takes `level` seconds for each
+    A token is right with `probability`; the proposer knows. A round takes `level` seconds for each
     level, and what `forward` says for the nodes.
     """
 
-    def __init__(self, *, chance, level, forward, batch=1, has_chances=True, seed=0, memory=None):
-        self.chance, self.level, self.forward = chance, level, forward
-        self.batch, self.has_chances = batch, has_chances
+    def __init__(
+        self, *, probability, level, forward, batch=1, has_probabilities=True, seed=0, memory=None
+    ):
+        self.probability, self.level, self.forward = probability, level, forward
+        self.batch, self.has_probabilities = batch, has_probabilities
         self.memory = memory or TreeMemory()
         self.generator = torch.Generator().manual_seed(seed)
         self.plans = []
@@ -45,15 +47,19 @@ class Simulation:
     def round(self, plan):
         confidence = plan.min_confidence or 0.0
         depth = min(plan.depth, plan.num_draft_tokens)
-        if self.has_chances and confidence > 0 and self.chance < 1:
-            depth = min(depth, 1 + int(math.log(confidence) / math.log(self.chance)))
+        if self.has_probabilities and confidence > 0 and self.probability < 1:
+            depth = min(depth, 1 + int(math.log(confidence) / math.log(self.probability)))
         paths = []
         for _ in range(self.batch):
             path = [0]
-            while len(path) <= depth and self.draw() < self.chance:
+            while len(path) <= depth and self.draw() < self.probability:
                 path.append(len(path))
             paths.append(path)
-        probs = torch.full((self.batch, depth + 1), self.chance) if self.has_chances else None
+        probs = (
+            torch.full((self.batch, depth + 1), self.probability)
+            if self.has_probabilities
+            else None
+        )
         tokens = torch.zeros(self.batch, depth + 1, dtype=torch.long)
         seconds = {
             "draft": 0.1 + self.level * depth,
@@ -71,53 +77,57 @@ class Simulation:
         return float(torch.rand((), generator=self.generator))
 
 
-def best_depth(chance, level, forward):
-    """Return the depth of most tokens a second, by the laws of the simulation."""
+def best_depth(probability, level, forward):
+    """Return the depth of most tokens a second, by the distributions of the simulation."""
 
     def rate(depth):
-        tau = sum(chance**length for length in range(depth + 1))
+        tau = sum(probability**length for length in range(depth + 1))
         return tau / (0.2 + level * depth + forward(depth + 1))
 
     return max(range(1, MAX_DEPTH + 1), key=rate)
 
 
 def test_the_first_rounds_are_the_proposers_own_and_explored_ones_in_turn():
-    simulation = Simulation(chance=0.7, level=0.1, forward=lambda size: 1.0)
+    simulation = Simulation(probability=0.7, level=0.1, forward=lambda size: 1.0)
 
     simulation.run(6)
 
     own, explored = simulation.plans[::2], simulation.plans[1::2]
     assert own == [None] * 3
-    assert all(plan.depth == MAX_DEPTH and plan.min_chance < 0.05 for plan in explored)
+    assert all(plan.depth == MAX_DEPTH and plan.min_probability < 0.05 for plan in explored)
     assert simulation.tuner.best is None
 
 
-@pytest.mark.parametrize("has_chances", [True, False])
+@pytest.mark.parametrize("has_probabilities", [True, False])
 @pytest.mark.parametrize(
-    ("chance", "level", "slope"), [(0.9, 0.02, 0.02), (0.8, 0.2, 0.05), (0.5, 0.3, 0.2)]
+    ("probability", "level", "slope"), [(0.9, 0.02, 0.02), (0.8, 0.2, 0.05), (0.5, 0.3, 0.2)]
 )
-def test_the_plan_comes_close_to_the_best_one(chance, level, slope, has_chances):
+def test_the_plan_comes_close_to_the_best_one(probability, level, slope, has_probabilities):
     def forward(size):
         return 1.0 + slope * size
 
     simulation = Simulation(
-        chance=chance, level=level, forward=forward, has_chances=has_chances, batch=4
+        probability=probability,
+        level=level,
+        forward=forward,
+        has_probabilities=has_probabilities,
+        batch=4,
     )
     simulation.run(60)
 
     def rate(depth):
-        tau = sum(chance**length for length in range(depth + 1))
+        tau = sum(probability**length for length in range(depth + 1))
         return tau / (0.2 + level * depth + forward(depth + 1))
 
     plan = simulation.tuner.best.plan
     depth = min(plan.depth, plan.num_draft_tokens)
-    if has_chances and plan.min_confidence > 0:
-        depth = min(depth, 1 + int(math.log(plan.min_confidence) / math.log(chance)))
-    assert rate(depth) >= 0.95 * rate(best_depth(chance, level, forward))
+    if has_probabilities and plan.min_confidence > 0:
+        depth = min(depth, 1 + int(math.log(plan.min_confidence) / math.log(probability)))
+    assert rate(depth) >= 0.95 * rate(best_depth(probability, level, forward))
 
 
 def test_exploring_costs_little_once_enough_is_known():
-    simulation = Simulation(chance=0.5, level=0.3, forward=lambda size: 1.0 + 0.2 * size)
+    simulation = Simulation(probability=0.5, level=0.3, forward=lambda size: 1.0 + 0.2 * size)
     simulation.run(200)
     simulation.seconds = simulation.tokens = 0.0
 
@@ -130,7 +140,7 @@ def test_exploring_costs_little_once_enough_is_known():
 
 
 def test_what_was_learned_serves_the_next_calls_of_the_same_proposer():
-    simulation = Simulation(chance=0.7, level=0.1, forward=lambda size: 1.0)
+    simulation = Simulation(probability=0.7, level=0.1, forward=lambda size: 1.0)
     simulation.run(60)
     best = simulation.tuner.best
 
@@ -143,7 +153,7 @@ def test_what_was_learned_serves_the_next_calls_of_the_same_proposer():
 
 
 def test_calls_of_other_sizes_learn_for_themselves():
-    simulation = Simulation(chance=0.7, level=0.1, forward=lambda size: 1.0)
+    simulation = Simulation(probability=0.7, level=0.1, forward=lambda size: 1.0)
     simulation.run(60)
     tuner = simulation.tuner
 
@@ -198,5 +208,5 @@ def test_what_was_drafted_is_told_in_a_few_words():
     assert describe_tree(None) == ""
     assert describe_tree(TreePlan.of(((0,), (0, 0)))) == "static tree of 2 nodes on 2 levels"
     assert describe_tree(TreePlan(3, 5)) == "up to 5 nodes on 3 levels"
-    plan = TreePlan(3, 5, min_chance=0.1, min_confidence=0.2)
-    assert describe_tree(Estimate(plan, 2.0, 1.0)).endswith("chance of 0.10, levels from 0.20")
+    plan = TreePlan(3, 5, min_probability=0.1, min_confidence=0.2)
+    assert describe_tree(Estimate(plan, 2.0, 1.0)).endswith("probability of 0.10, levels from 0.20")

@@ -155,7 +155,7 @@ def test_attention_without_a_mask_is_refused_in_a_tree():
 
 
 def test_module_without_an_eager_function_is_refused():
-    with pytest.raises(UnsupportedModelError, match="no eager_attention_forward beside Linear"):
+    with pytest.raises(UnsupportedModelError, match="no eager_attention_forward next to Linear"):
         previous_function("eager", torch.nn.Linear(1, 1))
 
 

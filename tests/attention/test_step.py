@@ -62,7 +62,7 @@ def test_mask_equals_brute_force(case, window):
     topology = from_parents(parents, device=CPU)
     step = TreeStep(topology.ancestor_mask, topology.depths, cache_of(lengths, padding))
     mask, expected = step.mask(window), brute_force(lengths, padding, parents, window)
-    if mask is None:  # plain decoding's own mask is by slot, which here is the position
+    if mask is None:  # regular generation's own mask is by slot, which here is the position
         assert step.is_plain
         assert topology.num_nodes == len(set(lengths)) == 1
         assert not any(padding)

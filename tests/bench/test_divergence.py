@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from speclm.bench import Divergence, plain_arm
+from speclm.bench import Divergence, plain_decoder
 from speclm.bench.calls import Call
 from speclm.bench.divergence import (
     _log_noise,
@@ -36,7 +36,7 @@ def test_equal_outputs_have_no_divergence(tiny_base, calls_of):
 @pytest.mark.parametrize("setting", ["greedy", "t0.7"])
 def test_a_wrong_token_is_located_and_not_explained(tiny_base, calls_of, setting):
     (call,) = calls_of(setting, batch=4)
-    plain = plain_arm(tiny_base).run(call).tokens
+    plain = plain_decoder(tiny_base).run(call).tokens
     other = [list(row) for row in plain]
     other[2][3] = (other[2][3] + 1) % 4096
     (found,) = explain(tiny_base, call, index=9, plain=plain, other=other)
@@ -48,7 +48,7 @@ def test_a_wrong_token_is_located_and_not_explained(tiny_base, calls_of, setting
 
 def test_a_missing_token_is_not_explained(tiny_base, calls_of):
     (call, *_) = calls_of()
-    (plain,) = plain_arm(tiny_base).run(call).tokens
+    (plain,) = plain_decoder(tiny_base).run(call).tokens
     (found,) = explain(tiny_base, call, index=0, plain=[plain], other=[plain[:-1]])
     assert found.token == -1
     assert not found.is_explained
@@ -58,7 +58,7 @@ def test_a_missing_token_is_not_explained(tiny_base, calls_of):
 @pytest.mark.parametrize("setting", ["greedy", "t0.7"])
 def test_scores_are_those_that_decided_plain_decoding(tiny_base, calls_of, setting):
     (call,) = calls_of(setting, batch=4)
-    plain = plain_arm(tiny_base).run(call).tokens
+    plain = plain_decoder(tiny_base).run(call).tokens
     for row, position in [(0, 0), (1, 2), (3, 5)]:
         decoded = plain[row][:position]
         for logits in _logits_in_all_ways(tiny_base, call, row, decoded):
@@ -79,7 +79,7 @@ def test_chains_are_compared_at_their_full_length_from_the_first_token_on(monkey
     monkeypatch.setattr(ChainReader, "feed", recorded)
     base, inputs = shared_model("bloom"), prompts(5)
     call = Call(**inputs, options={"max_new_tokens": 3}, seed=1, eos_token_ids=frozenset())
-    plain = plain_arm(base).run(call).tokens
+    plain = plain_decoder(base).run(call).tokens
     wrong = [[*plain[0][:1], plain[0][1] ^ 1, *plain[0][2:]]]
     explain(base, call, index=0, plain=plain, other=wrong)
     assert fed[-4:] == [2, 4, 8, 16]

@@ -2,29 +2,29 @@ from dataclasses import replace
 
 import pytest
 
-from speclm.bench import Outcome, Pair, Spread, compare, plain_arm, speculative_arm
+from speclm.bench import Outcome, Pair, Spread, compare, plain_decoder, speculative_decoder
 from speclm.bench.pairs import merge_stats
 from speclm.errors import MeasurementError
 from speclm.methods.ngram.proposer import NgramProposer
 from speclm.stats import Pause, RowStats, SpeculationStats
 
 
-def logging_arm(arm, log):
+def logging_method(method, log):
     def generate(call):
-        log.append(arm.name)
-        return arm.generate(call)
+        log.append(method.name)
+        return method.generate(call)
 
-    return replace(arm, generate=generate)
+    return replace(method, generate=generate)
 
 
-def wrong_arm(base, *, promises_identity=True):
+def wrong_method(base, *, promises_identity=True):
     def generate(call):
-        output = plain_arm(base).generate(call).clone()
+        output = plain_decoder(base).generate(call).clone()
         output[0, call.input_ids.shape[1]] += 1
         return output
 
-    arm = plain_arm(base)
-    return replace(arm, name="wrong", generate=generate, promises_identity=promises_identity)
+    method = plain_decoder(base)
+    return replace(method, name="wrong", generate=generate, promises_identity=promises_identity)
 
 
 def test_spread_is_median_and_quartiles():
@@ -40,17 +40,17 @@ def test_ratio_is_of_seconds_for_equal_outputs_and_of_time_per_token_otherwise()
 
 def test_every_run_stands_beside_a_plain_run_in_alternating_order(tiny_base, calls_of):
     log = []
-    plain = logging_arm(plain_arm(tiny_base), log)
-    arm = logging_arm(speculative_arm("none", tiny_base, None), log)
-    compare(plain, arm, calls_of(max_new_tokens=2), base=tiny_base, num_warmup=0)
+    plain = logging_method(plain_decoder(tiny_base), log)
+    method = logging_method(speculative_decoder("none", tiny_base, None), log)
+    compare(plain, method, calls_of(max_new_tokens=2), base=tiny_base, num_warmup=0)
     assert log == ["plain", "none", "none", "plain"] * 2
 
 
 def test_warmup_is_not_counted_and_progress_is_told(tiny_base, calls_of):
     told = []
     comparison = compare(
-        plain_arm(tiny_base),
-        speculative_arm("ngram", tiny_base, NgramProposer()),
+        plain_decoder(tiny_base),
+        speculative_decoder("ngram", tiny_base, NgramProposer()),
         calls_of("t1.0"),
         base=tiny_base,
         on_pair=told.append,
@@ -66,21 +66,23 @@ def test_warmup_is_not_counted_and_progress_is_told(tiny_base, calls_of):
 
 def test_a_wrong_output_is_listed_and_not_honest(tiny_base, calls_of):
     calls = calls_of(max_new_tokens=2)[:2]
-    comparison = compare(plain_arm(tiny_base), wrong_arm(tiny_base), calls, base=tiny_base)
+    comparison = compare(plain_decoder(tiny_base), wrong_method(tiny_base), calls, base=tiny_base)
     assert comparison.num_identical == 0
     assert [found.position for found in comparison.divergences] == [0, 0]
     assert not comparison.is_honest
 
 
-def test_an_arm_that_promises_nothing_may_differ(tiny_base, calls_of):
-    arm = wrong_arm(tiny_base, promises_identity=False)
-    comparison = compare(plain_arm(tiny_base), arm, calls_of(max_new_tokens=2), base=tiny_base)
+def test_an_method_that_promises_nothing_may_differ(tiny_base, calls_of):
+    method = wrong_method(tiny_base, promises_identity=False)
+    comparison = compare(
+        plain_decoder(tiny_base), method, calls_of(max_new_tokens=2), base=tiny_base
+    )
     assert comparison.is_honest
     assert comparison.num_identical == 0
 
 
 def test_no_prompts_is_an_error(tiny_base):
-    plain = plain_arm(tiny_base)
+    plain = plain_decoder(tiny_base)
     with pytest.raises(MeasurementError, match="no prompts"):
         compare(plain, plain, [], base=tiny_base)
 

@@ -3,7 +3,15 @@ from pathlib import Path
 
 import pytest
 
-from speclm.bench import Divergence, Record, Spread, append_record, compare, plain_arm, read_records
+from speclm.bench import (
+    Divergence,
+    Record,
+    Spread,
+    append_record,
+    compare,
+    plain_decoder,
+    read_records,
+)
 from speclm.bench.records import decode_record, is_recorded, time_record
 from speclm.errors import DataError, MeasurementError, OptionError, SpeclmError
 
@@ -14,7 +22,7 @@ UNEXPLAINED = Divergence(0, 0, 5, 1, 2, gap=9.0, logit_difference=0.1)
 def record(**fields):
     values = {
         "benchmark": "decode",
-        "settings": {"arm": "ngram"},
+        "settings": {"method": "ngram"},
         "unit": "ratio",
         "n": 3,
         "median": 2.0,
@@ -28,9 +36,9 @@ def record(**fields):
 def test_records_are_appended_line_by_line(tmp_path):
     path = tmp_path / "results" / "decode.jsonl"
     append_record(path, record())
-    append_record(path, record(settings={"arm": "draft"}))
+    append_record(path, record(settings={"method": "draft"}))
     found = read_records(path)
-    assert [line["settings"]["arm"] for line in found] == ["ngram", "draft"]
+    assert [line["settings"]["method"] for line in found] == ["ngram", "draft"]
     assert set(found[0]) >= {"machine", "versions", "commit", "date", "median", "n"}
     assert list(path.parent.iterdir()) == [path]
 
@@ -70,7 +78,7 @@ def test_an_interrupted_write_loses_nothing(tmp_path, monkeypatch):
 )
 def test_outputs_that_differ_are_not_recorded(tmp_path, fields):
     path = tmp_path / "decode.jsonl"
-    with pytest.raises(MeasurementError, match=r"differ.*plain decoding.*nothing was recorded"):
+    with pytest.raises(MeasurementError, match=r"differ.*regular generation.*nothing was recorded"):
         append_record(path, record(**fields))
     assert not path.exists()
     assert issubclass(MeasurementError, SpeclmError)
@@ -84,7 +92,7 @@ def test_explained_divergences_are_recorded_and_listed(tmp_path):
     assert found["divergences"][0]["gap"] == 0.1
 
 
-def test_an_arm_that_promises_nothing_is_recorded_with_its_count(tmp_path):
+def test_an_method_that_promises_nothing_is_recorded_with_its_count(tmp_path):
     path = tmp_path / "decode.jsonl"
     append_record(path, record(promises_identity=False, num_identical=0))
     assert read_records(path)[0]["num_identical"] == 0
@@ -92,20 +100,20 @@ def test_an_arm_that_promises_nothing_is_recorded_with_its_count(tmp_path):
 
 def test_a_measurement_is_found_again_at_the_same_commit_only(tmp_path, monkeypatch):
     path = tmp_path / "decode.jsonl"
-    assert not is_recorded(path, benchmark="decode", settings={"arm": "ngram"})
+    assert not is_recorded(path, benchmark="decode", settings={"method": "ngram"})
     append_record(path, record())
-    assert is_recorded(path, benchmark="decode", settings={"arm": "ngram"})
-    assert not is_recorded(path, benchmark="decode", settings={"arm": "draft"})
-    assert not is_recorded(path, benchmark="other", settings={"arm": "ngram"})
+    assert is_recorded(path, benchmark="decode", settings={"method": "ngram"})
+    assert not is_recorded(path, benchmark="decode", settings={"method": "draft"})
+    assert not is_recorded(path, benchmark="other", settings={"method": "ngram"})
     lines = path.read_text().replace(str(read_records(path)[0]["commit"]["sha"]), "another")
     path.write_text(lines)
-    assert not is_recorded(path, benchmark="decode", settings={"arm": "ngram"})
+    assert not is_recorded(path, benchmark="decode", settings={"method": "ngram"})
 
 
 def test_decode_record_holds_ratio_and_counters(tiny_base, calls_of):
-    plain = plain_arm(tiny_base)
+    plain = plain_decoder(tiny_base)
     comparison = compare(plain, plain, calls_of(max_new_tokens=2), base=tiny_base)
-    found = decode_record(comparison, benchmark="decode", settings={"arm": "plain"})
+    found = decode_record(comparison, benchmark="decode", settings={"method": "plain"})
     assert (found.n, found.num_identical) == (4, 4)
     assert found.median == comparison.ratio.median
     assert found.tau is None

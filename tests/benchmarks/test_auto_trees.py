@@ -27,7 +27,7 @@ def test_every_tree_is_recorded_beside_plain_decoding(auto_trees, tmp_path, monk
     auto_trees.main()
 
     records = [json.loads(line) for line in out.read_text().splitlines()]
-    arms = [record["settings"]["arm"] for record in records]
-    assert arms == ["own", "chain-4", "static-8", "auto"]
+    methods = [record["settings"]["method"] for record in records]
+    assert methods == ["own", "chain-4", "static-8", "auto"]
     assert all(record["num_identical"] == record["n"] for record in records)
     assert "of the best fixed" in capsys.readouterr().out

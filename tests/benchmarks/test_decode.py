@@ -54,15 +54,17 @@ def run(decode, monkeypatch, path, *arguments):
     command = ["decode.py", *fixed, "--max-new-tokens", "12", "--out", str(path), *arguments]
     monkeypatch.setattr(sys, "argv", command)
     decode.main()
-    return {record["settings"]["arm"]: record for record in read_records(path)}
+    return {record["settings"]["method"]: record for record in read_records(path)}
 
 
 @pytest.mark.usefixtures("medusa_asset")
-def test_shape_inflates_every_arm_and_is_recorded(decode, monkeypatch, tmp_path):
-    arms = ("ngram", "draft", "medusa", "ngram+medusa")
-    small = run(decode, monkeypatch, tmp_path / "small", "--arms", ",".join(arms))
-    wide = run(decode, monkeypatch, tmp_path / "wide", "--arms", ",".join(arms), "--shape", "tiny")
-    assert tuple(wide) == tuple(small) == arms
+def test_shape_inflates_every_method_and_is_recorded(decode, monkeypatch, tmp_path):
+    methods = ("ngram", "draft", "medusa", "ngram+medusa")
+    small = run(decode, monkeypatch, tmp_path / "small", "--methods", ",".join(methods))
+    wide = run(
+        decode, monkeypatch, tmp_path / "wide", "--methods", ",".join(methods), "--shape", "tiny"
+    )
+    assert tuple(wide) == tuple(small) == methods
     heads = 2 * (TINY.hidden_size + 1 + TINY.vocab_size) * TINY.hidden_size  # depth 2
     for name, record in wide.items():
         settings = record["settings"]
@@ -84,7 +86,7 @@ def test_eagle_heads_of_a_folder_are_measured_as_they_are_and_inflated(
     decode, monkeypatch, tmp_path
 ):
     heads = write_eagle_folders(tmp_path / "heads")
-    options = ["--heads", str(heads), "--arms"]
+    options = ["--heads", str(heads), "--methods"]
     small = run(decode, monkeypatch, tmp_path / "small", *options, "eagle,eagle3")
     assert tuple(small) == ("eagle", "eagle3")
     wide = run(decode, monkeypatch, tmp_path / "wide", *options, "eagle3", "--shape", "tiny")
@@ -98,14 +100,14 @@ def test_eagle_heads_of_a_folder_are_measured_as_they_are_and_inflated(
 
 def test_tree_is_passed_on_and_recorded(decode, monkeypatch, tmp_path):
     told = []
-    make = decode.speculative_arm
+    make = decode.speculative_decoder
 
-    def speculative_arm(name, base, heads, *, tree):
+    def speculative_decoder(name, base, heads, *, tree):
         told.append(tree)
         return make(name, base, heads, tree=tree)
 
-    monkeypatch.setattr(decode, "speculative_arm", speculative_arm)
-    records = run(decode, monkeypatch, tmp_path / "auto", "--arms", "draft", "--tree", "auto")
+    monkeypatch.setattr(decode, "speculative_decoder", speculative_decoder)
+    records = run(decode, monkeypatch, tmp_path / "auto", "--methods", "draft", "--tree", "auto")
     assert records["draft"]["settings"]["tree"] == "auto"
     assert told == ["auto"]
 

@@ -40,15 +40,15 @@ def test_dry_run_checks_identity_and_writes_records(tmp_path):
     for family in ("bundled", "llama", "qwen2", "qwen3", "mistral"):
         assert f"identity {family}" in result.stdout
     records = [json.loads(line) for line in path.read_text().splitlines()]
-    assert {record["settings"]["arm"] for record in records} == {
+    assert {record["settings"]["method"] for record in records} == {
         "ngram",
         "prompt_lookup",
         "assisted",
     }
     assert "kernels: 7 checks passed" in result.stdout
     records = read_records(tmp_path / "kernels.jsonl")
-    arms = [r["settings"]["arm"] for r in records if r["benchmark"] == "tree_attention"]
-    assert arms == ["ours", "sdpa"] * 2
+    methods = [r["settings"]["method"] for r in records if r["benchmark"] == "tree_attention"]
+    assert methods == ["ours", "sdpa"] * 2
 
 
 def test_what_there_is_no_time_for_is_named(gpu, capsys):
@@ -92,7 +92,7 @@ def test_on_a_gpu_checks_run_beside_compilations(gpu, monkeypatch):
 def test_a_wrong_output_fails(gpu):
     plan = gpu.make_plan(argparse.Namespace(tiny=True, seconds=60.0))
     base = gpu.load_model("base", dtype=torch.float32, device=plan.device)
-    plain = gpu.plain_arm(base)
+    plain = gpu.plain_decoder(base)
     wrong = replace(plain, name="wrong", generate=lambda call: plain.generate(call) + 1)
     (cell, *_) = gpu.build_cells(
         base,

@@ -12,7 +12,7 @@ import torch
 from speclm.bench import read_records
 
 ROOT = Path(__file__).parents[2]
-NAMES = ("kernel_speed", "kernel_arms", "kernel_bench", "kernel_dispatch", "kernel_moves")
+NAMES = ("kernel_speed", "kernel_methods", "kernel_bench", "kernel_dispatch", "kernel_moves")
 NAMES += ("kernel_rows", "kernel_timing", "kernel_cases", "findings")
 
 
@@ -30,7 +30,7 @@ def bench(modules, tmp_path):
     return modules["kernel_bench"].Bench("cpu", tmp_path / "kernels.jsonl", findings, samples=2)
 
 
-def test_dry_run_records_every_arm(tmp_path):
+def test_dry_run_records_every_method(tmp_path):
     path = tmp_path / "kernels.jsonl"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
@@ -44,8 +44,8 @@ def test_dry_run_records_every_arm(tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.splitlines()[-1] == "0 failures, 0 left out"
     records = read_records(path)
-    arms = {r["settings"]["arm"] for r in records if r["benchmark"] == "tree_attention"}
-    assert arms == {"ours", "flex", "sdpa", "grouped_sdpa", "eager", "page16", "deterministic"}
+    methods = {r["settings"]["method"] for r in records if r["benchmark"] == "tree_attention"}
+    assert methods == {"ours", "flex", "sdpa", "grouped_sdpa", "eager", "page16", "deterministic"}
     others = {"copy_rate", "product_rate", "keep_path", "tree_words"}
     assert {record["benchmark"] for record in records} == {"tree_attention", *others}
     assert "goals: " in result.stdout
@@ -107,8 +107,8 @@ def test_figures_count_keys_and_values_once(modules):
 
 
 def test_block_mask_has_the_prefix_in_full_blocks(modules):
-    shape = modules["kernel_arms"].Shape(260, 5, 2, 4, 2, 16, torch.float32)
-    workload = modules["kernel_arms"].Workload(shape, device="cpu", is_timed=False)
+    shape = modules["kernel_methods"].Shape(260, 5, 2, 4, 2, 16, torch.float32)
+    workload = modules["kernel_methods"].Workload(shape, device="cpu", is_timed=False)
     mask = workload.block_mask()
     assert (workload.num_buffers, shape.lengths, shape.capacity) == (1, [260, 68], 384)
     assert mask.full_kv_num_blocks.flatten().tolist() == [2, 0]
@@ -118,28 +118,30 @@ def test_block_mask_has_the_prefix_in_full_blocks(modules):
 
 
 def test_wrong_outputs_are_not_recorded(modules, bench, monkeypatch):
-    table, arms = modules["kernel_rows"], modules["kernel_arms"]
-    row = replace(table.tiny_rows()[1], arms=("ours", "sdpa", "eager"))
-    right = arms.Workload.sdpa
-    monkeypatch.setattr(arms.Workload, "sdpa", lambda self: lambda index: 1.1 * right(self)(index))
-    monkeypatch.setattr(arms.Workload, "eager", lambda self: lambda index: 1 / 0)
+    table, methods = modules["kernel_rows"], modules["kernel_methods"]
+    row = replace(table.tiny_rows()[1], methods=("ours", "sdpa", "eager"))
+    right = methods.Workload.sdpa
+    monkeypatch.setattr(
+        methods.Workload, "sdpa", lambda self: lambda index: 1.1 * right(self)(index)
+    )
+    monkeypatch.setattr(methods.Workload, "eager", lambda self: lambda index: 1 / 0)
     modules["kernel_bench"].measure_row(bench, row)
-    assert [record["settings"]["arm"] for record in read_records(bench.out)] == ["ours"]
+    assert [record["settings"]["method"] for record in read_records(bench.out)] == ["ours"]
     assert bench.findings.failures == []
     assert "off by" in bench.findings.left_out[0]
     assert "ZeroDivisionError" in bench.findings.left_out[1]
 
 
 def test_wrong_outputs_of_ours_fail(modules, bench, monkeypatch):
-    arms = modules["kernel_arms"]
-    right = arms.tree_attention
+    methods = modules["kernel_methods"]
+    right = methods.tree_attention
 
     def wrong(*arguments, backend="auto", **options):
         output = right(*arguments, backend=backend, **options)
         return output if backend == "reference" else output * 1.05
 
-    monkeypatch.setattr(arms, "tree_attention", wrong)
-    row = replace(modules["kernel_rows"].tiny_rows()[1], arms=("ours",))
+    monkeypatch.setattr(methods, "tree_attention", wrong)
+    row = replace(modules["kernel_rows"].tiny_rows()[1], methods=("ours",))
     modules["kernel_bench"].measure_row(bench, row)
     assert read_records(bench.out) == []
     assert "off by" in bench.findings.failures[0]
@@ -154,9 +156,9 @@ def test_what_there_is_no_time_for_is_named(modules, bench, capsys):
 
 
 def test_best_settings_of_flex_are_kept_and_refused_ones_passed_over(modules, bench, monkeypatch):
-    arms, kernel_bench = modules["kernel_arms"], modules["kernel_bench"]
-    shape = arms.Shape(40, 5, 1, 4, 2, 16, torch.float32)
-    workload = arms.Workload(shape, device="cpu")
+    methods, kernel_bench = modules["kernel_methods"], modules["kernel_bench"]
+    shape = methods.Shape(40, 5, 1, 4, 2, 16, torch.float32)
+    workload = methods.Workload(shape, device="cpu")
     expected = workload.expected()
 
     def refuse(_):
@@ -164,16 +166,16 @@ def test_best_settings_of_flex_are_kept_and_refused_ones_passed_over(modules, be
 
     settings = [({}, refuse), ({"num_warps": 8}, workload.sdpa())]
     monkeypatch.setattr(kernel_bench, "attends", lambda *_: settings)
-    samples, options = kernel_bench.time_arm(bench, workload, "flex", expected)
+    samples, options = kernel_bench.time_method(bench, workload, "flex", expected)
     assert (len(samples), options) == (2, {"num_warps": 8})
     assert bench.flex_options == {(5, 16, 1): {"num_warps": 8}}
     with pytest.raises(RuntimeError, match="out of resources"):
-        kernel_bench.time_arm(bench, workload, "sdpa", expected)
+        kernel_bench.time_method(bench, workload, "sdpa", expected)
 
 
 def test_compiling_and_listing_launches_time_nothing(modules, capsys):
     speed = modules["kernel_speed"]
-    speed.main(["--tiny", "--warm", "1/2", "--arms", "ours"])
+    speed.main(["--tiny", "--warm", "1/2", "--methods", "ours"])
     speed.main(["--tiny", "--launches", "--rows", "t5-n120"])
     assert "speclm::tree_attention" in capsys.readouterr().out
     commands = speed.warm_commands(patterns=["t1-*"])
@@ -188,8 +190,8 @@ def test_dispatch_is_measured_in_pairs(modules, tmp_path, capsys):
     assert ratio["benchmark"] == "tree_attention_dispatch"
     assert (ratio["n"], ratio["settings"]["groups"], ratio["settings"]["batch"]) == (2, 2, 2)
     assert set(ratio["settings"]["times"]) == {"ours_ms", "theirs_ms"}
-    arms = [record["settings"]["arm"] for record in calls]
-    assert arms == ["bare SDPA", "unchecked", "checked", "Transformers"]
+    methods = [record["settings"]["method"] for record in calls]
+    assert methods == ["bare SDPA", "unchecked", "checked", "Transformers"]
     assert "times as fast" in capsys.readouterr().out
 
 

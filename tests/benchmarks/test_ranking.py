@@ -55,7 +55,7 @@ def test_replayed_rounds_emit_as_many_tokens_as_generate(ranking, call, mixture)
     assert sorted(found) == sorted(1 + length for length in accepted)
 
 
-def test_arms_are_measured_once(ranking, call, tmp_path):
+def test_methods_are_measured_once(ranking, call, tmp_path):
     target, path = shared_model("llama"), tmp_path / "ranking.jsonl"
 
     def make(num_nodes, shape, mixture):
@@ -67,8 +67,8 @@ def test_arms_are_measured_once(ranking, call, tmp_path):
         options = {"nodes": [4], "shape": (1, 2, 3), "settings": {"prompts": "own"}}
         return list(ranking.measure(target, make, [call], path=path, **options))
 
-    arms = [record.settings["arm"] for record in run()]
-    assert arms == ["top-k", "fixed mixture", "estimated mixture"]
+    methods = [record.settings["method"] for record in run()]
+    assert methods == ["top-k", "fixed mixture", "estimated mixture"]
     assert run() == []
     top_k, fixed, _ = read_records(path)
     assert 1.0 <= top_k["tau"] < fixed["tau"] <= 4.0

@@ -20,11 +20,11 @@ def render(monkeypatch):
 def a_record(*, date="2026-11-21T10:00:00+00:00", n=100, num_identical=100, **fields):
     names = ("median", "tau", "unit", "benchmark", "promises_identity", "machine", "commit")
     given = {name: fields.pop(name) for name in names if name in fields}
-    settings = {"prompts": "sql_dev", "setting": "greedy", "arm": "ngram", "batch": 1}
+    settings = {"prompts": "sql_dev", "setting": "greedy", "method": "ngram", "batch": 1}
     return {
         "benchmark": "decode",
         "settings": {**settings, "dtype": "float32", **fields},
-        "unit": "times plain decoding",
+        "unit": "times regular generation",
         "n": n,
         "median": 1.5,
         "lower_quartile": 1.25,
@@ -63,7 +63,7 @@ def test_tables_of_the_pages_are_those_of_the_records():
 
 def test_row_shows_ratio_with_quartiles_tau_and_their_quotient(rewrite):
     header, _, row = rows(rewrite(a_record()))
-    assert header == "| setting | arm | text-to-SQL | tau | speed-up/tau |"
+    assert header == "| setting | method | text-to-SQL | tau | speed-up/tau |"
     assert row == '| greedy | `"ngram"` | 1.50 [1.25, 1.75] | 2.00 | 0.75 |'
 
 
@@ -97,9 +97,11 @@ def test_sets_are_columns_and_missing_cells_are_marked(rewrite):
     assert warm.startswith('| T = 1 | `"ngram"` | - | - | - | 1.50')
 
 
-def test_known_arms_come_in_their_order_and_unknown_ones_last(rewrite):
-    arms = ["mine", "medusa", "ngram", "plain"]
-    names = [row.split(" | ")[1] for row in rows(rewrite(*(a_record(arm=a) for a in arms)))[2:]]
+def test_known_methods_come_in_their_order_and_unknown_ones_last(rewrite):
+    methods = ["mine", "medusa", "ngram", "plain"]
+    names = [
+        row.split(" | ")[1] for row in rows(rewrite(*(a_record(method=a) for a in methods)))[2:]
+    ]
     assert names == ["plain against plain", '`"ngram"`', "Medusa heads", "mine"]
 
 
@@ -111,19 +113,19 @@ def test_any_other_setting_makes_a_table_of_its_own(rewrite):
         a_record(shape="7B"),
         a_record(new_setting=3),
     )
-    assert text.count("| setting | arm |") == 5
+    assert text.count("| setting | method |") == 5
     for title in ("**batch 1, float32.**", "batch 4", "bfloat16", "7B", "new setting 3"):
         assert title in text
 
 
 def test_what_follows_from_other_settings_makes_no_table(rewrite):
     derived = {"options": {"top_k": 0}, "max_new_tokens": 256, "layers": [1]}
-    assert rewrite(a_record(), a_record(arm="draft", **derived)).count("| setting |") == 1
+    assert rewrite(a_record(), a_record(method="draft", **derived)).count("| setting |") == 1
 
 
 def test_filters_of_the_marker_choose_records(rewrite):
     text = rewrite(a_record(), a_record(batch=4), filters=" batch=4 dtype=float32")
-    assert text.count("| setting | arm |") == 1
+    assert text.count("| setting | method |") == 1
     assert "**batch 4" in text
 
 
@@ -136,10 +138,12 @@ def test_filter_none_leaves_out_what_has_the_setting(rewrite):
 def test_inflated_tables_say_so_and_what_each_forward_reads(rewrite):
     inflated = {"shape": "1b", "is_inflated": True}
     text = rewrite(
-        a_record(arm="plain", **inflated, bytes_read={"base": 2_470_000_000}),
-        a_record(arm="draft", **inflated, bytes_read={"base": 2_470_000_000, "draft": 250_000_000}),
+        a_record(method="plain", **inflated, bytes_read={"base": 2_470_000_000}),
+        a_record(
+            method="draft", **inflated, bytes_read={"base": 2_470_000_000, "draft": 250_000_000}
+        ),
     )
-    assert text.count("| setting | arm |") == 1
+    assert text.count("| setting | method |") == 1
     assert "**batch 1, float32, 1b, inflated.**" in text
     assert "Weights read by one forward: base 2.47 GB, draft 0.25 GB." in text
 
@@ -149,7 +153,7 @@ def test_table_says_what_it_was_measured_on(rewrite):
     text = rewrite(
         a_record(),
         a_record(
-            arm="draft",
+            method="draft",
             n=25,
             num_identical=24,
             machine=machine,
@@ -166,12 +170,12 @@ def test_table_says_what_it_was_measured_on(rewrite):
         assert words in text
 
 
-def test_identity_counts_neither_plain_nor_lossless_arms(rewrite):
-    text = rewrite(a_record(arm="plain"), a_record(arm="assisted", promises_identity=False))
+def test_identity_counts_neither_plain_nor_lossless_methods(rewrite):
+    text = rewrite(a_record(method="plain"), a_record(method="assisted", promises_identity=False))
     assert "Outputs" not in text
 
 
-def test_arm_without_tau_has_a_ratio_alone(rewrite):
+def test_method_without_tau_has_a_ratio_alone(rewrite):
     assert rows(rewrite(a_record(tau=None)))[2].endswith("| 1.50 [1.25, 1.75] | - | - |")
 
 
@@ -185,11 +189,11 @@ def test_times_have_one_column(rewrite):
 def test_rules_are_shown_by_shape_with_tau_over_all_calls(rewrite):
     unit = "tokens a target forward"
     chains = [
-        a_record(unit=unit, shape=shape, arm="coupled", rule="exact")
+        a_record(unit=unit, shape=shape, method="coupled", rule="exact")
         for shape in ("chain", "tree 8")
     ]
     header, _, chain, tree = rows(rewrite(*chains, name="rules"))
-    assert header == "| shape | arm | text-to-SQL: tau | by call |"
+    assert header == "| shape | method | text-to-SQL: tau | by call |"
     assert chain == "| chain | coupled | 2.00 | 1.50 [1.25, 1.75] |"
     assert tree.startswith("| tree 8 |")
 
@@ -197,15 +201,15 @@ def test_rules_are_shown_by_shape_with_tau_over_all_calls(rewrite):
 def test_tau_is_shown_by_setting_nodes_drafter_and_ranking(rewrite):
     unit = "tokens a target forward"
     records = [
-        a_record(unit=unit, arm=arm, num_nodes=nodes, drafter=drafter)
-        for arm, nodes, drafter in (
+        a_record(unit=unit, method=method, num_nodes=nodes, drafter=drafter)
+        for method, nodes, drafter in (
             ("coupled", 16, "draft"),
             ("top-k", 8, "eagle3"),
             ("top-k", 8, "draft"),
         )
     ]
     header, _, *found = rows(rewrite(*records, name="tau"))
-    assert header == "| setting | num nodes | drafter | arm | text-to-SQL: tau | by call |"
+    assert header == "| setting | num nodes | drafter | method | text-to-SQL: tau | by call |"
     assert [row.split(" | ")[1:4] for row in found] == [
         ["8", "draft model", "top-k"],
         ["8", "EAGLE-3 heads", "top-k"],
@@ -218,20 +222,21 @@ def test_kernels_are_shown_with_what_they_read_and_compute(rewrite):
     shape = {"prefix": 8192, "num_nodes": 16, "work": work}
     given = {"unit": "us", "benchmark": "tree_attention", "tau": None, "num_identical": None}
     records = [
-        a_record(**given, **shape, arm=arm, median=2.0, device="cuda") for arm in ("flex", "ours")
+        a_record(**given, **shape, method=method, median=2.0, device="cuda")
+        for method in ("flex", "ours")
     ]
     del records[0]["settings"]["work"]
-    other = a_record(**given, arm="ours")
+    other = a_record(**given, method="ours")
     other["benchmark"] = "keep_path"
     text = rewrite(*records, other, name="kernels", filters=" benchmark=tree_attention")
     header, _, ours, flex = rows(text)
-    assert header == "| batch | prefix | num nodes | arm | us | GB/s | TFLOP/s |"
+    assert header == "| batch | prefix | num nodes | method | us | GB/s | TFLOP/s |"
     assert ours == "| 1 | 8192 | 16 | ours | 2.0 [1.2, 1.8] | 2000 | 300 |"
     assert flex.endswith("| compiled FlexAttention | 2.0 [1.2, 1.8] | - | - |")
 
 
 def test_dispatch_is_shown_with_both_times(rewrite):
-    settings = {"groups": 4, "times": {"ours_ms": 1.234, "theirs_ms": 2.5}, "arm": None}
+    settings = {"groups": 4, "times": {"ours_ms": 1.234, "theirs_ms": 2.5}, "method": None}
     unit = "times Transformers' SDPA"
     header, _, row = rows(rewrite(a_record(unit=unit, tau=None, **settings), name="kernels"))
     assert header == "| batch | groups | speed-up | ours | Transformers |"

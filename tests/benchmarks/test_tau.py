@@ -38,11 +38,15 @@ def test_every_drafter_is_measured_with_equal_numbers_of_nodes(script, monkeypat
     run(script("tau"), monkeypatch, path, *options, "greedy", "--drafters", "draft", "eagle")
     sampled = [*options, "t1.0", "--drafters", "medusa", "eagle3"]
     records = run(script("tau"), monkeypatch, path, *sampled)
-    cells = [tuple(r["settings"][key] for key in ("setting", "drafter", "arm")) for r in records]
+    cells = [tuple(r["settings"][key] for key in ("setting", "drafter", "method")) for r in records]
     assert cells == [
         ("greedy", "draft", "top-k"),
         ("greedy", "eagle", "top-k"),
-        *(("t1.0", name, arm) for name in ("medusa", "eagle3") for arm in ("top-k", "coupled")),
+        *(
+            ("t1.0", name, method)
+            for name in ("medusa", "eagle3")
+            for method in ("top-k", "coupled")
+        ),
     ]
     assert {record["settings"]["num_nodes"] for record in records} == {8}
     assert all(record["num_identical"] == 1 for record in records)

@@ -39,7 +39,7 @@ from speclm.tree.topology import from_parents
 from tests.models import VOCAB_SIZE, WINDOW, build_model, prompts, randomise
 
 TOLERANCE = 2e-4  # of logits whose spread is about 3, and of keys and values, in float32
-SPLIT = 13  # slots that plain decoding has cached; more than a window
+SPLIT = 13  # slots that regular generation has cached; more than a window
 LENGTH = 22
 
 _TINY = {"vocab_size": VOCAB_SIZE, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
@@ -108,7 +108,7 @@ def padding_of(inputs: dict[str, Tensor]) -> Tensor:
 def plain_cache(
     model: PreTrainedModel, inputs: dict[str, Tensor], length: int, *, with_config: bool = True
 ) -> DynamicCache:
-    """Return what plain decoding caches for the first slots."""
+    """Return what regular generation caches for the first slots."""
     cache = DynamicCache(config=model.config) if with_config else DynamicCache()
     mask = inputs["attention_mask"][:, :length]
     model(

@@ -19,7 +19,7 @@ HEADS = 2
 
 
 class Reference:
-    """A cache beside a list of committed numbers per row; each slot holds its own number."""
+    """A cache next to a list of committed numbers per row; each slot holds its own number."""
 
     def __init__(
         self, batch: int, prompt: int, *, layers: int = 2, widths: tuple[int, int] = (3, 3)
@@ -121,7 +121,7 @@ def test_slots_move_through_the_op_where_the_environment_asks_for_it(backend, is
     assert op.call_count == is_asked  # one for all layers
     for call in op.call_args_list:
         arena, paths = call.args
-        assert arena.shape == (2, 2, HEADS, BLOCK, 6)  # values beside keys
+        assert arena.shape == (2, 2, HEADS, BLOCK, 6)  # values next to keys
         assert paths.tolist() == [[1, 3], [4, -1]]  # counted from each row's own length
         assert call.kwargs["prefix_lengths"].tolist() == [6, 4]
 

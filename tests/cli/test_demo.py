@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from speclm.bench import plain_arm
+from speclm.bench import plain_decoder
 from speclm.demo.bundle import load_prompts
 
 demo_module = importlib.import_module("speclm.cli.demo")  # the package's `demo` is the function
@@ -21,8 +21,8 @@ def test_demo_compares_both_sets_and_is_identical(run):
     rows = [line.split()[:3] for line in result.output.splitlines()]
     for name in ("sql", "gsm8k"):
         for setting in ("greedy", "t1.0"):
-            for arm in ("ngram", "draft", "medusa", "eagle", "eagle3"):
-                assert [name, setting, arm] in rows
+            for method in ("ngram", "draft", "medusa", "eagle", "eagle3"):
+                assert [name, setting, method] in rows
     assert "SELECT" in result.output
 
 
@@ -30,17 +30,17 @@ def test_demo_is_identical_with_more_prompts_than_there_are(run, monkeypatch):
     monkeypatch.setattr(
         demo_module, "load_prompts", lambda name, limit: load_prompts(name, limit=1)
     )
-    monkeypatch.setattr(demo_module, "_arms", lambda base: [plain_arm(base)])
+    monkeypatch.setattr(demo_module, "_methods", lambda base: [plain_decoder(base)])
     result = run("demo", "--prompts", "999")
     assert (result.exit_code, "identical: yes" in result.output) == (0, True)
 
 
 def test_demo_fails_when_an_output_differs(run, monkeypatch):
-    def wrong_arm(name, base, proposer):
-        arm = plain_arm(base)
-        return replace(arm, name=name, generate=lambda call: arm.generate(call) + 1)
+    def wrong_method(name, base, proposer):
+        method = plain_decoder(base)
+        return replace(method, name=name, generate=lambda call: method.generate(call) + 1)
 
-    monkeypatch.setattr(demo_module, "speculative_arm", wrong_arm)
+    monkeypatch.setattr(demo_module, "speculative_decoder", wrong_method)
     monkeypatch.setattr(demo_module, "SETTINGS", ("greedy",))
     result = run("demo", "--prompts", "1", "--threads", "1", "--tune")
     assert result.exit_code == 1

@@ -36,11 +36,11 @@ def test_generate_samples_from_a_file_without_chat_template(run, tmp_path):
 
 
 def test_generate_exits_with_1_when_the_output_differs(run, monkeypatch):
-    def wrong_arm(name, base, proposer):
-        arm = generate_module.plain_arm(base)
-        return replace(arm, name=name, generate=lambda call: arm.generate(call) + 1)
+    def wrong_method(name, base, proposer):
+        method = generate_module.plain_decoder(base)
+        return replace(method, name=name, generate=lambda call: method.generate(call) + 1)
 
-    monkeypatch.setattr(generate_module, "speculative_arm", wrong_arm)
+    monkeypatch.setattr(generate_module, "speculative_decoder", wrong_method)
     result = run("generate", "--prompt", "2 + 2?", "--compare", *SHORT)
     assert result.exit_code == 1
     assert "identical: NO" in result.output

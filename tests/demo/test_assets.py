@@ -11,7 +11,7 @@ from speclm.demo.bundle import assets, load_prompts
 from speclm.errors import MissingAssetError
 
 MAX_BYTES = 35_000_000
-MIN_AGREEMENT = 0.5  # far above chance (1/4096), below what was measured on either task
+MIN_AGREEMENT = 0.5  # far above probability (1/4096), below what was measured on either task
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 import jaxtyping
 import pytest
 import torch
-from tests.proposers.test_medusa import random_heads
 
 from speclm import SpecModel
 from speclm.acceptance import Accepted
@@ -16,6 +15,7 @@ from speclm.target.features import TargetFeatures
 from speclm.testing import ScriptedProposer
 from speclm.tree.topology import from_parents
 from tests.methods.eagle.eagle_heads import heads_for
+from tests.methods.medusa.test_proposer import random_heads
 from tests.models import FAMILIES, build_model, generate, prompts, shared_model
 from tests.proposers import HittingProposer
 

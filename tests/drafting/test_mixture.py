@@ -1,4 +1,4 @@
-"""Numbers of the ranking law, estimated from what the target chose."""
+"""Numbers of the ranking distribution, estimated from what the target chose."""
 
 import copy
 import pickle
@@ -28,28 +28,35 @@ VOCAB = 48
 
 
 def draws(num: int, *, spread: float, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Return laws, the more certain the larger the spread, and noise."""
+    """Return distributions, the more certain the larger the spread, and noise."""
     generator = torch.Generator().manual_seed(seed)
-    laws = (spread * torch.randn(num, VOCAB, generator=generator)).log_softmax(-1)
-    return laws, torch.empty(num, VOCAB).exponential_(generator=generator)
+    distributions = (spread * torch.randn(num, VOCAB, generator=generator)).log_softmax(-1)
+    return distributions, torch.empty(num, VOCAB).exponential_(generator=generator)
 
 
 def taught(
-    laws: Tensor, noise: Tensor, tokens: Tensor, *, depth: int = 0, start: Mixture | None = None
+    distributions: Tensor,
+    noise: Tensor,
+    tokens: Tensor,
+    *,
+    depth: int = 0,
+    start: Mixture | None = None,
 ) -> MixtureEstimator:
     """Return an estimator that saw four observations a round."""
     estimator = MixtureEstimator(start=start)
     estimator.begin("setting")
     for rows in torch.arange(len(tokens)).split(4):
         if estimator.wants_round():
-            estimator.observe(laws[rows], noise[rows], tokens[rows], depth=depth)
+            estimator.observe(distributions[rows], noise[rows], tokens[rows], depth=depth)
             estimator.end_round()
     return estimator
 
 
 def test_numbers_do_not_depend_on_the_default_dtype_and_device():
-    laws, noise = draws(4 * ROUNDS_PER_UPDATE, spread=1.5)
-    rounds = list(zip(laws.split(4), noise.split(4), sampled(laws).split(4), strict=True))
+    distributions, noise = draws(4 * ROUNDS_PER_UPDATE, spread=1.5)
+    rounds = list(
+        zip(distributions.split(4), noise.split(4), sampled(distributions).split(4), strict=True)
+    )
 
     def learned() -> Mixture:
         estimator = MixtureEstimator()
@@ -67,14 +74,14 @@ def test_numbers_do_not_depend_on_the_default_dtype_and_device():
             torch.set_default_dtype(torch.float32)
 
 
-def log_likelihood(laws: Tensor, noise: Tensor, tokens: Tensor, mixture: Mixture) -> float:
-    ranked = mixture_log_probs(laws, noise, mixture)
+def log_likelihood(distributions: Tensor, noise: Tensor, tokens: Tensor, mixture: Mixture) -> float:
+    ranked = mixture_log_probs(distributions, noise, mixture)
     return float(ranked.gather(1, tokens[:, None]).mean())
 
 
-def sampled(laws: Tensor, *, seed: int = 5) -> Tensor:
+def sampled(distributions: Tensor, *, seed: int = 5) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.multinomial(laws.exp(), 1, generator=generator)[:, 0]
+    return torch.multinomial(distributions.exp(), 1, generator=generator)[:, 0]
 
 
 @given(
@@ -83,49 +90,57 @@ def sampled(laws: Tensor, *, seed: int = 5) -> Tensor:
     seed=st.integers(0, 99),
 )
 def test_gradients_are_those_of_the_log_likelihood(weight, exponents, seed):
-    laws, noise = draws(3, spread=1.5, seed=seed)
-    laws, noise, tokens = laws.double(), noise.double(), torch.tensor([0, 5, VOCAB - 1])
+    distributions, noise = draws(3, spread=1.5, seed=seed)
+    distributions, noise, tokens = (
+        distributions.double(),
+        noise.double(),
+        torch.tensor([0, 5, VOCAB - 1]),
+    )
     free = torch.tensor([weight, *exponents], dtype=torch.float64)
     free = torch.cat([free[:1].logit(), free[1:].log()]).repeat(3, 1).requires_grad_()
     w, a, b, plain = free[:, :1].sigmoid(), *free[:, 1:].exp().split(1, dim=1)
-    coupled = (a * laws - b * noise.log()).softmax(-1)
-    law = w * coupled + (1 - w) * (plain * laws).softmax(-1)
-    chances = law.gather(1, tokens[:, None])
-    (expected,) = torch.autograd.grad(chances.log().sum(), free)
+    coupled = (a * distributions - b * noise.log()).softmax(-1)
+    distribution = w * coupled + (1 - w) * (plain * distributions).softmax(-1)
+    probabilities = distribution.gather(1, tokens[:, None])
+    (expected,) = torch.autograd.grad(probabilities.log().sum(), free)
     numbers = torch.cat([w, a, b, plain], dim=1).detach()
-    found, _ = mixture_scores(laws, noise, tokens, numbers)
+    found, _ = mixture_scores(distributions, noise, tokens, numbers)
     assert torch.allclose(found, expected.clamp(-8, 8), atol=1e-9)
 
 
 def test_information_is_the_mean_outer_product_of_gradients():
-    laws, noise = draws(1, spread=1.0)
+    distributions, noise = draws(1, spread=1.0)
     numbers = torch.tensor([[0.6, 1.2, 0.9, 1.3]])
     every = torch.arange(VOCAB)
     gradients, information = mixture_scores(
-        laws.expand(VOCAB, -1), noise.expand(VOCAB, -1), every, numbers.expand(VOCAB, -1)
+        distributions.expand(VOCAB, -1), noise.expand(VOCAB, -1), every, numbers.expand(VOCAB, -1)
     )
-    chances = mixture_log_probs(laws[0], noise[0], Mixture(*numbers[0].tolist())).exp()
-    expected = torch.einsum("v,vi,vj->ij", chances, gradients, gradients)
+    probabilities = mixture_log_probs(
+        distributions[0], noise[0], Mixture(*numbers[0].tolist())
+    ).exp()
+    expected = torch.einsum("v,vi,vj->ij", probabilities, gradients, gradients)
     assert torch.allclose(information[0], expected, atol=1e-4)
-    assert torch.allclose(chances @ gradients, torch.zeros(4), atol=1e-4)  # means of a score
+    assert torch.allclose(probabilities @ gradients, torch.zeros(4), atol=1e-4)  # means of a score
 
 
 def test_targets_that_follow_the_noise_have_a_weight_near_one():
-    laws, noise = draws(1200, spread=2.0)
-    found = taught(laws, noise, (laws - noise.log()).argmax(-1)).at(0)
+    distributions, noise = draws(1200, spread=2.0)
+    found = taught(distributions, noise, (distributions - noise.log()).argmax(-1)).at(0)
     assert found.weight > 0.93
     assert found.noise_exponent > 1.5
 
 
 def test_near_certain_targets_that_ignore_the_noise_have_a_small_weight():
-    laws, noise = draws(1200, spread=5.0)
-    assert taught(laws, noise, laws.argmax(-1)).at(0).weight < 0.25
+    distributions, noise = draws(1200, spread=5.0)
+    assert taught(distributions, noise, distributions.argmax(-1)).at(0).weight < 0.25
 
 
 def test_numbers_that_targets_follow_are_found():
     truth = Mixture(weight=0.5, draft_exponent=1.3, noise_exponent=0.8, plain_exponent=1.6)
-    laws, noise = draws(8000, spread=2.5)
-    found = taught(laws, noise, sampled(mixture_log_probs(laws, noise, truth))).at(0)
+    distributions, noise = draws(8000, spread=2.5)
+    found = taught(
+        distributions, noise, sampled(mixture_log_probs(distributions, noise, truth))
+    ).at(0)
     assert found.weight == pytest.approx(truth.weight, abs=0.1)
     assert found.draft_exponent == pytest.approx(truth.draft_exponent, rel=0.15)
     assert found.noise_exponent == pytest.approx(truth.noise_exponent, rel=0.15)
@@ -135,66 +150,70 @@ def test_numbers_that_targets_follow_are_found():
 @pytest.mark.parametrize("spread", [0.5, 2.0, 5.0])
 @pytest.mark.parametrize("error", [0.0, 0.7, 2.0])
 def test_held_out_choices_are_no_less_likely_than_under_the_start_values(spread, error):
-    laws, noise = draws(1600, spread=spread)
+    distributions, noise = draws(1600, spread=spread)
     generator = torch.Generator().manual_seed(9)
-    target = (laws + error * torch.randn(laws.shape, generator=generator)).log_softmax(-1)
+    target = (
+        distributions + error * torch.randn(distributions.shape, generator=generator)
+    ).log_softmax(-1)
     tokens = (target - noise.log()).argmax(-1)
-    found = taught(laws[:800], noise[:800], tokens[:800]).at(0)
-    held_out = laws[800:], noise[800:], tokens[800:]
+    found = taught(distributions[:800], noise[:800], tokens[:800]).at(0)
+    held_out = distributions[800:], noise[800:], tokens[800:]
     tolerance = 0.02  # of 800 draws
     assert log_likelihood(*held_out, found) > log_likelihood(*held_out, Mixture()) - tolerance
 
 
 def test_choices_of_the_start_values_leave_them_where_they_are():
-    laws, noise = draws(2000, spread=2.0)
-    tokens = sampled(mixture_log_probs(laws, noise, Mixture()))
-    found = taught(laws, noise, tokens).at(0)
+    distributions, noise = draws(2000, spread=2.0)
+    tokens = sampled(mixture_log_probs(distributions, noise, Mixture()))
+    found = taught(distributions, noise, tokens).at(0)
     assert found.weight == pytest.approx(0.75, abs=0.08)
     assert found.noise_exponent == pytest.approx(1.1, abs=0.15)
 
 
 def test_deeper_numbers_lean_on_those_above_and_shallower_ones_stay():
-    laws, noise = draws(800, spread=2.0)
-    tokens = (laws - noise.log()).argmax(-1)
-    at_root = taught(laws, noise, tokens)
+    distributions, noise = draws(800, spread=2.0)
+    tokens = (distributions - noise.log()).argmax(-1)
+    at_root = taught(distributions, noise, tokens)
     assert at_root.at(NUM_LEVELS + 5) == at_root.at(NUM_LEVELS - 1)
     assert at_root.at(1).weight > 0.85  # nothing was seen there
-    below = taught(laws, noise, tokens, depth=2)
+    below = taught(distributions, noise, tokens, depth=2)
     assert below.at(1) == below.at(0) == Mixture()
     assert below.at(2).weight > 0.8
 
 
 def test_tokens_outside_the_drafts_vocabulary_count_for_nothing():
-    laws, noise = draws(400, spread=2.0)
-    tokens = (laws - noise.log()).argmax(-1)
+    distributions, noise = draws(400, spread=2.0)
+    tokens = (distributions - noise.log()).argmax(-1)
     outside = torch.where(torch.arange(400) % 2 == 0, tokens, -1)
-    found = taught(laws, noise, outside)
+    found = taught(distributions, noise, outside)
     state = found._states["setting"]
     expected = MixtureEstimator()
     expected.begin("setting")
     for rows in torch.arange(400).split(4):
         expected.wants_round()
-        expected.observe(laws[rows][::2], noise[rows][::2], tokens[rows][::2], depth=0)
+        expected.observe(distributions[rows][::2], noise[rows][::2], tokens[rows][::2], depth=0)
         expected.end_round()
     assert torch.allclose(state.pull, expected._states["setting"].pull, rtol=1e-3)
 
 
 def test_tokens_that_the_draft_cut_off_count_for_nothing():
-    laws, noise = draws(400, spread=2.0)
-    tokens = (laws - noise.log()).argmax(-1)
+    distributions, noise = draws(400, spread=2.0)
+    tokens = (distributions - noise.log()).argmax(-1)
     hidden = torch.arange(400) % 2 == 0
-    cut = torch.where(hidden[:, None] & (torch.arange(VOCAB) == tokens[:, None]), -torch.inf, laws)
+    cut = torch.where(
+        hidden[:, None] & (torch.arange(VOCAB) == tokens[:, None]), -torch.inf, distributions
+    )
     found = taught(cut, noise, tokens)._states["setting"]
-    expected = taught(laws, noise, torch.where(hidden, -1, tokens))._states["setting"]
+    expected = taught(distributions, noise, torch.where(hidden, -1, tokens))._states["setting"]
     assert torch.isfinite(found.pull).all()
     assert torch.allclose(found.pull, expected.pull, rtol=1e-3)
 
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
-def test_laws_that_overflow_count_for_nothing(wrong):
-    laws, noise = draws(8 * ROUNDS_PER_UPDATE, spread=3.0)
-    tokens = sampled(laws)
-    broken = laws.clone()
+def test_distributions_that_overflow_count_for_nothing(wrong):
+    distributions, noise = draws(8 * ROUNDS_PER_UPDATE, spread=3.0)
+    tokens = sampled(distributions)
+    broken = distributions.clone()
     broken[::4] = wrong  # one observation of every round
 
     found = taught(broken, noise, tokens)
@@ -202,15 +221,15 @@ def test_laws_that_overflow_count_for_nothing(wrong):
     expected = MixtureEstimator()
     expected.begin("setting")
     for rows in torch.arange(len(tokens)).view(-1, 4)[:, 1:]:
-        expected.observe(laws[rows], noise[rows], tokens[rows], depth=0)
+        expected.observe(distributions[rows], noise[rows], tokens[rows], depth=0)
         expected.end_round()
     assert found.at(0) != Mixture()
     assert astuple(found.at(0)) == pytest.approx(astuple(expected.at(0)))
 
 
 def test_settings_have_numbers_of_their_own_that_outlive_calls():
-    laws, noise = draws(400, spread=2.0)
-    estimator = taught(laws, noise, (laws - noise.log()).argmax(-1))
+    distributions, noise = draws(400, spread=2.0)
+    estimator = taught(distributions, noise, (distributions - noise.log()).argmax(-1))
     learned = estimator.at(0)
     assert learned != Mixture()
     estimator.begin("other")
@@ -224,14 +243,14 @@ def test_settings_have_numbers_of_their_own_that_outlive_calls():
 
 
 def test_many_short_calls_teach_as_much_as_a_long_one():
-    laws, noise = draws(ROUNDS_PER_UPDATE, spread=2.0)
-    tokens = (laws - noise.log()).argmax(-1)
+    distributions, noise = draws(ROUNDS_PER_UPDATE, spread=2.0)
+    tokens = (distributions - noise.log()).argmax(-1)
     estimator = MixtureEstimator()
     for row in range(ROUNDS_PER_UPDATE):
         estimator.begin("setting")
         assert estimator.wants_round()
         one = slice(row, row + 1)
-        estimator.observe(laws[one], noise[one], tokens[one], depth=0)
+        estimator.observe(distributions[one], noise[one], tokens[one], depth=0)
         estimator.end_round()
     assert estimator.at(0) != Mixture()
 
@@ -253,22 +272,22 @@ def test_fixed_numbers_want_no_round():
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda e: pickle.loads(pickle.dumps(e))])
 def test_copies_and_pickles_keep_what_was_learned_and_go_their_own_way(duplicate):
-    laws, noise = draws(400, spread=2.0)
-    tokens = (laws - noise.log()).argmax(-1)
-    estimator = taught(laws, noise, tokens)
+    distributions, noise = draws(400, spread=2.0)
+    tokens = (distributions - noise.log()).argmax(-1)
+    estimator = taught(distributions, noise, tokens)
     learned, other = estimator.at(0), duplicate(estimator)
     assert other.at(0) == learned
     for _ in range(ROUNDS_PER_UPDATE):
         other.wants_round()
-        other.observe(laws[:4], noise[:4], laws[:4].argmin(-1), depth=0)
+        other.observe(distributions[:4], noise[:4], distributions[:4].argmin(-1), depth=0)
         other.end_round()
     assert other.at(0) != learned
     assert estimator.at(0) == learned
 
 
 def test_absurd_choices_leave_numbers_finite_and_in_bounds():
-    laws, noise = draws(2000, spread=8.0)
-    found = taught(laws, noise, (laws - noise.log()).argmin(-1)).at(0)
+    distributions, noise = draws(2000, spread=8.0)
+    found = taught(distributions, noise, (distributions - noise.log()).argmin(-1)).at(0)
     assert 0.0 < found.weight < 1.0
     assert 0.2 < found.draft_exponent < 5.0
 

@@ -1,4 +1,4 @@
-"""Ranking by the draft's law, and by the noise that decides the position."""
+"""Ranking by the draft's distribution, and by the noise that decides the position."""
 
 import pytest
 import torch
@@ -36,22 +36,24 @@ mixtures = st.builds(
 )
 
 
-def test_greedy_ranks_by_the_drafts_own_law():
+def test_greedy_ranks_by_the_drafts_own_distribution():
     ranked = rank_log_probs(LOGITS, temperature=0.3, noise=None)
     assert torch.equal(ranked, LOGITS.log_softmax(-1))
 
 
 @given(mixture=mixtures, temperature=st.floats(0.3, 2.0))
-def test_sampled_ranking_is_a_law(mixture, temperature):
+def test_sampled_ranking_is_a_distribution(mixture, temperature):
     ranked = rank_log_probs(LOGITS, temperature=temperature, noise=NOISE, mixture=mixture)
     assert torch.allclose(ranked.exp().sum(-1), torch.ones(2, 3), atol=1e-5)
 
 
 @given(mixture=mixtures, temperature=st.floats(0.5, 2.0))
 def test_sampled_ranking_is_the_mixture_by_hand(mixture, temperature):
-    law = (LOGITS.double() / temperature).softmax(-1)
-    coupled = law**mixture.draft_exponent / NOISE.double()[:, None] ** mixture.noise_exponent
-    plain = law**mixture.plain_exponent
+    distribution = (LOGITS.double() / temperature).softmax(-1)
+    coupled = (
+        distribution**mixture.draft_exponent / NOISE.double()[:, None] ** mixture.noise_exponent
+    )
+    plain = distribution**mixture.plain_exponent
     expected = mixture.weight * coupled / coupled.sum(-1, keepdim=True)
     expected += (1 - mixture.weight) * plain / plain.sum(-1, keepdim=True)
     ranked = rank_log_probs(LOGITS, temperature=temperature, noise=NOISE, mixture=mixture)
@@ -64,7 +66,7 @@ def test_without_numbers_the_start_values_rank():
     assert torch.equal(found, expected)
 
 
-def test_draft_with_the_targets_law_ranks_the_targets_token_first():
+def test_draft_with_the_targets_distribution_ranks_the_targets_token_first():
     generator = torch.Generator().manual_seed(2)
     noise = torch.empty(500, 11).exponential_(generator=generator)
     logits = torch.randn(500, 1, 11, generator=generator)
@@ -92,7 +94,7 @@ def test_halves_are_ranked_in_single_precision():
         Truncation(min_p=1.0),
     ],
 )
-def test_drafts_are_cut_as_the_targets_law_would_be(truncation):
+def test_drafts_are_cut_as_the_targets_distribution_would_be(truncation):
     warpers = [
         kind(getattr(truncation, name))
         for name, kind in (
@@ -160,7 +162,7 @@ def test_a_smaller_vocabulary_is_ranked_with_the_noise_of_its_tokens():
     assert torch.equal(found, expected)
 
 
-def test_walks_are_observed_where_a_law_is_at_hand():
+def test_walks_are_observed_where_a_distribution_is_at_hand():
     ranking, noise = begun(), position_noise()
     for depth in range(2):
         ranking.rank(LOGITS, depth=depth, noise=noise)
@@ -168,7 +170,7 @@ def test_walks_are_observed_where_a_law_is_at_hand():
         [[0, 2, 4], [0, 1]], [[7, 8, 9], [3, 4]], device=torch.device("cpu")
     )
     ranking.learn(accepted, [[(0, 1), (1, 0)], [None]])
-    # Row 0 took 7 at the root, 8 below it, and 9 at a node without a law; row 1 took 3.
+    # Row 0 took 7 at the root, 8 below it, and 9 at a node without a distribution; row 1 took 3.
     assert observed(ranking) == [(0, [7, 3]), (1, [8])]
     below = ranking.estimator._state.pending[1]
     assert torch.equal(below.log_probs, LOGITS[:1, 1].log_softmax(-1))

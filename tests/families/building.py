@@ -15,7 +15,7 @@ ROWS = (*ATTENTION_ROWS, *RECURRENT_ROWS)
 
 
 def is_known(model_type: str) -> bool:
-    """Tell whether the installed Transformers has a model type."""
+    """Return whether the installed Transformers has a model type."""
     return model_type in CONFIG_MAPPING_NAMES
 
 

@@ -33,12 +33,12 @@ CELLS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Comparison:
-    """A call of `generate` beside plain decoding.
+    """A call of `generate` next to regular generation.
 
     Args:
-        expected: Tokens of plain decoding, with the prompts.
+        expected: Tokens of regular generation, with the prompts.
         found: Ours.
-        has_equal_state: Whether the random generator was left as plain decoding leaves it.
+        has_equal_state: Whether the random generator was left as regular generation leaves it.
         stats: Ours.
     """
 
@@ -54,7 +54,7 @@ class Comparison:
 
     @property
     def is_identical(self) -> bool:
-        """Whether tokens and generator are those of plain decoding."""
+        """Whether tokens and generator are those of regular generation."""
         return torch.equal(self.found, self.expected) and self.has_equal_state
 
 
@@ -71,7 +71,7 @@ def shared_plain(name: str, cell: str) -> tuple[Tensor, Tensor]:
 
 
 def plain(model: PreTrainedModel, cell: str) -> tuple[Tensor, Tensor]:
-    """Return the tokens of plain decoding and the generator's state behind it."""
+    """Return the tokens of regular generation and the generator's state behind it."""
     lengths, settings = CELLS[cell]
     return generate(model, prompts(*lengths), max_new_tokens=NEW_TOKENS, **settings)
 
@@ -87,7 +87,7 @@ def compare(spec: SpecModel, cell: str, *, reference: tuple[Tensor, Tensor]) -> 
     lengths, settings = CELLS[cell]
     inputs = prompts(*lengths)
     expected, state = reference
-    # A chain has one guess at each depth; beside the true one a tree has a wrong one before it.
+    # A chain has one guess at each depth; next to the true one a tree has a wrong one before it.
     spec.proposer = ScriptedProposer(
         expected[:, inputs["input_ids"].shape[1] :].tolist(),
         wrong_at=WRONG_AT,

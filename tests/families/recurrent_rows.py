@@ -1,4 +1,4 @@
-"""Families with recurrent layers, alone or beside attention."""
+"""Families with recurrent layers, alone or next to attention."""
 
 from speclm.self_check.verdict import Backend
 from tests.families.family import EXPERTS, GLOBAL, LATENT, Family

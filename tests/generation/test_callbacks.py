@@ -5,7 +5,7 @@ import torch
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from speclm import SpecModel
-from speclm.generation.lockstep import Frontier
+from speclm.generation.lockstep import Lockstep
 from speclm.testing import ScriptedProposer
 from tests.callbacks import EndsRows, Tokens
 from tests.models import prompts
@@ -39,7 +39,7 @@ def no_lockstep(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("a single row was decoded in lockstep")
 
-    monkeypatch.setattr(Frontier, "__init__", refuse)
+    monkeypatch.setattr(Lockstep, "__init__", refuse)
 
 
 def compare(arguments, *, depth=4):

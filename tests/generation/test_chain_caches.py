@@ -21,7 +21,7 @@ FAMILIES = ("bloom", HYBRID)
 NEW_TOKENS = 14
 GREEDY = {"do_sample": False}
 ENDING = {"do_sample": True, "top_k": 0, "eos_token_id": list(range(1, 24)), "pad_token_id": 159}
-TOLERANCE = 2e-4  # beside the size of a state: sums are taken in another order
+TOLERANCE = 2e-4  # next to the size of a state: sums are taken in another order
 
 
 def target(name: str) -> PreTrainedModel:

@@ -24,7 +24,7 @@ from speclm.acceptance import ExactRule
 from speclm.errors import PromptError
 from speclm.generation import delegation
 from speclm.generation.delegation import (
-    NeedsPlainDecoding,
+    NeedsRegularGeneration,
     eos_token_ids,
     foreign_criteria,
     left_padding,
@@ -114,7 +114,9 @@ def test_stop_strings_without_a_tokenizer_get_transformers_own_complaint():
 @pytest.mark.parametrize(
     "processor", [RepetitionPenaltyLogitsProcessor(1.3), MinLengthLogitsProcessor(9, 5)]
 )
-def test_rules_that_compare_laws_leave_processors_of_the_text_to_the_base(processor, spec, lines):
+def test_rules_that_compare_distributions_leave_processors_of_the_text_to_the_base(
+    processor, spec, lines
+):
     settings = {**SAMPLED, "logits_processor": LogitsProcessorList([processor])}
     expected, _ = generate(spec.base, prompts(6), **settings)
     found, _ = generate(spec, prompts(6), **settings, acceptance="typical")
@@ -150,7 +152,7 @@ def test_plain_settings_are_supported():
 
 def test_sampling_is_delegated_where_a_generator_cannot_be_put_back():
     check(device="meta")  # nothing is drawn
-    with pytest.raises(NeedsPlainDecoding, match="generator of device 'meta' cannot be saved"):
+    with pytest.raises(NeedsRegularGeneration, match="generator of device 'meta' cannot be saved"):
         check(GenerationConfig(do_sample=True), device="meta")
 
 
@@ -179,7 +181,7 @@ def test_a_generator_that_cannot_be_put_back_is_said_once(spec, lines, monkeypat
     ],
 )
 def test_unsupported_setting_is_named(settings, reason):
-    with pytest.raises(NeedsPlainDecoding, match=reason):
+    with pytest.raises(NeedsRegularGeneration, match=reason):
         check(**settings)
 
 
@@ -232,7 +234,9 @@ def test_prompt_length_counts_what_only_the_cache_knows(num_tokens, mask, cached
 
 def test_mask_that_fits_neither_prompt_nor_cache_needs_plain_decoding():
     tokens = torch.ones(1, 2, dtype=torch.long)
-    with pytest.raises(NeedsPlainDecoding, match="0 cached and 2 given tokens under a mask for 5"):
+    with pytest.raises(
+        NeedsRegularGeneration, match="0 cached and 2 given tokens under a mask for 5"
+    ):
         prompt_length(tokens, torch.ones(1, 5), GenerationConfig(), None)
 
 
@@ -253,7 +257,7 @@ def test_left_padding_is_counted():
 
 
 def test_mask_with_holes_needs_plain_decoding():
-    with pytest.raises(NeedsPlainDecoding, match="holes"):
+    with pytest.raises(NeedsRegularGeneration, match="holes"):
         left_padding(torch.ones(1, 4, dtype=torch.long), torch.tensor([[0, 1, 0, 1]]), length=4)
 
 

@@ -16,8 +16,8 @@ from speclm.generation.draft_checks import (
     cut_to_plan,
     deepest_paths,
     planned,
+    require_distributions,
     require_drafts_for,
-    require_laws,
     require_valid,
     roots_alone,
     with_padding,
@@ -37,7 +37,7 @@ def draft_of(parents, *, rows):
 
 
 def path_of(draft, row, token):
-    """Follow first children that hold `token`, as the frontier does."""
+    """Follow first children that hold `token`, as the lockstep does."""
     shapes = draft.topology.host_parents
     parents, tokens = shapes[row if len(shapes) > 1 else 0], draft.tokens[row].tolist()
     path = [0]
@@ -81,10 +81,10 @@ def test_draft_for_other_rows_is_named():
         require_valid(draft_of([TREE], rows=2), torch.tensor([1, 2, 3]))
 
 
-def test_missing_laws_are_named():
-    with pytest.raises(DraftError, match="laws of shape None"):
-        require_laws(draft_of([TREE], rows=2), 20)
-    require_laws(Draft(torch.tensor([[1]]), chain(0), probs=None), 20)  # nothing was drawn
+def test_missing_distributions_are_named():
+    with pytest.raises(DraftError, match="distributions of shape None"):
+        require_distributions(draft_of([TREE], rows=2), 20)
+    require_distributions(Draft(torch.tensor([[1]]), chain(0), probs=None), 20)  # nothing was drawn
 
 
 def test_rule_for_drawn_drafts_needs_a_proposer_that_draws():
@@ -109,21 +109,23 @@ def test_chains_are_cut_to_the_room_that_is_left():
     assert chains.tokens.tolist() == [[10, 12], [10, 12]]
 
 
-def test_of_drawn_children_the_first_is_followed_with_its_law_though_others_be_taller():
+def test_of_drawn_children_the_first_is_followed_with_its_distribution_though_others_be_taller():
     topology = from_parents([[0, 0, 0, 2]], device=CPU)
-    laws = torch.eye(4)[None].repeat(2, 1, 1)
+    distributions = torch.eye(4)[None].repeat(2, 1, 1)
     tokens = torch.tensor([[7, 8, 9, 6], [7, 8, 9, 6]])
     probs = torch.tensor([[1.0, 0.5, 0.3, 0.1]]).repeat(2, 1)
-    chains, nodes = deepest_paths(Draft(tokens, topology, probs=probs, laws=laws), depth=5)
+    chains, nodes = deepest_paths(
+        Draft(tokens, topology, probs=probs, distributions=distributions), depth=5
+    )
     assert nodes == [[0, 1], [0, 1]]
     assert chains.probs.tolist() == [[1.0, 0.5], [1.0, 0.5]]
-    assert torch.equal(chains.laws, laws[:, :2])
+    assert torch.equal(chains.distributions, distributions[:, :2])
 
 
 def test_drawn_chains_go_on_below_their_first_children_and_past_padding():
     draft = draft_of([[0, 0, 2, 0, 1, 3, 4]], rows=1)  # node 2 is padding
-    laws = torch.zeros(1, 7, 20)
-    _, nodes = deepest_paths(replace(draft, laws=laws), depth=9)
+    distributions = torch.zeros(1, 7, 20)
+    _, nodes = deepest_paths(replace(draft, distributions=distributions), depth=9)
     assert nodes == [[0, 1, 4, 6]]
 
 
@@ -163,16 +165,16 @@ def test_the_likeliest_nodes_are_kept_and_rows_may_differ():
 
 def test_probabilities_do_not_choose_among_drawn_nodes():
     probs = torch.tensor([[1.0, 0.1, 0.8, 0.9, 0.9]])
-    draft = replace(draft_of([TREE], rows=1), probs=probs, laws=torch.rand(1, 5, 7))
+    draft = replace(draft_of([TREE], rows=1), probs=probs, distributions=torch.rand(1, 5, 7))
 
     cut, nodes = cut_to_plan(draft, TreePlan(3, 2))
 
     assert nodes == [[0, 1, 2]]
-    assert torch.equal(cut.laws, draft.laws[:, :3])
+    assert torch.equal(cut.distributions, draft.distributions[:, :3])
 
 
 @given(data=st.data())
-def test_what_is_kept_is_a_tree_within_the_plan_of_the_best_chances(data):
+def test_what_is_kept_is_a_tree_within_the_plan_of_the_best_probabilities(data):
     size = data.draw(st.integers(2, 14))
     parents = [0] + [data.draw(st.integers(0, node - 1)) for node in range(1, size)]
     numbers = st.sampled_from([0.0, 0.25, 0.5, 1.0])
@@ -185,11 +187,11 @@ def test_what_is_kept_is_a_tree_within_the_plan_of_the_best_chances(data):
     assert cut.topology.num_nodes - 1 <= plan.num_draft_tokens
     assert cut.topology.max_depth <= plan.depth
     if nodes is not None:
-        chances = path_products(parents, probs[0].tolist())
+        probabilities = path_products(parents, probs[0].tolist())
         depths = draft.topology.host_node_depths[0]
         left = [n for n in range(size) if n not in nodes[0] and depths[n] <= plan.depth]
         assert len(nodes[0]) - 1 == plan.num_draft_tokens or not left
-        assert all(chances[n] <= min(chances[kept] for kept in nodes[0]) for n in left)
+        assert all(probabilities[n] <= min(probabilities[kept] for kept in nodes[0]) for n in left)
         found = cut.topology.host_parents[0]
         assert [nodes[0][parent] for parent in found] == [parents[node] for node in nodes[0]]
 

@@ -1,4 +1,4 @@
-"""The output law of the real loop, by exact enumeration on a target of three tokens.
+"""The output distribution of the real loop, by exact enumeration on a target of three tokens.
 
 The target is a table over the last two tokens. Nothing is sampled: a run of the loop follows one
 list of decisions (which token each row of noise favours, what is drafted), each with its exact
@@ -34,7 +34,7 @@ from tests.enumeration import (
     distance,
     process,
     run_loop,
-    target_law,
+    target_probs,
 )
 
 pytestmark = pytest.mark.no_cover  # what it runs is traced elsewhere, at half the speed
@@ -45,7 +45,7 @@ TREE = [0, 0, 0, 1]
 
 
 class TableProposer(Proposer):
-    """Drafts a tree whose tokens are drawn from a law of its own, or follow the noise.
+    """Drafts a tree whose tokens are drawn from a distribution of its own, or follow the noise.
 
     What lies beyond the last position is not drawn: it must not matter. A chain that is cut ends
     there.
@@ -90,7 +90,7 @@ class TableProposer(Proposer):
         return self._decisions.draw(DRAFT_LAW)
 
 
-def enumerate_law(
+def enumerate_distribution(
     monkeypatch: pytest.MonkeyPatch,
     *,
     proposer: Callable[[Decisions], Proposer | None],
@@ -115,11 +115,11 @@ def enumerate_law(
         ) -> Tensor:
             if noise is not None:
                 for scores, row in zip(logits, noise, strict=True):
-                    law = process(chooser.processors, scores)
+                    distribution = process(chooser.processors, scores)
                     lowest, token = row.min(0)
                     if float(lowest) < 1:
                         used.append(round(math.log2(float(lowest) / FAVOUR)))
-                        decisions.weight *= float(law[token])
+                        decisions.weight *= float(distribution[token])
             return choose(chooser, logits, noise)
 
         monkeypatch.setattr(PositionNoise, "_matrix", matrix)
@@ -131,10 +131,10 @@ def enumerate_law(
         assert len(used) == len(set(used)), "noise of one position decided twice"
         return output
 
-    law: dict[tuple[int, ...], float] = defaultdict(float)
+    distribution: dict[tuple[int, ...], float] = defaultdict(float)
     for output, weight in all_runs(run):
-        law[tuple(output[0, len(PROMPT[0]) :].tolist())] += weight
-    return law
+        distribution[tuple(output[0, len(PROMPT[0]) :].tolist())] += weight
+    return distribution
 
 
 DRAFTERS: dict[str, Callable[[Decisions], Proposer | None]] = {
@@ -151,42 +151,44 @@ DRAFTERS: dict[str, Callable[[Decisions], Proposer | None]] = {
     [(drafter, "plain") for drafter in DRAFTERS]
     + [("peeking tree", "temperature"), ("chain", "top-k")],
 )
-def test_sampled_outputs_have_the_product_law_of_the_target(drafter, warpers, monkeypatch):
-    law = enumerate_law(monkeypatch, proposer=DRAFTERS[drafter], warpers=WARPERS[warpers])
-    assert abs(sum(law.values()) - 1) <= EXACT
-    assert distance(law, target_law(WARPERS[warpers])) <= EXACT
+def test_sampled_outputs_have_the_product_distribution_of_the_target(drafter, warpers, monkeypatch):
+    distribution = enumerate_distribution(
+        monkeypatch, proposer=DRAFTERS[drafter], warpers=WARPERS[warpers]
+    )
+    assert abs(sum(distribution.values()) - 1) <= EXACT
+    assert distance(distribution, target_probs(WARPERS[warpers])) <= EXACT
 
 
 @pytest.mark.parametrize("drafter", ["none", "chain", "deep chain", "tree"])
 def test_greedy_output_is_the_most_likely_path_whatever_is_drafted(drafter, monkeypatch):
-    law = enumerate_law(monkeypatch, proposer=DRAFTERS[drafter], greedy=True)
+    distribution = enumerate_distribution(monkeypatch, proposer=DRAFTERS[drafter], greedy=True)
     path = list(PROMPT[0])
     for _ in range(LENGTH):
         path.append(int(TABLE[path[-2], path[-1]].argmax()))
-    assert set(law) == {tuple(path[len(PROMPT[0]) :])}
-    assert abs(sum(law.values()) - 1) <= EXACT
+    assert set(distribution) == {tuple(path[len(PROMPT[0]) :])}
+    assert abs(sum(distribution.values()) - 1) <= EXACT
 
 
 def ratio_test(decisions: Decisions) -> Callable[[Any, Draft, Tensor], Accepted]:
-    """Return the accept rule of speculative sampling for a chain.
+    """Return the acceptance rule of speculative sampling for a chain.
 
     Source: Leviathan et al. 2023, Alg. 1.
     """
-    draft_law = torch.tensor(DRAFT_LAW, dtype=torch.float64)
+    draft_probs = torch.tensor(DRAFT_LAW, dtype=torch.float64)
 
     def accept(run: rounds.Run, draft: Draft, logits: Tensor) -> Accepted:
         emitted: list[int] = []
         guesses = draft.tokens[0, 1:].tolist()
         for node in range(len(guesses) + 1):
-            law = process(run.chooser.processors, logits[0, node])
+            distribution = process(run.chooser.processors, logits[0, node])
             if node == len(guesses):
-                emitted.append(decisions.draw(law.tolist()))
+                emitted.append(decisions.draw(distribution.tolist()))
                 break
-            chance = min(1.0, float(law[guesses[node]] / draft_law[guesses[node]]))
-            if decisions.draw((chance, 1 - chance)) == 0:
+            probability = min(1.0, float(distribution[guesses[node]] / draft_probs[guesses[node]]))
+            if decisions.draw((probability, 1 - probability)) == 0:
                 emitted.append(guesses[node])
                 continue
-            rest = (law - draft_law).clamp(min=0)
+            rest = (distribution - draft_probs).clamp(min=0)
             emitted.append(decisions.draw((rest / rest.sum().clamp(min=1e-300)).tolist()))
             break
         path = torch.arange(len(emitted))[None]
@@ -196,7 +198,7 @@ def ratio_test(decisions: Decisions) -> Callable[[Any, Draft, Tensor], Accepted]
 
 
 class LikeliestProposer(TableProposer):
-    """Drafts the likeliest token of its law, as if it had been drawn."""
+    """Drafts the likeliest token of its distribution, as if it had been drawn."""
 
     @override
     def propose(self, roots: Tensor, *, noise: PositionNoise | None) -> Draft:
@@ -205,22 +207,22 @@ class LikeliestProposer(TableProposer):
 
 
 def test_harness_passes_the_ratio_test_with_a_drawn_draft(monkeypatch):
-    law = enumerate_law(
+    distribution = enumerate_distribution(
         monkeypatch,
         proposer=lambda decisions: TableProposer(decisions, [0, 0, 1], is_cut=True),
         accept=ratio_test,
     )
-    assert distance(law, target_law()) <= EXACT
+    assert distance(distribution, target_probs()) <= EXACT
 
 
 def test_harness_catches_the_ratio_test_with_a_deterministic_draft(monkeypatch):
-    law = enumerate_law(
+    distribution = enumerate_distribution(
         monkeypatch,
         proposer=lambda decisions: LikeliestProposer(decisions, [0, 0, 1]),
         accept=ratio_test,
     )
-    assert abs(sum(law.values()) - 1) <= EXACT
-    assert distance(law, target_law()) > WRONG
+    assert abs(sum(distribution.values()) - 1) <= EXACT
+    assert distance(distribution, target_probs()) > WRONG
 
 
 def test_harness_catches_a_draft_that_is_accepted_unseen(monkeypatch):
@@ -231,5 +233,7 @@ def test_harness_catches_a_draft_that_is_accepted_unseen(monkeypatch):
 
         return accept
 
-    law = enumerate_law(monkeypatch, proposer=DRAFTERS["chain"], accept=accept_all)
-    assert distance(law, target_law()) > WRONG
+    distribution = enumerate_distribution(
+        monkeypatch, proposer=DRAFTERS["chain"], accept=accept_all
+    )
+    assert distance(distribution, target_probs()) > WRONG

@@ -1,4 +1,4 @@
-"""What users' own code sees: the calls, texts and scores of plain decoding, in its order."""
+"""What users' own code sees: the calls, texts and scores of regular generation, in its order."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from speclm.generation.delegation import NeedsPlainDecoding
+from speclm.generation.delegation import NeedsRegularGeneration
 from speclm.generation.opening import meets_switch, open_session
 from speclm.self_check.verdict import Backend
 from speclm.target import TargetView
@@ -51,7 +51,7 @@ def test_session_is_of_the_backend_and_knows_what_a_cache_holds(family, backend,
 @pytest.mark.parametrize("backend", [Backend.TREES, Backend.CHAINS])
 def test_caches_of_other_kinds_are_left_to_plain_decoding(backend):
     cache = StaticCache(config=shared_model("llama").config, max_cache_len=16)
-    with pytest.raises(NeedsPlainDecoding, match="StaticCache"):
+    with pytest.raises(NeedsRegularGeneration, match="StaticCache"):
         opened("llama", backend, cache=cache, given=cache)
 
 

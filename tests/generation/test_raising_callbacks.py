@@ -1,5 +1,5 @@
-"""Users' own code that fails: its error comes out, and everything behind it is as plain decoding
-leaves it."""
+"""Users' own code that fails: its error comes out, and everything behind it is as regular
+generation leaves it."""
 
 from collections.abc import Callable
 from functools import cache
@@ -202,7 +202,7 @@ def test_processor_that_returns_no_scores_fails_and_leaves_everything_usable(mod
     if spoil not in {"a list", "nothing"}:  # the next processor stumbles over them
         assert isinstance(found, OptionError)
         assert "check the processors" in str(found)
-    if spoil != "too many rows":  # plain decoding draws for them before it fails
+    if spoil != "too many rows":  # regular generation draws for them before it fails
         assert torch.equal(state_found, state), "the generator was left in another state"
     require_usable(spec, mode, **before)
 

@@ -1,4 +1,4 @@
-"""Accept rules in `generate`: what they keep, ask for and refuse."""
+"""Acceptance rules in `generate`: what they keep, ask for and refuse."""
 
 import pytest
 import torch
@@ -119,8 +119,8 @@ def test_a_draft_model_that_is_the_target_is_always_kept():
 
 
 @pytest.mark.parametrize("kind", ["tree", "medusa", "eagle"])
-def test_laws_of_a_draft_are_what_its_network_says_below_each_node(kind):
-    """And siblings are different tokens that their law allows."""
+def test_distributions_of_a_draft_are_what_its_network_says_below_each_node(kind):
+    """And siblings are different tokens that their distribution allows."""
     drafts: list[Draft] = []
     inner = drafter(kind)
     original = inner.propose
@@ -133,18 +133,20 @@ def test_laws_of_a_draft_are_what_its_network_says_below_each_node(kind):
     spec = SpecModel(shared_model("llama"), inner)
     output, _ = generate(spec, prompts(5), **SAMPLED, max_new_tokens=8, acceptance="rejection")
     first = drafts[0] if kind == "tree" else drafts[-1]
-    assert first.laws is not None
+    assert first.distributions is not None
     families = Families.of(first.topology.host_parents[0])
     for parent, children in zip(families.parents, families.children, strict=True):
-        law, tokens = first.laws[0, parent], first.tokens[0, children]
-        assert law.sum() == pytest.approx(1.0, abs=1e-5)
+        distribution, tokens = first.distributions[0, parent], first.tokens[0, children]
+        assert distribution.sum() == pytest.approx(1.0, abs=1e-5)
         assert len(tokens.unique()) == len(children)
-        assert (law[tokens] > 0).all()
+        assert (distribution[tokens] > 0).all()
         if kind == "tree":
             path = [node for node in first.topology.path_indices[0, parent].tolist() if node > 0]
             text = torch.cat([output[:, :5], first.tokens[:, path]], dim=1)
             logits = shared_model("llama", 1)(text).logits[0, -1]
-            torch.testing.assert_close(law, (logits / 0.9).softmax(-1), rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(
+                distribution, (logits / 0.9).softmax(-1), rtol=1e-3, atol=1e-5
+            )
 
 
 def test_proposers_that_do_not_draw_are_refused_before_anything_is_computed(monkeypatch):

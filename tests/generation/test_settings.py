@@ -73,7 +73,7 @@ class Exercise:
 
     Args:
         value: Returns a value with an effect; made anew for each call.
-        others: Arguments that it needs beside it.
+        others: Arguments that it needs next to it.
         modes: What it is called with.
         changes_tokens: Whether it makes the output another one.
     """

@@ -1,4 +1,4 @@
-"""Streams: every call that a streamer gets is the one that plain decoding makes."""
+"""Streams: every call that a streamer gets is the one that regular generation makes."""
 
 import asyncio
 from functools import cache

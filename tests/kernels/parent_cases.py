@@ -1,4 +1,4 @@
-"""Parents of trees, and bits and depths from walks that go up from each node by itself."""
+"""Parents of trees, and bits and depths from paths that go up from each node by itself."""
 
 import random
 
@@ -17,13 +17,13 @@ def walk(parents: list[int], node: int) -> list[int]:
 
 
 def assert_right(found: tuple[Tensor, Tensor], parents: list[list[int]]) -> None:
-    """Hold words and depths against walks, word by word."""
+    """Hold words and depths against paths, word by word."""
     words, depths = (part.tolist() for part in found)
     for row, tree in enumerate(parents):
-        walks = [walk(tree, node) for node in range(len(tree))]
-        assert depths[row] == [len(path) - 1 for path in walks]
+        paths = [walk(tree, node) for node in range(len(tree))]
+        assert depths[row] == [len(path) - 1 for path in paths]
         bits = [sum(word % 2**64 << 64 * i for i, word in enumerate(row)) for row in words[row]]
-        assert bits == [sum(1 << node for node in path) for path in walks]
+        assert bits == [sum(1 << node for node in path) for path in paths]
 
 
 def chain(nodes: int) -> list[int]:

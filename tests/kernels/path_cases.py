@@ -152,7 +152,7 @@ def assert_moved(case: PathCase, **options: object) -> None:
 
 
 def accepting(kept: int) -> PathCase:
-    """Two rows that accept a number of nodes of a chain beside siblings, and half of it."""
+    """Two rows that accept a number of nodes of a chain next to siblings, and half of it."""
     path = (0, 2, 3, 6, 7, 9)[:kept]
     return PathCase(lengths=(5, 0), paths=(path, path[: kept // 2]), gaps=(0, 5), page_len=4)
 

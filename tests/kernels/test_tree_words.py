@@ -100,7 +100,7 @@ def test_a_cpu_computes_words_in_plain_pytorch(monkeypatch):
 
 def test_the_op_is_what_it_is_declared_to_be(monkeypatch):
     # To shape checks a size that is not known yet is no int.
-    module = sys.modules["speclm.kernels.tree_words"]  # beside the function of that name
+    module = sys.modules["speclm.kernels.tree_words"]  # next to the function of that name
     monkeypatch.setattr(module, "num_words", inspect.unwrap(num_words))
     opcheck(op, (torch.tensor([scattered(70)]), "reference"))
 

@@ -1,4 +1,4 @@
-"""Cases of tree attention, and what is right for each: walks over parents, then a dense softmax.
+"""Cases of tree attention, and what is right for each: paths over parents, then a dense softmax.
 
 Nothing here reads ancestor words, pages or strides: what is right follows from the contents of a
 case, which are laid out in memory in another step. All memory that a call may not read is NaN.
@@ -155,7 +155,7 @@ def _parent(kind: str, inside: list[int], rng: random.Random) -> int:
         return 0
     if kind == "chain":
         return inside[-1]
-    if kind == "near_chain":  # a guess beside the chain now and then
+    if kind == "near_chain":  # a guess next to the chain now and then
         return inside[-1] if rng.random() < 0.8 else inside[-2:][0]
     if kind == "top_k":  # four nodes a level, of which the likelier ones have more children
         level = (len(inside) - 1) // 4
@@ -278,15 +278,15 @@ def _table(case: TreeCase, blocks: int) -> tuple[Tensor, int]:
 
 
 def words_and_depths(case: TreeCase) -> tuple[Tensor, Tensor]:
-    """Ancestor words of the nodes that attend, and depths of all slots, from walks."""
+    """Ancestor words of the nodes that attend, and depths of all slots, from paths."""
     first = case.slots - case.attending
     num_bytes = 8 * -(-case.slots // 64)
     words, depths = [], []
     for parents in case.parents:
-        walks = [walk_up(parents, slot) for slot in range(case.slots)]
-        depths.append([len(walk) - 1 for walk in walks])
+        paths = [walk_up(parents, slot) for slot in range(case.slots)]
+        depths.append([len(walk) - 1 for walk in paths])
         bits = b"".join(
-            sum(1 << slot for slot in walk).to_bytes(num_bytes, "little") for walk in walks[first:]
+            sum(1 << slot for slot in walk).to_bytes(num_bytes, "little") for walk in paths[first:]
         )
         words.append(torch.frombuffer(bytearray(bits), dtype=torch.int64))
     everything = torch.full((2 + len(words), case.attending, num_bytes // 8), -1)

@@ -117,7 +117,7 @@ def spec_model(name: str) -> SpecModel:
 
 
 def check(case: Case) -> str:
-    """Compare a case with plain decoding: what it leaves behind, or that it fails.
+    """Compare a case with regular generation: what it leaves behind, or that it fails.
 
     Returns:
         How it was decoded, for statistics.
@@ -132,7 +132,7 @@ def check(case: Case) -> str:
         spec.proposer = None
         with pytest.raises((type(error), ArithmeticError)):
             observe(spec, inputs, case.arguments(inputs), base=spec.base, seed=case.seed)
-        return "plain decoding fails"
+        return "regular generation fails"
     spec.proposer = _proposer(case, spec, expected.new_tokens(inputs))
     found = observe(spec, inputs, case.arguments(inputs), base=spec.base, seed=case.seed)
     require_same(found, expected)

@@ -38,7 +38,7 @@ def test_stop_strings_of_a_given_config_leave_it_as_it_is(tokenizer):
     assert [type(one) for one in found["stopping_criteria"]] == [StopStringCriteria]
     assert found["generation_config"].stop_strings is None
     assert config.stop_strings == ["FROM"]
-    assert "stop_strings" not in found  # beside a config Transformers would warn
+    assert "stop_strings" not in found  # next to a config Transformers would warn
 
 
 def test_stop_strings_of_the_models_own_config_are_outranked(tokenizer):

@@ -88,7 +88,7 @@ def test_scores_of_another_width_are_sampled_from_in_that_width():
 
 def spec_with_heads(kind: str, base: PreTrainedModel) -> SpecModel:
     if kind == "medusa":
-        return SpecModel(base, MedusaProposer(random_heads(base), target=base, min_chance=0.0))
+        return SpecModel(base, MedusaProposer(random_heads(base), target=base, min_probability=0.0))
     return SpecModel(base, EagleProposer(random_eagle(base), target=base, min_probability=0.0))
 
 

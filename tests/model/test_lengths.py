@@ -1,4 +1,4 @@
-"""Prompts of every awkward length: the tokens of plain decoding, in fewer forwards."""
+"""Prompts of every awkward length: the tokens of regular generation, in fewer forwards."""
 
 from functools import cache
 

@@ -1,8 +1,8 @@
 """The promise over settings, batches, prompts and proposers: what `base.generate` leaves behind.
 
 A cell is one setting with one batch and one proposer. It compares token ids, the generator's state
-and, where they are asked for, scores and logits with those of plain decoding under the same seed,
-and counts forwards.
+and, where they are asked for, scores and logits with those of regular generation under the same
+seed, and counts forwards.
 """
 
 import math
@@ -19,7 +19,7 @@ from tests.proposers import DEPTH, PROPOSERS, WRONG_AT, build_proposer
 from tests.settings import EOS, NEW_TOKENS, SETTINGS, tiny_draft, tiny_model
 
 BATCHES = {"one row": (6,), "padded rows": (7, 3, 5)}
-OTHERS_PER_CASE = 2  # proposers beside the scripted one, which is in all
+OTHERS_PER_CASE = 2  # proposers next to the scripted one, which is in all
 IDLE = {"greedy", "default", "temperature 1", "invalid values removed", "scores, greedy"}
 CASES = [(name, batch) for name in SETTINGS for batch in BATCHES]
 CELLS = [

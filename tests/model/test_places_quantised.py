@@ -51,7 +51,7 @@ def test_a_head_of_codes_decodes_speculatively():
     base = build_model("llama")
     base.lm_head = Coded(base.lm_head).eval()
     heads = random_heads(base)
-    for proposer in (NgramProposer(), MedusaProposer(heads, target=base, min_chance=0.0)):
+    for proposer in (NgramProposer(), MedusaProposer(heads, target=base, min_probability=0.0)):
         spec = SpecModel(base, proposer)
         arguments = {"do_sample": True, "max_new_tokens": 8}
         expected = observe(base, prompts(6), arguments, base=base)

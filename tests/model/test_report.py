@@ -36,7 +36,7 @@ def test_last_call_shows_its_counters_or_why_it_was_plain():
     spec.generate(**prompts(6), do_sample=False, max_new_tokens=6)
     assert "last call tau" in report(spec.self_check, spec.last_speculation)
     stats = SpeculationStats(fallbacks=["num_beams=2"])
-    assert "last call plain decoding: num_beams=2" in report(spec.self_check, stats)
+    assert "last call regular generation: num_beams=2" in report(spec.self_check, stats)
 
 
 def test_kernel_and_reason_are_given(monkeypatch):

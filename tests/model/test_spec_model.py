@@ -61,7 +61,7 @@ class BrokenProposer(Proposer):
     @override
     def propose(self, roots: Int[Tensor, " batch"], *, noise: PositionNoise | None) -> Draft:
         if noise is not None:
-            noise.at_depth(3)  # the generator runs ahead of plain decoding
+            noise.at_depth(3)  # the generator runs ahead of regular generation
         self._round += 1
         if self._round - 1 != self._at_round:
             return Draft(tokens=roots[:, None], topology=chain(0), probs=None)
@@ -221,7 +221,7 @@ def test_interrupted_generation_leaves_everything_usable(base, interruption, at_
     with pytest.raises(type(interruption)):
         spec.generate(**inputs, **settings)
     state = torch.get_rng_state()
-    torch.manual_seed(3)  # the generator stands where plain decoding would after as many tokens
+    torch.manual_seed(3)  # the generator stands where regular generation would after as many tokens
     if at_round > 0:  # at 0 the prompt's own forward has not run, and no row holds a token
         base.generate(**inputs, **{**settings, "max_new_tokens": at_round})
     assert torch.equal(torch.get_rng_state(), state)
@@ -296,7 +296,7 @@ def test_report_names_what_is_wrapped_and_the_last_call(spec):
     spec.generate(**prompts(6), max_new_tokens=6, num_beams=2)
     lines.clear()
     spec.print_report(write=lines.append)
-    assert "last call plain decoding: num_beams=2" in lines[-1]
+    assert "last call regular generation: num_beams=2" in lines[-1]
 
 
 def test_report_prints_by_default(base, capsys):
@@ -354,7 +354,7 @@ def test_model_that_takes_no_draft_decodes_plainly_and_says_so_once(caplog):
     assert len(lines) == 1
     assert "FalconMambaForCausalLM" in lines[0]
     assert spec.last_speculation.fallbacks == [spec.self_check.reason]
-    assert "plain decoding" in report_of(spec)
+    assert "regular generation" in report_of(spec)
 
 
 def test_model_in_training_mode_decodes_plainly(caplog):

@@ -35,10 +35,10 @@ def spec_of(kind, reference, **options):
     [
         ("twin draft", [1, 1, 1, 1]),
         ("twin draft", [[0], [2], [0, 1], [0, 0]]),
-        ("twin draft", TreePlan(3, 5, min_chance=0.0, min_confidence=0.0)),
+        ("twin draft", TreePlan(3, 5, min_probability=0.0, min_confidence=0.0)),
         ("random Medusa", [3, 2, 1]),
         ("Medusa that hits", TreePlan(2, 3)),
-        ("ngram", TreePlan(2, 3, min_chance=0.01)),
+        ("ngram", TreePlan(2, 3, min_probability=0.01)),
         ("random tree", TreePlan(2, 3)),
         ("joined", TreePlan(3, 5)),
     ],

@@ -10,8 +10,8 @@ from speclm.sampling.draws import Draws
 class LikeliestDraws(Draws):
     """Draws the likeliest tokens."""
 
-    def bernoulli(self, chance):
-        return chance > 0.5
+    def bernoulli(self, probability):
+        return probability > 0.5
 
     def categorical(self, probs):
         return int(probs.argmax())
@@ -24,16 +24,16 @@ def sampler():
     return DraftSampler(TokenChooser([], is_greedy=False), LikeliestDraws())
 
 
-def test_law_is_a_law_at_every_node():
-    law = sampler().law(torch.randn(2, 3, 7))
-    assert law.shape == (2, 3, 7)
-    assert torch.allclose(law.sum(-1), torch.ones(2, 3))
+def test_distribution_is_a_distribution_at_every_node():
+    distribution = sampler().distribution(torch.randn(2, 3, 7))
+    assert distribution.shape == (2, 3, 7)
+    assert torch.allclose(distribution.sum(-1), torch.ones(2, 3))
 
 
 def test_siblings_are_drawn_below_every_node():
-    laws = torch.rand(2, 3, 7)
-    drawn = sampler().siblings(laws, num=2)
-    assert torch.equal(drawn, laws.topk(2).indices)
+    distributions = torch.rand(2, 3, 7)
+    drawn = sampler().siblings(distributions, num=2)
+    assert torch.equal(drawn, distributions.topk(2).indices)
 
 
 def test_families_list_children_by_parent():

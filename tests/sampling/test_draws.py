@@ -1,4 +1,4 @@
-"""Draws have the laws that they promise, and come from their own generator."""
+"""Draws have the distributions that they promise, and come from their own generator."""
 
 import math
 from collections import Counter
@@ -19,11 +19,14 @@ def draws(seed=0):
     return GeneratorDraws(torch.Generator().manual_seed(seed))
 
 
-def require_share(count, chance):
-    assert abs(count / NUM - chance) <= SIGMAS * math.sqrt(chance * (1 - chance) / NUM) + 1e-9
+def require_share(count, probability):
+    assert (
+        abs(count / NUM - probability)
+        <= SIGMAS * math.sqrt(probability * (1 - probability) / NUM) + 1e-9
+    )
 
 
-def test_bernoulli_follows_its_chance_and_takes_nan_for_never():
+def test_bernoulli_follows_its_probability_and_takes_nan_for_never():
     source = draws()
     require_share(sum(source.bernoulli(0.3) for _ in range(NUM)), 0.3)
     assert all(source.bernoulli(1.0) and source.bernoulli(7.0) for _ in range(100))
@@ -33,8 +36,8 @@ def test_bernoulli_follows_its_chance_and_takes_nan_for_never():
 def test_categorical_follows_probabilities_that_need_not_be_normalised():
     source = draws()
     counts = Counter(source.categorical(3 * LAW) for _ in range(NUM))
-    for token, chance in enumerate(LAW.tolist()):
-        require_share(counts[token], chance)
+    for token, probability in enumerate(LAW.tolist()):
+        require_share(counts[token], probability)
     assert source.categorical(torch.full((3,), math.nan)) == -1
 
 
@@ -64,7 +67,7 @@ def test_seeded_draws_take_one_draw_of_the_default_generator():
     assert len(set(first)) > 1
 
 
-def test_laws_are_processed_in_the_logits_precision_or_better():
+def test_distributions_are_processed_in_the_logits_precision_or_better():
     sampler = DraftSampler(TokenChooser([], is_greedy=False), draws())
     logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
     for given, expected in (
@@ -72,10 +75,10 @@ def test_laws_are_processed_in_the_logits_precision_or_better():
         (torch.float32, torch.float32),
         (torch.float64, torch.float64),
     ):
-        law = sampler.law(logits.to(given))
-        assert law.dtype == expected
-        torch.testing.assert_close(law, logits.to(given).to(expected).softmax(-1))
-    assert sampler.siblings(sampler.law(logits), num=2).shape == (2, 3, 2)
+        distribution = sampler.distribution(logits.to(given))
+        assert distribution.dtype == expected
+        torch.testing.assert_close(distribution, logits.to(given).to(expected).softmax(-1))
+    assert sampler.siblings(sampler.distribution(logits), num=2).shape == (2, 3, 2)
 
 
 @pytest.mark.parametrize(

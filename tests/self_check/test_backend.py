@@ -4,4 +4,8 @@ from speclm.self_check.verdict import Backend
 
 
 def test_values_are_words_for_reports():
-    assert [backend.value for backend in Backend] == ["tree attention", "chains", "plain decoding"]
+    assert [backend.value for backend in Backend] == [
+        "tree attention",
+        "chains",
+        "regular generation",
+    ]

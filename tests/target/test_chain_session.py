@@ -1,4 +1,4 @@
-"""Chains are the steps of plain decoding, and what was not kept leaves no trace."""
+"""Chains are the steps of regular generation, and what was not kept leaves no trace."""
 
 from functools import cache
 from typing import Any
@@ -15,8 +15,8 @@ from speclm.tree.topology import chain
 from tests.families import shared_family
 from tests.models import VOCAB_SIZE, prompts, shared_model
 
-SPREAD = 1e-4  # of logits and states, beside their own size: sums are taken in another order
-# By slot; with states alone, beside attention and in one layer with it; a window in front of one;
+SPREAD = 1e-4  # of logits and states, next to their own size: sums are taken in another order
+# By slot; with states alone, next to attention and in one layer with it; a window before one;
 # chunks; convolutions that remember tokens.
 NAMES = ("bloom", "qwen3_next", "mamba2", "falcon_h1", "mistral", "llama4_text", "lfm2")
 OWING = ("qwen3_next", "mamba2", "falcon_h1")

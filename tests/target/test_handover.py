@@ -1,4 +1,4 @@
-"""What a generation leaves in a cache, against what plain decoding leaves there."""
+"""What a generation leaves in a cache, against what regular generation leaves there."""
 
 from functools import cache as cached
 

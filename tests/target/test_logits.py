@@ -38,7 +38,7 @@ def test_model_that_is_one_with_its_head_is_refused(monkeypatch):
     model = shared_model("llama")
     monkeypatch.setattr(type(model), "get_decoder", lambda self: self)
     monkeypatch.setattr(type(model), "children", lambda self: iter(()))
-    with pytest.raises(UnsupportedModelError, match=r"no decoder beside its head.* n-grams"):
+    with pytest.raises(UnsupportedModelError, match=r"no decoder next to its head.* n-grams"):
         find_decoder(model)
     with TargetView(model).decoding():
         pass  # it generates all the same, where nobody asks for hidden states

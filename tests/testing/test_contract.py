@@ -276,7 +276,7 @@ class NgramLike(Proposer):
     """Wraps the n-gram proposer but takes the root that it is given."""
 
     def __init__(self):
-        self.inner = NgramProposer(min_chance=0.01)
+        self.inner = NgramProposer(min_probability=0.01)
 
     def begin(self, prompt):
         self.inner.begin(prompt)

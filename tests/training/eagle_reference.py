@@ -107,7 +107,7 @@ def reference(heads, base, rows, objective):
     sums, counts, ranks = [0.0] * num_steps, [0] * num_steps, []
     for tokens, mask in rows:
         output = base(torch.tensor([tokens]), output_hidden_states=True)
-        last, laws = output.hidden_states[-1][0], output.logits[0]
+        last, distributions = output.hidden_states[-1][0], output.logits[0]
         features = last
         if config.kind == "eagle3":
             read = [output.hidden_states[layer][0] for layer in config.feature_layers]
@@ -126,12 +126,14 @@ def reference(heads, base, rows, objective):
                     logits = base.get_output_embeddings().weight @ hidden
                 wanted = tokens[target] if columns is None else index_of(columns, tokens[target])
                 found[t, k] = rank(logits, wanted)
-                law = laws[target - 1]
-                if columns is not None and int(law.argmax()) not in columns:
+                distribution = distributions[target - 1]
+                if columns is not None and int(distribution.argmax()) not in columns:
                     continue
-                law = torch.stack(softmax(law if columns is None else law[columns]))
-                cross = -(law * torch.log(torch.stack(softmax(logits)))).sum()
-                loss = objective.law_weight * cross
+                distribution = torch.stack(
+                    softmax(distribution if columns is None else distribution[columns])
+                )
+                cross = -(distribution * torch.log(torch.stack(softmax(logits)))).sum()
+                loss = objective.distribution_weight * cross
                 if objective.feature_weight:
                     loss = loss + objective.feature_weight * smooth_l1(hidden, last[target - 1])
                 sums[k] = sums[k] + loss

@@ -14,14 +14,14 @@ VOCAB = 4
 PENALTY = 1e-4  # of a whole path at most: every step is charged a little
 
 
-def laws(seed: int, batch: int, depth: int) -> list[list[dict[tuple[int, ...], Tensor]]]:
-    """Return for each row and level the law after every path, a function of the path."""
+def distributions(seed: int, batch: int, depth: int) -> list[list[dict[tuple[int, ...], Tensor]]]:
+    """Return for each row and level the distribution after every path, a function of the path."""
     generator = torch.Generator().manual_seed(seed)
     table = torch.randn(batch, depth, VOCAB, VOCAB, VOCAB, generator=generator).log_softmax(-1)
     return [[table[row, level] for level in range(depth)] for row in range(batch)]
 
 
-def law_after(tables: list[Tensor], path: tuple[int, ...]) -> Tensor:
+def distribution_after(tables: list[Tensor], path: tuple[int, ...]) -> Tensor:
     last_two = [0, 0, *path][-2:]
     return tables[len(path)][last_two[0], last_two[1]]
 
@@ -39,7 +39,7 @@ def grow(tables: list[list[Tensor]], *, width: int, branches: int, depth: int) -
         tree.grow(
             torch.stack(
                 [
-                    torch.stack([law_after(tables[row], path) for path in row_paths])
+                    torch.stack([distribution_after(tables[row], path) for path in row_paths])
                     for row, row_paths in enumerate(paths)
                 ]
             )
@@ -56,9 +56,9 @@ def brute_force(
     for _ in range(depth):
         level = {}
         for path, score in expanded.items():
-            law = law_after(tables, path)
-            for token in law.argsort(descending=True)[:branches].tolist():
-                level[(*path, token)] = score + float(law[token])
+            distribution = distribution_after(tables, path)
+            for token in distribution.argsort(descending=True)[:branches].tolist():
+                level[(*path, token)] = score + float(distribution[token])
         candidates |= level
         best = sorted(level, key=level.__getitem__, reverse=True)[:width]
         expanded = {path: level[path] for path in best}
@@ -73,7 +73,7 @@ def brute_force(
     num_nodes=st.integers(1, 12),
 )
 def test_best_nodes_are_those_of_a_search_over_all_paths(seed, width, branches, depth, num_nodes):
-    tables = laws(seed, 2, depth)
+    tables = distributions(seed, 2, depth)
     tree = grow(tables, width=width, branches=branches, depth=depth)
     assert tree.depth == depth
     for row, grown in enumerate(tree.best_nodes(num_nodes, min_score=-math.inf)):
@@ -95,7 +95,7 @@ def paths_of(tokens: list[int], parents: list[int]) -> list[tuple[int, ...]]:
 
 
 def test_expansions_say_where_a_node_was_fed():
-    tables = laws(3, 1, 3)
+    tables = distributions(3, 1, 3)
     tree = grow(tables, width=2, branches=2, depth=3)
     fed = tree.expanded_tokens  # of the last level: would be fed next
     (grown,) = tree.best_nodes(50, min_score=-math.inf)
@@ -109,8 +109,8 @@ def test_expansions_say_where_a_node_was_fed():
 
 
 @pytest.mark.parametrize("where", [(0, slice(None)), (2, slice(None)), (1, 3), (2, 0)], ids=str)
-def test_nodes_whose_chance_is_no_number_are_left_out(where):
-    tables = laws(4, batch=1, depth=3)
+def test_nodes_whose_probability_is_no_number_are_left_out(where):
+    tables = distributions(4, batch=1, depth=3)
     level, token = where
     tables[0][level][..., token] = math.nan  # an overflow in the proposer's network
 
@@ -129,7 +129,7 @@ def test_nodes_whose_chance_is_no_number_are_left_out(where):
 
 
 def test_min_score_leaves_unlikely_nodes_out():
-    tables = laws(5, 2, 3)
+    tables = distributions(5, 2, 3)
     tree = grow(tables, width=3, branches=3, depth=3)
     everything = tree.best_nodes(50, min_score=-math.inf)
     for row, grown in enumerate(tree.best_nodes(50, min_score=-2.0)):
@@ -138,11 +138,11 @@ def test_min_score_leaves_unlikely_nodes_out():
 
 
 def test_certain_children_come_after_their_parent():
-    law = torch.full((1, 1, VOCAB), -math.inf)
-    law[..., 2] = 0.0
+    distribution = torch.full((1, 1, VOCAB), -math.inf)
+    distribution[..., 2] = 0.0
     tree = GrowingTree(width=1, branches=1)
     for _ in range(3):
-        tree.grow(law)
+        tree.grow(distribution)
     (grown,) = tree.best_nodes(2, min_score=-1.0)
     assert (grown.tokens, grown.parents) == ([2, 2], [0, 1])
 
@@ -171,11 +171,11 @@ def test_best_nodes_are_a_tree_however_many_score_the_same(steps, num_nodes):
 
 
 def test_leaf_tokens_stay_in_the_tree_and_are_not_expanded():
-    law = torch.log(torch.tensor([[[0.5, 0.3, 0.15, 0.05]]]))
+    distribution = torch.log(torch.tensor([[[0.5, 0.3, 0.15, 0.05]]]))
     tree = GrowingTree(width=2, branches=3, leaf_tokens=torch.tensor([0]))
-    tree.grow(law)
+    tree.grow(distribution)
     assert tree.expanded_tokens.tolist() == [[1, 2]]
-    tree.grow(law.expand(1, 2, -1))
+    tree.grow(distribution.expand(1, 2, -1))
     (grown,) = tree.best_nodes(99, min_score=-100.0)
     paths = paths_of(grown.tokens, grown.parents)
     assert (0,) in paths
@@ -184,30 +184,30 @@ def test_leaf_tokens_stay_in_the_tree_and_are_not_expanded():
 
 
 def test_row_whose_only_way_on_is_a_leaf_token_stops():
-    law = torch.log(torch.tensor([[[0.9, 0.05, 0.03, 0.02]]]))
+    distribution = torch.log(torch.tensor([[[0.9, 0.05, 0.03, 0.02]]]))
     tree = GrowingTree(width=1, branches=1, leaf_tokens=torch.tensor([0]))
-    tree.grow(law)
+    tree.grow(distribution)
     assert tree.stop_rows_below(math.log(1e-30)) == 0.0
 
 
 def test_stopped_rows_grow_no_further_and_others_do():
-    law = torch.log(torch.tensor([[[0.9, 0.05, 0.03, 0.02]], [[0.4, 0.3, 0.2, 0.1]]]))
+    distribution = torch.log(torch.tensor([[[0.9, 0.05, 0.03, 0.02]], [[0.4, 0.3, 0.2, 0.1]]]))
     tree = GrowingTree(width=1, branches=1)
-    tree.grow(law)
+    tree.grow(distribution)
     assert tree.stop_rows_below(math.log(0.5)) == 0.5
-    tree.grow(law)
+    tree.grow(distribution)
     assert tree.stop_rows_below(math.log(0.5)) == 0.5
-    tree.grow(law)
+    tree.grow(distribution)
     sure, unsure = tree.best_nodes(9, min_score=-100.0)
     assert (len(sure.tokens), len(unsure.tokens)) == (3, 1)
     assert tree.stop_rows_below(0.0) == 0.0
 
 
 def test_idle_rows_grow_nothing_and_do_not_count():
-    law = torch.log(torch.tensor([[[0.9, 0.05, 0.03, 0.02]]] * 3))
+    distribution = torch.log(torch.tensor([[[0.9, 0.05, 0.03, 0.02]]] * 3))
     is_idle = torch.tensor([False, True, False])
     tree = GrowingTree(width=1, branches=1, is_idle=is_idle)
-    tree.grow(law)
+    tree.grow(distribution)
     assert tree.stop_rows_below(math.log(0.5)) == 1.0
-    tree.grow(law)
+    tree.grow(distribution)
     assert [len(row.tokens) for row in tree.best_nodes(9, min_score=-100.0)] == [2, 0, 2]

@@ -16,7 +16,7 @@ def test_plan_of_choices_is_as_large_as_they_are():
     [
         ({"depth": 0}, TreeBudgetError, "depth is 0"),
         ({"num_draft_tokens": 0}, OptionError, "num_draft_tokens is 0"),
-        ({"min_chance": 2.0}, OptionError, "min_chance is 2.0"),
+        ({"min_probability": 2.0}, OptionError, "min_probability is 2.0"),
         ({"min_confidence": -0.5}, OptionError, "min_confidence is -0.5"),
         ({"choices": ((0,), (0, 0))}, OptionError, "2 levels"),
         ({"choices": ()}, TopologyError, "no paths"),

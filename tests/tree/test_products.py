@@ -45,7 +45,7 @@ def test_no_path_left_out_is_likelier_than_one_taken(levels, num_nodes, min_scor
         assert max(score(path, levels) for path in left) <= worst + CLOSE
 
 
-def test_paths_come_with_their_prefixes_and_in_order_of_chance():
+def test_paths_come_with_their_prefixes_and_in_order_of_probability():
     levels = [[math.log(0.6), math.log(0.3)], [math.log(0.9)]]
     nodes = likeliest_paths(levels, num_nodes=9, min_score=math.log(0.3))
     assert paths_of(nodes) == [(0,), (0, 0), (1,)]

@@ -42,8 +42,8 @@ class ChainDraftConfig(ProposerConfig):
         min_confidence: A row grows no further once its chain is less likely than this.
         min_growing: No further token is drafted once a smaller share of the rows grows: it costs
             the whole batch a forward.
-        mixture: Numbers of the law that ranks candidates under sampling; None to estimate them
-            from what the target chooses.
+        mixture: Numbers of the distribution that ranks candidates under sampling; None to estimate
+            them from what the target chooses.
     """
 
     depth: int = 16
@@ -61,7 +61,7 @@ class ChainDraftConfig(ProposerConfig):
 
 
 class ChainDraftProposer(Proposer):
-    """Drafts one chain per row with a model that is fed as plain decoding feeds it.
+    """Drafts one chain per row with a model that is fed as regular generation feeds it.
 
     That is the way to draft with recurrent and hybrid models, whose states cannot be kept per node
     of a tree: what is rejected is taken back, and what was accepted behind it is read again.
@@ -199,20 +199,20 @@ class ChainDraftProposer(Proposer):
         *,
         longest: int,
     ) -> Draft:
-        """Draw every token of a chain of full length from its law."""
-        tokens, laws = [roots], []
+        """Draw every token of a chain of full length from its distribution."""
+        tokens, distributions = [roots], []
         while True:
-            laws.append(sampler.law(logits))
-            tokens.append(sampler.siblings(laws[-1], num=1)[:, 0, 0])
+            distributions.append(sampler.distribution(logits))
+            tokens.append(sampler.siblings(distributions[-1], num=1)[:, 0, 0])
             if len(tokens) > longest:
                 break
             logits = self._feed(tokens[-1])
-        laws.append(torch.zeros_like(laws[0]))  # of the leaf
+        distributions.append(torch.zeros_like(distributions[0]))  # of the leaf
         return Draft(
             torch.stack(tokens, dim=1),
             chain(len(tokens) - 1, device=roots.device),
             None,
-            laws=torch.cat(laws, dim=1),
+            distributions=torch.cat(distributions, dim=1),
         )
 
 

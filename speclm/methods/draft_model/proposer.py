@@ -36,7 +36,7 @@ class DraftModelProposer(Proposer):
     The tree grows a level with each draft forward. What the target accepts stays in the draft
     model's cache, so that a round starts with the one or two tokens that it has not seen.
 
-    Where the accept rule asks for drawn drafts, all trees of a call have one shape, made from
+    Where the acceptance rule asks for drawn drafts, all trees of a call have one shape, made from
     depth, number of draft tokens, width and branches: probabilities then prune nothing.
     """
 
@@ -216,13 +216,17 @@ class DraftModelProposer(Proposer):
         self._offsets = []
         seen, slot_depths, num_unseen = self._seen_by_root(device, longest)
         logits = self._catch_up(device, longest)  # [batch, level, vocab]
-        laws: Tensor | None = None
+        distributions: Tensor | None = None
         while True:
             if sampler is not None:
-                law = sampler.law(logits)
-                laws = law.new_zeros(*tree.tokens.shape, law.shape[2]) if laws is None else laws
-                laws[:, tree.expanded_nodes] = law
-                tree.fill(sampler.siblings(law, num=tree.num_guesses))
+                distribution = sampler.distribution(logits)
+                distributions = (
+                    distribution.new_zeros(*tree.tokens.shape, distribution.shape[2])
+                    if distributions is None
+                    else distributions
+                )
+                distributions[:, tree.expanded_nodes] = distribution
+                tree.fill(sampler.siblings(distribution, num=tree.num_guesses))
             else:
                 nodes = (tree.expanded_tokens, tree.expanded_parents)
                 ranked = self._ranking.rank(logits, depth=tree.depth, noise=noise, nodes=nodes)
@@ -236,7 +240,9 @@ class DraftModelProposer(Proposer):
             logits = self._forward(tree.expanded_tokens, seen, slot_depths)
         self._grown = [GrownRow([], [], tree.expansions, [])] * batch
         self._offsets = self._offsets or [self._cache.num_pending]
-        return Draft(tokens=tree.tokens, topology=tree.topology, probs=None, laws=laws)
+        return Draft(
+            tokens=tree.tokens, topology=tree.topology, probs=None, distributions=distributions
+        )
 
     def _seen_by_root(
         self, device: torch.device, longest: int

@@ -172,7 +172,7 @@ def _read(folder: Path) -> EagleCheckpoint:
 
 
 def is_eagle(source: WeightFiles) -> bool:
-    """Tell whether a state dict is that of EAGLE heads, from its keys."""
+    """Return whether a state dict is that of EAGLE heads, from its keys."""
     names = {_canonical(key) for key in source.files}
     return {"fc.weight", "layers.0.self_attn.q_proj.weight"} <= names
 

@@ -244,7 +244,7 @@ def usual_layers(num_target_layers: int) -> tuple[int, int, int]:
 def read_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the rotation that a config.json names, as Transformers 5 writes it.
 
-    Older configs have ``rope_theta`` beside everything else and ``rope_scaling`` with ``type`` or
+    Older configs have ``rope_theta`` next to everything else and ``rope_scaling`` with ``type`` or
     ``rope_type``; one without any has the plain rotation with base 10000.
     """
     found = config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -378,7 +378,7 @@ def _require_outputs(config: EagleConfig) -> None:
     if not config.has_own_embeddings and has_other_width:
         raise OptionError(
             f"has_own_embeddings is off, expected on with target_hidden_size "
-            f"{config.target_hidden_size} beside hidden_size {config.hidden_size}: the target's "
+            f"{config.target_hidden_size} next to hidden_size {config.hidden_size}: the target's "
             "embeddings do not fit; switch it on"
         )
 

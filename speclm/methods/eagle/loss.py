@@ -1,4 +1,4 @@
-"""What EAGLE heads learn: the target's law and, in EAGLE-1, its features."""
+"""What EAGLE heads learn: the target's distribution and, in EAGLE-1, its features."""
 
 from dataclasses import dataclass
 
@@ -44,13 +44,13 @@ def find_sources(
     return Sources(order * is_source, found.masked_fill(~is_source[:, :, None], IGNORED))
 
 
-def law_loss(
+def distribution_loss(
     logits: Float[Tensor, "*rows draft_vocab"],
-    law: Float[Tensor, "*rows draft_vocab"],
+    distribution: Float[Tensor, "*rows draft_vocab"],
 ) -> Float[Tensor, "*rows"]:
-    """Return the cross-entropy of guesses against the target's law."""
+    """Return the cross-entropy of guesses against the target's distribution."""
     logits = logits.float()
-    return logits.logsumexp(-1) - (law * logits).sum(-1)
+    return logits.logsumexp(-1) - (distribution * logits).sum(-1)
 
 
 def feature_loss(

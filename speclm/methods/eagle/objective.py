@@ -12,7 +12,13 @@ from transformers import PreTrainedModel
 
 from speclm.config import require_count, require_in_range
 from speclm.errors import OptionError
-from speclm.methods.eagle.loss import Sources, feature_loss, find_sources, law_loss, rank_targets
+from speclm.methods.eagle.loss import (
+    Sources,
+    distribution_loss,
+    feature_loss,
+    find_sources,
+    rank_targets,
+)
 from speclm.methods.eagle.network import EagleHeads
 from speclm.methods.medusa.loss import weighted_loss
 from speclm.target import TargetFeatures, TargetView
@@ -34,7 +40,7 @@ class EagleObjective:
         num_measured: Guesses in a row that are ranked, of which those that are not trained are
             run without gradients.
         decay: Weight of a step's loss relative to that of the step before it.
-        law_weight: Weight of the cross-entropy against the target's law.
+        distribution_weight: Weight of the cross-entropy against the target's distribution.
         feature_weight: Weight of the distance to the target's next features, of EAGLE-1 alone.
         noise: Width of the uniform noise on the features of a text of 512 tokens; shorter ones get
             as much more.
@@ -43,7 +49,7 @@ class EagleObjective:
     num_steps: int = 7
     num_measured: int = 7
     decay: float = 0.8
-    law_weight: float = 1.0
+    distribution_weight: float = 1.0
     feature_weight: float = 0.0
     noise: float = 0.0
 
@@ -51,7 +57,7 @@ class EagleObjective:
         require_count("num_steps", self.num_steps, low=1, high=MAX_STEPS)
         require_count("num_measured", self.num_measured, low=self.num_steps, high=MAX_STEPS)
         require_in_range("decay", self.decay, low=0.0, high=1.0)
-        for name in ("law_weight", "feature_weight", "noise"):
+        for name in ("distribution_weight", "feature_weight", "noise"):
             require_in_range(name, getattr(self, name), low=0.0, high=1e6)
 
     @classmethod
@@ -62,7 +68,9 @@ class EagleObjective:
         """
         if kind == "eagle3":
             return cls()
-        return cls(num_steps=1, num_measured=5, law_weight=0.1, feature_weight=1.0, noise=0.2)
+        return cls(
+            num_steps=1, num_measured=5, distribution_weight=0.1, feature_weight=1.0, noise=0.2
+        )
 
 
 class EagleTrainingModel(nn.Module):
@@ -127,7 +135,7 @@ class EagleTrainingModel(nn.Module):
         features, last = self.read_base(input_ids, attention_mask)
         tokens, loss_mask = input_ids.to(device), loss_mask.to(device)
         sources = find_sources(tokens, loss_mask, num_steps=objective.num_measured)
-        laws = self._laws(last, sources)
+        distributions = self._distributions(last, sources)
         outputs = roll_out(
             self.heads,
             self._with_noise(features),
@@ -144,7 +152,7 @@ class EagleTrainingModel(nn.Module):
         for step in range(objective.num_measured):
             is_trained = step < objective.num_steps
             with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained):
-                scored = self._score(next(outputs), laws, sources, step)
+                scored = self._score(next(outputs), distributions, sources, step)
             ranks[:, :, step].scatter_reduce_(1, sources.indices, scored.ranks, reduce="amax")
             if is_trained:
                 sums.append(scored.loss_sum)
@@ -195,7 +203,9 @@ class EagleTrainingModel(nn.Module):
         return view.head_logits(states.to(view.model.dtype).to(view.device)).to(states.device)
 
     @torch.no_grad()
-    def _laws(self, last: Float[Tensor, "batch seq hidden"], sources: Sources) -> "_Laws":
+    def _distributions(
+        self, last: Float[Tensor, "batch seq hidden"], sources: Sources
+    ) -> "_Distributions":
         """Return what the target says at the positions that are guessed."""
         ahead = 1 + torch.arange(sources.targets.shape[2], device=sources.indices.device)
         batch, length = last.shape[:2]
@@ -206,14 +216,14 @@ class EagleTrainingModel(nn.Module):
         logits = self.view.head_logits(hidden).float().to(where.device)
         columns = self.heads.draft_columns
         if columns is None:
-            return _Laws(logits.softmax(-1), logits.new_ones(len(logits)), hidden, where)
+            return _Distributions(logits.softmax(-1), logits.new_ones(len(logits)), hidden, where)
         can_guess = torch.isin(logits.argmax(-1), columns).float()
-        return _Laws(logits[:, columns].softmax(-1), can_guess, hidden, where)
+        return _Distributions(logits[:, columns].softmax(-1), can_guess, hidden, where)
 
     def _score(
         self,
         hidden: Float[Tensor, "batch sources hidden"],
-        laws: "_Laws",
+        distributions: "_Distributions",
         sources: Sources,
         step: int,
     ) -> "_Scored":
@@ -223,14 +233,14 @@ class EagleTrainingModel(nn.Module):
         rows, wanted, where = (
             hidden[is_target],
             targets[is_target],
-            laws.where[:, :, step][is_target],
+            distributions.where[:, :, step][is_target],
         )
         size = max(1, MAX_LOGITS // (self.heads.config.draft_vocab_size * self.objective.num_steps))
         if len(rows) <= size:
-            loss_sum, found = self._score_rows(rows, wanted, where, laws)
+            loss_sum, found = self._score_rows(rows, wanted, where, distributions)
         else:
             parts = [
-                checkpoint(self._score_rows, *part, laws, use_reentrant=False)
+                checkpoint(self._score_rows, *part, distributions, use_reentrant=False)
                 for part in zip(
                     *(torch.split(given, size) for given in (rows, wanted, where)), strict=True
                 )
@@ -241,31 +251,33 @@ class EagleTrainingModel(nn.Module):
             )
         ranks = torch.full_like(targets, -1)
         ranks[is_target] = found
-        return _Scored(loss_sum, laws.can_guess[where].sum().long(), ranks)
+        return _Scored(loss_sum, distributions.can_guess[where].sum().long(), ranks)
 
     def _score_rows(
         self,
         hidden: Float[Tensor, "rows hidden"],
         targets: Int[Tensor, " rows"],
         where: Int[Tensor, " rows"],
-        laws: "_Laws",
+        distributions: "_Distributions",
     ) -> tuple[Float[Tensor, ""], Int[Tensor, " rows"]]:
         objective = self.objective
         logits = self.heads.logits(hidden, lm_head=self._lm_head)
-        losses = objective.law_weight * law_loss(logits, laws.probs[where])
+        losses = objective.distribution_weight * distribution_loss(
+            logits, distributions.probs[where]
+        )
         if objective.feature_weight:
-            wanted = laws.hidden[where.to(laws.hidden.device)].to(hidden.device)
+            wanted = distributions.hidden[where.to(distributions.hidden.device)].to(hidden.device)
             losses = losses + objective.feature_weight * feature_loss(hidden, wanted)
         ranks = rank_targets(logits, targets, self.heads.draft_columns)
-        return (losses * laws.can_guess[where]).sum(), ranks
+        return (losses * distributions.can_guess[where]).sum(), ranks
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Laws:
+class _Distributions:
     """What the target says at the positions that are guessed.
 
     Args:
-        probs: Its law over the draft vocabulary.
+        probs: Its distribution over the draft vocabulary.
         can_guess: 1 where its likeliest token is in that vocabulary, else 0.
         hidden: Its last hidden states.
         where: Which of these each source's steps are about, ``[batch, sources, steps]``.

@@ -81,7 +81,8 @@ class EagleProposer(Proposer):
             heads: Heads trained on the target, on its device.
             target: The model that will verify.
             tree: Name of a preset, the number of children at each depth, or paths of ranks; with
-                `num_draft_tokens`, the first nodes by depth. None for trees that grow by chance.
+                `num_draft_tokens`, the first nodes by depth. None for trees that grow by
+                probability.
             **options: Fields of `EagleProposerConfig`.
 
         Raises:
@@ -286,16 +287,23 @@ class EagleProposer(Proposer):
         )
         tree = FilledTree(choices, roots=roots, are_drawn=True)
         run = self._start(tree.widths[1:])
-        laws: Tensor | None = None
+        distributions: Tensor | None = None
         while True:
-            law = sampler.law(self._spread(self._logits(run.hidden)))  # [batch, width, vocab]
-            if laws is None:
-                laws = law.new_zeros(*tree.tokens.shape, law.shape[2])
-            laws.index_copy_(1, tree.expanded_nodes, law)
-            tree.fill(sampler.siblings(law, num=tree.num_guesses))
+            distribution = sampler.distribution(
+                self._spread(self._logits(run.hidden))
+            )  # [batch, width, vocab]
+            if distributions is None:
+                distributions = distribution.new_zeros(*tree.tokens.shape, distribution.shape[2])
+            distributions.index_copy_(1, tree.expanded_nodes, distribution)
+            tree.fill(sampler.siblings(distribution, num=tree.num_guesses))
             if tree.is_full:
                 self._grown = [GrownRow([], [], tree.expansions, [])] * len(roots)
-                return Draft(tokens=tree.tokens, topology=tree.topology, probs=None, laws=laws)
+                return Draft(
+                    tokens=tree.tokens,
+                    topology=tree.topology,
+                    probs=None,
+                    distributions=distributions,
+                )
             run.below(tree.expanded_tokens, tree.expanded_parents)
 
     def _start(self, widths: list[int]) -> LevelRun:

@@ -132,7 +132,7 @@ class EagleTrainer(HeadsTrainer):
             train_dataset: Rows, see `load_rows`.
             eval_dataset: Rows that ``args.eval_strategy`` evaluates on, or several such by name.
             objective: What the heads are trained for; None for what is usual for their kind.
-            callbacks: Callbacks beside `Trainer`'s own.
+            callbacks: Callbacks next to `Trainer`'s own.
 
         Raises:
             VocabularyMismatchError: If the heads were made for another vocabulary.

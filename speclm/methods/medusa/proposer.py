@@ -15,7 +15,7 @@ from typing_extensions import override
 from speclm.acceptance.accepted import Accepted
 from speclm.config import MAX_NODES, ProposerConfig, require_count, require_depth, require_in_range
 from speclm.drafting.interface import Draft, Prefill, Proposer, TargetNeeds
-from speclm.drafting.levels import least_chance
+from speclm.drafting.levels import least_probability
 from speclm.drafting.mixture import Mixture, require_mixture
 from speclm.drafting.ranking import LevelRanking, chain_expansions
 from speclm.errors import OptionError, VocabularyMismatchError
@@ -37,10 +37,11 @@ from speclm.tree.topology import chain, trees_of
 _log = logging.getLogger("speclm")
 
 MAX_RANK = 8
-"""Guesses of one head that a tree grown by chance considers."""
+"""Guesses of one head that a tree grown by probability considers."""
 
 STATIC_TREE: Choices = ((0,), (1,), (0, 0), (0, 1), (0, 0, 0), (0, 0, 1), (0, 0, 0, 0))
-"""Where a static tree is needed and none is given: drafts drawn for an accept rule, training."""
+"""Where a static tree is needed and none is given: drafts drawn for an acceptance rule,
+training."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,24 +51,24 @@ class MedusaConfig(ProposerConfig):
     Args:
         depth: Most levels of a tree; as many heads are computed.
         choices: Static tree as paths of ranks, see `speclm.tree.static`; None for trees that
-            grow by chance in every round.
-        num_draft_tokens: Most nodes of a tree that grows by chance.
-        min_chance: Least estimated chance of acceptance at which a node is added to it for a
-            single row; more in a batch.
-        mixture: Numbers of the law that ranks candidates under sampling; None to estimate them
-            from what the target chooses.
+            grow by probability in every round.
+        num_draft_tokens: Most nodes of a tree that grows by probability.
+        min_probability: Least estimated probability of acceptance at which a node is added to it
+            for a single row; more in a batch.
+        mixture: Numbers of the distribution that ranks candidates under sampling; None to estimate
+            them from what the target chooses.
     """
 
     depth: int = 4
     choices: Choices | None = None
     num_draft_tokens: int = 16
-    min_chance: float = 0.07
+    min_probability: float = 0.07
     mixture: Mixture | None = None
 
     def __post_init__(self) -> None:
         require_depth("depth", self.depth)  # super() does not work in a slotted dataclass
         require_count("num_draft_tokens", self.num_draft_tokens, low=1, high=MAX_NODES - 1)
-        require_in_range("min_chance", self.min_chance, low=0.0, high=1.0)
+        require_in_range("min_probability", self.min_probability, low=0.0, high=1.0)
         require_mixture(self.mixture)
 
 
@@ -75,8 +76,9 @@ class MedusaProposer(Proposer):
     """Fills a tree with the best guesses of Medusa heads.
 
     Head i sees the hidden state that the target's last root was chosen from, and guesses the
-    token of depth i + 1. It does not see the tokens between: all nodes of a depth share one law,
-    and the chance of a path is taken for the product of its guesses' chances.
+    token of depth i + 1. It does not see the tokens between: all nodes of a depth share one
+    distribution, and the probability of a path is taken for the product of its guesses'
+    probabilities.
 
     Source: Cai et al. 2024 (Medusa).
     """
@@ -93,7 +95,7 @@ class MedusaProposer(Proposer):
         target: PreTrainedModel,
         tree: str | Sequence[int] | Sequence[Sequence[int]] | None = None,
         num_draft_tokens: int | None = None,
-        min_chance: float = 0.07,
+        min_probability: float = 0.07,
         mixture: Mixture | None = None,
     ) -> None:
         """Wrap trained heads.
@@ -105,9 +107,10 @@ class MedusaProposer(Proposer):
                 Levels beyond the heads are left out, with a log line. None for a tree that is
                 grown in every round, likeliest paths first.
             num_draft_tokens: Most nodes; of a static tree the first by depth are kept.
-            min_chance: Least estimated chance of acceptance at which a growing tree gets a node.
-            mixture: Numbers of the law that ranks candidates under sampling; None to estimate
-                them from what the target chooses.
+            min_probability: Least estimated probability of acceptance at which a growing tree gets
+                a node.
+            mixture: Numbers of the distribution that ranks candidates under sampling; None to
+                estimate them from what the target chooses.
 
         Raises:
             VocabularyMismatchError: If the heads were made for another vocabulary.
@@ -132,7 +135,7 @@ class MedusaProposer(Proposer):
             self.config = MedusaConfig(
                 depth=heads.num_heads,
                 num_draft_tokens=16 if num_draft_tokens is None else num_draft_tokens,
-                min_chance=min_chance,
+                min_probability=min_probability,
                 mixture=mixture,
             )
         else:
@@ -198,10 +201,10 @@ class MedusaProposer(Proposer):
             best.values.masked_fill_(self._is_idle[:, None, None], float("-inf"))
         guesses, scores = best.indices.tolist(), best.values.tolist()  # [batch, depth, rank]
         num_rows = sum(row[0][0] > -math.inf for row in scores)
-        min_chance = config.min_chance
-        if self.plan is None or self.plan.min_chance is None:
-            min_chance = least_chance(min_chance, num_rows=num_rows)
-        min_score = math.log(max(min_chance, 1e-30))
+        min_probability = config.min_probability
+        if self.plan is None or self.plan.min_probability is None:
+            min_probability = least_probability(min_probability, num_rows=num_rows)
+        min_score = math.log(max(min_probability, 1e-30))
         rows = [
             likeliest_paths(row, num_nodes=config.num_draft_tokens, min_score=min_score)
             for row in scores
@@ -233,15 +236,15 @@ class MedusaProposer(Proposer):
     ) -> Draft:
         """Draw the children of every node, the j-th drawn in the place of the j-th child."""
         logits: Tensor = self.heads(hidden, lm_head=self.view.head_logits, num_heads=tree.max_depth)
-        levels = sampler.law(logits)  # [batch, depth, vocab]
+        levels = sampler.distribution(logits)  # [batch, depth, vocab]
         depths = tree.topology.depths[0].clamp(max=tree.max_depth - 1)
         families = Families.of(tree.topology.host_parents[0])
-        laws = levels[:, depths]  # [batch, nodes, vocab]
-        drawn = sampler.siblings(laws[:, families.parents], num=families.max_children)
+        distributions = levels[:, depths]  # [batch, nodes, vocab]
+        drawn = sampler.siblings(distributions[:, families.parents], num=families.max_children)
         tokens = roots[:, None].repeat(1, tree.topology.num_nodes)
         for family, children in enumerate(families.children):
             tokens[:, children] = drawn[:, family, : len(children)]
-        return Draft(tokens=tokens, topology=tree.topology, probs=None, laws=laws)
+        return Draft(tokens=tokens, topology=tree.topology, probs=None, distributions=distributions)
 
     def _rank(
         self, hidden: Float[Tensor, "batch hidden"], noise: PositionNoise | None, *, depth: int
@@ -269,7 +272,9 @@ def _planned(config: MedusaConfig, plan: TreePlan | None, *, num_heads: int) -> 
     return MedusaConfig(
         depth=min(plan.depth, num_heads),
         num_draft_tokens=plan.num_draft_tokens,
-        min_chance=config.min_chance if plan.min_chance is None else plan.min_chance,
+        min_probability=config.min_probability
+        if plan.min_probability is None
+        else plan.min_probability,
     )
 
 

@@ -36,8 +36,9 @@ class MedusaObjective:
     Args:
         decay: Weight of a head's loss relative to that of the head before it; later guesses are
             reached less often.
-        soft_weight: Share of the loss that is taken against the base's own law at the target's
-            position instead of the token of the data; it costs no further forward of the base.
+        soft_weight: Share of the loss that is taken against the base's own distribution at the
+            target's position instead of the token of the data; it costs no further forward of the
+            base.
     """
 
     decay: float = 0.8
@@ -149,8 +150,10 @@ class MedusaTrainingModel(nn.Module):
         rows = hidden[sources.to(hidden.device)].to(device)
         logits = self.heads(rows, lm_head=self._lm_head)
         soft = self.objective.soft_weight
-        law = self._base_law(hidden, sources, targets).to(device) if soft else None
-        losses, ranks = score_guesses(logits, targets, soft_targets=law, soft_weight=soft)
+        distribution = (
+            self._base_distribution(hidden, sources, targets).to(device) if soft else None
+        )
+        losses, ranks = score_guesses(logits, targets, soft_targets=distribution, soft_weight=soft)
         return losses.sum(0), ranks
 
     def _lm_head(self, states: Tensor) -> Tensor:
@@ -159,13 +162,13 @@ class MedusaTrainingModel(nn.Module):
         return view.head_logits(states.to(view.model.dtype)).to(states.device)
 
     @torch.no_grad()
-    def _base_law(
+    def _base_distribution(
         self,
         hidden: Float[Tensor, "tokens hidden"],
         sources: Int[Tensor, " rows"],
         targets: Int[Tensor, "rows heads"],
     ) -> Float[Tensor, "rows heads vocab"]:
-        """Return the base's law of each target, from the hidden state before it."""
+        """Return the base's distribution of each target, from the hidden state before it."""
         ahead = 1 + torch.arange(targets.shape[1], device=sources.device)
         # Without a target there may be no such position; any does then.
         positions = (sources[:, None] + ahead).where(targets != IGNORED, sources[:, None])
@@ -239,7 +242,7 @@ class MedusaTrainer(HeadsTrainer):
             train_dataset: Rows, see `load_rows`.
             eval_dataset: Rows that ``args.eval_strategy`` evaluates on, or several such by name.
             objective: What the heads are trained for; None for the defaults.
-            callbacks: Callbacks beside `Trainer`'s own.
+            callbacks: Callbacks next to `Trainer`'s own.
 
         Raises:
             VocabularyMismatchError: If the heads were made for another vocabulary.

@@ -13,7 +13,7 @@ from typing_extensions import override
 from speclm.acceptance.accepted import Accepted
 from speclm.config import MAX_DEPTH, ProposerConfig, require_count, require_in_range
 from speclm.drafting.interface import Draft, Prefill, Proposer
-from speclm.drafting.levels import least_chance
+from speclm.drafting.levels import least_probability
 from speclm.drafting.registry import register_proposer
 from speclm.sampling.noise import PositionNoise
 from speclm.tree.plan import TreePlan
@@ -26,7 +26,7 @@ MAX_FOLLOWERS = 8
 # word problems, greedy and at temperature 1). What followed an n-gram its only time followed
 # again in 39 to 84 of 100 cases, with no clear trend in the length of the n-gram: start from the
 # middle, and trust the row's own record after some sixteen observations.
-_ONCE_CHANCE = 0.6
+_ONCE_PROBABILITY = 0.6
 _ONCE_WEIGHT = 16.0
 # Counts are discounted as in prediction by partial matching (Howard 1993): little where all
 # occurrences agree, more where they do not.
@@ -45,7 +45,7 @@ class NgramIndex:
     def __init__(self, tokens: Iterable[int], *, max_ngram: int) -> None:
         self._max_ngram = max_ngram
         self._followers: dict[tuple[int, ...], dict[int, int]] = {}  # counts, most recent last
-        self._once_hits = _ONCE_CHANCE * _ONCE_WEIGHT
+        self._once_hits = _ONCE_PROBABILITY * _ONCE_WEIGHT
         self._once_seen = _ONCE_WEIGHT
         self._context: tuple[int, ...] = ()
         for token in tokens:  # how little a prompt repeats itself says nothing about its answer
@@ -69,7 +69,7 @@ class NgramIndex:
                 self._once_seen += 1
 
     def guess(self, context: tuple[int, ...], *, limit: int) -> list[tuple[int, float]]:
-        """Return at most `limit` tokens that may follow, each with its chance.
+        """Return at most `limit` tokens that may follow, each with its probability.
 
         They followed the longest known n-gram at the end of `context`; most frequent first, and
         of equals the most recent.
@@ -83,15 +83,17 @@ class NgramIndex:
         if len(counts) == 1:
             ((token, count),) = counts.items()
             is_once = count == 1
-            chance = self._once_hits / self._once_seen if is_once else 1 - _AGREED_DISCOUNT / count
-            return [(token, chance)]
+            probability = (
+                self._once_hits / self._once_seen if is_once else 1 - _AGREED_DISCOUNT / count
+            )
+            return [(token, probability)]
         total = sum(counts.values())
         latest_first = reversed(counts)
         ranked = sorted(latest_first, key=counts.__getitem__, reverse=True)
         return [(token, (counts[token] - _SPLIT_DISCOUNT) / total) for token in ranked[:limit]]
 
     def _append(self, token: int) -> bool | None:
-        """Append one token; tell whether `guess` had it, if it had one occurrence to go by."""
+        """Append one token; return whether `guess` had it, if it had one occurrence to go by."""
         context = self._context
         is_hit: bool | None = None
         for length in range(1, len(context) + 1):
@@ -110,7 +112,7 @@ class NgramIndex:
         return is_hit
 
 
-_LEAST_CHANCE = 0.001
+_LEAST_PROBABILITY = 0.001
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +125,7 @@ class NgramConfig(ProposerConfig):
         max_ngram: Longest run of tokens that is looked up, in ``[1, 16]``; the index holds one
             entry per token and length.
         branches: Most children of a node, in ``[1, 8]``.
-        min_chance: Least estimated chance of acceptance at which a node is drafted, in
+        min_probability: Least estimated probability of acceptance at which a node is drafted, in
             ``[0.001, 1]``. Best is what a node adds to the time of a round, as a share of a plain
             step, times the tokens that the time of a plain step yields on average.
     """
@@ -132,13 +134,13 @@ class NgramConfig(ProposerConfig):
     num_draft_tokens: int = 15
     max_ngram: int = 6
     branches: int = 3
-    min_chance: float = 0.09
+    min_probability: float = 0.09
 
     def __post_init__(self) -> None:
         require_count("num_draft_tokens", self.num_draft_tokens, low=1, high=MAX_DEPTH)
         require_count("max_ngram", self.max_ngram, low=1, high=16)
         require_count("branches", self.branches, low=1, high=MAX_FOLLOWERS)
-        require_in_range("min_chance", self.min_chance, low=0.001, high=1.0)
+        require_in_range("min_probability", self.min_probability, low=0.001, high=1.0)
 
 
 @register_proposer("ngram")
@@ -153,8 +155,8 @@ class NgramProposer(Proposer):
         num_draft_tokens: Most nodes of a draft; `NgramConfig` describes all options.
         max_ngram: Longest run of tokens that is looked up.
         branches: Most children of a node.
-        min_chance: Least estimated chance of acceptance at which a node is drafted for a single
-            row; more in a batch.
+        min_probability: Least estimated probability of acceptance at which a node is drafted for a
+            single row; more in a batch.
 
     Raises:
         OptionError: If an option is out of range.
@@ -166,14 +168,14 @@ class NgramProposer(Proposer):
         num_draft_tokens: int = 15,
         max_ngram: int = 6,
         branches: int = 3,
-        min_chance: float = 0.09,
+        min_probability: float = 0.09,
     ) -> None:
         self.config: NgramConfig = NgramConfig(
             depth=num_draft_tokens,
             num_draft_tokens=num_draft_tokens,
             max_ngram=max_ngram,
             branches=branches,
-            min_chance=min_chance,
+            min_probability=min_probability,
         )
         self._rows: list[NgramIndex] = []
         self._is_waiting: list[bool] = []
@@ -234,21 +236,27 @@ class _Tree:
     def grow(cls, index: NgramIndex, options: NgramConfig, ends: frozenset[int]) -> "_Tree":
         """Add the likeliest node that is left until none is worth its time."""
         tree = cls.root_alone(index)
-        # Entries: minus the chance of the path, order of arrival, token, its chance given the path,
-        # parent, context before.
-        frontier: list[tuple[float, int, int, float, int, tuple[int, ...]]] = []
-        node, chance, context, arrivals, is_leaf = 0, 1.0, index.context, 0, False
+        # Entries: minus the probability of the path, order of arrival, token, its probability given
+        # the path, parent, context before.
+        candidates: list[tuple[float, int, int, float, int, tuple[int, ...]]] = []
+        node, probability, context, arrivals, is_leaf = 0, 1.0, index.context, 0, False
         depths = [0]
         while True:
             guesses = [] if is_leaf else index.guess(context, limit=options.branches)
             for token, prob in guesses:
-                if chance * prob >= options.min_chance:
+                if probability * prob >= options.min_probability:
                     arrivals += 1
-                    heappush(frontier, (-chance * prob, arrivals, token, prob, node, context))
-            if not frontier or len(tree.tokens) > options.num_draft_tokens:
+                    heappush(
+                        candidates, (-probability * prob, arrivals, token, prob, node, context)
+                    )
+            if not candidates or len(tree.tokens) > options.num_draft_tokens:
                 return tree
-            minus_chance, _, token, prob, parent, before = heappop(frontier)
-            node, chance, context = len(tree.tokens), -minus_chance, index.slide(before, token)
+            minus_probability, _, token, prob, parent, before = heappop(candidates)
+            node, probability, context = (
+                len(tree.tokens),
+                -minus_probability,
+                index.slide(before, token),
+            )
             tree.tokens.append(token)
             tree.parents.append(parent)
             tree.probs.append(prob)
@@ -259,12 +267,12 @@ class _Tree:
 @lru_cache(maxsize=256)
 def _planned(config: NgramConfig, plan: TreePlan | None, *, num_rows: int) -> NgramConfig:
     """Return the settings of the next drafts; what a plan leaves open is the config's."""
-    min_chance = least_chance(config.min_chance, num_rows=num_rows)
+    min_probability = least_probability(config.min_probability, num_rows=num_rows)
     if plan is None:
-        return replace(config, min_chance=min_chance)
-    if plan.min_chance is not None:
-        min_chance = max(plan.min_chance, _LEAST_CHANCE)
+        return replace(config, min_probability=min_probability)
+    if plan.min_probability is not None:
+        min_probability = max(plan.min_probability, _LEAST_PROBABILITY)
     num_draft_tokens = min(plan.num_draft_tokens, MAX_DEPTH)
     return replace(
-        config, depth=plan.depth, num_draft_tokens=num_draft_tokens, min_chance=min_chance
+        config, depth=plan.depth, num_draft_tokens=num_draft_tokens, min_probability=min_probability
     )

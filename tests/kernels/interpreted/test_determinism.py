@@ -1,4 +1,4 @@
-"""Deterministic tree attention: a node's bits depend on what it sees, and on nothing beside it."""
+"""Deterministic tree attention: a node's bits depend on what it sees, and on nothing next to it."""
 
 from dataclasses import replace
 

@@ -1,4 +1,5 @@
-"""Faults planted in the tree-attention kernel: the checks beside this file have to see each one."""
+"""Faults planted in the tree-attention kernel: the checks next to this file have to see each
+one."""
 
 import faulthandler
 import importlib.util
@@ -239,7 +240,7 @@ def place_faults() -> Iterator[Fault]:
     )
     for at, masked, name in (("is_key", True, "under"), ("at", False, "without")):
         yield Fault(
-            f"other value lanes {name} masks",
+            f"other value buckets {name} masks",
             f"value = _load(at, {at}, DIM, REST, IS_MASKED={masked})",
             f"value = _load(at, {at}, DIM - REST, REST, IS_MASKED={masked})",
         )

@@ -1,4 +1,4 @@
-"""The Triton kernel that makes words of parents, in the interpreter, against walks one by one."""
+"""The Triton kernel that makes words of parents, in the interpreter, against paths one by one."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Tree attention in the interpreter against a dense softmax over walks up the tree."""
+"""Tree attention in the interpreter against a dense softmax over paths up the tree."""
 
 from dataclasses import replace
 

@@ -251,9 +251,9 @@ def test_a_level_is_drafted_while_most_rows_grow():
     mask = torch.cat([inputs["attention_mask"], torch.ones(4, 1, dtype=torch.long)], dim=1)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     logits = model(input_ids=tokens, attention_mask=mask, position_ids=positions).logits
-    law = logits[:, -1].softmax(-1).amax(-1)
-    middle = float(law.median())  # the lower of the two in the middle
-    confident = [float(chance) >= middle * 1.0001 for chance in law]
+    distribution = logits[:, -1].softmax(-1).amax(-1)
+    middle = float(distribution.median())  # the lower of the two in the middle
+    confident = [float(probability) >= middle * 1.0001 for probability in distribution]
     assert confident.count(True) == 2
     assert depths(min_confidence=middle * 1.0001) == [1, 1, 1, 1]
     mixed = depths(min_confidence=middle * 1.0001, min_growing=0.5)
@@ -348,5 +348,5 @@ def test_options_of_the_wrong_type_are_named(name, monkeypatch):
 
 def test_unknown_option_is_named_with_the_known_ones():
     model = shared_model("llama")
-    with pytest.raises(OptionError, match=r"no option 'min_chance', expected.*'min_confidence'"):
-        DraftModelProposer(model, target=model, min_chance=0.1)
+    with pytest.raises(OptionError, match=r"no option 'min_share', expected.*'min_confidence'"):
+        DraftModelProposer(model, target=model, min_share=0.1)

@@ -19,7 +19,7 @@ def heads_for(
     draft_vocab_size: int | None = None,
     sliding_window: int | None = None,
 ) -> EagleHeads:
-    """Return heads that nobody trained, whose laws are peaked and varied."""
+    """Return heads that nobody trained, whose distributions are peaked and varied."""
     config = EagleConfig.from_model_config(
         model.config,
         kind=kind,

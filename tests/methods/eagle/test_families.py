@@ -1,4 +1,4 @@
-"""EAGLE heads on bases of many families: the tokens of plain decoding."""
+"""EAGLE heads on bases of many families: the tokens of regular generation."""
 
 from typing import Any
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from speclm.methods.eagle.loss import feature_loss, find_sources, law_loss, rank_targets
+from speclm.methods.eagle.loss import distribution_loss, feature_loss, find_sources, rank_targets
 
 CLOSE = 1e-6
 
@@ -25,10 +25,10 @@ def test_batch_without_any_counted_token_has_one_source_without_target():
     assert sources.targets.tolist() == [[[-100]]]
 
 
-def test_law_loss_is_the_cross_entropy_in_float32():
-    law = torch.tensor([[0.25, 0.75]])
+def test_distribution_loss_is_the_cross_entropy_in_float32():
+    distribution = torch.tensor([[0.25, 0.75]])
     logits = torch.tensor([[math.log(0.5), math.log(0.5)]], dtype=torch.bfloat16)
-    found = law_loss(logits, law)
+    found = distribution_loss(logits, distribution)
     assert found.dtype == torch.float32
     assert found.item() == pytest.approx(math.log(2), abs=CLOSE)
 

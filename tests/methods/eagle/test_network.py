@@ -12,7 +12,7 @@ from speclm.methods.eagle.config import EagleConfig
 from speclm.methods.eagle.layer import KeyValueStore
 from speclm.methods.eagle.network import EagleHeads, build_eagle, eagle_checkpoint
 
-CLOSE = 1e-6  # float32 values of about 1, beside double ones
+CLOSE = 1e-6  # float32 values of about 1, next to double ones
 HIDDEN, VOCAB = 8, 13
 NUMBERS = {
     "hidden_size": HIDDEN,

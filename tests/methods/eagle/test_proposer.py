@@ -12,8 +12,9 @@ from speclm.errors import OptionError, VocabularyMismatchError
 from speclm.methods.eagle.network import EagleHeads
 from speclm.methods.eagle.proposer import EagleProposer
 from speclm.testing import check_proposer
+from tests.methods.eagle import eagle_heads
 from tests.models import VOCAB_SIZE, build_model, generate, prompts
-from tests.proposers import HittingProposer, eagle_heads
+from tests.proposers import HittingProposer
 
 KINDS = ("eagle", "eagle3")
 LAYERS = (1, 2, 3)

@@ -116,9 +116,9 @@ def test_static_trees_hold_the_guess_of_each_rank(kind):
 @pytest.mark.parametrize("kind", HEADS)
 def test_grown_trees_say_how_likely_the_heads_hold_each_node(kind):
     def check(model, heads, text, draft, row, node, above):
-        law = log_probs_above(model, heads, text, above)
-        columns = heads.target_ids(torch.arange(len(law))).tolist()
-        expected = law[columns.index(above[-1])]
+        distribution = log_probs_above(model, heads, text, above)
+        columns = heads.target_ids(torch.arange(len(distribution))).tolist()
+        expected = distribution[columns.index(above[-1])]
         assert draft.probs[row, node].log() == pytest.approx(float(expected), abs=CLOSE)
         return 1
 
@@ -127,15 +127,15 @@ def test_grown_trees_say_how_likely_the_heads_hold_each_node(kind):
 
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("options", [{"tree": [2, 1]}, {"width": 2, "branches": 2, "depth": 3}])
-def test_drawn_drafts_come_with_the_law_that_the_heads_give(kind, options):
+def test_drawn_drafts_come_with_the_distribution_that_the_heads_give(kind, options):
     def check(model, heads, text, draft, row, node, above):
         parent = draft.topology.host_parents[0][node]
-        law = draft.laws[row, parent]
+        distribution = draft.distributions[row, parent]
         expected = log_probs_above(model, heads, text, above).exp()
         columns = heads.target_ids(torch.arange(len(expected)))
-        torch.testing.assert_close(law[columns], expected, rtol=1e-3, atol=1e-5)
-        assert law.sum() == pytest.approx(1.0, abs=1e-5)
-        assert law[draft.tokens[row, node]] > 0
+        torch.testing.assert_close(distribution[columns], expected, rtol=1e-3, atol=1e-5)
+        assert distribution.sum() == pytest.approx(1.0, abs=1e-5)
+        assert distribution[draft.tokens[row, node]] > 0
         return 1
 
     assert watch(kind, check, sampled=True, **options) > 20
@@ -157,7 +157,7 @@ def test_plan_goes_before_the_options():
         (TreePlan(2, 5), (5, 2)),
         (TreePlan.of(STATIC), (6, 3)),
         (TreePlan(4, 9, min_confidence=1.0), (3, 1)),
-        (TreePlan(4, 9, min_chance=1.0), (0, 0)),
+        (TreePlan(4, 9, min_probability=1.0), (0, 0)),
         (None, (16, 3)),
     ):
         proposer.plan = plan

@@ -67,18 +67,18 @@ def test_rank_is_the_place_among_the_best_guesses(guesses):
 
 def test_soft_targets_share_the_loss(guesses):
     logits, targets = guesses
-    law = torch.randn(5, 2, 11, generator=torch.Generator().manual_seed(1)).softmax(-1)
+    distribution = torch.randn(5, 2, 11, generator=torch.Generator().manual_seed(1)).softmax(-1)
     hard, _ = score_guesses(logits, targets)
-    mixed, _ = score_guesses(logits, targets, soft_targets=law, soft_weight=0.25)
-    soft = -(law * logits.log_softmax(-1)).sum(-1) * (targets != IGNORED)
+    mixed, _ = score_guesses(logits, targets, soft_targets=distribution, soft_weight=0.25)
+    soft = -(distribution * logits.log_softmax(-1)).sum(-1) * (targets != IGNORED)
     torch.testing.assert_close(mixed, 0.75 * hard + 0.25 * soft, atol=CLOSE, rtol=0)
 
 
-def test_law_that_puts_all_on_the_target_is_the_hard_loss(guesses):
+def test_distribution_that_puts_all_on_the_target_is_the_hard_loss(guesses):
     logits, targets = guesses
-    law = F.one_hot(targets.clamp(min=0), 11).float()
+    distribution = F.one_hot(targets.clamp(min=0), 11).float()
     hard, _ = score_guesses(logits, targets)
-    soft, _ = score_guesses(logits, targets, soft_targets=law, soft_weight=1.0)
+    soft, _ = score_guesses(logits, targets, soft_targets=distribution, soft_weight=1.0)
     torch.testing.assert_close(soft, hard, atol=CLOSE, rtol=0)
 
 

@@ -372,7 +372,7 @@ def test_config_that_cannot_be_meant_is_refused(tmp_path, config, words):
 )
 def test_index_that_leads_elsewhere_is_refused(tmp_path, index):
     (tmp_path / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(CheckpointError, match=r"index.json: weight_map.*beside the index"):
+    with pytest.raises(CheckpointError, match=r"index.json: weight_map.*next to the index"):
         find_medusa(tmp_path)
 
 

@@ -39,13 +39,16 @@ def losses_one_by_one(model, batch):
         tokens = batch["input_ids"][row, :length]
         output = base(tokens[None], output_hidden_states=True)
         logits = heads(output.hidden_states[-1][0], lm_head=base.lm_head)
-        laws = output.logits[0].softmax(-1)
+        distributions = output.logits[0].softmax(-1)
         for head in range(heads.num_heads):
             for t in range(length):
                 target = t + 2 + head
                 if target < length and batch["loss_mask"][row, target]:
                     log_probs = logits[t, head].log_softmax(-1)
-                    hard, gentle = -log_probs[tokens[target]], -(laws[target - 1] @ log_probs)
+                    hard, gentle = (
+                        -log_probs[tokens[target]],
+                        -(distributions[target - 1] @ log_probs),
+                    )
                     found[head].append((1 - soft) * hard + soft * gentle)
     return torch.stack([torch.stack(losses).mean() for losses in found])
 

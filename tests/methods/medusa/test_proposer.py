@@ -57,7 +57,7 @@ def spec_model(family: str = "llama", **options: object) -> SpecModel:
     return SpecModel(base, MedusaProposer(random_heads(), target=base, **options))
 
 
-TREES = {"widths": {"tree": [3, 2, 1]}, "growing": {"min_chance": 0.001}}
+TREES = {"widths": {"tree": [3, 2, 1]}, "growing": {"min_probability": 0.001}}
 
 
 @pytest.mark.parametrize("tree", TREES)
@@ -133,23 +133,23 @@ def test_a_tree_deeper_than_the_heads_is_trimmed_with_one_line(caplog):
 def test_a_growing_tree_holds_the_likeliest_paths_of_each_row():
     base = shared_model("llama")
     heads = random_heads(num_heads=2, scale=1.0)
-    proposer = MedusaProposer(heads, target=base, num_draft_tokens=5, min_chance=0.01)
+    proposer = MedusaProposer(heads, target=base, num_draft_tokens=5, min_probability=0.01)
     hidden = torch.randn(2, 3, HIDDEN, generator=torch.Generator().manual_seed(0))
     roots = torch.tensor([3, 4])
     proposer.begin(prefill(2))
     proposer.commit(Accepted.from_host([[0], [0]], [[3], [4]], device=CPU).with_features(hidden))
     draft = proposer.propose(roots, noise=None)
-    laws = heads(hidden[:, 0], lm_head=base.lm_head).softmax(-1)
+    distributions = heads(hidden[:, 0], lm_head=base.lm_head).softmax(-1)
     for row in range(2):
-        first, second = (laws[row, head].sort(descending=True) for head in range(2))
-        chances = {(int(t),): float(p) for p, t in zip(*first, strict=True)}
-        chances |= {
-            (*path, int(t)): chance * float(p)
-            for path, chance in list(chances.items())
+        first, second = (distributions[row, head].sort(descending=True) for head in range(2))
+        probabilities = {(int(t),): float(p) for p, t in zip(*first, strict=True)}
+        probabilities |= {
+            (*path, int(t)): probability * float(p)
+            for path, probability in list(probabilities.items())
             for p, t in zip(second.values[:9], second.indices[:9], strict=True)
         }
-        wanted = sorted(chances, key=chances.get, reverse=True)[:5]
-        wanted = {path for path in wanted if chances[path] >= 0.01}
+        wanted = sorted(probabilities, key=probabilities.get, reverse=True)[:5]
+        wanted = {path for path in wanted if probabilities[path] >= 0.01}
         shape = row if len(draft.topology.parents) > 1 else 0
         found = {
             tuple(draft.tokens[row, [node for node in path if node > 0]].tolist())
@@ -161,7 +161,7 @@ def test_a_growing_tree_holds_the_likeliest_paths_of_each_row():
 
 def test_rows_that_were_given_nothing_get_no_nodes():
     base = shared_model("llama")
-    proposer = MedusaProposer(random_heads(), target=base, min_chance=0.0, num_draft_tokens=4)
+    proposer = MedusaProposer(random_heads(), target=base, min_probability=0.0, num_draft_tokens=4)
     hidden = torch.randn(2, 1, HIDDEN, generator=torch.Generator().manual_seed(0))
     proposer.begin(prefill(2))
     told = Accepted.from_host([[0], []], [[3], []], device=CPU).with_features(hidden)
@@ -171,7 +171,8 @@ def test_rows_that_were_given_nothing_get_no_nodes():
 
 
 @pytest.mark.parametrize(
-    ("options", "words"), [({"min_chance": 2.0}, "min_chance"), ({"num_draft_tokens": 0}, "num_")]
+    ("options", "words"),
+    [({"min_probability": 2.0}, "min_probability"), ({"num_draft_tokens": 0}, "num_")],
 )
 def test_options_out_of_range_are_named(options, words):
     base = shared_model("llama")
@@ -242,8 +243,8 @@ def test_heads_or_trees_that_do_not_fit_are_named(heads, tree, error, words):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"min_chance": "a"}, "min_chance is 'a', a str, expected a number"),
-        ({"min_chance": None}, "min_chance is None, a NoneType, expected a number"),
+        ({"min_probability": "a"}, "min_probability is 'a', a str, expected a number"),
+        ({"min_probability": None}, "min_probability is None, a NoneType, expected a number"),
         ({"num_draft_tokens": 2.5}, "num_draft_tokens is 2.5, a float, expected a whole number"),
         ({"num_draft_tokens": "a", "tree": [2]}, "num_draft_tokens is 'a', a str"),
         ({"heads": "org/heads"}, "heads is a str, expected MedusaHeads.*from_pretrained"),

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from speclm.acceptance import Accepted
 from speclm.drafting.interface import Draft, Prefill
-from speclm.drafting.levels import least_chance
+from speclm.drafting.levels import least_probability
 from speclm.drafting.registry import registered_proposers
 from speclm.errors import OptionError
 from speclm.methods.ngram.proposer import NgramProposer
@@ -93,18 +93,18 @@ def test_continuations_of_distinct_matches_become_branches():
 
 
 def test_most_frequent_continuation_comes_first_and_then_the_most_recent():
-    proposer = NgramProposer(num_draft_tokens=2, min_chance=0.001)
+    proposer = NgramProposer(num_draft_tokens=2, min_probability=0.001)
     begin(proposer, [1, 2, 7, 1, 2, 8, 1, 3, 9, 1, 4, 5], firsts=[1])
     draft = propose(proposer, 1)
     assert draft.tokens[0, :2].tolist() == [1, 2]
-    proposer = NgramProposer(num_draft_tokens=2, min_chance=0.1)
+    proposer = NgramProposer(num_draft_tokens=2, min_probability=0.1)
     begin(proposer, [1, 2, 7, 1, 3, 9], firsts=[1])
     assert propose(proposer, 1).tokens[0, 1].item() == 3
 
 
 def test_branches_bounds_the_children_of_a_node():
     prompt = [token for follower in range(10, 15) for token in (1, follower)]
-    proposer = NgramProposer(branches=2, min_chance=0.001)
+    proposer = NgramProposer(branches=2, min_probability=0.001)
     begin(proposer, prompt, firsts=[1])
     first_level = propose(proposer, 1).topology.depths.eq(1).sum()
     assert first_level == 2
@@ -174,9 +174,9 @@ def test_begin_forgets_the_last_generation():
 def test_drafts_are_trees_without_twins_and_a_row_does_not_see_the_others(
     rows, rounds, num_draft_tokens
 ):
-    together = NgramProposer(num_draft_tokens=num_draft_tokens, min_chance=0.01)
-    price = least_chance(0.01, num_rows=len(rows))  # nodes are dearer in a batch
-    alone = NgramProposer(num_draft_tokens=num_draft_tokens, min_chance=price)
+    together = NgramProposer(num_draft_tokens=num_draft_tokens, min_probability=0.01)
+    price = least_probability(0.01, num_rows=len(rows))  # nodes are dearer in a batch
+    alone = NgramProposer(num_draft_tokens=num_draft_tokens, min_probability=price)
     begin(together, *rows, firsts=[0] * len(rows))
     begin(alone, rows[0], firsts=[0])
     root = 0
@@ -193,14 +193,14 @@ def test_drafts_are_trees_without_twins_and_a_row_does_not_see_the_others(
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("num_draft_tokens", 0), ("max_ngram", 17), ("branches", 9), ("min_chance", 0.0)],
+    [("num_draft_tokens", 0), ("max_ngram", 17), ("branches", 9), ("min_probability", 0.0)],
 )
 def test_options_out_of_range_are_named(option, value):
     with pytest.raises(OptionError, match=rf"{option} is {value}.*expected"):
         NgramProposer(**{option: value})
 
 
-@pytest.mark.parametrize("name", ["num_draft_tokens", "max_ngram", "branches", "min_chance"])
+@pytest.mark.parametrize("name", ["num_draft_tokens", "max_ngram", "branches", "min_probability"])
 @pytest.mark.parametrize("wrong", ["a", None, [1]])
 def test_options_of_the_wrong_type_are_named(name, wrong, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users run it

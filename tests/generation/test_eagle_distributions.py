@@ -1,4 +1,4 @@
-"""EAGLE drafts that are drawn, through the real loop: the law of its outputs."""
+"""EAGLE drafts that are drawn, through the real loop: the distribution of its outputs."""
 
 from typing import Any
 
@@ -14,8 +14,8 @@ from speclm.methods.eagle.network import EagleHeads
 from speclm.methods.eagle.proposer import EagleProposer
 from speclm.sampling import DraftSampling, PositionNoise
 from tests import enumeration
-from tests.enumeration import EXACT, LENGTH, VOCAB, TableTarget, distance, target_law
-from tests.generation.test_rule_laws import SettledError, law_of, tables
+from tests.enumeration import EXACT, LENGTH, VOCAB, TableTarget, distance, target_probs
+from tests.generation.test_rule_distributions import SettledError, distribution_of, tables
 from tests.models import build_model
 
 pytestmark = pytest.mark.no_cover  # what it runs is traced elsewhere, at half the speed
@@ -111,18 +111,18 @@ def heads_over(draft_vocab_size: int) -> EagleHeads:
         ("multi_round", [2], 2),  # the target says what the heads cannot
     ],
 )
-def test_drawn_drafts_leave_the_targets_law(variant, tree, draft_vocab_size, monkeypatch):
+def test_drawn_drafts_leave_the_targets_distribution(variant, tree, draft_vocab_size, monkeypatch):
     monkeypatch.setattr(enumeration, "TableTarget", FeatureTable)
     monkeypatch.setattr(enumeration, "LENGTH", LENGTH + 1)  # the prompt's forward gives the first
     table, _ = tables(3)
     base = build_model("llama", vocab_size=VOCAB, hidden_size=HIDDEN)
     heads, lengths = heads_over(draft_vocab_size), set()
-    law, _ = law_of(
+    distribution, _ = distribution_of(
         monkeypatch,
         RejectionRule(variant),
         lambda: FirstRound(EagleProposer(heads, target=base, tree=tree), lengths),
         table=table,
     )
-    assert abs(sum(law.values()) - 1) <= EXACT
-    assert distance(law, target_law(table=table)) <= EXACT
+    assert abs(sum(distribution.values()) - 1) <= EXACT
+    assert distance(distribution, target_probs(table=table)) <= EXACT
     assert max(lengths) > 0  # of rounds that did not end the text

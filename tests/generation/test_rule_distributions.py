@@ -1,4 +1,4 @@
-"""Accept rules that draw, through the real loop: the law of their outputs."""
+"""Acceptance rules that draw, through the real loop: the distribution of their outputs."""
 
 import sys
 from collections import defaultdict
@@ -33,7 +33,7 @@ from tests.enumeration import (
     distance,
     process,
     run_loop,
-    target_law,
+    target_probs,
 )
 
 pytestmark = pytest.mark.no_cover  # what it runs is traced elsewhere, at half the speed
@@ -66,9 +66,9 @@ class EnumeratedDraws(Draws):
         self._decisions = decisions
 
     @override
-    def bernoulli(self, chance: float) -> bool:
-        assert chance >= 0
-        return self._decisions.draw((min(chance, 1.0), 1 - min(chance, 1.0))) == 0
+    def bernoulli(self, probability: float) -> bool:
+        assert probability >= 0
+        return self._decisions.draw((min(probability, 1.0), 1 - min(probability, 1.0))) == 0
 
     @override
     def categorical(self, probs: Tensor) -> int:
@@ -78,11 +78,14 @@ class EnumeratedDraws(Draws):
     def without_replacement(self, probs: Tensor, *, num: int) -> Tensor:
         return torch.tensor([self._row(row.tolist(), num) for row in probs])
 
-    def _row(self, law: list[float], num: int) -> list[int]:
+    def _row(self, distribution: list[float], num: int) -> list[int]:
         drawn: list[int] = []
-        while len(drawn) < min(num, sum(chance > 0 for chance in law)):
-            left = [0.0 if token in drawn else chance for token, chance in enumerate(law)]
-            drawn.append(self._decisions.draw([chance / sum(left) for chance in left]))
+        while len(drawn) < min(num, sum(probability > 0 for probability in distribution)):
+            left = [
+                0.0 if token in drawn else probability
+                for token, probability in enumerate(distribution)
+            ]
+            drawn.append(self._decisions.draw([probability / sum(left) for probability in left]))
         return drawn + [0] * (num - len(drawn))  # any others follow
 
 
@@ -121,22 +124,26 @@ class DrawnProposer(Proposer):
         kept = int((topology.depths[0] <= room).sum())  # shapes here are listed level by level
         topology = from_parents([self._parents[:kept]], device=roots.device)
         paths = topology.path_indices[0].tolist()
-        tokens, laws = roots[:, None].repeat(1, kept), torch.zeros(1, kept, VOCAB).double()
+        tokens, distributions = roots[:, None].repeat(1, kept), torch.zeros(1, kept, VOCAB).double()
         families = Families.of(self._parents[:kept])
         for parent, children in zip(families.parents, families.children, strict=True):
             above = [int(tokens[0, node]) for node in paths[parent][1:] if node >= 0]
             context = [*text, *above][-2:]
-            law = self.sampler.law(self._table[context[0], context[1]][None, None])
-            laws[:, parent] = law[:, 0]
-            tokens[:, children] = self.pick(law, len(children))
-        return self.shape(Draft(tokens=tokens, topology=topology, probs=None, laws=laws))
+            distribution = self.sampler.distribution(
+                self._table[context[0], context[1]][None, None]
+            )
+            distributions[:, parent] = distribution[:, 0]
+            tokens[:, children] = self.pick(distribution, len(children))
+        return self.shape(
+            Draft(tokens=tokens, topology=topology, probs=None, distributions=distributions)
+        )
 
     @override
     def commit(self, accepted: Accepted) -> None:
         self.emitted += accepted.emitted[0]
 
-    def pick(self, law: Tensor, num: int) -> Tensor:
-        return self.sampler.siblings(law, num=num)[:, 0]
+    def pick(self, distribution: Tensor, num: int) -> Tensor:
+        return self.sampler.siblings(distribution, num=num)[:, 0]
 
     def shape(self, draft: Draft) -> Draft:
         return draft
@@ -145,30 +152,33 @@ class DrawnProposer(Proposer):
 class RankedProposer(DrawnProposer):
     """Drafts the likeliest tokens, as if they had been drawn."""
 
-    def pick(self, law: Tensor, num: int) -> Tensor:
-        return law[:, 0].topk(num).indices
+    def pick(self, distribution: Tensor, num: int) -> Tensor:
+        return distribution[:, 0].topk(num).indices
 
 
 class PrunedProposer(DrawnProposer):
-    """Leaves out children that its own law thinks little of."""
+    """Leaves out children that its own distribution thinks little of."""
 
     def shape(self, draft: Draft) -> Draft:
-        assert draft.laws is not None
+        assert draft.distributions is not None
         parents = draft.topology.host_parents[0]
         tokens = draft.tokens[0].tolist()
         kept = [
-            node if node and float(draft.laws[0, parent, tokens[node]]) < 0.4 else parent
+            node if node and float(draft.distributions[0, parent, tokens[node]]) < 0.4 else parent
             for node, parent in enumerate(parents)
         ]
         for node, parent in enumerate(kept):
             if node and kept[parent] == parent != 0:  # below one that was left out
                 kept[node] = node
         return Draft(
-            draft.tokens, from_parents([kept], device=draft.tokens.device), None, draft.laws
+            draft.tokens,
+            from_parents([kept], device=draft.tokens.device),
+            None,
+            draft.distributions,
         )
 
 
-def law_of(
+def distribution_of(
     monkeypatch: pytest.MonkeyPatch,
     rule: AcceptanceRule,
     make: Callable[[], DrawnProposer],
@@ -188,43 +198,43 @@ def law_of(
             emitted = proposer.emitted
         return tuple(emitted), stats.rows[0].prefill_tokens - 1
 
-    expected = target_law(warpers, table=table)
-    law: dict[tuple[int, ...], float] = defaultdict(float)
+    expected = target_probs(warpers, table=table)
+    distribution: dict[tuple[int, ...], float] = defaultdict(float)
     accepted = 0.0
     for (emitted, length), weight in all_runs(run):
         accepted += weight * length
         following = {out: w for out, w in expected.items() if out[: len(emitted)] == emitted}
         total = sum(following.values())
-        for output, chance in following.items():
-            law[output] += weight * chance / total
-    return law, accepted
+        for output, probability in following.items():
+            distribution[output] += weight * probability / total
+    return distribution, accepted
 
 
 @pytest.mark.parametrize("variant", ["multi_round", "block", "traversal"])
 @pytest.mark.parametrize("warpers", list(WARPERS))
-def test_drawn_chains_leave_the_targets_law_over_all_rounds(variant, warpers, monkeypatch):
+def test_drawn_chains_leave_the_targets_distribution_over_all_rounds(variant, warpers, monkeypatch):
     target, draft = tables(1)
-    law, _ = law_of(
+    distribution, _ = distribution_of(
         monkeypatch,
         RejectionRule(variant),
         lambda: DrawnProposer(CHAIN, draft, every_round=True),
         table=target,
         warpers=WARPERS[warpers],
     )
-    assert abs(sum(law.values()) - 1) <= EXACT
-    assert distance(law, target_law(WARPERS[warpers], table=target)) <= EXACT
+    assert abs(sum(distribution.values()) - 1) <= EXACT
+    assert distance(distribution, target_probs(WARPERS[warpers], table=target)) <= EXACT
 
 
 @pytest.mark.parametrize("variant", TREE_RULES)
-def test_drawn_siblings_leave_the_targets_law_over_all_rounds(variant, monkeypatch):
+def test_drawn_siblings_leave_the_targets_distribution_over_all_rounds(variant, monkeypatch):
     target, draft = tables(2)
-    law, _ = law_of(
+    distribution, _ = distribution_of(
         monkeypatch,
         RejectionRule(variant),
         lambda: DrawnProposer(WIDE, draft, every_round=True),
         table=target,
     )
-    assert distance(law, target_law(table=target)) <= EXACT
+    assert distance(distribution, target_probs(table=target)) <= EXACT
 
 
 @pytest.mark.parametrize("variant", TREE_RULES)
@@ -239,74 +249,74 @@ def test_drawn_siblings_leave_the_targets_law_over_all_rounds(variant, monkeypat
         ("more children than tokens", "top-k", 7),
     ],
 )
-def test_drawn_trees_leave_the_targets_law(variant, tree, warpers, seed, monkeypatch):
+def test_drawn_trees_leave_the_targets_distribution(variant, tree, warpers, seed, monkeypatch):
     target, draft = tables(seed)
-    law, _ = law_of(
+    distribution, _ = distribution_of(
         monkeypatch,
         RejectionRule(variant),
         lambda: DrawnProposer(TREES[tree], draft),
         table=target,
         warpers=WARPERS[warpers],
     )
-    assert abs(sum(law.values()) - 1) <= EXACT
-    assert distance(law, target_law(WARPERS[warpers], table=target)) <= EXACT
+    assert abs(sum(distribution.values()) - 1) <= EXACT
+    assert distance(distribution, target_probs(WARPERS[warpers], table=target)) <= EXACT
 
 
 @pytest.mark.parametrize("variant", ["multi_round", "block"])
-def test_drawn_trees_that_become_chains_leave_the_targets_law(variant, monkeypatch):
+def test_drawn_trees_that_become_chains_leave_the_targets_distribution(variant, monkeypatch):
     monkeypatch.setattr(TreeSession, "needs_lockstep", True)  # as if the target took chains alone
     for module in (enumeration, sys.modules[__name__]):
         monkeypatch.setattr(module, "LENGTH", LENGTH + 1)  # the prompt's forward gives the first
     target, draft = tables(5)
-    law, _ = law_of(
+    distribution, _ = distribution_of(
         monkeypatch, RejectionRule(variant), lambda: DrawnProposer(SKEWED, draft), table=target
     )
-    assert abs(sum(law.values()) - 1) <= EXACT
-    assert distance(law, target_law(table=target)) <= EXACT
+    assert abs(sum(distribution.values()) - 1) <= EXACT
+    assert distance(distribution, target_probs(table=target)) <= EXACT
 
 
 @pytest.mark.parametrize("variant", ["multi_round", "block", "traversal"])
 def test_harness_catches_ranked_chains_that_pass_for_drawn_ones(variant, monkeypatch):
     target, draft = tables(1)
-    law, _ = law_of(
+    distribution, _ = distribution_of(
         monkeypatch, RejectionRule(variant), lambda: RankedProposer(CHAIN, draft), table=target
     )
-    assert abs(sum(law.values()) - 1) <= EXACT
-    assert distance(law, target_law(table=target)) > WRONG
+    assert abs(sum(distribution.values()) - 1) <= EXACT
+    assert distance(distribution, target_probs(table=target)) > WRONG
 
 
 @pytest.mark.parametrize("variant", TREE_RULES)
 @pytest.mark.parametrize("cheat", [RankedProposer, PrunedProposer])
 def test_harness_catches_trees_that_are_not_as_drawn(variant, cheat, monkeypatch):
     target, draft = tables(2)
-    law, _ = law_of(
+    distribution, _ = distribution_of(
         monkeypatch, RejectionRule(variant), lambda: cheat(TREES["deep first"], draft), table=target
     )
-    assert abs(sum(law.values()) - 1) <= EXACT
-    assert distance(law, target_law(table=target)) > WRONG
+    assert abs(sum(distribution.values()) - 1) <= EXACT
+    assert distance(distribution, target_probs(table=target)) > WRONG
 
 
 @pytest.mark.parametrize("variant", TREE_RULES)
-def test_harness_catches_a_sibling_that_is_not_removed_from_the_law(variant, monkeypatch):
+def test_harness_catches_a_sibling_that_is_not_removed_from_the_distribution(variant, monkeypatch):
     target, draft = tables(7)  # two tokens are left after the first rejection
-    monkeypatch.setattr(rejection, "_without", lambda law, token: law)
-    law, _ = law_of(
+    monkeypatch.setattr(rejection, "_without", lambda distribution, token: distribution)
+    distribution, _ = distribution_of(
         monkeypatch, RejectionRule(variant), lambda: DrawnProposer(WIDE, draft), table=target
     )
-    assert distance(law, target_law(table=target)) > WRONG
+    assert distance(distribution, target_probs(table=target)) > WRONG
 
 
 def expected_length(monkeypatch, variant: str, tree: list[int], seed: int) -> float:
     target, draft = tables(seed)
-    return law_of(
+    return distribution_of(
         monkeypatch, RejectionRule(variant), lambda: DrawnProposer(tree, draft), table=target
     )[1]
 
 
-def test_one_drawn_token_is_accepted_as_often_as_the_laws_overlap(monkeypatch):
+def test_one_drawn_token_is_accepted_as_often_as_the_distributions_overlap(monkeypatch):
     target, draft = tables(3)
-    laws = [process([], table[PROMPT[0][0], PROMPT[0][1]]) for table in (target, draft)]
-    overlap = float(torch.minimum(*laws).sum())
+    distributions = [process([], table[PROMPT[0][0], PROMPT[0][1]]) for table in (target, draft)]
+    overlap = float(torch.minimum(*distributions).sum())
     for variant in ("multi_round", "block", "traversal"):
         assert expected_length(monkeypatch, variant, [0, 0], 3) == pytest.approx(overlap)
 
@@ -332,11 +342,11 @@ def test_traversal_keeps_more_of_a_tree_than_multi_round_and_both_more_than_a_ch
     assert chain < multi_round < traversal
 
 
-def test_draft_without_its_laws_is_refused():
+def test_draft_without_its_distributions_is_refused():
     class Silent(DrawnProposer):
         def shape(self, draft: Draft) -> Draft:
             return Draft(draft.tokens, draft.topology, None)
 
     target, draft = tables(0)
-    with pytest.raises(DraftError, match=r"laws of shape None.*expected \(1, 3, 3\)"):
+    with pytest.raises(DraftError, match=r"distributions of shape None.*expected \(1, 3, 3\)"):
         run_loop(Silent(CHAIN, draft), [], rule=RejectionRule(), table=target)

@@ -24,7 +24,7 @@ class Outcome:
     Args:
         tokens: New tokens of each row, up to and with the first end-of-sequence token.
         seconds: Wall time of the call, prefill included.
-        stats: Counters, where the arm has any.
+        stats: Counters, where the method has any.
     """
 
     tokens: list[list[int]]
@@ -43,14 +43,14 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class Arm:
+class Decoder:
     """A way to generate.
 
     Args:
         name: For tables and records.
         generate: Returns prompts and new tokens.
         stats: Returns the counters of the last call.
-        promises_identity: Whether the outputs have to be those of plain decoding.
+        promises_identity: Whether the outputs have to be those of regular generation.
         max_batch: Most rows that it can generate at once; None for any number.
     """
 
@@ -61,7 +61,7 @@ class Arm:
     max_batch: int | None = None
 
     def can_run(self, batch: int) -> bool:
-        """Tell whether the arm can generate that many rows at once."""
+        """Return whether the method can generate that many rows at once."""
         return self.max_batch is None or batch <= self.max_batch
 
     def run(self, call: Call) -> Outcome:
@@ -85,29 +85,29 @@ def until_end(tokens: list[int], eos_token_ids: frozenset[int]) -> list[int]:
     return tokens
 
 
-def plain_arm(base: PreTrainedModel) -> Arm:
-    """Return the arm of ``base.generate``."""
-    return Arm("plain", _generate_with(base), _no_stats, promises_identity=True)
+def plain_decoder(base: PreTrainedModel) -> Decoder:
+    """Return the method of ``base.generate``."""
+    return Decoder("plain", _generate_with(base), _no_stats, promises_identity=True)
 
 
-def prompt_lookup_arm(base: PreTrainedModel, *, num_tokens: int = 10) -> Arm:
-    """Return the arm of Transformers' prompt lookup.
+def prompt_lookup_decoder(base: PreTrainedModel, *, num_tokens: int = 10) -> Decoder:
+    """Return the method of Transformers' prompt lookup.
 
     Args:
         base: The model.
         num_tokens: Most tokens drafted a round; 10 is the value of Transformers' documentation.
     """
-    return Arm(
+    return Decoder(
         name="prompt_lookup",
         generate=_generate_with(base, prompt_lookup_num_tokens=num_tokens),
         stats=_no_stats,
-        promises_identity=False,  # when sampling, it draws otherwise than plain decoding
+        promises_identity=False,  # when sampling, it draws otherwise than regular generation
         max_batch=1,
     )
 
 
-def assisted_arm(base: PreTrainedModel, assistant: PreTrainedModel) -> Arm:
-    """Return the arm of Transformers' assisted generation, every call as if it were the first.
+def assisted_decoder(base: PreTrainedModel, assistant: PreTrainedModel) -> Decoder:
+    """Return the method of Transformers' assisted generation, every call as if it were the first.
 
     Args:
         base: The model.
@@ -124,13 +124,13 @@ def assisted_arm(base: PreTrainedModel, assistant: PreTrainedModel) -> Arm:
         finally:
             assistant.generation_config = before
 
-    return Arm("assisted", generate_afresh, _no_stats, promises_identity=False, max_batch=1)
+    return Decoder("assisted", generate_afresh, _no_stats, promises_identity=False, max_batch=1)
 
 
-def speculative_arm(
+def speculative_decoder(
     name: str, base: PreTrainedModel, heads: Proposer | None, *, tree: Tree | None = None
-) -> Arm:
-    """Return the arm of `SpecModel` with a proposer, or with none.
+) -> Decoder:
+    """Return the method of `SpecModel` with a proposer, or with none.
 
     Args:
         name: For tables and records.
@@ -145,7 +145,7 @@ def speculative_arm(
         assert isinstance(output, Tensor)
         return output
 
-    return Arm(name, generate, lambda: model.last_speculation, promises_identity=True)
+    return Decoder(name, generate, lambda: model.last_speculation, promises_identity=True)
 
 
 def _generate_with(base: PreTrainedModel, **options: Any) -> Callable[[Call], Tensor]:

@@ -221,7 +221,7 @@ class Workload:
         return self._tree_attention(self.caches, backend="reference")(0)
 
     def complaint(self, attend: Attend, expected: Tensor, *, bound: float) -> str | None:
-        """Say how far the output of an arm is off; None if it is right."""
+        """Say how far the output of a method is off; None if it is right."""
         error = relative_error(attend(0), expected)
         return None if error <= bound else f"off by {error:.1e} of its norm, expected {bound}"
 
