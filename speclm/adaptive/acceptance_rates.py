@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from heapq import heappop, heappush
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -201,7 +202,7 @@ _REPLAYS = 3  # rounds start where the tree before ended them, which settles qui
 
 @torch.no_grad()
 def measure_ranks(
-    view: TargetView, heads: torch.nn.Module, prompt: Sequence[int], answer: Sequence[int]
+    view: TargetView, heads: Any, prompt: Sequence[int], answer: Sequence[int]
 ) -> Ranks:
     """Return the rank that each head gave to what came, at every root of an answer.
 
