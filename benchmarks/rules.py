@@ -28,7 +28,7 @@ from speclm.acceptance import AcceptanceRule, Accepted, ExactRule, RejectionRule
 from speclm.bench.calls import Call, make_calls, setting_options
 from speclm.bench.decoders import until_end
 from speclm.bench.divergence import explain
-from speclm.bench.pairs import Spread, merge_stats
+from speclm.bench.pairs import Spread
 from speclm.bench.records import Record, append_record, is_recorded
 from speclm.demo.bundle import assets, load_prompts
 from speclm.drafting.interface import Draft, Prefill, Proposer
@@ -251,8 +251,7 @@ def tau_record(
             for found in explain(base, call, index=index, plain=plain[index], other=outputs[index])
         ]
     taus = Spread.of([stats.tau for stats in counters])
-    total = merge_stats(counters)
-    assert total is not None
+    total = SpeculationStats.merge(counters)
     return Record(
         benchmark=benchmark,
         settings=settings,

@@ -1,8 +1,8 @@
-"""Counters of a speculative generation."""
+"""Counters of speculative generation."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from time import perf_counter
 
@@ -12,7 +12,7 @@ PHASES = ("prefill", "draft", "verify", "accept", "commit")
 
 @dataclass(slots=True)
 class RowStats:
-    """Counters of one row; the prefill and its tokens are excluded, but for `prefill_tokens`.
+    """Counters of one row; only `prefill_tokens` includes the prompt's own forward.
 
     Args:
         accepted_lengths: Draft tokens kept in each round in which the row emitted tokens.
@@ -45,6 +45,17 @@ class RowStats:
         return 1.0 + sum(self.accepted_lengths) / rounds if rounds else 1.0
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens emitted, those of the prompt's own forward included."""
+        return self.prefill_tokens + len(self.accepted_lengths) + sum(self.accepted_lengths)
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted per drafted token; 0.0 when nothing was drafted."""
+        drafted = self.num_draft_tokens
+        return sum(self.accepted_lengths) / drafted if drafted else 0.0
+
+    @property
     def histogram(self) -> list[int]:
         """``histogram[k]`` counts the rounds that kept k draft tokens."""
         lengths = self.accepted_lengths
@@ -53,26 +64,25 @@ class RowStats:
     def to_dict(self) -> dict[str, object]:
         """Return the counters under the names of vLLM's per-request metrics.
 
-        ``mean_acceptance_length`` is `tau`: it counts the bonus token.
+        ``mean_acceptance_length`` is `tau`, which counts the bonus token.
         """
-        drafted, accepted = self.num_draft_tokens, sum(self.accepted_lengths)
         return {
             "mean_acceptance_length": self.tau,
-            "draft_acceptance_rate": accepted / drafted if drafted else 0.0,
+            "draft_acceptance_rate": self.acceptance_rate,
             "acceptance_histogram": self.histogram,
             "num_spec_steps": len(self.accepted_lengths),
-            "num_accepted_draft_tokens": accepted,
-            "num_draft_tokens": drafted,
+            "num_accepted_draft_tokens": sum(self.accepted_lengths),
+            "num_draft_tokens": self.num_draft_tokens,
         }
 
 
 @dataclass(frozen=True, slots=True)
 class Pause:
-    """A time without drafts, because they cost more than they gave.
+    """Rounds without drafts, which cost more than they gave.
 
     Args:
-        round: Rounds after which it began; those of the prefill left out.
-        reason: What a speculative and a plain round took.
+        round: Rounds before it began, without those of the prefill.
+        reason: What a round with a draft and one without took.
     """
 
     round: int
@@ -83,20 +93,26 @@ class Pause:
 class SpeculationStats:
     """Counters of one `generate` call, over all rows.
 
+    ``str()`` of it is a readable table.
+
     Args:
         rows: Counters of each row, `num_return_sequences` expanded.
         rounds: Target forwards after the prefill; each verifies one draft for all rows.
-        seconds: Host time of each phase; see `PHASES`. On an accelerator work is asynchronous,
-            and a phase that waits is charged for what it waits for.
+        seconds: Host time of each phase; see `PHASES`. An accelerator works asynchronously, and
+            its time counts in the phase that waits for it.
         backend: How drafts were verified, in the words of `Backend`.
-        self_check: Why by this backend and by nothing better.
+        self_check: Why by this backend and by none better.
         fallbacks: Why the call, or a part of it, was decoded without speculation.
-        acceptance: Name of the acceptance rule that decided; greedy decoding takes the exact one.
+        acceptance: Name of the acceptance rule; greedy decoding uses the exact one.
         is_lossy: Whether an acceptance rule was used that changes the output's distribution.
         num_plain_rounds: Rounds, among `rounds`, in which the proposer was not asked.
         pauses: When and why speculation was paused for some rounds. A call may begin within a
             pause, which is then listed with the call before.
-        tree: What was drafted at last, where that was not left to the proposer's own settings.
+        tree: The last tree drafted, if it did not follow from the proposer's own settings.
+        num_regular_steps: Forwards that regular generation takes for the same tokens, prefill
+            excluded; set when the call ends.
+        plain_round_seconds: Host time of the fastest round without a draft, in this call or an
+            earlier one; None if there was none.
     """
 
     rows: list[RowStats] = field(default_factory=list)
@@ -110,6 +126,32 @@ class SpeculationStats:
     num_plain_rounds: int = 0
     pauses: list[Pause] = field(default_factory=list)
     tree: str = ""
+    num_regular_steps: int = 0
+    plain_round_seconds: float | None = None
+
+    @classmethod
+    def merge(cls, parts: Iterable["SpeculationStats"]) -> "SpeculationStats":
+        """Add the counters of several calls; each row of each call stays a row.
+
+        What cannot be added is that of the last call.
+        """
+        merged = cls()
+        for part in parts:
+            shifted = [replace(pause, round=merged.rounds + pause.round) for pause in part.pauses]
+            known = (merged.plain_round_seconds, part.plain_round_seconds)
+            merged = replace(
+                part,
+                rows=[*merged.rows, *part.rows],
+                rounds=merged.rounds + part.rounds,
+                seconds={name: merged.seconds[name] + part.seconds[name] for name in PHASES},
+                fallbacks=list(dict.fromkeys([*merged.fallbacks, *part.fallbacks])),
+                is_lossy=merged.is_lossy or part.is_lossy,
+                num_plain_rounds=merged.num_plain_rounds + part.num_plain_rounds,
+                pauses=[*merged.pauses, *shifted],
+                num_regular_steps=merged.num_regular_steps + part.num_regular_steps,
+                plain_round_seconds=min((time for time in known if time is not None), default=None),
+            )
+        return merged
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -120,6 +162,26 @@ class SpeculationStats:
         finally:
             self.seconds[name] += perf_counter() - start
 
+    def count_round(
+        self, paths: Sequence[Sequence[int]], *, sizes: Sequence[int], depths: Sequence[int]
+    ) -> None:
+        """Count a round in the rows that emitted something.
+
+        Args:
+            paths: Accepted nodes of each row, the root included; empty in a row without tokens.
+            sizes: Nodes of each row's tree; one number where all rows share a tree.
+            depths: Levels of each row's tree, in the same form.
+        """
+        self.rounds += 1
+        for row, path in enumerate(paths):
+            if path:
+                shape = row if len(sizes) > 1 else 0
+                self.rows[row].add_round(
+                    accepted_length=len(path) - 1,
+                    depth=depths[shape],
+                    num_draft_tokens=sizes[shape] - 1,
+                )
+
     @property
     def total(self) -> RowStats:
         """Counters of all rows together, as if they were one."""
@@ -128,11 +190,12 @@ class SpeculationStats:
             offered=_add(row.offered for row in self.rows),
             accepted=_add(row.accepted for row in self.rows),
             num_draft_tokens=sum(row.num_draft_tokens for row in self.rows),
+            prefill_tokens=sum(row.prefill_tokens for row in self.rows),
         )
 
     @property
     def tau(self) -> float:
-        """Tokens per row and target forward, prefill excluded: 1 + mean accepted_length."""
+        """Tokens per row and target forward: 1 + mean accepted length, prefill excluded."""
         return self.total.tau
 
     @property
@@ -154,8 +217,19 @@ class SpeculationStats:
         return {name: 1e3 * self.seconds[name] / rounds for name in PHASES if name != "prefill"}
 
     @property
+    def estimated_speed_up(self) -> float | None:
+        """Time of as many rounds without a draft over the time taken, prefill excluded.
+
+        None if it is not known, because no round without a draft was timed.
+        """
+        taken = sum(seconds for name, seconds in self.seconds.items() if name != "prefill")
+        if self.plain_round_seconds is None or not self.num_regular_steps or taken <= 0:
+            return None
+        return self.plain_round_seconds * self.num_regular_steps / taken
+
+    @property
     def pause_summary(self) -> str | None:
-        """One line on what was decoded without drafts, and why last; None when nothing was."""
+        """One line on the rounds without drafts and the last pause; None without any."""
         if self.num_plain_rounds == 0 and not self.pauses:
             return None
         line = f"{self.num_plain_rounds} of {self.rounds} rounds without a draft"
@@ -164,6 +238,32 @@ class SpeculationStats:
         number = "paused" if len(self.pauses) == 1 else f"paused {len(self.pauses)} times"
         last = self.pauses[-1]
         return f"{line}; {number}, after round {last.round}: {last.reason}"
+
+    def __str__(self) -> str:
+        if self.fallbacks and not self.rounds:
+            return f"regular generation: {'; '.join(self.fallbacks)}"
+        total, seconds = self.total, sum(self.seconds.values())
+        rate = f"{total.num_tokens / seconds:.1f} tokens/s" if seconds else "time not known"
+        by_depth = " ".join(f"{share:.2f}" for share in self.acceptance_by_depth)
+        phases = ", ".join(f"{name} {ms:.2f}" for name, ms in self.milliseconds_per_round.items())
+        speed_up = self.estimated_speed_up
+        lines = {
+            "tokens": f"{total.num_tokens} in {seconds:.2f} s, {rate}",
+            "tau": f"{self.tau:.2f} tokens per target forward after the prefill "
+            f"(1 + mean accepted length), {self.rounds} forwards",
+            "acceptance": self.acceptance
+            + (", lossy: the distribution is not the base's" if self.is_lossy else ""),
+            "accepted": f"{total.acceptance_rate:.2f} of {total.num_draft_tokens} draft tokens",
+            "by position": by_depth or "nothing drafted",
+            "time": f"prefill {1e3 * self.seconds['prefill']:.1f} ms; ms per round: {phases}",
+            "speed-up": "not known, no round without a draft was timed"
+            if speed_up is None
+            else f"about {speed_up:.2f}, estimated from rounds without a draft",
+            "tree": self.tree,
+            "pauses": self.pause_summary,
+            "fallbacks": "; ".join(self.fallbacks),
+        }
+        return "\n".join(f"{name:<12}{text}" for name, text in lines.items() if text)
 
     def to_dict(self) -> dict[str, object]:
         """Return everything that was counted, ready for JSON, with vLLM's names where it has one.

@@ -23,9 +23,10 @@ from transformers.generation import (
 )
 from typing_extensions import override
 
-from speclm.acceptance import AcceptanceRule
+from speclm.acceptance import AcceptanceRule, ExactRule
 from speclm.drafting.interface import Proposer
 from speclm.generation.loop import generate_tokens
+from speclm.generation.request import Setup
 from speclm.stats import SpeculationStats
 from speclm.target import TargetFeatures, TargetView
 from speclm.tree.topology import TreeTopology
@@ -171,15 +172,12 @@ def run_loop(
     config._pad_token_tensor = None
     config._bos_token_tensor = None
     return generate_tokens(
-        None,
         torch.tensor(PROMPT),
-        LogitsProcessorList(warpers),
-        StoppingCriteriaList([MaxLengthCriteria(config.max_length)]),
-        config,
-        target=TableTarget(table),
-        proposer=proposer,
-        stats=stats or SpeculationStats(),
-        rule=rule,
+        Setup(TableTarget(table), proposer, rule=rule or ExactRule()),
+        stats or SpeculationStats(),
+        logits_processor=LogitsProcessorList(warpers),
+        stopping_criteria=StoppingCriteriaList([MaxLengthCriteria(config.max_length)]),
+        generation_config=config,
     ).sequences
 
 

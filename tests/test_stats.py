@@ -105,3 +105,48 @@ def test_pauses_are_in_the_record(stats):
     record = json.loads(json.dumps(stats.to_dict()))
     assert record["num_plain_rounds"] == 2
     assert record["pauses"] == [{"round": 1, "reason": "x"}]
+
+
+def test_merged_counters_are_those_of_all_calls():
+    parts = [
+        SpeculationStats(rows=[RowStats(accepted_lengths=[1])], rounds=1, fallbacks=["x"]),
+        SpeculationStats(rows=[RowStats(accepted_lengths=[3])], rounds=2, fallbacks=["x", "y"]),
+    ]
+    parts[0].seconds["draft"], parts[1].seconds["draft"] = 0.5, 1.0
+    parts[0].num_plain_rounds, parts[1].num_plain_rounds = 1, 2
+    parts[0].num_regular_steps, parts[1].num_regular_steps = 3, 4
+    parts[0].plain_round_seconds, parts[0].is_lossy, parts[1].backend = 0.5, True, "chains"
+    parts[1].pauses.append(Pause(1, "y"))
+    merged = SpeculationStats.merge(parts)
+    assert (merged.rounds, merged.tau, merged.fallbacks) == (3, 3.0, ["x", "y"])
+    assert merged.seconds["draft"] == 1.5
+    assert (merged.num_plain_rounds, merged.pauses) == (3, [Pause(2, "y")])  # after the first call
+    assert (merged.num_regular_steps, merged.plain_round_seconds) == (7, 0.5)
+    assert (merged.is_lossy, merged.backend) == (True, "chains")
+    assert SpeculationStats.merge([]) == SpeculationStats()
+
+
+def test_rounds_are_counted_in_rows_that_emitted_tokens():
+    stats = SpeculationStats(rows=[RowStats(), RowStats()])
+    stats.count_round([[0, 2], []], sizes=[4], depths=[2])
+    stats.count_round([[0], [0, 1]], sizes=[3, 2], depths=[2, 1])
+    assert stats.rounds == 2
+    assert [row.accepted_lengths for row in stats.rows] == [[1, 0], [1]]
+    assert [row.num_draft_tokens for row in stats.rows] == [5, 1]
+
+
+def test_printed_counters_are_readable(stats):
+    text = str(stats)
+    assert "tau         2.50 tokens per target forward" in text
+    assert "1 + mean accepted length" in text
+    assert "accepted    0.50 of 12 draft tokens" in text
+    assert "by position 0.75 0.67 0.33" in text
+    assert "time not known" in text
+    assert "speed-up    not known" in text
+    stats.seconds["verify"], stats.is_lossy = 2.0, True
+    stats.plain_round_seconds, stats.num_regular_steps = 0.5, 6
+    assert "tokens      10 in 2.00 s, 5.0 tokens/s" in str(stats)
+    assert "speed-up    about 1.50" in str(stats)
+    assert "exact, lossy: the distribution is not the base's" in str(stats)
+    assert str(SpeculationStats(fallbacks=["num_beams=2"])) == "regular generation: num_beams=2"
+    assert "nothing drafted" in str(SpeculationStats(rows=[RowStats()]))

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from speclm.bench.calls import Call
 from speclm.drafting.interface import Proposer
 from speclm.model import SpecModel
-from speclm.model.trees import Tree
+from speclm.model.call import Tree
 from speclm.stats import SpeculationStats
 
 

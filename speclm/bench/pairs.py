@@ -95,7 +95,8 @@ class Comparison:
     @property
     def stats(self) -> SpeculationStats | None:
         """Counters of all runs together; None for a method without any."""
-        return merge_stats([pair.method.stats for pair in self.pairs])
+        parts = [pair.method.stats for pair in self.pairs if pair.method.stats is not None]
+        return SpeculationStats.merge(parts) if parts else None
 
 
 def compare(
@@ -144,24 +145,6 @@ def compare(
         )
     ]
     return Comparison(method.name, method.promises_identity, pairs, divergences)
-
-
-def merge_stats(parts: Sequence[SpeculationStats | None]) -> SpeculationStats | None:
-    """Add the counters of several calls; None when there are none."""
-    counted = [part for part in parts if part is not None]
-    if not counted:
-        return None
-    merged = SpeculationStats(backend=counted[0].backend, acceptance=counted[0].acceptance)
-    for part in counted:
-        merged.rows.extend(part.rows)
-        merged.rounds += part.rounds
-        merged.num_plain_rounds += part.num_plain_rounds
-        merged.pauses += part.pauses
-        merged.is_lossy = merged.is_lossy or part.is_lossy
-        merged.fallbacks += [text for text in part.fallbacks if text not in merged.fallbacks]
-        for name, seconds in part.seconds.items():
-            merged.seconds[name] = merged.seconds.get(name, 0.0) + seconds
-    return merged
 
 
 def _rate(outcomes: Sequence[Outcome]) -> float:

@@ -1,8 +1,8 @@
-"""`Chat`: answers in turns, of which only what is new is read."""
+"""`Chat`: a conversation in turns, each of which reads only what is new."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from threading import Event
@@ -20,10 +20,10 @@ from speclm.chat.text_stream import Piece, RoundStreamer
 from speclm.config import require_unicode
 from speclm.errors import OptionError, PromptError
 from speclm.files.atomic import append_line
-from speclm.model.arguments import resolve_setting
+from speclm.generation.settings import resolve_setting
 from speclm.model.spec_model import SpecModel
 from speclm.self_check.verdict import Backend
-from speclm.stats import PHASES, RowStats, SpeculationStats
+from speclm.stats import SpeculationStats
 
 Message = dict[str, str]
 MAX_NEW_TOKENS = 512
@@ -31,17 +31,17 @@ MAX_NEW_TOKENS = 512
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the model said in one turn.
+    """The answer of one turn.
 
     Args:
-        text: Without special tokens, and without a character that was left incomplete.
-        tokens: New tokens, the one that ends the answer included.
+        text: Text without special tokens and without an incomplete last character.
+        tokens: New tokens, including the one that ends the answer.
         num_prompt_tokens: Tokens of the whole conversation before the answer.
-        num_reused_tokens: Those of them that the cache held already.
+        num_reused_tokens: Number of these that the cache held already.
         finish: "end" when the model ended it, "length" at the bound, "stopped" by `stop`.
-        seconds: Wall time, reading of the prompt included.
+        seconds: Wall time, including the prompt.
         speculation: Counters.
-        num_marked_rounds: Rounds of which it is known which tokens were drafted.
+        num_marked_rounds: Rounds whose draft tokens are known.
     """
 
     text: str
@@ -55,11 +55,10 @@ class Answer:
 
 
 class Chat:
-    """A conversation with a model, which remembers what the model has read.
+    """A conversation with a model, which keeps the cache between turns.
 
-    Keys and values are kept between turns. Where the chat template renders earlier turns in
-    another way than before, they are kept up to the first difference. An error during an answer
-    leaves the turns as they were before the question.
+    If the chat template renders earlier turns differently than before, the cache is kept up to the
+    first difference. An error during an answer leaves the turns as they were before the question.
 
     Example:
         ```python
@@ -79,10 +78,10 @@ class Chat:
         """Begin a conversation.
 
         Args:
-            spec: Answers.
+            spec: The model.
             tokenizer: The base's, with a chat template.
             system: Text of the system message; None for none.
-            options: Arguments of ``generate``; ``max_new_tokens`` is `MAX_NEW_TOKENS` by default.
+            options: Arguments of ``generate``; ``max_new_tokens`` defaults to `MAX_NEW_TOKENS`.
 
         Raises:
             OptionError: If the tokenizer has no chat template.
@@ -118,7 +117,7 @@ class Chat:
     @property
     def speculation(self) -> SpeculationStats:
         """Counters of all answers together."""
-        return _add_up(answer.speculation for answer in self.answers)
+        return SpeculationStats.merge(answer.speculation for answer in self.answers)
 
     def ask(
         self,
@@ -130,12 +129,12 @@ class Chat:
         """Answer a question.
 
         Args:
-            text: Of the user's message.
+            text: The user's message.
             on_piece: Receives the text while it is generated.
-            marks_drafted: Tell drafted pieces apart; text then comes a round at a time.
+            marks_drafted: Whether to mark drafted pieces; text then comes a round at a time.
 
         Raises:
-            OptionError: If a message is no Unicode text.
+            OptionError: If a message is not Unicode text.
             PromptError: If the conversation is too long for the model, or the chat template
                 refuses it.
         """
@@ -181,7 +180,7 @@ class Chat:
     def stop(self) -> None:
         """End the answer that is being generated; for signal handlers and other threads.
 
-        What has been said stays in the conversation.
+        What has been generated stays in the conversation.
         """
         self._stopping.set()
 
@@ -197,9 +196,9 @@ class Chat:
         self._turns.clear()
 
     def save(self, path: str | Path) -> None:
-        """Add the conversation to a file of JSON lines, as one row with ``messages``.
+        """Append the conversation to a file of JSON lines, as one row with ``messages``.
 
-        The file holds either all old rows or those and the new one, whatever happens.
+        The write is atomic: after an error the file is as before.
 
         Raises:
             OptionError: If there is no turn yet, or the file cannot be written.
@@ -233,7 +232,7 @@ class Chat:
         return list(encoded["input_ids"])
 
     def _bound_new_tokens(self, num_prompt_tokens: int) -> int:
-        """Return how many tokens an answer may have, and check that it may have any."""
+        """Return the most tokens of an answer, and check that there is room for any."""
         wanted: int = self._options["max_new_tokens"]
         text_config = self.spec.config.get_text_config()
         positions = getattr(text_config, "max_position_embeddings", None)
@@ -260,21 +259,21 @@ class Chat:
         return speculation is None or bool(speculation.fallbacks)
 
     def _take_cache(self, prompt: list[int]) -> Cache | None:
-        """Return the cache, cut back to what it has in common with a prompt; None if nothing.
+        """Return the cache, cropped to what it shares with a prompt; None if nothing.
 
-        The conversation gives it away: after an error nobody knows what it holds.
+        The conversation does not keep it: after an error its content is not known.
         """
         cache, self._cache = self._cache, None
         pairs = zip(prompt, self._cached_ids, strict=False)
         num_common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        num_kept = min(num_common, len(prompt) - 1)  # something has to be read
+        num_kept = min(num_common, len(prompt) - 1)  # at least one token has to be read
         if cache is None or num_kept == 0:
             return None
         if num_kept < len(self._cached_ids):
             try:
                 cache.crop(num_kept - len(self._cached_ids))
             except (RuntimeError, ValueError):
-                return None  # a window or a state has lost what would be in sight again
+                return None  # a sliding window or recurrent state has lost earlier tokens
         return cache
 
     def _generate(
@@ -307,11 +306,11 @@ class Chat:
         return sequence
 
     def _can_read_on(self, cache: Cache) -> bool:
-        """Return whether a later prompt may be read behind what a cache holds."""
+        """Return whether a later prompt may continue from a cache."""
         if cache.is_croppable:
             return True
-        # Recurrent states cannot be cut back, but are read behind where the self-check found that
-        # several tokens at once are read right. Alone they do not tell how much they have read.
+        # Recurrent states cannot be cropped, but may be continued from if the self-check found that
+        # the model reads several tokens at once correctly. Attention layers have to count them.
         has_slots = any(isinstance(layer, CacheLayerMixin) for layer in cache.layers)
         return has_slots and self.spec.self_check.backend is Backend.CHAINS
 
@@ -326,7 +325,7 @@ class Chat:
 
 
 class _Requested(StoppingCriteria):
-    """Ends an answer once somebody asks for it."""
+    """Ends an answer once the event is set."""
 
     def __init__(self, stopping: Event) -> None:
         self._stopping = stopping
@@ -343,21 +342,3 @@ def _message(role: str, content: str) -> Message:
 
 def _roles(messages: list[Message]) -> str:
     return ", ".join(dict.fromkeys(message["role"] for message in messages))
-
-
-def _add_up(answers: Iterable[SpeculationStats]) -> SpeculationStats:
-    """Return counters of several calls; those of a row are of all calls together."""
-    total = SpeculationStats()
-    rows: list[RowStats] = []
-    for stats in answers:
-        rows += stats.rows
-        total.num_plain_rounds += stats.num_plain_rounds
-        total.pauses += [replace(pause, round=total.rounds + pause.round) for pause in stats.pauses]
-        total.rounds += stats.rounds
-        for phase in PHASES:
-            total.seconds[phase] += stats.seconds[phase]
-        total.fallbacks += [name for name in stats.fallbacks if name not in total.fallbacks]
-        total.backend, total.acceptance = stats.backend, stats.acceptance
-        total.is_lossy |= stats.is_lossy
-    total.rows = rows
-    return total

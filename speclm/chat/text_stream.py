@@ -1,4 +1,4 @@
-"""Shows an answer while it is generated: whole characters only, and which of them were drafted."""
+"""Streams an answer as whole characters, and marks which of them were drafted."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class Piece:
 
     Args:
         text: One or more characters.
-        is_drafted: Whether the token is known to come from a draft.
+        is_drafted: Whether the token is known to be a draft token.
     """
 
     text: str
@@ -32,8 +32,8 @@ class Piece:
 class TextDecoder:
     """Turns tokens, one after another, into the characters that they complete.
 
-    A character may be spread over several tokens; nothing is returned before its last one. Special
-    tokens have no text. Each token costs the decoding of a few, however long the text is.
+    A character may be spread over several tokens and is returned with the last one. Special tokens
+    have no text. The cost of a token does not grow with the text.
 
     Example:
         ```python
@@ -75,9 +75,9 @@ class TextDecoder:
 class RoundStreamer(BaseStreamer):
     """Passes on the text of one row as it is accepted, and marks what was drafted.
 
-    It is a streamer of Transformers' and takes the prompt first, which it ignores. Who decodes in
-    rounds calls `on_round` after the tokens of each round. While it is asked to mark, the tokens
-    of a round are held back until then; where no such call comes, text goes on unmarked.
+    This is a Transformers streamer; it ignores the prompt, which comes first. A decoding loop with
+    rounds calls `on_round` after the tokens of each round. While drafted text is marked, tokens
+    are held back until that call; without such calls the text goes on unmarked.
     """
 
     def __init__(
@@ -93,8 +93,8 @@ class RoundStreamer(BaseStreamer):
         Args:
             tokenizer: Decodes the tokens.
             on_piece: Receives the text.
-            marks_drafted: Asked at every token whether drafted ones have to be told apart.
-            skipped: Tokens without text, besides special ones.
+            marks_drafted: Called at every token; returns whether to mark drafted text.
+            skipped: Tokens without text, in addition to special ones.
         """
         self.num_rounds = 0
         self._decoder = TextDecoder(tokenizer)
@@ -102,7 +102,7 @@ class RoundStreamer(BaseStreamer):
         self._marks_drafted = marks_drafted
         self._skipped = skipped
         self._is_prompt = True
-        self._is_silent = False  # more tokens came than a round has, and no call
+        self._is_silent = False  # more tokens than a round has came without a call
         self._held: list[int] = []
 
     @override
@@ -121,10 +121,10 @@ class RoundStreamer(BaseStreamer):
             self._flush(num_drafted=0)
 
     def on_round(self, accepted_length: int) -> None:
-        """Take note that the tokens since the last call were a round.
+        """Pass on the tokens since the last call, which were a round.
 
         Args:
-            accepted_length: The first so many of them were drafted.
+            accepted_length: How many of them were drafted; they come first.
         """
         self.num_rounds += 1
         self._is_silent = False

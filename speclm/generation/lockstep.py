@@ -1,8 +1,8 @@
-"""Decides positions one by one for all rows in step, as regular generation does.
+"""Decides positions one by one for all rows in lockstep, as regular generation does.
 
 Logits processors that read the text, stopping criteria and streamers may keep state, look at other
-rows, count their calls or draw random numbers. They are given the tensors that regular generation
-gives them, in its order, once per position.
+rows, count their calls or draw random numbers. They receive the tensors that regular generation
+gives them, in the same order, once per position.
 """
 
 from typing import Any, cast
@@ -10,26 +10,26 @@ from typing import Any, cast
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers.generation.logits_process import LogitsProcessorList
-from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from speclm.acceptance.accepted import Accepted
 from speclm.drafting.interface import Draft
 from speclm.errors import NumericalError, OptionError
 from speclm.generation.callbacks import FollowsRounds
-from speclm.generation.sequences import Rows
+from speclm.generation.request import Request, Setup
+from speclm.generation.sequences import Sequences
 from speclm.sampling.chooser import pick
 from speclm.sampling.noise import PositionNoise, as_if_drawn
+from speclm.target import Session
 
 
 class Lockstep:
-    """The last position that all rows have reached, and what is told about it.
+    """Advances all rows of a batch together, and calls processors, criteria and the streamer.
 
-    Ended rows go on next to the others with padding tokens, which the target reads as in plain
-    decoding, so that their logits and cache entries are regular generation's too. Where no
-    criterion names an end-of-sequence token, Transformers lets every row run until all have been
-    stopped once, and so does this.
+    Ended rows go on next to the others with padding tokens, which the target reads as in regular
+    generation, so that their logits and cache entries are the same too. Where no criterion names
+    an end-of-sequence token, Transformers lets every row run until all have been stopped once, and
+    so does this class.
 
     Attributes:
         ids: Prompt and tokens so far, ``[batch, length]``; padding in ended rows.
@@ -38,48 +38,36 @@ class Lockstep:
         pad_token_id: Token of ended rows.
     """
 
-    def __init__(  # noqa: PLR0913 - what regular generation's loop holds
+    def __init__(
         self,
-        input_ids: Int[Tensor, "batch seq"],
-        rows: Rows,
-        *,
-        processors: LogitsProcessorList,
-        criteria: StoppingCriteriaList,
+        request: Request,
+        sequences: Sequences,
         streamer: BaseStreamer | None,
-        is_greedy: bool,
-        pad_token_id: int,
-        keeps_scores: bool,
-        keeps_logits: bool,
+        *,
         target_name: str,
     ) -> None:
-        """Start behind the prompt.
+        """Start after the prompt, which the streamer receives.
 
         Args:
-            input_ids: The prompt, as `generate` was given it.
-            rows: Take the tokens and end when a criterion says so.
-            processors: All logits processors, in order.
-            criteria: All stopping criteria, in order.
-            streamer: Is told the prompt now, and then the tokens of every position.
-            is_greedy: Whether the likeliest token is taken.
-            pad_token_id: Token of ended rows.
-            keeps_scores: Whether `scores` are collected.
-            keeps_logits: Whether `logits` are collected.
-            target_name: What messages call the target.
+            request: The call.
+            sequences: Take the tokens, and end when a criterion says so.
+            streamer: Receives the tokens of every position; None for no streamer.
+            target_name: Name of the target in messages.
         """
-        self.ids = input_ids
+        self.ids: Int[Tensor, "batch length"] = request.prompt.input_ids
+        keeps_scores, keeps_logits = request.keeps_scores, request.keeps_logits
         self.scores: tuple[Float[Tensor, "batch vocab"], ...] | None = () if keeps_scores else None
         self.logits: tuple[Float[Tensor, "batch vocab"], ...] | None = () if keeps_logits else None
-        self._rows = rows
-        self._processors = processors
-        self._criteria = criteria
+        self.pad_token_id = request.pad_token_id
+        self._sequences = sequences
+        self._processors = request.processors
+        self._criteria = request.criteria
         self._streamer = streamer
-        self._is_greedy = is_greedy
-        self.pad_token_id = pad_token_id
         self._target_name = target_name
-        self._rows_end_alone = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
-        self._was_stopped = [False] * len(input_ids)
+        self._ends_rows_apart = request.names_eos
+        self._was_stopped = [False] * len(self.ids)
         if streamer is not None:
-            streamer.put(input_ids.cpu())  # type: ignore[no-untyped-call]  # Transformers'
+            streamer.put(self.ids.cpu())  # type: ignore[no-untyped-call]  # Transformers'
 
     def advance(
         self,
@@ -89,12 +77,12 @@ class Lockstep:
         depth: int,
         chosen: list[int] | None = None,
     ) -> list[int]:
-        """Decide the next position of every row and tell everybody.
+        """Decide the next position of every row, and call everything that follows positions.
 
         Args:
             logits: The target's logits at that position.
-            noise: Noise of the positions; None when nothing is decided by it.
-            depth: Positions decided since `noise` was sought.
+            noise: Noise of the positions; None when it decides nothing.
+            depth: Positions decided since `noise.seek`.
             chosen: Tokens that an acceptance rule has decided on; None to choose here.
 
         Returns:
@@ -102,9 +90,9 @@ class Lockstep:
 
         Raises:
             OptionError: If the processors return anything but one row of scores for each row.
-            NumericalError: If no largest score can be told, because of the target or a processor.
+            NumericalError: If scores of a live row have no largest number.
         """
-        step = self._rows.num_steps
+        step = self._sequences.num_steps
         raw = logits.to(copy=True, dtype=torch.float32)
         with as_if_drawn(noise, step):
             scores: Tensor = cast("Any", self._processors)(self.ids, raw)
@@ -114,19 +102,19 @@ class Lockstep:
         if self.logits is not None:
             self.logits = (*self.logits, raw)
         if chosen is None:
-            # A sync per position: criteria and streamers are host code.
+            # Syncs at every position: criteria and streamers are host code.
             if noise is not None:
                 noise.match(scores, step)
             chosen = pick(scores, None if noise is None else noise.at_depth(depth)).tolist()
             self._require_numbers(chosen, raw, logits.dtype)
-        is_live = self._rows.is_live
+        is_live = self._sequences.is_live
         tokens = [
             token if live else self.pad_token_id
             for token, live in zip(chosen, is_live, strict=True)
         ]
         column = torch.tensor(tokens, device=self.ids.device, dtype=torch.long)
         self.ids = torch.cat([self.ids, column[:, None]], dim=1)
-        self._rows.append(tokens)
+        self._sequences.append(tokens)
         with as_if_drawn(noise, step + 1):
             flags = self._criteria(self.ids, self.scores)
             self._end_rows(flags.tolist())
@@ -145,13 +133,13 @@ class Lockstep:
         """Decide position by position for all rows, as far as all of them follow a draft.
 
         Args:
-            draft: What was verified.
+            draft: The verified draft.
             logits: The target's logits after every node.
-            noise: Noise of the positions; None when nothing is decided by it.
+            noise: Noise of the positions; None when it decides nothing.
             decided: Tokens of each row that an acceptance rule has decided on; None to choose here.
 
         Returns:
-            What running rows were given, and the nodes to keep in all rows, ended ones included.
+            What live rows were given, and the nodes to keep in all rows, including ended ones.
         """
         batch = torch.arange(len(logits), device=logits.device)
         tokens, parents = draft.tokens.tolist(), draft.topology.host_parents
@@ -160,7 +148,7 @@ class Lockstep:
         paths: list[list[int]] = [[] for _ in tokens]
         emitted: list[list[int]] = [[] for _ in tokens]
         for depth in range(draft.topology.max_depth + 1):
-            was_live = self._rows.is_live
+            was_live = self._sequences.is_live
             at_nodes = torch.tensor(nodes, device=logits.device, dtype=torch.long)
             column = self.advance(
                 logits[batch, at_nodes],
@@ -179,10 +167,10 @@ class Lockstep:
             ]
             is_decided = decided is None or all(
                 len(row) > depth + 1
-                for row, live in zip(decided, self._rows.is_live, strict=True)
+                for row, live in zip(decided, self._sequences.is_live, strict=True)
                 if live
             )
-            if None in children or not is_decided or not self._rows.any_live:
+            if None in children or not is_decided or not self._sequences.any_live:
                 break
             nodes = [child for child in children if child is not None]
         follower: object = self._streamer
@@ -190,17 +178,12 @@ class Lockstep:
             follower.on_round(len(kept[0]) - 1)
         return Accepted.from_host(paths, emitted, device=logits.device), kept
 
-    def finish(self) -> None:
-        """Tell the streamer that all is said."""
-        if self._streamer is not None:
-            self._streamer.end()  # type: ignore[no-untyped-call]  # Transformers'
-
     def _end_rows(self, stopped: list[bool]) -> None:
         self._was_stopped = [
             before or now for before, now in zip(self._was_stopped, stopped, strict=True)
         ]
-        if self._rows_end_alone or all(self._was_stopped):
-            self._rows.end(self._was_stopped)
+        if self._ends_rows_apart or all(self._was_stopped):
+            self._sequences.end(self._was_stopped)
 
     def _require_rows(self, scores: object) -> None:
         if isinstance(scores, Tensor) and scores.dim() == 2 and len(scores) == len(self.ids):
@@ -217,7 +200,7 @@ class Lockstep:
     ) -> None:
         bad = [
             row
-            for row, (token, live) in enumerate(zip(chosen, self._rows.is_live, strict=True))
+            for row, (token, live) in enumerate(zip(chosen, self._sequences.is_live, strict=True))
             if live and token < 0
         ]
         if not bad:
@@ -230,6 +213,26 @@ class Lockstep:
             "though the target's logits have one; check the processors passed in, and that they "
             "leave at least one token in every row"
         )
+
+
+def needs_lockstep(request: Request, setup: Setup, session: Session) -> bool:
+    """Return whether all rows have to advance together.
+
+    They do if something looks at positions one by one: a processor that reads the text, or a
+    caller who wants scores or logits. The rows of a batch also do where criteria or a streamer
+    receive every position, where the target verifies only chains or changes the rotation of its
+    keys, or where the proposer needs rows of equal length.
+    """
+    if request.reads_positions:
+        return True
+    return len(request.prompt.input_ids) > 1 and (
+        request.meets_switch
+        or session.needs_lockstep
+        or (setup.proposer is not None and setup.proposer.needs_lockstep)
+        or setup.streamer is not None
+        or bool(request.foreign_criteria)
+        or request.rows_end_together
+    )
 
 
 def nan_logits(target_name: str, dtype: torch.dtype) -> NumericalError:
@@ -256,5 +259,5 @@ def _child(parents: list[int], tokens: list[int], node: int, token: int) -> int 
 
 
 def _at(row: list[int], depth: int) -> int:
-    """Return a row's token at a depth; any number after the end of a row that is not running."""
+    """Return a row's token at a depth; any number after the end of an ended row."""
     return row[depth] if depth < len(row) else 0

@@ -1,51 +1,45 @@
-"""The decode loop, as Transformers enters it with everything resolved."""
+"""The decode loop: read the prompt, then propose, verify, accept and commit until all rows end."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+from time import perf_counter
 from typing import Any
 
-from jaxtyping import Int
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.cache_utils import DynamicCache
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
 
-from speclm.acceptance.exact import ExactRule
-from speclm.acceptance.interface import AcceptanceRule
-from speclm.adaptive.pausing import PauseMemory, Pausing
-from speclm.adaptive.tuner import TreeMemory, TreeTuner, describe_tree
-from speclm.drafting.interface import Proposer
+from speclm.acceptance.accepted import Accepted
+from speclm.acceptance.interface import Verified
+from speclm.adaptive.pausing import Pausing
+from speclm.adaptive.timings import forward_timings
+from speclm.adaptive.tuner import TreeTuner, describe_tree
+from speclm.config import MAX_MERGED_PROMPT
+from speclm.drafting.interface import Draft, Prefill
 from speclm.generation.callbacks import Listener
-from speclm.generation.delegation import (
-    eos_token_ids,
-    foreign_criteria,
-    images_of,
-    left_padding,
-    max_length,
-    prompt_length,
-    require_supported,
-    rows_end_together,
-    stop_strings_of,
-)
-from speclm.generation.draft_checks import planned, require_drafts_for
-from speclm.generation.lockstep import Lockstep
-from speclm.generation.opening import meets_switch, open_session
-from speclm.generation.run import Run
-from speclm.generation.sequences import Rows
-from speclm.sampling.chooser import TokenChooser, first_text_dependent
-from speclm.sampling.drafts import DraftSampling
+from speclm.generation.drafts import Drafter, planned, root_only
+from speclm.generation.lockstep import Lockstep, nan_logits, needs_lockstep
+from speclm.generation.regular import open_session
+from speclm.generation.request import Request, Setup, resolve_request
+from speclm.generation.sequences import Sequences, StopStrings
+from speclm.sampling.chooser import TokenChooser
+from speclm.sampling.drafts import DraftSampler, DraftSampling
+from speclm.sampling.draws import Draws, seeded_draws
+from speclm.sampling.noise import PositionNoise
 from speclm.self_check.fingerprint import fingerprint
-from speclm.self_check.verdict import Backend
-from speclm.stats import SpeculationStats
-from speclm.target import TargetView
-from speclm.tree.plan import TreePlan
+from speclm.stats import RowStats, SpeculationStats
+from speclm.target import TargetFeatures
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Generated:
-    """What a generation returns; fields are None where nobody asked for them.
+    """What a call returns; fields are None where nobody asked for them.
 
     Args:
         sequences: Prompt and new tokens, ended rows padded on the right.
@@ -61,44 +55,20 @@ class Generated:
     past_key_values: DynamicCache | None = None
 
 
-def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
-    model: object,  # noqa: ARG001 - the target, in the place where Transformers passes it
+def generate_tokens(
     input_ids: Int[Tensor, "batch seq"],
+    setup: Setup,
+    stats: SpeculationStats,
+    *,
     logits_processor: LogitsProcessorList,
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
-    *,
-    target: TargetView,
-    proposer: Proposer | None,
-    stats: SpeculationStats,
-    rule: AcceptanceRule | None = None,
-    streamer: BaseStreamer | None = None,
-    extends_cache: bool = False,
-    pauses: PauseMemory | None = None,
-    tree: TreePlan | None = None,
-    trees: TreeMemory | None = None,
-    backend: Backend = Backend.TREES,
-    isolates: bool = False,
-    on_decoded: Callable[[], object] | None = None,
     **model_inputs: Any,
 ) -> Generated:
     """Generate as Transformers' own decoding methods do, in rounds.
 
-    This is the callable that ``base.generate(custom_generate=...)`` enters with everything
-    resolved: settings, processors, criteria, expanded rows. Greedy decoding has one rule, the
-    exact one, whatever `rule` says; None is the exact rule too. `extends_cache` says that the
-    cache among the inputs is the caller's, who finds it extended. `pauses` is what earlier calls
-    measured; None to draft in every round, whether it pays or not. `tree` is what every draft
-    should be; None for what the proposer's own settings say, or, where `trees` is given, for what
-    that memory of earlier calls and this one make fastest. `backend` is the self-check's verdict on
-    the target. `isolates` says that the proposer may draw from the default generators, which is
-    undone. `on_decoded` is called once nothing shared is used any more, and before the streamer
-    ends.
-
-    Rows run ahead of each other, unless something looks at positions one by one: a processor that
-    reads the text, or a caller who wants scores or logits. Nor do the rows of a batch where a
-    criterion of an unknown class or a streamer hears of every position, where the target takes
-    only chains, or where the proposer needs all rows to be equally long.
+    ``base.generate`` enters here with everything resolved: settings, processors, criteria,
+    expanded rows. The caller ends the streamer.
 
     Raises:
         NeedsRegularGeneration: Before anything is computed, if a setting asks for more than this
@@ -108,157 +78,330 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
         OptionError: If the rule needs drafts of a kind that the proposer does not make.
         DraftError: If the proposer returns a draft of the wrong shape.
     """
-    if rule is None or not generation_config.do_sample:
-        rule = ExactRule()
-    require_drafts_for(rule, proposer)
-    require_supported(generation_config, logits_processor, rule, device=input_ids.device)
-    wants_details = bool(generation_config.return_dict_in_generate)
-    input_ids = input_ids.long()
-    attention_mask = model_inputs.get("attention_mask")
-    cache = model_inputs.get("past_key_values", model_inputs.get("cache_params"))
-    given = cache if extends_cache or wants_details else None
-    embeddings = model_inputs.get("inputs_embeds")
-    length = prompt_length(input_ids, attention_mask, generation_config, given, embeddings)
-    num_padding = left_padding(input_ids, attention_mask, length=length)
-    images = images_of(target, input_ids, model_inputs)
-    target.require_prompt_fits(length)
-    # Regular generation checks the length after a token, so there is always one.
-    end = max(max_length(stopping_criteria, generation_config), input_ids.shape[1] + 1)
-    num_unseen = length - input_ids.shape[1]
-    is_switching = meets_switch(target, num_padding, start=length, end=num_unseen + end)
-    session = open_session(
-        target, backend, model_inputs, images, num_padding, given=given, num_tokens=length
+    request = resolve_request(
+        input_ids,
+        setup,
+        logits_processor=logits_processor,
+        stopping_criteria=stopping_criteria,
+        generation_config=generation_config,
+        model_inputs=model_inputs,
     )
-    rows = Rows(
-        batch=input_ids.shape[0],
-        max_new_tokens=end - input_ids.shape[1],
-        eos_token_ids=eos_token_ids(stopping_criteria),
-        stop_strings=stop_strings_of(stopping_criteria, input_ids),
-    )
-    pad_token_id = _token_id(generation_config._pad_token_tensor)
-    foreign = foreign_criteria(stopping_criteria)
-    lockstep = listener = None
-    if _reads_positions(generation_config, logits_processor) or (
-        len(input_ids) > 1
-        and (
-            is_switching
-            or session.needs_lockstep
-            or (proposer is not None and proposer.needs_lockstep)
-            or streamer is not None
-            or bool(foreign)
-            or rows_end_together(stopping_criteria)
-        )
-    ):
-        lockstep = Lockstep(
-            input_ids,
-            rows,
-            processors=logits_processor,
-            criteria=stopping_criteria,
-            streamer=streamer,
-            is_greedy=not generation_config.do_sample,
-            pad_token_id=pad_token_id,
-            keeps_scores=bool(wants_details and generation_config.output_scores),
-            keeps_logits=bool(wants_details and generation_config.output_logits),
-            target_name=target.name,
-        )
-    elif foreign or streamer is not None:
-        listener = Listener(input_ids, rows, criteria=foreign, streamer=streamer)
-    run = Run(
-        target=target,
-        proposer=proposer,
-        chooser=TokenChooser(list(logits_processor), is_greedy=not generation_config.do_sample),
-        rows=rows,
-        lockstep=lockstep,
-        listener=listener,
-        num_prompt_tokens=input_ids.shape[1],
-        num_unseen=num_unseen,
-        first_token=_token_id(generation_config._bos_token_tensor),
-        max_length=end,
-        pad_token_id=pad_token_id,
-        num_padding=num_padding,
-        session=session,
-        keeps_cache=given is not None,
-        stats=stats,
-        rule=rule,
-        plan=tree,
-        isolates=isolates,
-    )
-    temperature = (generation_config.temperature or 1.0) if generation_config.do_sample else 0.0
-    setting = (rule.name, temperature, *map(type, logits_processor))
-    if pauses is not None and proposer is not None:
-        run.pausing = Pausing(
-            pauses,
-            batch=len(input_ids),
-            num_prompt_tokens=length,
-            setting=(setting, tree, trees is None),
-            proposer=proposer,
-            stats=stats,
-        )
-    # Drawn trees are shaped before they are drawn: a smaller one is no part of a larger one.
-    if trees is not None and proposer is not None and rule.draft_sampling is DraftSampling.NONE:
-        run.tuner = TreeTuner(
-            trees,
-            batch=len(input_ids),
-            num_prompt_tokens=length,
-            max_depth=proposer.config.depth,
-            setting=setting,
-            proposer=proposer,
-        )
-        if run.tuner.timings is None and run.can_time_forwards:
-            run.kind = fingerprint(target)
-    stats.acceptance, stats.is_lossy = rule.name, rule.is_lossy
-    sequences = _decode(run, input_ids, embeddings, given, temperature=temperature)
-    stats.tree = describe_tree(run.plan if run.tuner is None else run.tuner.best)
-    if on_decoded is not None:
-        on_decoded()
-    if listener is not None:
-        listener.finish()
-    if lockstep is None:
-        return Generated(sequences, past_key_values=given)
-    lockstep.finish()
+    generation = Generation(request, setup, stats)
+    sequences, lockstep = generation.run(), generation.lockstep
     return Generated(
-        sequences, scores=lockstep.scores, logits=lockstep.logits, past_key_values=given
+        sequences,
+        scores=None if lockstep is None else lockstep.scores,
+        logits=None if lockstep is None else lockstep.logits,
+        past_key_values=request.prompt.cache,
     )
 
 
-def _decode(
-    run: Run,
-    input_ids: Int[Tensor, "batch seq"],
-    embeddings: Tensor | None,
-    given: DynamicCache | None,
-    *,
-    temperature: float,
-) -> Int[Tensor, "batch length"]:
-    """Go from the prompt to the end of the last row, and leave everything usable on the way."""
-    try:
-        with planned(run.proposer, run.plan), run.target.decoding(run.features):
-            run.start(input_ids, embeddings=embeddings, temperature=temperature)
-            with run.target.steps():
-                while run.rows.any_live:
-                    run.round()
-            if run.pausing is not None:
-                run.pausing.finish(run.rows.num_steps)
-            sequences = run.rows.sequences(input_ids, run.pad_token_id)
-            if given is not None:
-                run.hand_over(given, sequences)
-    except BaseException:
-        run.session.abandon()
-        raise
-    finally:
-        if run.noise is not None:  # also after an error: the generator is the caller's
-            run.noise.finish(run.rows.num_steps)
-    return sequences
+class Generation:
+    """The state of one call, and the rounds that change it."""
+
+    def __init__(self, request: Request, setup: Setup, stats: SpeculationStats) -> None:
+        """Prepare everything that a call needs, without computing anything.
+
+        Args:
+            request: What the call asks for.
+            setup: What it is decoded with.
+            stats: Counters to fill.
+        """
+        prompt, target = request.prompt, setup.target
+        self.request, self.setup, self.stats, self.target = request, setup, stats, target
+        self.session = open_session(
+            target,
+            setup.backend,
+            prompt.model_inputs,
+            prompt.images,
+            prompt.num_padding,
+            cache=prompt.cache,
+            num_tokens=prompt.length,
+        )
+        stop_strings = request.stop_strings
+        self.sequences = Sequences(
+            batch=len(prompt.input_ids),
+            max_new_tokens=request.max_length - prompt.input_ids.shape[1],
+            eos_token_ids=request.eos_token_ids,
+            stop_strings=StopStrings(stop_strings, prompt.input_ids) if stop_strings else None,
+        )
+        self.chooser = TokenChooser(list(request.processors), is_greedy=request.is_greedy)
+        self.lockstep: Lockstep | None = None
+        self.listener: Listener | None = None
+        if needs_lockstep(request, setup, self.session):
+            self.lockstep = Lockstep(
+                request, self.sequences, setup.streamer, target_name=target.name
+            )
+        elif request.foreign_criteria or setup.streamer is not None:
+            self.listener = Listener(request, self.sequences, setup.streamer)
+        self.drafter = Drafter(
+            request,
+            setup,
+            self.sequences,
+            self.lockstep,
+            needs_chains=self.session.needs_lockstep,
+        )
+        self.noise: PositionNoise | None = None
+        self.draws: Draws | None = None
+        self.roots = prompt.num_padding  # until the prompt is read
+        self.pausing = _begin_pausing(request, setup, stats)
+        self.tuner = _begin_tuning(request, setup)
+        # Forwards over any tree can be timed on the way, unless rows or rotations forbid it.
+        can_time = not self.session.needs_lockstep and target.rotary_switch is None
+        self.times_forwards = can_time and self.tuner is not None and self.tuner.timings is None
+        self.timings_key = fingerprint(target) if self.times_forwards else None
+        stats.acceptance, stats.is_lossy = request.rule.name, request.rule.is_lossy
+
+    def run(self) -> Int[Tensor, "batch length"]:
+        """Decode until the last row ends, and leave everything usable even after an error."""
+        request, prompt = self.request, self.request.prompt
+        try:
+            with (
+                planned(self.setup.proposer, self.setup.plan),
+                self.target.decoding(self.drafter.features),
+            ):
+                self._read_prompt()
+                with self.target.steps():
+                    while self.sequences.any_live:
+                        self._run_round()
+                if self.pausing is not None:
+                    self.pausing.finish(self.sequences.num_steps)
+                sequences = self.sequences.to_tensor(prompt.input_ids, request.pad_token_id)
+                if prompt.cache is not None:
+                    # The tokens before the prompt are in the cache, and any ids will do.
+                    unseen = sequences.new_zeros(len(sequences), prompt.num_unseen)
+                    self.session.hand_over(prompt.cache, torch.cat([unseen, sequences], dim=1))
+        except BaseException:
+            self.session.abandon()
+            raise
+        finally:
+            if self.noise is not None:  # also after an error: the generator is the caller's
+                self.noise.finish(self.sequences.num_steps)
+        self.stats.num_regular_steps = self.sequences.num_steps - 1
+        self.stats.tree = describe_tree(
+            self.drafter.plan if self.tuner is None else self.tuner.best
+        )
+        return sequences
+
+    def _read_prompt(self) -> None:
+        """Run the prompt, whose last tokens are the first roots, and verify the first draft.
+
+        Without a draft this is regular generation's own prefill. Otherwise one forward reads the
+        prompt and verifies the draft, which saves one of what may be few. Embeddings are never
+        merged, and stand for a single token, `Prompt.first_token`, where they come without tokens.
+        """
+        request, prompt, stats = self.request, self.request.prompt, self.stats
+        tokens, batch = prompt.input_ids, len(prompt.input_ids)
+        stats.rows = [RowStats() for _ in range(batch)]
+        has_tokens = tokens.shape[1] > 0
+        self.roots = tokens[:, -1] if has_tokens else tokens.new_full((batch,), prompt.first_token)
+        new = tokens[:, max(self.session.num_cached - prompt.num_unseen, 0) :]
+        self._draw_noise()
+        prefill = self._prefill()
+        draft, seconds = root_only(self.roots), None
+        needs_features = self.drafter.features != TargetFeatures.NONE
+        with stats.phase("prefill"):
+            if not needs_features:
+                self.drafter.begin(prefill, self.noise)
+                can_merge = prompt.embeddings is None and self.session.merges_prompt
+                if can_merge and new.shape[1] <= MAX_MERGED_PROMPT and self._wants_draft():
+                    start = perf_counter()
+                    draft = self.drafter.propose(self.roots, self.noise)
+                    seconds = perf_counter() - start
+            if draft.topology.num_nodes == 1:
+                logits = self.session.prefill(
+                    new if prompt.embeddings is None else prompt.embeddings
+                )
+            else:
+                logits = self.session.verify(
+                    draft.tokens,
+                    draft.topology,
+                    prompt=new[:, :-1] if new.shape[1] > 1 else None,
+                    max_length=request.total_length,
+                )
+            if needs_features:
+                assert self.target.features is not None
+                features = self.target.features[:, :-1]
+                first = max(features.shape[1] - prefill.tokens.shape[1], 0)  # only of embeddings
+                self.drafter.begin(replace(prefill, features=features[:, first:]), self.noise)
+        taken = self._accept_and_commit(draft, logits)
+        for row, emitted in zip(stats.rows, taken.emitted, strict=True):
+            row.prefill_tokens = len(emitted)
+        if self.pausing is not None:
+            self.pausing.record_prefill(tokens=_mean_length(taken, range(batch)), seconds=seconds)
+
+    def _run_round(self) -> None:
+        """Propose, verify, accept and commit once."""
+        stats, sequences = self.stats, self.sequences
+        slowest = sequences.slowest()
+        if self.noise is not None:
+            self.noise.seek(sequences.num_tokens, live=sequences.is_live)
+        drafts = self._wants_draft() and not self.session.is_behind and sequences.most_remaining > 1
+        if drafts and self.tuner is not None:
+            self._plan_round(self.tuner)
+        before = dict(stats.seconds)
+        with stats.phase("draft"):
+            draft = (
+                self.drafter.propose(self.roots, self.noise)
+                if drafts
+                else self.drafter.propose_nothing(self.roots)
+            )
+        with stats.phase("verify"):
+            logits = self.session.verify(
+                draft.tokens, draft.topology, max_length=self.request.total_length
+            )
+        taken = self._accept_and_commit(draft, logits)
+        stats.count_round(
+            taken.paths, sizes=draft.topology.host_sizes, depths=draft.topology.host_depths
+        )
+        seconds = {name: stats.seconds[name] - past for name, past in before.items()}
+        if draft.topology.num_nodes == 1:
+            stats.plain_round_seconds = min(
+                stats.plain_round_seconds or math.inf, sum(seconds.values())
+            )
+        is_explored = drafts and self.tuner is not None and self.tuner.is_exploring
+        if drafts and self.tuner is not None:
+            self.tuner.record(draft, taken.paths, is_whole=sequences.is_live, seconds=seconds)
+        if self.pausing is not None:
+            self.pausing.record(
+                tokens=_mean_length(taken, slowest),
+                drafted=drafts,
+                seconds=math.nan if is_explored else None,
+            )
+
+    def _accept_and_commit(
+        self, draft: Draft, logits: Float[Tensor, "batch nodes vocab"]
+    ) -> Accepted:
+        """Decide on a verified draft, and keep what was accepted; return it."""
+        with self.stats.phase("accept"):
+            if self.lockstep is None:
+                taken = self._take(self._accept(draft, logits))
+                kept = taken.paths
+            else:
+                is_exact = self.request.rule.is_exact
+                decided = None if is_exact else self._accept(draft, logits).emitted
+                taken, kept = self.lockstep.follow(draft, logits, self.noise, decided=decided)
+            if self.target.features is not None:
+                nodes = draft.topology.num_nodes
+                taken = taken.with_features(self.target.features[:, -nodes:])
+        with self.stats.phase("commit"):
+            is_live = self.sequences.any_live
+            if is_live or self.request.prompt.cache is not None:
+                self.session.keep(kept)
+            if is_live:
+                self.drafter.commit(taken, self.noise)
+                self.roots = self.roots.new_tensor(self.sequences.last_tokens)  # cut on the host
+        return taken
+
+    def _accept(self, draft: Draft, logits: Float[Tensor, "batch nodes vocab"]) -> Accepted:
+        """Apply the acceptance rule."""
+        num_prompt_tokens = self.request.prompt.input_ids.shape[1]
+        accepted = self.request.rule.accept(
+            Verified(
+                tokens=draft.tokens,
+                topology=draft.topology,
+                logits=logits,
+                chooser=self.chooser,
+                is_live=self.sequences.is_live,
+                noise=self.noise,
+                draws=self.draws,
+                distributions=draft.distributions,
+                lengths=[num_prompt_tokens + new for new in self.sequences.num_tokens],
+            )
+        )
+        for emitted, is_live in zip(accepted.emitted, self.sequences.is_live, strict=True):
+            if is_live and any(token < 0 for token in emitted):
+                raise nan_logits(self.target.name, logits.dtype)
+        return accepted
+
+    def _take(self, accepted: Accepted) -> Accepted:
+        """Append what the rows may take, and return it."""
+        if self.listener is None:
+            return self.sequences.admit(accepted)
+        cut = self.sequences.cut(accepted)
+        return cut.cut([self.listener.take(cut.emitted[0], self.noise)])
+
+    def _draw_noise(self) -> None:
+        """Draw what the acceptance rule decides by, as far as it needs anything."""
+        rule, tokens = self.request.rule, self.request.prompt.input_ids
+        if rule.uses_draws:
+            self.draws = seeded_draws(tokens.device)
+        if rule.uses_noise and not self.request.is_greedy:
+            self.noise = PositionNoise(
+                batch=len(tokens), vocab_size=self.target.vocab_size, device=tokens.device
+            )
+
+    def _prefill(self) -> Prefill:
+        """Return what the proposer needs to know before the first draft."""
+        request, prompt = self.request, self.request.prompt
+        draws_drafts = request.rule.draft_sampling is not DraftSampling.NONE
+        assert self.draws is not None or not draws_drafts
+        return Prefill(
+            # An image may stand in the text as a token that no vocabulary has.
+            tokens=prompt.input_ids[:, :-1].clamp(max=self.target.vocab_size - 1),
+            num_padding=(prompt.num_padding - prompt.num_unseen).clamp(min=0),
+            first_tokens=self.roots,
+            temperature=request.temperature,
+            max_new_tokens=self.sequences.most_remaining,
+            eos_token_ids=request.eos_token_ids,
+            sampler=DraftSampler(self.chooser, self.draws) if draws_drafts and self.draws else None,
+            chooser=self.chooser,
+        )
+
+    def _wants_draft(self) -> bool:
+        """Start the round's clock; return whether a draft is expected to be worth its time."""
+        return self.pausing is None or self.pausing.wants_draft()
+
+    def _plan_round(self, tuner: TreeTuner) -> None:
+        """Choose the tree of the next draft."""
+        if tuner.timings is None and self.times_forwards:
+            tuner.timings = forward_timings(
+                self.timings_key,
+                self.session,
+                self.drafter.fed_roots(self.roots),
+                context=self.request.prompt.length + self.sequences.num_steps,
+                max_length=self.request.total_length,
+            )
+            if self.pausing is not None:  # the measurement is no part of the round
+                self.pausing.restart_clock()
+        self.drafter.change_plan(tuner.next_plan())
 
 
-def _reads_positions(
-    generation_config: GenerationConfig, logits_processor: LogitsProcessorList
-) -> bool:
-    """Return whether the scores of every position are needed one by one."""
-    is_kept = generation_config.return_dict_in_generate and (
-        generation_config.output_scores or generation_config.output_logits
+def _setting_of(request: Request) -> tuple[object, ...]:
+    """Return what acceptance depends on next to the text."""
+    return (request.rule.name, request.temperature, *map(type, request.processors))
+
+
+def _begin_pausing(request: Request, setup: Setup, stats: SpeculationStats) -> Pausing | None:
+    """Return the judge of whether drafts pay; None for a draft in every round."""
+    if setup.pauses is None or setup.proposer is None:
+        return None
+    return Pausing(
+        setup.pauses,
+        batch=len(request.prompt.input_ids),
+        num_prompt_tokens=request.prompt.length,
+        setting=(_setting_of(request), setup.plan, setup.trees is None),
+        proposer=setup.proposer,
+        stats=stats,
     )
-    return bool(is_kept) or first_text_dependent(logits_processor) is not None
 
 
-def _token_id(token: Tensor | None) -> int:
-    return 0 if token is None else int(token)
+def _begin_tuning(request: Request, setup: Setup) -> TreeTuner | None:
+    """Return the chooser of trees; None for a plan that stays."""
+    # Drawn trees are shaped before they are drawn: a smaller one is no part of a larger one.
+    is_drawn = request.rule.draft_sampling is not DraftSampling.NONE
+    if setup.trees is None or setup.proposer is None or is_drawn:
+        return None
+    return TreeTuner(
+        setup.trees,
+        batch=len(request.prompt.input_ids),
+        num_prompt_tokens=request.prompt.length,
+        max_depth=setup.proposer.config.depth,
+        setting=_setting_of(request),
+        proposer=setup.proposer,
+    )
+
+
+def _mean_length(taken: Accepted, rows: Sequence[int]) -> float:
+    """Return the mean number of tokens that some rows were given."""
+    return fmean(len(taken.emitted[row]) for row in rows)

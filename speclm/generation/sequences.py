@@ -1,21 +1,66 @@
-"""The rows of a batch while they grow: which run, how far each may go, and the final tensor."""
+"""The rows of a batch while they grow: which are live, and how far each may go."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from transformers.generation.stopping_criteria import StopStringCriteria
 
 from speclm.acceptance.accepted import Accepted
 from speclm.config import MAX_LEAD
-from speclm.generation.stop_strings import StopStrings
 
 
-class Rows:
+class StopStrings:
+    """Stop strings of a call, which end each row independently of the others."""
+
+    def __init__(
+        self, criteria: Sequence[StopStringCriteria], prompt: Int[Tensor, "batch seq"]
+    ) -> None:
+        """Start after the prompt.
+
+        Args:
+            criteria: Transformers' own criteria, one or more.
+            prompt: The prompts, padding included, which criteria see as well.
+        """
+        self._criteria = criteria
+        self._device = prompt.device
+        self._width = max(int(criterion.maximum_token_len) for criterion in criteria)
+        self._prompt: list[list[int]] = prompt[:, -self._width :].tolist()
+
+    def first_stops(
+        self, tokens: Sequence[Sequence[int]], emitted: Sequence[Sequence[int]]
+    ) -> dict[int, int]:
+        """Return the number of new tokens of each row that ends; rows that go on are left out.
+
+        Args:
+            tokens: Tokens of each row after the prompt.
+            emitted: Tokens that follow them.
+        """
+        by_width: dict[int, list[tuple[int, int, list[int]]]] = {}
+        for row, new in enumerate(emitted):
+            text = [*self._prompt[row], *tokens[row][-self._width :], *new]
+            for count in range(1, len(new) + 1):
+                end = len(text) - len(new) + count
+                window = text[max(end - self._width, 0) : end]
+                by_width.setdefault(len(window), []).append((row, count, window))
+        stops: dict[int, int] = {}
+        for group in by_width.values():
+            texts = [window for _, _, window in group]
+            windows = torch.tensor(texts, device=self._device, dtype=torch.long)
+            flags = torch.stack([criterion(windows, None) for criterion in self._criteria])
+            # A sync: whether a row goes on is decided on the host.
+            for (row, count, _), is_stop in zip(group, flags.any(0).tolist(), strict=True):
+                if is_stop:
+                    stops[row] = min(count, stops.get(row, count))
+        return stops
+
+
+class Sequences:
     """New tokens of every row, on the host.
 
     A row ends with its end-of-sequence token, with a stop string, or when it has `max_new_tokens`.
-    A row waits while it is `MAX_LEAD` tokens ahead of the slowest one that still runs.
+    A row waits while it is `MAX_LEAD` tokens ahead of the slowest live one.
     """
 
     def __init__(
@@ -31,47 +76,47 @@ class Rows:
         self.is_live = [max_new_tokens > 0] * batch
         self._max_new_tokens = max_new_tokens
         self._stop_strings = stop_strings
-        self._stop_lengths: dict[int, int] = {}  # tokens of rows that end by a stop string now
+        self._stop_lengths: dict[int, int] = {}  # length of rows that a stop string ends now
         self.eos_token_ids = frozenset(eos_token_ids)
 
     @property
     def any_live(self) -> bool:
-        """Whether a row still runs."""
+        """Whether any row is live."""
         return any(self.is_live)
 
     @property
     def num_tokens(self) -> list[int]:
-        """New tokens of each row so far: the step that it decides next."""
+        """New tokens of each row so far, which is the index of its next step."""
         return [len(tokens) for tokens in self.tokens]
 
     @property
     def last_tokens(self) -> list[int]:
-        """Last token of each row: its root, which no round has fed to the target yet."""
+        """Last token of each row: the next root, which the target has not read yet."""
         return [tokens[-1] for tokens in self.tokens]
 
     @property
     def num_steps(self) -> int:
-        """Steps that regular generation takes to get as far as the longest row."""
+        """Steps in which regular generation gets as far as the longest row."""
         return max(self.num_tokens)
 
     @property
     def most_remaining(self) -> int:
-        """Most tokens that any running row may still be given."""
+        """Most tokens that any live row may still be given."""
         rows = zip(self.tokens, self.is_live, strict=True)
         fewest = min((len(tokens) for tokens, is_live in rows if is_live), default=None)
         return 0 if fewest is None else self._max_new_tokens - fewest
 
-    def last(self) -> list[int]:
-        """Return the running rows that have fewest tokens."""
-        running = [row for row, is_live in enumerate(self.is_live) if is_live]
-        fewest = min((len(self.tokens[row]) for row in running), default=0)
-        return [row for row in running if len(self.tokens[row]) == fewest]
+    def slowest(self) -> list[int]:
+        """Return the live rows that have the fewest tokens."""
+        live = [row for row, is_live in enumerate(self.is_live) if is_live]
+        fewest = min((len(self.tokens[row]) for row in live), default=0)
+        return [row for row in live if len(self.tokens[row]) == fewest]
 
     def admit(self, accepted: Accepted) -> Accepted:
-        """Take over a round's tokens and end the rows that are complete.
+        """Append a round's tokens and end the rows that are complete.
 
         Returns:
-            What was taken: rows are cut after their end, and empty when they had ended before.
+            What was appended: rows are cut after their end, and empty if they had ended before.
         """
         cut = self.cut(accepted)
         for row, emitted in enumerate(cut.emitted):
@@ -79,7 +124,7 @@ class Rows:
         return cut
 
     def cut(self, accepted: Accepted) -> Accepted:
-        """Return what rows may take of a round's tokens: none after the end of a row."""
+        """Cut a round's tokens after the end of each row."""
         slowest = min(
             len(tokens)
             for tokens, is_live in zip(self.tokens, self.is_live, strict=True)
@@ -91,7 +136,7 @@ class Rows:
         if self._stop_strings is not None:
             emitted = [row[:limit] for row, limit in zip(accepted.emitted, limits, strict=True)]
             stops = self._stop_strings.first_stops(self.tokens, emitted)
-            # Of this round only: what stops a row may be dropped before the row takes it.
+            # For this round only: the tokens that stop a row may be dropped before it takes them.
             self._stop_lengths = {row: len(self.tokens[row]) + new for row, new in stops.items()}
             limits = [stops.get(row, limit) for row, limit in enumerate(limits)]
         return accepted.cut(limits)
@@ -105,7 +150,7 @@ class Rows:
             self.is_live[row] = False
 
     def append(self, tokens: list[int]) -> None:
-        """Append one token to every row that still runs, and end none."""
+        """Append one token to every live row, and end none."""
         for row, token in enumerate(tokens):
             if self.is_live[row]:
                 self.tokens[row].append(token)
@@ -114,7 +159,7 @@ class Rows:
         """End the rows at which the list is True."""
         self.is_live = [live and not now for live, now in zip(self.is_live, ended, strict=True)]
 
-    def sequences(
+    def to_tensor(
         self, prompt: Int[Tensor, "batch seq"], pad_token_id: int
     ) -> Int[Tensor, "batch length"]:
         """Return prompt and new tokens, ended rows padded on the right."""

@@ -1,8 +1,8 @@
-"""Every setting of `generate`, and what becomes of it: the one list that code and guide read.
+"""The table of all settings of `generate`, and what becomes of each; the guide is written from it.
 
-Transformers prefers a callable given as ``custom_generate`` to most of its own ways to decode,
-without a word. So nothing may be left to probability: each field of `GenerationConfig`, each
-parameter of `generate` and each model input that a text prompt may have is a row here.
+Transformers silently prefers a callable given as ``custom_generate`` to most of its own ways to
+decode. So no setting may be missing: each field of `GenerationConfig`, each parameter of
+`generate` and each model input of a text prompt has a row here.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from transformers import GenerationConfig
+
 Lookup = Callable[[str], Any]
-"""Returns the value of the setting of a name, as Transformers resolves it."""
+"""Returns the value of a setting by its name, as Transformers resolves it."""
 
 
 class Kind(Enum):
@@ -67,7 +69,7 @@ class Setting:
     def is_active(self, lookup: Lookup) -> bool:
         """Return whether the setting has an effect in Transformers' own `generate`."""
         value = lookup(self.name)
-        # Values may be tensors, which have no truth.
+        # A comparison of tensors has no truth value.
         if any(value is other or (_is_plain(value) and value == other) for other in self.inactive):
             return False
         if self.needs is not None and not BY_NAME[self.needs].is_active(lookup):
@@ -365,3 +367,21 @@ LEFT_TO_THE_BASE = tuple(setting for setting in SETTINGS if setting.fate is DELE
 def first_active(settings: Iterable[Setting], lookup: Lookup) -> Setting | None:
     """Return the first setting that has an effect, None without one."""
     return next((setting for setting in settings if setting.is_active(lookup)), None)
+
+
+def resolve_setting(name: str, arguments: Mapping[str, Any], default: GenerationConfig) -> Any:
+    """Return a setting as `generate` resolves it.
+
+    A keyword counts even if it is None. Then come the config that was given and the model's own,
+    which have no effect on what only `generate` or the model takes.
+    """
+    if name in arguments:
+        return arguments[name]
+    setting = BY_NAME.get(name)
+    if setting is not None and setting.kind is not Kind.FIELD:
+        return None
+    for config in (arguments.get("generation_config"), default):
+        value = getattr(config, name, None)
+        if value is not None:
+            return value
+    return None if setting is None else setting.default

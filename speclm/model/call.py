@@ -1,32 +1,39 @@
-"""One call of `generate`: into the decode loop and out of it, through Transformers' entry."""
+"""One call of `SpecModel.generate`: its own options, into the decode loop and out of it."""
 
-import copy
 import threading
-from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from transformers import GenerationConfig
-from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils.generic import ModelOutput
 
-from speclm.acceptance import AcceptanceRule
-from speclm.adaptive.pausing import PauseMemory
-from speclm.adaptive.tuner import TreeMemory
 from speclm.drafting.interface import Proposer
-from speclm.generation.delegation import CACHE_INPUTS, NeedsRegularGeneration
+from speclm.errors import OptionError
+from speclm.files.atomic import read_json
 from speclm.generation.loop import Generated, generate_tokens
-from speclm.model.arguments import resolve_setting
+from speclm.generation.regular import NeedsRegularGeneration, first_delegated
+from speclm.generation.request import Setup, arguments_for_loop
+from speclm.generation.settings import BY_NAME
+from speclm.model.causal_lm import OPTIONS_OF_LOADING, suggest
 from speclm.model.fitting import claimed, require_still_fits
 from speclm.model.standing_in import proposer_modules
-from speclm.self_check.verdict import Backend
-from speclm.self_check.watch import may_draw
+from speclm.self_check.verdict import Backend, SelfCheck
+from speclm.self_check.watch import Watch, first_in_training, may_draw
 from speclm.stats import SpeculationStats
-from speclm.target import NestedError, TargetView
+from speclm.target import NestedError
 from speclm.tree.plan import TreePlan
+from speclm.tree.static import Choices, normalize_choices
+
+AUTO = "auto"
+"""The tree whose depth and size follow from measured times and acceptance."""
+
+Tree = str | Path | Sequence[int] | Sequence[Sequence[int]] | TreePlan
+"""The option ``tree``: "auto", the name of a preset, a file of paths, widths, paths, or a plan."""
 
 
 @dataclass
@@ -37,7 +44,7 @@ class SpeculativeOutput(GenerateDecoderOnlyOutput):
         speculation: Counters of the call.
     """
 
-    # Transformers' own annotations are narrower than what it gives.
+    # Transformers' own annotations are narrower than what it returns.
     sequences: Tensor | None = None  # type: ignore[assignment]
     scores: tuple[Tensor, ...] | None = None  # type: ignore[assignment]
     logits: tuple[Tensor, ...] | None = None  # type: ignore[assignment]
@@ -45,96 +52,84 @@ class SpeculativeOutput(GenerateDecoderOnlyOutput):
 
 
 class KeepsCounters:
-    """Keeps the counters of its last call.
+    """Keeps the counters of the last call.
 
     Attributes:
-        last_speculation: Counters of the call that ended last, or goes on; None before the first.
-            After a call they are its own, whatever its callbacks have called from inside.
+        last_speculation: Counters of the last call, which may still be running; None before the
+            first. Calls that its callbacks make do not replace them.
     """
 
     last_speculation: SpeculationStats | None = None
     _last_thread: int | None = None
+    _plain_seconds: dict[int, float]  # of a round without a draft, by batch size
 
     def _report(self, stats: SpeculationStats) -> None:
-        """Report when a call begins, and when it ends and the model is still its own."""
+        """Keep the counters; called while a call has the model to itself."""
         self.last_speculation, self._last_thread = stats, threading.get_ident()
+        batch, seconds = len(stats.rows), stats.plain_round_seconds
+        if seconds is not None:
+            self._plain_seconds[batch] = seconds
+        stats.plain_round_seconds = self._plain_seconds.get(batch)
 
     def _report_again(self, stats: SpeculationStats) -> None:
-        """Report at the end of a call, unless another thread has reported since."""
+        """Keep the counters at the end of a call, unless another thread has reported since."""
         if self._last_thread == threading.get_ident():
             self._report(stats)
 
 
-def decode(  # noqa: PLR0913 - a call has many sides
+def decode(
     base_generate: Callable[..., Any],
     arguments: dict[str, Any],
     default: GenerationConfig,
-    *,
-    target: TargetView,
-    backend: Backend,
-    proposer: Proposer | None,
+    setup: Setup,
     stats: SpeculationStats,
-    rule: AcceptanceRule,
-    pauses: PauseMemory | None,
-    tree: TreePlan | None = None,
-    trees: TreeMemory | None = None,
-    waits: bool = True,
-    report: Callable[[], object],
+    *,
+    waits: bool,
+    report: Callable[[SpeculationStats], object],
 ) -> Tensor | ModelOutput:
     """Answer a call with the decode loop, when base and proposer are free.
 
     Args:
         base_generate: The base's own `generate`.
-        arguments: Of the call.
+        arguments: Arguments of the call.
         default: The model's own generation config.
-        target: The base.
-        backend: How the base's drafts are verified.
-        proposer: Guesses tokens.
+        setup: What the call is decoded with.
         stats: Counters to fill.
-        rule: Decides which guesses are kept when sampling.
-        pauses: What earlier calls measured; None to draft in every round.
-        tree: What every draft should be; None for what the proposer's settings say.
-        trees: What earlier calls learned about trees, for drafts that follow from it.
         waits: Whether to wait while another thread has the base or the proposer.
-        report: Called when the turn of this call begins and just before it ends. The streamer
-            ends after that, when others may use the model.
+        report: Called with `stats` when the turn of this call begins and just before it ends. The
+            streamer ends after that, when others may use the model.
 
     Raises:
-        NeedsRegularGeneration: Before anything is computed, if the loop does not give what is
-            asked, or the call comes from inside another one.
+        NeedsRegularGeneration: Before anything is computed, if the loop does not support the
+            request, or the call comes from inside another one.
         BusyError: If another thread has the base or the proposer, and `waits` is False.
     """
+    setup = replace(
+        setup,
+        isolates=any(map(may_draw, proposer_modules(setup.proposer))),
+        streamer=arguments.get("streamer"),
+        extends_cache=any(
+            arguments.get(name) is not None for name in ("past_key_values", "cache_params")
+        ),
+    )
     turn = ExitStack()
 
-    def loop(*resolved: Any, **named: Any) -> Tensor | SpeculativeOutput:
-        # A partial would let the caller's keywords replace these.
-        generated = generate_tokens(
-            *resolved,
-            target=target,
-            backend=backend,
-            proposer=proposer,
-            stats=stats,
-            rule=rule,
-            pauses=pauses,
-            tree=tree,
-            trees=trees,
-            isolates=any(map(may_draw, proposer_modules(proposer))),
-            streamer=arguments.get("streamer"),
-            extends_cache=any(arguments.get(name) is not None for name in CACHE_INPUTS),
-            on_decoded=turn.close,
-            **named,
-        )
-        return _as_output(generated, named["generation_config"], stats)
+    def loop(_: object, input_ids: Tensor, **resolved: Any) -> Tensor | SpeculativeOutput:
+        generated = generate_tokens(input_ids, setup, stats, **resolved)
+        turn.close()
+        if setup.streamer is not None:
+            setup.streamer.end()  # type: ignore[no-untyped-call]  # Transformers'
+        return _as_output(generated, resolved["generation_config"], stats)
 
-    require_still_fits(proposer, target)
+    require_still_fits(setup.proposer, setup.target)
     with turn:
         try:
-            turn.enter_context(claimed(target, proposer, waits=waits))
+            turn.enter_context(claimed(setup.target, setup.proposer, waits=waits))
         except NestedError as error:
             raise NeedsRegularGeneration(str(error)) from error
-        report()
-        turn.callback(report)
-        resolved_arguments = for_own_loop(arguments, default)
+        report(stats)
+        turn.callback(report, stats)
+        resolved_arguments = arguments_for_loop(arguments, default)
         output: Tensor | ModelOutput = base_generate(custom_generate=loop, **resolved_arguments)
     return output
 
@@ -142,7 +137,7 @@ def decode(  # noqa: PLR0913 - a call has many sides
 def _as_output(
     generated: Generated, config: GenerationConfig, stats: SpeculationStats
 ) -> Tensor | SpeculativeOutput:
-    """Return what Transformers' own loop returns: a class may have a `generate` around it."""
+    """Return what Transformers' own loop returns, for classes that process it further."""
     if not config.return_dict_in_generate:
         return generated.sequences
     return SpeculativeOutput(
@@ -158,7 +153,7 @@ def with_counters(output: Tensor | ModelOutput, stats: SpeculationStats) -> Tens
     """Return what the base's own `generate` returned, with counters where they fit."""
     if isinstance(output, Tensor):
         return output
-    if type(output) is not GenerateDecoderOnlyOutput:  # beams have fields that we do not
+    if type(output) is not GenerateDecoderOnlyOutput:  # beams have other fields
         output.speculation = stats
         return output
     counted = SpeculativeOutput(sequences=output.sequences)
@@ -167,34 +162,124 @@ def with_counters(output: Tensor | ModelOutput, stats: SpeculationStats) -> Tens
     return counted
 
 
-def for_own_loop(arguments: dict[str, Any], default: GenerationConfig) -> dict[str, Any]:
-    """Return the arguments with which ``base.generate`` enters the decode loop.
-
-    Transformers hands neither streamer nor tokenizer to a decoding method that is passed in, and
-    builds the criterion for stop strings without the tokenizer that it needs. So the streamer is
-    left out, for the loop to be given by itself, and stop strings become a criterion here.
+def require_speculation(watch: Watch, arguments: dict[str, Any], default: GenerationConfig) -> None:
+    """Check that the decode loop may answer a call.
 
     Args:
-        arguments: Of `generate`.
-        default: The model's own generation config.
+        watch: What is known of the base.
+        arguments: Arguments of the call.
+        default: The base's own generation config.
+
+    Raises:
+        NeedsRegularGeneration: If not; the message is the reason.
     """
-    arguments = {name: value for name, value in arguments.items() if name != "streamer"}
-    stop_strings = resolve_setting("stop_strings", arguments, default)
-    tokenizer = arguments.pop("tokenizer", None)
-    if stop_strings is None:
-        return arguments
-    if tokenizer is None:
-        return arguments  # Transformers says what is missing
-    criteria = list(arguments.get("stopping_criteria") or [])
-    if not any(type(criterion) is StopStringCriteria for criterion in criteria):
-        criteria.insert(0, StopStringCriteria(tokenizer=tokenizer, stop_strings=stop_strings))
-    arguments["stopping_criteria"] = StoppingCriteriaList(criteria)
-    config = arguments.get("generation_config")
-    if config is not None:
-        arguments["generation_config"] = config = copy.deepcopy(config)
-        config.stop_strings = None
-    if config is None or default.stop_strings is not None:
-        arguments["stop_strings"] = None  # outranks every config
-    else:
-        arguments.pop("stop_strings", None)
-    return arguments
+    if not watch.check.passes:
+        raise NeedsRegularGeneration(watch.check.reason)
+    if watch.in_training is not None:
+        raise NeedsRegularGeneration(
+            f"{watch.in_training} is in training mode, in which forwards may be random; call "
+            ".eval() on the model"
+        )
+    name = first_delegated(arguments, default)
+    if name is not None:
+        raise NeedsRegularGeneration(name)
+
+
+def slowdowns(check: SelfCheck, proposer: Proposer | None) -> Iterator[tuple[str, str]]:
+    """Yield what makes a call slower than it could be: lines for the log, and their reasons."""
+    if check.backend is Backend.CHAINS:
+        yield "verifying chains with %s: %s", check.reason
+    for module in proposer_modules(proposer):
+        name = first_in_training(module)
+        if name is not None:
+            reason = (
+                f"{name} of {type(module).__name__} is in training mode, in which drafts may be"
+            )
+            yield "drafting badly for %s: %s", f"{reason} random; call .eval() on what drafts"
+
+
+@contextmanager
+def naming_unknown(arguments: Iterable[str]) -> Iterator[None]:
+    """Name the arguments that `generate` does not know, and what they may be meant for.
+
+    Args:
+        arguments: Names of all arguments of the call inside.
+
+    Raises:
+        OptionError: In place of Transformers' own error.
+    """
+    try:
+        yield
+    except ValueError as error:
+        unknown = [name for name in arguments if repr(name) in str(error)]
+        if "not used by the model" not in str(error) or not unknown:
+            raise
+        if unknown[0] in OPTIONS_OF_LOADING:
+            remedy = "pass it to SpecModel.from_pretrained"
+        else:
+            remedy = suggest(unknown[0], [*BY_NAME, *OPTIONS_OF_LOADING, "acceptance"])
+        raise OptionError(
+            f"arguments {unknown!r} are not used by the model, nor known to generate; {remedy}"
+        ) from error
+
+
+def normalize_tree(tree: Tree | None) -> TreePlan | str | None:
+    """Return the plan that the option ``tree`` stands for, `AUTO`, or None.
+
+    Raises:
+        UnknownNameError: If no preset has that name.
+        TopologyError: If paths do not form a tree.
+        OptionError: If a file cannot be read.
+    """
+    if tree is None or isinstance(tree, TreePlan) or (isinstance(tree, str) and tree == AUTO):
+        return tree
+    is_file = isinstance(tree, Path) or (isinstance(tree, str) and tree.endswith(".json"))
+    return TreePlan.of(read_tree(tree) if is_file else normalize_choices(tree))
+
+
+def read_tree(path: Any) -> Choices:
+    """Read a static tree from a JSON file, as ``speclm tune --save`` writes it.
+
+    Raises:
+        OptionError: If the file cannot be read.
+        TopologyError: If it holds no tree.
+        TreeBudgetError: If the tree is too deep.
+    """
+    try:
+        found = read_json(Path(path))
+    except (OSError, ValueError) as error:
+        raise OptionError(
+            f"tree {str(path)!r} cannot be read ({error}), expected a JSON file of paths such as "
+            "[[0], [0, 0]]; write one with speclm tune --save"
+        ) from error
+    if isinstance(found, dict) and "tree" in found:
+        found = found["tree"]
+    return normalize_choices(found)
+
+
+def require_fillable(tree: TreePlan | str | None, proposer: Proposer | None) -> None:
+    """Check that a proposer can fill such trees.
+
+    Raises:
+        OptionError: If a static tree is given to a proposer that does not fill it.
+    """
+    if not isinstance(tree, TreePlan) or tree.choices is None:
+        return
+    if proposer is None:
+        raise OptionError(
+            f"tree has {len(tree.choices)} nodes and there is no proposer to fill it, expected one "
+            "such as a draft model or Medusa heads; pass heads, or leave tree out"
+        )
+    if not proposer.takes_choices:
+        raise OptionError(
+            f"tree is a static one of {len(tree.choices)} nodes, which {type(proposer).__name__} "
+            "cannot fill: it does not rank its candidates; pass tree='auto', or "
+            "TreePlan(depth=4, num_draft_tokens=8) for a bound only"
+        )
+    num_ranks, rank = proposer.num_ranks, max(max(path) for path in tree.choices)
+    if num_ranks is None:
+        num_ranks = proposer.needs.vocab_size
+    if num_ranks is not None and rank >= num_ranks:
+        raise OptionError(
+            f"tree asks for rank {rank}, the vocabulary has {num_ranks} tokens; use smaller ranks"
+        )

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from speclm.drafting.interface import Proposer
 from speclm.errors import OptionError, VocabularyMismatchError
-from speclm.generation.delegation import NeedsRegularGeneration
+from speclm.generation.regular import NeedsRegularGeneration
 from speclm.target import TargetView, exclusive
 
 _REMEDY = "build it with target=base, or wrap the base that it was built for"

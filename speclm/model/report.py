@@ -1,4 +1,4 @@
-"""The lines of `SpecModel.print_report`."""
+"""Descriptions of a `SpecModel`: its `repr`, and the lines of `print_report`."""
 
 from collections.abc import Callable
 
@@ -7,6 +7,39 @@ from speclm.kernels import preferred
 from speclm.self_check.verdict import SelfCheck
 from speclm.stats import SpeculationStats
 from speclm.target import TargetView
+from speclm.tree.plan import TreePlan
+
+_WIDTH = 12  # of the names in front of the lines, as in `SpeculationStats`
+
+
+def describe_tree_option(tree: TreePlan | str | None) -> str:
+    """Return what the drafts of a model follow from."""
+    if not isinstance(tree, TreePlan):
+        return tree or "as the proposer is set"
+    kind = "at most" if tree.choices is None else "static tree of"
+    return f"{kind} {tree.num_draft_tokens} nodes on {tree.depth} levels"
+
+
+def describe_model(
+    target: TargetView,
+    proposer: Proposer | None,
+    check: SelfCheck,
+    tree: TreePlan | str | None,
+    stats: SpeculationStats | None,
+) -> str:
+    """Return what a model wraps and how it decodes, on a few lines."""
+    model = target.model
+    lines = {
+        "base": f"{target.name} ({type(model).__name__})",
+        "proposer": _describe_proposer(proposer),
+        "tree": describe_tree_option(tree),
+        "acceptance": "exact by default"
+        if stats is None or not stats.rounds
+        else f"{stats.acceptance} in the last call",
+        "verification": check.backend.value,
+        "dtype, device": f"{model.dtype}, {model.device}",
+    }
+    return "\n".join(["SpecModel(", *(f"  {name}: {text}" for name, text in lines.items()), ")"])
 
 
 def write_report(
@@ -21,35 +54,24 @@ def write_report(
     model = target.model
     parameters = sum(parameter.numel() for parameter in model.parameters())
     memory = sum(p.numel() * p.element_size() for p in model.parameters())
-    write(f"base      {target.name}, {type(model).__name__}")
-    write(
-        f"          {parameters / 1e6:.1f} M parameters, {memory / 2**20:.1f} MiB, "
-        f"{model.dtype}, {model.device}"
-    )
-    write(
-        f"proposer  {type(proposer).__name__}, {proposer.config}" if proposer else "proposer  none"
-    )
-    write(f"backend   {check.backend.value}: {check.reason}")
+    size = f"{parameters / 1e6:.1f} M parameters, {memory / 2**20:.1f} MiB"
     source = "from an earlier check" if check.is_cached else "checked"
-    write(f"          {source} in {check.milliseconds:.1f} ms")
     kernel = preferred(target.device)
-    write(f"kernels   {kernel.backend}: {kernel.reason}")
+    lines = [
+        ("base", f"{target.name}, {type(model).__name__}"),
+        ("", f"{size}, {model.dtype}, {model.device}"),
+        ("proposer", _describe_proposer(proposer)),
+        ("backend", f"{check.backend.value}: {check.reason}"),
+        ("", f"{source} in {check.milliseconds:.1f} ms"),
+        ("kernels", f"{kernel.backend}: {kernel.reason}"),
+    ]
+    for name, text in lines:
+        write(f"{name:<{_WIDTH}}{text}")
     if stats is not None:
-        _write_last_call(stats, write)
+        write("last call")
+        for line in str(stats).splitlines():
+            write(f"  {line}")
 
 
-def _write_last_call(stats: SpeculationStats, write: Callable[[str], object]) -> None:
-    if stats.fallbacks:
-        write(f"last call regular generation: {'; '.join(stats.fallbacks)}")
-        return
-    by_depth = " ".join(f"{share:.2f}" for share in stats.acceptance_by_depth)
-    phases = ", ".join(f"{name} {ms:.2f}" for name, ms in stats.milliseconds_per_round.items())
-    write(f"last call tau {stats.tau:.2f} over {stats.rounds} rounds")
-    lossy = ", lossy: the distribution is not the base's" if stats.is_lossy else ""
-    write(f"          acceptance {stats.acceptance}{lossy}")
-    write(f"          acceptance by depth: {by_depth or 'nothing drafted'}")
-    write(f"          ms a round: {phases}")
-    if stats.tree:
-        write(f"          tree: {stats.tree}")
-    if stats.pause_summary is not None:
-        write(f"          {stats.pause_summary}")
+def _describe_proposer(proposer: Proposer | None) -> str:
+    return f"{type(proposer).__name__}, {proposer.config}" if proposer else "none"

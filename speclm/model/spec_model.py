@@ -2,13 +2,11 @@
 
 import logging
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, Self, cast
 
-import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
@@ -19,20 +17,29 @@ from speclm.adaptive.pausing import PauseMemory
 from speclm.adaptive.tuner import TreeMemory
 from speclm.drafting.interface import Proposer
 from speclm.errors import OptionError, UnsupportedModelError
-from speclm.generation.delegation import NeedsRegularGeneration
-from speclm.model.arguments import naming_unknown, require_acceptable
-from speclm.model.attaching import attach, detach, enter
-from speclm.model.call import KeepsCounters, decode, with_counters
+from speclm.generation.regular import NeedsRegularGeneration
+from speclm.generation.request import Setup, require_acceptable
+from speclm.model.call import (
+    AUTO,
+    KeepsCounters,
+    Tree,
+    decode,
+    naming_unknown,
+    normalize_tree,
+    require_fillable,
+    require_speculation,
+    slowdowns,
+    with_counters,
+)
 from speclm.model.causal_lm import OPTIONS_OF_LOADING, load_causal_lm, require_no_options
 from speclm.model.fitting import require_fits
 from speclm.model.hub import with_base_options
 from speclm.model.loading import Heads, load_proposer
 from speclm.model.misses import MissWatch
-from speclm.model.obstacles import notes, require_speculation
-from speclm.model.report import write_report
+from speclm.model.report import describe_model, write_report
 from speclm.model.saving import push_heads, save_heads
-from speclm.model.standing_in import MOVES, move, unwrap
-from speclm.model.trees import AUTO, Tree, normalize_tree, require_fillable
+from speclm.model.standing_in import unwrap
+from speclm.model.wrapping import Wrapper, attach, detach, enter
 from speclm.self_check.verdict import SelfCheck
 from speclm.self_check.watch import Watch
 from speclm.stats import SpeculationStats
@@ -42,12 +49,12 @@ from speclm.tree.plan import TreePlan
 _log = logging.getLogger("speclm")
 
 
-class SpecModel(KeepsCounters):
-    """A base model together with the proposer that guesses its tokens.
+class SpecModel(KeepsCounters, Wrapper):
+    """A base model together with a proposer, which drafts the tokens that the base verifies.
 
-    It stands in for the base: what is not defined here is read from the base and written to it,
-    calling it runs a forward of the base, and `isinstance` takes it for one of the base's class.
-    ``to``, ``half``, ``eval`` and the like take heads and draft models along, and return it.
+    It can be used in place of the base: other attributes are those of the base, calling it runs a
+    forward of the base, and `isinstance` recognises the base's class. ``to``, ``half``, ``eval``
+    and the like also apply to heads and draft models, and return the `SpecModel`.
 
     Example:
         ```python
@@ -69,12 +76,12 @@ class SpecModel(KeepsCounters):
         """Wrap a loaded model.
 
         Args:
-            base: Any causal language model, PEFT's too; it stays usable by itself.
-            proposer: Guesses tokens; None decodes one token a round.
-            adaptive: Whether rounds go without a draft while measured times say that drafts do
-                not pay. Tokens do not depend on it, in float32 at least: half precision rounds
-                otherwise in rounds of another size.
-            tree: What the drafts of calls should be that do not say so themselves; see `generate`.
+            base: Any causal language model, or a PEFT model; it stays usable by itself.
+            proposer: Drafts tokens; None decodes one token a round.
+            adaptive: Whether to pause drafts while measured times show that they do not pay.
+                Tokens do not depend on it in float32; half precision rounds differently in rounds
+                of another size.
+            tree: Default of the option ``tree`` of `generate`.
 
         Raises:
             UnsupportedModelError: If `base` is not a decoder-only language model.
@@ -86,6 +93,7 @@ class SpecModel(KeepsCounters):
         self._watch = Watch(self._target)
         self.adaptive, self.tree = adaptive, tree
         self._pauses, self.trees, self._misses = PauseMemory(), TreeMemory(), MissWatch()
+        self._plain_seconds: dict[int, float] = {}
         self._logged: set[str] = set()
 
     @classmethod
@@ -105,22 +113,21 @@ class SpecModel(KeepsCounters):
         Args:
             base: Folder, hub id or loaded model.
             heads: Name of a registered proposer, folder or hub id of heads or of a draft model, a
-                loaded draft model, a `Proposer`, or None. A list of these joins their guesses.
-            heads_kwargs: From the hub: revision, token, cache_dir, subfolder, local_files_only and
+                loaded draft model, a `Proposer`, or None. A list of these joins their drafts.
+            heads_kwargs: For the hub: revision, token, cache_dir, subfolder, local_files_only and
                 force_download. For a draft model: arguments of its ``from_pretrained``, by default
                 the base's dtype and device. For heads and proposers: their options.
             num_draft_tokens: Most tokens drafted a round; by default the proposer's own choice.
-            adaptive: As in the constructor; by default on, unless a static tree is given.
-            tree: What the drafts of calls should be that do not say so themselves; see `generate`.
-            **kwargs: Of the base's ``from_pretrained``. Heads of the same name, which lie in its
-                repository, get those of the hub too.
+            adaptive: As in the constructor; by default True, unless a static tree is given.
+            tree: Default of the option ``tree`` of `generate`.
+            **kwargs: Arguments of the base's ``from_pretrained``. Those for the hub also apply to
+                heads in the base's own repository.
 
         Raises:
             UnknownNameError: If `heads` is a string that names nothing.
             UnsupportedModelError: If `base` is not a decoder-only language model.
             VocabularyMismatchError: If a draft model has another vocabulary than the base.
-            OptionError: If arguments are given that the objects passed in have no use for, or do
-                not know.
+            OptionError: If the objects passed in do not know or do not need an argument.
         """
         base = unwrap(base, SpecModel)
         if not isinstance(base, str | Path | PreTrainedModel):
@@ -144,7 +151,7 @@ class SpecModel(KeepsCounters):
 
     @property
     def proposer(self) -> Proposer | None:
-        """What guesses tokens; another may be put in its place, if it fits the base."""
+        """Drafts tokens; may be set to another proposer that fits the base."""
         return self._proposer
 
     @proposer.setter
@@ -160,7 +167,7 @@ class SpecModel(KeepsCounters):
 
     @property
     def tree(self) -> TreePlan | str | None:
-        """What the drafts of calls should be that do not say so themselves; see `generate`."""
+        """Default of the option ``tree`` of `generate`."""
         return self._tree
 
     @tree.setter
@@ -175,35 +182,6 @@ class SpecModel(KeepsCounters):
     @self_check.setter
     def self_check(self, check: SelfCheck) -> None:
         self._watch.check = check
-
-    @property
-    def base(self) -> PreTrainedModel:
-        """The wrapped model."""
-        return self._target.model
-
-    @property
-    def config(self) -> PretrainedConfig:
-        """The base's config."""
-        return self.base.config
-
-    @property
-    def generation_config(self) -> GenerationConfig:
-        """The base's generation config."""
-        return self.base.generation_config
-
-    @generation_config.setter
-    def generation_config(self, config: GenerationConfig) -> None:
-        self.base.generation_config = config
-
-    @property
-    def device(self) -> torch.device:
-        """The base's device."""
-        return self.base.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The base's dtype."""
-        return self.base.dtype
 
     def generate(  # noqa: PLR0913, PLR0917 - the order of `base.generate`
         self,
@@ -223,23 +201,22 @@ class SpecModel(KeepsCounters):
     ) -> Tensor | ModelOutput:
         """Generate the tokens that ``base.generate`` generates, in fewer forwards.
 
-        Takes what ``base.generate`` takes, and three options of its own. `acceptance` is the rule
-        that decides which draft tokens are kept when sampling. ``"exact"`` gives the tokens of
-        ``base.generate`` under the same seed, ``"rejection"`` others from the same distribution,
-        and ``"typical"`` is lossy. Greedy decoding is exact under every rule.
+        Takes the arguments of ``base.generate``, and three options of its own. `acceptance` is the
+        rule that decides which draft tokens are kept when sampling. ``"exact"`` gives the tokens
+        of ``base.generate`` under the same seed, ``"rejection"`` others from the same
+        distribution, and ``"typical"`` is lossy. Greedy decoding is exact under every rule.
 
-        `tree` says what is drafted: ``"auto"`` for the depth and size that measured times and
-        acceptance make fastest; a static tree as a preset's name, widths, paths of ranks or a JSON
+        `tree` says what is drafted: ``"auto"`` for the depth and size that are fastest by measured
+        times and acceptance; a static tree as a preset's name, widths, paths of ranks or a JSON
         file of these; a `TreePlan`; by default what the proposer's own settings say. A static tree
-        or a plan is drafted in every round, whether it pays or not.
+        or a plan is drafted in every round, even where it does not pay.
+
+        `busy` says what to do while another thread's call uses the base or the proposer:
+        ``"wait"`` or ``"raise"``.
 
         Settings that ask for another way to decode, such as beams, are left to ``base.generate``
-        itself, and one line is logged that says so. After the call `last_speculation` holds its
-        counters.
-
-        While another thread's call has the base or the proposer, this one waits for its turn, or
-        raises an error with ``busy="raise"``. A call from inside another one, by a processor,
-        criterion or streamer, is left to ``base.generate``.
+        itself, and so are calls that processors, criteria and streamers of a call make; one line
+        is logged with the reason. After a call, `last_speculation` holds its counters.
 
         Returns:
             Prompt and new tokens ``[batch, length]``; with ``return_dict_in_generate=True`` a
@@ -250,7 +227,7 @@ class SpecModel(KeepsCounters):
             OptionError: If `busy` or another option has no such value, or the acceptance rule or
                 `tree` needs drafts of a kind that the proposer does not make.
             UnknownNameError: If no acceptance rule or preset has the name given.
-            TopologyError: If `tree` is none.
+            TopologyError: If the paths in `tree` do not form a tree.
             PromptError: If the prompt is empty, right-padded or too long for the model.
             CacheError: If a cache is passed in that cannot be rolled back.
             NumericalError: If the target's logits are not numbers.
@@ -277,26 +254,29 @@ class SpecModel(KeepsCounters):
         stats = SpeculationStats(backend=check.backend.value, self_check=check.reason)
         try:
             require_speculation(self._watch, arguments, self.generation_config)
-            for message, reason in notes(check, self.proposer):
+            for message, reason in slowdowns(check, self.proposer):
                 self._log_once(message, reason)
+            setup = Setup(
+                target=self._target,
+                proposer=self.proposer,
+                backend=check.backend,
+                rule=rule,
+                plan=plan if isinstance(plan, TreePlan) else None,
+                pauses=self._pauses if self.adaptive and not isinstance(plan, TreePlan) else None,
+                trees=self.trees if plan == AUTO else None,
+            )
             output = decode(
                 self._base_generate,
                 arguments,
                 self.generation_config,
-                target=self._target,
-                backend=check.backend,
-                proposer=self.proposer,
-                stats=stats,
-                rule=rule,
-                pauses=self._pauses if self.adaptive and not isinstance(plan, TreePlan) else None,
-                tree=plan if isinstance(plan, TreePlan) else None,
-                trees=self.trees if plan == AUTO else None,
+                setup,
+                stats,
                 waits=busy == "wait",
-                report=partial(self._report, stats),
+                report=self._report,
             )
             self._misses.look(self.proposer, stats, target=self._target)
         except NeedsRegularGeneration as reason:
-            self._log_once("decoding plainly with %s.generate: %s", str(reason))
+            self._log_once("regular generation with %s.generate: %s", str(reason))
             stats = SpeculationStats(self_check=check.reason, fallbacks=[str(reason)])
             self._report(stats)
             output = with_counters(self._base_generate(**arguments), stats)
@@ -304,7 +284,7 @@ class SpecModel(KeepsCounters):
         return output
 
     def attach(self) -> None:
-        """Make ``base.generate`` this model's; see `patch`.
+        """Replace ``base.generate`` by this model's; see `patch`.
 
         Raises:
             PatchError: If the base is patched already.
@@ -312,7 +292,7 @@ class SpecModel(KeepsCounters):
         attach(self.base, self.generate, owner=self)
 
     def detach(self) -> None:
-        """Give the base back the ``generate`` that it had before `attach`.
+        """Restore the ``generate`` that the base had before `attach`.
 
         Raises:
             PatchError: If this model did not patch the base, or something was put over it since.
@@ -326,33 +306,10 @@ class SpecModel(KeepsCounters):
     def __exit__(self, *exception: object) -> None:
         detach(self.base, owner=self)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run a forward of the base."""
-        return self.base(*args, **kwargs)
-
-    @property  # type: ignore[misc]  # that of object can be written
-    def __class__(self) -> type:  # what isinstance and pipelines ask for
-        return type(self.base) if "_target" in vars(self) else type(self)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_target" or name.startswith("__"):  # asked for before they exist, by copying
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        if name in MOVES:
-            return partial(move, self, name)
-        return getattr(self.base, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        is_own = hasattr(type(self), name) or name in vars(self) or "_target" not in vars(self)
-        if is_own or not hasattr(self.base, name):
-            object.__setattr__(self, name, value)
-        else:
-            setattr(self.base, name, value)
-
-    def __dir__(self) -> list[str]:
-        return sorted({*dir(type(self)), *vars(self), *dir(self.base)})
-
-    def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
-        return object.__new__, (type(self),), dict(vars(self))  # by default it is __class__ itself
+    def __repr__(self) -> str:
+        return describe_model(
+            self._target, self.proposer, self.self_check, self.tree, self.last_speculation
+        )
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the heads, without the base, and a model card into a folder.
@@ -379,10 +336,10 @@ class SpecModel(KeepsCounters):
         return push_heads(repo_id, self.proposer, self.base, private=private, token=token)
 
     def print_report(self, *, write: Callable[[str], object] = print) -> None:
-        """Print what is wrapped, how trees are verified and why, and the last call's counters.
+        """Print what is wrapped, how drafts are verified and why, and the last call's counters.
 
         Args:
-            write: Receives each line.
+            write: Called with each line.
         """
         write_report(
             self._target, self.proposer, self.self_check, self.last_speculation, write=write
@@ -397,3 +354,47 @@ class SpecModel(KeepsCounters):
         if reason not in self._logged:
             self._logged.add(reason)
             _log.warning(message, type(self.base).__name__, reason)
+
+
+def patch(
+    base: nn.Module,
+    heads: Heads | list[Heads] | tuple[Heads, ...] | None = "ngram",
+    *,
+    heads_kwargs: dict[str, Any] | None = None,
+    num_draft_tokens: int | None = None,
+) -> SpecModel:
+    """Make ``base.generate`` speculative, until ``detach`` is called or the ``with`` block ends.
+
+    The patch takes effect at once, and only on this model object: copies of it are not patched.
+
+    Args:
+        base: Loaded model, or a PEFT model around one.
+        heads: As in `SpecModel.from_pretrained`.
+        heads_kwargs: As in `SpecModel.from_pretrained`.
+        num_draft_tokens: As in `SpecModel.from_pretrained`.
+
+    Returns:
+        The model that answers ``base.generate``. Its ``detach`` restores the base's own; its
+        ``attach`` patches again.
+
+    Raises:
+        PatchError: If the base is patched already.
+        SpeclmError: Whatever `SpecModel.from_pretrained` raises; nothing is patched then.
+
+    Example:
+        ```python
+        import speclm
+        from speclm.demo.bundle import assets
+        from transformers import AutoModelForCausalLM
+
+        base = AutoModelForCausalLM.from_pretrained(assets()["base"], dtype="float32")
+        with speclm.patch(base, "ngram") as spec:
+            base.generate(max_new_tokens=8)
+        print(spec.last_speculation.tau)
+        ```
+    """
+    model = SpecModel.from_pretrained(
+        base, heads, heads_kwargs=heads_kwargs, num_draft_tokens=num_draft_tokens
+    )
+    model.attach()
+    return model

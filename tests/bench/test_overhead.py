@@ -39,7 +39,7 @@ def test_fixed_tree_has_the_nodes_asked_for():
 
 @pytest.mark.parametrize("max_merged", [1024, 4])
 def test_fixed_proposer_changes_no_token_and_follows_the_cache(tiny_base, max_merged, monkeypatch):
-    monkeypatch.setattr("speclm.generation.run.MAX_MERGED_PROMPT", max_merged)
+    monkeypatch.setattr("speclm.generation.loop.MAX_MERGED_PROMPT", max_merged)
     prompt = torch.arange(5, 15)[None]
     arguments = {
         "do_sample": False,

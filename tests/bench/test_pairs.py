@@ -3,10 +3,8 @@ from dataclasses import replace
 import pytest
 
 from speclm.bench import Outcome, Pair, Spread, compare, plain_decoder, speculative_decoder
-from speclm.bench.pairs import merge_stats
 from speclm.errors import MeasurementError
 from speclm.methods.ngram.proposer import NgramProposer
-from speclm.stats import Pause, RowStats, SpeculationStats
 
 
 def logging_method(method, log):
@@ -85,20 +83,3 @@ def test_no_prompts_is_an_error(tiny_base):
     plain = plain_decoder(tiny_base)
     with pytest.raises(MeasurementError, match="no prompts"):
         compare(plain, plain, [], base=tiny_base)
-
-
-def test_merged_stats_add_up():
-    parts = [
-        SpeculationStats(rows=[RowStats(accepted_lengths=[1])], rounds=1, fallbacks=["x"]),
-        SpeculationStats(rows=[RowStats(accepted_lengths=[3])], rounds=2, fallbacks=["x"]),
-    ]
-    parts[0].seconds["draft"] = 0.5
-    parts[1].seconds["draft"] = 1.0
-    parts[0].num_plain_rounds, parts[1].num_plain_rounds = 1, 2
-    parts[1].pauses.append(Pause(1, "y"))
-    merged = merge_stats([*parts, None])
-    assert merged is not None
-    assert (merged.rounds, merged.tau, merged.fallbacks) == (3, 3.0, ["x"])
-    assert merged.seconds["draft"] == 1.5
-    assert (merged.num_plain_rounds, merged.pauses) == (3, [Pause(1, "y")])
-    assert merge_stats([None]) is None

@@ -4,7 +4,7 @@ import pytest
 
 from speclm.demo.bundle import load_prompts
 from speclm.errors import OptionError
-from speclm.model.trees import normalize_tree
+from speclm.model.call import normalize_tree
 
 QUICK = ("--n", "2", "--max-new-tokens", "24", "--threads", "1")
 

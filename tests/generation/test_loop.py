@@ -5,6 +5,7 @@ Settings are those that change what the loop does; all of them are in tests/mode
 
 import math
 from collections.abc import Callable
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -15,18 +16,20 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from speclm import SpecModel
 from speclm.drafting.interface import Proposer
-from speclm.generation import run as rounds
+from speclm.generation import loop
 from speclm.methods.draft_model.proposer import DraftModelProposer
 from speclm.methods.ngram.proposer import NgramProposer
 from speclm.testing import ScriptedProposer
 from tests.models import (
     FAMILIES,
     VOCAB_SIZE,
+    build_model,
     generate,
     prompts,
     randomise,
     shared_model,
 )
+from tests.outcomes import reading
 from tests.proposers import RandomTreeProposer
 
 NEW_TOKENS = 20
@@ -152,7 +155,7 @@ def test_prompts_too_long_for_a_draft_give_the_tokens_of_plain_decoding(
     )
     longest = inputs["input_ids"].shape[1]
     for bound in (longest - 1, longest):
-        monkeypatch.setattr(rounds, "MAX_MERGED_PROMPT", bound)
+        monkeypatch.setattr(loop, "MAX_MERGED_PROMPT", bound)
         found = generate(spec, inputs, max_new_tokens=NEW_TOKENS, **CELLS[cell])
         require_equal(found, expected)
         stats = spec.last_speculation
@@ -282,3 +285,25 @@ def test_rotary_positions_go_on_beyond_the_last_that_the_config_names(monkeypatc
     spec.proposer = ScriptedProposer(reference, depth=8)
     require_equal(generate(spec, inputs, **settings), expected)
     assert spec.last_speculation.rounds < 40
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_prompts_are_read_without_what_is_meant_for_steps(family, monkeypatch):
+    base, is_step, seen = build_model(family), [], []
+
+    @contextmanager
+    def optimised(self):
+        is_step.append(True)
+        yield
+        is_step.pop()
+
+    monkeypatch.setattr(type(base), "_optimize_model_for_decode", optimised)
+    spec = SpecModel(base, NgramProposer())
+    hook = base.register_forward_hook(reading(lambda *_: seen.append(bool(is_step))))
+    for model in (base, spec):
+        seen.clear()
+        generate(model, prompts(7), max_new_tokens=8)
+        assert seen[0] is False
+        assert all(seen[1:])
+        assert len(seen) > 1
+    hook.remove()

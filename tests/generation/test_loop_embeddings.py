@@ -16,7 +16,7 @@ from transformers import (
 from transformers.generation import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from speclm import SpecModel
-from speclm.generation.delegation import NeedsRegularGeneration, prompt_length
+from speclm.generation.regular import NeedsRegularGeneration, prompt_length
 from speclm.target import TargetFeatures
 from speclm.testing import ScriptedProposer
 from tests.byte_tokenizer import byte_tokenizer
@@ -157,13 +157,13 @@ def test_vectors_beside_some_tokens_or_a_filled_cache_are_left_to_the_base():
     expected = base.generate(**inputs, **options)
     assert torch.equal(spec.generate(**inputs, **options), expected)
     (reason,) = spec.last_speculation.fallbacks
-    assert "inputs_embeds for 6 slots next to 4 tokens and 0 cached slots" in reason
+    assert "inputs_embeds for 6 tokens next to 4 tokens and 0 cached ones" in reason
 
 
 def test_filled_cache_beside_vectors_needs_plain_decoding():
     given = DynamicCache()
     given.update(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), 0)
     tokens, embeddings = torch.zeros(1, 0, dtype=torch.long), torch.zeros(1, 6, 8)
-    with pytest.raises(NeedsRegularGeneration, match="6 slots next to 0 tokens and 2 cached slots"):
+    with pytest.raises(NeedsRegularGeneration, match="6 tokens next to 0 tokens and 2 cached ones"):
         prompt_length(tokens, None, GenerationConfig(), given, embeddings)
     assert prompt_length(tokens, torch.ones(1, 6), GenerationConfig(), None, embeddings) == 6

@@ -1,11 +1,19 @@
 """The rows of a batch: where they end, how far they may run ahead, what is returned."""
 
+import random
+
 import pytest
 import torch
+from transformers.generation.stopping_criteria import StopStringCriteria
 
+from speclm import SpecModel
 from speclm.acceptance import Accepted
 from speclm.config import MAX_LEAD
-from speclm.generation.sequences import Rows
+from speclm.generation.sequences import Sequences, StopStrings
+from speclm.testing import ScriptedProposer
+from tests.models import prompts
+from tests.outcomes import observe, require_same
+from tests.settings import GREEDY, SAMPLED, tiny_model, tokenizer
 
 CPU = torch.device("cpu")
 
@@ -15,8 +23,8 @@ def accepted(*rows: list[int]) -> Accepted:
     return Accepted.from_host([list(range(len(row))) for row in rows], list(rows), device=CPU)
 
 
-def started(batch: int, *, max_new_tokens: int = 100, eos: tuple[int, ...] = (9,)) -> Rows:
-    rows = Rows(batch=batch, max_new_tokens=max_new_tokens, eos_token_ids=eos)
+def started(batch: int, *, max_new_tokens: int = 100, eos: tuple[int, ...] = (9,)) -> Sequences:
+    rows = Sequences(batch=batch, max_new_tokens=max_new_tokens, eos_token_ids=eos)
     for row in range(batch):
         rows.extend(row, [1])
     return rows
@@ -50,7 +58,7 @@ def test_any_end_token_ends_a_row(end):
 
 
 def test_first_token_may_end_a_row():
-    rows = Rows(batch=2, max_new_tokens=5, eos_token_ids=[9])
+    rows = Sequences(batch=2, max_new_tokens=5, eos_token_ids=[9])
     rows.extend(0, [9])
     rows.extend(1, [3])
     assert rows.is_live == [False, True]
@@ -78,7 +86,7 @@ def test_rows_end_at_the_bound():
 
 
 def test_bound_of_zero_has_no_live_row():
-    assert not Rows(batch=2, max_new_tokens=0, eos_token_ids=[]).any_live
+    assert not Sequences(batch=2, max_new_tokens=0, eos_token_ids=[]).any_live
 
 
 def test_fast_row_waits_for_the_slowest_live_row():
@@ -98,4 +106,57 @@ def test_sequences_are_padded_on_the_right():
     rows = started(2)
     rows.admit(accepted([2, 3], [9]))
     prompt = torch.tensor([[7, 7], [0, 7]])
-    assert rows.sequences(prompt, 0).tolist() == [[7, 7, 1, 2, 3], [0, 7, 1, 9, 0]]
+    assert rows.to_tensor(prompt, 0).tolist() == [[7, 7, 1, 2, 3], [0, 7, 1, 9, 0]]
+
+
+@pytest.mark.parametrize("length", [0, 2, 40])
+def test_rows_stop_where_the_criterion_stops_them_token_by_token(length):
+    dice = random.Random(length)
+    common = tokenizer().encode("SELECT name FROM city", add_special_tokens=False)
+    criterion = StopStringCriteria(tokenizer=tokenizer(), stop_strings=["name FR", "city"])
+    prompt = torch.tensor([[dice.choice(common) for _ in range(length)] for _ in range(4)])
+    prompt = prompt.view(4, length).long()
+    before = [[dice.choice(common) for _ in range(row)] for row in range(4)]
+    emitted = [[dice.choice(common) for _ in range(9)] for _ in range(4)]
+    expected = {}
+    for row, new in enumerate(emitted):
+        for count in range(len(new), 0, -1):
+            text = torch.tensor([prompt[row].tolist() + before[row] + new[:count]])
+            if bool(criterion(text, None)):
+                expected[row] = count
+    assert StopStrings([criterion], prompt).first_stops(before, emitted) == expected
+    assert expected
+
+
+@pytest.mark.parametrize("mode", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_rows_of_a_batch_run_ahead_of_each_other_and_end_by_themselves(mode):
+    base, inputs = tiny_model("text"), prompts(7, 4, 5, vocab_size=60)
+    free = observe(base, inputs, {"max_new_tokens": 24, **mode}, base=base).new_tokens(inputs)
+    word = tokenizer().decode(free[1][9:11])
+    arguments = {"max_new_tokens": 24, "tokenizer": tokenizer(), "stop_strings": [word], **mode}
+    expected = observe(base, inputs, arguments, base=base)
+    assert expected.new_tokens(inputs) != free
+    # Rows whose drafts are wrong at other tokens, which a lockstep would have wait for each other.
+    spec = SpecModel(base, RaggedProposer(free, depth=4))
+    require_same(observe(spec, inputs, arguments, base=base), expected)
+    assert spec.last_speculation.rounds < 24
+    assert len({tuple(row.accepted_lengths) for row in spec.last_speculation.rows}) > 1
+
+
+def test_without_an_end_token_rows_end_together():
+    base, inputs = tiny_model("text without eos"), prompts(7, 4, vocab_size=60)
+    free = observe(base, inputs, {"max_new_tokens": 20, **GREEDY}, base=base).new_tokens(inputs)
+    words = [tokenizer().decode(free[0][4:6]), tokenizer().decode(free[1][11:13])]
+    arguments = {"max_new_tokens": 20, "tokenizer": tokenizer(), "stop_strings": words, **GREEDY}
+    expected = observe(base, inputs, arguments, base=base)
+    spec = SpecModel(base, ScriptedProposer(free, depth=4))
+    require_same(observe(spec, inputs, arguments, base=base), expected)
+
+
+class RaggedProposer(ScriptedProposer):
+    """Is wrong at every token of the first row, and right in all others."""
+
+    def propose(self, roots, *, noise):
+        draft = super().propose(roots, noise=noise)
+        draft.tokens[0, 1:] = (draft.tokens[0, 1:] + 1) % 60
+        return draft

@@ -30,6 +30,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from speclm import SpecModel
 from speclm.errors import OptionError
+from speclm.generation.regular import first_delegated
+from speclm.generation.request import require_acceptable
 from speclm.generation.settings import (
     BY_NAME,
     LEFT_TO_THE_BASE,
@@ -41,7 +43,6 @@ from speclm.generation.settings import (
     first_active,
 )
 from speclm.methods.ngram.proposer import NgramProposer
-from speclm.model.arguments import first_delegated, require_acceptable
 from tests.models import VOCAB_SIZE, generate, prompts, shared_model
 
 MODES = ({"do_sample": False, "max_new_tokens": 8}, {"do_sample": True, "max_new_tokens": 8})

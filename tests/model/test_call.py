@@ -1,58 +1,31 @@
-"""What a call passes on to Transformers' entry."""
+"""What `generate` says of arguments that nothing takes."""
 
 import pytest
-from transformers import AutoTokenizer, GenerationConfig
-from transformers.generation import MaxLengthCriteria, StopStringCriteria
 
-from speclm.demo.bundle import assets
-from speclm.model.call import for_own_loop
-
-DEFAULT = GenerationConfig()
+from speclm import SpecModel
+from speclm.errors import OptionError
+from tests.models import prompts, shared_model
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(assets()["base"])
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("num_draft_token", "did you mean 'num_draft_tokens'?"),
+        ("num_draft_tokens", "pass it to SpecModel.from_pretrained"),
+        ("max_new_token", "did you mean 'max_new_tokens'?"),
+        ("wings", "drop 'wings'"),
+    ],
+)
+def test_argument_that_nothing_takes_is_named_with_what_to_do(name, remedy):
+    spec = SpecModel(shared_model("llama", 0), None)
+    for others in ({}, {"num_beams": 2}):  # decoded here, and left to the base
+        with pytest.raises(OptionError, match=rf"\['{name}'\] are not used") as caught:
+            spec.generate(**prompts(1), **{name: 5}, **others)
+        assert str(caught.value).endswith(remedy)
 
 
-def test_streamer_and_tokenizer_are_left_out():
-    arguments = {"streamer": object(), "tokenizer": object(), "max_new_tokens": 3}
-    assert for_own_loop(arguments, DEFAULT) == {"max_new_tokens": 3}
-    assert len(arguments) == 3
-
-
-def test_stop_strings_become_a_criterion_before_the_callers(tokenizer):
-    own = MaxLengthCriteria(9)
-    arguments = {"stop_strings": ["FROM"], "tokenizer": tokenizer, "stopping_criteria": [own]}
-    found = for_own_loop(arguments, DEFAULT)
-    stop, last = found["stopping_criteria"]
-    assert type(stop) is StopStringCriteria
-    assert last is own
-    assert found["stop_strings"] is None
-    assert arguments["stopping_criteria"] == [own]
-
-
-def test_stop_strings_of_a_given_config_leave_it_as_it_is(tokenizer):
-    config = GenerationConfig(stop_strings=["FROM"])
-    found = for_own_loop({"generation_config": config, "tokenizer": tokenizer}, DEFAULT)
-    assert [type(one) for one in found["stopping_criteria"]] == [StopStringCriteria]
-    assert found["generation_config"].stop_strings is None
-    assert config.stop_strings == ["FROM"]
-    assert "stop_strings" not in found  # next to a config Transformers would warn
-
-
-def test_stop_strings_of_the_models_own_config_are_outranked(tokenizer):
-    default = GenerationConfig(stop_strings="FROM")
-    found = for_own_loop({"tokenizer": tokenizer}, default)
-    assert [type(one) for one in found["stopping_criteria"]] == [StopStringCriteria]
-    assert found["stop_strings"] is None
-
-
-def test_criterion_of_the_caller_takes_the_place_of_stop_strings(tokenizer):
-    own = StopStringCriteria(tokenizer, ["WHERE"])
-    arguments = {"stop_strings": "FROM", "tokenizer": tokenizer, "stopping_criteria": [own]}
-    assert list(for_own_loop(arguments, DEFAULT)["stopping_criteria"]) == [own]
-
-
-def test_stop_strings_without_a_tokenizer_are_left_to_transformers():
-    assert for_own_loop({"stop_strings": "FROM"}, DEFAULT) == {"stop_strings": "FROM"}
+def test_other_errors_of_values_are_not_renamed():
+    with pytest.raises(ValueError, match="top_k"):
+        SpecModel(shared_model("llama", 0), None).generate(
+            **prompts(1), do_sample=True, top_k=-2, max_new_tokens=2
+        )

@@ -288,7 +288,7 @@ def test_report_names_what_is_wrapped_and_the_last_call(spec):
     spec.generate(**prompts(6), max_new_tokens=6, do_sample=False)
     spec.print_report(write=lines.append)
     assert "tau" in "\n".join(lines)
-    assert "without a draft" not in "\n".join(lines)
+    assert "pauses" not in "\n".join(lines)
     spec.last_speculation.num_plain_rounds = 2
     spec.print_report(write=lines.append)
     assert "2 of" in lines[-1]
@@ -296,12 +296,20 @@ def test_report_names_what_is_wrapped_and_the_last_call(spec):
     spec.generate(**prompts(6), max_new_tokens=6, num_beams=2)
     lines.clear()
     spec.print_report(write=lines.append)
-    assert "last call regular generation: num_beams=2" in lines[-1]
+    assert "regular generation: num_beams=2" in lines[-1]
 
 
 def test_report_prints_by_default(base, capsys):
     SpecModel(base, None).print_report()
-    assert "proposer  none" in capsys.readouterr().out
+    assert "proposer    none" in capsys.readouterr().out
+
+
+def test_completion_offers_public_names_of_ours_and_of_the_base(spec, base):
+    names = dir(spec)
+    assert {"print_report", "last_speculation", "proposer", "generate", "forward"} <= set(names)
+    assert {name for name in dir(base) if not name.startswith("_")} <= set(names)
+    assert [name for name in names if name.startswith("_") and not name.startswith("__")] == []
+    assert len(names) == len(set(names))
 
 
 def test_attributes_are_the_base_models(spec, base):

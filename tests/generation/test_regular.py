@@ -1,4 +1,4 @@
-"""Settings that are decoded plainly: equal to `base.generate` by definition, and said once."""
+"""Calls that are left to regular generation, with one line in the log."""
 
 import logging
 from types import SimpleNamespace
@@ -6,12 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig, StoppingCriteria
+from transformers import DynamicCache, GenerationConfig, StaticCache
 from transformers.generation import (
-    EosTokenCriteria,
     LogitsProcessorList,
     MaxLengthCriteria,
-    MaxTimeCriteria,
     MinLengthLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     StoppingCriteriaList,
@@ -22,27 +20,26 @@ from transformers.generation import (
 from speclm import SpecModel
 from speclm.acceptance import ExactRule
 from speclm.errors import PromptError
-from speclm.generation import delegation
-from speclm.generation.delegation import (
+from speclm.generation import regular
+from speclm.generation.regular import (
     NeedsRegularGeneration,
-    eos_token_ids,
-    foreign_criteria,
     left_padding,
-    max_length,
+    meets_switch,
+    open_session,
     prompt_length,
     require_left_padding,
     require_supported,
 )
 from speclm.methods.ngram.proposer import NgramProposer
+from speclm.self_check.verdict import Backend
+from speclm.target import TargetView
+from speclm.target.chain_session import ChainSession
+from speclm.target.tree_session import TreeSession
 from tests.models import build_model, generate, prompts, shared_model
 
 SAMPLED = {"do_sample": True, "max_new_tokens": 8}
+NOTHING_PADDED = torch.tensor([0])
 GREEDY = {"do_sample": False, "max_new_tokens": 8}
-
-
-class AfterFive(StoppingCriteria):
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        return torch.full((len(input_ids),), input_ids.shape[1] >= 11)
 
 
 # Cells that may decode plainly, each with what it is that the loop does not do itself.
@@ -158,7 +155,7 @@ def test_sampling_is_delegated_where_a_generator_cannot_be_put_back():
 
 def test_a_generator_that_cannot_be_put_back_is_said_once(spec, lines, monkeypatch):
     reason = "the generator is of no use"
-    monkeypatch.setattr(delegation, "generator_obstacle", lambda device: reason)
+    monkeypatch.setattr(regular, "generator_obstacle", lambda device: reason)
     expected, state = generate(spec.base, prompts(6), **SAMPLED)
     for _ in range(2):
         found, state_found = generate(spec, prompts(6), **SAMPLED)
@@ -183,30 +180,6 @@ def test_a_generator_that_cannot_be_put_back_is_said_once(spec, lines, monkeypat
 def test_unsupported_setting_is_named(settings, reason):
     with pytest.raises(NeedsRegularGeneration, match=reason):
         check(**settings)
-
-
-@pytest.mark.parametrize(
-    ("criteria", "expected"),
-    [
-        ([MaxLengthCriteria(20), EosTokenCriteria(3)], 0),
-        ([MaxLengthCriteria(9), MaxLengthCriteria(12)], 0),  # the caller's own
-        ([EosTokenCriteria(3), AfterFive(), MaxTimeCriteria(9.0)], 2),
-    ],
-)
-def test_criteria_that_hear_of_every_position_are_those_that_rows_do_not_decide(criteria, expected):
-    assert len(foreign_criteria(StoppingCriteriaList(criteria))) == expected
-
-
-@pytest.mark.parametrize(
-    ("criteria", "expected"),
-    [
-        ([MaxLengthCriteria(30), EosTokenCriteria(3)], 30),
-        ([MaxLengthCriteria(9), MaxLengthCriteria(12)], 9),
-        ([AfterFive()], 20),
-    ],
-)
-def test_rows_end_at_the_length_of_the_criteria_before_that_of_the_config(criteria, expected):
-    assert max_length(criteria, GenerationConfig(max_length=20)) == expected
 
 
 @pytest.mark.parametrize("mode", [GREEDY, SAMPLED])
@@ -240,12 +213,6 @@ def test_mask_that_fits_neither_prompt_nor_cache_needs_plain_decoding():
         prompt_length(tokens, torch.ones(1, 5), GenerationConfig(), None)
 
 
-def test_eos_token_ids_are_those_of_all_criteria():
-    criteria = [EosTokenCriteria([3, 4]), MaxLengthCriteria(9), EosTokenCriteria(7)]
-    assert eos_token_ids(criteria) == {3, 4, 7}
-    assert eos_token_ids([MaxLengthCriteria(9)]) == frozenset()
-
-
 def test_left_padding_is_counted():
     inputs = prompts(5, 2, 4)
     assert left_padding(inputs["input_ids"], inputs["attention_mask"], length=5).tolist() == [
@@ -266,3 +233,53 @@ def test_right_padding_is_an_error_and_not_delegated():
         require_left_padding(torch.tensor([[1, 1], [1, 0]]))
     with pytest.raises(PromptError, match="padded on the right"):
         left_padding(torch.ones(1, 2, dtype=torch.long), torch.tensor([[1, 0]]), length=2)
+
+
+def opened(family, backend, *, cache, given=None, num_tokens=6):
+    inputs = {"past_key_values": cache, "use_cache": True}
+    view = TargetView(shared_model(family))
+    return open_session(
+        view, backend, inputs, {}, NOTHING_PADDED, cache=given, num_tokens=num_tokens
+    )
+
+
+def filled(family):
+    model = shared_model(family)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(**prompts(4), past_key_values=cache, use_cache=True)
+    return cache
+
+
+@pytest.mark.parametrize(
+    ("family", "backend", "kind"),
+    [
+        ("llama", Backend.TREES, TreeSession),
+        ("llama", Backend.CHAINS, ChainSession),
+        ("qwen3_next", Backend.CHAINS, ChainSession),
+    ],
+)
+def test_session_is_of_the_backend_and_knows_what_a_cache_holds(family, backend, kind):
+    empty = DynamicCache(config=shared_model(family).config)
+    session = opened(family, backend, cache=empty)
+    assert isinstance(session, kind)
+    assert session.num_cached == 0
+    cache = filled(family)
+    assert opened(family, backend, cache=cache, given=cache).num_cached == 4
+
+
+@pytest.mark.parametrize("backend", [Backend.TREES, Backend.CHAINS])
+def test_caches_of_other_kinds_are_left_to_plain_decoding(backend):
+    cache = StaticCache(config=shared_model("llama").config, max_cache_len=16)
+    with pytest.raises(NeedsRegularGeneration, match="StaticCache"):
+        opened("llama", backend, cache=cache, given=cache)
+
+
+def test_switch_is_met_by_positions_and_read_again_by_slots():
+    dynamic = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model = build_model("llama", rope_parameters=dynamic, max_position_embeddings=20)
+    view = TargetView(model)
+    assert not meets_switch(view, NOTHING_PADDED, start=5, end=12)
+    assert meets_switch(view, NOTHING_PADDED, start=5, end=25)
+    assert not meets_switch(view, torch.tensor([9, 9]), start=14, end=25)
+    assert not meets_switch(TargetView(shared_model("llama")), NOTHING_PADDED, start=5, end=900)

@@ -8,18 +8,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speclm.acceptance import ExactRule, RejectionRule
 from speclm.drafting.combined import CombinedProposer
 from speclm.drafting.interface import Draft
-from speclm.errors import DraftError, OptionError
-from speclm.generation.draft_checks import (
+from speclm.errors import DraftError
+from speclm.generation.drafts import (
     cut_to_plan,
     deepest_paths,
     planned,
     require_distributions,
-    require_drafts_for,
     require_valid,
-    roots_alone,
+    root_only,
     with_padding,
 )
 from speclm.methods.ngram.proposer import NgramProposer
@@ -52,8 +50,8 @@ def path_of(draft, row, token):
         path.append(children[0])
 
 
-def test_roots_alone_are_a_step_of_plain_decoding():
-    draft = roots_alone(torch.tensor([4, 5]))
+def test_draft_of_the_root_is_a_step_of_plain_decoding():
+    draft = root_only(torch.tensor([4, 5]))
     assert draft.tokens.tolist() == [[4], [5]]
     assert draft.topology.num_nodes == 1
 
@@ -85,12 +83,6 @@ def test_missing_distributions_are_named():
     with pytest.raises(DraftError, match="distributions of shape None"):
         require_distributions(draft_of([TREE], rows=2), 20)
     require_distributions(Draft(torch.tensor([[1]]), chain(0), probs=None), 20)  # nothing was drawn
-
-
-def test_rule_for_drawn_drafts_needs_a_proposer_that_draws():
-    require_drafts_for(ExactRule(), NgramProposer())
-    with pytest.raises(OptionError, match="does not draw"):
-        require_drafts_for(RejectionRule("block"), NgramProposer())
 
 
 def test_trees_become_chains_along_their_deepest_paths():
@@ -130,7 +122,7 @@ def test_drawn_chains_go_on_below_their_first_children_and_past_padding():
 
 
 def test_root_alone_stays_alone():
-    chains, nodes = deepest_paths(roots_alone(torch.tensor([4, 5])), depth=3)
+    chains, nodes = deepest_paths(root_only(torch.tensor([4, 5])), depth=3)
     assert chains.tokens.tolist() == [[4], [5]]
     assert nodes == [[0], [0]]
 

@@ -1,15 +1,36 @@
-"""What is refused or delegated before anything is computed."""
+"""What becomes of the arguments of a call before anything is computed."""
 
 import pytest
 import torch
-from transformers import DynamicCache, GenerationConfig, StaticCache
+from transformers import (
+    AutoTokenizer,
+    DynamicCache,
+    GenerationConfig,
+    StaticCache,
+    StoppingCriteria,
+)
+from transformers.generation import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    StopStringCriteria,
+)
 
 from speclm import SpecModel
+from speclm.demo.bundle import assets
 from speclm.errors import CacheError, OptionError, PromptError
-from speclm.model.arguments import first_delegated, require_acceptable, resolve_setting
+from speclm.generation.regular import first_delegated
+from speclm.generation.request import (
+    arguments_for_loop,
+    eos_token_ids,
+    max_length,
+    require_acceptable,
+)
+from speclm.generation.settings import resolve_setting
+from speclm.methods.ngram.proposer import NgramProposer
 from tests.models import prompts, shared_model
 
 DEFAULT = GenerationConfig(top_k=11)
+NO_DEFAULTS = GenerationConfig()
 
 
 def test_setting_is_the_argument_then_the_given_config_then_the_models():
@@ -114,25 +135,78 @@ def test_call_without_a_prompt_is_left_to_transformers():
     require_acceptable({}, DEFAULT)
 
 
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(assets()["base"])
+
+
+def test_streamer_and_tokenizer_are_left_out():
+    arguments = {"streamer": object(), "tokenizer": object(), "max_new_tokens": 3}
+    assert arguments_for_loop(arguments, NO_DEFAULTS) == {"max_new_tokens": 3}
+    assert len(arguments) == 3
+
+
+def test_stop_strings_become_a_criterion_before_the_callers(tokenizer):
+    own = MaxLengthCriteria(9)
+    arguments = {"stop_strings": ["FROM"], "tokenizer": tokenizer, "stopping_criteria": [own]}
+    found = arguments_for_loop(arguments, NO_DEFAULTS)
+    stop, last = found["stopping_criteria"]
+    assert type(stop) is StopStringCriteria
+    assert last is own
+    assert found["stop_strings"] is None
+    assert arguments["stopping_criteria"] == [own]
+
+
+def test_stop_strings_of_a_given_config_leave_it_as_it_is(tokenizer):
+    config = GenerationConfig(stop_strings=["FROM"])
+    found = arguments_for_loop({"generation_config": config, "tokenizer": tokenizer}, NO_DEFAULTS)
+    assert [type(one) for one in found["stopping_criteria"]] == [StopStringCriteria]
+    assert found["generation_config"].stop_strings is None
+    assert config.stop_strings == ["FROM"]
+    assert "stop_strings" not in found  # next to a config Transformers would warn
+
+
+def test_stop_strings_of_the_models_own_config_are_outranked(tokenizer):
+    default = GenerationConfig(stop_strings="FROM")
+    found = arguments_for_loop({"tokenizer": tokenizer}, default)
+    assert [type(one) for one in found["stopping_criteria"]] == [StopStringCriteria]
+    assert found["stop_strings"] is None
+
+
+def test_criterion_of_the_caller_takes_the_place_of_stop_strings(tokenizer):
+    own = StopStringCriteria(tokenizer, ["WHERE"])
+    arguments = {"stop_strings": "FROM", "tokenizer": tokenizer, "stopping_criteria": [own]}
+    assert list(arguments_for_loop(arguments, NO_DEFAULTS)["stopping_criteria"]) == [own]
+
+
+def test_stop_strings_without_a_tokenizer_are_left_to_transformers():
+    assert arguments_for_loop({"stop_strings": "FROM"}, NO_DEFAULTS) == {"stop_strings": "FROM"}
+
+
+def test_rule_for_drawn_drafts_needs_a_proposer_that_draws():
+    spec = SpecModel(shared_model("llama"), NgramProposer())
+    with pytest.raises(OptionError, match="does not draw"):
+        spec.generate(**prompts(4), do_sample=True, max_new_tokens=2, acceptance="rejection")
+
+
+class AfterFive(StoppingCriteria):
+    def __call__(self, input_ids, scores, **_):
+        return torch.full((len(input_ids),), input_ids.shape[1] >= 11)
+
+
 @pytest.mark.parametrize(
-    ("name", "remedy"),
+    ("criteria", "expected"),
     [
-        ("num_draft_token", "did you mean 'num_draft_tokens'?"),
-        ("num_draft_tokens", "pass it to SpecModel.from_pretrained"),
-        ("max_new_token", "did you mean 'max_new_tokens'?"),
-        ("wings", "drop 'wings'"),
+        ([MaxLengthCriteria(30), EosTokenCriteria(3)], 30),
+        ([MaxLengthCriteria(9), MaxLengthCriteria(12)], 9),
+        ([AfterFive()], 20),
     ],
 )
-def test_argument_that_nothing_takes_is_named_with_what_to_do(name, remedy):
-    spec = SpecModel(shared_model("llama", 0), None)
-    for others in ({}, {"num_beams": 2}):  # decoded here, and left to the base
-        with pytest.raises(OptionError, match=rf"\['{name}'\] are not used") as caught:
-            spec.generate(**prompts(1), **{name: 5}, **others)
-        assert str(caught.value).endswith(remedy)
+def test_rows_end_at_the_length_of_the_criteria_before_that_of_the_config(criteria, expected):
+    assert max_length(criteria, GenerationConfig(max_length=20)) == expected
 
 
-def test_other_errors_of_values_are_not_renamed():
-    with pytest.raises(ValueError, match="top_k"):
-        SpecModel(shared_model("llama", 0), None).generate(
-            **prompts(1), do_sample=True, top_k=-2, max_new_tokens=2
-        )
+def test_eos_token_ids_are_those_of_all_criteria():
+    criteria = [EosTokenCriteria([3, 4]), MaxLengthCriteria(9), EosTokenCriteria(7)]
+    assert eos_token_ids(criteria) == {3, 4, 7}
+    assert eos_token_ids([MaxLengthCriteria(9)]) == frozenset()

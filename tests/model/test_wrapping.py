@@ -6,7 +6,7 @@ import pickle
 import pytest
 
 from speclm.errors import PatchError, SpeclmError
-from speclm.model.attaching import attach, detach, enter
+from speclm.model.wrapping import attach, detach, enter
 from tests.models import build_model
 
 

@@ -5,7 +5,7 @@ import torch
 
 from speclm import SpecModel
 from speclm.errors import OptionError, TopologyError, UnknownNameError
-from speclm.model.trees import normalize_tree
+from speclm.model.call import normalize_tree
 from speclm.tree.plan import TreePlan
 from tests.models import build_model, generate, prompts, shared_model
 from tests.proposers import build_proposer
