@@ -74,11 +74,20 @@ class Drafter:
             with self._isolated(noise):
                 self._proposer.begin(prompt)
 
-    def propose(self, roots: Int[Tensor, " batch"], noise: PositionNoise | None) -> Draft:
-        """Return a draft of every row, or one of the roots where no draft could be used."""
+    def propose(
+        self, roots: Int[Tensor, " batch"], noise: PositionNoise | None, *, drafts: bool = True
+    ) -> Draft:
+        """Return a draft of every row, or one of only the roots where no draft is used.
+
+        Args:
+            roots: Last token of each row.
+            noise: Noise of the positions; None when it decides nothing.
+            drafts: Whether the round should have a draft; False makes it a step of regular
+                generation.
+        """
         room = self._sequences.most_remaining - 1  # the bonus token needs no draft
-        if self._proposer is None or room < 1:
-            return self.propose_nothing(roots)
+        if self._proposer is None or room < 1 or not drafts:
+            return root_only(self.fed_roots(roots))
         with self._isolated(noise):
             draft = self._proposer.propose(roots, noise=noise)
         require_valid(draft, roots)
@@ -86,7 +95,7 @@ class Drafter:
             require_distributions(draft, self._target.vocab_size)
         draft, self._own_nodes = cut_to_plan(draft, self.plan)
         if self._is_too_deep(draft.topology.max_depth):
-            return self.propose_nothing(roots)
+            return root_only(self.fed_roots(roots))
         # The roots come first, whatever the proposer says.
         draft = replace(draft, tokens=torch.cat([roots[:, None], draft.tokens[:, 1:]], dim=1))
         if self._needs_chains:
@@ -101,10 +110,6 @@ class Drafter:
             self._sequences.is_live,
             pad_token_id=self._lockstep.pad_token_id,
         )
-
-    def propose_nothing(self, roots: Int[Tensor, " batch"]) -> Draft:
-        """Return the draft that makes a round a step of regular generation."""
-        return root_only(self.fed_roots(roots))
 
     def fed_roots(self, roots: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
         """Return the tokens to feed next: the roots, and padding in rows that ended before."""

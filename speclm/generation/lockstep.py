@@ -16,11 +16,10 @@ from speclm.acceptance.accepted import Accepted
 from speclm.drafting.interface import Draft
 from speclm.errors import NumericalError, OptionError
 from speclm.generation.callbacks import FollowsRounds
-from speclm.generation.request import Request, Setup
+from speclm.generation.request import Request
 from speclm.generation.sequences import Sequences
 from speclm.sampling.chooser import pick
 from speclm.sampling.noise import PositionNoise, as_if_drawn
-from speclm.target import Session
 
 
 class Lockstep:
@@ -213,26 +212,6 @@ class Lockstep:
             "though the target's logits have one; check the processors passed in, and that they "
             "leave at least one token in every row"
         )
-
-
-def needs_lockstep(request: Request, setup: Setup, session: Session) -> bool:
-    """Return whether all rows have to advance together.
-
-    They do if something looks at positions one by one: a processor that reads the text, or a
-    caller who wants scores or logits. The rows of a batch also do where criteria or a streamer
-    receive every position, where the target verifies only chains or changes the rotation of its
-    keys, or where the proposer needs rows of equal length.
-    """
-    if request.reads_positions:
-        return True
-    return len(request.prompt.input_ids) > 1 and (
-        request.meets_switch
-        or session.needs_lockstep
-        or (setup.proposer is not None and setup.proposer.needs_lockstep)
-        or setup.streamer is not None
-        or bool(request.foreign_criteria)
-        or request.rows_end_together
-    )
 
 
 def nan_logits(target_name: str, dtype: torch.dtype) -> NumericalError:

@@ -24,7 +24,7 @@ from speclm.config import MAX_MERGED_PROMPT
 from speclm.drafting.interface import Draft, Prefill
 from speclm.generation.callbacks import Listener
 from speclm.generation.drafts import Drafter, planned, root_only
-from speclm.generation.lockstep import Lockstep, nan_logits, needs_lockstep
+from speclm.generation.lockstep import Lockstep, nan_logits
 from speclm.generation.regular import open_session
 from speclm.generation.request import Request, Setup, resolve_request
 from speclm.generation.sequences import Sequences, StopStrings
@@ -39,14 +39,13 @@ from speclm.target import TargetFeatures
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Generated:
-    """What a call returns; fields are None where nobody asked for them.
+    """What a call returns; fields are None unless they were asked for.
 
     Args:
         sequences: Prompt and new tokens, ended rows padded on the right.
         scores: Processed scores of each new position, ``[batch, vocab]``.
         logits: The target's logits of each new position, in float32, ``[batch, vocab]``.
-        past_key_values: The cache that was passed in or would have been made, with all tokens
-            but the last.
+        past_key_values: The cache, with all tokens but the last.
     """
 
     sequences: Int[Tensor, "batch length"]
@@ -100,13 +99,7 @@ class Generation:
     """The state of one call, and the rounds that change it."""
 
     def __init__(self, request: Request, setup: Setup, stats: SpeculationStats) -> None:
-        """Prepare everything that a call needs, without computing anything.
-
-        Args:
-            request: What the call asks for.
-            setup: What it is decoded with.
-            stats: Counters to fill.
-        """
+        """Prepare everything that a call needs, without computing anything; `stats` is filled."""
         prompt, target = request.prompt, setup.target
         self.request, self.setup, self.stats, self.target = request, setup, stats, target
         self.session = open_session(
@@ -128,7 +121,7 @@ class Generation:
         self.chooser = TokenChooser(list(request.processors), is_greedy=request.is_greedy)
         self.lockstep: Lockstep | None = None
         self.listener: Listener | None = None
-        if needs_lockstep(request, setup, self.session):
+        if request.needs_lockstep(setup, self.session):
             self.lockstep = Lockstep(
                 request, self.sequences, setup.streamer, target_name=target.name
             )
@@ -241,11 +234,7 @@ class Generation:
             self._plan_round(self.tuner)
         before = dict(stats.seconds)
         with stats.phase("draft"):
-            draft = (
-                self.drafter.propose(self.roots, self.noise)
-                if drafts
-                else self.drafter.propose_nothing(self.roots)
-            )
+            draft = self.drafter.propose(self.roots, self.noise, drafts=drafts)
         with stats.phase("verify"):
             logits = self.session.verify(
                 draft.tokens, draft.topology, max_length=self.request.total_length
@@ -256,9 +245,8 @@ class Generation:
         )
         seconds = {name: stats.seconds[name] - past for name, past in before.items()}
         if draft.topology.num_nodes == 1:
-            stats.plain_round_seconds = min(
-                stats.plain_round_seconds or math.inf, sum(seconds.values())
-            )
+            fastest = stats.plain_round_seconds or math.inf
+            stats.plain_round_seconds = min(fastest, sum(seconds.values()))
         is_explored = drafts and self.tuner is not None and self.tuner.is_exploring
         if drafts and self.tuner is not None:
             self.tuner.record(draft, taken.paths, is_whole=sequences.is_live, seconds=seconds)

@@ -39,7 +39,7 @@ from speclm.generation.settings import REFUSED_SETTINGS, first_active, resolve_s
 from speclm.sampling.chooser import first_text_dependent
 from speclm.sampling.drafts import DraftSampling
 from speclm.self_check.verdict import Backend
-from speclm.target import TargetView
+from speclm.target import Session, TargetView
 from speclm.tree.plan import TreePlan
 
 _OWN_CRITERIA = frozenset({EosTokenCriteria, MaxLengthCriteria, StopStringCriteria})
@@ -258,24 +258,31 @@ class Request:
         return [found for found in self.criteria if type(found) is StopStringCriteria]
 
     @property
-    def reads_positions(self) -> bool:
-        """Whether the scores of every position are needed one by one."""
-        if self.keeps_scores or self.keeps_logits:
-            return True
-        return first_text_dependent(self.processors) is not None
-
-    @property
-    def rows_end_together(self) -> bool:
-        """Whether no row of a batch ends before all have met a stop string.
-
-        Transformers does so where no criterion names an end-of-sequence token.
-        """
-        return bool(self.stop_strings) and not self.names_eos
-
-    @property
     def names_eos(self) -> bool:
         """Whether a criterion names an end-of-sequence token."""
         return any(hasattr(criterion, "eos_token_id") for criterion in self.criteria)
+
+    def needs_lockstep(self, setup: Setup, session: Session) -> bool:
+        """Return whether all rows have to advance together.
+
+        They do if something looks at positions one by one: a processor that reads the text, or a
+        caller who wants scores or logits. The rows of a batch also do where a callback receives
+        every position, where the target verifies only chains or changes the rotation of its keys,
+        where the proposer needs rows of equal length, and where stop strings end all rows at once.
+        """
+        if self.keeps_scores or self.keeps_logits:
+            return True
+        if first_text_dependent(self.processors) is not None:
+            return True
+        return len(self.prompt.input_ids) > 1 and (
+            self.meets_switch
+            or session.needs_lockstep
+            or (setup.proposer is not None and setup.proposer.needs_lockstep)
+            or setup.streamer is not None
+            or bool(self.foreign_criteria)
+            # Without an end-of-sequence token, Transformers stops rows only together.
+            or (bool(self.stop_strings) and not self.names_eos)
+        )
 
 
 def resolve_request(

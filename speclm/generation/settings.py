@@ -8,6 +8,7 @@ decode. So no setting may be missing: each field of `GenerationConfig`, each par
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Any
 
 from transformers import GenerationConfig
@@ -48,9 +49,9 @@ class Setting:
 
     Args:
         name: Name in Transformers.
-        kind: Where it may stand.
-        fate: What becomes of it.
         note: A verb phrase whose subject is the setting.
+        kind: Where it may be given.
+        fate: What becomes of it.
         inactive: Values at which it has no effect.
         needs: Name of the setting without which it has no effect.
         unless: Name of the setting with which it has no effect.
@@ -58,9 +59,9 @@ class Setting:
     """
 
     name: str
-    kind: Kind
-    fate: Fate
     note: str
+    kind: Kind = FIELD
+    fate: Fate = HONOURED
     inactive: tuple[Any, ...] = (None,)
     needs: str | None = None
     unless: str | None = None
@@ -93,268 +94,183 @@ _OF_BEAMS = "shapes beam search"
 _OF_THE_ASSISTANT = "tunes assisted generation; Transformers has a default"
 _OF_THE_CACHE = "describes a cache of a kind named by `cache_implementation`"
 
+_delegated, _refused = partial(Setting, fate=DELEGATED), partial(Setting, fate=REFUSED)
+
 SETTINGS: tuple[Setting, ...] = (
     # Prompt and model inputs.
-    Setting("inputs", PARAMETER, HONOURED, "is the prompt `[batch, seq]`"),
-    Setting("input_ids", INPUT, HONOURED, "is another name of `inputs`"),
+    Setting("inputs", "is the prompt `[batch, seq]`", PARAMETER),
+    Setting("input_ids", "is another name of `inputs`", INPUT),
     Setting(
         "attention_mask",
-        INPUT,
-        HONOURED,
         "marks padding on the left; padding on the right is a `PromptError`, and a mask with holes "
         "is delegated",
+        INPUT,
     ),
     Setting(
         "past_key_values",
-        INPUT,
-        HONOURED,
         "continues from a `DynamicCache`; a cache that cannot be rolled back is a `CacheError`",
+        INPUT,
     ),
-    Setting("logits_to_keep", INPUT, HONOURED, "has no effect on tokens"),
-    Setting("position_ids", INPUT, DELEGATED, "numbers the prompt by hand"),
-    Setting(
-        "inputs_embeds", INPUT, HONOURED, "is a prompt of vectors, of which proposers see no text"
-    ),
-    Setting("labels", INPUT, DELEGATED, "has the model compute a loss"),
+    Setting("logits_to_keep", "has no effect on tokens", INPUT),
+    _delegated("position_ids", "numbers the prompt by hand", INPUT),
+    Setting("inputs_embeds", "is a prompt of vectors, of which proposers see no text", INPUT),
+    _delegated("labels", "has the model compute a loss", INPUT),
     # Parameters of `generate`.
-    Setting("generation_config", PARAMETER, HONOURED, "holds any of the fields"),
-    Setting(
-        "logits_processor", PARAMETER, HONOURED, "changes scores; any class may be in the list"
-    ),
+    Setting("generation_config", "holds any of the fields", PARAMETER),
+    Setting("logits_processor", "changes scores; any class may be in the list", PARAMETER),
     Setting(
         "stopping_criteria",
-        PARAMETER,
-        HONOURED,
         "ends rows; any class may be in the list",
+        PARAMETER,
         inactive=(None, []),
     ),
-    Setting("prefix_allowed_tokens_fn", PARAMETER, HONOURED, "allows tokens by the text so far"),
-    Setting("streamer", PARAMETER, HONOURED, "receives tokens as they are committed"),
-    Setting("tokenizer", PARAMETER, HONOURED, "is read by `stop_strings` and `token_healing`"),
+    Setting("prefix_allowed_tokens_fn", "allows tokens by the text so far", PARAMETER),
+    Setting("streamer", "receives tokens as they are committed", PARAMETER),
+    Setting("tokenizer", "is read by `stop_strings` and `token_healing`", PARAMETER),
     Setting(
         "trust_remote_code",
-        PARAMETER,
-        HONOURED,
         "is read by ways to decode that Transformers fetches from the hub, none of them ours",
+        PARAMETER,
         inactive=_OFF,
     ),
-    Setting(
+    _delegated(
         "synced_gpus",
-        PARAMETER,
-        DELEGATED,
         "keeps processes in step that share the weights of one model",
+        PARAMETER,
         inactive=_OFF,
     ),
-    Setting(
-        "custom_generate", PARAMETER, REFUSED, "replaces the loop of this model's own speculation"
-    ),
-    Setting("assistant_model", PARAMETER, REFUSED, _OWN),
-    Setting(
+    _refused("custom_generate", "replaces the loop of this model's own speculation", PARAMETER),
+    _refused("assistant_model", _OWN, PARAMETER),
+    _refused(
         "assistant_tokenizer",
-        PARAMETER,
-        REFUSED,
         "translates for an assistant model of another vocabulary",
+        PARAMETER,
         needs="assistant_model",
     ),
     # Length and stopping.
-    Setting("max_length", FIELD, HONOURED, "bounds prompt and new tokens together"),
-    Setting("max_new_tokens", FIELD, HONOURED, "bounds the new tokens"),
-    Setting("min_length", FIELD, HONOURED, "keeps rows from ending before that length"),
-    Setting("min_new_tokens", FIELD, HONOURED, "keeps rows from ending before that many tokens"),
-    Setting("max_time", FIELD, HONOURED, "stops after that many seconds, at the end of a forward"),
-    Setting("stop_strings", FIELD, HONOURED, "ends a row at a text; needs `tokenizer`"),
-    Setting("eos_token_id", FIELD, HONOURED, "ends a row; one id or several"),
-    Setting("pad_token_id", FIELD, HONOURED, "fills rows that have ended"),
-    Setting("bos_token_id", FIELD, HONOURED, "is the prompt where none is given"),
-    Setting("decoder_start_token_id", FIELD, HONOURED, "has no effect without an encoder"),
+    Setting("max_length", "bounds prompt and new tokens together"),
+    Setting("max_new_tokens", "bounds the new tokens"),
+    Setting("min_length", "keeps rows from ending before that length"),
+    Setting("min_new_tokens", "keeps rows from ending before that many tokens"),
+    Setting("max_time", "stops after that many seconds, at the end of a forward"),
+    Setting("stop_strings", "ends a row at a text; needs `tokenizer`"),
+    Setting("eos_token_id", "ends a row; one id or several"),
+    Setting("pad_token_id", "fills rows that have ended"),
+    Setting("bos_token_id", "is the prompt where none is given"),
+    Setting("decoder_start_token_id", "has no effect without an encoder"),
     # Sampling.
-    Setting("do_sample", FIELD, HONOURED, "samples instead of taking the best", inactive=_OFF),
-    Setting("num_return_sequences", FIELD, HONOURED, "samples several continuations of each row"),
-    Setting("temperature", FIELD, HONOURED, "flattens or sharpens the distribution"),
-    Setting("top_k", FIELD, HONOURED, "keeps the k best tokens", inactive=(None, 0)),
-    Setting("top_p", FIELD, HONOURED, "keeps the best tokens up to a mass"),
-    Setting("min_p", FIELD, HONOURED, "keeps tokens above a share of the best one"),
-    Setting("top_h", FIELD, HONOURED, "keeps the best tokens up to a share of the entropy"),
-    Setting("typical_p", FIELD, HONOURED, "keeps tokens of typical information"),
-    Setting("epsilon_cutoff", FIELD, HONOURED, "drops tokens below a probability"),
-    Setting("eta_cutoff", FIELD, HONOURED, "drops tokens below a bound that entropy sets"),
+    Setting("do_sample", "samples instead of taking the best", inactive=_OFF),
+    Setting("num_return_sequences", "samples several continuations of each row"),
+    Setting("temperature", "flattens or sharpens the distribution"),
+    Setting("top_k", "keeps the k best tokens", inactive=(None, 0)),
+    Setting("top_p", "keeps the best tokens up to a mass"),
+    Setting("min_p", "keeps tokens above a share of the best one"),
+    Setting("top_h", "keeps the best tokens up to a share of the entropy"),
+    Setting("typical_p", "keeps tokens of typical information"),
+    Setting("epsilon_cutoff", "drops tokens below a probability"),
+    Setting("eta_cutoff", "drops tokens below a bound that entropy sets"),
     # Scores.
-    Setting("repetition_penalty", FIELD, HONOURED, "makes tokens of the text so far less likely"),
-    Setting(
-        "encoder_repetition_penalty", FIELD, HONOURED, "makes tokens of the prompt more likely"
-    ),
-    Setting("no_repeat_ngram_size", FIELD, HONOURED, "forbids to repeat n-grams of the text"),
-    Setting("encoder_no_repeat_ngram_size", FIELD, HONOURED, "forbids n-grams of the prompt"),
-    Setting("bad_words_ids", FIELD, HONOURED, "forbids sequences of tokens"),
-    Setting("sequence_bias", FIELD, HONOURED, "makes sequences of tokens more or less likely"),
-    Setting("suppress_tokens", FIELD, HONOURED, "forbids tokens"),
-    Setting("begin_suppress_tokens", FIELD, HONOURED, "forbids tokens at the first new position"),
-    Setting("forced_bos_token_id", FIELD, HONOURED, "sets the token after a prompt of one token"),
-    Setting("forced_eos_token_id", FIELD, HONOURED, "sets the token at `max_length`"),
-    Setting(
-        "exponential_decay_length_penalty",
-        FIELD,
-        HONOURED,
-        "makes ending more likely from some position on",
-    ),
-    Setting("remove_invalid_values", FIELD, HONOURED, "replaces scores that are not finite"),
-    Setting("renormalize_logits", FIELD, HONOURED, "normalises the processed scores"),
-    Setting("watermarking_config", FIELD, HONOURED, "marks the text by a bias that a key sets"),
+    Setting("repetition_penalty", "makes tokens of the text so far less likely"),
+    Setting("encoder_repetition_penalty", "makes tokens of the prompt more likely"),
+    Setting("no_repeat_ngram_size", "forbids to repeat n-grams of the text"),
+    Setting("encoder_no_repeat_ngram_size", "forbids n-grams of the prompt"),
+    Setting("bad_words_ids", "forbids sequences of tokens"),
+    Setting("sequence_bias", "makes sequences of tokens more or less likely"),
+    Setting("suppress_tokens", "forbids tokens"),
+    Setting("begin_suppress_tokens", "forbids tokens at the first new position"),
+    Setting("forced_bos_token_id", "sets the token after a prompt of one token"),
+    Setting("forced_eos_token_id", "sets the token at `max_length`"),
+    Setting("exponential_decay_length_penalty", "makes ending more likely from some position on"),
+    Setting("remove_invalid_values", "replaces scores that are not finite"),
+    Setting("renormalize_logits", "normalises the processed scores"),
+    Setting("watermarking_config", "marks the text by a bias that a key sets"),
     # Outputs.
     Setting(
         "return_dict_in_generate",
-        FIELD,
-        HONOURED,
         "returns a `SpeculativeOutput`, which has the counters too",
         inactive=_OFF,
     ),
-    Setting("output_scores", FIELD, HONOURED, "returns the processed scores", inactive=_OFF),
-    Setting("output_logits", FIELD, HONOURED, "returns the logits", inactive=_OFF),
-    Setting(
-        "output_attentions",
-        FIELD,
-        REFUSED,
-        _OUTPUTS,
-        inactive=_OFF,
-        needs="return_dict_in_generate",
-    ),
-    Setting(
-        "output_hidden_states",
-        FIELD,
-        REFUSED,
-        _OUTPUTS,
-        inactive=_OFF,
-        needs="return_dict_in_generate",
-    ),
+    Setting("output_scores", "returns the processed scores", inactive=_OFF),
+    Setting("output_logits", "returns the logits", inactive=_OFF),
+    _refused("output_attentions", _OUTPUTS, inactive=_OFF, needs="return_dict_in_generate"),
+    _refused("output_hidden_states", _OUTPUTS, inactive=_OFF, needs="return_dict_in_generate"),
     # Cache and prefill.
-    Setting(
+    _delegated(
         "use_cache",
-        FIELD,
-        DELEGATED,
         "recomputes the text for each token where it is not True",
         inactive=(True,),
         default=True,
     ),
-    Setting(
+    # "hybrid" is what old configs say; Transformers takes it for unset.
+    _delegated(
         "cache_implementation",
-        FIELD,
-        DELEGATED,
         'names a cache that trees cannot use; `"dynamic"` is the usual one and has no effect',
-        # "hybrid" is what old configs say; Transformers takes it for unset.
         inactive=(None, "dynamic", "hybrid"),
     ),
-    Setting("cache_config", FIELD, DELEGATED, _OF_THE_CACHE, needs="cache_implementation"),
-    Setting("max_cache_len", FIELD, DELEGATED, _OF_THE_CACHE, needs="cache_implementation"),
-    Setting(
-        "compile_config",
-        FIELD,
-        DELEGATED,
-        "compiles forwards with a static cache",
-        needs="cache_implementation",
+    _delegated("cache_config", _OF_THE_CACHE, needs="cache_implementation"),
+    _delegated("max_cache_len", _OF_THE_CACHE, needs="cache_implementation"),
+    _delegated(
+        "compile_config", "compiles forwards with a static cache", needs="cache_implementation"
     ),
-    Setting(
+    _delegated(
         "disable_compile",
-        FIELD,
-        DELEGATED,
         "keeps forwards with a static cache from being compiled",
         inactive=_OFF,
         needs="cache_implementation",
     ),
-    Setting(
+    _delegated(
         "continuous_batching_config",
-        FIELD,
-        DELEGATED,
         'describes batching under `cache_implementation="paged"`',
         needs="cache_implementation",
     ),
-    Setting("prefill_chunk_size", FIELD, DELEGATED, "reads the prompt in pieces"),
+    _delegated("prefill_chunk_size", "reads the prompt in pieces"),
     # Other ways to decode.
-    Setting("num_beams", FIELD, DELEGATED, "searches with beams", inactive=(None, 1), default=1),
-    Setting("num_beam_groups", FIELD, DELEGATED, _OF_BEAMS, needs="num_beams"),
-    Setting("diversity_penalty", FIELD, DELEGATED, _OF_BEAMS, needs="num_beams"),
-    Setting("length_penalty", FIELD, DELEGATED, _OF_BEAMS, needs="num_beams"),
-    Setting("early_stopping", FIELD, DELEGATED, _OF_BEAMS, inactive=_OFF, needs="num_beams"),
-    Setting("low_memory", FIELD, DELEGATED, _OF_BEAMS, inactive=_OFF, needs="num_beams"),
-    Setting("constraints", FIELD, DELEGATED, "searches with beams for texts that have to occur"),
-    Setting(
-        "force_words_ids", FIELD, DELEGATED, "searches with beams for words that have to occur"
-    ),
-    Setting(
-        "penalty_alpha",
-        FIELD,
-        DELEGATED,
-        "searches contrastively",
-        inactive=(None, 0),
-        unless="do_sample",
-    ),
-    Setting("dola_layers", FIELD, DELEGATED, "contrasts layers"),
-    Setting(
+    _delegated("num_beams", "searches with beams", inactive=(None, 1), default=1),
+    _delegated("num_beam_groups", _OF_BEAMS, needs="num_beams"),
+    _delegated("diversity_penalty", _OF_BEAMS, needs="num_beams"),
+    _delegated("length_penalty", _OF_BEAMS, needs="num_beams"),
+    _delegated("early_stopping", _OF_BEAMS, inactive=_OFF, needs="num_beams"),
+    _delegated("low_memory", _OF_BEAMS, inactive=_OFF, needs="num_beams"),
+    _delegated("constraints", "searches with beams for texts that have to occur"),
+    _delegated("force_words_ids", "searches with beams for words that have to occur"),
+    _delegated("penalty_alpha", "searches contrastively", inactive=(None, 0), unless="do_sample"),
+    _delegated("dola_layers", "contrasts layers"),
+    _delegated(
         "guidance_scale",
-        FIELD,
-        DELEGATED,
         "runs a second forward for each token, without the prompt",
         inactive=(None, 1),
     ),
-    Setting(
+    _delegated(
         "negative_prompt_ids",
-        PARAMETER,
-        DELEGATED,
         "is the prompt of that second forward",
-        needs="guidance_scale",
-    ),
-    Setting(
-        "negative_prompt_attention_mask",
         PARAMETER,
-        DELEGATED,
-        "marks padding in it",
         needs="guidance_scale",
     ),
-    Setting(
-        "token_healing",
-        FIELD,
-        DELEGATED,
-        "rewrites the end of the prompt before anything is decoded",
-        inactive=_OFF,
+    _delegated(
+        "negative_prompt_attention_mask", "marks padding in it", PARAMETER, needs="guidance_scale"
+    ),
+    _delegated(
+        "token_healing", "rewrites the end of the prompt before anything is decoded", inactive=_OFF
     ),
     # Transformers' own speculation.
-    Setting("prompt_lookup_num_tokens", FIELD, REFUSED, _OWN),
-    Setting("assistant_early_exit", FIELD, REFUSED, _OWN),
-    Setting("use_mtp", FIELD, REFUSED, _OWN, inactive=_OFF),
-    Setting("speculation_type", FIELD, REFUSED, _OWN),
-    Setting("is_assistant", FIELD, REFUSED, "makes a model draft for another", inactive=_OFF),
-    Setting(
-        "max_matching_ngram_size",
-        FIELD,
-        REFUSED,
-        "tunes prompt lookup",
-        needs="prompt_lookup_num_tokens",
-    ),
-    Setting("num_assistant_tokens", FIELD, REFUSED, _OF_THE_ASSISTANT, needs="assistant_model"),
-    Setting(
-        "num_assistant_tokens_schedule",
-        FIELD,
-        REFUSED,
-        _OF_THE_ASSISTANT,
-        needs="assistant_model",
-    ),
-    Setting(
-        "assistant_confidence_threshold",
-        FIELD,
-        REFUSED,
-        _OF_THE_ASSISTANT,
-        needs="assistant_model",
-    ),
-    Setting("assistant_lookbehind", FIELD, REFUSED, _OF_THE_ASSISTANT, needs="assistant_model"),
-    Setting("target_lookbehind", FIELD, REFUSED, _OF_THE_ASSISTANT, needs="assistant_model"),
-    Setting(
+    _refused("prompt_lookup_num_tokens", _OWN),
+    _refused("assistant_early_exit", _OWN),
+    _refused("use_mtp", _OWN, inactive=_OFF),
+    _refused("speculation_type", _OWN),
+    _refused("is_assistant", "makes a model draft for another", inactive=_OFF),
+    _refused("max_matching_ngram_size", "tunes prompt lookup", needs="prompt_lookup_num_tokens"),
+    _refused("num_assistant_tokens", _OF_THE_ASSISTANT, needs="assistant_model"),
+    _refused("num_assistant_tokens_schedule", _OF_THE_ASSISTANT, needs="assistant_model"),
+    _refused("assistant_confidence_threshold", _OF_THE_ASSISTANT, needs="assistant_model"),
+    _refused("assistant_lookbehind", _OF_THE_ASSISTANT, needs="assistant_model"),
+    _refused("target_lookbehind", _OF_THE_ASSISTANT, needs="assistant_model"),
+    _refused(
         "assistant_ensemble_weight",
-        FIELD,
-        REFUSED,
         "mixes the distribution of an assistant model into the result",
         needs="assistant_model",
     ),
     # Bookkeeping.
-    Setting("transformers_version", FIELD, HONOURED, "says who wrote a config; has no effect"),
+    Setting("transformers_version", "says who wrote a config; has no effect"),
 )
 """All rows. Where several fit a call, the first one is named."""
 

@@ -1,4 +1,4 @@
-"""Checks and stand-ins for those who write a proposer."""
+"""Tools for tests of a proposer: a check of its contract, and a scripted one."""
 
 from speclm.testing.contract import check_proposer
 from speclm.testing.scripted import ScriptedProposer

@@ -1,31 +1,39 @@
-"""Does a proposer keep the rules of its interface?"""
+"""Check that a proposer keeps the rules of its interface."""
 
 import pickle
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from speclm.acceptance.accepted import Accepted
-from speclm.acceptance.exact import accept_exact
-from speclm.config import MAX_DEPTH, require_in_range
-from speclm.drafting.interface import Draft, Prefill, Proposer
-from speclm.errors import ProposerContractError
+from speclm.config import MAX_DEPTH, MAX_NODES, require_in_range
+from speclm.drafting.interface import Draft, Proposer
+from speclm.errors import ProposerContractError, TopologyError, TreeBudgetError
 from speclm.sampling.generators import get_generator_state
 from speclm.sampling.noise import PositionNoise
 from speclm.target import TargetFeatures
-from speclm.testing._draft_checks import require_sound_draft
-from speclm.testing._scripted_rows import ScriptedRow, guessed_paths
+from speclm.testing.scripted import (
+    ScriptedRow,
+    accept_scripted,
+    drafted_paths,
+    limit_to_slowest,
+    random_features,
+    repetitive_rows,
+    scripted_prefill,
+    texts_with_one_end,
+)
+from speclm.tree.topology import TreeTopology, from_parents
 
 _NUM_ROUNDS = 8
+_SUM_TOLERANCE = 1e-3  # a softmax in bfloat16 sums to 1 within about this
 _PROB_TOLERANCE = 1e-3  # a product over more rows, or over padding, rounds differently
 
-Guess = dict[tuple[int, ...], float]
-History = list[list[Guess]]  # for each round a list of rows
+Drafted = dict[tuple[int, ...], float]
+History = list[list[Drafted]]  # for each round a list of rows
 
 
 def check_proposer(
@@ -40,21 +48,20 @@ def check_proposer(
 ) -> None:
     """Drive a proposer through scripted generations and check what it returns.
 
-    The generations are greedy and sampled, alone and in left-padded batches, with accepted runs of
-    every length, rows that wait and rows that end. Checked are: dtype, device and shape of drafts;
-    that column 0 holds the roots; topology and probabilities; that arguments, earlier drafts and
-    the global generators are left alone; that a row's draft depends neither on the other rows nor
-    on an earlier generation; and that committed tokens matter to a proposer whose guesses depend
-    on the prompt. That the last one cannot be seen in a proposer which ignores its prompt is the
-    one limit of this check. A proposer that asks for features is given random ones, which depend
-    on the token alone. It takes seconds; models should be small.
+    The generations are greedy and sampled, of one row and of left-padded batches, with every
+    accepted length, rows that wait and rows that end. The check covers dtype, device, shape,
+    topology and probabilities of drafts; that column 0 holds the roots; that arguments, earlier
+    drafts and the global generators stay unchanged; that a row's draft depends neither on the
+    other rows nor on an earlier generation; and that committed tokens matter to a proposer whose
+    drafts depend on the prompt. A proposer that asks for features is given random ones, which
+    depend only on the token. It takes seconds; models should be small.
 
     Args:
-        make_proposer: Builds a proposer, or is one. The former also finds state that instances
-            share.
+        make_proposer: A proposer, or a function that builds one, which also finds state that
+            instances share.
         vocab_size: Size of the target's vocabulary.
         hidden_size: Width of the target's hidden states, for proposers that ask for them.
-        device: Where the target lives.
+        device: Device of the target.
         temperature: Temperature of the sampled generations.
         max_length: Most tokens of prompt and output together, in ``[32, 4096]``.
         seed: Seed of prompts and of the target's choices.
@@ -77,14 +84,16 @@ def check_proposer(
     with torch.no_grad(), torch.random.fork_rng(devices=devices, device_type=device.type):
         for mode_temperature in (0.0, temperature):
             driver = _Driver(vocab_size, hidden_size, device, mode_temperature, seed)
-            batch = _batch(driver, max_length)
+            batch = repetitive_rows(
+                vocab_size=vocab_size, seed=seed, num_rounds=_NUM_ROUNDS, max_length=max_length
+            )
             _require_independence(make, driver, batch)
             _require_commits_matter(make, driver, max_length)
 
 
 @dataclass(frozen=True, slots=True)
 class _Driver:
-    """Runs one generation after the other under the same conditions."""
+    """Runs generations under the same conditions."""
 
     vocab_size: int
     hidden_size: int
@@ -95,7 +104,7 @@ class _Driver:
     def run(
         self, proposer: Proposer, rows: Sequence[ScriptedRow], *, rounds: int = _NUM_ROUNDS
     ) -> History:
-        """Generate with one proposer; return what it guessed."""
+        """Generate with one proposer; return its drafts."""
         watch = _Watch(type(proposer).__name__, self.device)
         torch.manual_seed(self.seed)
         noise = None
@@ -103,11 +112,14 @@ class _Driver:
             noise = PositionNoise(batch=len(rows), vocab_size=self.vocab_size, device=self.device)
         roots = [row.said[0] for row in rows]
         positions = [1] * len(rows)
-        prefill = self._prefill(rows)
+        prefill = scripted_prefill(rows, device=self.device, temperature=self.temperature)
         inputs = [prefill.tokens, prefill.num_padding, prefill.first_tokens]
+        features = random_features(
+            self.vocab_size, self.hidden_size, seed=self.seed, device=self.device
+        )
         needs_features = proposer.features != TargetFeatures.NONE
         if needs_features:
-            inputs.append(self._features(prefill.tokens))
+            inputs.append(features[prefill.tokens])
             prefill = replace(prefill, features=inputs[-1])
         watch.call("begin", partial(proposer.begin, prefill), inputs)
         history: History = []
@@ -117,21 +129,21 @@ class _Driver:
                 noise.at_depth(MAX_DEPTH)  # drawn here, so that what moves later is a fault
             given = torch.tensor(roots, device=self.device, dtype=torch.long)
             draft = watch.draft(proposer, given, noise, self.vocab_size)
-            history.append([guessed_paths(draft, row) for row in range(len(rows))])
+            history.append([drafted_paths(draft, row) for row in range(len(rows))])
             limits = [row.limit(positions[b], round_index) for b, row in enumerate(rows)]
             if not any(limits):
                 break  # no row is live
-            accepted = self._accept(draft, rows, positions)
+            accepted = accept_scripted(draft, rows, positions)
             if proposer.needs_lockstep:
                 is_live = [
                     round_index < row.ends_after and positions[b] < row.max_new_tokens
                     for b, row in enumerate(rows)
                 ]
-                limits = _in_step(accepted, limits, is_live)
+                limits = limit_to_slowest(accepted, limits, is_live)
             accepted = accepted.cut(limits)
             decided = [accepted.path, accepted.tokens]
             if needs_features:
-                accepted = accepted.with_features(self._features(draft.tokens))
+                accepted = accepted.with_features(features[draft.tokens])
                 assert accepted.features is not None
                 decided.append(accepted.features)
             watch.call("commit", partial(proposer.commit, accepted), decided)
@@ -140,43 +152,9 @@ class _Driver:
                 roots[row] = emitted[-1] if emitted else roots[row]
         return history
 
-    def _features(self, tokens: Tensor) -> Tensor:
-        """Return a random hidden state for every token, the same wherever it stands."""
-        generator = torch.Generator().manual_seed(self.seed)
-        table = torch.randn(
-            self.vocab_size,
-            self.hidden_size,
-            generator=generator,
-            dtype=torch.float32,
-            device="cpu",
-        )
-        return table.to(self.device)[tokens]
-
-    def _prefill(self, rows: Sequence[ScriptedRow]) -> Prefill:
-        width = max(len(row.prompt) for row in rows)
-        padding = [width - len(row.prompt) for row in rows]
-        padded = [[0] * pad + row.prompt for pad, row in zip(padding, rows, strict=True)]
-        return Prefill(
-            tokens=torch.tensor(padded, device=self.device, dtype=torch.long),
-            num_padding=torch.tensor(padding, device=self.device, dtype=torch.long),
-            first_tokens=torch.tensor(
-                [row.said[0] for row in rows], device=self.device, dtype=torch.long
-            ),
-            temperature=self.temperature,
-            max_new_tokens=max(row.max_new_tokens for row in rows),
-        )
-
-    def _accept(self, draft: Draft, rows: Sequence[ScriptedRow], positions: list[int]) -> Accepted:
-        choices = [row.choices(draft, b, positions[b]) for b, row in enumerate(rows)]
-        return accept_exact(
-            draft.tokens,
-            torch.tensor(choices, device=self.device, dtype=torch.long),
-            draft.topology,
-        )
-
 
 class _Watch:
-    """Calls a proposer, and checks that it keeps its hands off what is not its own."""
+    """Calls a proposer, and checks that it changes nothing but its own state."""
 
     def __init__(self, name: str, device: torch.device) -> None:
         self._name = name
@@ -195,7 +173,7 @@ class _Watch:
                 f"{self._name}.propose returned {type(draft).__name__}, expected a Draft; build "
                 "one from tokens, topology and probs"
             )
-        require_sound_draft(draft, roots=roots, vocab_size=vocab_size, name=self._name)
+        _require_sound_draft(draft, roots=roots, vocab_size=vocab_size, name=self._name)
         topology = draft.topology
         tensors = [draft.tokens, topology.parents, topology.depths, topology.path_indices]
         tensors += [topology.ancestor_words] + ([] if draft.probs is None else [draft.probs])
@@ -229,7 +207,7 @@ class _Watch:
 def _require_independence(
     make: Callable[[], Proposer], driver: _Driver, batch: list[ScriptedRow]
 ) -> None:
-    """Check that neither earlier generations nor other rows show in a draft."""
+    """Check that drafts depend neither on earlier generations nor on other rows."""
     first = make()
     name = type(first).__name__
     history = driver.run(first, batch)
@@ -244,15 +222,15 @@ def _require_independence(
     _require_same(history, driver.run(make(), batch), what=what, remedy=remedy)
 
     if first.needs_lockstep:
-        return  # what rows are given together depends on all of them, and so do their drafts
+        return  # the rows of a lockstep depend on each other, and so do their drafts
     what = f"{name} mixed the rows of a batch"
     remedy = "keep state per row, and mind left padding"
     for kept in range(len(batch)):
         mates = [row if b == kept else others[b] for b, row in enumerate(batch)]
         found = driver.run(make(), mates)
         _require_same(_row_of(history, kept), _row_of(found, kept), what=what, remedy=remedy)
-    if not driver.temperature:  # with noise other rows are at other draws
-        # Among its own copies, so that it has no padding and as many rows are generated.
+    if not driver.temperature:  # noise differs between rows
+        # Among copies of itself, a row has no padding and the batch size is the same.
         copies = [replace(batch[0], waits=r.waits, ends_after=r.ends_after, said=[]) for r in batch]
         found = driver.run(make(), [replace(batch[0], said=[]), *copies[1:]])
         _require_same(_row_of(history, 0), _row_of(found, 0), what=what, remedy=remedy)
@@ -261,45 +239,30 @@ def _require_independence(
 def _require_commits_matter(make: Callable[[], Proposer], driver: _Driver, max_length: int) -> None:
     """Check that a proposer which reads the prompt reads committed tokens too."""
     proposer = make()
-    variants = [_variant(driver, side) for side in range(2)]
+    variants = [
+        texts_with_one_end(vocab_size=driver.vocab_size, seed=driver.seed, side=side)
+        for side in range(2)
+    ]
     rounds = len(variants[0][0])
 
-    def last_guesses(prompt: list[list[int]], said: list[list[int]], rounds: int) -> list[Guess]:
-        rows = [
-            ScriptedRow(
-                p,
-                driver.vocab_size,
-                "commit",
-                said=list(s),
-                one_by_one=True,
-                max_new_tokens=max_length - 12,
-            )
-            for p, s in zip(prompt, said, strict=True)
-        ]
+    def last_drafts(prompt: list[list[int]], said: list[list[int]], rounds: int) -> list[Drafted]:
+        row = ScriptedRow([], driver.vocab_size, "commit", said=[0], one_by_one=True)
+        row.max_new_tokens = max_length - 12
+        rows = [replace(row, prompt=p, said=list(s)) for p, s in zip(prompt, said, strict=True)]
         return driver.run(proposer, rows, rounds=rounds)[-1]
 
     in_prompt = [
-        last_guesses([t[:-1] for t in text], [t[-1:] for t in text], 1) for text in variants
+        last_drafts([t[:-1] for t in text], [t[-1:] for t in text], 1) for text in variants
     ]
     if in_prompt[0] == in_prompt[1]:
-        return  # what came before the root does not matter to it
-    in_output = [last_guesses([[0, 1]] * len(text), text, rounds) for text in variants]
+        return  # it ignores what comes before the root, so commits need not matter
+    in_output = [last_drafts([[0, 1]] * len(text), text, rounds) for text in variants]
     if in_output[0] == in_output[1]:
         raise ProposerContractError(
             f"{type(proposer).__name__} ignores commit: drafts differ after different prompts but "
             "not after different committed tokens, expected both to matter; take note "
             "of accepted.emitted in commit"
         )
-
-
-def _in_step(accepted: Accepted, limits: Sequence[int], is_live: Sequence[bool]) -> list[int]:
-    """Let all live rows have as many tokens as the one with the fewest, and none wait."""
-    given = [
-        len(path) if limit == 0 else min(len(path), limit)
-        for path, limit in zip(accepted.paths, limits, strict=True)
-    ]
-    fewest = min(count for count, live in zip(given, is_live, strict=True) if live)
-    return [fewest if live else 0 for live in is_live]
 
 
 def _require_same(expected: History, found: History, *, what: str, remedy: str) -> None:
@@ -316,41 +279,7 @@ def _require_same(expected: History, found: History, *, what: str, remedy: str) 
 
 
 def _row_of(history: History, row: int) -> History:
-    return [[guesses[row]] for guesses in history]
-
-
-def _batch(driver: _Driver, max_length: int) -> list[ScriptedRow]:
-    """Return rows of unequal length that repeat themselves; one waits and one ends early."""
-    generator = random.Random(driver.seed)
-    rows = []
-    for row, length in enumerate((9, 5, 12)):
-        prompt = [generator.randrange(min(driver.vocab_size, 6)) for _ in range(length)]
-        rows.append(
-            ScriptedRow(
-                prompt,
-                driver.vocab_size,
-                f"{driver.seed} {row}",
-                waits=row == 1,
-                ends_after=4 if row == 2 else _NUM_ROUNDS,
-                max_new_tokens=max_length - 12,
-            )
-        )
-    return rows
-
-
-def _variant(driver: _Driver, side: int) -> list[list[int]]:
-    """Return texts that both end in the same root, which other tokens followed before."""
-    generator = random.Random(f"{driver.seed} variant")
-    texts = []
-    for _ in range(4):
-        root = generator.randrange(driver.vocab_size)
-        followers = [generator.randrange(driver.vocab_size) for _ in range(6)]
-        mine = [
-            (token + side * (1 + index)) % driver.vocab_size
-            for index, token in enumerate(followers)
-        ]
-        texts.append([root, *mine[:3], root, *mine[:3], *mine[3:], root])
-    return texts
+    return [[drafted[row]] for drafted in history]
 
 
 def _generator_states(device: torch.device) -> dict[str, bytes]:
@@ -363,3 +292,109 @@ def _generator_states(device: torch.device) -> dict[str, bytes]:
     if device.type != "cpu":
         states[f"torch.{device.type}"] = get_generator_state(device).numpy().tobytes()
     return states
+
+
+def _require_sound_draft(
+    draft: Draft, *, roots: Int[Tensor, " batch"], vocab_size: int, name: str
+) -> None:
+    """Check type, shape, tokens, topology and probabilities of a draft."""
+    _require_tensors(draft, roots, name)
+    _require_tokens(draft, roots, vocab_size, name)
+    _require_topology(draft.topology, name)
+    if draft.probs is not None:
+        _require_probs(draft.probs, draft.topology, name)
+
+
+def _require_tensors(draft: Draft, roots: Tensor, name: str) -> None:
+    topology = draft.topology
+    tensors = {"tokens": draft.tokens}
+    for field in ("parents", "depths", "ancestor_words", "path_indices"):
+        tensors[f"topology.{field}"] = getattr(topology, field)
+    for field, tensor in tensors.items():
+        if tensor.dtype != torch.long:
+            raise ProposerContractError(
+                f"{name}: dtype of {field} is {tensor.dtype}, expected torch.int64; build it from "
+                "whole numbers, or convert it"
+            )
+    if draft.probs is not None:
+        tensors["probs"] = draft.probs
+        if not draft.probs.is_floating_point():
+            raise ProposerContractError(
+                f"{name}: dtype of probs is {draft.probs.dtype}, expected a floating type; "
+                "return probabilities, or None"
+            )
+    expected = (len(roots), topology.num_nodes)
+    for field, tensor in tensors.items():
+        if tensor.device != roots.device:
+            raise ProposerContractError(
+                f"{name}: device of {field} is {tensor.device}, expected that of roots, "
+                f"{roots.device}; create it with device=roots.device"
+            )
+        if field in {"tokens", "probs"} and tuple(tensor.shape) != expected:
+            raise ProposerContractError(
+                f"{name}: shape of {field} is {tuple(tensor.shape)}, expected {expected}, a row "
+                "for each root and a column for each node of the topology; pad rows to equal length"
+            )
+    if topology.parents.shape[0] not in {1, len(roots)}:
+        raise ProposerContractError(
+            f"{name}: topology has {topology.parents.shape[0]} rows, expected {len(roots)}, or 1 "
+            "where all share a tree; give every row its parents"
+        )
+
+
+def _require_tokens(draft: Draft, roots: Tensor, vocab_size: int, name: str) -> None:
+    first = draft.tokens[:, 0]
+    if not torch.equal(first, roots):
+        raise ProposerContractError(
+            f"{name}: column 0 of tokens is {first.tolist()}, expected the roots "
+            f"{roots.tolist()}; start from the roots given, and follow them in commit"
+        )
+    lowest, highest = int(draft.tokens.min()), int(draft.tokens.max())
+    if lowest < 0 or highest >= vocab_size:
+        raise ProposerContractError(
+            f"{name}: tokens lie in {lowest} to {highest}, expected 0 to {vocab_size - 1}; fill "
+            "padding nodes with a valid token, and map draft ids to the target's"
+        )
+
+
+def _require_topology(topology: TreeTopology, name: str) -> None:
+    try:
+        rebuilt = from_parents(topology.parents.tolist(), device=topology.parents.device)
+    except TopologyError as error:
+        raise ProposerContractError(
+            f"{name}: parents do not describe a tree: {error}; build topologies with from_parents"
+        ) from error
+    except TreeBudgetError as error:
+        raise ProposerContractError(
+            f"{name}: {error}, expected at most {MAX_NODES} nodes on {MAX_DEPTH} levels"
+        ) from error
+    for field in ("depths", "ancestor_words", "path_indices", "max_depth"):
+        found, expected = getattr(topology, field), getattr(rebuilt, field)
+        is_same = torch.equal(found, expected) if isinstance(found, Tensor) else found == expected
+        if not is_same:
+            raise ProposerContractError(
+                f"{name}: topology.{field} is {_brief(found)}, expected {_brief(expected)} for "
+                "these parents; build topologies with from_parents"
+            )
+
+
+def _require_probs(probs: Float[Tensor, "batch nodes"], topology: TreeTopology, name: str) -> None:
+    is_draft = ~topology.is_padding.expand(len(probs), -1)
+    is_draft = is_draft & (torch.arange(probs.shape[1], device=probs.device) > 0)
+    drafted = probs.double().where(is_draft, 0.0)
+    if not bool(((drafted >= 0) & (drafted <= 1 + _SUM_TOLERANCE)).all()):  # false for NaN too
+        raise ProposerContractError(
+            f"{name}: probs lie in {float(drafted.min())!r} to {float(drafted.max())!r}, expected "
+            "0 to 1; return probabilities, not logits or logarithms"
+        )
+    sums = torch.zeros_like(drafted)
+    sums.scatter_add_(1, topology.parents.expand(len(probs), -1), drafted)
+    if float(sums.max()) > 1 + _SUM_TOLERANCE:
+        raise ProposerContractError(
+            f"{name}: probs of siblings sum to {float(sums.max()):.4g}, expected at most 1; give "
+            "the probability of each token given its path, normalised over the vocabulary"
+        )
+
+
+def _brief(value: object) -> str:
+    return str(value.tolist() if isinstance(value, Tensor) else value)[:120]
