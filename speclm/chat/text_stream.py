@@ -43,11 +43,7 @@ class TextDecoder:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Begin a text.
-
-        Args:
-            tokenizer: Decodes the tokens.
-        """
+        """Begin a text."""
         self._tokenizer = tokenizer
         self._tokens: list[int] = []  # from the last returned piece on
         self._num_returned = 0

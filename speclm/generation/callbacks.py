@@ -35,13 +35,7 @@ class Listener:
     def __init__(
         self, request: Request, sequences: Sequences, streamer: BaseStreamer | None
     ) -> None:
-        """Pass the prompt to the streamer.
-
-        Args:
-            request: The call, with a prompt of one row.
-            sequences: The row, which takes the tokens.
-            streamer: Receives every token; None for no streamer.
-        """
+        """Pass the prompt to the streamer."""
         self._ids: Tensor = request.prompt.input_ids
         self._sequences = sequences
         self._criteria = StoppingCriteriaList(request.foreign_criteria)
@@ -50,12 +44,7 @@ class Listener:
             streamer.put(self._ids.cpu())  # type: ignore[no-untyped-call]  # Transformers'
 
     def take(self, tokens: Sequence[int], noise: PositionNoise | None) -> int:
-        """Append tokens one by one, each followed by the callbacks; return how many were appended.
-
-        Args:
-            tokens: Tokens that the round decided for the row.
-            noise: Noise that decided them; None where nothing is sampled.
-        """
+        """Append tokens one by one and call back after each; return how many were taken."""
         num_taken = 0
         for token in tokens:
             self._sequences.extend(0, [token])

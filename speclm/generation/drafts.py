@@ -41,15 +41,7 @@ class Drafter:
         *,
         needs_chains: bool,
     ) -> None:
-        """Prepare for a call.
-
-        Args:
-            request: The call.
-            setup: Proposer and target.
-            sequences: Rows to draft for.
-            lockstep: Advances the rows together; None where each advances by itself.
-            needs_chains: Whether the target verifies only chains.
-        """
+        """Prepare for a call."""
         self.plan = setup.plan
         self.features = TargetFeatures.NONE if setup.proposer is None else setup.proposer.features
         self._request = request
@@ -191,15 +183,11 @@ def with_padding(
 
 
 def deepest_paths(draft: Draft, *, depth: int) -> tuple[Draft, list[list[int]]]:
-    """Reduce trees to chains, for a target that verifies no trees.
+    """Reduce trees to chains of at most `depth` draft tokens, for a target without trees.
 
     Each chain follows the child with the tallest subtree, the first of equals: proposers draft
     deepest below what they think likeliest. Where siblings were drawn, it follows the first one,
     because only that has the distribution that it was drawn from.
-
-    Args:
-        draft: The trees.
-        depth: Most draft tokens to keep in each row.
 
     Returns:
         The chains, and for each row the nodes of the tree that they are made of.
@@ -211,14 +199,10 @@ def deepest_paths(draft: Draft, *, depth: int) -> tuple[Draft, list[list[int]]]:
 
 
 def cut_to_plan(draft: Draft, plan: TreePlan | None) -> tuple[Draft, list[list[int]] | None]:
-    """Leave out the nodes that exceed a plan.
+    """Leave out the nodes that exceed a plan; None for no bound.
 
     The likeliest nodes are kept if the draft has probabilities, else the first ones. The first
     ones are also kept where siblings were drawn: their probabilities may not decide.
-
-    Args:
-        draft: The draft.
-        plan: Most levels and nodes; None for no bound.
 
     Returns:
         The smaller draft, and for each row the nodes that it is made of; None if it is the same.

@@ -45,14 +45,7 @@ class Lockstep:
         *,
         target_name: str,
     ) -> None:
-        """Start after the prompt, which the streamer receives.
-
-        Args:
-            request: The call.
-            sequences: Take the tokens, and end when a criterion says so.
-            streamer: Receives the tokens of every position; None for no streamer.
-            target_name: Name of the target in messages.
-        """
+        """Start after the prompt, which the streamer receives."""
         self.ids: Int[Tensor, "batch length"] = request.prompt.input_ids
         keeps_scores, keeps_logits = request.keeps_scores, request.keeps_logits
         self.scores: tuple[Float[Tensor, "batch vocab"], ...] | None = () if keeps_scores else None

@@ -77,13 +77,7 @@ def require_supported(
     *,
     device: torch.device,
 ) -> None:
-    """Check that the decode loop honours the resolved settings.
-
-    Args:
-        generation_config: The settings.
-        logits_processor: All logits processors.
-        rule: Decides which draft tokens are kept.
-        device: Device of the logits, whose generator is drawn from.
+    """Check that the decode loop honours the resolved settings, with logits on a device.
 
     Raises:
         NeedsRegularGeneration: If it does not; the message is the reason.

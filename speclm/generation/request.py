@@ -51,11 +51,6 @@ def require_acceptable(
 ) -> None:
     """Check the arguments of a call before anything is computed.
 
-    Args:
-        arguments: Arguments of the call.
-        default: The model's own generation config.
-        busy: What to do while another thread's call uses the model.
-
     Raises:
         OptionError: If Transformers' own speculation or an output of every forward is asked for,
             or `busy` has another value than its two.
@@ -123,10 +118,6 @@ def arguments_for_loop(arguments: dict[str, Any], default: GenerationConfig) -> 
     Transformers passes neither streamer nor tokenizer on to a custom decoding method, and builds
     the criterion for stop strings without the tokenizer that it needs. So the streamer is left
     out, for `Setup` to hold, and stop strings become a criterion here.
-
-    Args:
-        arguments: Arguments of `generate`.
-        default: The model's own generation config.
     """
     arguments = {name: value for name, value in arguments.items() if name != "streamer"}
     stop_strings = resolve_setting("stop_strings", arguments, default)

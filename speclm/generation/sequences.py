@@ -17,12 +17,7 @@ class StopStrings:
     def __init__(
         self, criteria: Sequence[StopStringCriteria], prompt: Int[Tensor, "batch seq"]
     ) -> None:
-        """Start after the prompt.
-
-        Args:
-            criteria: Transformers' own criteria, one or more.
-            prompt: The prompts, padding included, which criteria see as well.
-        """
+        """Start after the prompt."""
         self._criteria = criteria
         self._device = prompt.device
         self._width = max(int(criterion.maximum_token_len) for criterion in criteria)

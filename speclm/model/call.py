@@ -165,11 +165,6 @@ def with_counters(output: Tensor | ModelOutput, stats: SpeculationStats) -> Tens
 def require_speculation(watch: Watch, arguments: dict[str, Any], default: GenerationConfig) -> None:
     """Check that the decode loop may answer a call.
 
-    Args:
-        watch: What is known of the base.
-        arguments: Arguments of the call.
-        default: The base's own generation config.
-
     Raises:
         NeedsRegularGeneration: If not; the message is the reason.
     """
@@ -201,9 +196,6 @@ def slowdowns(check: SelfCheck, proposer: Proposer | None) -> Iterator[tuple[str
 @contextmanager
 def naming_unknown(arguments: Iterable[str]) -> Iterator[None]:
     """Name the arguments that `generate` does not know, and what they may be meant for.
-
-    Args:
-        arguments: Names of all arguments of the call inside.
 
     Raises:
         OptionError: In place of Transformers' own error.

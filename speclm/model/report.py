@@ -29,8 +29,9 @@ def describe_model(
 ) -> str:
     """Return what a model wraps and how it decodes, on a few lines."""
     model = target.model
+    name = type(model).__name__
     lines = {
-        "base": f"{target.name} ({type(model).__name__})",
+        "base": name if target.name == name else f"{target.name} ({name})",
         "proposer": _describe_proposer(proposer),
         "tree": describe_tree_option(tree),
         "acceptance": "exact by default"

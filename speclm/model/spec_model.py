@@ -336,11 +336,7 @@ class SpecModel(KeepsCounters, Wrapper):
         return push_heads(repo_id, self.proposer, self.base, private=private, token=token)
 
     def print_report(self, *, write: Callable[[str], object] = print) -> None:
-        """Print what is wrapped, how drafts are verified and why, and the last call's counters.
-
-        Args:
-            write: Called with each line.
-        """
+        """Print what is wrapped, how drafts are verified and why, and the last call's counters."""
         write_report(
             self._target, self.proposer, self.self_check, self.last_speculation, write=write
         )
@@ -366,12 +362,7 @@ def patch(
     """Make ``base.generate`` speculative, until ``detach`` is called or the ``with`` block ends.
 
     The patch takes effect at once, and only on this model object: copies of it are not patched.
-
-    Args:
-        base: Loaded model, or a PEFT model around one.
-        heads: As in `SpecModel.from_pretrained`.
-        heads_kwargs: As in `SpecModel.from_pretrained`.
-        num_draft_tokens: As in `SpecModel.from_pretrained`.
+    The arguments are those of `SpecModel.from_pretrained`.
 
     Returns:
         The model that answers ``base.generate``. Its ``detach`` restores the base's own; its

@@ -90,13 +90,7 @@ class AttachedGenerate:
     def __init__(
         self, base: PreTrainedModel, generate: Callable[..., Any], *, owner: object
     ) -> None:
-        """Keep what is called, and what it replaces.
-
-        Args:
-            base: Model that is patched.
-            generate: Called instead of the model's own.
-            owner: The object that may remove it.
-        """
+        """Keep what is called, what it replaces, and who may remove it."""
         self.owner = owner
         self.before: Any = vars(base).get(_ATTRIBUTE, _ABSENT)
         self.is_entered = False

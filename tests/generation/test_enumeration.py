@@ -18,7 +18,7 @@ from typing_extensions import override
 from speclm.acceptance import Accepted
 from speclm.config import ProposerConfig
 from speclm.drafting.interface import Draft, Prefill, Proposer
-from speclm.generation import run as rounds
+from speclm.generation import loop
 from speclm.sampling import PositionNoise, TokenChooser
 from speclm.tree.topology import chain, from_parents
 from tests.enumeration import (
@@ -125,7 +125,7 @@ def enumerate_distribution(
         monkeypatch.setattr(PositionNoise, "_matrix", matrix)
         monkeypatch.setattr(TokenChooser, "choose", weighing_choose)
         if accept is not None:
-            monkeypatch.setattr(rounds.Run, "_accept", accept(decisions))
+            monkeypatch.setattr(loop.Generation, "_accept", accept(decisions))
         used.clear()
         output = run_loop(proposer(decisions), warpers, greedy=greedy)
         assert len(used) == len(set(used)), "noise of one position decided twice"
@@ -176,7 +176,7 @@ def ratio_test(decisions: Decisions) -> Callable[[Any, Draft, Tensor], Accepted]
     """
     draft_probs = torch.tensor(DRAFT_LAW, dtype=torch.float64)
 
-    def accept(run: rounds.Run, draft: Draft, logits: Tensor) -> Accepted:
+    def accept(run: loop.Generation, draft: Draft, logits: Tensor) -> Accepted:
         emitted: list[int] = []
         guesses = draft.tokens[0, 1:].tolist()
         for node in range(len(guesses) + 1):
@@ -227,7 +227,7 @@ def test_harness_catches_the_ratio_test_with_a_deterministic_draft(monkeypatch):
 
 def test_harness_catches_a_draft_that_is_accepted_unseen(monkeypatch):
     def accept_all(decisions: Decisions) -> Any:
-        def accept(run: rounds.Run, draft: Draft, logits: Tensor) -> Accepted:
+        def accept(run: loop.Generation, draft: Draft, logits: Tensor) -> Accepted:
             tokens = torch.cat([draft.tokens[:, 1:], draft.tokens[:, -1:]], dim=1)
             return Accepted(path=torch.arange(tokens.shape[1])[None], tokens=tokens)
 

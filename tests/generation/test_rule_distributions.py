@@ -14,7 +14,7 @@ from speclm.acceptance import AcceptanceRule, Accepted, RejectionRule, rejection
 from speclm.config import ProposerConfig
 from speclm.drafting.interface import Draft, Prefill, Proposer
 from speclm.errors import DraftError
-from speclm.generation import run as rounds
+from speclm.generation import loop
 from speclm.sampling import DraftSampling, Draws, PositionNoise
 from speclm.sampling.drafts import Families
 from speclm.stats import SpeculationStats
