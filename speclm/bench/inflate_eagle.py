@@ -20,8 +20,7 @@ from speclm.bench.inflate import EXTRA_LOGIT
 from speclm.bench.shapes import InflatedShape
 from speclm.errors import OptionError
 from speclm.methods.eagle.config import EagleConfig
-from speclm.methods.eagle.layer import EagleLayer
-from speclm.methods.eagle.network import EagleHeads
+from speclm.methods.eagle.network import EagleHeads, EagleLayer
 
 
 @torch.no_grad()

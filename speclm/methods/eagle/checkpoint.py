@@ -1,8 +1,8 @@
-"""Reads EAGLE heads, in every published layout, into tensors with one set of names."""
+"""Reads EAGLE heads in every published layout, and writes them in one."""
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -10,11 +10,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from speclm.drafting.heads_folder import read_choices
+from speclm.drafting.heads_folder import (
+    CONFIG_NAME,
+    read_choices,
+    require_folder,
+    require_same_tensors,
+    write_heads,
+)
 from speclm.errors import CheckpointError, shown
 from speclm.files.weights import FLOATS, INDEX, WeightFiles, reading, weight_files
-from speclm.methods.eagle.config import EagleConfig
-from speclm.methods.eagle.numbers import expected_shapes, infer_config, read_hints
+from speclm.methods.eagle.checkpoint_config import describe, infer_config, read_hints
+from speclm.methods.eagle.config import EagleConfig, read_rope, usual_layers
+from speclm.methods.eagle.network import EagleHeads
 from speclm.tree.static import Choices
 
 _PREFIX = re.compile(r"model\.")
@@ -41,6 +48,9 @@ _FEATURE_NORM = re.compile(rf"fc_norm\.{INDEX}\.weight")
 # What can be computed, and what speculators keeps of the target while it trains.
 _UNUSED = re.compile(r".*rotary_emb\.inv_freq|verifier_(?:lm_head|norm)\.weight")
 _EAGLE3_SIGNS = {"layers.0.hidden_norm.weight", "norm.weight", "d2t", "t2d"}
+WEIGHTS_NAME = "model.safetensors"
+# Read in place of the weights, or before them, by one library or another.
+_RIVALS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.safetensors.index.json")
 _SHARED = {
     "embed_tokens.weight": "has_own_embeddings",
     "lm_head.weight": "has_own_lm_head",
@@ -101,6 +111,20 @@ class EagleCheckpoint:
         if matrix.shape[1] != self.config.target_hidden_size:
             return False
         return torch.equal(mine.to(matrix.device, matrix.dtype), matrix)
+
+
+def eagle_checkpoint(
+    heads: EagleHeads, *, base_name_or_path: str | None = None, choices: Choices | None = None
+) -> EagleCheckpoint:
+    """Return heads as numbers and tensors, whose memory they share, to be written.
+
+    Args:
+        heads: Trained heads.
+        base_name_or_path: The model that they were trained on, if it is to be recorded.
+        choices: Static tree that is to be stored with them.
+    """
+    tensors = {name: tensor.detach() for name, tensor in heads.state_dict().items()}
+    return EagleCheckpoint(heads.config, tensors, base_name_or_path, choices)
 
 
 def find_eagle(folder: Path) -> WeightFiles | None:
@@ -216,7 +240,8 @@ def _own_names(source: WeightFiles) -> dict[str, str]:
 def _require_shapes(
     source: WeightFiles, tensors: Mapping[str, Tensor], keys: Mapping[str, str], config: EagleConfig
 ) -> None:
-    expected = expected_shapes(config)
+    expected = _expected_shapes(config)
+    expected.pop("draft_columns", None)  # of no file
     for name, shape in expected.items():
         if name not in tensors:
             raise CheckpointError(
@@ -236,6 +261,11 @@ def _require_shapes(
             f"{source.path}: found key {keys[extra[0]]!r}, expected none such in heads of "
             f"{config.kind} with {config.num_layers} layers; remove it, or export the heads again"
         )
+
+
+def _expected_shapes(config: EagleConfig) -> dict[str, tuple[int, ...]]:
+    state = EagleHeads(config, device=torch.device("meta")).state_dict()
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def _base(hints: Mapping[str, Any]) -> str | None:
@@ -303,3 +333,144 @@ def _require_list(path: Path, key: str, found: Tensor, length: int, of: str) -> 
             f"{path}: {key!r} is {found.dtype} of shape {list(found.shape)}, expected whole "
             f"numbers of shape [{length}], the {of}; export the heads again"
         )
+
+
+def write_eagle(
+    folder: str | Path,
+    checkpoint: EagleCheckpoint,
+    *,
+    num_target_layers: int | None = None,
+    card: str | None = None,
+) -> None:
+    """Write EAGLE heads into a folder, in the layout of SafeAILab and SpecForge.
+
+    vLLM and SGLang read EAGLE-3 of one layer that reads the usual hidden states; vLLM reads
+    EAGLE-1 without a bias after the joined inputs. The files are written aside, read back and
+    compared bit by bit; only then do they appear together, or replace older ones, the config last.
+
+    Args:
+        folder: Created if it does not exist.
+        checkpoint: What to write; `EagleCheckpoint.share` leaves out what the base has too.
+        num_target_layers: Decoder layers of the base, if known. Hidden states that are the usual
+            ones are then not named: libraries count named ones from different ends.
+        card: Text of the model card; None leaves the card that is there.
+
+    Raises:
+        CheckpointError: If the folder is a file or holds another model, a tensor is missing,
+            unknown or of another shape than the numbers say, or what was read back is not what was
+            written.
+    """
+    folder = Path(folder)
+    require_writable(folder)
+    if num_target_layers is not None:
+        checkpoint = _with_usual_layers(checkpoint, num_target_layers)
+    _require_whole(folder, checkpoint)
+
+    def check(aside: Path) -> None:
+        found, path = read_eagle(aside), folder / WEIGHTS_NAME
+        require_same_tensors(path, checkpoint.tensors, found.tensors)
+        _require_same_numbers(folder / CONFIG_NAME, checkpoint.config, found.config)
+
+    write_heads(
+        folder,
+        weights_name=WEIGHTS_NAME,
+        tensors=_named_tensors(checkpoint),
+        config=describe(
+            checkpoint.config,
+            dtype=checkpoint.dtype,
+            base_name_or_path=checkpoint.base_name_or_path,
+            choices=checkpoint.choices,
+        ),
+        card=card,
+        check=check,
+    )
+
+
+def require_writable(folder: Path) -> None:
+    """Check that EAGLE heads can be written into a folder without destroying anything.
+
+    Raises:
+        CheckpointError: If it is a file, or holds another model, or weights that others would read
+            in place of the new ones.
+    """
+    require_folder(folder)
+    for name in _RIVALS:
+        if (folder / name).exists():
+            raise CheckpointError(
+                f"{folder / name}: found weights that are read in place of {WEIGHTS_NAME}, "
+                "expected none; save the heads into a folder of their own"
+            )
+    weights = folder / WEIGHTS_NAME
+    is_taken = (folder / CONFIG_NAME).is_file() or weights.is_file()
+    is_mine = weights.is_file() and any(
+        source.path == weights and is_eagle(source) for source in weight_files(folder)
+    )
+    if is_taken and not is_mine:
+        raise CheckpointError(
+            f"{folder}: found the config or weights of another model, expected none or those of "
+            "EAGLE heads; save the heads into a folder of their own"
+        )
+
+
+def _with_usual_layers(checkpoint: EagleCheckpoint, num_target_layers: int) -> EagleCheckpoint:
+    config = checkpoint.config
+    if config.kind == "eagle" or config.feature_layers is None:
+        return checkpoint
+    layers = config.layers_to_read(num_target_layers)
+    if layers != usual_layers(num_target_layers):
+        return checkpoint
+    return replace(checkpoint, config=replace(config, feature_layers=None))
+
+
+def _require_whole(folder: Path, checkpoint: EagleCheckpoint) -> None:
+    expected = _expected_shapes(checkpoint.config)
+    found = {name: tuple(tensor.shape) for name, tensor in checkpoint.tensors.items()}
+    wrong = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
+    if wrong:
+        name = wrong[0]
+        raise CheckpointError(
+            f"{folder}: tensor {name!r} has shape {found.get(name)}, expected {expected.get(name)} "
+            "as the numbers of the heads say; pass the numbers that the tensors were made with"
+        )
+
+
+def _require_same_numbers(path: Path, written: EagleConfig, found: EagleConfig) -> None:
+    expected, actual = (
+        asdict(
+            replace(config, rope_parameters=read_rope({"rope_parameters": config.rope_parameters}))
+        )
+        for config in (written, found)
+    )
+    for name, value in expected.items():
+        if actual[name] != value:
+            raise CheckpointError(
+                f"{path}: {name} reads back as {actual[name]!r}, expected {value!r} as it was "
+                "written, the old files are kept; report it with these numbers"
+            )
+
+
+def _named_tensors(checkpoint: EagleCheckpoint) -> dict[str, Tensor]:
+    """Return the tensors by the names that SafeAILab's code has for them."""
+    config = checkpoint.config
+    named = {}
+    for name, tensor in checkpoint.tensors.items():
+        if name == "draft_columns":
+            continue
+        key = name.replace("feature_norms.", "fc_norm.").replace("feature_norm.", "input_norm.")
+        if config.kind == "eagle3":
+            key = key.replace("layers.0.", "midlayer.")
+        named[key] = tensor
+    if config.kind == "eagle3" and config.has_own_lm_head:
+        named |= _draft_lists(checkpoint)
+    return named
+
+
+def _draft_lists(checkpoint: EagleCheckpoint) -> dict[str, Tensor]:
+    """Return which token each column is; SpecForge asks for it even where it is all of them."""
+    config = checkpoint.config
+    columns = checkpoint.tensors.get(
+        "draft_columns", torch.arange(config.vocab_size, device="cpu")
+    ).cpu()
+    is_drafted = torch.zeros(config.vocab_size, dtype=torch.bool, device="cpu")
+    is_drafted[columns] = True
+    return {"d2t": columns - torch.arange(len(columns), device="cpu"), "t2d": is_drafted}

@@ -1,23 +1,148 @@
 """EAGLE heads: a small decoder that guesses on from the target's hidden states."""
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRotaryEmbedding
 from typing_extensions import override
 
 from speclm.errors import OptionError
-from speclm.methods.eagle.checkpoint import EagleCheckpoint
 from speclm.methods.eagle.config import EagleConfig
-from speclm.methods.eagle.layer import EagleLayer, KeyValueStore, Rotation
-from speclm.tree.static import Choices
+
+if TYPE_CHECKING:
+    from speclm.methods.eagle.checkpoint import EagleCheckpoint
 
 _INIT_STD = 0.02  # that of Llama
+
+Rotation = tuple[Tensor, Tensor]
+"""Cosines and sines, ``[batch, seq, head_dim]``."""
+
+
+@runtime_checkable
+class KeyValueStore(Protocol):
+    """What the heads need of a cache; those of Transformers have it."""
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, /) -> tuple[Tensor, Tensor]:
+        """Add the keys and values of a layer's new slots, and return all of them."""
+        ...
+
+
+class EagleAttention(nn.Module):
+    """Grouped attention whose inputs may be wider than its output."""
+
+    def __init__(self, config: EagleConfig, *, input_size: int, index: int) -> None:
+        super().__init__()
+        self.index = index
+        self.head_dim = config.head_dim
+        self.is_grouped = config.num_attention_heads != config.num_key_value_heads
+        self.sliding_window = config.sliding_window
+        q_size = config.num_attention_heads * config.head_dim
+        kv_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(input_size, q_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(input_size, kv_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(input_size, kv_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.attention_output_bias)
+        self.q_norm = self.k_norm = None
+        if config.has_qk_norm:
+            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        states: Float[Tensor, "batch seq input"],
+        *,
+        rotation: Rotation,
+        attention_mask: Tensor | None,
+        past_key_values: KeyValueStore | None,
+    ) -> Float[Tensor, "batch seq hidden"]:
+        """Attend to earlier slots and these."""
+        batch, seq = states.shape[:2]
+        by_head = (batch, seq, -1, self.head_dim)
+        queries = self.q_proj(states).view(by_head)
+        keys = self.k_proj(states).view(by_head)
+        values = self.v_proj(states).view(by_head).transpose(1, 2)
+        if self.q_norm is not None and self.k_norm is not None:
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        both = _rotated(torch.cat((queries, keys), dim=2), rotation).transpose(1, 2)
+        queries, keys = both[:, : queries.shape[2]], both[:, queries.shape[2] :]
+        if past_key_values is not None:
+            keys, values = past_key_values.update(keys, values, self.index)
+        is_plain = attention_mask is None and self.sliding_window is None and seq == keys.shape[2]
+        if attention_mask is None and not is_plain:
+            attention_mask = self._causal_mask(seq, keys)
+        elif attention_mask is not None and attention_mask.is_floating_point():
+            attention_mask = attention_mask.to(queries.dtype)
+        attended = F.scaled_dot_product_attention(
+            queries,
+            keys,
+            values,
+            attn_mask=attention_mask,
+            is_causal=is_plain and seq > 1,
+            enable_gqa=self.is_grouped,
+        )
+        joined = attended.transpose(1, 2).reshape(batch, seq, -1)
+        return self.o_proj(joined)  # type: ignore[no-any-return]  # a Linear's call is untyped
+
+    def _causal_mask(self, seq: int, keys: Tensor) -> Tensor | None:
+        kv_len, window = keys.shape[2], self.sliding_window
+        if seq == 1 and (window is None or kv_len <= window):
+            return None
+        slots = torch.arange(kv_len, device=keys.device)
+        behind = slots[kv_len - seq :, None] - slots  # [seq, kv_len]
+        sees = behind >= 0
+        return sees if window is None else sees & (behind < window)
+
+
+def _rotated(
+    states: Float[Tensor, "batch seq heads head_dim"], rotation: Rotation
+) -> Float[Tensor, "batch seq heads head_dim"]:
+    """Turn the pairs (i, i + half) of every head."""
+    cosines, sines = (part[:, :, None] for part in rotation)  # the same for all heads
+    first, second = states.chunk(2, dim=-1)
+    return torch.addcmul(states * cosines, torch.cat((-second, first), dim=-1), sines)
+
+
+class EagleLayer(nn.Module):
+    """One decoder layer.
+
+    The first of EAGLE-1 has no norm before attention. The first of EAGLE-3 attends with embeddings
+    and hidden states side by side, each normed. All others are Llama's.
+    """
+
+    def __init__(self, config: EagleConfig, llama: LlamaConfig, *, index: int) -> None:
+        super().__init__()
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.is_joining = index == 0 and config.kind == "eagle3"
+        self.norm_before_residual = config.norm_before_residual
+        self.self_attn = EagleAttention(
+            config, input_size=hidden * (1 + self.is_joining), index=index
+        )
+        self.mlp = LlamaMLP(llama)  # type: ignore[no-untyped-call]
+        self.post_attention_layernorm = nn.RMSNorm(hidden, eps=eps)
+        self.input_layernorm = nn.RMSNorm(hidden, eps=eps) if index or self.is_joining else None
+        self.hidden_norm = nn.RMSNorm(hidden, eps=eps) if self.is_joining else None
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "batch seq hidden"],
+        embeddings: Float[Tensor, "batch seq hidden"],
+        **attention: Any,
+    ) -> Float[Tensor, "batch seq hidden"]:
+        """Run the layer; embeddings are read by the first layer of EAGLE-3 alone."""
+        states = residual = hidden
+        if self.input_layernorm is not None and self.hidden_norm is not None:
+            states = self.hidden_norm(hidden)
+            residual = states if self.norm_before_residual else hidden
+            states = torch.cat((self.input_layernorm(embeddings), states), dim=-1)
+        elif self.input_layernorm is not None:
+            states = self.input_layernorm(hidden)
+        hidden = residual + self.self_attn(states, **attention)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))  # type: ignore[no-any-return]
 
 
 class EagleHeads(nn.Module):
@@ -257,7 +382,7 @@ class EagleHeads(nn.Module):
 
 
 def build_eagle(
-    checkpoint: EagleCheckpoint,
+    checkpoint: "EagleCheckpoint",
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
@@ -281,20 +406,6 @@ def build_eagle(
     }
     heads.load_state_dict(state, assign=True)
     return heads.to(target)
-
-
-def eagle_checkpoint(
-    heads: EagleHeads, *, base_name_or_path: str | None = None, choices: Choices | None = None
-) -> EagleCheckpoint:
-    """Return heads as numbers and tensors, whose memory they share, to be written.
-
-    Args:
-        heads: Trained heads.
-        base_name_or_path: The model that they were trained on, if it is to be recorded.
-        choices: Static tree that is to be stored with them.
-    """
-    tensors = {name: tensor.detach() for name, tensor in heads.state_dict().items()}
-    return EagleCheckpoint(heads.config, tensors, base_name_or_path, choices)
 
 
 def _constant(name: str) -> float:

@@ -1,4 +1,4 @@
-"""Reads Medusa heads, in every published layout, into stacked tensors."""
+"""Reads Medusa heads in every published layout, and writes them in one."""
 
 import logging
 import re
@@ -25,6 +25,7 @@ from speclm.files.weights import (
     MAX_COUNT,
     WeightFiles,
     read_json,
+    read_text,
     reading,
     weight_files,
 )
@@ -43,18 +44,18 @@ _PREFIX = re.compile(r"medusa_heads?\.")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MedusaCheckpoint:
-    """Medusa heads as plain numbers and stacked tensors.
+    """Medusa heads as numbers and stacked tensors.
 
-    The tensors have the names and shapes of the state dict of `speclm.heads.MedusaHeads`.
+    The tensors have the names and shapes of the state dict of `MedusaHeads`.
 
     Args:
         weight: Matrix of each residual layer.
         bias: Its bias; None where the layers have none.
         lm_weight: Output matrix of each head; None where the target's is used.
-        vocab_size: Width of the logits; None where no tensor and no config tells.
+        vocab_size: Width of the logits; None if neither a tensor nor the config shows it.
         base_name_or_path: The model that the heads were trained on, if known.
         choices: Tree that was stored with the heads.
-        is_merged: Whether they lay among the weights of a whole model trained with them.
+        is_merged: Whether they were among the weights of a whole model trained with them.
     """
 
     weight: Float[Tensor, "layers heads hidden hidden"]
@@ -97,7 +98,7 @@ class MedusaCheckpoint:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors by name, absent ones left out."""
+        """The tensors by name, without absent ones."""
         named = {"weight": self.weight, "bias": self.bias, "lm_weight": self.lm_weight}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
@@ -123,8 +124,8 @@ class _Keys:
         for key in keys:
             name = _PREFIX.sub("", key, count=1)
             if match := _LAYER.fullmatch(name) or _VLLM_LAYER.fullmatch(name):
-                place = parts.layers if match[3] == "weight" else parts.biases
-                _put(source, place, (int(match[1]), int(match[2])), key)
+                role = parts.layers if match[3] == "weight" else parts.biases
+                _put(source, role, (int(match[1]), int(match[2])), key)
             elif match := _VLLM_LM_HEAD.fullmatch(name):
                 _put(source, parts.lm_heads, int(match[1]), key)
             elif match := _LM_HEAD.fullmatch(name):
@@ -139,7 +140,7 @@ class _Keys:
         for head, layer in lm_layers.items():
             if layer != parts.num_layers:
                 raise CheckpointError(
-                    f"{source.path}: {parts.lm_heads[head]!r} is an output matrix at place {layer},"
+                    f"{source.path}: {parts.lm_heads[head]!r} is an output matrix at index {layer},"
                     f" expected it after {parts.num_layers} layers; layers are missing, download "
                     "the file again"
                 )
@@ -161,17 +162,27 @@ def find_medusa(folder: Path) -> WeightFiles | None:
         CheckpointError: If a file that would have to be looked into cannot be read.
     """
     with reading(folder):
-        return next((source for source in weight_files(folder) if _head_keys(source)), None)
+        sources = weight_files(folder, first="medusa")
+        return next((source for source in sources if _head_keys(source)), None)
+
+
+def looks_like_medusa(folder: Path) -> bool:
+    """Return whether a repository may hold Medusa heads, from its small files and their names."""
+    return (
+        any(folder.glob("medusa_lm_head.*"))
+        or '"medusa' in read_text(folder / "config.json")
+        or any('"medusa_head' in read_text(index) for index in folder.glob("*.index.json"))
+    )
 
 
 def read_medusa(folder: str | Path) -> MedusaCheckpoint:
     """Read Medusa heads from a folder.
 
-    Known are the layouts of FasterDecoding's Medusa (with and without output matrices, pickled
+    Known layouts are those of FasterDecoding's Medusa (with and without output matrices, pickled
     or not), of models merged with their heads (in safetensors or ``pytorch_model.bin``, in one
-    file or shards), of TGI, of vLLM up to 0.32, and our own. The number
-    of heads and layers, the biases and the dtype come from the tensors: published configs name
-    other numbers. Pickles are read without running code.
+    file or shards), of TGI, of vLLM up to 0.32, and our own. Published configs name wrong numbers
+    of heads and layers: these, the biases and the dtype come from the tensors. Pickles are read
+    without running code.
 
     Raises:
         CheckpointError: If the folder holds no Medusa heads, or a key or tensor is missing,
@@ -229,7 +240,7 @@ def _read(folder: Path) -> MedusaCheckpoint:
 
 
 def _head_keys(source: WeightFiles) -> list[str]:
-    """Return the keys that have to be parts of heads: all, but for a merged model's own."""
+    """Return the keys that have to be parts of heads: all but those of a merged model itself."""
     prefixed = [key for key in source.files if _PREFIX.match(key)]
     if prefixed:
         return sorted(prefixed)
@@ -237,12 +248,12 @@ def _head_keys(source: WeightFiles) -> list[str]:
     return sorted(source.files) if is_heads else []
 
 
-def _put(source: WeightFiles, place: dict[Any, str], part: Any, key: str) -> None:
-    if part in place:
+def _put(source: WeightFiles, role: dict[Any, str], part: Any, key: str) -> None:
+    if part in role:
         raise CheckpointError(
-            f"{source.path}: keys {place[part]!r} and {key!r} stand for the same tensor; keep one"
+            f"{source.path}: keys {role[part]!r} and {key!r} stand for the same tensor; keep one"
         )
-    place[part] = key
+    role[part] = key
 
 
 def _stack(
@@ -332,9 +343,10 @@ def write_medusa(
 ) -> None:
     """Write Medusa heads into a folder, next to whatever else it holds.
 
-    TGI and vLLM up to 0.32 read it; heads without output matrices only TGI, and those of one
-    layer. The files are written aside, read back and compared bit by bit; only then do they appear
-    together, or replace older ones, the config last.
+    TGI and vLLM up to 0.32 read them; heads without output matrices are read by TGI only, if they
+    have one layer. The files are written
+    to a temporary folder, read back and compared bit by bit; then they appear together, or replace
+    older ones.
 
     Args:
         folder: Created if it does not exist.
@@ -346,7 +358,7 @@ def write_medusa(
             back is not what was written.
     """
     folder = Path(folder)
-    require_place_for_heads(folder)
+    require_writable(folder)
 
     def check(aside: Path) -> None:
         found = read_medusa(aside)
@@ -362,7 +374,7 @@ def write_medusa(
     )
 
 
-def require_place_for_heads(folder: Path) -> None:
+def require_writable(folder: Path) -> None:
     """Check that Medusa heads can be written into a folder without destroying anything.
 
     Raises:

@@ -14,7 +14,6 @@ from speclm.acceptance.accepted import Accepted
 from speclm.config import MAX_DEPTH, ProposerConfig, require_count, require_in_range
 from speclm.drafting.interface import Draft, Prefill, Proposer
 from speclm.drafting.levels import least_probability
-from speclm.drafting.registry import register_proposer
 from speclm.sampling.noise import PositionNoise
 from speclm.tree.plan import TreePlan
 from speclm.tree.topology import trees_of
@@ -143,7 +142,6 @@ class NgramConfig(ProposerConfig):
         require_in_range("min_probability", self.min_probability, low=0.001, high=1.0)
 
 
-@register_proposer("ngram")
 class NgramProposer(Proposer):
     """Proposes what followed the longest n-gram that occurred before, in prompt or output.
 

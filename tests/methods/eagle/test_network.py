@@ -8,9 +8,9 @@ from transformers import DynamicCache, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from speclm.errors import OptionError
+from speclm.methods.eagle.checkpoint import eagle_checkpoint
 from speclm.methods.eagle.config import EagleConfig
-from speclm.methods.eagle.layer import KeyValueStore
-from speclm.methods.eagle.network import EagleHeads, build_eagle, eagle_checkpoint
+from speclm.methods.eagle.network import EagleHeads, KeyValueStore, build_eagle
 
 CLOSE = 1e-6  # float32 values of about 1, next to double ones
 HIDDEN, VOCAB = 8, 13

@@ -1,13 +1,16 @@
-"""Finds the numbers of EAGLE heads in their tensors, with their config as a hint."""
+"""Finds the numbers of EAGLE heads in tensors and config.json, and writes the config."""
 
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from speclm.errors import CheckpointError, OptionError, shown
 from speclm.files.weights import MAX_COUNT, read_json
 from speclm.methods.eagle.config import NUM_FEATURES, EagleConfig, read_rope
+from speclm.tree.static import Choices
 
 _log = logging.getLogger("speclm")
 
@@ -37,6 +40,9 @@ _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys((*_LAYER_IDS, "layer_types"), (list,)),
 }
 _MAX_NUMBER = 1e30  # of what is no count
+_ARCHITECTURES = {"eagle": "LlamaForCausalLM", "eagle3": "LlamaForCausalLMEagle3"}
+_QWEN_ARCHITECTURES = {"eagle": "Qwen3ForCausalLM", "eagle3": "Eagle3Qwen3ForCausalLM"}
+_FLAGS = ("norm_before_residual", "fc_norm", "norm_before_fc", "norm_output")
 
 
 def read_hints(folder: Path) -> dict[str, Any]:
@@ -153,58 +159,6 @@ def infer_config(path: Path, shapes: Shapes, hints: Mapping[str, Any], kind: str
         )
     except OptionError as error:
         raise CheckpointError(f"{path} or the config.json next to it: {error}") from error
-
-
-def expected_shapes(config: EagleConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each tensor that heads of some numbers have."""
-    hidden, width = config.hidden_size, config.num_features * config.target_hidden_size
-    is_eagle3 = config.kind == "eagle3"
-    shapes: dict[str, tuple[int, ...]] = {"fc.weight": (hidden, width if is_eagle3 else 2 * hidden)}
-    if config.fc_bias:
-        shapes["fc.bias"] = (hidden,)
-    if config.fc_norm:
-        for index in range(config.num_features):
-            shapes[f"feature_norms.{index}.weight"] = (config.target_hidden_size,)
-    if config.norm_before_fc:
-        shapes["feature_norm.weight"] = (width,)
-    for index in range(config.num_layers):
-        for name, shape in _layer_shapes(config, is_first=index == 0).items():
-            shapes[f"layers.{index}.{name}"] = shape
-    if is_eagle3:
-        shapes["norm.weight"] = (hidden,)
-    if config.has_own_lm_head:
-        shapes["lm_head.weight"] = (config.draft_vocab_size, hidden)
-    if config.has_own_embeddings:
-        shapes["embed_tokens.weight"] = (config.vocab_size, hidden)
-    return shapes
-
-
-def _layer_shapes(config: EagleConfig, *, is_first: bool) -> dict[str, tuple[int, ...]]:
-    hidden, wide = config.hidden_size, config.intermediate_size
-    is_joining = is_first and config.kind == "eagle3"
-    read = hidden * (1 + is_joining)
-    queries = config.num_attention_heads * config.head_dim
-    keys = config.num_key_value_heads * config.head_dim
-    shapes: dict[str, tuple[int, ...]] = {}
-    for part, size in (("q", queries), ("k", keys), ("v", keys)):
-        shapes[f"self_attn.{part}_proj.weight"] = (size, read)
-        if config.attention_bias:
-            shapes[f"self_attn.{part}_proj.bias"] = (size,)
-    shapes["self_attn.o_proj.weight"] = (hidden, queries)
-    if config.attention_output_bias:
-        shapes["self_attn.o_proj.bias"] = (hidden,)
-    if config.has_qk_norm:
-        shapes |= dict.fromkeys(
-            ("self_attn.q_norm.weight", "self_attn.k_norm.weight"), (config.head_dim,)
-        )
-    shapes |= dict.fromkeys(("mlp.gate_proj.weight", "mlp.up_proj.weight"), (wide, hidden))
-    shapes["mlp.down_proj.weight"] = (hidden, wide)
-    norms = ["post_attention_layernorm"]
-    if is_joining:
-        norms.append("hidden_norm")
-    if is_joining or not is_first:
-        norms.append("input_layernorm")
-    return shapes | {f"{norm}.weight": (hidden,) for norm in norms}
 
 
 def _matrix(path: Path, shapes: Shapes, name: str) -> tuple[int, int]:
@@ -328,3 +282,91 @@ def _compare(path: Path, hints: Mapping[str, Any], config: Mapping[str, Any]) ->
     ]
     if wrong:
         _log.warning("%s goes by its tensors; config.json says %s", path, ", ".join(wrong))
+
+
+def describe(
+    config: EagleConfig,
+    *,
+    dtype: torch.dtype,
+    base_name_or_path: str | None,
+    choices: Choices | None,
+) -> dict[str, Any]:
+    """Return the config of a Llama, or Qwen where queries are normed, with EAGLE's numbers."""
+    names = _QWEN_ARCHITECTURES if config.has_qk_norm else _ARCHITECTURES
+    described: dict[str, Any] = {
+        "architectures": [names[config.kind]],
+        "model_type": "qwen3" if config.has_qk_norm else "llama",
+        "base_model_name_or_path": base_name_or_path,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "num_hidden_layers": config.num_layers,
+        "vocab_size": config.vocab_size,
+        "hidden_act": config.hidden_act,
+        "rms_norm_eps": config.rms_norm_eps,
+        "max_position_embeddings": config.max_position_embeddings,
+        **_rope(config),
+        **_window(config),
+        "logit_scale": None if config.logit_scale == 1 else config.logit_scale,
+        "tie_word_embeddings": False,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        **(_eagle3(config) if config.kind == "eagle3" else _eagle1(config)),
+    }
+    described = {name: value for name, value in described.items() if value is not None}
+    if config.kind == "eagle3":
+        # SGLang asks for it, and shares the target's output matrix where it is null.
+        described["draft_vocab_size"] = config.draft_vocab_size if config.has_own_lm_head else None
+    if choices is not None:
+        described["speclm"] = {"choices": [list(path) for path in choices]}
+    return described
+
+
+def _eagle1(config: EagleConfig) -> dict[str, Any]:
+    # Without a word on `bias`, SafeAILab's code makes one; vLLM takes it for that of attention
+    # unless `qkv_bias` is there.
+    return {
+        "bias": config.fc_bias,
+        "qkv_bias": config.attention_bias,
+        "attention_bias": config.attention_output_bias,
+    }
+
+
+def _eagle3(config: EagleConfig) -> dict[str, Any]:
+    described: dict[str, Any] = {
+        "attention_bias": config.attention_bias,
+        "bias": config.fc_bias or None,
+        **{name: getattr(config, name) or None for name in _FLAGS},
+    }
+    if config.target_hidden_size != config.hidden_size:
+        described["target_hidden_size"] = config.target_hidden_size
+    if config.feature_layers is not None:
+        layers = list(config.feature_layers)
+        described["num_aux_hidden_states"] = len(layers)
+        described["eagle_config"] = {
+            "use_aux_hidden_state": True,
+            "eagle_aux_hidden_state_layer_ids": layers,
+        }
+    return described
+
+
+def _rope(config: EagleConfig) -> dict[str, Any]:
+    """Return the rotation as Transformers 4 wrote it, which everybody reads."""
+    rope = read_rope({"rope_parameters": config.rope_parameters})
+    theta, rope_type = rope.pop("rope_theta"), rope.pop("rope_type")
+    if rope_type == "default":
+        return {"rope_theta": theta}
+    # SafeAILab's code takes two keys and no others.
+    key = "type" if rope_type in ("linear", "dynamic") and len(rope) == 1 else "rope_type"
+    return {"rope_theta": theta, "rope_scaling": {key: rope_type, **rope}}
+
+
+def _window(config: EagleConfig) -> dict[str, Any]:
+    if config.sliding_window is None:
+        return {}
+    return {
+        "sliding_window": config.sliding_window,
+        "use_sliding_window": True,
+        "layer_types": ["sliding_attention"] * config.num_layers,
+    }
