@@ -1,52 +1,78 @@
+"""What EAGLE heads say about themselves, and the options of their training."""
+
+import pytest
+import torch
 import yaml
 
-from speclm.cards import GENERATED_MARK
-from speclm.methods.eagle.card import EagleCard
+from speclm.errors import OptionError
+from speclm.methods.eagle.checkpoint import EagleCheckpoint
+from speclm.methods.eagle.config import EagleConfig
+from speclm.methods.eagle.method import (
+    Eagle3TrainingOptions,
+    EagleMethod,
+    EagleTrainingOptions,
+    eagle_card,
+)
 
-NUMBERS = {
-    "num_layers": 1,
-    "feature_layers": (2, 16, 29),
+SIZES = {
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 2,
     "vocab_size": 128256,
-    "num_parameters": 1234567,
-    "dtype": "bfloat16",
-    "has_own_lm_head": True,
+    "target_hidden_size": 8,
 }
-OF_3 = {**NUMBERS, "kind": "eagle3", "draft_vocab_size": 32000}
-OF_1 = {**NUMBERS, "kind": "eagle", "feature_layers": (), "draft_vocab_size": 128256}
+OF_3 = {"kind": "eagle3", "draft_vocab_size": 32000, "num_features": 3, "has_own_lm_head": True}
+OF_1 = {"kind": "eagle", "draft_vocab_size": 128256}
 
 
-def test_header_names_library_base_and_license():
-    card = EagleCard(**OF_3, base="org/base", license="apache-2.0").render()
-    assert yaml.safe_load(card.split("---\n", 2)[1]) == {
-        "library_name": "speclm",
-        "base_model": "org/base",
-        "license": "apache-2.0",
-        "tags": ["speclm", "eagle3", "speculative-decoding", "text-generation"],
-    }
+def card(numbers, **changes):
+    tensors = {"fc.weight": torch.zeros(1111, 1111), "draft_columns": torch.zeros(9).long()}
+    checkpoint = EagleCheckpoint(EagleConfig(**SIZES, **numbers), tensors, **changes)
+    return eagle_card(checkpoint, num_target_layers=32, repo_id="me/heads").render()
 
 
-def test_what_is_not_known_is_left_out():
-    card = EagleCard(**OF_1).render()
-    assert yaml.safe_load(card.split("---\n", 2)[1]).keys() == {"library_name", "tags"}
-    assert "base model | not recorded" in card
-    assert "None" not in card
-    assert "Measured" not in card
-    assert "| tokens guessed | all |" in card
-    assert "reads too, but for a bias" in card
+def test_card_of_eagle_3_gives_numbers_and_loading():
+    text = card(OF_3, base_name_or_path="org/base")
+    assert yaml.safe_load(text.split("---\n", 2)[1])["tags"][1] == "eagle3"
+    assert "# EAGLE-3 heads for org/base" in text
+    assert 'SpecModel.from_pretrained("org/base", "me/heads")' in text
+    assert "| hidden states read | 2, 16, 29 (0 is the embeddings) |" in text
+    assert "| tokens drafted | 32,000 of 128,256 |" in text
+    assert "1,234,321" in text
+    assert "SGLang" in text
 
 
-def test_text_gives_numbers_loading_and_promises():
-    card = EagleCard(**OF_3, base="org/base", repo_id="me/heads").render()
-    assert "# EAGLE-3 heads for org/base" in card
-    assert 'SpecModel.from_pretrained("org/base", "me/heads")' in card
-    assert "| hidden states read | 2, 16, 29 (0 is the embeddings) |" in card
-    assert "| tokens guessed | 32,000 of 128,256 |" in card
-    assert "1,234,567" in card
-    assert "`typical` is **lossy**" in card
-    assert "SGLang" in card
-    assert GENERATED_MARK in card
+def test_card_of_eagle_1_leaves_out_what_is_not_known():
+    text = card(OF_1)
+    assert "base model | not recorded" in text
+    assert "None" not in text
+    assert "| tokens drafted | all |" in text
+    assert "reads too, but for a bias" in text
 
 
-def test_figures_are_listed_if_there_are_any():
-    card = EagleCard(**OF_3, figures={"tau, greedy": "2.9"}).render()
-    assert "## Measured\n\n| | |\n| --- | --- |\n| tau, greedy | 2.9 |\n\n## Load" in card
+def test_training_options_that_contradict_are_refused():
+    for options, wrong, words in (
+        (EagleTrainingOptions, {"num_layers": 0}, "--num-layers is 0"),
+        (EagleTrainingOptions, {"init_revision": "v2"}, "--init-revision is 'v2' without --init"),
+        (EagleTrainingOptions, {"init": "a", "num_layers": 2}, "--num-layers is 2 next to --init"),
+        (Eagle3TrainingOptions, {"draft_vocab_size": 0}, "--draft-vocab-size is 0"),
+        (Eagle3TrainingOptions, {"init": "a", "draft_vocab_size": 9}, "next to --init 'a'"),
+    ):
+        with pytest.raises(OptionError, match=words):
+            options(**wrong)
+
+
+def test_configs_may_name_eagle_in_any_case_and_may_be_broken(tmp_path):
+    method, config = EagleMethod(), tmp_path / "config.json"
+    assert not method.is_declared(tmp_path)
+    for text, is_declared in (
+        ('{"architectures": ["LlamaForCausalLMEagle3"]}', True),
+        ('{"architectures": ["LlamaForCausalLM"]}', False),
+        ('{"architectures": [3]}', False),
+        ("[" * 10**5, False),
+        ("[]", False),
+    ):
+        config.write_text(text)
+        assert method.is_declared(tmp_path) is is_declared

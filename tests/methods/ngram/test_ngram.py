@@ -3,11 +3,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from speclm.drafting.registry import registered_proposers
 
 from speclm.acceptance import Accepted
 from speclm.drafting.interface import Draft, Prefill
 from speclm.drafting.levels import least_probability
-from speclm.drafting.registry import registered_proposers
 from speclm.errors import OptionError
 from speclm.methods.ngram.proposer import NgramProposer
 
