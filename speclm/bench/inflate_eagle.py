@@ -20,7 +20,8 @@ from speclm.bench.inflate import EXTRA_LOGIT
 from speclm.bench.shapes import InflatedShape
 from speclm.errors import OptionError
 from speclm.methods.eagle.config import EagleConfig
-from speclm.methods.eagle.network import EagleHeads, EagleLayer
+from speclm.methods.eagle.layer import EagleLayer
+from speclm.methods.eagle.network import EagleHeads
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
-"""Proposes what EAGLE heads guess on from the target's features."""
+"""Drafts trees with EAGLE heads, which continue the target's features."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,7 +28,7 @@ from speclm.drafting.levels import (
 )
 from speclm.drafting.ranking import LevelRanking, path_expansions
 from speclm.errors import OptionError, VocabularyMismatchError
-from speclm.methods.eagle.network import EagleHeads
+from speclm.methods.eagle.network import EagleHeads, LevelRun
 from speclm.sampling.drafts import DraftSampler, DraftSampling
 from speclm.sampling.noise import PositionNoise
 from speclm.target import TargetFeatures, TargetView
@@ -53,106 +53,11 @@ class EagleProposerConfig(GrownTreeConfig):
     min_confidence: float = 0.3
 
 
-class LevelRun:
-    """What is the same at all levels of a draft, and what one level leaves to the next.
-
-    Slot depths and positions of all levels are known before the first, so that rotations are
-    computed once; a level's mask is its parents' rows of the one above.
-    """
-
-    def __init__(
-        self,
-        heads: EagleHeads,
-        cache: TreeCache,
-        *,
-        hidden: Float[Tensor, "batch hidden"],
-        widths: list[int],
-        embedding: Callable[[Tensor], Tensor],
-    ) -> None:
-        """Start at the roots.
-
-        Args:
-            heads: The network.
-            cache: Its committed slots; no node may be pending.
-            hidden: Output of the slot before each root.
-            widths: Most nodes of each level to come.
-            embedding: See `EagleHeads.embed`.
-        """
-        self._heads, self._cache, self._embedding = heads, cache, embedding
-        self.hidden: Float[Tensor, "batch nodes hidden"] = hidden[:, None]
-        """Outputs of the nodes that were fed last; at first, of the slot before the root."""
-        self._level = 0
-        self._seen = self._seen_by_root(widths)
-        if widths:
-            cache.reserve(sum(widths))
-            first = cache.lengths - cache.num_padding
-            depths = torch.arange(len(widths), device=first.device)
-            self._rotation = heads.rotation((first[:, None] + depths).clamp(min=0))
-
-    def below(
-        self, tokens: Int[Tensor, "batch width"], parents: Int[Tensor, "batch width"]
-    ) -> Float[Tensor, "batch width hidden"]:
-        """Feed the next level, whose nodes become pending.
-
-        Args:
-            tokens: The target's tokens.
-            parents: Place of each one's parent among the nodes fed last.
-        """
-        level, width = self._level, tokens.shape[1]
-        size = self.hidden.shape[2]
-        above = self.hidden.gather(1, parents[:, :, None].expand(-1, -1, size))
-        cosines, sines = self._rotation
-        self.hidden = self._heads(
-            above,
-            self._heads.embed(tokens, embedding=self._embedding),
-            rotation=(cosines[:, level : level + 1], sines[:, level : level + 1]),
-            attention_mask=self._bias(parents),
-            past_key_values=self._cache,
-        )
-        self._cache.append(width)
-        self._level += 1
-        return self.hidden
-
-    def _seen_by_root(self, widths: list[int]) -> Float[Tensor, "batch 1 slots"] | None:
-        """Return the mask of all slots of the draft in scores; None for chains that see all."""
-        cache, window = self._cache, self._heads.config.sliding_window
-        reach = cache.tree_start + len(widths)
-        is_whole = not cache.is_ragged and not cache.has_padding
-        if is_whole and max(widths, default=1) == 1 and (window is None or reach <= window):
-            return None
-        lengths = cache.lengths[:, None]
-        slots = torch.arange(cache.tree_start + sum(widths), device=lengths.device)
-        sees = (slots >= cache.num_padding[:, None]) & (slots < lengths)
-        if window is not None:
-            levels = [level for level, width in enumerate(widths) for _ in range(width)]
-            pending = lengths + torch.tensor(levels, device=lengths.device, dtype=torch.long)
-            prefix = slots[: cache.tree_start].expand(len(lengths), -1)
-            self._places = torch.cat([prefix, pending], dim=1)  # of a row, padding included
-        seen = torch.zeros(sees.shape, dtype=self._heads.dtype, device=sees.device)
-        return seen.masked_fill_(~sees, torch.finfo(seen.dtype).min)[:, None]
-
-    def _bias(
-        self, parents: Int[Tensor, "batch width"]
-    ) -> Float[Tensor, "batch 1 width kv_len"] | None:
-        if self._seen is None:
-            return None
-        cache, width = self._cache, parents.shape[1]
-        own = cache.tree_start + cache.num_pending
-        seen = self._seen.gather(1, parents[:, :, None].expand(-1, -1, self._seen.shape[2]))
-        seen.narrow(2, own, width).diagonal(dim1=1, dim2=2).zero_()
-        window = self._heads.config.sliding_window
-        if window is not None:
-            behind = cache.lengths[:, None] + self._level - self._places
-            seen.masked_fill_((behind >= window)[:, None], torch.finfo(seen.dtype).min)
-        self._seen = seen
-        return seen.narrow(2, 0, own + width)[:, None]
-
-
 class EagleProposer(Proposer):
     """Grows a tree with a small decoder that continues the target's own hidden states.
 
-    A slot of the heads joins the features of one position with the token after it. Committed slots
-    hold what the target really computed; what stands on guesses is dropped in every round.
+    Committed positions of the heads' cache are computed from the target's features; positions of
+    draft tokens are dropped in every round.
 
     Source: Li et al. 2024 (EAGLE-2), Li et al. 2025 (EAGLE-3).
     """
@@ -183,7 +88,7 @@ class EagleProposer(Proposer):
             VocabularyMismatchError: If the heads were made for another vocabulary.
             OptionError: If an option is unknown or out of range, a rank exceeds the heads'
                 vocabulary, or they have another width.
-            TopologyError: If the tree is none.
+            TopologyError: If `tree` is not a tree.
             UnsupportedModelError: If the target lacks the layers whose features are read, or its
                 embeddings are quantised or offloaded and the heads have none of their own.
         """
@@ -224,9 +129,9 @@ class EagleProposer(Proposer):
         self._cache: TreeCache | None = None
         self._unseen_tokens: list[list[int]] = []
         self._unseen_features: list[list[Tensor]] = []
-        self._hidden: Tensor | None = None  # of the slot before each root
+        self._hidden: Tensor | None = None  # at the position before each root
         self._is_idle: list[bool] = []
-        self._leaf_tokens: Tensor | None = None  # what nothing follows
+        self._leaf_tokens: Tensor | None = None  # tokens that end a row
 
     @property
     @override
@@ -265,7 +170,7 @@ class EagleProposer(Proposer):
     @override
     def commit(self, accepted: Accepted) -> None:
         if self._cache is not None:
-            self._cache.keep([[] for _ in accepted.emitted])  # guesses are not features
+            self._cache.keep([[] for _ in accepted.emitted])  # of draft tokens
         self._ranking.learn(accepted, path_expansions(accepted, self._grown))
         assert accepted.features is not None
         for row, emitted in enumerate(accepted.emitted):
@@ -279,23 +184,23 @@ class EagleProposer(Proposer):
         features = prompt.features
         assert features is not None
         following = torch.cat([prompt.tokens[:, 1:], prompt.first_tokens[:, None]], dim=1)
-        length = features.shape[1]  # of the last ones alone, where a cache held the first
+        length = features.shape[1]  # only of the last ones if a cache held the first
         padding = (prompt.num_padding - (prompt.tokens.shape[1] - length)).clamp(min=0)
         cache = TreeCache(num_layers=self.heads.config.num_layers, num_padding=padding)
         self._hidden = None
         if length > 0:
-            slots = torch.arange(length, device=padding.device)
-            visible = (slots[:, None] >= slots) & (slots >= padding[:, None])[:, None]
+            indices = torch.arange(length, device=padding.device)
+            visible = (indices[:, None] >= indices) & (indices >= padding[:, None])[:, None]
             visible |= torch.eye(length, dtype=torch.bool, device=padding.device)
             hidden = self._run(
-                following[:, -length:], self.heads.fuse(features), visible, slots[None], cache
+                following[:, -length:], self.heads.fuse(features), visible, indices[None], cache
             )
             cache.keep([list(range(length))] * len(padding))
             self._hidden = hidden[:, -1]
         return cache
 
     def _catch_up(self, device: torch.device) -> None:
-        """Read what the target computed since, of rows that got tokens."""
+        """Run the heads over the features of tokens that were committed since the last draft."""
         assert self._cache is not None
         counts = [len(tokens) for tokens in self._unseen_tokens]
         longest = max(counts)
@@ -328,7 +233,7 @@ class EagleProposer(Proposer):
         self._unseen_features = [[] for _ in counts]
 
     def _grow(self, config: EagleProposerConfig, noise: PositionNoise | None) -> GrowingTree:
-        """Guess level after level, and follow what is likeliest; tokens are the target's."""
+        """Draft level after level from the likeliest nodes; tokens are the target's."""
         branches = min(config.branches, self.heads.config.draft_vocab_size)
         assert self._hidden is not None
         device = self._hidden.device
@@ -357,7 +262,7 @@ class EagleProposer(Proposer):
     def _fill(
         self, roots: Int[Tensor, " batch"], choices: Choices, noise: PositionNoise | None
     ) -> Draft:
-        """Give a static tree the best guesses below each of its nodes."""
+        """Fill a static tree with the best candidates below each node."""
         tree = FilledTree(choices, roots=roots)
         run = self._start(tree.widths[1:])
         while True:
@@ -372,7 +277,7 @@ class EagleProposer(Proposer):
     def _draw(
         self, roots: Int[Tensor, " batch"], config: EagleProposerConfig, sampler: DraftSampler
     ) -> Draft:
-        """Draw the children of one level of a fixed tree after another."""
+        """Draw the children of one level of a static tree after another."""
         choices = config.choices or drawn_choices(
             width=config.width,
             branches=min(config.branches, self.heads.config.draft_vocab_size),
@@ -401,7 +306,7 @@ class EagleProposer(Proposer):
             run.below(tree.expanded_tokens, tree.expanded_parents)
 
     def _start(self, widths: list[int]) -> LevelRun:
-        """Return a run from the roots down levels of at most as many nodes."""
+        """Return a run of the heads from the roots down levels of these widths."""
         assert self._cache is not None
         assert self._hidden is not None
         return LevelRun(
@@ -416,16 +321,16 @@ class EagleProposer(Proposer):
         self,
         tokens: Int[Tensor, "batch nodes"],
         hidden: Float[Tensor, "batch nodes hidden"],
-        visible: Bool[Tensor, "rows nodes slots"],
-        slot_depths: Int[Tensor, "depth_rows slots"],
+        visible: Bool[Tensor, "rows nodes kv_len"],
+        kv_depths: Int[Tensor, "depth_rows kv_len"],
         cache: TreeCache,
     ) -> Float[Tensor, "batch nodes hidden"]:
         """Run the heads over new nodes, which become pending."""
         num_nodes = tokens.shape[1]
         cache.reserve(num_nodes)
         first = cache.lengths - cache.num_padding
-        positions = (first[:, None] + slot_depths[:, -num_nodes:]).clamp(min=0)
-        step = TreeStep(visible, slot_depths, cache)
+        positions = (first[:, None] + kv_depths[:, -num_nodes:]).clamp(min=0)
+        step = TreeStep(visible, kv_depths, cache)
         output: Tensor = self.heads(
             hidden,
             self._embed(tokens),
@@ -462,7 +367,7 @@ class EagleProposer(Proposer):
     def _spread(
         self, logits: Float[Tensor, "batch nodes draft_vocab"]
     ) -> Float[Tensor, "batch nodes vocab"]:
-        """Put logits at the target's tokens; all others get no probability to speak of."""
+        """Return logits over the target's tokens; others get next to no probability."""
         columns = self.heads.draft_columns
         if columns is None:
             return logits

@@ -25,7 +25,6 @@ from speclm.files.weights import (
     MAX_COUNT,
     WeightFiles,
     read_json,
-    read_text,
     reading,
     weight_files,
 )
@@ -113,12 +112,7 @@ class _Keys:
 
     @classmethod
     def of(cls, source: WeightFiles, keys: list[str]) -> Self:
-        """Sort keys into parts.
-
-        Raises:
-            CheckpointError: If one is no part of Medusa heads, or stands for the same part as
-                another.
-        """
+        """Sort keys into parts; refuse unknown ones and two for one part."""
         parts = cls({}, {}, {})
         lm_layers: dict[int, int] = {}
         for key in keys:
@@ -134,8 +128,7 @@ class _Keys:
             else:
                 raise CheckpointError(
                     f"{source.path}: found key {shown(key)}, expected only those of Medusa heads "
-                    "such as '0.0.linear.weight' and '0.1.weight'; remove it, or export "
-                    "them again"
+                    "such as '0.0.linear.weight' and '0.1.weight'; remove it, or export them again"
                 )
         for head, layer in lm_layers.items():
             if layer != parts.num_layers:
@@ -156,23 +149,14 @@ class _Keys:
 
 
 def find_medusa(folder: Path) -> WeightFiles | None:
-    """Return the weights of a folder that hold Medusa heads, judged by their keys alone.
+    """Return the weights of a folder that hold Medusa heads, judged by their keys only.
 
     Raises:
-        CheckpointError: If a file that would have to be looked into cannot be read.
+        CheckpointError: If a file that has to be opened cannot be read.
     """
     with reading(folder):
         sources = weight_files(folder, first="medusa")
         return next((source for source in sources if _head_keys(source)), None)
-
-
-def looks_like_medusa(folder: Path) -> bool:
-    """Return whether a repository may hold Medusa heads, from its small files and their names."""
-    return (
-        any(folder.glob("medusa_lm_head.*"))
-        or '"medusa' in read_text(folder / "config.json")
-        or any('"medusa_head' in read_text(index) for index in folder.glob("*.index.json"))
-    )
 
 
 def read_medusa(folder: str | Path) -> MedusaCheckpoint:
@@ -185,8 +169,7 @@ def read_medusa(folder: str | Path) -> MedusaCheckpoint:
     without running code.
 
     Raises:
-        CheckpointError: If the folder holds no Medusa heads, or a key or tensor is missing,
-            unknown or of another shape or dtype than the others.
+        CheckpointError: If there are none, or a tensor is missing, unknown or does not fit.
     """
     with reading(Path(folder)):
         return _read(Path(folder))
@@ -201,8 +184,7 @@ def _read(folder: Path) -> MedusaCheckpoint:
             "example medusa_lm_head.safetensors with '0.0.linear.weight'"
         )
     keys = _head_keys(source)
-    parts = _Keys.of(source, keys)
-    tensors = source.load(keys)
+    parts, tensors = _Keys.of(source, keys), source.load(keys)
     numbers = range(parts.num_heads), range(parts.num_layers)
     weight = _stack(source, tensors, parts.layers, numbers, "{0}.{1}.linear.weight", 2)
     if weight.shape[-1] != weight.shape[-2]:
@@ -265,9 +247,8 @@ def _stack(
     num_axes: int,
 ) -> Tensor:
     """Stack the tensors of one role, layers first, heads second."""
-    heads, layers = numbers
+    (heads, layers), rows = numbers, []
     expected: torch.Size | None = None
-    rows = []
     for layer in layers:
         row = []
         for head in heads:
@@ -305,26 +286,23 @@ def _require_width(source: WeightFiles, key: str, tensor: Tensor, weight: Tensor
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not path.is_file():
-        return {}
-    config = read_json(path)
+    path = folder / CONFIG_NAME
+    config = read_json(path) if path.is_file() else {}
     for name, kind in (("vocab_size", int), ("base_model_name_or_path", str), ("speclm", dict)):
-        value = config.get(name)
+        value, expected = config.get(name), None
         if value is not None and not isinstance(value, kind):
+            expected = kind.__name__
+        elif isinstance(value, int) and (value is True or not 1 <= value <= MAX_COUNT):
+            expected = f"1 to {MAX_COUNT}"
+        if expected is not None:
             raise CheckpointError(
-                f"{path}: {name} is {shown(value)}, expected {kind.__name__}; correct it"
+                f"{path}: {name} is {shown(value)}, expected {expected}; correct it"
             )
-    vocab_size = config.get("vocab_size")
-    if vocab_size is not None and (vocab_size is True or not 1 <= vocab_size <= MAX_COUNT):
-        raise CheckpointError(
-            f"{path}: vocab_size is {shown(vocab_size)}, expected 1 to {MAX_COUNT}; correct it"
-        )
     return config
 
 
 def _compare_with_config(source: WeightFiles, config: dict[str, Any], parts: _Keys) -> None:
-    """Log where the config names other numbers than the tensors show."""
+    """Log the numbers of the config that differ from the tensors."""
     found = {"medusa_num_heads": parts.num_heads, "medusa_num_layers": parts.num_layers}
     wrong = [
         f"{name} {shown(config[name])} (found {number})"
@@ -404,8 +382,8 @@ def _named_tensors(checkpoint: MedusaCheckpoint) -> dict[str, Tensor]:
 def _config(checkpoint: MedusaCheckpoint) -> dict[str, Any]:
     """Return the config that TGI and vLLM read.
 
-    An `architectures` key would switch TGI's speculation off, and vLLM takes any key with "num"
-    and "heads" in it for the number of heads: neither may be added.
+    No key `architectures` may be added, which would switch TGI's speculation off, nor one with
+    "num" and "heads" in it, which vLLM would take for the number of heads.
     """
     config: dict[str, Any] = {
         "medusa_num_heads": checkpoint.num_heads,

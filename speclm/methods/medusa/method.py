@@ -101,9 +101,13 @@ class MedusaMethod(Method):
 
     @override
     def is_likely(self, folder: Path) -> bool:
-        from speclm.methods.medusa.checkpoint import looks_like_medusa
+        from speclm.files.weights import read_text
 
-        return looks_like_medusa(folder)
+        return (
+            any(folder.glob(self.hints[0]))
+            or '"medusa' in read_text(folder / "config.json")
+            or any('"medusa_head' in read_text(index) for index in folder.glob("*.index.json"))
+        )
 
     @override
     def load(self, source: HeadsSource, target: "PreTrainedModel") -> "Proposer":

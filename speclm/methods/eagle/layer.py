@@ -1,0 +1,137 @@
+"""Decoder layers of EAGLE heads: those of Llama, but for what the first one reads."""
+
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from speclm.methods.eagle.config import EagleConfig
+
+Rotation = tuple[Tensor, Tensor]
+"""Cosines and sines, ``[batch, seq, head_dim]``."""
+
+
+@runtime_checkable
+class KeyValueStore(Protocol):
+    """The part of a cache that the heads use; caches of Transformers have it."""
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, /) -> tuple[Tensor, Tensor]:
+        """Add the keys and values of a layer's new positions, and return all of them."""
+        ...
+
+
+class EagleAttention(nn.Module):
+    """Grouped attention whose inputs may be wider than its output."""
+
+    def __init__(self, config: EagleConfig, *, input_size: int, index: int) -> None:
+        super().__init__()
+        self.index = index
+        self.head_dim = config.head_dim
+        self.is_grouped = config.num_attention_heads != config.num_key_value_heads
+        self.sliding_window = config.sliding_window
+        q_size = config.num_attention_heads * config.head_dim
+        kv_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(input_size, q_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(input_size, kv_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(input_size, kv_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.attention_output_bias)
+        self.q_norm = self.k_norm = None
+        if config.has_qk_norm:
+            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+
+    def forward(
+        self,
+        states: Float[Tensor, "batch seq input"],
+        *,
+        rotation: Rotation,
+        attention_mask: Tensor | None,
+        past_key_values: KeyValueStore | None,
+    ) -> Float[Tensor, "batch seq hidden"]:
+        """Attend to earlier positions and these."""
+        batch, seq = states.shape[:2]
+        by_head = (batch, seq, -1, self.head_dim)
+        queries = self.q_proj(states).view(by_head)
+        keys = self.k_proj(states).view(by_head)
+        values = self.v_proj(states).view(by_head).transpose(1, 2)
+        if self.q_norm is not None and self.k_norm is not None:
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        both = _rotated(torch.cat((queries, keys), dim=2), rotation).transpose(1, 2)
+        queries, keys = both[:, : queries.shape[2]], both[:, queries.shape[2] :]
+        if past_key_values is not None:
+            keys, values = past_key_values.update(keys, values, self.index)
+        is_simple = attention_mask is None and self.sliding_window is None and seq == keys.shape[2]
+        if attention_mask is None and not is_simple:
+            attention_mask = self._causal_mask(seq, keys)
+        elif attention_mask is not None and attention_mask.is_floating_point():
+            attention_mask = attention_mask.to(queries.dtype)
+        attended = F.scaled_dot_product_attention(
+            queries,
+            keys,
+            values,
+            attn_mask=attention_mask,
+            is_causal=is_simple and seq > 1,
+            enable_gqa=self.is_grouped,
+        )
+        joined = attended.transpose(1, 2).reshape(batch, seq, -1)
+        return self.o_proj(joined)  # type: ignore[no-any-return]  # a Linear's call is untyped
+
+    def _causal_mask(self, seq: int, keys: Tensor) -> Tensor | None:
+        kv_len, window = keys.shape[2], self.sliding_window
+        if seq == 1 and (window is None or kv_len <= window):
+            return None
+        kv_indices = torch.arange(kv_len, device=keys.device)
+        distance = kv_indices[kv_len - seq :, None] - kv_indices  # [seq, kv_len]
+        sees = distance >= 0
+        return sees if window is None else sees & (distance < window)
+
+
+def _rotated(
+    states: Float[Tensor, "batch seq heads head_dim"], rotation: Rotation
+) -> Float[Tensor, "batch seq heads head_dim"]:
+    """Turn the pairs (i, i + half) of every head."""
+    cosines, sines = (part[:, :, None] for part in rotation)  # the same for all heads
+    first, second = states.chunk(2, dim=-1)
+    return torch.addcmul(states * cosines, torch.cat((-second, first), dim=-1), sines)
+
+
+class EagleLayer(nn.Module):
+    """One decoder layer.
+
+    The first of EAGLE-1 has no norm before attention. The first of EAGLE-3 attends with embeddings
+    and hidden states concatenated, each normed. All others are Llama's.
+    """
+
+    def __init__(self, config: EagleConfig, llama: LlamaConfig, *, index: int) -> None:
+        super().__init__()
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.is_joining = index == 0 and config.kind == "eagle3"
+        self.norm_before_residual = config.norm_before_residual
+        self.self_attn = EagleAttention(
+            config, input_size=hidden * (1 + self.is_joining), index=index
+        )
+        self.mlp = LlamaMLP(llama)  # type: ignore[no-untyped-call]
+        self.post_attention_layernorm = nn.RMSNorm(hidden, eps=eps)
+        self.input_layernorm = nn.RMSNorm(hidden, eps=eps) if index or self.is_joining else None
+        self.hidden_norm = nn.RMSNorm(hidden, eps=eps) if self.is_joining else None
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "batch seq hidden"],
+        embeddings: Float[Tensor, "batch seq hidden"],
+        **attention: Any,
+    ) -> Float[Tensor, "batch seq hidden"]:
+        """Run the layer; only the first layer of EAGLE-3 reads the embeddings."""
+        states = residual = hidden
+        if self.input_layernorm is not None and self.hidden_norm is not None:
+            states = self.hidden_norm(hidden)
+            residual = states if self.norm_before_residual else hidden
+            states = torch.cat((self.input_layernorm(embeddings), states), dim=-1)
+        elif self.input_layernorm is not None:
+            states = self.input_layernorm(hidden)
+        hidden = residual + self.self_attn(states, **attention)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))  # type: ignore[no-any-return]
