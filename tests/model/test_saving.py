@@ -9,7 +9,6 @@ import torch
 from safetensors import safe_open
 
 from speclm import SpecModel
-from speclm.cards import GENERATED_MARK
 from speclm.errors import OptionError
 from speclm.methods.eagle.config import EagleConfig
 from speclm.methods.eagle.network import EagleHeads
@@ -44,19 +43,6 @@ def test_saved_heads_are_loaded_with_their_tree(tmp_path, tree):
     inputs = prompts(6, 9)
     expected = generate(base, inputs, do_sample=False, max_new_tokens=8)[0]
     assert torch.equal(generate(loaded, inputs, do_sample=False, max_new_tokens=8)[0], expected)
-
-
-def test_card_is_generated_and_a_card_of_somebody_is_kept(tmp_path):
-    spec = with_heads(shared_model("llama"))
-    spec.save_pretrained(tmp_path)
-    card = tmp_path / "README.md"
-    assert GENERATED_MARK in card.read_text()
-    card.write_text(f"old {GENERATED_MARK}")
-    spec.save_pretrained(tmp_path)
-    assert "| heads | 2 |" in card.read_text()
-    card.write_text("my own words")
-    spec.save_pretrained(tmp_path)
-    assert card.read_text() == "my own words"
 
 
 @pytest.mark.parametrize("name", ["org/base", "", "/home/me/base", "here"])

@@ -95,13 +95,12 @@ def load_eagle_heads(
     if revision is not None:
         options["revision"] = revision
     source = find_heads(heads, options)
-    if source.method.name != "eagle":
-        raise OptionError(
-            f"heads {str(heads)!r} are those of {source.method.name}, expected EAGLE heads; name a "
-            "folder or hub id of such"
-        )
     proposer = source.method.load(source, base)
-    assert isinstance(proposer, EagleProposer)
+    if not isinstance(proposer, EagleProposer):
+        raise OptionError(
+            f"heads {str(heads)!r} are those of a {type(proposer).__name__}, expected EAGLE heads; "
+            "name a folder or hub id of such"
+        )
     return proposer.heads.requires_grad_(requires_grad=True)
 
 

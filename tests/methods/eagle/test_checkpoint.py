@@ -199,7 +199,7 @@ def test_copies_of_the_targets_matrices_are_shared_across_dtypes(tmp_path):
     assert "embed_tokens.weight" not in read.share(embeddings=target).tensors
     assert read.share().tensors == read.tensors
     for other in (target[:19], target + 1, target.to("meta")):
-        assert read.share(embeddings=other) is read
+        assert read.share(embeddings=other).config == read.config
 
 
 ROPES = [
