@@ -88,8 +88,8 @@ class Method(ABC):
     Attributes:
         name: In the registry.
         summary: What it drafts with, in one line.
-        aliases: Other names of its heads, which are no folders either.
-        is_named: Whether ``heads=name`` makes a proposer, without any files.
+        aliases: Other names of its heads.
+        is_named: Whether ``heads=name`` makes a proposer without files.
         hints: Patterns of small files, next to configs, by which it recognises a repository.
         recipes: How its heads are trained.
     """

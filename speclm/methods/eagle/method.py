@@ -46,41 +46,53 @@ in `config.json` from the one after, and has no residual after the norm.
 
 
 @dataclass(frozen=True, slots=True)
-class EagleTrainingOptions:
-    """Options of ``speclm train eagle``."""
-
+class _TrainingOptions:
     num_layers: Annotated[int | None, "Decoder layers of new heads; 1 by default."] = None
     num_steps: Annotated[int, "Draft tokens in a row that are trained."] = 1
     decay: Annotated[float, "Weight of a step relative to the one before it."] = 0.8
-    noise: Annotated[float, "Width of the noise on the base's features."] = 0.2
     init: Annotated[
         str | None, "Folder or hub id of heads to go on from; they stay as they are."
     ] = None
     init_revision: Annotated[str | None, "Branch, tag or commit of --init on the hub."] = None
 
     def __post_init__(self) -> None:
-        _require_start(self)
+        sizes = {"--num-layers": self.num_layers}
+        if isinstance(self, Eagle3TrainingOptions):
+            sizes["--draft-vocab-size"] = self.draft_vocab_size
+            if self.draft_vocab_size is not None:
+                require_size("--draft-vocab-size", self.draft_vocab_size)
+        if self.num_layers is not None:
+            require_count("--num-layers", self.num_layers, low=1, high=_MAX_LAYERS)
+        if self.init is None and self.init_revision is not None:
+            raise OptionError(
+                f"--init-revision is {self.init_revision!r} without --init, expected heads on the "
+                "hub to go on from; name them, or leave it out"
+            )
+        for name, value in sizes.items():
+            if self.init is not None and value is not None:
+                raise OptionError(
+                    f"{name} is {value} next to --init {self.init!r}, whose heads keep their "
+                    "numbers and their vocabulary; leave one of them out"
+                )
 
 
 @dataclass(frozen=True, slots=True)
-class Eagle3TrainingOptions:
+class EagleTrainingOptions(_TrainingOptions):
+    """Options of ``speclm train eagle``."""
+
+    noise: Annotated[float, "Width of the noise on the base's features."] = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Eagle3TrainingOptions(_TrainingOptions):
     """Options of ``speclm train eagle3``."""
 
+    num_steps: Annotated[int, "Draft tokens in a row that are trained."] = 7
     draft_vocab_size: Annotated[
         int | None,
         "Tokens that new heads draft from, the most frequent of the data; by default all, at "
         f"most {MAX_DRAFT_VOCAB_SIZE}.",
     ] = None
-    num_layers: Annotated[int | None, "Decoder layers of new heads; 1 by default."] = None
-    num_steps: Annotated[int, "Draft tokens in a row that are trained."] = 7
-    decay: Annotated[float, "Weight of a step relative to the one before it."] = 0.8
-    init: Annotated[
-        str | None, "Folder or hub id of heads to go on from; they stay as they are."
-    ] = None
-    init_revision: Annotated[str | None, "Branch, tag or commit of --init on the hub."] = None
-
-    def __post_init__(self) -> None:
-        _require_start(self)
 
 
 class EagleRecipe(Recipe):
@@ -280,25 +292,3 @@ def eagle_card(
         base=checkpoint.base_name_or_path,
         repo_id=repo_id,
     )
-
-
-def _require_start(options: EagleTrainingOptions | Eagle3TrainingOptions) -> None:
-    """Check what heads are before they are trained: new, or loaded with their own numbers."""
-    sizes = {"--num-layers": options.num_layers}
-    if isinstance(options, Eagle3TrainingOptions):
-        sizes["--draft-vocab-size"] = options.draft_vocab_size
-        if options.draft_vocab_size is not None:
-            require_size("--draft-vocab-size", options.draft_vocab_size)
-    if options.num_layers is not None:
-        require_count("--num-layers", options.num_layers, low=1, high=_MAX_LAYERS)
-    if options.init is None and options.init_revision is not None:
-        raise OptionError(
-            f"--init-revision is {options.init_revision!r} without --init, expected heads on the "
-            "hub to go on from; name them, or leave it out"
-        )
-    for name, value in sizes.items():
-        if options.init is not None and value is not None:
-            raise OptionError(
-                f"{name} is {value} next to --init {options.init!r}, whose heads keep their "
-                "numbers and their vocabulary; leave one of them out"
-            )

@@ -28,6 +28,7 @@ from speclm.drafting.levels import (
 )
 from speclm.drafting.ranking import LevelRanking, path_expansions
 from speclm.errors import OptionError, VocabularyMismatchError
+from speclm.methods.eagle.config import EagleConfig
 from speclm.methods.eagle.network import EagleHeads, LevelRun
 from speclm.sampling.drafts import DraftSampler, DraftSampling
 from speclm.sampling.noise import PositionNoise
@@ -100,19 +101,9 @@ class EagleProposer(Proposer):
             require_ranks(self.config.choices, heads.config.draft_vocab_size)
         self.heads, self.view = heads, TargetView(target)
         wanted = heads.config
-        if wanted.vocab_size != self.view.vocab_size:
-            raise VocabularyMismatchError(
-                f"EAGLE heads have a vocabulary of {wanted.vocab_size}, the target "
-                f"{self.view.name} one of {self.view.vocab_size}; use heads that were trained on it"
-            )
-        if wanted.target_hidden_size != self.view.hidden_size:
-            raise OptionError(
-                f"EAGLE heads read features of width {wanted.target_hidden_size}, those of "
-                f"{self.view.name} are {self.view.hidden_size} wide; use heads that were trained "
-                "on it"
-            )
+        _require_match(wanted, self.view)
         if heads.embed_tokens is None:
-            _ = self.view.embedding_weight  # raises where the target's cannot be read
+            _ = self.view.embedding_weight  # raises if the target's cannot be read
         self.num_ranks = wanted.draft_vocab_size
         is_eagle3 = wanted.kind == "eagle3"
         self._features = (
@@ -373,3 +364,16 @@ class EagleProposer(Proposer):
             return logits
         shape = (*logits.shape[:2], self.heads.config.vocab_size)
         return logits.new_full(shape, _ABSENT).index_copy_(2, columns, logits)
+
+
+def _require_match(wanted: EagleConfig, view: TargetView) -> None:
+    if wanted.vocab_size != view.vocab_size:
+        raise VocabularyMismatchError(
+            f"EAGLE heads have a vocabulary of {wanted.vocab_size}, the target {view.name} one of "
+            f"{view.vocab_size}; use heads that were trained on it"
+        )
+    if wanted.target_hidden_size != view.hidden_size:
+        raise OptionError(
+            f"EAGLE heads read features of width {wanted.target_hidden_size}, those of {view.name} "
+            f"are {view.hidden_size} wide; use heads that were trained on it"
+        )

@@ -104,15 +104,12 @@ class MedusaProposer(Proposer):
             tree: Name of a preset, the number of children at each depth, or paths of ranks.
                 Levels beyond the heads are left out, with a log line. None for a dynamic tree.
             num_draft_tokens: Most nodes; of a static tree the first by depth are kept.
-            min_probability: Least estimated probability of acceptance at which a growing tree gets
-                a node.
-            mixture: Numbers of the distribution that ranks candidates under sampling; None to
-                estimate them from what the target chooses.
+            min_probability: See `MedusaConfig`.
+            mixture: See `MedusaConfig`.
 
         Raises:
             VocabularyMismatchError: If the heads were made for another vocabulary.
-            OptionError: If the heads have another width, a rank exceeds the vocabulary, or an
-                option is out of range.
+            OptionError: If the heads have another width, or a rank or option is out of range.
             TopologyError: If `tree` is not a tree.
         """
         self.view = TargetView(target)
