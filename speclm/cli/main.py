@@ -40,7 +40,7 @@ class _Train(TyperCommand):
     @override
     def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> Any:
         trainings: Any = import_module("speclm.cli.train").train
-        return typer.main.get_command(trainings).make_context(info_name, args, *rest, **extra)
+        return typer.main.get_group(trainings).make_context(info_name, args, *rest, **extra)
 
 
 class _Commands(TyperGroup):
