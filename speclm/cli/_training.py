@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, TrainingArguments
 
+from speclm.cli._files import require_folder_to_write
 from speclm.cli._models import load
-from speclm.cli._outputs import require_folder_to_write
+from speclm.cli._options import ModelOptions
 from speclm.config import require_count, require_positive
 from speclm.errors import OptionError, SpeclmError
 
@@ -144,7 +145,7 @@ def prepare(
         **parse_settings(options.training_arg or []),
     }
     arguments = training_arguments(out, settings, defaults=defaults)
-    loaded = load(options.base, "none", dtype=options.dtype)
+    loaded = load(ModelOptions(base=options.base, dtype=options.dtype))
     known: int | None = getattr(loaded.base.config, "max_position_embeddings", None)
     length = options.max_length or min(known or MAX_LENGTH, MAX_LENGTH)
     rows = load_rows(
