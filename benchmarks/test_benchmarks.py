@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from speclm.acceptance import accept_exact
-from speclm.acceptance.choices import choose_at_all_nodes
+from speclm.acceptance.exact import choose_at_all_nodes
 from speclm.bench.overhead import TREE_PARENTS
 from speclm.cache import TreeCache
 from speclm.demo.bundle import assets

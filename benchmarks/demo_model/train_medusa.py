@@ -21,7 +21,7 @@ from speclm.files.json_lines import parse_json_lines
 from speclm.methods.medusa.checkpoint import MedusaCheckpoint, write_medusa
 from speclm.methods.medusa.network import MedusaHeads, MedusaHeadsConfig
 from speclm.target import TargetView
-from speclm.tree.static import Choices
+from speclm.tree.static import RankPaths
 
 FORWARD_ROWS = 32
 
@@ -141,7 +141,7 @@ def rank_answers(heads: MedusaHeads, view: TargetView, answers: list[Answer]) ->
     return texts
 
 
-def report(name: str, texts: list[Ranks], choices: Choices) -> None:
+def report(name: str, texts: list[Ranks], choices: RankPaths) -> None:
     """Print what the heads guess on some answers."""
     best = [
         [ranks[head] == 0 for text in texts for ranks in text if ranks[head] >= 0]

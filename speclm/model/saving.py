@@ -112,7 +112,7 @@ def write_proposer(proposer: Proposer | None, _place: Place) -> None:
 
 @write_proposer.register(MedusaProposer)
 def _write_medusa(proposer: MedusaProposer, place: Place) -> None:
-    heads, choices = proposer.heads, proposer.config.choices
+    heads, choices = proposer.heads, proposer.config.paths
     checkpoint = MedusaCheckpoint(
         weight=heads.weight.detach(),
         bias=None if heads.bias is None else heads.bias.detach(),
@@ -136,7 +136,7 @@ def _write_medusa(proposer: MedusaProposer, place: Place) -> None:
 
 @write_proposer.register(EagleProposer)
 def _write_eagle(proposer: EagleProposer, place: Place) -> None:
-    choices = proposer.config.choices
+    choices = proposer.config.paths
     checkpoint = eagle_checkpoint(
         proposer.heads, base_name_or_path=place.base_id, choices=choices
     ).share(**stored_matrices(place.base))

@@ -14,7 +14,7 @@ from speclm.errors import OptionError
 from speclm.methods.medusa.network import MedusaHeads, MedusaHeadsConfig
 from speclm.methods.medusa.proposer import MedusaProposer
 from speclm.target import TargetView
-from speclm.tree.static import normalize_choices, static_tree
+from speclm.tree.static import normalize_paths, static_tree
 from tests.methods.medusa.test_proposer import random_heads
 from tests.models import VOCAB_SIZE, build_model, prompts, shared_model
 
@@ -46,7 +46,7 @@ def test_the_estimate_is_the_tau_that_generating_the_texts_has():
     base = build_model("llama", seed=3)
     heads = MedusaHeads(MedusaHeadsConfig(40, VOCAB_SIZE, num_heads=3))
     heads.init_weights_(base.lm_head.weight)
-    choices = normalize_choices([4, 3, 1])
+    choices = normalize_paths([4, 3, 1])
     spec = SpecModel(base, MedusaProposer(heads, target=base, tree=choices))
     texts, emitted, rounds = [], 0, 0
     for seed in range(6):
@@ -95,7 +95,7 @@ def test_ranks_and_levels_beyond_the_bounds_are_left_out():
 @given(TEXTS, st.integers(1, 8))
 def test_calibrated_choices_are_a_tree_and_no_worse_than_a_chain_of_equal_size(texts, num_nodes):
     choices = calibrate_choices(texts, num_nodes=num_nodes)
-    assert normalize_choices(choices) == choices
+    assert normalize_paths(choices) == choices
     static_tree(choices, device=torch.device("cpu"))
     assert len(choices) <= num_nodes
 

@@ -13,8 +13,8 @@ from transformers.generation import (
 )
 
 from speclm import SpecModel
-from speclm.drafting.adjusting import ScoreAdjuster
 from speclm.drafting.interface import Prefill
+from speclm.drafting.ranking import ScoreAdjuster
 from speclm.methods.draft_model.chain_proposer import ChainDraftProposer
 from speclm.methods.draft_model.proposer import DraftModelProposer
 from speclm.sampling import TokenChooser

@@ -31,7 +31,7 @@ def test_a_grown_draft_has_probabilities_and_padding_none():
 def test_plan_goes_before_the_config_and_leaves_the_rest():
     config = EagleProposerConfig(width=5, min_probability=0.3)
     found = planned(config, TreePlan(3, 7, choices=((0,),), min_confidence=0.4))
-    assert (found.depth, found.num_draft_tokens, found.choices) == (3, 7, ((0,),))
+    assert (found.depth, found.num_draft_tokens, found.paths) == (3, 7, ((0,),))
     assert (found.min_probability, found.min_confidence, found.width) == (0.3, 0.4, 5)
     assert planned(config, TreePlan(3, 7, min_probability=0.1)).min_probability == 0.1
 

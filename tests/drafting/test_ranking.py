@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from transformers.generation import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from speclm import SpecModel
-from speclm.acceptance.accepted import Accepted
+from speclm.acceptance import Accepted
 from speclm.drafting.interface import Prefill
 from speclm.drafting.mixture import ROUNDS_PER_UPDATE, Mixture
 from speclm.drafting.ranking import (

@@ -3,8 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from speclm.sampling.chooser import TokenChooser
-from speclm.sampling.drafts import DraftSampler, Families
-from speclm.sampling.draws import Draws
+from speclm.sampling.draws import DraftSampler, Draws, Families
 
 
 class LikeliestDraws(Draws):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from speclm.sampling import GeneratorDraws, TokenChooser, seeded_draws
-from speclm.sampling.drafts import DraftSampler, Families
+from speclm.sampling.draws import DraftSampler, Families
 
 LAW = torch.tensor([0.5, 0.0, 0.3, 0.2])
 NUM = 4000

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from speclm.sampling import generators
-from speclm.sampling.generators import GeneratorStates
-from speclm.sampling.noise import PositionNoise, undisturbed
+from speclm.sampling.noise import GeneratorStates, PositionNoise, undisturbed
 
 CPU = torch.device("cpu")
 

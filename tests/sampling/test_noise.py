@@ -6,8 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speclm.sampling.generators import generator_obstacle
-from speclm.sampling.noise import PositionNoise
+from speclm.sampling.noise import PositionNoise, generator_obstacle
 
 CPU = torch.device("cpu")
 VOCAB = 7

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from speclm.tree.dynamic import FilledTree
-from speclm.tree.static import PRESETS, normalize_choices
+from speclm.tree.static import PRESETS, normalize_paths
 
 SKEWED = ((0,), (2,), (0, 1), (2, 0), (2, 3), (2, 3, 0))
 
@@ -52,7 +52,7 @@ def test_nodes_without_children_are_not_expanded():
     )
 )
 def test_every_node_is_the_guess_that_its_path_names(tree):
-    choices = normalize_choices(tree)
+    choices = normalize_paths(tree)
     filled = fill(choices, [0])
     for path, token in zip(choices, filled.tokens[0, 1:].tolist(), strict=True):
         expected = 0

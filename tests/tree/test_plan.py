@@ -34,7 +34,7 @@ def test_choices_of_a_plan_are_brought_in_order():
     plan = TreePlan(2, 3, choices=((0, 1), (0,), (0, 0)))
 
     assert plan == TreePlan.of(((0, 0), (0,), (0, 1)))
-    assert plan.choices == ((0,), (0, 0), (0, 1))
-    assert hash(plan) == hash(TreePlan.of(plan.choices))
+    assert plan.paths == ((0,), (0, 0), (0, 1))
+    assert hash(plan) == hash(TreePlan.of(plan.paths))
     with pytest.raises(TopologyError, match="no paths"):
         TreePlan.of(())

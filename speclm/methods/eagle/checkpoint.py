@@ -15,7 +15,7 @@ from speclm.errors import CheckpointError, shown
 from speclm.files.weights import FLOATS, INDEX, WeightFiles, reading, weight_files
 from speclm.methods.eagle.config import EagleConfig
 from speclm.methods.eagle.numbers import expected_shapes, infer_config, read_hints
-from speclm.tree.static import Choices
+from speclm.tree.static import RankPaths
 
 _PREFIX = re.compile(r"model\.")
 _NAMES = {
@@ -61,7 +61,7 @@ class EagleCheckpoint:
     config: EagleConfig
     tensors: Mapping[str, Tensor]
     base_name_or_path: str | None = None
-    choices: Choices | None = None
+    choices: RankPaths | None = None
 
     @property
     def dtype(self) -> torch.dtype:

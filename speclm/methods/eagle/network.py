@@ -15,7 +15,7 @@ from speclm.errors import OptionError
 from speclm.methods.eagle.checkpoint import EagleCheckpoint
 from speclm.methods.eagle.config import EagleConfig
 from speclm.methods.eagle.layer import EagleLayer, KeyValueStore, Rotation
-from speclm.tree.static import Choices
+from speclm.tree.static import RankPaths
 
 _INIT_STD = 0.02  # that of Llama
 
@@ -284,7 +284,7 @@ def build_eagle(
 
 
 def eagle_checkpoint(
-    heads: EagleHeads, *, base_name_or_path: str | None = None, choices: Choices | None = None
+    heads: EagleHeads, *, base_name_or_path: str | None = None, choices: RankPaths | None = None
 ) -> EagleCheckpoint:
     """Return heads as numbers and tensors, whose memory they share, to be written.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from speclm import SpecModel
-from speclm.acceptance.accepted import Accepted
+from speclm.acceptance import Accepted
 from speclm.drafting.interface import Prefill
 from speclm.errors import OptionError, TreeBudgetError, VocabularyMismatchError
 from speclm.methods.draft_model.proposer import DraftModelConfig, DraftModelProposer

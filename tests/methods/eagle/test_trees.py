@@ -119,7 +119,7 @@ def test_grown_trees_say_how_likely_the_heads_hold_each_node(kind):
         distribution = log_probs_above(model, heads, text, above)
         columns = heads.target_ids(torch.arange(len(distribution))).tolist()
         expected = distribution[columns.index(above[-1])]
-        assert draft.probs[row, node].log() == pytest.approx(float(expected), abs=CLOSE)
+        assert math.log(draft.node_probs[row][node]) == pytest.approx(float(expected), abs=CLOSE)
         return 1
 
     assert watch(kind, check, width=3, branches=2, depth=4, **FULL) > 20
@@ -186,8 +186,8 @@ def test_trees_are_checked():
     with pytest.raises(TopologyError, match="hangs in the air"):
         EagleProposer(heads, target=model, choices=((0,), (1, 0)))
     proposer = EagleProposer(heads, target=model, choices=((0, 1), (0,)))
-    assert proposer.config.choices == ((0,), (0, 1))
+    assert proposer.config.paths == ((0,), (0, 1))
     with pytest.raises(OptionError, match=r"rank 5, the vocabulary has 4"):
         generate(SpecModel(model, proposer), prompts(5), max_new_tokens=3, tree=[[0], [5]])
     config = EagleProposer(heads, target=model, tree=[2, 2], num_draft_tokens=3).config
-    assert (config.depth, config.choices) == (2, ((0,), (1,), (0, 0)))
+    assert (config.depth, config.paths) == (2, ((0,), (1,), (0, 0)))

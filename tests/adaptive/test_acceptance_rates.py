@@ -17,7 +17,7 @@ from tests.proposers import random_heads
 class RankedProposer(Proposer):
     """Puts the true tokens at ranks that a script names, one for each depth."""
 
-    takes_choices = True
+    fills_static_trees = True
 
     def __init__(self, reference, ranks):
         self._reference, self._ranks, self._num_tokens = reference, ranks, 0
@@ -26,9 +26,9 @@ class RankedProposer(Proposer):
         self._num_tokens = 0
 
     def propose(self, roots, *, noise):
-        tree = static_tree(self.plan.choices, device=roots.device)
-        tokens = torch.zeros(1, 1 + len(tree.choices), dtype=torch.long)  # never generated
-        for node, path in enumerate(tree.choices, start=1):
+        tree = static_tree(self.plan.paths, device=roots.device)
+        tokens = torch.zeros(1, 1 + len(tree.paths), dtype=torch.long)  # never generated
+        for node, path in enumerate(tree.paths, start=1):
             depth = len(path)
             position = self._num_tokens + depth - 1
             if path == tuple(self._ranks[:depth]) and position < len(self._reference):

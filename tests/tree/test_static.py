@@ -9,10 +9,10 @@ from speclm.config import MAX_NODES
 from speclm.errors import TopologyError, UnknownNameError
 from speclm.tree.static import (
     PRESETS,
-    choices_of_widths,
-    normalize_choices,
+    normalize_paths,
+    paths_of_widths,
     static_tree,
-    trim_choices,
+    trim_paths,
 )
 
 CPU = torch.device("cpu")
@@ -27,18 +27,18 @@ CPU = torch.device("cpu")
     ],
 )
 def test_presets_have_the_published_number_of_nodes_at_each_depth(name, per_depth):
-    counts = Counter(map(len, normalize_choices(name)))
+    counts = Counter(map(len, normalize_paths(name)))
     assert [counts[depth] for depth in sorted(counts)] == per_depth
 
 
 def test_widths_give_every_node_of_a_depth_as_many_children():
-    assert normalize_choices([2, 1]) == ((0,), (1,), (0, 0), (1, 0))
-    assert len(choices_of_widths([3, 2, 2])) == 3 + 6 + 12
+    assert normalize_paths([2, 1]) == ((0,), (1,), (0, 0), (1, 0))
+    assert len(paths_of_widths([3, 2, 2])) == 3 + 6 + 12
 
 
 def test_paths_are_sorted_by_depth_and_twins_dropped():
     paths = [[0, 0], [1], [0], [0, 0]]
-    assert normalize_choices(paths) == ((0,), (1,), (0, 0))
+    assert normalize_paths(paths) == ((0,), (1,), (0, 0))
 
 
 def test_static_tree_holds_parents_depths_and_ranks():
@@ -51,14 +51,14 @@ def test_static_tree_holds_parents_depths_and_ranks():
 
 def test_trimming_leaves_what_is_no_deeper():
     for choices in PRESETS.values():
-        assert max(map(len, trim_choices(choices, max_depth=2))) == 2
-        static_tree(trim_choices(choices, max_depth=2), device=CPU)
+        assert max(map(len, trim_paths(choices, max_depth=2))) == 2
+        static_tree(trim_paths(choices, max_depth=2), device=CPU)
 
 
 @given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=4), min_size=1, max_size=20))
 def test_paths_with_all_their_prefixes_are_a_tree_in_any_order(paths):
     whole = [path[:length] for path in paths for length in range(len(path), 0, -1)]
-    choices = normalize_choices(whole)
+    choices = normalize_paths(whole)
     tree = static_tree(choices, device=CPU)
     assert tree.topology.num_nodes == len({tuple(path) for path in whole}) + 1
     for node, path in enumerate(choices, start=1):
@@ -84,4 +84,4 @@ def test_paths_with_all_their_prefixes_are_a_tree_in_any_order(paths):
 )
 def test_what_is_no_tree_is_named(tree, error, words):
     with pytest.raises(error, match=words):
-        normalize_choices(tree)
+        normalize_paths(tree)

@@ -5,7 +5,7 @@ import torch
 
 from speclm import SpecModel
 from speclm.adaptive import timings as timing
-from speclm.adaptive.timings import (
+from speclm.adaptive.memory import (
     MAX_RATIO,
     SIZES,
     TimingKey,

@@ -1,13 +1,14 @@
-"""What forwards over trees of several sizes take, measured once for a machine and model."""
+"""What calls learn and keep: records of one model, and the times of forwards on a machine."""
 
 import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from jaxtyping import Int
@@ -19,34 +20,83 @@ from speclm.self_check.store import cache_folder
 from speclm.target import Session
 from speclm.tree.topology import from_parents
 
+if TYPE_CHECKING:
+    from speclm.adaptive.tuner import TreeTuner
+
 SIZES = (1, 2, 3, 5, 9, 13, 17, 25, 33, 49)
-"""Nodes of every row, root included, that are measured."""
+"""Numbers of nodes per row, root included, that are measured."""
 
 MAX_RATIO = 5.0
-"""Times a plain forward beyond which no larger tree is measured: few texts give so many tokens."""
+"""A forward may take this many times as long as one over the roots; larger trees rarely pay."""
 
 _VERSION = 1
 _REPEATS = 3
 _LONG = 0.2  # seconds of a forward that is not repeated
-_SHORT_CONTEXT = 512  # tokens; longer contexts are told apart by powers of two
+_MAX_RECORDS = 128
 
 Timings = tuple[tuple[int, float], ...]
 """Nodes and seconds, ascending in both."""
+
+Record = TypeVar("Record")
 
 _log = logging.getLogger("speclm")
 _IN_MEMORY: dict[tuple[Path | None, str], Timings] = {}
 """Timings of this process, by cache folder and digest."""
 
 
-@dataclass(frozen=True, slots=True)
-class TimingKey:
-    """What timings belong to.
+class Memory:
+    """What the calls of one `SpecModel` learn, for the next calls.
 
     Args:
-        model: Fingerprint of the target, which tells device and dtype too.
-        batch: Rows, as the exponent of the next power of two.
-        context: Cached tokens, as one of a power of two.
-        num_threads: Of PyTorch.
+        explores_always: Whether every round has a tree to learn from, and no plan is made.
+
+    Attributes:
+        timings: Times of forwards by `bucket_of_rows` and `bucket_of_context`.
+        last_tuner: The tuner of the last call with ``tree="auto"``.
+    """
+
+    def __init__(self, *, explores_always: bool = False) -> None:
+        self.explores_always = explores_always
+        self.timings: dict[tuple[int, int], Timings] = {}
+        self.last_tuner: TreeTuner | None = None
+        self._records: dict[Hashable, Any] = {}
+        self._proposer: object = None
+
+    def begin_call(self, proposer: object) -> None:
+        """Start a call; records of another proposer are forgotten."""
+        if proposer is not self._proposer:
+            self._records.clear()
+            self._proposer = proposer
+
+    def recall(self, key: Hashable, make: Callable[[], Record]) -> Record:
+        """Return the record of a key, made if it is new; the oldest of many is forgotten."""
+        if key not in self._records:
+            if len(self._records) >= _MAX_RECORDS:
+                del self._records[next(iter(self._records))]
+            self._records[key] = make()
+        record: Record = self._records[key]
+        return record
+
+
+def bucket_of_rows(batch: int) -> int:
+    """Return the exponent of the next power of two."""
+    return (max(batch, 1) - 1).bit_length()
+
+
+def bucket_of_context(num_tokens: int, *, short: int = 512) -> int:
+    """Return 0 for contexts shorter than `short`, and one more for each doubling."""
+    return (max(num_tokens, 0) // short).bit_length()
+
+
+@dataclass(frozen=True, slots=True)
+class TimingKey:
+    """What timings depend on.
+
+    Args:
+        model: Fingerprint of the target, which includes device and dtype.
+        batch: Bucket of the rows.
+        context: Bucket of the cached tokens.
+        num_threads: Threads of PyTorch.
     """
 
     model: Fingerprint
@@ -56,7 +106,7 @@ class TimingKey:
 
     @classmethod
     def of(cls, model: Fingerprint, *, batch: int, context: int) -> "TimingKey":
-        """Sort a call into its bucket."""
+        """Return the key of a call."""
         buckets = (bucket_of_rows(batch), bucket_of_context(context))
         return cls(model, *buckets, num_threads=torch.get_num_threads())
 
@@ -67,16 +117,6 @@ class TimingKey:
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def bucket_of_rows(batch: int) -> int:
-    """Return the exponent of the next power of two."""
-    return (max(batch, 1) - 1).bit_length()
-
-
-def bucket_of_context(num_tokens: int) -> int:
-    """Return 0 for short contexts, and one more for each doubling."""
-    return (max(num_tokens, 0) // _SHORT_CONTEXT).bit_length()
-
-
 def forward_timings(
     model: Fingerprint | None,
     session: Session,
@@ -85,15 +125,15 @@ def forward_timings(
     context: int,
     max_length: int,
 ) -> Timings:
-    """Return what forwards of a generation take: measured before, or now.
+    """Return the times of a generation's forwards; measure them if they are not known.
 
     Args:
-        model: Fingerprint of the target, taken while nothing reads its features: what is hung
-            into its layers has no name. None for a model that is not known again.
-        session: A generation of its; takes trees, and nothing is pending.
+        model: Fingerprint of the target, taken while no hook reads its features. None for a model
+            that cannot be recognised again.
+        session: A session that takes trees and has no pending nodes.
         roots: Any tokens.
-        context: Tokens that the session holds.
-        max_length: Tokens at which every row ends.
+        context: Tokens in the session's cache.
+        max_length: Length at which every row ends.
     """
     if model is None:
         return measure_forwards(session, roots, max_length=max_length)
@@ -112,16 +152,16 @@ def measure_forwards(
     max_length: int,
     clock: Callable[[], float] = perf_counter,
 ) -> Timings:
-    """Time forwards over trees of several sizes, in the midst of a generation.
+    """Time forwards over trees of several sizes during a generation.
 
-    The nodes are dropped again, so that the generation goes on as if nothing had been. Sizes end
-    where a forward takes `MAX_RATIO` times as long as one over the roots.
+    The nodes are dropped again, so the generation continues unchanged. Measuring ends at the size
+    whose forward takes `MAX_RATIO` times as long as one over the roots.
 
     Args:
-        session: Takes trees; nothing may be pending.
+        session: A session that takes trees and has no pending nodes.
         roots: Any tokens.
-        max_length: Tokens at which every row ends.
-        clock: Seconds.
+        max_length: Length at which every row ends.
+        clock: Returns seconds.
     """
     found: list[tuple[int, float]] = []
     for size in SIZES:
@@ -131,7 +171,7 @@ def measure_forwards(
         for repeat in range(1 + _REPEATS):
             start = clock()
             logits = session.verify(tokens, topology, max_length=max_length)
-            float(logits[0, 0, 0])  # a sync: accelerators compute behind the host's back
+            float(logits[0, 0, 0])  # a sync: accelerators compute asynchronously
             seconds = clock() - start
             session.keep([[] for _ in range(len(roots))])
             if repeat == 0:
@@ -139,7 +179,7 @@ def measure_forwards(
             best = min(best, seconds)
             if seconds >= _LONG:
                 break
-        best = max(best, found[-1][1] if found else 0.0)  # more nodes take no less
+        best = max(best, found[-1][1] if found else 0.0)  # more nodes never take less
         found.append((size, best))
         if best > MAX_RATIO * found[0][1]:
             break
@@ -147,7 +187,7 @@ def measure_forwards(
 
 
 def find_timings(key: TimingKey) -> Timings | None:
-    """Return what was measured before, by this process or another; None if nothing was."""
+    """Return timings that this process or another one measured before; None if there are none."""
     folder = cache_folder()
     known = _IN_MEMORY.get((folder, key.digest))
     if known is not None or folder is None or not key.model.is_lasting:
@@ -156,7 +196,7 @@ def find_timings(key: TimingKey) -> Timings | None:
 
 
 def keep_timings(key: TimingKey, timings: Timings) -> None:
-    """Keep timings, on disk too where there is a cache folder."""
+    """Keep timings, also on disk if there is a cache folder."""
     folder = cache_folder()
     _IN_MEMORY[folder, key.digest] = timings
     if folder is None or not key.model.is_lasting:

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from speclm.acceptance import accept_exact
-from speclm.acceptance.choices import accept_along_path, choose_at_all_nodes
+from speclm.acceptance.exact import accept_along_path, choose_at_all_nodes
 from speclm.sampling import PositionNoise, TokenChooser
 from speclm.tree.topology import chain, from_parents
 
