@@ -243,13 +243,11 @@ class _Table:
             return None
         width = max(1, *(len(row.depths) for row in rows))
         deepest = max(max(row.depths, default=0) for row in rows)
-        best = torch.zeros(len(rows), deepest + 1, dtype=torch.float64, device="cpu")
-        best[:, 0] = 1.0
-        for index, row in enumerate(rows):
-            for depth, probability in zip(row.depths, row.probabilities, strict=True):
-                best[index, depth] = max(float(best[index, depth]), probability)
+        best = [[1.0] + [0.0] * deepest for _ in rows]
         numbers = torch.zeros(3, len(rows), width, dtype=torch.float64, device="cpu")
         for index, row in enumerate(rows):
+            for depth, probability in zip(row.depths, row.probabilities, strict=True):
+                best[index][depth] = max(best[index][depth], probability)
             values = [row.depths, row.probabilities, row.is_accepted]
             numbers[:, index, : len(row.depths)] = numbers.new_tensor(values)
         indices = [(group, row) for group, rows in enumerate(rounds) for row in range(len(rows))]
@@ -260,7 +258,7 @@ class _Table:
             depths,
             probabilities,
             accepted,
-            best,
+            best=torch.tensor(best, dtype=torch.float64, device="cpu"),
             rounds=round_indices,
             indices=row_indices,
             growing=torch.tensor(growing, dtype=torch.long, device="cpu"),

@@ -28,8 +28,8 @@ _BIASES = {processors.SequenceBiasLogitsProcessor, processors.NoBadWordsLogitsPr
 _OCCURRENCES = {processors.RepetitionPenaltyLogitsProcessor}
 _ORDER = {processors.NoRepeatNGramLogitsProcessor}
 _KNOWN = _SINGLE_TOKENS | _BIASES | _OCCURRENCES | _ORDER
-"""Stateless processors that cost little compared to a forward, by exact class. Warpers are left out:
-temperature and truncation are part of the ranking."""
+"""Stateless processors that cost little compared to a forward, by exact class. Warpers are left
+out, since temperature and truncation are part of the ranking."""
 
 Nodes = tuple[Int[Tensor, "batch nodes"], Int[Tensor, "batch nodes"]]
 """Token of each node, and the index of its parent among the nodes of the level before."""

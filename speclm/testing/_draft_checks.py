@@ -51,6 +51,11 @@ def _require_tensors(draft: Draft, roots: Tensor, name: str) -> None:
     expected = (len(roots), topology.num_nodes)
     shapes = {"tokens": {tuple(draft.tokens.shape)}}
     if draft.node_probs is not None:
+        if not isinstance(draft.node_probs, list):
+            raise ProposerContractError(
+                f"{name}: node_probs is a {type(draft.node_probs).__name__}, expected lists on the "
+                "host, one for each row; call tolist(), or leave it out"
+            )
         shapes["node_probs"] = {(len(draft.node_probs), len(row)) for row in draft.node_probs}
     for field, found in shapes.items():
         if found != {expected}:

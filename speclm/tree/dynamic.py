@@ -264,7 +264,7 @@ class FilledTree:
             roots: Token at the root of each row.
             are_drawn: Whether candidates have no rank: the j-th child then takes the j-th one.
         """
-        self._levels, self._expansions = _levels_of(paths, are_drawn, roots.device)
+        self._levels, self._expansions = _levels_of(paths, are_drawn=are_drawn, device=roots.device)
         self._num_filled = 0
         self.topology: TreeTopology = static_tree(paths, device=roots.device).topology
         self.tokens: Int[Tensor, "batch nodes"] = roots[:, None].repeat(1, self.topology.num_nodes)
@@ -327,7 +327,7 @@ class FilledTree:
 
 @lru_cache(maxsize=64)
 def _levels_of(
-    paths: RankPaths, are_drawn: bool, device: torch.device
+    paths: RankPaths, *, are_drawn: bool, device: torch.device
 ) -> tuple[tuple[_FilledLevel, ...], tuple[tuple[int, int] | None, ...]]:
     """Return the levels of a tree, and the `expansions` of its nodes."""
     families: dict[RankPath, list[RankPath]] = {}

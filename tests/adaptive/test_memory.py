@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from speclm import SpecModel
-from speclm.adaptive import timings as timing
+from speclm.adaptive import memory as timing
 from speclm.adaptive.memory import (
     MAX_RATIO,
     SIZES,

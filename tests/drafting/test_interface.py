@@ -32,7 +32,7 @@ def test_defaults_need_no_features_of_the_target():
 def test_what_passes_between_loop_and_proposer_is_frozen():
     draft = Draft(tokens=torch.tensor([[1, 2]]), topology=chain(1))
     with pytest.raises(dataclasses.FrozenInstanceError):
-        draft.probs = torch.ones(1, 2)
+        draft.node_probs = [[1.0, 1.0]]
     prompt = Prefill(
         tokens=torch.tensor([[1, 2]]),
         num_padding=torch.tensor([0]),

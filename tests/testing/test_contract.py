@@ -1,4 +1,5 @@
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -118,6 +119,13 @@ def test_derived_fields_that_do_not_fit_the_parents_are_refused(field):
     refuses(f"topology.{field} is", lambda: Planted(RepeatProposer, spoil=spoil))
 
 
+def test_host_lists_that_do_not_fit_the_parents_are_refused():
+    def spoil(draft):
+        return with_topology(draft, host_parents=[[0, 0, 0, 0]])
+
+    refuses("topology.host_parents is", lambda: Planted(RepeatProposer, spoil=spoil))
+
+
 def test_wrong_max_depth_is_refused():
     refuses(
         "topology.max_depth is 9",
@@ -159,6 +167,15 @@ def test_wrong_dtype_is_refused():
         return replace(draft, tokens=draft.tokens.int())
 
     refuses("dtype of tokens is torch.int32", lambda: Planted(RepeatProposer, spoil=spoil))
+
+
+def test_probabilities_that_are_no_host_lists_or_miss_nodes_are_refused():
+    for node_probs, words in (
+        (torch.ones(3, DEPTH + 1), "node_probs is a Tensor, expected lists"),
+        ([[1.0]], r"shape of node_probs is \(1, 1\)"),
+    ):
+        spoil = partial(replace, node_probs=node_probs)
+        refuses(words, lambda spoil=spoil: Planted(RepeatProposer, spoil=spoil))
 
 
 def test_wrong_dtype_of_the_topology_is_refused():
@@ -220,7 +237,7 @@ def test_siblings_whose_probabilities_sum_above_one_are_refused():
         def propose(self, roots, *, noise):
             tokens = torch.stack([roots, roots * 0 + 1, roots * 0 + 2], dim=1)
             topology = from_parents([[0, 0, 0]], device=roots.device)
-            return Draft(tokens, topology, torch.full(tokens.shape, 0.7))
+            return Draft(tokens, topology, [[0.7] * 3 for _ in roots])
 
     refuses(r"siblings sum to 1\.4", Unnormalised)
 

@@ -1,5 +1,6 @@
 """Trees that EAGLE heads draft, node by node, against one path fed a token at a time."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
