@@ -335,7 +335,7 @@ def test_option_out_of_range_is_refused(option, value, error):
 
 
 @pytest.mark.parametrize(
-    "name", [field.name for field in fields(DraftModelConfig) if field.name != "choices"]
+    "name", [field.name for field in fields(DraftModelConfig) if field.name != "paths"]
 )
 def test_options_of_the_wrong_type_are_named(name, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users run it

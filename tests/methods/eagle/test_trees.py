@@ -180,13 +180,13 @@ def test_static_trees_keep_the_contract_of_proposers():
 def test_trees_are_checked():
     model = build_model("llama", num_hidden_layers=4)
     heads = heads_for(model, "eagle3", layers=LAYERS, draft_vocab_size=4)
-    with pytest.raises(OptionError, match="rank 4, guesses are from a vocabulary of 4"):
+    with pytest.raises(OptionError, match="rank 4, the draft vocabulary has 4"):
         EagleProposer(heads, target=model, tree=[5])
     with pytest.raises(UnknownNameError, match="'best' is no preset"):
         EagleProposer(heads, target=model, tree="best")
     with pytest.raises(TopologyError, match="hangs in the air"):
-        EagleProposer(heads, target=model, choices=((0,), (1, 0)))
-    proposer = EagleProposer(heads, target=model, choices=((0, 1), (0,)))
+        EagleProposer(heads, target=model, paths=((0,), (1, 0)))
+    proposer = EagleProposer(heads, target=model, paths=((0, 1), (0,)))
     assert proposer.config.paths == ((0,), (0, 1))
     with pytest.raises(OptionError, match=r"rank 5, the vocabulary has 4"):
         generate(SpecModel(model, proposer), prompts(5), max_new_tokens=3, tree=[[0], [5]])
