@@ -156,8 +156,8 @@ def accept_block(tree: _RowTree, draws: Draws) -> tuple[list[int], int]:
     kept, kept_share, share = [0], 1.0, 1.0
     chain = _drawn_chain(tree)
     for index, node in enumerate(chain[1:], start=1):
-        above, token = chain[index - 1], tree.tokens[node]
-        ratio = float(tree.target_probs(above)[token]) / float(tree.draft_probs(above)[token])
+        parent, token = chain[index - 1], tree.tokens[node]
+        ratio = float(tree.target_probs(parent)[token]) / float(tree.draft_probs(parent)[token])
         share = _at_most_one(share * ratio)
         passes = share
         if node != chain[-1]:
@@ -238,12 +238,12 @@ def accept_traversal(tree: _RowTree, draws: Draws) -> tuple[list[int], int]:
             return path, draws.categorical(top.target)
         rejected = path.pop()
         open_nodes.pop()
-        above = open_nodes[-1]
-        assert above.draft is not None
-        above.children.pop()
-        above.target, left = _residual(above.target, above.draft, share=above.share)
-        above.draft = _without(above.draft, tree.tokens[rejected])
-        above.share = _share_left(left, above.share)
+        parent = open_nodes[-1]
+        assert parent.draft is not None
+        parent.children.pop()
+        parent.target, left = _residual(parent.target, parent.draft, share=parent.share)
+        parent.draft = _without(parent.draft, tree.tokens[rejected])
+        parent.share = _share_left(left, parent.share)
 
 
 VARIANTS: Mapping[str, Callable[[_RowTree, Draws], tuple[list[int], int]]] = MappingProxyType(

@@ -5,7 +5,6 @@ import json
 import logging
 import math
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -88,35 +87,6 @@ def bucket_of_context(num_tokens: int, *, short: int = 512) -> int:
     return (max(num_tokens, 0) // short).bit_length()
 
 
-@dataclass(frozen=True, slots=True)
-class TimingKey:
-    """What timings depend on.
-
-    Args:
-        model: Fingerprint of the target, which includes device and dtype.
-        batch: Bucket of the rows.
-        context: Bucket of the cached tokens.
-        num_threads: Threads of PyTorch.
-    """
-
-    model: Fingerprint
-    batch: int
-    context: int
-    num_threads: int
-
-    @classmethod
-    def of(cls, model: Fingerprint, *, batch: int, context: int) -> "TimingKey":
-        """Return the key of a call."""
-        buckets = (bucket_of_rows(batch), bucket_of_context(context))
-        return cls(model, *buckets, num_threads=torch.get_num_threads())
-
-    @property
-    def digest(self) -> str:
-        """Name of the file."""
-        parts = (_VERSION, SIZES, self.model.digest, self.batch, self.context, self.num_threads)
-        return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-
 def forward_timings(
     model: Fingerprint | None,
     session: Session,
@@ -137,11 +107,11 @@ def forward_timings(
     """
     if model is None:
         return measure_forwards(session, roots, max_length=max_length)
-    key = TimingKey.of(model, batch=len(roots), context=context)
-    known = find_timings(key)
+    digest = timings_digest(model, batch=len(roots), context=context)
+    known = find_timings(digest, is_lasting=model.is_lasting)
     if known is None:
         known = measure_forwards(session, roots, max_length=max_length)
-        keep_timings(key, known)
+        keep_timings(digest, known, is_lasting=model.is_lasting)
     return known
 
 
@@ -186,38 +156,29 @@ def measure_forwards(
     return tuple(found)
 
 
-def find_timings(key: TimingKey) -> Timings | None:
-    """Return timings that this process or another one measured before; None if there are none."""
+def timings_digest(model: Fingerprint, *, batch: int, context: int) -> str:
+    """Return the name of what timings depend on: model, device, sizes, buckets and threads."""
+    buckets = (bucket_of_rows(batch), bucket_of_context(context))
+    parts = (_VERSION, SIZES, model.digest, *buckets, torch.get_num_threads())
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def find_timings(digest: str, *, is_lasting: bool) -> Timings | None:
+    """Return timings that this process or another one measured before; None if there are none.
+
+    Args:
+        digest: Their name, from `timings_digest`.
+        is_lasting: Whether the model has the same fingerprint in other processes.
+    """
     folder = cache_folder()
-    known = _IN_MEMORY.get((folder, key.digest))
-    if known is not None or folder is None or not key.model.is_lasting:
+    known = _IN_MEMORY.get((folder, digest))
+    if known is not None or folder is None or not is_lasting:
         return known
-    return _read(_path(folder, key), key)
-
-
-def keep_timings(key: TimingKey, timings: Timings) -> None:
-    """Keep timings, also on disk if there is a cache folder."""
-    folder = cache_folder()
-    _IN_MEMORY[folder, key.digest] = timings
-    if folder is None or not key.model.is_lasting:
-        return
-    path = _path(folder, key)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"timings": timings, "checksum": _checksum(key, timings)})
-    except OSError as error:  # read-only or full; the next process measures again
-        _log.debug("not keeping timings in %s: %s", path, error)
-
-
-def _path(folder: Path, key: TimingKey) -> Path:
-    return folder / "timings" / f"{key.digest}.json"
-
-
-def _read(path: Path, key: TimingKey) -> Timings | None:
+    path = _path(folder, digest)
     try:
         record = read_json(path)
         timings = tuple((int(size), float(seconds)) for size, seconds in record["timings"])
-        if record["checksum"] != _checksum(key, timings) or not timings:
+        if record["checksum"] != _checksum(digest, timings) or not timings:
             raise ValueError("its checksum is another")
         if not all(0 <= seconds < math.inf for _, seconds in timings):
             raise ValueError("its times are not finite")
@@ -229,6 +190,23 @@ def _read(path: Path, key: TimingKey) -> Timings | None:
     return timings
 
 
-def _checksum(key: TimingKey, timings: Timings) -> str:
-    text = json.dumps(timings)
-    return hashlib.sha256(f"{key.digest} {text}".encode()).hexdigest()
+def keep_timings(digest: str, timings: Timings, *, is_lasting: bool) -> None:
+    """Keep timings, also on disk if there is a cache folder; arguments as of `find_timings`."""
+    folder = cache_folder()
+    _IN_MEMORY[folder, digest] = timings
+    if folder is None or not is_lasting:
+        return
+    path = _path(folder, digest)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"timings": timings, "checksum": _checksum(digest, timings)})
+    except OSError as error:  # read-only or full; the next process measures again
+        _log.debug("not keeping timings in %s: %s", path, error)
+
+
+def _path(folder: Path, digest: str) -> Path:
+    return folder / "timings" / f"{digest}.json"
+
+
+def _checksum(digest: str, timings: Timings) -> str:
+    return hashlib.sha256(f"{digest} {json.dumps(timings)}".encode()).hexdigest()

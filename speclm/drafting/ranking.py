@@ -35,43 +35,22 @@ Nodes = tuple[Int[Tensor, "batch nodes"], Int[Tensor, "batch nodes"]]
 """Token of each node, and the index of its parent among the nodes of the level before."""
 
 
-def rank_log_probs(
-    logits: Float[Tensor, "batch nodes vocab"],
-    *,
-    temperature: float,
-    noise: Float[Tensor, "batch vocab"] | None,
-    mixture: Mixture | None = None,
-) -> Float[Tensor, "batch nodes vocab"]:
-    """Return log-probabilities by which candidates are ranked and scored.
-
-    Greedy decoding ranks by the draft's own distribution q. A sampling target takes
-    ``argmax(target_probs / E)`` with noise E that is known already. So the best candidate is
-    ``argmax(q / E)`` where q resembles the target, and ``argmax(q)`` where the target is nearly
-    certain. The mixture of both distributions is close to the better one in either case.
-
-    Args:
-        logits: The draft's logits.
-        temperature: The target's temperature; ignored when greedy.
-        noise: Exponential noise of the position that is decided; None when greedy.
-        mixture: Parameters of the mixture; None for the default ones.
-
-    Source: Daliri, Musco, Suresh 2024 (coupling without communication by shared noise).
-    """
-    if noise is None:
-        return logits.float().log_softmax(-1)
-    log_q = (logits.float() / temperature).log_softmax(-1)
-    return mixture_log_probs(log_q, noise[:, None, :], Mixture() if mixture is None else mixture)
-
-
 def mixture_log_probs(
     log_probs: Float[Tensor, "*rows vocab"], noise: Float[Tensor, "*#rows vocab"], mixture: Mixture
 ) -> Float[Tensor, "*rows vocab"]:
-    """Return the logarithms of ``w softmax(a log q - b log E) + (1 - w) softmax(a0 log q)``.
+    """Return the log-probabilities by which candidates of a sampling target are ranked.
+
+    The target takes ``argmax(target_probs / E)`` with noise E that is known already. So the best
+    candidate is ``argmax(q / E)`` where the draft's distribution q resembles the target's, and
+    ``argmax(q)`` where the target is nearly certain. The mixture of both, given by `Mixture`, is
+    close to the better one in either case.
 
     Args:
         log_probs: The draft's distribution q at the target's temperature.
         noise: Exponential noise E of the position that is decided.
         mixture: The parameters.
+
+    Source: Daliri, Musco, Suresh 2024 (coupling without communication by shared noise).
     """
     key = torch.add(mixture.draft_exponent * log_probs, noise.log(), alpha=-mixture.noise_exponent)
     plain = (mixture.plain_exponent * log_probs).softmax(-1)
@@ -181,7 +160,7 @@ class LevelRanking:
         """
         logits = self._adjuster.adjust(logits, depth=depth, nodes=nodes, columns=columns)
         if noise is None:
-            return rank_log_probs(logits, temperature=0.0, noise=None)
+            return logits.float().log_softmax(-1)
         if depth == 0:
             self._levels = []
         level_noise = noise.at_depth(depth)

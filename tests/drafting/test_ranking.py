@@ -27,7 +27,6 @@ from speclm.drafting.ranking import (
     chain_expansions,
     mixture_log_probs,
     path_expansions,
-    rank_log_probs,
     truncate,
 )
 from speclm.methods.draft_model.chain_proposer import ChainDraftProposer
@@ -50,9 +49,15 @@ mixtures = st.builds(
 )
 
 
-def test_greedy_ranks_by_the_drafts_own_distribution():
-    ranked = rank_log_probs(LOGITS, temperature=0.3, noise=None)
-    assert torch.equal(ranked, LOGITS.log_softmax(-1))
+def rank_log_probs(logits, *, temperature, noise, mixture=None):
+    log_probs = (logits / temperature).log_softmax(-1)
+    return mixture_log_probs(log_probs, noise[:, None], mixture or Mixture())
+
+
+def test_greedy_ranks_by_the_drafts_own_distribution_in_single_precision():
+    ranking = begun(temperature=0.3)
+    assert torch.equal(ranking.rank(LOGITS, depth=0, noise=None), LOGITS.log_softmax(-1))
+    assert ranking.rank(LOGITS.bfloat16(), depth=0, noise=None).dtype == torch.float32
 
 
 @given(mixture=mixtures, temperature=st.floats(0.3, 2.0))
@@ -74,25 +79,15 @@ def test_sampled_ranking_is_the_mixture_by_hand(mixture, temperature):
     assert torch.allclose(ranked.exp().double(), expected, atol=2e-5)
 
 
-def test_without_numbers_the_start_values_rank():
-    found = rank_log_probs(LOGITS, temperature=0.8, noise=NOISE)
-    expected = mixture_log_probs((LOGITS / 0.8).log_softmax(-1), NOISE[:, None], Mixture())
-    assert torch.equal(found, expected)
-
-
 def test_draft_with_the_targets_distribution_ranks_the_targets_token_first():
     generator = torch.Generator().manual_seed(2)
     noise = torch.empty(500, 11).exponential_(generator=generator)
     logits = torch.randn(500, 1, 11, generator=generator)
     chosen = (logits[:, 0].softmax(-1) / noise).argmax(-1)
     coupled = rank_log_probs(logits, temperature=1.0, noise=noise)[:, 0].argmax(-1)
-    plain = rank_log_probs(logits, temperature=1.0, noise=None)[:, 0].argmax(-1)
+    plain = logits[:, 0].argmax(-1)
     assert (coupled == chosen).float().mean() > 0.9
     assert (plain == chosen).float().mean() < 0.6
-
-
-def test_halves_are_ranked_in_single_precision():
-    assert rank_log_probs(LOGITS.bfloat16(), temperature=1.0, noise=None).dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -176,7 +171,7 @@ def test_a_smaller_vocabulary_is_ranked_with_the_noise_of_its_tokens():
     assert torch.equal(found, expected)
 
 
-def test_walks_are_observed_where_a_distribution_is_at_hand():
+def test_accepted_paths_are_observed_where_a_distribution_is_at_hand():
     ranking, noise = begun(), position_noise()
     for depth in range(2):
         ranking.rank(LOGITS, depth=depth, noise=noise)
@@ -220,7 +215,7 @@ def test_greedy_rounds_are_not_observed():
 
 
 @pytest.mark.parametrize("mixture", [None, Mixture(weight=0.5)])
-def test_numbers_move_unless_they_are_fixed(mixture):
+def test_parameters_move_unless_they_are_fixed(mixture):
     ranking, noise = begun(mixture), position_noise()
     start = ranking.estimator.at(0)
     for step in range(ROUNDS_PER_UPDATE):
