@@ -169,12 +169,18 @@ def test_wrong_dtype_is_refused():
     refuses("dtype of tokens is torch.int32", lambda: Planted(RepeatProposer, spoil=spoil))
 
 
+def with_node_probs(draft, node_probs):
+    draft = replace(draft)
+    object.__setattr__(draft, "node_probs", node_probs)  # as where no hook checks types
+    return draft
+
+
 def test_probabilities_that_are_no_host_lists_or_miss_nodes_are_refused():
     for node_probs, words in (
         (torch.ones(3, DEPTH + 1), "node_probs is a Tensor, expected lists"),
         ([[1.0]], r"shape of node_probs is \(1, 1\)"),
     ):
-        spoil = partial(replace, node_probs=node_probs)
+        spoil = partial(with_node_probs, node_probs=node_probs)
         refuses(words, lambda spoil=spoil: Planted(RepeatProposer, spoil=spoil))
 
 
