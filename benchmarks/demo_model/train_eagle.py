@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from speclm.adaptive.acceptance_rates import Ranks, estimate_tau
+from speclm.adaptive.acceptance_rates import Ranks, replay_rounds
 from speclm.files.json_lines import parse_json_lines
 from speclm.methods.eagle.checkpoint import EagleCheckpoint, write_eagle
 from speclm.methods.eagle.network import EagleHeads
@@ -108,7 +108,8 @@ def report(name: str, model: EagleTrainingModel, rows: list[Item]) -> None:
     ]
     shares = " ".join(f"{sum(right) / len(right):.3f}" for right in best)
     chains = tuple((0,) * depth for depth in range(1, len(best) + 1))
-    print(f"{name}: tau {estimate_tau(texts, chains):.3f}, right by step: {shares}", flush=True)
+    tau = sum(map(len, texts)) / sum(len(replay_rounds(text, chains)) for text in texts)
+    print(f"{name}: tau {tau:.3f}, right by step: {shares}", flush=True)
 
 
 def main() -> None:

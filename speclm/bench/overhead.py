@@ -17,7 +17,7 @@ from transformers.generation.logits_process import (
 )
 from typing_extensions import override
 
-from speclm.acceptance.accepted import Accepted
+from speclm.acceptance import Accepted
 from speclm.bench.calls import Call
 from speclm.drafting.interface import Draft, Prefill, Proposer
 from speclm.errors import MeasurementError
@@ -94,7 +94,7 @@ class FixedProposer(Proposer):
             self._round_start = _now(roots)
             self.bare_seconds.append(self._round_start - start)
         tokens = torch.cat([roots[:, None], self._nodes[:, 1:]], dim=1)
-        return Draft(tokens=tokens, topology=self._topology, probs=None)
+        return Draft(tokens=tokens, topology=self._topology)
 
     @override
     def commit(self, accepted: Accepted) -> None:

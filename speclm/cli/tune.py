@@ -11,11 +11,11 @@ from rich.table import Table
 from speclm.adaptive.acceptance_rates import (
     RankAcceptance,
     RankRecorder,
-    calibrated_choices,
+    calibrated_paths,
     expected_tau,
 )
+from speclm.adaptive.memory import Memory
 from speclm.adaptive.planner import RoundCosts
-from speclm.adaptive.tuner import TreeMemory
 from speclm.bench import Call, make_calls, setting_options
 from speclm.cli._display import progress
 from speclm.cli._files import positive_numbers, prepare_file, read_prompts
@@ -25,7 +25,7 @@ from speclm.demo.bundle import load_prompts
 from speclm.errors import OptionError
 from speclm.files.atomic import write_file
 from speclm.model import SpecModel
-from speclm.tree.static import Choices
+from speclm.tree.static import RankPaths
 
 _SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48)
 
@@ -43,7 +43,7 @@ def tune(options: TuneOptions) -> None:
     proposer = loaded.spec.proposer
     if proposer is None:
         raise OptionError("--heads is 'none', expected a method; drop it, or pass ngram")
-    if save is not None and not proposer.takes_choices:
+    if save is not None and not proposer.fills_static_trees:
         raise OptionError(
             f"--save has nothing to write: {type(proposer).__name__} does not rank its candidates; "
             "drop it and use tree='auto'"
@@ -53,7 +53,7 @@ def tune(options: TuneOptions) -> None:
     for size in sizes:
         calls = make_calls(texts, loaded.base, loaded.tokenizer, options=arguments, batch=size)
         costs = _print_sizes(loaded, calls, size, console)
-        if size == sizes[0] and proposer.takes_choices:
+        if size == sizes[0] and proposer.fills_static_trees:
             tree, acceptance = _calibrate(loaded, calls, costs, options.num_draft_tokens)
             tau = expected_tau(acceptance, tree)
             console.print(_acceptance_table(acceptance))
@@ -70,9 +70,9 @@ def tune(options: TuneOptions) -> None:
 def _print_sizes(loaded: Loaded, calls: list[Call], batch: int, console: Console) -> RoundCosts:
     """Decode with large trees only, and print what smaller ones would give."""
     model = SpecModel(loaded.base, loaded.spec.proposer, adaptive=False, tree="auto")
-    model.trees = TreeMemory(explores_always=True)
+    model.memory = Memory(explores_always=True)
     _run(model, calls)
-    tuner = model.trees.last
+    tuner = model.memory.last_tuner
     if tuner is None or not tuner.estimates():
         raise OptionError("nothing was drafted; pass more or longer prompts")
     estimates = tuner.estimates()
@@ -115,7 +115,7 @@ def _run(model: SpecModel, calls: list[Call]) -> None:
 
 def _calibrate(
     loaded: Loaded, calls: list[Call], costs: RoundCosts, num_nodes: int | None
-) -> tuple[Choices, RankAcceptance]:
+) -> tuple[RankPaths, RankAcceptance]:
     """Return the static tree of most tokens a second, or of a given size."""
     proposer = loaded.spec.proposer
     assert proposer is not None
@@ -124,11 +124,11 @@ def _calibrate(
     _run(model, calls)
     acceptance = recorder.acceptance
     trees = [
-        calibrated_choices(acceptance, num_nodes=size)
+        calibrated_paths(acceptance, num_nodes=size)
         for size in ([num_nodes] if num_nodes else _SIZES)
     ]
 
-    def rate(tree: Choices) -> float:
+    def rate(tree: RankPaths) -> float:
         depth = float(max(map(len, tree)))
         return expected_tau(acceptance, tree) / costs.round(len(tree), depth)
 
@@ -146,7 +146,7 @@ def _acceptance_table(acceptance: RankAcceptance) -> Table:
     return table
 
 
-def _write(path: Path, tree: Choices, tau: float, loaded: Loaded, heads: str | None) -> None:
+def _write(path: Path, tree: RankPaths, tau: float, loaded: Loaded, heads: str | None) -> None:
     record: dict[str, Any] = {
         "tree": tree,
         "estimated_tau": round(tau, 3),

@@ -15,7 +15,7 @@ from speclm.cards import GENERATED_MARK
 from speclm.errors import CheckpointError, TopologyError, TreeBudgetError, UnknownNameError
 from speclm.files.atomic import write_file, written_together
 from speclm.files.hub import is_hub_id, path_exists
-from speclm.tree.static import Choices, normalize_choices
+from speclm.tree.static import RankPaths, normalize_paths
 
 CONFIG_NAME = "config.json"
 CARD_NAME = "README.md"
@@ -85,7 +85,7 @@ def hub_id(name: str | None) -> str | None:
     return name if name and is_hub_id(name) and not path_exists(name) else None
 
 
-def read_choices(folder: Path, config: Mapping[str, Any]) -> Choices | None:
+def read_choices(folder: Path, config: Mapping[str, Any]) -> RankPaths | None:
     """Return the static tree that a config holds, if any.
 
     Raises:
@@ -95,7 +95,7 @@ def read_choices(folder: Path, config: Mapping[str, Any]) -> Choices | None:
     if choices is None:
         return None
     try:
-        return normalize_choices(choices)
+        return normalize_paths(choices)
     except (TopologyError, TreeBudgetError, UnknownNameError) as error:
         raise CheckpointError(
             f"{folder / 'config.json'}: speclm.choices is no tree ({error}); remove it or pass tree"

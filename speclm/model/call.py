@@ -14,8 +14,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils.generic import ModelOutput
 
 from speclm.acceptance import AcceptanceRule
-from speclm.adaptive.pausing import PauseMemory
-from speclm.adaptive.tuner import TreeMemory
+from speclm.adaptive.memory import Memory
 from speclm.drafting.interface import Proposer
 from speclm.generation.delegation import CACHE_INPUTS, NeedsRegularGeneration
 from speclm.generation.loop import Generated, generate_tokens
@@ -74,9 +73,9 @@ def decode(  # noqa: PLR0913 - a call has many sides
     proposer: Proposer | None,
     stats: SpeculationStats,
     rule: AcceptanceRule,
-    pauses: PauseMemory | None,
+    pauses: Memory | None,
     tree: TreePlan | None = None,
-    trees: TreeMemory | None = None,
+    trees: Memory | None = None,
     waits: bool = True,
     report: Callable[[], object],
 ) -> Tensor | ModelOutput:

@@ -15,8 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils.generic import ModelOutput
 
 from speclm.acceptance import AcceptanceRule, resolve_acceptance_rule
-from speclm.adaptive.pausing import PauseMemory
-from speclm.adaptive.tuner import TreeMemory
+from speclm.adaptive.memory import Memory
 from speclm.drafting.interface import Proposer
 from speclm.errors import OptionError
 from speclm.files.hub import with_base_options
@@ -82,7 +81,7 @@ class SpecModel(KeepsCounters):
         self.proposer = proposer
         self._watch = Watch(self._target)
         self.adaptive, self.tree = adaptive, tree
-        self._pauses, self.trees, self._misses = PauseMemory(), TreeMemory(), MissWatch()
+        self.memory, self._misses = Memory(), MissWatch()
         self._logged: set[str] = set()
 
     @classmethod
@@ -276,9 +275,9 @@ class SpecModel(KeepsCounters):
                 proposer=self.proposer,
                 stats=stats,
                 rule=rule,
-                pauses=self._pauses if self.adaptive and not isinstance(plan, TreePlan) else None,
+                pauses=self.memory if self.adaptive and not isinstance(plan, TreePlan) else None,
                 tree=plan if isinstance(plan, TreePlan) else None,
-                trees=self.trees if plan == AUTO else None,
+                trees=self.memory if plan == AUTO else None,
                 waits=busy == "wait",
                 report=partial(self._report, stats),
             )

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from speclm.errors import BusyError, SpeclmError
-from speclm.sampling.generators import GeneratorStates
+from speclm.sampling.noise import GeneratorStates
 from speclm.self_check.changes import changes, loop_obstacle
 from speclm.self_check.drawing import first_draw
 from speclm.self_check.verdict import Backend, SelfCheck

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from speclm.sampling.generators import GeneratorStates
+from speclm.sampling.noise import GeneratorStates
 from speclm.target import TargetView
 
 

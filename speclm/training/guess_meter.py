@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from speclm.adaptive.acceptance_rates import Ranks, replay_rounds
-from speclm.tree.static import Choices
+from speclm.tree.static import RankPaths
 
 TOP = 3
 """Accuracies are counted among the 1, 2, ... best guesses up to this."""
@@ -23,7 +23,7 @@ class GuessMeter:
     rounds is what decoding that text would measure as tau.
     """
 
-    def __init__(self, choices: Choices, *, num_guesses: int, name: str) -> None:
+    def __init__(self, choices: RankPaths, *, num_guesses: int, name: str) -> None:
         """Count for heads that draft a tree.
 
         Args:

@@ -75,7 +75,7 @@ class TableProposer(Proposer):
         topology = from_parents([parents], device=roots.device)
         guesses = [self._guess(depth - 1, noise) for depth in topology.depths[0, 1:].tolist()]
         tokens = torch.tensor([[int(roots), *guesses]])
-        return Draft(tokens=tokens, topology=topology, probs=None)
+        return Draft(tokens=tokens, topology=topology)
 
     @override
     def commit(self, accepted: Accepted) -> None:
@@ -203,7 +203,7 @@ class LikeliestProposer(TableProposer):
     @override
     def propose(self, roots: Tensor, *, noise: PositionNoise | None) -> Draft:
         tokens = torch.tensor([[int(roots), 0, 0]])
-        return Draft(tokens=tokens, topology=chain(2), probs=None)
+        return Draft(tokens=tokens, topology=chain(2))
 
 
 def test_harness_passes_the_ratio_test_with_a_drawn_draft(monkeypatch):

@@ -16,7 +16,7 @@ from speclm.drafting.interface import Draft, Prefill, Proposer
 from speclm.errors import DraftError
 from speclm.generation import run as rounds
 from speclm.sampling import DraftSampling, Draws, PositionNoise
-from speclm.sampling.drafts import Families
+from speclm.sampling.draws import Families
 from speclm.stats import SpeculationStats
 from speclm.target.tree_session import TreeSession
 from speclm.tree.topology import from_parents
@@ -134,9 +134,7 @@ class DrawnProposer(Proposer):
             )
             distributions[:, parent] = distribution[:, 0]
             tokens[:, children] = self.pick(distribution, len(children))
-        return self.shape(
-            Draft(tokens=tokens, topology=topology, probs=None, distributions=distributions)
-        )
+        return self.shape(Draft(tokens=tokens, topology=topology, distributions=distributions))
 
     @override
     def commit(self, accepted: Accepted) -> None:

@@ -234,7 +234,7 @@ def test_folder_of_medusa_heads_becomes_their_proposer(base, tmp_path, own):
     assert torch.equal(heads.weight[0, 1], state["1.0.linear.weight"])
     assert (heads.weight.dtype, heads.weight.device) == (base.dtype, base.device)
     assert not any(parameter.requires_grad for parameter in heads.parameters())
-    assert spec.proposer.config.choices == ((0,), (1,), (0, 0), (1, 0))
+    assert spec.proposer.config.paths == ((0,), (1,), (0, 0), (1, 0))
     inputs = prompts(6, 9)
     for sampled in (True, False):
         expected = generate(base, inputs, do_sample=sampled, max_new_tokens=8)
@@ -244,10 +244,10 @@ def test_folder_of_medusa_heads_becomes_their_proposer(base, tmp_path, own):
 
 def test_stored_choices_are_the_default_tree(base, tmp_path):
     save_heads(tmp_path, config={"speclm": {"choices": [[0], [1], [2]]}})
-    assert load(tmp_path, base).config.choices == ((0,), (1,), (2,))
-    tree = load(tmp_path, base, heads_kwargs={"tree": [1]}).config.choices
+    assert load(tmp_path, base).config.paths == ((0,), (1,), (2,))
+    tree = load(tmp_path, base, heads_kwargs={"tree": [1]}).config.paths
     assert tree == ((0,),)
-    assert len(load(tmp_path, base, num_draft_tokens=2).config.choices) == 2
+    assert len(load(tmp_path, base, num_draft_tokens=2).config.paths) == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16"])

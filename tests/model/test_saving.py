@@ -36,7 +36,7 @@ def test_saved_heads_are_loaded_with_their_tree(tmp_path, tree):
     spec.save_pretrained(tmp_path)
     loaded = SpecModel.from_pretrained(base, tmp_path)
     assert isinstance(loaded.proposer, MedusaProposer)
-    assert loaded.proposer.config.choices == spec.proposer.config.choices
+    assert loaded.proposer.config.paths == spec.proposer.config.paths
     state = spec.proposer.heads.state_dict()
     found = loaded.proposer.heads.state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
@@ -100,10 +100,10 @@ def test_static_tree_is_saved_with_eagle_heads(deep_base, tmp_path):
     spec = SpecModel(deep_base, EagleProposer(heads, target=deep_base, tree=[2, 1]))
     spec.save_pretrained(tmp_path)
     loaded = SpecModel.from_pretrained(deep_base, tmp_path)
-    assert loaded.proposer.config.choices == ((0,), (1,), (0, 0), (1, 0))
+    assert loaded.proposer.config.paths == ((0,), (1,), (0, 0), (1, 0))
     assert "| tree | 5 nodes |" in (tmp_path / "README.md").read_text()
     other = SpecModel.from_pretrained(deep_base, tmp_path, heads_kwargs={"tree": [3]})
-    assert other.proposer.config.choices == ((0,), (1,), (2,))
+    assert other.proposer.config.paths == ((0,), (1,), (2,))
 
 
 def test_eagle_heads_are_saved_without_what_the_base_has_too(deep_base, tmp_path):

@@ -64,7 +64,7 @@ class BrokenProposer(Proposer):
             noise.at_depth(3)  # the generator runs ahead of regular generation
         self._round += 1
         if self._round - 1 != self._at_round:
-            return Draft(tokens=roots[:, None], topology=chain(0), probs=None)
+            return Draft(tokens=roots[:, None], topology=chain(0))
         if isinstance(self._outcome, BaseException):
             raise self._outcome
         return self._outcome

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from speclm.acceptance.accepted import Accepted
+from speclm.acceptance import Accepted
 from speclm.config import (
     MAX_DEPTH,
     ProposerConfig,
@@ -24,7 +24,7 @@ from speclm.drafting.interface import Draft, Prefill, Proposer, TargetNeeds
 from speclm.drafting.mixture import Mixture, require_mixture
 from speclm.drafting.ranking import LevelRanking, chain_expansions
 from speclm.methods.draft_model.proposer import SharedVocabulary
-from speclm.sampling.drafts import DraftSampler, DraftSampling
+from speclm.sampling.draws import DraftSampler, DraftSampling
 from speclm.sampling.noise import PositionNoise
 from speclm.target import TargetView
 from speclm.target.chain_session import ChainReader
@@ -124,7 +124,7 @@ class ChainDraftProposer(Proposer):
         )
         floor = math.log(max(config.min_confidence, 1e-30))
         scores = torch.zeros(len(roots), device=roots.device, dtype=torch.float32)
-        probs = [torch.ones_like(scores)]
+        node_probs = [[1.0] * len(roots)]  # [depth, batch]
         grows = torch.tensor(
             [not idle for idle in self._is_idle], device=roots.device, dtype=torch.bool
         )
@@ -136,14 +136,17 @@ class ChainDraftProposer(Proposer):
             score, token = ranked.max(1)
             scores = scores + score
             tokens.append(token)
-            probs.append(score.exp())
             grows = grows & (scores >= floor) & ~torch.isin(token, ends)
-            share = int(grows.sum()) / num_live  # a sync: the host decides whether to go on
+            # A sync: the host decides whether to go on.
+            probs, growing = torch.stack([score.exp(), grows.to(score.dtype)]).tolist()
+            node_probs.append(probs)
+            share = sum(growing) / num_live
             if len(tokens) > longest or share < max(config.min_growing, 1e-6):
                 break
             logits = self._feed(token)
         topology = chain(len(tokens) - 1, device=roots.device)
-        return Draft(torch.stack(tokens, dim=1), topology, torch.stack(probs, dim=1))
+        by_row = [list(row) for row in zip(*node_probs, strict=True)]
+        return Draft(torch.stack(tokens, dim=1), topology, by_row)
 
     @override
     def commit(self, accepted: Accepted) -> None:
@@ -211,7 +214,6 @@ class ChainDraftProposer(Proposer):
         return Draft(
             torch.stack(tokens, dim=1),
             chain(len(tokens) - 1, device=roots.device),
-            None,
             distributions=torch.cat(distributions, dim=1),
         )
 

@@ -11,18 +11,18 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from speclm.acceptance.accepted import Accepted
+from speclm.acceptance import Accepted
 from speclm.cache.tree_cache import TreeCache
 from speclm.config import require_known
 from speclm.drafting.interface import Draft, Prefill, Proposer, TargetNeeds
 from speclm.drafting.levels import GrownTreeConfig, assemble, planned, seen_below
 from speclm.drafting.ranking import LevelRanking, path_expansions
 from speclm.errors import VocabularyMismatchError
-from speclm.sampling.drafts import DraftSampler, DraftSampling
+from speclm.sampling.draws import DraftSampler, DraftSampling
 from speclm.sampling.noise import PositionNoise
 from speclm.target import TargetView
-from speclm.tree.dynamic import FilledTree, GrowingTree, GrownRow, drawn_choices
-from speclm.tree.static import Choices
+from speclm.tree.dynamic import FilledTree, GrowingTree, GrownRow, drawn_paths
+from speclm.tree.static import RankPaths
 from speclm.tree.topology import chain
 
 MAX_PADDING = 512
@@ -99,7 +99,7 @@ class DraftModelProposer(Proposer):
     depth, number of draft tokens, width and branches: probabilities then prune nothing.
     """
 
-    takes_choices = True
+    fills_static_trees = True
     draft_sampling = DraftSampling.WITHOUT_REPLACEMENT
     config: DraftModelConfig
 
@@ -159,22 +159,22 @@ class DraftModelProposer(Proposer):
             self._read(self._prompt, self._cache)
             self._prompt = None
         config = self.config if self.plan is None else planned(self.config, self.plan)
-        choices = config.choices
+        paths = config.paths
         longest = max(map(len, self._unseen))
         bound = self.view.max_positions
         deepest = self._cache.tree_start + longest + config.depth
         if self._is_silent or (bound is not None and deepest > bound):
             self._grown = [GrownRow([], [], [], []) for _ in self._unseen]
-            return Draft(roots[:, None], chain(0, device=roots.device), probs=None)
-        if self._sampler is not None and choices is None:
-            choices = drawn_choices(
+            return Draft(roots[:, None], chain(0, device=roots.device))
+        if self._sampler is not None and paths is None:
+            paths = drawn_paths(
                 width=config.width,
                 branches=min(config.branches, self._vocabulary.num_shared),
                 depth=config.depth,
                 num_nodes=config.num_draft_tokens,
             )
-        if choices is not None:
-            return self._fill(roots, longest, choices, noise)
+        if paths is not None:
+            return self._fill(roots, longest, paths, noise)
         tree = self._grow(roots.device, longest, noise, config)
         min_score = math.log(max(config.min_probability, 1e-30))
         self._grown = tree.best_nodes(config.num_draft_tokens, min_score=min_score)
@@ -260,7 +260,7 @@ class DraftModelProposer(Proposer):
         self,
         roots: Int[Tensor, " batch"],
         longest: int,
-        choices: Choices,
+        paths: RankPaths,
         noise: PositionNoise | None,
     ) -> Draft:
         """Feed what is unseen, and fill one level of a static tree after another.
@@ -269,7 +269,7 @@ class DraftModelProposer(Proposer):
         """
         assert self._cache is not None
         device, batch, sampler = roots.device, len(roots), self._sampler
-        tree = FilledTree(choices, roots=roots, are_drawn=sampler is not None)
+        tree = FilledTree(paths, roots=roots, are_drawn=sampler is not None)
         self._offsets = []
         seen, kv_depths, num_unseen = self._seen_by_root(device, longest)
         logits = self._catch_up(device, longest)  # [batch, level, vocab]
@@ -283,11 +283,11 @@ class DraftModelProposer(Proposer):
                     else distributions
                 )
                 distributions[:, tree.expanded_nodes] = distribution
-                tree.fill(sampler.siblings(distribution, num=tree.num_guesses))
+                tree.fill(sampler.siblings(distribution, num=tree.num_ranks))
             else:
                 nodes = (tree.expanded_tokens, tree.expanded_parents)
                 ranked = self._ranking.rank(logits, depth=tree.depth, noise=noise, nodes=nodes)
-                tree.fill(ranked.topk(tree.num_guesses, dim=-1).indices)
+                tree.fill(ranked.topk(tree.num_ranks, dim=-1).indices)
             if tree.is_full:
                 break
             seen = seen_below(seen, tree.expanded_parents)
@@ -297,9 +297,7 @@ class DraftModelProposer(Proposer):
             logits = self._forward(tree.expanded_tokens, seen, kv_depths)
         self._grown = [GrownRow([], [], tree.expansions, [])] * batch
         self._offsets = self._offsets or [self._cache.num_pending]
-        return Draft(
-            tokens=tree.tokens, topology=tree.topology, probs=None, distributions=distributions
-        )
+        return Draft(tokens=tree.tokens, topology=tree.topology, distributions=distributions)
 
     def _seen_by_root(
         self, device: torch.device, longest: int

@@ -29,7 +29,7 @@ from speclm.methods.eagle.checkpoint_config import (
 )
 from speclm.methods.eagle.config import EagleConfig
 from speclm.methods.eagle.network import EagleHeads
-from speclm.tree.static import Choices
+from speclm.tree.static import RankPaths
 
 _OWN_NAMES = ("fc.weight", "fc.bias", "norm.weight", "lm_head.weight", "embed_tokens.weight")
 _NAMES = {
@@ -74,7 +74,7 @@ class EagleCheckpoint:
     config: EagleConfig
     tensors: Mapping[str, Tensor]
     base_name_or_path: str | None = None
-    choices: Choices | None = None
+    choices: RankPaths | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -106,7 +106,7 @@ class EagleCheckpoint:
 
 
 def eagle_checkpoint(
-    heads: EagleHeads, *, base_name_or_path: str | None = None, choices: Choices | None = None
+    heads: EagleHeads, *, base_name_or_path: str | None = None, choices: RankPaths | None = None
 ) -> EagleCheckpoint:
     """Return heads as a checkpoint that shares their memory; see `EagleCheckpoint`."""
     tensors = {name: tensor.detach() for name, tensor in heads.state_dict().items()}

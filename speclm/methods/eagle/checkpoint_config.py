@@ -11,7 +11,7 @@ import torch
 from speclm.errors import CheckpointError, OptionError, shown
 from speclm.files.weights import MAX_COUNT, read_json
 from speclm.methods.eagle.config import NUM_FEATURES, EagleConfig, read_rope, usual_layers
-from speclm.tree.static import Choices
+from speclm.tree.static import RankPaths
 
 _log = logging.getLogger("speclm")
 
@@ -327,7 +327,7 @@ def describe(
     *,
     dtype: torch.dtype,
     base_name_or_path: str | None,
-    choices: Choices | None,
+    choices: RankPaths | None,
 ) -> dict[str, Any]:
     """Return the config of a Llama, or Qwen where queries are normed, with EAGLE's numbers."""
     names = _QWEN_ARCHITECTURES if config.has_qk_norm else _ARCHITECTURES

@@ -249,7 +249,7 @@ class EagleMethod(Method):
         checkpoint = eagle_checkpoint(
             proposer.heads,
             base_name_or_path=destination.base_id,
-            choices=proposer.config.choices,
+            choices=proposer.config.paths,
         ).share(**stored_matrices(destination.base))
         num_layers = proposer.view.num_layers
         card = eagle_card(checkpoint, num_target_layers=num_layers, repo_id=destination.repo_id)

@@ -13,11 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from speclm.acceptance.accepted import Accepted
+from speclm.acceptance import Accepted
 from speclm.attention import TreeStep
 from speclm.cache.tree_cache import TreeCache
 from speclm.config import require_known
-from speclm.drafting.adjusting import Nodes
 from speclm.drafting.interface import Draft, Prefill, Proposer, TargetNeeds
 from speclm.drafting.levels import (
     GrownTreeConfig,
@@ -26,15 +25,15 @@ from speclm.drafting.levels import (
     planned,
     require_ranks,
 )
-from speclm.drafting.ranking import LevelRanking, path_expansions
+from speclm.drafting.ranking import LevelRanking, Nodes, path_expansions
 from speclm.errors import OptionError, VocabularyMismatchError
 from speclm.methods.eagle.config import EagleConfig
 from speclm.methods.eagle.network import EagleHeads, LevelRun
-from speclm.sampling.drafts import DraftSampler, DraftSampling
+from speclm.sampling.draws import DraftSampler, DraftSampling
 from speclm.sampling.noise import PositionNoise
 from speclm.target import TargetFeatures, TargetView
-from speclm.tree.dynamic import FilledTree, GrowingTree, GrownRow, drawn_choices
-from speclm.tree.static import Choices
+from speclm.tree.dynamic import FilledTree, GrowingTree, GrownRow, drawn_paths
+from speclm.tree.static import RankPaths
 
 _ABSENT = -1e4  # finite: a processor may ban all tokens that the heads know
 
@@ -63,7 +62,7 @@ class EagleProposer(Proposer):
     Source: Li et al. 2024 (EAGLE-2), Li et al. 2025 (EAGLE-3).
     """
 
-    takes_choices = True
+    fills_static_trees = True
     draft_sampling = DraftSampling.WITHOUT_REPLACEMENT
     config: EagleProposerConfig
 
@@ -97,8 +96,8 @@ class EagleProposer(Proposer):
         if tree is not None:
             options = options_with_tree(tree, options)
         self.config = EagleProposerConfig(**options)
-        if self.config.choices is not None:
-            require_ranks(self.config.choices, heads.config.draft_vocab_size)
+        if self.config.paths is not None:
+            require_ranks(self.config.paths, heads.config.draft_vocab_size)
         self.heads, self.view = heads, TargetView(target)
         wanted = heads.config
         _require_match(wanted, self.view)
@@ -151,8 +150,8 @@ class EagleProposer(Proposer):
         config = self.config if self.plan is None else planned(self.config, self.plan)
         if self._prompt.sampler is not None:
             return self._draw(roots, config, self._prompt.sampler)
-        if config.choices is not None:
-            return self._fill(roots, config.choices, noise)
+        if config.paths is not None:
+            return self._fill(roots, config.paths, noise)
         tree = self._grow(config, noise)
         min_score = math.log(max(config.min_probability, 1e-30))
         self._grown = tree.best_nodes(config.num_draft_tokens, min_score=min_score)
@@ -251,31 +250,31 @@ class EagleProposer(Proposer):
         return tree
 
     def _fill(
-        self, roots: Int[Tensor, " batch"], choices: Choices, noise: PositionNoise | None
+        self, roots: Int[Tensor, " batch"], paths: RankPaths, noise: PositionNoise | None
     ) -> Draft:
         """Fill a static tree with the best candidates below each node."""
-        tree = FilledTree(choices, roots=roots)
+        tree = FilledTree(paths, roots=roots)
         run = self._start(tree.widths[1:])
         while True:
             nodes = (tree.expanded_tokens, tree.expanded_parents)
             ranked = self._rank(run.hidden, tree.depth, noise, nodes)
-            tree.fill(self.heads.target_ids(ranked.topk(tree.num_guesses).indices))
+            tree.fill(self.heads.target_ids(ranked.topk(tree.num_ranks).indices))
             if tree.is_full:
                 self._grown = [GrownRow([], [], tree.expansions, [])] * len(roots)
-                return Draft(tokens=tree.tokens, topology=tree.topology, probs=None)
+                return Draft(tokens=tree.tokens, topology=tree.topology)
             run.below(tree.expanded_tokens, tree.expanded_parents)
 
     def _draw(
         self, roots: Int[Tensor, " batch"], config: EagleProposerConfig, sampler: DraftSampler
     ) -> Draft:
         """Draw the children of one level of a static tree after another."""
-        choices = config.choices or drawn_choices(
+        paths = config.paths or drawn_paths(
             width=config.width,
             branches=min(config.branches, self.heads.config.draft_vocab_size),
             depth=config.depth,
             num_nodes=config.num_draft_tokens,
         )
-        tree = FilledTree(choices, roots=roots, are_drawn=True)
+        tree = FilledTree(paths, roots=roots, are_drawn=True)
         run = self._start(tree.widths[1:])
         distributions: Tensor | None = None
         while True:
@@ -285,13 +284,12 @@ class EagleProposer(Proposer):
             if distributions is None:
                 distributions = distribution.new_zeros(*tree.tokens.shape, distribution.shape[2])
             distributions.index_copy_(1, tree.expanded_nodes, distribution)
-            tree.fill(sampler.siblings(distribution, num=tree.num_guesses))
+            tree.fill(sampler.siblings(distribution, num=tree.num_ranks))
             if tree.is_full:
                 self._grown = [GrownRow([], [], tree.expansions, [])] * len(roots)
                 return Draft(
                     tokens=tree.tokens,
                     topology=tree.topology,
-                    probs=None,
                     distributions=distributions,
                 )
             run.below(tree.expanded_tokens, tree.expanded_parents)

@@ -28,7 +28,7 @@ from speclm.files.weights import (
     reading,
     weight_files,
 )
-from speclm.tree.static import Choices
+from speclm.tree.static import RankPaths
 
 _log = logging.getLogger("speclm")
 
@@ -62,7 +62,7 @@ class MedusaCheckpoint:
     lm_weight: Float[Tensor, "heads vocab hidden"] | None = None
     vocab_size: int | None = None
     base_name_or_path: str | None = None
-    choices: Choices | None = None
+    choices: RankPaths | None = None
     is_merged: bool = False
 
     @property

@@ -153,7 +153,7 @@ class MedusaMethod(Method):
         checkpoint = medusa_checkpoint(
             proposer.heads,
             base_name_or_path=destination.base_id,
-            choices=proposer.config.choices,
+            choices=proposer.config.paths,
         )
         card = medusa_card(checkpoint, repo_id=destination.repo_id).render()
         write_medusa(destination.folder, checkpoint, card=destination.card(card))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from speclm.config import MAX_DEPTH, require_count, require_size
 from speclm.methods.medusa.checkpoint import MedusaCheckpoint
 from speclm.target import TargetView
-from speclm.tree.static import Choices
+from speclm.tree.static import RankPaths
 
 MAX_HEADS = MAX_DEPTH
 """Most heads: a tree is not deeper."""
@@ -155,7 +155,7 @@ def build_medusa(
 
 
 def medusa_checkpoint(
-    heads: MedusaHeads, *, base_name_or_path: str | None = None, choices: Choices | None = None
+    heads: MedusaHeads, *, base_name_or_path: str | None = None, choices: RankPaths | None = None
 ) -> MedusaCheckpoint:
     """Return heads as a checkpoint that shares their memory.
 

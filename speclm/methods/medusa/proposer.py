@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from speclm.acceptance.accepted import Accepted
+from speclm.acceptance import Accepted
 from speclm.config import MAX_NODES, ProposerConfig, require_count, require_depth, require_in_range
 from speclm.drafting.interface import Draft, Prefill, Proposer, TargetNeeds
 from speclm.drafting.levels import least_probability
@@ -20,17 +20,17 @@ from speclm.drafting.mixture import Mixture, require_mixture
 from speclm.drafting.ranking import LevelRanking, chain_expansions
 from speclm.errors import OptionError, VocabularyMismatchError
 from speclm.methods.medusa.network import MedusaHeads
-from speclm.sampling.drafts import DraftSampler, DraftSampling, Families
+from speclm.sampling.draws import DraftSampler, DraftSampling, Families
 from speclm.sampling.noise import PositionNoise
 from speclm.target import TargetFeatures, TargetView
 from speclm.tree.plan import TreePlan
 from speclm.tree.static import (
-    Choices,
+    RankPaths,
     StaticTree,
     likeliest_paths,
-    normalize_choices,
+    normalize_paths,
     static_tree,
-    trim_choices,
+    trim_paths,
 )
 from speclm.tree.topology import chain, trees_of
 
@@ -39,7 +39,7 @@ _log = logging.getLogger("speclm")
 MAX_RANK = 8
 """Most candidates of one head in a dynamic tree."""
 
-STATIC_TREE: Choices = ((0,), (1,), (0, 0), (0, 1), (0, 0, 0), (0, 0, 1), (0, 0, 0, 0))
+STATIC_TREE: RankPaths = ((0,), (1,), (0, 0), (0, 1), (0, 0, 0), (0, 0, 1), (0, 0, 0, 0))
 """Used if a static tree is needed and none is given: to draw drafts, and in training."""
 
 
@@ -49,7 +49,7 @@ class MedusaConfig(ProposerConfig):
 
     Args:
         depth: Most levels of a tree; as many heads are computed.
-        choices: Static tree as paths of ranks, see `speclm.tree.static`; None for trees that
+        paths: Static tree as paths of ranks, see `speclm.tree.static`; None for trees that
             grow by probability in every round.
         num_draft_tokens: Most nodes of a tree that grows by probability.
         min_probability: Least estimated probability of acceptance at which a node is added to it
@@ -59,7 +59,7 @@ class MedusaConfig(ProposerConfig):
     """
 
     depth: int = 4
-    choices: Choices | None = None
+    paths: RankPaths | None = None
     num_draft_tokens: int = 16
     min_probability: float = 0.07
     mixture: Mixture | None = None
@@ -82,7 +82,7 @@ class MedusaProposer(Proposer):
     """
 
     features = TargetFeatures.LAST_HIDDEN
-    takes_choices = True
+    fills_static_trees = True
     draft_sampling = DraftSampling.WITHOUT_REPLACEMENT
     config: MedusaConfig
 
@@ -133,14 +133,14 @@ class MedusaProposer(Proposer):
                 mixture=mixture,
             )
         else:
-            choices = _fitting(normalize_choices(tree), heads, self.view)
+            paths = _fitting(normalize_paths(tree), heads, self.view)
             if num_draft_tokens is not None:
                 require_count("num_draft_tokens", num_draft_tokens, low=1, high=MAX_NODES - 1)
-                choices = choices[:num_draft_tokens]
+                paths = paths[:num_draft_tokens]
             self.config = MedusaConfig(
-                depth=max(map(len, choices)),
-                choices=choices,
-                num_draft_tokens=len(choices),
+                depth=max(map(len, paths)),
+                paths=paths,
+                num_draft_tokens=len(paths),
                 mixture=mixture,
             )
         self._hidden: Float[Tensor, "batch hidden"] | None = None
@@ -157,21 +157,19 @@ class MedusaProposer(Proposer):
     @override
     def propose(self, roots: Int[Tensor, " batch"], *, noise: PositionNoise | None) -> Draft:
         if self._hidden is None:
-            return Draft(roots[:, None], chain(0, device=roots.device), probs=None)
+            return Draft(roots[:, None], chain(0, device=roots.device))
         config = _planned(self.config, self.plan, num_heads=self.heads.num_heads)
         if self._sampler is not None:
-            drawn = config.choices or trim_choices(STATIC_TREE, max_depth=config.depth)
+            drawn = config.paths or trim_paths(STATIC_TREE, max_depth=config.depth)
             tree = static_tree(drawn[: config.num_draft_tokens], device=roots.device)
             return self._draw(roots, self._hidden, tree, self._sampler)
         log_probs = self._rank(self._hidden, noise, depth=config.depth)
-        if config.choices is None:
+        if config.paths is None:
             return self._grow(roots, log_probs, config)
-        tree = static_tree(config.choices, device=roots.device)
+        tree = static_tree(config.paths, device=roots.device)
         candidates = log_probs.topk(tree.max_rank + 1, dim=-1).indices  # [batch, depth, rank]
         tokens = candidates[:, tree.depth_indices, tree.rank_indices]
-        return Draft(
-            tokens=torch.cat([roots[:, None], tokens], dim=1), topology=tree.topology, probs=None
-        )
+        return Draft(tokens=torch.cat([roots[:, None], tokens], dim=1), topology=tree.topology)
 
     @override
     def commit(self, accepted: Accepted) -> None:
@@ -208,7 +206,7 @@ class MedusaProposer(Proposer):
             [row_candidates[node.depth][node.rank] for node in row] + [0] * (longest - len(row))
             for row, row_candidates in zip(rows, candidates, strict=True)
         ]
-        probs = [
+        node_probs = [
             [1.0, *(math.exp(own[n.depth][n.rank]) for n in row), *[0.0] * (longest - len(row))]
             for row, own in zip(rows, scores, strict=True)
         ]
@@ -218,7 +216,7 @@ class MedusaProposer(Proposer):
             topology=trees_of(
                 [[0, *(node.parent for node in row)] for row in rows], device=roots.device
             ),
-            probs=torch.tensor(probs, device=roots.device, dtype=torch.float32),
+            node_probs=node_probs,
         )
 
     def _draw(
@@ -238,7 +236,7 @@ class MedusaProposer(Proposer):
         tokens = roots[:, None].repeat(1, tree.topology.num_nodes)
         for family, children in enumerate(families.children):
             tokens[:, children] = drawn[:, family, : len(children)]
-        return Draft(tokens=tokens, topology=tree.topology, probs=None, distributions=distributions)
+        return Draft(tokens=tokens, topology=tree.topology, distributions=distributions)
 
     def _rank(
         self, hidden: Float[Tensor, "batch hidden"], noise: PositionNoise | None, *, depth: int
@@ -259,10 +257,10 @@ def _planned(config: MedusaConfig, plan: TreePlan | None, *, num_heads: int) -> 
     """Return the settings of the next drafts; what a plan leaves open is the config's."""
     if plan is None:
         return config
-    if plan.choices is not None:
-        choices = trim_choices(plan.choices, max_depth=num_heads)
-        depth = max(map(len, choices))
-        return MedusaConfig(depth=depth, choices=choices, num_draft_tokens=len(choices))
+    if plan.paths is not None:
+        paths = trim_paths(plan.paths, max_depth=num_heads)
+        depth = max(map(len, paths))
+        return MedusaConfig(depth=depth, paths=paths, num_draft_tokens=len(paths))
     return MedusaConfig(
         depth=min(plan.depth, num_heads),
         num_draft_tokens=plan.num_draft_tokens,
@@ -272,15 +270,15 @@ def _planned(config: MedusaConfig, plan: TreePlan | None, *, num_heads: int) -> 
     )
 
 
-def _fitting(choices: Choices, heads: MedusaHeads, view: TargetView) -> Choices:
+def _fitting(paths: RankPaths, heads: MedusaHeads, view: TargetView) -> RankPaths:
     """Cut a tree at the depth of the heads, and refuse ranks beyond the vocabulary."""
-    trimmed = trim_choices(choices, max_depth=heads.num_heads)
-    if len(trimmed) < len(choices):
+    trimmed = trim_paths(paths, max_depth=heads.num_heads)
+    if len(trimmed) < len(paths):
         _log.warning(
             "tree is deeper than %d heads reach; %d of its %d nodes are left out",
             heads.num_heads,
-            len(choices) - len(trimmed),
-            len(choices),
+            len(paths) - len(trimmed),
+            len(paths),
         )
     rank = max(path[-1] for path in trimmed)
     if rank >= view.vocab_size:

@@ -23,7 +23,7 @@ from speclm.target import TargetView, output_matrix
 from speclm.training.guess_meter import GuessMeter
 from speclm.training.heads_trainer import HeadsTrainer, place_base
 from speclm.training.rows import EvalRows, Item
-from speclm.tree.static import trim_choices
+from speclm.tree.static import trim_paths
 
 MAX_LOGITS = 2**27
 """Logits that are kept for the backward pass, half a gigabyte; beyond, they are recomputed."""
@@ -252,7 +252,7 @@ class MedusaTrainer(HeadsTrainer):
         place_base(base, args)
         MedusaProposer(heads, target=base)  # checks that they fit
         # The same for all heads, whatever they will draft, so that estimates compare.
-        choices = trim_choices(STATIC_TREE, max_depth=heads.num_heads)
+        choices = trim_paths(STATIC_TREE, max_depth=heads.num_heads)
         super().__init__(
             MedusaTrainingModel(base, heads, objective=objective or MedusaObjective()),
             args,

@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 from typing_extensions import override
 
-from speclm.acceptance.accepted import Accepted
+from speclm.acceptance import Accepted
 from speclm.config import MAX_DEPTH, ProposerConfig, require_count, require_in_range
 from speclm.drafting.interface import Draft, Prefill, Proposer
 from speclm.drafting.levels import least_probability
@@ -203,11 +203,7 @@ class NgramProposer(Proposer):
         return Draft(
             tokens=torch.tensor(tokens, device=roots.device, dtype=torch.long),
             topology=trees_of([tree.parents for tree in trees], device=roots.device),
-            probs=torch.tensor(
-                [tree.probs + [0.0] * (num_nodes - len(tree.probs)) for tree in trees],
-                device=roots.device,
-                dtype=torch.float32,
-            ),
+            node_probs=[tree.probs + [0.0] * (num_nodes - len(tree.probs)) for tree in trees],
         )
 
     @override

@@ -55,8 +55,7 @@ def test_it_copies_what_followed_the_prompt_before():
     draft = propose(proposer, 2)
     assert draft.tokens.tolist() == [[2, 3, 4, 5]]
     assert draft.topology.depths.tolist() == [[0, 1, 2, 3]]
-    assert draft.probs is not None
-    assert torch.allclose(draft.probs[0, 1:], draft.probs[0, 1])  # all were seen once
+    assert len(set(draft.node_probs[0][1:])) == 1  # all were seen once
 
 
 def test_root_alone_where_nothing_matches():

@@ -1,20 +1,22 @@
 import json
+from functools import partial
 
 import pytest
 import torch
 
 from speclm import SpecModel
-from speclm.adaptive import timings as timing
-from speclm.adaptive.timings import (
+from speclm.adaptive import memory as timing
+from speclm.adaptive.memory import (
     MAX_RATIO,
     SIZES,
-    TimingKey,
+    Memory,
     bucket_of_context,
     bucket_of_rows,
     find_timings,
     forward_timings,
     keep_timings,
     measure_forwards,
+    timings_digest,
 )
 from speclm.methods.eagle.proposer import EagleProposer
 from speclm.self_check.fingerprint import Fingerprint, fingerprint
@@ -70,8 +72,25 @@ def empty_cache(tmp_path, monkeypatch):
     return tmp_path
 
 
-def key_of(digest="d", *, batch=1, context=5):
-    return TimingKey.of(Fingerprint(digest, (), is_lasting=True), batch=batch, context=context)
+def digest_of(digest="d", *, batch=1, context=5):
+    model = Fingerprint(digest, (), is_lasting=True)
+    return timings_digest(model, batch=batch, context=context)
+
+
+find, keep = (partial(call, is_lasting=True) for call in (find_timings, keep_timings))
+
+
+def test_records_are_recalled_until_the_proposer_changes_or_many_others_came():
+    memory = Memory()
+    for proposer in ("a", "b"):
+        memory.begin_call(proposer)
+        assert memory.recall("key", list) == []
+        memory.recall("key", list).append(1)
+        memory.begin_call(proposer)
+        assert memory.recall("key", list) == [1]
+    for other in range(200):
+        memory.recall(other, list)
+    assert memory.recall("key", list) == []
 
 
 def test_the_best_of_several_forwards_counts():
@@ -134,44 +153,44 @@ def test_timings_are_kept_where_a_proposer_reads_features(empty_cache):
 
 
 def test_timings_are_kept_for_other_processes(empty_cache, monkeypatch):
-    keep_timings(key_of(), TIMINGS)
+    keep(digest_of(), TIMINGS)
     monkeypatch.setattr(timing, "_IN_MEMORY", {})
 
-    assert find_timings(key_of()) == TIMINGS
-    assert find_timings(key_of("other")) is None
+    assert find(digest_of()) == TIMINGS
+    assert find(digest_of("other")) is None
 
 
 def test_timings_belong_to_rows_context_and_threads(empty_cache):
-    keep_timings(key_of(batch=3, context=5), TIMINGS)
+    keep(digest_of(batch=3, context=5), TIMINGS)
 
-    assert find_timings(key_of(batch=4, context=100)) == TIMINGS
-    assert find_timings(key_of(batch=5, context=5)) is None
-    assert find_timings(key_of(batch=3, context=600)) is None
+    assert find(digest_of(batch=4, context=100)) == TIMINGS
+    assert find(digest_of(batch=5, context=5)) is None
+    assert find(digest_of(batch=3, context=600)) is None
     assert [bucket_of_rows(rows) for rows in (0, 1, 2, 3, 4, 5, 16)] == [0, 0, 1, 2, 2, 3, 4]
     assert [bucket_of_context(size) for size in (0, 511, 512, 1024, 5000)] == [0, 0, 1, 2, 4]
 
 
 @pytest.mark.parametrize("damage", ["{", '{"timings": [[1, 2.0]], "checksum": "no"}', "[]"])
 def test_damaged_files_are_ignored(damage, empty_cache, monkeypatch, caplog):
-    keep_timings(key_of(), TIMINGS)
+    keep(digest_of(), TIMINGS)
     (path,) = (empty_cache / "timings").iterdir()
     assert json.loads(path.read_text())["timings"] == [[1, 0.25], [2, 0.5]]
     path.write_text(damage)
     monkeypatch.setattr(timing, "_IN_MEMORY", {})
 
     with caplog.at_level("DEBUG", logger="speclm"):
-        assert find_timings(key_of()) is None
+        assert find(digest_of()) is None
     assert "ignoring the timings" in caplog.text
 
 
 def test_nothing_is_written_where_nothing_is_to_be_kept(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(timing, "_IN_MEMORY", {})
     monkeypatch.setenv("SPECLM_CACHE", "")
-    keep_timings(key_of(), TIMINGS)
-    assert find_timings(key_of()) == TIMINGS  # in this process
+    keep(digest_of(), TIMINGS)
+    assert find(digest_of()) == TIMINGS  # in this process
 
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SPECLM_CACHE", str(tmp_path / "file"))
     with caplog.at_level("DEBUG", logger="speclm"):
-        keep_timings(key_of(), TIMINGS)
+        keep(digest_of(), TIMINGS)
     assert "not keeping timings" in caplog.text
