@@ -21,7 +21,7 @@ from speclm.target.chain_session import MAX_OWED
 from speclm.testing import ScriptedProposer
 from tests.callbacks import CountsCalls, DrawsAtEachCall, EndsRows, Tokens
 from tests.families import shared_family
-from tests.grids import grid
+from tests.grids import grid, turns
 from tests.models import VOCAB_SIZE, build_model, generate, prompts, shared_model
 from tests.outcomes import Outcome, observe, reading, require_close, require_same
 from tests.proposers import DEPTH, PROPOSERS, WRONG_AT, build_proposer
