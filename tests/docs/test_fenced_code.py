@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import typer
 from markdown_it import MarkdownIt
+from typer._click.exceptions import NoSuchOption
 from typer.core import TyperGroup
 
 from speclm.cli import app
@@ -171,27 +172,33 @@ def test_known_commands_pass(run):
     )
 
 
-@pytest.mark.parametrize(
-    ("language", "source"),
-    [
-        ("", "x"),
-        ("json", "{}"),
-        ("bash", "rm -rf ."),
-        ("bash", "make demo && make test"),
-        ("bash", "make no-such-target"),
-        ("sh", "speclm bench --prompts a.jsonl --no-such-option"),
-        ("sh", "speclm train medusa --no-such-option"),
-        ("bash", "pip install something-else"),
-        ("bash", "pip install 'speclm[nosuch]'"),
-        ("bash", "make \\"),
-        ("bash", "python no_such_script.py"),
-        ("bash", "python benchmarks/decode.py --no-such-option"),
-        ("console", "$ curl example.org"),
-    ],
+FAILURES = (
+    AssertionError,
+    pytest.fail.Exception,
+    subprocess.CalledProcessError,
+    NoSuchOption,
 )
-def test_anything_else_fails(run, language, source):
-    with pytest.raises((AssertionError, pytest.fail.Exception, subprocess.CalledProcessError)):
-        run(fenced(language, source))
+REFUSED = (
+    ("", "x"),
+    ("json", "{}"),
+    ("bash", "rm -rf ."),
+    ("bash", "make demo && make test"),
+    ("bash", "make no-such-target"),
+    ("sh", "speclm bench --prompts a.jsonl --no-such-option"),
+    ("sh", "speclm train medusa --no-such-option"),
+    ("bash", "pip install something-else"),
+    ("bash", "pip install 'speclm[nosuch]'"),
+    ("bash", "make \\"),
+    ("bash", "python no_such_script.py"),
+    ("bash", "python benchmarks/decode.py --no-such-option"),
+    ("console", "$ curl example.org"),
+)
+
+
+def test_anything_else_fails(run):
+    for language, source in REFUSED:
+        with pytest.raises(FAILURES):
+            run(fenced(language, source))
 
 
 def test_failing_speclm_command_is_reported_with_its_line(run):

@@ -239,7 +239,8 @@ def test_drawn_siblings_leave_the_targets_distribution_over_all_rounds(variant, 
 @pytest.mark.parametrize(
     ("tree", "warpers", "seed"),
     [
-        ("2x2", "plain", 1),
+        ("2x2", "top-k", 1),
+        pytest.param("2x2", "plain", 1, marks=pytest.mark.slow),
         ("deep first", "temperature", 2),
         ("deep second", "plain", 3),
         ("deep second", "top-k", 4),
