@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from speclm.adaptive.acceptance_rates import Ranks, estimate_tau
 from speclm.files.json_lines import parse_json_lines
-from speclm.methods.eagle.checkpoint import EagleCheckpoint
+from speclm.methods.eagle.checkpoint import EagleCheckpoint, write_eagle
 from speclm.methods.eagle.network import EagleHeads
 from speclm.methods.eagle.objective import EagleObjective, EagleTrainingModel
 from speclm.methods.eagle.training import (
@@ -25,7 +25,6 @@ from speclm.methods.eagle.training import (
     load_eagle_heads,
     new_eagle_heads,
 )
-from speclm.methods.eagle.writer import write_eagle
 from speclm.training.guess_meter import turns
 from speclm.training.rows import Item, collate_rows
 
