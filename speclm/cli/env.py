@@ -4,7 +4,7 @@ import platform
 
 import torch
 
-from speclm.bench.machine import describe_commit, describe_machine, describe_versions
+from speclm.bench.records import describe_commit, describe_machine, describe_versions
 from speclm.drafting.registry import registered_proposers
 from speclm.kernels import preferred
 
