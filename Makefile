@@ -35,7 +35,7 @@ cross-check: $(CROSS)/.ready ## Compare EAGLE-3 heads with other libraries' draf
 	PYTHONPATH=. $(CROSS)/bin/python tests/cross_check/eagle3.py
 
 gpu: ## Check and measure the kernels on this machine's GPU, in the current Python
-	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py
+	PYTHONPATH=. $(PYTHON) benchmarks/kernels/gpu.py
 
 deep: .venv/.dev .venv/torchao ## Search long: slow tests, 5000 examples a property
 	HYPOTHESIS_PROFILE=deep $(UNIT) -m "not gpu and not network"

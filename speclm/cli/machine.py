@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from speclm.bench.machine import describe_commit, describe_machine, describe_versions
+from speclm.bench.records import describe_commit, describe_machine, describe_versions
 from speclm.cli._files import prepare_file
 from speclm.cli._options import EnvOptions, KernelsOptions
 from speclm.errors import OptionError
