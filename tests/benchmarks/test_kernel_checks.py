@@ -63,7 +63,7 @@ def test_cases_hold_every_value_of_every_factor(modules):
 
 def test_build_gives_equal_shapes_and_poisons_what_nobody_may_read(modules):
     cases = modules["kernel_cases"]
-    case = cases.Case(nodes=5, lengths=(9, 4), has_padding=True, gap=3, page_len=16, above=2)
+    case = cases.Case(nodes=5, lengths=(9, 4), has_padding=True, gap=3, above=2)
     first, second = (cases.build(case, device="cpu", seed=seed) for seed in (0, 1))
     assert first.arguments["key"].shape == second.arguments["key"].shape
     assert not torch.equal(first.visible, second.visible)
@@ -131,7 +131,7 @@ def test_far_checks_find_what_is_read_or_moved_elsewhere(modules, monkeypatch):
     right, moves = memory.tree_attention, memory.keep_path_
 
     def near(query, key, value, **options):
-        key = key.roll(1, 2) if options["backend"] == "sdpa" else key
+        key = key.roll(1, 2) if options["backend"] == "auto" else key
         return right(query, key, value, **options)
 
     def too_much(storage, paths, **options):
@@ -142,7 +142,7 @@ def test_far_checks_find_what_is_read_or_moved_elsewhere(modules, monkeypatch):
     monkeypatch.setattr(memory, "keep_path_", too_much)
     found = {
         name: check()
-        for name, check in memory.offset_checks(device="cpu", backend="sdpa", sizes=memory.NEAR)
+        for name, check in memory.offset_checks(device="cpu", backend="auto", sizes=memory.NEAR)
     }
     assert all(complaint is not None for complaint in found.values())
     assert found["keep_path_ at far rows"] == "slots before the prefix's end have changed"
