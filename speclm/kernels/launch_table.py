@@ -253,22 +253,22 @@ def read_table(path: str) -> LaunchTable:
         ) from error
     except ValueError as error:
         raise KernelError(
-            f"{path} is not JSON ({error}); write it anew with speclm.kernels.tuning"
+            f"{path} is not JSON ({error}); write it anew with speclm kernels --tune"
         ) from error
     if not isinstance(found, dict):
         raise KernelError(
             f"{path} holds a {type(found).__name__}, expected an object of rows by architecture"
         )
-    return {name: _rows(path, name, rows) for name, rows in found.items()}
+    return {name: _parse_rows(path, name, rows) for name, rows in found.items()}
 
 
 def write_table(path: Path, table: LaunchTable) -> None:
     """Write a file for `read_table`, which appears whole or not at all."""
-    lines = {name: [_fields(row) for row in rows] for name, rows in sorted(table.items())}
+    lines = {name: [_to_json(row) for row in rows] for name, rows in sorted(table.items())}
     write_json(path, lines)
 
 
-def _rows(path: str, architecture: str, rows: Any) -> tuple[LaunchRow, ...]:
+def _parse_rows(path: str, architecture: str, rows: Any) -> tuple[LaunchRow, ...]:
     if _ARCHITECTURE.fullmatch(architecture) is None:
         raise KernelError(
             f'{path} has rows for {architecture!r}, expected an architecture such as "sm_90" or '
@@ -279,11 +279,11 @@ def _rows(path: str, architecture: str, rows: Any) -> tuple[LaunchRow, ...]:
             f"{path} holds a {type(rows).__name__} for {architecture}, expected a list of rows"
         )
     return tuple(
-        _row(f"{path}: row {index} of {architecture}", row) for index, row in enumerate(rows)
+        _parse_row(f"{path}: row {index} of {architecture}", row) for index, row in enumerate(rows)
     )
 
 
-def _row(where: str, row: Any) -> LaunchRow:
+def _parse_row(where: str, row: Any) -> LaunchRow:
     if not isinstance(row, dict) or sorted(row) != sorted(_FIELDS):
         names = sorted(row) if isinstance(row, dict) else type(row).__name__
         raise KernelError(f"{where} has {names!r}, expected the fields {sorted(_FIELDS)!r}")
@@ -301,6 +301,6 @@ def _row(where: str, row: Any) -> LaunchRow:
     return LaunchRow(config, **limits, is_float32=row["is_float32"])
 
 
-def _fields(row: LaunchRow) -> Mapping[str, int | None]:
+def _to_json(row: LaunchRow) -> Mapping[str, int | None]:
     limits = {name: getattr(row, name) for name in (*_LIMITS, "is_float32")}
     return limits | asdict(row.config)

@@ -23,7 +23,7 @@ def brute_force(
     parents: Sequence[Sequence[int]],
     window: int | None,
 ) -> list[list[list[bool]]]:
-    """Return for each row, node and slot whether the node sees the slot, by following its parents."""
+    """Return for each row, node and slot whether the node sees it, by following parents."""
     start, mask = max(lengths), []
     for row, length in enumerate(lengths):
         shape = parents[row if len(parents) > 1 else 0]
