@@ -13,10 +13,10 @@ import torch
 from overhead import report
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from speclm.files.atomic import CACHE_VARIABLE as VARIABLE
 from speclm.self_check.check import check_model
 from speclm.self_check.fingerprint import fingerprint
-from speclm.self_check.store import VARIABLE
-from speclm.self_check.verdict import Backend
+from speclm.self_check.verdict import Verification
 from speclm.target import TargetView
 
 
@@ -67,7 +67,7 @@ def check_seconds(model: PreTrainedModel) -> float:
     start = perf_counter()
     check = check_model(TargetView(model))
     seconds = perf_counter() - start
-    assert check.backend is Backend.TREES
+    assert check.verification is Verification.TREES
     return seconds
 
 

@@ -37,7 +37,7 @@ from speclm.generation.sequences import Rows
 from speclm.sampling.chooser import TokenChooser, first_text_dependent
 from speclm.sampling.drafts import DraftSampling
 from speclm.self_check.fingerprint import fingerprint
-from speclm.self_check.verdict import Backend
+from speclm.self_check.verdict import Verification
 from speclm.stats import SpeculationStats
 from speclm.target import TargetView
 from speclm.tree.plan import TreePlan
@@ -77,7 +77,7 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
     pauses: PauseMemory | None = None,
     tree: TreePlan | None = None,
     trees: TreeMemory | None = None,
-    backend: Backend = Backend.TREES,
+    backend: Verification = Verification.TREES,
     isolates: bool = False,
     on_decoded: Callable[[], object] | None = None,
     **model_inputs: Any,

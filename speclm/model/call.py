@@ -22,7 +22,7 @@ from speclm.generation.loop import Generated, generate_tokens
 from speclm.model.arguments import resolve_setting
 from speclm.model.fitting import claimed, require_still_fits
 from speclm.model.standing_in import proposer_modules
-from speclm.self_check.verdict import Backend
+from speclm.self_check.verdict import Verification
 from speclm.self_check.watch import may_draw
 from speclm.stats import SpeculationStats
 from speclm.target import NestedError, TargetView
@@ -71,7 +71,7 @@ def decode(  # noqa: PLR0913 - a call has many sides
     default: GenerationConfig,
     *,
     target: TargetView,
-    backend: Backend,
+    backend: Verification,
     proposer: Proposer | None,
     stats: SpeculationStats,
     rule: AcceptanceRule,

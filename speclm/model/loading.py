@@ -24,7 +24,7 @@ from speclm.model.causal_lm import load_causal_lm, suggest
 from speclm.model.hub import HubOptions, find_heads
 from speclm.model.standing_in import unwrap
 from speclm.self_check.check import check_model
-from speclm.self_check.verdict import Backend
+from speclm.self_check.verdict import Verification
 from speclm.target import TargetView, stored_matrices
 
 _DRAFT_OPTIONS = (
@@ -184,9 +184,9 @@ def _wrap_draft_model(
 ) -> Proposer:
     view = TargetView(draft)
     check = check_model(view)
-    if check.backend is Backend.TREES:
+    if check.verification is Verification.TREES:
         return DraftModelProposer(draft, target=base, **options)
-    if check.backend is Backend.CHAINS:
+    if check.verification is Verification.CHAINS:
         return ChainDraftProposer(draft, target=base, **options)
     raise UnsupportedModelError(
         f"draft model {view.name} can draft neither trees nor chains: {check.reason}; choose one "

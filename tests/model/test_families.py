@@ -10,13 +10,13 @@ from packaging.version import Version
 
 from speclm import SpecModel
 from speclm.methods.ngram.proposer import NgramProposer
-from speclm.self_check.verdict import Backend
+from speclm.self_check.verdict import Verification
 from tests.families import FAMILIES, ROWS, build_family, is_known
 from tests.families.cells import CELLS, MAX_FORWARDS, compare, shared_plain, shared_spec
 from tests.models import generate, prompts
 
-VERIFIED = [name for name, row in FAMILIES.items() if row.backend is not Backend.PLAIN]
-WITHOUT_TREES = [name for name, row in FAMILIES.items() if row.backend is not Backend.TREES]
+VERIFIED = [name for name, row in FAMILIES.items() if row.backend is not Verification.REGULAR]
+WITHOUT_TREES = [name for name, row in FAMILIES.items() if row.backend is not Verification.TREES]
 # A caller cannot pass a cache to Mamba 2 under the name of the others.
 GO_ON = [name for name in VERIFIED if name in WITHOUT_TREES and name != "mamba2"]
 DECODED_PLAINLY = [name for name in FAMILIES if name not in VERIFIED]
@@ -45,22 +45,22 @@ def test_verdicts_of_the_compatibility_page_are_those_of_today():
     if not rows:
         pytest.skip(f"no records of Transformers {transformers.__version__}")
     found = {row["family"]: row["backend"] for row in rows}
-    assert found == {name: shared_spec(name).self_check.backend.value for name in FAMILIES}
+    assert found == {name: shared_spec(name).self_check.verification.value for name in FAMILIES}
     assert all(cell["identical"] for row in rows for cell in row["cells"].values())
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_self_check_gives_the_backend_of_the_table(name):
     row, check = FAMILIES[name], shared_spec(name).self_check
-    assert check.backend is row.backend, check.reason
+    assert check.verification is row.backend, check.reason
     assert row.reason in check.reason
-    assert row.reason or row.backend is Backend.TREES
+    assert row.reason or row.backend is Verification.TREES
 
 
 @pytest.mark.parametrize("name", WITHOUT_TREES)
 def test_wider_tolerances_of_half_precision_let_no_other_family_take_trees(name):
     check = SpecModel(build_family(name).bfloat16(), None).self_check
-    assert check.backend is not Backend.TREES
+    assert check.verification is not Verification.TREES
 
 
 @pytest.mark.parametrize("cell", CELLS)
