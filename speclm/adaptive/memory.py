@@ -13,9 +13,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from speclm.files.atomic import read_json, write_json
+from speclm.files.atomic import cache_folder, read_json, write_json
 from speclm.self_check.fingerprint import Fingerprint
-from speclm.self_check.store import cache_folder
 from speclm.target import Session
 from speclm.tree.topology import from_parents
 

@@ -13,10 +13,8 @@ from speclm.cli._files import prepare_file
 from speclm.cli._options import EnvOptions, KernelsOptions
 from speclm.errors import OptionError
 from speclm.kernels import preferred
-from speclm.kernels.launch import architecture
-from speclm.kernels.launch_files import VARIABLE, read_table
-from speclm.kernels.launch_table import TABLE, LaunchRow, built_in_rows
-from speclm.kernels.tuning import measure_on, tune
+from speclm.kernels.launch import architecture, measure_on, tune
+from speclm.kernels.launch_table import TABLE, VARIABLE, LaunchRow, built_in_rows, read_table
 from speclm.methods.registry import registered_methods
 
 

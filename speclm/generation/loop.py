@@ -38,7 +38,7 @@ from speclm.generation.sequences import Rows
 from speclm.sampling.chooser import TokenChooser, first_text_dependent
 from speclm.sampling.draws import DraftSampling
 from speclm.self_check.fingerprint import fingerprint
-from speclm.self_check.verdict import Backend
+from speclm.self_check.verdict import Verification
 from speclm.stats import SpeculationStats
 from speclm.target import TargetView
 from speclm.tree.plan import TreePlan
@@ -78,7 +78,7 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
     pauses: Memory | None = None,
     tree: TreePlan | None = None,
     trees: Memory | None = None,
-    backend: Backend = Backend.TREES,
+    backend: Verification = Verification.TREES,
     isolates: bool = False,
     on_decoded: Callable[[], object] | None = None,
     **model_inputs: Any,

@@ -20,7 +20,7 @@ from speclm.generation.delegation import CACHE_INPUTS, NeedsRegularGeneration
 from speclm.generation.loop import Generated, generate_tokens
 from speclm.model.arguments import resolve_setting
 from speclm.model.fitting import claimed, proposer_modules, require_still_fits
-from speclm.self_check.verdict import Backend
+from speclm.self_check.verdict import Verification
 from speclm.self_check.watch import may_draw
 from speclm.stats import SpeculationStats
 from speclm.target import NestedError, TargetView
@@ -69,7 +69,7 @@ def decode(  # noqa: PLR0913 - a call has many sides
     default: GenerationConfig,
     *,
     target: TargetView,
-    backend: Backend,
+    backend: Verification,
     proposer: Proposer | None,
     stats: SpeculationStats,
     rule: AcceptanceRule,

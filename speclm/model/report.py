@@ -28,7 +28,7 @@ def write_report(
         f"{model.dtype}, {model.device}"
     )
     write(f"proposer  {describe_proposer(proposer)}" if proposer else "proposer  none")
-    write(f"backend   {check.backend.value}: {check.reason}")
+    write(f"backend   {check.verification.value}: {check.reason}")
     source = "from an earlier check" if check.is_cached else "checked"
     write(f"          {source} in {check.milliseconds:.1f} ms")
     kernel = preferred(target.device)

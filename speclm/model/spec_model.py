@@ -261,7 +261,7 @@ class SpecModel(KeepsCounters):
         arguments.pop("custom_generate", None)  # it is None
         self._watch.look(self._target)
         check = self.self_check
-        stats = SpeculationStats(backend=check.backend.value, self_check=check.reason)
+        stats = SpeculationStats(backend=check.verification.value, self_check=check.reason)
         try:
             require_speculation(self._watch, arguments, self.generation_config)
             for message, reason in notes(check, self.proposer):
@@ -271,7 +271,7 @@ class SpecModel(KeepsCounters):
                 arguments,
                 self.generation_config,
                 target=self._target,
-                backend=check.backend,
+                backend=check.verification,
                 proposer=self.proposer,
                 stats=stats,
                 rule=rule,

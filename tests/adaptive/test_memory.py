@@ -21,7 +21,7 @@ from speclm.adaptive.memory import (
 from speclm.methods.eagle.proposer import EagleProposer
 from speclm.self_check.fingerprint import Fingerprint, fingerprint
 from speclm.target import Session, TargetView
-from speclm.target.tree_session import TreeSession
+from speclm.target.session import TreeSession
 from tests.models import build_model, prompts
 from tests.proposers import random_eagle
 

@@ -6,8 +6,7 @@ import torch
 from speclm import __version__
 from speclm.cli import machine as command
 from speclm.errors import OptionError
-from speclm.kernels.launch_files import write_table
-from speclm.kernels.launch_table import built_in_rows
+from speclm.kernels.launch_table import built_in_rows, write_table
 
 
 @pytest.fixture(autouse=True)

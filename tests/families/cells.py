@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from speclm import SpecModel
-from speclm.self_check.verdict import Backend
+from speclm.self_check.verdict import Verification
 from speclm.stats import SpeculationStats
 from speclm.testing import ScriptedProposer
 from tests.families.building import shared_family
@@ -111,7 +111,7 @@ def compare(spec: SpecModel, cell: str, *, reference: tuple[Tensor, Tensor]) -> 
         expected[:, inputs["input_ids"].shape[1] :].tolist(),
         wrong_at=WRONG_AT,
         depth=DEPTH,
-        num_siblings=0 if spec.self_check.backend is Backend.CHAINS else 1,
+        num_siblings=0 if spec.self_check.verification is Verification.CHAINS else 1,
     )
     found, found_state = generate(spec, inputs, max_new_tokens=NEW_TOKENS, **settings)
     stats = spec.last_speculation

@@ -16,8 +16,8 @@ from speclm.adaptive.pausing import Pausing
 from speclm.methods.draft_model.chain_proposer import ChainDraftProposer
 from speclm.methods.draft_model.proposer import DraftModelProposer
 from speclm.methods.ngram.proposer import NgramProposer
-from speclm.self_check.verdict import Backend
-from speclm.target.chain_session import MAX_OWED
+from speclm.self_check.verdict import Verification
+from speclm.target.chain_session import MAX_UNREAD
 from speclm.testing import ScriptedProposer
 from tests.callbacks import CountsCalls, DrawsAtEachCall, EndsRows, Tokens
 from tests.families import shared_family
@@ -62,7 +62,7 @@ def compare(
     spec.proposer = build_proposer(kind, reference, target=base, draft=shared_model("llama", 1))
     found = observe(spec, inputs, {"max_new_tokens": NEW_TOKENS, **build()}, base=base)
     require_same(found, expected)
-    assert spec.self_check.backend is Backend.CHAINS
+    assert spec.self_check.verification is Verification.CHAINS
     assert spec.last_speculation.fallbacks == []
     return found, expected, spec
 
@@ -155,9 +155,9 @@ def test_rounds_to_catch_up_are_forwards_that_count_and_draft_nothing(name, monk
     stats = spec.last_speculation
     assert len(fed) == 1 + stats.rounds
     assert len(asked) == stats.rounds
-    num_behind = sum(num_tokens > MAX_OWED + 1 for num_tokens in fed)
+    num_behind = sum(num_tokens > MAX_UNREAD + 1 for num_tokens in fed)
     assert (num_behind > 0) == (name == HYBRID)
-    assert max(fed[1:]) <= MAX_OWED + 1 + 2 + 1  # owed, the root, the draft
+    assert max(fed[1:]) <= MAX_UNREAD + 1 + 2 + 1  # owed, the root, the draft
     drafted = stats.rounds - stats.rows[0].offered[0]
     assert drafted <= num_behind + 1
 

@@ -18,7 +18,7 @@ from speclm.generation import run as rounds
 from speclm.sampling import DraftSampling, Draws, PositionNoise
 from speclm.sampling.draws import Families
 from speclm.stats import SpeculationStats
-from speclm.target.tree_session import TreeSession
+from speclm.target.session import TreeSession
 from speclm.tree.topology import from_parents
 from tests import enumeration
 from tests.enumeration import (

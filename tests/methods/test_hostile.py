@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save
 
 from speclm.errors import CheckpointError, SpeclmError
-from speclm.kernels.launch_files import read_table
+from speclm.kernels.launch_table import read_table
 from speclm.methods.eagle.checkpoint import find_eagle, read_eagle
 from speclm.methods.eagle.network import build_eagle
 from speclm.methods.medusa.checkpoint import find_medusa, read_medusa

@@ -11,7 +11,7 @@ from packaging.version import Version
 
 from speclm import SpecModel
 from speclm.methods.ngram.proposer import NgramProposer
-from speclm.self_check.verdict import Backend
+from speclm.self_check.verdict import Verification
 from tests.families import FAMILIES, ROWS, build_family, is_known
 from tests.families.attention_rows import ATTENTION_ROWS
 from tests.families.cells import (
@@ -26,14 +26,14 @@ from tests.families.cells import (
 from tests.grids import grid
 from tests.models import generate, prompts
 
-VERIFIED = [name for name, row in FAMILIES.items() if row.backend is not Backend.PLAIN]
-WITHOUT_TREES = [name for name, row in FAMILIES.items() if row.backend is not Backend.TREES]
+VERIFIED = [name for name, row in FAMILIES.items() if row.backend is not Verification.REGULAR]
+WITHOUT_TREES = [name for name, row in FAMILIES.items() if row.backend is not Verification.TREES]
 # A caller cannot pass a cache to Mamba 2 under the name of the others.
 GO_ON = [name for name in VERIFIED if name in WITHOUT_TREES and name != "mamba2"]
 BY_ATTENTION = {row.name for row in ATTENTION_ROWS}  # the others have a state: no tree fits it
 
 RECORDS = Path(__file__).parents[2] / "benchmarks" / "results" / "families.jsonl"
-RENAMED = {"plain decoding": Backend.PLAIN.value}  # since they were recorded
+RENAMED = {"plain decoding": Verification.REGULAR.value}  # since they were recorded
 
 
 def recorded() -> list[dict]:
@@ -66,7 +66,7 @@ def require_tokens(name: str, cell: str) -> None:
     compared = compare(shared_spec(name), cell, reference=shared_plain(name, cell))
     assert compared.found.tolist() == compared.expected.tolist()
     assert compared.has_equal_state
-    if FAMILIES[name].backend is Backend.PLAIN:
+    if FAMILIES[name].backend is Verification.REGULAR:
         assert compared.stats.fallbacks == [shared_spec(name).self_check.reason]
         return
     assert compared.stats.fallbacks == []
@@ -90,9 +90,9 @@ def require_varied(name: str, cells: Collection[str]) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_family_is_verified_as_the_table_says_and_keeps_its_tokens(name):
     row, check = FAMILIES[name], shared_spec(name).self_check
-    assert check.backend is row.backend, check.reason
+    assert check.verification is row.backend, check.reason
     assert row.reason in check.reason
-    assert row.reason or row.backend is Backend.TREES
+    assert row.reason or row.backend is Verification.TREES
     require_tokens(name, COMBINED)
     require_varied(name, [COMBINED])
 
@@ -107,7 +107,7 @@ def test_family_keeps_its_tokens_under_other_settings(name):
 @pytest.mark.parametrize("name", grid(WITHOUT_TREES, runs=lambda name: name in BY_ATTENTION))
 def test_wider_tolerances_of_half_precision_let_no_other_family_take_trees(name):
     check = SpecModel(build_family(name).bfloat16(), None).self_check
-    assert check.backend is not Backend.TREES
+    assert check.verification is not Verification.TREES
 
 
 @pytest.mark.parametrize("name", grid(GO_ON, runs=lambda name: name in DISTINCT))

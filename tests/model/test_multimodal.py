@@ -13,7 +13,7 @@ from speclm.methods.draft_model.proposer import DraftModelProposer
 from speclm.methods.medusa.network import MedusaHeads, MedusaHeadsConfig
 from speclm.methods.medusa.proposer import MedusaProposer
 from speclm.methods.ngram.proposer import NgramProposer
-from speclm.self_check.verdict import Backend
+from speclm.self_check.verdict import Verification
 from speclm.target import TargetFeatures, TargetView
 from speclm.testing import ScriptedProposer
 from tests.exactness import MODES, WRONG_AT, planted, require_exact
@@ -39,7 +39,7 @@ def shared_spec(name):
 
 def require_few_forwards(spec, inputs, **settings):
     """Assert the promise, and that nearly right drafts save forwards."""
-    num_siblings = int(spec.self_check.backend is Backend.TREES)
+    num_siblings = int(spec.self_check.verification is Verification.TREES)
     require_exact(
         spec,
         inputs,
@@ -121,7 +121,7 @@ def test_state_of_the_last_images_neither_leaks_nor_changes(name):
     model.generate(**inputs, max_new_tokens=2)
     before = model.model.rope_deltas
     spec = SpecModel(model, NgramProposer())
-    assert spec.self_check.backend is not Backend.PLAIN
+    assert spec.self_check.verification is not Verification.REGULAR
     assert model.model.rope_deltas is before
     expected = model.model.rope_deltas.clone()
     spec.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)

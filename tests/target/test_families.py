@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from speclm.self_check.verdict import Backend
+from speclm.self_check.verdict import Verification
 from speclm.target import TargetFeatures, TargetView
 from speclm.tree.topology import from_parents
 from tests.families import FAMILIES, shared_family
@@ -17,7 +17,7 @@ TOLERANCE = 1e-4  # of a spread, in float32: experts amplify rounding, an error 
 PARENTS = [[0, 0, 0, 1, 3, 2], [0, 0, 1, 2, 2, 5]]  # the last node of the second is padding
 KEPT = ([[0, 1, 3], [0, 1, 2]], [[0, 2, 5], [0]])
 LENGTHS = (11, 5)
-WITH_TREES = [name for name, row in FAMILIES.items() if row.backend is Backend.TREES]
+WITH_TREES = [name for name, row in FAMILIES.items() if row.backend is Verification.TREES]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -94,14 +94,14 @@ def wrap_draft_model(
     from speclm.methods.draft_model.chain_proposer import ChainDraftProposer
     from speclm.methods.draft_model.proposer import DraftModelProposer
     from speclm.self_check.check import check_model
-    from speclm.self_check.verdict import Backend
+    from speclm.self_check.verdict import Verification
     from speclm.target import TargetView
 
     view = TargetView(draft)
     check = check_model(view)
-    if check.backend is Backend.TREES:
+    if check.verification is Verification.TREES:
         return DraftModelProposer(draft, target=target, **options)
-    if check.backend is Backend.CHAINS:
+    if check.verification is Verification.CHAINS:
         return ChainDraftProposer(draft, target=target, **options)
     raise UnsupportedModelError(
         f"draft model {view.name} can draft neither trees nor chains: {check.reason}; choose one "

@@ -106,7 +106,7 @@ def test_row_alone_has_its_bits_in_a_batch(case):
 def test_room_in_the_cache_and_splits_asked_for_change_no_bit(case, spare, num_splits):
     contents = draw_contents(case)
     expected = attend_as_planned(case, contents)
-    moved = replace(case, spare=spare, page_len=0)
+    moved = replace(case, spare=spare)
     assert_equal_bits(attend_as_planned(moved, contents, num_splits=num_splits), expected)
 
 

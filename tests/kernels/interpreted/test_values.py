@@ -187,9 +187,7 @@ def test_scale_is_the_factor_of_the_scores(scale, softcap):
 @quick_search
 @given(
     st.data(),
-    tree_cases(
-        sizes=(4, 7, 17), dtypes=(torch.float32,), groups=1, page_len=0, starts=None, gaps=None
-    ),
+    tree_cases(sizes=(4, 7, 17), dtypes=(torch.float32,), groups=1, starts=None, gaps=None),
 )
 def test_tree_is_the_set_of_its_chains(data, case):
     how = data.draw(plans(block_keys=BLOCK))

@@ -7,7 +7,7 @@ from speclm.methods.draft_model.method import DraftModelMethod
 from speclm.methods.draft_model.proposer import DraftModelProposer
 from speclm.methods.ngram.proposer import NgramProposer
 from speclm.methods.registry import find_heads
-from speclm.self_check.verdict import Backend, SelfCheck
+from speclm.self_check.verdict import SelfCheck, Verification
 from tests.models import build_model, shared_model
 
 
@@ -40,7 +40,7 @@ def test_proposers_of_draft_models_are_its_own():
 
 
 def test_models_that_draft_neither_trees_nor_chains_are_refused(monkeypatch):
-    check = SelfCheck(Backend.PLAIN, "they draw", milliseconds=1.0)
+    check = SelfCheck(Verification.REGULAR, "they draw", milliseconds=1.0)
     monkeypatch.setattr("speclm.self_check.check.check_model", lambda _: check)
     with pytest.raises(UnsupportedModelError, match="neither trees nor chains: they draw"):
         load(shared_model("llama", 7))

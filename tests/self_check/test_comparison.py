@@ -1,19 +1,23 @@
-"""The load-time check passes good models and finds planted errors in tree attention."""
+"""Trees and chains pass on good models, planted errors are found, and forced text is generated."""
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BloomConfig, BloomForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from speclm.attention import TreeStep, active_step
-from speclm.attention.attaching import register
-from speclm.cache.tree_cache import TreeCache
-from speclm.self_check.comparison import check_trees
-from speclm.target import TargetView
-from tests.models import FAMILIES, build_model, randomise, shared_model
+from speclm.attention.registration import register
+from speclm.cache import TreeCache
+from speclm.self_check.comparison import check_chains, check_trees, regular_logits
+from speclm.self_check.verdict import Verification
+from speclm.target import ChainReader, TargetView
+from tests.families import FAMILIES as FAMILY_ROWS
+from tests.families import build_family, build_type
+from tests.models import FAMILIES, VOCAB_SIZE, build_model, prompts, randomise, shared_model
 from tests.multimodal import shared_wrapper
 
+INPUTS = prompts(5, 3)
 SIZES = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -213,7 +217,7 @@ def test_models_that_read_unpadded_prompts_otherwise_are_found():
     assert not check_trees(TargetView(shared_wrapper("paligemma"))).passes
 
 
-def test_nan_in_the_tree_alone_is_found(monkeypatch):
+def test_nan_only_in_the_tree_is_found(monkeypatch):
     original = TargetView.forward_tree
 
     def broken(view, tokens, topology, cache, **options):
@@ -257,3 +261,91 @@ def test_what_a_short_check_cannot_see_is_refused_by_the_config(model_type, sett
     check = check_trees(TargetView(AutoModelForCausalLM.from_config(config).eval()))
     assert not check.passes
     assert reason in check.reason
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_that_take_trees_take_chains_too(family):
+    check = check_chains(TargetView(shared_model(family)))
+    assert check.verification is Verification.CHAINS
+    assert check.error < 1e-4
+
+
+def alibi():
+    config = BloomConfig(vocab_size=VOCAB_SIZE, hidden_size=32, n_layer=2, n_head=4, pad_token_id=0)
+    return randomise(BloomForCausalLM(config))
+
+
+def test_model_with_alibi_takes_chains():
+    assert check_chains(TargetView(alibi())).verification is Verification.CHAINS
+
+
+def test_rejected_tokens_that_stay_are_found(monkeypatch):
+    keep = ChainReader.keep
+    fed = []
+
+    def remember(reader, tokens):
+        fed.append(tokens.shape[1])
+        return feed(reader, tokens)
+
+    feed = ChainReader.feed
+    monkeypatch.setattr(ChainReader, "feed", remember)
+    monkeypatch.setattr(ChainReader, "keep", lambda reader, _: keep(reader, fed[-1]))
+    check = check_chains(TargetView(alibi()))
+    assert check.verification is Verification.REGULAR
+    assert "differ" in check.reason
+
+
+def test_logits_that_are_not_numbers_are_found(monkeypatch):
+    feed = ChainReader.feed
+
+    def broken(reader, tokens):
+        logits = feed(reader, tokens)
+        return logits if tokens.shape[1] == 1 else torch.full_like(logits, torch.nan)
+
+    monkeypatch.setattr(ChainReader, "feed", broken)
+    assert check_chains(TargetView(alibi())).verification is Verification.REGULAR
+
+
+def nemotron_h():
+    return build_family("nemotron_h").bfloat16()  # rounds by more than its bound changes
+
+
+def bounded_mamba2():
+    settings = FAMILY_ROWS["mamba2"].settings
+    return randomise(build_type("mamba2", {**settings, "time_step_limit": (0.0, 1e4)}))
+
+
+@pytest.mark.parametrize("build", [nemotron_h, bounded_mamba2])
+def test_time_steps_that_are_bounded_only_in_chains_are_refused_where_the_check_sees_none(build):
+    check = check_chains(TargetView(build()))
+    assert check.verification is Verification.REGULAR
+    assert check.error < 0.1
+    assert "time steps are bounded" in check.reason
+
+
+def logits_of(model, text):
+    with torch.no_grad():
+        return regular_logits(
+            TargetView(model), INPUTS["input_ids"], INPUTS["attention_mask"], text
+        )
+
+
+def test_logits_are_those_of_generate():
+    model = shared_model("llama")
+    settings = {"do_sample": False, "max_new_tokens": 4}
+    output = model.generate(**INPUTS, **settings, return_dict_in_generate=True, output_logits=True)
+    found = logits_of(model, output.sequences[:, 5:8])
+    assert torch.equal(found, torch.stack(output.logits, dim=1))
+
+
+def test_generation_config_of_the_model_is_neither_read_nor_changed():
+    model, text = build_model("llama"), torch.tensor([[7, 8], [9, 10]])
+    expected = logits_of(model, text)
+    model.generation_config.update(
+        num_beams=3, do_sample=True, stop_strings=["x"], eos_token_id=7, repetition_penalty=2.0
+    )
+    before = model.generation_config.to_dict()
+    state = torch.get_rng_state()
+    assert torch.equal(logits_of(model, text), expected)
+    assert model.generation_config.to_dict() == before
+    assert torch.equal(torch.get_rng_state(), state)

@@ -1,4 +1,4 @@
-"""A model's config is ours for a forward, and left as it was found."""
+"""A model's configs name tree attention during a forward, and are restored after it."""
 
 import copy
 import pickle
@@ -11,7 +11,7 @@ from tests.attention.tree_models import build
 from tests.models import prompts, shared_model
 
 
-def test_implementation_is_ours_inside_and_restored_behind():
+def test_implementation_is_ours_inside_and_restored_after():
     model = shared_model("llama")
     configs = attention_configs(model)
     assert model.config in configs
@@ -41,7 +41,7 @@ def test_implementation_is_restored_after_an_exception():
     assert configs[0]._attn_implementation == "sdpa"
 
 
-def test_name_is_found_by_its_text_and_equal_to_what_it_stands_for():
+def test_name_is_found_by_its_text_and_equals_the_previous_one():
     config = shared_model("llama").config
     with attached([config]):
         name = config._attn_implementation
@@ -57,7 +57,7 @@ def test_name_is_found_by_its_text_and_equal_to_what_it_stands_for():
 
 
 @torch.no_grad()
-def test_model_that_compares_the_name_computes_plain_forwards_as_ever_while_attached():
+def test_model_that_compares_the_name_computes_the_same_forwards_while_attached():
     model = build("by name")
     inputs = prompts(7)["input_ids"]
     expected = model(inputs).logits

@@ -1,8 +1,9 @@
-"""Caches that come in and go out, against what the model's own forwards leave in them."""
+"""Imported, exported and rewound caches, against those of the model's own forwards."""
 
 from copy import deepcopy
 from functools import cache as cached
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -32,11 +33,19 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from speclm.cache import TreeCache, export_cache, import_cache, import_obstacle
+from speclm.cache import (
+    Rewind,
+    TreeCache,
+    export_cache,
+    import_cache,
+    import_obstacle,
+    restore,
+    snapshot,
+)
 from speclm.errors import CacheError
 from speclm.target import TargetView
 from speclm.tree.topology import from_parents
-from tests.models import VOCAB_SIZE, WINDOW, build_model, prompts, randomise
+from tests.models import VOCAB_SIZE, WINDOW, build_model, prompts, randomise, shared_model
 
 TOLERANCE = 2e-4  # of logits whose spread is about 3, and of keys and values, in float32
 SPLIT = 13  # slots that regular generation has cached; more than a window
@@ -166,7 +175,7 @@ def require_equal(found: DynamicCache, expected: DynamicCache, padding: Tensor) 
                 assert torch.allclose(stored[row, :, skip:], wanted[row, :, skip:], atol=TOLERANCE)
 
 
-def snapshot(cache: DynamicCache) -> list[tuple[int, Tensor, Tensor]]:
+def slots_of(cache: DynamicCache) -> list[tuple[int, Tensor, Tensor]]:
     return [
         (layer.get_seq_length(), layer.keys.clone(), layer.values.clone()) for layer in cache.layers
     ]
@@ -181,7 +190,7 @@ def require_unchanged(cache: DynamicCache, before: list[tuple[int, Tensor, Tenso
 
 @pytest.mark.parametrize("with_config", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_prompt_behind_an_imported_cache_has_the_logits_of_one_forward(family, with_config):
+def test_prompt_after_an_imported_cache_has_the_logits_of_one_forward(family, with_config):
     model = model_of(family)
     for lengths in ((LENGTH, LENGTH - 7), (LENGTH, 5), (LENGTH,)):  # 5: padded beyond the cache
         inputs = prompts(*lengths)
@@ -194,7 +203,7 @@ def test_prompt_behind_an_imported_cache_has_the_logits_of_one_forward(family, w
 
 @pytest.mark.parametrize("family", TREE_FAMILIES)
 @torch.no_grad()
-def test_trees_behind_an_imported_cache_have_the_logits_of_their_paths(family):
+def test_trees_after_an_imported_cache_have_the_logits_of_their_paths(family):
     model, inputs = model_of(family), prompts(LENGTH, LENGTH - 7)
     _, view, cache = continued(model, inputs, plain_cache(model, inputs, SPLIT))
     rows = rows_of(inputs)
@@ -214,7 +223,7 @@ def test_trees_behind_an_imported_cache_have_the_logits_of_their_paths(family):
 
 @pytest.mark.parametrize("with_config", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_exported_cache_is_that_of_plain_decoding(family, with_config):
+def test_exported_cache_is_that_of_regular_generation(family, with_config):
     model, inputs = model_of(family), prompts(LENGTH, LENGTH - 7)
     own = plain_cache(model, inputs, SPLIT, with_config=with_config)
     given_cache = deepcopy(own)
@@ -259,7 +268,7 @@ def test_exported_slots_are_copies():
     _, view, cache = continued(model, inputs, DynamicCache())
     into = DynamicCache(config=model.config)
     export_cache(cache, into, length=LENGTH)
-    before = snapshot(into)
+    before = slots_of(into)
     cache.crop(2)
     view.prefill(prompts(12, seed=4)["input_ids"], cache)
     require_unchanged(into, before)
@@ -289,7 +298,7 @@ def test_exported_cache_can_be_cropped_as_plain_ones_can():
 def test_given_cache_is_left_alone_until_the_export(family):
     model, inputs = model_of(family), prompts(LENGTH, LENGTH - 7)
     past = plain_cache(model, inputs, SPLIT)
-    before = snapshot(past)
+    before = slots_of(past)
     _, view, cache = continued(model, inputs, past)
     topology = from_parents([PARENTS], device=torch.device("cpu"))
     view.forward_tree(torch.ones(2, len(PARENTS), dtype=torch.long), topology, cache)
@@ -422,7 +431,7 @@ def test_cache_of_another_model_is_refused_by_the_first_forward(past):
     states = torch.ones(1, past.heads, 4, 20, dtype=past.dtype)
     for index in range(2):
         foreign.update(states, states, index)
-    before = snapshot(foreign)
+    before = slots_of(foreign)
     with pytest.raises(CacheError, match=r"rows and heads, the model wrote.*this model made"):
         continued(model, inputs, foreign)
     require_unchanged(foreign, before)
@@ -491,3 +500,114 @@ def test_any_split_of_a_prompt_gives_the_logits_of_one_forward(window, length, s
         assert torch.allclose(logits[row], last_logits(model, tokens), atol=TOLERANCE)
     export_cache(cache, past, length=length)
     require_equal(past, plain_cache(model, inputs, length), padding_of(inputs))
+
+
+TWO_ROWS = (11, 6)
+
+
+def tensors_of(cache: DynamicCache) -> list[Tensor]:
+    found: list[Tensor] = []
+    for layer in cache.layers:
+        for value in vars(layer).values():
+            parts = value.values() if isinstance(value, dict) else [value]
+            found += [part.clone() for part in parts if isinstance(part, Tensor)]
+    return found
+
+
+def attributes_of(cache: DynamicCache) -> list[dict[str, Any]]:
+    plain = int | bool | None
+    return [
+        {n: v for n, v in vars(layer).items() if isinstance(v, plain)} for layer in cache.layers
+    ]
+
+
+@torch.no_grad()
+def read(model: PreTrainedModel, cache: DynamicCache, tokens: Tensor) -> Tensor:
+    return model(input_ids=tokens, past_key_values=cache, use_cache=True).logits
+
+
+def after_prompt(model: PreTrainedModel) -> DynamicCache:
+    cache = DynamicCache(config=model.config)
+    read(model, cache, prompts(TWO_ROWS[0], TWO_ROWS[0])["input_ids"])
+    return cache
+
+
+def some_tokens(num_tokens: int) -> Tensor:
+    return torch.arange(2 * num_tokens).view(2, -1) * 7 % VOCAB_SIZE
+
+
+def require_same(found: DynamicCache, expected: DynamicCache) -> None:
+    for one, other in zip(tensors_of(found), tensors_of(expected), strict=True):
+        assert torch.equal(one, other)
+    assert attributes_of(found) == attributes_of(expected)
+
+
+@pytest.mark.parametrize("num_dropped", [0, 1, 3])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
+def test_dropped_slots_leave_what_a_shorter_text_leaves(family, num_dropped):
+    model, tokens = shared_model(family), some_tokens(3)
+    cache, expected = after_prompt(model), after_prompt(model)
+    rewind = Rewind(cache)
+    assert rewind.is_croppable
+    rewind.mark()
+    read(model, cache, tokens)
+    rewind.drop(num_dropped)
+    if num_dropped < 3:
+        read(model, expected, tokens[:, : 3 - num_dropped])
+    rewind.release()
+    assert cache.get_seq_length() == TWO_ROWS[0] + 3 - num_dropped
+    for one, other in zip(tensors_of(cache), tensors_of(expected), strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+    assert attributes_of(cache) == attributes_of(expected)
+
+
+def test_recurrent_states_are_restored_as_often_as_they_are_marked():
+    model = shared_model("qwen3_next")
+    cache, expected = after_prompt(model), after_prompt(model)
+    rewind = Rewind(cache)
+    assert not rewind.is_croppable
+    for num_tokens in (1, 4):
+        rewind.mark()
+        read(model, cache, some_tokens(num_tokens))
+        rewind.restore()
+        require_same(cache, expected)
+    rewind.release()
+    require_same(cache, expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3_next"])
+@pytest.mark.parametrize("is_empty", [True, False])
+def test_snapshot_is_restored(family, is_empty):
+    model = shared_model(family)
+    cache, expected = (
+        DynamicCache(config=model.config) if is_empty else after_prompt(model) for _ in range(2)
+    )
+    states = snapshot(cache)
+    read(model, cache, some_tokens(5))
+    restore(cache, states)
+    require_same(cache, expected)
+
+
+def test_layers_added_since_a_snapshot_are_removed():
+    model, cache = shared_model("llama"), DynamicCache()
+    states = snapshot(cache)
+    read(model, cache, some_tokens(5))
+    restore(cache, states)
+    assert cache.layers == []
+
+
+@torch.no_grad()
+def test_a_further_forward_sees_no_slots_before_a_window():
+    model, tokens = shared_model("mistral"), some_tokens(5)
+    cache, expected = after_prompt(model), after_prompt(model)
+    rewind = Rewind(cache)
+    rewind.mark()
+    read(model, cache, tokens[:, :3])
+    for step in (3, 4):
+        rewind.narrow()
+        assert all(layer.keys.shape[-2] == layer.sliding_window - 1 for layer in cache.layers)
+        read(model, cache, tokens[:, [step]])
+    rewind.drop(2)
+    rewind.release()
+    read(model, expected, tokens[:, :3])
+    require_same(cache, expected)

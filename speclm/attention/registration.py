@@ -1,4 +1,4 @@
-"""Puts tree attention into a model's config for the time of a forward, and takes it out again."""
+"""Register tree attention with Transformers, and name it in a model's configs during forwards."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,10 +18,10 @@ _PREFIX = "speclm_"
 
 @contextmanager
 def attached(configs: Sequence[PretrainedConfig]) -> Iterator[None]:
-    """Route the attention of models with these configs through ours, then restore it.
+    """Route the attention of models with these configs through tree attention, then restore it.
 
-    Models may share a config, and run in several threads: it is restored behind the last of them.
-    What a thread without a tree step runs meanwhile computes what it always does.
+    Models may share a config and run in several threads; the last one to finish restores it. In a
+    thread without a tree step, attention computes the same as before.
     """
     user = object()
     with temporary(partial(_ATTACHMENTS.remove, configs, user)):
@@ -32,12 +32,12 @@ def attached(configs: Sequence[PretrainedConfig]) -> Iterator[None]:
 
 @dataclass(slots=True)
 class _Attachment:
-    """A config that is attached.
+    """A config that names tree attention.
 
     Args:
-        config: Kept here so that its id is no other's.
-        implementation: What it named before.
-        users: One object for each forward that needs it.
+        config: Kept alive, so that its id stays its own.
+        implementation: The name of its own implementation.
+        users: One object for each forward that needs tree attention.
     """
 
     config: PretrainedConfig
@@ -46,15 +46,15 @@ class _Attachment:
 
 
 class _Attachments:
-    """The configs that are attached, by id."""
+    """The configs that name tree attention, by id."""
 
     def __init__(self) -> None:
         self._found: dict[int, _Attachment] = {}
         self.renew_lock()
 
     def renew_lock(self) -> None:
-        """Forget who holds the lock."""
-        # The collector may close a forward that was abandoned while this thread holds it.
+        """Replace the lock, which a thread that no longer exists may hold."""
+        # Reentrant: the collector may close an abandoned forward while this thread holds it.
         self._lock = RLock()
 
     def add(self, config: PretrainedConfig, user: object) -> None:
@@ -66,7 +66,7 @@ class _Attachments:
                 config._attn_implementation_internal = _Name(name)
 
     def remove(self, configs: Sequence[PretrainedConfig], user: object) -> None:
-        """Restore those that nobody else uses; of no effect for one that was not added."""
+        """Restore the configs without other users; ignore those that `user` has not added."""
         with self._lock:
             for config in configs:
                 attachment = self._found.get(id(config))
@@ -93,11 +93,11 @@ def attention_configs(model: nn.Module) -> list[PretrainedConfig]:
 
 
 class _Name(str):
-    """Name under which tree attention stands in Transformers' registries.
+    """Name of tree attention in Transformers' registries, which also equals the previous name.
 
-    Some modeling files compare the name of their implementation with a word, and then compute
-    attention themselves. In such a comparison it equals the name it stands for, so that they do
-    what they always do; a registry finds it by its text.
+    Some modeling files compare the name of their implementation with a string and then compute
+    attention themselves. They must do the same as before, so the name equals the previous one in
+    comparisons; registries find tree attention by the text and its hash.
     """
 
     __slots__ = ("previous",)
@@ -110,21 +110,21 @@ class _Name(str):
         return name
 
     def __getnewargs__(self) -> tuple[str]:
-        """Let copies of a config be made while it is attached."""
+        """Allow copies of a config that names tree attention."""
         return (self.previous,)
 
     def __eq__(self, other: object) -> bool:
-        """Return whether `other` is the same text, or the name that this stands for."""
+        """Return whether `other` is the same text or the previous name."""
         return str.__eq__(self, other) is True or self.previous == other
 
     def __ne__(self, other: object) -> bool:
-        """Tell the opposite."""
+        """Return the opposite of `==`."""
         return not self == other
 
-    __hash__ = str.__hash__  # of its text: no registry takes it for `previous`
+    __hash__ = str.__hash__  # of the text, so that registries do not take it for `previous`
 
 
-@cache  # asked for at every forward
+@cache  # called in every forward
 def register(previous: str) -> str:
     """Register tree attention on top of `previous` and return its name."""
     name = _PREFIX + previous
