@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from speclm.errors import OptionError
-from tests.training.talks import TAGGED, tiny_base, word_tokenizer, write_alphabet
+from tests.training.alphabet import TAGGED, tiny_base, word_tokenizer, write_alphabet
 
 ROOT = Path(__file__).parents[2]
 

@@ -3,7 +3,7 @@ import pytest
 from speclm.errors import CheckpointError, OptionError
 from speclm.methods.eagle.checkpoint import read_eagle
 from tests.models import build_model
-from tests.training.talks import TAGGED, WORDS, word_tokenizer, write_alphabet
+from tests.training.alphabet import TAGGED, WORDS, word_tokenizer, write_alphabet
 
 
 @pytest.fixture

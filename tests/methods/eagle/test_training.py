@@ -22,7 +22,7 @@ from speclm.training.assistant_tokens import TokenizedRow
 from speclm.training.rows import TrainingRows, load_rows
 from tests.models import build_model, prompts
 from tests.training.runs import CLOSE, SETTINGS, StopAt
-from tests.training.talks import TAGGED, WORDS, word_tokenizer, write_alphabet
+from tests.training.alphabet import TAGGED, WORDS, word_tokenizer, write_alphabet
 
 KINDS = ("eagle", "eagle3")
 NUM_LAYERS = 7  # the fewest with three different hidden states to read
