@@ -16,8 +16,8 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from speclm.demo.bundle import assets
-from speclm.drafting.registry import registered_proposers
 from speclm.errors import OptionError, UnknownNameError
+from speclm.methods.registry import heads_names
 from speclm.model import SpecModel
 from speclm.model.loading import Heads
 
@@ -98,7 +98,7 @@ def _parts(heads: str, *, is_bundled: bool) -> list[Heads]:
     if heads == "none":
         return []
     bundled = {part: assets()[part] for part in BUNDLED_HEADS} if is_bundled else {}
-    known = [*bundled, *registered_proposers()]
+    known = [*bundled, *heads_names()]
     for part in heads.split(","):
         if part in ("", "none"):
             raise OptionError(

@@ -9,7 +9,7 @@ import typer
 from speclm.cli._training import Prepared, TrainOptions, prepare, run_training, with_train_options
 from speclm.config import require_count, require_size
 from speclm.errors import OptionError
-from speclm.methods.eagle.writer import require_place_for_eagle
+from speclm.methods.eagle.checkpoint import require_writable
 
 if TYPE_CHECKING:
     from speclm.methods.eagle.network import EagleHeads
@@ -150,7 +150,7 @@ def _train(options: TrainOptions, start: _Start, objective: "EagleObjective") ->
     from speclm.methods.eagle.training import EagleTrainer
     from speclm.training.arguments import EAGLE_DEFAULTS
 
-    prepared = prepare(options, require_place=require_place_for_eagle, defaults=EAGLE_DEFAULTS)
+    prepared = prepare(options, require_place=require_writable, defaults=EAGLE_DEFAULTS)
     make = partial(
         EagleTrainer,
         prepared.base,

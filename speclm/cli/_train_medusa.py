@@ -7,7 +7,7 @@ import typer
 
 from speclm.cli._training import TrainOptions, prepare, run_training, with_train_options
 from speclm.config import require_count
-from speclm.methods.medusa.checkpoint import require_place_for_heads
+from speclm.methods.medusa.checkpoint import require_writable
 
 _MAX_LAYERS = 64
 
@@ -34,7 +34,7 @@ def medusa(
     require_count("--num-heads", num_heads, low=1, high=MAX_HEADS)
     require_count("--num-layers", num_layers, low=1, high=_MAX_LAYERS)
     objective = MedusaObjective(decay=decay, soft_weight=soft_weight)
-    prepared = prepare(options, require_place=require_place_for_heads, defaults=DEFAULTS)
+    prepared = prepare(options, require_place=require_writable, defaults=DEFAULTS)
     heads = new_medusa_heads(
         prepared.base,
         num_heads=num_heads,

@@ -5,8 +5,8 @@ import platform
 import torch
 
 from speclm.bench.machine import describe_commit, describe_machine, describe_versions
-from speclm.drafting.registry import registered_proposers
 from speclm.kernels import preferred
+from speclm.methods.registry import heads_names
 
 
 def env() -> None:
@@ -22,7 +22,7 @@ def env() -> None:
         "cuda": torch.version.cuda or "none",
         "gpus": ", ".join(machine.gpus) or "none",
         "kernels": f"{kernel.backend}: {kernel.reason}",
-        "proposers": ", ".join(sorted(registered_proposers())),
+        "proposers": ", ".join(heads_names()),
     }
     width = max(map(len, rows))
     for name, value in rows.items():

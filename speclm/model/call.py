@@ -20,8 +20,7 @@ from speclm.drafting.interface import Proposer
 from speclm.generation.delegation import CACHE_INPUTS, NeedsRegularGeneration
 from speclm.generation.loop import Generated, generate_tokens
 from speclm.model.arguments import resolve_setting
-from speclm.model.fitting import claimed, require_still_fits
-from speclm.model.standing_in import proposer_modules
+from speclm.model.fitting import claimed, proposer_modules, require_still_fits
 from speclm.self_check.verdict import Backend
 from speclm.self_check.watch import may_draw
 from speclm.stats import SpeculationStats

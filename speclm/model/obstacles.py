@@ -8,7 +8,7 @@ from transformers import GenerationConfig
 from speclm.drafting.interface import Proposer
 from speclm.generation.delegation import NeedsRegularGeneration
 from speclm.model.arguments import first_delegated
-from speclm.model.standing_in import proposer_modules
+from speclm.model.fitting import proposer_modules
 from speclm.self_check.verdict import Backend, SelfCheck
 from speclm.self_check.watch import Watch, first_in_training
 

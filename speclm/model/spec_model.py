@@ -18,20 +18,17 @@ from speclm.acceptance import AcceptanceRule, resolve_acceptance_rule
 from speclm.adaptive.pausing import PauseMemory
 from speclm.adaptive.tuner import TreeMemory
 from speclm.drafting.interface import Proposer
-from speclm.errors import OptionError, UnsupportedModelError
+from speclm.errors import OptionError
+from speclm.files.hub import with_base_options
 from speclm.generation.delegation import NeedsRegularGeneration
 from speclm.model.arguments import naming_unknown, require_acceptable
 from speclm.model.attaching import attach, detach, enter
 from speclm.model.call import KeepsCounters, decode, with_counters
-from speclm.model.causal_lm import OPTIONS_OF_LOADING, load_causal_lm, require_no_options
-from speclm.model.fitting import require_fits
-from speclm.model.hub import with_base_options
-from speclm.model.loading import Heads, load_proposer
-from speclm.model.misses import MissWatch
+from speclm.model.fitting import MOVES, MissWatch, move, require_fits
+from speclm.model.loading import Heads, load_base, load_proposer, unwrap
 from speclm.model.obstacles import notes, require_speculation
 from speclm.model.report import write_report
 from speclm.model.saving import push_heads, save_heads
-from speclm.model.standing_in import MOVES, move, unwrap
 from speclm.model.trees import AUTO, Tree, normalize_tree, require_fillable
 from speclm.self_check.verdict import SelfCheck
 from speclm.self_check.watch import Watch
@@ -123,17 +120,8 @@ class SpecModel(KeepsCounters):
                 not know.
         """
         base = unwrap(base, SpecModel)
-        if not isinstance(base, str | Path | PreTrainedModel):
-            raise UnsupportedModelError(
-                f"base is a {type(base).__name__}, expected a folder, a hub id or a Transformers "
-                "PreTrainedModel; load one with AutoModelForCausalLM.from_pretrained"
-            )
-        if isinstance(base, PreTrainedModel):
-            require_no_options(kwargs)
-            model = base
-        else:
-            model = load_causal_lm(base, kwargs, owner="base", known=OPTIONS_OF_LOADING)
-            heads_kwargs = with_base_options(heads_kwargs, kwargs, heads=heads, base=base)
+        model = load_base(base, kwargs)
+        heads_kwargs = with_base_options(heads_kwargs, kwargs, heads=heads, base=base)
         proposer = load_proposer(
             heads, model, heads_kwargs=heads_kwargs, num_draft_tokens=num_draft_tokens
         )

@@ -121,7 +121,7 @@ def test_interrupt_ends_with_code_130(monkeypatch):
 def test_characters_that_the_encoding_lacks_are_replaced(monkeypatch):
     output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", output)
-    monkeypatch.setattr("speclm.cli.env.registered_proposers", lambda: {"好": None})
+    monkeypatch.setattr("speclm.cli.env.heads_names", lambda: ["好"])
     assert exit_code(monkeypatch, "env") == 0
     assert output.buffer.getvalue().endswith(b"proposers     ?\n")
 

@@ -15,10 +15,11 @@ from typing_extensions import override
 from speclm.config import require_count, require_in_range
 from speclm.drafting.heads_folder import hub_id
 from speclm.errors import OptionError
-from speclm.methods.eagle.network import EagleHeads, eagle_checkpoint
+from speclm.methods.eagle.checkpoint import eagle_checkpoint, write_eagle
+from speclm.methods.eagle.method import MAX_STEPS
+from speclm.methods.eagle.network import EagleHeads
 from speclm.methods.eagle.proposer import EagleProposer
 from speclm.methods.eagle.rollout import roll_out
-from speclm.methods.eagle.writer import write_eagle
 from speclm.target import TargetFeatures
 from speclm.target.features import FeatureTap
 from speclm.training.acceptance_meter import AcceptanceMeter
@@ -31,8 +32,6 @@ from speclm.training.training_model import (
     soft_cross_entropy,
     weighted_loss,
 )
-
-MAX_STEPS = 32
 
 _NOISE_LENGTH = 512  # of a text whose features get noise of the given width
 
@@ -131,7 +130,7 @@ class EagleTrainingModel(TrainingModel):
 
     @override
     def write(self, folder: Path) -> None:
-        base_id = hub_id(self.view.model.config.name_or_path)
+        base_id = hub_id(self.view.model.config.name_or_path)  # paths are not written
         checkpoint = eagle_checkpoint(self.heads, base_name_or_path=base_id)
         write_eagle(folder, checkpoint, num_target_layers=self.view.num_layers)
 

@@ -1,4 +1,4 @@
-"""Proposes what EAGLE heads guess on from the target's features."""
+"""Drafts trees with EAGLE heads, which continue the target's features."""
 
 import math
 from collections.abc import Sequence
@@ -28,8 +28,8 @@ from speclm.drafting.levels import (
 )
 from speclm.drafting.ranking import LevelRanking, path_expansions
 from speclm.errors import OptionError, VocabularyMismatchError
-from speclm.methods.eagle.levels import LevelRun
-from speclm.methods.eagle.network import EagleHeads
+from speclm.methods.eagle.config import EagleConfig
+from speclm.methods.eagle.network import EagleHeads, LevelRun
 from speclm.sampling.drafts import DraftSampler, DraftSampling
 from speclm.sampling.noise import PositionNoise
 from speclm.target import TargetFeatures, TargetView
@@ -57,8 +57,8 @@ class EagleProposerConfig(GrownTreeConfig):
 class EagleProposer(Proposer):
     """Grows a tree with a small decoder that continues the target's own hidden states.
 
-    A slot of the heads joins the features of one position with the token after it. Committed slots
-    hold what the target really computed; what stands on guesses is dropped in every round.
+    Committed positions of the heads' cache are computed from the target's features; positions of
+    draft tokens are dropped in every round.
 
     Source: Li et al. 2024 (EAGLE-2), Li et al. 2025 (EAGLE-3).
     """
@@ -89,7 +89,7 @@ class EagleProposer(Proposer):
             VocabularyMismatchError: If the heads were made for another vocabulary.
             OptionError: If an option is unknown or out of range, a rank exceeds the heads'
                 vocabulary, or they have another width.
-            TopologyError: If the tree is none.
+            TopologyError: If `tree` is not a tree.
             UnsupportedModelError: If the target lacks the layers whose features are read, or its
                 embeddings are quantised or offloaded and the heads have none of their own.
         """
@@ -101,19 +101,9 @@ class EagleProposer(Proposer):
             require_ranks(self.config.choices, heads.config.draft_vocab_size)
         self.heads, self.view = heads, TargetView(target)
         wanted = heads.config
-        if wanted.vocab_size != self.view.vocab_size:
-            raise VocabularyMismatchError(
-                f"EAGLE heads have a vocabulary of {wanted.vocab_size}, the target "
-                f"{self.view.name} one of {self.view.vocab_size}; use heads that were trained on it"
-            )
-        if wanted.target_hidden_size != self.view.hidden_size:
-            raise OptionError(
-                f"EAGLE heads read features of width {wanted.target_hidden_size}, those of "
-                f"{self.view.name} are {self.view.hidden_size} wide; use heads that were trained "
-                "on it"
-            )
+        _require_match(wanted, self.view)
         if heads.embed_tokens is None:
-            _ = self.view.embedding_weight  # raises where the target's cannot be read
+            _ = self.view.embedding_weight  # raises if the target's cannot be read
         self.num_ranks = wanted.draft_vocab_size
         is_eagle3 = wanted.kind == "eagle3"
         self._features = (
@@ -130,9 +120,9 @@ class EagleProposer(Proposer):
         self._cache: TreeCache | None = None
         self._unseen_tokens: list[list[int]] = []
         self._unseen_features: list[list[Tensor]] = []
-        self._hidden: Tensor | None = None  # of the slot before each root
+        self._hidden: Tensor | None = None  # at the position before each root
         self._is_idle: list[bool] = []
-        self._leaf_tokens: Tensor | None = None  # what nothing follows
+        self._leaf_tokens: Tensor | None = None  # tokens that end a row
 
     @property
     @override
@@ -171,7 +161,7 @@ class EagleProposer(Proposer):
     @override
     def commit(self, accepted: Accepted) -> None:
         if self._cache is not None:
-            self._cache.keep([[] for _ in accepted.emitted])  # guesses are not features
+            self._cache.keep([[] for _ in accepted.emitted])  # of draft tokens
         self._ranking.learn(accepted, path_expansions(accepted, self._grown))
         assert accepted.features is not None
         for row, emitted in enumerate(accepted.emitted):
@@ -185,23 +175,23 @@ class EagleProposer(Proposer):
         features = prompt.features
         assert features is not None
         following = torch.cat([prompt.tokens[:, 1:], prompt.first_tokens[:, None]], dim=1)
-        length = features.shape[1]  # of the last ones alone, where a cache held the first
+        length = features.shape[1]  # only of the last ones if a cache held the first
         padding = (prompt.num_padding - (prompt.tokens.shape[1] - length)).clamp(min=0)
         cache = TreeCache(num_layers=self.heads.config.num_layers, num_padding=padding)
         self._hidden = None
         if length > 0:
-            slots = torch.arange(length, device=padding.device)
-            visible = (slots[:, None] >= slots) & (slots >= padding[:, None])[:, None]
+            indices = torch.arange(length, device=padding.device)
+            visible = (indices[:, None] >= indices) & (indices >= padding[:, None])[:, None]
             visible |= torch.eye(length, dtype=torch.bool, device=padding.device)
             hidden = self._run(
-                following[:, -length:], self.heads.fuse(features), visible, slots[None], cache
+                following[:, -length:], self.heads.fuse(features), visible, indices[None], cache
             )
             cache.keep([list(range(length))] * len(padding))
             self._hidden = hidden[:, -1]
         return cache
 
     def _catch_up(self, device: torch.device) -> None:
-        """Read what the target computed since, of rows that got tokens."""
+        """Run the heads over the features of tokens that were committed since the last draft."""
         assert self._cache is not None
         counts = [len(tokens) for tokens in self._unseen_tokens]
         longest = max(counts)
@@ -234,7 +224,7 @@ class EagleProposer(Proposer):
         self._unseen_features = [[] for _ in counts]
 
     def _grow(self, config: EagleProposerConfig, noise: PositionNoise | None) -> GrowingTree:
-        """Guess level after level, and follow what is likeliest; tokens are the target's."""
+        """Draft level after level from the likeliest nodes; tokens are the target's."""
         branches = min(config.branches, self.heads.config.draft_vocab_size)
         assert self._hidden is not None
         device = self._hidden.device
@@ -263,7 +253,7 @@ class EagleProposer(Proposer):
     def _fill(
         self, roots: Int[Tensor, " batch"], choices: Choices, noise: PositionNoise | None
     ) -> Draft:
-        """Give a static tree the best guesses below each of its nodes."""
+        """Fill a static tree with the best candidates below each node."""
         tree = FilledTree(choices, roots=roots)
         run = self._start(tree.widths[1:])
         while True:
@@ -278,7 +268,7 @@ class EagleProposer(Proposer):
     def _draw(
         self, roots: Int[Tensor, " batch"], config: EagleProposerConfig, sampler: DraftSampler
     ) -> Draft:
-        """Draw the children of one level of a fixed tree after another."""
+        """Draw the children of one level of a static tree after another."""
         choices = config.choices or drawn_choices(
             width=config.width,
             branches=min(config.branches, self.heads.config.draft_vocab_size),
@@ -307,7 +297,7 @@ class EagleProposer(Proposer):
             run.below(tree.expanded_tokens, tree.expanded_parents)
 
     def _start(self, widths: list[int]) -> LevelRun:
-        """Return a run from the roots down levels of at most as many nodes."""
+        """Return a run of the heads from the roots down levels of these widths."""
         assert self._cache is not None
         assert self._hidden is not None
         return LevelRun(
@@ -322,16 +312,16 @@ class EagleProposer(Proposer):
         self,
         tokens: Int[Tensor, "batch nodes"],
         hidden: Float[Tensor, "batch nodes hidden"],
-        visible: Bool[Tensor, "rows nodes slots"],
-        slot_depths: Int[Tensor, "depth_rows slots"],
+        visible: Bool[Tensor, "rows nodes kv_len"],
+        kv_depths: Int[Tensor, "depth_rows kv_len"],
         cache: TreeCache,
     ) -> Float[Tensor, "batch nodes hidden"]:
         """Run the heads over new nodes, which become pending."""
         num_nodes = tokens.shape[1]
         cache.reserve(num_nodes)
         first = cache.lengths - cache.num_padding
-        positions = (first[:, None] + slot_depths[:, -num_nodes:]).clamp(min=0)
-        step = TreeStep(visible, slot_depths, cache)
+        positions = (first[:, None] + kv_depths[:, -num_nodes:]).clamp(min=0)
+        step = TreeStep(visible, kv_depths, cache)
         output: Tensor = self.heads(
             hidden,
             self._embed(tokens),
@@ -368,9 +358,22 @@ class EagleProposer(Proposer):
     def _spread(
         self, logits: Float[Tensor, "batch nodes draft_vocab"]
     ) -> Float[Tensor, "batch nodes vocab"]:
-        """Put logits at the target's tokens; all others get no probability to speak of."""
+        """Return logits over the target's tokens; others get next to no probability."""
         columns = self.heads.draft_columns
         if columns is None:
             return logits
         shape = (*logits.shape[:2], self.heads.config.vocab_size)
         return logits.new_full(shape, _ABSENT).index_copy_(2, columns, logits)
+
+
+def _require_match(wanted: EagleConfig, view: TargetView) -> None:
+    if wanted.vocab_size != view.vocab_size:
+        raise VocabularyMismatchError(
+            f"EAGLE heads have a vocabulary of {wanted.vocab_size}, the target {view.name} one of "
+            f"{view.vocab_size}; use heads that were trained on it"
+        )
+    if wanted.target_hidden_size != view.hidden_size:
+        raise OptionError(
+            f"EAGLE heads read features of width {wanted.target_hidden_size}, those of {view.name} "
+            f"are {view.hidden_size} wide; use heads that were trained on it"
+        )

@@ -14,7 +14,7 @@ from speclm.errors import OptionError
 from speclm.methods.eagle.config import EagleConfig
 from speclm.methods.eagle.network import EagleHeads
 from speclm.methods.eagle.proposer import EagleProposer
-from speclm.model.loading import load_proposer
+from speclm.methods.registry import find_heads
 from speclm.target import TargetView, output_matrix
 from speclm.training.conversations import Example
 
@@ -86,7 +86,8 @@ def load_eagle_heads(
     options: dict[str, Any] = {"dtype": torch.float32}
     if revision is not None:
         options["revision"] = revision
-    proposer = load_proposer(heads, base, heads_kwargs=options, num_draft_tokens=None)
+    source = find_heads(heads, options)
+    proposer = source.method.load(source, base)
     if not isinstance(proposer, EagleProposer):
         raise OptionError(
             f"heads {str(heads)!r} are those of a {type(proposer).__name__}, expected EAGLE heads; "

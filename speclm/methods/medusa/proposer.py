@@ -1,4 +1,4 @@
-"""Proposes what Medusa heads guess from the target's last hidden state."""
+"""Drafts trees with Medusa heads, from the target's last hidden state."""
 
 import logging
 import math
@@ -37,11 +37,10 @@ from speclm.tree.topology import chain, trees_of
 _log = logging.getLogger("speclm")
 
 MAX_RANK = 8
-"""Guesses of one head that a tree grown by probability considers."""
+"""Most candidates of one head in a dynamic tree."""
 
 STATIC_TREE: Choices = ((0,), (1,), (0, 0), (0, 1), (0, 0, 0), (0, 0, 1), (0, 0, 0, 0))
-"""Where a static tree is needed and none is given: drafts drawn for an acceptance rule,
-training."""
+"""Used if a static tree is needed and none is given: to draw drafts, and in training."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +72,11 @@ class MedusaConfig(ProposerConfig):
 
 
 class MedusaProposer(Proposer):
-    """Fills a tree with the best guesses of Medusa heads.
+    """Fills a tree with the best candidates of Medusa heads.
 
-    Head i sees the hidden state that the target's last root was chosen from, and guesses the
-    token of depth i + 1. It does not see the tokens between: all nodes of a depth share one
-    distribution, and the probability of a path is taken for the product of its guesses'
-    probabilities.
+    Head i reads the hidden state from which the target chose the root, and predicts the token at
+    depth i + 1. It does not see the tokens between: all nodes of a depth share one distribution,
+    and the probability of a path is estimated as the product of its tokens' probabilities.
 
     Source: Cai et al. 2024 (Medusa).
     """
@@ -104,19 +102,15 @@ class MedusaProposer(Proposer):
             heads: Heads trained on the target, on its device.
             target: The model that will verify; heads without an output matrix use its own.
             tree: Name of a preset, the number of children at each depth, or paths of ranks.
-                Levels beyond the heads are left out, with a log line. None for a tree that is
-                grown in every round, likeliest paths first.
+                Levels beyond the heads are left out, with a log line. None for a dynamic tree.
             num_draft_tokens: Most nodes; of a static tree the first by depth are kept.
-            min_probability: Least estimated probability of acceptance at which a growing tree gets
-                a node.
-            mixture: Numbers of the distribution that ranks candidates under sampling; None to
-                estimate them from what the target chooses.
+            min_probability: See `MedusaConfig`.
+            mixture: See `MedusaConfig`.
 
         Raises:
             VocabularyMismatchError: If the heads were made for another vocabulary.
-            OptionError: If the heads have another width, a rank exceeds the vocabulary, or an
-                option is out of range.
-            TopologyError: If the tree is none.
+            OptionError: If the heads have another width, or a rank or option is out of range.
+            TopologyError: If `tree` is not a tree.
         """
         self.view = TargetView(target)
         if not isinstance(heads, MedusaHeads):
@@ -173,8 +167,8 @@ class MedusaProposer(Proposer):
         if config.choices is None:
             return self._grow(roots, log_probs, config)
         tree = static_tree(config.choices, device=roots.device)
-        guesses = log_probs.topk(tree.max_rank + 1, dim=-1).indices  # [batch, depth, rank]
-        tokens = guesses[:, tree.depth_indices, tree.rank_indices]
+        candidates = log_probs.topk(tree.max_rank + 1, dim=-1).indices  # [batch, depth, rank]
+        tokens = candidates[:, tree.depth_indices, tree.rank_indices]
         return Draft(
             tokens=torch.cat([roots[:, None], tokens], dim=1), topology=tree.topology, probs=None
         )
@@ -195,11 +189,11 @@ class MedusaProposer(Proposer):
         log_probs: Float[Tensor, "batch depth vocab"],
         config: MedusaConfig,
     ) -> Draft:
-        """Take the likeliest paths of every row; the shape of the tree is decided on the host."""
+        """Grow a dynamic tree of each row's likeliest paths, on the host."""
         best = log_probs.topk(min(MAX_RANK, log_probs.shape[2]), dim=-1)
         if self._is_idle is not None:  # nodes of a row that has ended would slow the others
             best.values.masked_fill_(self._is_idle[:, None, None], float("-inf"))
-        guesses, scores = best.indices.tolist(), best.values.tolist()  # [batch, depth, rank]
+        candidates, scores = best.indices.tolist(), best.values.tolist()  # [batch, depth, rank]
         num_rows = sum(row[0][0] > -math.inf for row in scores)
         min_probability = config.min_probability
         if self.plan is None or self.plan.min_probability is None:
@@ -211,8 +205,8 @@ class MedusaProposer(Proposer):
         ]
         longest = max(map(len, rows))
         tokens = [
-            [row_guesses[node.depth][node.rank] for node in row] + [0] * (longest - len(row))
-            for row, row_guesses in zip(rows, guesses, strict=True)
+            [row_candidates[node.depth][node.rank] for node in row] + [0] * (longest - len(row))
+            for row, row_candidates in zip(rows, candidates, strict=True)
         ]
         probs = [
             [1.0, *(math.exp(own[n.depth][n.rank]) for n in row), *[0.0] * (longest - len(row))]
@@ -234,7 +228,7 @@ class MedusaProposer(Proposer):
         tree: StaticTree,
         sampler: DraftSampler,
     ) -> Draft:
-        """Draw the children of every node, the j-th drawn in the place of the j-th child."""
+        """Draw the children of every node of a static tree."""
         logits: Tensor = self.heads(hidden, lm_head=self.view.head_logits, num_heads=tree.max_depth)
         levels = sampler.distribution(logits)  # [batch, depth, vocab]
         depths = tree.topology.depths[0].clamp(max=tree.max_depth - 1)
@@ -249,7 +243,7 @@ class MedusaProposer(Proposer):
     def _rank(
         self, hidden: Float[Tensor, "batch hidden"], noise: PositionNoise | None, *, depth: int
     ) -> Float[Tensor, "batch depth vocab"]:
-        """Return the log-probabilities by which guesses at each depth are ranked."""
+        """Return the log-probabilities that rank the candidates at each depth."""
         logits: Tensor = self.heads(hidden, lm_head=self.view.head_logits, num_heads=depth)
         if noise is None and not self._ranking.changes_scores:
             return self._ranking.rank(logits, depth=0, noise=None)
@@ -279,7 +273,7 @@ def _planned(config: MedusaConfig, plan: TreePlan | None, *, num_heads: int) -> 
 
 
 def _fitting(choices: Choices, heads: MedusaHeads, view: TargetView) -> Choices:
-    """Leave out what is deeper than the heads, and refuse ranks beyond the vocabulary."""
+    """Cut a tree at the depth of the heads, and refuse ranks beyond the vocabulary."""
     trimmed = trim_choices(choices, max_depth=heads.num_heads)
     if len(trimmed) < len(choices):
         _log.warning(

@@ -13,8 +13,8 @@ from typing_extensions import override
 
 from speclm.config import require_in_range
 from speclm.drafting.heads_folder import hub_id
-from speclm.methods.medusa.checkpoint import MedusaCheckpoint, write_medusa
-from speclm.methods.medusa.network import MedusaHeads, MedusaHeadsConfig
+from speclm.methods.medusa.checkpoint import write_medusa
+from speclm.methods.medusa.network import MedusaHeads, MedusaHeadsConfig, medusa_checkpoint
 from speclm.methods.medusa.proposer import STATIC_TREE, MedusaProposer
 from speclm.target import TargetView, output_matrix
 from speclm.training.acceptance_meter import AcceptanceMeter
@@ -82,12 +82,8 @@ class MedusaTrainingModel(TrainingModel):
 
     @override
     def write(self, folder: Path) -> None:
-        checkpoint = MedusaCheckpoint(
-            **self.heads.state_dict(),
-            vocab_size=self.heads.config.vocab_size,
-            base_name_or_path=hub_id(self.view.model.config.name_or_path),
-        )
-        write_medusa(folder, checkpoint)
+        base_id = hub_id(self.view.model.config.name_or_path)  # paths are not written
+        write_medusa(folder, medusa_checkpoint(self.heads, base_name_or_path=base_id))
 
     @override
     def forward(

@@ -10,10 +10,11 @@ from safetensors.torch import load_file, save_file
 from speclm import SpecModel
 from speclm.demo.bundle import assets
 from speclm.errors import OptionError, SpeclmError, UnknownNameError
+from speclm.files.hub import HubOptions
 from speclm.methods.draft_model.proposer import DraftModelProposer
 from speclm.methods.eagle.proposer import EagleProposer
 from speclm.methods.medusa.proposer import MedusaProposer
-from speclm.model.hub import HubOptions, find_heads
+from speclm.methods.registry import find_heads
 from speclm.model.loading import load_proposer
 from tests.model.hub import running_hub
 from tests.model.test_loading_eagle import write as write_eagle
@@ -210,12 +211,12 @@ def test_token_is_never_shown():
 def test_configs_that_are_none_say_nothing(tmp_path, text):
     (tmp_path / "config.json").write_bytes(text.encode("latin1"))
     try:
-        kind, _ = find_heads(tmp_path, HubOptions())
+        source = find_heads(tmp_path)
     except SpeclmError:
         return
-    assert kind == "draft model"
+    assert source.method.name == "draft_model"
 
 
 def test_missing_subfolder_of_a_local_folder_is_named():
     with pytest.raises(UnknownNameError, match="has no subfolder 'a'"):
-        find_heads(assets()["medusa"], HubOptions(subfolder="a"))
+        find_heads(assets()["medusa"], {"subfolder": "a"})

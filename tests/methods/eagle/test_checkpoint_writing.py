@@ -12,11 +12,10 @@ from safetensors import safe_open
 from speclm.drafting import heads_folder as _heads_files
 from speclm.errors import CheckpointError
 from speclm.files import atomic as files
-from speclm.methods.eagle import writer as eagle_writer
-from speclm.methods.eagle.checkpoint import EagleCheckpoint, read_eagle
+from speclm.methods.eagle import checkpoint as eagle_checkpoint
+from speclm.methods.eagle.checkpoint import EagleCheckpoint, read_eagle, write_eagle
 from speclm.methods.eagle.config import EagleConfig
-from speclm.methods.eagle.numbers import expected_shapes
-from speclm.methods.eagle.writer import write_eagle
+from speclm.methods.eagle.network import EagleHeads
 from tests.eagle_tables import DRAFTED, EAGLE1, EAGLE3, H, V
 
 NUMBERS = {
@@ -37,8 +36,8 @@ def checkpoint(dtype=torch.float32, **numbers):
     config = EagleConfig(**{**NUMBERS, **(OF_3 if kind == "eagle3" else OF_1), **numbers})
     generator = torch.Generator().manual_seed(3)
     tensors = {
-        name: torch.randn(shape, generator=generator).to(dtype)
-        for name, shape in expected_shapes(config).items()
+        name: torch.randn(tensor.shape, generator=generator).to(dtype)
+        for name, tensor in EagleHeads(config, device=torch.device("meta")).state_dict().items()
     }
     if config.has_draft_vocab:
         tensors["draft_columns"] = torch.tensor(DRAFTED)
@@ -204,7 +203,7 @@ def test_what_is_written_is_read_bit_by_bit(tmp_path_factory, switches, numbers,
     assert found.dtype == heads.dtype
 
 
-STEPS = [(_heads_files, "save_file"), (files, "_sync"), (eagle_writer, "read_eagle")]
+STEPS = [(_heads_files, "save_file"), (files, "_sync"), (eagle_checkpoint, "read_eagle")]
 
 
 @pytest.mark.parametrize(("module", "step"), STEPS)
@@ -235,7 +234,7 @@ def test_what_changed_on_disk_is_an_error(tmp_path, monkeypatch, changed, words)
         tensors=changed.get("tensors", heads.tensors),
         config=replace(heads.config, **changed.get("config", {})),
     )
-    monkeypatch.setattr(eagle_writer, "read_eagle", lambda folder: found)
+    monkeypatch.setattr(eagle_checkpoint, "read_eagle", lambda folder: found)
     with pytest.raises(CheckpointError, match=words):
         write_eagle(tmp_path, heads)
     assert list(tmp_path.iterdir()) == []

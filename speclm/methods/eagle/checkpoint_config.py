@@ -1,13 +1,17 @@
-"""Finds the numbers of EAGLE heads in their tensors, with their config as a hint."""
+"""Reads the numbers of EAGLE heads from tensors and config.json, and writes config.json."""
 
 import logging
 from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from speclm.errors import CheckpointError, OptionError, shown
 from speclm.files.weights import MAX_COUNT, read_json
-from speclm.methods.eagle.config import NUM_FEATURES, EagleConfig, read_rope
+from speclm.methods.eagle.config import NUM_FEATURES, EagleConfig, read_rope, usual_layers
+from speclm.tree.static import Choices
 
 _log = logging.getLogger("speclm")
 
@@ -36,17 +40,25 @@ _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("rope_scaling", "rope_parameters", "speculators_config", "speclm"), (dict,)),
     **dict.fromkeys((*_LAYER_IDS, "layer_types"), (list,)),
 }
-_MAX_NUMBER = 1e30  # of what is no count
+_MAX_NUMBER = 1e30  # of anything but counts
+_ARCHITECTURES = {"eagle": "LlamaForCausalLM", "eagle3": "LlamaForCausalLMEagle3"}
+_QWEN_ARCHITECTURES = {"eagle": "Qwen3ForCausalLM", "eagle3": "Eagle3Qwen3ForCausalLM"}
+_SAME_NAMES = (
+    *("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "vocab_size", "hidden_act", "rms_norm_eps", "max_position_embeddings"),
+)
+_SHOWING = ("self_attn.q", "self_attn.k", "mlp.gate")
+_FLAGS = ("norm_before_residual", "fc_norm", "norm_before_fc", "norm_output")
 
 
 def read_hints(folder: Path) -> dict[str, Any]:
-    """Return what a folder's config.json says of the heads, nested configs laid flat.
+    """Return the values in a folder's config.json, without nesting and nulls.
 
     Speculators nests the numbers of the layers, ModelOpt and vLLM the options of EAGLE, and vLLM
-    before 0.7 the whole config. What is null is left out.
+    before 0.7 the whole config.
 
     Raises:
-        CheckpointError: If the file is no JSON object, or a value of another type than meant.
+        CheckpointError: If the file is no JSON object, or a value has the wrong type.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -64,24 +76,23 @@ def read_hints(folder: Path) -> dict[str, Any]:
     for name, types in _TYPES.items():
         value = hints.get(name)
         is_wrong = not isinstance(value, types) or (isinstance(value, bool) and bool not in types)
-        if value is not None and is_wrong:
-            raise CheckpointError(
-                f"{path}: {name} is {shown(value)}, expected {types[-1].__name__}; correct it"
-            )
         most = MAX_COUNT if types == (int,) else _MAX_NUMBER
-        if isinstance(value, int | float) and not abs(value) <= most:
+        expected = None
+        if value is not None and is_wrong:
+            expected = types[-1].__name__
+        elif isinstance(value, int | float) and not abs(value) <= most:
+            expected = f"a number up to {most}"
+        elif name == "layer_types" and any(not isinstance(kind, str) for kind in value or ()):
+            expected = "strings"
+        if expected is not None:
             raise CheckpointError(
-                f"{path}: {name} is {shown(value)}, expected a number up to {most}; correct it"
+                f"{path}: {name} is {shown(value)}, expected {expected}; correct it"
             )
-    if any(not isinstance(kind, str) for kind in hints.get("layer_types", ())):
-        raise CheckpointError(
-            f"{path}: layer_types is {shown(hints['layer_types'])}, expected strings; correct it"
-        )
     return hints
 
 
 def infer_config(path: Path, shapes: Shapes, hints: Mapping[str, Any], kind: str) -> EagleConfig:
-    """Return the numbers that the tensors show, and those of the config that they cannot show.
+    """Return the numbers that the tensors show, and the others from the config.
 
     Args:
         path: The file, for messages.
@@ -90,26 +101,21 @@ def infer_config(path: Path, shapes: Shapes, hints: Mapping[str, Any], kind: str
         kind: ``"eagle"`` or ``"eagle3"``.
 
     Raises:
-        CheckpointError: If a tensor that shows a number is missing, the config does not name what
-            no tensor shows, or the numbers contradict each other.
+        CheckpointError: If a tensor or a value is missing, or the numbers contradict each other.
     """
     fc, q_proj, k_proj, gate = (
         _matrix(path, shapes, name)
-        for name in (
-            "fc.weight",
-            *(f"layers.0.self_attn.{part}_proj.weight" for part in "qk"),
-            "layers.0.mlp.gate_proj.weight",
-        )
+        for name in ("fc.weight", *(f"layers.0.{part}_proj.weight" for part in _SHOWING))
     )
     hidden = fc[0]
     head_dim = _head_dim(path, shapes, hints, (q_proj[0], k_proj[0]))
     vocab_size, draft_vocab_size = _vocabularies(path, shapes, hints)
-    layers = _feature_layers(path, hints) if kind == "eagle3" else None
-    has = shapes.__contains__
+    is_eagle3 = kind == "eagle3"
+    layers = _feature_layers(path, hints) if is_eagle3 else None
     num_features, target_hidden = 1, hidden
-    if kind == "eagle3":
+    if is_eagle3:
         num_features, target_hidden = _features(
-            path, fc, hints, layers, has_own_embeddings=has("embed_tokens.weight")
+            path, fc, hints, layers, has_own_embeddings="embed_tokens.weight" in shapes
         )
     config: dict[str, Any] = {
         "hidden_size": hidden,
@@ -123,7 +129,6 @@ def infer_config(path: Path, shapes: Shapes, hints: Mapping[str, Any], kind: str
         "num_layers": _count_layers(path, shapes),
     }
     _compare(path, hints, config)
-    is_eagle3 = kind == "eagle3"
     try:
         return EagleConfig(
             kind=kind,
@@ -137,74 +142,29 @@ def infer_config(path: Path, shapes: Shapes, hints: Mapping[str, Any], kind: str
                 "max_position_embeddings", hints.get("max_sequence_length", 2048)
             ),
             sliding_window=_sliding_window(hints),
-            attention_bias=any(has(f"layers.0.self_attn.{part}_proj.bias") for part in "qkv"),
-            attention_output_bias=has("layers.0.self_attn.o_proj.bias"),
-            has_qk_norm=any(has(f"layers.0.self_attn.{part}_norm.weight") for part in "qk"),
-            fc_bias=has("fc.bias"),
-            norm_before_residual=is_eagle3 and hints.get("norm_before_residual", False),
-            fc_norm=any(name.startswith("feature_norms.") for name in shapes)
-            or (is_eagle3 and (hints.get("fc_norm") or hints.get("use_aux_norm", False))),
-            norm_before_fc=has("feature_norm.weight")
-            or (is_eagle3 and hints.get("norm_before_fc", False)),
-            norm_output=is_eagle3 and hints.get("norm_output", False),
             logit_scale=float(hints.get("logit_scale", 1.0)),
-            has_own_embeddings=has("embed_tokens.weight"),
-            has_own_lm_head=has("lm_head.weight"),
+            **_switches(shapes, hints if is_eagle3 else {}),
         )
     except OptionError as error:
         raise CheckpointError(f"{path} or the config.json next to it: {error}") from error
 
 
-def expected_shapes(config: EagleConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each tensor that heads of some numbers have."""
-    hidden, width = config.hidden_size, config.num_features * config.target_hidden_size
-    is_eagle3 = config.kind == "eagle3"
-    shapes: dict[str, tuple[int, ...]] = {"fc.weight": (hidden, width if is_eagle3 else 2 * hidden)}
-    if config.fc_bias:
-        shapes["fc.bias"] = (hidden,)
-    if config.fc_norm:
-        for index in range(config.num_features):
-            shapes[f"feature_norms.{index}.weight"] = (config.target_hidden_size,)
-    if config.norm_before_fc:
-        shapes["feature_norm.weight"] = (width,)
-    for index in range(config.num_layers):
-        for name, shape in _layer_shapes(config, is_first=index == 0).items():
-            shapes[f"layers.{index}.{name}"] = shape
-    if is_eagle3:
-        shapes["norm.weight"] = (hidden,)
-    if config.has_own_lm_head:
-        shapes["lm_head.weight"] = (config.draft_vocab_size, hidden)
-    if config.has_own_embeddings:
-        shapes["embed_tokens.weight"] = (config.vocab_size, hidden)
-    return shapes
-
-
-def _layer_shapes(config: EagleConfig, *, is_first: bool) -> dict[str, tuple[int, ...]]:
-    hidden, wide = config.hidden_size, config.intermediate_size
-    is_joining = is_first and config.kind == "eagle3"
-    read = hidden * (1 + is_joining)
-    queries = config.num_attention_heads * config.head_dim
-    keys = config.num_key_value_heads * config.head_dim
-    shapes: dict[str, tuple[int, ...]] = {}
-    for part, size in (("q", queries), ("k", keys), ("v", keys)):
-        shapes[f"self_attn.{part}_proj.weight"] = (size, read)
-        if config.attention_bias:
-            shapes[f"self_attn.{part}_proj.bias"] = (size,)
-    shapes["self_attn.o_proj.weight"] = (hidden, queries)
-    if config.attention_output_bias:
-        shapes["self_attn.o_proj.bias"] = (hidden,)
-    if config.has_qk_norm:
-        shapes |= dict.fromkeys(
-            ("self_attn.q_norm.weight", "self_attn.k_norm.weight"), (config.head_dim,)
-        )
-    shapes |= dict.fromkeys(("mlp.gate_proj.weight", "mlp.up_proj.weight"), (wide, hidden))
-    shapes["mlp.down_proj.weight"] = (hidden, wide)
-    norms = ["post_attention_layernorm"]
-    if is_joining:
-        norms.append("hidden_norm")
-    if is_joining or not is_first:
-        norms.append("input_layernorm")
-    return shapes | {f"{norm}.weight": (hidden,) for norm in norms}
+def _switches(shapes: Shapes, hints: Mapping[str, Any]) -> dict[str, bool]:
+    """Return which parts the heads have; `hints` are those of EAGLE-3, which tensors may lack."""
+    has = shapes.__contains__
+    has_feature_norms = any(name.startswith("feature_norms.") for name in shapes)
+    return {
+        "attention_bias": any(has(f"layers.0.self_attn.{part}_proj.bias") for part in "qkv"),
+        "attention_output_bias": has("layers.0.self_attn.o_proj.bias"),
+        "has_qk_norm": any(has(f"layers.0.self_attn.{part}_norm.weight") for part in "qk"),
+        "fc_bias": has("fc.bias"),
+        "norm_before_residual": hints.get("norm_before_residual", False),
+        "fc_norm": has_feature_norms or hints.get("fc_norm") or hints.get("use_aux_norm", False),
+        "norm_before_fc": has("feature_norm.weight") or hints.get("norm_before_fc", False),
+        "norm_output": hints.get("norm_output", False),
+        "has_own_embeddings": has("embed_tokens.weight"),
+        "has_own_lm_head": has("lm_head.weight"),
+    }
 
 
 def _matrix(path: Path, shapes: Shapes, name: str) -> tuple[int, int]:
@@ -218,7 +178,7 @@ def _matrix(path: Path, shapes: Shapes, name: str) -> tuple[int, int]:
 
 
 def _head_dim(path: Path, shapes: Shapes, hints: Mapping[str, Any], rows: tuple[int, int]) -> int:
-    """Return the width of a head: of its norm, of the config, or of the queries by their number."""
+    """Return the width of a head: that of its norm, of the config, or of queries / heads."""
     normed = shapes.get("layers.0.self_attn.q_norm.weight")
     num_heads, named = hints.get("num_attention_heads"), hints.get("head_dim")
     if normed:
@@ -299,7 +259,7 @@ def _features(
 
 
 def _count_layers(path: Path, shapes: Shapes) -> int:
-    """Return how many layers there are tensors for, before anything counts to a number in a key."""
+    """Return how many layers have tensors; check it before looping to a number in a key."""
     indices = {int(name.split(".")[1]) for name in shapes if name.startswith("layers.")}
     missing = next((index for index in range(len(indices)) if index not in indices), None)
     if missing is not None:
@@ -312,14 +272,14 @@ def _count_layers(path: Path, shapes: Shapes) -> int:
 
 
 def _sliding_window(hints: Mapping[str, Any]) -> int | None:
-    # Configs copied from a base may name a window that nothing applies.
+    # A config copied from a base may name a window that is not used.
     kinds = set(hints.get("layer_types", ()))
     is_used = kinds == {"sliding_attention"} and hints.get("use_sliding_window", True)
     return hints.get("sliding_window") if is_used else None
 
 
 def _compare(path: Path, hints: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Log where the config names other numbers than the tensors show."""
+    """Log the numbers of the config that differ from the tensors."""
     names = {"num_layers": "num_hidden_layers"}
     wrong = [
         f"{names.get(name, name)} {hint!r} (found {number})"
@@ -328,3 +288,112 @@ def _compare(path: Path, hints: Mapping[str, Any], config: Mapping[str, Any]) ->
     ]
     if wrong:
         _log.warning("%s goes by its tensors; config.json says %s", path, ", ".join(wrong))
+
+
+def without_usual_layers(config: EagleConfig, num_target_layers: int) -> EagleConfig:
+    """Return a config that does not name the hidden states that are read if none are named."""
+    is_named = config.kind == "eagle3" and config.feature_layers is not None
+    if is_named and config.layers_to_read(num_target_layers) == usual_layers(num_target_layers):
+        return replace(config, feature_layers=None)
+    return config
+
+
+def require_same_config(path: Path, written: EagleConfig, found: EagleConfig) -> None:
+    """Check that a config reads back as it was written, or raise a `CheckpointError`."""
+    expected, actual = (
+        asdict(
+            replace(config, rope_parameters=read_rope({"rope_parameters": config.rope_parameters}))
+        )
+        for config in (written, found)
+    )
+    for name, value in expected.items():
+        if actual[name] != value:
+            raise CheckpointError(
+                f"{path}: {name} reads back as {actual[name]!r}, expected {value!r} as it was "
+                "written, the old files are kept; report it with these numbers"
+            )
+
+
+def base_name(hints: Mapping[str, Any]) -> str | None:
+    """Return the model that a config says heads were trained on, if it does."""
+    verifier = hints.get("speculators_config", {}).get("verifier")
+    named = verifier.get("name_or_path") if isinstance(verifier, Mapping) else None
+    found = named or hints.get("base_model_name_or_path")
+    return found if isinstance(found, str) else None
+
+
+def describe(
+    config: EagleConfig,
+    *,
+    dtype: torch.dtype,
+    base_name_or_path: str | None,
+    choices: Choices | None,
+) -> dict[str, Any]:
+    """Return the config of a Llama, or Qwen where queries are normed, with EAGLE's numbers."""
+    names = _QWEN_ARCHITECTURES if config.has_qk_norm else _ARCHITECTURES
+    described: dict[str, Any] = {
+        "architectures": [names[config.kind]],
+        "model_type": "qwen3" if config.has_qk_norm else "llama",
+        "base_model_name_or_path": base_name_or_path,
+        "num_hidden_layers": config.num_layers,
+        **{name: getattr(config, name) for name in _SAME_NAMES},
+        **_rope(config),
+        **_window(config),
+        "logit_scale": None if config.logit_scale == 1 else config.logit_scale,
+        "tie_word_embeddings": False,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        **(_eagle3(config) if config.kind == "eagle3" else _eagle1(config)),
+    }
+    described = {name: value for name, value in described.items() if value is not None}
+    if config.kind == "eagle3":
+        # SGLang needs it, and shares the target's output matrix if it is null.
+        described["draft_vocab_size"] = config.draft_vocab_size if config.has_own_lm_head else None
+    if choices is not None:
+        described["speclm"] = {"choices": [list(path) for path in choices]}
+    return described
+
+
+def _eagle1(config: EagleConfig) -> dict[str, Any]:
+    # SafeAILab's code makes a bias unless `bias` is false; vLLM takes `bias` for that of attention
+    # unless `qkv_bias` is there.
+    return {
+        "bias": config.fc_bias,
+        "qkv_bias": config.attention_bias,
+        "attention_bias": config.attention_output_bias,
+    }
+
+
+def _eagle3(config: EagleConfig) -> dict[str, Any]:
+    flags: dict[str, Any] = {name: getattr(config, name) or None for name in _FLAGS}
+    described = {"attention_bias": config.attention_bias, "bias": config.fc_bias or None, **flags}
+    if config.target_hidden_size != config.hidden_size:
+        described["target_hidden_size"] = config.target_hidden_size
+    if config.feature_layers is not None:
+        layers = list(config.feature_layers)
+        described["num_aux_hidden_states"] = len(layers)
+        described["eagle_config"] = {
+            "use_aux_hidden_state": True,
+            "eagle_aux_hidden_state_layer_ids": layers,
+        }
+    return described
+
+
+def _rope(config: EagleConfig) -> dict[str, Any]:
+    """Return the rotation as Transformers 4 wrote it, which all libraries read."""
+    rope = read_rope({"rope_parameters": config.rope_parameters})
+    theta, rope_type = rope.pop("rope_theta"), rope.pop("rope_type")
+    if rope_type == "default":
+        return {"rope_theta": theta}
+    # SafeAILab's code takes these two keys only.
+    key = "type" if rope_type in ("linear", "dynamic") and len(rope) == 1 else "rope_type"
+    return {"rope_theta": theta, "rope_scaling": {key: rope_type, **rope}}
+
+
+def _window(config: EagleConfig) -> dict[str, Any]:
+    if config.sliding_window is None:
+        return {}
+    return {
+        "sliding_window": config.sliding_window,
+        "use_sliding_window": True,
+        "layer_types": ["sliding_attention"] * config.num_layers,
+    }

@@ -197,9 +197,9 @@ def test_copies_of_the_targets_matrices_are_shared_across_dtypes(tmp_path):
     read = read_eagle(save(tmp_path, state, config=EAGLE1_CONFIG))
     assert not read.share(embeddings=target).config.has_own_embeddings
     assert "embed_tokens.weight" not in read.share(embeddings=target).tensors
-    assert read.share() is read
+    assert read.share().tensors == read.tensors
     for other in (target[:19], target + 1, target.to("meta")):
-        assert read.share(embeddings=other) is read
+        assert read.share(embeddings=other).config == read.config
 
 
 ROPES = [

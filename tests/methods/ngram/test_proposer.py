@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from speclm.acceptance import Accepted
 from speclm.drafting.interface import Draft, Prefill
 from speclm.drafting.levels import least_probability
-from speclm.drafting.registry import registered_proposers
 from speclm.errors import OptionError
 from speclm.methods.ngram.proposer import NgramProposer
 
@@ -48,10 +47,6 @@ def paths(draft, row=0):
         for path in topology.path_indices[row_of_shape].tolist()
     ]
     return [tuple(draft.tokens[row, path[1:]].tolist()) for path in indices if len(path) > 1]
-
-
-def test_it_is_registered_as_ngram():
-    assert registered_proposers()["ngram"] is NgramProposer
 
 
 def test_it_copies_what_followed_the_prompt_before():
