@@ -4,7 +4,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from speclm.bench import Comparison, Divergence, Outcome, Pair
-from speclm.cli._tables import ACCEPTED_STYLE, add_comparison, coloured, comparison_table, verdict
+from speclm.cli._display import ACCEPTED_STYLE, add_comparison, coloured, comparison_table, verdict
 from speclm.demo.bundle import assets
 from speclm.stats import RowStats, SpeculationStats
 from tests.byte_tokenizer import byte_tokenizer

@@ -1,7 +1,16 @@
-"""Tables of measurements, and text whose accepted tokens are coloured."""
+"""What commands show: progress, tables of measurements, and coloured answers."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
@@ -18,11 +27,30 @@ _COLUMNS = (
 )  # fmt: skip
 
 
+@contextmanager
+def progress(description: str, *, total: int) -> Iterator[Callable[[object], None]]:
+    """Show on standard error how much is done and how long the rest may take.
+
+    Args:
+        description: What is being done.
+        total: Number of steps.
+
+    Yields:
+        A function that counts a step; its argument is ignored.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(
+        *columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True
+    ) as shown:
+        task = shown.add_task(description, total=total)
+        yield lambda _: shown.advance(task)
+
+
 def comparison_table(keys: Iterable[str]) -> Table:
     """Return an empty table whose first columns are `keys`.
 
-    ``plain`` is regular generation's tokens/s in the same pairs; ``kept %`` is the share of drafts
-    reaching depth 1, 2 and 3 whose token there was accepted.
+    ``plain`` is regular generation's tokens/s in the same pairs; ``kept %`` is the acceptance rate
+    at depth 1, 2 and 3.
     """
     table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold underline")
     for name in keys:
@@ -62,12 +90,11 @@ def verdict(comparison: Comparison) -> Text:
 
 
 def coloured(tokens: list[int], stats: RowStats, tokenizer: PreTrainedTokenizerBase) -> Text:
-    """Return the text of a row with the tokens that came from drafts coloured.
+    """Return the text of a row, with accepted draft tokens coloured.
 
     Args:
         tokens: New tokens of the row.
-        stats: Its counters; the prefill and every round give accepted tokens and one of the
-            target's own.
+        stats: Its counters; the prefill and every round give accepted tokens and a bonus token.
         tokenizer: Decodes them.
     """
     is_drafted: list[bool] = []

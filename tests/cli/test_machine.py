@@ -3,7 +3,8 @@ import json
 import pytest
 import torch
 
-from speclm.cli import kernels as command
+from speclm import __version__
+from speclm.cli import machine as command
 from speclm.errors import OptionError
 from speclm.kernels.launch_files import write_table
 from speclm.kernels.launch_table import built_in_rows
@@ -76,3 +77,14 @@ def test_file_that_cannot_be_written_is_named_before_anything_is_measured(
     monkeypatch.setattr(command, "tune", None)
     with pytest.raises(OptionError, match=r"--tune is .* expected a file"):
         run("kernels", "--tune", str(tmp_path))
+
+
+def test_env_prints_versions_machine_and_devices(run):
+    result = run("env")
+    assert result.exit_code == 0
+    lines = dict(line.split(maxsplit=1) for line in result.output.splitlines())
+    assert lines["speclm"] == __version__
+    assert lines["torch"] == torch.__version__
+    assert {"python", "transformers", "commit", "platform", "cpu", "cuda", "gpus"} <= set(lines)
+    assert "ngram" in lines["proposers"]
+    assert lines["kernels"].startswith(("sdpa: ", "triton: "))

@@ -1,39 +1,53 @@
-"""``speclm kernels``: what computes attention of trees on this machine, and with which sizes."""
+"""``speclm env`` and ``speclm kernels``: what the machine is, and how its kernels run."""
 
 import os
+import platform
 from dataclasses import asdict
-from pathlib import Path
-from typing import Annotated
 
 import torch
-import typer
 from rich.console import Console
 from rich.table import Table
 
-from speclm.cli._outputs import prepare_file
+from speclm.bench.machine import describe_commit, describe_machine, describe_versions
+from speclm.cli._files import prepare_file
+from speclm.cli._options import EnvOptions, KernelsOptions
 from speclm.errors import OptionError
 from speclm.kernels import preferred
 from speclm.kernels.launch import architecture
 from speclm.kernels.launch_files import VARIABLE, read_table
 from speclm.kernels.launch_table import TABLE, LaunchRow, built_in_rows
 from speclm.kernels.tuning import measure_on, tune
+from speclm.methods.registry import heads_names
 
 
-def kernels(
-    arch: Annotated[
-        str | None, typer.Option(help="Of another GPU, such as sm_80 or gfx942.")
-    ] = None,
-    save: Annotated[
-        Path | None, typer.Option("--tune", help="Measure sizes on this GPU; write them here.")
-    ] = None,
-) -> None:
-    """Show how tree attention is launched; with --tune, measure other sizes on this GPU.
+def env(_: EnvOptions) -> None:
+    """Print versions, machine, devices and methods."""
+    machine, commit = describe_machine(), describe_commit()
+    device = torch.device("cuda" if machine.gpus else "cpu")
+    kernel = preferred(device)
+    rows = {
+        **describe_versions(),
+        "commit": f"{commit.sha or 'none'}{' (modified)' if commit.is_dirty else ''}",
+        "platform": platform.platform(),
+        "cpu": f"{machine.cpu}, {machine.num_cores} cores, {machine.num_threads} threads",
+        "cuda": torch.version.cuda or "none",
+        "gpus": ", ".join(machine.gpus) or "none",
+        "kernels": f"{kernel.backend}: {kernel.reason}",
+        "proposers": ", ".join(heads_names()),
+    }
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        print(f"{name:<{width}}  {value}")
 
-    What --tune writes is used where the environment variable SPECLM_KERNEL_CONFIGS names it.
-    """
-    if arch is not None and arch not in TABLE:
+
+def kernels(options: KernelsOptions) -> None:
+    """Show the launch sizes of tree attention, or measure others on this GPU."""
+    save = options.tune
+    if options.arch is not None and options.arch not in TABLE:
         known = sorted(TABLE, key=lambda name: (name[:2] != "sm", len(name), name))
-        raise OptionError(f"--arch is {arch!r}, expected one of {known!r}; pass one of them")
+        raise OptionError(
+            f"--arch is {options.arch!r}, expected one of {known!r}; pass one of them"
+        )
     console, has_gpu = Console(), torch.cuda.is_available()
     device = torch.device("cuda" if has_gpu else "cpu")
     choice = preferred(device)
@@ -47,10 +61,10 @@ def kernels(
         console.print(_sizes(f"{here}, from {save}", rows))
         console.print(f"to use them: export {VARIABLE}={save}")
         return
-    if arch is None and not has_gpu:
+    if options.arch is None and not has_gpu:
         console.print("no GPU here; --arch sm_90 shows the sizes of one")
         return
-    name = arch or architecture(device)
+    name = options.arch or architecture(device)
     path = os.environ.get(VARIABLE)
     if path and name in (given := read_table(path)):
         console.print(_sizes(f"{name}, from {path}", given[name]))
