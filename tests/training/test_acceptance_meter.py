@@ -33,7 +33,7 @@ def test_estimated_tau_replays_rounds():
         loss_sums=torch.tensor([6.0, 4.0]), counts=torch.tensor([6, 4]), ranks=ranks, loss_mask=mask
     )
     figures = meter.drain()
-    # From the root 1 two draft tokens and the bonus lead to 4, whose draft token fails; then comes 5.
+    # From the root 1 two draft tokens and the bonus token lead to 4, whose draft fails; then 5.
     assert figures["estimated_tau"] == pytest.approx(5 / 3)
     assert (figures["head0_loss"], figures["head1_loss"]) == (1.0, 1.0)
     assert figures["head0_top1"] == pytest.approx(2 / 6)
