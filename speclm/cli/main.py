@@ -39,7 +39,7 @@ class _Train(TyperCommand):
 
     @override
     def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> Any:
-        trainings: Any = import_module("speclm.cli.train").train
+        trainings: Any = import_module("speclm.cli.train").train_app()
         return typer.main.get_group(trainings).make_context(info_name, args, *rest, **extra)
 
 

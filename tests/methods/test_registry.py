@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -33,15 +32,16 @@ from speclm.methods.registry import (
     registered_methods,
 )
 from speclm.target import TargetView
+from speclm.training.acceptance_meter import AcceptanceMeter
 from speclm.training.arguments import training_arguments
-from speclm.training.guess_meter import GuessMeter
+from speclm.training.dataset import load_examples
 from speclm.training.heads_trainer import HeadsTrainer
-from speclm.training.rows import load_rows
+from speclm.training.training_model import TrainingModel
 from speclm.tree.topology import chain
 from tests.model.hub import running_hub
 from tests.models import generate, prompts, shared_model
+from tests.training.alphabet import TAGGED, WORDS, tiny_base, word_tokenizer, write_alphabet
 from tests.training.runs import SETTINGS
-from tests.training.talks import TAGGED, WORDS, tiny_base, word_tokenizer, write_alphabet
 
 
 class ToyHeads(nn.Module):
@@ -73,11 +73,7 @@ class ToyProposer(Proposer):
 # The trainer side.
 
 
-class ToyTrainingModel(nn.Module):
-    def __init__(self, heads):
-        super().__init__()
-        self.heads = heads
-
+class ToyTrainingModel(TrainingModel):
     def forward(self, input_ids, attention_mask, loss_mask):
         logits, targets = self.heads.table[input_ids[:, :-1]], input_ids[:, 1:]
         losses = nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
@@ -95,21 +91,10 @@ class ToyTrainingModel(nn.Module):
             "ranks": ranks,
         }
 
+    def new_meter(self):
+        return AcceptanceMeter(((0,),), num_drafted=1, name="toy")
 
-class ToyTrainer(HeadsTrainer):
-    def __init__(self, base, heads, args, *, train_dataset, eval_dataset):
-        super().__init__(
-            ToyTrainingModel(heads),
-            args,
-            make_meter=partial(GuessMeter, ((0,),), num_guesses=1, name="toy"),
-            max_length=None,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            callbacks=(),
-        )
-        self.heads = heads
-
-    def _write(self, folder: Path):
+    def write(self, folder):
         write_toy(folder, self.heads, card=None)
 
 
@@ -124,7 +109,12 @@ class ToyRecipe(Recipe):
     def trainer(self, base, args, *, options, train_dataset, eval_dataset=None):
         heads = ToyHeads(TargetView(base).vocab_size)
         nn.init.normal_(heads.table, std=options.scale)
-        return ToyTrainer(base, heads, args, train_dataset=train_dataset, eval_dataset=eval_dataset)
+        return HeadsTrainer(
+            ToyTrainingModel(base, heads),
+            args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+        )
 
 
 def write_toy(folder, heads, *, card):
@@ -250,7 +240,7 @@ def test_added_method_is_pushed_and_loaded_from_the_hub(toy, tmp_path, monkeypat
 def test_added_method_is_trained_through_its_recipe(toy, tmp_path):
     (recipe,) = toy.recipes
     base = tiny_base()
-    rows = load_rows(write_alphabet(tmp_path / "rows.jsonl"), word_tokenizer(TAGGED))
+    rows = load_examples(write_alphabet(tmp_path / "rows.jsonl"), word_tokenizer(TAGGED))
     settings = {**SETTINGS, "max_steps": 2, "learning_rate": 0.1}
     args = training_arguments(tmp_path / "out", settings)
     trainer = recipe.trainer(base, args, options=recipe.options(scale=0.2), train_dataset=rows)

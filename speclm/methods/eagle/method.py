@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from typing_extensions import override
 
 from speclm.cards import HeadsCard
-from speclm.config import require_count, require_size
+from speclm.config import require_count, require_in_range, require_size
 from speclm.errors import OptionError
 from speclm.methods.registry import HeadsSource, Method, Recipe, require_options
 
@@ -21,10 +21,13 @@ if TYPE_CHECKING:
     from speclm.files.weights import WeightFiles
     from speclm.methods.eagle.checkpoint import EagleCheckpoint
     from speclm.methods.eagle.network import EagleHeads
-    from speclm.methods.eagle.training import EagleTrainer
+    from speclm.training.heads_trainer import HeadsTrainer
 
 MAX_DRAFT_VOCAB_SIZE = 32_000
 """Most tokens that new heads draft from if no number is given; as many as the authors' heads."""
+
+MAX_STEPS = 32
+"""Most draft tokens in a row that are trained or measured."""
 
 _MAX_LAYERS = 64
 _SUMMARY = """\
@@ -56,6 +59,8 @@ class _TrainingOptions:
     init_revision: Annotated[str | None, "Branch, tag or commit of --init on the hub."] = None
 
     def __post_init__(self) -> None:
+        require_count("num_steps", self.num_steps, low=1, high=MAX_STEPS)
+        require_in_range("decay", self.decay, low=0.0, high=1.0)
         sizes = {"--num-layers": self.num_layers}
         if isinstance(self, Eagle3TrainingOptions):
             sizes["--draft-vocab-size"] = self.draft_vocab_size
@@ -81,6 +86,10 @@ class EagleTrainingOptions(_TrainingOptions):
     """Options of ``speclm train eagle``."""
 
     noise: Annotated[float, "Width of the noise on the base's features."] = 0.2
+
+    def __post_init__(self) -> None:
+        _TrainingOptions.__post_init__(self)  # super() does not work in a slotted dataclass
+        require_in_range("noise", self.noise, low=0.0, high=1e6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +126,9 @@ class EagleRecipe(Recipe):
         options: EagleTrainingOptions | Eagle3TrainingOptions,
         train_dataset: Any,
         eval_dataset: Any = None,
-    ) -> "EagleTrainer":
-        from speclm.methods.eagle.objective import EagleObjective
-        from speclm.methods.eagle.training import EagleTrainer
+    ) -> "HeadsTrainer":
+        from speclm.methods.eagle.objective import EagleObjective, EagleTrainingModel
+        from speclm.training.heads_trainer import HeadsTrainer
 
         usual = EagleObjective.usual(self.name)
         changes: dict[str, Any] = {"num_steps": options.num_steps, "decay": options.decay}
@@ -128,13 +137,12 @@ class EagleRecipe(Recipe):
             changes["noise"] = options.noise
         else:
             changes["num_measured"] = options.num_steps
-        return EagleTrainer(
-            base,
-            self._heads(base, options, train_dataset, seed=args.seed),
+        heads = self._heads(base, options, train_dataset, seed=args.seed)
+        return HeadsTrainer(
+            EagleTrainingModel(base, heads, objective=replace(usual, **changes)),
             args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            objective=replace(usual, **changes),
         )
 
     def _heads(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from speclm.drafting.interface import Proposer
     from speclm.files.weights import WeightFiles
     from speclm.methods.medusa.checkpoint import MedusaCheckpoint
-    from speclm.methods.medusa.training import MedusaTrainer
+    from speclm.training.heads_trainer import HeadsTrainer
 
 _MAX_LAYERS = 64
 _OPTIONS = ("dtype", "min_probability", "mixture", "num_draft_tokens", "tree")
@@ -39,7 +39,7 @@ class MedusaTrainingOptions:
     num_heads: Annotated[int, "Heads: tokens that are drafted ahead."] = 5
     num_layers: Annotated[int, "Residual layers of each head."] = 1
     own_lm_head: Annotated[bool, "Give each head an output matrix of its own."] = False
-    decay: Annotated[float, "Weight of a head relative to the last."] = 0.8
+    decay: Annotated[float, "Weight of a head relative to the one before it."] = 0.8
     soft_weight: Annotated[float, "Share of the loss against the base's own distribution."] = 0.0
 
     def __post_init__(self) -> None:
@@ -65,8 +65,13 @@ class MedusaRecipe(Recipe):
         options: MedusaTrainingOptions,
         train_dataset: Any,
         eval_dataset: Any = None,
-    ) -> "MedusaTrainer":
-        from speclm.methods.medusa.training import MedusaObjective, MedusaTrainer, new_medusa_heads
+    ) -> "HeadsTrainer":
+        from speclm.methods.medusa.training import (
+            MedusaObjective,
+            MedusaTrainingModel,
+            new_medusa_heads,
+        )
+        from speclm.training.heads_trainer import HeadsTrainer
 
         heads = new_medusa_heads(
             base,
@@ -75,13 +80,12 @@ class MedusaRecipe(Recipe):
             has_own_lm_head=options.own_lm_head,
             seed=args.seed,
         )
-        return MedusaTrainer(
-            base,
-            heads,
+        objective = MedusaObjective(decay=options.decay, soft_weight=options.soft_weight)
+        return HeadsTrainer(
+            MedusaTrainingModel(base, heads, objective=objective),
             args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            objective=MedusaObjective(decay=options.decay, soft_weight=options.soft_weight),
         )
 
 

@@ -6,17 +6,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from speclm import SpecModel
 from speclm.demo.bundle import assets, load_prompts
-from speclm.methods.eagle.objective import EagleObjective
+from speclm.methods.eagle.method import EagleRecipe
+from speclm.methods.eagle.objective import EagleObjective, EagleTrainingModel
 from speclm.methods.eagle.proposer import EagleProposer
 from speclm.methods.eagle.training import (
-    EagleTrainer,
     choose_columns,
     count_tokens,
     new_eagle_heads,
 )
-from speclm.training.arguments import EAGLE_DEFAULTS, training_arguments
-from speclm.training.assistant_tokens import TokenizedRow
-from speclm.training.rows import TrainingRows
+from speclm.training.arguments import training_arguments
+from speclm.training.conversations import Example
+from speclm.training.dataset import ExampleDataset
+from speclm.training.heads_trainer import HeadsTrainer
 from tests.training.runs import SETTINGS
 
 NUM_ROWS, NUM_HELD_OUT = 8, 4
@@ -49,26 +50,27 @@ def answered(base, inputs):
         prompt, answer = said[:length][mask.bool()].tolist(), said[length:].tolist()
         if base.config.eos_token_id in answer:
             answer = answer[: answer.index(base.config.eos_token_id) + 1]
-        rows.append(TokenizedRow(prompt + answer, [0] * len(prompt) + [1] * len(answer)))
+        written = [0] * len(prompt) + [1] * len(answer)
+        rows.append(Example(input_ids=prompt + answer, loss_mask=written))
     return rows
 
 
 @pytest.mark.parametrize("kind", ["eagle", "eagle3"])
 def test_estimated_tau_is_that_of_decoding_with_a_chain(base, inputs, answered, kind, tmp_path):
     train, held_out = (
-        TrainingRows(part) for part in (answered[NUM_HELD_OUT:], answered[:NUM_HELD_OUT])
+        ExampleDataset(part) for part in (answered[NUM_HELD_OUT:], answered[:NUM_HELD_OUT])
     )
     columns = None
     if kind == "eagle3":
         columns = choose_columns(count_tokens(train, vocab_size=base.config.vocab_size), 512)
     settings = {**SETTINGS, "max_steps": 12, "learning_rate": 4e-3, "warmup_steps": 2}
-    trainer = EagleTrainer(
-        base,
-        new_eagle_heads(base, kind=kind, columns=columns),
-        training_arguments(tmp_path, settings, defaults=EAGLE_DEFAULTS),
+    heads = new_eagle_heads(base, kind=kind, columns=columns)
+    objective = EagleObjective(num_steps=STEPS, num_measured=STEPS)
+    trainer = HeadsTrainer(
+        EagleTrainingModel(base, heads, objective=objective),
+        training_arguments(tmp_path, settings, defaults=EagleRecipe.defaults),
         train_dataset=train,
         eval_dataset=held_out,
-        objective=EagleObjective(num_steps=STEPS, num_measured=STEPS),
     )
     trainer.train()
     estimated = trainer.evaluate()["eval_estimated_tau"]

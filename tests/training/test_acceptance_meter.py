@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from speclm.training.guess_meter import GuessMeter, turns
+from speclm.training.acceptance_meter import AcceptanceMeter, turns
 
 CHAIN = ((0,), (0, 0))
 
@@ -13,7 +13,7 @@ def test_turns_are_read_from_the_hidden_state_before_each_root():
     assert list(turns(ranks, mask)) == [[[0, 1], [2, -1]], [[3, -1]]]
 
 
-def test_guess_that_reaches_into_the_next_turn_does_not_count():
+def test_draft_token_that_reaches_into_the_next_turn_does_not_count():
     mask = torch.tensor([[0, 1, 1, 0, 1, 1]]).bool()
     ranks = torch.zeros(1, 6, 3, dtype=torch.long)
     assert list(turns(ranks, mask)) == [[[0, -1, -1]], [[0, -1, -1]]]
@@ -28,12 +28,12 @@ def test_turn_at_the_start_of_a_row_has_no_hidden_state_before_its_first_token()
 def test_estimated_tau_replays_rounds():
     mask = torch.tensor([[0, 1, 1, 1, 1, 1, 1]]).bool()
     ranks = torch.tensor([[[0, 0], [5, 5], [5, 5], [1, 5], [0, 5], [5, -1], [-1, -1]]])
-    meter = GuessMeter(CHAIN, num_guesses=2, name="head")
+    meter = AcceptanceMeter(CHAIN, num_drafted=2, name="head")
     meter.add(
         loss_sums=torch.tensor([6.0, 4.0]), counts=torch.tensor([6, 4]), ranks=ranks, loss_mask=mask
     )
     figures = meter.drain()
-    # From the root 1 two guesses and the bonus lead to 4, whose guess fails; then comes 5.
+    # From the root 1 two draft tokens and the bonus token lead to 4, whose draft fails; then 5.
     assert figures["estimated_tau"] == pytest.approx(5 / 3)
     assert (figures["head0_loss"], figures["head1_loss"]) == (1.0, 1.0)
     assert figures["head0_top1"] == pytest.approx(2 / 6)
@@ -41,7 +41,7 @@ def test_estimated_tau_replays_rounds():
 
 
 def test_figures_start_anew_after_they_are_read():
-    meter = GuessMeter(CHAIN, num_guesses=1, name="head")
+    meter = AcceptanceMeter(CHAIN, num_drafted=1, name="head")
     ranks = torch.tensor([[[0], [-1], [-1]]])
     mask = torch.tensor([[0, 1, 1]]).bool()
     for _ in range(2):
@@ -51,7 +51,7 @@ def test_figures_start_anew_after_they_are_read():
 
 
 def test_sums_of_all_processes_are_added():
-    meter = GuessMeter(CHAIN, num_guesses=1, name="head")
+    meter = AcceptanceMeter(CHAIN, num_drafted=1, name="head")
     meter.add(
         loss_sums=torch.tensor([3.0]),
         counts=torch.tensor([1]),
@@ -67,8 +67,8 @@ def test_sums_of_all_processes_are_added():
     }  # no root: the answer is one token
 
 
-def test_guesses_that_are_not_trained_are_measured_all_the_same():
-    meter = GuessMeter(CHAIN, num_guesses=2, name="step")
+def test_draft_tokens_that_are_not_trained_are_measured_all_the_same():
+    meter = AcceptanceMeter(CHAIN, num_drafted=2, name="step")
     meter.add(
         loss_sums=torch.tensor([3.0]),
         counts=torch.tensor([2]),  # one target less than there are ranks, outside the columns

@@ -1,4 +1,4 @@
-"""What a slot sees at each step, found by changing one input at a time."""
+"""What a position sees at each step, found by changing one input at a time."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ import torch
 
 from speclm.methods.eagle.config import EagleConfig
 from speclm.methods.eagle.network import EagleHeads
-from speclm.methods.eagle.objective import roll_out
+from speclm.methods.eagle.rollout import roll_out
 
 LENGTH, STEPS, VOCAB = 7, 3, 11
 
@@ -37,11 +37,11 @@ def heads_of(kind, **numbers):
 @torch.no_grad()
 def outputs(heads, features, tokens, sources=None):
     table = torch.randn(VOCAB, 8, generator=torch.Generator().manual_seed(1)).double()
-    slots = torch.arange(LENGTH - 1)[None] if sources is None else sources
+    positions = torch.arange(LENGTH - 1)[None] if sources is None else sources
     found = roll_out(
-        heads, features, tokens, slots, num_steps=STEPS, embedding=lambda ids: table[ids]
+        heads, features, tokens, positions, num_steps=STEPS, embedding=lambda ids: table[ids]
     )
-    return torch.stack(list(found))[:, 0]  # [steps, slots, hidden]
+    return torch.stack(list(found))[:, 0]  # [steps, positions, hidden]
 
 
 def inputs_of(heads):
@@ -53,7 +53,7 @@ def inputs_of(heads):
 
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize(("kind", "num_layers"), [("eagle", 1), ("eagle3", 1), ("eagle3", 2)])
-def test_slots_read_the_features_up_to_their_own_and_the_tokens_that_were_guessed(
+def test_positions_read_the_features_up_to_their_own_and_the_tokens_that_were_drafted(
     kind, num_layers, window
 ):
     heads = heads_of(kind, num_layers=num_layers, sliding_window=window)
@@ -64,13 +64,13 @@ def test_slots_read_the_features_up_to_their_own_and_the_tokens_that_were_guesse
         other[0, changed] += 1
         differs = (outputs(heads, other, tokens) != before).any(-1)
         for step in range(STEPS):
-            for slot in range(LENGTH - 1 - step):
-                behind = slot - changed
+            for position in range(LENGTH - 1 - step):
+                distance = position - changed
                 # Its own features come through the step before, whatever the window.
-                expected = behind == 0 or (
-                    behind > 0 and (window is None or behind < window + (num_layers - 1) * 2)
+                expected = distance == 0 or (
+                    distance > 0 and (window is None or distance < window + (num_layers - 1) * 2)
                 )
-                assert bool(differs[step, slot]) == expected, (changed, step, slot)
+                assert bool(differs[step, position]) == expected, (changed, step, position)
 
 
 def test_later_tokens_are_not_seen():
@@ -82,12 +82,12 @@ def test_later_tokens_are_not_seen():
         other[0, changed] = (other[0, changed] + 1) % VOCAB
         differs = (outputs(heads, features, other) != before).any(-1)
         for step in range(STEPS):
-            for slot in range(LENGTH - 1 - step):
-                expected = 1 <= changed <= slot + 1 + step
-                assert bool(differs[step, slot]) == expected, (changed, step, slot)
+            for position in range(LENGTH - 1 - step):
+                expected = 1 <= changed <= position + 1 + step
+                assert bool(differs[step, position]) == expected, (changed, step, position)
 
 
-def test_sources_alone_get_what_all_slots_would():
+def test_some_sources_get_what_all_positions_would():
     heads = heads_of("eagle3")
     features, tokens = inputs_of(heads)
     whole = outputs(heads, features, tokens)

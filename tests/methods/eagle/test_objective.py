@@ -7,15 +7,22 @@ import torch
 
 from speclm import SpecModel
 from speclm.errors import OptionError
-from speclm.methods.eagle import objective as eagle_model
 from speclm.methods.eagle.config import EagleConfig
 from speclm.methods.eagle.network import EagleHeads
-from speclm.methods.eagle.objective import EagleObjective, EagleTrainingModel, roll_out
+from speclm.methods.eagle.objective import (
+    EagleObjective,
+    EagleTrainingModel,
+    feature_loss,
+    find_sources,
+    rank_columns,
+)
 from speclm.methods.eagle.proposer import EagleProposer
+from speclm.methods.eagle.rollout import roll_out
 from speclm.methods.eagle.training import new_eagle_heads
-from speclm.training.rows import collate_rows
+from speclm.training import training_model
+from speclm.training.dataset import collate_examples
+from tests.methods.eagle.loss_reference import reference
 from tests.models import build_model, prompts
-from tests.training.eagle_reference import reference
 
 CLOSE = 1e-5  # losses of float32 logits, on float64 weights
 KINDS = ("eagle", "eagle3")
@@ -32,7 +39,7 @@ def tiny_base(**settings):
 
 
 def heads_of(base, kind, *, draft_vocab_size=None):
-    """Return heads whose guesses differ from slot to slot, which fresh ones' hardly do."""
+    """Return heads whose drafts differ from slot to slot, which fresh ones' hardly do."""
     columns = None
     if draft_vocab_size is not None:
         columns = torch.arange(0, VOCAB, VOCAB // draft_vocab_size)
@@ -56,7 +63,7 @@ def build(kind, *, draft_vocab_size=None, **objective):
 
 
 def batch_of(rows=ROWS):
-    return collate_rows([{"input_ids": tokens, "loss_mask": mask} for tokens, mask in rows])
+    return collate_examples([{"input_ids": tokens, "loss_mask": mask} for tokens, mask in rows])
 
 
 CASES = [
@@ -162,7 +169,7 @@ def test_chunks_change_neither_loss_nor_gradient(monkeypatch):
     whole["loss"].backward()
     gradient = model.heads.fc.weight.grad.clone()
     model.zero_grad()
-    monkeypatch.setattr(eagle_model, "MAX_LOGITS", 12 * 3 * 2)  # two rows at a time
+    monkeypatch.setattr(training_model, "MAX_LOGITS", 12 * 3 * 2)  # two rows at a time
     chunked = model(**batch_of())
     chunked["loss"].backward()
     torch.testing.assert_close(chunked["loss"], whole["loss"], atol=CLOSE, rtol=0)
@@ -210,7 +217,7 @@ def test_objectives_out_of_range_are_refused(option, value, words):
 
 
 class Watcher:
-    """Records what heads read and say while decoding, and makes every guess right."""
+    """Records what heads read and say while decoding, and makes every draft token right."""
 
     def __init__(self, heads, text):
         self.heads, self.text = heads, text
@@ -281,9 +288,39 @@ def test_training_reads_and_computes_what_decoding_does(kind):
         torch.testing.assert_close(seen, features[0, position], atol=CLOSE, rtol=0)
     slots = torch.arange(said.shape[1] - 1)[None]
     outputs = roll_out(heads, features, said, slots, num_steps=steps, embedding=model._embed)
-    trained = [heads.logits(hidden, lm_head=model._lm_head)[0] for hidden in outputs]
+    trained = [heads.logits(hidden, lm_head=model.lm_head)[0] for hidden in outputs]
     inside = [(t, k) for t, k in watcher.logits if t + 1 + k < said.shape[1]]
     assert {k for _, k in inside} == set(range(steps))
     assert len(inside) > 12
     for t, k in inside:
         torch.testing.assert_close(watcher.logits[t, k], trained[k][t], atol=CLOSE, rtol=0)
+
+
+def test_sources_are_the_positions_from_which_a_counted_token_is_drafted():
+    tokens = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 9, 0]])
+    mask = torch.tensor([[0, 0, 0, 1, 0], [0, 0, 1, 1, 1]]).bool()
+    sources = find_sources(tokens, mask, num_steps=2)
+    # Row 0 drafts token 3 at step 0 of position 1 and at step 1 of position 0.
+    assert sources.indices.tolist() == [[0, 1, 0], [0, 1, 2]]
+    assert sources.targets.tolist() == [
+        [[-100, 4], [4, -100], [-100, -100]],
+        [[8, 9], [9, 0], [0, -100]],
+    ]
+
+
+def test_batch_without_any_counted_token_has_one_source_without_target():
+    sources = find_sources(torch.tensor([[1, 2, 3]]), torch.zeros(1, 3).bool(), num_steps=1)
+    assert sources.targets.tolist() == [[[-100]]]
+
+
+def test_feature_loss_is_square_near_zero_and_linear_beyond_one():
+    found = feature_loss(torch.tensor([[0.5, 3.0]]), torch.zeros(1, 2))
+    assert found.item() == pytest.approx((0.125 + 2.5) / 2, abs=CLOSE)
+
+
+def test_ranks_count_the_better_columns():
+    logits = torch.tensor([[3.0, 1.0, 2.0]] * 4)
+    targets = torch.tensor([5, 9, 7, -100])
+    ranks = rank_columns(logits, targets, torch.tensor([5, 6, 9]))
+    assert ranks.tolist() == [0, 1, 3, -1]  # 7 has no column
+    assert rank_columns(logits[:3], torch.tensor([0, 1, 2]), None).tolist() == [0, 2, 1]
