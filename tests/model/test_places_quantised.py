@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.target.test_matrices import Coded
+from tests.target.test_logits import Coded
 from transformers import AutoModelForCausalLM, AutoTokenizer, QuantoConfig, TorchAoConfig
 
 from speclm import SpecModel
