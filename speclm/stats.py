@@ -100,7 +100,7 @@ class SpeculationStats:
         rounds: Target forwards after the prefill; each verifies one draft for all rows.
         seconds: Host time of each phase; see `PHASES`. An accelerator works asynchronously, and
             its time counts in the phase that waits for it.
-        backend: How drafts were verified, in the words of `Backend`.
+        backend: How drafts were verified, in the words of `Verification`.
         self_check: Why by this backend and by none better.
         fallbacks: Why the call, or a part of it, was decoded without speculation.
         acceptance: Name of the acceptance rule; greedy decoding uses the exact one.

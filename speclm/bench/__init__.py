@@ -1,4 +1,4 @@
-"""Measures decoding, paired with regular generation."""
+"""Measure ways to generate, each in pairs with regular generation."""
 
 from speclm.bench.calls import SETTINGS, Call, make_calls, setting_options
 from speclm.bench.decoders import (
@@ -10,22 +10,23 @@ from speclm.bench.decoders import (
     speculative_decoder,
 )
 from speclm.bench.divergence import Divergence
-from speclm.bench.grid import Cell, Measured, measure_grid
-from speclm.bench.inflate import bytes_read, inflate_llama, inflate_medusa
-from speclm.bench.inflate_eagle import inflate_eagle
 from speclm.bench.pairs import Comparison, Pair, Spread, compare
-from speclm.bench.records import Record, append_record, read_records
-from speclm.bench.shapes import SHAPES, InflatedShape, draft_shape
+from speclm.bench.records import (
+    Cell,
+    Measured,
+    Record,
+    append_record,
+    measure_grid,
+    read_records,
+)
 
 __all__ = [
     "SETTINGS",
-    "SHAPES",
     "Call",
     "Cell",
     "Comparison",
     "Decoder",
     "Divergence",
-    "InflatedShape",
     "Measured",
     "Outcome",
     "Pair",
@@ -33,12 +34,7 @@ __all__ = [
     "Spread",
     "append_record",
     "assisted_decoder",
-    "bytes_read",
     "compare",
-    "draft_shape",
-    "inflate_eagle",
-    "inflate_llama",
-    "inflate_medusa",
     "make_calls",
     "measure_grid",
     "plain_decoder",

@@ -1,4 +1,4 @@
-"""What is generated in a measurement: prompts, settings and seed of each call."""
+"""Calls of ``generate`` that are measured: prompts, options and seed."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class Call:
 
     Args:
         input_ids: Prompts, padded on the left, on the model's device.
-        attention_mask: As Transformers takes it.
+        attention_mask: Zero at padding.
         options: Further arguments of ``generate``.
         seed: Given to ``torch.manual_seed`` before the call.
         eos_token_ids: Tokens that end a row.
@@ -44,7 +44,7 @@ class Call:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What ``generate`` is called with."""
+        """Keyword arguments of ``generate``."""
         return {
             "input_ids": self.input_ids,
             "attention_mask": self.attention_mask,
@@ -53,12 +53,12 @@ class Call:
 
     @property
     def is_sampled(self) -> bool:
-        """Whether tokens are drawn."""
+        """Whether tokens are sampled."""
         return bool(self.options.get("do_sample"))
 
 
 def setting_options(name: str) -> Mapping[str, Any]:
-    """Return the arguments of ``generate`` that a setting stands for.
+    """Return the arguments of ``generate`` of a named setting.
 
     Raises:
         OptionError: If `name` is not in `SETTINGS`.
@@ -79,10 +79,10 @@ def eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
 def render_prompts(
     conversations: Sequence[Conversation | str], tokenizer: PreTrainedTokenizerBase
 ) -> list[str]:
-    """Return prompt texts: conversations by the chat template, strings as they are.
+    """Return prompts as texts: apply the chat template to conversations, keep strings.
 
     Raises:
-        OptionError: If a text is no Unicode text, or there is no chat template.
+        OptionError: If a text is not valid Unicode, or there is no chat template.
         PromptError: If the chat template refuses a conversation.
     """
     from jinja2 import TemplateError
@@ -125,13 +125,13 @@ def make_calls(
     Args:
         prompts: Conversations, to which the chat template is applied, or texts.
         model: Gives device and end-of-sequence tokens.
-        tokenizer: The model's.
+        tokenizer: The model's tokenizer.
         options: Arguments of ``generate``.
-        batch: Prompts a call; the last call may have fewer.
-        seed: Seed of the first call; each further one has the next.
+        batch: Prompts per call; the last call may have fewer.
+        seed: Seed of the first call, incremented by one for each further call.
 
     Raises:
-        OptionError: If a text is no Unicode text, or there is no chat template.
+        OptionError: If a text is not valid Unicode, or there is no chat template.
         PromptError: If a prompt has no tokens, or the chat template refuses it.
     """
     texts = render_prompts(prompts, tokenizer)

@@ -1,4 +1,4 @@
-"""What is compared: ways to generate, all called alike."""
+"""Ways to generate, all called alike: regular generation, methods of ours and of Transformers."""
 
 import copy
 from collections.abc import Callable
@@ -19,12 +19,12 @@ from speclm.stats import SpeculationStats
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one call gave.
+    """The result of one call.
 
     Args:
         tokens: New tokens of each row, up to and with the first end-of-sequence token.
         seconds: Wall time of the call, prefill included.
-        stats: Counters, where the method has any.
+        stats: Counters of speculation; None for a method without counters.
     """
 
     tokens: list[list[int]]
@@ -33,12 +33,12 @@ class Outcome:
 
     @property
     def num_tokens(self) -> int:
-        """New tokens of all rows."""
+        """Number of new tokens of all rows."""
         return sum(map(len, self.tokens))
 
     @property
     def tokens_per_second(self) -> float:
-        """New tokens of all rows a second."""
+        """New tokens of all rows per second."""
         return self.num_tokens / self.seconds
 
 
@@ -47,11 +47,11 @@ class Decoder:
     """A way to generate.
 
     Args:
-        name: For tables and records.
+        name: Name in tables and records.
         generate: Returns prompts and new tokens.
         stats: Returns the counters of the last call.
         promises_identity: Whether the outputs have to be those of regular generation.
-        max_batch: Most rows that it can generate at once; None for any number.
+        max_batch: Largest batch that it can generate; None for any.
     """
 
     name: str
@@ -61,11 +61,11 @@ class Decoder:
     max_batch: int | None = None
 
     def can_run(self, batch: int) -> bool:
-        """Return whether the method can generate that many rows at once."""
+        """Return whether it can generate a batch of that size."""
         return self.max_batch is None or batch <= self.max_batch
 
     def run(self, call: Call) -> Outcome:
-        """Seed, generate and take the time."""
+        """Seed, generate and measure the time."""
         torch.manual_seed(call.seed)
         _synchronize(call.input_ids)
         start = perf_counter()
@@ -86,37 +86,35 @@ def until_end(tokens: list[int], eos_token_ids: frozenset[int]) -> list[int]:
 
 
 def plain_decoder(base: PreTrainedModel) -> Decoder:
-    """Return the method of ``base.generate``."""
+    """Return regular generation: ``base.generate``."""
     return Decoder("plain", _generate_with(base), _no_stats, promises_identity=True)
 
 
 def prompt_lookup_decoder(base: PreTrainedModel, *, num_tokens: int = 10) -> Decoder:
-    """Return the method of Transformers' prompt lookup.
+    """Return Transformers' prompt lookup.
 
     Args:
         base: The model.
-        num_tokens: Most tokens drafted a round; 10 is the value of Transformers' documentation.
+        num_tokens: Draft tokens per round; 10 is the value in Transformers' documentation.
     """
     return Decoder(
         name="prompt_lookup",
         generate=_generate_with(base, prompt_lookup_num_tokens=num_tokens),
         stats=_no_stats,
-        promises_identity=False,  # when sampling, it draws otherwise than regular generation
+        promises_identity=False,  # when sampling, it draws other tokens
         max_batch=1,
     )
 
 
 def assisted_decoder(base: PreTrainedModel, assistant: PreTrainedModel) -> Decoder:
-    """Return the method of Transformers' assisted generation, every call as if it were the first.
+    """Return Transformers' assisted generation.
 
-    Args:
-        base: The model.
-        assistant: The draft model. Transformers writes the number of tokens to draft into its
-            generation config; that is undone after each call.
+    Transformers adapts the number of draft tokens in the assistant's generation config, which is
+    restored after each call, so that every call starts alike.
     """
     generate = _generate_with(base, assistant_model=assistant)
 
-    def generate_afresh(call: Call) -> Tensor:
+    def generate_and_restore(call: Call) -> Tensor:
         before = assistant.generation_config
         assistant.generation_config = copy.deepcopy(before)
         try:
@@ -124,19 +122,21 @@ def assisted_decoder(base: PreTrainedModel, assistant: PreTrainedModel) -> Decod
         finally:
             assistant.generation_config = before
 
-    return Decoder("assisted", generate_afresh, _no_stats, promises_identity=False, max_batch=1)
+    return Decoder(
+        "assisted", generate_and_restore, _no_stats, promises_identity=False, max_batch=1
+    )
 
 
 def speculative_decoder(
     name: str, base: PreTrainedModel, heads: Proposer | None, *, tree: Tree | None = None
 ) -> Decoder:
-    """Return the method of `SpecModel` with a proposer, or with none.
+    """Return `SpecModel` with a proposer.
 
     Args:
-        name: For tables and records.
+        name: Name in tables and records.
         base: The model.
-        heads: What guesses.
-        tree: What it is told to draft; None for what it does by itself.
+        heads: The proposer; None for one token per round.
+        tree: Passed to ``generate``; None for the proposer's own settings.
     """
     model = SpecModel(base, heads)
 

@@ -1,4 +1,4 @@
-"""Where an output differs from regular generation, and whether rounding explains it."""
+"""Find where an output differs from regular generation, and whether rounding explains it."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,17 +12,17 @@ from transformers import PreTrainedModel
 from speclm.bench.calls import Call
 from speclm.sampling.noise import PositionNoise
 from speclm.self_check.check import check_model
-from speclm.self_check.verdict import Backend
+from speclm.self_check.verdict import Verification
 from speclm.target import TargetView
 from speclm.target.chain_session import ChainReader
 from speclm.tree.topology import chain
 
 MAX_GAP_PER_DIFFERENCE = 4.0
-"""Two roundings move two scores; beyond twice their sum a divergence is a mistake."""
+"""Rounding moves two scores; a gap beyond twice their sum means a mistake."""
 
 _TREE_SIZES = (2, 4, 8, 16)
-"""Nodes in whose forwards logits are compared: which of them a divergence came from, and what
-rounded there, is not known. In bfloat16 one size alone may happen to round like one token."""
+"""Numbers of nodes of the forwards whose logits are compared. The size that a divergence came from
+is not known, and in bfloat16 a single size may happen to round as one token does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +35,10 @@ class Divergence:
         position: Index of the new token.
         plain_token: Regular generation's token; -1 when its row has ended.
         token: The other token; -1 when that row has ended.
-        gap: Score by which the winner leads the token that was emitted instead: a logit, or,
-            when sampling, the logarithm of the probability over the noise.
+        gap: Difference in score between the winner and the token that was emitted instead. A
+            score is a logit or, when sampling, log-probability minus log-noise.
         logit_difference: Largest difference at that position between the logits of one-token
-            forwards and of forwards over 2, 4, 8 or 16 nodes, in the units of `gap`.
+            forwards and of forwards over 2, 4, 8 or 16 nodes.
     """
 
     call: int
@@ -51,7 +51,7 @@ class Divergence:
 
     @property
     def is_explained(self) -> bool:
-        """Whether rounding alone can have made the difference."""
+        """Whether rounding can account for the difference."""
         return self.gap <= MAX_GAP_PER_DIFFERENCE * self.logit_difference
 
 
@@ -72,14 +72,14 @@ def explain(
     plain: list[list[int]],
     other: list[list[int]],
 ) -> list[Divergence]:
-    """Return the first divergence of every row that has one, with what rounding does there.
+    """Return the first divergence of each row that has one, and how much rounding matters there.
 
     Args:
         base: The model.
-        call: What was generated.
+        call: The call.
         index: Index of the call, for the report.
         plain: New tokens of each row by regular generation.
-        other: New tokens of each row, to be judged.
+        other: New tokens of each row by the method.
     """
     found: list[Divergence] = []
     for row, (expected, emitted) in enumerate(zip(plain, other, strict=True)):
@@ -91,7 +91,7 @@ def explain(
         )
         one, *many = (
             _process(base, call, logits)
-            for logits in _logits_in_all_ways(base, call, row, expected[:position])
+            for logits in _logits_by_size(base, call, row, expected[:position])
         )
         difference = max(_largest_difference(one, other) for other in many)
         scores = one if not call.is_sampled else one - _log_noise(base, call, row, position)
@@ -106,18 +106,18 @@ def _largest_difference(one: Float[Tensor, " vocab"], other: Float[Tensor, " voc
     return float((one - other)[both].abs().max())
 
 
-def _logits_in_all_ways(
+def _logits_by_size(
     base: PreTrainedModel, call: Call, row: int, decoded: list[int]
 ) -> Iterator[Float[Tensor, " vocab"]]:
-    """Return the logits after `decoded`, fed token by token and then in drafts of each size.
+    """Yield the logits after `decoded`, fed token by token and then in drafts of each size.
 
-    The row is repeated to the batch of the call, whose size decides how products are rounded.
+    The row is repeated to the batch size of the call, because rounding depends on it.
     """
     batch = call.input_ids.shape[0]
     prompt = call.input_ids[row][call.attention_mask[row].bool()].expand(batch, -1)
     tokens = torch.tensor(decoded, dtype=torch.long, device=prompt.device).expand(batch, -1)
     yield _logits_in_chains(base, prompt, tokens, num_nodes=1).float()
-    takes_trees = check_model(TargetView(base)).backend is Backend.TREES
+    takes_trees = check_model(TargetView(base)).verification is Verification.TREES
     verified = _logits_in_trees if takes_trees else _logits_in_chains
     for num_nodes in _TREE_SIZES:
         yield verified(base, prompt, tokens, num_nodes=num_nodes).float()
@@ -130,10 +130,7 @@ def _logits_in_chains(
     *,
     num_nodes: int,
 ) -> Float[Tensor, " vocab"]:
-    """Return the logits after a prompt and tokens that are fed in chains of one length.
-
-    Chains of one token are the steps of regular generation.
-    """
+    """Return the logits after a prompt and tokens fed in chains; of length 1 as in `generate`."""
     reader = ChainReader.of_prompt(TargetView(base), torch.ones_like(prompt))
     found = reader.prefill(prompt)[0, -1]
     for first in range(0, tokens.shape[1], num_nodes):
@@ -153,7 +150,7 @@ def _logits_in_trees(
     *,
     num_nodes: int,
 ) -> Float[Tensor, " vocab"]:
-    """Return the logits after a prompt and tokens that are fed in trees of one size."""
+    """Return the logits after a prompt and tokens fed in trees of one size."""
     view = TargetView(base)
     batch = len(prompt)
     cache = view.new_cache(torch.zeros(batch, dtype=torch.long, device=prompt.device))

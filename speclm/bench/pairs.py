@@ -1,8 +1,9 @@
-"""Paired measurement: every run stands next to a plain run of the same call."""
+"""Run methods in pairs with regular generation, and compare speed and outputs."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import quantiles
+from time import monotonic
 
 from transformers import PreTrainedModel
 
@@ -31,14 +32,14 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A plain run and a run of a method, one right after the other."""
+    """One call run by regular generation and by a method."""
 
     plain: Outcome
     method: Outcome
 
     @property
     def ratio(self) -> float:
-        """Plain seconds a token over the method's: of seconds, wherever outputs are equal."""
+        """Speed-up: tokens per second of the method over those of regular generation."""
         return self.method.tokens_per_second / self.plain.tokens_per_second
 
     @property
@@ -49,12 +50,12 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A method next to regular generation.
+    """A method compared with regular generation.
 
     Args:
         method: Name of the method.
-        promises_identity: Whether it claims regular generation's tokens.
-        pairs: One a call.
+        promises_identity: Whether its outputs have to be those of regular generation.
+        pairs: One per call.
         divergences: Where the outputs of a method that promises identity differ.
     """
 
@@ -65,7 +66,7 @@ class Comparison:
 
     @property
     def ratio(self) -> Spread:
-        """Plain time over the method's, over pairs."""
+        """Speed-up over regular generation, over pairs."""
         return Spread.of([pair.ratio for pair in self.pairs])
 
     @property
@@ -75,12 +76,12 @@ class Comparison:
 
     @property
     def plain_tokens_per_second(self) -> float:
-        """Tokens of all plain runs over their time."""
+        """Tokens of all runs of regular generation over their time."""
         return _rate([pair.plain for pair in self.pairs])
 
     @property
     def num_identical(self) -> int:
-        """Pairs whose runs gave the same tokens."""
+        """Number of pairs whose runs gave the same tokens."""
         return sum(pair.is_identical for pair in self.pairs)
 
     @property
@@ -94,57 +95,76 @@ class Comparison:
 
     @property
     def stats(self) -> SpeculationStats | None:
-        """Counters of all runs together; None for a method without any."""
+        """Counters of all runs together; None for a method without counters."""
         parts = [pair.method.stats for pair in self.pairs if pair.method.stats is not None]
         return SpeculationStats.merge(parts) if parts else None
 
 
 def compare(
     plain: Decoder,
-    method: Decoder,
+    methods: Sequence[Decoder],
     calls: Sequence[Call],
     *,
     base: PreTrainedModel,
     num_warmup: int = 1,
+    max_seconds: float | None = None,
     on_pair: Callable[[Pair], object] | None = None,
-) -> Comparison:
-    """Run a method next to regular generation, in alternating order, and check its outputs.
+) -> list[Comparison]:
+    """Run every call by regular generation and by all methods, and check the outputs.
+
+    The order rotates from call to call, so that no run always comes first.
 
     Args:
-        plain: The method of regular generation.
-        method: The method to measure.
-        calls: What is generated; one pair each.
+        plain: Regular generation.
+        methods: The methods to measure.
+        calls: What is generated; each gives one pair per method.
         base: The model, which explains divergences.
-        num_warmup: Calls run by both before anything is counted.
-        on_pair: Told every pair, e.g. to show progress.
+        num_warmup: Number of calls that are run once by all before anything is counted.
+        max_seconds: No further call is begun after this time; None for all calls.
+        on_pair: Called with every pair, for example to show progress.
 
     Raises:
         MeasurementError: If there is no call.
     """
     if not calls:
         raise MeasurementError("no prompts to measure on, expected at least one; pass more")
+    everyone = [plain, *methods]
     for call in calls[:num_warmup]:
-        plain.run(call)
-        method.run(call)
-    pairs: list[Pair] = []
+        for decoder in everyone:
+            decoder.run(call)
+    pairs: list[list[Pair]] = [[] for _ in methods]
+    start = monotonic()
     for index, call in enumerate(calls):
-        if index % 2:
-            measured = method.run(call)
-            pair = Pair(plain=plain.run(call), method=measured)
-        else:
-            pair = Pair(plain=plain.run(call), method=method.run(call))
-        pairs.append(pair)
-        if on_pair is not None:
-            on_pair(pair)
-    divergences = [
+        if index > 0 and max_seconds is not None and monotonic() - start > max_seconds:
+            break
+        turn = index % len(everyone)
+        order = [*range(turn, len(everyone)), *range(turn)]
+        outcomes = {number: everyone[number].run(call) for number in order}
+        for number, found in enumerate(pairs, 1):
+            found.append(Pair(plain=outcomes[0], method=outcomes[number]))
+            if on_pair is not None:
+                on_pair(found[-1])
+    return [
+        Comparison(
+            method.name, method.promises_identity, found, _divergences(base, method, calls, found)
+        )
+        for method, found in zip(methods, pairs, strict=True)
+    ]
+
+
+def _divergences(
+    base: PreTrainedModel, method: Decoder, calls: Sequence[Call], pairs: Sequence[Pair]
+) -> list[Divergence]:
+    """Return where a method's outputs differ, if it promises that they do not."""
+    if not method.promises_identity:
+        return []
+    return [
         found
-        for index, (call, pair) in enumerate(zip(calls, pairs, strict=True))
-        if method.promises_identity
+        for index, (call, pair) in enumerate(zip(calls, pairs, strict=False))
         for found in explain(
             base, call, index=index, plain=pair.plain.tokens, other=pair.method.tokens
         )
     ]
-    return Comparison(method.name, method.promises_identity, pairs, divergences)
 
 
 def _rate(outcomes: Sequence[Outcome]) -> float:

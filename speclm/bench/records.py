@@ -1,28 +1,96 @@
-"""Records of measurements, one JSON object a line."""
+"""Records of measurements, one JSON object per line, and what they were measured on."""
 
 import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import PreTrainedModel
+
+from speclm._version import __version__
+from speclm.bench.calls import Call
+from speclm.bench.decoders import Decoder, plain_decoder
 from speclm.bench.divergence import Divergence
-from speclm.bench.machine import (
-    Commit,
-    Machine,
-    describe_commit,
-    describe_machine,
-    describe_versions,
-)
-from speclm.bench.pairs import Comparison, Spread
+from speclm.bench.pairs import Comparison, Pair, Spread, compare
 from speclm.errors import DataError, MeasurementError, OptionError
 from speclm.files.atomic import append_line
 from speclm.files.json_lines import JsonLine, read_json_lines
 
+_ROOT = Path(__file__).parents[2]
+_CPU_INFO = Path("/proc/cpuinfo")
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """The machine of a measurement.
+
+    Args:
+        cpu: Model name.
+        num_cores: Cores that this process may use.
+        num_threads: Threads of PyTorch.
+        gpus: Names of the CUDA devices.
+    """
+
+    cpu: str
+    num_cores: int
+    num_threads: int
+    gpus: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """The state of the checkout.
+
+    Args:
+        sha: Commit; None outside a checkout.
+        is_dirty: Whether files of the library differ from it.
+    """
+
+    sha: str | None
+    is_dirty: bool
+
+
+def describe_machine() -> Machine:
+    """Return the machine that this process runs on."""
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    return Machine(
+        cpu=_cpu_model(),
+        num_cores=len(usable) if usable else os.cpu_count() or 1,
+        num_threads=torch.get_num_threads(),
+        gpus=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    )
+
+
+def describe_versions() -> dict[str, str]:
+    """Return the versions of Python, PyTorch, Transformers, speclm, and Triton if installed."""
+    triton = _version_of("triton")
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "transformers": _version_of("transformers"),
+        "speclm": __version__,
+        **({} if triton == "unknown" else {"triton": triton}),
+    }
+
+
+def describe_commit() -> Commit:
+    """Return the commit of the checkout that speclm was imported from."""
+    sha = _git("rev-parse", "HEAD") if (_ROOT / ".git").exists() else None
+    if sha is None:
+        return Commit(sha=None, is_dirty=False)
+    return Commit(sha=sha, is_dirty=bool(_git("status", "--porcelain", "--", "speclm")))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """One measurement, with everything needed to repeat and to doubt it.
+    """One measurement, with everything needed to repeat it.
 
     Args:
         benchmark: What was measured.
@@ -33,18 +101,18 @@ class Record:
         lower_quartile: A quarter of the samples are below.
         upper_quartile: A quarter of the samples are above.
         promises_identity: Whether the outputs have to be those of regular generation.
-        num_identical: Samples whose outputs were those of regular generation.
+        num_identical: Number of samples with the outputs of regular generation.
         divergences: Where outputs differ though identity was promised.
         tokens_per_second: Of the method, all rows together.
         plain_tokens_per_second: Of regular generation in the same pairs.
         tau: Tokens per row and target forward, prefill excluded.
-        acceptance_by_depth: Share of drafts that reached a depth and were kept there.
+        acceptance_by_depth: Acceptance rate by position in the draft: accepted over drafted.
         milliseconds_per_round: Host time by phase.
-        fallbacks: Why calls were decoded without speculation.
+        fallbacks: Why calls were left to regular generation.
         machine: The machine.
         versions: Of the software.
         commit: Of the checkout.
-        date: Time of day in UTC at which the record was made, ISO 8601.
+        date: When the record was made, in UTC, ISO 8601.
     """
 
     benchmark: str
@@ -75,7 +143,7 @@ class Record:
 
 
 def decode_record(comparison: Comparison, *, benchmark: str, settings: dict[str, Any]) -> Record:
-    """Return the record of a comparison; the samples are the ratios of its pairs."""
+    """Return the record of a comparison; the samples are the speed-ups of its pairs."""
     ratio, stats = comparison.ratio, comparison.stats
     return Record(
         benchmark=benchmark,
@@ -111,14 +179,14 @@ def time_record(spread: Spread, *, n: int, benchmark: str, settings: dict[str, A
 
 
 def append_record(path: Path, record: Record) -> None:
-    """Append a record to a file; the file holds either all old lines or those and the new one.
+    """Append a record to a file; an interrupted call leaves the file as it was.
 
     Two processes must not append to one file at the same time.
 
     Raises:
         MeasurementError: If outputs were promised to be those of regular generation, were not, and
             not every difference is listed and explained by rounding.
-        OptionError: If `path` is no file.
+        OptionError: If `path` is not a file.
     """
     _require_honest(record)
     if path.exists() and not path.is_file():
@@ -128,10 +196,10 @@ def append_record(path: Path, record: Record) -> None:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Return the records in a file as plain dictionaries; none when it does not exist.
+    """Return the records of a file as dictionaries; none when the file does not exist.
 
     Raises:
-        DataError: If the file cannot be read, or a line is no record.
+        DataError: If the file cannot be read, or a line is not a record.
     """
     lines = read_json_lines(path) if path.exists() else []
     return [_parse(line) for line in lines]
@@ -146,6 +214,69 @@ def is_recorded(path: Path, *, benchmark: str, settings: dict[str, Any]) -> bool
         == (benchmark, wanted, sha)
         for record in read_records(path)
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One entry of a grid, measured for every method.
+
+    Args:
+        calls: What is generated.
+        settings: What distinguishes this cell from others; the method's name is added.
+    """
+
+    calls: Sequence[Call]
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A method measured in a cell."""
+
+    cell: Cell
+    comparison: Comparison
+    record: Record
+
+
+def measure_grid(
+    cells: Sequence[Cell],
+    methods: Sequence[Decoder],
+    *,
+    base: PreTrainedModel,
+    benchmark: str,
+    path: Path | None = None,
+    on_pair: Callable[[Pair], object] | None = None,
+) -> Iterator[Measured]:
+    """Measure every method in every cell; record and yield each as soon as it is measured.
+
+    Skips methods that cannot generate a cell's batch, and what `path` already holds for the same
+    commit and settings.
+
+    Args:
+        cells: What is measured on.
+        methods: What is measured.
+        base: The model of all methods.
+        benchmark: Name of the benchmark in the records.
+        path: Where records are appended; None to keep none.
+        on_pair: Called with every pair.
+
+    Raises:
+        MeasurementError: If outputs differ that may not; nothing is recorded of that method.
+    """
+    plain = plain_decoder(base)
+    for cell in cells:
+        batch = max((call.input_ids.shape[0] for call in cell.calls), default=1)
+        for method in methods:
+            settings = {**cell.settings, "method": method.name}
+            if not method.can_run(batch):
+                continue
+            if path is not None and is_recorded(path, benchmark=benchmark, settings=settings):
+                continue
+            (comparison,) = compare(plain, [method], cell.calls, base=base, on_pair=on_pair)
+            record = decode_record(comparison, benchmark=benchmark, settings=settings)
+            if path is not None:
+                append_record(path, record)
+            yield Measured(cell, comparison, record)
 
 
 def _parse(line: JsonLine) -> dict[str, Any]:
@@ -169,3 +300,27 @@ def _require_honest(record: Record) -> None:
             f"from regular generation, expected none unless listed and explained by rounding; "
             f"listed are {record.divergences!r}; nothing was recorded, report this as a bug"
         )
+
+
+def _git(*arguments: str) -> str | None:
+    command = ["git", *arguments]
+    try:
+        result = subprocess.run(command, cwd=_ROOT, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return result.stdout.strip()
+
+
+def _version_of(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _cpu_model() -> str:
+    if _CPU_INFO.is_file():
+        for line in _CPU_INFO.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

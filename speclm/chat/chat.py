@@ -22,7 +22,7 @@ from speclm.errors import OptionError, PromptError
 from speclm.files.atomic import append_line
 from speclm.generation.settings import resolve_setting
 from speclm.model.spec_model import SpecModel
-from speclm.self_check.verdict import Backend
+from speclm.self_check.verdict import Verification
 from speclm.stats import SpeculationStats
 
 Message = dict[str, str]
@@ -312,7 +312,7 @@ class Chat:
         # Recurrent states cannot be cropped, but may be continued from if the self-check found that
         # the model reads several tokens at once correctly. Attention layers have to count them.
         has_slots = any(isinstance(layer, CacheLayerMixin) for layer in cache.layers)
-        return has_slots and self.spec.self_check.backend is Backend.CHAINS
+        return has_slots and self.spec.self_check.verification is Verification.CHAINS
 
     def _finish(
         self, tokens: list[int], ends: frozenset[int], max_new_tokens: int

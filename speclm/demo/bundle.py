@@ -1,4 +1,4 @@
-"""Where the bundled models and prompts lie."""
+"""Find the bundled models and read the bundled prompts."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def assets() -> dict[str, Path]:
     ``prompts`` holds the conversations that [speclm.demo.load_prompts][] reads.
 
     Raises:
-        MissingAssetError: An asset is not part of this installation.
+        MissingAssetError: If an asset is not part of this installation.
 
     Example:
         >>> sorted(assets())
@@ -38,15 +38,15 @@ def load_prompts(name: str, *, limit: int | None = None) -> list[list[dict[str, 
     """Read the conversations of one bundled set, each without its final assistant turn.
 
     Args:
-        name: ``sql_dev`` or ``gsm8k_dev`` to report on; ``sql_tune`` or ``gsm8k_tune`` to choose
-            settings with, which the draft model never trained on either.
-        limit: Number of conversations to keep from the start; None keeps all.
+        name: ``sql_dev`` or ``gsm8k_dev`` for reported figures; ``sql_tune`` or ``gsm8k_tune`` for
+            choosing settings. The bundled draft model was trained on neither.
+        limit: Number of conversations to read from the start; None reads all.
 
     Returns:
         Messages with ``role`` and ``content``, as chat templates take them.
 
     Raises:
-        OptionError: No set has that name, or ``limit`` is negative.
+        OptionError: If no set has that name, or ``limit`` is negative.
 
     Example:
         >>> [message["role"] for message in load_prompts("sql_dev", limit=1)[0]]

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from speclm.acceptance.accepted import Accepted
+from speclm.acceptance import Accepted
 from speclm.drafting.interface import Draft
 from speclm.errors import NumericalError, OptionError
 from speclm.generation.callbacks import FollowsRounds

@@ -15,10 +15,10 @@ from transformers.cache_utils import DynamicCache
 from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
-from speclm.acceptance.accepted import Accepted
+from speclm.acceptance import Accepted
 from speclm.acceptance.interface import Verified
+from speclm.adaptive.memory import forward_timings
 from speclm.adaptive.pausing import Pausing
-from speclm.adaptive.timings import forward_timings
 from speclm.adaptive.tuner import TreeTuner, describe_tree
 from speclm.config import MAX_MERGED_PROMPT
 from speclm.drafting.interface import Draft, Prefill
@@ -29,8 +29,7 @@ from speclm.generation.regular import open_session
 from speclm.generation.request import Request, Setup, resolve_request
 from speclm.generation.sequences import Sequences, StopStrings
 from speclm.sampling.chooser import TokenChooser
-from speclm.sampling.drafts import DraftSampler, DraftSampling
-from speclm.sampling.draws import Draws, seeded_draws
+from speclm.sampling.draws import DraftSampler, DraftSampling, Draws, seeded_draws
 from speclm.sampling.noise import PositionNoise
 from speclm.self_check.fingerprint import fingerprint
 from speclm.stats import RowStats, SpeculationStats
@@ -286,14 +285,14 @@ class Generation:
         num_prompt_tokens = self.request.prompt.input_ids.shape[1]
         accepted = self.request.rule.accept(
             Verified(
-                tokens=draft.tokens,
+                draft_tokens=draft.tokens,
                 topology=draft.topology,
                 logits=logits,
                 chooser=self.chooser,
                 is_live=self.sequences.is_live,
                 noise=self.noise,
                 draws=self.draws,
-                distributions=draft.distributions,
+                draft_distributions=draft.distributions,
                 lengths=[num_prompt_tokens + new for new in self.sequences.num_tokens],
             )
         )

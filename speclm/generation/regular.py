@@ -24,11 +24,11 @@ from speclm.generation.settings import (
     resolve_setting,
 )
 from speclm.sampling.chooser import TokenChooser, first_text_dependent
-from speclm.sampling.generators import generator_obstacle
-from speclm.self_check.verdict import Backend
+from speclm.sampling.noise import generator_obstacle
+from speclm.self_check.verdict import Verification
 from speclm.target import Session, TargetView, images_obstacle, position_shift
 from speclm.target.chain_session import ChainSession
-from speclm.target.tree_session import TreeSession
+from speclm.target.session import TreeSession
 
 KNOWN_INPUTS = frozenset(
     {
@@ -250,7 +250,7 @@ def meets_switch(
 
 def open_session(
     target: TargetView,
-    backend: Backend,
+    backend: Verification,
     inputs: dict[str, Any],
     images: dict[str, Any],
     num_padding: Int[Tensor, " batch"],
@@ -267,7 +267,7 @@ def open_session(
     shift = position_shift(inputs.get("position_ids"), num_padding, num_tokens=num_tokens)
     if shift is not None and target.rotary_switch is not None:
         raise NeedsRegularGeneration("rope scaling by length, and positions that images shift")
-    if backend is Backend.CHAINS:
+    if backend is Verification.CHAINS:
         inputs = {
             name: value
             for name, value in inputs.items()

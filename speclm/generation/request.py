@@ -23,8 +23,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from speclm.acceptance.exact import ExactRule
 from speclm.acceptance.interface import AcceptanceRule
-from speclm.adaptive.pausing import PauseMemory
-from speclm.adaptive.tuner import TreeMemory
+from speclm.adaptive.memory import Memory
 from speclm.drafting.interface import Proposer
 from speclm.errors import CacheError, OptionError, PromptError
 from speclm.generation.regular import (
@@ -37,8 +36,8 @@ from speclm.generation.regular import (
 )
 from speclm.generation.settings import REFUSED_SETTINGS, first_active, resolve_setting
 from speclm.sampling.chooser import first_text_dependent
-from speclm.sampling.drafts import DraftSampling
-from speclm.self_check.verdict import Backend
+from speclm.sampling.draws import DraftSampling
+from speclm.self_check.verdict import Verification
 from speclm.target import Session, TargetView
 from speclm.tree.plan import TreePlan
 
@@ -158,11 +157,11 @@ class Setup:
 
     target: TargetView
     proposer: Proposer | None
-    backend: Backend = Backend.TREES
+    backend: Verification = Verification.TREES
     rule: AcceptanceRule = field(default_factory=ExactRule)
     plan: TreePlan | None = None
-    pauses: PauseMemory | None = None
-    trees: TreeMemory | None = None
+    pauses: Memory | None = None
+    trees: Memory | None = None
     isolates: bool = False
     streamer: BaseStreamer | None = None
     extends_cache: bool = False

@@ -7,7 +7,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers.generation.stopping_criteria import StopStringCriteria
 
-from speclm.acceptance.accepted import Accepted
+from speclm.acceptance import Accepted
 from speclm.config import MAX_LEAD
 
 

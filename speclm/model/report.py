@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from speclm.drafting.interface import Proposer
 from speclm.kernels import preferred
+from speclm.methods.registry import describe_proposer
 from speclm.self_check.verdict import SelfCheck
 from speclm.stats import SpeculationStats
 from speclm.target import TargetView
@@ -16,7 +17,7 @@ def describe_tree_option(tree: TreePlan | str | None) -> str:
     """Return what the drafts of a model follow from."""
     if not isinstance(tree, TreePlan):
         return tree or "as the proposer is set"
-    kind = "at most" if tree.choices is None else "static tree of"
+    kind = "at most" if tree.paths is None else "static tree of"
     return f"{kind} {tree.num_draft_tokens} nodes on {tree.depth} levels"
 
 
@@ -32,12 +33,12 @@ def describe_model(
     name = type(model).__name__
     lines = {
         "base": name if target.name == name else f"{target.name} ({name})",
-        "proposer": _describe_proposer(proposer),
+        "proposer": describe_proposer(proposer) if proposer else "none",
         "tree": describe_tree_option(tree),
         "acceptance": "exact by default"
         if stats is None or not stats.rounds
         else f"{stats.acceptance} in the last call",
-        "verification": check.backend.value,
+        "verification": check.verification.value,
         "dtype, device": f"{model.dtype}, {model.device}",
     }
     return "\n".join(["SpecModel(", *(f"  {name}: {text}" for name, text in lines.items()), ")"])
@@ -61,8 +62,8 @@ def write_report(
     lines = [
         ("base", f"{target.name}, {type(model).__name__}"),
         ("", f"{size}, {model.dtype}, {model.device}"),
-        ("proposer", _describe_proposer(proposer)),
-        ("backend", f"{check.backend.value}: {check.reason}"),
+        ("proposer", describe_proposer(proposer) if proposer else "none"),
+        ("backend", f"{check.verification.value}: {check.reason}"),
         ("", f"{source} in {check.milliseconds:.1f} ms"),
         ("kernels", f"{kernel.backend}: {kernel.reason}"),
     ]
@@ -72,7 +73,3 @@ def write_report(
         write("last call")
         for line in str(stats).splitlines():
             write(f"  {line}")
-
-
-def _describe_proposer(proposer: Proposer | None) -> str:
-    return f"{type(proposer).__name__}, {proposer.config}" if proposer else "none"

@@ -13,10 +13,10 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils.generic import ModelOutput
 
 from speclm.acceptance import AcceptanceRule, resolve_acceptance_rule
-from speclm.adaptive.pausing import PauseMemory
-from speclm.adaptive.tuner import TreeMemory
+from speclm.adaptive.memory import Memory
 from speclm.drafting.interface import Proposer
-from speclm.errors import OptionError, UnsupportedModelError
+from speclm.errors import OptionError
+from speclm.files.hub import with_base_options
 from speclm.generation.regular import NeedsRegularGeneration
 from speclm.generation.request import Setup, require_acceptable
 from speclm.model.call import (
@@ -31,14 +31,10 @@ from speclm.model.call import (
     slowdowns,
     with_counters,
 )
-from speclm.model.causal_lm import OPTIONS_OF_LOADING, load_causal_lm, require_no_options
-from speclm.model.fitting import require_fits
-from speclm.model.hub import with_base_options
-from speclm.model.loading import Heads, load_proposer
-from speclm.model.misses import MissWatch
+from speclm.model.fitting import MissWatch, require_fits
+from speclm.model.loading import Heads, load_base, load_proposer, unwrap
 from speclm.model.report import describe_model, write_report
 from speclm.model.saving import push_heads, save_heads
-from speclm.model.standing_in import unwrap
 from speclm.model.wrapping import Wrapper, attach, detach, enter
 from speclm.self_check.verdict import SelfCheck
 from speclm.self_check.watch import Watch
@@ -92,7 +88,7 @@ class SpecModel(KeepsCounters, Wrapper):
         self.proposer = proposer
         self._watch = Watch(self._target)
         self.adaptive, self.tree = adaptive, tree
-        self._pauses, self.trees, self._misses = PauseMemory(), TreeMemory(), MissWatch()
+        self.memory, self._misses = Memory(), MissWatch()
         self._plain_seconds: dict[int, float] = {}
         self._logged: set[str] = set()
 
@@ -130,17 +126,8 @@ class SpecModel(KeepsCounters, Wrapper):
             OptionError: If the objects passed in do not know or do not need an argument.
         """
         base = unwrap(base, SpecModel)
-        if not isinstance(base, str | Path | PreTrainedModel):
-            raise UnsupportedModelError(
-                f"base is a {type(base).__name__}, expected a folder, a hub id or a Transformers "
-                "PreTrainedModel; load one with AutoModelForCausalLM.from_pretrained"
-            )
-        if isinstance(base, PreTrainedModel):
-            require_no_options(kwargs)
-            model = base
-        else:
-            model = load_causal_lm(base, kwargs, owner="base", known=OPTIONS_OF_LOADING)
-            heads_kwargs = with_base_options(heads_kwargs, kwargs, heads=heads, base=base)
+        model = load_base(base, kwargs)
+        heads_kwargs = with_base_options(heads_kwargs, kwargs, heads=heads, base=base)
         proposer = load_proposer(
             heads, model, heads_kwargs=heads_kwargs, num_draft_tokens=num_draft_tokens
         )
@@ -251,7 +238,7 @@ class SpecModel(KeepsCounters, Wrapper):
         arguments.pop("custom_generate", None)  # it is None
         self._watch.look(self._target)
         check = self.self_check
-        stats = SpeculationStats(backend=check.backend.value, self_check=check.reason)
+        stats = SpeculationStats(backend=check.verification.value, self_check=check.reason)
         try:
             require_speculation(self._watch, arguments, self.generation_config)
             for message, reason in slowdowns(check, self.proposer):
@@ -259,11 +246,11 @@ class SpecModel(KeepsCounters, Wrapper):
             setup = Setup(
                 target=self._target,
                 proposer=self.proposer,
-                backend=check.backend,
+                backend=check.verification,
                 rule=rule,
                 plan=plan if isinstance(plan, TreePlan) else None,
-                pauses=self._pauses if self.adaptive and not isinstance(plan, TreePlan) else None,
-                trees=self.trees if plan == AUTO else None,
+                pauses=self.memory if self.adaptive and not isinstance(plan, TreePlan) else None,
+                trees=self.memory if plan == AUTO else None,
             )
             output = decode(
                 self._base_generate,

@@ -8,7 +8,7 @@ import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from speclm.errors import PatchError
-from speclm.model.standing_in import MOVES, move
+from speclm.model.fitting import MOVES, move
 from speclm.target import TargetView
 
 _ATTRIBUTE = "generate"

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from typing_extensions import override
 
-from speclm.acceptance.accepted import Accepted
+from speclm.acceptance import Accepted
 from speclm.acceptance.exact import accept_exact
 from speclm.config import ProposerConfig
 from speclm.drafting.interface import Draft, Prefill, Proposer
@@ -85,7 +85,6 @@ class ScriptedProposer(Proposer):
         return Draft(
             tokens=torch.cat([roots[:, None], drafted], dim=1),
             topology=from_parents([parents for _, parents in rows], device=roots.device),
-            probs=None,
         )
 
     @override
@@ -184,7 +183,7 @@ def drafted_paths(draft: Draft, row: int) -> dict[tuple[int, ...], float]:
     """Return the tokens from below the root to each node of a row, with the node's probability."""
     shape = row if draft.topology.parents.shape[0] > 1 else 0
     tokens = draft.tokens[row].tolist()
-    probs = [0.0] * len(tokens) if draft.probs is None else draft.probs[row].tolist()
+    probs = [0.0] * len(tokens) if draft.node_probs is None else draft.node_probs[row]
     found = {}
     for node, path in enumerate(draft.topology.path_indices[shape].tolist()):
         below_root = [above for above in path[1:] if above >= 0]

@@ -5,7 +5,7 @@ from speclm.bench import Divergence, plain_decoder
 from speclm.bench.calls import Call
 from speclm.bench.divergence import (
     _log_noise,
-    _logits_in_all_ways,
+    _logits_by_size,
     _process,
     explain,
     first_difference,
@@ -61,7 +61,7 @@ def test_scores_are_those_that_decided_plain_decoding(tiny_base, calls_of, setti
     plain = plain_decoder(tiny_base).run(call).tokens
     for row, position in [(0, 0), (1, 2), (3, 5)]:
         decoded = plain[row][:position]
-        for logits in _logits_in_all_ways(tiny_base, call, row, decoded):
+        for logits in _logits_by_size(tiny_base, call, row, decoded):
             scores = _process(tiny_base, call, logits)
             if call.is_sampled:
                 scores = scores - _log_noise(tiny_base, call, row, position)

@@ -36,24 +36,31 @@ def test_ratio_is_of_seconds_for_equal_outputs_and_of_time_per_token_otherwise()
     assert Pair(plain, Outcome([[1, 2]], 1.0, None)).ratio == 1.0
 
 
-def test_every_run_stands_beside_a_plain_run_in_alternating_order(tiny_base, calls_of):
+def test_runs_rotate_from_call_to_call(tiny_base, calls_of):
     log = []
     plain = logging_method(plain_decoder(tiny_base), log)
     method = logging_method(speculative_decoder("none", tiny_base, None), log)
-    compare(plain, method, calls_of(max_new_tokens=2), base=tiny_base, num_warmup=0)
-    assert log == ["plain", "none", "none", "plain"] * 2
+    other = logging_method(replace(plain_decoder(tiny_base), name="other"), log)
+    for methods, turns in (
+        ([method], ["plain none", "none plain"] * 2),
+        ([method, other], ["plain none other", "none other plain", "other plain none"]),
+    ):
+        log.clear()
+        calls = calls_of(max_new_tokens=2)[: len(turns)]
+        compare(plain, methods, calls, base=tiny_base, num_warmup=0)
+        assert log == " ".join(turns).split()
 
 
-def test_warmup_is_not_counted_and_progress_is_told(tiny_base, calls_of):
-    told = []
-    comparison = compare(
+def test_warmup_is_not_counted_and_pairs_are_reported(tiny_base, calls_of):
+    reported = []
+    (comparison,) = compare(
         plain_decoder(tiny_base),
-        speculative_decoder("ngram", tiny_base, NgramProposer()),
+        [speculative_decoder("ngram", tiny_base, NgramProposer())],
         calls_of("t1.0"),
         base=tiny_base,
-        on_pair=told.append,
+        on_pair=reported.append,
     )
-    assert told == comparison.pairs
+    assert reported == comparison.pairs
     assert comparison.num_identical == len(comparison.pairs) == 4
     assert comparison.is_honest
     assert comparison.stats is not None
@@ -64,22 +71,32 @@ def test_warmup_is_not_counted_and_progress_is_told(tiny_base, calls_of):
 
 def test_a_wrong_output_is_listed_and_not_honest(tiny_base, calls_of):
     calls = calls_of(max_new_tokens=2)[:2]
-    comparison = compare(plain_decoder(tiny_base), wrong_method(tiny_base), calls, base=tiny_base)
+    (comparison,) = compare(
+        plain_decoder(tiny_base), [wrong_method(tiny_base)], calls, base=tiny_base
+    )
     assert comparison.num_identical == 0
     assert [found.position for found in comparison.divergences] == [0, 0]
     assert not comparison.is_honest
 
 
-def test_an_method_that_promises_nothing_may_differ(tiny_base, calls_of):
+def test_a_method_that_promises_nothing_may_differ(tiny_base, calls_of):
     method = wrong_method(tiny_base, promises_identity=False)
-    comparison = compare(
-        plain_decoder(tiny_base), method, calls_of(max_new_tokens=2), base=tiny_base
+    (comparison,) = compare(
+        plain_decoder(tiny_base), [method], calls_of(max_new_tokens=2), base=tiny_base
     )
     assert comparison.is_honest
     assert comparison.num_identical == 0
 
 
+def test_no_call_is_begun_when_the_time_is_up(tiny_base, calls_of):
+    plain = plain_decoder(tiny_base)
+    (comparison,) = compare(
+        plain, [plain], calls_of(max_new_tokens=1), base=tiny_base, max_seconds=0.0
+    )
+    assert len(comparison.pairs) == 1
+
+
 def test_no_prompts_is_an_error(tiny_base):
     plain = plain_decoder(tiny_base)
     with pytest.raises(MeasurementError, match="no prompts"):
-        compare(plain, plain, [], base=tiny_base)
+        compare(plain, [plain], [], base=tiny_base)

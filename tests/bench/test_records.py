@@ -2,15 +2,22 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from speclm import __version__
 from speclm.bench import (
+    Cell,
     Divergence,
     Record,
     Spread,
     append_record,
     compare,
+    measure_grid,
     plain_decoder,
+    prompt_lookup_decoder,
     read_records,
+    records,
+    speculative_decoder,
 )
 from speclm.bench.records import decode_record, is_recorded, time_record
 from speclm.errors import DataError, MeasurementError, OptionError, SpeclmError
@@ -67,19 +74,16 @@ def test_an_interrupted_write_loses_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
+def test_outputs_that_differ_are_not_recorded(tmp_path):
+    path = tmp_path / "decode.jsonl"
+    refused = [
         {"num_identical": 2},
         {"num_identical": 2, "divergences": [UNEXPLAINED]},
         {"num_identical": 1, "divergences": [EXPLAINED]},
-    ],
-    ids=["not listed", "not explained", "one of two listed"],
-)
-def test_outputs_that_differ_are_not_recorded(tmp_path, fields):
-    path = tmp_path / "decode.jsonl"
-    with pytest.raises(MeasurementError, match=r"differ.*regular generation.*nothing was recorded"):
-        append_record(path, record(**fields))
+    ]
+    for fields in refused:  # not listed, not explained, one of two listed
+        with pytest.raises(MeasurementError, match=r"differ.*regular.*nothing was recorded"):
+            append_record(path, record(**fields))
     assert not path.exists()
     assert issubclass(MeasurementError, SpeclmError)
     assert issubclass(MeasurementError, RuntimeError)
@@ -92,7 +96,7 @@ def test_explained_divergences_are_recorded_and_listed(tmp_path):
     assert found["divergences"][0]["gap"] == 0.1
 
 
-def test_an_method_that_promises_nothing_is_recorded_with_its_count(tmp_path):
+def test_a_method_that_promises_nothing_is_recorded_with_its_count(tmp_path):
     path = tmp_path / "decode.jsonl"
     append_record(path, record(promises_identity=False, num_identical=0))
     assert read_records(path)[0]["num_identical"] == 0
@@ -112,7 +116,7 @@ def test_a_measurement_is_found_again_at_the_same_commit_only(tmp_path, monkeypa
 
 def test_decode_record_holds_ratio_and_counters(tiny_base, calls_of):
     plain = plain_decoder(tiny_base)
-    comparison = compare(plain, plain, calls_of(max_new_tokens=2), base=tiny_base)
+    (comparison,) = compare(plain, [plain], calls_of(max_new_tokens=2), base=tiny_base)
     found = decode_record(comparison, benchmark="decode", settings={"method": "plain"})
     assert (found.n, found.num_identical) == (4, 4)
     assert found.median == comparison.ratio.median
@@ -131,16 +135,82 @@ def test_text_of_settings_may_hold_any_line_separator(tmp_path):
     assert read_records(path)[0]["settings"] == {"prompts": "a\u2028b\x85c"}
 
 
-@pytest.mark.parametrize("line", ["nonsense", "{}", '{"benchmark": 1, "settings": 2, "commit": 3}'])
-def test_lines_that_are_no_records_are_named(tmp_path, line):
+def test_lines_that_are_not_records_are_named(tmp_path):
     path = tmp_path / "decode.jsonl"
     append_record(path, record())
-    path.write_text(path.read_text() + line)
-    with pytest.raises(DataError, match=r"decode\.jsonl:2: expected a"):
-        read_records(path)
+    first = path.read_text()
+    for line in ("nonsense", "{}", '{"benchmark": 1, "settings": 2, "commit": 3}'):
+        path.write_text(first + line)
+        with pytest.raises(DataError, match=r"decode\.jsonl:2: expected a"):
+            read_records(path)
 
 
-@pytest.mark.parametrize("path", [".", "/dev/null"])
-def test_folders_and_devices_are_not_replaced(path):
-    with pytest.raises(OptionError, match="is a folder or a device"):
-        append_record(Path(path), record())
+def test_folders_and_devices_are_not_replaced():
+    for path in (".", "/dev/null"):
+        with pytest.raises(OptionError, match="is a folder or a device"):
+            append_record(Path(path), record())
+
+
+def test_grid_is_recorded_cell_by_cell_and_resumed(tmp_path, tiny_base, calls_of):
+    path = tmp_path / "grid.jsonl"
+    cells = [Cell(calls_of(batch=size, max_new_tokens=2), {"batch": size}) for size in (1, 4)]
+    methods = [
+        plain_decoder(tiny_base),
+        speculative_decoder("none", tiny_base, None),
+        prompt_lookup_decoder(tiny_base),
+    ]
+
+    def run(some_cells):
+        return measure_grid(some_cells, methods, base=tiny_base, benchmark="test", path=path)
+
+    first = next(run(cells))
+    assert first.record.settings == {"batch": 1, "method": "plain"}
+    assert len(read_records(path)) == 1
+    names = [(m.record.settings["batch"], m.comparison.method) for m in run(cells)]
+    assert names == [(1, "none"), (1, "prompt_lookup"), (4, "plain"), (4, "none")]
+    assert list(run(cells)) == []
+
+
+def test_without_a_path_everything_is_measured(tiny_base, calls_of):
+    cell = Cell(calls_of(max_new_tokens=2), {})
+    methods = [speculative_decoder("none", tiny_base, None)]
+    for _ in range(2):
+        (measured,) = measure_grid([cell], methods, base=tiny_base, benchmark="test")
+        assert measured.record.num_identical == 4
+
+
+def test_machine_names_processor_cores_and_threads():
+    found = records.describe_machine()
+    assert found.cpu
+    assert found.num_cores >= 1
+    assert found.num_threads == torch.get_num_threads()
+    assert len(found.gpus) == torch.cuda.device_count()
+
+
+def test_versions_are_those_in_use():
+    versions = records.describe_versions()
+    assert versions["torch"] == torch.__version__
+    assert versions["speclm"] == __version__
+    assert set(versions) - {"triton"} == {"python", "torch", "transformers", "speclm"}
+
+
+def test_package_without_metadata_has_no_version():
+    assert records._version_of("no-such-package-here") == "unknown"
+
+
+def test_outside_a_checkout_there_is_no_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "_ROOT", tmp_path)
+    assert records.describe_commit() == records.Commit(sha=None, is_dirty=False)
+    (tmp_path / ".git").mkdir()  # git finds no repository in it
+    assert records.describe_commit().sha is None
+
+
+def test_processor_falls_back_on_the_platform(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "_CPU_INFO", tmp_path / "none")
+    assert records._cpu_model()
+
+
+def test_triton_is_named_where_it_is_installed(monkeypatch):
+    for found, expected in (("3.9.9", "3.9.9"), ("unknown", None)):
+        monkeypatch.setattr(records, "_version_of", lambda name, found=found: found)
+        assert records.describe_versions().get("triton") == expected

@@ -1,0 +1,1 @@
+"""Scripts that measure, in folders by subject; run them from the root of a checkout."""
