@@ -122,7 +122,9 @@ def assisted_decoder(base: PreTrainedModel, assistant: PreTrainedModel) -> Decod
         finally:
             assistant.generation_config = before
 
-    return Decoder("assisted", generate_and_restore, _no_stats, promises_identity=False, max_batch=1)
+    return Decoder(
+        "assisted", generate_and_restore, _no_stats, promises_identity=False, max_batch=1
+    )
 
 
 def speculative_decoder(

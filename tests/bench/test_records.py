@@ -151,9 +151,7 @@ def test_folders_and_devices_are_not_replaced():
             append_record(Path(path), record())
 
 
-def test_grid_is_recorded_cell_by_cell_and_resumed(
-    tmp_path, tiny_base, calls_of
-):
+def test_grid_is_recorded_cell_by_cell_and_resumed(tmp_path, tiny_base, calls_of):
     path = tmp_path / "grid.jsonl"
     cells = [Cell(calls_of(batch=size, max_new_tokens=2), {"batch": size}) for size in (1, 4)]
     methods = [

@@ -11,9 +11,7 @@ from speclm.demo.bundle import assets, load_prompts
 from speclm.errors import MissingAssetError, OptionError
 
 MAX_BYTES = 35_000_000
-MIN_AGREEMENT = (
-    0.5  # far above 1/4096 of random tokens, below what was measured
-)
+MIN_AGREEMENT = 0.5  # far above 1/4096 of random tokens, below what was measured
 ROWS = {"sql_dev": 100, "gsm8k_dev": 100, "sql_tune": 50, "gsm8k_tune": 50}
 
 
