@@ -11,8 +11,6 @@ PIP_INSTALL := -m pip install -qq --disable-pip-version-check
 # the longer stretch when its own is done.
 SPREAD := --numprocesses logical --maxprocesses 8 --dist worksteal
 UNIT := $(BIN)/python -m pytest --quiet $(SPREAD)
-# Enumerations, which switch the shape checks off by themselves.
-ENUMERATIONS := --ignore=tests/generation/test_enumeration.py --ignore=tests/generation/test_rule_distributions.py
 # Triton reads the variable when a kernel is defined; the shape checks would wrap what it compiles.
 INTERPRETER := TRITON_INTERPRET=1 SPECLM_TYPECHECK=0
 CORE := --ignore=tests/docs --ignore=tests/cli --ignore=tests/demo --ignore=tests/test_repository.py
@@ -27,7 +25,8 @@ help: ## Show this list
 demo: .venv/.runtime ## Watch the bundled model decode, plain and speculative
 	@$(BIN)/speclm demo
 
-test: lint types layers docs untyped interpreted aot unit ## Run every check a change must pass
+# The quick ones first.
+test: lint layers types untyped docs interpreted unit ## Run every check a change must pass
 
 test-floor: .venv-floor/.ready ## Run the core suite on the oldest supported Transformers
 	$(FLOOR)/python -m pytest --quiet $(SPREAD) $(CORE) tests
@@ -44,8 +43,9 @@ deep: .venv/.dev .venv/torchao ## Search long: slow tests, 5000 examples a prope
 	$(INTERPRETER) $(UNIT) -m "not gpu and not network" tests/kernels/interpreted
 	SPECLM_TYPECHECK=0 $(UNIT) -m "not gpu and not network" tests/kernels/aot
 
+# With --quiet, --strict would not see warnings.
 docs: .venv/.dev ## Build the documentation into site/
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict > .venv/docs.log 2>&1 || { cat .venv/docs.log; exit 1; }
 
 lint: .venv/.dev ## Check style and formatting
 	$(BIN)/ruff check --quiet .
@@ -60,14 +60,14 @@ layers: .venv/.dev ## Check that imports only point down the stack
 unit: .venv/.dev ## Run the test suite with shape checks and coverage
 	$(UNIT) --cov --cov-report=term
 
-untyped: .venv/.dev ## Run the decode loop without shape checks, as users do
-	SPECLM_TYPECHECK=0 $(UNIT) $(ENUMERATIONS) tests/generation
-
-interpreted: .venv/.dev ## Run the kernels in Triton's interpreter, in processes of its own
-	$(INTERPRETER) $(UNIT) tests/kernels/interpreted
+untyped: .venv/.dev ## Run calls without shape checks, as users do, and those of `aot`
+	SPECLM_TYPECHECK=0 $(UNIT) tests/generation/test_untyped.py tests/kernels/aot
 
 aot: .venv/.dev ## Compile the kernels for GPUs ahead of time, and look at the machine code
 	SPECLM_TYPECHECK=0 $(UNIT) tests/kernels/aot
+
+interpreted: .venv/.dev ## Run the kernels in Triton's interpreter, in processes of its own
+	$(INTERPRETER) $(UNIT) tests/kernels/interpreted
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -1,11 +1,27 @@
-"""What the cards of all heads have in common."""
+"""Model cards of heads."""
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 GENERATED_MARK = "<!-- written by speclm: remove this line to keep your own changes -->"
 """Stands in every generated card; a card without it belongs to somebody."""
 
-LOADING = """\
+_CARD = """\
+---
+{front}
+---
+
+{mark}
+
+# {title}{for_base}
+
+{summary}
+
+| | |
+| --- | --- |
+{facts}
+{figures}
 ## Load
 
 ```python
@@ -18,31 +34,86 @@ model = SpecModel.from_pretrained({base_code}, {heads_code})
 
 ## What is promised
 
-The heads only guess. With the default rule, `exact`, the tokens are those of the base model's own
+The heads only draft. With the default rule, `exact`, the tokens are those of the base model's own
 `generate`, greedy and sampled under the same seed, up to the rounding of floating-point sums: two
 tokens of almost the same score may change places, in 16 bits more often than in 32. The rule
 `rejection` keeps the base model's output distribution. The rule `typical` is **lossy**: it accepts
-guesses that the base model would not have drawn, and its output follows another distribution.
+draft tokens that the base model would not have drawn, and its output follows another distribution.
 
-Use the heads with the base model that they were trained on. With another one nothing becomes wrong,
-only slower, and they are refused where the vocabulary or the width differs.
+Use the heads with the base model that they were trained on. With another one the output stays
+right and becomes slower, and heads of another vocabulary or width are refused.
+
+## Other software
+
+{software}
 """
 
 
-def header(kind: str, *, base: str | None, license_id: str | None) -> str:
-    """Return the lines of a card's header; strings are quoted as JSON, which is YAML too."""
-    lines = ["library_name: speclm"]
-    if base is not None:
-        lines.append(f"base_model: {json.dumps(base)}")
-    if license_id is not None:
-        lines.append(f"license: {json.dumps(license_id)}")
-    tags = ("speclm", kind, "speculative-decoding", "text-generation")
-    return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in tags)])
+@dataclass(frozen=True, slots=True)
+class HeadsCard:
+    """What the card of heads says.
+
+    Args:
+        kind: Tag of their kind.
+        title: Heading, without the base.
+        summary: What the heads are, in a few sentences.
+        facts: Rows of the table that only heads of this kind have, by name.
+        software: Names of the files, and what else reads them.
+        num_parameters: Numbers in all tensors.
+        dtype: Name of their type.
+        num_nodes: Nodes of the stored tree, root included; None if none is stored.
+        figures: Measured figures by name; empty if there are none.
+        base: Hub id of the base model, if it has one.
+        repo_id: Where the heads will be found, if known.
+        license: Identifier of the licence, if known.
+    """
+
+    kind: str
+    title: str
+    summary: str
+    facts: Mapping[str, str | int]
+    software: str
+    num_parameters: int
+    dtype: str
+    num_nodes: int | None = None
+    figures: Mapping[str, str] = field(default_factory=dict, hash=False)
+    base: str | None = None
+    repo_id: str | None = None
+    license: str | None = None
+
+    def render(self) -> str:
+        """Return the card as Markdown with a YAML header."""
+        facts = {
+            "base model": self.base or "not recorded",
+            **self.facts,
+            "parameters": f"{self.num_parameters:,}",
+            "dtype": self.dtype,
+            "tree": f"{self.num_nodes} nodes" if self.num_nodes else "chosen when they are loaded",
+        }
+        measured = f"\n## Measured\n\n| | |\n| --- | --- |\n{_rows(self.figures)}\n"
+        return _CARD.format(
+            front=self._header(),
+            mark=GENERATED_MARK,
+            title=self.title,
+            for_base=f" for {self.base}" if self.base else "",
+            summary=self.summary.strip(),
+            facts=_rows(facts),
+            figures=measured if self.figures else "",
+            base_code=json.dumps(self.base or "path/to/base"),
+            heads_code=json.dumps(self.repo_id or "path/to/this/folder"),
+            software=self.software.strip(),
+        )
+
+    def _header(self) -> str:
+        """Return the lines of the header; strings are quoted as JSON, which is YAML too."""
+        lines = ["library_name: speclm"]
+        if self.base is not None:
+            lines.append(f"base_model: {json.dumps(self.base)}")
+        if self.license is not None:
+            lines.append(f"license: {json.dumps(self.license)}")
+        tags = ("speclm", self.kind, "speculative-decoding", "text-generation")
+        return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in tags)])
 
 
-def loading(base: str | None, repo_id: str | None) -> str:
-    """Return how heads are loaded, and what is promised of them."""
-    return LOADING.format(
-        base_code=json.dumps(base or "path/to/base"),
-        heads_code=json.dumps(repo_id or "path/to/this/folder"),
-    )
+def _rows(facts: Mapping[str, object]) -> str:
+    return "\n".join(f"| {name} | {value} |" for name, value in facts.items())

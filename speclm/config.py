@@ -12,11 +12,10 @@ MAX_NODES = 512
 """Most nodes of one draft, root included; a tree beyond it costs more than it can win."""
 
 MAX_LEAD = 64
-"""Most positions the fastest row may be ahead of the slowest: bounds the noise that is kept."""
+"""Most positions that the fastest row may be ahead of the slowest; bounds the noise in memory."""
 
 MAX_DEPTH = MAX_LEAD
 """Most levels below the root, since a row may not be further ahead than `MAX_LEAD`."""
-
 
 MAX_MERGED_PROMPT = 1024
 """Longest prompt whose forward also verifies the first draft: its mask is dense."""
@@ -28,10 +27,10 @@ def require_known(config_type: type, options: Mapping[str, object], *, owner: st
     Args:
         config_type: A dataclass.
         options: By name.
-        owner: What takes them, for the message.
+        owner: Class that takes the options, for the message.
 
     Raises:
-        OptionError: If one is no field; the message names those that there are.
+        OptionError: If one is not a field; the message lists the fields.
     """
     known = {option.name for option in fields(config_type)}
     unknown = sorted(options.keys() - known)
@@ -81,7 +80,7 @@ def require_size(name: str, value: object) -> None:
 
 
 def require_unicode(name: str, text: str) -> None:
-    """Check that a text can be encoded: that it holds no half of a surrogate pair.
+    """Check that a text can be encoded, which half a surrogate pair prevents.
 
     Raises:
         OptionError: If it does.
@@ -96,7 +95,7 @@ def require_unicode(name: str, text: str) -> None:
 
 
 def require_positive(name: str, value: object) -> None:
-    """Check that an option is a number above 0 that is finite.
+    """Check that an option is a finite number above 0.
 
     Raises:
         OptionError: If it is not.

@@ -5,7 +5,9 @@ SpeclmError`` and ``except ValueError`` work. Messages say what was found, what 
 what to do.
 """
 
+import difflib
 import reprlib
+from collections.abc import Iterable
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
@@ -19,6 +21,17 @@ def shown(value: object) -> str:
 def reason_of(error: Exception) -> str:
     """Return the kind of an error and what it says, on one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Return what to do about an unknown option: correct it to a similar one, or drop it.
+
+    Example:
+        >>> suggest("num_draft_token", ["num_draft_tokens", "tree"])
+        "did you mean 'num_draft_tokens'?"
+    """
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {near[0]!r}?" if near else f"drop {name!r}"
 
 
 class SpeclmError(Exception):

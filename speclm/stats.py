@@ -88,7 +88,7 @@ class SpeculationStats:
         rounds: Target forwards after the prefill; each verifies one draft for all rows.
         seconds: Host time of each phase; see `PHASES`. On an accelerator work is asynchronous,
             and a phase that waits is charged for what it waits for.
-        backend: How drafts were verified, in the words of `Backend`.
+        backend: How drafts were verified, in the words of `Verification`.
         self_check: Why by this backend and by nothing better.
         fallbacks: Why the call, or a part of it, was decoded without speculation.
         acceptance: Name of the acceptance rule that decided; greedy decoding takes the exact one.

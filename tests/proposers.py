@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from speclm.acceptance.accepted import Accepted
+from speclm.acceptance import Accepted
 from speclm.config import ProposerConfig
 from speclm.drafting.combined import CombinedProposer
 from speclm.drafting.interface import Draft, Prefill, Proposer
@@ -118,7 +118,6 @@ class RandomTreeProposer(Proposer):
         return Draft(
             tokens=torch.tensor(tokens),
             topology=from_parents([parents for parents, _ in rows], device=roots.device),
-            probs=None,
         )
 
     @override

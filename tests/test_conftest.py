@@ -2,26 +2,23 @@
 
 import os
 import socket
-import subprocess
 import sys
 
+import jaxtyping
 import pytest
 import torch
 
-GUARDED_TEST = """
-import socket
+from tests.conftest import CHECKED_CASES, IS_DEEP
+from tests.network_guard import refused_network
 
-def test_swallows_the_refusal():
-    try:
-        socket.create_connection(("192.0.2.1", 80), timeout=1)
-    except OSError:
-        pass
-"""
+IS_CHECKED = os.environ.get("SPECLM_TYPECHECK") != "0"
 
 
-@pytest.mark.skipif(os.environ.get("SPECLM_TYPECHECK") == "0", reason="shape checks are off")
-def test_shape_checks_are_installed():
+@pytest.mark.skipif(not IS_CHECKED, reason="shape checks are off")
+@pytest.mark.parametrize("case", range(CHECKED_CASES + 1))
+def test_shapes_are_checked_in_the_first_cases_of_a_test(case):
     assert any(type(finder).__name__ == "_JaxtypingFinder" for finder in sys.meta_path)
+    assert jaxtyping.config.jaxtyping_disable == (case >= CHECKED_CASES and not IS_DEEP)
 
 
 def test_one_thread_is_used():
@@ -33,12 +30,17 @@ def test_loopback_may_be_reached():
         socket.create_connection(server.getsockname()).close()
 
 
-def test_reaching_for_the_network_fails_even_when_the_error_is_swallowed(request, tmp_path):
-    (tmp_path / "conftest.py").write_text((request.path.parent / "conftest.py").read_text())
-    (tmp_path / "test_guarded.py").write_text(GUARDED_TEST)
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
-    result = subprocess.run(
-        [*command, str(tmp_path)], cwd=tmp_path, check=False, capture_output=True, text=True
-    )
-    assert result.returncode == 1
-    assert "reached for the network: [('192.0.2.1',)]" in result.stdout
+def test_every_test_is_guarded_from_the_network():
+    assert socket.getaddrinfo.__module__ == refused_network.__module__
+    assert socket.socket.connect.__module__ == refused_network.__module__
+
+
+def test_reaching_for_the_network_fails_even_when_the_error_is_swallowed():
+    expected = r"reached for the network: \[\('192.0.2.1',\)\]"
+    refusal = "may not reach the network"
+    with (
+        pytest.raises(AssertionError, match=expected),
+        refused_network(),
+        pytest.raises(OSError, match=refusal),
+    ):
+        socket.create_connection(("192.0.2.1", 80), timeout=1)

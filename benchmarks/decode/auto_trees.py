@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from speclm.adaptive.acceptance_rates import RankRecorder, calibrated_choices
+from speclm.adaptive.acceptance_rates import RankRecorder, calibrated_paths
 from speclm.bench import (
     Call,
     Comparison,
@@ -56,7 +56,7 @@ class Trees:
 
     def calibrate(self, calls: Sequence[Call]) -> None:
         """Calibrate static trees, for proposers that take them."""
-        if not self.proposer.takes_choices:
+        if not self.proposer.fills_static_trees:
             sizes = (CHAIN, *SIZES)
             self.fixed = {f"bound-{size}": TreePlan(min(size, 16), size) for size in sizes}
             return
@@ -68,7 +68,7 @@ class Trees:
         chain = tuple((0,) * depth for depth in range(1, CHAIN + 1))
         self.fixed = {f"chain-{CHAIN}": TreePlan.of(chain)}
         for size in SIZES:
-            choices = calibrated_choices(recorder.acceptance, num_nodes=size)
+            choices = calibrated_paths(recorder.acceptance, num_nodes=size)
             self.fixed[f"static-{size}"] = TreePlan.of(choices)
 
     def _method(self, name: str, tree: TreePlan | str | None) -> Decoder:

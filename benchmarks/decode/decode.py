@@ -82,7 +82,7 @@ class UselessProposer(Proposer):
     @override
     def propose(self, roots: Int[Tensor, " batch"], *, noise: PositionNoise | None) -> Draft:
         tokens = torch.zeros(len(roots), 9, dtype=torch.long, device=roots.device)
-        return Draft(tokens=tokens, topology=chain(8, device=roots.device), probs=None)
+        return Draft(tokens=tokens, topology=chain(8, device=roots.device))
 
     @override
     def commit(self, accepted: Accepted) -> None:
@@ -126,7 +126,7 @@ def load_drafters(
         medusa = load_medusa(small)
         if shape is not None:
             heads = inflate_medusa(medusa.heads, shape, seed=2)
-            medusa = MedusaProposer(heads, target=base, tree=medusa.config.choices)
+            medusa = MedusaProposer(heads, target=base, tree=medusa.config.paths)
     eagle = {}
     for name in sorted(EAGLE_METHODS & set(names)):
         eagle[name] = load_eagle(name, small, folder=folder)

@@ -56,7 +56,7 @@ def measure(model: PreTrainedModel) -> Row:
     """Return the verdict on a model, and what became of each cell."""
     spec = SpecModel(model, None)
     check = spec.self_check
-    row: Row = {"backend": check.backend.value, "reason": check.reason}
+    row: Row = {"backend": check.verification.value, "reason": check.reason}
     row["error"] = check.error if check.error < float("inf") else None  # JSON has no infinity
     row["cells"] = {}
     for cell in CELLS:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from speclm.adaptive.acceptance_rates import Ranks, estimate_tau
+from speclm.adaptive.acceptance_rates import Ranks, replay_rounds
 from speclm.files.json_lines import parse_json_lines
-from speclm.methods.eagle.checkpoint import EagleCheckpoint
+from speclm.methods.eagle.checkpoint import EagleCheckpoint, write_eagle
 from speclm.methods.eagle.network import EagleHeads
 from speclm.methods.eagle.objective import EagleObjective, EagleTrainingModel
 from speclm.methods.eagle.training import (
@@ -25,12 +25,12 @@ from speclm.methods.eagle.training import (
     load_eagle_heads,
     new_eagle_heads,
 )
-from speclm.methods.eagle.writer import write_eagle
-from speclm.training.guess_meter import turns
-from speclm.training.rows import Item, collate_rows
+from speclm.training.acceptance_meter import turns
+from speclm.training.conversations import Example
+from speclm.training.dataset import collate_examples
 
 
-def read_rows(folder: Path, pattern: str = "*.jsonl") -> list[Item]:
+def read_rows(folder: Path, pattern: str = "*.jsonl") -> list[Example]:
     """Read prompts with their answers; the loss counts the answers."""
     rows = []
     for shard in sorted(folder.glob(pattern)):
@@ -42,7 +42,9 @@ def read_rows(folder: Path, pattern: str = "*.jsonl") -> list[Item]:
     return rows
 
 
-def new_heads(base: PreTrainedModel, rows: list[Item], options: argparse.Namespace) -> EagleHeads:
+def new_heads(
+    base: PreTrainedModel, rows: list[Example], options: argparse.Namespace
+) -> EagleHeads:
     """Return heads to train: saved ones, or new ones, of which EAGLE-3's guess what is frequent."""
     if options.start is not None:
         return load_eagle_heads(base, options.start)
@@ -55,10 +57,10 @@ def new_heads(base: PreTrainedModel, rows: list[Item], options: argparse.Namespa
     return new_eagle_heads(base, kind=options.kind, columns=columns, seed=options.seed)
 
 
-def make_batches(rows: list[Item], num_tokens: int, rng: random.Random) -> list[list[Item]]:
+def make_batches(rows: list[Example], num_tokens: int, rng: random.Random) -> list[list[Example]]:
     """Return rows of like length together, in random order."""
     order = sorted(rows, key=lambda row: (len(row["input_ids"]), rng.random()))
-    batches: list[list[Item]] = [[]]
+    batches: list[list[Example]] = [[]]
     for row in order:
         if (len(batches[-1]) + 1) * len(row["input_ids"]) > num_tokens and batches[-1]:
             batches.append([])
@@ -67,7 +69,7 @@ def make_batches(rows: list[Item], num_tokens: int, rng: random.Random) -> list[
     return batches
 
 
-def train(model: EagleTrainingModel, rows: list[Item], options: argparse.Namespace) -> None:
+def train(model: EagleTrainingModel, rows: list[Example], options: argparse.Namespace) -> None:
     """Minimise the loss over some epochs."""
     rng = random.Random(options.seed)
     torch.manual_seed(options.seed)  # of the noise on features
@@ -83,7 +85,7 @@ def train(model: EagleTrainingModel, rows: list[Item], options: argparse.Namespa
         for group in optimizer.param_groups:
             group["lr"] = options.learning_rate * warmup * cosine
         with torch.autocast("cpu", torch.bfloat16):  # twice as fast where the CPU has it
-            loss: Tensor = model(**collate_rows(batch))["loss"]
+            loss: Tensor = model(**collate_examples(batch))["loss"]
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -96,12 +98,12 @@ def train(model: EagleTrainingModel, rows: list[Item], options: argparse.Namespa
 
 
 @torch.no_grad()
-def report(name: str, model: EagleTrainingModel, rows: list[Item]) -> None:
+def report(name: str, model: EagleTrainingModel, rows: list[Example]) -> None:
     """Print what the heads guess on some answers, and the tau of chains of guesses."""
     model.eval()
     texts: list[Ranks] = []
     for row in rows:
-        batch = collate_rows([row])
+        batch = collate_examples([row])
         texts += turns(model(**batch)["ranks"], batch["loss_mask"])
     best = [
         [ranks[step] == 0 for text in texts for ranks in text if ranks[step] >= 0]
@@ -109,7 +111,8 @@ def report(name: str, model: EagleTrainingModel, rows: list[Item]) -> None:
     ]
     shares = " ".join(f"{sum(right) / len(right):.3f}" for right in best)
     chains = tuple((0,) * depth for depth in range(1, len(best) + 1))
-    print(f"{name}: tau {estimate_tau(texts, chains):.3f}, right by step: {shares}", flush=True)
+    tau = sum(map(len, texts)) / sum(len(replay_rounds(text, chains)) for text in texts)
+    print(f"{name}: tau {tau:.3f}, right by step: {shares}", flush=True)
 
 
 def main() -> None:

@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from speclm.adaptive.acceptance_rates import Ranks, calibrate_choices, estimate_tau
+from speclm.adaptive.acceptance_rates import Ranks, replay_rounds
 from speclm.files.json_lines import parse_json_lines
 from speclm.methods.medusa.checkpoint import MedusaCheckpoint, write_medusa
 from speclm.methods.medusa.network import MedusaHeads, MedusaHeadsConfig
+from speclm.methods.medusa.proposer import STATIC_TREE
 from speclm.target import TargetView
-from speclm.tree.static import Choices
+from speclm.tree.static import RankPaths, trim_paths
 
 FORWARD_ROWS = 32
 
@@ -141,14 +142,15 @@ def rank_answers(heads: MedusaHeads, view: TargetView, answers: list[Answer]) ->
     return texts
 
 
-def report(name: str, texts: list[Ranks], choices: Choices) -> None:
+def report(name: str, texts: list[Ranks], paths: RankPaths) -> None:
     """Print what the heads guess on some answers."""
     best = [
         [ranks[head] == 0 for text in texts for ranks in text if ranks[head] >= 0]
         for head in range(len(texts[0][0]))
     ]
     shares = " ".join(f"{sum(right) / len(right):.3f}" for right in best)
-    print(f"{name}: tau {estimate_tau(texts, choices):.3f}, right by head: {shares}")
+    tau = sum(map(len, texts)) / sum(len(replay_rounds(text, paths)) for text in texts)
+    print(f"{name}: tau {tau:.3f}, right by head: {shares}")
 
 
 def main() -> None:
@@ -159,7 +161,6 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder for the heads")
     parser.add_argument("--num-heads", type=int, default=5)
     parser.add_argument("--num-layers", type=int, default=4)
-    parser.add_argument("--num-nodes", type=int, default=8, help="of the tree that tau is for")
     parser.add_argument("--steps", type=int, default=11000)
     parser.add_argument("--warmup-steps", type=int, default=50)
     parser.add_argument("--batch-size", type=int, default=512)
@@ -189,11 +190,10 @@ def main() -> None:
     heads.bfloat16().float()  # as they are stored
     greedy = [answer for answer in answers if answer.is_greedy]
     texts = rank_answers(heads, view, greedy)
-    choices = calibrate_choices(texts, num_nodes=options.num_nodes)
-    print("tree:", choices)
-    report("trained on, greedy", texts, choices)
+    paths = trim_paths(STATIC_TREE, max_depth=options.num_heads)
+    report("trained on, greedy", texts, paths)
     for shard in sorted(options.held_out.glob("*.jsonl")):
-        report(shard.stem, rank_answers(heads, view, read_answers(base, [shard])), choices)
+        report(shard.stem, rank_answers(heads, view, read_answers(base, [shard])), paths)
     heads.bfloat16()
     write_medusa(
         options.out,

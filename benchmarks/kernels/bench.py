@@ -163,8 +163,6 @@ def attends(
     makers: dict[str, Callable[[], Attend]] = {
         "ours": workload.ours,
         "deterministic": partial(workload.ours, deterministic=True),
-        "page16": partial(workload.paged, 16),
-        "page64": partial(workload.paged, 64),
         "sdpa": workload.sdpa,
         "grouped_sdpa": workload.grouped_sdpa,
         "eager": workload.eager,

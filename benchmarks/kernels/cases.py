@@ -63,7 +63,6 @@ class Case:
     lengths: tuple[int, ...] = (70, 33)
     has_padding: bool = False
     gap: int | None = None
-    page_len: int | None = None
     window: int | None = None
     softcap: float | None = None
     has_sinks: bool = False
@@ -82,7 +81,6 @@ class Case:
         numbers = {
             "above": self.above or None,
             "gap": self.gap,
-            "page": self.page_len,
             "window": self.window,
             "cap": self.softcap,
             "splits": self.num_splits,
@@ -192,9 +190,7 @@ def build(case: Case, *, device: str, seed: int = 0) -> Call:
         torch.randn(shape, generator=generator).to(case.dtype).masked_fill(dead, 0.0)
         for _ in range(2)
     )
-    stored, table = [part.masked_fill(dead, torch.nan) for part in (key, value)], None
-    if case.page_len is not None:
-        stored, table = _paged(stored, case.page_len, generator)
+    stored = [part.masked_fill(dead, torch.nan) for part in (key, value)]
     q_heads = case.kv_heads * case.groups
     query = torch.randn(batch, case.nodes, q_heads, case.head_dim, generator=generator) * 1.5
     arguments: Arguments = {
@@ -206,7 +202,6 @@ def build(case: Case, *, device: str, seed: int = 0) -> Call:
         "depths": depths,
         "prefix_starts": starts if case.has_padding else None,
         "tree_starts": None if case.gap is None else begins.contiguous(),
-        "block_table": table,
         "sinks": torch.randn(q_heads, generator=generator) if case.has_sinks else None,
         "window": case.window,
         "softcap": case.softcap,
@@ -243,23 +238,6 @@ def _visible(
             for distance, slot in enumerate(path):
                 visible[row, node, begin + slot] = distance < window
     return visible
-
-
-def _paged(
-    stored: Sequence[Tensor], page_len: int, generator: torch.Generator
-) -> tuple[list[Tensor], Tensor]:
-    batch, _, kv_len, _ = stored[0].shape
-    blocks = -(-kv_len // page_len)
-    table = torch.randperm(batch * blocks + 3, generator=generator)[: batch * blocks]
-    found = []
-    for part in stored:
-        room = torch.full_like(part[:, :, :1], torch.nan)
-        room = room.expand(-1, -1, blocks * page_len - kv_len, -1)
-        cut = torch.cat([part, room], dim=2).unflatten(2, (blocks, page_len)).transpose(1, 2)
-        pages = torch.full((batch * blocks + 3, *cut.shape[2:]), torch.nan, dtype=part.dtype)
-        pages[table] = cut.flatten(0, 1)
-        found.append(pages)
-    return found, table.view(batch, blocks).to(torch.int32)
 
 
 def error_of(found: Tensor, expected: Tensor) -> float:

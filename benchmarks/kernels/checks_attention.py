@@ -34,7 +34,6 @@ FACTORS = {
     "window": (None, None, 1, 17, 64, 127, None),
     "softcap": (None, 20.0, None),
     "has_sinks": (False, True),
-    "page_len": (None, 16, None, 64),
     "has_own_trees": (True, False),
     "is_deterministic": (False, False, True),
     "num_splits": (None, None, 1, 3, 16, None),
@@ -98,7 +97,7 @@ def deterministic_cases(*, is_tiny: bool) -> list[Case]:
     lengths = (1300, 64, 4097, 65, 1, 2048, 700, 1023)
     plain = Case(head_dim=128, groups=4, nodes=64, lengths=lengths, is_deterministic=True)
     rich = replace(plain, window=900, softcap=20.0, has_sinks=True, has_padding=True, gap=2)
-    paged = replace(plain, page_len=16, has_own_trees=True, groups=3, head_dim=96)
+    paged = replace(plain, has_own_trees=True, groups=3, head_dim=96)
     wide = replace(plain, head_dim=256, nodes=65, groups=8, has_own_trees=True)
     return [
         replace(case, dtype=dtype)
@@ -136,7 +135,7 @@ def _same_results(case: Case, call: Call, output: torch.Tensor, backend: str) ->
             output[:, node : node + 1],
         )
     for row in range(len(case.lengths)):
-        alone = {name: _row(arguments, name, row, case) for name in arguments}
+        alone = {name: _row(arguments, name, row) for name in arguments}
         yield (
             f"row {row} by itself",
             lambda alone=alone: call.outputs(backend=backend, **alone),
@@ -144,21 +143,15 @@ def _same_results(case: Case, call: Call, output: torch.Tensor, backend: str) ->
         )
     yield "again", lambda: call.outputs(backend=backend), output
     yield "in 7 splits", lambda: call.outputs(backend=backend, num_splits=7), output
-    if case.page_len is None:
-        longer = {
-            name: torch.cat([arguments[name], torch.full_like(arguments[name], torch.nan)], dim=2)
-            for name in ("key", "value")
-        }
-        yield (
-            "in a longer cache",
-            lambda: call.outputs(backend=backend, **longer),
-            output,
-        )
+    longer = {
+        name: torch.cat([arguments[name], torch.full_like(arguments[name], torch.nan)], dim=2)
+        for name in ("key", "value")
+    }
+    yield "in a longer cache", lambda: call.outputs(backend=backend, **longer), output
 
 
-def _row(arguments: dict, name: str, row: int, case: Case) -> object:
+def _row(arguments: dict, name: str, row: int) -> object:
     value = arguments[name]
-    is_shared = name == "sinks" or (case.page_len is not None and name in {"key", "value"})
-    if not isinstance(value, torch.Tensor) or is_shared or value.shape[0] == 1:
+    if not isinstance(value, torch.Tensor) or name == "sinks" or value.shape[0] == 1:
         return value
     return value[row : row + 1].contiguous() if name != "query" else value[row : row + 1]

@@ -46,11 +46,11 @@ NEAR = Sizes(2**16, rows=2, layers=2, heads=2, nodes=5, seen=40)
 
 
 def offset_checks(*, device: str, backend: str, sizes: Sizes = FAR) -> Iterator[Check]:
-    """Return checks on one large storage, seen as a long row, as many rows and as many pages."""
+    """Return checks on one large storage, seen as a long row and as many rows."""
     generator = torch.Generator(device=device).manual_seed(0)
     flat = torch.empty(sizes.elements, dtype=torch.float16, device=device)
     flat.normal_(generator=generator)
-    for name, view in {"slots": _one_row, "rows": _many_rows, "pages": _many_pages}.items():
+    for name, view in {"slots": _one_row, "rows": _many_rows}.items():
         yield (
             f"attention at far {name}",
             lambda view=view: _check_far(*view(flat, sizes), sizes, backend=backend),
@@ -67,28 +67,18 @@ def _cut(flat: Tensor, *shape: int) -> Tensor:
     return flat[-size * length :].view([axis if axis > 0 else length for axis in shape])
 
 
-def _one_row(flat: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor, None]:
+def _one_row(flat: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
     cache = _cut(flat, 1, 1, -1, _DIM)
-    return cache, torch.tensor([cache.shape[2] - sizes.nodes - 5], device=flat.device), None
+    return cache, torch.tensor([cache.shape[2] - sizes.nodes - 5], device=flat.device)
 
 
-def _many_rows(flat: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor, None]:
+def _many_rows(flat: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor]:
     cache = _cut(flat, sizes.rows, sizes.heads, -1, _DIM)
     ends = cache.shape[2] - sizes.nodes - torch.arange(sizes.rows, device=flat.device) % 7
-    return cache, ends, None
+    return cache, ends
 
 
-def _many_pages(flat: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor, Tensor]:
-    pages = _cut(flat, -1, sizes.heads, 16, _DIM)
-    blocks = (sizes.seen + sizes.nodes) // 16 + 3
-    far = torch.arange(pages.shape[0], device=flat.device).flip(0)[: 2 * blocks]
-    ends = torch.tensor([sizes.seen, sizes.seen + 9], device=flat.device)
-    return pages, ends, far.view(blocks, 2).T.contiguous()
-
-
-def _check_far(
-    cache: Tensor, ends: Tensor, table: Tensor | None, sizes: Sizes, *, backend: str
-) -> str | None:
+def _check_far(cache: Tensor, ends: Tensor, sizes: Sizes, *, backend: str) -> str | None:
     """Compare attention at the end of a storage with the same over a copy of what it reads."""
     generator = torch.Generator().manual_seed(1)
     device, batch = cache.device, len(ends)
@@ -97,9 +87,9 @@ def _check_far(
     query = query.to(cache)
     shared = {"ancestor_words": words, "depths": depths}
     starts = (ends - sizes.seen).clamp_min(0)
-    places = {"prefix_lengths": ends, "prefix_starts": starts, "block_table": table}
+    places = {"prefix_lengths": ends, "prefix_starts": starts}
     output = tree_attention(query, cache, cache, **places, **shared, backend=backend)
-    near = torch.stack([_read(cache, row, int(starts[row]), sizes, table) for row in range(batch)])
+    near = torch.stack([_read(cache, row, int(starts[row]), sizes) for row in range(batch)])
     expected = tree_attention(
         query.double(), near, near, prefix_lengths=ends - starts, **shared, backend="reference"
     )
@@ -108,12 +98,9 @@ def _check_far(
     return None if error <= bound else f"off by {error:.1e} of its norm, expected {bound}"
 
 
-def _read(cache: Tensor, row: int, start: int, sizes: Sizes, table: Tensor | None) -> Tensor:
+def _read(cache: Tensor, row: int, start: int, sizes: Sizes) -> Tensor:
     past = start + sizes.seen + 9 + sizes.nodes
-    if table is None:
-        part = cache[row, :, start:past].double()
-    else:
-        part = cache[table[row]].transpose(0, 1).flatten(1, 2)[:, start:past].double()
+    part = cache[row, :, start:past].double()
     return F.pad(part, (0, 0, 0, past - start - part.shape[1]))
 
 
@@ -130,7 +117,7 @@ def _check_moves(storage: Tensor, sizes: Sizes) -> str | None:
     expected = storage[..., low:, :].clone()
     keep_path_(storage, paths, prefix_lengths=lengths, tree_starts=lengths + 2)
     places = {"prefix_lengths": lengths - low, "tree_starts": lengths + 2 - low}
-    keep_path_reference(expected, paths, **places, block_table=None)
+    keep_path_reference(expected, paths, **places)
     if not torch.equal(storage[..., low:, :].view(torch.int16), expected.view(torch.int16)):
         return "slots are not moved as by the reference"
     if storage[..., :low, :].view(torch.int16).sum(dtype=torch.int64) != before:
@@ -157,7 +144,7 @@ def check_races(*, device: str, repeats: int = 200) -> str | None:
         storage.copy_(contents)
         expected.copy_(contents)
         keep_path_(storage, paths, **places)
-        keep_path_reference(expected, paths, **places, block_table=None)
+        keep_path_reference(expected, paths, **places)
         if not torch.equal(storage, expected):
             wrong = int((storage != expected).sum())
             return f"repeat {repeat} moves {wrong} values otherwise than the reference"
@@ -171,9 +158,9 @@ def watched_checks(*, device: str, backend: str) -> Iterator[Check]:
     if device == "cpu":
         plain |= {"head_dim": 16, "groups": 2, "nodes": 3, "lengths": (17, 9)}
     rich = {"window": 40, "softcap": 20.0, "has_sinks": True, "has_padding": True, "gap": 3}
-    paged = {"page_len": 16, "has_own_trees": True, "num_splits": 3}
+    split = {"has_own_trees": True, "num_splits": 3}
     for name, dtype in kinds.items():
-        for what, more in {"plain": {}, "every feature": rich, "pages": paged}.items():
+        for what, more in {"plain": {}, "every feature": rich, "splits": split}.items():
             case = Case(**plain, **more, dtype=dtype)
             yield (
                 f"watched attention {name}, {what}",

@@ -130,21 +130,6 @@ class Workload:
         """Return our op."""
         return self._tree_attention(self.caches, **options)
 
-    def paged(self, page_len: int, **options: Any) -> Attend:
-        """Return our op over pages in random order."""
-        batch, blocks = self.shape.batch, self.shape.capacity // page_len
-        table = torch.randperm(batch * blocks, generator=torch.Generator().manual_seed(2))
-        table = table.to(self.device)
-        pools = []
-        for cache in self.caches:
-            pages = [part.unflatten(2, (blocks, page_len)).transpose(1, 2) for part in cache]
-            pool = [torch.empty_like(part.flatten(0, 1)) for part in pages]
-            for into, part in zip(pool, pages, strict=True):
-                into[table] = part.flatten(0, 1)
-            pools.append(tuple(pool))
-        table = table.view(batch, blocks).to(torch.int32)
-        return self._tree_attention(pools, block_table=table, **options)
-
     def _tree_attention(self, caches: Sequence[tuple[Tensor, ...]], **options: Any) -> Attend:
         given = {
             "prefix_lengths": self.lengths,

@@ -9,7 +9,7 @@ import torch
 from benchmarks.kernels.methods import Shape
 
 BASELINES = ("flex", "sdpa", "grouped_sdpa", "eager")
-OURS = ("ours", "page16", "page64", "deterministic")
+OURS = ("ours", "deterministic")
 _ALL = ("ours", *BASELINES)
 
 
@@ -71,7 +71,7 @@ def rows() -> list[Row]:
     plain = [(64, 32), (16, 32), (32, 32), (1, 32), (64, 4), (16, 8), (64, 8), (1, 8)]
     more = [(64, 128), (16, 128), (32, 128), (1, 128), (32, 8), (16, 4), (128, 32), (1, 4), (32, 4)]
     last = [(128, 8), (128, 128), (128, 4)]
-    with_layouts = (*_ALL, "page16", "page64", "deterministic")
+    with_layouts = (*_ALL, "deterministic")
     found = [
         _row(nodes, kilo, with_layouts if (nodes, kilo) in plain[:6] else _ALL)
         for nodes, kilo in plain
@@ -80,7 +80,7 @@ def rows() -> list[Row]:
     ragged = Shape(8192, 16, batch=8)
     few = ("ours", "flex", "sdpa")
     found += [
-        Row("t16-n8k-b8", ragged, (*few, "page16"), has_goals=False),
+        Row("t16-n8k-b8", ragged, few, has_goals=False),
         Row("t64-n8k-b8", replace(ragged, nodes=64), few, has_goals=False),
         Row("t64-n32k-d64", Shape(32768, 64, head_dim=64), few, has_goals=False),
         Row("t64-n32k-d256", Shape(32768, 64, head_dim=256), few, has_goals=False),
@@ -96,7 +96,7 @@ def _row(nodes: int, kilo: int, methods: tuple[str, ...]) -> Row:
 def tiny_rows() -> list[Row]:
     """Return rows for a dry run."""
     shape = Shape(120, 5, q_heads=4, kv_heads=2, head_dim=16, dtype=torch.float32)
-    methods = (*_ALL, "page16", "deterministic")
+    methods = (*_ALL, "deterministic")
     return [
         Row("t5-n120", shape, methods),
         Row("t5-n120-b3", replace(shape, batch=3), ("ours", "flex", "sdpa"), has_goals=False),
@@ -128,9 +128,6 @@ def goals(measured: Measured) -> list[tuple[str, bool]]:
         speedup = measured.speedup(method)
         if speedup is not None and factor:
             found.append((f"{method} takes {factor} times as long", speedup >= factor))
-    paged = measured.speedup("page16")
-    if paged is not None:
-        found.append(("pages of 16 take at most 10 % longer", paged <= 1.1))
     return found
 
 

@@ -26,7 +26,7 @@ from transformers.utils import logging
 from typing_extensions import override
 
 from speclm import SpecModel
-from speclm.acceptance.accepted import Accepted
+from speclm.acceptance.interface import Accepted
 from speclm.bench import SETTINGS, Call, Spread, append_record, make_calls
 from speclm.bench.records import Record, time_record
 from speclm.demo.bundle import assets, load_prompts
@@ -107,7 +107,7 @@ class FixedProposer(Proposer):
             self._round_start = _now(roots)
             self.bare_seconds.append(self._round_start - start)
         tokens = torch.cat([roots[:, None], self._nodes[:, 1:]], dim=1)
-        return Draft(tokens=tokens, topology=self._topology, probs=None)
+        return Draft(tokens=tokens, topology=self._topology)
 
     @override
     def commit(self, accepted: Accepted) -> None:

@@ -15,8 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from benchmarks.round.overhead import report
 from speclm.self_check.check import check_model
 from speclm.self_check.fingerprint import fingerprint
-from speclm.self_check.store import VARIABLE
-from speclm.self_check.verdict import Backend
+from speclm.self_check.verdict import Verification
 from speclm.target import TargetView
 
 
@@ -67,7 +66,7 @@ def check_seconds(model: PreTrainedModel) -> float:
     start = perf_counter()
     check = check_model(TargetView(model))
     seconds = perf_counter() - start
-    assert check.backend is Backend.TREES
+    assert check.verification is Verification.TREES
     return seconds
 
 

@@ -7,8 +7,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from benchmarks.round.overhead import TREE_PARENTS
-from speclm.acceptance import accept_exact
-from speclm.acceptance.choices import choose_at_all_nodes
+from speclm.acceptance import Verified, accept_exact
+from speclm.acceptance.exact import choose_at_all_nodes
 from speclm.cache import TreeCache
 from speclm.demo.bundle import assets
 from speclm.drafting.interface import Prefill
@@ -77,8 +77,8 @@ def test_round_of_8_nodes(benchmark: BenchmarkFixture, filled: Filled, prompt: T
 
     def play() -> None:
         logits = view.forward_tree(tokens, tree, cache)
-        choices = choose_at_all_nodes(logits, tree, chooser, None)
-        cache.keep(accept_exact(tokens, choices, tree).paths)
+        chosen = choose_at_all_nodes(Verified(tokens, tree, logits, chooser, [True]))
+        cache.keep(accept_exact(tokens, chosen, tree).paths)
         cache.crop(PROMPT_LENGTH)
 
     benchmark(play)

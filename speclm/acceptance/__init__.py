@@ -1,9 +1,10 @@
-"""Acceptance rules: what of a draft survives."""
+"""Acceptance rules: which draft tokens are kept."""
 
-from speclm.acceptance.accepted import Accepted
 from speclm.acceptance.exact import ExactRule, accept_exact
-from speclm.acceptance.interface import AcceptanceRule, Verified
-from speclm.acceptance.registry import (
+from speclm.acceptance.interface import (
+    AcceptanceRule,
+    Accepted,
+    Verified,
     register_acceptance_rule,
     registered_acceptance_rules,
     resolve_acceptance_rule,

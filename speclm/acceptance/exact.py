@@ -1,59 +1,25 @@
-"""The default rule: emit what regular generation would emit, whatever was drafted."""
+"""The default rule: emit the tokens of regular generation, whatever was drafted."""
 
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from typing_extensions import override
 
-from speclm.acceptance.accepted import Accepted
-from speclm.acceptance.choices import accept_along_path, choose_at_all_nodes
-from speclm.acceptance.interface import AcceptanceRule, Verified
-from speclm.acceptance.registry import register_acceptance_rule
+from speclm.acceptance.interface import (
+    AcceptanceRule,
+    Accepted,
+    Verified,
+    register_acceptance_rule,
+)
 from speclm.tree.topology import TreeTopology
-
-
-def accept_exact(
-    draft_tokens: Int[Tensor, "batch nodes"],
-    choices: Int[Tensor, "batch nodes"],
-    topology: TreeTopology,
-) -> Accepted:
-    """Walk from the root to the deepest node whose path regular generation would have taken.
-
-    Greedy and sampling are one rule: only the way in which the target chooses differs. The result
-    is lossless for any draft, because a draft token is emitted only where the target chose it.
-
-    Args:
-        draft_tokens: Token at each node; column 0 is the root.
-        choices: Token that the target picks after each node: argmax of its processed
-            probabilities, divided by that position's noise when sampling. Nodes that no walk can
-            reach may hold -1.
-        topology: Shape of the trees.
-
-    Returns:
-        The path and the tokens emitted along it, padded with -1. Does not sync with the device.
-
-    Source: Daliri, Musco, Suresh 2024 (drafter-invariant speculative decoding by shared noise).
-    """
-    batch, nodes = draft_tokens.shape
-    parents = topology.parents.expand(batch, -1)
-    agrees = (draft_tokens == choices.gather(1, parents)) & ~topology.is_padding
-    agrees[:, 0] = True
-    is_alive = (agrees[:, None, :] | ~topology.ancestor_mask).all(2) & ~topology.is_padding
-    order = torch.arange(nodes, device=draft_tokens.device)
-    score = (topology.depths + 1) * nodes - order  # deepest first, then the first sibling
-    last = score.masked_fill(~is_alive, 0).argmax(1)  # [batch]
-    paths = topology.path_indices.expand(batch, -1, -1)
-    path = paths[torch.arange(batch, device=last.device), last]  # [batch, path]
-    tokens = choices.gather(1, path.clamp(min=0)).masked_fill(path < 0, -1)
-    return Accepted(path=path, tokens=tokens)
 
 
 @register_acceptance_rule("exact")
 @dataclass(frozen=True, slots=True)
 class ExactRule(AcceptanceRule):
-    """Emits the tokens of regular generation under the same seed, greedy and sampling."""
+    """Emit the tokens of regular generation under the same seed, greedy and sampling."""
 
     is_exact = True
     uses_noise = True
@@ -65,9 +31,110 @@ class ExactRule(AcceptanceRule):
 
     @override
     def accept(self, verified: Verified) -> Accepted:
-        logits, tokens, topology = verified.logits, verified.tokens, verified.topology
-        chooser, noise, lengths = verified.chooser, verified.noise, verified.lengths
-        if logits.device.type == "cpu":
-            return accept_along_path(logits, tokens, topology, chooser, noise, lengths=lengths)
-        choices = choose_at_all_nodes(logits, topology, chooser, noise, lengths=lengths)
-        return accept_exact(tokens, choices, topology)
+        if verified.logits.device.type == "cpu":
+            return accept_along_path(verified)
+        target_tokens = choose_at_all_nodes(verified)
+        return accept_exact(verified.draft_tokens, target_tokens, verified.topology)
+
+
+def accept_exact(
+    draft_tokens: Int[Tensor, "batch nodes"],
+    target_tokens: Int[Tensor, "batch nodes"],
+    topology: TreeTopology,
+) -> Accepted:
+    """Accept draft tokens along the path that regular generation would have taken.
+
+    Greedy decoding and sampling share this rule; they differ in how the target chooses. The result
+    is lossless for any draft, because a draft token is only accepted if the target chose it.
+
+    Args:
+        draft_tokens: Token at each node; column 0 is the root.
+        target_tokens: Token that the target chooses after each node. Nodes that no accepted path
+            can reach may hold -1.
+        topology: Shape of the trees.
+
+    Returns:
+        The path and the tokens emitted along it, padded with -1. Does not sync with the device.
+
+    Source: Daliri, Musco, Suresh 2024 (drafter-invariant speculative decoding by shared noise).
+    """
+    batch, nodes = draft_tokens.shape
+    parents = topology.parents.expand(batch, -1)
+    agrees = draft_tokens == target_tokens.gather(1, parents)  # [batch, nodes]
+    is_accepted = nodes_of_accepted_paths(agrees, topology)
+    order = torch.arange(nodes, device=draft_tokens.device)
+    score = (topology.depths + 1) * nodes - order  # deepest first, then the first sibling
+    path = topology.paths_to(score.masked_fill(~is_accepted, 0).argmax(1))  # [batch, path]
+    tokens = target_tokens.gather(1, path.clamp(min=0)).masked_fill(path < 0, -1)
+    return Accepted(path=path, tokens=tokens)
+
+
+def nodes_of_accepted_paths(
+    is_accepted: Bool[Tensor, "batch nodes"], topology: TreeTopology
+) -> Bool[Tensor, "batch nodes"]:
+    """Return which nodes are accepted together with all nodes above them; the root always is."""
+    with_root = torch.cat([torch.ones_like(is_accepted[:, :1]), is_accepted[:, 1:]], dim=1)
+    return (with_root[:, None, :] | ~topology.ancestor_mask).all(2) & ~topology.is_padding
+
+
+def choose_at_all_nodes(verified: Verified) -> Int[Tensor, "batch nodes"]:
+    """Return the token that the target chooses after every node; does not sync."""
+    logits, topology, noise = verified.logits, verified.topology, verified.noise
+    batch, nodes, vocab = logits.shape
+    rows = logits.reshape(batch * nodes, vocab)
+    node_noise, lengths = None, None
+    if noise is not None:
+        levels = torch.stack([noise.at_depth(d) for d in range(topology.max_depth + 1)], dim=1)
+        depths = topology.depths.expand(batch, nodes)
+        row_indices = torch.arange(batch, device=logits.device)[:, None]
+        node_noise = levels[row_indices, depths].flatten(0, 1)  # [batch * nodes, vocab]
+    if verified.chooser.reads_lengths:
+        assert verified.lengths is not None, "a processor reads the length of the text"
+        all_depths = topology.host_node_depths
+        lengths = [
+            length + depth
+            for row, length in enumerate(verified.lengths)
+            for depth in all_depths[row if len(all_depths) > 1 else 0]
+        ]
+    return verified.chooser.choose(rows, node_noise, lengths=lengths).view(batch, nodes)
+
+
+def accept_along_path(verified: Verified) -> Accepted:
+    """Choose and accept one level at a time on the host, for CPUs, where a sync is free.
+
+    The result is that of `choose_at_all_nodes` and `accept_exact`. When sampling, only the nodes of
+    the accepted path are evaluated: sorting and normalising a row of the vocabulary costs more than
+    a step of this loop. Greedy decoding takes one argmax over all rows.
+    """
+    logits, topology, noise = verified.logits, verified.topology, verified.noise
+    (batch, nodes, _), lengths = logits.shape, verified.lengths
+    parents, tokens = topology.host_parents, verified.draft_tokens.tolist()
+    greedy: list[list[int]] | None = None
+    if noise is None:
+        greedy = choose_at_all_nodes(verified).tolist()
+    paths: list[list[int]] = [[0] for _ in range(batch)]
+    emitted: list[list[int]] = [[] for _ in range(batch)]
+    going = list(range(batch))  # rows whose path may go on
+    for depth in range(topology.max_depth + 1):
+        if greedy is not None:
+            chosen = [greedy[row][paths[row][-1]] for row in going]
+        else:
+            assert noise is not None
+            chosen = verified.chooser.choose(
+                torch.stack([logits[row, paths[row][-1]] for row in going]),
+                torch.stack([noise.row(row, depth) for row in going]),
+                lengths=None if lengths is None else [lengths[row] + depth for row in going],
+            ).tolist()
+        following: list[int] = []
+        for row, token in zip(going, chosen, strict=True):
+            emitted[row].append(token)
+            shape, node = parents[row if len(parents) > 1 else 0], paths[row][-1]
+            for child in range(node + 1, nodes):
+                if shape[child] == node and tokens[row][child] == token:
+                    paths[row].append(child)
+                    following.append(row)
+                    break
+        if not following:
+            break
+        going = following
+    return Accepted.from_host(paths, emitted, device=logits.device)

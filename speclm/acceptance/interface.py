@@ -1,65 +1,164 @@
-"""What an acceptance rule is: the abstract class and what it decides on."""
+"""What an acceptance rule is given, what it returns, and the rules by name."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import ClassVar, TypeVar
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from speclm.acceptance.accepted import Accepted
+from speclm.errors import OptionError, UnknownNameError
 from speclm.sampling.chooser import TokenChooser
-from speclm.sampling.drafts import DraftSampling
-from speclm.sampling.draws import Draws
+from speclm.sampling.draws import DraftSampling, Draws
 from speclm.sampling.noise import PositionNoise
 from speclm.tree.topology import TreeTopology
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Verified:
-    """A draft that the target has read.
+    """A draft and what the target computed for it.
 
     Args:
-        tokens: Token at each node; column 0 is the root.
+        draft_tokens: Token at each node; column 0 is the root.
         topology: Shape of the trees.
         logits: The target's logits after every node.
-        chooser: Turns logits into distributions and choices, with the processors of the generation.
-        is_live: Rows that are still generated; what is decided for the others is dropped.
-        noise: Noise of the positions; for rules with `uses_noise`, None when greedy.
-        draws: The generation's own draws; for rules with `uses_draws`.
-        distributions: Distribution that the children of each node were drawn from, before siblings
-            were removed; for rules with `draft_sampling`, and None where no draft has a child. Rows
-            of leaves may hold anything.
-        lengths: Tokens of each row, prompt and padding included, up to and with its root; for
-            choosers that read lengths.
+        chooser: Turns the target's logits into distributions and tokens.
+        is_live: Rows that are still generated; decisions on other rows are ignored.
+        noise: Noise of the positions, for rules with `uses_noise`; None when greedy.
+        draws: Random draws of this generation, for rules with `uses_draws`.
+        draft_distributions: Distribution that the children of each node were drawn from, for rules
+            with `draft_sampling`. Rows of leaves may hold anything. None if the draft is only a
+            root.
+        lengths: Tokens of each row up to and including its root, padding included; needed if
+            ``chooser.reads_lengths``.
     """
 
-    tokens: Int[Tensor, "batch nodes"]
+    draft_tokens: Int[Tensor, "batch nodes"]
     topology: TreeTopology
     logits: Float[Tensor, "batch nodes vocab"]
     chooser: TokenChooser
     is_live: list[bool]
     noise: PositionNoise | None = None
     draws: Draws | None = None
-    distributions: Float[Tensor, "batch nodes vocab"] | None = None
+    draft_distributions: Float[Tensor, "batch nodes vocab"] | None = None
     lengths: list[int] | None = None
 
 
-class AcceptanceRule(ABC):
-    """Chooses the path of a draft that survives, and the token after it.
+@dataclass(frozen=True, eq=False)
+class Accepted:
+    """The accepted path of every row and the tokens that the row emits.
 
-    Greedy decoding never asks a rule: whatever rule is named, it takes the exact one. A rule
-    keeps no state between calls.
+    In a row that emits nothing (it has ended, or waits for slower rows) everything is -1 or empty.
+    If drafts of several proposers were joined, each proposer is given the part of the path that it
+    drafted itself, which may be shorter than the emitted tokens.
+
+    Args:
+        path: Accepted nodes, the root first, padded with -1.
+        tokens: Token that the target chose after each node of `path`, padded with -1. The last
+            one is the bonus token, which becomes the next root.
+        features: Target features that each token was chosen from, if the proposer asks for them.
+    """
+
+    path: Int[Tensor, "batch path"]
+    tokens: Int[Tensor, "batch path"]
+    features: Float[Tensor, "batch path hidden"] | None = None
+
+    @classmethod
+    def from_host(
+        cls, paths: list[list[int]], emitted: list[list[int]], *, device: torch.device
+    ) -> "Accepted":
+        """Build from host lists, which become `paths` and `emitted`."""
+        width = max(map(len, paths))
+        both = [[row + [-1] * (width - len(row)) for row in rows] for rows in (paths, emitted)]
+        path, tokens = torch.tensor(both, dtype=torch.long, device=device)  # [2, batch, path]
+        return cls(path, tokens)._with_host(paths=paths, emitted=emitted)
+
+    @cached_property
+    def paths(self) -> list[list[int]]:
+        """`path` on the host, without padding; the first read syncs with the device."""
+        return [[node for node in row if node >= 0] for row in self.path.tolist()]
+
+    @cached_property
+    def emitted(self) -> list[list[int]]:
+        """`tokens` on the host, without padding; the first read syncs with the device."""
+        return [
+            row[: len(path)] for row, path in zip(self.tokens.tolist(), self.paths, strict=True)
+        ]
+
+    @property
+    def num_tokens(self) -> Int[Tensor, " batch"]:
+        """Number of tokens that each row emits."""
+        return (self.tokens >= 0).sum(1)
+
+    @property
+    def accepted_length(self) -> Int[Tensor, " batch"]:
+        """Draft tokens accepted in each row, without the bonus token."""
+        return ((self.path >= 0).sum(1) - 1).clamp(min=0)
+
+    @property
+    def bonus(self) -> Int[Tensor, " batch"]:
+        """Last token emitted by each row; -1 in a row that emits nothing."""
+        if self.path.shape[1] == 0:
+            return self.path.new_full((len(self.path),), -1)
+        return self.tokens.gather(1, (self.num_tokens - 1).clamp(min=0)[:, None])[:, 0]
+
+    @property
+    def last_features(self) -> Float[Tensor, "batch hidden"]:
+        """Features of each row's bonus token; meaningless in a row that emits nothing."""
+        assert self.features is not None, "the proposer asked for no features"
+        last = (self.num_tokens - 1).clamp(min=0)
+        return self.features[torch.arange(len(last), device=last.device), last]
+
+    def with_features(self, node_features: Float[Tensor, "batch nodes hidden"]) -> "Accepted":
+        """Return a copy with the features at the accepted nodes, given those at all nodes."""
+        indices = self.path.clamp(min=0)[:, :, None].expand(-1, -1, node_features.shape[2])
+        return self.with_path_features(node_features.gather(1, indices))
+
+    def with_path_features(self, features: Float[Tensor, "batch path hidden"]) -> "Accepted":
+        """Return a copy with features of each token."""
+        known = {name: vars(self)[name] for name in ("paths", "emitted") if name in vars(self)}
+        return replace(self, features=features)._with_host(**known)
+
+    def with_paths(self, paths: list[list[int]]) -> "Accepted":
+        """Return a copy with the same tokens on other, possibly shorter paths."""
+        width, device = self.path.shape[1], self.path.device
+        padded = [path + [-1] * (width - len(path)) for path in paths]
+        found = replace(self, path=torch.tensor(padded, dtype=torch.long, device=device))
+        return found._with_host(paths=paths, emitted=self.emitted)
+
+    def cut(self, limits: list[int]) -> "Accepted":
+        """Keep at most ``limits[b]`` emitted tokens of row b."""
+        if all(len(path) <= limit for path, limit in zip(self.paths, limits, strict=True)):
+            return self
+        return Accepted.from_host(
+            [path[:limit] for path, limit in zip(self.paths, limits, strict=True)],
+            [row[:limit] for row, limit in zip(self.emitted, limits, strict=True)],
+            device=self.path.device,
+        )
+
+    def _with_host(self, **known: list[list[int]]) -> "Accepted":
+        vars(self).update(known)  # where cached_property looks
+        return self
+
+
+class AcceptanceRule(ABC):
+    """Decides which draft tokens are accepted, and which token follows them.
+
+    Greedy decoding always uses the exact rule, whatever rule is set. A rule keeps no state between
+    calls.
 
     Attributes:
-        is_exact: Whether every token is the target's own choice after those before, so that
-            positions may be decided one by one, whatever decides them.
+        is_exact: Whether every token is the target's own choice after the tokens before it. Then
+            positions may be decided one at a time.
         is_lossy: Whether outputs follow another distribution than the target's.
-        uses_noise: Whether it decides by the noise of positions, as regular generation does.
-            Proposers are then told the noise.
-        uses_draws: Whether it needs draws of its own. They are seeded with one draw from the
-            default generator of the logits' device.
-        draft_sampling: How drafts have to come about.
+        uses_noise: Whether the rule decides by the noise of the positions, as regular generation
+            does. Proposers are then given the noise.
+        uses_draws: Whether the rule needs random draws of its own. They are seeded by one draw
+            from the default generator of the logits' device.
+        draft_sampling: How draft tokens have to be chosen.
     """
 
     is_exact: ClassVar[bool] = False
@@ -71,13 +170,67 @@ class AcceptanceRule(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """What counters and reports call it."""
+        """Name of the rule in counters and reports."""
 
     @abstractmethod
     def accept(self, verified: Verified) -> Accepted:
         """Decide on every row of a draft.
 
         Returns:
-            At least one token for each live row, -1 where the target's distribution is not made of
-            numbers. A padding node is never accepted.
+            At least one token for each live row; -1 where the target's probabilities are NaN.
+            Padding nodes are never accepted.
         """
+
+
+_RULES: dict[str, type[AcceptanceRule]] = {}
+
+RuleType = TypeVar("RuleType", bound=type[AcceptanceRule])
+
+
+def register_acceptance_rule(name: str) -> Callable[[RuleType], RuleType]:
+    """Register a rule as ``acceptance=name``; the class must be callable without arguments.
+
+    Registering a name again replaces the class, so that a notebook cell can be run twice.
+
+    Example:
+        ```python
+        @register_acceptance_rule("mine")
+        class MyRule(AcceptanceRule): ...
+        ```
+    """
+
+    def register(rule_type: RuleType) -> RuleType:
+        _RULES[name] = rule_type
+        return rule_type
+
+    return register
+
+
+def registered_acceptance_rules() -> dict[str, type[AcceptanceRule]]:
+    """Return the registered classes by name."""
+    return dict(_RULES)
+
+
+def resolve_acceptance_rule(acceptance: object) -> AcceptanceRule:
+    """Return the rule that an argument ``acceptance`` stands for.
+
+    Args:
+        acceptance: A rule, or a registered name for a rule with its defaults.
+
+    Raises:
+        UnknownNameError: If no rule has that name.
+        OptionError: If it is neither a name nor a rule.
+    """
+    if isinstance(acceptance, AcceptanceRule):
+        return acceptance
+    if not isinstance(acceptance, str):
+        raise OptionError(
+            f"acceptance is {acceptance!r}, expected one of the names {sorted(_RULES)!r} or an "
+            "AcceptanceRule; pass an instance, not a class"
+        )
+    if acceptance not in _RULES:
+        raise UnknownNameError(
+            f"acceptance {acceptance!r} is no registered rule, expected one of "
+            f"{sorted(_RULES)!r}; decorate your own with @register_acceptance_rule"
+        )
+    return _RULES[acceptance]()

@@ -1,8 +1,7 @@
-"""Speculative sampling by rejection: lossless in distribution for drafts that were drawn.
+"""Speculative sampling by rejection: lossless in distribution if draft tokens are drawn.
 
-The rules compare the target's distribution with the one that each draft token was drawn from, and
-accept where the former is the larger. They give other tokens than regular generation does under the
-same seed, from the same distribution.
+The rules compare the target's probability of a draft token with the probability that it was drawn
+with. Under one seed they emit other tokens than regular generation, from the same distribution.
 """
 
 import math
@@ -14,12 +13,14 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
-from speclm.acceptance.accepted import Accepted
-from speclm.acceptance.interface import AcceptanceRule, Verified
-from speclm.acceptance.registry import register_acceptance_rule
+from speclm.acceptance.interface import (
+    AcceptanceRule,
+    Accepted,
+    Verified,
+    register_acceptance_rule,
+)
 from speclm.errors import DraftError, OptionError
-from speclm.sampling.drafts import DraftSampling
-from speclm.sampling.draws import Draws
+from speclm.sampling.draws import DraftSampling, Draws
 
 Distribution = Float[Tensor, " vocab"]
 
@@ -27,15 +28,15 @@ Distribution = Float[Tensor, " vocab"]
 @register_acceptance_rule("rejection")
 @dataclass(frozen=True, slots=True)
 class RejectionRule(AcceptanceRule):
-    """Accepts drawn drafts so that outputs follow the target's distribution.
+    """Accept drawn draft tokens so that outputs follow the target's distribution.
 
-    Decides row by row on the host, which syncs with the device several times a round. Drafts
-    whose distributions are not finite are refused, whatever the variant would have read of them.
+    The rule decides row by row on the host and syncs with the device several times a round. It
+    refuses drafts whose distributions are not finite.
 
     Args:
         variant: ``multi_round`` tries the children of a node in turn; on a chain that is
             speculative sampling as first published. ``block`` decides on a whole chain at once
-            and keeps at least as much of it. ``traversal`` does the same for trees, from the
+            and accepts at least as much of it. ``traversal`` does the same for trees, from the
             leaves up.
 
     Raises:
@@ -66,24 +67,14 @@ class RejectionRule(AcceptanceRule):
     def accept(self, verified: Verified) -> Accepted:
         assert verified.draws is not None, "a rule with uses_draws is given draws"
         decide = VARIANTS[self.variant]
-        trees = {row: _RowTree(verified, row) for row in _live_rows(verified)}
+        trees = {row: _RowTree(verified, row) for row, live in enumerate(verified.is_live) if live}
         _require_finite_distributions(verified, trees)
-        paths: list[list[int]] = []
-        emitted: list[list[int]] = []
-        for row, is_live in enumerate(verified.is_live):
-            if not is_live:  # it must not move the generator
-                paths.append([0])
-                emitted.append([0])
-                continue
-            tree = trees[row]
-            path, bonus = decide(tree, verified.draws)
-            paths.append(path)
-            emitted.append([*(tree.tokens[node] for node in path[1:]), bonus])
+        paths = [[0] for _ in verified.is_live]
+        emitted = [[0] for _ in verified.is_live]
+        for row, tree in trees.items():  # other rows must not move the generator
+            paths[row], bonus = decide(tree, verified.draws)
+            emitted[row] = [*(tree.tokens[node] for node in paths[row][1:]), bonus]
         return Accepted.from_host(paths, emitted, device=verified.logits.device)
-
-
-def _live_rows(verified: Verified) -> list[int]:
-    return [row for row, is_live in enumerate(verified.is_live) if is_live]
 
 
 class _RowTree:
@@ -91,7 +82,7 @@ class _RowTree:
 
     def __init__(self, verified: Verified, row: int) -> None:
         parents = verified.topology.host_parents
-        self.tokens: list[int] = verified.tokens[row].tolist()
+        self.tokens: list[int] = verified.draft_tokens[row].tolist()
         self.children: list[list[int]] = [[] for _ in self.tokens]
         for node, parent in enumerate(parents[row if len(parents) > 1 else 0]):
             if parent != node:  # neither the root nor padding
@@ -104,21 +95,20 @@ class _RowTree:
 
     def draft_probs(self, node: int) -> Distribution:
         """Return the distribution that a node's first child was drawn from."""
-        assert self._verified.distributions is not None, (
-            "a draft with children was let in without distributions"
-        )
-        return self._verified.distributions[self._row, node]
+        distributions = self._verified.draft_distributions
+        assert distributions is not None, "a draft with children has no distributions"
+        return distributions[self._row, node]
 
 
 def _require_finite_distributions(verified: Verified, trees: Mapping[int, _RowTree]) -> None:
-    """Check the distribution after every node with children; those of leaves may hold anything.
+    """Check the distribution of every node with children.
 
     Raises:
         DraftError: If one has a value that is not finite.
     """
-    if verified.distributions is None:
+    if verified.draft_distributions is None:
         return
-    is_finite = verified.distributions.sum(-1).isfinite().tolist()  # [batch][nodes], one sync
+    is_finite = verified.draft_distributions.sum(-1).isfinite().tolist()  # [batch][nodes], one sync
     for row, tree in trees.items():
         for node, children in enumerate(tree.children):
             if children and not is_finite[row][node]:
@@ -132,7 +122,7 @@ def _require_finite_distributions(verified: Verified, trees: Mapping[int, _RowTr
 
 
 def accept_multi_round(tree: _RowTree, draws: Draws) -> tuple[list[int], int]:
-    """Try children in turn, and draw from what they leave of the target's distribution.
+    """Try the children of a node in turn; draw the bonus token from what they leave.
 
     Source: Leviathan et al. 2023, Alg. 1, for one child; Chen et al. 2024 (Sequoia) for more.
     """
@@ -156,7 +146,7 @@ def accept_multi_round(tree: _RowTree, draws: Draws) -> tuple[list[int], int]:
 
 
 def accept_block(tree: _RowTree, draws: Draws) -> tuple[list[int], int]:
-    """Keep the longest prefix of a chain that passes, where later tokens vouch for earlier ones.
+    """Accept the longest prefix of a chain that passes a joint test of its tokens.
 
     Raises:
         OptionError: If a node has two children.
@@ -166,8 +156,8 @@ def accept_block(tree: _RowTree, draws: Draws) -> tuple[list[int], int]:
     kept, kept_share, share = [0], 1.0, 1.0
     chain = _drawn_chain(tree)
     for index, node in enumerate(chain[1:], start=1):
-        above, token = chain[index - 1], tree.tokens[node]
-        ratio = float(tree.target_probs(above)[token]) / float(tree.draft_probs(above)[token])
+        parent, token = chain[index - 1], tree.tokens[node]
+        ratio = float(tree.target_probs(parent)[token]) / float(tree.draft_probs(parent)[token])
         share = _at_most_one(share * ratio)
         passes = share
         if node != chain[-1]:
@@ -185,7 +175,7 @@ def accept_block(tree: _RowTree, draws: Draws) -> tuple[list[int], int]:
 
 
 def _drawn_chain(tree: _RowTree) -> list[int]:
-    """Return the nodes of a drafted chain, up to a token that no distribution could draw."""
+    """Return the nodes of a drafted chain, up to a token that cannot have been drawn."""
     chain = [0]
     while children := tree.children[chain[-1]]:
         if len(children) > 1:
@@ -200,15 +190,14 @@ def _drawn_chain(tree: _RowTree) -> list[int]:
 
 
 @dataclass(slots=True)
-class _Stop:
-    """A node while it is decided on: what is left of both distributions below it, and its share.
+class _OpenNode:
+    """A node that is not decided yet, given that the children tried so far were rejected.
 
     Args:
-        target: Distribution of the token after the node, given that the children tried were
-            rejected.
+        target: Distribution of the token after the node.
         draft: Distribution of its next child; None for a leaf.
-        share: Probability with which the path to here is kept, given what was rejected.
-        children: Children that are left, first one last.
+        share: Probability of accepting the path to the node.
+        children: Children that are left, the first one last.
     """
 
     target: Distribution
@@ -218,19 +207,19 @@ class _Stop:
 
 
 def accept_traversal(tree: _RowTree, draws: Draws) -> tuple[list[int], int]:
-    """Try whole paths, leaf by leaf; what a leaf leaves over counts for the nodes above it.
+    """Try whole paths, leaf by leaf; what a leaf leaves is passed to the nodes above it.
 
     Source: arXiv 2505.12398 (traversal verification).
     """
 
-    def stop_at(node: int, share: float) -> _Stop:
+    def open_node(node: int, share: float) -> _OpenNode:
         children = tree.children[node]
         draft = tree.draft_probs(node) if children else None
-        return _Stop(tree.target_probs(node), draft, share, children[::-1])
+        return _OpenNode(tree.target_probs(node), draft, share, children[::-1])
 
-    path, stops = [0], [stop_at(0, 1.0)]
+    path, open_nodes = [0], [open_node(0, 1.0)]
     while True:
-        top = stops[-1]
+        top = open_nodes[-1]
         if top.children:
             assert top.draft is not None
             child = top.children[-1]
@@ -241,20 +230,20 @@ def accept_traversal(tree: _RowTree, draws: Draws) -> tuple[list[int], int]:
                 continue
             share = _at_most_one(top.share * float(top.target[token]) / probability)
             path.append(child)
-            stops.append(stop_at(child, share))
+            open_nodes.append(open_node(child, share))
             continue
         if math.isnan(top.share):
             return path, -1
         if len(path) == 1 or draws.bernoulli(top.share):
             return path, draws.categorical(top.target)
         rejected = path.pop()
-        stops.pop()
-        above = stops[-1]
-        assert above.draft is not None
-        above.children.pop()
-        above.target, left = _residual(above.target, above.draft, share=above.share)
-        above.draft = _without(above.draft, tree.tokens[rejected])
-        above.share = _share_left(left, above.share)
+        open_nodes.pop()
+        parent = open_nodes[-1]
+        assert parent.draft is not None
+        parent.children.pop()
+        parent.target, left = _residual(parent.target, parent.draft, share=parent.share)
+        parent.draft = _without(parent.draft, tree.tokens[rejected])
+        parent.share = _share_left(left, parent.share)
 
 
 VARIANTS: Mapping[str, Callable[[_RowTree, Draws], tuple[list[int], int]]] = MappingProxyType(
@@ -266,10 +255,9 @@ VARIANTS: Mapping[str, Callable[[_RowTree, Draws], tuple[list[int], int]]] = Map
 def _residual(
     target: Distribution, draft: Distribution, *, share: float = 1.0
 ) -> tuple[Distribution, float]:
-    """Return what a share of `target` has beyond `draft`, normalised, and its mass.
+    """Return the normalised excess of ``share * target`` over `draft`, and its mass.
 
-    Where nothing is left, which rounding alone brings about, the target stays as it is. What is
-    not a number makes the result none, so that it is reported.
+    If rounding leaves no mass, the target is returned. NaN is passed on, so that it is reported.
     """
     beyond = (share * target - draft.to(target.dtype)).clamp(min=0)
     mass = float(beyond.sum())
@@ -277,7 +265,7 @@ def _residual(
 
 
 def _without(distribution: Distribution, token: int) -> Distribution:
-    """Return a distribution given that `token` is not drawn; zero where no other could be."""
+    """Return a distribution without `token`; all zero if it has no other."""
     rest = distribution.clone()
     rest[token] = 0
     mass = rest.sum()
@@ -285,7 +273,7 @@ def _without(distribution: Distribution, token: int) -> Distribution:
 
 
 def _share_left(left: float, share: float) -> float:
-    """Return the share of a node whose child was rejected, from the mass that is left."""
+    """Return the share of a node whose child was rejected, given the mass that is left."""
     lost = 1.0 - share
     return left / (left + lost) if left + lost != 0 else 1.0
 

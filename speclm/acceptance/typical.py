@@ -1,15 +1,20 @@
-"""Medusa's rule: keep what the target finds likely enough. It is lossy."""
+"""Medusa's lossy rule: accept tokens that the target finds likely enough."""
 
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from typing_extensions import override
 
-from speclm.acceptance.accepted import Accepted
-from speclm.acceptance.interface import AcceptanceRule, Verified
-from speclm.acceptance.registry import register_acceptance_rule
+from speclm.acceptance.exact import nodes_of_accepted_paths
+from speclm.acceptance.interface import (
+    AcceptanceRule,
+    Accepted,
+    Verified,
+    register_acceptance_rule,
+)
 from speclm.config import require_in_range
 from speclm.tree.topology import TreeTopology
 
@@ -17,17 +22,17 @@ from speclm.tree.topology import TreeTopology
 @register_acceptance_rule("typical")
 @dataclass(frozen=True, slots=True)
 class TypicalRule(AcceptanceRule):
-    """Keeps the longest path of tokens that are likely for how sure the target is.
+    """Accept the longest path of tokens that are likely, given how certain the target is.
 
     A token x after context c is likely if ``target_probs(x | c) > min(epsilon, delta *
     exp(-H))``, where H is the entropy of the target's processed distribution after c. The bonus
-    token is the target's likeliest. Nothing is drawn: with a proposer that draws nothing either,
+    token is the target's most likely one. The rule draws nothing: with a deterministic proposer,
     equal prompts give equal outputs.
 
     Args:
         epsilon: Probability above which a token is likely in any context, in ``[0, 1]``.
-        delta: Share of the probability that the tokens of a uniform distribution of equal entropy
-            have, at least 0. Medusa's authors recommend the square root of `epsilon`.
+        delta: Factor of the entropy-dependent threshold, at least 0. Medusa's authors recommend
+            the square root of `epsilon`.
 
     Raises:
         OptionError: If an option is out of range.
@@ -51,57 +56,31 @@ class TypicalRule(AcceptanceRule):
 
     @override
     def accept(self, verified: Verified) -> Accepted:
-        logits, tokens, topology = verified.logits, verified.tokens, verified.topology
-        batch, nodes, vocab = logits.shape
-        distributions = verified.chooser.distribution(logits.reshape(batch * nodes, vocab)).view(
-            logits.shape
-        )
-        is_likely, probabilities = _likely(
-            distributions, tokens, topology, epsilon=self.epsilon, delta=self.delta
-        )
-        path = _longest(is_likely, probabilities, topology)  # [batch, path]
+        logits, tokens, topology = verified.logits, verified.draft_tokens, verified.topology
+        target_probs = verified.chooser.distribution(logits.flatten(0, 1)).view(logits.shape)
+        parents = topology.parents.expand(len(tokens), -1)
+        rows = torch.arange(len(tokens), device=tokens.device)
+        node_probs = target_probs[rows[:, None], parents, tokens]  # [batch, nodes]
+        entropy = -torch.special.xlogy(target_probs, target_probs).sum(-1)
+        thresholds = (self.delta * (-entropy).exp()).clamp(max=self.epsilon).gather(1, parents)
+        path = _longest_path(node_probs > thresholds, node_probs, topology)  # [batch, path]
         length = (path >= 0).sum(1)
-        rows = torch.arange(batch, device=path.device)
-        last = path[rows, length - 1]
-        bonus = verified.chooser.choose(logits[rows, last], None)
-        following = torch.cat([path[:, 1:], path.new_full((batch, 1), -1)], dim=1)
+        bonus = verified.chooser.choose(logits[rows, path[rows, length - 1]], None)
+        following = F.pad(path[:, 1:], (0, 1), value=-1)
         emitted = tokens.gather(1, following.clamp(min=0)).masked_fill(following < 0, -1)
         return Accepted(path=path, tokens=emitted.index_put((rows, length - 1), bonus))
 
 
-def _likely(
-    distributions: Float[Tensor, "batch nodes vocab"],
-    tokens: Int[Tensor, "batch nodes"],
-    topology: TreeTopology,
-    *,
-    epsilon: float,
-    delta: float,
-) -> tuple[Bool[Tensor, "batch nodes"], Float[Tensor, "batch nodes"]]:
-    """Tell which nodes are likely after their parents, and how likely."""
-    parents = topology.parents.expand(len(tokens), -1)
-    entropy = -torch.special.xlogy(distributions, distributions).sum(-1)  # [batch, nodes]
-    thresholds = (delta * (-entropy).exp()).clamp(max=epsilon).gather(1, parents)
-    rows = torch.arange(len(tokens), device=tokens.device)[:, None]
-    probabilities = distributions[rows, parents, tokens]
-    is_likely = (probabilities > thresholds) & ~topology.is_padding
-    is_likely[:, 0] = True
-    return is_likely, probabilities
-
-
-def _longest(
+def _longest_path(
     is_likely: Bool[Tensor, "batch nodes"],
-    probabilities: Float[Tensor, "batch nodes"],
+    node_probs: Float[Tensor, "batch nodes"],
     topology: TreeTopology,
 ) -> Int[Tensor, "batch path"]:
     """Return the longest path of likely nodes; of equally long ones the most probable."""
-    above = topology.ancestor_mask
-    is_alive = (is_likely[:, None, :] | ~above).all(2) & ~topology.is_padding
-    log_probabilities = probabilities.log()
-    log_probabilities[:, 0] = 0.0  # the root is no guess
+    log_probs = node_probs.log()
+    log_probs[:, 0] = 0.0  # the root is certain
     # A zero probability stays out of sums that it is not part of, where it would make NaN.
-    totals = log_probabilities[:, None, :].where(above, 0.0).sum(2)  # [batch, nodes]
-    depths = topology.depths.masked_fill(~is_alive, -1)
+    totals = log_probs[:, None, :].where(topology.ancestor_mask, 0.0).sum(2)  # [batch, nodes]
+    depths = topology.depths.masked_fill(~nodes_of_accepted_paths(is_likely, topology), -1)
     is_longest = depths == depths.amax(1, keepdim=True)
-    last = totals.masked_fill(~is_longest, -torch.inf).argmax(1)
-    rows = torch.arange(len(last), device=last.device)
-    return topology.path_indices.expand(len(last), -1, -1)[rows, last]
+    return topology.paths_to(totals.masked_fill(~is_longest, -torch.inf).argmax(1))

@@ -1,4 +1,4 @@
-"""Never slower: whether the next round of a generation should have a draft."""
+"""Decides whether the next round should have a draft, so that generation is never slower."""
 
 import math
 from collections import deque
@@ -7,48 +7,48 @@ from dataclasses import dataclass, field
 from statistics import fmean, median, median_low
 from time import perf_counter
 
+from speclm.adaptive.memory import Memory, bucket_of_context
 from speclm.stats import Pause, SpeculationStats
 
-# Gains, losses and balances are in plain rounds: the time of a round without a draft, or the token
-# that it gives.
+# Gains, losses and balances are in plain rounds: the time of a round without a draft, or the one
+# token that it emits.
 _START = 0.5  # balance before anything is known: what the first call may lose
 _FIRST_PRICE = 2.0  # of the first draft of a batch, which reads the prompts of all rows
-_NEW_TEXT = 4  # a new call adds one part in so many of what is missing for a draft
-_LIMIT = 12.0  # most that is saved up, and so lost once texts become harder to guess
-_REFILL = 1 / 40  # what a round without a draft adds: the share of time that probes may cost
-_LEAST_REFILL = 1 / 160  # it is halved down to this, each time that a probe has gained nothing
+_NEW_TEXT = 4  # a new call adds this fraction of what is missing for a draft
+_LIMIT = 12.0  # largest balance: what is lost at most once drafts become useless
+_REFILL = 1 / 40  # added by a round without a draft: the share of time that probes may cost
+_LEAST_REFILL = 1 / 160  # halved down to this each time that a probe has gained nothing
 
 _MEASURED_ROUNDS = 2
-_FRESH_ROUNDS = 16  # a plain time older than this is measured again before drafts pause ...
-_VALID_ROUNDS = 256  # ... and one older than this in any case, unless drafts obviously pay
+_FRESH_ROUNDS = 16  # an older plain time is measured again before drafts pause ...
+_VALID_ROUNDS = 256  # ... and one older than this always, unless drafts obviously pay
 _OBVIOUS_TAU = 2.5
 
 _NUM_PLAIN_TIMES = 9
 _NUM_ROUNDS = 8
 _NUM_FIRST_ROUNDS = 5
 _CLIP = 2.0  # times the median: what counts of an outlier
-_SHORT_CONTEXT = 2048  # tokens; longer contexts are told apart by powers of two
-_MAX_LEDGERS = 64
+_SHORT_CONTEXT = 2048  # tokens; longer contexts have a ledger for each power of two
 
 
 @dataclass(slots=True)
-class _Ledger:
-    """What drafts gained and lost in calls of one setting, batch size and length of context.
+class Ledger:
+    """Gains and losses of drafts in calls of one setting, batch size and length of context.
 
     Args:
-        first_price: What the first draft is expected to lose.
-        balance: Gains less losses, at most `_LIMIT`. Drafts pause while it is less than the price
-            of a useless one.
+        first_price: Expected loss of the first draft.
+        balance: Gains minus losses, at most `_LIMIT`. Drafts pause while it is less than the price
+            of a useless draft.
         refill: What a round without a draft adds to a low balance.
         to_measure: Rounds without a draft that are still to be timed.
         plain_times: Seconds of the last rounds without a draft.
         age: Rounds since the last of them.
         rounds: Seconds, tokens and booked gain of the last rounds with a draft.
-        first_times: Seconds of rounds with a draft after one without. There proposers read what
-            they have missed, at the start of a call the prompt.
-        prefill_times: Seconds of drafts that the prompt's forward verified.
-        before_probe: Balance before the last series of rounds with a draft; None outside of one.
-        num_unmeasured: Rounds with a draft since they could not be compared with plain ones.
+        first_times: Seconds of rounds with a draft after one without, in which proposers read
+            what they have missed, such as the prompt.
+        prefill_times: Seconds of drafts that were verified together with the prompt.
+        before_probe: Balance before the current series of rounds with a draft; None outside one.
+        num_unmeasured: Rounds with a draft since the plain time became unknown.
     """
 
     first_price: float
@@ -74,7 +74,7 @@ class _Ledger:
         return self.to_measure == 0 and bool(self.rounds) and self.balance < self.price()
 
     def price(self) -> float:
-        """Return what a round with a draft loses that guesses nothing right."""
+        """Return what a round loses if no draft token is accepted."""
         plain = self.plain_time()
         if plain is None:
             return 0.0
@@ -86,7 +86,7 @@ class _Ledger:
         return max(seconds / plain - 1.0, 0.0)
 
     def plain_time(self) -> float | None:
-        """Return the seconds of a round without a draft; the low median, since noise adds time."""
+        """Return the usual seconds of a round without a draft (low median: noise only adds)."""
         return median_low(self.plain_times) if self.plain_times else None
 
     def tau(self) -> float:
@@ -94,7 +94,7 @@ class _Ledger:
         return fmean(tokens for _, tokens, _ in self.rounds) if self.rounds else 1.0
 
     def reason(self) -> str:
-        """Return why drafts do not pay, in numbers."""
+        """Return figures that say why drafts do not pay."""
         limit = _CLIP * self._usual()
         seconds = fmean(min(seconds, limit) for seconds, _, _ in self.rounds)
         return (
@@ -103,14 +103,14 @@ class _Ledger:
         )
 
     def begin_call(self) -> None:
-        """Add a part of what is missing for a draft: the text is another."""
+        """Add a part of what is missing for a draft, because the text is new."""
         self.balance += max(self.price() - self.balance, 0.0) / _NEW_TEXT
 
     def add_plain(self, seconds: float | None) -> float:
-        """Book a round without a draft; return what that adds to the balance.
+        """Book a round without a draft and return the change of the balance.
 
         Args:
-            seconds: None when the time says nothing.
+            seconds: None if the time is not usable.
         """
         if seconds is not None:
             self.plain_times.append(seconds)
@@ -126,12 +126,12 @@ class _Ledger:
         return self._add(self.refill if is_low else 0.0)
 
     def add_draft(self, seconds: float | None, tokens: int | float, *, is_first: bool) -> float:
-        """Book a round with a draft; return what that adds to the balance, a loss below 0.
+        """Book a round with a draft and return the change of the balance.
 
         Args:
-            seconds: None when the time says nothing.
-            tokens: What the round gave.
-            is_first: Whether the round before had none, or there was none in this call.
+            seconds: None if the time is not usable.
+            tokens: Tokens that the round emitted.
+            is_first: Whether the round before, if any, had no draft.
         """
         self.age += 1
         if self.before_probe is None:
@@ -146,17 +146,17 @@ class _Ledger:
         return gain
 
     def add_prefill(self, seconds: float, tokens: int | float) -> float:
-        """Book a draft that the prompt's forward verified; return what that adds to the balance.
+        """Book a draft that was verified with the prompt and return the change of the balance.
 
         Args:
-            seconds: What drafting took.
-            tokens: What the draft gave.
+            seconds: Time of drafting.
+            tokens: Draft tokens that were accepted.
         """
         plain = self.plain_time()
         self.prefill_times.append(seconds)
         if plain is None:
             return 0.0
-        # What is long counts once two calls have shown it.
+        # Long times count once two calls have shown them.
         counted = min(seconds, _CLIP * plain)
         if len(self.prefill_times) > 1:
             counted = max(counted, median_low(self.prefill_times))
@@ -170,8 +170,8 @@ class _Ledger:
         plain = self.plain_time()
         usual = self._usual() if self.rounds else None
         if is_first:
-            # What is read in addition counts once two calls have shown it: a model's first call
-            # is slow in many ways.
+            # The time of reading counts once two calls have shown it: a model's first call is slow
+            # in many ways.
             self.first_times.append(seconds)
             usual = usual or min(seconds, _CLIP * (plain or seconds))
             read = median_low(self.first_times) if len(self.first_times) > 1 else 0.0
@@ -183,9 +183,9 @@ class _Ledger:
         return self._add(gain)
 
     def _book_again(self) -> float:
-        """Weigh the last rounds with a draft by the new plain time; return the change."""
+        """Book the last rounds with a draft by the new plain time and return the change."""
         plain = self.plain_time()
-        if plain is None:  # the clock says nothing
+        if plain is None:  # the clock is not usable
             return 0.0
         rounds = [(seconds, tokens, tokens - seconds / plain) for seconds, tokens, _ in self.rounds]
         pairs = zip(rounds, self.rounds, strict=True)
@@ -198,49 +198,27 @@ class _Ledger:
         return median(seconds for seconds, _, _ in self.rounds)
 
 
-class PauseMemory:
-    """What the calls of one model have learned about the time of rounds.
-
-    Times belong to a proposer, a setting, a batch size and a length of context. Another proposer
-    starts anew.
-    """
-
-    def __init__(self) -> None:
-        self._ledgers: dict[Hashable, _Ledger] = {}
-        self._proposer: object = None
-
-    def begin_call(self, proposer: object) -> None:
-        """Start a call, whose text may be easier to guess than that of the last one."""
-        if proposer is not self._proposer:
-            self._ledgers.clear()
-            self._proposer = proposer
-
-    def ledger(self, setting: Hashable, *, batch: int, context: int) -> _Ledger:
-        """Return what is known about rounds of that many rows; contexts by powers of two."""
-        key = (setting, batch, (max(context, 0) // _SHORT_CONTEXT).bit_length())
-        if key not in self._ledgers:
-            if len(self._ledgers) >= _MAX_LEDGERS:
-                del self._ledgers[next(iter(self._ledgers))]
-            self._ledgers[key] = _Ledger(_FIRST_PRICE if batch > 1 else 0.0)
-        return self._ledgers[key]
+def ledger_of(memory: Memory, setting: Hashable, *, batch: int, context: int) -> Ledger:
+    """Return the ledger of rounds of `batch` rows with `context` cached tokens."""
+    key = ("pausing", setting, batch, bucket_of_context(context, short=_SHORT_CONTEXT))
+    return memory.recall(key, lambda: Ledger(_FIRST_PRICE if batch > 1 else 0.0))
 
 
 class Pausing:
-    """Says before each round of one call whether to draft, and is told what the round took.
+    """Decides before each round of one call whether to draft, from the time of earlier rounds.
 
-    Drafts have a balance: each round adds the tokens that it gave, less its time, both in plain
-    rounds. A balance that does not cover another useless draft pauses them. Rounds without a draft
-    refill it slowly, so that a draft is tried now and then, more rarely the less came of it. What
-    speculation can lose is bounded by the start and the refill, and gains are saved up to a limit.
-    All of it is kept for the next call of the same setting and batch size. The time of a plain
-    round is measured by the first two rounds of all.
+    Drafts have a balance. Each round adds the tokens that it emitted minus its time, both in plain
+    rounds. Drafts pause while the balance does not cover another useless draft. Rounds without a
+    draft refill it slowly, so that a draft is tried now and then, less often if tries fail. So the
+    loss is bounded by start and refill, and gains are saved up to a limit. The first two rounds
+    have no draft, which measures the time of a plain round. The next calls of the same setting and
+    batch size continue with all of it.
 
-    Tokens never depend on it, as they do not depend on drafts. No tensors, and no sync.
+    Tokens do not depend on it. It uses no tensors and does not sync.
 
     Example:
         ```python
-
-        pausing = Pausing(PauseMemory(), batch=1, num_prompt_tokens=20)
+        pausing = Pausing(Memory(), batch=1, num_prompt_tokens=20)
         drafted = pausing.wants_draft()  # starts the clock
         pausing.record(tokens=3, drafted=drafted)  # stops it
         ```
@@ -248,7 +226,7 @@ class Pausing:
 
     def __init__(
         self,
-        memory: PauseMemory,
+        memory: Memory,
         *,
         batch: int,
         num_prompt_tokens: int,
@@ -260,13 +238,13 @@ class Pausing:
         """Begin a call.
 
         Args:
-            memory: What earlier calls learned; is changed.
-            batch: Rows, those that end early included: forwards have them all.
+            memory: What earlier calls learned; is updated.
+            batch: Rows, ended ones included, which forwards still compute.
             num_prompt_tokens: Tokens in the cache before the first round.
             setting: What acceptance depends on besides the text, such as the temperature.
-            proposer: Whose drafts are judged, by identity.
-            stats: Told about plain rounds and pauses; None for nobody.
-            clock: Seconds; may be any clock, but one that stands still or jumps teaches little.
+            proposer: The proposer, compared by identity.
+            stats: Counters to update; None for none.
+            clock: Returns seconds.
         """
         memory.begin_call(proposer)
         self._memory = memory
@@ -274,7 +252,7 @@ class Pausing:
         self._stats = stats
         self._clock = clock
         self._context = float(num_prompt_tokens)
-        self._ledger = memory.ledger(setting, batch=batch, context=num_prompt_tokens)
+        self._ledger = ledger_of(memory, setting, batch=batch, context=num_prompt_tokens)
         self._ledger.begin_call()
         self._first_ledger = self._ledger
         self._balance = self._ledger.balance  # without the limit
@@ -285,23 +263,23 @@ class Pausing:
         self._start = clock()
 
     def wants_draft(self) -> bool:
-        """Start the clock, and return whether the round that begins should have a draft.
+        """Start the clock, and return whether the next round should have a draft.
 
-        Before the prefill it says whether the prompt's forward should verify one.
+        Before the prefill: whether a draft should be verified together with the prompt.
         """
         self._start = self._clock()
         return self._ledger.wants_draft()
 
     def restart_clock(self) -> None:
-        """Leave out of the round's time what has been done since `wants_draft`."""
+        """Do not count the time since `wants_draft`."""
         self._start = self._clock()
 
     def record_prefill(self, *, tokens: int | float, seconds: float | None) -> None:
         """Take note of the prompt's forward.
 
         Args:
-            tokens: Tokens that it gave.
-            seconds: What drafting took before it; None without a draft.
+            tokens: Tokens that it emitted.
+            seconds: Time of drafting before it; None without a draft.
         """
         self._num_tokens += tokens
         if seconds is not None and 0 < seconds < math.inf:
@@ -312,10 +290,10 @@ class Pausing:
         """Take note of a round.
 
         Args:
-            tokens: Tokens that the round gave the rows that had fewest: those decide when the
-                call ends.
-            drafted: Whether the proposer was asked, though it may have guessed nothing.
-            seconds: Wall time of the round, NaN if it says nothing; None for the time since
+            tokens: Tokens that the round emitted in the shortest rows, which decide when the call
+                ends.
+            drafted: Whether the proposer was called, even if it drafted nothing.
+            seconds: Wall time of the round, NaN if it is not usable; None for the time since
                 `wants_draft`.
         """
         if seconds is None:
@@ -324,7 +302,9 @@ class Pausing:
         self._num_rounds += 1
         self._num_tokens += tokens
         self._context += tokens
-        ledger = self._memory.ledger(self._setting, batch=self._batch, context=int(self._context))
+        ledger = ledger_of(
+            self._memory, self._setting, batch=self._batch, context=int(self._context)
+        )
         self._ledger = ledger
         if drafted:
             self._balance += ledger.add_draft(timed, tokens, is_first=not self._has_read)
@@ -342,7 +322,7 @@ class Pausing:
     def finish(self, num_steps: int) -> None:
         """End the call, whose longest row has `num_steps` new tokens.
 
-        Rows that took turns at being last have been given more tokens than that.
+        More tokens may have been booked, if several rows were the shortest in turn.
         """
         excess = self._num_tokens - num_steps
         if excess > 0 and self._ledger is self._first_ledger:

@@ -1,8 +1,8 @@
-"""Chooses the depth and size of trees that give most tokens a second.
+"""Chooses the depth and size of the trees that give most tokens per second.
 
-What a tree would have given is replayed on rounds that were drafted with large ones: nodes have an
-order, the best first, so that a smaller tree of the same growth is a part of what was verified, and
-the accepted path tells how far it would have gone. No clock and no model: numbers in, a plan out.
+Smaller trees are replayed on rounds with large ones. The nodes of a round have an order, the best
+first, so a smaller tree is a part of the verified one, and the accepted path shows how many of its
+nodes would have been accepted. No clock and no model: numbers in, a plan out.
 """
 
 import math
@@ -16,23 +16,23 @@ from torch import Tensor
 from speclm.tree.plan import TreePlan
 
 _PROBABILITIES = (0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.3)
-"""Thresholds that are tried for nodes."""
+"""Values of `TreePlan.min_probability` that are tried."""
 
 _CONFIDENCES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75)
-"""Thresholds that are tried for levels."""
+"""Values of `TreePlan.min_confidence` that are tried."""
 
 EXPLORED_PROBABILITY, EXPLORED_CONFIDENCE = _PROBABILITIES[0], _CONFIDENCES[0]
-"""Thresholds of trees that are drafted to learn from: no larger ones can be replayed."""
+"""Thresholds of rounds that explore: no larger trees can be replayed."""
 
 _DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64)
 
-_TIE = 1e-9  # share by which a larger tree has to be better
+_TIE = 1e-9  # relative gain from which a larger tree is better
 
 _PRIOR_ROWS = 8
-"""Rows that the proposer's own probabilities count for, next to what was accepted."""
+"""The proposer's own probabilities count as much as this many observed rows."""
 
 _GROWING_SHARE = 0.75
-"""Share of the rows that have to grow for another level; as proposers have it by default."""
+"""Share of the rows that have to grow for another level, as proposers have it by default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +40,12 @@ class RoundCosts:
     """Seconds of the parts of a round.
 
     Args:
-        forwards: Seconds of a target forward by nodes of every row, root included; ascending. What
-            lies between is interpolated, and what lies beyond continues the last slope.
-        draft: Of a draft, however deep.
-        level: What each level of the draft adds.
-        overhead: Of all else.
-        node: What each node adds to that.
+        forwards: Seconds of a target forward by nodes per row, root included; ascending. Sizes
+            between are interpolated; larger ones continue the last slope.
+        draft: Fixed seconds of a draft.
+        level: Seconds that each level of the draft adds.
+        overhead: Fixed seconds of the rest.
+        node: Seconds that each node adds to the rest.
     """
 
     forwards: tuple[tuple[int, float], ...]
@@ -55,12 +55,12 @@ class RoundCosts:
     node: float = 0.0
 
     def forward(self, num_nodes: int) -> float:
-        """Return the seconds of a forward over that many nodes of every row."""
+        """Return the seconds of a forward over `num_nodes` nodes per row."""
         sizes = [size for size, _ in self.forwards]
-        place = bisect_left(sizes, num_nodes)
-        if len(sizes) == 1 or (place < len(sizes) and sizes[place] == num_nodes):
-            return self.forwards[min(place, len(sizes) - 1)][1]
-        last = min(max(place, 1), len(sizes) - 1)
+        index = bisect_left(sizes, num_nodes)
+        if len(sizes) == 1 or (index < len(sizes) and sizes[index] == num_nodes):
+            return self.forwards[min(index, len(sizes) - 1)][1]
+        last = min(max(index, 1), len(sizes) - 1)
         (low, before), (high, after) = self.forwards[last - 1], self.forwards[last]
         return before + (after - before) * (num_nodes - low) / (high - low)
 
@@ -72,12 +72,12 @@ class RoundCosts:
 
 @dataclass(frozen=True, slots=True)
 class ObservedRow:
-    """What was drafted for one row in a round, and what of it was accepted.
+    """The nodes of one row of a draft, the best node first, without the root.
 
     Args:
-        depths: Depth of each node, the best node first, the root left out.
-        probabilities: Probability that the proposer gave to each node's path; not rising.
-        is_accepted: Whether the node is on the accepted path.
+        depths: Depth of each node.
+        probabilities: The proposer's probability of each node's path; not increasing.
+        is_accepted: Whether each node is on the accepted path.
     """
 
     depths: tuple[int, ...]
@@ -92,7 +92,7 @@ class ObservedRow:
 
         Args:
             depths: Depth of each node, root included; 0 for padding.
-            probabilities: Probability of each node's path; None for nodes in order of their worth.
+            probabilities: Probability of each node's path; None if nodes are sorted already.
             path: Accepted nodes.
         """
         nodes = [node for node, depth in enumerate(depths) if depth > 0]
@@ -107,17 +107,17 @@ class ObservedRow:
 
 
 Observed = Sequence[Sequence[ObservedRow]]
-"""Rounds, each the rows that were running."""
+"""Rounds, each with the rows that were still generated."""
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What a plan is expected to give.
+    """Expected result of a plan.
 
     Args:
         plan: The plan.
-        tau: Tokens of a row in a round.
-        seconds: Of a round.
+        tau: Tokens per row and round.
+        seconds: Seconds of a round.
     """
 
     plan: TreePlan
@@ -126,37 +126,31 @@ class Estimate:
 
     @property
     def rate(self) -> float:
-        """Tokens of a row a second."""
+        """Tokens per row and second."""
         return self.tau / self.seconds
 
 
-def best_plan(
-    rounds: Observed, costs: RoundCosts, *, max_depth: int, max_nodes: int, has_probabilities: bool
-) -> Estimate | None:
-    """Return the plan with the most tokens a second; None where nothing was observed.
-
-    Of equal ones the smaller tree is taken. A node is worth its place while what it adds to tau
-    exceeds what it adds to the time of a round, in tokens that this time gives on average; the
-    thresholds of the plan are such probabilities, found by trying some.
-
-    Args:
-        rounds: Drafts at least as large as any that is considered.
-        costs: Seconds of the parts of a round.
-        max_depth: Most levels.
-        max_nodes: Most nodes, the root left out.
-        has_probabilities: Whether the probabilities mean something; the plan has thresholds then.
-    """
-    sizes = best_by_size(
-        rounds, costs, max_depth=max_depth, max_nodes=max_nodes, has_probabilities=has_probabilities
-    )
-    best = max((estimate.rate for estimate in sizes), default=0.0)
-    return next((one for one in sizes if one.rate >= best * (1 - _TIE)), None)
+def fastest(estimates: Sequence[Estimate]) -> Estimate | None:
+    """Return the estimate with the most tokens per second, the smallest of equals; None of none."""
+    best = max((estimate.rate for estimate in estimates), default=0.0)
+    return next((one for one in estimates if one.rate >= best * (1 - _TIE)), None)
 
 
-def best_by_size(
+def estimates_by_size(
     rounds: Observed, costs: RoundCosts, *, max_depth: int, max_nodes: int, has_probabilities: bool
 ) -> list[Estimate]:
-    """Return the best plan of at most 1, 2, 3... nodes; arguments as of `best_plan`."""
+    """Return the best plan of at most 1, 2, 3... nodes; none if nothing was observed.
+
+    A node pays while it adds more to tau than its time would give in tokens on average. The
+    thresholds of a plan stand for that limit and are found by trying some.
+
+    Args:
+        rounds: Drafts at least as large as any tree that is considered.
+        costs: Seconds of the parts of a round.
+        max_depth: Most levels.
+        max_nodes: Most nodes, without the root.
+        has_probabilities: Whether drafts come with probabilities; plans have thresholds then.
+    """
     table = _Table.of(rounds)
     if table is None:
         return []
@@ -166,56 +160,45 @@ def best_by_size(
     prior = _PRIOR_ROWS / (_PRIOR_ROWS + table.num_rows) if has_probabilities else 0.0
     values = torch.lerp(table.accepted, table.probabilities, prior)  # [rows, nodes]
     seconds = [costs.round(num, 0.0) for num in range(max_nodes + 1)]
-    best: list[tuple[float, float, float, int, float, float]] = []
+    best: list[tuple[float, float, float, float, int, float]] = []  # rate, tau, seconds, plan
     tried: set[tuple[int, ...]] = set()
     for depth in sorted({min(depth, max_depth) for depth in _DEPTHS}):
         for confidence in _CONFIDENCES if has_probabilities else (0.0,):
             levels, row_levels = table.levels(depth, confidence)
             shape = tuple(row_levels.tolist())
             if shape in tried:
-                continue  # the same trees as those of a smaller depth or lower confidence
+                continue  # the trees of a smaller depth or lower confidence are the same
             tried.add(shape)
             gains, sizes = table.replay(values, row_levels, probabilities, max_nodes=max_nodes)
             times = _mean_seconds(sizes, seconds) + costs.level * levels
-            rates, places = ((1 + gains) / times).max(0)
-            columns = torch.arange(max_nodes + 1, device="cpu")
-            found = list(
-                zip(
-                    rates.tolist(),
-                    (1 + gains)[places, columns].tolist(),
-                    times[places, columns].tolist(),
-                    [depth] * (max_nodes + 1),
-                    [confidence] * (max_nodes + 1),
-                    probabilities[places].tolist(),
-                    strict=True,
-                )
+            rates, thresholds = ((1 + gains) / times).max(0)
+            bounds = torch.arange(max_nodes + 1, device="cpu")
+            found = zip(
+                rates.tolist(),
+                (1 + gains)[thresholds, bounds].tolist(),
+                times[thresholds, bounds].tolist(),
+                probabilities[thresholds].tolist(),
+                strict=True,
             )
+            new = [(*figures, depth, confidence) for figures in found]
             best = [
-                new if new[0] > old[0] * (1 + _TIE) else old
-                for old, new in zip(best or found, found, strict=True)
+                one if one[0] > old[0] * (1 + _TIE) else old
+                for old, one in zip(best or new, new, strict=True)
             ]
-    return [
-        Estimate(
-            TreePlan(
-                depth,
-                size,
-                min_probability=probability if has_probabilities else None,
-                min_confidence=confidence if has_probabilities else None,
-            ),
-            tau,
-            time,
-        )
-        for size, (_, tau, time, depth, confidence, probability) in enumerate(best)
-        if size > 0
-    ]
+    estimates = []
+    for size, (_, tau, time, probability, depth, confidence) in enumerate(best[1:], start=1):
+        limits = (probability, confidence) if has_probabilities else (None, None)
+        plan = TreePlan(depth, size, min_probability=limits[0], min_confidence=limits[1])
+        estimates.append(Estimate(plan, tau, time))
+    return estimates
 
 
 def _mean_seconds(sizes: Tensor, seconds: Sequence[float]) -> Tensor:
-    """Return the mean seconds of rounds whose drafts are bounded by 0, 1, 2... nodes.
+    """Return the mean seconds of rounds whose drafts have at most 0, 1, 2... nodes.
 
     Args:
         sizes: Nodes of the largest row of each round at each threshold, ``[thresholds, rounds]``.
-        seconds: By nodes.
+        seconds: Seconds of a round by nodes.
     """
     bounds = torch.arange(len(seconds), device="cpu")
     table = torch.tensor(seconds, dtype=torch.float64, device="cpu")
@@ -232,8 +215,9 @@ class _Table:
         accepted: ``[rows, nodes]``, 1 at nodes of the accepted path.
         best: Best probability at depth 0, 1, 2... of each row, ``[rows, depth]``.
         rounds: Round of each row.
-        slots: Place of each row in its round.
-        growing: Place among the rows of each round, the deepest first, whose growth is decisive.
+        indices: Index of each row within its round.
+        growing: Index of the row, among the rows of each round sorted by depth from the deepest,
+            that decides how deep the draft grows.
     """
 
     depths: Tensor
@@ -241,7 +225,7 @@ class _Table:
     accepted: Tensor
     best: Tensor
     rounds: Tensor
-    slots: Tensor
+    indices: Tensor
     growing: Tensor
 
     @property
@@ -258,52 +242,36 @@ class _Table:
         if not rows:
             return None
         width = max(1, *(len(row.depths) for row in rows))
-        deepest = max((max(row.depths, default=0) for row in rows), default=0)
-        best = torch.zeros(len(rows), deepest + 1, dtype=torch.float64, device="cpu")
-        best[:, 0] = 1.0
+        deepest = max(max(row.depths, default=0) for row in rows)
+        best = [[1.0] + [0.0] * deepest for _ in rows]
+        numbers = torch.zeros(3, len(rows), width, dtype=torch.float64, device="cpu")
         for index, row in enumerate(rows):
             for depth, probability in zip(row.depths, row.probabilities, strict=True):
-                best[index, depth] = max(float(best[index, depth]), probability)
-
-        def padded(values: Sequence[float | int]) -> list[float | int]:
-            return [*values, *[0.0] * (width - len(values))]
-
-        numbers = torch.tensor(
-            [
-                [padded(row.depths), padded(row.probabilities), padded(row.is_accepted)]
-                for row in rows
-            ],
-            dtype=torch.float64,
-            device="cpu",
-        )  # [rows, 3, nodes]
-        depths, probabilities, accepted = numbers.unbind(1)
+                best[index][depth] = max(best[index][depth], probability)
+            values = [row.depths, row.probabilities, row.is_accepted]
+            numbers[:, index, : len(row.depths)] = numbers.new_tensor(values)
+        indices = [(group, row) for group, rows in enumerate(rounds) for row in range(len(rows))]
         growing = [max(math.ceil(_GROWING_SHARE * len(group)) - 1, 0) for group in rounds]
+        depths, probabilities, accepted = numbers
+        round_indices, row_indices = torch.tensor(indices, dtype=torch.long, device="cpu").T
         return cls(
             depths,
             probabilities,
             accepted,
-            best,
-            rounds=torch.tensor(
-                [index for index, group in enumerate(rounds) for _ in group],
-                dtype=torch.long,
-                device="cpu",
-            ),
-            slots=torch.tensor(
-                [slot for group in rounds for slot in range(len(group))],
-                dtype=torch.long,
-                device="cpu",
-            ),
+            best=torch.tensor(best, dtype=torch.float64, device="cpu"),
+            rounds=round_indices,
+            indices=row_indices,
             growing=torch.tensor(growing, dtype=torch.long, device="cpu"),
         )
 
     def levels(self, depth: int, confidence: float) -> tuple[float, Tensor]:
-        """Return the mean levels that are drafted, and those that each row gets nodes of."""
+        """Return the mean number of levels that are drafted, and that of each row."""
         grows = (self.best[:, :depth] >= confidence) & (self.best[:, :depth] > 0)
         own = grows.long().sum(1)  # probabilities fall with depth
         by_round = torch.zeros(
-            self.num_rounds, int(self.slots.max()) + 1, dtype=torch.long, device="cpu"
+            self.num_rounds, int(self.indices.max()) + 1, dtype=torch.long, device="cpu"
         )
-        by_round[self.rounds, self.slots] = own
+        by_round[self.rounds, self.indices] = own
         ordered = by_round.sort(1, descending=True).values
         drafted = ordered.gather(1, self.growing[:, None])[:, 0]  # [rounds]
         return float(drafted.double().mean()), torch.minimum(own, drafted[self.rounds])
@@ -311,21 +279,19 @@ class _Table:
     def replay(
         self, values: Tensor, row_levels: Tensor, probabilities: Tensor, *, max_nodes: int
     ) -> tuple[Tensor, Tensor]:
-        """Return what trees of bounded size give, and how large they become unbounded.
+        """Replay smaller trees.
 
         Returns:
-            Mean accepted nodes a row by threshold and bound, ``[thresholds, nodes + 1]``, and the
-            nodes of the largest row of every round, ``[thresholds, rounds]``.
+            Mean accepted nodes per row by threshold and bound, ``[thresholds, nodes + 1]``, and
+            the nodes of the largest row of every round without a bound, ``[thresholds, rounds]``.
         """
         is_drafted = (self.depths > 0) & (self.depths <= row_levels[:, None])
-        kept = is_drafted & (
-            self.probabilities >= probabilities[:, None, None]
-        )  # [thresholds, rows, nodes]
+        is_likely = self.probabilities >= probabilities[:, None, None]
+        kept = is_drafted & is_likely  # [thresholds, rows, nodes]
         ranks = kept.long().cumsum(2)
         width = max(self.depths.shape[1], max_nodes)
         gains = torch.zeros(len(probabilities), width + 1, dtype=torch.float64, device="cpu")
-        places = ranks.masked_fill(~kept, 0).flatten(1)
-        gains.scatter_add_(1, places, (values * kept).flatten(1))
+        gains.scatter_add_(1, ranks.masked_fill(~kept, 0).flatten(1), (values * kept).flatten(1))
         counts = ranks[:, :, -1]  # [thresholds, rows]
         sizes = torch.zeros(len(probabilities), self.num_rounds, dtype=torch.long, device="cpu")
         sizes.scatter_reduce_(1, self.rounds.expand(len(probabilities), -1), counts, reduce="amax")

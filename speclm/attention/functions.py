@@ -1,4 +1,4 @@
-"""The attention and mask functions that stand in for a model's own while it is attached."""
+"""The attention and mask functions that replace a model's own during tree steps."""
 
 import sys
 from collections.abc import Callable
@@ -6,7 +6,8 @@ from types import FunctionType
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
@@ -16,29 +17,27 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from speclm.attention.kernel_calls import attend_by_kernel, taken_arguments
-from speclm.attention.step import active_step
-from speclm.attention.tree_mask import TreeMask
+from speclm.attention.step import TreeMask, active_step
 from speclm.errors import UnsupportedModelError
-from speclm.kernels import grouped_attention
 
 _TAKES_MASK = {"eager", "sdpa"}
-"""Implementations that compute with any additive mask."""
-_PLAIN = {
-    "sliding_window",  # stands in the mask
+"""Implementations that accept any additive mask."""
+_IGNORED_ARGUMENTS = {
+    "sliding_window",  # part of the mask
     "is_causal",
     "position_ids",
     "use_cache",
     "output_attentions",
     "output_router_logits",
 }
-"""Arguments of attention that change nothing next to a mask. Any other is the model's own."""
+"""Arguments of attention without effect where there is a mask; others are the model's own."""
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 MaskFunction = Callable[..., Tensor | None]
 
 
 def tree_attention_function(previous: str) -> AttentionFunction:
-    """Return an attention function that does as `previous` does, and takes trees."""
+    """Return an attention function that computes the same as `previous`, and trees."""
 
     def attend(
         module: nn.Module,
@@ -51,9 +50,11 @@ def tree_attention_function(previous: str) -> AttentionFunction:
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         step, name = active_step(), previous
-        if step is not None and not step.is_plain:
+        if step is not None and not step.is_regular:
             extras = {
-                name: kwargs[name] for name in kwargs.keys() - _PLAIN if kwargs[name] is not None
+                name: kwargs[name]
+                for name in kwargs.keys() - _IGNORED_ARGUMENTS
+                if kwargs[name] is not None
             }
             if dropout > 0:
                 extras["dropout"] = dropout
@@ -92,20 +93,59 @@ def tree_attention_function(previous: str) -> AttentionFunction:
 
 
 def tree_mask_function(previous: str) -> MaskFunction:
-    """Return a mask function that does as that of `previous` does, and makes masks of trees."""
+    """Return a mask function that makes the masks of `previous`, and those of trees."""
 
     def mask(*args: Any, **kwargs: Any) -> Tensor | None:
         step, window = active_step(), kwargs.get("local_size")
         if step is not None:
             step.windows.add(window)
-        if step is not None and not step.is_plain:
+        if step is not None and not step.is_regular:
             _require_window(kwargs.get("mask_function", causal_mask_function), window)
             return step.lazy_bias(window, kwargs.get("dtype", torch.float32))
         if previous not in ALL_MASK_ATTENTION_FUNCTIONS:
-            return None  # as Transformers does for a name without a mask function
+            return None  # like Transformers for a name without a mask function
         return cast("Tensor | None", ALL_MASK_ATTENTION_FUNCTIONS[previous](*args, **kwargs))
 
     return mask
+
+
+def grouped_attention(
+    query: Float[Tensor, "batch q_heads nodes head_dim"],
+    key: Float[Tensor, "batch kv_heads kv_len head_dim"],
+    value: Float[Tensor, "batch kv_heads kv_len value_dim"],
+    mask: Shaped[Tensor, "mask_rows mask_heads nodes kv_len"],
+    *,
+    scale: float | None,
+    repeat: Callable[[Tensor, int], Tensor],
+) -> Float[Tensor, "batch nodes q_heads value_dim"]:
+    """Compute masked attention with PyTorch, without copies of shared key heads where possible.
+
+    The query heads of a key head become further nodes, with the same mask. With many nodes the
+    repeated mask would be larger than the copies of keys and values.
+
+    Args:
+        query: Queries.
+        key: Keys.
+        value: Values.
+        mask: Additive; one for all heads or one for each.
+        scale: Factor of the scores; None for ``head_dim ** -0.5``.
+        repeat: Repeats a mask along its nodes; a caller may reuse the result.
+    """
+    batch, q_heads, nodes, head_dim = query.shape
+    kv_heads = key.shape[1]
+    groups = q_heads // kv_heads
+    if groups > 1 and nodes <= head_dim:
+        query = query.reshape(batch, kv_heads, groups * nodes, head_dim)
+        if mask.shape[1] == 1:
+            mask = repeat(mask, groups)
+        else:
+            mask = mask.reshape(mask.shape[0], kv_heads, groups * nodes, -1)
+    elif query.device.type != "cpu":  # a mask with grouped heads excludes fused kernels there
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    output = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=scale, enable_gqa=True
+    )
+    return output.reshape(batch, q_heads, nodes, -1).transpose(1, 2).contiguous()
 
 
 def _require_mask(module: nn.Module, mask: Tensor | None) -> Tensor:
@@ -118,7 +158,7 @@ def _require_mask(module: nn.Module, mask: Tensor | None) -> Tensor:
 
 
 def _require_window(mask_function: Callable[..., Any], window: int | None) -> None:
-    """Check that what a model asks for is causal attention, in full or in a sliding window."""
+    """Check that a model asks for causal attention, full or in a sliding window."""
     expected = (
         causal_mask_function if window is None else sliding_window_causal_mask_function(window)
     )
@@ -126,7 +166,7 @@ def _require_window(mask_function: Callable[..., Any], window: int | None) -> No
         name = getattr(mask_function, "__qualname__", repr(mask_function))
         raise UnsupportedModelError(
             f"the model asks for a mask by {name}, "
-            "trees need causal attention, in full or in a sliding window; it decodes without trees"
+            "trees need causal attention, full or in a sliding window; it decodes without trees"
         )
 
 
@@ -145,7 +185,7 @@ def _is_same(left: object, right: object) -> bool:
 
 
 def previous_function(name: str, module: nn.Module) -> AttentionFunction:
-    """Return the attention function of a name; of ``"eager"`` that next to the module's class."""
+    """Return the attention function of a name, for ``"eager"`` that of the modeling file."""
     if name != "eager":
         return cast("AttentionFunction", ALL_ATTENTION_FUNCTIONS[name])
     for kind in type(module).__mro__:  # every modeling file has its own

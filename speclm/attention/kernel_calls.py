@@ -1,4 +1,4 @@
-"""Has the attention of a layer computed by the tree-attention kernel, where that gives the same."""
+"""Compute a layer's attention with the tree-attention kernel, where the result is the same."""
 
 import importlib.util
 import logging
@@ -13,8 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from speclm.attention.step import TreeStep
-from speclm.attention.tree_mask import TreeMask
+from speclm.attention.step import TreeMask, TreeStep
 from speclm.kernels import attention_obstacle, tree_attention
 
 _LIKE_EAGER: dict[str, frozenset[str]] = {
@@ -22,12 +21,12 @@ _LIKE_EAGER: dict[str, frozenset[str]] = {
     "gemma2": frozenset({"softcap"}),
     "gpt_oss": frozenset({"s_aux"}),
 }
-"""Modeling files whose eager attention the kernel computes, and the arguments it goes by.
+"""Modeling files whose eager attention the kernel can compute, and the extra arguments it uses.
 
 Most modeling files hold a copy of one of these.
 """
 _FUSED = frozenset({"softcap", "s_aux"})
-"""Arguments that implementations of other libraries, such as flash attention, go by."""
+"""Extra arguments that implementations of other libraries, such as flash attention, use."""
 
 _log = logging.getLogger("speclm")
 
@@ -48,38 +47,36 @@ def attend_by_kernel(
     """Compute a layer's attention.
 
     Args:
-        mask: The step's mask, as it arrived.
+        mask: The step's mask, as the layer received it.
         step: The active step.
         states: Queries, keys and values.
-        takes: Arguments beyond a softmax that the layer's own function goes by; None for a
-            function that is not known.
+        takes: Extra arguments that the layer's own function uses; None for an unknown function.
         scaling: Factor of the scores.
-        extras: Arguments beyond a softmax that the layer gives.
+        extras: Extra arguments that the layer passes.
 
     Returns:
-        None where the kernel cannot stand in for the layer's own function; the reason is logged
-        once.
+        None if the kernel cannot replace the layer's own function; the reason is logged once.
     """
     query, key, value = states
     obstacle = _obstacle(mask, states, takes=takes, scaling=scaling, extras=extras)
     if obstacle is not None:
         _log_once(obstacle)
         return None
-    sight = step.sight(query.device)
+    kernel_mask = step.kernel_mask(query.device)
     output = tree_attention(
         query,
         key,
         value,
-        prefix_lengths=sight.prefix_lengths,
-        ancestor_words=sight.ancestor_words,
-        depths=sight.depths,
-        prefix_starts=sight.prefix_starts,
-        tree_starts=sight.tree_starts,
+        prefix_lengths=kernel_mask.prefix_lengths,
+        ancestor_words=kernel_mask.ancestor_words,
+        depths=kernel_mask.depths,
+        prefix_starts=kernel_mask.prefix_starts,
+        tree_starts=kernel_mask.tree_starts,
         sinks=extras.get("s_aux"),
         softcap=extras.get("softcap"),
         scale=scaling,
         window=mask.window,
-        check_values=False,  # a topology is right, and nothing may wait for the device
+        check_values=False,  # a topology is valid, and checks would sync
     )
     assert isinstance(output, Tensor)  # without the denominator
     return output
@@ -93,11 +90,11 @@ def _obstacle(
     scaling: Any,
     extras: dict[str, Any],
 ) -> str | None:
-    """Say why the kernel cannot stand in for a layer's own function; None if nothing."""
+    """Return why the kernel cannot replace a layer's own function; None if it can."""
     query, key, value = states
     batch, q_heads, nodes, head_dim = query.shape
     if takes is None:
-        return "eager attention is of the modeling file's own kind, or rounds scores to half"
+        return "the modeling file has its own kind of eager attention, or rounds scores to half"
     if extras.keys() - takes:
         return f"layers pass {', '.join(sorted(extras.keys() - takes))} to attention"
     is_usual = key.shape == value.shape and q_heads % key.shape[1] == 0
@@ -118,12 +115,12 @@ def _obstacle(
 def taken_arguments(
     name: str, function: Callable[..., Any], dtype: torch.dtype
 ) -> frozenset[str] | None:
-    """Return the arguments beyond a softmax that an attention function goes by; None if unknown.
+    """Return the extra arguments that an attention function uses; None if it is unknown.
 
     Args:
-        name: Of the implementation.
-        function: The implementation; of ``"eager"`` the modeling file's own.
-        dtype: Of the states. Eager attention rounds scores to it, and regular generation with it.
+        name: Name of the implementation.
+        function: The implementation; for ``"eager"`` the modeling file's own.
+        dtype: Type of the states. Eager attention, and so regular generation, rounds scores to it.
     """
     if name == "sdpa":
         return frozenset()
@@ -138,7 +135,7 @@ def taken_arguments(
 
 @cache
 def _eager_arguments(code: CodeType, helper: CodeType | None) -> frozenset[str] | None:
-    """Look code up among that of the files of `_LIKE_EAGER`, whatever has been put in its place."""
+    """Look code up in the sources of `_LIKE_EAGER`, which a patch at run time does not change."""
     for family, taken in _LIKE_EAGER.items():
         known = _written_functions(family)
         if _is_same(code, known["eager_attention_forward"]) and _is_same(

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from speclm.bench.calls import Call
 from speclm.sampling.noise import PositionNoise
 from speclm.self_check.check import check_model
-from speclm.self_check.verdict import Backend
+from speclm.self_check.verdict import Verification
 from speclm.target import TargetView
 from speclm.target.chain_session import ChainReader
 from speclm.tree.topology import chain
@@ -117,7 +117,7 @@ def _logits_by_size(
     prompt = call.input_ids[row][call.attention_mask[row].bool()].expand(batch, -1)
     tokens = torch.tensor(decoded, dtype=torch.long, device=prompt.device).expand(batch, -1)
     yield _logits_in_chains(base, prompt, tokens, num_nodes=1).float()
-    takes_trees = check_model(TargetView(base)).backend is Backend.TREES
+    takes_trees = check_model(TargetView(base)).verification is Verification.TREES
     verified = _logits_in_trees if takes_trees else _logits_in_chains
     for num_nodes in _TREE_SIZES:
         yield verified(base, prompt, tokens, num_nodes=num_nodes).float()

@@ -1,4 +1,4 @@
-"""A key/value cache whose last slots hold a tree, of which one path is kept."""
+"""The key/value cache: its last slots hold a tree, of which one path is kept."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,21 +12,21 @@ from speclm.errors import CacheError
 from speclm.kernels import keep_path_, pays
 
 BLOCK = 256
-"""Slots by which the storage grows, so that few rounds copy and little memory lies idle."""
+"""Slots by which the storage grows: few rounds copy it, and little memory is unused."""
 
 
 class TreeCache(Cache):
     """Keys and values of every layer, with a length per row.
 
     Slots ``[0, lengths[b])`` of row b hold its prompt (with its left padding) and its committed
-    tokens. Tree nodes are appended for all rows alike at slot `tree_start`, the longest length,
-    and are pending until `keep` moves each row's surviving path to the end of that row and
-    forgets the rest. What lies between a row's length and `tree_start` must be masked. `lengths`
-    is on the device of `num_padding`, `host_lengths` on the host. `position_shift`, where there is
-    one, is what positions of new tokens have beyond their slots without padding; it has leading
-    axes where a model has several positions for a token.
+    tokens. Tree nodes are appended for all rows at slot `tree_start`, the longest length. They are
+    pending until `keep` moves each row's path to the end of that row and drops the other nodes.
+    Slots between a row's length and `tree_start` must be masked. `lengths` is on the device of
+    `num_padding`, `host_lengths` on the host. `position_shift`, if any, is the difference between
+    positions of new tokens and their slots without padding; it has leading axes if a model has
+    several positions for a token.
 
-    Layers are given full-length storage in blocks, never in advance for the longest possible
+    The storage grows in blocks, and is never allocated in advance for the longest possible
     sequence. Layers of equal shape share one tensor, so that `keep` moves them in one operation.
     """
 
@@ -47,7 +47,7 @@ class TreeCache(Cache):
         self.capacity = 0
         self._lengths = [0] * num_padding.shape[0]
         self.lengths: Int[Tensor, " batch"] = torch.zeros_like(num_padding)
-        self._arenas: list[tuple[Tensor, bool]] = []  # with whether a kernel moves its slots
+        self._arenas: list[tuple[Tensor, bool]] = []  # and whether a kernel moves its slots
 
     @property
     def host_lengths(self) -> list[int]:
@@ -69,11 +69,11 @@ class TreeCache(Cache):
         """Commit copies of keys and values to the empty cache, as a prefix of every row.
 
         Args:
-            states: Keys and values of the first layers, ``[batch, kv_heads, held, head_dim]``: the
-                last `held` of the `length` slots. Those before are filled with zeros, which stay
-                finite under a mask. None for a layer that reads another's.
+            states: Keys and values of the first layers, ``[batch, kv_heads, stored, head_dim]``:
+                the last `stored` of the `length` slots. The slots before them are set to zero,
+                which stays finite under a mask. None for a layer that reads another one's.
             length: Slots of the prefix, left padding included.
-            room: Slots to make room for besides, so that the next forwards need not copy again.
+            room: Further slots to reserve for the next forwards.
         """
         for layer, (keys, values) in zip(self._rows, states, strict=False):
             if keys is not None and values is not None:
@@ -95,11 +95,11 @@ class TreeCache(Cache):
     def reserve(self, num_slots: int) -> None:
         """Make room for `num_slots` more pending nodes; copies only when a block is full."""
         needed = self.tree_start + self.num_pending + num_slots
-        if needed > self.capacity > 0:  # what the first forward writes becomes the storage
+        if needed > self.capacity > 0:  # the first forward writes the storage
             self._grow(needed)
 
     def append(self, num_slots: int) -> None:
-        """Count nodes that a forward has just written as pending.
+        """Count the nodes that a forward has just written as pending.
 
         Raises:
             CacheError: If a first forward wrote more or fewer.
@@ -116,11 +116,11 @@ class TreeCache(Cache):
             self._grow(self.num_pending)
 
     def keep(self, paths: Sequence[Sequence[int]]) -> None:
-        """Commit the pending nodes on each row's path and forget all others.
+        """Commit the pending nodes on each row's path and drop all others.
 
         Args:
             paths: For each row the pending slots to keep, counted from `tree_start`, ascending;
-                empty in a row that stays as it is.
+                empty for a row that does not change.
         """
         moves = [
             (row, self.tree_start + slot, length + offset)
@@ -195,9 +195,7 @@ class TreeCache(Cache):
 class TreeLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subclass__
     """One layer of a `TreeCache`."""
 
-    is_compileable = (
-        False  # regular generation's prefill takes the same path only with a growing cache
-    )
+    is_compileable = False  # a growing cache, with which regular generation prefills the same way
     is_croppable = True
     is_sliding = False
 
@@ -225,7 +223,7 @@ class TreeLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init
         Float[Tensor, "batch kv_heads kv_len head_dim"],
         Float[Tensor, "batch kv_heads kv_len value_dim"],
     ]:
-        """Append keys and values and return all that are there."""
+        """Append keys and values and return all of them."""
         if self.keys is None or self.values is None:
             if self._owner.tree_start > 0:
                 raise CacheError(
@@ -268,19 +266,19 @@ class TreeLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init
         return -1
 
     def signature(self) -> tuple[object, ...]:
-        """Return what layers must have in common to share storage."""
+        """Return the properties that layers must share to share storage."""
         if self.keys is None or self.values is None:
             return (None,)
         keys, values = self.keys, self.values
         return (keys.shape[:2], keys.shape[3], values.shape[3], keys.dtype, keys.device)
 
     def adopt(self, keys: Tensor, values: Tensor, *, used: int) -> None:
-        """Copy the first `used` slots into the given storage; of fewer, the last ones."""
+        """Copy the first `used` slots into the given storage; the first ones may be absent."""
         if self.keys is not None and self.values is not None:
             first = max(used - self.keys.shape[2], 0)
-            for storage, held in ((keys, self.keys), (values, self.values)):
+            for storage, stored in ((keys, self.keys), (values, self.values)):
                 storage[:, :, :first] = 0
-                storage[:, :, first:used] = held[:, :, : used - first]
+                storage[:, :, first:used] = stored[:, :, : used - first]
             self.keys, self.values = keys, values
 
 
@@ -289,7 +287,7 @@ def _build_arena(layers: list[TreeLayer], used: int, capacity: int) -> Tensor:
 
     Returns:
         The storage, ``[2 * layers, batch, kv_heads, capacity, head_dim]``, when keys and values
-        are equally wide; otherwise the two are laid side by side in the last axis.
+        are equally wide; otherwise the two are concatenated along the last axis.
     """
     keys, values = layers[0].keys, layers[0].values
     assert keys is not None

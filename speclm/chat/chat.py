@@ -22,7 +22,7 @@ from speclm.errors import OptionError, PromptError
 from speclm.files.atomic import append_line
 from speclm.model.arguments import resolve_setting
 from speclm.model.spec_model import SpecModel
-from speclm.self_check.verdict import Backend
+from speclm.self_check.verdict import Verification
 from speclm.stats import PHASES, RowStats, SpeculationStats
 
 Message = dict[str, str]
@@ -313,7 +313,7 @@ class Chat:
         # Recurrent states cannot be cut back, but are read behind where the self-check found that
         # several tokens at once are read right. Alone they do not tell how much they have read.
         has_slots = any(isinstance(layer, CacheLayerMixin) for layer in cache.layers)
-        return has_slots and self.spec.self_check.backend is Backend.CHAINS
+        return has_slots and self.spec.self_check.verification is Verification.CHAINS
 
     def _finish(
         self, tokens: list[int], ends: frozenset[int], max_new_tokens: int

@@ -1,34 +1,46 @@
-"""Loads what commands work on: models, tokenizer and proposer, the bundled ones by default."""
+"""Loads what commands work on: a base, its tokenizer and a proposer; bundled ones by default."""
 
 import difflib
+import importlib
+import inspect
+import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from types import ModuleType
+from typing import Any
 
 import torch
-import typer
+from rich.console import Console
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
+    HqqConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    QuantoConfig,
 )
 from transformers.utils.logging import disable_progress_bar
 
+from speclm.cli._options import BUNDLED_HEADS, DraftOptions, HeadsOptions, ModelOptions
 from speclm.demo.bundle import assets
-from speclm.drafting.registry import registered_proposers
+from speclm.drafting.interface import Proposer
 from speclm.errors import OptionError, UnknownNameError
+from speclm.methods.registry import heads_names
 from speclm.model import SpecModel
 from speclm.model.loading import Heads
-
-BUNDLED_HEADS = ("draft", "medusa", "eagle", "eagle3")
-"""Assets that propose for the bundled base."""
-
-HeadsRevision = Annotated[
-    str | None, typer.Option(help="Branch, tag or commit of heads or a draft model on the hub.")
-]
+from speclm.tree.plan import TreePlan
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
+_DEFAULT_NUM_DRAFT_TOKENS = 16  # of a tree that only --depth bounds
+_QUANTIZATIONS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "bnb-4bit": (BitsAndBytesConfig, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
+    "bnb-8bit": (BitsAndBytesConfig, {"load_in_8bit": True}),
+    "quanto-int8": (QuantoConfig, {"weights": "int8"}),
+    "quanto-int4": (QuantoConfig, {"weights": "int4"}),
+    "hqq-4bit": (HqqConfig, {"nbits": 4}),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,53 +56,184 @@ class Loaded:
         return self.spec.base
 
 
-def load(
-    base: str | None,
-    heads: str | None,
-    *,
-    dtype: str | None = None,
-    device: str | None = None,
-    heads_revision: str | None = None,
-) -> Loaded:
-    """Load a base model, its tokenizer and what proposes for it.
-
-    Args:
-        base: Folder or hub id; None for the bundled model.
-        heads: As ``SpecModel.from_pretrained`` takes it, several parted by commas, or "none"; for
-            the bundled base also one of `BUNDLED_HEADS`. By default the bundled draft model for
-            the bundled base and "ngram" for any other.
-        dtype: Of the weights; by default float32 for the bundled model and "auto" for others.
-        device: Where both run; by default a GPU if there is one.
-        heads_revision: Branch, tag or commit of heads that come from the hub.
+def load(options: ModelOptions) -> Loaded:
+    """Load the base model and its tokenizer, without a proposer.
 
     Raises:
-        OptionError: If `dtype` is not known.
-        UnknownNameError: If `base` is no model, or `heads` is nearly a name.
+        OptionError: If an option has no such value, or options exclude each other.
+        UnknownNameError: If ``--base`` is no model.
     """
-    is_bundled = base is None
-    name = str(assets()["base"]) if base is None else base
-    dtype = dtype or ("float32" if is_bundled else "auto")
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    name = str(assets()["base"]) if options.base is None else options.base
+    dtype = options.dtype or ("float32" if options.base is None else "auto")
     if dtype not in _DTYPES:
         raise OptionError(f"--dtype is {dtype!r}, expected one of {list(_DTYPES)!r}")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device(options)
+    arguments = {"dtype": dtype, **_quantization(options.quantization)}
+    if options.device_map is not None:
+        arguments["device_map"] = options.device_map
+    elif options.quantization is not None:
+        arguments["device_map"] = {"": device}  # quantised weights are not moved afterwards
     disable_progress_bar()  # type: ignore[no-untyped-call]  # Transformers' own
-    if heads is None:
-        heads = "draft" if is_bundled else "ngram"
+    with Console(stderr=True).status(f"loading {Path(name).name}"):
+        tokenizer, model = _from_pretrained(name, arguments)
+        if "device_map" not in arguments:
+            model = model.to(device)
+    if tokenizer.pad_token is None:  # it is masked, so any token will do
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    return Loaded(SpecModel(model, None), tokenizer)
+
+
+def load_with_heads(options: HeadsOptions) -> Loaded:
+    """Load the base model, its tokenizer and what proposes for it.
+
+    Without ``--heads`` that is the bundled draft model for the bundled base, and ``"ngram"`` for
+    any other.
+
+    Raises:
+        OptionError: If an option has no such value, or options exclude each other.
+        UnknownNameError: If ``--base`` is no model, or ``--heads`` nearly a name.
+    """
+    for module in options.imports or ():
+        import_module("--import", module)
+    is_bundled = options.base is None
+    heads = options.heads or ("draft" if is_bundled else "ngram")
     parts = _parts(heads, is_bundled=is_bundled)
+    loaded = load(options)
+    found = [_own(part, loaded.base) if _is_own(part) else part for part in parts]
+    given = found if len(found) > 1 else found[0] if found else None
+    revision = options.heads_revision
+    spec = SpecModel.from_pretrained(
+        loaded.base,
+        given,
+        heads_kwargs=None if revision is None else {"revision": revision},
+        **_drafting(options),
+    )
+    return Loaded(spec, loaded.tokenizer)
+
+
+def _device(options: ModelOptions) -> torch.device:
+    """Return the device of ``--device``, or a GPU if there is one."""
+    if options.device is not None and options.device_map is not None:
+        raise OptionError(
+            f"--device is {options.device!r} and --device-map {options.device_map!r}; pass one of "
+            "them"
+        )
+    name = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name, dtype=torch.float32).device
+    except (RuntimeError, AssertionError) as error:
+        raise OptionError(
+            f"--device {name!r} cannot be used ({error}); pass one such as cpu or cuda:0"
+        ) from error
+
+
+def _quantization(name: str | None) -> dict[str, Any]:
+    if name is None:
+        return {}
+    if name not in _QUANTIZATIONS:
+        raise OptionError(
+            f"--quantization is {name!r}, expected one of {list(_QUANTIZATIONS)!r}; pass one of "
+            "them"
+        )
+    config, arguments = _QUANTIZATIONS[name]
+    try:
+        return {"quantization_config": config(**arguments)}
+    except (ImportError, RuntimeError) as error:
+        raise OptionError(
+            f"--quantization {name!r} needs a package that is not installed ({error})"
+        ) from error
+
+
+def _from_pretrained(name: str, arguments: dict[str, Any]) -> tuple[Any, Any]:
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(name)
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(name, **arguments)
     except Exception as error:
+        if "quantization_config" in arguments and isinstance(error, ImportError):
+            raise OptionError(
+                f"--quantization needs a package that is not installed ({error})"
+            ) from error
         raise UnknownNameError(
             f"--base {name!r} is not a folder or hub id of a causal language model that can be "
             f"loaded ({type(error).__name__}: {error})"
         ) from error
-    if tokenizer.pad_token is None:  # it is masked, so any token will do
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-    given = parts if len(parts) > 1 else parts[0] if parts else None
-    options = None if heads_revision is None else {"revision": heads_revision}
-    spec = SpecModel.from_pretrained(model.to(device), given, heads_kwargs=options)
-    return Loaded(spec, tokenizer)
+    return tokenizer, model
+
+
+def _drafting(options: HeadsOptions) -> dict[str, Any]:
+    """Return what ``--tree``, ``--depth`` and ``--num-draft-tokens`` are as arguments."""
+    if not isinstance(options, DraftOptions):
+        return {}
+    num_draft_tokens = options.num_draft_tokens
+    if options.depth is None:
+        return {"tree": options.tree, "num_draft_tokens": num_draft_tokens}
+    if options.tree is not None:
+        raise OptionError(
+            f"--tree is {options.tree!r} and --depth {options.depth}, expected one of them; a "
+            "tree has a depth of its own"
+        )
+    size = num_draft_tokens or max(_DEFAULT_NUM_DRAFT_TOKENS, options.depth)
+    return {"tree": TreePlan(depth=options.depth, num_draft_tokens=size)}
+
+
+def _is_own(part: Heads) -> bool:
+    """Return whether a part of ``--heads`` has the form ``module:Class``."""
+    return isinstance(part, str) and re.fullmatch(r"[\w.]+:\w+", part) is not None
+
+
+def _own(part: Heads, base: PreTrainedModel) -> Heads:
+    """Return the proposer or module that ``module:Class`` names.
+
+    A class or function is called with the base if it has a parameter ``target`` or ``base``.
+    """
+    module_name, _, name = str(part).partition(":")
+    module = import_module("--heads", module_name)
+    found = getattr(module, name, None)
+    if found is None:
+        raise UnknownNameError(
+            f"--heads has {part!r}, and module {module_name!r} has no {name!r}; correct the name"
+        )
+    if isinstance(found, Proposer | torch.nn.Module):
+        return found
+    if not callable(found):
+        raise OptionError(
+            f"--heads has {part!r}, a {type(found).__name__}, expected a Proposer, its class or a "
+            "function that makes one"
+        )
+    parameters = inspect.signature(found).parameters
+    made: Heads
+    try:
+        made = found(**{key: base for key in ("target", "base") if key in parameters})
+    except TypeError as error:
+        raise OptionError(
+            f"--heads has {part!r}, which cannot be called with the base alone ({error}); name a "
+            "function that takes `base` and returns the proposer"
+        ) from error
+    return made
+
+
+def import_module(option: str, name: str) -> ModuleType:
+    """Import a module of the user's, from the current folder too.
+
+    Args:
+        option: Option that names it, for messages.
+        name: Dotted name.
+
+    Raises:
+        OptionError: If it cannot be imported.
+    """
+    folder = str(Path.cwd())
+    if folder not in sys.path and "" not in sys.path:
+        sys.path.insert(0, folder)
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        raise OptionError(
+            f"{option} names module {name!r}, which cannot be imported "
+            f"({type(error).__name__}: {error}); run from its folder, or install it"
+        ) from error
 
 
 def _parts(heads: str, *, is_bundled: bool) -> list[Heads]:
@@ -98,11 +241,11 @@ def _parts(heads: str, *, is_bundled: bool) -> list[Heads]:
     if heads == "none":
         return []
     bundled = {part: assets()[part] for part in BUNDLED_HEADS} if is_bundled else {}
-    known = [*bundled, *registered_proposers()]
+    known = [*bundled, *heads_names()]
     for part in heads.split(","):
         if part in ("", "none"):
             raise OptionError(
-                f"--heads is {heads!r}, expected names parted by commas, or 'none'; drop the "
+                f"--heads is {heads!r}, expected names separated by commas, or 'none'; drop the "
                 f"{part!r} in it"
             )
         near = difflib.get_close_matches(part, known, n=1)
@@ -112,21 +255,3 @@ def _parts(heads: str, *, is_bundled: bool) -> list[Heads]:
                 f"{known!r}"
             )
     return [bundled.get(part, part) for part in heads.split(",")]
-
-
-def read_prompt(prompt: str | None, file: Path | None) -> str:
-    """Return the one prompt that was given.
-
-    Raises:
-        OptionError: If none or two were given, or the file cannot be read.
-    """
-    if (prompt is None) == (file is None):
-        raise OptionError("expected exactly one of --prompt and --file; pass one of them")
-    if file is None:
-        return str(prompt)
-    try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(
-            f"--file {str(file)!r} cannot be read ({error}); name a text file in UTF-8"
-        ) from error

@@ -1,30 +1,233 @@
-"""Options that several commands have, and how lists of numbers are read."""
+"""Options of the commands: one frozen dataclass a command, and every shared option once.
 
-import re
-from typing import Annotated
+This module imports nothing heavy: ``speclm --help`` and ``speclm COMMAND --help`` are made from it
+alone.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
-from speclm.errors import OptionError
+MAX_INT = 2**31 - 1
+"""Largest value of an option that becomes a 32-bit integer."""
 
-MOST = 2**31 - 1
-"""Of any number that becomes one of 32 bits somewhere."""
+BUNDLED_HEADS = ("draft", "medusa", "eagle", "eagle3")
+"""Names of the bundled heads, which ``--heads`` takes together with the bundled base."""
 
-MaxNewTokens = Annotated[int, typer.Option(min=1, max=MOST)]
-Seed = Annotated[int, typer.Option(min=0, max=MOST)]
+Batch = Annotated[str, typer.Option(help="Rows of a call, several sizes separated by commas.")]
+MaxNewTokens = Annotated[
+    int, typer.Option(min=1, max=MAX_INT, help="Most new tokens of each answer.")
+]
+NumPrompts = Annotated[int | None, typer.Option(min=1, help="Number of prompts to use.")]
+Seed = Annotated[int, typer.Option(min=0, max=MAX_INT, help="Seed of sampling.")]
 Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="Threads of PyTorch.")]
 
 
-def positive_numbers(text: str) -> list[int]:
-    """Return the numbers of ``--batch``.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOptions:
+    """Options of every command that loads a base model."""
 
-    Raises:
-        OptionError: If one is not positive.
+    base: Annotated[
+        str | None, typer.Option(help="Folder or hub id; by default the bundled model.")
+    ] = None
+    dtype: Annotated[
+        str | None, typer.Option(help="Of the weights: float32, bfloat16, float16 or auto.")
+    ] = None
+    device: Annotated[
+        str | None, typer.Option(help="Such as cpu or cuda:1; by default a GPU if there is one.")
+    ] = None
+    device_map: Annotated[
+        str | None, typer.Option(help="Spread the base over devices, such as auto.")
+    ] = None
+    quantization: Annotated[
+        str | None,
+        typer.Option(
+            help="Quantise the base: bnb-4bit, bnb-8bit, quanto-int8, quanto-int4 or hqq-4bit."
+        ),
+    ] = None
+    threads: Threads = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadsOptions(ModelOptions):
+    """Options of every command that loads a method too."""
+
+    heads: Annotated[
+        str | None,
+        typer.Option(
+            help="Method name, folder or hub id of heads or a draft model, module:Class of your "
+            'own, several separated by commas, or "none".'
+        ),
+    ] = None
+    heads_revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of heads or a draft model on the hub.")
+    ] = None
+    imports: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--import", metavar="MODULE", help="Import a module that registers methods; repeatable."
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftOptions(HeadsOptions):
+    """Options of every command that drafts with a tree of the user's choice."""
+
+    tree: Annotated[
+        str | None,
+        typer.Option(help='"auto", a preset of a static tree, or a JSON file of speclm tune.'),
+    ] = None
+    num_draft_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Most draft tokens of a round.")
+    ] = None
+    depth: Annotated[
+        int | None, typer.Option(min=1, help="Most levels of a draft tree; drafts in every round.")
+    ] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingOptions(DraftOptions):
+    """Options of every command that answers with sampling of the user's choice."""
+
+    max_new_tokens: MaxNewTokens = 128
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 decodes greedily.")] = 0.0
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Top-p of sampling.")] = 1.0
+    top_k: Annotated[
+        int, typer.Option(min=0, max=MAX_INT, help="Top-k of sampling; 0 for no limit.")
+    ] = 0
+    seed: Seed = 0
+
+    def arguments(self) -> dict[str, Any]:
+        """Return what ``generate()`` takes."""
+        arguments: dict[str, Any] = {"max_new_tokens": self.max_new_tokens}
+        if self.temperature == 0.0:
+            return {**arguments, "do_sample": False}
+        sampling = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        return {**arguments, "do_sample": True, **sampling}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateOptions(SamplingOptions):
+    """Generate an answer; accepted draft tokens are coloured."""
+
+    prompt: Annotated[str | None, typer.Option(help="Text of the prompt.")] = None
+    file: Annotated[
+        Path | None, typer.Option(help="File with the prompt, - for standard input.")
+    ] = None
+    chat: Annotated[bool, typer.Option(help="Apply the chat template.")] = True
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Run regular generation too; exit code 1 if it differs."),
+    ] = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatOptions(SamplingOptions):
+    """Chat with a model; /help lists the commands. Piped input is answered line by line."""
+
+    max_new_tokens: MaxNewTokens = 512
+    system: Annotated[str | None, typer.Option(help="Text of a system message.")] = None
+    show_accepted: Annotated[
+        bool, typer.Option("--show-accepted", help="Colour accepted draft tokens.")
+    ] = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchOptions(DraftOptions):
+    """Measure speculative and regular generation in pairs, and check that outputs are equal."""
+
+    prompts: Annotated[
+        Path,
+        typer.Option(help='JSON lines with "messages" or "prompt", - for standard input.'),
+    ]
+    setting: Annotated[
+        str, typer.Option(help="greedy, t0.7 or t1.0, several separated by commas.")
+    ] = "greedy,t1.0"
+    batch: Batch = "1"
+    num_prompts: NumPrompts = None
+    max_new_tokens: MaxNewTokens = 128
+    prompt_lookup: Annotated[
+        bool, typer.Option("--prompt-lookup", help="Measure Transformers' prompt lookup too.")
+    ] = False
+    seed: Seed = 0
+    out: Annotated[Path | None, typer.Option(help="Append records to this file.")] = None
+    make_folders: Annotated[
+        bool, typer.Option("--make-folders", help="Make the folders of --out without asking.")
+    ] = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TuneOptions(HeadsOptions):
+    """Measure which draft trees give most tokens a second on this machine.
+
+    Methods that rank their candidates get a static tree too, which --save writes.
     """
-    parts = text.split(",")
-    wrong = [part for part in parts if not re.fullmatch("[0-9]{1,9}", part) or int(part) < 1]
-    if wrong:
-        raise OptionError(
-            f"--batch has {wrong[0][:40]!r}, expected positive numbers such as 1,4; correct it"
-        )
-    return [int(part) for part in parts]
+
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help='JSON lines with "messages" or "prompt", - for standard input; by default '
+            "bundled prompts."
+        ),
+    ] = None
+    setting: Annotated[str, typer.Option(help="greedy, t0.7 or t1.0.")] = "greedy"
+    batch: Batch = "1"
+    num_prompts: NumPrompts = 16
+    max_new_tokens: Annotated[
+        int, typer.Option(min=4, max=MAX_INT, help="Most new tokens of each answer.")
+    ] = 96
+    num_draft_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of the static tree; by default the fastest size.")
+    ] = None
+    save: Annotated[
+        Path | None, typer.Option(help="Write the static tree here, for --tree and generate().")
+    ] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyOptions(ModelOptions):
+    """Check that a model decodes the same tokens with drafts, and show how they are verified.
+
+    Drafts are the right tokens with errors here and there, so that both accepted and rejected
+    draft tokens occur with any model.
+    """
+
+    num_prompts: Annotated[int, typer.Option(min=1, help="Prompts of each setting.")] = 8
+    max_new_tokens: MaxNewTokens = 32
+    batch: Annotated[int, typer.Option(min=1, help="Rows of the larger calls.")] = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DemoOptions:
+    """Decode bundled text-to-SQL and maths prompts with and without drafts, and compare."""
+
+    num_prompts: Annotated[int, typer.Option(min=1, help="Prompts of each set.")] = 5
+    threads: Annotated[
+        int, typer.Option(min=1, max=1024, help="Threads of PyTorch; one suits a small model.")
+    ] = 1
+    tuning_prompts: Annotated[
+        bool, typer.Option("--tuning-prompts", help="Use the prompts for choosing settings.")
+    ] = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelsOptions:
+    """Show how tree attention is launched; with --tune, measure other sizes on this GPU.
+
+    What --tune writes is used if the environment variable SPECLM_KERNEL_CONFIGS names it.
+    """
+
+    arch: Annotated[str | None, typer.Option(help="Of another GPU, such as sm_80 or gfx942.")] = (
+        None
+    )
+    tune: Annotated[
+        Path | None, typer.Option(help="Measure sizes on this GPU, and write them here.")
+    ] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnvOptions:
+    """Print versions, machine, devices and methods, ready to paste into an issue."""

@@ -1,7 +1,6 @@
-"""``speclm bench``: measures a base with a proposer on prompts of your own."""
+"""``speclm bench``: measures a base with a method on prompts of the user's."""
 
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import typer
@@ -16,76 +15,48 @@ from speclm.bench import (
     setting_options,
     speculative_decoder,
 )
-from speclm.cli._models import HeadsRevision, Loaded, load
-from speclm.cli._options import MaxNewTokens, Seed, Threads, positive_numbers
-from speclm.cli._outputs import prepare_file
-from speclm.cli._prompts import read_prompts
-from speclm.cli._tables import add_comparison, comparison_table
+from speclm.cli._display import add_comparison, comparison_table, progress
+from speclm.cli._files import positive_numbers, prepare_file, read_prompts
+from speclm.cli._models import Loaded, load_with_heads
+from speclm.cli._options import BenchOptions
 
 
-def bench(  # noqa: PLR0913, PLR0917 - each is an option of the command
-    prompts: Annotated[Path, typer.Option(help='JSON lines with "messages" or "prompt".')],
-    base: Annotated[
-        str | None, typer.Option(help="Folder or hub id; by default the bundled model.")
-    ] = None,
-    heads: Annotated[
-        str | None,
-        typer.Option(help='Proposer name, folder or hub id of a draft model, or "none".'),
-    ] = None,
-    heads_revision: HeadsRevision = None,
-    settings: Annotated[str, typer.Option(help="Of greedy, t0.7, t1.0.")] = "greedy,t1.0",
-    batch: Annotated[str, typer.Option(help="Rows of each call.")] = "1",
-    n: Annotated[int | None, typer.Option(min=1, help="Prompts; all by default.")] = None,
-    max_new_tokens: MaxNewTokens = 128,
-    prompt_lookup: Annotated[
-        bool, typer.Option("--prompt-lookup", help="Measure Transformers' prompt lookup too.")
-    ] = False,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, auto.")] = None,
-    threads: Threads = None,
-    seed: Seed = 0,
-    out: Annotated[Path | None, typer.Option(help="Append records to this file.")] = None,
-    make_folders: Annotated[
-        bool, typer.Option("--make-folders", help="Make the folders of --out without asking.")
-    ] = False,
-) -> None:
-    """Measure speculative and regular generation in pairs, and check that outputs are equal."""
-    if threads is not None:
-        torch.set_num_threads(threads)
-    texts = read_prompts("--prompts", prompts)[:n]
-    batches = positive_numbers(batch)
-    named = {name: setting_options(name) for name in settings.split(",")}
-    if out is not None:
-        prepare_file("--out", out, flag="--make-folders", makes=make_folders)
-        read_records(out)  # another file is named before anything is measured
-    loaded = load(base, heads, dtype=dtype, heads_revision=heads_revision)
-    methods = [speculative_decoder("speclm", loaded.base, loaded.spec.proposer)]
-    if prompt_lookup:
+def bench(options: BenchOptions) -> None:
+    """Measure in pairs with regular generation; exit with 1 if an output differs."""
+    texts = read_prompts(options.prompts)[: options.num_prompts]
+    batches = positive_numbers(options.batch)
+    settings = {name: setting_options(name) for name in options.setting.split(",")}
+    if options.out is not None:
+        prepare_file("--out", options.out, flag="--make-folders", makes=options.make_folders)
+        read_records(options.out)  # a file of something else is named before anything is measured
+    loaded = load_with_heads(options)
+    spec = loaded.spec
+    methods = [speculative_decoder("speclm", loaded.base, spec.proposer, tree=spec.tree)]
+    if options.prompt_lookup:
         methods.append(prompt_lookup_decoder(loaded.base))
+    shared = {**_shared_settings(options, loaded), "num_prompts": len(texts)}
     cells = [
         Cell(
             make_calls(
                 texts,
                 loaded.base,
                 loaded.tokenizer,
-                options={**options, "max_new_tokens": max_new_tokens},
+                options={**arguments, "max_new_tokens": options.max_new_tokens},
                 batch=size,
-                seed=seed,
+                seed=options.seed,
             ),
-            {
-                **_common_settings(loaded, heads, prompts, num_prompts=len(texts)),
-                "setting": name,
-                "batch": size,
-                "max_new_tokens": max_new_tokens,
-                "seed": seed,
-            },
+            {**shared, "setting": name, "batch": size},
         )
-        for name, options in named.items()
+        for name, arguments in settings.items()
         for size in batches
     ]
     table = comparison_table(("setting", "batch"))
     is_honest = True
-    with Console(stderr=True).status("measuring"):
-        for result in measure_grid(cells, methods, base=loaded.base, benchmark="bench", path=out):
+    num_pairs = sum(len(cell.calls) for cell in cells) * len(methods)
+    with progress("measuring", total=num_pairs) as count:
+        for result in measure_grid(
+            cells, methods, base=loaded.base, benchmark="bench", path=options.out, on_pair=count
+        ):
             keys = (result.cell.settings["setting"], str(result.cell.settings["batch"]))
             add_comparison(table, keys, result.comparison)
             is_honest = is_honest and result.comparison.is_honest
@@ -94,15 +65,21 @@ def bench(  # noqa: PLR0913, PLR0917 - each is an option of the command
         raise typer.Exit(1)
 
 
-def _common_settings(
-    loaded: Loaded, heads: str | None, prompts: Path, *, num_prompts: int
-) -> dict[str, Any]:
+def _shared_settings(options: BenchOptions, loaded: Loaded) -> dict[str, Any]:
+    """Return what all records of the run have in common."""
+    drafting = {
+        name: getattr(options, name)
+        for name in ("tree", "num_draft_tokens", "depth", "quantization")
+        if getattr(options, name) is not None
+    }
     return {
         "base": loaded.base.config.name_or_path,
-        "heads": heads or "default",
-        "prompts": prompts.name,
-        "num_prompts": num_prompts,
+        "heads": options.heads or "default",
+        "prompts": options.prompts.name,
         "dtype": str(loaded.base.dtype).removeprefix("torch."),
         "device": str(loaded.base.device),
         "num_threads": torch.get_num_threads(),
+        "max_new_tokens": options.max_new_tokens,
+        "seed": options.seed,
+        **drafting,
     }

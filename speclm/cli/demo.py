@@ -1,6 +1,6 @@
 """``speclm demo``: shows real speculation with the bundled models, offline."""
 
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import typer
@@ -17,8 +17,15 @@ from speclm.bench import (
     setting_options,
     speculative_decoder,
 )
+from speclm.cli._display import (
+    ACCEPTED_STYLE,
+    add_comparison,
+    coloured,
+    comparison_table,
+    progress,
+)
 from speclm.cli._models import load
-from speclm.cli._tables import ACCEPTED_STYLE, add_comparison, coloured, comparison_table
+from speclm.cli._options import DemoOptions, ModelOptions
 from speclm.demo.bundle import assets, load_prompts
 from speclm.model.loading import load_proposer
 
@@ -26,33 +33,31 @@ SETTINGS = ("greedy", "t1.0")
 MAX_NEW_TOKENS = {"sql": 64, "gsm8k": 96}
 
 
-def demo(
-    prompts: Annotated[int, typer.Option(min=1, help="Prompts of each set.")] = 5,
-    threads: Annotated[
-        int, typer.Option(min=1, max=1024, help="Threads; a small model gains from one.")
-    ] = 1,
-    tune: Annotated[bool, typer.Option("--tune", help="Use the tuning prompts.")] = False,
-) -> None:
-    """Decode text-to-SQL and maths prompts plainly and with drafts, and compare."""
-    torch.set_num_threads(threads)
+def demo(options: DemoOptions) -> None:
+    """Compare the bundled methods with regular generation on bundled prompts."""
+    num_prompts = options.num_prompts
     console = Console()
-    loaded = load(None, "none", device="cpu")
+    loaded = load(ModelOptions(device="cpu", threads=options.threads))
     methods = _methods(loaded.base)
     console.print(
-        f"A {_millions(loaded.base):.1f} M-parameter model answers {prompts} text-to-SQL and "
-        f"{prompts} maths prompts, greedily and by sampling at temperature 1.\n"
-        "Each run stands next to a plain run with the same seed; ratios are medians of pairs.\n"
-        "tau: tokens a round; kept %: drafted tokens accepted at depth 1, 2 and 3.\n"
+        f"A {_millions(loaded.base):.1f} M-parameter model answers {num_prompts} text-to-SQL and "
+        f"{num_prompts} maths prompts, greedily and by sampling at temperature 1.\n"
+        "Each run is paired with regular generation under the same seed; ratios are medians.\n"
+        "tau: tokens per forward of the target; kept %: acceptance rate at depth 1, 2 and 3.\n"
     )
-    cells = _cells(loaded.base, loaded.tokenizer, num_prompts=prompts, tune=tune)
+    cells = _cells(
+        loaded.base, loaded.tokenizer, num_prompts=num_prompts, tune=options.tuning_prompts
+    )
     measured: list[Measured] = []
     table = comparison_table(("set", "setting"))
-    with console.status("decoding") as status:
-        for result in measure_grid(cells, methods, base=loaded.base, benchmark="demo"):
+    num_pairs = sum(len(cell.calls) for cell in cells) * len(methods)
+    with progress("decoding", total=num_pairs) as count:
+        for result in measure_grid(
+            cells, methods, base=loaded.base, benchmark="demo", on_pair=count
+        ):
             keys = (result.cell.settings["set"], result.cell.settings["setting"])
             add_comparison(table, keys, result.comparison)
             measured.append(result)
-            status.update(f"decoded {len(measured)} of {len(cells) * len(methods)}")
     console.print(table)
     _print_samples(console, measured, loaded.tokenizer)
     comparisons = [result.comparison for result in measured]

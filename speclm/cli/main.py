@@ -1,12 +1,17 @@
-"""The command line."""
+"""The command line: which commands there are, and how errors end."""
 
+import inspect
 import sys
-from typing import Any
+from collections.abc import Callable
+from importlib import import_module
+from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 from typing_extensions import override
 
+from speclm._version import __version__
+from speclm.cli import _options
 from speclm.cli._console import (
     USAGE_ERROR,
     exits_when_output_fails,
@@ -14,20 +19,36 @@ from speclm.cli._console import (
     print_error,
     replace_unencodable,
 )
-from speclm.cli.bench import bench
-from speclm.cli.chat import chat
-from speclm.cli.demo import demo
-from speclm.cli.env import env
-from speclm.cli.generate import generate
-from speclm.cli.kernels import kernels
-from speclm.cli.train import train
-from speclm.cli.tune import tune
-from speclm.cli.verify import verify
 from speclm.errors import SpeclmError
+
+COMMANDS: dict[str, tuple[type, str]] = {
+    "demo": (_options.DemoOptions, "demo"),
+    "generate": (_options.GenerateOptions, "generate"),
+    "chat": (_options.ChatOptions, "chat"),
+    "bench": (_options.BenchOptions, "bench"),
+    "tune": (_options.TuneOptions, "tune"),
+    "verify": (_options.VerifyOptions, "verify"),
+    "kernels": (_options.KernelsOptions, "machine"),
+    "env": (_options.EnvOptions, "machine"),
+}
+"""Options of each command, and the module of speclm.cli whose function of that name runs it."""
+
+
+class _Train(TyperCommand):
+    """The group of the trainings, which is imported once a training or its help is asked for."""
+
+    @override
+    def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> Any:
+        trainings: Any = import_module("speclm.cli.train").train_app()
+        return typer.main.get_group(trainings).make_context(info_name, args, *rest, **extra)
 
 
 class _Commands(TyperGroup):
-    """Ends a command whose output cannot be written with `USAGE_ERROR`; Typer would with 1."""
+    """The commands; one whose output cannot be written ends with `USAGE_ERROR` instead of 1."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self.add_command(_Train(name="train", callback=None, help="Train heads for a base."))
 
     @override
     def make_context(self, *args: Any, **kwargs: Any) -> Any:
@@ -47,16 +68,52 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, generate, chat, bench, tune, verify, kernels, env):
-    app.command()(command)
-app.add_typer(train, name="train")
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show it.")
+    ] = False,
+) -> None:
+    """Exact speculative decoding: the tokens of generate, faster."""
+
+
+def _command(name: str, options: type, module: str) -> Callable[..., None]:
+    """Return a function whose parameters are the fields of an options class, its own first.
+
+    The module that does the work imports PyTorch, which takes seconds: it is imported when the
+    command runs, and not for its help.
+    """
+
+    def run(**values: Any) -> None:
+        getattr(import_module(f"speclm.cli.{module}"), name)(options(**values))
+
+    own = options.__annotations__
+    parameters = inspect.signature(options).parameters.values()
+    ordered = sorted(parameters, key=lambda parameter: parameter.name not in own)
+    changed: Any = run
+    changed.__signature__ = inspect.Signature(ordered)
+    changed.__doc__ = options.__doc__
+    return run
+
+
+for _name, (_class, _module) in COMMANDS.items():
+    app.command(_name)(_command(_name, _class, _module))
 
 
 def main() -> None:
     """Run the command line.
 
     An error of speclm's own, and output that cannot be written, become one red line and exit code
-    2. Output that nobody reads on, as in ``speclm env | head -1``, gives the same code and no line.
+    2. Output whose reader has left, as in ``speclm env | head -1``, gives the same code and no
+    line.
     """
     replace_unencodable()
     try:

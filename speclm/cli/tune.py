@@ -1,88 +1,60 @@
-"""``speclm tune``: which trees pay on a machine, and a static tree for a proposer that ranks."""
+"""``speclm tune``: the draft trees that give most tokens a second on this machine."""
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from rich.console import Console
 from rich.table import Table
 
 from speclm.adaptive.acceptance_rates import (
     RankAcceptance,
     RankRecorder,
-    calibrated_choices,
+    calibrated_paths,
     expected_tau,
 )
+from speclm.adaptive.memory import Memory
 from speclm.adaptive.planner import RoundCosts
-from speclm.adaptive.tuner import TreeMemory
 from speclm.bench import Call, make_calls, setting_options
-from speclm.cli._models import HeadsRevision, Loaded, load
-from speclm.cli._options import MOST, Threads, positive_numbers
-from speclm.cli._outputs import prepare_file
-from speclm.cli._prompts import read_prompts
+from speclm.cli._display import progress
+from speclm.cli._files import positive_numbers, prepare_file, read_prompts
+from speclm.cli._models import Loaded, load_with_heads
+from speclm.cli._options import TuneOptions
 from speclm.demo.bundle import load_prompts
 from speclm.errors import OptionError
 from speclm.files.atomic import write_file
 from speclm.model import SpecModel
-from speclm.tree.static import Choices
+from speclm.tree.static import RankPaths
 
 _SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48)
 
 
-def tune(  # noqa: PLR0913, PLR0917 - each is an option of the command
-    base: Annotated[
-        str | None, typer.Argument(help="Folder or hub id; by default the bundled model.")
-    ] = None,
-    heads: Annotated[
-        str | None, typer.Option(help="Proposer name, folder or hub id of heads or a draft model.")
-    ] = None,
-    heads_revision: HeadsRevision = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(help='JSON lines with "messages" or "prompt"; by default bundled ones.'),
-    ] = None,
-    batch: Annotated[str, typer.Option(help="Rows of a call, such as 1,4,16.")] = "1",
-    n: Annotated[int, typer.Option(min=1, help="Prompts.")] = 16,
-    max_new_tokens: Annotated[int, typer.Option(min=4, max=MOST)] = 96,
-    setting: Annotated[str, typer.Option(help="greedy, t0.7 or t1.0.")] = "greedy",
-    nodes: Annotated[
-        int | None, typer.Option(min=1, help="Of the static tree; by default the fastest.")
-    ] = None,
-    save: Annotated[
-        Path | None, typer.Option(help="Write the static tree here, for generate(tree=PATH).")
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, auto.")] = None,
-    threads: Threads = None,
-) -> None:
-    """Measure rounds and acceptance on prompts, and tell which trees give most tokens a second.
-
-    A static tree is calibrated for proposers that rank their guesses.
-    """
-    if threads is not None:
-        torch.set_num_threads(threads)
+def tune(options: TuneOptions) -> None:
+    """Measure draft trees of every size, and calibrate a static one if the method ranks."""
+    save = options.save
     if save is not None and save.suffix != ".json":
         raise OptionError(f"--save is {str(save)!r}, expected a file named *.json; rename it")
-    texts = (read_prompts("--data", data) if data else load_prompts("sql_tune"))[:n]
-    sizes, options = positive_numbers(batch), setting_options(setting)
-    options = {**options, "max_new_tokens": max_new_tokens}
-    loaded, console = load(base, heads, dtype=dtype, heads_revision=heads_revision), Console()
+    given = read_prompts(options.prompts) if options.prompts else load_prompts("sql_tune")
+    texts = given[: options.num_prompts]
+    sizes = positive_numbers(options.batch)
+    arguments = {**setting_options(options.setting), "max_new_tokens": options.max_new_tokens}
+    loaded, console = load_with_heads(options), Console()
     proposer = loaded.spec.proposer
     if proposer is None:
-        raise OptionError("--heads is 'none', expected what guesses; drop it, or pass ngram")
-    if save is not None and not proposer.takes_choices:
+        raise OptionError("--heads is 'none', expected a method; drop it, or pass ngram")
+    if save is not None and not proposer.fills_static_trees:
         raise OptionError(
-            f"--save has nothing to write: {type(proposer).__name__} does not rank its guesses; "
+            f"--save has nothing to write: {type(proposer).__name__} does not rank its candidates; "
             "drop it and use tree='auto'"
         )
     if save is not None:
         prepare_file("--save", save)
     for size in sizes:
-        calls = make_calls(texts, loaded.base, loaded.tokenizer, options=options, batch=size)
+        calls = make_calls(texts, loaded.base, loaded.tokenizer, options=arguments, batch=size)
         costs = _print_sizes(loaded, calls, size, console)
-        if size == sizes[0] and proposer.takes_choices:
-            tree, acceptance = _calibrate(loaded, calls, costs, nodes)
+        if size == sizes[0] and proposer.fills_static_trees:
+            tree, acceptance = _calibrate(loaded, calls, costs, options.num_draft_tokens)
             tau = expected_tau(acceptance, tree)
             console.print(_acceptance_table(acceptance))
             console.print(
@@ -91,18 +63,16 @@ def tune(  # noqa: PLR0913, PLR0917 - each is an option of the command
                 highlight=False,
             )
             if save is not None:
-                _write(save, tree, tau, loaded, heads)
+                _write(save, tree, tau, loaded, options.heads)
                 console.print(f"written to {save}; use generate(tree={str(save)!r})", markup=False)
 
 
 def _print_sizes(loaded: Loaded, calls: list[Call], batch: int, console: Console) -> RoundCosts:
-    """Decode with large trees alone, and print what smaller ones would give."""
+    """Decode with large trees only, and print what smaller ones would give."""
     model = SpecModel(loaded.base, loaded.spec.proposer, adaptive=False, tree="auto")
-    model.trees = TreeMemory(explores_always=True)
-    for call in calls:
-        torch.manual_seed(call.seed)
-        model.generate(**call.arguments)
-    tuner = model.trees.last
+    model.memory = Memory(explores_always=True)
+    _run(model, calls)
+    tuner = model.memory.last_tuner
     if tuner is None or not tuner.estimates():
         raise OptionError("nothing was drafted; pass more or longer prompts")
     estimates = tuner.estimates()
@@ -136,23 +106,29 @@ def _print_sizes(loaded: Loaded, calls: list[Call], batch: int, console: Console
     return tuner.costs
 
 
+def _run(model: SpecModel, calls: list[Call]) -> None:
+    with progress("decoding", total=len(calls)) as count:
+        for call in calls:
+            torch.manual_seed(call.seed)
+            count(model.generate(**call.arguments))
+
+
 def _calibrate(
-    loaded: Loaded, calls: list[Call], costs: RoundCosts, nodes: int | None
-) -> tuple[Choices, RankAcceptance]:
+    loaded: Loaded, calls: list[Call], costs: RoundCosts, num_nodes: int | None
+) -> tuple[RankPaths, RankAcceptance]:
     """Return the static tree of most tokens a second, or of a given size."""
     proposer = loaded.spec.proposer
     assert proposer is not None
     recorder = RankRecorder(proposer)
     model = SpecModel(loaded.base, recorder, adaptive=False)
-    for call in calls:
-        torch.manual_seed(call.seed)
-        model.generate(**call.arguments)
+    _run(model, calls)
     acceptance = recorder.acceptance
     trees = [
-        calibrated_choices(acceptance, num_nodes=size) for size in ([nodes] if nodes else _SIZES)
+        calibrated_paths(acceptance, num_nodes=size)
+        for size in ([num_nodes] if num_nodes else _SIZES)
     ]
 
-    def rate(tree: Choices) -> float:
+    def rate(tree: RankPaths) -> float:
         depth = float(max(map(len, tree)))
         return expected_tau(acceptance, tree) / costs.round(len(tree), depth)
 
@@ -170,7 +146,7 @@ def _acceptance_table(acceptance: RankAcceptance) -> Table:
     return table
 
 
-def _write(path: Path, tree: Choices, tau: float, loaded: Loaded, heads: str | None) -> None:
+def _write(path: Path, tree: RankPaths, tau: float, loaded: Loaded, heads: str | None) -> None:
     record: dict[str, Any] = {
         "tree": tree,
         "estimated_tau": round(tau, 3),

@@ -1,6 +1,4 @@
-"""``speclm verify``: whether a model decodes the same tokens with drafts, and by which backend."""
-
-from typing import Annotated
+"""``speclm verify``: whether a model decodes the same tokens with drafts."""
 
 import torch
 import typer
@@ -11,37 +9,25 @@ from transformers import PreTrainedModel
 
 from speclm.bench import Cell, Decoder, make_calls, measure_grid, plain_decoder, setting_options
 from speclm.bench.calls import Call
+from speclm.cli._display import progress, verdict
 from speclm.cli._models import load
-from speclm.cli._options import MaxNewTokens
-from speclm.cli._tables import verdict
+from speclm.cli._options import VerifyOptions
 from speclm.demo.bundle import load_prompts
 from speclm.model import SpecModel
 from speclm.testing import ScriptedProposer
 
 _WRONG_EVERY = 5
-"""Every so many guesses are wrong: drafts of all lengths are accepted, and none for ever."""
+"""Every fifth draft token is wrong, so that accepted lengths vary."""
 
 
-def verify(
-    base: Annotated[
-        str | None, typer.Argument(help="Folder or hub id; by default the bundled model.")
-    ] = None,
-    prompts: Annotated[int, typer.Option(min=1, help="Prompts of each setting.")] = 8,
-    max_new_tokens: MaxNewTokens = 32,
-    batch: Annotated[int, typer.Option(min=1, help="Rows of the larger calls.")] = 4,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, auto.")] = None,
-) -> None:
-    """Check a model: the self-check's verdict, and outputs next to those of regular generation.
-
-    Drafts are the true tokens with errors here and there, so that much is accepted and much is
-    not, whatever model it is.
-    """
-    console, loaded = Console(), load(base, "none", dtype=dtype)
+def verify(options: VerifyOptions) -> None:
+    """Print the self-check's verdict, and compare outputs with those of regular generation."""
+    console, loaded = Console(), load(options)
     loaded.spec.print_report(write=console.print)
     method = _scripted_decoder(loaded.base)
-    half = -(-prompts // 2)
+    half = -(-options.num_prompts // 2)
     texts = [*load_prompts("sql_tune", limit=half), *load_prompts("gsm8k_tune", limit=half)]
-    chats = texts[:prompts]
+    chats = texts[: options.num_prompts]
     has_template = loaded.tokenizer.chat_template is not None
     questions = chats if has_template else [chat[-1]["content"] for chat in chats]
     cells = [
@@ -50,20 +36,23 @@ def verify(
                 questions,
                 loaded.base,
                 loaded.tokenizer,
-                options={**setting_options(setting), "max_new_tokens": max_new_tokens},
+                options={**setting_options(setting), "max_new_tokens": options.max_new_tokens},
                 batch=size,
             ),
             {"setting": setting, "batch": size},
         )
         for setting in ("greedy", "t1.0")
-        for size in dict.fromkeys((1, batch))
+        for size in dict.fromkeys((1, options.batch))
     ]
     table = Table(box=None, pad_edge=False, header_style="bold underline")
     for name in ("setting", "batch", "tau", "identical"):
         table.add_column(name)
     is_honest = True
-    with console.status("decoding"):
-        for result in measure_grid(cells, [method], base=loaded.base, benchmark="verify"):
+    num_pairs = sum(len(cell.calls) for cell in cells)
+    with progress("decoding", total=num_pairs) as count:
+        for result in measure_grid(
+            cells, [method], base=loaded.base, benchmark="verify", on_pair=count
+        ):
             comparison, settings = result.comparison, result.cell.settings
             tau = "" if comparison.stats is None else f"{comparison.stats.tau:.2f}"
             table.add_row(settings["setting"], str(settings["batch"]), tau, verdict(comparison))
@@ -75,7 +64,7 @@ def verify(
 
 
 def _scripted_decoder(base: PreTrainedModel) -> Decoder:
-    """Return a method that drafts what regular generation says, with errors."""
+    """Return a method that drafts the tokens of regular generation, with errors."""
     spec = SpecModel(base, None, adaptive=False)
     plain = plain_decoder(base)
 
@@ -83,7 +72,7 @@ def _scripted_decoder(base: PreTrainedModel) -> Decoder:
         tokens = plain.run(call).tokens
         longest = max(map(len, tokens))
         spec.proposer = ScriptedProposer(tokens, wrong_at=range(3, longest, _WRONG_EVERY))
-        torch.manual_seed(call.seed)  # anew: the plain run has drawn
+        torch.manual_seed(call.seed)  # again: the plain run has drawn
         output = spec.generate(**call.arguments)
         assert isinstance(output, Tensor)
         return output

@@ -7,7 +7,7 @@ from jaxtyping import Int
 from torch import Tensor
 from typing_extensions import override
 
-from speclm.acceptance.accepted import Accepted
+from speclm.acceptance import Accepted
 from speclm.config import MAX_NODES, ProposerConfig, require_count, require_depth
 from speclm.drafting.interface import Draft, Prefill, Proposer
 from speclm.errors import OptionError
@@ -34,11 +34,15 @@ class CombinedConfig(ProposerConfig):
 
 
 class CombinedProposer(Proposer):
-    """Verifies what any of its parts guesses.
+    """Joins the trees of several proposers into one.
 
-    The trees of the parts are laid over each other: a token that two of them guess after the same
-    path is one node. Every part is told all tokens that were emitted, and of the path as much as
-    it drafted itself.
+    A token that two parts draft after the same path becomes one node. Every part learns all emitted
+    tokens, and the part of the accepted path that it drafted itself.
+
+    Example:
+        ```python
+        proposer = CombinedProposer([NgramProposer(), DraftModelProposer(small, target=base)])
+        ```
     """
 
     config: CombinedConfig
@@ -49,11 +53,11 @@ class CombinedProposer(Proposer):
         """Join proposers.
 
         Args:
-            parts: At least one; where nodes are left out, the first parts' are kept.
+            parts: At least one. If nodes have to be left out, those of the first parts are kept.
             num_draft_tokens: Most nodes of the joined tree.
 
         Raises:
-            OptionError: If there is no part, one is no proposer, or one comes twice.
+            OptionError: If there is no part, one is not a proposer, or one is given twice.
         """
         if not isinstance(parts, list | tuple):
             raise OptionError(f"parts is {parts!r}, expected a list of proposers; put it into one")
@@ -104,40 +108,36 @@ class CombinedProposer(Proposer):
                 joined.add(rows[row], parents[row if len(parents) > 1 else 0], self.config)
             self._joined.append(joined)
         longest = max(len(joined.tokens) for joined in self._joined)
-        guesses = [joined.tokens + [0] * (longest - len(joined.tokens)) for joined in self._joined]
-        found = torch.tensor(guesses, device=roots.device, dtype=torch.long)
+        padded = [joined.tokens + [0] * (longest - len(joined.tokens)) for joined in self._joined]
+        found = torch.tensor(padded, device=roots.device, dtype=torch.long)
         return Draft(
             tokens=torch.cat([roots[:, None], found[:, 1:]], dim=1),
             topology=from_parents([joined.parents for joined in self._joined], device=roots.device),
-            probs=None,
         )
 
     @override
     def commit(self, accepted: Accepted) -> None:
         for index, part in enumerate(self.parts):
-            told = self._own_features(part, accepted)
+            own = accepted
+            if accepted.features is not None and part.features != TargetFeatures.NONE:
+                selected = self.features.select(accepted.features, part.features)
+                own = own.with_path_features(selected)
             if self._joined:
                 paths = [
                     _own_path(path, joined.own_nodes[index])
                     for path, joined in zip(accepted.paths, self._joined, strict=True)
                 ]
-                told = told.with_paths(paths)
-            part.commit(told)
+                own = own.with_paths(paths)
+            part.commit(own)
         self._joined = []
 
     def _own_prompt(self, part: Proposer, prompt: Prefill) -> Prefill:
-        """Return the prompt with the features that a part asked for."""
+        """Return the prompt with the features that a part asks for."""
         if prompt.features is None or part.features == self.features:
             return prompt
         if part.features == TargetFeatures.NONE:
             return replace(prompt, features=None)
         return replace(prompt, features=self.features.select(prompt.features, part.features))
-
-    def _own_features(self, part: Proposer, accepted: Accepted) -> Accepted:
-        """Return decisions with the features that a part asked for; one without needs none."""
-        if accepted.features is None or part.features == TargetFeatures.NONE:
-            return accepted
-        return accepted.with_path_features(self.features.select(accepted.features, part.features))
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,9 +145,9 @@ class _JoinedRow:
     """One row of the joined tree, on the host.
 
     Args:
-        tokens: Token of each node; of no meaning at the root.
+        tokens: Token of each node; meaningless at the root.
         parents: Parent of each node.
-        own_nodes: For each part the node of its own draft at every joined node that it guessed.
+        own_nodes: For each part a map from joined nodes to the nodes of its own draft.
     """
 
     tokens: list[int]
@@ -155,38 +155,38 @@ class _JoinedRow:
     own_nodes: list[dict[int, int]]
 
     def add(self, tokens: list[int], parents: list[int], config: CombinedConfig) -> None:
-        """Lay the next part's tree over the nodes that are there."""
-        places = {
+        """Add the nodes of the next part's tree that are not in the joined tree yet."""
+        known = {
             (parent, token): node
             for node, (parent, token) in enumerate(zip(self.parents, self.tokens, strict=True))
             if node
         }
-        joined = {0: 0}  # from the part's nodes to ours
+        joined = {0: 0}  # from the part's nodes to joined nodes
         for node in range(1, len(parents)):
-            above = joined.get(parents[node]) if parents[node] != node else None
-            if above is None:
+            parent = joined.get(parents[node]) if parents[node] != node else None
+            if parent is None:
                 continue  # padding, or below a node that was left out
-            place = places.get((above, tokens[node]))
-            if place is None:
+            found = known.get((parent, tokens[node]))
+            if found is None:
                 if len(self.tokens) > config.num_draft_tokens:
                     continue
-                place = len(self.tokens)
-                places[above, tokens[node]] = place
+                found = len(self.tokens)
+                known[parent, tokens[node]] = found
                 self.tokens.append(tokens[node])
-                self.parents.append(above)
-            joined[node] = place
+                self.parents.append(parent)
+            joined[node] = found
         self.own_nodes.append({ours: own for own, ours in joined.items()})
 
 
 def _singles(part: Proposer) -> list[Proposer]:
-    """Return the proposers in a part that may itself be joined."""
+    """Return the proposers that a part consists of."""
     if isinstance(part, CombinedProposer):
         return [single for inner in part.parts for single in _singles(inner)]
     return [part]
 
 
 def _own_path(path: list[int], own_nodes: dict[int, int]) -> list[int]:
-    """Return the part of a path that a proposer drafted itself, in its own nodes."""
+    """Return the start of a path that a proposer drafted itself, in its own nodes."""
     own: list[int] = []
     for node in path:
         if node not in own_nodes:

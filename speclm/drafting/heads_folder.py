@@ -1,23 +1,52 @@
-"""Writes the files of heads so that they change together or not at all."""
+"""Folders of heads: written so that the files change together or not at all, and checked."""
 
 import json
-import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from speclm.cards import GENERATED_MARK
 from speclm.errors import CheckpointError, TopologyError, TreeBudgetError, UnknownNameError
 from speclm.files.atomic import write_file, written_together
-from speclm.tree.static import Choices, normalize_choices
+from speclm.files.hub import is_hub_id, path_exists
+from speclm.tree.static import RankPaths, normalize_paths
 
 CONFIG_NAME = "config.json"
 CARD_NAME = "README.md"
 
-_HUB_ID = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Destination:
+    """Where heads are saved.
+
+    Args:
+        folder: Created if it does not exist.
+        base: The model that they draft for.
+        repo_id: Repository on the hub that the folder is uploaded to, if any.
+    """
+
+    folder: Path
+    base: PreTrainedModel
+    repo_id: str | None = None
+
+    @property
+    def base_id(self) -> str | None:
+        """The base's name if others can find it by that name; paths are not written."""
+        return hub_id(self.base.config.name_or_path)
+
+    def card(self, text: str) -> str | None:
+        """Return the text of the card, or None to keep a card that somebody has written."""
+        path = self.folder / CARD_NAME
+        is_generated = not path.exists() or (
+            path.is_file() and GENERATED_MARK in path.read_text(encoding="utf-8", errors="replace")
+        )
+        return text if is_generated else None
 
 
 def write_heads(
@@ -29,15 +58,15 @@ def write_heads(
     card: str | None,
     check: Callable[[Path], None],
 ) -> None:
-    """Write all files aside, have them checked, then let them appear, the config last.
+    """Write all files to a temporary folder, check them, then move them, the config last.
 
     Args:
         folder: Created if it does not exist.
-        weights_name: Name of the weights.
+        weights_name: File name of the weights.
         tensors: By key; may share memory with each other.
-        config: What the config says.
+        config: Content of the config.
         card: Text of the model card; None for none.
-        check: Raises if what it reads from a folder is not what was meant.
+        check: Reads the temporary folder, and raises if it differs from what was to be written.
     """
     with written_together(folder, last=CONFIG_NAME) as aside:
         own = {
@@ -53,11 +82,10 @@ def write_heads(
 
 def hub_id(name: str | None) -> str | None:
     """Return a model's name if others can find it by that name; None for a path."""
-    is_id = name and _HUB_ID.fullmatch(name) and not Path(name).exists()
-    return name if is_id else None
+    return name if name and is_hub_id(name) and not path_exists(name) else None
 
 
-def read_choices(folder: Path, config: Mapping[str, Any]) -> Choices | None:
+def read_choices(folder: Path, config: Mapping[str, Any]) -> RankPaths | None:
     """Return the static tree that a config holds, if any.
 
     Raises:
@@ -67,7 +95,7 @@ def read_choices(folder: Path, config: Mapping[str, Any]) -> Choices | None:
     if choices is None:
         return None
     try:
-        return normalize_choices(choices)
+        return normalize_paths(choices)
     except (TopologyError, TreeBudgetError, UnknownNameError) as error:
         raise CheckpointError(
             f"{folder / 'config.json'}: speclm.choices is no tree ({error}); remove it or pass tree"
@@ -75,7 +103,7 @@ def read_choices(folder: Path, config: Mapping[str, Any]) -> Choices | None:
 
 
 def require_folder(folder: Path) -> None:
-    """Check that a place is a folder, or free.
+    """Check that a path is a folder or free.
 
     Raises:
         CheckpointError: If it is a file.

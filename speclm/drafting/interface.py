@@ -1,4 +1,4 @@
-"""What a proposer is: the abstract class, what it is told and what it returns."""
+"""What a drafting method implements: a `Proposer`, which returns a `Draft` in every round."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -9,10 +9,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from speclm.acceptance.accepted import Accepted
+from speclm.acceptance import Accepted
 from speclm.config import ProposerConfig
 from speclm.sampling.chooser import TokenChooser
-from speclm.sampling.drafts import DraftSampler, DraftSampling
+from speclm.sampling.draws import DraftSampler, DraftSampling
 from speclm.sampling.noise import PositionNoise
 from speclm.target import TargetFeatures
 from speclm.tree.plan import TreePlan
@@ -20,24 +20,42 @@ from speclm.tree.topology import TreeTopology
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Draft:
+    """Draft tokens: one tree per row.
+
+    Args:
+        tokens: Token at each node; column 0 is the root. Padding nodes may hold any valid token.
+        topology: Shape of the trees; one row if all rows of the batch share it.
+        node_probs: For each row the proposer's probability of each node's token, given the path
+            to it. Lists on the host, because only the host reads them. None if unknown.
+        distributions: Distribution that the children of each node were drawn from, before siblings
+            were removed. Rows of leaves may hold anything. None unless `Prefill.sampler` was given.
+    """
+
+    tokens: Int[Tensor, "batch nodes"]
+    topology: TreeTopology
+    node_probs: list[list[float]] | None = None
+    distributions: Float[Tensor, "batch nodes vocab"] | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Prefill:
     """What is known when a generation starts.
 
     Args:
-        tokens: Prompt without its last token, padded on the left, on the target's device; may
-            have no columns.
+        tokens: Prompt without its last token, padded on the left, on the target's device; may have
+            no columns.
         num_padding: Padding tokens at the start of each row.
-        first_tokens: Last token of the prompt; the first roots. A prompt of embeddings alone looks
-            like one of a single token.
-        temperature: Temperature at which the target samples; 0 when it decodes greedily.
-        max_new_tokens: Most tokens that any row will be given.
-        eos_token_ids: Tokens that end a row; what follows them is of no use.
-        features: Features of the target at `tokens`, for proposers that ask for them; at the last
-            of them alone where a cache that was passed in held the first.
-        sampler: What drafts have to be drawn with when the acceptance rule asks for drawn ones;
-            None when it takes any. Only proposers that declare `draft_sampling` are given one.
-        chooser: How the target turns logits into tokens, with its processors; None where nobody
-            says.
+        first_tokens: Last token of the prompt, which is the first root. A prompt that consists of
+            embeddings looks like one of a single token.
+        temperature: Temperature at which the target samples; 0 if it decodes greedily.
+        max_new_tokens: Most new tokens of any row.
+        eos_token_ids: Tokens that end a row.
+        features: Target features at `tokens`, for proposers that set `Proposer.features`. If a
+            cache was passed in, only those of the positions after it.
+        sampler: Draws the draft tokens, if the acceptance rule needs drawn ones. Only proposers
+            that set `Proposer.draft_sampling` are given one.
+        chooser: How the target turns logits into tokens; None if unknown.
     """
 
     tokens: Int[Tensor, "batch seq"]
@@ -52,32 +70,13 @@ class Prefill:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Draft:
-    """A guess: one tree of tokens per row.
-
-    Args:
-        tokens: Token at each node; column 0 is the root. Padding nodes may hold any valid token.
-        topology: Shape of the trees; one row when all rows share it.
-        probs: Probability that the proposer gave to each token, given its path; None when it has
-            none.
-        distributions: Distribution that the children of each node were drawn from, before siblings
-            were removed; rows of leaves may hold anything. None unless a sampler was given.
-    """
-
-    tokens: Int[Tensor, "batch nodes"]
-    topology: TreeTopology
-    probs: Float[Tensor, "batch nodes"] | None
-    distributions: Float[Tensor, "batch nodes vocab"] | None = None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class TargetNeeds:
-    """What a target has to be for a proposer; None where anything will do.
+    """What a proposer requires of its target; None if anything will do.
 
     Args:
-        vocab_size: Width of its logits.
+        vocab_size: Width of the target's logits.
         hidden_size: Width of its hidden states.
-        model: The very model, where the proposer computes with its weights.
+        model: The target itself, if the proposer computes with its weights.
     """
 
     vocab_size: int | None = None
@@ -86,49 +85,64 @@ class TargetNeeds:
 
 
 class Proposer(ABC):
-    """Guesses how the target will continue each row.
+    """Drafts tokens that the target then verifies.
 
-    A generation calls `begin` once and then `propose` and `commit` in turn; it leaves out
-    `propose` where no draft could be used. State is kept per row
-    and lives from one `begin` to the next. Randomness of a proposer's own comes from a generator
-    of its own: the global one belongs to the target. Under the exact rule the tokens that
-    `generate` returns do not depend on the proposer; only the speed does.
+    A generation calls `begin` once, then `propose` and `commit` in turn. It skips `propose` in
+    rounds without a draft. A proposer keeps state per row from one `begin` to the next. Under the
+    exact acceptance rule the generated tokens do not depend on the proposer, only the speed does.
+    A proposer must not draw from the global random generators, which belong to the target; it uses
+    a `torch.Generator` of its own.
 
-    A proposer that sets `features` is given them with the prompt, and at the accepted nodes with
-    every `commit`. Its first draft comes a token later than that of others, which are asked
-    before the target has read the prompt.
-
-    A proposer that sets `draft_sampling` can draw its drafts, which rejection rules need. When
-    `Prefill.sampler` is given, it draws the children of every node with it, in the order of
-    their nodes, from distributions that it returns in `Draft.distributions`. It then draws before
-    it shapes: a node may be left out for what stands above it, never for its own token or a
-    sibling's.
-
-    A proposer that sets `needs_lockstep` is given equally many tokens in all rows that run, at the
-    price that the fast wait for the slow.
+    Check a proposer with `speclm.testing.check_proposer`.
 
     Attributes:
-        features: Hidden states of the target that it is given.
-        needs_lockstep: Whether all rows have to advance together.
-        draft_sampling: How it can draw its drafts.
-        config: Its settings; `config.depth` bounds its trees.
-        needs: What the target has to be; checked when a `SpecModel` is given the proposer.
-        parts: Proposers that it asks in turn, whose needs are checked too.
-        takes_choices: Whether it fills static trees of ranks.
-        num_ranks: Guesses that it can rank below a node; None for the vocabulary it needs.
-        plan: What the loop wants the next drafts to be, set before `begin` and every `propose`;
-            None for what `config` says. Larger trees are cut by the loop.
+        config: Settings; ``config.depth`` bounds the depth of its trees.
+        features: Target hidden states that it is given with the prompt and with every `commit`.
+            Its first draft then comes one token later than that of other proposers.
+        needs: What the target has to be; checked when a `SpecModel` is built.
+        needs_lockstep: Whether all rows must be given equally many tokens, which lets fast rows
+            wait for slow ones.
+        draft_sampling: How it can draw its tokens, which acceptance by rejection needs. If
+            `Prefill.sampler` is given, draw the children of every node with it, in the order of
+            the nodes, and return the distributions in `Draft.distributions`. Whether a node exists
+            may depend on the tokens above it, not on its own token or a sibling's.
+        fills_static_trees: Whether it fills static trees of ranks, such as ``plan.paths``.
+        num_ranks: Candidates that it can rank below a node; None for ``needs.vocab_size``.
+        plan: Size of the next drafts, set by the loop before `begin` and every `propose`; None for
+            what `config` says. The loop cuts larger trees.
+        parts: Proposers that it calls itself, whose needs are checked too.
+
+    Example:
+        Draft the last token again, as a chain of two:
+
+        ```python
+        class RepeatProposer(Proposer):
+            config = ProposerConfig(depth=2)
+
+            def begin(self, prompt):
+                pass  # no state
+
+            def propose(self, roots, *, noise):
+                tokens = roots[:, None].expand(-1, 3)  # root and two draft tokens
+                return Draft(tokens, chain(2, device=roots.device))
+
+            def commit(self, accepted):
+                pass  # a stateful proposer would read accepted.emitted
+
+
+        model = SpecModel(base, RepeatProposer())
+        ```
     """
 
-    features: ClassVar[TargetFeatures] = TargetFeatures.NONE
-    draft_sampling: ClassVar[DraftSampling] = DraftSampling.NONE
-    needs_lockstep: ClassVar[bool] = False
     config: ProposerConfig = ProposerConfig()
+    features: ClassVar[TargetFeatures] = TargetFeatures.NONE
     needs: TargetNeeds = TargetNeeds()
-    parts: Sequence["Proposer"] = ()
-    takes_choices: ClassVar[bool] = False
+    needs_lockstep: ClassVar[bool] = False
+    draft_sampling: ClassVar[DraftSampling] = DraftSampling.NONE
+    fills_static_trees: ClassVar[bool] = False
     num_ranks: int | None = None
     plan: TreePlan | None = None
+    parts: Sequence["Proposer"] = ()
 
     @abstractmethod
     def begin(self, prompt: Prefill) -> None:
@@ -136,22 +150,22 @@ class Proposer(ABC):
 
     @abstractmethod
     def propose(self, roots: Int[Tensor, " batch"], *, noise: PositionNoise | None) -> Draft:
-        """Guess continuations of every row.
+        """Draft continuations of every row.
 
         Args:
             roots: Last committed token of each row.
-            noise: Noise of the positions to come when the target samples: `noise.at_depth(d)`
-                decides the child of a node of depth d. None when it decodes greedily.
+            noise: Noise of the next positions if the target samples: ``noise.at_depth(d)`` decides
+                the child of a node of depth d. None if the target decodes greedily.
 
         Returns:
-            A draft on the device of `roots`. A draft of the root alone is allowed: the round is
-            then one step of regular generation.
+            A draft on the device of `roots`. If it is only the root, the round is one step of
+            regular generation.
         """
 
     @abstractmethod
     def commit(self, accepted: Accepted) -> None:
-        """Take note of the tokens that every row was given in this round.
+        """Take note of the tokens that every row emitted in this round.
 
-        ``accepted.emitted[b]`` lists them on the host. It is empty in a row that is finished or
-        waits for slower rows, and such a row keeps its root.
+        ``accepted.emitted[b]`` lists them on the host. The list is empty in a row that has ended or
+        waits for slower rows; such a row keeps its root.
         """

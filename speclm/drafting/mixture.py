@@ -1,4 +1,4 @@
-"""The distribution that ranks candidates under sampling, and the estimate of its numbers."""
+"""The distribution that ranks candidates under sampling, and the estimate of its parameters."""
 
 import math
 from collections import OrderedDict
@@ -13,35 +13,35 @@ from speclm.config import require_in_range
 from speclm.errors import OptionError
 
 NUM_LEVELS = 4
-"""Depths with numbers of their own; what is deeper shares the last ones."""
+"""Depths with parameters of their own; deeper ones share the last."""
 
 ROUNDS_PER_UPDATE = 32
-"""Observed rounds after which the numbers are set anew, with a sync."""
+"""Observed rounds after which the parameters are updated, with a sync."""
 
 THINNING = 4
-"""Of so many rounds one is observed, once there were many: numbers change slowly."""
+"""After many rounds only one in so many is observed: parameters change slowly."""
 
 _EARLY_ROUNDS = 256
 
 _WEIGHT_BOUNDS = (0.02, 0.98)
 _EXPONENT_BOUNDS = (0.25, 4.0)
 _PRIOR_DEVIATIONS = (1.5, 0.3, 0.3, 0.3)  # of the first depth from the start values
-_LEVEL_DEVIATIONS = (0.75, 0.15, 0.15, 0.15)  # of each further depth from the one above it
+_LEVEL_DEVIATIONS = (0.75, 0.15, 0.15, 0.15)  # of each further depth from the one before
 _MEMORY = 3000.0  # observations after which one counts for a third
-_MAX_STEP = 0.5  # of one update; its linear model holds no further
+_MAX_STEP = 0.5  # of one update; its linear model is valid no further
 _MAX_SETTINGS = 8
-_MAX_PENDING = 1 << 16  # numbers of a kind that wait to be looked at: 16 rows of 4096 tokens
-_LEAST_LOG_PROB = -20.0  # rarer tokens count as this rare: one surprise shall not decide
+_MAX_PENDING = 1 << 16  # log-probabilities that wait to be summed: 16 rows of 4096 tokens
+_LEAST_LOG_PROB = -20.0  # rarer tokens count as this rare, so that none outweighs all others
 _MAX_GRADIENT = 8.0
 
 
 @dataclass(frozen=True, slots=True)
 class Mixture:
-    """Numbers of the distribution ``w softmax(a log q - b log E) + (1 - w) softmax(a0 log q)``.
+    """Parameters of the distribution ``w softmax(a log q - b log E) + (1 - w) softmax(a0 log q)``.
 
-    The first part is where the draft's distribution q resembles the target's, which takes the token
-    with the largest ``target_probs / E``; the second where the target takes its token whatever the
-    noise E is.
+    The target takes the token with the largest ``target_probs / E``, where E is the noise. The
+    first part predicts it where the draft's distribution q resembles the target's, the second
+    where the target is so certain that the noise does not matter.
 
     Args:
         weight: Share w of the part that knows the noise.
@@ -72,8 +72,8 @@ def require_mixture(mixture: object) -> None:
     """
     if mixture is not None and not isinstance(mixture, Mixture):
         raise OptionError(
-            f"mixture is {mixture!r}, a {type(mixture).__name__}, expected a Mixture to rank by "
-            "fixed numbers, or None to estimate them; import Mixture from speclm.proposers"
+            f"mixture is {mixture!r}, a {type(mixture).__name__}, expected a Mixture of "
+            "fixed parameters, or None to estimate them; it is in speclm.drafting.mixture"
         )
 
 
@@ -81,29 +81,26 @@ def mixture_scores(
     log_probs: Float[Tensor, "rows vocab"],
     noise: Float[Tensor, "rows vocab"],
     tokens: Int[Tensor, " rows"],
-    numbers: Float[Tensor, "rows 4"],
+    parameters: Float[Tensor, "rows 4"],
 ) -> tuple[Float[Tensor, "rows 4"], Float[Tensor, "rows 4 4"]]:
-    """Return the gradient of each chosen token's log-likelihood, and the expected information.
+    """Return the gradient of each chosen token's log-likelihood, and the Fisher information.
 
-    They are with respect to the logit of the weight and the logarithms of the exponents, in the
-    order of the fields of `Mixture`. The information is what the gradient's outer product would
-    be on average, were the mixture true.
+    Both are with respect to the logit of the weight and the logarithms of the exponents, in the
+    order of the fields of `Mixture`.
 
     Args:
-        log_probs: The draft's distribution at the target's temperature; what is rarer than exp(-20)
-            counts as that rare.
+        log_probs: The draft's distribution at the target's temperature, clamped from below.
         noise: Noise of the positions.
-        tokens: What the target chose.
-        numbers: Numbers of each row's mixture.
+        tokens: Tokens that the target chose.
+        parameters: The mixture of each row.
     """
-    weight, a, b, plain_exponent = numbers[:, :, None].unbind(1)  # [rows, 1] each
+    weight, a, b, plain_exponent = parameters[:, :, None].unbind(1)  # [rows, 1] each
     log_q, log_noise = log_probs.clamp(min=_LEAST_LOG_PROB), noise.log()
     coupled = (a * log_q - b * log_noise).softmax(-1)
     plain = (plain_exponent * log_q).softmax(-1)
     distribution = torch.lerp(plain, coupled, weight).clamp(min=torch.finfo(torch.float32).tiny)
-    share = (
-        weight * coupled / distribution
-    )  # probability that the noise decided, were this token chosen
+    # Posterior probability of the first part if this token were chosen.
+    share = weight * coupled / distribution
     from_coupled = a * (log_q - _row_sums(coupled * log_q))
     from_noise = b * (_row_sums(coupled * log_noise) - log_noise)
     from_plain = plain_exponent * (log_q - _row_sums(plain * log_q))
@@ -120,41 +117,41 @@ def _row_sums(values: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows 1"]:
 
 
 class MixtureEstimator:
-    """Learns from what the target chose which numbers make its choices likeliest.
+    """Estimates the mixture under which the tokens that the target chose are most likely.
 
-    Maximum a posteriori with a prior around the start values; the numbers of a depth lean on
-    those of the depth above. Every observation adds its gradient and its expected information to
-    a quadratic model of the log-likelihood, and older ones fade. Settings are told apart by a
-    key, and each has numbers of its own, which live as long as the estimator. Nothing is random.
+    It is a maximum a posteriori estimate. The prior of the first depth is around the start values,
+    and that of each further depth around the depth before it. Observations add their gradient and
+    information to a quadratic model of the log-likelihood; older ones fade. Every setting (a key)
+    has parameters of its own. Nothing is random.
 
-    Observations are summed up on their device, which is read once in `ROUNDS_PER_UPDATE` rounds.
+    Observations are summed on their device, which is read once in `ROUNDS_PER_UPDATE` rounds.
     After the first rounds only every `THINNING`-th is observed.
     """
 
     def __init__(self, *, start: Mixture | None = None, is_fixed: bool = False) -> None:
-        """Start at given numbers.
+        """Start at a mixture.
 
         Args:
-            start: Numbers before anything was observed; None for the default ones.
-            is_fixed: Whether they stay, whatever is observed.
+            start: Parameters before anything is observed; None for the default ones.
+            is_fixed: Whether to keep them.
         """
         self.start = Mixture() if start is None else start
         self.is_fixed = is_fixed
-        self._states: OrderedDict[Hashable, _State] = OrderedDict()
-        self._state = _State.at(self.start)
+        self._states: OrderedDict[Hashable, _Estimate] = OrderedDict()
+        self._state = _Estimate.at(self.start)
 
     def begin(self, setting: Hashable) -> None:
-        """Go on with the numbers of a setting; the least recent of many settings is forgotten."""
+        """Switch to the parameters of a setting; the least recent of many settings is dropped."""
         self._state.sum_up()
         if setting not in self._states:
-            self._states[setting] = _State.at(self.start)
+            self._states[setting] = _Estimate.at(self.start)
         self._states.move_to_end(setting)
         self._state = self._states[setting]
         while len(self._states) > _MAX_SETTINGS:
             self._states.popitem(last=False)
 
     def at(self, depth: int) -> Mixture:
-        """Return the numbers for children of nodes of that depth."""
+        """Return the mixture for children of nodes at `depth`."""
         return self._state.mixtures[min(depth, NUM_LEVELS - 1)]
 
     def wants_round(self) -> bool:
@@ -172,21 +169,21 @@ class MixtureEstimator:
         *,
         depth: int,
     ) -> None:
-        """Take note of what the target chose after nodes of one depth.
+        """Take note of the tokens that the target chose after nodes of one depth.
 
         Args:
-            log_probs: The draft's distribution after each node, by which its children were ranked.
+            log_probs: The draft's distribution after each node.
             noise: Noise of the positions that were decided.
-            tokens: What the target chose; -1 where the draft's vocabulary does not have it.
+            tokens: Tokens that the target chose; -1 if the draft's vocabulary does not have them.
             depth: Depth of the nodes.
         """
         level = min(depth, NUM_LEVELS - 1)
-        self._state.pending.append(_Rows(log_probs, noise, tokens, level))
+        self._state.pending.append(_Observations(log_probs, noise, tokens, level))
         if sum(rows.log_probs.numel() for rows in self._state.pending) >= _MAX_PENDING:
             self._state.sum_up()
 
     def end_round(self) -> None:
-        """End a round that was observed, and set the numbers anew if it is time: with a sync."""
+        """End an observed round; update the parameters, with a sync, if it is time."""
         state = self._state
         state.num_observed += 1
         if state.num_observed % ROUNDS_PER_UPDATE == 0:
@@ -195,8 +192,8 @@ class MixtureEstimator:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Rows:
-    """Observations that wait to be looked at."""
+class _Observations:
+    """Observations that are not summed yet."""
 
     log_probs: Float[Tensor, "rows vocab"]
     noise: Float[Tensor, "rows vocab"]
@@ -205,34 +202,33 @@ class _Rows:
 
 
 @dataclass(slots=True, eq=False)
-class _State:
-    """What is known about one setting: for each level a quadratic model of the log-likelihood.
+class _Estimate:
+    """Estimate for one setting: for each level a quadratic model of the log-likelihood.
 
     Args:
-        mixtures: The numbers in use.
-        curvature: Its matrix.
-        pull: Curvature times the place of its maximum.
-        pending: What was observed with these numbers and is not in the sums.
-        sums: Of gradients, of information and of observations, with these numbers.
+        mixtures: Parameters in use.
+        curvature: Matrix of the model.
+        pull: Curvature times the location of the maximum.
+        pending: Observations that are not in the sums yet.
+        sums: Sums of gradients, information and counts, at the parameters in use.
         num_rounds: Rounds so far.
-        num_observed: Those of them that were observed.
+        num_observed: Rounds that were observed.
     """
 
     mixtures: list[Mixture]
     curvature: Float[Tensor, "levels 4 4"]
     pull: Float[Tensor, "levels 4"]
-    pending: list[_Rows] = field(default_factory=list)
+    pending: list[_Observations] = field(default_factory=list)
     sums: Float[Tensor, "levels 21"] | None = None
     num_rounds: int = 0
     num_observed: int = 0
 
     @classmethod
-    def at(cls, mixture: Mixture) -> "_State":
-        double = torch.float64
+    def at(cls, mixture: Mixture) -> "_Estimate":
         return cls(
             [mixture] * NUM_LEVELS,
-            torch.zeros(NUM_LEVELS, 4, 4, dtype=double, device="cpu"),
-            torch.zeros(NUM_LEVELS, 4, dtype=double, device="cpu"),
+            curvature=torch.zeros(NUM_LEVELS, 4, 4, dtype=torch.float64, device="cpu"),
+            pull=torch.zeros(NUM_LEVELS, 4, dtype=torch.float64, device="cpu"),
         )
 
     def sum_up(self) -> None:
@@ -245,23 +241,23 @@ class _State:
         level_of_rows = [rows.level for rows in self.pending for _ in range(len(rows.tokens))]
         levels = torch.tensor(level_of_rows, device=device, dtype=torch.long)
         self.pending = []
-        numbers = torch.tensor(
+        parameters = torch.tensor(
             [astuple(mixture) for mixture in self.mixtures], device=device, dtype=torch.float32
         )
         gradients, information = mixture_scores(
-            log_probs, noise, tokens.clamp(min=0), numbers[levels]
+            log_probs, noise, tokens.clamp(min=0), parameters[levels]
         )
-        # A token that the draft does not have, or cut off, tells nothing about the others.
+        # A token that the draft does not have, or has cut, says nothing about the others.
         chosen = log_probs.gather(1, tokens.clamp(min=0)[:, None])
         found = torch.cat([gradients, information.flatten(1), torch.ones_like(chosen)], dim=1)
-        # Nor does a distribution that overflowed, whose sums would be no numbers for good.
+        # Nor does a distribution that overflowed; it would leave NaN in the sums.
         is_known = (tokens >= 0)[:, None] & ~chosen.isinf() & found.isfinite().all(1, keepdim=True)
         if self.sums is None:
             self.sums = torch.zeros(NUM_LEVELS, found.shape[1], device=device, dtype=torch.float32)
         self.sums = self.sums.to(device).index_add(0, levels, found.where(is_known, 0.0))
 
     def learn(self, start: Mixture) -> None:
-        """Take over the sums and move to the maximum; syncs with the device."""
+        """Add the sums to the model and move to its maximum; syncs with the device."""
         if self.sums is None:
             return
         sums, self.sums = self.sums.double().cpu(), None
@@ -282,7 +278,7 @@ class _State:
 
 
 def _to_free(mixture: Mixture) -> Float[Tensor, " 4"]:
-    """Return logit of the weight and logarithms of the exponents, in their bounds."""
+    """Return the logit of the weight and the logarithms of the exponents, within their bounds."""
     weight, *exponents = astuple(mixture)
     low, high = _WEIGHT_BOUNDS
     weight = min(max(weight, low), high)

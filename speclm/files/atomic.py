@@ -1,4 +1,4 @@
-"""Reads JSON of whatever content, and writes files that are there whole or not at all."""
+"""Read JSON safely, and write files that appear whole or not at all."""
 
 import json
 import os
@@ -10,18 +10,38 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
+CACHE_VARIABLE = "SPECLM_CACHE"
+"""Environment variable that names the cache folder; if it is empty, nothing is cached."""
+
 MAX_LEVELS = 100
-"""Deepest nesting of JSON that is read: what goes over it afterwards may recurse."""
+"""Maximum nesting of JSON: code that traverses it may recurse."""
+
+
+def cache_folder() -> Path | None:
+    """Return the folder of everything that speclm caches; None if nothing is to be cached.
+
+    It is ``$SPECLM_CACHE``, else ``$XDG_CACHE_HOME/speclm``, else ``~/.cache/speclm``.
+    """
+    chosen = os.environ.get(CACHE_VARIABLE)
+    if chosen is not None:
+        return Path(chosen).expanduser().absolute() if chosen.strip() else None
+    shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if shared.is_absolute():  # its specification ignores relative paths
+        return shared / "speclm"
+    try:
+        return Path.home() / ".cache" / "speclm"
+    except RuntimeError:  # a user without a home
+        return None
 
 
 def load_json(text: str) -> Any:
-    """Return what a JSON text says.
+    """Return the value of a JSON text.
 
-    NaN and infinite numbers are taken, as Python writes them: check numbers where they are used.
+    NaN and infinite numbers are accepted, as Python writes them: check numbers where they are used.
 
     Raises:
         ValueError: If it is no JSON, is nested deeper than `MAX_LEVELS`, or has numbers or
-            characters that Python cannot handle. Nothing else is raised, whatever the text is.
+            characters that Python cannot handle. No other error is raised.
     """
     try:
         found = json.loads(text)
@@ -34,7 +54,7 @@ def load_json(text: str) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """Return what a JSON file says.
+    """Return the value of a JSON file.
 
     Raises:
         OSError: If the file cannot be read.
@@ -44,10 +64,10 @@ def read_json(path: Path) -> Any:
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Write a file that readers see whole or not at all, even after a power failure.
+    """Write a file that appears whole or not at all, even after a power failure.
 
-    A new file gets ordinary permissions, one that is replaced keeps its own. What a link points
-    to is replaced.
+    A new file gets ordinary permissions, a replaced one keeps its own. The target of a link is
+    replaced.
 
     Raises:
         OSError: If it cannot be written, or its folder does not exist; an old file stays.
@@ -73,18 +93,18 @@ def write_json(path: Path, record: Any) -> None:
 
     Raises:
         OSError: If it cannot be written.
-        TypeError: If `record` is not made of what JSON has.
+        TypeError: If `record` has types that JSON lacks.
     """
     write_file(path, json.dumps(record, indent=1) + "\n")
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append a line as `write_file` does: the file holds all old lines, with the new one or not.
+    """Append a line as `write_file` does: the file always holds all old lines.
 
     Two processes must not append to one file at the same time.
 
     Raises:
-        OSError: If it cannot be written; the file is then as it was.
+        OSError: If it cannot be written; the file is then unchanged.
     """
     before = path.read_bytes() if path.is_file() else b""
     if before and not before.endswith(b"\n"):
@@ -94,17 +114,17 @@ def append_line(path: Path, line: str) -> None:
 
 @contextmanager
 def written_together(folder: Path, *, last: str) -> Iterator[Path]:
-    """Give a folder to write files into, which appear in `folder` when the block ends.
+    """Yield a temporary folder, whose files move to `folder` when the block ends.
 
-    A new folder appears with all of them. In one that exists they replace files of the same names
+    A new folder appears with all of them. In an existing one they replace files of the same names
     one after the other; other files stay. Permissions are as in `write_file`.
 
     Args:
-        folder: Where the files will be; made if it does not exist.
+        folder: Destination; created if it does not exist.
         last: Name of the file that is replaced after all others.
 
     Raises:
-        OSError: If a file cannot be written. Nothing is changed then, nor when the block raises.
+        OSError: If a file cannot be written. Nothing is changed then, nor if the block raises.
     """
     folder = folder.resolve()
     is_new = not folder.exists()

@@ -67,9 +67,19 @@ def read_json_lines(path: str | Path) -> list[JsonLine]:
         content = Path(path).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
         raise DataError(f"{path} cannot be read ({error}); name a file of JSON lines") from error
+    return split_json_lines(content, name=str(path))
+
+
+def split_json_lines(content: bytes, *, name: str) -> list[JsonLine]:
+    """Return the lines of a content that are not blank, as `read_json_lines` does.
+
+    Args:
+        content: Bytes of a file or of standard input.
+        name: Of the file, for messages.
+    """
     lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     return [
-        JsonLine(line.removesuffix(b"\r"), f"{path}:{number}")
+        JsonLine(line.removesuffix(b"\r"), f"{name}:{number}")
         for number, line in enumerate(lines, 1)
         if line.strip()
     ]

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from speclm.errors import CheckpointError, SpeclmError, reason_of, shown
+from speclm.errors import CheckpointError, OptionError, SpeclmError, reason_of, shown
 from speclm.files import atomic as files
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -89,13 +89,37 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def weight_files(folder: Path) -> Iterator[WeightFiles]:
+def read_text(path: Path) -> str:
+    """Return the text of a file as far as it is text; nothing if there is no such file."""
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def floating_dtype(dtype: object) -> torch.dtype:
+    """Return the floating dtype of heads that an option or its name stands for.
+
+    Raises:
+        OptionError: If it is none.
+    """
+    found = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise OptionError(f"dtype of the heads is {found!r}, expected one such as torch.bfloat16")
+    return found
+
+
+def weight_files(folder: Path, *, first: str = "model.safetensors") -> Iterator[WeightFiles]:
     """Yield the state dicts of a folder: safetensors, shards, then, if there are none, pickles.
 
-    Files named as heads come first, then a model's own, whatever else lies there. Indices of other
-    things than weights are left out. Of pickles a model's own comes alone: those next to it may be
-    anything.
+    Indices of anything but weights are left out. If there is a model's own pickle, it is the only
+    one: those next to it may be anything.
+
+    Args:
+        folder: Where they are.
+        first: Names that start so come first, then a model's own file.
     """
+
+    def order(file: Path) -> tuple[bool, bool, str]:
+        return not file.name.startswith(first), file.name != "model.safetensors", file.name
+
     sharded: set[Path] = set()
     found_any = False
     indexed: list[WeightFiles] = []
@@ -105,7 +129,7 @@ def weight_files(folder: Path) -> Iterator[WeightFiles]:
             continue
         sharded |= set(files.values())
         indexed.append(WeightFiles(index, files))
-    for file in sorted(folder.glob("*.safetensors"), key=_heads_first):
+    for file in sorted(folder.glob("*.safetensors"), key=order):
         if file not in sharded:
             found_any = True
             yield WeightFiles(file, dict.fromkeys(_safetensors_keys(file), file))
@@ -115,12 +139,8 @@ def weight_files(folder: Path) -> Iterator[WeightFiles]:
     models = sorted(folder.glob("pytorch_model*.bin"))
     if models and models[0].name != "pytorch_model.bin":
         return  # shards without an index
-    for file in models[:1] or sorted(folder.glob("*.pt"), key=_heads_first):
+    for file in models[:1] or sorted(folder.glob("*.pt"), key=order):
         yield WeightFiles(file, dict.fromkeys(_load_pickle(file), file))
-
-
-def _heads_first(file: Path) -> tuple[bool, bool, str]:
-    return not file.name.startswith("medusa"), file.name != "model.safetensors", file.name
 
 
 def _indexed_files(index: Path) -> dict[str, Path] | None:

@@ -28,7 +28,7 @@ from speclm.generation.settings import (
 )
 from speclm.generation.stop_strings import StopStrings
 from speclm.sampling.chooser import TokenChooser, first_text_dependent
-from speclm.sampling.generators import generator_obstacle
+from speclm.sampling.noise import generator_obstacle
 from speclm.target import TargetView, images_obstacle
 
 KNOWN_INPUTS = frozenset(

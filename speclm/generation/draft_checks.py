@@ -14,14 +14,14 @@ from speclm.config import MAX_DEPTH, MAX_NODES
 from speclm.drafting.interface import Draft, Proposer
 from speclm.errors import DraftError, OptionError, TreeBudgetError
 from speclm.forking import temporary
-from speclm.sampling.drafts import DraftSampling
+from speclm.sampling.draws import DraftSampling
 from speclm.tree.plan import TreePlan
 from speclm.tree.topology import chain, from_parents, path_products
 
 
 def roots_alone(roots: Int[Tensor, " batch"]) -> Draft:
     """Return the draft that makes a round a step of regular generation."""
-    return Draft(tokens=roots[:, None], topology=chain(0, device=roots.device), probs=None)
+    return Draft(tokens=roots[:, None], topology=chain(0, device=roots.device))
 
 
 def with_padding(
@@ -95,9 +95,8 @@ def cut_to_plan(draft: Draft, plan: TreePlan | None) -> tuple[Draft, list[list[i
     ):
         return draft, None
     all_parents, all_depths = topology.host_parents, topology.host_node_depths
-    is_ranked = draft.probs is not None and draft.distributions is None
-    probs = draft.probs.tolist() if draft.probs is not None and is_ranked else None
-    num_rows = len(draft.tokens) if is_ranked else len(all_parents)
+    probs = draft.node_probs if draft.distributions is None else None
+    num_rows = len(all_parents) if probs is None else len(draft.tokens)
     kept, rows = [], []
     for row in range(num_rows):
         shape = row if len(all_parents) > 1 else 0
@@ -122,6 +121,13 @@ def _at_nodes(draft: Draft, nodes: list[list[int]], parents: list[list[int]]) ->
         parents: Their parents, counted in the new draft.
     """
     length, device = max(map(len, nodes)), draft.tokens.device
+    node_probs = draft.node_probs
+    if node_probs is not None:
+        kept = nodes * (len(node_probs) if len(nodes) == 1 else 1)
+        node_probs = [
+            [row[node] for node in own] + [0.0] * (length - len(own))
+            for row, own in zip(node_probs, kept, strict=True)
+        ]
     # A node that is its own parent is padding: what stands there is fed and never followed.
     rows = [[*row, *range(len(row), length)] for row in parents]
     indices = torch.tensor(
@@ -136,7 +142,7 @@ def _at_nodes(draft: Draft, nodes: list[list[int]], parents: list[list[int]]) ->
     return Draft(
         tokens=draft.tokens.gather(1, indices),
         topology=from_parents(rows, device=device),
-        probs=None if draft.probs is None else draft.probs.gather(1, indices),
+        node_probs=node_probs,
         distributions=distributions,
     )
 

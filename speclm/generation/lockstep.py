@@ -14,7 +14,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from speclm.acceptance.accepted import Accepted
+from speclm.acceptance import Accepted
 from speclm.drafting.interface import Draft
 from speclm.errors import NumericalError, OptionError
 from speclm.generation.callbacks import FollowsRounds

@@ -14,8 +14,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from speclm.acceptance.exact import ExactRule
 from speclm.acceptance.interface import AcceptanceRule
-from speclm.adaptive.pausing import PauseMemory, Pausing
-from speclm.adaptive.tuner import TreeMemory, TreeTuner, describe_tree
+from speclm.adaptive.memory import Memory
+from speclm.adaptive.pausing import Pausing
+from speclm.adaptive.tuner import TreeTuner, describe_tree
 from speclm.drafting.interface import Proposer
 from speclm.generation.callbacks import Listener
 from speclm.generation.delegation import (
@@ -35,9 +36,9 @@ from speclm.generation.opening import meets_switch, open_session
 from speclm.generation.run import Run
 from speclm.generation.sequences import Rows
 from speclm.sampling.chooser import TokenChooser, first_text_dependent
-from speclm.sampling.drafts import DraftSampling
+from speclm.sampling.draws import DraftSampling
 from speclm.self_check.fingerprint import fingerprint
-from speclm.self_check.verdict import Backend
+from speclm.self_check.verdict import Verification
 from speclm.stats import SpeculationStats
 from speclm.target import TargetView
 from speclm.tree.plan import TreePlan
@@ -74,10 +75,10 @@ def generate_tokens(  # noqa: PLR0913 - the signature is Transformers'
     rule: AcceptanceRule | None = None,
     streamer: BaseStreamer | None = None,
     extends_cache: bool = False,
-    pauses: PauseMemory | None = None,
+    pauses: Memory | None = None,
     tree: TreePlan | None = None,
-    trees: TreeMemory | None = None,
-    backend: Backend = Backend.TREES,
+    trees: Memory | None = None,
+    backend: Verification = Verification.TREES,
     isolates: bool = False,
     on_decoded: Callable[[], object] | None = None,
     **model_inputs: Any,

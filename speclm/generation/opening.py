@@ -9,10 +9,10 @@ from transformers.cache_utils import Cache, DynamicCache
 from speclm.cache import import_cache
 from speclm.errors import UnsupportedModelError
 from speclm.generation.delegation import NeedsRegularGeneration, num_slots, require_importable
-from speclm.self_check.verdict import Backend
+from speclm.self_check.verdict import Verification
 from speclm.target import Session, TargetView, position_shift
 from speclm.target.chain_session import ChainSession
-from speclm.target.tree_session import TreeSession
+from speclm.target.session import TreeSession
 
 
 def meets_switch(
@@ -39,7 +39,7 @@ def meets_switch(
 
 def open_session(
     target: TargetView,
-    backend: Backend,
+    backend: Verification,
     inputs: dict[str, Any],
     images: dict[str, Any],
     num_padding: Int[Tensor, " batch"],
@@ -57,7 +57,7 @@ def open_session(
     shift = position_shift(inputs.get("position_ids"), num_padding, num_tokens=num_tokens)
     if shift is not None and target.rotary_switch is not None:
         raise NeedsRegularGeneration("rope scaling by length, and positions that images shift")
-    if backend is Backend.CHAINS:
+    if backend is Verification.CHAINS:
         inputs = {
             name: value
             for name, value in inputs.items()

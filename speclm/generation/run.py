@@ -12,10 +12,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.cache_utils import DynamicCache
 
-from speclm.acceptance.accepted import Accepted
+from speclm.acceptance import Accepted
 from speclm.acceptance.interface import AcceptanceRule, Verified
+from speclm.adaptive.memory import forward_timings
 from speclm.adaptive.pausing import Pausing
-from speclm.adaptive.timings import forward_timings
 from speclm.adaptive.tuner import TreeTuner
 from speclm.config import MAX_MERGED_PROMPT
 from speclm.drafting.interface import Draft, Prefill, Proposer
@@ -32,8 +32,7 @@ from speclm.generation.draft_checks import (
 from speclm.generation.lockstep import Lockstep, nan_logits
 from speclm.generation.sequences import Rows
 from speclm.sampling.chooser import TokenChooser
-from speclm.sampling.drafts import DraftSampler, DraftSampling
-from speclm.sampling.draws import Draws, seeded_draws
+from speclm.sampling.draws import DraftSampler, DraftSampling, Draws, seeded_draws
 from speclm.sampling.noise import PositionNoise, undisturbed
 from speclm.self_check.fingerprint import Fingerprint
 from speclm.stats import RowStats, SpeculationStats
@@ -323,14 +322,14 @@ class Run:
     def _accept(self, draft: Draft, logits: Float[Tensor, "batch nodes vocab"]) -> Accepted:
         accepted = self.rule.accept(
             Verified(
-                tokens=draft.tokens,
+                draft_tokens=draft.tokens,
                 topology=draft.topology,
                 logits=logits,
                 chooser=self.chooser,
                 is_live=self.rows.is_live,
                 noise=self.noise,
                 draws=self.draws,
-                distributions=draft.distributions,
+                draft_distributions=draft.distributions,
                 lengths=[self.num_prompt_tokens + new for new in self.rows.num_tokens],
             )
         )

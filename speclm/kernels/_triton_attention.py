@@ -1,14 +1,14 @@
-"""Tree attention in Triton: keys split over programs, and the merge of what these found.
+"""Tree attention in Triton: the keys are split over programs, whose results are then merged.
 
-A program takes a tile of rows and a run of tiles of keys. A row is a node with one of the query
-heads that share the key head, so that keys are read once for all of them. Tiles count from the
-first slot of the prefix, then come those of the tree. What all rows of a program see in full goes
-through a loop without masks; the other tiles (the edge of a window, the end of the prefix, the
-tree) go through one with masks after it.
+A program computes a tile of rows over a range of key tiles. A row is a node with one of the query
+heads that share a key head, so each key is read once for all of these heads. Key tiles are counted
+from the first slot of the prefix; those of the tree come last. Tiles that all rows of a program see
+in full go through a loop without masks. The other tiles (the edge of a window, the end of the
+prefix, the tree) go through a second loop with masks.
 
 Products and sums that decide a result are written as fused multiply-adds, and the compiler may not
-fuse others, so that both loops round alike: a row's result does not depend on which of them a tile
-goes through.
+fuse others. Both loops then round alike: a row's result does not depend on which loop a tile goes
+through.
 """
 
 import torch
@@ -42,27 +42,11 @@ def _load(pointers, is_key, FIRST: tl.constexpr, WIDTH: tl.constexpr, IS_MASKED:
 
 
 @triton.jit
-def _pages(table_ptr, slots, is_key, PAGE: tl.constexpr, IS_MASKED: tl.constexpr):
-    """Page of each slot: [BLOCK_KEYS]; in a contiguous cache nothing that is looked at."""
-    if PAGE == 0:
-        return slots
-    if IS_MASKED:
-        return tl.load(table_ptr + slots // PAGE, mask=is_key, other=0)
-    return tl.load(table_ptr + slots // PAGE)
-
-
-@triton.jit
-def _slots_at(
-    base, pages, slot, columns, stride_page, stride_slot,
-    PAGE: tl.constexpr, IS_MASKED: tl.constexpr,
-):  # fmt: skip
-    """Address of each of the slots that begin at `slot`: [BLOCK_KEYS]."""
-    if PAGE == 0:
-        if IS_MASKED:  # needs fewer registers, of which masks leave few
-            return base + (slot + columns).to(tl.int64) * stride_slot
-        return base + slot.to(tl.int64) * stride_slot + columns.to(tl.int64) * stride_slot
-    offset = (slot + columns) % PAGE
-    return base + pages.to(tl.int64) * stride_page + offset.to(tl.int64) * stride_slot
+def _slots_at(base, slot, columns, stride_slot, IS_MASKED: tl.constexpr):
+    """Address of each slot from `slot` on: [BLOCK_KEYS]."""
+    if IS_MASKED:  # needs fewer registers, of which masks leave few
+        return base + (slot + columns).to(tl.int64) * stride_slot
+    return base + slot.to(tl.int64) * stride_slot + columns.to(tl.int64) * stride_slot
 
 
 @triton.jit
@@ -104,36 +88,36 @@ def _weigh(scores, unit, maximum, total, IS_MASKED: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=[
-        "num_nodes", "num_slots", "num_splits", "window", "table_row", "words_row", "depths_row",
+        "num_nodes", "num_slots", "num_splits", "window", "words_row", "depths_row",
     ],
     do_not_specialize_on_alignment=[
-        "table_ptr", "lengths_ptr", "starts_ptr", "begins_ptr", "words_ptr", "depths_ptr",
+        "lengths_ptr", "starts_ptr", "begins_ptr", "words_ptr", "depths_ptr",
         "sinks_ptr", "lse_ptr",
     ],
 )  # fmt: skip
 def split_kernel(  # noqa: C901, PLR0912 - constants decide most branches
-    query_ptr, key_ptr, value_ptr, table_ptr, lengths_ptr, starts_ptr, begins_ptr, words_ptr,
+    query_ptr, key_ptr, value_ptr, lengths_ptr, starts_ptr, begins_ptr, words_ptr,
     depths_ptr, sinks_ptr, output_ptr, lse_ptr,
     unit, cap_scale, num_nodes, num_slots, num_splits, window,
     query_row, query_head, query_node, key_row, key_head, key_slot, value_row, value_head,
-    value_slot, table_row, words_row, depths_row,
+    value_slot, words_row, depths_row,
     KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, DIM: tl.constexpr, REST: tl.constexpr,
-    PAGE: tl.constexpr, HAS_STARTS: tl.constexpr, HAS_BEGINS: tl.constexpr,
+    HAS_STARTS: tl.constexpr, HAS_BEGINS: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_CAP: tl.constexpr, HAS_SINKS: tl.constexpr,
     IS_SPLIT: tl.constexpr, FIXED_TILES: tl.constexpr, MIN_TILES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_KEYS: tl.constexpr, STAGES: tl.constexpr,
     EDGE_STAGES: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Attend to one run of tiles; DIM and REST are the two powers of two that make a head.
+    """Attend to one range of key tiles; DIM and REST are powers of two that add up to head_dim.
 
-    Writes the mean of the values and the logarithm (to base 2) of the denominator, or, where the
-    keys are not split, the output itself.
+    Writes the mean of the values and the logarithm (to base 2) of the denominator or, if the keys
+    are not split, the output itself.
     """
     split = tl.program_id(1)
     batch, kv_head = tl.program_id(2) // KV_HEADS, tl.program_id(2) % KV_HEADS
     length = tl.load(lengths_ptr + batch).to(tl.int32)
     start = tl.load(starts_ptr + batch).to(tl.int32) if HAS_STARTS else 0
-    if HAS_STARTS:  # numbers that nobody has checked hide no tile of the tree
+    if HAS_STARTS:  # unchecked numbers hide no tile of the tree
         start = tl.minimum(start, length)
     begin = tl.load(begins_ptr + batch).to(tl.int32) if HAS_BEGINS else length
 
@@ -148,11 +132,11 @@ def split_kernel(  # noqa: C901, PLR0912 - constants decide most branches
     past = num_prefix + tl.cdiv(num_slots, BLOCK_KEYS)
     first, open_tile = 0, 0
     if HAS_WINDOW:
-        unseen = length - start - window + 1  # slots that the root does not see any more
+        unseen = length - start - window + 1  # slots that the root no longer sees
         first = tl.minimum(tl.maximum(unseen + tl.min(depth), 0) // BLOCK_KEYS, num_prefix)
         open_tile = tl.cdiv(tl.maximum(unseen + tl.max(depth), 0), BLOCK_KEYS)
         is_narrow = tl.max(depth) >= window
-        hidden = depth - window  # depths up to here are out of a row's window
+        hidden = depth - window  # depths up to here are outside a row's window
     if FIXED_TILES > 0:
         if HAS_WINDOW:  # what needs no mask depends on the rows, and with it the order of tiles
             open_tile = past
@@ -169,12 +153,8 @@ def split_kernel(  # noqa: C901, PLR0912 - constants decide most branches
         query_ptr + batch.to(tl.int64) * query_row + head.to(tl.int64) * query_head
         + node.to(tl.int64) * query_node
     )  # fmt: skip
-    key_base = key_ptr + kv_head.to(tl.int64) * key_head
-    value_base = value_ptr + kv_head.to(tl.int64) * value_head
-    table_at = table_ptr + batch.to(tl.int64) * table_row
-    if PAGE == 0:
-        key_base += batch.to(tl.int64) * key_row
-        value_base += batch.to(tl.int64) * value_row
+    key_base = key_ptr + kv_head.to(tl.int64) * key_head + batch.to(tl.int64) * key_row
+    value_base = value_ptr + kv_head.to(tl.int64) * value_head + batch.to(tl.int64) * value_row
     query = _load(query_at, is_row, 0, DIM, IS_MASKED=True)  # [BLOCK_ROWS, DIM]
     mean = tl.zeros([BLOCK_ROWS, DIM], tl.float32)
     if REST > 0:
@@ -188,9 +168,7 @@ def split_kernel(  # noqa: C901, PLR0912 - constants decide most branches
 
     for tile in tl.range(open_tile, shut, num_stages=STAGES):
         slot = start + tile * BLOCK_KEYS
-        slots = slot + columns
-        pages = _pages(table_at, slots, slots, PAGE, IS_MASKED=False)
-        at = _slots_at(key_base, pages, slot, columns, key_row, key_slot, PAGE, IS_MASKED=False)
+        at = _slots_at(key_base, slot, columns, key_slot, IS_MASKED=False)
         key = _load(at, at, 0, DIM, IS_MASKED=False)
         scores = _dot(query, tl.trans(key), zeros, WIDEN)
         if REST > 0:
@@ -198,9 +176,7 @@ def split_kernel(  # noqa: C901, PLR0912 - constants decide most branches
             scores = _dot(query_rest, tl.trans(key), scores, WIDEN)
         scores = _cap(scores, cap_scale, HAS_CAP)
         maximum, total, kept, shares = _weigh(scores, unit, maximum, total, IS_MASKED=False)
-        at = _slots_at(
-            value_base, pages, slot, columns, value_row, value_slot, PAGE, IS_MASKED=False
-        )
+        at = _slots_at(value_base, slot, columns, value_slot, IS_MASKED=False)
         value = _load(at, at, 0, DIM, IS_MASKED=False)
         shares = shares.to(value.dtype)
         mean = _dot(shares, value, mean * kept[:, None], WIDEN)
@@ -210,20 +186,19 @@ def split_kernel(  # noqa: C901, PLR0912 - constants decide most branches
 
     for step in tl.range(first + shut - open_tile, past, num_stages=EDGE_STAGES):
         tile = step
-        if HAS_WINDOW:  # its edge comes before the tiles that need no mask
+        if HAS_WINDOW:  # its edge comes before the tiles without masks
             tile = tl.where(step < shut, step - (shut - open_tile), step)
         is_tree = tile >= num_prefix
         in_tree = (tile - num_prefix) * BLOCK_KEYS
         slot = tl.where(is_tree, begin + in_tree, start + tile * BLOCK_KEYS)
         num_keys = tl.where(is_tree, num_slots - in_tree, length - slot)
-        slots, is_key = slot + columns, columns < num_keys
+        is_key = columns < num_keys
         word = tl.load(words_at + tl.maximum(in_tree, 0) // 64, mask=is_row, other=0)
         word = (word >> (in_tree & 63)) | tl.where(is_tree, 0, -1)  # all see the prefix
         word &= _lowest(num_keys)
         if HAS_WINDOW:
             word &= ~_lowest(tl.where(is_tree, 0, length + hidden + 1 - slot))
-        pages = _pages(table_at, slots, is_key, PAGE, IS_MASKED=True)
-        at = _slots_at(key_base, pages, slot, columns, key_row, key_slot, PAGE, IS_MASKED=True)
+        at = _slots_at(key_base, slot, columns, key_slot, IS_MASKED=True)
         scores = _dot(query, tl.trans(_load(at, is_key, 0, DIM, IS_MASKED=True)), zeros, WIDEN)
         if REST > 0:
             key = _load(at, is_key, DIM, REST, IS_MASKED=True)
@@ -236,9 +211,7 @@ def split_kernel(  # noqa: C901, PLR0912 - constants decide most branches
                 is_near = above[None, :] > hidden[:, None]
                 scores = tl.where(is_near, scores, float("-inf"))
         maximum, total, kept, shares = _weigh(scores, unit, maximum, total, IS_MASKED=True)
-        at = _slots_at(
-            value_base, pages, slot, columns, value_row, value_slot, PAGE, IS_MASKED=True
-        )
+        at = _slots_at(value_base, slot, columns, value_slot, IS_MASKED=True)
         value = _load(at, is_key, 0, DIM, IS_MASKED=True)
         shares = shares.to(value.dtype)
         mean = _dot(shares, value, mean * kept[:, None], WIDEN)
@@ -248,7 +221,7 @@ def split_kernel(  # noqa: C901, PLR0912 - constants decide most branches
 
     if IS_SPLIT:
         part = (tl.program_id(2).to(tl.int64) * num_splits + split) * num_nodes * GROUPS + rows
-        has_seen = is_row & (total > 0)  # parts of rows that saw nothing are not read
+        has_seen = is_row & (total > 0)  # parts of rows that see nothing are not read
         lse_at = lse_ptr + part
     else:
         part = ((batch * num_nodes + node) * KV_HEADS * GROUPS + head).to(tl.int64)
@@ -264,7 +237,7 @@ def split_kernel(  # noqa: C901, PLR0912 - constants decide most branches
             mean *= kept[:, None]
             if REST > 0:
                 mean_rest *= kept[:, None]
-    divisor = tl.where(total > 0, total, 1.0)  # of a row that saw nothing; its maximum is -inf
+    divisor = tl.where(total > 0, total, 1.0)  # of a row that sees nothing; its maximum is -inf
     lse = maximum + tl.log2(divisor)
     if not IS_SPLIT:
         lse *= _LN_2
@@ -281,7 +254,7 @@ def split_kernel(  # noqa: C901, PLR0912 - constants decide most branches
 
 
 def tree_attention_triton(inputs: TreeAttentionInputs, plan: LaunchPlan) -> tuple[Tensor, Tensor]:
-    """Launch the kernels; nothing is read on the host.
+    """Launch the kernels; does not sync with the device.
 
     Args:
         inputs: Checked by shape.
@@ -303,7 +276,7 @@ def tree_attention_triton(inputs: TreeAttentionInputs, plan: LaunchPlan) -> tupl
 def attention_launches(
     inputs: TreeAttentionInputs, plan: LaunchPlan, output: Tensor, lse: Tensor
 ) -> list[Launch]:
-    """Return what is launched to fill `output` and `lse`, in order."""
+    """Return the launches that fill `output` and `lse`, in order."""
     if plan.num_splits == 1:
         return [_split_launch(inputs, plan, output, lse)]
     shape = (inputs.batch * inputs.kv_heads, plan.num_splits, inputs.num_rows)
@@ -318,7 +291,7 @@ def _split_launch(
 ) -> Launch:
     config, num_splits = plan.config, plan.num_splits
     query, key, value = inputs.query, inputs.key, inputs.value
-    table, sinks, lengths = inputs.block_table, inputs.sinks, inputs.prefix_lengths
+    sinks, lengths = inputs.sinks, inputs.prefix_lengths
     dim, rest = head_parts(inputs.head_dim)
     row_tiles = triton.cdiv(inputs.num_rows, config.block_rows)
     return Launch(
@@ -328,7 +301,6 @@ def _split_launch(
             query,
             key,
             value,
-            lengths if table is None else table,
             lengths,
             lengths if inputs.prefix_starts is None else inputs.prefix_starts,
             lengths if inputs.tree_starts is None else inputs.tree_starts,
@@ -346,7 +318,6 @@ def _split_launch(
             *query.stride()[:3],
             *key.stride()[:3],
             *value.stride()[:3],
-            0 if table is None else table.stride(0),
             _row_stride(inputs.ancestor_words),
             _row_stride(inputs.depths),
         ),
@@ -355,7 +326,6 @@ def _split_launch(
             "GROUPS": inputs.groups,
             "DIM": dim,
             "REST": rest,
-            "PAGE": inputs.page_len,
             "HAS_STARTS": inputs.prefix_starts is not None,
             "HAS_BEGINS": inputs.tree_starts is not None,
             "HAS_WINDOW": inputs.window is not None,
@@ -366,8 +336,8 @@ def _split_launch(
             "MIN_TILES": config.min_tiles,
             "BLOCK_ROWS": config.block_rows,
             "BLOCK_KEYS": config.block_keys,
-            "STAGES": _stages(config.num_stages, inputs.page_len),
-            "EDGE_STAGES": _stages(min(config.num_stages, 2), inputs.page_len),
+            "STAGES": config.num_stages,
+            "EDGE_STAGES": min(config.num_stages, 2),
             "WIDEN": IS_INTERPRETED and query.dtype == torch.bfloat16,
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
@@ -376,11 +346,6 @@ def _split_launch(
     )
 
 
-def _stages(num_stages: int, page_len: int) -> int:
-    """Pages are loaded as far ahead of their keys as these are ahead of their use."""
-    return 2 * num_stages - 1 if page_len else num_stages
-
-
 def _row_stride(tensor: Tensor) -> int:
-    """Stride of the batch; 0 for a tree that all rows share."""
+    """Return the stride of the batch; 0 for a tree that all rows share."""
     return 0 if tensor.shape[0] == 1 else tensor.stride(0)

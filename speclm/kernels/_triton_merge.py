@@ -1,4 +1,4 @@
-"""The second step of tree attention in Triton: joins what programs found in their share of keys."""
+"""The second step of tree attention in Triton: merge the results of the splits."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ from torch import Tensor
 
 from speclm.kernels.launch import Launch
 
-_BLOCK_ROWS = 4  # few, as the programs of a small tree would leave most of a GPU idle
+_BLOCK_ROWS = 4  # few, or the programs of a small tree would leave most of a GPU idle
 _BLOCK_SPLITS = 8  # loaded at once
 _LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -20,7 +20,7 @@ def merge_kernel(
     KV_HEADS: tl.constexpr, GROUPS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
     HAS_SINKS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Join the parts of each row in their order; parts that saw nothing change no bit."""
+    """Merge the parts of each row in order; parts that saw nothing change no bit."""
     batch, kv_head = tl.program_id(1) // KV_HEADS, tl.program_id(1) % KV_HEADS
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     node, head = rows // GROUPS, kv_head * GROUPS + rows % GROUPS
@@ -29,13 +29,13 @@ def merge_kernel(
     is_column = columns < WIDTH
     maximum = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_ROWS], tl.float32)
-    if HAS_SINKS:  # in the denominator alone
+    if HAS_SINKS:  # only in the denominator
         maximum = tl.load(sinks_ptr + head, mask=is_row, other=0.0).to(tl.float32)
         maximum *= 1.4426950408889634
         total += 1.0
     mean = tl.zeros([BLOCK_ROWS, PADDED], tl.float32)
     for first in range(0, num_splits, BLOCK_SPLITS):
-        for offset in tl.static_range(BLOCK_SPLITS):  # their loads do not wait for each other
+        for offset in tl.static_range(BLOCK_SPLITS):  # the loads do not wait for each other
             split = first + offset
             part = tl.program_id(1).to(tl.int64) * num_splits + split
             part = part * num_nodes * GROUPS + rows
@@ -54,7 +54,7 @@ def merge_kernel(
             mean = mean * kept[:, None] + found * share[:, None]
             maximum = highest
     row = ((batch * num_nodes + node) * KV_HEADS * GROUPS + head).to(tl.int64)
-    total = tl.where(total > 0, total, 1.0)  # outside the rows, and where nothing was seen
+    total = tl.where(total > 0, total, 1.0)  # outside the rows, and for rows that see nothing
     output = (mean / total[:, None]).to(output_ptr.dtype.element_ty)
     at = output_ptr + row[:, None] * WIDTH + columns[None, :]
     tl.store(at, output, mask=is_row[:, None] & is_column[None, :])
@@ -65,12 +65,13 @@ def merge_kernel(
 def merge_launch(
     parts: Tensor, parts_lse: Tensor, sinks: Tensor | None, output: Tensor, lse: Tensor
 ) -> Launch:
-    """Return what is launched to fill `output` and `lse`.
+    """Return the launch that fills `output` and `lse`.
 
     Args:
         parts: Means of the parts, ``[batch * kv_heads, splits, nodes * groups, head_dim]``; not
-            read where a part saw nothing.
-        parts_lse: Logarithms, to base 2, of their denominators; minus infinity for nothing.
+            read for a part that saw nothing.
+        parts_lse: Logarithms, to base 2, of their denominators; minus infinity for a part that saw
+            nothing.
         sinks: Logit of each query head that only adds to the denominator.
         output: ``[batch, nodes, q_heads, head_dim]``.
         lse: Natural logarithms of the denominators, ``[batch, q_heads, nodes]``.

@@ -1,4 +1,4 @@
-"""Which implementation computes a kernel, and why."""
+"""Choose the implementation that computes a kernel."""
 
 import importlib.util
 import logging
@@ -12,10 +12,13 @@ from speclm.errors import KernelError
 from speclm.kernels.launch import HEAD_DIMS
 
 VARIABLE = "SPECLM_KERNELS"
-"""Environment variable that forces a backend wherever a caller leaves it to us."""
+"""Environment variable that forces a backend where a caller names none."""
 
 NAMES = ("triton", "sdpa", "reference")
-"""Backends that an op may have, the plainest one last; every op has that one."""
+"""Values of the variable; ``"sdpa"`` keeps models, and kernels, off Triton."""
+
+BACKENDS = ("triton", "reference")
+"""Backends of each kernel, the preferred one first."""
 
 _TRITON_TYPES = (torch.float16, torch.bfloat16, torch.float32)
 _log = logging.getLogger("speclm")
@@ -23,10 +26,10 @@ _log = logging.getLogger("speclm")
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A backend.
+    """A chosen backend.
 
     Args:
-        backend: ``"triton"``, ``"sdpa"`` or ``"reference"``.
+        backend: One of `NAMES`.
         reason: Why it is this one, for reports.
     """
 
@@ -34,63 +37,43 @@ class Choice:
     reason: str
 
 
-def choose(backend: str, *, names: tuple[str, ...], obstacles: dict[str, str | None]) -> Choice:
-    """Choose the first backend that has no obstacle, or the one that is asked for.
+def choose(backend: str, obstacle: str | None) -> Choice:
+    """Choose the backend that computes a call of a kernel.
 
-    A choice that is not the first one is logged, once for each reason.
+    A choice of the reference that nobody asked for is logged, once for each reason.
 
     Args:
-        backend: A name; ``"auto"`` leaves it to the environment, and then to us.
-        names: Backends of the kernel, the preferred one first.
-        obstacles: What speaks against a backend; None for those that can compute the call.
+        backend: A name, or ``"auto"`` for the environment's choice, or else ours.
+        obstacle: Why the Triton kernel cannot compute the call; None if it can.
 
     Raises:
         KernelError: If the backend is unknown, or cannot compute the call.
     """
-    if backend not in {"auto", *names}:
+    if backend not in {"auto", *BACKENDS}:
         raise KernelError(
-            f"backend is {backend!r}, expected one of {['auto', *names]!r}; correct the name"
+            f"backend is {backend!r}, expected one of {['auto', *BACKENDS]!r}; correct the name"
         )
-    asked = forced_backend(names) if backend == "auto" else backend
+    asked = _forced_backend() if backend == "auto" else backend
+    if asked == "triton" and obstacle is not None:
+        way_out = f"unset {VARIABLE}" if backend == "auto" else 'leave it out or pass "auto"'
+        raise KernelError(f"backend 'triton' cannot be used: {obstacle}; {way_out}")
     if asked is not None:
-        obstacle = obstacles.get(asked)
-        if obstacle is not None:
-            way_out = f"unset {VARIABLE}" if backend == "auto" else 'leave it out or pass "auto"'
-            raise KernelError(f"backend {asked!r} cannot be used: {obstacle}; {way_out}")
-        return Choice(asked, "asked for")
-    for name in names:
-        if obstacles.get(name) is None:
-            against = [text for other in names[: names.index(name)] if (text := obstacles[other])]
-            choice = Choice(name, "; ".join(against) or "runs on this device")
-            if against:
-                _log_once(choice)
-            return choice
-    found = "; ".join(f"{name}: {text}" for name, text in obstacles.items())
-    raise KernelError(f"no backend can compute the call: {found}; change what it asks for")
+        return Choice("reference" if asked == "sdpa" else asked, "asked for")
+    if obstacle is None:
+        return Choice("triton", "runs on this device")
+    choice = Choice("reference", obstacle)
+    _log_once(choice)
+    return choice
 
 
 def require_backend_name(backend: object) -> None:
-    """Check that what should name a backend is text; `choose` looks at the name.
-
-    Raises:
-        KernelError: If it is not.
-    """
+    """Raise a `KernelError` for a backend that is no string; `choose` checks the name."""
     if not isinstance(backend, str):
         raise KernelError(f"backend is {backend!r}, expected the name of one, or 'auto'")
 
 
-def forced_backend(names: tuple[str, ...]) -> str | None:
-    """Return the backend that the environment forces on an op, or None where it forces none.
-
-    A backend that the op lacks and others have stands for the next plainer one: ``"sdpa"`` keeps
-    ops without it off Triton, too.
-
-    Args:
-        names: Backends of the op.
-
-    Raises:
-        KernelError: If no op has a backend of that name.
-    """
+def _forced_backend() -> str | None:
+    """Return the name in the environment variable, or None for no choice."""
     asked = os.environ.get(VARIABLE, "auto")
     if asked == "auto":
         return None
@@ -98,11 +81,11 @@ def forced_backend(names: tuple[str, ...]) -> str | None:
         raise KernelError(
             f"{VARIABLE} is {asked!r}, expected one of {['auto', *NAMES]!r}; correct the name"
         )
-    return next(name for name in NAMES[NAMES.index(asked) :] if name in names)
+    return asked
 
 
 def triton_obstacle(device: torch.device, dtype: torch.dtype | None = None) -> str | None:
-    """Say why Triton kernels do not run on a device, or not with a type; None where they do."""
+    """Return why Triton kernels do not run on a device, or with a type; None if they do."""
     if dtype is not None and dtype not in _TRITON_TYPES:
         return f"the Triton kernel takes float16, bfloat16 and float32, not {dtype}"
     if not _has_triton():
@@ -115,21 +98,53 @@ def triton_obstacle(device: torch.device, dtype: torch.dtype | None = None) -> s
 
 
 def head_obstacle(head_dim: int) -> str | None:
-    """Say why the Triton kernel does not take heads of a width; None where it does."""
+    """Return why the Triton kernel does not take heads of a width; None if it does."""
     if head_dim in HEAD_DIMS:
         return None
     return f"the Triton kernel takes heads of {', '.join(map(str, HEAD_DIMS))}, not {head_dim}"
 
 
+def preferred(device: torch.device) -> Choice:
+    """Return what computes tree attention in models on a device, and why.
+
+    On a GPU it is the Triton kernel. On a CPU it is PyTorch's attention, with a mask that is built
+    once for all layers. The environment variable ``SPECLM_KERNELS`` overrides both.
+
+    Raises:
+        KernelError: If the variable names no backend.
+    """
+    asked = _forced_backend()
+    if asked is not None:
+        return Choice(asked, f"{VARIABLE} asks for it")
+    if device.type == "cpu":
+        return Choice("sdpa", "the model is on a CPU")
+    obstacle = triton_obstacle(device)
+    if obstacle is not None:
+        return Choice("sdpa", obstacle)
+    return Choice("triton", f"the model is on {torch.cuda.get_device_name(device)}")
+
+
+def pays(device: torch.device) -> bool:
+    """Return whether models on a device use our kernels."""
+    return preferred(device).backend != "sdpa"
+
+
+def attention_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Return why the preferred kernel cannot compute certain layers; None if it can."""
+    if preferred(device).backend == "reference":
+        return None
+    return triton_obstacle(device, dtype) or head_obstacle(head_dim)
+
+
 def is_recording(device: torch.device) -> bool:
-    """Whether a graph is compiled, or captured on the device, in which nothing can be read."""
+    """Return whether a graph is being compiled or captured, during which no value can be read."""
     if torch.compiler.is_compiling():
         return True
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def is_interpreting() -> bool:
-    """Whether Triton's interpreter stands in for a GPU."""
+    """Return whether Triton's interpreter stands in for a GPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 

@@ -1,4 +1,4 @@
-"""What tree attention is computed from, and the checks that it can be."""
+"""The inputs of tree attention, and their checks."""
 
 from dataclasses import dataclass
 from typing import cast
@@ -10,21 +10,21 @@ from speclm.errors import KernelError
 from speclm.tree.topology import num_words, unpack_words
 
 MAX_SLOTS = 256
-"""Most tree slots of one call, nodes and those above them."""
+"""Maximum number of tree slots of one call: the nodes and their ancestors."""
 
 MAX_SPLITS = 256
-"""Most parts that the keys of one row and head are split into."""
+"""Maximum number of parts that the keys of one row and head are split into."""
 
-_INTEGERS = (torch.int32, torch.int64)
-_DEEPEST = 2**24
+INTEGERS = (torch.int32, torch.int64)
+_MAX_DEPTH = 2**24
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_OPTIONAL_TENSORS = ("prefix_starts", "tree_starts", "block_table", "sinks")
+_OPTIONAL_TENSORS = ("prefix_starts", "tree_starts", "sinks")
 _TENSORS = ("key", "value", "prefix_lengths", "ancestor_words", "depths", *_OPTIONAL_TENSORS)
 
 
 @dataclass(frozen=True, slots=True)
 class TreeAttentionInputs:
-    """The arguments of `speclm.kernels.tree_attention`, where they are described."""
+    """Arguments of `speclm.kernels.tree_attention`, which describes them."""
 
     query: Tensor
     key: Tensor
@@ -34,7 +34,6 @@ class TreeAttentionInputs:
     depths: Tensor
     prefix_starts: Tensor | None = None
     tree_starts: Tensor | None = None
-    block_table: Tensor | None = None
     sinks: Tensor | None = None
     scale: float = 1.0
     window: int | None = None
@@ -55,7 +54,7 @@ class TreeAttentionInputs:
 
     @property
     def num_nodes(self) -> int:
-        """Nodes that attend."""
+        """Number of nodes that attend."""
         return self.query.shape[2]
 
     @property
@@ -75,7 +74,7 @@ class TreeAttentionInputs:
 
     @property
     def num_rows(self) -> int:
-        """Rows of the product with one key head: every node with every head of the group."""
+        """Rows of the product with one key head: one for each node and query head of its group."""
         return self.num_nodes * self.groups
 
     @property
@@ -84,24 +83,20 @@ class TreeAttentionInputs:
         return self.depths.shape[1]
 
     @property
-    def page_len(self) -> int:
-        """Slots of a page; 0 when the cache is contiguous."""
-        return 0 if self.block_table is None else self.key.shape[2]
-
-    @property
     def kv_len(self) -> int:
-        """Slots that a row of the cache has room for."""
-        if self.block_table is None:
-            return self.key.shape[2]
-        return self.block_table.shape[1] * self.page_len
+        """Capacity of a row of the cache, in slots."""
+        return self.key.shape[2]
+
+    def host_bounds(self) -> list[tuple[int, int, int]]:
+        """Return where the prefix of each row starts and ends and its tree starts; syncs."""
+        lengths = self.prefix_lengths.tolist()
+        starts = [0] * len(lengths) if self.prefix_starts is None else self.prefix_starts.tolist()
+        trees = lengths if self.tree_starts is None else self.tree_starts.tolist()
+        return list(zip(starts, lengths, trees, strict=True))
 
 
 def require_tensors(**tensors: object) -> None:
-    """Check that arguments are ordinary tensors, which a kernel can address.
-
-    Raises:
-        KernelError: If one is something else.
-    """
+    """Raise a `KernelError` for an argument that is no ordinary, strided tensor."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise KernelError(f"{name} is a {type(tensor).__name__}, expected a tensor")
@@ -114,11 +109,7 @@ def require_tensors(**tensors: object) -> None:
 
 
 def require_readable(tensor: Tensor) -> None:
-    """Check that there are values to be checked.
-
-    Raises:
-        KernelError: If the tensor is on the meta device.
-    """
+    """Raise a `KernelError` if a tensor has no values to check."""
     if tensor.is_meta:
         raise KernelError(
             "tensors are on the meta device and hold no values; pass check_values=False"
@@ -126,10 +117,10 @@ def require_readable(tensor: Tensor) -> None:
 
 
 def require_shapes(inputs: TreeAttentionInputs) -> None:
-    """Check what can be told without reading a tensor: shapes, types, devices, strides, numbers.
+    """Check shapes, types, devices, strides and numbers, without reading a tensor.
 
     Raises:
-        KernelError: At the first of them that does not fit.
+        KernelError: For the first one that does not fit.
     """
     require_tensors(query=inputs.query, **_tensors(inputs))
     _require_floats(inputs)
@@ -145,14 +136,7 @@ def require_shapes(inputs: TreeAttentionInputs) -> None:
             raise KernelError(
                 f"{name} is on {tensor.device}, query on {inputs.query.device}; move it there"
             )
-    for name in (
-        "prefix_lengths",
-        "prefix_starts",
-        "tree_starts",
-        "depths",
-        "block_table",
-        "sinks",
-    ):
+    for name in ("prefix_lengths", "prefix_starts", "tree_starts", "depths", "sinks"):
         tensor = getattr(inputs, name)
         if tensor is not None and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
             raise KernelError(
@@ -163,19 +147,13 @@ def require_shapes(inputs: TreeAttentionInputs) -> None:
 
 
 def require_values(inputs: TreeAttentionInputs) -> None:
-    """Check what only the values tell; reads them on the host, which waits for the device.
+    """Check the values of lengths, words and depths; syncs with the device.
 
     Raises:
-        KernelError: If a row's slots are not in the cache, a node sees what it may not, or pages
-            that hold tree slots are used twice.
+        KernelError: If a row's slots are not in the cache, or a node sees what it may not.
     """
     require_readable(inputs.query)
-    lengths = inputs.prefix_lengths.tolist()
-    begins = lengths if inputs.tree_starts is None else inputs.tree_starts.tolist()
-    starts = [0] * len(lengths)
-    if inputs.prefix_starts is not None:
-        starts = inputs.prefix_starts.tolist()
-    for row, (start, length, begin) in enumerate(zip(starts, lengths, begins, strict=True)):
+    for row, (start, length, begin) in enumerate(inputs.host_bounds()):
         if not 0 <= start <= length <= begin:
             raise KernelError(
                 f"row {row} has its prefix in slots {start} to {length} and its tree from {begin}, "
@@ -187,51 +165,6 @@ def require_values(inputs: TreeAttentionInputs) -> None:
                 f"{inputs.kv_len}; append the tree before attending, or make the cache longer"
             )
     _require_ancestors(inputs)
-    if inputs.block_table is not None:
-        require_pages(
-            inputs.block_table,
-            num_pages=inputs.key.shape[0],
-            page_len=inputs.page_len,
-            written=[(begin, begin + inputs.num_slots) for begin in begins],
-        )
-
-
-def require_pages(
-    block_table: Tensor, *, num_pages: int, page_len: int, written: list[tuple[int, int]]
-) -> None:
-    """Check that pages exist, and that those which are written to belong to one block alone.
-
-    Args:
-        block_table: Page of every block of every row; what lies behind a row's last written slot
-            is not looked at.
-        num_pages: Pages that there are.
-        page_len: Slots of a page.
-        written: First written slot of each row and the one behind the last.
-
-    Raises:
-        KernelError: If they are not.
-    """
-    used: dict[int, tuple[int, int]] = {}
-    owned: dict[int, tuple[int, int]] = {}
-    for row, (pages, (first, past)) in enumerate(zip(block_table.tolist(), written, strict=True)):
-        seen: set[int] = set()
-        for block in range(-(-past // page_len)):
-            page = pages[block]
-            if not 0 <= page < num_pages:
-                raise KernelError(
-                    f"block_table[{row}, {block}] is page {page}, expected one of {num_pages}"
-                )
-            is_written = (block + 1) * page_len > first
-            other = owned.get(page, used.get(page) if is_written or page in seen else None)
-            if other is not None:
-                raise KernelError(
-                    f"blocks {other} and {(row, block)} of block_table overlap in page {page}, "
-                    "where a tree is written; give one of them a copy of the page"
-                )
-            used[page] = (row, block)
-            seen.add(page)
-            if is_written:
-                owned[page] = (row, block)
 
 
 def _require_floats(inputs: TreeAttentionInputs) -> None:
@@ -239,8 +172,8 @@ def _require_floats(inputs: TreeAttentionInputs) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.ndim != 4:
             raise KernelError(
-                f"{name} has shape {tuple(tensor.shape)}, expected 4 axes: rows or pages, heads, "
-                "slots, head_dim"
+                f"{name} has shape {tuple(tensor.shape)}, expected 4 axes: rows, heads, slots, "
+                "head_dim"
             )
         if tensor.dtype not in _FLOATS or tensor.dtype != query.dtype:
             raise KernelError(
@@ -265,10 +198,9 @@ def _require_floats(inputs: TreeAttentionInputs) -> None:
         raise KernelError(
             f"query has {query.shape[1]} heads, key {key.shape[1]}; expected a multiple of them"
         )
-    if inputs.block_table is None and key.shape[0] != query.shape[0]:
+    if key.shape[0] != query.shape[0]:
         raise KernelError(
-            f"key has {key.shape[0]} rows, query {query.shape[0]}; pass the rows that attend, or "
-            "a block_table for a paged cache"
+            f"key has {key.shape[0]} rows, query {query.shape[0]}; pass the rows that attend"
         )
 
 
@@ -276,12 +208,12 @@ def _require_integers(inputs: TreeAttentionInputs) -> None:
     batch, words, depths = inputs.batch, inputs.ancestor_words, inputs.depths
     for name in ("prefix_lengths", "prefix_starts", "tree_starts"):
         tensor = getattr(inputs, name)
-        if tensor is not None and (tensor.shape != (batch,) or tensor.dtype not in _INTEGERS):
+        if tensor is not None and (tensor.shape != (batch,) or tensor.dtype not in INTEGERS):
             raise KernelError(
                 f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}, expected one whole "
                 f"number for each of the {batch} rows, int32 or int64"
             )
-    if depths.ndim != 2 or depths.shape[0] not in (1, batch) or depths.dtype not in _INTEGERS:
+    if depths.ndim != 2 or depths.shape[0] not in (1, batch) or depths.dtype not in INTEGERS:
         raise KernelError(
             f"depths is {depths.dtype} of shape {tuple(depths.shape)}, expected a depth for every "
             f"tree slot of 1 or {batch} rows, int32 or int64"
@@ -302,14 +234,6 @@ def _require_integers(inputs: TreeAttentionInputs) -> None:
         raise KernelError(
             f"ancestor_words is {words.dtype} of shape {tuple(words.shape)}, expected contiguous "
             f"int64 of 1 or {batch} rows by {expected[0]} nodes by {expected[1]} words"
-        )
-    table = inputs.block_table
-    if table is not None and (
-        table.ndim != 2 or table.shape[0] != batch or table.dtype not in _INTEGERS
-    ):
-        raise KernelError(
-            f"block_table is {table.dtype} of shape {tuple(table.shape)}, expected pages of "
-            f"{batch} rows, int32 or int64"
         )
 
 
@@ -350,10 +274,10 @@ def _require_ancestors(inputs: TreeAttentionInputs) -> None:
     if len(blind):
         row, node = blind[0].tolist()
         raise KernelError(f"node {node} of row {row} does not see itself; set its own bit")
-    if bool(((inputs.depths < 0) | (inputs.depths > _DEEPEST)).any()):
+    if bool(((inputs.depths < 0) | (inputs.depths > _MAX_DEPTH)).any()):
         raise KernelError(
-            f"depths holds a negative number or one above {_DEEPEST}, expected 0 at the root and "
-            "above below"
+            f"depths holds a negative number or one above {_MAX_DEPTH}, expected 0 at the "
+            "root and more below it"
         )
 
 

@@ -1,36 +1,51 @@
-"""How tree attention is launched on which GPU: sizes of tiles and programs, and splits of keys."""
+"""Plan launches of tree attention on a GPU, and measure which launch sizes are faster.
 
+`tune` writes a file for the environment variable ``SPECLM_KERNEL_CONFIGS``::
+
+    device = torch.device("cuda", 0)
+    tune(Path("sizes.json"), architecture=architecture(device), measure=measure_on(device))
+"""
+
+import math
 import os
-from dataclasses import dataclass
-from functools import cache
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from speclm.errors import KernelError
 from speclm.kernels.inputs import TreeAttentionInputs
-from speclm.kernels.launch_files import VARIABLE, read_table_once
-from speclm.kernels.launch_table import CallSize, LaunchConfig, built_in_config, find_config
-
-__all__ = [
-    "HEAD_DIMS",
-    "Launch",
-    "LaunchConfig",
-    "LaunchPlan",
-    "architecture",
-    "call_size",
-    "head_parts",
-    "multiprocessors",
-    "plan_launch",
-    "plan_launch_on",
-    "split_keys",
-]
+from speclm.kernels.launch_table import (
+    BLOCK_KEYS,
+    VARIABLE,
+    CallSize,
+    LaunchConfig,
+    LaunchRow,
+    LaunchTable,
+    built_in_config,
+    built_in_rows,
+    find_config,
+    read_table,
+    read_table_once,
+    write_table,
+)
+from speclm.tree.topology import num_words
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 160, 192, 256)
 """Widths of heads that the Triton kernel takes: one power of two, or the sum of two."""
 
 _MAX_SPLITS = 64  # parts are read one after the other when they are joined
-_DETERMINISTIC_ROWS = 64  # for which sizes are chosen in deterministic calls, whatever they have
+_DETERMINISTIC_ROWS = 64  # for which the sizes of all deterministic calls are chosen
+_KV_HEADS, _KV_LEN = 8, 32_768
+_LARGE_ROWS = 256  # of the calls that measure a table row without a limit
+_WORTHWHILE = 0.98  # of the time of the current sizes
+_MAX_STEPS = 4
+_REPLAYS = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +79,10 @@ class Launch:
 
 
 def plan_launch(inputs: TreeAttentionInputs) -> LaunchPlan:
-    """Return how a call is launched on its device; depends on shapes alone, not on lengths.
+    """Return how a call is launched on its device; depends only on shapes, not on lengths.
 
     Raises:
-        KernelError: If ``SPECLM_KERNEL_CONFIGS`` names a file that holds something else than rows.
+        KernelError: If ``SPECLM_KERNEL_CONFIGS`` names an invalid file.
     """
     device = inputs.query.device
     return plan_launch_on(architecture(device), multiprocessors(device), inputs)
@@ -76,15 +91,10 @@ def plan_launch(inputs: TreeAttentionInputs) -> LaunchPlan:
 def plan_launch_on(
     architecture: str, multiprocessors: int, inputs: TreeAttentionInputs
 ) -> LaunchPlan:
-    """Return how a call is launched on some GPU.
+    """Return how a call is launched on a GPU with a number of multiprocessors.
 
-    Sizes of deterministic calls depend on the GPU, the type and the width of heads alone, and
-    splits have a fixed length, so that a row is computed alike whatever is computed with it.
-
-    Args:
-        architecture: As `architecture` names it.
-        multiprocessors: How many of them the GPU has.
-        inputs: Checked by shape.
+    Sizes of deterministic calls depend only on the GPU, the type and the width of heads, and their
+    splits have a fixed length: a row's result does not depend on what is computed with it.
     """
     config = _find_config(architecture, call_size(inputs), os.environ.get(VARIABLE, ""))
     return LaunchPlan(config, split_keys(config, multiprocessors, inputs))
@@ -94,29 +104,26 @@ def split_keys(config: LaunchConfig, multiprocessors: int, inputs: TreeAttention
     """Return how many programs share the keys of a row and head.
 
     They fill the GPU once: programs that wait for others would take as long again. Deterministic
-    calls have as many as the cache has room for.
+    calls have as many as the capacity of the cache needs.
     """
-    # Most tiles that any lengths give: the tree begins a tile of its own.
+    # The maximum over all lengths; the tree starts a tile of its own.
     tree_tiles = -(-inputs.num_slots // config.block_keys)
-    most_tiles = -(-max(inputs.kv_len - inputs.num_slots, 0) // config.block_keys) + tree_tiles
+    max_tiles = -(-max(inputs.kv_len - inputs.num_slots, 0) // config.block_keys) + tree_tiles
     if inputs.deterministic:
-        # One part would be written out without a merge, which rounds sinks in another place.
-        return max(-(-most_tiles // config.fixed_tiles), 2)
+        # A single part would skip the merge, and round sinks elsewhere.
+        return max(-(-max_tiles // config.fixed_tiles), 2)
     if inputs.num_splits is not None:
         return inputs.num_splits
     row_tiles = -(-inputs.num_rows // config.block_rows)
     running = multiprocessors * config.programs
     fitting = running // (inputs.batch * inputs.kv_heads * row_tiles)
-    worthwhile = -(-most_tiles // config.min_tiles)
+    worthwhile = -(-max_tiles // config.min_tiles)
     return max(min(fitting, worthwhile, _MAX_SPLITS), 1)
 
 
 @cache
 def architecture(device: torch.device) -> str:
-    """Return what kernels are compiled for on a device, such as ``"sm_90"`` or ``"gfx942"``.
-
-    It is ``"interpreter"`` on the CPU.
-    """
+    """Return the architecture of a device, such as ``"sm_90"``; ``"interpreter"`` for a CPU."""
     if device.type == "cpu":
         return "interpreter"
     if torch.version.hip is not None:
@@ -128,30 +135,187 @@ def architecture(device: torch.device) -> str:
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """Return the multiprocessors of a device; some of the interpreter, so that keys are split."""
+    """Return the number of multiprocessors of a device; on a CPU enough for splits."""
     if device.type == "cpu":
         return 8
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def call_size(inputs: TreeAttentionInputs) -> CallSize:
-    """Return what the sizes of a call are looked up by."""
+    """Return the size of a call, by which launch sizes are looked up."""
     itemsize = inputs.query.element_size()
     rows = _DETERMINISTIC_ROWS if inputs.deterministic else inputs.num_rows
     return CallSize(rows, inputs.head_dim * itemsize, is_float32=itemsize > 2)
 
 
 def head_parts(head_dim: int) -> tuple[int, int]:
-    """Return the powers of two that make up a width; the second may be 0."""
+    """Return two powers of two that add up to a width; the second may be 0."""
     first = 1 << (head_dim.bit_length() - 1)
     return first, head_dim - first
 
 
 @cache
 def _find_config(architecture: str, size: CallSize, path: str) -> LaunchConfig:
-    """Look a call up in the file at `path`, if there is one, and then in our table."""
+    """Look a call up in the file at `path`, if any, and then in our table."""
     if path:
         config = find_config(read_table_once(path), architecture, size)
         if config is not None:
             return config
     return built_in_config(architecture, size)
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """The call that measures sizes: the largest one that a table row is for.
+
+    Args:
+        rows: Nodes with their heads.
+        head_dim: Width of a head.
+        is_float32: Whether keys are float32; else they are bfloat16.
+    """
+
+    rows: int
+    head_dim: int
+    is_float32: bool
+
+
+Measure = Callable[[Workload, LaunchConfig], float]
+"""Seconds that a call takes; infinite if the GPU lacks the memory or registers for it."""
+
+
+def tune(path: Path, *, architecture: str, measure: Measure) -> LaunchTable:
+    """Measure the neighbours of all table rows of a GPU, and write the best of each to a file.
+
+    Args:
+        path: The file; its rows of other GPUs are kept.
+        architecture: The GPU, as named by the function `architecture`.
+        measure: Takes the time of a call; see `measure_on`.
+
+    Returns:
+        The content of the file.
+
+    Raises:
+        KernelError: If the file exists and holds no launch sizes.
+    """
+    table = read_table(str(path)) if path.exists() else {}
+    rows = tuple(
+        replace(row, config=fastest(row.config, workload_of(row), measure))
+        for row in built_in_rows(architecture)
+    )
+    table = table | {architecture: rows}
+    write_table(path, table)
+    return table
+
+
+def fastest(config: LaunchConfig, workload: Workload, measure: Measure) -> LaunchConfig:
+    """Replace sizes by their fastest neighbour, repeatedly, while it is worthwhile."""
+    best = measure(workload, config)
+    for _ in range(_MAX_STEPS):
+        timed = [(measure(workload, neighbour), neighbour) for neighbour in neighbours(config)]
+        seconds, neighbour = min(timed, key=lambda pair: pair[0])
+        if not seconds < best * _WORTHWHILE:
+            break
+        best, config = seconds, neighbour
+    return config
+
+
+def neighbours(config: LaunchConfig) -> Iterator[LaunchConfig]:
+    """Yield the sizes that differ from `config` in one step of one of them."""
+    for block_keys in (config.block_keys // 2, config.block_keys * 2):
+        if block_keys in BLOCK_KEYS:
+            fixed_keys = config.fixed_tiles * config.block_keys
+            fixed_tiles = max(fixed_keys // block_keys, 1)
+            yield replace(config, block_keys=block_keys, fixed_tiles=fixed_tiles)
+    for block_rows in (config.block_rows // 2, config.block_rows * 2):
+        if 16 <= block_rows <= 128:
+            yield replace(config, block_rows=block_rows)
+    yield replace(config, num_warps=4 if config.num_warps == 8 else 8)
+    for step in (-1, 1):
+        if config.num_stages + step >= 1:
+            yield replace(config, num_stages=config.num_stages + step)
+        if config.programs + step >= 1:
+            yield replace(config, programs=config.programs + step)
+
+
+def workload_of(row: LaunchRow) -> Workload:
+    """Return the largest call that a table row is for."""
+    itemsize = 4 if row.is_float32 else 2
+    widest = max(HEAD_DIMS) if row.max_key_bytes is None else row.max_key_bytes // itemsize
+    head_dim = max(dim for dim in HEAD_DIMS if dim <= max(widest, min(HEAD_DIMS)))
+    return Workload(row.max_rows or _LARGE_ROWS, head_dim, row.is_float32)
+
+
+def measure_on(device: torch.device) -> Measure:
+    """Return a function that times calls on a GPU: the median over replays of a CUDA graph.
+
+    Each call of the graph has its own cache, and together these are more than three times the size
+    of the GPU's L2. So keys come from memory, as they do in the layers of a model.
+
+    Raises:
+        KernelError: If the device is no GPU.
+    """
+    if device.type != "cuda":
+        raise KernelError(
+            f"sizes are measured on a GPU, not on {device}; run this on the machine that decodes"
+        )
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    from speclm.kernels._triton_attention import tree_attention_triton
+
+    cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+    inputs_of = lru_cache(maxsize=1)(workload_inputs)
+
+    def measure(workload: Workload, config: LaunchConfig) -> float:
+        inputs = inputs_of(workload, device)
+        plan = LaunchPlan(config, split_keys(config, multiprocessors(device), inputs))
+        count = 1 + 3 * cache_bytes // (inputs.key.nbytes + inputs.value.nbytes)
+        calls = [inputs, *(_with_own_cache(inputs) for _ in range(count))]
+        try:
+            tree_attention_triton(inputs, plan)  # compiles
+        except (OutOfResources, PTXASError):
+            return math.inf
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(device), torch.cuda.graph(graph):
+            for call in calls:
+                tree_attention_triton(call, plan)
+        return _median_seconds(graph) / len(calls)
+
+    return measure
+
+
+def workload_inputs(workload: Workload, device: torch.device) -> TreeAttentionInputs:
+    """Return a call of a given size: a chain of nodes after a prefix that fills the cache."""
+    groups = min(4, workload.rows)
+    nodes = workload.rows // groups
+    dtype = torch.float32 if workload.is_float32 else torch.bfloat16
+    cache_shape = (1, _KV_HEADS, _KV_LEN, workload.head_dim)
+    words = torch.zeros(1, nodes, num_words(nodes), dtype=torch.int64, device=device)
+    return TreeAttentionInputs(
+        query=torch.randn(
+            1, _KV_HEADS * groups, nodes, workload.head_dim, dtype=dtype, device=device
+        ),
+        key=torch.randn(cache_shape, dtype=dtype, device=device),
+        value=torch.randn(cache_shape, dtype=dtype, device=device),
+        prefix_lengths=torch.full((1,), _KV_LEN - nodes, device=device, dtype=torch.long),
+        ancestor_words=words,  # the bits do not affect the time
+        depths=torch.arange(nodes, device=device)[None],
+        scale=workload.head_dim**-0.5,
+    )
+
+
+def _with_own_cache(inputs: TreeAttentionInputs) -> TreeAttentionInputs:
+    return replace(inputs, key=inputs.key.clone(), value=inputs.value.clone())
+
+
+def _median_seconds(graph: torch.cuda.CUDAGraph) -> float:
+    times: list[float] = []
+    graph.replay()
+    for _ in range(_REPLAYS):
+        start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()  # the replay must be over
+        times.append(start.elapsed_time(end) / 1000)
+    return statistics.median(times)

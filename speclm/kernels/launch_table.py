@@ -1,15 +1,34 @@
-"""Sizes of the launches of tree attention: a table by GPU, type, width of a key and rows."""
+"""Launch sizes of tree attention by GPU, type, width of a key and rows: our table, and files.
 
-from dataclasses import dataclass
+A JSON file, which the environment variable ``SPECLM_KERNEL_CONFIGS`` names, precedes the table. It
+holds a list of rows for each architecture; a row has the fields of `LaunchRow` and of its
+`LaunchConfig`::
+
+    {"sm_90": [{"max_rows": 16, "max_key_bytes": 256, "is_float32": false, "block_rows": 16,
+                "block_keys": 64, "num_warps": 4, "num_stages": 4, "programs": 2, "min_tiles": 2,
+                "fixed_tiles": 16}]}
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 from speclm.errors import KernelError
+from speclm.files.atomic import read_json, write_json
+
+VARIABLE = "SPECLM_KERNEL_CONFIGS"
+"""Environment variable that names a file of rows."""
 
 BLOCK_KEYS = (16, 32, 64)
-"""Keys that a tile may have: the bits of a word cover it."""
+"""Possible numbers of keys of a tile: the bits of a word cover it."""
 
 _DEFAULT = "default"
-_MOST = 2**16  # of what only has to be positive
+_MAX = 2**16  # of numbers that only have to be positive
 _FIXED_KEYS = 1024  # of a split in deterministic calls
+_ARCHITECTURE = re.compile(r"sm_\d+|gfx[0-9a-f]+|interpreter")
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,9 +39,9 @@ class LaunchConfig:
         block_rows: Rows (nodes with their heads) of a program; a power of two from 16.
         block_keys: Keys of a tile; 16, 32 or 64.
         num_warps: Warps of a program; a power of two.
-        num_stages: Tiles of keys that are loaded ahead.
-        programs: Programs that a multiprocessor runs at once; with it the number of splits is set.
-        min_tiles: Fewest tiles that are worth a split.
+        num_stages: Key tiles that are loaded ahead.
+        programs: Programs that a multiprocessor runs at once; decides the number of splits.
+        min_tiles: Minimum number of tiles of a split.
         fixed_tiles: Tiles of a split in deterministic calls.
     """
 
@@ -45,15 +64,15 @@ class LaunchConfig:
                     f"{name} is {value!r}, expected a power of two from {least} to {most}"
                 )
         for name in ("num_stages", "programs", "min_tiles", "fixed_tiles"):
-            if not 1 <= getattr(self, name) <= _MOST:
+            if not 1 <= getattr(self, name) <= _MAX:
                 raise KernelError(
-                    f"{name} is {getattr(self, name)!r}, expected at least 1 and at most {_MOST}"
+                    f"{name} is {getattr(self, name)!r}, expected at least 1 and at most {_MAX}"
                 )
 
 
 @dataclass(frozen=True, slots=True)
 class CallSize:
-    """What sizes are looked up by.
+    """Size of a call, by which launch sizes are looked up.
 
     Args:
         rows: Rows (nodes with their heads) of a call.
@@ -72,8 +91,8 @@ class LaunchRow:
 
     Args:
         config: The sizes.
-        max_rows: Most rows (nodes with their heads) of a call; None for any number.
-        max_key_bytes: Most bytes of one key; None for any number.
+        max_rows: Maximum rows (nodes with their heads) of a call; None for any number.
+        max_key_bytes: Maximum bytes of one key; None for any number.
         is_float32: Whether it is for float32; else it is for types of two bytes.
     """
 
@@ -83,7 +102,7 @@ class LaunchRow:
     is_float32: bool = False
 
     def takes(self, size: CallSize) -> bool:
-        """Whether the row is for calls of a size."""
+        """Return whether the row is for calls of a size."""
         return (
             size.is_float32 == self.is_float32
             and (self.max_rows is None or size.rows <= self.max_rows)
@@ -92,7 +111,7 @@ class LaunchRow:
 
 
 LaunchTable = dict[str, tuple[LaunchRow, ...]]
-"""Rows by architecture, such as ``"sm_90"`` or ``"gfx942"``; the first that takes a call counts."""
+"""Rows by architecture, such as ``"sm_90"``; the first that takes a call applies."""
 
 
 def find_config(table: LaunchTable, architecture: str, size: CallSize) -> LaunchConfig | None:
@@ -102,7 +121,7 @@ def find_config(table: LaunchTable, architecture: str, size: CallSize) -> Launch
 
 
 def built_in_rows(architecture: str) -> tuple[LaunchRow, ...]:
-    """Return our rows; GPUs that we do not know get those that fit into all we do."""
+    """Return our rows for a GPU; an unknown one gets rows that fit all known ones."""
     return TABLE.get(architecture, TABLE[_DEFAULT])
 
 
@@ -114,7 +133,7 @@ def built_in_config(architecture: str, size: CallSize) -> LaunchConfig:
 def _row(
     *limits: int | None, block: tuple[int, int], warps: int, stages: int, programs: int
 ) -> LaunchRow:
-    """A row for types of two bytes, from its limits of rows and of bytes of a key."""
+    """Return a row for types of two bytes, from its limits of rows and of bytes of a key."""
     max_rows, max_key_bytes = limits
     config = LaunchConfig(
         *block, warps, stages, programs=programs, fixed_tiles=_FIXED_KEYS // block[1]
@@ -207,4 +226,81 @@ TABLE: LaunchTable = {
     ),
     _DEFAULT: (_row(None, None, block=(32, 16), warps=4, stages=1, programs=1), _FLOAT32),
 }
-"""Our sizes. They are chosen so that no call of a row spills registers or lacks shared memory."""
+"""Our sizes, chosen so that no call of a row spills registers or lacks shared memory."""
+
+_SIZES = tuple(field.name for field in fields(LaunchConfig))
+_LIMITS = ("max_rows", "max_key_bytes")
+_FIELDS = (*_LIMITS, "is_float32", *_SIZES)
+
+
+@cache
+def read_table_once(path: str) -> LaunchTable:
+    """Read a file of rows, once in a process."""
+    return read_table(path)
+
+
+def read_table(path: str) -> LaunchTable:
+    """Read a file of rows.
+
+    Raises:
+        KernelError: If the file cannot be read, or a row is invalid.
+    """
+    try:
+        found = read_json(Path(path))
+    except OSError as error:
+        raise KernelError(
+            f"{path} cannot be read ({error.strerror or error}); correct or unset {VARIABLE}"
+        ) from error
+    except ValueError as error:
+        raise KernelError(
+            f"{path} is not JSON ({error}); write it anew with speclm kernels --tune"
+        ) from error
+    if not isinstance(found, dict):
+        raise KernelError(
+            f"{path} holds a {type(found).__name__}, expected an object of rows by architecture"
+        )
+    return {name: _parse_rows(path, name, rows) for name, rows in found.items()}
+
+
+def write_table(path: Path, table: LaunchTable) -> None:
+    """Write a file for `read_table`, which appears whole or not at all."""
+    lines = {name: [_to_json(row) for row in rows] for name, rows in sorted(table.items())}
+    write_json(path, lines)
+
+
+def _parse_rows(path: str, architecture: str, rows: Any) -> tuple[LaunchRow, ...]:
+    if _ARCHITECTURE.fullmatch(architecture) is None:
+        raise KernelError(
+            f'{path} has rows for {architecture!r}, expected an architecture such as "sm_90" or '
+            '"gfx942"; correct the name'
+        )
+    if not isinstance(rows, list):
+        raise KernelError(
+            f"{path} holds a {type(rows).__name__} for {architecture}, expected a list of rows"
+        )
+    return tuple(
+        _parse_row(f"{path}: row {index} of {architecture}", row) for index, row in enumerate(rows)
+    )
+
+
+def _parse_row(where: str, row: Any) -> LaunchRow:
+    if not isinstance(row, dict) or sorted(row) != sorted(_FIELDS):
+        names = sorted(row) if isinstance(row, dict) else type(row).__name__
+        raise KernelError(f"{where} has {names!r}, expected the fields {sorted(_FIELDS)!r}")
+    for name in (*_LIMITS, *_SIZES):
+        is_open = name in _LIMITS and row[name] is None
+        if not is_open and type(row[name]) is not int:
+            raise KernelError(f"{where}: {name} is {row[name]!r}, expected a whole number")
+    if type(row["is_float32"]) is not bool:
+        raise KernelError(f"{where}: is_float32 is {row['is_float32']!r}, expected true or false")
+    try:
+        config = LaunchConfig(**{name: row[name] for name in _SIZES})
+    except KernelError as error:
+        raise KernelError(f"{where}: {error}") from error
+    limits = {name: row[name] for name in _LIMITS}
+    return LaunchRow(config, **limits, is_float32=row["is_float32"])
+
+
+def _to_json(row: LaunchRow) -> Mapping[str, int | None]:
+    limits = {name: getattr(row, name) for name in (*_LIMITS, "is_float32")}
+    return limits | asdict(row.config)

@@ -1,4 +1,4 @@
-"""The kernels in plain PyTorch: what they are defined to compute."""
+"""The kernels in PyTorch: the definition of what they compute."""
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -8,16 +8,16 @@ from speclm.kernels.inputs import TreeAttentionInputs
 from speclm.tree.topology import pack_words, unpack_words
 
 _BLOCK = 512
-"""Keys that are looked at in one step."""
+"""Keys that are read in one step."""
 
 
 def tree_attention_reference(
     inputs: TreeAttentionInputs,
 ) -> tuple[Float[Tensor, "batch nodes q_heads head_dim"], Float[Tensor, "batch q_heads nodes"]]:
-    """Compute attention of tree nodes, block of keys by block of keys.
+    """Compute attention of tree nodes, one block of keys after the other.
 
-    Scores and sums are float32, or float64 for float64 inputs. Slots that nobody sees may hold
-    anything. A deterministic call computes every node by itself, from the slots that it sees.
+    Scores and sums are float32, or float64 for float64 inputs. Slots that no node sees may hold
+    any value. A deterministic call computes each node separately, from the slots that it sees.
 
     Returns:
         The output, and the logarithm of the softmax's denominator, sinks included.
@@ -59,35 +59,26 @@ def keep_path_reference(
     *,
     prefix_lengths: Int[Tensor, " batch"],
     tree_starts: Int[Tensor, " batch"] | None,
-    block_table: Int[Tensor, "batch blocks"] | None,
 ) -> None:
-    """Move the slots on each row's path to the end of its prefix, in every layer of `storage`.
-
-    Reads on the host how many there are.
-    """
+    """Move the slots on each row's path to the end of its prefix, in every layer; syncs."""
     begins = prefix_lengths if tree_starts is None else tree_starts
     rows, offsets = (paths >= 0).nonzero(as_tuple=True)
     sources = begins[rows] + paths[rows, offsets]
     targets = prefix_lengths[rows] + offsets
-    if block_table is None:
-        storage[:, rows, :, targets] = storage[:, rows, :, sources]
-        return
-    page_len = storage.shape[3]
-    to, of = (block_table[rows, slots // page_len] for slots in (targets, sources))
-    storage[:, to, :, targets % page_len] = storage[:, of, :, sources % page_len]
+    storage[:, rows, :, targets] = storage[:, rows, :, sources]
 
 
 def tree_words_reference(
     parents: Int[Tensor, "rows nodes"],
 ) -> tuple[Int[Tensor, "rows nodes words"], Int[Tensor, "rows nodes"]]:
-    """Return the ancestor words and the depths of trees given by parents."""
+    """Return the ancestor words and the depths of trees given as parents."""
     rows, nodes = parents.shape
     own = torch.arange(nodes, device=parents.device).expand(rows, -1)
     sees = torch.eye(nodes, dtype=torch.bool, device=parents.device).expand(rows, -1, -1)
     above = parents.long()
-    above = above.where((above >= 0) & (above < nodes), own)  # nobody may have checked them
-    # `above` is the ancestor so far up, whose own is twice as far up.
-    depths = (above != own).long()  # steps on the way there
+    above = above.where((above >= 0) & (above < nodes), own)  # parents may be unchecked
+    # `above` is an ancestor; the same ancestor of that one is twice as many levels up.
+    depths = (above != own).long()  # levels up to `above`
     for _ in range((nodes - 1).bit_length()):
         sees = sees | sees.gather(1, above[:, :, None].expand(-1, -1, nodes))
         depths = depths + depths.gather(1, above)
@@ -96,12 +87,12 @@ def tree_words_reference(
 
 
 class _OnlineSoftmax:
-    """A softmax over keys that come block by block, and the mean of values under it."""
+    """A running softmax over blocks of keys, and the mean of the values under it."""
 
     def __init__(
         self, query: Float[Tensor, "batch kv_heads groups nodes head_dim"], *, softcap: float | None
     ) -> None:
-        """Begin with no keys; the query is scaled."""
+        """Start without keys; the query is already scaled."""
         self._query, self._softcap = query, softcap
         self._maximum = query.new_full(query.shape[:-1], -torch.inf)
         self._sum = query.new_zeros(query.shape[:-1])
@@ -113,13 +104,13 @@ class _OnlineSoftmax:
         value: Float[Tensor, "batch kv_heads slots head_dim"],
         sees: Bool[Tensor, "batch nodes slots"],
     ) -> None:
-        """Take in further keys and values."""
+        """Add keys and values."""
         scores = self._query @ key[:, :, None].transpose(-1, -2)
         if self._softcap is not None:
             scores = self._softcap * torch.tanh(scores / self._softcap)
         scores = scores.masked_fill(~sees[:, None, None], -torch.inf)
         maximum = torch.maximum(self._maximum, scores.amax(-1))
-        finite = maximum.masked_fill(maximum == -torch.inf, 0.0)  # of a node that saw nothing yet
+        finite = maximum.masked_fill(maximum == -torch.inf, 0.0)  # has seen nothing yet
         shares = (scores - finite[..., None]).exp()
         kept = (self._maximum - finite).exp()
         self._sum = self._sum * kept + shares.sum(-1)
@@ -147,10 +138,6 @@ def _gather(
     """Return keys and values of the given slots, zeros for those that are not live."""
     rows = torch.arange(inputs.batch, device=slots.device)[:, None]
     slots = slots.where(is_live, torch.zeros_like(slots))
-    if inputs.block_table is not None:
-        rows = inputs.block_table.gather(1, slots // inputs.page_len).long()
-        rows = rows.where(is_live, torch.zeros_like(rows))
-        slots = slots % inputs.page_len
     found = []
     for stored in (inputs.key, inputs.value):
         taken = stored[rows, :, slots].to(accumulate)  # [batch, slots, kv_heads, head_dim]
@@ -159,19 +146,14 @@ def _gather(
 
 
 def _node_by_node(inputs: TreeAttentionInputs) -> tuple[Tensor, Tensor]:
-    """Compute every node as a call of its own, over its own slots laid behind each other."""
+    """Compute each node separately, over the slots that it sees, concatenated."""
     output = inputs.query.new_empty(inputs.query.shape).transpose(1, 2).contiguous()
     lse = output.new_empty(output.shape[0], output.shape[2], output.shape[1], dtype=torch.float32)
     if inputs.query.dtype == torch.float64:
         lse = lse.double()
     trees = unpack_words(inputs.ancestor_words, num_bits=inputs.num_slots)
     trees = trees.expand(inputs.batch, -1, -1)
-    lengths = inputs.prefix_lengths.tolist()
-    begins = lengths if inputs.tree_starts is None else inputs.tree_starts.tolist()
-    starts = [0] * inputs.batch
-    if inputs.prefix_starts is not None:
-        starts = inputs.prefix_starts.tolist()
-    for row, (start, length, begin) in enumerate(zip(starts, lengths, begins, strict=True)):
+    for row, (start, length, begin) in enumerate(inputs.host_bounds()):
         depths = inputs.depths[row % len(inputs.depths)]
         for node in range(inputs.num_nodes):
             depth = int(depths[inputs.num_slots - inputs.num_nodes + node])
@@ -186,19 +168,11 @@ def _node_by_node(inputs: TreeAttentionInputs) -> tuple[Tensor, Tensor]:
             softmax = _OnlineSoftmax(
                 query.view(1, inputs.kv_heads, inputs.groups, 1, -1), softcap=inputs.softcap
             )
-            softmax.add(*_slots_of_row(inputs, row, slots, lse.dtype), everything)
+            key, value = (
+                stored[row, :, slots].to(lse.dtype)[None] for stored in (inputs.key, inputs.value)
+            )
+            softmax.add(key, value, everything)
             found, sums = softmax.finish(inputs.sinks)
             output[row, node] = found.flatten(0, 2)[:, 0].to(output.dtype)
             lse[row, :, node] = sums.flatten()
     return output, lse
-
-
-def _slots_of_row(
-    inputs: TreeAttentionInputs, row: int, slots: Int[Tensor, " slots"], accumulate: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    rows = torch.full_like(slots, row)
-    if inputs.block_table is not None:
-        rows = inputs.block_table[row, slots // inputs.page_len].long()
-        slots = slots % inputs.page_len
-    found = [stored[rows, :, slots].to(accumulate) for stored in (inputs.key, inputs.value)]
-    return found[0].transpose(0, 1)[None], found[1].transpose(0, 1)[None]

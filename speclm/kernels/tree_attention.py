@@ -7,9 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from speclm.errors import KernelError
-from speclm.kernels._sdpa import sdpa_obstacle, tree_attention_sdpa
 from speclm.kernels.backends import (
-    NAMES,
     Choice,
     choose,
     head_obstacle,
@@ -26,29 +24,25 @@ from speclm.kernels.inputs import (
 from speclm.kernels.launch import plan_launch
 from speclm.kernels.reference import tree_attention_reference
 
-BACKENDS = NAMES
-"""Backends of `tree_attention`, the preferred one first."""
-
-_MOST_PAIRS = 65_535  # of a grid's second and third axis
+_MAX_PAIRS = 65_535  # of a grid's second and third axis
 _SCHEMA = (
     "(Tensor query, Tensor key, Tensor value, Tensor prefix_lengths, Tensor ancestor_words, "
-    "Tensor depths, Tensor? prefix_starts, Tensor? tree_starts, Tensor? block_table, "
-    "Tensor? sinks, float scale, int? window, float? softcap, int? num_splits, "
+    "Tensor depths, Tensor? prefix_starts, Tensor? tree_starts, Tensor? sinks, "
+    "float scale, int? window, float? softcap, int? num_splits, "
     "bool deterministic, bool return_lse, str backend) -> (Tensor, Tensor)"
 )
 
 
 def tree_attention(  # noqa: PLR0913 - a kernel's arguments
     query: Float[Tensor, "batch q_heads nodes head_dim"],
-    key: Float[Tensor, "kv_rows kv_heads kv_len head_dim"],
-    value: Float[Tensor, "kv_rows kv_heads kv_len head_dim"],
+    key: Float[Tensor, "batch kv_heads kv_len head_dim"],
+    value: Float[Tensor, "batch kv_heads kv_len head_dim"],
     *,
     prefix_lengths: Int[Tensor, " batch"],
     ancestor_words: Int[Tensor, "rows nodes words"],
     depths: Int[Tensor, "depth_rows slots"],
     prefix_starts: Int[Tensor, " batch"] | None = None,
     tree_starts: Int[Tensor, " batch"] | None = None,
-    block_table: Int[Tensor, "batch blocks"] | None = None,
     sinks: Float[Tensor, " q_heads"] | None = None,
     scale: float | None = None,
     window: int | None = None,
@@ -64,50 +58,45 @@ def tree_attention(  # noqa: PLR0913 - a kernel's arguments
 ):
     """Attend from every node of a tree to its row's prefix and to its own ancestors.
 
-    Keys and values of the tree are in the cache already. Row b sees its prefix, the slots
-    ``[prefix_starts[b], prefix_lengths[b])``, and of the tree, which begins at slot
-    ``tree_starts[b]``, what `ancestor_words` names. No other slot is read; these may hold
-    anything, also NaN. Values of tree slots have to be finite even where a node does not see them.
+    Keys and values of the tree are already in the cache. Row b sees its prefix, the slots
+    ``[prefix_starts[b], prefix_lengths[b])``, and the nodes named by `ancestor_words` of the tree
+    that starts at slot ``tree_starts[b]``. No other slot is read; these may hold any value, even
+    NaN. Values of tree slots must be finite, also where a node does not see them.
 
     Args:
-        query: Queries of the last `nodes` of the tree slots; strides are free but for the last
-            axis, here and below.
-        key: Keys of all slots, or of all pages where there is a `block_table`; a paged `kv_len` is
-            the length of a page. The number of query heads is a multiple, of any size, of theirs.
-        value: Values, laid out like the keys.
+        query: Queries of the last `nodes` tree slots. Here and below, any strides with 1 in the
+            last axis.
+        key: Keys of all slots. The number of query heads is a multiple of the number of key heads.
+        value: Values, in the shape of the keys.
         prefix_lengths: Slots before the tree, left padding included; 0 is allowed. int32 or int64,
-            as all whole numbers here but the words.
-        ancestor_words: Bit ``j % 64`` of word ``j // 64`` is set when a node sees tree slot j: its
+            like all whole numbers here except the words.
+        ancestor_words: Bit ``j % 64`` of word ``j // 64`` is set if a node sees tree slot j: its
             ancestors and itself. int64; one row is shared by the batch.
-        depths: Depth of every tree slot below the root; the last ones are those of the nodes. At
-            most 256 slots.
+        depths: Depth of every tree slot, with those of the nodes last. At most 256 slots.
         prefix_starts: Slots of left padding; None for none.
         tree_starts: First tree slot; None for `prefix_lengths`.
-        block_table: Page of each block of each row; None for a contiguous cache.
         sinks: Logit of each query head that only adds to the softmax's denominator.
-        scale: Factor of the scores; by default one over the square root of `head_dim`.
+        scale: Factor of the scores; None for ``head_dim ** -0.5``.
         window: Positions that a node sees, itself included. A node's position is the prefix length
             plus its depth, not its slot.
         softcap: Bound c of the scores, ``c * tanh(score / c)``, applied before masking.
-        num_splits: Parts that the keys of one row and head are split into; by default what fills
-            the device. Ignored where `deterministic` fixes them.
-        deterministic: Make the result of a node independent, to the bit, of how many nodes and
-            rows are computed with it, and of splits. Slower.
+        num_splits: Parts that the keys of one row and head are split into; None for as many as
+            fill the device. Ignored for `deterministic` calls.
+        deterministic: Make a node's result bitwise independent of the number of nodes and rows
+            that are computed together, and of splits. Slower.
         return_lse: Also return the natural logarithm of the softmax's denominator, float32.
-        check_values: Check lengths, words and pages too, which reads them on the host. Pass False
-            in a loop that must not wait for the device. Never done while a graph is compiled or
-            captured.
-        backend: ``"triton"``, ``"sdpa"``, ``"reference"``, or ``"auto"``: the environment variable
+        check_values: Also check the values of lengths, words and depths, which syncs with the
+            device. Skipped while a graph is compiled or captured.
+        backend: ``"triton"``, ``"reference"``, or ``"auto"``: the environment variable
             ``SPECLM_KERNELS``, or else the first of these that takes the call on this device.
 
     Returns:
         The output, nodes before heads, as Transformers' attention functions return it; with
-        `return_lse` a pair. Does not sync with the device where values are not checked and Triton
-        computes.
+        `return_lse` a pair. The Triton kernel does not sync with the device.
 
     Raises:
-        KernelError: If something does not fit, or the backend cannot compute it. It is a
-            ValueError, and raised before anything is launched.
+        KernelError: If an argument does not fit, or the backend cannot compute the call; nothing
+            has been launched then.
 
     Example:
         >>> import torch
@@ -134,7 +123,6 @@ def tree_attention(  # noqa: PLR0913 - a kernel's arguments
         depths=depths,
         prefix_starts=prefix_starts,
         tree_starts=tree_starts,
-        block_table=block_table,
         sinks=sinks,
         scale=scale,
         window=window,
@@ -167,26 +155,19 @@ def attention_backend(inputs: TreeAttentionInputs, backend: str = "auto") -> Cho
         KernelError: If `backend` cannot compute it.
     """
     query = inputs.query
-    triton = triton_obstacle(query.device, query.dtype) or head_obstacle(inputs.head_dim)
-    if inputs.batch * inputs.kv_heads > _MOST_PAIRS:
-        triton = f"the Triton kernel takes at most {_MOST_PAIRS} rows times key heads"
-    return choose(
-        backend,
-        names=BACKENDS,
-        obstacles={"triton": triton, "sdpa": sdpa_obstacle(inputs), "reference": None},
-    )
+    obstacle = triton_obstacle(query.device, query.dtype) or head_obstacle(inputs.head_dim)
+    if inputs.batch * inputs.kv_heads > _MAX_PAIRS:
+        obstacle = f"the Triton kernel takes at most {_MAX_PAIRS} rows times key heads"
+    return choose(backend, obstacle)
 
 
 def _compute(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """Compute the op: its arguments are those of the schema, in its order."""
+    """Compute the op; its arguments are those of the schema, in order."""
     *values, backend = arguments
     inputs = TreeAttentionInputs(*values)
     choice = attention_backend(inputs, backend)
     if inputs.batch == 0:
         return _allocate(*arguments)
-    if choice.backend == "sdpa":
-        query = inputs.query
-        return tree_attention_sdpa(inputs), query.new_empty(0, dtype=_sum_dtype(query))
     if choice.backend == "reference":
         output, lse = tree_attention_reference(inputs)
     else:
@@ -197,7 +178,7 @@ def _compute(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _allocate(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """Return empty results of the op: what a compiler is told."""
+    """Return empty results of the op, for a compiler."""
     inputs = TreeAttentionInputs(*arguments[:-1])
     require_shapes(inputs)
     query = inputs.query

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.cache_utils import Cache, DynamicCache
 
-from speclm.errors import CacheError, OptionError, PromptError
+from speclm.errors import CacheError, OptionError, PromptError, suggest
 from speclm.generation.delegation import require_left_padding
 from speclm.generation.settings import (
     BY_NAME,
@@ -19,7 +19,7 @@ from speclm.generation.settings import (
     Setting,
     first_active,
 )
-from speclm.model.causal_lm import OPTIONS_OF_LOADING, suggest
+from speclm.model.loading import OPTIONS_OF_LOADING
 
 
 def resolve_setting(name: str, arguments: Mapping[str, Any], default: GenerationConfig) -> Any:

@@ -14,15 +14,13 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils.generic import ModelOutput
 
 from speclm.acceptance import AcceptanceRule
-from speclm.adaptive.pausing import PauseMemory
-from speclm.adaptive.tuner import TreeMemory
+from speclm.adaptive.memory import Memory
 from speclm.drafting.interface import Proposer
 from speclm.generation.delegation import CACHE_INPUTS, NeedsRegularGeneration
 from speclm.generation.loop import Generated, generate_tokens
 from speclm.model.arguments import resolve_setting
-from speclm.model.fitting import claimed, require_still_fits
-from speclm.model.standing_in import proposer_modules
-from speclm.self_check.verdict import Backend
+from speclm.model.fitting import claimed, proposer_modules, require_still_fits
+from speclm.self_check.verdict import Verification
 from speclm.self_check.watch import may_draw
 from speclm.stats import SpeculationStats
 from speclm.target import NestedError, TargetView
@@ -71,13 +69,13 @@ def decode(  # noqa: PLR0913 - a call has many sides
     default: GenerationConfig,
     *,
     target: TargetView,
-    backend: Backend,
+    backend: Verification,
     proposer: Proposer | None,
     stats: SpeculationStats,
     rule: AcceptanceRule,
-    pauses: PauseMemory | None,
+    pauses: Memory | None,
     tree: TreePlan | None = None,
-    trees: TreeMemory | None = None,
+    trees: Memory | None = None,
     waits: bool = True,
     report: Callable[[], object],
 ) -> Tensor | ModelOutput:

@@ -8,8 +8,8 @@ from transformers import GenerationConfig
 from speclm.drafting.interface import Proposer
 from speclm.generation.delegation import NeedsRegularGeneration
 from speclm.model.arguments import first_delegated
-from speclm.model.standing_in import proposer_modules
-from speclm.self_check.verdict import Backend, SelfCheck
+from speclm.model.fitting import proposer_modules
+from speclm.self_check.verdict import SelfCheck, Verification
 from speclm.self_check.watch import Watch, first_in_training
 
 
@@ -38,7 +38,7 @@ def require_speculation(watch: Watch, arguments: dict[str, Any], default: Genera
 
 def notes(check: SelfCheck, proposer: Proposer | None) -> Iterator[tuple[str, str]]:
     """Yield what makes a call slower than it could be: lines for the log, and their reasons."""
-    if check.backend is Backend.CHAINS:
+    if check.verification is Verification.CHAINS:
         yield "verifying chains with %s: %s", check.reason
     for module in proposer_modules(proposer):
         name = first_in_training(module)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from speclm.drafting.interface import Proposer
 from speclm.kernels import preferred
+from speclm.methods.registry import describe_proposer
 from speclm.self_check.verdict import SelfCheck
 from speclm.stats import SpeculationStats
 from speclm.target import TargetView
@@ -26,10 +27,8 @@ def write_report(
         f"          {parameters / 1e6:.1f} M parameters, {memory / 2**20:.1f} MiB, "
         f"{model.dtype}, {model.device}"
     )
-    write(
-        f"proposer  {type(proposer).__name__}, {proposer.config}" if proposer else "proposer  none"
-    )
-    write(f"backend   {check.backend.value}: {check.reason}")
+    write(f"proposer  {describe_proposer(proposer)}" if proposer else "proposer  none")
+    write(f"backend   {check.verification.value}: {check.reason}")
     source = "from an earlier check" if check.is_cached else "checked"
     write(f"          {source} in {check.milliseconds:.1f} ms")
     kernel = preferred(target.device)

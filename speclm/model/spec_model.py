@@ -15,23 +15,19 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils.generic import ModelOutput
 
 from speclm.acceptance import AcceptanceRule, resolve_acceptance_rule
-from speclm.adaptive.pausing import PauseMemory
-from speclm.adaptive.tuner import TreeMemory
+from speclm.adaptive.memory import Memory
 from speclm.drafting.interface import Proposer
-from speclm.errors import OptionError, UnsupportedModelError
+from speclm.errors import OptionError
+from speclm.files.hub import with_base_options
 from speclm.generation.delegation import NeedsRegularGeneration
 from speclm.model.arguments import naming_unknown, require_acceptable
 from speclm.model.attaching import attach, detach, enter
 from speclm.model.call import KeepsCounters, decode, with_counters
-from speclm.model.causal_lm import OPTIONS_OF_LOADING, load_causal_lm, require_no_options
-from speclm.model.fitting import require_fits
-from speclm.model.hub import with_base_options
-from speclm.model.loading import Heads, load_proposer
-from speclm.model.misses import MissWatch
+from speclm.model.fitting import MOVES, MissWatch, move, require_fits
+from speclm.model.loading import Heads, load_base, load_proposer, unwrap
 from speclm.model.obstacles import notes, require_speculation
 from speclm.model.report import write_report
 from speclm.model.saving import push_heads, save_heads
-from speclm.model.standing_in import MOVES, move, unwrap
 from speclm.model.trees import AUTO, Tree, normalize_tree, require_fillable
 from speclm.self_check.verdict import SelfCheck
 from speclm.self_check.watch import Watch
@@ -85,7 +81,7 @@ class SpecModel(KeepsCounters):
         self.proposer = proposer
         self._watch = Watch(self._target)
         self.adaptive, self.tree = adaptive, tree
-        self._pauses, self.trees, self._misses = PauseMemory(), TreeMemory(), MissWatch()
+        self.memory, self._misses = Memory(), MissWatch()
         self._logged: set[str] = set()
 
     @classmethod
@@ -123,17 +119,8 @@ class SpecModel(KeepsCounters):
                 not know.
         """
         base = unwrap(base, SpecModel)
-        if not isinstance(base, str | Path | PreTrainedModel):
-            raise UnsupportedModelError(
-                f"base is a {type(base).__name__}, expected a folder, a hub id or a Transformers "
-                "PreTrainedModel; load one with AutoModelForCausalLM.from_pretrained"
-            )
-        if isinstance(base, PreTrainedModel):
-            require_no_options(kwargs)
-            model = base
-        else:
-            model = load_causal_lm(base, kwargs, owner="base", known=OPTIONS_OF_LOADING)
-            heads_kwargs = with_base_options(heads_kwargs, kwargs, heads=heads, base=base)
+        model = load_base(base, kwargs)
+        heads_kwargs = with_base_options(heads_kwargs, kwargs, heads=heads, base=base)
         proposer = load_proposer(
             heads, model, heads_kwargs=heads_kwargs, num_draft_tokens=num_draft_tokens
         )
@@ -274,7 +261,7 @@ class SpecModel(KeepsCounters):
         arguments.pop("custom_generate", None)  # it is None
         self._watch.look(self._target)
         check = self.self_check
-        stats = SpeculationStats(backend=check.backend.value, self_check=check.reason)
+        stats = SpeculationStats(backend=check.verification.value, self_check=check.reason)
         try:
             require_speculation(self._watch, arguments, self.generation_config)
             for message, reason in notes(check, self.proposer):
@@ -284,13 +271,13 @@ class SpecModel(KeepsCounters):
                 arguments,
                 self.generation_config,
                 target=self._target,
-                backend=check.backend,
+                backend=check.verification,
                 proposer=self.proposer,
                 stats=stats,
                 rule=rule,
-                pauses=self._pauses if self.adaptive and not isinstance(plan, TreePlan) else None,
+                pauses=self.memory if self.adaptive and not isinstance(plan, TreePlan) else None,
                 tree=plan if isinstance(plan, TreePlan) else None,
-                trees=self.trees if plan == AUTO else None,
+                trees=self.memory if plan == AUTO else None,
                 waits=busy == "wait",
                 report=partial(self._report, stats),
             )

@@ -8,7 +8,7 @@ from speclm.drafting.interface import Proposer
 from speclm.errors import OptionError
 from speclm.files.atomic import read_json
 from speclm.tree.plan import TreePlan
-from speclm.tree.static import Choices, normalize_choices
+from speclm.tree.static import RankPaths, normalize_paths
 
 AUTO = "auto"
 """The tree whose depth and size follow from measured times and acceptance."""
@@ -28,10 +28,10 @@ def normalize_tree(tree: Tree | None) -> TreePlan | str | None:
     if tree is None or isinstance(tree, TreePlan) or (isinstance(tree, str) and tree == AUTO):
         return tree
     is_file = isinstance(tree, Path) or (isinstance(tree, str) and tree.endswith(".json"))
-    return TreePlan.of(read_tree(tree) if is_file else normalize_choices(tree))
+    return TreePlan.of(read_tree(tree) if is_file else normalize_paths(tree))
 
 
-def read_tree(path: Any) -> Choices:
+def read_tree(path: Any) -> RankPaths:
     """Read a static tree from a JSON file, as ``speclm tune --save`` writes it.
 
     Raises:
@@ -48,7 +48,7 @@ def read_tree(path: Any) -> Choices:
         ) from error
     if isinstance(found, dict) and "tree" in found:
         found = found["tree"]
-    return normalize_choices(found)
+    return normalize_paths(found)
 
 
 def require_fillable(tree: TreePlan | str | None, proposer: Proposer | None) -> None:
@@ -57,20 +57,20 @@ def require_fillable(tree: TreePlan | str | None, proposer: Proposer | None) -> 
     Raises:
         OptionError: If a static tree is given to a proposer that does not fill it.
     """
-    if not isinstance(tree, TreePlan) or tree.choices is None:
+    if not isinstance(tree, TreePlan) or tree.paths is None:
         return
     if proposer is None:
         raise OptionError(
-            f"tree has {len(tree.choices)} nodes and there is no proposer to fill it, expected one "
+            f"tree has {len(tree.paths)} nodes and there is no proposer to fill it, expected one "
             "such as a draft model or Medusa heads; pass heads, or leave tree out"
         )
-    if not proposer.takes_choices:
+    if not proposer.fills_static_trees:
         raise OptionError(
-            f"tree is a static one of {len(tree.choices)} nodes, which {type(proposer).__name__} "
+            f"tree is a static one of {len(tree.paths)} nodes, which {type(proposer).__name__} "
             "cannot fill: it does not rank guesses; pass tree='auto', or "
             "TreePlan(depth=4, num_draft_tokens=8) for a bound alone"
         )
-    num_ranks, rank = proposer.num_ranks, max(max(path) for path in tree.choices)
+    num_ranks, rank = proposer.num_ranks, max(max(path) for path in tree.paths)
     if num_ranks is None:
         num_ranks = proposer.needs.vocab_size
     if num_ranks is not None and rank >= num_ranks:

@@ -1,10 +1,8 @@
-"""How tokens are chosen: processors, the noise of each position, and draws of other kinds."""
+"""How tokens are chosen: logits processors, the noise of each position, and other draws."""
 
 from speclm.sampling.chooser import TokenChooser, first_text_dependent
-from speclm.sampling.drafts import DraftSampler, DraftSampling
-from speclm.sampling.draws import Draws, GeneratorDraws, seeded_draws
-from speclm.sampling.generators import generator_obstacle
-from speclm.sampling.noise import PositionNoise
+from speclm.sampling.draws import DraftSampler, DraftSampling, Draws, GeneratorDraws, seeded_draws
+from speclm.sampling.noise import PositionNoise, generator_obstacle
 
 __all__ = [
     "DraftSampler",

@@ -1,4 +1,4 @@
-"""How the target chooses a token: logits processors, then argmax over probabilities and noise."""
+"""How the target chooses a token: logits processors, then an argmax of probabilities over noise."""
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
@@ -24,8 +24,8 @@ CONTEXT_FREE = frozenset(
         processors.SuppressTokensLogitsProcessor,
     }
 )
-"""Processors whose result depends on the scores of their own row alone, by exact class: a
-subclass may look at anything."""
+"""Processors whose result depends only on the scores of their own row. Matched by exact class,
+because a subclass may read anything."""
 
 LENGTH_DEPENDENT = frozenset(
     {
@@ -37,7 +37,7 @@ LENGTH_DEPENDENT = frozenset(
         processors.ExponentialDecayLengthPenalty,
     }
 )
-"""Processors that read of the text no more than how long it is, by exact class."""
+"""Processors that read only the length of the text, by exact class."""
 
 _TRUNCATIONS = {
     processors.TopKLogitsWarper: "top_k",
@@ -58,14 +58,14 @@ def first_text_dependent(
 def pick(
     scores: Float[Tensor, "rows vocab"], noise: Float[Tensor, "rows vocab"] | None
 ) -> Int[Tensor, " rows"]:
-    """Return the token that regular generation takes from processed scores, for every row.
+    """Return the token that regular generation takes from the processed scores of each row.
 
     Args:
-        scores: What the logits processors leave, in any dtype.
+        scores: Result of the logits processors, in any dtype.
         noise: Exponential noise of each row's position, in that dtype; None when greedy.
 
     Returns:
-        Token ids; -1 where the chosen score or probability is not a number. Does not sync.
+        Token ids; -1 if the chosen score or probability is NaN. Does not sync.
 
     Source: the Gumbel-max trick in its exponential form, as in ``torch.multinomial``.
     """
@@ -87,12 +87,12 @@ def _is_text_free(processor: processors.LogitsProcessor) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Truncation:
-    """The usual limits that leave out the rarest tokens; None where not in use.
+    """Limits that exclude rare tokens; None if unused.
 
     Args:
-        top_k: Tokens that are kept.
-        top_p: Least probability that the tokens kept have together.
-        min_p: Least probability of a token, as a share of the likeliest one's.
+        top_k: Number of tokens that are kept.
+        top_p: Smallest joint probability of the kept tokens.
+        min_p: Smallest probability of a token, relative to the most likely one.
     """
 
     top_k: int | None = None
@@ -101,7 +101,14 @@ class Truncation:
 
 
 class TokenChooser:
-    """Turns logits into tokens as regular generation does, for any number of rows at once."""
+    """Turns logits into tokens as regular generation does, for any number of rows at once.
+
+    Example:
+        ```python
+        chooser = TokenChooser([TemperatureLogitsWarper(0.7)], is_greedy=False)
+        tokens = chooser.choose(logits, noise.at_depth(0))
+        ```
+    """
 
     def __init__(
         self, processor_list: Sequence[processors.LogitsProcessor], *, is_greedy: bool
@@ -113,7 +120,7 @@ class TokenChooser:
 
     @property
     def key(self) -> Hashable:
-        """What tells its setting from others: the class and the plain numbers of each processor."""
+        """Class and plain options of each processor, to tell settings apart."""
         return tuple(
             (
                 type(processor).__qualname__,
@@ -128,7 +135,7 @@ class TokenChooser:
 
     @property
     def truncation(self) -> Truncation | None:
-        """What its warpers leave out, as far as plain numbers say; None where they say nothing."""
+        """Limits of its known warpers; None if there are none."""
         found: dict[str, Any] = {}
         for processor in self.processors:
             name = _TRUNCATIONS.get(type(processor))
@@ -148,23 +155,23 @@ class TokenChooser:
         Args:
             logits: The target's logits, in any floating dtype; processed in float32.
             noise: Exponential noise of each row's position; None when greedy.
-            lengths: Tokens before the chosen one, prompt and padding included; needed where
+            lengths: Tokens before the chosen one, prompt and padding included; needed if
                 `reads_lengths`.
 
         Returns:
-            Token ids; -1 where the winning score is not a number. Does not sync.
+            Token ids; -1 if the winning score is NaN. Does not sync.
         """
         return pick(self.process(logits.float(), lengths), noise)
 
     def distribution(self, logits: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows vocab"]:
-        """Return the probabilities that tokens are drawn from, in single precision or better."""
+        """Return the probabilities that tokens are drawn from, in float32 or better."""
         scores = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return self.process(scores, None).softmax(-1)
 
     def process(
         self, scores: Float[Tensor, "rows vocab"], lengths: Sequence[int] | None
     ) -> Float[Tensor, "rows vocab"]:
-        """Return what the processors make of scores; see `choose`."""
+        """Apply the processors to scores; see `choose` for `lengths`."""
         if not self.reads_lengths:
             return self._process_at(scores, 0)
         assert lengths is not None, "a processor reads the length of the text"
@@ -182,7 +189,7 @@ class TokenChooser:
         if not self.processors:
             return scores
         text = torch.zeros(1, 1, dtype=torch.long, device=scores.device)
-        text = text.expand(len(scores), length)  # nothing but its shape is read
+        text = text.expand(len(scores), length)  # only its shape is read
         for processor in self.processors:
             scores = processor(text, scores)
         return scores

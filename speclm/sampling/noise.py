@@ -1,4 +1,4 @@
-"""The exponential draws that decide sampled positions, in regular generation's order."""
+"""The random draws of regular generation, in its order, and the state of default generators."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -7,28 +7,33 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from speclm.sampling.generators import GeneratorStates, get_generator_state, set_generator_state
-
 
 class PositionNoise:
-    """Keeps one row of noise per generated position until that position is decided.
+    """The noise that decides each sampled position, as regular generation draws it.
 
-    Plain sampling draws one ``[batch, vocab]`` exponential matrix E per step from the default
-    generator of the logits' device and takes ``argmax(probs / E)``: that is what
-    ``torch.multinomial(probs, 1)`` does inside. Drawing the same matrices in the same order makes
-    the token at a position a function of the target's probabilities alone, so that it does not
-    matter in which round, or next to which draft, it is decided.
+    At every step, regular generation draws one ``[batch, vocab]`` matrix E of exponential noise
+    from the default generator of the logits' device and takes ``argmax(probs / E)``: this is what
+    ``torch.multinomial(probs, 1)`` does. Drawing the same matrices in the same order makes the
+    token at a position a function of the target's probabilities, whatever the round or the draft.
 
-    Rows may be at different steps; `seek` says where each one is. Matrices drawn ahead are kept
-    for later rounds, and `finish` leaves the generator as regular generation would. They are drawn
-    in single precision, that of scores which no logits processor changes, until `match` says more.
+    Rows may be at different steps, which `seek` sets. Matrices drawn ahead are kept for later
+    rounds, and `finish` leaves the generator as regular generation does. The noise is float32, the
+    dtype of scores that no logits processor changes, until `match` is given other scores.
+
+    Example:
+        ```python
+        noise = PositionNoise(batch=1, vocab_size=vocab_size, device=logits.device)
+        noise.seek([0], live=[True])
+        token = (logits.softmax(-1) / noise.at_depth(0)).argmax(-1)
+        noise.finish(1)  # as after torch.multinomial(logits.softmax(-1), 1)
+        ```
     """
 
     def __init__(self, *, batch: int, vocab_size: int, device: torch.device) -> None:
         """Start before step 0.
 
         Args:
-            batch: Rows of the batch, finished ones included.
+            batch: Rows of the batch, ended ones included.
             vocab_size: Width of the target's logits.
             device: Device whose default generator regular generation would use.
         """
@@ -38,7 +43,7 @@ class PositionNoise:
         self._matrices: dict[int, Float[Tensor, "batch vocab"]] = {}
         self._states: list[Tensor] = []  # generator state before each draw
         self._steps = [0] * batch
-        self._undisturbed: Tensor | None = None  # generator state while foreign draws are undone
+        self._undisturbed: Tensor | None = None  # generator state while other draws are undone
 
     @property
     def device(self) -> torch.device:
@@ -46,7 +51,7 @@ class PositionNoise:
         return self._device
 
     def seek(self, steps: list[int], *, live: list[bool]) -> None:
-        """Say which step each row decides next, and drop what no live row can need again."""
+        """Set the step that each row decides next, and drop noise that no live row needs again."""
         self._steps = steps
         running = [step for step, is_live in zip(steps, live, strict=True) if is_live]
         oldest = min(running, default=0)
@@ -66,10 +71,10 @@ class PositionNoise:
         return self._row(self._steps[row] + depth, row)
 
     def match(self, scores: Float[Tensor, "batch vocab"], step: int) -> None:
-        """Draw the noise from `step` on as regular generation draws it for scores like these.
+        """Draw the noise from `step` on in the dtype and width of `scores`.
 
-        It draws in their dtype and width, which a logits processor may choose anew at every step.
-        No live row may be before `step`. What was drawn otherwise is drawn again.
+        A logits processor may change both at every step. Noise that was drawn ahead in another
+        dtype or width is drawn again. No live row may be before `step`.
         """
         if scores.dtype == self._dtype and scores.shape == self._shape:
             return
@@ -79,10 +84,10 @@ class PositionNoise:
 
     @contextmanager
     def foreign_code(self, step: int) -> Iterator[None]:
-        """Let code run that may draw from the generator itself, just before the draw of `step`.
+        """Let code run that may draw from the generator, just before the draw of `step`.
 
-        It finds the generator as regular generation would leave it there. If it draws, what was
-        drawn ahead from that step on is not regular generation's noise any more, and is forgotten.
+        It finds the generator in the state of regular generation at that step. If it draws, noise
+        that was drawn ahead from that step on is discarded.
         """
         if step >= len(self._states):  # nothing was drawn ahead
             yield
@@ -100,12 +105,12 @@ class PositionNoise:
                 del self._states[step:]
 
     def has_drawn(self, step: int) -> bool:
-        """Return whether the noise of a step has been drawn, and still counts."""
+        """Return whether the noise of a step is drawn."""
         return step < len(self._states)
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
-        """Let code run whose own draws from the generator are undone and change no noise."""
+        """Let code run whose own draws from the generator are undone."""
         self._undisturbed = get_generator_state(self._device)
         try:
             yield
@@ -115,7 +120,7 @@ class PositionNoise:
             self._undisturbed = None
 
     def finish(self, num_steps: int) -> None:
-        """Put the generator where regular generation leaves it after `num_steps` draws."""
+        """Set the generator to its state in regular generation after `num_steps` draws."""
         self._rewind(num_steps)
         self._matrices.clear()
 
@@ -125,7 +130,7 @@ class PositionNoise:
             del self._states[step:]
 
     def _row(self, step: int, row: int) -> Float[Tensor, " vocab"]:
-        # A finished row may lie behind what was dropped; nobody reads its noise.
+        # The noise of an ended row may have been dropped; nobody reads it.
         matrix = self._matrices.get(step)
         if matrix is None and step < len(self._states):
             return torch.ones(self._shape[1], dtype=self._dtype, device=self._device)
@@ -147,7 +152,7 @@ class PositionNoise:
 
 @contextmanager
 def as_if_drawn(noise: PositionNoise | None, step: int) -> Iterator[None]:
-    """Let code run as `PositionNoise.foreign_code` does; without noise nothing is to be done."""
+    """Let code run within `PositionNoise.foreign_code`, if there is noise."""
     if noise is None:
         yield
         return
@@ -157,11 +162,11 @@ def as_if_drawn(noise: PositionNoise | None, step: int) -> Iterator[None]:
 
 @contextmanager
 def undisturbed(device: torch.device, noise: PositionNoise | None) -> Iterator[None]:
-    """Let drafting code run, and undo what it draws from the default generators.
+    """Let drafting code run, and undo its draws from the default generators.
 
     Args:
-        device: That of the target's tokens.
-        noise: What such code may draw noise of positions from, which does count.
+        device: Device of the target's tokens.
+        noise: Noise of the positions, which such code may draw; these draws are kept.
     """
     drawn_from = None if noise is None else noise.device
     states = GeneratorStates(*({torch.device("cpu"), device} - {drawn_from}))
@@ -171,3 +176,58 @@ def undisturbed(device: torch.device, noise: PositionNoise | None) -> Iterator[N
     finally:
         if states.changed():
             states.restore()
+
+
+class GeneratorStates:
+    """The states of the default generators of some devices.
+
+    Devices with a `generator_obstacle` are skipped.
+    """
+
+    def __init__(self, *devices: torch.device) -> None:
+        """Remember the states of the generators of `devices`."""
+        self._found = {
+            device: get_generator_state(device)
+            for device in devices
+            if generator_obstacle(device) is None
+        }
+
+    def changed(self) -> bool:
+        """Return whether a generator has drawn or was seeded since."""
+        return not all(
+            torch.equal(get_generator_state(device), state) for device, state in self._found.items()
+        )
+
+    def restore(self) -> None:
+        """Set the generators to the remembered states."""
+        for device, state in self._found.items():
+            set_generator_state(state, device)
+
+
+def generator_obstacle(device: torch.device) -> str | None:
+    """Return why the state of a device's default generator cannot be restored; None if it can."""
+    if device.type == "cpu":
+        return None
+    try:
+        module = torch.get_device_module(device)
+    except RuntimeError:
+        module = None
+    if hasattr(module, "get_rng_state") and hasattr(module, "set_rng_state"):
+        return None
+    return f"the state of the random generator of device {device.type!r} cannot be saved"
+
+
+def get_generator_state(device: torch.device) -> Tensor:
+    """Return the state of the default generator of a device without a `generator_obstacle`."""
+    if device.type == "cpu":
+        return torch.get_rng_state()
+    state: Tensor = torch.get_device_module(device).get_rng_state(device)
+    return state
+
+
+def set_generator_state(state: Tensor, device: torch.device) -> None:
+    """Set the state of the default generator of a device without a `generator_obstacle`."""
+    if device.type == "cpu":
+        torch.set_rng_state(state)
+    else:
+        torch.get_device_module(device).set_rng_state(state, device)

@@ -1,1 +1,1 @@
-"""The check of a model when it is loaded: how its drafts are verified."""
+"""The self-check of a model at load time, which decides how its drafts are verified."""

@@ -1,4 +1,4 @@
-"""What was done to a model beyond the code of Transformers, and which of it matters to a loop."""
+"""Find changes of a model beyond the code of Transformers, such as hooks and overridden methods."""
 
 import sys
 from typing import Any, cast
@@ -23,15 +23,15 @@ STEP_METHODS = (
     "get_compiled_call",
     "prepare_inputs_for_generation",
 )
-"""Methods of a model that regular generation calls, most of them once per step."""
+"""Methods of a model that regular generation calls, most of them in each step."""
 
-_KNOWN = frozenset({"torch", "transformers"})  # whose code is told by its version
+_KNOWN = frozenset({"torch", "transformers"})  # the version says what their code does
 
 
 def loop_obstacle(model: PreTrainedModel) -> str | None:
-    """Say which part of the decoding loop the model replaces, which no check of logits covers."""
+    """Return which part of the decoding loop the model replaces; no check of logits covers it."""
     for name in ("_sample", "_has_unfinished_sequences"):
-        # The loop is looked up on the class, what it calls on the model.
+        # The loop is looked up on the class, the methods that it calls on the model.
         found = getattr(type(model) if name == "_sample" else model, name)
         function = getattr(found, "__func__", found)
         qualified = (getattr(function, "__module__", None), getattr(function, "__qualname__", None))
@@ -41,10 +41,10 @@ def loop_obstacle(model: PreTrainedModel) -> str | None:
 
 
 def changes(model: nn.Module) -> list[str]:
-    """Name the hooks, methods and classes of a model that are not those of Transformers.
+    """Return the hooks, methods and classes of a model that are not those of Transformers.
 
     Returns:
-        Words for reasons, what regular generation calls itself first.
+        Words for reasons, starting with the methods that regular generation calls.
     """
     kind, found = type(model), list[str]()
     for name in STEP_METHODS:
@@ -71,24 +71,24 @@ def changes(model: nn.Module) -> list[str]:
 
 
 def foreign_hooks(module: nn.Module) -> list[object]:
-    """Return the forward hooks and pre-hooks of a module, but for those that only read."""
+    """Return the forward hooks and pre-hooks of a module, except those that only read."""
     state = module.__dict__
     hooks = [*state["_forward_hooks"].values(), *state["_forward_pre_hooks"].values()]
     return [hook for hook in hooks if not only_reads(hook)]
 
 
 def only_reads(hook: object) -> bool:
-    """Return whether a hook is one of speclm's, or of Transformers' that records hidden states.
+    """Return whether a hook is speclm's, or one of Transformers' that records hidden states.
 
-    Transformers puts them on a model when it is first asked for hidden states or attentions.
+    Transformers installs those on a model at the first request for hidden states or attentions.
     """
     return is_tap(hook) or getattr(hook, "__module__", None) == output_capturing.__name__
 
 
 def is_foreign(function: object) -> bool:
-    """Return whether a function, or what it wraps, is of another package.
+    """Return whether a function, or a function that it wraps, is from another package.
 
-    Wrappers copy the name of what they wrap; the globals that a function runs in tell its origin.
+    Wrappers copy the name of the wrapped function, so a function's globals decide.
     """
     layer: Any = function
     while layer is not None:
@@ -100,5 +100,5 @@ def is_foreign(function: object) -> bool:
 
 
 def is_known(module_name: str) -> bool:
-    """Return whether a module is of a package whose version says what it does."""
+    """Return whether a module is from torch or Transformers."""
     return module_name.split(".", maxsplit=1)[0] in _KNOWN

@@ -1,49 +1,61 @@
-"""Finds out whether a model reads a chain of tokens as regular generation has it read them."""
+"""Compare the logits of trees and chains with those of regular generation."""
 
 import math
 from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin
+from transformers.generation.logits_process import LogitsProcessor, LogitsProcessorList
+from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteriaList
+from typing_extensions import override
 
-from speclm.self_check.attempt import Evidence, attempt, distinct_tokens, relative_difference
 from speclm.self_check.changes import changes
-from speclm.self_check.regular import NUM_LATER_STEPS, regular_logits
-from speclm.self_check.verdict import Backend, SelfCheck
-from speclm.target import TargetView
-from speclm.target.chain_session import ChainReader
+from speclm.self_check.verdict import (
+    Evidence,
+    SelfCheck,
+    Verification,
+    distinct_tokens,
+    judge,
+    relative_difference,
+)
+from speclm.target import ChainReader, TargetView, prompt_inputs
 from speclm.tree.topology import chain, from_parents
 
+NUM_LATER_STEPS = 24
+"""Compared steps of a model with foreign code, which may act only after some tokens."""
+
 _PROMPT_LENGTHS = (5, 3)
-_ROUNDS = ((1, 1), (2, 1))  # tokens of each chain that are kept, and such that are not
+_ROUNDS = ((1, 1), (2, 1))  # kept and dropped tokens of each chain
 _LATER_CHAIN = 3
 _NUM_STEPS = sum(num_kept for num_kept, _ in _ROUNDS) + 1
 
 
 def check_chains(target: TargetView) -> SelfCheck:
-    """Compare chains that are kept in part with regular generation, over two padded rows.
+    """Compare partly kept chains with regular generation, over two padded rows.
 
     A model may compute something else in a step than in a forward over the whole text, and the
-    steps of regular generation are what is promised. Costs nine forwards of fewer than 13 tokens,
-    and `NUM_LATER_STEPS` more with code of others. The model has to be in evaluation mode.
+    output must be that of steps. Costs nine forwards of fewer than 13 tokens, and `NUM_LATER_STEPS`
+    more for a model with foreign code. The model must be in evaluation mode.
 
     Returns:
         A verdict for chains or for regular generation.
     """
-    check = attempt(target, Backend.CHAINS, _measure)
+    check = judge(target, Verification.CHAINS, _measure)
     limits = _step_limits(target)
-    if check.backend is Backend.CHAINS and limits is not None:
+    if check.verification is Verification.CHAINS and limits is not None:
         reason = (
-            f"time steps are bounded to {limits} in chains and not in single steps, which the "
-            "self-check's few tokens may not show"
+            f"time steps are bounded to {limits} only in chains and not in single steps, which "
+            "the self-check's few tokens may not show"
         )
-        return replace(check, backend=Backend.PLAIN, reason=reason)
+        return replace(check, verification=Verification.REGULAR, reason=reason)
     return check
 
 
 def _step_limits(target: TargetView) -> tuple[float, float] | None:
-    """Return bounds of a recurrence's time steps, by Transformers' name for them, if they bind."""
+    """Return the bounds of a recurrence's time steps, if there are any."""
     for module in target.model.modules():
         limits = getattr(module, "time_step_limit", None)
         if isinstance(limits, tuple | list) and (limits[0] > 0.0 or limits[1] < math.inf):
@@ -60,7 +72,7 @@ def _measure(target: TargetView) -> Evidence:
 
 
 def _error_of_later_steps(target: TargetView) -> float:
-    """Return how far chains that are kept whole are from as many steps of regular generation."""
+    """Return the error of fully kept chains after several steps of regular generation."""
     length = _PROMPT_LENGTHS[0]
     text = distinct_tokens(target, length + NUM_LATER_STEPS)[None]
     prompt, mask = text[:, :length], torch.ones_like(text[:, :length])
@@ -116,26 +128,26 @@ def _in_chains(
 _PARENTS = [0, 0, 0, 1]
 _TREE_PROMPT_LENGTHS = (4, 3)
 _PATHS = (((0, 2), (0, 1, 3)), ((0, 1, 3), (0, 2)))
-"""For each row what is kept of the first tree, and what is compared of the second. One row is
+"""For each row the kept nodes of the first tree, and the compared nodes of the second. One row is
 padded, the other has a gap before the second tree; neither keeps a prefix of the slots. The second
-row is shorter by a token, so that both have a last position in common but one."""
+row is one token shorter, so its last position is the last but one of the first row."""
 
 
 def check_trees(target: TargetView) -> SelfCheck:
     """Compare two tiny trees over two ragged, padded rows with regular generation.
 
-    The first tree is read along with the prompt; the second follows a kept path that is not a
-    prefix of the slots, so that positions, masks and rollback are all covered. Costs six
-    forwards of at most 16 tokens, and `NUM_LATER_STEPS` more for a model with code of others. The
-    model has to be in evaluation mode.
+    The first tree is read along with the prompt. The second follows a kept path that is not a
+    prefix of the slots, which covers positions, masks and rollback. Costs six forwards of at most
+    16 tokens, and `NUM_LATER_STEPS` more for a model with foreign code. The model must be in
+    evaluation mode.
 
     Returns:
         A verdict for trees or for regular generation.
     """
     obstacle = target.tree_obstacle()
-    if obstacle is not None:  # which tiny trees may not run into
-        return SelfCheck(Backend.PLAIN, obstacle)
-    return attempt(target, Backend.TREES, _measure_tree_steps)
+    if obstacle is not None:  # which tiny trees may not show
+        return SelfCheck(Verification.REGULAR, obstacle)
+    return judge(target, Verification.TREES, _measure_tree_steps)
 
 
 @torch.no_grad()
@@ -170,7 +182,7 @@ def _measure_trees(target: TargetView) -> Evidence:
         parts = [prompts[row, int(padding[row]) :], first[row, kept], second[row, compared]]
         after = torch.cat([after_first[row, kept], after_second[row, compared]])
         found.append(after[-2:])
-        # Without padding models get no mask, and some compute something else then.
+        # Without padding models get no mask, and some then compute something else.
         wanted.append(_generated(target, torch.cat(parts), num_padding=row, num_steps=1))
     return Evidence(
         error=relative_difference(torch.cat(found), torch.cat(wanted)),
@@ -179,7 +191,7 @@ def _measure_trees(target: TargetView) -> Evidence:
 
 
 def _tree_error_of_later_steps(target: TargetView) -> float:
-    """Return how far a chain of nodes is from as many steps of regular generation."""
+    """Return the error of a chain of nodes after several steps of regular generation."""
     text = distinct_tokens(target, NUM_LATER_STEPS + _TREE_PROMPT_LENGTHS[0])
     wanted = _generated(target, text, num_padding=0, num_steps=NUM_LATER_STEPS)
     prompt, nodes = text[None, : -NUM_LATER_STEPS - 1], text[None, -NUM_LATER_STEPS - 1 :]
@@ -192,8 +204,57 @@ def _tree_error_of_later_steps(target: TargetView) -> float:
 def _generated(
     target: TargetView, text: Int[Tensor, " seq"], *, num_padding: int, num_steps: int
 ) -> Float[Tensor, "positions vocab"]:
-    """Return the logits of regular generation that ends with the last tokens of a text."""
+    """Return the logits of regular generation of the last tokens of a text."""
     prompt = torch.cat([text.new_zeros(num_padding), text[:-num_steps]])[None]
     mask = torch.ones_like(prompt)
     mask[:, :num_padding] = 0
     return regular_logits(target, prompt, mask, text[None, -num_steps:])[0]
+
+
+class _ForcedTokens(LogitsProcessor):
+    """Force the tokens of a given text."""
+
+    def __init__(self, text: Int[Tensor, "batch steps"], *, start: int) -> None:
+        """Force `text` after prompts of length `start`."""
+        self._text, self._start = text, start
+
+    @override
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        step = min(input_ids.shape[1] - self._start, self._text.shape[1] - 1)
+        forced = torch.full_like(scores, -math.inf)
+        return forced.scatter_(1, self._text[:, step, None], 0.0)
+
+
+def regular_logits(
+    target: TargetView,
+    prompts: Int[Tensor, "batch seq"],
+    mask: Int[Tensor, "batch seq"],
+    text: Int[Tensor, "batch steps"],
+) -> Float[Tensor, "batch positions vocab"]:
+    """Return the logits of the model's own decoding loop while it generates a given text.
+
+    The loop is that of Transformers. It runs everything that is called once per step: methods that
+    the class or the model object overrides, and hooks that only act on single tokens.
+
+    Args:
+        target: The model, in evaluation mode.
+        prompts: Tokens, padded on the left.
+        mask: 1 for tokens, 0 for padding.
+        text: Tokens that are generated after the prompts.
+
+    Returns:
+        Logits after the prompts and after each token of the text, in float32. Each of these
+        positions costs a forward.
+    """
+    start, steps = prompts.shape[1], text.shape[1]
+    config = cast("Any", GenerationConfig)(return_dict_in_generate=True, output_logits=True)
+    config._pad_token_tensor = None  # as `generate` resolves it; nothing ends early
+    output = cast("Any", GenerationMixin)._sample(
+        target.model,
+        prompts,
+        logits_processor=LogitsProcessorList([_ForcedTokens(text, start=start)]),
+        stopping_criteria=StoppingCriteriaList([MaxLengthCriteria(start + steps + 1)]),
+        generation_config=config,
+        **prompt_inputs(target, mask),
+    )
+    return torch.stack(output.logits, dim=1)

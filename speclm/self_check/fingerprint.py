@@ -1,4 +1,4 @@
-"""What two models must have in common to share a verdict."""
+"""Fingerprints: the properties that models must share to share a verdict."""
 
 import hashlib
 import json
@@ -28,8 +28,8 @@ from speclm.self_check.changes import STEP_METHODS, foreign_hooks, is_foreign, i
 from speclm.target import TargetView
 
 _FUNCTIONS = (FunctionType, BuiltinFunctionType)
-_PLAIN_TYPES = (bool, int, float, str, type(None))
-_IGNORED_SETTINGS = {  # of a config: what does not change a computation, or is told elsewhere
+_SIMPLE_TYPES = (bool, int, float, str, type(None))
+_IGNORED_SETTINGS = {  # of a config: no effect on computation, or described elsewhere
     "_commit_hash",
     "_name_or_path",
     "architectures",
@@ -42,7 +42,7 @@ _IGNORED_SETTINGS = {  # of a config: what does not change a computation, or is 
     "transformers_version",
     "use_cache",
 }
-_EXERCISED = ("attention", "cache", "kernels", "target", "tree", "verify")
+_EXERCISED = ("attention", "cache", "kernels", "self_check", "target", "tree")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +50,11 @@ class Fingerprint:
     """A kind of model.
 
     Args:
-        digest: Of everything that can be named: class, config, versions, dtype, device, attention
-            implementation, modules and a few weights.
-        foreign: Classes and functions of other packages than Transformers and torch. Their names
-            do not tell what they do, so they are compared by identity.
-        is_lasting: Whether the digest alone tells the kind, in other processes too.
+        digest: Hash of class, config, versions, dtype, device, attention implementation, modules
+            and a few weights.
+        foreign: Classes and functions of packages other than Transformers and torch, compared by
+            identity because their names do not say what they do.
+        is_lasting: Whether the digest alone identifies the kind, also in other processes.
     """
 
     digest: str
@@ -63,15 +63,15 @@ class Fingerprint:
 
 
 class _UnknownError(Exception):
-    """A model was changed in a way that has no name."""
+    """A model has a change that cannot be described."""
 
 
 def fingerprint(target: TargetView) -> Fingerprint | None:
-    """Return what tells the target from models that may compute otherwise.
+    """Return the properties that distinguish the target from models that may compute otherwise.
 
     Returns:
-        None for a model with hooks, or with methods of its own on an instance: offloaded, patched
-        and compiled ones. Two of them are never taken for the same.
+        None for a model with hooks, or with methods set on an instance, such as offloaded, patched
+        and compiled ones. No two of these share a verdict.
     """
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return None
@@ -86,7 +86,7 @@ def fingerprint(target: TargetView) -> Fingerprint | None:
         ]
     except _UnknownError:
         return None
-    except Exception:  # noqa: BLE001 - a config of foreign code; then the check is made anew
+    except Exception:  # noqa: BLE001 - from a foreign config; the check runs again
         return None
     digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     is_release = all("dev" not in version for version in (transformers.__version__, __version__))
@@ -100,7 +100,7 @@ def _versions() -> tuple[str, ...]:
 
 @cache
 def _own_sources() -> str:
-    """Return a hash of the code that the check exercises, which changes between releases too."""
+    """Return a hash of the code that the check runs, which also changes between releases."""
     digest = hashlib.sha256()
     root = Path(__file__).parents[1]
     for name in _EXERCISED:
@@ -112,15 +112,15 @@ def _own_sources() -> str:
 
 @cache
 def _source_of(module_name: str) -> str:
-    """Return a hash of the file of a modeling module, which people edit in place."""
+    """Return a hash of a modeling file, which people may edit in place."""
     path = getattr(sys.modules[module_name], "__file__", None)
     return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path else ""
 
 
 def _describe_device(device: torch.device) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    kernel = preferred(device).backend  # what computes attention of trees
-    # Its package has another name in some builds of PyTorch; the module has not.
+    kernel = preferred(device).backend  # computes tree attention
+    # Some builds of PyTorch rename its package, not the module.
     return f"{name} {kernel} {import_module('triton').__version__ if kernel == 'triton' else ''}"
 
 
@@ -148,7 +148,7 @@ def _relevant(settings: Any) -> Any:
 def _to_json(value: object) -> str:
     if isinstance(value, torch.dtype | torch.device):
         return str(value)
-    raise _UnknownError  # its text may hold an address, or too little
+    raise _UnknownError  # its text may hold an address, or say too little
 
 
 def _describe_modules(model: nn.Module, foreign: list[object]) -> Iterator[str]:
@@ -172,22 +172,21 @@ def _describe_modules(model: nn.Module, foreign: list[object]) -> Iterator[str]:
 
 
 def _describe_weights(model: nn.Module) -> str:
-    """Return one number of each parameter and buffer.
+    """Return one number of each parameter and buffer; syncs once for each device.
 
-    Some models compute something else in chains than in steps only for certain weights: where a
-    bound is applied in one of them, and a trained number exceeds it.
+    The verdict on chains may depend on weights: some models apply a bound only in chains, and only
+    some trained numbers exceed it.
     """
     samples: dict[torch.device, list[Tensor]] = {}
     for parameter in chain(model.parameters(), model.buffers()):
         if parameter.numel() and parameter.device.type != "meta":
             middle = parameter.detach().reshape(-1)[parameter.numel() // 2]
             samples.setdefault(parameter.device, []).append(middle.float())
-    # One sync for each device.
     return str([torch.stack(numbers).tolist() for numbers in samples.values()])
 
 
 def _describe_state(module: nn.Module, state: dict[str, Any]) -> Iterator[str]:
-    """Describe the parameters of a module and its plain attributes, of which some are settings."""
+    """Describe the parameters of a module and its simple attributes, some of which are settings."""
     for name, parameter in module._parameters.items():
         if parameter is not None:
             kind = type(parameter)
@@ -198,22 +197,22 @@ def _describe_state(module: nn.Module, state: dict[str, Any]) -> Iterator[str]:
             continue
         if name.startswith("_") and not callable(value):
             continue
-        if isinstance(value, _PLAIN_TYPES):
+        if isinstance(value, _SIMPLE_TYPES):
             yield f"{name}={value!r},"
         elif isinstance(value, _FUNCTIONS) and name != "forward" and is_known(value.__module__):
             yield f"{name}={_name(value)},"
-        elif callable(value):  # a method of this instance alone
+        elif callable(value):  # a method set on this instance
             raise _UnknownError
         elif not is_known(type(module).__module__):
             yield f"{name}={_describe_value(value)},"
 
 
 def _describe_value(value: object) -> str:
-    """Describe what an object of a foreign class holds, which its code may do anything with."""
-    if value is None or isinstance(value, (*_PLAIN_TYPES, torch.dtype, torch.device)):
+    """Describe an attribute of a foreign class, whose code may use it in any way."""
+    if value is None or isinstance(value, (*_SIMPLE_TYPES, torch.dtype, torch.device)):
         return repr(value)
     if isinstance(value, PretrainedConfig | GenerationConfig):
-        return _name(type(value))  # the one is described by itself, the other is of calls
+        return _name(type(value))  # described separately, or only used by calls
     if isinstance(value, dict):
         return str([[_describe_value(key), _describe_value(kept)] for key, kept in value.items()])
     if isinstance(value, list | tuple | set | frozenset):
@@ -230,7 +229,7 @@ def _note_class(kind: type, foreign: list[object]) -> None:
 
 
 def _note_function(function: object, foreign: list[object]) -> None:
-    """Note a function of another package."""
+    """Append a function of another package to `foreign`."""
     if is_foreign(function):
         foreign.append(function)
 

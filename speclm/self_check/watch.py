@@ -1,4 +1,4 @@
-"""Notices what was done to a model since it was checked, quickly enough to look at every call."""
+"""Detect changes of a model since its check, fast enough to look in every call."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,47 +13,47 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from speclm.attention import attention_configs
 from speclm.self_check.changes import STEP_METHODS, is_known, only_reads
 from speclm.self_check.check import check_model
-from speclm.self_check.verdict import Backend, SelfCheck
+from speclm.self_check.verdict import SelfCheck, Verification
 from speclm.target import TargetView, replaced_forward
 
 _MAX_KNOWN = 8
 _SWITCHED = {"_attn_implementation_internal", "_experts_implementation_internal"}
-"""Settings of a config that change for the time of a generation."""
+"""Settings of a config that change during a generation."""
 _ALWAYS_ALIKE = frozenset(
     {nn.Embedding, nn.Identity, nn.LayerNorm, nn.Linear, nn.ModuleDict, nn.ModuleList, nn.RMSNorm}
 )
-"""Classes that compute the same in training mode, by exact class. Transformers makes some anew in
-training mode, as when embeddings are resized."""
+"""Exact classes that compute the same in training mode. Transformers creates some of them in
+training mode, for example when embeddings are resized."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    """Where to look for changes, as long as a model consists of the same modules.
+    """Where to look for changes while a model consists of the same modules.
 
     Args:
-        configs: Of the modules.
+        configs: Configs of the modules.
         kinds: Classes of the modules.
-        strange: Modules of other packages, which may have switches.
-        slots: Modules and their attributes that are functions.
+        foreign: Modules of other packages, which may have switches.
+        functions: Modules and the names of their attributes that are functions.
     """
 
     configs: list[PretrainedConfig]
     kinds: list[type]
-    strange: list[ref[nn.Module]]
-    slots: list[tuple[ref[nn.Module], str]]
+    foreign: list[ref[nn.Module]]
+    functions: list[tuple[ref[nn.Module], str]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _State:
-    """What decides what a model computes, its weights apart, at one time.
+    """Everything except weights that decides what a model computes, at one time.
 
-    Modules are referred to weakly, so that no weights are kept.
+    Holds modules weakly, so that it keeps no weights alive.
 
     Args:
-        marks: Of each module: which it is, of which class, and what was put over its forward.
-        sizes: Numbers of attributes of the module objects; another one may be a new function.
+        marks: Identity and class of each module, and hooks and replacements of its forward.
+        sizes: Numbers of attributes of the module objects; a new attribute may be a function.
         parts: Where the settings were found.
-        settings: Of the model as a whole.
+        settings: Settings of the whole model.
     """
 
     marks: list[object]
@@ -65,32 +65,33 @@ class _State:
         """Return whether the verdict on one state holds for the other."""
         return (
             _equal(self.marks, other.marks)
-            and self.parts.slots == other.parts.slots
+            and self.parts.functions == other.parts.functions
             and _equal(self.settings, other.settings)
         )
 
 
 class Watch:
-    """Keeps the verdict on a model up to date.
+    """Keep the verdict on a model up to date.
 
     Attributes:
-        check: The verdict on the model as it was at the last look.
-        in_training: What was in training mode then, in words; None when nothing was.
+        check: The verdict on the model at the last look.
+        in_training: What was in training mode then, in words; None if nothing was.
     """
 
     def __init__(self, target: TargetView) -> None:
-        """Have a model checked."""
+        """Check a model."""
         self.in_training: str | None = None
         self._state: _State | None = None
         self._known: list[tuple[_State, SelfCheck]] = []
-        self.check = SelfCheck(Backend.PLAIN, "not checked yet")
+        self.check = SelfCheck(Verification.REGULAR, "not checked yet")
         self.look(target)
 
     def look(self, target: TargetView) -> None:
-        """Check the model again if it is not what it was, or was found to be before.
+        """Check the model again if it has changed to a state without a verdict.
 
-        Costs a fraction of a millisecond if it is. What counts is what decides how forwards are
-        computed: modules, hooks, replaced methods, configs, dtype and device. Weights do not.
+        Takes a fraction of a millisecond if nothing has changed. Compares everything that decides
+        how forwards compute, except weights: modules, hooks, replaced methods, configs, dtype and
+        device.
         """
         state = self._read(target.model)
         if state is self._state:
@@ -101,15 +102,15 @@ class Watch:
             check = check_model(target)
             if check.is_lasting:
                 self._known = [(state, check), *self._known[: _MAX_KNOWN - 1]]
-        self.check = check  # first: another thread takes it for that of the state
+        self.check = check  # before the state: another thread may read both
         self._state = state
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _unseen, (self.check,)  # a copy is about another model object
+        return _unseen, (self.check,)  # a copy belongs to another model object
 
     def _read(self, model: PreTrainedModel) -> _State:
-        """Return the state of a model, which is the last one itself if nothing was changed."""
-        marks, sizes, training = _walk(model)
+        """Return the state of a model: the same object as last time if nothing has changed."""
+        marks, sizes, training = _marks(model)
         self.in_training = None if training is None else _name(training, model)
         last = self._state
         if last is None or not _equal(last.marks, marks):
@@ -118,7 +119,7 @@ class Watch:
         parts = last.parts
         if sizes != last.sizes:
             found = _parts(model)
-            parts = parts if found.slots == parts.slots else found
+            parts = parts if found.functions == parts.functions else found
         settings = _settings(model, parts)
         if parts is not last.parts or not _equal(last.settings, settings):
             return _State(marks, sizes, parts, settings)
@@ -133,21 +134,21 @@ def _unseen(check: SelfCheck) -> Watch:
 
 
 def first_in_training(model: nn.Module) -> str | None:
-    """Return what is in training mode, in words: the model or the first such module."""
+    """Return the first module in training mode, in words; None if there is none."""
     module = next(filter(_is_training, _modules(model)), None)
     return None if module is None else _name(module, model)
 
 
 def may_draw(model: nn.Module) -> bool:
-    """Return whether forwards may draw random numbers, for all that is known of the modules.
+    """Return whether forwards may draw random numbers.
 
-    They may in training mode, and where hooks or code of other packages run.
+    They may in training mode, and with hooks or code of other packages.
     """
     modules = _modules(model)
     return (
         any(map(_is_training, modules))
         or any(any(_over_forward(module)) for module in modules)
-        or any(_is_strange(kind) for kind in set(map(type, modules)))
+        or any(_is_foreign(kind) for kind in set(map(type, modules)))
     )
 
 
@@ -155,7 +156,7 @@ def _is_training(module: nn.Module) -> bool:
     return module.training and type(module) not in _ALWAYS_ALIKE
 
 
-def _is_strange(kind: type) -> bool:
+def _is_foreign(kind: type) -> bool:
     return not is_known(kind.__module__) and not kind.__module__.startswith("speclm.")
 
 
@@ -165,19 +166,19 @@ def _name(wanted: nn.Module, model: nn.Module) -> str:
 
 
 def _modules(model: nn.Module) -> list[nn.Module]:
-    """Return all modules, in a tenth of the time of the model's own method."""
+    """Return all modules, ten times as fast as the model's own method."""
     modules = [model]
-    for module in modules:  # which grows on the way
+    for module in modules:  # grows in the loop
         children = module._modules
         if children:
             modules += [child for child in children.values() if child is not None]
     return modules
 
 
-def _walk(model: nn.Module) -> tuple[list[object], list[int], nn.Module | None]:
+def _marks(model: nn.Module) -> tuple[list[object], list[int], nn.Module | None]:
     """Return marks and sizes of all modules, and the first one in training mode.
 
-    Written for speed: it looks at hundreds of modules at every call.
+    Written for speed: each call reads hundreds of modules.
     """
     modules = _modules(model)
     states = [module.__dict__ for module in modules]
@@ -199,7 +200,7 @@ def _walk(model: nn.Module) -> tuple[list[object], list[int], nn.Module | None]:
 
 
 def _over_forward(module: nn.Module) -> tuple[object, ...]:
-    """Return what was put over a module's forward, or before or after it."""
+    """Return the replacement of a module's forward, its hooks and its pre-hooks."""
     hooks, pre_hooks = (
         [hook for hook in list(found.values()) if not only_reads(hook)]
         for found in (module._forward_hooks, module._forward_pre_hooks)
@@ -208,18 +209,18 @@ def _over_forward(module: nn.Module) -> tuple[object, ...]:
 
 
 def _parts(model: nn.Module) -> _Parts:
-    slots = list[tuple[ref[nn.Module], str]]()
-    strange = list[ref[nn.Module]]()
+    functions = list[tuple[ref[nn.Module], str]]()
+    foreign = list[ref[nn.Module]]()
     kinds = dict[type, None]()
     for module in model.modules():
         kinds[type(module)] = None
-        if _is_strange(type(module)):
-            strange.append(ref(module))
+        if _is_foreign(type(module)):
+            foreign.append(ref(module))
         for name, value in vars(module).items():
-            # `patch` puts a `generate` there, which is not what regular generation calls.
+            # `patch` sets `generate`, which regular generation does not call.
             if callable(value) and name not in {"forward", "generate"}:
-                slots.append((ref(module), name))
-    return _Parts(attention_configs(model), list(kinds), strange, slots)
+                functions.append((ref(module), name))
+    return _Parts(attention_configs(model), list(kinds), foreign, functions)
 
 
 def _settings(model: PreTrainedModel, parts: _Parts) -> list[object]:
@@ -235,14 +236,14 @@ def _settings(model: PreTrainedModel, parts: _Parts) -> list[object]:
         *(getattr(kind, name, None) for name in STEP_METHODS),
         *(own.get(name) for name in STEP_METHODS if name != "forward"),
         *(cast("Any", kind).forward for kind in parts.kinds),
-        *(vars(module()).get(name) for module, name in parts.slots),
-        *(_switches(module()) for module in parts.strange),
+        *(vars(module()).get(name) for module, name in parts.functions),
+        *(_switches(module()) for module in parts.foreign),
         *_of_configs(parts.configs),
     ]
 
 
 def _switches(module: nn.Module | None) -> dict[str, bool | str]:
-    """Return the attributes of a module that say yes or no or name something.
+    """Return the attributes of a module that are booleans or names.
 
     Numbers are left out: many are counters, which forwards change.
     """
@@ -256,16 +257,16 @@ def _switches(module: nn.Module | None) -> dict[str, bool | str]:
 def _of_configs(configs: Iterable[PretrainedConfig]) -> Iterable[object]:
     for config in configs:
         name = config._attn_implementation
-        name = getattr(name, "previous", name)  # trees are attached to it at the moment
+        name = getattr(name, "previous", name)  # tree attention is attached now
         experts = getattr(config, "_experts_implementation", None)
         yield name
         yield cast("Any", ALL_ATTENTION_FUNCTIONS).get(name)
-        yield "grouped_mm" if experts == "batched_mm" else experts  # which steps switch to
+        yield "grouped_mm" if experts == "batched_mm" else experts  # decode steps switch to it
         yield {key: value for key, value in vars(config).items() if key not in _SWITCHED}
 
 
 def _equal(one: list[object], other: list[object]) -> bool:
-    """Return whether things are equal; those that cannot be compared are not."""
+    """Return whether two lists are equal; objects that cannot be compared are not."""
     try:
         return one == other
     except Exception:  # noqa: BLE001 - any object may be a setting

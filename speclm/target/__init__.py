@@ -4,10 +4,8 @@ from speclm.target.chain_session import ChainReader, ChainSession, prompt_inputs
 from speclm.target.claims import NestedError, exclusive
 from speclm.target.features import TargetFeatures, is_tap
 from speclm.target.images import images_obstacle, position_shift
-from speclm.target.logits import replaced_forward
-from speclm.target.matrices import output_matrix, stored_matrices
-from speclm.target.session import Session
-from speclm.target.tree_session import TreeSession
+from speclm.target.logits import output_matrix, replaced_forward, stored_matrices
+from speclm.target.session import Session, TreeSession
 from speclm.target.view import TargetView
 
 __all__ = [

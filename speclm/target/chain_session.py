@@ -1,4 +1,4 @@
-"""A generation over a target that takes no trees, fed as regular generation feeds it."""
+"""Verify chains with a target that takes no trees, fed as in regular generation."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -11,25 +11,24 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache
 from typing_extensions import override
 
-from speclm.cache.rewind import Rewind, held, put_back
+from speclm.cache import Rewind, restore, snapshot
 from speclm.errors import UnsupportedModelError
 from speclm.target.session import Session
 from speclm.target.view import TargetView
 from speclm.tree.topology import TreeTopology
 
-MAX_OWED = 16
-"""Kept tokens that a recurrent model may have to read again, beyond which a round is spent on
-catching up. They cost little next to a forward's fixed cost, and what a round gains by more is
-less still."""
+MAX_UNREAD = 16
+"""Maximum committed tokens that a recurrent model reads again along with the next ones; beyond it
+a round without a draft catches up. So few cost little next to a forward's fixed cost."""
 
 
 class ChainReader:
-    """Feeds a model one chain of tokens per row, and takes back what was not kept.
+    """Feed a model one chain of tokens per row, and undo tokens that are not kept.
 
-    All rows are equally long, padding included. The model gets what it gets in regular generation,
-    from its own `prepare_inputs_for_generation` and with Transformers' cache, only several tokens
-    at a time. Tokens that a recurrent model has read and that are kept though others behind them
-    are not, it is owed: they are fed again before the next ones.
+    All rows are equally long, padding included. The model gets the inputs of regular generation,
+    from its own `prepare_inputs_for_generation` and with Transformers' cache, but several tokens
+    at a time. A recurrent state cannot drop only the last tokens: it is restored, and the kept
+    tokens become unread. They are fed again before the next ones.
     """
 
     def __init__(
@@ -43,11 +42,11 @@ class ChainReader:
 
         Args:
             target: The model.
-            inputs: What `generate` resolved for the model, cache included.
-            images: More of that, for the prompt alone.
+            inputs: Model inputs that `generate` has resolved, cache included.
+            images: Further inputs, only for the prompt.
 
         Raises:
-            UnsupportedModelError: If the model is not given a `DynamicCache`.
+            UnsupportedModelError: If the inputs hold no `DynamicCache`.
         """
         self._target = target
         self._inputs, self._images = inputs, images or {}
@@ -60,9 +59,9 @@ class ChainReader:
         self.cache = caches[0]
         self._rewind: Rewind | None = None
         self._num_read = self._num_prompt = 0
-        self._num_owed = 0
-        self._fed: Tensor | None = None  # since the last keep, what was owed in front
-        self._owed: Tensor | None = None
+        self._num_unread = 0
+        self._fed: Tensor | None = None  # since the last keep, unread tokens first
+        self._unread: Tensor | None = None
 
     @classmethod
     def of_prompt(cls, target: TargetView, attention_mask: Tensor) -> "ChainReader":
@@ -70,9 +69,9 @@ class ChainReader:
         return cls(target, prompt_inputs(target, attention_mask))
 
     @property
-    def num_owed(self) -> int:
-        """Kept tokens that are fed again with the next ones."""
-        return 0 if self._owed is None else self._owed.shape[1]
+    def num_unread(self) -> int:
+        """Committed tokens that are fed again before the next ones."""
+        return 0 if self._unread is None else self._unread.shape[1]
 
     def prefill(
         self,
@@ -80,7 +79,7 @@ class ChainReader:
         *,
         num_cached: int = 0,
     ) -> Float[Tensor, "batch 1 vocab"]:
-        """Read a prompt, or what the cache lacks of it, and commit it.
+        """Read a prompt, or the part that is not cached, and commit it.
 
         Args:
             tokens: The prompts, or their embeddings.
@@ -108,49 +107,49 @@ class ChainReader:
         fed = tokens
         if self._fed is None:
             self._rewind.mark()
-            if self._owed is not None:
-                fed = torch.cat([self._owed, tokens], dim=1)
-            self._num_owed, self._owed, self._fed = self.num_owed, None, fed
+            if self._unread is not None:
+                fed = torch.cat([self._unread, tokens], dim=1)
+            self._num_unread, self._unread, self._fed = self.num_unread, None, fed
         else:
             self._rewind.narrow()
             self._fed = torch.cat([self._fed, tokens], dim=1)
         return self._run(fed, self._inputs_for(self._fed.shape[1]), num_logits=tokens.shape[1])
 
     def keep(self, num_tokens: int) -> None:
-        """Commit the first pending tokens of every row and forget the others."""
+        """Commit the first pending tokens of every row and drop the others."""
         if self._fed is None:
             return
         assert self._rewind is not None
-        num_kept, num_fed = self._num_owed + num_tokens, self._fed.shape[1]
-        if num_kept == num_fed or self._rewind.drops_slots:
-            if self._rewind.drops_slots:
+        num_kept, num_fed = self._num_unread + num_tokens, self._fed.shape[1]
+        if num_kept == num_fed or self._rewind.is_croppable:
+            if self._rewind.is_croppable:
                 self._rewind.drop(num_fed - num_kept)
             self._num_read += num_kept
         else:
             self._rewind.restore()
-            self._owed = self._fed[:, :num_kept] if num_kept else None
+            self._unread = self._fed[:, :num_kept] if num_kept else None
         self._fed = None
 
     def settle(self) -> None:
-        """Read what is owed, with nothing pending, and leave the cache as regular generation."""
+        """Read unread tokens, and leave the cache as in regular generation; nothing is pending."""
         assert self._fed is None
-        if self._owed is not None:
-            self._run(self._owed, self._inputs_for(self.num_owed), num_logits=1)
-            self._num_read += self.num_owed
-            self._owed = None
+        if self._unread is not None:
+            self._run(self._unread, self._inputs_for(self.num_unread), num_logits=1)
+            self._num_read += self.num_unread
+            self._unread = None
         if self._rewind is not None:
             self._rewind.release()
 
     def _inputs_for(self, num_new: int) -> dict[str, Any]:
-        """Return the inputs of the prompt, extended by slots up to `num_new` behind those read."""
+        """Return the inputs of the prompt, extended to `num_new` slots after those read."""
         inputs, length = dict(self._inputs), self._num_read + num_new
         mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
         if mask is not None:
             ones = mask.new_ones(len(mask), length - mask.shape[1])
             inputs["attention_mask"] = torch.cat([mask, ones], dim=1)
         if positions is not None:
-            num_behind = length - self._num_prompt
-            steps = torch.arange(1, num_behind + 1, device=positions.device)
+            num_after = length - self._num_prompt
+            steps = torch.arange(1, num_after + 1, device=positions.device)
             inputs["position_ids"] = torch.cat([positions, positions[..., -1:] + steps], dim=-1)
         return inputs
 
@@ -168,7 +167,7 @@ class ChainReader:
 
 
 def prompt_inputs(target: TargetView, attention_mask: Tensor) -> dict[str, Any]:
-    """Return what `generate` resolves for a model and a prompt with the mask ``[batch, seq]``."""
+    """Return the inputs that `generate` resolves for a prompt with the mask ``[batch, seq]``."""
     model = cast("Any", target.model)
     accepted = inspect.signature(model.forward).parameters
     inputs: dict[str, Any] = {"use_cache": True}
@@ -179,14 +178,14 @@ def prompt_inputs(target: TargetView, attention_mask: Tensor) -> dict[str, Any]:
     if "logits_to_keep" in accepted:
         inputs["logits_to_keep"] = 1
     if model._supports_default_dynamic_cache():
-        # As generate names it.
+        # The name that generate uses.
         name = "cache_params" if "mamba" in type(model).__name__.lower() else "past_key_values"
         inputs[name] = DynamicCache(config=model.config.get_text_config(decoder=True))
     return inputs
 
 
 class ChainSession(Session):
-    """Verifies one chain per row, all rows in step."""
+    """Verify one chain per row; all rows advance together."""
 
     needs_lockstep = True
 
@@ -203,17 +202,17 @@ class ChainSession(Session):
 
         Args:
             target: The model.
-            inputs: What `generate` resolved for the model, cache included.
-            images: More of that, for the prompt alone.
+            inputs: Model inputs that `generate` has resolved, cache included.
+            images: Further inputs, only for the prompt.
             num_cached: Slots that the cache holds.
             is_callers: Whether the cache is the caller's, and restored after an error.
 
         Raises:
-            UnsupportedModelError: If the model is not given a `DynamicCache`.
+            UnsupportedModelError: If the inputs hold no `DynamicCache`.
         """
         self._reader = ChainReader(target, inputs, images=images)
         self._num_cached = num_cached
-        self._before = held(self._reader.cache) if is_callers else None
+        self._before = snapshot(self._reader.cache) if is_callers else None
 
     @property
     @override
@@ -228,7 +227,7 @@ class ChainSession(Session):
     @property
     @override
     def is_behind(self) -> bool:
-        return self._reader.num_owed > MAX_OWED
+        return self._reader.num_unread > MAX_UNREAD
 
     @override
     def prefill(
@@ -245,7 +244,7 @@ class ChainSession(Session):
         prompt: Int[Tensor, "batch seq"] | None = None,
         max_length: int | None = None,
     ) -> Float[Tensor, "batch nodes vocab"]:
-        assert prompt is None, "chains read the prompt by itself"
+        assert prompt is None, "chains read the prompt separately"
         return self._reader.feed(tokens)
 
     @override
@@ -261,4 +260,4 @@ class ChainSession(Session):
     @override
     def abandon(self) -> None:
         if self._before is not None:
-            put_back(self._reader.cache, self._before)
+            restore(self._reader.cache, self._before)

@@ -1,4 +1,4 @@
-"""What a proposer may ask the target for, and how it is read off while the target runs."""
+"""Hidden states that a proposer requests, and hooks that read them during forwards."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,12 +16,12 @@ from speclm.forking import temporary
 
 @dataclass(frozen=True)
 class TargetFeatures:
-    """Hidden states of the target that a proposer needs, side by side.
+    """Hidden states of the target that a proposer needs, concatenated.
 
     Args:
-        layers: Which of them, numbered as Transformers' `hidden_states`: i is what decoder layer i
-            reads, from 0 for the embeddings; -1 is what the target's head reads, the decoder's
-            output after the final norm.
+        layers: Their indices, as in Transformers' `hidden_states`: i is the input of decoder layer
+            i, so 0 the embeddings; -1 is the input of the head, the decoder's output after the
+            final norm.
     """
 
     layers: tuple[int, ...] = ()
@@ -31,17 +31,17 @@ class TargetFeatures:
 
     @classmethod
     def union(cls, wanted: Iterable["TargetFeatures"]) -> "TargetFeatures":
-        """Return the hidden states that any of several readers needs, each once, -1 last."""
+        """Return the hidden states that any of several proposers needs, each once, -1 last."""
         layers = {layer for features in wanted for layer in features.layers}
         return cls(tuple(sorted(layers, key=lambda layer: (layer < 0, layer))))
 
     def select(
         self, states: Float[Tensor, "batch seq hidden"], wanted: "TargetFeatures"
     ) -> Float[Tensor, "batch seq wanted_hidden"]:
-        """Return the part of these features that one reader needs.
+        """Return the part of these features that one proposer needs.
 
         Args:
-            states: Hidden states of `layers`, side by side and equally wide.
+            states: Hidden states of `layers`, concatenated and equally wide.
             wanted: Some of `layers`.
         """
         if wanted == self:
@@ -55,7 +55,7 @@ TargetFeatures.LAST_HIDDEN = TargetFeatures((-1,))
 
 
 class FeatureTap:
-    """Reads features off the forwards of a model that its owner runs; others' go unnoticed."""
+    """Read features during the forwards that its owner runs; ignore those of others."""
 
     def __init__(
         self,
@@ -64,12 +64,12 @@ class FeatureTap:
         is_own: Callable[[], bool],
         take: Callable[[Tensor], None],
     ) -> None:
-        """Say what to read.
+        """Create a tap, which reads inside `on`.
 
         Args:
             features: Which hidden states.
-            is_own: Tells whether the forward that goes on is the owner's.
-            take: Is given ``[batch, nodes, width]`` when the decoder is done.
+            is_own: Returns whether the running forward is the owner's.
+            take: Called with ``[batch, nodes, width]`` at the end of the decoder.
         """
         self._features, self._is_own, self._take = features, is_own, take
         self._found: dict[int, Tensor] = {}
@@ -85,7 +85,7 @@ class FeatureTap:
         inner = [index for index in indices if index >= 0]
         if inner and max(inner) >= num_layers:
             raise UnsupportedModelError(
-                f"features of layer {max(inner)} are asked for, the target has layers 0 to "
+                f"features of layer {max(inner)} are requested, the target has layers 0 to "
                 f"{num_layers - 1}; use heads that were made for this target"
             )
         layers: Any = _layers(decoder, num_layers) if inner else None
@@ -118,7 +118,7 @@ class FeatureTap:
 
 
 def is_tap(hook: object) -> bool:
-    """Return whether a forward hook is a `FeatureTap`, which changes nothing."""
+    """Return whether a forward hook belongs to a `FeatureTap`, which only reads."""
     method = hook.func if isinstance(hook, partial) else hook
     return isinstance(getattr(method, "__self__", None), FeatureTap)
 
@@ -129,6 +129,6 @@ def _layers(decoder: nn.Module, num_layers: int) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == num_layers:
             return module
     raise UnsupportedModelError(
-        f"{type(decoder).__name__} has no list of its {num_layers} layers, of which features are "
-        "asked for; use a proposer that needs none"
+        f"{type(decoder).__name__} has no list of its {num_layers} layers, whose features are "
+        "requested; use a proposer that needs none"
     )

@@ -1,4 +1,4 @@
-"""How a model gets from hidden states to logits."""
+"""The head of a model: its matrices, and logits from hidden states."""
 
 import threading
 from collections.abc import Iterator
@@ -13,7 +13,6 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from speclm.errors import UnsupportedModelError
 from speclm.forking import temporary
-from speclm.target.matrices import stored_matrix
 
 _HEAD_SETTINGS = (
     "final_logit_softcapping",
@@ -24,7 +23,7 @@ _HEAD_SETTINGS = (
     "logits_soft_cap",
     "output_multiplier",
 )
-"""Names under which configs hold what a model does to its head's product, or before it."""
+"""Settings of configs that change the product of the head, or its input."""
 
 
 def find_decoder(model: PreTrainedModel) -> nn.Module:
@@ -37,12 +36,12 @@ def find_decoder(model: PreTrainedModel) -> nn.Module:
     head: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if found is not model and found is not head:
         return found
-    for child in model.children():  # the model goes by other names than Transformers looks for
+    for child in model.children():  # the model uses names that Transformers does not look for
         if isinstance(child, PreTrainedModel):
             return child
     raise UnsupportedModelError(
         f"{type(model).__name__} has no decoder next to its head, so there are no hidden states to "
-        "guess from; guess with a draft model or n-grams"
+        "draft from; draft with a draft model or n-grams"
     )
 
 
@@ -60,27 +59,27 @@ def logits_from(
     if _has_plain_head(model):
         head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
         logits: Tensor = head(flat)
-    else:  # the model's own code knows its softcap or scale
+    else:  # the model's own code applies its softcap or scale
         with _stubbed(find_decoder(model), flat):
             logits = model(input_ids=flat.new_zeros(flat.shape[:2], dtype=torch.long)).logits
     return logits.view(*hidden.shape[:-1], logits.shape[-1])  # there may be no rows
 
 
 def _has_plain_head(model: PreTrainedModel) -> bool:
-    """Whether logits are the head's product and nothing else."""
+    """Return whether logits are only the product of the head."""
     config = model.config.get_text_config()
     return all(getattr(config, name, None) in {None, 1.0} for name in _HEAD_SETTINGS)
 
 
 def replaced_forward(module: nn.Module) -> object:
-    """Return the `forward` that a module object was given in place of its class's, if any."""
+    """Return the `forward` that was set on a module object, if any."""
     found = module.__dict__.get("forward")
     return found if found is None else getattr(found, "stands_for", found)
 
 
 @contextmanager
 def _stubbed(decoder: nn.Module, hidden: Tensor) -> Iterator[None]:
-    """Let a decoder return the given hidden states to this thread, whatever it is called with."""
+    """Make a decoder return the given hidden states in this thread, whatever its inputs."""
     before = vars(decoder).get("forward")  # somebody's wrapper
     own, thread = decoder.forward, threading.current_thread()
 
@@ -103,3 +102,82 @@ def _stubbed(decoder: nn.Module, hidden: Tensor) -> Iterator[None]:
     with temporary(restore):
         decoder.forward = forward
         yield
+
+
+def head_shape(model: PreTrainedModel) -> tuple[int, int]:
+    """Return the width of a model's logits and of the hidden states that its head reads."""
+    head, config = _head(model), model.config.get_text_config()
+    weight = stored_matrix(head)
+    if weight is not None:
+        return weight.shape[0], weight.shape[1]
+    sizes = getattr(head, "out_features", None), getattr(head, "in_features", None)
+    return sizes[0] or int(config.vocab_size), sizes[1] or int(config.hidden_size)
+
+
+def embedding_matrix(model: PreTrainedModel) -> Float[Tensor, "vocab hidden"]:
+    """Return the weight of a model's embeddings.
+
+    Raises:
+        UnsupportedModelError: If it is quantised or offloaded.
+    """
+    return _require_matrix(model.get_input_embeddings(), "embeddings", model)
+
+
+def output_matrix(model: PreTrainedModel) -> Float[Tensor, "vocab hidden"]:
+    """Return the weight of a model's head.
+
+    Raises:
+        UnsupportedModelError: If it is quantised or offloaded.
+    """
+    return _require_matrix(_head(model), "output embeddings", model)
+
+
+def stored_matrices(model: PreTrainedModel) -> dict[str, Tensor | None]:
+    """Return embeddings and output matrix as arguments of `EagleCheckpoint.share`."""
+    embeddings = stored_matrix(model.get_input_embeddings())
+    return {"embeddings": embeddings, "lm_weight": stored_matrix(_head(model))}
+
+
+def stored_matrix(module: nn.Module | None) -> Tensor | None:
+    """Return the weight of a head or of embeddings; None if it is quantised."""
+    weight = getattr(module, "weight", None)  # a method in PyTorch's own quantised modules
+    is_matrix = isinstance(weight, Tensor) and weight.dim() == 2 and weight.is_floating_point()
+    return weight if is_matrix else None
+
+
+def _head(model: PreTrainedModel) -> nn.Module | None:
+    head: nn.Module | None = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return head
+
+
+def _require_matrix(module: nn.Module | None, role: str, model: PreTrainedModel) -> Tensor:
+    weight = stored_matrix(module)
+    if weight is None or weight.is_meta:
+        name = model.config.name_or_path or type(model).__name__
+        found = "quantised" if weight is None else "offloaded"
+        raise UnsupportedModelError(
+            f"{role} of {name} are a {type(module).__name__}, {found}, expected a module whose "
+            "weight is a matrix of floating point numbers in memory, because heads compute with "
+            "it; load the base with this module as it is, or take heads with a matrix of their own"
+        )
+    return weight
+
+
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Return the device for a model's inputs."""
+    device = model.device
+    if device.type != "meta":
+        return device
+    # The outermost hook may leave the device to hooks of inner modules.
+    used = (_execution_device(module) for module in model.modules())
+    return next((found for found in used if found is not None), device)
+
+
+def _execution_device(module: nn.Module) -> torch.device | None:
+    """Return the device on which accelerate runs a module; None if its hooks name none."""
+    hook = getattr(module, "_hf_hook", None)
+    for each in getattr(hook, "hooks", (hook,)):  # one, or several in a row
+        device = getattr(each, "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    return None

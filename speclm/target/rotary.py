@@ -1,4 +1,4 @@
-"""Rotary embeddings whose frequencies depend on how long the text is."""
+"""Rotary embeddings whose frequencies depend on the length of the text."""
 
 from dataclasses import dataclass
 from typing import Any, cast
@@ -8,10 +8,10 @@ from transformers import GenerationMixin, PreTrainedModel
 
 @dataclass(frozen=True, slots=True)
 class RotarySwitch:
-    """Where a model begins to rotate keys in another way, for all rows of a forward alike.
+    """The position at which a model switches to another rotation, for all rows of a forward.
 
-    Keys keep the rotation of the forward that computed them. So a forward must not reach across
-    the switch unless regular generation's would, and all rows have to get there at the same time.
+    Keys keep the rotation of the forward that computed them. So a forward must not cross the switch
+    unless regular generation's does, and all rows must reach it at the same time.
 
     Args:
         num_positions: Positions before the switch.
@@ -24,10 +24,10 @@ class RotarySwitch:
     reads_again: bool
 
     def excludes_drafts(self, root: int, depth: int) -> bool:
-        """Return whether a draft would be rotated differently than by regular generation.
+        """Return whether a draft would be rotated differently than in regular generation.
 
         Args:
-            root: Largest position of a root.
+            root: Maximum position of a root.
             depth: Depth of the draft.
         """
         if root >= self.num_positions:
@@ -35,14 +35,14 @@ class RotarySwitch:
         return root + depth >= self.num_positions
 
     def is_met(self, first: int, last: int) -> bool:
-        """Return whether positions from `first` on, up to `last`, are not all rotated alike."""
+        """Return whether positions from `first` to `last` are rotated in different ways."""
         return last >= self.num_positions and (self.is_gradual or first < self.num_positions)
 
 
 def rotary_switch(model: PreTrainedModel) -> RotarySwitch | None:
-    """Return where the rotation of a model's keys changes; None when it never does.
+    """Return where the rotation of a model's keys changes; None if it never does.
 
-    Models whose layers switch at different lengths switch at the first of them.
+    If layers switch at different lengths, it is the first of them.
     """
     parameters = getattr(model.config.get_text_config(), "rope_parameters", None)
     kinds = _rope_types(parameters)
@@ -63,10 +63,10 @@ def rotary_switch(model: PreTrainedModel) -> RotarySwitch | None:
 
 
 def _grows_from(module: Any) -> int | None:
-    """Return the length from which on a module may have other frequencies.
+    """Return the length at which a module may have other frequencies; None if they are constant.
 
-    It computes them anew beyond its original length, and keeps them until a shorter text: a text
-    of just that length has what an earlier one left.
+    It computes new ones beyond its original length and keeps them until a shorter text: a text of
+    exactly that length has those of an earlier text.
     """
     kinds = getattr(module, "rope_type", None)
     kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
@@ -75,7 +75,7 @@ def _grows_from(module: Any) -> int | None:
 
 
 def _rope_types(parameters: object) -> list[str]:
-    """Return the rope types in a config's parameters, which may be given per layer type."""
+    """Return the rope types in a config's parameters, which may be per layer type."""
     return [str(value) for value in _values(parameters, "rope_type")]
 
 

@@ -1,25 +1,28 @@
-"""What a generation asks of its target: read the prompt, score drafts, keep a path."""
+"""The target's side of one generation: read the prompt, score drafts, keep a path."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache
+from typing_extensions import override
 
+from speclm.cache import TreeCache, export_cache
+from speclm.target.view import TargetView
 from speclm.tree.topology import TreeTopology
 
 
 class Session(ABC):
     """The target's side of one generation.
 
-    It holds the committed tokens of every row but the last, which is the root of the next draft,
-    and the nodes of a draft that waits for a verdict.
+    It holds all committed tokens of each row except the last one, which is the root of the next
+    draft, and the pending nodes of a draft.
 
     Attributes:
-        needs_lockstep: Whether drafts have to be chains of which all rows keep equally many
-            nodes.
+        needs_lockstep: Whether drafts must be chains of which all rows keep equally many nodes.
     """
 
     needs_lockstep: ClassVar[bool]
@@ -27,25 +30,25 @@ class Session(ABC):
     @property
     @abstractmethod
     def num_cached(self) -> int:
-        """Slots of every row that a cache held before the prompt was read."""
+        """Slots of each row that were cached before the prompt was read."""
 
     @property
     @abstractmethod
     def merges_prompt(self) -> bool:
-        """Whether one `verify` may read the prompt along with a draft."""
+        """Whether `verify` may read the prompt along with a draft."""
 
     @property
     def is_behind(self) -> bool:
-        """Whether a round without a draft is due, for the target to catch up."""
+        """Whether the next round should have no draft, so that the target catches up."""
         return False
 
     @abstractmethod
     def prefill(
         self, tokens: Int[Tensor, "batch seq"] | Float[Tensor, "batch seq hidden"]
     ) -> Float[Tensor, "batch 1 vocab"]:
-        """Read what the cache lacks of the prompt, as regular generation does.
+        """Read the part of the prompt that is not cached, as regular generation does.
 
-        The last token becomes a pending draft of one node.
+        Its last token becomes a pending draft of one node.
 
         Returns:
             Logits after the last prompt token.
@@ -65,9 +68,9 @@ class Session(ABC):
         Args:
             tokens: Token at each node.
             topology: Shape of the drafts.
-            prompt: Tokens before the roots that have not been read, for one forward to do for
-                both. Given where `merges_prompt` alone.
-            max_length: Tokens at which every row ends; what lies beyond is of no use.
+            prompt: Unread tokens before the roots, which the same forward reads. Only if
+                `merges_prompt`.
+            max_length: Maximum tokens of a row; logits of nodes beyond it are not used.
 
         Returns:
             Logits after every node.
@@ -75,22 +78,126 @@ class Session(ABC):
 
     @abstractmethod
     def keep(self, paths: Sequence[Sequence[int]]) -> None:
-        """Commit the pending nodes on each row's path, and forget the others.
+        """Commit the pending nodes on each row's path, and drop the others.
 
         Args:
-            paths: Nodes to keep in each row, ascending; empty in a row that stays as it is.
+            paths: Nodes to keep in each row, ascending; empty for a row that does not change.
         """
 
     @abstractmethod
     def hand_over(self, into: DynamicCache, sequences: Int[Tensor, "batch length"]) -> None:
-        """Extend a cache to what regular generation leaves in it: all tokens but the last.
+        """Extend a cache as regular generation does: to all tokens except the last one.
 
         Args:
-            into: Cache that holds what the session found in it, or nothing.
+            into: The caller's cache, as the session found it, or an empty one.
             sequences: Prompts and new tokens, ended rows padded on the right, with a column for
-                every slot that the cache held at first.
+                each slot that was cached at first.
         """
 
     @abstractmethod
     def abandon(self) -> None:
-        """Leave what belongs to the caller usable after an error."""
+        """Restore the caller's objects after an error."""
+
+
+class TreeSession(Session):
+    """Verify trees with tree attention, over a `TreeCache`."""
+
+    needs_lockstep = False
+
+    def __init__(
+        self,
+        target: TargetView,
+        cache: TreeCache,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        images: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Start a generation.
+
+        Args:
+            target: The model.
+            cache: Empty, or filled with the same number of slots in every row.
+            attention_mask: Attention mask of the prompt; None without padding.
+            position_ids: Position ids of the prompt; None to count tokens.
+            images: Other inputs of the prompt.
+        """
+        self._target, self._cache = target, cache
+        self._attention_mask, self._position_ids = attention_mask, position_ids
+        self._images = images
+        self._num_cached = cache.tree_start
+
+    @property
+    @override
+    def num_cached(self) -> int:
+        return self._num_cached
+
+    @property
+    @override
+    def merges_prompt(self) -> bool:
+        return not self._images and self._cache.position_shift is None
+
+    @override
+    def prefill(
+        self, tokens: Int[Tensor, "batch seq"] | Float[Tensor, "batch seq hidden"]
+    ) -> Float[Tensor, "batch 1 vocab"]:
+        logits = self._target.prefill(
+            tokens,
+            self._cache,
+            attention_mask=self._attention_mask,
+            position_ids=self._position_ids,
+            images=self._images,
+        )
+        self._cache.split(self._cache.tree_start - 1, num_pending=1)
+        return logits[:, None]
+
+    @override
+    def verify(
+        self,
+        tokens: Int[Tensor, "batch nodes"],
+        topology: TreeTopology,
+        *,
+        prompt: Int[Tensor, "batch seq"] | None = None,
+        max_length: int | None = None,
+    ) -> Float[Tensor, "batch nodes vocab"]:
+        return self._target.forward_tree(
+            tokens, topology, self._cache, prompt=prompt, max_length=max_length
+        )
+
+    @override
+    def keep(self, paths: Sequence[Sequence[int]]) -> None:
+        self._cache.keep(paths)
+
+    @override
+    def hand_over(self, into: DynamicCache, sequences: Int[Tensor, "batch length"]) -> None:
+        fed = sequences[:, :-1]  # the last token is never fed
+        fill_rows(self._target, self._cache, fed)
+        export_cache(self._cache, into, length=fed.shape[1])
+
+    @override
+    def abandon(self) -> None:
+        """Do nothing: the caller's cache was imported as a copy."""
+
+
+def fill_rows(target: TargetView, cache: TreeCache, tokens: Int[Tensor, "batch seq"]) -> None:
+    """Run the tokens that the cache lacks through the model, in one forward if there are any.
+
+    Regular generation feeds padding to ended rows until the last row ends; this has the same
+    effect on the cache. Pending nodes are dropped.
+    """
+    missing = [max(tokens.shape[1] - length, 0) for length in cache.host_lengths]
+    num_nodes = max(missing)
+    if num_nodes == 0:
+        return
+    cache.keep([[] for _ in missing])
+    steps = torch.arange(num_nodes, device=tokens.device)
+    # A row that lacks fewer tokens repeats its last slot, whose position the model has.
+    slots = (cache.lengths[:, None] + steps).clamp_(max=tokens.shape[1] - 1)
+    target.forward_nodes(
+        tokens.gather(1, slots),
+        (steps[:, None] >= steps)[None],
+        slots - cache.lengths[:, None],
+        cache,
+        num_logits=1,
+    )
+    cache.keep([range(count) for count in missing])

@@ -1,4 +1,4 @@
-"""View of a Hugging Face causal language model: what it is made of, and forwards over trees."""
+"""The view of a Hugging Face causal language model: its parts, and forwards over trees."""
 
 import inspect
 import threading
@@ -20,17 +20,22 @@ from speclm.forking import temporary
 from speclm.kernels import pays
 from speclm.target.features import FeatureTap, TargetFeatures
 from speclm.target.images import with_images
-from speclm.target.logits import find_decoder, logits_from
-from speclm.target.matrices import device_of, embedding_matrix, head_shape
+from speclm.target.logits import (
+    device_of,
+    embedding_matrix,
+    find_decoder,
+    head_shape,
+    logits_from,
+)
 from speclm.target.rotary import RotarySwitch, rotary_switch
 from speclm.tree.topology import TreeTopology
 
 
 class TargetView:
-    """Runs forwards of a causal language model over prompts and trees.
+    """Run forwards of a causal language model over prompts and trees.
 
-    The model is left as it was found after every forward: attention implementation, parameters
-    and mode are the caller's.
+    Forwards leave the model unchanged: attention implementation, parameters and mode are the
+    caller's.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -49,11 +54,11 @@ class TargetView:
         self._text_config = model.config.get_text_config()
         self._configs = attention_configs(model)
         self.features: Float[Tensor, "batch nodes hidden"] | None = None
-        """Hidden states of the last forward, inside `decoding` when some were asked for."""
-        self._running_thread: int | None = None  # that of a forward of this view
+        """Hidden states of the last forward, inside `decoding` with features."""
+        self._running_thread: int | None = None  # of a forward of this view
 
     def refresh(self) -> None:
-        """Look at the model anew, after parts of it may have been replaced."""
+        """Read the model's configs again, after parts of it may have been replaced."""
         self._text_config = self.model.config.get_text_config()
         self._configs = attention_configs(self.model)
 
@@ -69,12 +74,12 @@ class TargetView:
 
     @property
     def num_layers(self) -> int:
-        """Decoder layers."""
+        """Number of decoder layers."""
         return int(self._text_config.num_hidden_layers)
 
     @property
     def device(self) -> torch.device:
-        """Device that token ids are fed on."""
+        """Device for token ids."""
         return device_of(self.model)
 
     @property
@@ -84,7 +89,7 @@ class TargetView:
 
     @property
     def max_positions(self) -> int | None:
-        """Positions that the model was built for; None when it names no bound."""
+        """Maximum positions of the model; None if it has no bound."""
         switch = self.rotary_switch
         if switch is not None and switch.is_gradual:
             return None  # it grows with the text
@@ -92,18 +97,18 @@ class TargetView:
 
     @property
     def rotary_switch(self) -> RotarySwitch | None:
-        """Where the rotation of keys changes; None when it never does."""
+        """Where the rotation of keys changes; None if it never does."""
         return rotary_switch(self.model)
 
     def tree_obstacle(self) -> str | None:
-        """Say what in the model excludes trees, though a short test of them may pass."""
+        """Return what in the model excludes trees, though a short test of them may pass."""
         config = self._text_config
         kinds = set(getattr(config, "layer_types", None) or ())
         if getattr(config, "attention_chunk_size", None) or "chunked_attention" in kinds:
             return "attention in chunks is not expressed as a window"
         other = kinds - {"full_attention", "sliding_attention"}
         if other:
-            return f"layers of type {', '.join(sorted(other))} may see more than positions tell"
+            return f"layers of type {', '.join(sorted(other))} may see more than positions show"
         if "position_ids" not in inspect.signature(type(self.model).forward).parameters:
             return f"{type(self.model).__name__} takes no position_ids, and counts slots itself"
         if getattr(config, "alibi", False):
@@ -114,13 +119,13 @@ class TargetView:
         return None
 
     def require_masked_windows(self) -> None:
-        """Check that masks hide what regular generation's cache forgets.
+        """Check that masks hide the slots that regular generation's cache drops.
 
-        Otherwise tokens that are fed at once see more than each would by itself. Runs a forward
+        Otherwise tokens that are fed together see more than each one would alone. Runs a forward
         of one token if the cache has sliding windows.
 
         Raises:
-            UnsupportedModelError: If they do not.
+            UnsupportedModelError: If a mask shows such slots.
         """
         layers = DynamicCache(config=self.model.config.get_text_config(decoder=True)).layers
         kept = {
@@ -134,7 +139,7 @@ class TargetView:
             self.model(input_ids=token, use_cache=False)
         if not kept <= step.windows:
             raise UnsupportedModelError(
-                f"regular generation forgets beyond a window of {min(kept - step.windows)}, "
+                f"regular generation drops slots before a window of {min(kept - step.windows)}, "
                 "which the model's masks show; it decodes one token at a time"
             )
 
@@ -147,7 +152,7 @@ class TargetView:
         """Check the length of a prompt.
 
         Raises:
-            PromptError: If it exceeds the positions that the model was built for.
+            PromptError: If it exceeds `max_positions`.
         """
         if self.max_positions is not None and num_tokens > self.max_positions:
             raise PromptError(
@@ -168,15 +173,13 @@ class TargetView:
         position_ids: Tensor | None = None,
         images: Mapping[str, Any] | None = None,
     ) -> Float[Tensor, "batch vocab"]:
-        """Run the prompt, or what the cache lacks of it, through the model and commit it.
+        """Run the prompt, or the part that is not cached, through the model and commit it.
 
         Args:
-            tokens: Prompts, padded on the left, behind what the cache holds; or their embeddings.
+            tokens: Uncached tokens of the prompts, padded on the left; or their embeddings.
             cache: Empty cache, or one that holds equally many slots of every row.
-            attention_mask: As Transformers takes it, for cached and new slots; None when nothing
-                is padding.
-            position_ids: As Transformers takes them, of the new slots or of all; by default
-                counted without padding.
+            attention_mask: Mask of cached and new slots; None without padding.
+            position_ids: Position ids of the new slots or of all; None to count tokens.
             images: Other inputs of the whole prompt.
 
         Returns:
@@ -214,17 +217,16 @@ class TargetView:
             tokens: Token at each node.
             topology: Shape of the trees.
             cache: Cache whose committed slots every node sees.
-            prompt: Tokens before the roots that the cache lacks, padded on the left, while all
-                rows of the cache are equally long: one forward then does for the prompt and the
-                tree. They are committed.
-            max_length: Tokens at which every row ends. Nodes beyond are given the last position
-                before, because learned positions may end there; their logits are of no use.
+            prompt: Uncached tokens before the roots, padded on the left, which the same forward
+                reads and commits. All rows of the cache must be equally long.
+            max_length: Maximum tokens of a row. Nodes beyond it get the last position before it,
+                because learned positions may end there; their logits are not used.
 
         Returns:
             Logits after every node.
         """
         depths = topology.depths
-        # The last token that is fed stands before the last one that is emitted.
+        # The last token is emitted and never fed.
         max_position = None if max_length is None else max(max_length - 2, 0)
         if prompt is None:
             return self.forward_nodes(
@@ -259,17 +261,17 @@ class TargetView:
         num_logits: int = 0,
         max_position: int | None = None,
     ) -> Float[Tensor, "batch scored vocab"]:
-        """Run nodes through the model below those that are pending already.
+        """Run nodes through the model, below those that are already pending.
 
         Args:
             tokens: Token at each new node.
-            visible: True at ``[i, j]`` when new node i sees pending slot j; the new nodes are the
-                last slots. None where there are `words`, or for a single new node that sees all.
+            visible: True at ``[i, j]`` if new node i sees pending slot j; the last slots are the
+                new nodes. None if there are `words`, or for a single new node that sees all.
             slot_depths: Depth of each slot; depth 0 follows the committed tokens of its row.
             cache: Cache whose committed slots every node sees.
-            words: `visible` packed into words, where the caller has them.
-            num_logits: Last nodes whose logits are wanted; 0 for all.
-            max_position: Position given to nodes beyond it; None for no bound.
+            words: `visible` packed into words, if the caller has them.
+            num_logits: Number of last nodes to compute logits for; 0 for all.
+            max_position: Maximum position, which deeper nodes get; None for no bound.
 
         Returns:
             Logits after every new node, or the last `num_logits`.
@@ -294,12 +296,12 @@ class TargetView:
         return logits
 
     def stored_embeddings(self, tokens: Int[Tensor, "*rows"]) -> Float[Tensor, "*rows hidden"]:
-        """Return rows of the embedding matrix, without the factor that some models apply."""
+        """Return rows of the embedding matrix, without the factor of some models."""
         return F.embedding(tokens, self.embedding_weight)
 
     @property
     def embedding_weight(self) -> Float[Tensor, "vocab hidden"]:
-        """The embedding matrix, as it is stored.
+        """The stored embedding matrix.
 
         Raises:
             UnsupportedModelError: If it is quantised or offloaded.
@@ -307,17 +309,17 @@ class TargetView:
         return embedding_matrix(self.model)
 
     def head_logits(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows vocab"]:
-        """Return the logits that the model computes from hidden states after the final norm."""
+        """Return the model's logits for hidden states after the final norm."""
         return logits_from(self.model, hidden)
 
     @contextmanager
     def decoding(self, features: TargetFeatures = TargetFeatures.NONE) -> Iterator[None]:
-        """Read features off the forwards of one generation, which has the model for itself.
+        """Read features during the forwards of one generation, which holds the model exclusively.
 
-        See `exclusive`. The model's own `generate` may be called meanwhile, from any thread.
+        The model's own `generate` may run at the same time, in any thread.
 
         Args:
-            features: What forwards leave in `features`.
+            features: The hidden states that forwards store in the attribute `features`.
         """
         # Models may have no decoder apart from their head; without features none is needed.
         decoder = self.decoder if features.layers else self.model
@@ -327,17 +329,17 @@ class TargetView:
 
     @contextmanager
     def steps(self) -> Iterator[None]:
-        """Make the changes that Transformers makes for decode steps, and undo them.
+        """Apply the changes that Transformers makes for decode steps, and undo them at the end.
 
-        On accelerators they choose a kernel of mixtures of experts that copies the weights of the
-        experts for every token: quick for a few, too much memory for a prompt.
+        On accelerators, mixtures of experts switch to a kernel that copies the experts' weights for
+        each token: fast for a few tokens, but it needs too much memory for a prompt.
         """
         with cast("Any", self.model)._optimize_model_for_decode():
             yield
 
     def run(self, **inputs: Any) -> Any:
-        """Run the model and return its output; the hidden states of this run alone are tapped."""
-        with temporary(self._stop_running):  # a later thread may have this one's number
+        """Run the model and return its output; features are read only from such runs."""
+        with temporary(self._stop_running):  # a later thread may reuse the number
             self._running_thread = threading.get_ident()
             return self.model(**inputs, return_dict=True)
 
@@ -346,7 +348,7 @@ class TargetView:
         return cast("Tensor", self.run(use_cache=True, **inputs).logits)
 
     def _is_running(self) -> bool:
-        """Whether this thread runs a forward of this view; others may use the model as it is."""
+        """Return whether this thread runs a forward of this view."""
         return self._running_thread == threading.get_ident()
 
     def _stop_running(self) -> None:
@@ -369,7 +371,7 @@ def _below_prompt(
     full[:, length:, length:] = visible
     slots = torch.arange(length + nodes, device=visible.device)
     full &= slots >= num_padding[:, None, None]
-    full[:, slots, slots] = True  # a row of the mask that sees nothing would turn into NaN
+    full[:, slots, slots] = True  # a node that sees nothing would turn into NaN
     return full
 
 

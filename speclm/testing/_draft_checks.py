@@ -1,7 +1,7 @@
 """Checks on one draft, whatever proposed it."""
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from speclm.config import MAX_DEPTH, MAX_NODES
@@ -23,8 +23,8 @@ def require_sound_draft(
     _require_tensors(draft, roots, name)
     _require_tokens(draft, roots, vocab_size, name)
     _require_topology(draft.topology, name)
-    if draft.probs is not None:
-        _require_probs(draft.probs, draft.topology, name)
+    if draft.node_probs is not None:
+        _require_probs(draft.node_probs, draft.topology, name)
 
 
 def _require_tensors(draft: Draft, roots: Tensor, name: str) -> None:
@@ -42,13 +42,6 @@ def _require_tensors(draft: Draft, roots: Tensor, name: str) -> None:
                 f"{name}: dtype of {field} is {tensor.dtype}, expected torch.int64; build it from "
                 "whole numbers, or convert it"
             )
-    if draft.probs is not None:
-        tensors["probs"] = draft.probs
-        if not draft.probs.is_floating_point():
-            raise ProposerContractError(
-                f"{name}: dtype of probs is {draft.probs.dtype}, expected a floating type; "
-                "return probabilities, or None"
-            )
     for field, tensor in tensors.items():
         if tensor.device != roots.device:
             raise ProposerContractError(
@@ -56,14 +49,19 @@ def _require_tensors(draft: Draft, roots: Tensor, name: str) -> None:
                 f"{roots.device}; create it with device=roots.device"
             )
     expected = (len(roots), topology.num_nodes)
-    for field, shape in (
-        ("tokens", draft.tokens.shape),
-        ("probs", expected if draft.probs is None else draft.probs.shape),
-    ):
-        if tuple(shape) != expected:
+    shapes = {"tokens": {tuple(draft.tokens.shape)}}
+    if draft.node_probs is not None:
+        if not isinstance(draft.node_probs, list):
             raise ProposerContractError(
-                f"{name}: shape of {field} is {tuple(shape)}, expected {expected}, a row for each "
-                "root and a column for each node of the topology; pad rows to equal length"
+                f"{name}: node_probs is a {type(draft.node_probs).__name__}, expected lists on the "
+                "host, one for each row; call tolist(), or leave it out"
+            )
+        shapes["node_probs"] = {(len(draft.node_probs), len(row)) for row in draft.node_probs}
+    for field, found in shapes.items():
+        if found != {expected}:
+            raise ProposerContractError(
+                f"{name}: shape of {field} is {max(found, default=())}, expected {expected}, a row "
+                "for each root and a column for each node of the topology; pad rows to equal length"
             )
     if topology.parents.shape[0] not in {1, len(roots)}:
         raise ProposerContractError(
@@ -98,7 +96,14 @@ def _require_topology(topology: TreeTopology, name: str) -> None:
         raise ProposerContractError(
             f"{name}: {error}, expected at most {MAX_NODES} nodes on {MAX_DEPTH} levels"
         ) from error
-    for field in ("depths", "ancestor_words", "path_indices", "max_depth"):
+    for field in (
+        "depths",
+        "ancestor_words",
+        "path_indices",
+        "max_depth",
+        "host_parents",
+        "host_node_depths",
+    ):
         found, expected = getattr(topology, field), getattr(rebuilt, field)
         is_same = torch.equal(found, expected) if isinstance(found, Tensor) else found == expected
         if not is_same:
@@ -108,21 +113,22 @@ def _require_topology(topology: TreeTopology, name: str) -> None:
             )
 
 
-def _require_probs(probs: Float[Tensor, "batch nodes"], topology: TreeTopology, name: str) -> None:
+def _require_probs(node_probs: list[list[float]], topology: TreeTopology, name: str) -> None:
+    probs = torch.tensor(node_probs, dtype=torch.float64, device=topology.parents.device)
     is_guess = ~topology.is_padding.expand(len(probs), -1)
     is_guess = is_guess & (torch.arange(probs.shape[1], device=probs.device) > 0)
-    guessed = probs.double().where(is_guess, 0.0)
+    guessed = probs.where(is_guess, 0.0)
     if not bool(((guessed >= 0) & (guessed <= 1 + _SUM_TOLERANCE)).all()):  # false for NaN too
         raise ProposerContractError(
-            f"{name}: probs lie in {float(guessed.min())!r} to {float(guessed.max())!r}, expected "
-            "0 to 1; return probabilities, not logits or logarithms"
+            f"{name}: node_probs lie in {float(guessed.min())!r} to {float(guessed.max())!r}, "
+            "expected 0 to 1; return probabilities, not logits or logarithms"
         )
     sums = torch.zeros_like(guessed)
     sums.scatter_add_(1, topology.parents.expand(len(probs), -1), guessed)
     if float(sums.max()) > 1 + _SUM_TOLERANCE:
         raise ProposerContractError(
-            f"{name}: probs of siblings sum to {float(sums.max()):.4g}, expected at most 1; give "
-            "the probability of each token given its path, normalised over the vocabulary"
+            f"{name}: node_probs of siblings sum to {float(sums.max()):.4g}, expected at most 1; "
+            "give the probability of each token given its path, normalised over the vocabulary"
         )
 
 

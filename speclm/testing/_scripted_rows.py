@@ -79,7 +79,7 @@ def guessed_paths(draft: Draft, row: int) -> dict[tuple[int, ...], float]:
     """Return the tokens from below the root to each node of a row, with the node's probability."""
     shape = row if draft.topology.parents.shape[0] > 1 else 0
     tokens = draft.tokens[row].tolist()
-    probs = [0.0] * len(tokens) if draft.probs is None else draft.probs[row].tolist()
+    probs = [0.0] * len(tokens) if draft.node_probs is None else draft.node_probs[row]
     guessed = {}
     for node, path in enumerate(draft.topology.path_indices[shape].tolist()):
         below_root = [above for above in path[1:] if above >= 0]

@@ -10,13 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from speclm.acceptance.accepted import Accepted
+from speclm.acceptance import Accepted
 from speclm.acceptance.exact import accept_exact
 from speclm.config import MAX_DEPTH, require_in_range
 from speclm.drafting.interface import Draft, Prefill, Proposer
 from speclm.errors import ProposerContractError
-from speclm.sampling.generators import get_generator_state
-from speclm.sampling.noise import PositionNoise
+from speclm.sampling.noise import PositionNoise, get_generator_state
 from speclm.target import TargetFeatures
 from speclm.testing._draft_checks import require_sound_draft
 from speclm.testing._scripted_rows import ScriptedRow, guessed_paths
@@ -193,12 +192,12 @@ class _Watch:
         if type(draft) is not Draft:
             raise ProposerContractError(
                 f"{self._name}.propose returned {type(draft).__name__}, expected a Draft; build "
-                "one from tokens, topology and probs"
+                "one from tokens and topology"
             )
         require_sound_draft(draft, roots=roots, vocab_size=vocab_size, name=self._name)
         topology = draft.topology
         tensors = [draft.tokens, topology.parents, topology.depths, topology.path_indices]
-        tensors += [topology.ancestor_words] + ([] if draft.probs is None else [draft.probs])
+        tensors.append(topology.ancestor_words)
         self._kept += [(tensor, tensor.clone()) for tensor in tensors]
         return draft
 

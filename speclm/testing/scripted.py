@@ -7,7 +7,7 @@ from jaxtyping import Int
 from torch import Tensor
 from typing_extensions import override
 
-from speclm.acceptance.accepted import Accepted
+from speclm.acceptance import Accepted
 from speclm.config import ProposerConfig
 from speclm.drafting.interface import Draft, Prefill, Proposer
 from speclm.errors import OptionError
@@ -79,7 +79,6 @@ class ScriptedProposer(Proposer):
         return Draft(
             tokens=torch.cat([roots[:, None], guesses], dim=1),
             topology=from_parents([parents for _, parents in rows], device=roots.device),
-            probs=None,
         )
 
     @override

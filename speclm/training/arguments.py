@@ -1,4 +1,4 @@
-"""Training arguments: defaults for heads, and what a user sets next to them."""
+"""Training arguments: defaults for heads, checks of what a user sets."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -22,7 +22,7 @@ DEFAULTS: Mapping[str, Any] = {
     "num_train_epochs": 2,
     "per_device_train_batch_size": 8,
     "lr_scheduler_type": "cosine",
-    "warmup_steps": 0.1,  # a share of all steps, as a checkpoint's interval is
+    "warmup_steps": 0.1,  # fraction of all steps, as save_steps below
     "weight_decay": 0.0,
     "logging_steps": 10,
     "save_steps": 0.1,
@@ -30,21 +30,16 @@ DEFAULTS: Mapping[str, Any] = {
     "train_sampling_strategy": "group_by_length",
     "report_to": "none",
 }
-"""What heads are trained with. Source: the Medusa authors' recipe, for what it says."""
+"""What heads are trained with unless their method or the user says otherwise.
 
-EAGLE_DEFAULTS: Mapping[str, Any] = {
-    **DEFAULTS,
-    "learning_rate": 1e-4,
-    "adam_beta2": 0.95,
-    "max_grad_norm": 0.5,
-}
-"""What EAGLE heads are trained with. Source: the recipes of the EAGLE authors and SpecForge."""
+Source: the recipe of the Medusa authors, as far as it goes.
+"""
 
-_LEAST_COUNTS = {
+_MIN_COUNTS = {
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
     "gradient_accumulation_steps": 1,
-    "max_steps": -1,  # for as many as the epochs have
+    "max_steps": -1,  # as many as the epochs have
     "seed": 0,
     "dataloader_num_workers": 0,
 }
@@ -57,25 +52,25 @@ _NOT_NEGATIVE = (
     "eval_steps",
     "save_total_limit",
 )
-_MOST = 2**31 - 1
+_MAX = 2**31 - 1
 
 
 def training_arguments(
     output_dir: str | Path,
     settings: Mapping[str, Any] | None = None,
     *,
-    defaults: Mapping[str, Any] = DEFAULTS,
+    defaults: Mapping[str, Any] | None = None,
 ) -> TrainingArguments:
     """Return arguments for `Trainer`.
 
     Args:
         output_dir: Where checkpoints are written.
-        settings: Any fields of ``TrainingArguments``; they go before `defaults`.
-        defaults: `DEFAULTS`, or `EAGLE_DEFAULTS` for EAGLE heads.
+        settings: Any fields of ``TrainingArguments``; they override all defaults.
+        defaults: Defaults of a method, which override `DEFAULTS`.
 
     Raises:
-        OptionError: If there is no such field, its value is refused, or what it asks for is not
-            installed.
+        OptionError: If a field does not exist, its value is refused, or a package that it needs is
+            not installed.
     """
     known = {field.name for field in fields(TrainingArguments) if field.init}
     settings = dict(settings or {})
@@ -84,33 +79,35 @@ def training_arguments(
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "see its documentation for the fields"
             raise OptionError(f"TrainingArguments has no field {name!r}; {hint}")
-    values = {**defaults, **settings}
+    values = {**DEFAULTS, **(defaults or {}), **settings}
     _require_types(settings)
-    require_trackers(values.get("report_to"))
-    for name in ("learning_rate", *(() if _has_max_steps(values) else ("num_train_epochs",))):
-        require_positive(name, values[name])
-    for name, low in _LEAST_COUNTS.items():
+    _require_trackers(values.get("report_to"))
+    require_positive("learning_rate", values["learning_rate"])
+    max_steps = values.get("max_steps", -1)  # overrides the epochs
+    if isinstance(max_steps, int) and max_steps <= 0:
+        require_positive("num_train_epochs", values["num_train_epochs"])
+    for name, low in _MIN_COUNTS.items():
         if name in values:
-            require_count(name, values[name], low=low, high=_MOST)
+            require_count(name, values[name], low=low, high=_MAX)
     for name in _NOT_NEGATIVE:
         if values.get(name) is not None:
-            require_in_range(name, values[name], low=0.0, high=_MOST)
+            require_in_range(name, values[name], low=0.0, high=_MAX)
     pinning = {"dataloader_pin_memory": torch.accelerator.is_available()}
     try:
         return TrainingArguments(str(output_dir), **{**pinning, **values})
-    except (ValueError, TypeError, ImportError, OSError) as error:  # some name a file of settings
+    except (ValueError, TypeError, ImportError, OSError) as error:  # some values name a file
         raise OptionError(
             f"TrainingArguments refuses {settings!r} ({error}); correct the value"
         ) from error
 
 
 def _require_types(settings: Mapping[str, Any]) -> None:
-    """Check switches and counts, which Transformers takes as they are: any text is true."""
+    """Check the types of switches and counts; Transformers takes any text for true."""
     hints = get_type_hints(TrainingArguments)
     for name, value in settings.items():
         kinds = set(get_args(hints[name]) or (hints[name],))
         wanted = kinds - {type(None)}
-        if (value is None and kinds != wanted) or name in _LEAST_COUNTS:
+        if (value is None and kinds != wanted) or name in _MIN_COUNTS:
             continue
         if wanted == {bool} and not isinstance(value, bool):
             raise OptionError(f"{name} is {value!r}, expected true or false; pass one of them")
@@ -118,17 +115,11 @@ def _require_types(settings: Mapping[str, Any]) -> None:
             raise OptionError(f"{name} is {value!r}, expected a whole number; pass one")
 
 
-def _has_max_steps(values: Mapping[str, Any]) -> bool:
-    """Return whether steps are given, which go before epochs; later checks see the value."""
-    steps = values.get("max_steps", -1)
-    return not isinstance(steps, int) or steps > 0
-
-
 def parse_settings(texts: Iterable[str]) -> dict[str, Any]:
-    """Read ``key=value`` settings; a value that is JSON is taken as such, any other as text.
+    """Parse ``key=value`` settings; a value is JSON or else plain text.
 
     Raises:
-        OptionError: If one has no key or no equals sign.
+        OptionError: If a setting has no key or no equals sign.
     """
     settings: dict[str, Any] = {}
     for text in texts:
@@ -142,23 +133,13 @@ def parse_settings(texts: Iterable[str]) -> dict[str, Any]:
     return settings
 
 
-_NONE_OR_ALL = ("none", "all")
-
-
-def require_trackers(report_to: Any) -> None:
-    """Check what ``report_to`` of training arguments names.
-
-    Args:
-        report_to: A name or a list of names; "none" or "all" only as the one name.
-
-    Raises:
-        OptionError: If one is no name, or its package is not installed.
-    """
+def _require_trackers(report_to: Any) -> None:
+    """Check the names in ``report_to``: one or a list; "none" and "all" only by themselves."""
     names = list(report_to) if isinstance(report_to, list | tuple) else [report_to]
-    if len(names) == 1 and names[0] in _NONE_OR_ALL:
+    if len(names) == 1 and names[0] in ("none", "all"):
         return
     installed = get_available_reporting_integrations()  # type: ignore[no-untyped-call]
-    installed.append("flyte")  # Transformers does not list it, whether it is there or not
+    installed.append("flyte")  # Transformers never lists it
     for name in names:
         if name not in INTEGRATION_TO_CALLBACK:
             near = difflib.get_close_matches(str(name), INTEGRATION_TO_CALLBACK, n=1)

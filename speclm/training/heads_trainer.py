@@ -1,81 +1,95 @@
-"""What the training of any heads has in common: Transformers' `Trainer` around a frozen base."""
+"""The trainer of all heads: Transformers' `Trainer` around a `TrainingModel`."""
 
 import logging
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence, Sized
+import re
+from collections.abc import Iterator, Sequence, Sized
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 from typing_extensions import override
 
-from speclm.errors import CheckpointError, NumericalError
-from speclm.training.checkpoints import last_complete_checkpoint, reading_checkpoint, require_state
-from speclm.training.guess_meter import GuessMeter
-from speclm.training.length_sampler import LengthSampler
-from speclm.training.progress import TauProgress
-from speclm.training.rows import EvalRows, Item, TrainingRows, collate_rows, require_trainable
+from speclm.errors import CheckpointError, NumericalError, SpeclmError, reason_of, shown
+from speclm.files.atomic import read_json
+from speclm.training.conversations import Example
+from speclm.training.dataset import (
+    EvalDataset,
+    ExampleDataset,
+    LengthSampler,
+    collate_examples,
+    require_trainable,
+)
+from speclm.training.training_model import TrainingModel
 
 _log = logging.getLogger("speclm")
 
+_CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
+_WRITTEN_LAST = "trainer_state.json"
+_MAX_STEPS = 2**31 - 1
 
-class HeadsTrainer(Trainer, ABC):
+
+class HeadsTrainer(Trainer):
     """A `Trainer` whose model is heads on a frozen base.
 
-    Logs the figures of a `GuessMeter`, goes on from the newest complete checkpoint, and ends with
-    an error when the loss is no number.
+    Logs loss and top-1, 2 and 3 accuracy of each draft token and ``estimated_tau``, the tokens per
+    target forward that generation of texts like the data would have. Resumes from the newest
+    complete checkpoint, and stops with an error when the loss is not a number.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: TrainingModel,
         args: TrainingArguments,
         *,
-        make_meter: Callable[[], GuessMeter],
-        max_length: int | None,
-        train_dataset: Dataset[Item],
-        eval_dataset: EvalRows | None,
-        callbacks: Sequence[TrainerCallback],
+        train_dataset: Dataset[Example],
+        eval_dataset: EvalDataset | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
-        """Prepare a training.
+        """Check the data and move the base to the device of training.
 
         Args:
-            model: Returns ``loss``, ``loss_sums``, ``counts`` and ``ranks``, which a meter counts.
+            model: Heads and base. Unless the base was loaded with a device map, it is moved to the
+                device of `args`.
             args: As `training_arguments` makes them.
-            make_meter: Makes what counts the guesses, in training and in evaluation apart.
-            max_length: Most tokens of a row; None for any number.
-            train_dataset: Rows, see `load_rows`.
-            eval_dataset: Rows that ``args.eval_strategy`` evaluates on, or several such by name.
+            train_dataset: Examples, see `load_examples`.
+            eval_dataset: Examples that ``args.eval_strategy`` evaluates on, or several sets of
+                them by name.
             callbacks: Callbacks next to `Trainer`'s own.
 
         Raises:
-            DataError: If a row has nothing to learn, or too many tokens.
+            DataError: If an example has no token to learn, or too many tokens.
         """
         named = eval_dataset.values() if isinstance(eval_dataset, dict) else (eval_dataset,)
-        data_sets: tuple[Any, ...] = (train_dataset, *named)
-        for rows in data_sets:
-            if isinstance(rows, Sized):  # a stream is checked where it is made
-                require_trainable(rows, max_length=max_length)
-        self._meters = {is_training: make_meter() for is_training in (False, True)}
+        datasets: tuple[Any, ...] = (train_dataset, *named)
+        for dataset in datasets:
+            if isinstance(dataset, Sized):  # a stream cannot be checked in advance
+                require_trainable(dataset, max_length=model.max_length)
+        _place_base(model.view.model, args)
+        self.heads = model.heads
+        self._training_model = model
+        self._meters = {is_training: model.new_meter() for is_training in (False, True)}
         super().__init__(
             model=model,
             args=args,
-            data_collator=collate_rows,
+            data_collator=collate_examples,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             callbacks=list(callbacks),
         )
         if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(TauProgress())
-
-    @abstractmethod
-    def _write(self, folder: Path) -> None:
-        """Write the heads into a folder that ``SpecModel.from_pretrained`` loads."""
+            self.add_callback(_TauProgress())
 
     @override
     def train(
@@ -88,13 +102,13 @@ class HeadsTrainer(Trainer, ABC):
 
         Args:
             resume_from_checkpoint: Folder of a checkpoint; True for the newest complete one in the
-                output folder, or a new start where there is none.
+                output folder, or a new start if there is none.
             trial: As in `Trainer`.
             ignore_keys_for_eval: As in `Trainer`.
 
         Raises:
             NumericalError: If the loss is not a number.
-            CheckpointError: If the checkpoint is that of other heads, or cannot be read.
+            CheckpointError: If the checkpoint holds other heads, or cannot be read.
         """
         if resume_from_checkpoint is True:
             found = last_complete_checkpoint(str(self.args.output_dir))
@@ -111,7 +125,7 @@ class HeadsTrainer(Trainer, ABC):
         with reading_checkpoint(resume_from_checkpoint):
             try:
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
-            except RuntimeError as error:  # PyTorch's word for tensors of another shape
+            except RuntimeError as error:  # how PyTorch reports tensors of another shape
                 if "Error(s) in loading state_dict" not in str(error):
                     raise
                 difference = " ".join(str(error).split())
@@ -131,7 +145,7 @@ class HeadsTrainer(Trainer, ABC):
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         differing = [*load_result.missing_keys, *load_result.unexpected_keys]
         if differing:
-            raise _other_heads(str(self.args.output_dir), f"{differing[0]!r} is in one alone")
+            raise _other_heads(str(self.args.output_dir), f"only one has {differing[0]!r}")
 
     @override
     def compute_loss(
@@ -143,7 +157,7 @@ class HeadsTrainer(Trainer, ABC):
     ) -> Any:
         outputs = model(**inputs)
         loss: Tensor = outputs["loss"]
-        if not loss.isfinite():  # Trainer looks at the loss of every step too
+        if not loss.isfinite():  # Trainer reads the loss of every step too
             raise NumericalError(
                 f"loss of step {self.state.global_step + 1} is {loss.item()}, expected a finite "
                 "number; lower the learning rate, or train in float32 or bf16 instead of fp16"
@@ -164,7 +178,7 @@ class HeadsTrainer(Trainer, ABC):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         with torch.no_grad(), self.compute_loss_context_manager():
             loss: Tensor = self.compute_loss(model, self._prepare_inputs(inputs))
-        return loss, None, None  # logits of all guesses would fill the memory
+        return loss, None, None  # the logits of all draft tokens would fill the memory
 
     @override
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
@@ -177,24 +191,10 @@ class HeadsTrainer(Trainer, ABC):
 
     @override
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
+        # The summary at the end has the steps since the last log, which may be all of them.
+        if "loss" in logs or "train_loss" in logs:
             logs = {**logs, **self._drain(is_training=True)}
         super().log(logs, start_time)
-
-    @override
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
-        rows: Any = self.train_dataset if train_dataset is None else train_dataset
-        # Transformers' own sampler draws an epoch from the global generator, which a resumed
-        # training finds in another state.
-        if self.args.train_sampling_strategy != "group_by_length":
-            sampler: Sampler[int] | None = super()._get_train_sampler(rows)
-            return sampler
-        if isinstance(rows, TrainingRows):
-            lengths = rows.lengths
-        else:
-            lengths = [len(rows[index]["input_ids"]) for index in range(len(rows))]
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return LengthSampler(lengths, batch_size=self.args.train_batch_size, seed=seed)
 
     def _drain(self, *, is_training: bool) -> dict[str, float]:
         def add_processes(sums: Tensor) -> Tensor:
@@ -204,13 +204,28 @@ class HeadsTrainer(Trainer, ABC):
         return self._meters[is_training].drain(add_processes)
 
     @override
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        # Transformers' own sampler draws an epoch from the global generator, whose state differs
+        # in a resumed training.
+        if self.args.train_sampling_strategy != "group_by_length":
+            sampler: Sampler[int] | None = super()._get_train_sampler(dataset)
+            return sampler
+        if isinstance(dataset, ExampleDataset):
+            lengths = dataset.lengths
+        else:
+            lengths = [len(dataset[index]["input_ids"]) for index in range(len(dataset))]
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return LengthSampler(lengths, batch_size=self.args.train_batch_size, seed=seed)
+
+    @override
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the heads, in a folder that ``SpecModel.from_pretrained`` loads.
+        """Write the heads into a folder that ``SpecModel.from_pretrained`` loads.
 
         Args:
             output_dir: The folder; None for that of the training arguments.
-            _internal_call: Whether `Trainer` calls; with a folder of its own that is a checkpoint,
-                which holds what training goes on from instead.
+            _internal_call: Whether `Trainer` calls. If it also passes a folder, that folder is a
+                checkpoint and gets the state to resume from instead.
 
         Raises:
             CheckpointError: If what was read back is not what was written.
@@ -219,9 +234,115 @@ class HeadsTrainer(Trainer, ABC):
             super().save_model(output_dir, _internal_call)
             return
         if self.args.should_save:
-            self._write(Path(output_dir or str(self.args.output_dir)))
+            self._training_model.write(Path(output_dir or str(self.args.output_dir)))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Upload heads")
+
+
+def _place_base(base: PreTrainedModel, args: TrainingArguments) -> None:
+    """Move a base to the one device of training, unless it was loaded with a device map."""
+    if args.n_gpu > 1:
+        _log.warning("using one of %d devices; start with torchrun to use all", args.n_gpu)
+        args._n_gpu = 1  # as Trainer does for a model spread over devices
+    if getattr(base, "hf_device_map", None) is None and base.device != args.device:
+        base.to(args.device)  # type: ignore[arg-type]  # Transformers' decorator
+
+
+class _TauProgress(ProgressCallback):
+    """One progress bar with count and time left, loss and estimated tau; evaluation shares it."""
+
+    _num_evaluated = 0
+
+    @override
+    def on_log(self, *args: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            tau = logs.get("estimated_tau")
+            estimate = "" if tau is None else f", estimated tau {tau:.2f}"
+            self._show(f"loss {logs['loss']:.3f}{estimate}")
+
+    @override
+    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+        bar: Any = self.training_bar
+        if bar is None:
+            super().on_prediction_step(*args, **kwargs)  # type: ignore[no-untyped-call]
+            return
+        batches = kwargs.get("eval_dataloader")
+        self._num_evaluated += 1
+        num_batches = len(batches) if has_length(batches) else "?"
+        self._show(f"evaluating {self._num_evaluated}/{num_batches}")
+
+    @override
+    def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        self._num_evaluated = 0
+        super().on_evaluate(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def _show(self, text: str) -> None:
+        bar: Any = self.training_bar  # None before training and in all processes but one
+        if bar is not None:
+            bar.set_postfix_str(text)
+
+
+def last_complete_checkpoint(folder: str | Path) -> Path | None:
+    """Return the newest complete checkpoint in the output folder of a training, if any.
+
+    `Trainer` writes its state last. A checkpoint whose state is missing, truncated or of another
+    step was being written when the process ended; it is skipped with a log line.
+    """
+    found = {
+        int(match[1]): path
+        for path in Path(folder).glob("checkpoint-*")
+        if (match := _CHECKPOINT_NAME.fullmatch(path.name))
+    }
+    for step in sorted(found, reverse=True):
+        if _is_complete(found[step], step):
+            return found[step]
+        _log.warning("%s is incomplete; resuming from an older checkpoint", found[step])
+    return None
+
+
+def _is_complete(checkpoint: Path, step: int) -> bool:
+    try:
+        state = read_json(checkpoint / _WRITTEN_LAST)
+    except (OSError, ValueError):
+        return False
+    return isinstance(state, dict) and state.get("global_step") == step
+
+
+@contextmanager
+def reading_checkpoint(folder: str | Path) -> Iterator[None]:
+    """Turn what Python raises while `Trainer` reads a checkpoint into a `CheckpointError`."""
+    try:
+        yield
+    except (SpeclmError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{folder}: the checkpoint cannot be read ({reason_of(error)}), expected one as the "
+            "training wrote it; resume from an older one, or start anew"
+        ) from error
+
+
+def require_state(folder: str | Path) -> None:
+    """Check the saved state of a checkpoint before `Trainer` reads it.
+
+    Raises:
+        CheckpointError: If it is missing, or is not what a training writes.
+    """
+    path = Path(folder) / _WRITTEN_LAST
+    with reading_checkpoint(folder):
+        state: Any = TrainerState(**read_json(path))
+    is_usable = (
+        type(state.global_step) is int
+        and 0 <= state.global_step <= _MAX_STEPS
+        and isinstance(state.best_model_checkpoint, str | None)
+        and isinstance(state.stateful_callbacks, dict)
+    )
+    if not is_usable:
+        raise CheckpointError(
+            f"{path}: global_step is {shown(state.global_step)} and best_model_checkpoint "
+            f"{shown(state.best_model_checkpoint)}, expected a number of steps and a folder or "
+            "null; resume from an older checkpoint"
+        )
 
 
 def _other_heads(folder: str, difference: str) -> CheckpointError:
@@ -229,12 +350,3 @@ def _other_heads(folder: str, difference: str) -> CheckpointError:
         f"{folder}: the checkpoint holds other heads than those in training ({difference}); resume "
         "with the options that the training began with, or train in another folder"
     )
-
-
-def place_base(base: PreTrainedModel, args: TrainingArguments) -> None:
-    """Put a base where it is trained on: on one device, unless it was loaded with a device map."""
-    if args.n_gpu > 1:
-        _log.warning("using one of %d devices; start with torchrun to use all", args.n_gpu)
-        args._n_gpu = 1  # as Trainer does where a model is spread over devices
-    if getattr(base, "hf_device_map", None) is None and base.device != args.device:
-        base.to(args.device)  # type: ignore[arg-type]  # Transformers' decorator

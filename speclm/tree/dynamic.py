@@ -1,4 +1,4 @@
-"""Grows a tree level by level and keeps its best nodes."""
+"""Trees that are grown or filled level by level."""
 
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
@@ -9,30 +9,30 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from speclm.tree.static import Choices, static_tree
+from speclm.tree.static import RankPath, RankPaths, sorted_paths, static_tree
 from speclm.tree.topology import TreeTopology
 
 _DRAWN_PROBABILITY = 0.65  # a usual overlap of the distributions of a draft model and its target
 
 
 @dataclass(slots=True, eq=False)
-class _Level:
-    """Candidates at one depth."""
+class _Candidates:
+    """Candidates at one depth, and those of them that the next level starts from."""
 
     tokens: Int[Tensor, "batch candidates"]
     scores: Float[Tensor, "batch candidates"]
-    expanded: Int[Tensor, "batch width"]  # candidates that the next level starts from
+    expanded: Int[Tensor, "batch width"]
     expanded_scores: Float[Tensor, "batch width"]
 
 
 @dataclass(frozen=True, slots=True)
 class GrownRow:
-    """The best nodes of one row, the root left out.
+    """The best nodes of one row, without the root.
 
     Args:
         tokens: Token of each node, parents first.
-        parents: Index of each node's parent in the draft, where the root is node 0.
-        expansions: Level and place at which a node was expanded, None when it was not.
+        parents: Each node's parent in the draft, where the root is node 0.
+        expansions: Level at which each node was expanded and its index there; None if it was not.
         scores: Cumulative log-probability of each node.
     """
 
@@ -43,7 +43,7 @@ class GrownRow:
 
 
 class GrowingTree:
-    """Best-first search over cumulative log-probability, a level at a time.
+    """Search for the most likely paths, a level at a time.
 
     Source: Li et al. 2024 (EAGLE-2), expansion and reranking of dynamic draft trees.
     """
@@ -63,17 +63,16 @@ class GrowingTree:
             width: Nodes expanded at each level.
             branches: Children considered for each expanded node.
             leaf_tokens: Tokens after which nothing follows, such as the end of the sequence.
-            token_ids: Token of each column of what `grow` is given; None where they are the same.
-            is_idle: Rows that take part for their place in the batch alone; none of their nodes
-                is scored.
+            token_ids: Token of each column given to `grow`; None if columns are tokens.
+            is_idle: Rows that have ended; they get no nodes.
         """
         self._width = width
         self._branches = branches
         self._leaf_tokens = leaf_tokens
         self._token_ids = token_ids
-        self._levels: list[_Level] = []
+        self._levels: list[_Candidates] = []
         self._has_stopped = is_idle
-        # Idle rows are known on the host beforehand, where what stops others is decided.
+        # The host decides which rows stop, so it reads the idle ones once.
         self._is_idle: list[bool] | None = None if is_idle is None else is_idle.tolist()
         self._stopped = self._is_idle
 
@@ -83,11 +82,11 @@ class GrowingTree:
         return len(self._levels)
 
     def grow(self, log_probs: Float[Tensor, "batch expanded vocab"]) -> None:
-        """Add the children of the nodes that were last expanded; at first, of the root."""
+        """Add the children of the nodes expanded last, at first those of the root."""
         best = log_probs.topk(self._branches, dim=-1)  # [batch, expanded, branches]
-        # What is no number would break the order of parents and children: nothing is so unlikely.
+        # NaN would break the order of parents and children, so it counts as probability 0.
         scores = best.values.nan_to_num(nan=-torch.inf, posinf=0.0, neginf=-torch.inf)
-        scores = scores.clamp(max=0)  # rounding may make a sure child likelier than that
+        scores = scores.clamp(max=0)  # rounding may exceed probability 1
         if self._levels:
             scores = scores + self._levels[-1].expanded_scores[:, :, None]
         scores, tokens = scores.flatten(1), best.indices.flatten(1)  # [batch, candidates]
@@ -99,24 +98,24 @@ class GrowingTree:
         if self._leaf_tokens is not None:
             expandable = scores.masked_fill(torch.isin(tokens, self._leaf_tokens), float("-inf"))
         following = expandable.topk(min(self._width, scores.shape[1]), dim=1)
-        self._levels.append(_Level(tokens, scores, following.indices, following.values))
+        self._levels.append(_Candidates(tokens, scores, following.indices, following.values))
 
     @property
     def expanded_tokens(self) -> Int[Tensor, "batch width"]:
-        """Tokens of the nodes to be expanded next."""
+        """Tokens of the nodes that are expanded next."""
         last = self._levels[-1]
         return last.tokens.gather(1, last.expanded)
 
     @property
     def expanded_parents(self) -> Int[Tensor, "batch width"]:
-        """Place of each such node's parent among the nodes expanded before."""
+        """Index of each of their parents among the nodes expanded before."""
         return self._levels[-1].expanded // self._branches
 
     def stop_rows_below(self, floor: float) -> float:
-        """Let no row grow further whose best node to expand scores below `floor`.
+        """Stop rows whose best node to expand scores below `floor`; syncs with the device.
 
         Returns:
-            Share of the rows not idle that still grow; syncs with the device.
+            Share of the rows, without idle ones, that still grow.
         """
         best: list[float] = self._levels[-1].expanded_scores[:, 0].tolist()
         before = self._stopped or [False] * len(best)
@@ -130,18 +129,18 @@ class GrowingTree:
         return stopped.count(False) / max(len(stopped) - num_idle, 1)
 
     def best_nodes(self, num_nodes: int, *, min_score: float) -> list[GrownRow]:
-        """Return the `num_nodes` best candidates of each row with a score of at least `min_score`.
+        """Return the `num_nodes` best candidates of each row that score at least `min_score`.
 
-        Nodes are chosen on the device, and read by the host in one transfer.
+        The device chooses the nodes, and the host reads them in one transfer.
         """
         scores = torch.cat([level.scores for level in self._levels], dim=1)
         num_candidates = scores.shape[1]
-        # No child scores above its parent, and of equals a stable sort takes the parent first: so
-        # the best are a tree.
+        # No child scores above its parent, and a stable sort puts the parent first if they are
+        # equal. So the best nodes are a tree.
         best = scores.sort(dim=1, descending=True, stable=True)
         values, order = best.values[:, :num_nodes], best.indices[:, :num_nodes]
         kept = order.masked_fill(values < min_score, num_candidates).sort(dim=1).values
-        chosen = kept.clamp(max=num_candidates - 1)  # what is left out comes last
+        chosen = kept.clamp(max=num_candidates - 1)  # nodes that are left out come last
         tokens = torch.cat([level.tokens for level in self._levels], dim=1).gather(1, chosen)
         bits = scores.gather(1, chosen).float().view(torch.int32)  # scores travel as their bits
         expanded = [level.expanded for level in self._levels]
@@ -168,50 +167,46 @@ def _grown_row(
     ends: list[int],
     branches: int,
 ) -> GrownRow:
-    """Return a row from what the device chose.
+    """Return the row of the candidates that the device chose.
 
     Args:
-        kept: Candidates, counted over all levels, ascending; beyond all where none is left.
-        tokens: Of each.
-        scores: Of each.
-        expanded: Candidates of every level that the next one starts from, counted within it.
-        ends: Candidates up to each level and in it.
+        kept: Their indices over all levels, ascending; larger than all others if none is left.
+        tokens: Their tokens.
+        scores: Their scores.
+        expanded: For each level the indices, within it, of the candidates that were expanded.
+        ends: Number of candidates up to and including each level.
         branches: Children considered for each expanded node.
     """
     num = bisect_left(kept, ends[-1])
     grown = GrownRow(tokens[:num], [], [], scores[:num])
-    nodes: list[dict[int, int]] = [{} for _ in ends]  # from the place in a level to the node
+    nodes: list[dict[int, int]] = [{} for _ in ends]  # from the index in a level to the node
     for node, candidate in enumerate(kept[:num], start=1):
         depth = bisect_right(ends, candidate)
-        place = candidate - (ends[depth - 1] if depth else 0)
-        nodes[depth][place] = node
-        above = expanded[depth - 1][place // branches] if depth else -1
-        grown.parents.append(nodes[depth - 1][above] if depth else 0)
+        index = candidate - (ends[depth - 1] if depth else 0)
+        nodes[depth][index] = node
+        parent = expanded[depth - 1][index // branches] if depth else -1
+        grown.parents.append(nodes[depth - 1][parent] if depth else 0)
         at_level = expanded[depth]
-        grown.expansions.append((depth, at_level.index(place)) if place in at_level else None)
+        grown.expansions.append((depth, at_level.index(index)) if index in at_level else None)
     return grown
 
 
 @lru_cache(maxsize=64)
-def drawn_choices(
-    *, width: int, branches: int, depth: int, num_nodes: int
-) -> tuple[tuple[int, ...], ...]:
-    """Return the shape of a tree whose tokens are drawn, and so may not shape it.
+def drawn_paths(*, width: int, branches: int, depth: int, num_nodes: int) -> RankPaths:
+    """Return the static tree whose nodes are most likely to be reached by drawn tokens.
 
-    The places that are likeliest to be reached are kept, if the first child drawn were accepted
-    with one probability at every node, and each further one with that probability of what is left.
+    Tokens that are drawn may not shape their tree. The estimate is that the first child drawn is
+    accepted with a fixed probability, and each further child with that probability if the ones
+    before it were rejected.
 
     Args:
         width: Nodes expanded at each level.
         branches: Most children of a node.
         depth: Most levels.
-        num_nodes: Nodes, the root left out.
-
-    Returns:
-        Paths of ranks, parents before their children.
+        num_nodes: Number of nodes without the root.
     """
-    scored: list[tuple[float, tuple[int, ...]]] = []
-    expanded: list[tuple[float, tuple[int, ...]]] = [(1.0, ())]
+    scored: list[tuple[float, RankPath]] = []
+    expanded: list[tuple[float, RankPath]] = [(1.0, ())]
     for _ in range(min(depth, num_nodes)):
         level = [
             (score * _DRAWN_PROBABILITY * (1 - _DRAWN_PROBABILITY) ** rank, (*path, rank))
@@ -222,61 +217,58 @@ def drawn_choices(
         expanded = level[:width]
         scored += level
     scored.sort(key=lambda entry: (-entry[0], len(entry[1]), entry[1]))
-    kept = [path for _, path in scored[:num_nodes]]
-    return tuple(sorted(kept, key=lambda path: (len(path), path)))
+    return sorted_paths(path for _, path in scored[:num_nodes])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _FilledLevel:
-    """Nodes that are expanded at once.
+    """Nodes of one depth that are expanded together.
 
     Args:
-        nodes: Which of them; they have one depth, and children.
-        parents: Place of each one's parent among the nodes of the level above.
-        children: Nodes below them.
-        places: Place of each child's parent among `nodes`.
-        ranks: Which of the guesses below its parent each child takes.
-        num_guesses: Guesses wanted below each node.
+        nodes: Indices of the nodes, all of which have children.
+        parents: Index of each one's parent among `nodes` of the level before.
+        children: Indices of their children.
+        sources: For each child the index of its parent among `nodes`.
+        ranks: For each child which candidate below its parent it takes.
+        num_ranks: Candidates that are needed below each node.
     """
 
     nodes: Int[Tensor, " width"]
     parents: Int[Tensor, " width"]
     children: Int[Tensor, " children"]
-    places: Int[Tensor, " children"]
+    sources: Int[Tensor, " children"]
     ranks: Int[Tensor, " children"]
-    num_guesses: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Shape:
-    """How a tree is filled; `expansions` as in `FilledTree`."""
-
-    levels: tuple[_FilledLevel, ...]
-    expansions: tuple[tuple[int, int] | None, ...]
+    num_ranks: int
 
 
 class FilledTree:
-    """A tree of one shape for all rows, of which nodes with children alone are expanded.
+    """A tree of one shape for all rows, filled with tokens level by level.
 
-    Starts at the root: `fill` takes guesses below the nodes that were last expanded, after which
-    `expanded_tokens` and `expanded_parents` tell what to feed next, until `is_full`.
+    `fill` takes candidates for the children of the current level's nodes. Then `expanded_tokens`
+    and `expanded_parents` are what to feed next, until `is_full`.
+
+    Example:
+        >>> tree = FilledTree(((0,), (1,), (0, 0)), roots=torch.tensor([7]))
+        >>> tree.fill(torch.tensor([[[5, 6]]]))  # the two best tokens after the root
+        >>> tree.expanded_tokens  # only node 1 has children
+        tensor([[5]])
     """
 
     def __init__(
-        self, choices: Choices, *, roots: Int[Tensor, " batch"], are_drawn: bool = False
+        self, paths: RankPaths, *, roots: Int[Tensor, " batch"], are_drawn: bool = False
     ) -> None:
         """Start at the root.
 
         Args:
-            choices: Paths of ranks, parents before children.
+            paths: The tree, parents before children.
             roots: Token at the root of each row.
-            are_drawn: Whether guesses have no rank: the j-th child then takes the j-th of them.
+            are_drawn: Whether candidates have no rank: the j-th child then takes the j-th one.
         """
-        self._shape = _shape_of(choices, are_drawn=are_drawn, device=roots.device)
+        self._levels, self._expansions = _levels_of(paths, are_drawn=are_drawn, device=roots.device)
         self._num_filled = 0
-        self.topology: TreeTopology = static_tree(choices, device=roots.device).topology
+        self.topology: TreeTopology = static_tree(paths, device=roots.device).topology
         self.tokens: Int[Tensor, "batch nodes"] = roots[:, None].repeat(1, self.topology.num_nodes)
-        """Token at each node; of no meaning at nodes that are not filled yet."""
+        """Token at each node; meaningless at nodes that are not filled yet."""
 
     @property
     def depth(self) -> int:
@@ -286,22 +278,22 @@ class FilledTree:
     @property
     def is_full(self) -> bool:
         """Whether all nodes have their token."""
-        return self._num_filled == len(self._shape.levels)
+        return self._num_filled == len(self._levels)
 
     @property
     def widths(self) -> list[int]:
-        """Nodes expanded at each level, the root's among them."""
-        return [len(level.nodes) for level in self._shape.levels]
+        """Number of nodes expanded at each level, that of the root included."""
+        return [len(level.nodes) for level in self._levels]
 
     @property
-    def num_guesses(self) -> int:
-        """Guesses that the next `fill` takes below each node expanded."""
-        return self._shape.levels[self._num_filled].num_guesses
+    def num_ranks(self) -> int:
+        """Candidates that the next `fill` needs below each node."""
+        return self._levels[self._num_filled].num_ranks
 
     @property
     def expanded_nodes(self) -> Int[Tensor, " width"]:
         """Nodes whose children are filled next."""
-        return self._shape.levels[self._num_filled].nodes
+        return self._levels[self._num_filled].nodes
 
     @property
     def expanded_tokens(self) -> Int[Tensor, "batch width"]:
@@ -310,64 +302,62 @@ class FilledTree:
 
     @property
     def expanded_parents(self) -> Int[Tensor, "batch width"]:
-        """Place of each such node's parent among the nodes expanded before."""
-        parents = self._shape.levels[self._num_filled].parents
-        return parents.expand(len(self.tokens), -1)
+        """Index of each of their parents among the nodes expanded before."""
+        return self._levels[self._num_filled].parents.expand(len(self.tokens), -1)
 
     @property
     def expansions(self) -> list[tuple[int, int] | None]:
-        """Level and place at which each node was expanded, the root left out; None for leaves.
+        """Level at which each node but the root was expanded and its index there; None for leaves.
 
         Nodes just below the root are expanded at level 0.
         """
-        return list(self._shape.expansions)
+        return list(self._expansions)
 
-    def fill(self, guesses: Int[Tensor, "batch width ranks"]) -> None:
-        """Give the nodes expanded their children.
+    def fill(self, candidates: Int[Tensor, "batch width ranks"]) -> None:
+        """Give the expanded nodes their children.
 
         Args:
-            guesses: Tokens below each node, at least `num_guesses`, best first or as drawn.
+            candidates: Tokens after each node, at least `num_ranks`, best first or as drawn.
         """
-        level = self._shape.levels[self._num_filled]
-        chosen = guesses[:, level.places, level.ranks]  # [batch, children]
+        level = self._levels[self._num_filled]
+        chosen = candidates[:, level.sources, level.ranks]  # [batch, children]
         self.tokens.index_copy_(1, level.children, chosen)
         self._num_filled += 1
 
 
 @lru_cache(maxsize=64)
-def _shape_of(choices: Choices, *, are_drawn: bool, device: torch.device) -> _Shape:
-    families: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
-    for path in choices:
+def _levels_of(
+    paths: RankPaths, *, are_drawn: bool, device: torch.device
+) -> tuple[tuple[_FilledLevel, ...], tuple[tuple[int, int] | None, ...]]:
+    """Return the levels of a tree, and the `expansions` of its nodes."""
+    families: dict[RankPath, list[RankPath]] = {}
+    for path in paths:
         families.setdefault(path[:-1], []).append(path)
-    index = {(): 0} | {path: node for node, path in enumerate(choices, start=1)}
-    above: dict[tuple[int, ...], int] = {}
+    node_of = {(): 0} | {path: node for node, path in enumerate(paths, start=1)}
     levels: list[_FilledLevel] = []
-    expansions: list[tuple[int, int] | None] = [None] * (len(choices) + 1)
-    expanded: list[tuple[int, ...]] = [()]
+    expansions: list[tuple[int, int] | None] = [None] * (len(paths) + 1)
+    before: dict[RankPath, int] = {}
+    expanded: list[RankPath] = [()]
+
+    def tensor(values: list[int]) -> Tensor:
+        return torch.tensor(values, device=device, dtype=torch.long)
+
     while expanded:
-        children = [path for node in expanded for path in families[node]]
-        places = {node: place for place, node in enumerate(expanded)}
-        ranks = [
-            rank if are_drawn else path[-1]
-            for node in expanded
-            for rank, path in enumerate(families[node])
-        ]
-        nodes = [index[node] for node in expanded]
-        for place, node in enumerate(nodes):
-            expansions[node] = (len(levels) - 1, place)
-        parents = [above.get(node[:-1], 0) for node in expanded]
-        filled = [index[path] for path in children]
-        indices = [places[path[:-1]] for path in children]
+        indices = {path: index for index, path in enumerate(expanded)}
+        for path, index in indices.items():
+            expansions[node_of[path]] = (len(levels) - 1, index)
+        children = [path for parent in expanded for path in families[parent]]
+        order = [rank for parent in expanded for rank in range(len(families[parent]))]
+        ranks = order if are_drawn else [path[-1] for path in children]
         levels.append(
             _FilledLevel(
-                nodes=torch.tensor(nodes, device=device, dtype=torch.long),
-                parents=torch.tensor(parents, device=device, dtype=torch.long),
-                children=torch.tensor(filled, device=device, dtype=torch.long),
-                places=torch.tensor(indices, device=device, dtype=torch.long),
-                ranks=torch.tensor(ranks, device=device, dtype=torch.long),
-                num_guesses=max(ranks) + 1,
+                nodes=tensor([node_of[path] for path in expanded]),
+                parents=tensor([before.get(path[:-1], 0) for path in expanded]),
+                children=tensor([node_of[path] for path in children]),
+                sources=tensor([indices[path[:-1]] for path in children]),
+                ranks=tensor(ranks),
+                num_ranks=max(ranks) + 1,
             )
         )
-        above = places
-        expanded = [path for path in children if path in families]
-    return _Shape(tuple(levels), tuple(expansions[1:]))
+        before, expanded = indices, [path for path in children if path in families]
+    return tuple(levels), tuple(expansions[1:])

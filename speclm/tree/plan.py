@@ -4,31 +4,31 @@ from dataclasses import dataclass
 
 from speclm.config import MAX_NODES, require_count, require_depth, require_in_range
 from speclm.errors import OptionError
-from speclm.tree.static import Choices, normalize_choices
+from speclm.tree.static import RankPaths, normalize_paths
 
 
 @dataclass(frozen=True, slots=True)
 class TreePlan:
-    """What the drafts of the next rounds should be.
+    """Size and shape of the drafts of the next rounds.
 
     Args:
         depth: Most levels, each of which may cost a run of the proposer's network.
-        num_draft_tokens: Most nodes, the root left out.
-        choices: Static tree as paths of ranks; None for trees that grow by probability.
-        min_probability: Probability of acceptance below which a node of a growing tree costs more
-            than it gives; None for the proposer's own.
-        min_confidence: Probability of the best path below which another level costs more than it
-            gives; None for the proposer's own.
+        num_draft_tokens: Most nodes without the root.
+        paths: A static tree as paths of ranks; None for trees that grow by probability.
+        min_probability: Leave out nodes of a growing tree whose path is less likely than this;
+            None for the proposer's own threshold.
+        min_confidence: Add no further level once the most likely path is less likely than this;
+            None for the proposer's own threshold.
 
     Raises:
-        OptionError: If a number is out of range, or the static tree exceeds it.
+        OptionError: If a number is out of range, or the static tree is larger than the plan.
         TreeBudgetError: If `depth` is out of range.
-        TopologyError: If `choices` are no tree.
+        TopologyError: If `paths` do not form a tree.
     """
 
     depth: int
     num_draft_tokens: int
-    choices: Choices | None = None
+    paths: RankPaths | None = None
     min_probability: float | None = None
     min_confidence: float | None = None
 
@@ -38,18 +38,18 @@ class TreePlan:
         for name in ("min_probability", "min_confidence"):
             if getattr(self, name) is not None:
                 require_in_range(name, getattr(self, name), low=0.0, high=1.0)
-        if self.choices is None:
+        if self.paths is None:
             return
-        choices = normalize_choices(self.choices)
-        object.__setattr__(self, "choices", choices)  # plans are keys, which lists cannot be
-        if len(choices) > self.num_draft_tokens or max(map(len, choices)) > self.depth:
+        paths = normalize_paths(self.paths)
+        object.__setattr__(self, "paths", paths)  # plans are keys, which lists cannot be
+        if len(paths) > self.num_draft_tokens or max(map(len, paths)) > self.depth:
             raise OptionError(
-                f"choices have {len(choices)} nodes on {max(map(len, choices))} levels, expected "
+                f"paths have {len(paths)} nodes on {max(map(len, paths))} levels, expected "
                 f"at most {self.num_draft_tokens} on {self.depth}; use `TreePlan.of`"
             )
 
     @classmethod
-    def of(cls, choices: Choices) -> "TreePlan":
-        """Return the plan that every tree is this static one."""
-        choices = normalize_choices(choices)
-        return cls(max(map(len, choices)), len(choices), choices)
+    def of(cls, paths: RankPaths) -> "TreePlan":
+        """Return the plan in which every tree is this static one."""
+        paths = normalize_paths(paths)
+        return cls(max(map(len, paths)), len(paths), paths)

@@ -1,6 +1,6 @@
-"""Static trees, written as paths of ranks: which of the best guesses follow which."""
+"""Static trees, written as paths of ranks: which of the best candidates follow which."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from heapq import heappop, heappush
@@ -15,9 +15,11 @@ from speclm.config import MAX_DEPTH, MAX_NODES
 from speclm.errors import TopologyError, TreeBudgetError, UnknownNameError, shown
 from speclm.tree.topology import TreeTopology, from_parents
 
-Choices = tuple[tuple[int, ...], ...]
-"""Paths of ranks from the root; rank 0 is the best guess at its depth."""
+RankPath = tuple[int, ...]
+"""Ranks from the root to a node: ``(0, 2)`` is the third best child of the best child."""
 
+RankPaths = tuple[RankPath, ...]
+"""A static tree: the path of each node but the root, parents before children."""
 
 _MAX_RANK = 2**31 - 1  # beyond any vocabulary
 _EXPECTED = "expected a preset's name, widths such as [4, 2, 1] or paths such as [[0], [0, 0]]"
@@ -28,16 +30,16 @@ class StaticTree:
     """A tree of the same shape in every round.
 
     Args:
-        choices: Path of ranks of each node, the root left out, parents before children.
+        paths: Path of each node but the root.
         topology: Shape of the tree, one row.
-        depth_indices: Depth of each node, the root left out, counted from 0.
-        rank_indices: Rank of each node among the guesses at its depth.
+        depth_indices: Depth of each node but the root, counted from 0.
+        rank_indices: Rank of each node but the root.
     """
 
-    choices: Choices
+    paths: RankPaths
     topology: TreeTopology
-    depth_indices: Int[Tensor, " guesses"]
-    rank_indices: Int[Tensor, " guesses"]
+    depth_indices: Int[Tensor, " paths"]
+    rank_indices: Int[Tensor, " paths"]
 
     @property
     def max_depth(self) -> int:
@@ -47,19 +49,19 @@ class StaticTree:
     @property
     def max_rank(self) -> int:
         """Largest rank of any node."""
-        return max(path[-1] for path in self.choices)
+        return max(path[-1] for path in self.paths)
 
 
-def normalize_choices(tree: Any) -> Choices:
-    """Return the choices that a user's description of a static tree stands for.
+def normalize_paths(tree: Any) -> RankPaths:
+    """Return the paths of a static tree that a user described.
 
     Args:
         tree: Name of a preset, the number of children of every node at each depth, or paths of
-            ranks.
+            ranks in any order.
 
     Raises:
         UnknownNameError: If no preset has that name.
-        TopologyError: If the paths are no tree, or none are given.
+        TopologyError: If the paths do not form a tree, or there are none.
         TreeBudgetError: If the tree is deeper than `MAX_DEPTH`.
     """
     if isinstance(tree, str):
@@ -73,16 +75,21 @@ def normalize_choices(tree: Any) -> Choices:
         raise TopologyError(f"tree is {shown(tree)}, {_EXPECTED}")
     widths = [width for width in tree if type(width) is int]  # True is no width
     if widths and len(widths) == len(tree):
-        return choices_of_widths(widths)
-    found: list[tuple[Any, ...]] = [tuple(path) for path in tree if isinstance(path, Sequence)]
+        return paths_of_widths(widths)
+    found: list[RankPath] = [tuple(path) for path in tree if isinstance(path, Sequence)]
     if len(found) < len(tree) or any(type(rank) is not int for path in found for rank in path):
         raise TopologyError(f"tree is {shown(tree)}, {_EXPECTED}")
-    paths = sorted(set(found), key=_by_depth)
+    paths = sorted_paths(set(found))
     _require_tree(paths)
-    return tuple(paths)
+    return paths
 
 
-def choices_of_widths(widths: Sequence[int]) -> Choices:
+def sorted_paths(paths: Iterable[RankPath]) -> RankPaths:
+    """Return paths in the order of nodes: by depth, then by ranks."""
+    return tuple(sorted(paths, key=lambda path: (len(path), path)))
+
+
+def paths_of_widths(widths: Sequence[int]) -> RankPaths:
     """Return the tree in which every node of depth d has ``widths[d]`` children.
 
     Raises:
@@ -109,36 +116,25 @@ def choices_of_widths(widths: Sequence[int]) -> Choices:
     return tuple(paths)
 
 
-def trim_choices(choices: Choices, *, max_depth: int) -> Choices:
-    """Return the nodes of at most that depth."""
-    return tuple(path for path in choices if len(path) <= max_depth)
+def trim_paths(paths: RankPaths, *, max_depth: int) -> RankPaths:
+    """Return the nodes that are at most `max_depth` deep."""
+    return tuple(path for path in paths if len(path) <= max_depth)
 
 
 @lru_cache(maxsize=64)
-def static_tree(choices: Choices, *, device: torch.device) -> StaticTree:
-    """Build the tensors of a static tree.
-
-    Args:
-        choices: As `normalize_choices` returns them.
-        device: Where the tensors are put.
-    """
-    index = {(): 0} | {path: node for node, path in enumerate(choices, start=1)}
-    parents = [0, *(index[path[:-1]] for path in choices)]
+def static_tree(paths: RankPaths, *, device: torch.device) -> StaticTree:
+    """Build the tensors of a static tree from paths as `normalize_paths` returns them."""
+    node_of = {(): 0} | {path: node for node, path in enumerate(paths, start=1)}
+    depths, ranks = [len(path) - 1 for path in paths], [path[-1] for path in paths]
     return StaticTree(
-        choices=choices,
-        topology=from_parents([parents], device=device),
-        depth_indices=torch.tensor(
-            [len(path) - 1 for path in choices], device=device, dtype=torch.long
-        ),
-        rank_indices=torch.tensor([path[-1] for path in choices], device=device, dtype=torch.long),
+        paths=paths,
+        topology=from_parents([[0, *(node_of[path[:-1]] for path in paths)]], device=device),
+        depth_indices=torch.tensor(depths, device=device, dtype=torch.long),
+        rank_indices=torch.tensor(ranks, device=device, dtype=torch.long),
     )
 
 
-def _by_depth(path: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
-    return len(path), path
-
-
-def _require_tree(paths: Sequence[tuple[int, ...]]) -> None:
+def _require_tree(paths: RankPaths) -> None:
     if not paths:
         raise TopologyError("tree has no paths, expected at least (0,); pass None for no drafting")
     if len(paths) >= MAX_NODES:
@@ -168,13 +164,12 @@ def _require_levels(depth: int) -> None:
         )
 
 
-def _parse(text: str) -> Choices:
+def _parse(text: str) -> RankPaths:
     """Read paths of one-digit ranks."""
-    paths = [tuple(int(rank) for rank in path) for path in text.split()]
-    return tuple(sorted(paths, key=_by_depth))
+    return sorted_paths(tuple(int(rank) for rank in path) for path in text.split())
 
 
-PRESETS: dict[str, Choices] = {
+PRESETS: dict[str, RankPaths] = {
     # Source: FasterDecoding/Medusa, medusa/model/medusa_choices.py (Apache-2.0), 63 nodes.
     "mc_sim_7b_63": _parse(
         "0 00 1 01 2 000 10 02 3 03 4 04 20 05 001 5 06 6 07 010 11 7 08 002 30 09 8 9 100 020 12 "
@@ -196,12 +191,12 @@ PRESETS: dict[str, Choices] = {
 
 
 class ProductNode(NamedTuple):
-    """A guess below the root.
+    """A node but the root.
 
     Args:
-        parent: Index of the parent in the tree, where the root is node 0.
+        parent: Index of its parent, where the root is node 0.
         depth: Distance from the root, counted from 0.
-        rank: Which of the guesses at its depth.
+        rank: Rank of its token among the candidates at its depth.
     """
 
     parent: int
@@ -215,25 +210,25 @@ def likeliest_paths(
     """Return the paths with the largest products of probabilities, parents before children.
 
     Args:
-        log_probs: For each depth the log-probabilities of its guesses, largest first.
-        num_nodes: Most nodes, the root left out.
+        log_probs: For each depth the log-probabilities of its candidates, largest first.
+        num_nodes: Most nodes without the root.
         min_score: Log-probability below which a path is left out.
     """
     nodes: list[ProductNode] = []
     # Entries: minus the score, depth, rank, parent, score of the parent. A node's next sibling
-    # and its first child are no likelier than itself, so that they come after it.
+    # and its first child are at most as likely as the node, so they come after it.
     candidates: list[tuple[float, int, int, int, float]] = []
 
-    def push(depth: int, rank: int, parent: int, above: float) -> None:
+    def push(depth: int, rank: int, parent: int, parent_score: float) -> None:
         if depth < len(log_probs) and rank < len(log_probs[depth]):
-            score = above + log_probs[depth][rank]
+            score = parent_score + log_probs[depth][rank]
             if score >= min_score:
-                heappush(candidates, (-score, depth, rank, parent, above))
+                heappush(candidates, (-score, depth, rank, parent, parent_score))
 
     push(0, 0, 0, 0.0)
     while candidates and len(nodes) < num_nodes:
-        cost, depth, rank, parent, above = heappop(candidates)
+        cost, depth, rank, parent, parent_score = heappop(candidates)
         nodes.append(ProductNode(parent, depth, rank))
-        push(depth, rank + 1, parent, above)
+        push(depth, rank + 1, parent, parent_score)
         push(depth + 1, 0, len(nodes), -cost)
     return nodes

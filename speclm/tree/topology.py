@@ -21,15 +21,19 @@ class TreeTopology:
 
     Node 0 is the root and its own parent. Any other node that is its own parent is padding: it
     belongs to no path, sees only itself, and makes rows of unequal size rectangular. A parent
-    comes before its children. ``rows`` is 1 when all rows of the batch share the tree.
+    comes before its children. ``rows`` is 1 if all rows of the batch share the tree.
+
+    Build one with `from_parents` or `chain`.
 
     Args:
         parents: Index of each node's parent.
         depths: Distance from the root; 0 for the root and for padding.
-        ancestor_words: Bit ``j % 64`` of word ``j // 64`` is set when node j is node i or above
-            it; int64.
+        ancestor_words: Bit ``j % 64`` of word ``j // 64`` is set if node j is node i or one of its
+            ancestors; int64.
         path_indices: Path from the root to each node, padded with -1; all -1 for padding nodes.
         max_depth: Largest depth in any row.
+        host_parents: `parents` on the host.
+        host_node_depths: `depths` on the host.
     """
 
     parents: Int[Tensor, "rows nodes"]
@@ -37,15 +41,29 @@ class TreeTopology:
     ancestor_words: Int[Tensor, "rows nodes words"]
     path_indices: Int[Tensor, "rows nodes path"]
     max_depth: int
+    host_parents: list[list[int]]
+    host_node_depths: list[list[int]]
 
     @property
     def num_nodes(self) -> int:
         """Nodes per row, root and padding included."""
         return self.parents.shape[1]
 
+    @property
+    def host_depths(self) -> list[int]:
+        """Largest depth of each row."""
+        return [max(row) for row in self.host_node_depths]
+
+    @property
+    def host_sizes(self) -> list[int]:
+        """Number of nodes of each row, without padding."""
+        return [
+            1 + sum(node != parent for node, parent in enumerate(row)) for row in self.host_parents
+        ]
+
     @cached_property
     def ancestor_mask(self) -> Bool[Tensor, "rows nodes nodes"]:
-        """True at ``[i, j]`` when node j is node i or above it."""
+        """True at ``[i, j]`` if node j is node i or one of its ancestors."""
         return unpack_words(self.ancestor_words, num_bits=self.num_nodes)
 
     @cached_property
@@ -53,44 +71,10 @@ class TreeTopology:
         """True at nodes that belong to no path."""
         return self.path_indices[:, :, 0] < 0
 
-    @cached_property
-    def host_parents(self) -> list[list[int]]:
-        """Parents on the host; the first read syncs."""
-        parents: list[list[int]] = self.parents.tolist()
-        return parents
-
-    @cached_property
-    def host_node_depths(self) -> list[list[int]]:
-        """Depth of every node, on the host; the first read syncs."""
-        depths: list[list[int]] = self.depths.tolist()
-        return depths
-
-    @cached_property
-    def host_sizes(self) -> list[int]:
-        """Nodes of each row without padding, on the host; the first read syncs."""
-        sizes: list[int] = (~self.is_padding).sum(1).tolist()
-        return sizes
-
-    @cached_property
-    def host_depths(self) -> list[int]:
-        """Largest depth of each row, on the host; the first read syncs."""
-        return [max(row) for row in self.host_node_depths]
-
-    def position_ids(self, root_positions: Int[Tensor, " batch"]) -> Int[Tensor, "batch nodes"]:
-        """Return the position of each node in its sequence, counted without padding."""
-        return root_positions[:, None] + self.depths
-
-    def to(self, device: torch.device) -> "TreeTopology":
-        """Return the topology with its tensors on `device`."""
-        if self.parents.device == device:
-            return self
-        return TreeTopology(
-            parents=self.parents.to(device),
-            depths=self.depths.to(device),
-            ancestor_words=self.ancestor_words.to(device),
-            path_indices=self.path_indices.to(device),
-            max_depth=self.max_depth,
-        )
+    def paths_to(self, nodes: Int[Tensor, " batch"]) -> Int[Tensor, "batch path"]:
+        """Return the path from the root to one node of each row, padded with -1."""
+        paths = self.path_indices.expand(len(nodes), -1, -1)
+        return paths[torch.arange(len(nodes), device=nodes.device), nodes]
 
 
 def from_parents(parents: Sequence[Sequence[int]], *, device: torch.device) -> TreeTopology:
@@ -101,7 +85,7 @@ def from_parents(parents: Sequence[Sequence[int]], *, device: torch.device) -> T
         device: Where the tensors are put.
 
     Raises:
-        TopologyError: If a node comes before its parent, or a row is empty.
+        TopologyError: If a row is empty, or a node comes before its parent.
         TreeBudgetError: If a row has more than `MAX_NODES` nodes or `MAX_DEPTH` levels.
     """
     num_nodes = max(map(len, parents), default=0)
@@ -109,7 +93,7 @@ def from_parents(parents: Sequence[Sequence[int]], *, device: torch.device) -> T
         raise TreeBudgetError(
             f"tree has {num_nodes} nodes, a round holds at most {MAX_NODES}; draft fewer tokens"
         )
-    rows = [_Row.walk(row, num_nodes) for row in parents]
+    rows = [_Row.of(row, num_nodes) for row in parents]
     max_depth = max((max(row.depths) for row in rows), default=0)
     if max_depth > MAX_DEPTH:
         raise TreeBudgetError(
@@ -118,20 +102,23 @@ def from_parents(parents: Sequence[Sequence[int]], *, device: torch.device) -> T
         )
     words = [[_signed_words(bits, num_words(num_nodes)) for bits in row.ancestors] for row in rows]
     paths = [[path + [-1] * (max_depth + 1 - len(path)) for path in row.paths] for row in rows]
+    host_parents, host_depths = [row.parents for row in rows], [row.depths for row in rows]
     return TreeTopology(
-        parents=torch.tensor([row.parents for row in rows], device=device, dtype=torch.long),
-        depths=torch.tensor([row.depths for row in rows], device=device, dtype=torch.long),
+        parents=torch.tensor(host_parents, device=device, dtype=torch.long),
+        depths=torch.tensor(host_depths, device=device, dtype=torch.long),
         ancestor_words=torch.tensor(words, device=device, dtype=torch.long),
         path_indices=torch.tensor(paths, device=device, dtype=torch.long),
         max_depth=max_depth,
+        host_parents=host_parents,
+        host_node_depths=host_depths,
     )
 
 
 def trees_of(parents: Sequence[Sequence[int]], *, device: torch.device) -> TreeTopology:
-    """Build what `from_parents` builds, and remember shapes that all rows share.
+    """Build a topology as `from_parents` does, and cache shapes that all rows share.
 
-    For trees that change from round to round: building one takes longer than most guesses, and
-    few small shapes make up most drafts. Rows that share their tree share one row of tensors.
+    For trees that change from round to round: building one takes longer than most drafts, and a
+    few small shapes are most common. If all rows have the same tree, the result has one row.
     """
     first = tuple(parents[0])
     if any(tuple(row) != first for row in parents):
@@ -152,7 +139,7 @@ def chain(depth: int, *, device: torch.device | None = None) -> TreeTopology:
 
 
 def num_words(num_bits: int) -> int:
-    """Return the number of words that hold so many bits."""
+    """Return the number of int64 words that hold `num_bits` bits."""
     return -(-num_bits // _WORD_BITS)
 
 
@@ -170,12 +157,12 @@ def unpack_words(
     words: Int[Tensor, "*axes words"], *, num_bits: int
 ) -> Bool[Tensor, "*axes num_bits"]:
     """Spread packed int64 words into one boolean per bit."""
-    word, shift = _bit_places(num_bits, words.device)
+    word, shift = _bit_positions(num_bits, words.device)
     return (words[..., word] >> shift).bitwise_and_(1).bool()
 
 
 @lru_cache(maxsize=MAX_NODES)
-def _bit_places(num_bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _bit_positions(num_bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the word and the shift of each bit."""
     bits = torch.arange(num_bits, device=device)
     return bits // _WORD_BITS, bits % _WORD_BITS
@@ -191,7 +178,8 @@ class _Row:
     paths: list[list[int]]
 
     @classmethod
-    def walk(cls, parents: Sequence[int], num_nodes: int) -> "_Row":
+    def of(cls, parents: Sequence[int], num_nodes: int) -> "_Row":
+        """Follow the parents of a row, and pad it to `num_nodes`."""
         if not parents or parents[0] != 0:
             raise TopologyError(
                 f"row of parents is {list(parents)[:8]!r}, expected node 0 to be the root and its "
@@ -225,10 +213,10 @@ def _signed_words(bits: int, count: int) -> list[int]:
     return [word - 2**_WORD_BITS if word >> (_WORD_BITS - 1) else word for word in words]
 
 
-def path_products(parents: list[int], probs: list[float]) -> list[float]:
+def path_products(parents: list[int], node_probs: list[float]) -> list[float]:
     """Return the product of probabilities from the root to each node; 1 at the root."""
     probabilities = [1.0]
     for node in range(1, len(parents)):
-        above = probabilities[parents[node]] if parents[node] != node else 0.0
-        probabilities.append(min(probs[node], 1.0) * above)
+        parent = probabilities[parents[node]] if parents[node] != node else 0.0
+        probabilities.append(min(node_probs[node], 1.0) * parent)
     return probabilities

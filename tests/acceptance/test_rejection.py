@@ -21,13 +21,13 @@ def accept(variant, tokens, target, draft, topology, *, is_live=None, seed=0):
     draws = GeneratorDraws(torch.Generator().manual_seed(seed))
     return RejectionRule(variant).accept(
         Verified(
-            tokens=tokens,
+            draft_tokens=tokens,
             topology=topology,
             logits=torch.tensor(target).log(),
             chooser=TokenChooser([], is_greedy=False),
             is_live=is_live or [True] * len(tokens),
             draws=draws,
-            distributions=draft,
+            draft_distributions=draft,
         )
     )
 

@@ -21,7 +21,7 @@ def accept(tokens, distributions, topology, *, rule=None, warpers=()):
     tokens = torch.tensor(tokens)
     return (rule or TypicalRule()).accept(
         Verified(
-            tokens=tokens,
+            draft_tokens=tokens,
             topology=topology,
             logits=torch.tensor(distributions).log(),
             chooser=TokenChooser(list(warpers), is_greedy=False),

@@ -8,7 +8,8 @@ from statistics import fmean
 
 import pytest
 
-from speclm.adaptive.pausing import PauseMemory, Pausing
+from speclm.adaptive.memory import Memory
+from speclm.adaptive.pausing import Pausing, ledger_of
 from speclm.stats import SpeculationStats
 
 PLAIN = 0.008  # seconds of a plain round
@@ -62,7 +63,7 @@ class Call:
 
 
 def decode(
-    machine: Machine, memory: PauseMemory, *, num_tokens: int, batch: int = 1, proposer: object = 0
+    machine: Machine, memory: Memory, *, num_tokens: int, batch: int = 1, proposer: object = 0
 ) -> Call:
     """Decode rows of equal length, each as fast as its drafts are accepted."""
     stats = SpeculationStats()
@@ -98,7 +99,7 @@ def decode(
 
 def slowdown(machine: Machine, *, num_tokens: int, calls: int, batch: int = 1) -> float:
     """Return the time of many calls over that of regular generation, first call left out."""
-    memory = PauseMemory()
+    memory = Memory()
     decode(machine, memory, num_tokens=num_tokens, batch=batch)  # as benchmarks do
     mean_noise = 1.0 + machine.noise * math.sqrt(2 / math.pi)
     plain = machine.plain * mean_noise * (1.0 + 5.0 * machine.outliers)
@@ -128,7 +129,7 @@ def test_useless_drafts_cost_less_than_a_twenty_fifth(num_tokens, cost, batch):
 @pytest.mark.parametrize("batch", [1, 4])
 def test_first_call_loses_less_than_a_twentieth(cost, batch):
     machine = Machine(cost=cost, acceptance=always(0.0), noise=0.0, outliers=0.0)
-    call = decode(machine, PauseMemory(), num_tokens=31, batch=batch)
+    call = decode(machine, Memory(), num_tokens=31, batch=batch)
     assert call.seconds < 1.05 * 31 * PLAIN
 
 
@@ -137,15 +138,15 @@ def test_first_call_loses_less_than_a_twentieth(cost, batch):
 )
 def test_good_drafts_lose_less_than_a_twentieth(cost, acceptance, batch):
     num_tokens = 30
-    machine, memory = Machine(cost=cost, acceptance=always(acceptance)), PauseMemory()
+    machine, memory = Machine(cost=cost, acceptance=always(acceptance)), Memory()
     spent = sum(
         decode(machine, memory, num_tokens=num_tokens, batch=batch).seconds for _ in range(50)
     )
     always_drafting = Machine(cost=cost, acceptance=always(acceptance))
     least = 0.0
     for _ in range(50):
-        memory = PauseMemory()
-        ledger = memory.ledger(None, batch=batch, context=100)
+        memory = Memory()
+        ledger = ledger_of(memory, None, batch=batch, context=100)
         ledger.to_measure, ledger.balance = 0, 12.0
         least += decode(
             always_drafting, memory, num_tokens=num_tokens, batch=batch, proposer=None
@@ -165,7 +166,7 @@ def rounds_with_draft(call: Call) -> int:
 
 def test_plain_rounds_are_measured_once_for_many_calls():
     machine = Machine(cost=1.2, acceptance=always(0.55), noise=0.01, outliers=0.0)
-    memory = PauseMemory()
+    memory = Memory()
     calls = [decode(machine, memory, num_tokens=30) for _ in range(5)]
     assert [call.stats.num_plain_rounds for call in calls] == [2, 0, 0, 0, 0]
     assert [has_draft for _, has_draft in calls[0].drafted[:3]] == [False, False, True]
@@ -173,7 +174,7 @@ def test_plain_rounds_are_measured_once_for_many_calls():
 
 def test_an_old_plain_time_is_measured_again():
     machine = Machine(cost=1.2, acceptance=always(0.55), noise=0.01, outliers=0.0)
-    call = decode(machine, PauseMemory(), num_tokens=1000)
+    call = decode(machine, Memory(), num_tokens=1000)
     assert 4 <= call.stats.num_plain_rounds <= 8
 
 
@@ -184,7 +185,7 @@ def test_drafts_resume_once_text_becomes_predictable(seed):
         acceptance=lambda position: 0.9 if position >= 200 else 0.0,
         dice=random.Random(seed),
     )
-    call = decode(machine, PauseMemory(), num_tokens=700)
+    call = decode(machine, Memory(), num_tokens=700)
     before = [position for position in plain_positions(call) if position < 200]
     assert len(before) > 180
     late = [has_draft for position, has_draft in call.drafted if position >= 400]
@@ -193,13 +194,13 @@ def test_drafts_resume_once_text_becomes_predictable(seed):
 
 def test_drafts_pause_once_text_becomes_unpredictable():
     machine = Machine(cost=1.6, acceptance=lambda position: 0.9 if position < 200 else 0.0)
-    call = decode(machine, PauseMemory(), num_tokens=400)
+    call = decode(machine, Memory(), num_tokens=400)
     late = [has_draft for position, has_draft in call.drafted if position >= 230]
     assert sum(late) < 0.15 * len(late)
 
 
 def test_next_call_drafts_again_soon_after_useless_ones():
-    memory = PauseMemory()
+    memory = Memory()
     machine = Machine(cost=2.0, acceptance=always(0.0))
     for _ in range(20):
         decode(machine, memory, num_tokens=60)
@@ -209,7 +210,7 @@ def test_next_call_drafts_again_soon_after_useless_ones():
 
 
 def test_another_proposer_starts_anew():
-    memory = PauseMemory()
+    memory = Memory()
     machine = Machine(cost=2.0, acceptance=always(0.0))
     decode(machine, memory, num_tokens=30, proposer="a")
     machine.acceptance = always(0.9)
@@ -236,7 +237,7 @@ def run_rounds(
     "other", [{"setting": "greedy"}, {"batch": 2}, {"num_prompt_tokens": 5000}], ids=str
 )
 def test_settings_batch_sizes_and_long_contexts_are_judged_separately(other):
-    memory, usual = PauseMemory(), {"setting": "sampled", "batch": 1, "num_prompt_tokens": 100}
+    memory, usual = Memory(), {"setting": "sampled", "batch": 1, "num_prompt_tokens": 100}
     run_rounds(Pausing(memory, **usual), 30, drafted=3.0)
     near = usual | {"num_prompt_tokens": 900}
     assert run_rounds(Pausing(memory, **near), 3, drafted=3.0) == [False] * 3
@@ -246,7 +247,7 @@ def test_settings_batch_sizes_and_long_contexts_are_judged_separately(other):
 
 
 def test_first_draft_of_a_batch_waits_until_a_short_call_has_ended():
-    memory = PauseMemory()
+    memory = Memory()
     had_draft = run_rounds(Pausing(memory, batch=4, num_prompt_tokens=0), 31, drafted=4.0)
     assert had_draft == [False] * 31
     assert any(run_rounds(Pausing(memory, batch=4, num_prompt_tokens=0), 31, drafted=4.0))
@@ -254,7 +255,7 @@ def test_first_draft_of_a_batch_waits_until_a_short_call_has_ended():
 
 def test_rounds_of_the_useless_in_order():
     stats = SpeculationStats()
-    pausing = Pausing(PauseMemory(), batch=1, num_prompt_tokens=0, stats=stats)
+    pausing = Pausing(Memory(), batch=1, num_prompt_tokens=0, stats=stats)
     drafted = run_rounds(pausing, 130, drafted=0.0015, plain=0.001)
     text = "".join("s" if has_draft else "." for has_draft in drafted)
     # Two to compare with, then a balance of half a plain round is lost. Each later draft waits
@@ -267,19 +268,19 @@ def test_rounds_of_the_useless_in_order():
 
 def test_round_that_catches_up_has_its_own_time():
     now = [0.0]
-    memory = PauseMemory()
+    memory = Memory()
     pausing = Pausing(memory, batch=1, num_prompt_tokens=0, clock=lambda: now[0])
-    memory.ledger(None, batch=1, context=0).to_measure = 0
+    ledger_of(memory, None, batch=1, context=0).to_measure = 0
     for seconds, drafted in [(10.0, True), (10.0, True), (10.0, True), (1.0, False)]:
         assert pausing.wants_draft()  # asked in every round, whoever decides
         now[0] += seconds
         pausing.record(tokens=1, drafted=drafted)
-    assert list(memory.ledger(None, batch=1, context=0).plain_times) == [1.0]
+    assert list(ledger_of(memory, None, batch=1, context=0).plain_times) == [1.0]
 
 
 def test_clock_that_stands_still_leaves_drafts_on():
     machine = Machine(cost=0.0, plain=0.0, acceptance=always(0.0))
-    call = decode(machine, PauseMemory(), num_tokens=1000)
+    call = decode(machine, Memory(), num_tokens=1000)
     assert rounds_with_draft(call) > 0.3 * len(call.drafted)
     assert call.stats.pauses == []
 
@@ -296,7 +297,7 @@ def test_clock_that_jumps_does_not_end_drafts(jump, at):
             return machine.now + jump  # one reading; the next is right again
         return machine.now
 
-    pausing = Pausing(PauseMemory(), batch=1, num_prompt_tokens=0, clock=clock)
+    pausing = Pausing(Memory(), batch=1, num_prompt_tokens=0, clock=clock)
     drafted = []
     for position in range(150):
         drafted.append(pausing.wants_draft())
@@ -306,7 +307,7 @@ def test_clock_that_jumps_does_not_end_drafts(jump, at):
 
 
 def test_reading_the_prompt_counts_once_two_calls_have_shown_it():
-    memory, drafted = PauseMemory(), []
+    memory, drafted = Memory(), []
     for _ in range(12):
         pausing = Pausing(memory, batch=1, num_prompt_tokens=0)
         for index in range(6):  # a draft gives 4 tokens for 2 plain rounds, after 30 of reading
@@ -318,7 +319,7 @@ def test_reading_the_prompt_counts_once_two_calls_have_shown_it():
 
 
 def test_draft_that_the_prompt_verified_counts_with_its_time():
-    memory = PauseMemory()
+    memory = Memory()
     run_rounds(Pausing(memory, batch=1, num_prompt_tokens=0), 6, drafted=1.5, tokens=2.0)
     for seconds, expected in [(0.5, True), (9.0, False)]:
         for _ in range(2):  # once may be bad luck
@@ -328,7 +329,7 @@ def test_draft_that_the_prompt_verified_counts_with_its_time():
 
 
 def test_calls_that_ended_before_their_first_draft_leave_nothing_undefined():
-    memory, stats = PauseMemory(), SpeculationStats()
+    memory, stats = Memory(), SpeculationStats()
     run_rounds(Pausing(memory, batch=1, num_prompt_tokens=0, stats=stats), 2, drafted=1.0)
     for _ in range(3):
         pausing = Pausing(memory, batch=1, num_prompt_tokens=0, stats=stats)
@@ -340,7 +341,7 @@ def test_calls_that_ended_before_their_first_draft_leave_nothing_undefined():
 
 def test_machine_that_becomes_slower_interrupts_drafts_only_briefly():
     machine = Machine(cost=1.3, acceptance=always(0.7), outliers=0.0)
-    memory = PauseMemory()
+    memory = Memory()
     decode(machine, memory, num_tokens=100)
     machine.plain *= 3.0
     call = decode(machine, memory, num_tokens=100)
@@ -348,7 +349,7 @@ def test_machine_that_becomes_slower_interrupts_drafts_only_briefly():
 
 
 def test_catching_up_once_does_not_count_against_the_proposer():
-    pausing = Pausing(PauseMemory(), batch=1, num_prompt_tokens=0)
+    pausing = Pausing(Memory(), batch=1, num_prompt_tokens=0)
     run_rounds(pausing, 8, drafted=1.8)
     while not pausing.wants_draft():
         pausing.record(tokens=1, drafted=False, seconds=1.0)
@@ -357,8 +358,8 @@ def test_catching_up_once_does_not_count_against_the_proposer():
 
 
 def test_settings_that_are_never_seen_again_are_forgotten():
-    memory = PauseMemory()
+    memory = Memory()
     run_rounds(Pausing(memory, batch=1, num_prompt_tokens=0, setting=-1), 30, drafted=2.0)
-    for setting in range(100):
+    for setting in range(200):
         Pausing(memory, batch=1, num_prompt_tokens=0, setting=setting)
-    assert memory.ledger(-1, batch=1, context=0).to_measure == 2
+    assert ledger_of(memory, -1, batch=1, context=0).to_measure == 2

@@ -4,7 +4,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speclm.adaptive.planner import Estimate, ObservedRow, RoundCosts, best_by_size, best_plan
+from speclm.adaptive.planner import (
+    Estimate,
+    ObservedRow,
+    RoundCosts,
+    estimates_by_size,
+    fastest,
+)
 
 FLAT = RoundCosts(((1, 1.0), (65, 1.0)))
 STEEP = RoundCosts(((1, 1.0), (65, 65.0)))
@@ -12,6 +18,11 @@ LIMITS = {"max_depth": 4, "max_nodes": 6}
 
 # A chain with a sibling at every level, best first: node, sibling, next node...
 CHAINS = st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=3), min_size=1, max_size=4)
+
+
+def best_plan(rounds, costs, *, has_probabilities):
+    estimates = estimates_by_size(rounds, costs, **LIMITS, has_probabilities=has_probabilities)
+    return fastest(estimates)
 
 
 def chain_row(accepted_length, *, length=4, probability=0.8):
@@ -36,8 +47,8 @@ def brute_force(rounds, costs, *, depth, size):
 
 
 def test_nothing_observed_makes_no_plan():
-    assert best_plan([], FLAT, **LIMITS, has_probabilities=True) is None
-    assert best_plan([[]], FLAT, **LIMITS, has_probabilities=False) is None
+    assert best_plan([], FLAT, has_probabilities=True) is None
+    assert best_plan([[]], FLAT, has_probabilities=False) is None
 
 
 @given(
@@ -51,7 +62,7 @@ def test_the_choice_is_that_of_brute_force(lengths, node, level, draft):
     rounds = [[chain_row(length) for length in group] for group in lengths]
     costs = RoundCosts(((1, 1.0), (9, 1.0 + 8 * node)), draft=draft, level=level)
 
-    found = best_plan(rounds, costs, **LIMITS, has_probabilities=False)
+    found = best_plan(rounds, costs, has_probabilities=False)
 
     rates = {
         (depth, size): brute_force(rounds, costs, depth=depth, size=size)
@@ -64,21 +75,21 @@ def test_the_choice_is_that_of_brute_force(lengths, node, level, draft):
     assert found.plan.min_confidence is None
 
 
-def test_free_nodes_are_all_taken_and_dear_ones_are_not():
+def test_free_nodes_are_all_taken_and_costly_ones_are_not():
     rounds = [[chain_row(length)] for length in (4, 4, 3, 4)]
 
-    assert best_plan(rounds, FLAT, **LIMITS, has_probabilities=False).plan.num_draft_tokens == 4
-    assert best_plan(rounds, STEEP, **LIMITS, has_probabilities=False).plan.num_draft_tokens == 1
+    assert best_plan(rounds, FLAT, has_probabilities=False).plan.num_draft_tokens == 4
+    assert best_plan(rounds, STEEP, has_probabilities=False).plan.num_draft_tokens == 1
 
 
 @given(slow=st.floats(0.0, 0.5), more=st.floats(0.01, 1.0))
 @settings(max_examples=15)
-def test_dearer_levels_never_make_deeper_trees(slow, more):
+def test_costlier_levels_never_make_deeper_trees(slow, more):
     rounds = [[chain_row(length)] for length in (4, 1, 3, 4, 0, 2)]
     cheap = replace(FLAT, level=slow)
 
     depths = [
-        best_plan(rounds, costs, **LIMITS, has_probabilities=False).plan.depth
+        best_plan(rounds, costs, has_probabilities=False).plan.depth
         for costs in (cheap, replace(cheap, level=slow + more))
     ]
 
@@ -88,7 +99,7 @@ def test_dearer_levels_never_make_deeper_trees(slow, more):
 def test_of_equal_plans_the_smallest_is_taken():
     rounds = [[chain_row(0)], [chain_row(0)]]
 
-    plan = best_plan(rounds, FLAT, **LIMITS, has_probabilities=False).plan
+    plan = best_plan(rounds, FLAT, has_probabilities=False).plan
 
     assert (plan.depth, plan.num_draft_tokens) == (1, 1)
 
@@ -99,7 +110,7 @@ def test_thresholds_part_rounds_worth_a_large_tree_from_others():
     rounds = [[sure], [unsure]] * 40
     costs = RoundCosts(((1, 1.0), (4, 2.0)), level=0.2)
 
-    found = best_plan(rounds, costs, **LIMITS, has_probabilities=True)
+    found = best_plan(rounds, costs, has_probabilities=True)
 
     assert found.plan.num_draft_tokens == 3
     assert 0.05 < found.plan.min_probability <= 0.7
@@ -112,17 +123,17 @@ def test_a_batch_pays_for_its_largest_row_and_drafts_as_deep_as_half_of_it():
     deep, flat = chain_row(4), ObservedRow((1,), (0.3,), (False,))
     rounds = [[deep, flat, flat]]
 
-    largest = best_by_size(rounds, FLAT, **LIMITS, has_probabilities=False)[-1]
-    single = best_by_size([[deep]], FLAT, **LIMITS, has_probabilities=False)[-1]
+    largest = estimates_by_size(rounds, FLAT, **LIMITS, has_probabilities=False)[-1]
+    single = estimates_by_size([[deep]], FLAT, **LIMITS, has_probabilities=False)[-1]
 
     assert largest.tau == pytest.approx(1 + 2 / 3)  # two levels of the deep row
     assert single.tau == 5.0
 
 
-def test_plans_of_every_size_are_told_and_tau_grows_with_it():
+def test_plans_of_every_size_are_listed_and_tau_grows_with_it():
     rounds = [[chain_row(length)] for length in (4, 2, 3, 1)]
 
-    found = best_by_size(rounds, FLAT, **LIMITS, has_probabilities=False)
+    found = estimates_by_size(rounds, FLAT, **LIMITS, has_probabilities=False)
 
     assert [one.plan.num_draft_tokens for one in found] == [1, 2, 3, 4, 5, 6]
     assert [one.tau for one in found] == pytest.approx([2.0, 2.75, 3.25, 3.5, 3.5, 3.5])
@@ -132,8 +143,8 @@ def test_a_few_rows_do_not_outweigh_the_probabilities_of_the_proposer():
     unlucky = [[ObservedRow((1,), (0.9,), (False,))]] * 2
     costs = RoundCosts(((1, 1.0), (2, 1.0)))
 
-    few = best_plan(unlucky, costs, **LIMITS, has_probabilities=True)
-    many = best_plan(unlucky * 100, costs, **LIMITS, has_probabilities=True)
+    few = best_plan(unlucky, costs, has_probabilities=True)
+    many = best_plan(unlucky * 100, costs, has_probabilities=True)
 
     assert few.tau > 1.6
     assert many.tau < 1.1
@@ -155,5 +166,5 @@ def test_rows_are_observed_best_first_without_root_and_padding():
 
 
 def test_an_estimate_knows_its_rate():
-    plan = best_plan([[chain_row(1)]], FLAT, **LIMITS, has_probabilities=False).plan
+    plan = best_plan([[chain_row(1)]], FLAT, has_probabilities=False).plan
     assert Estimate(plan, 3.0, 0.5).rate == 6.0

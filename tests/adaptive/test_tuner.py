@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 
+from speclm.adaptive.memory import Memory
 from speclm.adaptive.planner import Estimate
-from speclm.adaptive.tuner import TreeMemory, TreeTuner, _Line, describe_tree
+from speclm.adaptive.tuner import TreeTuner, _Line, describe_tree
 from speclm.drafting.interface import Draft
 from speclm.tree.plan import TreePlan
 from speclm.tree.topology import chain
@@ -24,7 +25,7 @@ class Simulation:
     ):
         self.probability, self.level, self.forward = probability, level, forward
         self.batch, self.has_probabilities = batch, has_probabilities
-        self.memory = memory or TreeMemory()
+        self.memory = memory or Memory()
         self.generator = torch.Generator().manual_seed(seed)
         self.plans = []
         self.num_explored = 0
@@ -55,11 +56,9 @@ class Simulation:
             while len(path) <= depth and self.draw() < self.probability:
                 path.append(len(path))
             paths.append(path)
-        probs = (
-            torch.full((self.batch, depth + 1), self.probability)
-            if self.has_probabilities
-            else None
-        )
+        probs = None
+        if self.has_probabilities:
+            probs = [[self.probability] * (depth + 1)] * self.batch
         tokens = torch.zeros(self.batch, depth + 1, dtype=torch.long)
         seconds = {
             "draft": 0.1 + self.level * depth,
@@ -164,10 +163,10 @@ def test_calls_of_other_sizes_learn_for_themselves():
 
 
 def test_rows_that_ended_or_wait_are_not_learned_from():
-    memory = TreeMemory(explores_always=True)
+    memory = Memory(explores_always=True)
     tuner = TreeTuner(memory, batch=3, num_prompt_tokens=4, max_depth=4)
     tuner.next_plan()
-    draft = Draft(torch.zeros(3, 3, dtype=torch.long), chain(2), None)
+    draft = Draft(torch.zeros(3, 3, dtype=torch.long), chain(2))
     seconds = dict.fromkeys(("draft", "verify", "accept", "commit"), 0.1)
 
     tuner.record(draft, [[0, 1], [0], []], is_whole=[True, False, False], seconds=seconds)
@@ -177,10 +176,10 @@ def test_rows_that_ended_or_wait_are_not_learned_from():
 
 
 def test_a_tuner_that_always_explores_makes_no_plan_but_estimates():
-    memory = TreeMemory(explores_always=True)
+    memory = Memory(explores_always=True)
     tuner = TreeTuner(memory, batch=1, num_prompt_tokens=4, max_depth=4)
     seconds = dict.fromkeys(("draft", "verify", "accept", "commit"), 0.1)
-    draft = Draft(torch.zeros(1, 4, dtype=torch.long), chain(3), torch.full((1, 4), 0.9))
+    draft = Draft(torch.zeros(1, 4, dtype=torch.long), chain(3), [[0.9] * 4])
     for _ in range(20):
         assert tuner.next_plan().depth == 4
         tuner.record(draft, [[0, 1, 2, 3]], is_whole=[True], seconds=seconds)
@@ -204,7 +203,7 @@ def test_lines_are_fitted_and_never_fall():
     assert same.fit() == (1.0, 0.0)  # one size tells nothing of another
 
 
-def test_what_was_drafted_is_told_in_a_few_words():
+def test_plans_are_described_in_a_few_words():
     assert describe_tree(None) == ""
     assert describe_tree(TreePlan.of(((0,), (0, 0)))) == "static tree of 2 nodes on 2 levels"
     assert describe_tree(TreePlan(3, 5)) == "up to 5 nodes on 3 levels"

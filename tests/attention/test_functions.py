@@ -9,9 +9,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from speclm.attention import TreeStep, attached, functions, tree_step
-from speclm.attention.functions import previous_function
+from speclm.attention.functions import grouped_attention, previous_function
 from speclm.errors import UnsupportedModelError
-from speclm.kernels import grouped_attention
 from speclm.target import TargetView
 from speclm.tree.topology import chain, from_parents
 from tests.attention.tree_models import CPU, MODELS, TOLERANCE, build, cache_of, largest_error
@@ -62,7 +61,7 @@ def test_every_node_is_what_its_path_gives_in_eager_attention(name):
 
 
 @torch.no_grad()
-def test_implementation_that_takes_no_mask_is_replaced_in_trees_alone():
+def test_implementation_that_takes_no_mask_is_replaced_only_in_trees():
     def masked(*args, **kwargs):
         raise AssertionError("called for a tree")
 
@@ -81,7 +80,7 @@ def test_implementation_that_takes_no_mask_is_replaced_in_trees_alone():
 
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_plain_attention_is_computed_without_copies_of_shared_heads(family, monkeypatch):
+def test_attention_is_computed_without_copies_of_shared_heads(family, monkeypatch):
     calls, own = [], functions.grouped_attention
     record = lambda *given, **options: calls.append(1) or own(*given, **options)  # noqa: E731
     monkeypatch.setattr(functions, "grouped_attention", record)
@@ -110,7 +109,7 @@ def attend(model: PreTrainedModel, previous: str, mask: Tensor | None, **extras:
 MASK = torch.zeros(1, 1, 2, 2).masked_fill_(~torch.ones(2, 2).tril().bool(), -1e30)
 
 
-def test_what_goes_beyond_a_softmax_is_left_to_the_models_function():
+def test_extra_arguments_are_left_to_the_models_function():
     model = build("softcap, window and full")
     plain = attend(model, "eager", MASK)
     capped = attend(model, "eager", MASK, softcap=0.5)
@@ -138,7 +137,8 @@ def test_heads_that_share_keys_attend_like_heads_with_copies(nodes, mask_heads):
     bias = torch.randn(2, mask_heads, nodes, 11, generator=generator)
     copies = (states.repeat_interleave(2, 1) for states in (key, value))
     expected = F.scaled_dot_product_attention(query, *copies, attn_mask=bias, scale=0.3)
-    found = grouped_attention(query, key, value, bias, scale=0.3)
+    repeat = lambda mask, groups: mask.repeat(1, 1, groups, 1)  # noqa: E731
+    found = grouped_attention(query, key, value, bias, scale=0.3, repeat=repeat)
     torch.testing.assert_close(found, expected.transpose(1, 2))
 
 
@@ -168,16 +168,15 @@ def mask_for(function: object, window: int | None) -> Tensor | None:
         return make(batch_size=1, mask_function=function, local_size=window, dtype=torch.float32)
 
 
-def test_mask_is_that_of_the_window_that_is_asked_for():
+def test_mask_is_that_of_the_window_of_the_layer():
     causal = masking_utils.causal_mask_function
     assert (mask_for(causal, None) == 0).int().tolist()[0][0] == [[1] * 5 + [0], [1] * 6]
     window = masking_utils.sliding_window_causal_mask_function(2)
     assert (mask_for(window, 2)[0, 0] == 0).int().tolist() == [[0, 0, 0, 1, 1, 0], [0] * 4 + [1, 1]]
 
 
-@pytest.mark.parametrize(
-    ("function", "window"),
-    [
+def test_other_masks_than_causal_ones_are_refused():
+    others = [
         (masking_utils.chunked_causal_mask_function(4, torch.zeros(1, dtype=torch.long)), 4),
         (masking_utils.sliding_window_causal_mask_function(3), 4),
         (masking_utils.sliding_window_causal_mask_function(3), None),
@@ -186,11 +185,10 @@ def test_mask_is_that_of_the_window_that_is_asked_for():
         (masking_utils.sliding_window_bidirectional_mask_function(4), 4),
         (masking_utils.or_masks(masking_utils.causal_mask_function, lambda *_: 1), None),
         (len, None),
-    ],
-)
-def test_other_masks_than_causal_ones_are_refused(function, window):
-    with pytest.raises(UnsupportedModelError, match=r"asks for a mask by.*sliding window"):
-        mask_for(function, window)
+    ]
+    for function, window in others:
+        with pytest.raises(UnsupportedModelError, match=r"asks for a mask by.*sliding window"):
+            mask_for(function, window)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Layers go through the kernel where it computes what they do, and say why where it does not."""
+"""Layers use the kernel where it computes the same, and log why where it does not."""
 
 import functools
 import importlib
@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from speclm.attention import TreeMask, TreeStep, functions, kernel_calls
-from speclm.attention.functions import previous_function
+from speclm.attention.functions import grouped_attention, previous_function
 from speclm.attention.kernel_calls import attend_by_kernel, taken_arguments
 from speclm.cache import TreeCache
-from speclm.kernels import grouped_attention
 from speclm.target import TargetView
 from speclm.tree.topology import chain, from_parents
 from tests.attention.tree_models import CPU, MODELS, build, largest_error
@@ -148,7 +147,7 @@ def states(
 @pytest.mark.parametrize(
     ("takes", "extras", "given", "reason"),
     [
-        (None, {}, {}, "modeling file's own kind"),
+        (None, {}, {}, "its own kind of eager"),
         (frozenset(), {"softcap": 2.0}, {}, "layers pass softcap to attention"),
         (frozenset({"s_aux"}), {"position_bias": 1}, {}, "layers pass position_bias"),
         (frozenset(), {"dropout": 0.1}, {}, "layers pass dropout"),
@@ -160,7 +159,7 @@ def states(
         (frozenset(), {}, {"kind": torch.bfloat16}, "values torch.bfloat16"),
     ],
 )
-def test_what_the_kernel_does_not_compute_is_said_once(takes, extras, given, reason, calls, caplog):
+def test_reason_against_the_kernel_is_logged_once(takes, extras, given, reason, calls, caplog):
     mask, step = mask_and_step()
     kernel_calls._log_once.cache_clear()
     with caplog.at_level(logging.INFO, "speclm"):

@@ -1,11 +1,14 @@
-"""Masks against brute force, and what kernels are told instead."""
+"""Masks against brute force, masks for kernels, and masks that are computed only when read."""
 
+import copy
+import pickle
 from collections.abc import Sequence
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from speclm.attention import TreeMask, TreeStep, active_step, tree_step
 from speclm.cache import TreeCache
@@ -20,7 +23,7 @@ def brute_force(
     parents: Sequence[Sequence[int]],
     window: int | None,
 ) -> list[list[list[bool]]]:
-    """Say for each row, node and slot whether the node sees the slot, by walking up the tree."""
+    """Return for each row, node and slot whether the node sees it, by following parents."""
     start, mask = max(lengths), []
     for row, length in enumerate(lengths):
         shape = parents[row if len(parents) > 1 else 0]
@@ -63,7 +66,7 @@ def test_mask_equals_brute_force(case, window):
     step = TreeStep(topology.ancestor_mask, topology.depths, cache_of(lengths, padding))
     mask, expected = step.mask(window), brute_force(lengths, padding, parents, window)
     if mask is None:  # regular generation's own mask is by slot, which here is the position
-        assert step.is_plain
+        assert step.is_regular
         assert topology.num_nodes == len(set(lengths)) == 1
         assert not any(padding)
         return
@@ -88,11 +91,11 @@ def test_window_counts_positions_and_not_slots():
 
 def test_one_node_that_sees_everything_needs_no_mask():
     topology = chain(0)
-    plain = TreeStep(topology.ancestor_mask, topology.depths, cache_of([5], [0]))
-    assert plain.mask(None) is None
-    assert plain.bias(None, torch.float32) is None
-    assert plain.mask(4) is None
-    assert TreeStep(None, torch.arange(3)[None], cache_of([5], [0], pending=2)).is_plain
+    regular = TreeStep(topology.ancestor_mask, topology.depths, cache_of([5], [0]))
+    assert regular.mask(None) is None
+    assert regular.bias(None, torch.float32) is None
+    assert regular.mask(4) is None
+    assert TreeStep(None, torch.arange(3)[None], cache_of([5], [0], pending=2)).is_regular
     ragged = TreeStep(topology.ancestor_mask, topology.depths, cache_of([5, 3], [0, 0]))
     assert ragged.mask(None)[1, 0].int().tolist() == [[1, 1, 1, 0, 0, 1]]
     padded = TreeStep(topology.ancestor_mask, topology.depths, cache_of([5, 5], [0, 2]))
@@ -121,7 +124,7 @@ def test_mask_of_a_step_is_repeated_once_and_a_models_own_every_time():
 
 
 @given(case=steps())
-def test_kernels_are_told_what_the_mask_shows(case):
+def test_masks_for_kernels_show_the_same_slots(case):
     lengths, padding, parents = case
     topology = from_parents(parents, device=CPU)
     cache = cache_of(lengths, padding)
@@ -129,29 +132,29 @@ def test_kernels_are_told_what_the_mask_shows(case):
     for visible, words in ((mask, None), (mask, packed), (None, packed)):
         step = TreeStep(visible, topology.depths, cache, words=words)
         from_mask = TreeStep(mask, topology.depths, cache)
-        assert step.is_plain == from_mask.is_plain
-        if not step.is_plain:
+        assert step.is_regular == from_mask.is_regular
+        if not step.is_regular:
             assert torch.equal(step.mask(3), from_mask.mask(3))
-        sight = step.sight(CPU)
-        assert step.sight(CPU) is sight
-        assert torch.equal(sight.ancestor_words, topology.ancestor_words)
-        assert torch.equal(sight.depths, topology.depths)
-        assert sight.prefix_lengths.tolist() == lengths
-        assert (sight.prefix_starts is None) == (not any(padding))
-        if sight.prefix_starts is not None:
-            assert sight.prefix_starts.tolist() == padding
-        begins = sight.tree_starts
-        begins = sight.prefix_lengths if begins is None else begins
+        kernel_mask = step.kernel_mask(CPU)
+        assert step.kernel_mask(CPU) is kernel_mask
+        assert torch.equal(kernel_mask.ancestor_words, topology.ancestor_words)
+        assert torch.equal(kernel_mask.depths, topology.depths)
+        assert kernel_mask.prefix_lengths.tolist() == lengths
+        assert (kernel_mask.prefix_starts is None) == (not any(padding))
+        if kernel_mask.prefix_starts is not None:
+            assert kernel_mask.prefix_starts.tolist() == padding
+        begins = kernel_mask.tree_starts
+        begins = kernel_mask.prefix_lengths if begins is None else begins
         assert begins.tolist() == [max(lengths)] * len(lengths)
 
 
 def test_single_node_sees_every_pending_slot():
     step = TreeStep(None, torch.arange(4)[None], cache_of([5, 3], [0, 0], pending=3))
-    words = step.sight(CPU).ancestor_words
+    words = step.kernel_mask(CPU).ancestor_words
     assert unpack_words(words, num_bits=64)[0, 0].int().tolist() == [1] * 4 + [0] * 60
 
 
-def test_mask_stays_uncomputed_where_kernels_do_without_it(monkeypatch):
+def test_mask_stays_uncomputed_where_kernels_do_not_need_it(monkeypatch):
     topology = from_parents([[0, 0, 0]], device=CPU)
     cache = cache_of([5, 3], [0, 0])
     step = TreeStep(topology.ancestor_mask, topology.depths, cache)
@@ -163,8 +166,8 @@ def test_mask_stays_uncomputed_where_kernels_do_without_it(monkeypatch):
     assert (mask.window, mask.dtype, mask.shape) == (4, torch.bfloat16, (2, 1, 3, 8))
     assert not step._masks
     assert torch.equal(mask.dense(), step.bias(4, torch.bfloat16))
-    plain = TreeStep(None, torch.zeros(1, 1, dtype=torch.long), cache_of([5], [0]))
-    assert plain.lazy_bias(None, torch.float32) is None
+    regular = TreeStep(None, torch.zeros(1, 1, dtype=torch.long), cache_of([5], [0]))
+    assert regular.lazy_bias(None, torch.float32) is None
 
 
 def test_masks_of_large_trees_are_computed(monkeypatch):
@@ -175,7 +178,7 @@ def test_masks_of_large_trees_are_computed(monkeypatch):
     assert not isinstance(step.lazy_bias(None, torch.float32), TreeMask)
 
 
-def test_step_is_active_inside_alone():
+def test_step_is_active_only_inside():
     step = TreeStep(None, torch.zeros(1, 1, dtype=torch.long), cache_of([5], [0]))
     seen = []
 
@@ -187,3 +190,105 @@ def test_step_is_active_inside_alone():
         fail()
     assert seen == [step]
     assert active_step() is None
+
+
+DENSE = torch.tensor([[[[0.0, -1.0, -1.0], [0.0, 0.0, -1.0]]]])
+
+
+class Counted:
+    """A mask and how often it was computed."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.calls = 0
+        self.mask = TreeMask.of(
+            self._compute,
+            7,
+            shape=tuple(DENSE.shape),
+            dtype=DENSE.dtype,
+            device=torch.device(device),
+        )
+
+    def _compute(self) -> Tensor:
+        self.calls += 1
+        return DENSE
+
+
+def test_shape_type_and_device_are_known_without_the_numbers():
+    counted = Counted()
+    mask = counted.mask
+    assert isinstance(mask, Tensor)
+    assert (mask.shape, mask.ndim, mask.dtype) == (DENSE.shape, 4, torch.float32)
+    assert mask.device == torch.device("cpu")
+    assert mask.is_floating_point()
+    assert not mask.requires_grad
+    assert mask.to(torch.float32) is mask
+    assert mask.to("cpu") is mask
+    assert counted.calls == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda mask: mask + 1,
+        lambda mask: mask[:, :, :1],
+        lambda mask: mask[:, :, :, :2],
+        lambda mask: mask.to(torch.bfloat16),
+        lambda mask: mask.bool(),
+        lambda mask: torch.where(mask < 0, mask, 5.0),
+        lambda mask: torch.cat([mask, mask], dim=1),
+        lambda mask: mask.expand(3, -1, -1, -1),
+        lambda mask: mask.repeat_interleave(2, dim=1),
+        Tensor.clone,
+        lambda mask: mask.contiguous().view(2, 3),
+        torch.ones_like,
+    ],
+)
+def test_operations_run_on_the_computed_mask(change):
+    changed = change(Counted().mask)
+    assert not isinstance(changed, TreeMask)
+    assert torch.equal(changed, change(DENSE.clone()))
+
+
+def test_moves_to_another_device_do_not_compute_it():
+    counted = Counted()
+    moved = counted.mask.to("meta")
+    assert isinstance(moved, TreeMask)
+    assert moved.device.type == "meta"
+    assert moved.window == 7
+    assert counted.calls == 0
+    assert moved.dense().device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda mask: mask.add_(1.0),
+        lambda mask: mask.masked_fill_(mask < 0, -2.0),
+        lambda mask: mask[..., 0].fill_(-5.0),
+        lambda mask: mask.__setitem__((slice(None), 0, 0), -5.0),
+    ],
+)
+def test_a_write_changes_the_mask_for_good(write):
+    own, expected = DENSE.clone(), DENSE.clone()
+    mask = TreeMask.of(
+        lambda: own, None, shape=tuple(own.shape), dtype=own.dtype, device=own.device
+    )
+    moved = mask.to("meta")
+    assert not mask.is_touched
+    write(mask)
+    write(expected)
+    assert mask.is_touched
+    assert moved.is_touched
+    assert torch.equal(mask.dense(), expected)
+
+
+def test_copies_are_ordinary_tensors():
+    for other in (copy.deepcopy, lambda mask: pickle.loads(pickle.dumps(mask))):
+        found = other(Counted().mask)
+        assert not isinstance(found, TreeMask)
+        assert torch.equal(found, DENSE)
+
+
+def test_comparisons_are_those_of_the_mask():
+    mask = Counted().mask
+    assert bool((mask == DENSE).all())

@@ -6,9 +6,9 @@ import torch
 from transformers import AutoConfig
 
 from speclm.demo.bundle import assets
+from speclm.methods.eagle.checkpoint import eagle_checkpoint, write_eagle
 from speclm.methods.eagle.config import EagleConfig
-from speclm.methods.eagle.network import EagleHeads, eagle_checkpoint
-from speclm.methods.eagle.writer import write_eagle
+from speclm.methods.eagle.network import EagleHeads
 
 
 def write_eagle_folders(place: Path) -> Path:

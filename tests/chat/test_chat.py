@@ -271,7 +271,7 @@ def test_a_failed_save_leaves_the_file_as_it_was(tmp_path, monkeypatch):
     def fail(_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("speclm.files.os.fsync", fail)
+    monkeypatch.setattr("speclm.files.atomic.os.fsync", fail)
     with pytest.raises(OptionError, match=r"cannot be written.*disk full"):
         chat.save(path)
     assert path.read_text() == "old\n"

@@ -4,23 +4,28 @@ import re
 
 import pytest
 
-from speclm.cli._options import positive_numbers
-from speclm.cli._prompts import read_prompts
-from speclm.errors import DataError, OptionError, SpeclmError
+from speclm.errors import OptionError, SpeclmError
 
 bench_module = importlib.import_module("speclm.cli.bench")
-
-PROMPTS = [
-    {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]},
-    {"prompt": "SELECT a FROM"},
-]
 
 
 @pytest.fixture
 def prompts(tmp_path):
     path = tmp_path / "prompts.jsonl"
-    path.write_text("\n".join(map(json.dumps, PROMPTS)) + "\n\n")
+    path.write_text(
+        '{"prompt": "SELECT a FROM"}\n{"messages": [{"role": "user", "content": "2?"}]}'
+    )
     return path
+
+
+OWN_METHOD = """
+from speclm.methods.ngram.proposer import NgramProposer
+
+
+def make(base):
+    assert base.config.vocab_size
+    return NgramProposer(num_draft_tokens=3)
+"""
 
 
 def test_bench_prints_a_table_and_appends_records(run, prompts, tmp_path):
@@ -36,50 +41,25 @@ def test_bench_prints_a_table_and_appends_records(run, prompts, tmp_path):
     assert "prompt_lookup" in result.output
 
 
-def test_a_conversation_loses_its_answer(prompts):
-    assert read_prompts("--prompts", prompts) == [
-        [{"role": "user", "content": "2 + 2?"}],
-        "SELECT a FROM",
-    ]
+def test_method_of_ones_own_is_measured(run, prompts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own_method.py").write_text(OWN_METHOD)
+    options = ("--num-prompts", "1", "--max-new-tokens", "4", "--setting", "greedy")
+    out = ("--out", "out.jsonl", "--depth", "2")
+    result = run("bench", "--prompts", str(prompts), "--heads", "own_method:make", *options, *out)
+    assert result.exit_code == 0
+    (record,) = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert record["settings"]["heads"] == "own_method:make"
+    assert record["settings"]["depth"] == 2
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "--prompts .* is empty"),
-        ("not json", ":1: expected a JSON object"),
-        ('{"text": "a"}', ':1: expected "prompt", a string, or "messages"'),
-        ('{"messages": [1]}', ':1: expected "prompt", a string, or "messages"'),
-        ('{"prompt": ""}', ":1: the prompt is empty"),
-        ('{"messages": []}', ":1: no message that asks"),
-        ('{"messages": [{"role": "assistant", "content": "4"}]}', ":1: no message that asks"),
-    ],
-)
-def test_bad_prompt_files_are_named_with_the_line(tmp_path, text, message):
-    path = tmp_path / "bad.jsonl"
-    path.write_text(text)
-    with pytest.raises(DataError, match=message):
-        read_prompts("--prompts", path)
-
-
-def test_missing_prompt_file_is_named(tmp_path):
-    with pytest.raises(DataError, match="cannot be read"):
-        read_prompts("--prompts", tmp_path / "none.jsonl")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [(("--batch", "0"), "--batch has '0'"), (("--settings", "t9"), "setting 't9' is not known")],
-)
-def test_bad_options_are_named(run, prompts, options, message):
-    with pytest.raises(OptionError, match=message):
-        run("bench", "--prompts", str(prompts), *options)
-
-
-def test_line_separators_inside_a_prompt_stay_in_it(tmp_path):
-    path = tmp_path / "prompts.jsonl"
-    path.write_text(json.dumps({"prompt": "a\u2028b\x85c"}, ensure_ascii=False), "utf-8")
-    assert read_prompts("--prompts", path) == ["a\u2028b\x85c"]
+def test_bad_options_are_named(run, prompts):
+    for options, message in [
+        (("--batch", "0"), "--batch has '0'"),
+        (("--setting", "t9"), "setting 't9' is not known"),
+    ]:
+        with pytest.raises(OptionError, match=message):
+            run("bench", "--prompts", str(prompts), *options)
 
 
 class LoadedError(Exception):
@@ -91,7 +71,7 @@ def bench(run, prompts, monkeypatch):
     def load(*_, **__):
         raise LoadedError
 
-    monkeypatch.setattr(bench_module, "load", load)
+    monkeypatch.setattr(bench_module, "load_with_heads", load)
     return lambda *options: run("bench", "--prompts", str(prompts), *options)
 
 
@@ -106,9 +86,3 @@ def test_folders_are_made_on_request(bench, tmp_path):
     with pytest.raises(LoadedError):
         bench("--out", str(tmp_path / "a" / "b" / "out.jsonl"), "--make-folders")
     assert (tmp_path / "a" / "b").is_dir()
-
-
-@pytest.mark.parametrize("text", ["", "1,,2", "-1", "²", "1" * 5000])
-def test_numbers_of_rows_are_positive(text):
-    with pytest.raises(OptionError, match="--batch has"):
-        positive_numbers(text)

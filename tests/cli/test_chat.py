@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from speclm import SpecModel
 from speclm.chat import Chat, RoundStreamer
 from speclm.cli import app
-from speclm.cli._chat_loop import COMMANDS, ChatLoop, read_typed
+from speclm.cli.chat import COMMANDS, ChatLoop, read_typed
 from speclm.errors import OptionError, UnknownNameError
 from speclm.stats import Pause, RowStats, SpeculationStats
 from speclm.testing import ScriptedProposer
@@ -101,9 +101,9 @@ def test_piped_answers_do_not_depend_on_the_proposer_and_take_a_system_message()
     assert first.output == piped("How many singers?\n", *options, "--heads", "none").output
 
 
-def test_base_is_an_argument():
+def test_unknown_base_is_named():
     with pytest.raises(UnknownNameError, match="'/no/such/model' is not a folder"):
-        piped("a\n", "/no/such/model")
+        piped("a\n", "--base", "/no/such/model")
 
 
 def test_a_failed_line_of_a_pipe_is_named_and_sets_the_exit_code():

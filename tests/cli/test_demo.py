@@ -11,11 +11,11 @@ demo_module = importlib.import_module("speclm.cli.demo")  # the package's `demo`
 
 @pytest.fixture(autouse=True)
 def _short_answers(monkeypatch):
-    monkeypatch.setattr(demo_module, "MAX_NEW_TOKENS", {"sql": 8, "gsm8k": 8})
+    monkeypatch.setattr(demo_module, "MAX_NEW_TOKENS", {"sql": 4, "gsm8k": 4})
 
 
 def test_demo_compares_both_sets_and_is_identical(run):
-    result = run("demo", "--prompts", "1", "--threads", "1", "--tune")
+    result = run("demo", "--num-prompts", "1", "--threads", "1", "--tuning-prompts")
     assert result.exit_code == 0
     assert "identical: yes" in result.output
     rows = [line.split()[:3] for line in result.output.splitlines()]
@@ -31,7 +31,7 @@ def test_demo_is_identical_with_more_prompts_than_there_are(run, monkeypatch):
         demo_module, "load_prompts", lambda name, limit: load_prompts(name, limit=1)
     )
     monkeypatch.setattr(demo_module, "_methods", lambda base: [plain_decoder(base)])
-    result = run("demo", "--prompts", "999")
+    result = run("demo", "--num-prompts", "999")
     assert (result.exit_code, "identical: yes" in result.output) == (0, True)
 
 
@@ -40,8 +40,8 @@ def test_demo_fails_when_an_output_differs(run, monkeypatch):
         method = plain_decoder(base)
         return replace(method, name=name, generate=lambda call: method.generate(call) + 1)
 
-    monkeypatch.setattr(demo_module, "speculative_decoder", wrong_method)
+    monkeypatch.setattr(demo_module, "_methods", lambda base: [wrong_method("draft", base, None)])
     monkeypatch.setattr(demo_module, "SETTINGS", ("greedy",))
-    result = run("demo", "--prompts", "1", "--threads", "1", "--tune")
+    result = run("demo", "--num-prompts", "1", "--threads", "1", "--tuning-prompts")
     assert result.exit_code == 1
     assert "identical: NO" in result.output

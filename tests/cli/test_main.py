@@ -4,21 +4,57 @@ import io
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from speclm.cli import main
+from speclm import __version__
+from speclm.cli import app, main
 from speclm.cli._console import print_error, printable
+from speclm.cli._options import DemoOptions, HeadsOptions, ModelOptions
+from speclm.cli.main import COMMANDS
 from speclm.errors import OptionError
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_help_lists_the_commands(run):
+def test_help_lists_the_commands_and_version_is_shown(run):
     result = run("--help")
     assert result.exit_code == 0
-    assert all(name in result.output for name in ("demo", "generate", "chat", "bench", "env"))
+    assert all(name in result.output for name in (*COMMANDS, "train"))
+    assert run("--version").output == f"{__version__}\n"
+
+
+def test_help_of_every_command_imports_no_torch():
+    code = """
+import sys
+from typer.testing import CliRunner
+from speclm.cli import app
+from speclm.cli.main import COMMANDS
+for command in ([], *([name] for name in COMMANDS)):
+    result = CliRunner().invoke(app, [*command, "--help"])
+    assert result.exit_code == 0 and "Usage" in result.output, result.output
+    assert not {"torch", "transformers"} & set(sys.modules), command
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_options_of_one_idea_are_spelled_alike():
+    for options, _ in COMMANDS.values():
+        names = {field.name for field in fields(options)}
+        assert not names & {"n", "nodes", "data", "prompts_file", "num"}
+        for group in (ModelOptions, HeadsOptions):
+            own = set(group.__annotations__)
+            assert not names & own or names >= own or options is DemoOptions
+
+
+def test_unknown_commands_and_options_get_a_suggestion(run):
+    for arguments, words in [(["generat"], "'generate'"), (["env", "--hel"], "--help")]:
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 2
+        assert words in result.output
 
 
 def test_an_error_of_speclm_is_one_line_and_exit_code_2(monkeypatch, capsys):
@@ -42,11 +78,9 @@ def test_other_errors_are_not_hidden(monkeypatch):
 
 
 def test_module_is_the_command():
-    command = [sys.executable, "-m", "speclm", "generate"]
-    result = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
-    assert result.returncode == 2
-    assert "Traceback" not in result.stderr
-    assert "error: expected exactly one of" in result.stderr
+    command = [sys.executable, "-m", "speclm", "--version"]
+    result = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert result.stdout == f"{__version__}\n"
 
 
 class Failing(io.StringIO):
@@ -104,7 +138,7 @@ def test_other_errors_of_files_are_not_hidden(monkeypatch):
     def fail():
         raise PermissionError(errno.EACCES, "no")
 
-    monkeypatch.setattr("speclm.cli.env.describe_machine", fail)
+    monkeypatch.setattr("speclm.cli.machine.describe_machine", fail)
     monkeypatch.setattr(sys, "argv", ["speclm", "env"])
     with pytest.raises(PermissionError):
         main()
@@ -114,16 +148,16 @@ def test_interrupt_ends_with_code_130(monkeypatch):
     def interrupt():
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("speclm.cli.env.describe_machine", interrupt)
+    monkeypatch.setattr("speclm.cli.machine.describe_machine", interrupt)
     assert exit_code(monkeypatch, "env") == 130
 
 
 def test_characters_that_the_encoding_lacks_are_replaced(monkeypatch):
     output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", output)
-    monkeypatch.setattr("speclm.cli.env.registered_proposers", lambda: {"好": None})
+    monkeypatch.setattr("speclm.cli.machine.registered_methods", lambda: {"好": None})
     assert exit_code(monkeypatch, "env") == 0
-    assert output.buffer.getvalue().endswith(b"proposers     ?\n")
+    assert output.buffer.getvalue().endswith(b"methods       ?\n")
 
 
 def test_printable_text_has_no_character_that_steers_a_terminal():

@@ -1,134 +1,175 @@
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-from speclm.errors import OptionError
-from tests.training.talks import TAGGED, tiny_base, word_tokenizer, write_alphabet
+from speclm.errors import CheckpointError, OptionError
+from speclm.methods.eagle.checkpoint import read_eagle
+from tests.models import build_model
+from tests.training.alphabet import TAGGED, WORDS, word_tokenizer, write_alphabet
 
-ROOT = Path(__file__).parents[2]
+SETTINGS = ("use_cpu=true", "logging_steps=1", "max_steps=2", "save_steps=2")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("train") / "base"
+    build_model("llama", num_hidden_layers=7, vocab_size=len(WORDS)).save_pretrained(folder)
+    word_tokenizer(TAGGED).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
-def options(tmp_path):
-    base = tmp_path / "base"
-    tiny_base().save_pretrained(base)
-    word_tokenizer(TAGGED).save_pretrained(base)
+def options(base, tmp_path):
     data = write_alphabet(tmp_path / "rows.jsonl")
-    return {
-        "--base": base,
-        "--data": data,
-        "--out": tmp_path / "heads",
-        "--num-heads": 2,
-        "--batch-size": 4,
-    }
+    return {"--base": base, "--data": data, "--out": tmp_path / "heads", "--batch-size": 4}
 
 
 @pytest.fixture
 def train(run, options):
-    def run_train(*flags, **changes):
+    def run_train(recipe, *flags, settings=SETTINGS, **changes):
         named = {**options, **{f"--{k.replace('_', '-')}": v for k, v in changes.items()}}
         words = [str(word) for pair in named.items() for word in pair]
-        settings = ("use_cpu=true", "logging_steps=1")
         words += [word for setting in settings for word in ("--training-arg", setting)]
-        return run("train", "medusa", *words, *flags)
+        return run("train", recipe, *words, *flags)
 
     return run_train
 
 
-def test_heads_are_trained_and_their_figures_printed(train, options, capfd):
-    result = train("--own-lm-head", epochs=1, eval_data=options["--data"], limit=8)
+@pytest.fixture
+def loads_nothing(monkeypatch):
+    def load(_):
+        raise AssertionError("the base was loaded")
+
+    monkeypatch.setattr("speclm.cli._training.load", load)
+
+
+def test_heads_are_trained_and_their_figures_printed(train, options):
+    flags = ("--own-lm-head", "--device", "cpu")
+    settings = ("logging_steps=1",)
+    changes = {"epochs": 1, "eval_data": options["--data"], "limit": 8, "num_heads": 2}
+    result = train("medusa", *flags, settings=settings, **changes)
     assert result.exit_code == 0
-    assert "estimated tau" in result.output
+    assert "estimated tau (tokens per target forward) on the evaluation data" in result.output
     assert "top-3" in result.output
+    assert "step 2" in result.output
     assert any(options["--out"].glob("*.safetensors"))
     assert any(options["--out"].glob("checkpoint-2"))
 
 
+def test_training_that_is_shorter_than_every_interval_prints_its_table(train, options, tmp_path):
+    settings = ("use_cpu=true", "max_steps=2", "logging_steps=50")
+    result = train("medusa", num_heads=2, settings=settings)
+    assert "estimated tau (tokens per target forward) on the last batches" in result.output
+    assert "head1" in result.output
+    settings = (*settings, "eval_strategy=steps", "eval_steps=50")
+    changes = {"eval_data": options["--data"], "out": tmp_path / "evaluated"}
+    result = train("medusa", num_heads=2, settings=settings, **changes)
+    assert "on the evaluation data" in result.output
+    assert "step 2" in result.output
+
+
+def test_heads_of_eagle3_draft_from_a_vocabulary_of_the_data(train, options):
+    result = train("eagle3", num_steps=3, draft_vocab_size=8)
+    assert result.exit_code == 0
+    assert [f"step{step}" in result.output for step in range(4)] == [True, True, True, False]
+    saved = read_eagle(options["--out"])
+    assert (saved.config.kind, saved.config.draft_vocab_size) == ("eagle3", 8)
+    assert saved.base_name_or_path is None  # a path of this machine
+
+
+def test_heads_of_eagle_are_trained_on_one_step_and_measured_on_more(train, options):
+    result = train("eagle", eval_data=options["--data"])
+    assert "on the evaluation data" in result.output
+    step4 = next(line for line in result.output.splitlines() if "step4" in line)
+    assert step4.split("│")[2].strip() == "-"  # no loss
+    assert read_eagle(options["--out"]).config.kind == "eagle"
+
+
+def test_heads_that_are_loaded_keep_their_vocabulary(train, options, tmp_path):
+    train("eagle3", draft_vocab_size=8, num_steps=2)
+    first = read_eagle(options["--out"])
+    other = write_alphabet(tmp_path / "others.jsonl", num_rows=2)  # with other tokens
+    train("eagle3", init=options["--out"], out=tmp_path / "more", data=other, num_steps=2)
+    second = read_eagle(tmp_path / "more")
+    assert second.tensors["draft_columns"].equal(first.tensors["draft_columns"])
+    assert not second.tensors["fc.weight"].equal(first.tensors["fc.weight"])
+    with pytest.raises(OptionError, match=r"are heads of eagle3, expected eagle; train them with"):
+        train("eagle", init=options["--out"], out=tmp_path / "third")
+
+
 def test_resume_goes_on_where_a_training_ended(train, options):
-    train("--training-arg", "max_steps=2")
-    result = train("--resume", "--training-arg", "max_steps=3")
+    train("medusa")
+    settings = ("use_cpu=true", "logging_steps=1", "max_steps=3")
+    result = train("medusa", "--resume", settings=settings)
     assert "step 3" in result.output
     assert any(options["--out"].glob("checkpoint-3"))
 
 
-def test_folder_of_another_training_is_not_overwritten(train, options):
+def test_folders_of_others_are_not_overwritten(train, options):
+    with pytest.raises(CheckpointError, match="save the heads into a folder of their own"):
+        train("eagle3", out=options["--base"])
     (options["--out"] / "checkpoint-2").mkdir(parents=True)
     with pytest.raises(OptionError, match="holds checkpoints of another training; pass --resume"):
-        train()
+        train("medusa")
 
 
-@pytest.mark.parametrize(
-    ("flag", "message"),
-    [("max_step=2", "did you mean 'max_steps'"), ("max_steps", "expected key=value")],
-)
-def test_bad_training_arguments_are_named(train, flag, message):
-    with pytest.raises(OptionError, match=message):
-        train("--training-arg", flag)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
+REFUSED = {
+    "medusa": [
         ({"learning_rate": "nan"}, "--learning-rate is nan, expected a finite number above 0"),
-        ({"learning_rate": "inf"}, "--learning-rate is inf"),
         ({"learning_rate": "-0.1"}, "--learning-rate is -0.1"),
         ({"epochs": "0"}, "--epochs is 0.0, expected a finite number above 0"),
-        ({"epochs": "nan"}, "--epochs is nan"),
         ({"num_heads": "0"}, "--num-heads is 0, expected 1 to 64"),
         ({"num_layers": "0"}, "--num-layers is 0, expected 1 to"),
-        ({"seed": "-1"}, "--seed is -1, expected 0 to"),
         ({"decay": "nan"}, "decay is nan, expected 0.0 to 1.0"),
         ({"soft_weight": "2"}, "soft_weight is 2.0, expected 0.0 to 1.0"),
+        ({"device": "cuda:1"}, "--device is 'cuda:1', expected a kind of device"),
+        ({"settings": ["max_step=2"]}, "did you mean 'max_steps'"),
+        ({"settings": ["max_steps"]}, "expected key=value"),
+        ({"settings": ["bf16=maybe"]}, "bf16 is 'maybe', expected true or false"),
+        ({"settings": ["report_to=wandbb"]}, "'wandb'"),
     ],
-)
-def test_numbers_that_no_training_can_have_are_named_before_anything_is_loaded(
-    train, options, change, words, monkeypatch
-):
-    def load(*_: object, **__: object) -> None:
-        raise AssertionError("the base was loaded")
-
-    monkeypatch.setattr("speclm.cli._training.load", load)
-    with pytest.raises(OptionError, match=words):
-        train(**change)
-    assert not options["--out"].exists()
-
-
-def test_help_shows_the_options(run):
-    result = run("train", "medusa", "--help")
-    assert result.exit_code == 0
-    assert "--own-lm-head" in result.output
+    "eagle": [
+        ({"noise": -1.0}, "noise is -1.0, expected 0.0 to"),
+        ({"num_steps": 33}, "num_steps is 33, expected 1 to 32"),
+    ],
+    "eagle3": [
+        ({"num_steps": 0}, "num_steps is 0, expected 1 to 32"),
+        ({"num_layers": 0}, "--num-layers is 0, expected 1 to 64"),
+        ({"draft_vocab_size": 0}, "--draft-vocab-size is 0, expected at least 1"),
+        ({"init": "heads", "num_layers": 2}, "--num-layers is 2 next to --init 'heads'"),
+        ({"init": "heads", "draft_vocab_size": 4}, "--draft-vocab-size is 4 next to --init"),
+        ({"init_revision": "v2"}, "--init-revision is .v2. without --init"),
+        ({"decay": "2"}, "decay is 2.0, expected 0.0 to 1.0"),
+    ],
+}
 
 
-def test_command_line_loads_the_training_code_only_to_train():
-    script = "import sys, speclm.cli; print('speclm.training' in sys.modules)"
-    command = [sys.executable, "-c", script]
-    result = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-    assert result.stdout.strip() == "False"
+@pytest.mark.usefixtures("loads_nothing")
+@pytest.mark.parametrize("recipe", REFUSED)
+def test_bad_options_are_named_before_anything_is_loaded(train, options, recipe):
+    for change, words in REFUSED[recipe]:
+        with pytest.raises(OptionError, match=words):
+            train(recipe, **change)
+        assert not options["--out"].exists()
 
 
-@pytest.mark.parametrize(
-    ("setting", "words"),
-    [("bf16=maybe", "bf16 is 'maybe', expected true or false"), ("report_to=wandbb", "'wandb'")],
-)
-def test_settings_that_mean_nothing_are_named_before_anything_is_loaded(
-    train, monkeypatch, setting, words
-):
-    monkeypatch.setattr("speclm.cli._training.load", None)
-    with pytest.raises(OptionError, match=words):
-        train("--training-arg", setting)
-
-
-def test_setting_that_the_trainer_refuses_is_named(train):
-    with pytest.raises(OptionError, match=r"cannot begin with .*'adam_beta1=-3'.*Invalid beta"):
-        train("--training-arg", "adam_beta1=-3")
-
-
-def test_folder_that_cannot_be_written_to_is_named_before_anything_is_loaded(
-    train, tmp_path, monkeypatch
-):
-    monkeypatch.setattr("speclm.cli._training.load", None)
+@pytest.mark.usefixtures("loads_nothing")
+def test_folder_that_cannot_be_written_to_is_named_before_anything_is_loaded(train, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OptionError, match=r"--out '.*/file/heads' cannot be written to"):
-        train(out=tmp_path / "file" / "heads")
+        train("medusa", out=tmp_path / "file" / "heads")
+
+
+def test_what_only_the_trainer_or_the_base_refuses_is_named(train):
+    with pytest.raises(OptionError, match=r"cannot begin with .*'adam_beta1=-3'.*Invalid beta"):
+        train("medusa", "--training-arg", "adam_beta1=-3")
+    with pytest.raises(OptionError, match="draft_vocab_size is 31, expected 1 to 30"):
+        train("eagle3", draft_vocab_size=31)
+
+
+def test_help_shows_the_options_that_a_recipe_declares(run):
+    for recipe, own in (("medusa", "--own-lm-head"), ("eagle", "--noise"), ("eagle3", "--draft-v")):
+        result = run("train", recipe, "--help")
+        assert result.exit_code == 0
+        assert own in result.output
+        assert "--no-" not in result.output
+        assert ("0.0001" in result.output) == recipe.startswith("eagle")
+    assert "eagle3" in run("train").output

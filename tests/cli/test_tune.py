@@ -6,13 +6,15 @@ from speclm.demo.bundle import load_prompts
 from speclm.errors import OptionError
 from speclm.model.trees import normalize_tree
 
-QUICK = ("--n", "2", "--max-new-tokens", "24", "--threads", "1")
+QUICK = ("--num-prompts", "2", "--max-new-tokens", "16", "--threads", "1")
 
 
 def test_tune_prints_sizes_and_writes_a_tree_that_generate_takes(run, tmp_path):
     path = tmp_path / "tree.json"
 
-    result = run("tune", "--heads", "medusa", *QUICK, "--nodes", "4", "--save", str(path))
+    result = run(
+        "tune", "--heads", "medusa", *QUICK, "--num-draft-tokens", "4", "--save", str(path)
+    )
 
     assert result.exit_code == 0
     for text in ("batch 1", "tau", "best", "rank 0", "static tree of 4 nodes"):
@@ -26,7 +28,7 @@ def test_tune_takes_batches_and_any_proposer(run, tmp_path):
     lines = [json.dumps({"messages": chat}) for chat in load_prompts("sql_tune", limit=2)]
     data.write_text("\n".join(lines))
 
-    result = run("tune", "--heads", "ngram", "--data", str(data), "--batch", "1,2", *QUICK)
+    result = run("tune", "--heads", "ngram", "--prompts", str(data), "--batch", "1,2", *QUICK)
 
     assert result.exit_code == 0
     assert "batch 1" in result.output
@@ -54,4 +56,4 @@ def test_prompts_that_end_at_once_teach_nothing(run, tmp_path):
     data.write_text('{"prompt": "1 2 3 1 2 3 1 2 3"}')
 
     with pytest.raises(OptionError, match=r"nothing was drafted.*prompts"):
-        run("tune", "--heads", "ngram", "--data", str(data), *QUICK)
+        run("tune", "--heads", "ngram", "--prompts", str(data), *QUICK)

@@ -9,7 +9,7 @@ from speclm.errors import UnknownNameError
 from speclm.target import TargetView
 from tests.models import build_model
 
-FEW = ("--prompts", "2", "--max-new-tokens", "8", "--batch", "2")
+FEW = ("--num-prompts", "2", "--max-new-tokens", "6", "--batch", "2")
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def folder(tmp_path, request):
     indirect=["folder"],
 )
 def test_verdict_and_outputs_are_shown(run, folder, backend):
-    result = run("verify", str(folder), *FEW)
+    result = run("verify", "--base", str(folder), *FEW)
     assert result.exit_code == 0
     assert backend in result.output
     rows = [
@@ -49,11 +49,11 @@ def test_tokenizer_without_padding_is_given_some(run, folder):
     settings = json.loads(path.read_text())
     settings.pop("pad_token")
     path.write_text(json.dumps(settings))
-    assert run("verify", str(folder), *FEW).exit_code == 0
+    assert run("verify", "--base", str(folder), *FEW).exit_code == 0
 
 
 @pytest.mark.parametrize("folder", ["llama"], indirect=True)
-def test_wrong_tokens_are_told_and_end_with_exit_code_1(run, folder, monkeypatch):
+def test_wrong_tokens_are_shown_and_end_with_exit_code_1(run, folder, monkeypatch):
     original = TargetView.forward_tree
 
     def wrong(view, tokens, topology, cache, **options):
@@ -63,11 +63,11 @@ def test_wrong_tokens_are_told_and_end_with_exit_code_1(run, folder, monkeypatch
         return logits
 
     monkeypatch.setattr(TargetView, "forward_tree", wrong)
-    result = run("verify", str(folder), *FEW)
+    result = run("verify", "--base", str(folder), *FEW)
     assert result.exit_code == 1
     assert "NO, 0/2" in result.output
 
 
 def test_unknown_model_is_refused(run):
     with pytest.raises(UnknownNameError, match="is not a folder or hub id"):
-        run("verify", "/no/such/folder")
+        run("verify", "--base", "/no/such/folder")

@@ -24,11 +24,10 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-from speclm.methods.eagle.checkpoint import read_eagle
+from speclm.methods.eagle.checkpoint import eagle_checkpoint, read_eagle, write_eagle
 from speclm.methods.eagle.config import EagleConfig
-from speclm.methods.eagle.network import EagleHeads, build_eagle, eagle_checkpoint
-from speclm.methods.eagle.objective import roll_out
-from speclm.methods.eagle.writer import write_eagle
+from speclm.methods.eagle.network import EagleHeads, build_eagle
+from speclm.methods.eagle.rollout import roll_out
 
 # Of the largest logit: float32 sums in another order.
 TOLERANCE = 1e-5

@@ -3,7 +3,8 @@
 The blocks of a page run in order in one process, in an empty folder: ``python`` blocks share one
 namespace; in ``bash`` and ``console`` blocks (where commands follow ``$``) each line is a known
 command. ``speclm`` lines run, ``make`` targets, scripts and their options must exist, and what
-fetches or installs is checked for form. ``text`` is output.
+fetches or installs is checked for form. In ``sh`` blocks, whose files are the reader's, options of
+``speclm`` are checked and nothing runs. ``text`` is output.
 """
 
 import re
@@ -11,10 +12,15 @@ import shlex
 import subprocess
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from markdown_it import MarkdownIt
+from typer._click.exceptions import NoSuchOption
+from typer.core import TyperGroup
 
+from speclm.cli import app
 from tests.docs.fresh_process import Processes, Step
 
 ROOT = Path(__file__).parents[2]
@@ -50,6 +56,8 @@ def commands(source: str, line: int, *, prompted: bool) -> list[tuple[int, list[
 def check_form(words: list[str]) -> None:
     """Check a command that is not run: that it exists, and is written as it would be used."""
     match words:
+        case ["speclm", *arguments]:
+            check_options(arguments)
         case ["make", target]:
             subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True)
         case ["git", "clone", url] | ["git", "clone", url, _]:
@@ -73,6 +81,18 @@ def check_form(words: list[str]) -> None:
             pytest.fail(f"not a command that documentation may show: {shlex.join(words)}")
 
 
+def check_options(arguments: list[str]) -> None:
+    """Check that speclm has a command and its options, without running it."""
+    command: Any = typer.main.get_command(app)
+    name, rest, context = "speclm", arguments, None
+    while True:
+        context = command.make_context(name, list(rest), parent=context)
+        if not isinstance(context.command, TyperGroup):
+            return
+        words = [*context._protected_args, *context.args]
+        name, command, rest = context.command.resolve_command(context, words)
+
+
 def steps(page: Path) -> list[Step]:
     """Read what has to run from a page, and check the form of what does not."""
     found: list[Step] = []
@@ -84,6 +104,9 @@ def steps(page: Path) -> list[Step]:
         language, line = token.info.split(" ")[0], token.map[0] + 1
         if language == "python":
             found.append((page.name, line, token.content))
+        elif language == "sh":
+            for _, words in commands(token.content, line, prompted=False):
+                check_form(words)
         elif language in ("bash", "console"):
             for start, words in commands(token.content, line, prompted=language == "console"):
                 where = f"{page.name}:{start + 1}"
@@ -149,25 +172,33 @@ def test_known_commands_pass(run):
     )
 
 
-@pytest.mark.parametrize(
-    ("language", "source"),
-    [
-        ("", "x"),
-        ("json", "{}"),
-        ("bash", "rm -rf ."),
-        ("bash", "make demo && make test"),
-        ("bash", "make no-such-target"),
-        ("bash", "pip install something-else"),
-        ("bash", "pip install 'speclm[nosuch]'"),
-        ("bash", "make \\"),
-        ("bash", "python no_such_script.py"),
-        ("bash", "python benchmarks/decode/decode.py --no-such-option"),
-        ("console", "$ curl example.org"),
-    ],
+FAILURES = (
+    AssertionError,
+    pytest.fail.Exception,
+    subprocess.CalledProcessError,
+    NoSuchOption,
 )
-def test_anything_else_fails(run, language, source):
-    with pytest.raises((AssertionError, pytest.fail.Exception, subprocess.CalledProcessError)):
-        run(fenced(language, source))
+REFUSED = (
+    ("", "x"),
+    ("json", "{}"),
+    ("bash", "rm -rf ."),
+    ("bash", "make demo && make test"),
+    ("bash", "make no-such-target"),
+    ("sh", "speclm bench --prompts a.jsonl --no-such-option"),
+    ("sh", "speclm train medusa --no-such-option"),
+    ("bash", "pip install something-else"),
+    ("bash", "pip install 'speclm[nosuch]'"),
+    ("bash", "make \\"),
+    ("bash", "python no_such_script.py"),
+    ("bash", "python benchmarks/decode/decode.py --no-such-option"),
+    ("console", "$ curl example.org"),
+)
+
+
+def test_anything_else_fails(run):
+    for language, source in REFUSED:
+        with pytest.raises(FAILURES):
+            run(fenced(language, source))
 
 
 def test_failing_speclm_command_is_reported_with_its_line(run):

@@ -36,7 +36,6 @@ class Fixed(Proposer):
         return Draft(
             tokens=torch.cat([roots[:, None], guesses], dim=1),
             topology=from_parents(self.parents, device=CPU),
-            probs=None,
         )
 
     def commit(self, accepted: Accepted) -> None:
@@ -109,7 +108,7 @@ class Keeping(Proposer):
         self.given = [prompt.features]
 
     def propose(self, roots, *, noise) -> Draft:
-        return Draft(roots[:, None], from_parents([[0]], device=CPU), probs=None)
+        return Draft(roots[:, None], from_parents([[0]], device=CPU))
 
     def commit(self, accepted: Accepted) -> None:
         self.given.append(accepted.features)

@@ -1,12 +1,16 @@
 import dataclasses
+import re
+import textwrap
 
 import pytest
 import torch
 
+from speclm import SpecModel
 from speclm.config import ProposerConfig
 from speclm.drafting.interface import Draft, Prefill, Proposer
 from speclm.target.features import TargetFeatures
 from speclm.tree import chain
+from tests.models import prompts, shared_model
 
 
 def test_interface_cannot_be_instantiated():
@@ -30,9 +34,9 @@ def test_defaults_need_no_features_of_the_target():
 
 
 def test_what_passes_between_loop_and_proposer_is_frozen():
-    draft = Draft(tokens=torch.tensor([[1, 2]]), topology=chain(1), probs=None)
+    draft = Draft(tokens=torch.tensor([[1, 2]]), topology=chain(1))
     with pytest.raises(dataclasses.FrozenInstanceError):
-        draft.probs = torch.ones(1, 2)
+        draft.node_probs = [[1.0, 1.0]]
     prompt = Prefill(
         tokens=torch.tensor([[1, 2]]),
         num_padding=torch.tensor([0]),
@@ -42,3 +46,20 @@ def test_what_passes_between_loop_and_proposer_is_frozen():
     )
     with pytest.raises(dataclasses.FrozenInstanceError):
         prompt.temperature = 1.0
+
+
+def test_the_example_runs_and_generates_the_tokens_of_the_base():
+    (code,) = re.findall(r"```python\n(.*?)```", Proposer.__doc__, flags=re.DOTALL)
+    base = shared_model("llama")
+    names = {
+        "base": base,
+        "chain": chain,
+        "Draft": Draft,
+        "Proposer": Proposer,
+        "ProposerConfig": ProposerConfig,
+        "SpecModel": SpecModel,
+    }
+    exec(textwrap.dedent(code), names)
+    arguments = {"max_new_tokens": 12, "do_sample": False}
+    found = names["model"].generate(**prompts(6), **arguments)
+    assert torch.equal(found, base.generate(**prompts(6), **arguments))

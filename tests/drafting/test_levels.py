@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from speclm.drafting.levels import assemble, options_with_tree, planned, row_probs
+from speclm.drafting.levels import (
+    assemble,
+    least_probability,
+    options_with_tree,
+    planned,
+    row_probs,
+)
 from speclm.errors import OptionError, TopologyError
 from speclm.methods.eagle.proposer import EagleProposerConfig
 from speclm.tree.dynamic import GrownRow
@@ -23,15 +29,14 @@ def test_a_grown_draft_has_probabilities_and_padding_none():
 
     draft = assemble(rows, torch.tensor([1, 2]))
 
-    assert draft.probs is not None
     expected = torch.tensor([[0.0, -0.5, -torch.inf], [0.0, -0.2, -0.7]]).exp()
-    assert torch.allclose(draft.probs, expected)
+    assert torch.allclose(torch.tensor(draft.node_probs), expected)
 
 
 def test_plan_goes_before_the_config_and_leaves_the_rest():
     config = EagleProposerConfig(width=5, min_probability=0.3)
-    found = planned(config, TreePlan(3, 7, choices=((0,),), min_confidence=0.4))
-    assert (found.depth, found.num_draft_tokens, found.choices) == (3, 7, ((0,),))
+    found = planned(config, TreePlan(3, 7, paths=((0,),), min_confidence=0.4))
+    assert (found.depth, found.num_draft_tokens, found.paths) == (3, 7, ((0,),))
     assert (found.min_probability, found.min_confidence, found.width) == (0.3, 0.4, 5)
     assert planned(config, TreePlan(3, 7, min_probability=0.1)).min_probability == 0.1
 
@@ -39,7 +44,7 @@ def test_plan_goes_before_the_config_and_leaves_the_rest():
 def test_static_tree_sets_the_size():
     found = options_with_tree([2, 2], {"num_draft_tokens": 4, "width": 2})
     assert found == {
-        "choices": ((0,), (1,), (0, 0), (0, 1)),
+        "paths": ((0,), (1,), (0, 0), (0, 1)),
         "depth": 2,
         "num_draft_tokens": 4,
         "width": 2,
@@ -48,3 +53,18 @@ def test_static_tree_sets_the_size():
         options_with_tree([], {})
     with pytest.raises(OptionError, match="num_draft_tokens"):
         options_with_tree([2], {"num_draft_tokens": 0})
+
+
+def test_the_threshold_of_a_single_row_is_the_option():
+    assert least_probability(0.09, num_rows=1) == 0.09
+    assert least_probability(0.09, num_rows=0) == 0.09
+
+
+def test_more_rows_ask_for_likelier_nodes_up_to_a_bound():
+    assert least_probability(0.09, num_rows=4) == pytest.approx(0.18)
+    assert least_probability(0.09, num_rows=1000) == 0.5
+    assert least_probability(0.7, num_rows=1000) == 0.7
+
+
+def test_no_threshold_stays_none():
+    assert least_probability(0.0, num_rows=64) == 0.0

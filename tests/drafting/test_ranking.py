@@ -1,24 +1,37 @@
-"""Ranking by the draft's distribution, and by the noise that decides the position."""
+"""Ranking by the draft's distribution and the noise, after the target's processors."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers.generation import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation import (
+    LogitsProcessor,
+    MinLengthLogitsProcessor,
+    MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from speclm import SpecModel
-from speclm.acceptance.accepted import Accepted
+from speclm.acceptance import Accepted
 from speclm.drafting.interface import Prefill
 from speclm.drafting.mixture import ROUNDS_PER_UPDATE, Mixture
 from speclm.drafting.ranking import (
     LevelRanking,
+    ScoreAdjuster,
     chain_expansions,
     mixture_log_probs,
     path_expansions,
-    rank_log_probs,
     truncate,
 )
+from speclm.methods.draft_model.chain_proposer import ChainDraftProposer
 from speclm.methods.draft_model.proposer import DraftModelProposer
+from speclm.sampling import TokenChooser
 from speclm.sampling.chooser import Truncation
 from speclm.sampling.noise import PositionNoise
 from speclm.tree.dynamic import GrownRow
@@ -36,9 +49,15 @@ mixtures = st.builds(
 )
 
 
-def test_greedy_ranks_by_the_drafts_own_distribution():
-    ranked = rank_log_probs(LOGITS, temperature=0.3, noise=None)
-    assert torch.equal(ranked, LOGITS.log_softmax(-1))
+def rank_log_probs(logits, *, temperature, noise, mixture=None):
+    log_probs = (logits / temperature).log_softmax(-1)
+    return mixture_log_probs(log_probs, noise[:, None], mixture or Mixture())
+
+
+def test_greedy_ranks_by_the_drafts_own_distribution_in_single_precision():
+    ranking = begun(temperature=0.3)
+    assert torch.equal(ranking.rank(LOGITS, depth=0, noise=None), LOGITS.log_softmax(-1))
+    assert ranking.rank(LOGITS.bfloat16(), depth=0, noise=None).dtype == torch.float32
 
 
 @given(mixture=mixtures, temperature=st.floats(0.3, 2.0))
@@ -60,25 +79,15 @@ def test_sampled_ranking_is_the_mixture_by_hand(mixture, temperature):
     assert torch.allclose(ranked.exp().double(), expected, atol=2e-5)
 
 
-def test_without_numbers_the_start_values_rank():
-    found = rank_log_probs(LOGITS, temperature=0.8, noise=NOISE)
-    expected = mixture_log_probs((LOGITS / 0.8).log_softmax(-1), NOISE[:, None], Mixture())
-    assert torch.equal(found, expected)
-
-
 def test_draft_with_the_targets_distribution_ranks_the_targets_token_first():
     generator = torch.Generator().manual_seed(2)
     noise = torch.empty(500, 11).exponential_(generator=generator)
     logits = torch.randn(500, 1, 11, generator=generator)
     chosen = (logits[:, 0].softmax(-1) / noise).argmax(-1)
     coupled = rank_log_probs(logits, temperature=1.0, noise=noise)[:, 0].argmax(-1)
-    plain = rank_log_probs(logits, temperature=1.0, noise=None)[:, 0].argmax(-1)
+    plain = logits[:, 0].argmax(-1)
     assert (coupled == chosen).float().mean() > 0.9
     assert (plain == chosen).float().mean() < 0.6
-
-
-def test_halves_are_ranked_in_single_precision():
-    assert rank_log_probs(LOGITS.bfloat16(), temperature=1.0, noise=None).dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -162,7 +171,7 @@ def test_a_smaller_vocabulary_is_ranked_with_the_noise_of_its_tokens():
     assert torch.equal(found, expected)
 
 
-def test_walks_are_observed_where_a_distribution_is_at_hand():
+def test_accepted_paths_are_observed_where_a_distribution_is_at_hand():
     ranking, noise = begun(), position_noise()
     for depth in range(2):
         ranking.rank(LOGITS, depth=depth, noise=noise)
@@ -206,7 +215,7 @@ def test_greedy_rounds_are_not_observed():
 
 
 @pytest.mark.parametrize("mixture", [None, Mixture(weight=0.5)])
-def test_numbers_move_unless_they_are_fixed(mixture):
+def test_parameters_move_unless_they_are_fixed(mixture):
     ranking, noise = begun(mixture), position_noise()
     start = ranking.estimator.at(0)
     for step in range(ROUNDS_PER_UPDATE):
@@ -241,3 +250,114 @@ def test_what_is_learned_changes_no_token():
         assert torch.equal(found, expected)
         assert torch.equal(state, plain_state)
     assert proposer._ranking.estimator.at(0).weight > Mixture().weight
+
+
+VOCAB = 12
+TOKENS = torch.tensor([[0, 1, 2], [3, 1, 1]])
+ROOTS = torch.tensor([4, 2])
+SCORES = torch.randn(2, 3, VOCAB, generator=torch.Generator().manual_seed(0))
+NODES = (torch.tensor([[5, 6, 1], [1, 7, 2]]), torch.zeros(2, 3, dtype=torch.long))
+BELOW = (torch.tensor([[8, 1, 2], [1, 2, 2]]), torch.tensor([[2, 0, 0], [1, 1, 2]]))
+
+
+class Unknown(LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        raise AssertionError("a draft may not call it")
+
+
+def begun_adjuster(*processors, vocab_size=None):
+    adjuster = ScoreAdjuster(vocab_size)
+    chooser = TokenChooser(list(processors), is_greedy=True)
+    padding = torch.zeros(2, dtype=torch.long)
+    adjuster.begin(Prefill(TOKENS, padding, ROOTS, 0.0, 9, chooser=chooser))
+    return adjuster
+
+
+def ngrams():
+    return NoRepeatNGramLogitsProcessor(2)
+
+
+def penalty():
+    return RepetitionPenaltyLogitsProcessor(1.7)
+
+
+def bad_words():
+    return NoBadWordsLogitsProcessor([[7], [5, 8], [1, 9]])
+
+
+def length():
+    return MinLengthLogitsProcessor(6, 3, device="cpu")
+
+
+@pytest.mark.parametrize("build", [ngrams, penalty, bad_words, length])
+def test_each_node_gets_what_the_target_gives_to_its_text(build):
+    adjuster = begun_adjuster(TemperatureLogitsWarper(0.5), Unknown(), build())
+    adjuster.adjust(SCORES[:, :1], depth=0, nodes=None, columns=None)
+    adjuster.extend([[9], [5]])
+    text = torch.cat([TOKENS, ROOTS[:, None], torch.tensor([[9], [5]])], dim=1)
+    adjuster.adjust(SCORES[:, :1], depth=0, nodes=None, columns=None)
+    adjuster.adjust(SCORES, depth=1, nodes=NODES, columns=None)
+    found = adjuster.adjust(SCORES, depth=2, nodes=BELOW, columns=None)
+    tokens, parents = BELOW
+    for row in range(2):
+        for node in range(3):
+            path = [NODES[0][row, parents[row, node]], tokens[row, node]]
+            whole = torch.cat([text[row], torch.stack(path)])[None]
+            expected = build()(whole, SCORES[row, node][None].clone())
+            assert torch.equal(found[row, node], expected[0])
+
+
+def test_rows_of_different_lengths_are_told_apart_where_only_lengths_are_read():
+    adjuster = begun_adjuster(length())
+    adjuster.extend([[9, 8], []])
+    found = adjuster.adjust(SCORES, depth=0, nodes=None, columns=None)
+    assert found[:, 0, 3].isinf().tolist() == [False, True]
+
+
+def test_a_draft_that_does_not_see_its_path_is_spared_what_reads_the_order():
+    adjuster = begun_adjuster(ngrams(), bad_words(), penalty())
+    adjuster.adjust(SCORES[:, :1], depth=0, nodes=None, columns=None)
+    found = adjuster.adjust(SCORES[:, :1], depth=1, nodes=None, columns=None)
+    text = torch.cat([TOKENS, ROOTS[:, None]], dim=1)
+    assert torch.equal(found[:, 0], penalty()(text, SCORES[:, 0].clone()))
+
+
+def test_columns_of_a_smaller_vocabulary_get_what_their_tokens_get():
+    columns = torch.tensor([1, 3, 7])
+    adjuster = begun_adjuster(SuppressTokensLogitsProcessor([3]), vocab_size=VOCAB)
+    found = adjuster.adjust(SCORES[..., :3], depth=0, nodes=None, columns=columns)
+    assert torch.equal(found[..., [0, 2]], SCORES[..., [0, 2]])
+    assert found[..., 1].isinf().all()
+
+
+def test_nothing_is_done_without_known_processors():
+    adjuster = begun_adjuster(TemperatureLogitsWarper(0.5), Unknown())
+    assert not adjuster.is_needed
+    assert adjuster.adjust(SCORES, depth=0, nodes=None, columns=None) is SCORES
+
+
+SETTINGS = {
+    "suppressed": {"suppress_tokens": list(range(0, 120, 2))},
+    "penalty": {"repetition_penalty": 1.8},
+    "n-grams": {"no_repeat_ngram_size": 1},
+    "bad words": {"bad_words_ids": [[token] for token in range(1, 120, 2)] + [[4, 6], [120, 2]]},
+}
+
+
+CHAIN = {
+    DraftModelProposer: {"branches": 1, "min_probability": 0.0},
+    ChainDraftProposer: {"num_draft_tokens": 3},
+}
+
+
+@pytest.mark.parametrize("kind", CHAIN)
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_draft_that_equals_the_target_is_right_under_the_targets_processors(kind, setting):
+    base = shared_model("llama")
+    proposer = kind(base, target=base, depth=3, min_confidence=0.0, **CHAIN[kind])
+    spec = SpecModel(base, proposer)
+    arguments = {"do_sample": False, "max_new_tokens": 13, **SETTINGS[setting]}
+    expected = base.generate(**prompts(6, 4), **arguments)
+    assert torch.equal(spec.generate(**prompts(6, 4), **arguments), expected)
+    for row in spec.last_speculation.rows:
+        assert row.accepted_lengths[:-1] == [3, 3]  # the last one meets the end

@@ -1,6 +1,6 @@
 """Families whose layers are attention alone."""
 
-from speclm.self_check.verdict import Backend
+from speclm.self_check.verdict import Verification
 from tests.families.family import EXPERTS, GLOBAL, HALF_WINDOW, LATENT, Family
 from tests.models import SETTINGS, VOCAB_SIZE, WINDOW
 
@@ -135,7 +135,7 @@ ATTENTION_ROWS = (
         "moshi",
         {"sliding_window": WINDOW, "ffn_dim": 96},
         "Moshi's decoder",
-        backend=Backend.PLAIN,
+        backend=Verification.REGULAR,
         reason="no chains",
     ),
     Family("nanochat", {}, "nanochat", embedding_scale=0.5, seed=1),
@@ -163,7 +163,7 @@ ATTENTION_ROWS = (
         "bloom",
         {"tie_word_embeddings": False},
         "BLOOM, BLOOMZ",
-        backend=Backend.CHAINS,
+        backend=Verification.CHAINS,
         reason="position_ids",
     ),
     Family(
@@ -173,7 +173,7 @@ ATTENTION_ROWS = (
         "alibi",
         embedding_scale=0.3,
         seed=4,
-        backend=Backend.CHAINS,
+        backend=Verification.CHAINS,
         reason="ALiBi",
     ),
     Family(
@@ -181,7 +181,7 @@ ATTENTION_ROWS = (
         {"max_seq_len": 512, "tie_word_embeddings": False, "use_cache": True},
         "MPT",
         seed=4,
-        backend=Backend.CHAINS,
+        backend=Verification.CHAINS,
         reason="position_ids",
     ),
     Family(
@@ -189,7 +189,7 @@ ATTENTION_ROWS = (
         {"attention_types": [[["global", "local"], 1]], "window_size": WINDOW},
         "GPT-Neo",
         seed=1,
-        backend=Backend.CHAINS,
+        backend=Verification.CHAINS,
         reason="masks by slot",
     ),
     Family("xglm", {"tie_word_embeddings": False}, "XGLM", seed=4),
@@ -208,7 +208,7 @@ ATTENTION_ROWS = (
         },
         "Llama 4, text alone",
         seed=1,
-        backend=Backend.CHAINS,
+        backend=Verification.CHAINS,
         reason="chunks",
     ),
 )

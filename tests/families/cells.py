@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from speclm import SpecModel
-from speclm.self_check.verdict import Backend
+from speclm.self_check.verdict import Verification
 from speclm.stats import SpeculationStats
 from speclm.testing import ScriptedProposer
 from tests.families.building import shared_family
@@ -29,6 +29,25 @@ CELLS: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "repetition penalty": ((12, 6), {"do_sample": False, "repetition_penalty": 1.4}),
 }
 """Lengths of the prompts, and settings."""
+
+COMBINED = "padded rows"
+"""The cell of every family in `make test`: sampled and padded; `DISTINCT` have the others too."""
+
+DISTINCT = (
+    "llama",
+    "qwen2-window",
+    "mixtral",
+    "gemma3n_text",
+    "deepseek_v3",
+    "gpt2",
+    "gpt_oss",
+    "bloom",
+    "gpt_neo",
+    "qwen3_next",
+    "mamba2",
+    "llama4_text",
+)
+"""Families that differ in kind: windows, experts, latent and shared keys, positions, states."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,13 +90,13 @@ def shared_plain(name: str, cell: str) -> tuple[Tensor, Tensor]:
 
 
 def plain(model: PreTrainedModel, cell: str) -> tuple[Tensor, Tensor]:
-    """Return the tokens of regular generation and the generator's state behind it."""
+    """Return the tokens of regular generation and the generator's state after it."""
     lengths, settings = CELLS[cell]
     return generate(model, prompts(*lengths), max_new_tokens=NEW_TOKENS, **settings)
 
 
 def compare(spec: SpecModel, cell: str, *, reference: tuple[Tensor, Tensor]) -> Comparison:
-    """Decode a cell with a draft that is wrong at `WRONG_AT` alone.
+    """Decode a cell with a draft that is wrong only at `WRONG_AT`.
 
     Args:
         spec: Gets a proposer.
@@ -87,12 +106,12 @@ def compare(spec: SpecModel, cell: str, *, reference: tuple[Tensor, Tensor]) -> 
     lengths, settings = CELLS[cell]
     inputs = prompts(*lengths)
     expected, state = reference
-    # A chain has one guess at each depth; next to the true one a tree has a wrong one before it.
+    # A chain has one candidate at each depth; a tree has a wrong one before the true one.
     spec.proposer = ScriptedProposer(
         expected[:, inputs["input_ids"].shape[1] :].tolist(),
         wrong_at=WRONG_AT,
         depth=DEPTH,
-        num_siblings=0 if spec.self_check.backend is Backend.CHAINS else 1,
+        num_siblings=0 if spec.self_check.verification is Verification.CHAINS else 1,
     )
     found, found_state = generate(spec, inputs, max_new_tokens=NEW_TOKENS, **settings)
     stats = spec.last_speculation

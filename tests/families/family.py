@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from speclm.self_check.verdict import Backend
+from speclm.self_check.verdict import Verification
 from tests.models import WINDOW
 
 GLOBAL = "full_attention"
@@ -52,7 +52,7 @@ class Family:
     settings: Mapping[str, object] = field(default_factory=dict)
     examples: str = ""
     variant: str = ""
-    backend: Backend = Backend.TREES
+    backend: Verification = Verification.TREES
     reason: str = ""
     since: str = "5.17"
     embedding_scale: float = 1.0

@@ -1,6 +1,6 @@
 """Families with recurrent layers, alone or next to attention."""
 
-from speclm.self_check.verdict import Backend
+from speclm.self_check.verdict import Verification
 from tests.families.family import EXPERTS, GLOBAL, LATENT, Family
 from tests.models import WINDOW
 
@@ -23,7 +23,7 @@ RECURRENT_ROWS = (
         "bamba",
         {**_STATE_SPACE, "mamba_d_head": 20, "attn_layer_indices": [1]},
         "Bamba 9B",
-        backend=Backend.CHAINS,
+        backend=Verification.CHAINS,
         reason="layers of type linear_attention",
     ),
     Family(
@@ -36,14 +36,14 @@ RECURRENT_ROWS = (
             "lm_head_multiplier": 0.4,
         },
         "Falcon-H1",
-        backend=Backend.CHAINS,
+        backend=Verification.CHAINS,
         reason="layers of type hybrid",
     ),
     Family(
         "falcon_mamba",
         {"state_size": 8},
         "Falcon Mamba 7B",
-        backend=Backend.PLAIN,
+        backend=Verification.REGULAR,
         reason="no chains: chain logits differ",
     ),
     Family(
@@ -57,7 +57,7 @@ RECURRENT_ROWS = (
             "logits_scaling": 4.0,
         },
         "Granite 4 H",
-        backend=Backend.CHAINS,
+        backend=Verification.CHAINS,
         reason="layers of type linear_attention",
     ),
     Family(
@@ -72,7 +72,7 @@ RECURRENT_ROWS = (
             "use_mamba_kernels": False,
         },
         "Jamba, Jamba 1.5",
-        backend=Backend.PLAIN,
+        backend=Verification.REGULAR,
         reason="no chains: chain logits differ",
     ),
     Family(
@@ -88,7 +88,7 @@ RECURRENT_ROWS = (
             "linear_num_heads": 4,
         },
         "Kimi Linear",
-        backend=Backend.CHAINS,
+        backend=Verification.CHAINS,
         reason="layers of type linear_attention",
     ),
     Family(
@@ -99,28 +99,28 @@ RECURRENT_ROWS = (
             "block_multiple_of": 16,
         },
         "LFM2",
-        backend=Backend.CHAINS,
+        backend=Verification.CHAINS,
         reason="layers of type conv",
     ),
     Family(
         "mamba",
         {"state_size": 8},
         "Mamba",
-        backend=Backend.PLAIN,
+        backend=Verification.REGULAR,
         reason="no chains: chain logits differ",
     ),
     Family(
         "mamba2",
         {"state_size": 8, "num_heads": 8, "head_dim": 10, "n_groups": 2, "chunk_size": 16},
         "Mamba 2, Codestral Mamba",
-        backend=Backend.CHAINS,
+        backend=Verification.CHAINS,
         reason="layers of type linear_attention",
     ),
     Family(
         "minimax",
         {**EXPERTS, **_HALF_LINEAR, "head_dim": 12, "block_size": 16},
         "MiniMax-Text-01, MiniMax-M1",
-        backend=Backend.PLAIN,
+        backend=Verification.REGULAR,
         reason="no chains: MiniMaxForCausalLM decodes with a cache",
     ),
     Family(
@@ -137,28 +137,28 @@ RECURRENT_ROWS = (
         },
         "Nemotron-H, Nemotron Nano 2",
         seed=1,
-        backend=Backend.PLAIN,
+        backend=Verification.REGULAR,
         reason="no chains: chain logits differ",
     ),
     Family(
         "olmo_hybrid",
         {**_DELTA, **_HALF_LINEAR, "linear_num_value_heads": 2},
         "Olmo Hybrid",
-        backend=Backend.CHAINS,
+        backend=Verification.CHAINS,
         reason="layers of type linear_attention",
     ),
     Family(
         "qwen3_5_text",
         {**_DELTA, **_HALF_LINEAR, "head_dim": 16},
         "Qwen3.5, text alone",
-        backend=Backend.CHAINS,
+        backend=Verification.CHAINS,
         reason="layers of type linear_attention",
     ),
     Family(
         "qwen3_next",
         {**EXPERTS, **_DELTA, **_HALF_LINEAR, "head_dim": 12, "decoder_sparse_step": 1},
         "Qwen3-Next 80B-A3B",
-        backend=Backend.CHAINS,
+        backend=Verification.CHAINS,
         reason="layers of type linear_attention",
     ),
     Family(
@@ -170,14 +170,14 @@ RECURRENT_ROWS = (
         },
         "RecurrentGemma",
         embedding_scale=0.5,
-        backend=Backend.PLAIN,
+        backend=Verification.REGULAR,
         reason="no chains",
     ),
     Family(
         "rwkv",
         {"attention_hidden_size": 40},
         "RWKV-4",
-        backend=Backend.PLAIN,
+        backend=Verification.REGULAR,
         reason="no chains: RwkvForCausalLM decodes with a cache",
     ),
     Family(
@@ -194,7 +194,7 @@ RECURRENT_ROWS = (
             "chunk_size": 16,
         },
         "Zamba2",
-        backend=Backend.PLAIN,
+        backend=Verification.REGULAR,
         reason="no chains: chain logits differ",
     ),
 )

@@ -12,6 +12,7 @@ import speclm
 from speclm.files.atomic import (
     MAX_LEVELS,
     append_line,
+    cache_folder,
     load_json,
     read_json,
     write_file,
@@ -179,4 +180,27 @@ def test_all_of_speclm_writes_its_files_here():
     modules = {
         path.relative_to(PACKAGE).as_posix(): path.read_text() for path in PACKAGE.rglob("*.py")
     }
-    assert [name for name, text in modules.items() if WRITES.search(text)] == ["files.py"]
+    assert [name for name, text in modules.items() if WRITES.search(text)] == ["files/atomic.py"]
+
+
+def test_folder_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("SPECLM_CACHE", "~/mine")
+    assert cache_folder() == Path.home() / "mine"
+    monkeypatch.setenv("SPECLM_CACHE", "")
+    assert cache_folder() is None
+    monkeypatch.delenv("SPECLM_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "speclm"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    assert cache_folder() == Path.home() / ".cache" / "speclm"
+
+    def no_home():
+        raise RuntimeError("no home")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    assert cache_folder() is None
+
+
+def test_tests_never_write_to_the_home():
+    assert cache_folder() is not None
+    assert Path.home() not in cache_folder().parents

@@ -1,4 +1,4 @@
-"""Caches that come from targets which take chains alone, and errors in the midst of them."""
+"""Caches of targets that take only chains, and errors in the middle of a call."""
 
 import copy
 from functools import cache
@@ -13,6 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 from speclm import SpecModel
 from speclm.testing import ScriptedProposer
 from tests.families import shared_family
+from tests.grids import turns
 from tests.models import VOCAB_SIZE, generate, prompts, shared_model
 from tests.proposers import DEPTH, WRONG_AT
 
@@ -56,10 +57,11 @@ def go_on(model: Any, given: Any, text: Tensor, mask: Tensor) -> list[list[int]]
     return output[:, text.shape[1] :].tolist()
 
 
-@pytest.mark.parametrize("setting", [GREEDY, ENDING], ids=["greedy", "rows that end"])
-@pytest.mark.parametrize("lengths", [(9,), (7, 1, 10)])
-@pytest.mark.parametrize("name", [*FAMILIES, "falcon_h1"])
-def test_caches_that_come_back_are_plain_decodings_and_go_on_in_both(name, lengths, setting):
+@pytest.mark.parametrize(
+    ("name", "lengths", "setting"),
+    turns([*FAMILIES, "falcon_h1"], [(9,), (7, 1, 10)], [GREEDY, ENDING]),
+)
+def test_caches_that_come_back_are_regular_generations_and_go_on_in_both(name, lengths, setting):
     base, spec, inputs = target(name), spec_of(name), prompts(*lengths)
     settings = {**setting, "return_dict_in_generate": True}
     plain, _ = generate(base, inputs, max_new_tokens=NEW_TOKENS, **settings)
@@ -84,7 +86,7 @@ def test_caches_that_come_back_are_plain_decodings_and_go_on_in_both(name, lengt
     assert ours.past_key_values.get_seq_length() == text.shape[1] + 5
 
 
-def test_a_state_that_does_not_tell_its_length_is_left_to_plain_decoding():
+def test_a_state_that_does_not_know_its_length_is_left_to_regular_generation():
     base, spec, inputs = target("mamba2"), spec_of("mamba2"), prompts(6)
     tokens = torch.randint(1, VOCAB_SIZE, (1, 4))
     outputs = []
@@ -99,7 +101,7 @@ def test_a_state_that_does_not_tell_its_length_is_left_to_plain_decoding():
 
 
 @pytest.mark.parametrize("name", ["mamba2", HYBRID])
-def test_an_empty_cache_that_is_passed_in_is_filled_as_plain_decoding_fills_it(name):
+def test_an_empty_cache_that_is_passed_in_is_filled_as_regular_generation_fills_it(name):
     base, spec, inputs = target(name), spec_of(name), prompts(7, 4)
     key = "cache_params" if name == "mamba2" else "past_key_values"
     caches = [DynamicCache(config=base.config) for _ in range(2)]
@@ -141,11 +143,13 @@ def failing(place: str, error: BaseException, *, at: int) -> dict[str, Any]:
     return {"logits_processor": LogitsProcessorList([FailingProcessor(error, at=at)])}
 
 
-@pytest.mark.parametrize("at", [0, 1, 5])
-@pytest.mark.parametrize("place", ["processor", "streamer"])
-@pytest.mark.parametrize("error", [RuntimeError("no"), KeyboardInterrupt()], ids=type)
-@pytest.mark.parametrize("name", FAMILIES)
-def test_an_error_midway_leaves_model_and_cache_as_they_were(name, error, place, at):
+PLACES, CALLS = ("processor", "streamer"), (0, 1, 5)
+ERRORS = {"error": RuntimeError("no"), "interrupt": KeyboardInterrupt()}
+
+
+@pytest.mark.parametrize(("name", "place", "at", "kind"), turns(FAMILIES, PLACES, CALLS, ERRORS))
+def test_an_error_midway_leaves_model_and_cache_as_they_were(name, place, at, kind):
+    error = ERRORS[kind]
     base, spec, inputs = target(name), spec_of(name), prompts(9)
     given = base.generate(
         **inputs, **GREEDY, max_new_tokens=4, return_dict_in_generate=True

@@ -1,7 +1,8 @@
-"""Targets that take chains alone decode as they always do, whoever drafts and whatever is asked."""
+"""Targets that take only chains keep their tokens, whoever drafts and whatever is asked."""
 
 from collections.abc import Callable
 from functools import cache
+from itertools import product
 from typing import Any
 
 import pytest
@@ -15,11 +16,12 @@ from speclm.adaptive.pausing import Pausing
 from speclm.methods.draft_model.chain_proposer import ChainDraftProposer
 from speclm.methods.draft_model.proposer import DraftModelProposer
 from speclm.methods.ngram.proposer import NgramProposer
-from speclm.self_check.verdict import Backend
-from speclm.target.chain_session import MAX_OWED
+from speclm.self_check.verdict import Verification
+from speclm.target.chain_session import MAX_UNREAD
 from speclm.testing import ScriptedProposer
 from tests.callbacks import CountsCalls, DrawsAtEachCall, EndsRows, Tokens
 from tests.families import shared_family
+from tests.grids import grid, turns
 from tests.models import VOCAB_SIZE, build_model, generate, prompts, shared_model
 from tests.outcomes import Outcome, observe, reading, require_close, require_same
 from tests.proposers import DEPTH, PROPOSERS, WRONG_AT, build_proposer
@@ -52,7 +54,7 @@ def compare(
     *,
     kind: str = "scripted",
 ) -> tuple[Outcome, Outcome, SpecModel]:
-    """Decode plainly and with drafts; require equal tokens and an equal generator."""
+    """Decode without and with drafts; require equal tokens and an equal generator."""
     base, spec = target(name), spec_of(name)
     expected = observe(base, inputs, {"max_new_tokens": NEW_TOKENS, **build()}, base=base)
     width = inputs["input_ids"].shape[1] if "input_ids" in inputs else 0
@@ -60,7 +62,7 @@ def compare(
     spec.proposer = build_proposer(kind, reference, target=base, draft=shared_model("llama", 1))
     found = observe(spec, inputs, {"max_new_tokens": NEW_TOKENS, **build()}, base=base)
     require_same(found, expected)
-    assert spec.self_check.backend is Backend.CHAINS
+    assert spec.self_check.verification is Verification.CHAINS
     assert spec.last_speculation.fallbacks == []
     return found, expected, spec
 
@@ -88,31 +90,31 @@ SETTINGS: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_setting_gives_plain_decodings_tokens(name, setting, lengths):
+@pytest.mark.parametrize(("setting", "name", "lengths"), turns(SETTINGS, FAMILIES, LENGTHS))
+def test_every_setting_gives_the_tokens_of_regular_generation(name, setting, lengths):
     compare(name, prompts(*LENGTHS[lengths]), SETTINGS[setting])
 
 
-@pytest.mark.parametrize("lengths", [(1,), (1, 1)])
-@pytest.mark.parametrize("setting", ["greedy", "early ends, sampled", "several sequences"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_prompts_of_one_token_do_too(name, setting, lengths):
-    compare(name, prompts(*lengths), SETTINGS[setting])
+def test_prompts_of_one_token_do_too(name):
+    compare(name, prompts(1), SETTINGS["several sequences"])
+    compare(name, prompts(1, 1), SETTINGS["greedy"])
+    compare(name, prompts(1, 1), SETTINGS["early ends, sampled"])
 
 
-@pytest.mark.parametrize("setting", ["early ends", "early ends, sampled", "repetition penalty"])
 @pytest.mark.parametrize("name", OTHERS)
-def test_other_families_do_too(name, setting):
-    compare(name, prompts(7, 1, 10), SETTINGS[setting])
+def test_other_families_do_too(name):
+    compare(name, prompts(7, 1, 10), SETTINGS["early ends, sampled"])
+    compare(name, prompts(7, 1, 10), SETTINGS["repetition penalty"])
 
 
-# A twin of a model that takes chains alone drafts no trees; `ChainDraftProposer` is for it.
-@pytest.mark.parametrize("kind", [kind for kind in PROPOSERS if kind != "twin draft"])
-@pytest.mark.parametrize("setting", ["greedy", "early ends, sampled"])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_proposer_gives_plain_decodings_tokens(name, setting, kind):
+# A twin of a model that takes only chains drafts no trees; `ChainDraftProposer` is for it.
+KINDS = [kind for kind in PROPOSERS if kind != "twin draft"]
+MODES = ("greedy", "early ends, sampled")
+
+
+@pytest.mark.parametrize(("name", "kind", "setting"), turns(FAMILIES, KINDS, MODES))
+def test_every_proposer_gives_the_tokens_of_regular_generation(name, setting, kind):
     inputs = prompts(7, 1, 10)
     found, expected, _ = compare(name, inputs, SETTINGS[setting], kind=kind)
     assert found.num_forwards <= expected.num_forwards
@@ -120,8 +122,13 @@ def test_every_proposer_gives_plain_decodings_tokens(name, setting, kind):
         assert found.num_forwards < expected.num_forwards
 
 
-@pytest.mark.parametrize("lengths", [(9,), (6, 3)])
-@pytest.mark.parametrize("name", [*FAMILIES, *OTHERS])
+@pytest.mark.parametrize(
+    ("name", "lengths"),
+    grid(
+        product([*FAMILIES, *OTHERS], [(9,), (6, 3)]),
+        runs=lambda name, lengths: name in FAMILIES or lengths == (6, 3),
+    ),
+)
 def test_forwards_are_as_few_as_the_draft_allows(name, lengths):
     _, _, spec = compare(name, prompts(*lengths), lambda: {**GREEDY, "max_new_tokens": 24})
     stats = spec.last_speculation
@@ -148,15 +155,15 @@ def test_rounds_to_catch_up_are_forwards_that_count_and_draft_nothing(name, monk
     stats = spec.last_speculation
     assert len(fed) == 1 + stats.rounds
     assert len(asked) == stats.rounds
-    num_behind = sum(num_tokens > MAX_OWED + 1 for num_tokens in fed)
+    num_behind = sum(num_tokens > MAX_UNREAD + 1 for num_tokens in fed)
     assert (num_behind > 0) == (name == HYBRID)
-    assert max(fed[1:]) <= MAX_OWED + 1 + 2 + 1  # owed, the root, the draft
+    assert max(fed[1:]) <= MAX_UNREAD + 1 + 2 + 1  # owed, the root, the draft
     drafted = stats.rounds - stats.rows[0].offered[0]
     assert drafted <= num_behind + 1
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_scores_logits_and_streamed_tokens_are_plain_decodings(name):
+def test_scores_logits_and_streamed_tokens_are_those_of_regular_generation(name):
     inputs = prompts(7, 1, 10)
     streamers = []
 
@@ -177,7 +184,7 @@ def test_scores_logits_and_streamed_tokens_are_plain_decodings(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_stop_strings_end_rows_where_plain_decoding_ends_them(name):
+def test_stop_strings_end_rows_where_regular_generation_ends_them(name):
     base = build_model(name, vocab_size=len(tokenizer()))
     spec = SpecModel(base, None)
     inputs = prompts(6, 9, vocab_size=len(tokenizer()))
@@ -236,7 +243,7 @@ def test_rejection_keeps_all_that_the_target_itself_would_draw(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_rules_leave_to_plain_decoding_what_they_cannot_decide(name):
+def test_rules_leave_to_regular_generation_what_they_cannot_decide(name):
     spec = spec_of(name)
     spec.proposer = NgramProposer()
     inputs, settings = prompts(6), {**SAMPLED, "repetition_penalty": 1.3, "max_new_tokens": 6}

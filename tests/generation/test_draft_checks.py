@@ -33,7 +33,7 @@ TREE = [0, 0, 0, 2, 3]  # the longest path is 0, 2, 3, 4
 def draft_of(parents, *, rows):
     topology = from_parents(parents, device=CPU)
     tokens = torch.arange(topology.num_nodes).expand(rows, -1) + 10
-    return Draft(tokens=tokens, topology=topology, probs=None)
+    return Draft(tokens=tokens, topology=topology)
 
 
 def path_of(draft, row, token):
@@ -84,7 +84,7 @@ def test_draft_for_other_rows_is_named():
 def test_missing_distributions_are_named():
     with pytest.raises(DraftError, match="distributions of shape None"):
         require_distributions(draft_of([TREE], rows=2), 20)
-    require_distributions(Draft(torch.tensor([[1]]), chain(0), probs=None), 20)  # nothing was drawn
+    require_distributions(Draft(torch.tensor([[1]]), chain(0)), 20)  # nothing was drawn
 
 
 def test_rule_for_drawn_drafts_needs_a_proposer_that_draws():
@@ -113,12 +113,12 @@ def test_of_drawn_children_the_first_is_followed_with_its_distribution_though_ot
     topology = from_parents([[0, 0, 0, 2]], device=CPU)
     distributions = torch.eye(4)[None].repeat(2, 1, 1)
     tokens = torch.tensor([[7, 8, 9, 6], [7, 8, 9, 6]])
-    probs = torch.tensor([[1.0, 0.5, 0.3, 0.1]]).repeat(2, 1)
+    probs = [[1.0, 0.5, 0.3, 0.1]] * 2
     chains, nodes = deepest_paths(
-        Draft(tokens, topology, probs=probs, distributions=distributions), depth=5
+        Draft(tokens, topology, node_probs=probs, distributions=distributions), depth=5
     )
     assert nodes == [[0, 1], [0, 1]]
-    assert chains.probs.tolist() == [[1.0, 0.5], [1.0, 0.5]]
+    assert chains.node_probs == [[1.0, 0.5], [1.0, 0.5]]
     assert torch.equal(chains.distributions, distributions[:, :2])
 
 
@@ -152,20 +152,20 @@ def test_the_first_nodes_are_kept_where_nothing_says_which_are_likely():
 
 
 def test_the_likeliest_nodes_are_kept_and_rows_may_differ():
-    probs = torch.tensor([[1.0, 0.6, 0.3, 0.9, 0.9], [1.0, 0.1, 0.8, 0.9, 0.9]])
-    draft = replace(draft_of([TREE], rows=2), probs=probs)
+    probs = [[1.0, 0.6, 0.3, 0.9, 0.9], [1.0, 0.1, 0.8, 0.9, 0.9]]
+    draft = replace(draft_of([TREE], rows=2), node_probs=probs)
 
     cut, nodes = cut_to_plan(draft, TreePlan(3, 2))
 
     assert nodes == [[0, 1, 2], [0, 2, 3]]
     assert cut.tokens.tolist() == [[10, 11, 12], [10, 12, 13]]
     assert cut.topology.host_parents == [[0, 0, 0], [0, 0, 1]]
-    assert torch.equal(cut.probs, torch.tensor([[1.0, 0.6, 0.3], [1.0, 0.8, 0.9]]))
+    assert cut.node_probs == [[1.0, 0.6, 0.3], [1.0, 0.8, 0.9]]
 
 
 def test_probabilities_do_not_choose_among_drawn_nodes():
-    probs = torch.tensor([[1.0, 0.1, 0.8, 0.9, 0.9]])
-    draft = replace(draft_of([TREE], rows=1), probs=probs, distributions=torch.rand(1, 5, 7))
+    probs = [[1.0, 0.1, 0.8, 0.9, 0.9]]
+    draft = replace(draft_of([TREE], rows=1), node_probs=probs, distributions=torch.rand(1, 5, 7))
 
     cut, nodes = cut_to_plan(draft, TreePlan(3, 2))
 
@@ -178,8 +178,8 @@ def test_what_is_kept_is_a_tree_within_the_plan_of_the_best_probabilities(data):
     size = data.draw(st.integers(2, 14))
     parents = [0] + [data.draw(st.integers(0, node - 1)) for node in range(1, size)]
     numbers = st.sampled_from([0.0, 0.25, 0.5, 1.0])
-    probs = torch.tensor([[1.0] + [data.draw(numbers) for _ in range(size - 1)]])
-    draft = replace(draft_of([parents], rows=1), probs=probs)
+    probs = [[1.0] + [data.draw(numbers) for _ in range(size - 1)]]
+    draft = replace(draft_of([parents], rows=1), node_probs=probs)
     plan = TreePlan(data.draw(st.integers(1, 6)), data.draw(st.integers(1, 8)))
 
     cut, nodes = cut_to_plan(draft, plan)
@@ -187,7 +187,7 @@ def test_what_is_kept_is_a_tree_within_the_plan_of_the_best_probabilities(data):
     assert cut.topology.num_nodes - 1 <= plan.num_draft_tokens
     assert cut.topology.max_depth <= plan.depth
     if nodes is not None:
-        probabilities = path_products(parents, probs[0].tolist())
+        probabilities = path_products(parents, probs[0])
         depths = draft.topology.host_node_depths[0]
         left = [n for n in range(size) if n not in nodes[0] and depths[n] <= plan.depth]
         assert len(nodes[0]) - 1 == plan.num_draft_tokens or not left

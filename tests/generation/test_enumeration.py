@@ -36,18 +36,20 @@ from tests.enumeration import (
     run_loop,
     target_probs,
 )
+from tests.grids import grid
 
 pytestmark = pytest.mark.no_cover  # what it runs is traced elsewhere, at half the speed
 
 FAVOUR = 2.0**-60  # noise of a favoured token; times 2 a step, so that it names its step
-DRAFT_LAW = (0.5, 0.3, 0.2)
+DRAFT_PROBS = (0.5, 0.3, 0.2)
+TWO_TOKENS = (0.6, 0.4, 0.0)
 TREE = [0, 0, 0, 1]
 
 
 class TableProposer(Proposer):
     """Drafts a tree whose tokens are drawn from a distribution of its own, or follow the noise.
 
-    What lies beyond the last position is not drawn: it must not matter. A chain that is cut ends
+    Tokens after the last position are not drawn: they must not matter. A chain that is cut ends
     there.
     """
 
@@ -58,10 +60,11 @@ class TableProposer(Proposer):
         *,
         peeks: bool = False,
         is_cut: bool = False,
+        probs: Sequence[float] = DRAFT_PROBS,
     ) -> None:
         self.config = ProposerConfig(depth=len(parents))
         self._decisions, self._parents, self._peeks = decisions, parents, peeks
-        self._is_cut, self._remaining = is_cut, 0
+        self._is_cut, self._remaining, self._probs = is_cut, 0, probs
 
     @override
     def begin(self, prompt: Prefill) -> None:
@@ -73,21 +76,21 @@ class TableProposer(Proposer):
     def propose(self, roots: Tensor, *, noise: PositionNoise | None) -> Draft:
         parents = self._parents[: self._remaining] if self._is_cut else self._parents
         topology = from_parents([parents], device=roots.device)
-        guesses = [self._guess(depth - 1, noise) for depth in topology.depths[0, 1:].tolist()]
-        tokens = torch.tensor([[int(roots), *guesses]])
-        return Draft(tokens=tokens, topology=topology, probs=None)
+        drafted = [self._draft_token(depth - 1, noise) for depth in topology.depths[0, 1:].tolist()]
+        tokens = torch.tensor([[int(roots), *drafted]])
+        return Draft(tokens=tokens, topology=topology)
 
     @override
     def commit(self, accepted: Accepted) -> None:
         self._remaining -= len(accepted.emitted[0])
 
-    def _guess(self, depth: int, noise: PositionNoise | None) -> int:
+    def _draft_token(self, depth: int, noise: PositionNoise | None) -> int:
         if depth >= self._remaining - 1:  # the last token is the bonus token
             return 0
         if self._peeks and noise is not None:
             favoured = int(noise.at_depth(depth)[0].argmin())
             return (favoured + self._decisions.draw((0.6, 0.4))) % VOCAB
-        return self._decisions.draw(DRAFT_LAW)
+        return self._decisions.draw(self._probs)
 
 
 def enumerate_distribution(
@@ -141,15 +144,19 @@ DRAFTERS: dict[str, Callable[[Decisions], Proposer | None]] = {
     "none": lambda decisions: None,
     "chain": lambda decisions: TableProposer(decisions, [0, 0, 1]),
     "deep chain": lambda decisions: TableProposer(decisions, [0, 0, 1, 2]),
-    "tree": lambda decisions: TableProposer(decisions, TREE),
+    "tree": lambda decisions: TableProposer(decisions, TREE, probs=TWO_TOKENS),
+    "tree of all tokens": lambda decisions: TableProposer(decisions, TREE),
     "peeking tree": lambda decisions: TableProposer(decisions, TREE, peeks=True),
 }
 
 
 @pytest.mark.parametrize(
     ("drafter", "warpers"),
-    [(drafter, "plain") for drafter in DRAFTERS]
-    + [("peeking tree", "temperature"), ("chain", "top-k")],
+    grid(
+        [(drafter, "plain") for drafter in DRAFTERS]
+        + [("peeking tree", "temperature"), ("chain", "top-k")],
+        runs=lambda drafter, _: drafter != "tree of all tokens",  # which takes minutes
+    ),
 )
 def test_sampled_outputs_have_the_product_distribution_of_the_target(drafter, warpers, monkeypatch):
     distribution = enumerate_distribution(
@@ -174,19 +181,19 @@ def ratio_test(decisions: Decisions) -> Callable[[Any, Draft, Tensor], Accepted]
 
     Source: Leviathan et al. 2023, Alg. 1.
     """
-    draft_probs = torch.tensor(DRAFT_LAW, dtype=torch.float64)
+    draft_probs = torch.tensor(DRAFT_PROBS, dtype=torch.float64)
 
     def accept(run: rounds.Run, draft: Draft, logits: Tensor) -> Accepted:
         emitted: list[int] = []
-        guesses = draft.tokens[0, 1:].tolist()
-        for node in range(len(guesses) + 1):
+        drafted = draft.tokens[0, 1:].tolist()
+        for node in range(len(drafted) + 1):
             distribution = process(run.chooser.processors, logits[0, node])
-            if node == len(guesses):
+            if node == len(drafted):
                 emitted.append(decisions.draw(distribution.tolist()))
                 break
-            probability = min(1.0, float(distribution[guesses[node]] / draft_probs[guesses[node]]))
+            probability = min(1.0, float(distribution[drafted[node]] / draft_probs[drafted[node]]))
             if decisions.draw((probability, 1 - probability)) == 0:
-                emitted.append(guesses[node])
+                emitted.append(drafted[node])
                 continue
             rest = (distribution - draft_probs).clamp(min=0)
             emitted.append(decisions.draw((rest / rest.sum().clamp(min=1e-300)).tolist()))
@@ -203,7 +210,7 @@ class LikeliestProposer(TableProposer):
     @override
     def propose(self, roots: Tensor, *, noise: PositionNoise | None) -> Draft:
         tokens = torch.tensor([[int(roots), 0, 0]])
-        return Draft(tokens=tokens, topology=chain(2), probs=None)
+        return Draft(tokens=tokens, topology=chain(2))
 
 
 def test_harness_passes_the_ratio_test_with_a_drawn_draft(monkeypatch):

@@ -6,10 +6,10 @@ from transformers import DynamicCache, StaticCache
 
 from speclm.generation.delegation import NeedsRegularGeneration
 from speclm.generation.opening import meets_switch, open_session
-from speclm.self_check.verdict import Backend
+from speclm.self_check.verdict import Verification
 from speclm.target import TargetView
 from speclm.target.chain_session import ChainSession
-from speclm.target.tree_session import TreeSession
+from speclm.target.session import TreeSession
 from tests.models import build_model, prompts, shared_model
 
 NOTHING_PADDED = torch.tensor([0])
@@ -34,9 +34,9 @@ def filled(family):
 @pytest.mark.parametrize(
     ("family", "backend", "kind"),
     [
-        ("llama", Backend.TREES, TreeSession),
-        ("llama", Backend.CHAINS, ChainSession),
-        ("qwen3_next", Backend.CHAINS, ChainSession),
+        ("llama", Verification.TREES, TreeSession),
+        ("llama", Verification.CHAINS, ChainSession),
+        ("qwen3_next", Verification.CHAINS, ChainSession),
     ],
 )
 def test_session_is_of_the_backend_and_knows_what_a_cache_holds(family, backend, kind):
@@ -48,7 +48,7 @@ def test_session_is_of_the_backend_and_knows_what_a_cache_holds(family, backend,
     assert opened(family, backend, cache=cache, given=cache).num_cached == 4
 
 
-@pytest.mark.parametrize("backend", [Backend.TREES, Backend.CHAINS])
+@pytest.mark.parametrize("backend", [Verification.TREES, Verification.CHAINS])
 def test_caches_of_other_kinds_are_left_to_plain_decoding(backend):
     cache = StaticCache(config=shared_model("llama").config, max_cache_len=16)
     with pytest.raises(NeedsRegularGeneration, match="StaticCache"):

@@ -1,8 +1,8 @@
-"""Users' own code that fails: its error comes out, and everything behind it is as regular
-generation leaves it."""
+"""Users' own code that fails: its error comes out, and all is left as regular generation does."""
 
 from collections.abc import Callable
 from functools import cache
+from itertools import product
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 from speclm import SpecModel
 from speclm.errors import OptionError
 from tests.callbacks import DrawsAtEachCall
+from tests.grids import grid
 from tests.models import prompts
 from tests.outcomes import Outcome, observe, require_same
 from tests.proposers import build_proposer
@@ -82,7 +83,7 @@ def _allowed(fault: Fault) -> Callable[[int, Tensor], list[int]]:
 
 PLACES: dict[str, Callable[[Fault], Arguments]] = {
     "processor": lambda fault: {"logits_processor": LogitsProcessorList([FaultyProcessor(fault)])},
-    "processor behind one that draws": lambda fault: {
+    "processor after one that draws": lambda fault: {
         "logits_processor": LogitsProcessorList([DrawsAtEachCall(), FaultyProcessor(fault)])
     },
     "criterion": lambda fault: {
@@ -91,7 +92,10 @@ PLACES: dict[str, Callable[[Fault], Arguments]] = {
     "streamer": lambda fault: {"streamer": FaultyStreamer(fault)},
     "allowed tokens": lambda fault: {"prefix_allowed_tokens_fn": _allowed(fault)},
 }
-FAILURES = ((OwnError("no"), "scripted"), (KeyboardInterrupt(), "Medusa that hits"))
+FAILURES: dict[str, tuple[BaseException, str]] = {
+    "own error": (OwnError("no"), "scripted"),
+    "interrupt": (KeyboardInterrupt(), "Medusa that hits"),
+}
 
 
 @cache
@@ -114,7 +118,7 @@ def hooks(base: PreTrainedModel) -> int:
 
 
 def fail(model: Any, mode: str, own: Arguments) -> tuple[BaseException, Tensor]:
-    """Return what a call raises, and the generator's state behind it."""
+    """Return what a call raises, and the generator's state after it."""
     torch.manual_seed(5)
     arguments = {"max_new_tokens": NEW_TOKENS, **MODES[mode], **own}
     with pytest.raises(BaseException) as caught:
@@ -136,13 +140,22 @@ def require_usable(spec: SpecModel, mode: str, *, num_hooks: int, attention: str
     assert found.num_forwards < plain(mode).num_forwards
 
 
-@pytest.mark.parametrize(("error", "kind"), FAILURES, ids=["own error", "interrupt"])
-@pytest.mark.parametrize("at", [0, 1, 6])
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("mode", MODES)
-def test_error_comes_out_as_it_was_raised_and_where_plain_decoding_raises_it(
-    mode, place, at, error, kind
+CALLS = (0, 1, 6)
+
+
+def runs(place: str, at: int, mode: str, failure: str) -> bool:
+    """Return whether `make test` has a cell: every place and call once, the others in turns."""
+    turn = list(PLACES).index(place) + CALLS.index(at)
+    return mode == list(MODES)[turn % 2] and failure == list(FAILURES)[turn // 2 % 2]
+
+
+@pytest.mark.parametrize(
+    ("place", "at", "mode", "failure"), grid(product(PLACES, CALLS, MODES, FAILURES), runs=runs)
+)
+def test_error_comes_out_as_it_was_raised_and_where_regular_generation_raises_it(
+    place, at, mode, failure
 ):
+    error, kind = FAILURES[failure]
     spec = tiny_spec(kind, mode)
     before = {"num_hooks": hooks(spec.base), "attention": spec.config._attn_implementation}
     raised, state = fail(spec.base, mode, PLACES[place](Fault(error, at=at)))
@@ -186,10 +199,11 @@ SPOILS: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
-@pytest.mark.parametrize("at", [0, 5])
-@pytest.mark.parametrize("spoil", SPOILS)
-@pytest.mark.parametrize("mode", MODES)
-def test_processor_that_returns_no_scores_fails_and_leaves_everything_usable(mode, spoil, at):
+@pytest.mark.parametrize(
+    ("spoil", "at", "mode"),
+    grid(product(SPOILS, [0, 5], MODES), runs=lambda _, at, mode: (at > 0) == (mode == "sampled")),
+)
+def test_processor_that_returns_no_scores_fails_and_leaves_everything_usable(spoil, at, mode):
     spec = tiny_spec("scripted", mode)
     before = {"num_hooks": hooks(spec.base), "attention": spec.config._attn_implementation}
 

@@ -14,7 +14,7 @@ from speclm.methods.medusa.network import MedusaHeads, MedusaHeadsConfig
 from speclm.methods.medusa.proposer import MedusaProposer
 from speclm.methods.ngram.proposer import NgramProposer
 from speclm.sampling import PositionNoise
-from speclm.sampling.drafts import Families
+from speclm.sampling.draws import Families
 from tests.models import VOCAB_SIZE, build_model, generate, prompts, shared_model
 from tests.proposers import random_eagle
 

@@ -14,6 +14,7 @@ from transformers.generation.streamers import AsyncTextIteratorStreamer
 
 from speclm import SpecModel
 from tests.callbacks import EndsRowsByCalls, Tokens
+from tests.grids import turns
 from tests.models import prompts
 from tests.outcomes import observe, require_same
 from tests.proposers import build_proposer
@@ -53,11 +54,11 @@ def stream(model: Any, inputs: Inputs, *, name: str = "ends", **arguments: Any) 
     return streamer.calls, outcome
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("mode", MODES)
-def test_every_call_is_that_of_plain_decoding(mode, layout, seed, kind):
+SEEDS = range(3)
+
+
+@pytest.mark.parametrize(("mode", "layout", "seed", "kind"), turns(MODES, LAYOUTS, SEEDS, KINDS))
+def test_every_call_is_that_of_regular_generation(mode, layout, seed, kind):
     inputs = prompts(*LAYOUTS[layout], vocab_size=60, seed=seed)
     arguments = {"max_new_tokens": NEW_TOKENS, **MODES[mode]}
     calls, expected = stream(tiny_model("ends"), inputs, **arguments)
@@ -101,7 +102,7 @@ def test_stream_is_the_prompt_and_one_call_for_each_step_that_is_returned(mode, 
     ids=str,
 )
 @pytest.mark.parametrize("mode", MODES)
-def test_nothing_is_streamed_behind_a_stop_inside_an_accepted_run(mode, stop):
+def test_nothing_is_streamed_after_a_stop_inside_an_accepted_run(mode, stop):
     inputs = prompts(6, vocab_size=60, seed=4)
     common = {"max_new_tokens": NEW_TOKENS, **MODES[mode]}
     endless = observe(tiny_model("endless"), inputs, common, base=tiny_model("endless"))
@@ -115,7 +116,7 @@ def test_nothing_is_streamed_behind_a_stop_inside_an_accepted_run(mode, stop):
         return {**common, **own}
 
     calls, expected = stream(tiny_model("ends"), inputs, **arguments())
-    spec = tiny_spec("scripted", endless.new_tokens(inputs))  # goes on behind the stop
+    spec = tiny_spec("scripted", endless.new_tokens(inputs))  # goes on after the stop
     found_calls, found = stream(spec, inputs, **arguments())
     assert found_calls == calls
     assert sum(call[0] == "put" for call in calls) == 1 + len(found.new_tokens(inputs)[0])
@@ -138,10 +139,14 @@ def text_spec(text: str) -> SpecModel:
     return tiny_spec("scripted", [tokenizer().encode(text)], name="text")
 
 
-@pytest.mark.parametrize("skips_prompt", [True, False])
-@pytest.mark.parametrize("text", TEXTS)
+TEXT_CELLS = turns(TEXTS, [True, False])
+
+
+@pytest.mark.parametrize(("text", "skips_prompt"), TEXT_CELLS)
 @pytest.mark.parametrize("mode", MODES)
-def test_text_streamer_prints_what_it_prints_in_plain_decoding(mode, text, skips_prompt, capsys):
+def test_text_streamer_prints_what_it_prints_in_regular_generation(
+    mode, text, skips_prompt, capsys
+):
     inputs = text_prompt()
     spec = text_spec(TEXTS[text])
     printed = []
@@ -155,9 +160,8 @@ def test_text_streamer_prints_what_it_prints_in_plain_decoding(mode, text, skips
     assert ("List 城市" in printed[1]) == (not skips_prompt)
 
 
-@pytest.mark.parametrize("skips_prompt", [True, False])
-@pytest.mark.parametrize("text", TEXTS)
-def test_iterator_in_a_thread_yields_the_pieces_of_plain_decoding(text, skips_prompt):
+@pytest.mark.parametrize(("text", "skips_prompt"), TEXT_CELLS)
+def test_iterator_in_a_thread_yields_the_pieces_of_regular_generation(text, skips_prompt):
     inputs = text_prompt()
     spec = text_spec(TEXTS[text])
     pieces = []
@@ -173,7 +177,7 @@ def test_iterator_in_a_thread_yields_the_pieces_of_plain_decoding(text, skips_pr
     assert "".join(pieces[1]).endswith(TEXTS[text])
 
 
-def test_asynchronous_iterator_yields_the_pieces_of_plain_decoding():
+def test_asynchronous_iterator_yields_the_pieces_of_regular_generation():
     text = TEXTS["emoji"]
     inputs = text_prompt()
     spec = text_spec(text)
@@ -192,7 +196,7 @@ def test_asynchronous_iterator_yields_the_pieces_of_plain_decoding():
     assert "".join(found) == text
 
 
-def test_text_streamer_refuses_a_batch_as_in_plain_decoding():
+def test_text_streamer_refuses_a_batch_as_in_regular_generation():
     spec = tiny_spec("ngram", [[1]] * 2, name="text")
     for model in (spec.base, spec):
         with pytest.raises(ValueError, match="batch size 1"):
@@ -201,8 +205,10 @@ def test_text_streamer_refuses_a_batch_as_in_plain_decoding():
             )
 
 
-@pytest.mark.parametrize("kind", ["scripted", "random tree", "ngram"])
-@pytest.mark.parametrize("stop", ["城市", "名", "上海", "很", "never"])
+STOPS = ("城市", "名", "上海", "很", "never")
+
+
+@pytest.mark.parametrize(("stop", "kind"), turns(STOPS, KINDS[:3]))
 def test_stop_string_ends_the_stream_with_the_token_that_completes_it(stop, kind):
     text = TEXTS["Chinese"]
     inputs = text_prompt()

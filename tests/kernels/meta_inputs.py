@@ -16,7 +16,6 @@ def meta_inputs(
     batch: int = 2,
     kv_heads: int = 8,
     kv_len: int = 131_072,
-    page_len: int = 0,
     has_all: bool = False,
     deterministic: bool = False,
 ) -> TreeAttentionInputs:
@@ -27,11 +26,6 @@ def meta_inputs(
 
     lengths = empty(batch, of=torch.int32)
     cache_shape = (batch, kv_heads, kv_len, head_dim)
-    table = None
-    if page_len:
-        num_blocks = kv_len // page_len
-        cache_shape = (batch * num_blocks, kv_heads, page_len, head_dim)
-        table = empty(batch, num_blocks, of=torch.int32)
     return TreeAttentionInputs(
         query=empty(batch, kv_heads * groups, nodes, head_dim),
         key=empty(*cache_shape),
@@ -41,7 +35,6 @@ def meta_inputs(
         depths=empty(batch, nodes, of=torch.int32),
         prefix_starts=lengths if has_all else None,
         tree_starts=lengths if has_all else None,
-        block_table=table,
         sinks=empty(kv_heads * groups) if has_all else None,
         scale=head_dim**-0.5,
         window=4096 if has_all else None,

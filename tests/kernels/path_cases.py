@@ -1,9 +1,8 @@
-"""Cases of keeping a path, and what is right for each: slots that are copied one by one.
+"""Cases of keeping a path and their right results: slots that are copied one by one.
 
 All memory is random bits, so that NaNs of every kind are among them, and all of it is compared.
 """
 
-import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -25,8 +24,6 @@ DTYPES = (
     torch.complex64,
 )
 LAYOUTS = ("contiguous", "slots_first", "sliced")
-NO_PAGE = 2**30
-"""Stands in a block table where a row has no block any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +34,6 @@ class PathCase:
         lengths: Slots before the tree, of each row of the batch.
         paths: Slots of the tree to keep, of each row.
         gaps: Slots between prefix and tree; None for none.
-        page_len: Slots of a page; 0 for a contiguous cache.
         padding: Columns of the paths behind the longest.
         spare: Slots behind the longest row.
     """
@@ -51,7 +47,6 @@ class PathCase:
     dtype: torch.dtype = torch.float32
     integers: torch.dtype = torch.int64
     layout: str = "contiguous"
-    page_len: int = 0
     padding: int = 1
     spare: int = 2
     seed: int = 0
@@ -85,7 +80,6 @@ class Memory:
 
     everything: Tensor
     cut: Callable[[Tensor], Tensor]
-    table: Tensor | None
 
     @property
     def storage(self) -> Tensor:
@@ -94,11 +88,7 @@ class Memory:
 
 def lay_out(case: PathCase) -> Memory:
     """Fill memory with random bits."""
-    table, rows, slots = None, case.batch, case.kv_len
-    if case.page_len:
-        table, rows = _table(case)
-        slots = case.page_len
-    shape = [case.layers, rows, case.kv_heads, slots, case.head_dim]
+    shape = [case.layers, case.batch, case.kv_heads, case.kv_len, case.head_dim]
     cut: Callable[[Tensor], Tensor] = partial(torch.narrow, dim=0, start=0, length=case.layers)
     if case.layout == "slots_first":
         shape = [shape[axis] for axis in (0, 1, 3, 2, 4)]
@@ -111,7 +101,7 @@ def lay_out(case: PathCase) -> Memory:
     bits = torch.randint(
         0, 256, (*shape[:-1], shape[-1] * size), generator=generator, dtype=torch.uint8
     )
-    return Memory(bits.view(case.dtype), cut, table)
+    return Memory(bits.view(case.dtype), cut)
 
 
 def move_slot_by_slot(case: PathCase, memory: Memory) -> Tensor:
@@ -122,9 +112,7 @@ def move_slot_by_slot(case: PathCase, memory: Memory) -> Tensor:
         zip(case.lengths, case.begins, case.paths, strict=True)
     ):
         for offset, slot in enumerate(path):
-            of = _place(case, memory.table, row, begin + slot)
-            to = _place(case, memory.table, row, length + offset)
-            new[:, to[0], :, to[1]] = old[:, of[0], :, of[1]]
+            new[:, row, :, length + offset] = old[:, row, :, begin + slot]
     return moved
 
 
@@ -139,7 +127,6 @@ def arguments(case: PathCase, memory: Memory) -> dict[str, Tensor | None]:
         "paths": torch.tensor(case.padded_paths, dtype=case.integers).T.contiguous().T,
         "prefix_lengths": column(case.lengths),
         "tree_starts": None if case.gaps is None else column(case.begins),
-        "block_table": memory.table,
     }
 
 
@@ -154,33 +141,24 @@ def assert_moved(case: PathCase, **options: object) -> None:
 def accepting(kept: int) -> PathCase:
     """Two rows that accept a number of nodes of a chain next to siblings, and half of it."""
     path = (0, 2, 3, 6, 7, 9)[:kept]
-    return PathCase(lengths=(5, 0), paths=(path, path[: kept // 2]), gaps=(0, 5), page_len=4)
+    return PathCase(lengths=(5, 0), paths=(path, path[: kept // 2]), gaps=(0, 5))
 
 
-def assert_decodes_on(*, page_len: int, backend: str) -> None:
+def assert_decodes_on(*, backend: str) -> None:
     """Keep a path, decode a token, and compare with a cache that held nothing but the path."""
     length, path, dim = 6, [0, 2, 3], 16
     normal = partial(torch.randn, generator=torch.Generator().manual_seed(0))
     storage, new = normal(2, 1, 2, length + 8, dim), normal(2, 1, 2, 1, dim)
     kept = [*range(length), *(length + slot for slot in path)]
     fresh = torch.cat([storage[:, :, :, kept], new], 3)
-    table = None
-    if page_len:
-        table = torch.tensor([[3, 0, 4, 1]], dtype=torch.int32)
-        pages = storage.new_full((2, 5, 2, page_len, dim), torch.nan)
-        for slot in range(length + 8):
-            pages[:, table[0, slot // page_len], :, slot % page_len] = storage[:, 0, :, slot]
-        storage = pages
     keep_path_(
         storage,
         torch.tensor([[*path, -1]]),
         prefix_lengths=torch.tensor([length]),
-        block_table=table,
         backend=backend,
     )
     past = length + len(path)
-    row, slot = (0, past) if table is None else (table[0, past // page_len], past % page_len)
-    storage[:, row, :, slot] = new[:, 0, :, 0]
+    storage[:, 0, :, past] = new[:, 0, :, 0]
     attend = partial(
         tree_attention,
         normal(1, 4, 1, dim),
@@ -189,30 +167,11 @@ def assert_decodes_on(*, page_len: int, backend: str) -> None:
         depths=torch.zeros(1, 1, dtype=torch.int32),
         backend="reference",
     )
-    assert torch.equal(attend(*storage, block_table=table), attend(*fresh))
+    assert torch.equal(attend(*storage), attend(*fresh))
 
 
 def _without_borders(tensor: Tensor) -> Tensor:
     return tensor[1:-2, 2:-1, 1:-2, 2:-1, 1:-2]
-
-
-def _table(case: PathCase) -> tuple[Tensor, int]:
-    """Shuffled pages of every row, none behind its last slot, and how many there are."""
-    blocks = -(-case.kv_len // case.page_len)
-    pages = list(range(case.batch * blocks + 2))
-    random.Random(case.seed).shuffle(pages)
-    rows = []
-    for begin, path in zip(case.begins, case.paths, strict=True):
-        used = -(-(begin + max(path, default=-1) + 1) // case.page_len)
-        rows.append([pages.pop() if block < used else NO_PAGE for block in range(blocks + 3)])
-    table = torch.tensor(rows, dtype=case.integers).repeat_interleave(2, dim=1)[:, ::2]
-    return table[:, :blocks], case.batch * blocks + 2
-
-
-def _place(case: PathCase, table: Tensor | None, row: int, slot: int) -> tuple[int, int]:
-    if table is None:
-        return row, slot
-    return int(table[row, slot // case.page_len]), slot % case.page_len
 
 
 @st.composite
@@ -234,7 +193,6 @@ def path_cases(draw: st.DrawFn, *, most_nodes: int = 40) -> PathCase:
         dtype=draw(st.sampled_from(DTYPES)),
         integers=draw(st.sampled_from([torch.int32, torch.int64])),
         layout=draw(st.sampled_from(LAYOUTS)),
-        page_len=draw(st.sampled_from([0, 0, 1, 4, 7, 16])),
         padding=draw(st.integers(0, 2)),
         spare=draw(st.integers(0, 3)),
         seed=draw(st.integers(0, 99)),
@@ -244,11 +202,8 @@ def path_cases(draw: st.DrawFn, *, most_nodes: int = 40) -> PathCase:
 def directed_cases() -> list[PathCase]:
     """Paths whose targets are other nodes' sources, around the borders of chunks."""
     shifts = [
-        PathCase(lengths=(3,), paths=(tuple(range(shift, shift + size)),), page_len=page_len)
-        for shift, size, page_len in (
-            *((1, 15, 0), (1, 16, 0), (1, 17, 4), (1, 40, 0)),
-            *((15, 40, 16), (16, 40, 0), (17, 40, 5)),
-        )
+        PathCase(lengths=(3,), paths=(tuple(range(shift, shift + size)),))
+        for shift, size in ((1, 15), (1, 16), (1, 17), (1, 40), (15, 40), (16, 40), (17, 40))
     ]
     every_second = PathCase(lengths=(0,), paths=(tuple(range(0, 80, 2)),))
     late = PathCase(lengths=(2,), paths=((*range(20), 30, 31, 45),))  # in place for a chunk

@@ -1,4 +1,4 @@
-"""Which backend is chosen, and what is said about it."""
+"""Which backend is chosen for kernels and models, and how to override it."""
 
 import logging
 
@@ -8,19 +8,20 @@ import torch
 from speclm.errors import KernelError
 from speclm.kernels import backends
 from speclm.kernels.backends import (
+    NAMES,
     VARIABLE,
+    attention_obstacle,
     choose,
-    forced_backend,
     head_obstacle,
     is_interpreting,
     is_recording,
+    pays,
+    preferred,
+    require_backend_name,
     triton_obstacle,
 )
 
-CPU = torch.device("cpu")
-ALL = ("triton", "sdpa", "reference")
-TWO = ("triton", "reference")
-FREE = dict.fromkeys(ALL)
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.fixture(autouse=True)
@@ -30,75 +31,57 @@ def _no_variables(monkeypatch):
     backends._log_once.cache_clear()
 
 
-def test_the_preferred_backend_is_chosen_silently(caplog):
+@pytest.fixture
+def gpu(monkeypatch):
+    """Have the checks answer as on a GPU."""
+    monkeypatch.setattr(backends, "triton_obstacle", lambda device, dtype=None: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+
+
+def test_the_triton_kernel_is_chosen_silently(caplog):
     with caplog.at_level(logging.INFO, "speclm"):
-        choice = choose("auto", names=ALL, obstacles=FREE)
+        choice = choose("auto", None)
     assert (choice.backend, choice.reason) == ("triton", "runs on this device")
     assert not caplog.records
 
 
-def test_another_one_is_logged_once_for_each_reason(caplog):
+def test_the_reference_is_logged_once_for_each_reason(caplog):
     with caplog.at_level(logging.INFO, "speclm"):
         for obstacle in ("too old", "too old", "too new"):
-            choice = choose("auto", names=ALL, obstacles=FREE | {"triton": obstacle})
-            assert (choice.backend, choice.reason) == ("sdpa", obstacle)
+            choice = choose("auto", obstacle)
+            assert (choice.backend, choice.reason) == ("reference", obstacle)
     lines = [record.getMessage() for record in caplog.records]
-    assert lines == ["kernels run on sdpa: too old", "kernels run on sdpa: too new"]
+    assert lines == ["kernels run on reference: too old", "kernels run on reference: too new"]
 
 
-def test_all_reasons_against_the_preferred_ones_are_given():
-    choice = choose("auto", names=ALL, obstacles=FREE | {"triton": "too old", "sdpa": "no sinks"})
-    assert (choice.backend, choice.reason) == ("reference", "too old; no sinks")
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_a_backend_that_is_asked_for_is_used(name, monkeypatch):
-    assert choose(name, names=ALL, obstacles=FREE).backend == name
-    monkeypatch.setenv(VARIABLE, name)
-    assert choose("auto", names=ALL, obstacles=FREE).backend == name
-    assert choose("sdpa", names=ALL, obstacles=FREE).backend == "sdpa"  # the caller comes first
+def test_a_backend_that_is_asked_for_is_used(monkeypatch):
+    assert choose("triton", None).backend == "triton"
+    assert choose("reference", None).backend == "reference"
+    for name, found in (("triton", "triton"), ("sdpa", "reference"), ("auto", "triton")):
+        monkeypatch.setenv(VARIABLE, name)
+        assert choose("auto", None).backend == found
+        assert choose("reference", None).backend == "reference"  # the caller comes first
 
 
 def test_a_backend_that_is_asked_for_and_cannot_compute_is_an_error(monkeypatch):
-    obstacles = FREE | {"sdpa": "PyTorch's attention has no sinks"}
-    with pytest.raises(KernelError, match=r"'sdpa' cannot be used: .* no sinks; leave it out"):
-        choose("sdpa", names=ALL, obstacles=obstacles)
-    monkeypatch.setenv(VARIABLE, "sdpa")
-    with pytest.raises(KernelError, match=f"'sdpa' cannot be used: .* no sinks; unset {VARIABLE}"):
-        choose("auto", names=ALL, obstacles=obstacles)
+    with pytest.raises(KernelError, match=r"'triton' cannot be used: too old; leave it out"):
+        choose("triton", "too old")
+    monkeypatch.setenv(VARIABLE, "triton")
+    with pytest.raises(KernelError, match=f"'triton' cannot be used: too old; unset {VARIABLE}"):
+        choose("auto", "too old")
 
 
 def test_an_unknown_name_is_an_error_wherever_it_comes_from(monkeypatch):
-    with pytest.raises(KernelError, match=r"backend is 'cuda', expected one of \['auto', 'triton"):
-        choose("cuda", names=ALL, obstacles=FREE)
-    with pytest.raises(KernelError, match=r"backend is 'sdpa', expected one of"):
-        choose("sdpa", names=TWO, obstacles=FREE)
+    for name in ("cuda", "sdpa"):
+        with pytest.raises(KernelError, match=rf"backend is '{name}', expected one of \['auto'"):
+            choose(name, None)
+    with pytest.raises(KernelError, match="backend is 3, expected the name of one"):
+        require_backend_name(3)
     monkeypatch.setenv(VARIABLE, "cuda")
     with pytest.raises(KernelError, match=f"{VARIABLE} is 'cuda', expected one of"):
-        choose("auto", names=TWO, obstacles=FREE)
-
-
-def test_no_backend_that_computes_is_an_error():
-    obstacles = {"triton": "too old", "sdpa": "no sinks"}
-    with pytest.raises(KernelError, match=r"no backend .*triton: too old; sdpa: no sinks"):
-        choose("auto", names=("triton", "sdpa"), obstacles=obstacles)
-
-
-@pytest.mark.parametrize(
-    ("asked", "names", "forced"),
-    [
-        (None, ALL, None),
-        ("auto", ALL, None),
-        ("triton", TWO, "triton"),
-        ("sdpa", ALL, "sdpa"),
-        ("sdpa", TWO, "reference"),
-        ("triton", ("reference",), "reference"),
-    ],
-)
-def test_a_name_that_an_op_lacks_stands_for_the_next_plainer_one(asked, names, forced, monkeypatch):
-    if asked is not None:
-        monkeypatch.setenv(VARIABLE, asked)
-    assert forced_backend(names) == forced
+        choose("auto", None)
+    with pytest.raises(KernelError, match=f"{VARIABLE} is 'cuda', expected one of"):
+        preferred(CPU)
 
 
 def test_triton_takes_a_cpu_only_in_its_interpreter(monkeypatch):
@@ -141,3 +124,42 @@ def test_nothing_is_read_while_a_graph_is_recorded(monkeypatch):
     assert not is_recording(CPU)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert is_recording(CPU)
+
+
+def test_cpu_has_pytorchs_attention():
+    assert preferred(CPU).backend == "sdpa"
+    assert "on a CPU" in preferred(CPU).reason
+    assert not pays(CPU)
+
+
+@pytest.mark.usefixtures("gpu")
+def test_gpu_has_the_triton_kernel():
+    assert preferred(GPU).backend == "triton"
+    assert "NVIDIA H200" in preferred(GPU).reason
+    assert pays(GPU)
+    assert attention_obstacle(GPU, torch.bfloat16, 128) is None
+
+
+def test_gpu_without_triton_has_pytorchs_attention_and_says_why(monkeypatch):
+    monkeypatch.setattr(backends, "triton_obstacle", lambda device: "Triton is not installed")
+    assert preferred(GPU).backend == "sdpa"
+    assert preferred(GPU).reason == "Triton is not installed"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_environment_overrides_the_device(name, monkeypatch):
+    monkeypatch.setenv(VARIABLE, name)
+    for device in (CPU, GPU):
+        assert preferred(device).backend == name
+        assert "SPECLM_KERNELS asks for it" in preferred(device).reason
+        assert pays(device) == (name != "sdpa")
+
+
+def test_layers_that_the_kernel_does_not_take_are_named(monkeypatch):
+    monkeypatch.setenv(VARIABLE, "reference")
+    assert attention_obstacle(CPU, torch.float64, 40) is None
+    monkeypatch.setenv(VARIABLE, "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert attention_obstacle(CPU, torch.float32, 128) is None
+    assert "heads of" in attention_obstacle(CPU, torch.float32, 40)
+    assert "float16, bfloat16 and float32" in attention_obstacle(CPU, torch.float64, 128)

@@ -79,10 +79,9 @@ def test_words_and_depths_are_those_of_walks(kind, slots):
     assert torch.equal(found_depths, depths)
 
 
-@pytest.mark.parametrize("page_len", [0, 4])
 @pytest.mark.parametrize("gaps", [None, (0, 3)])
-def test_path_moves_to_the_end_of_the_prefix_and_nothing_else_moves(page_len, gaps):
-    case = TreeCase((grow("chain", 6),), (9, 4), gaps=gaps, kv_heads=2, page_len=page_len)
+def test_path_moves_to_the_end_of_the_prefix_and_nothing_else_moves(gaps):
+    case = TreeCase((grow("chain", 6),), (9, 4), gaps=gaps, kv_heads=2)
     inputs = lay_out(case)
     storage = torch.stack([inputs.key.contiguous(), inputs.value.contiguous()]).nan_to_num()
     expected = storage.clone()
@@ -90,20 +89,12 @@ def test_path_moves_to_the_end_of_the_prefix_and_nothing_else_moves(page_len, ga
     for row, path in enumerate(paths.tolist()):
         for offset, slot in enumerate(path):
             if slot >= 0:
-                source = place(inputs, row, case.begins[row] + slot)
-                expected[:, *place(inputs, row, case.lengths[row] + offset)] = storage[:, *source]
+                source = storage[:, row, :, case.begins[row] + slot]
+                expected[:, row, :, case.lengths[row] + offset] = source
     keep_path_reference(
         storage,
         paths,
         prefix_lengths=inputs.prefix_lengths,
         tree_starts=inputs.tree_starts,
-        block_table=inputs.block_table,
     )
     assert torch.equal(storage, expected)
-
-
-def place(inputs, row, slot):
-    if inputs.block_table is None:
-        return row, slice(None), slot
-    page_len = inputs.page_len
-    return int(inputs.block_table[row, slot // page_len]), slice(None), slot % page_len

@@ -9,9 +9,8 @@ import speclm.kernels
 
 KERNELS = Path(speclm.kernels.__file__).parent
 TREE_ATTENTION, TREE_MERGE = KERNELS / "_triton_attention.py", KERNELS / "_triton_merge.py"
-MERGE = KERNELS / "_triton_merge.py"
 SOURCES = sorted(KERNELS.glob("_triton_*.py"))
-STRIDE_ENDINGS = ("_row", "_head", "_node", "_slot", "_page")
+STRIDE_ENDINGS = ("_row", "_head", "_node", "_slot")
 WIDENED = ("part", "row")  # indices of results and workspace, which grow with the batch
 
 
@@ -68,12 +67,9 @@ def test_every_stride_of_tree_attention_is_multiplied():
         for argument in node.args
         if isinstance(argument, ast.Name)
     }
-    assert len(strides) == 12
+    assert len(strides) == 11
     assert strides <= direct | handed_on
-    assert {stride for _, stride in stride_products(functions["_slots_at"])} == {
-        "stride_page",
-        "stride_slot",
-    }
+    assert {stride for _, stride in stride_products(functions["_slots_at"])} == {"stride_slot"}
 
 
 def test_indices_of_results_and_workspace_are_int64():

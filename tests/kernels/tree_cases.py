@@ -1,7 +1,7 @@
-"""Cases of tree attention, and what is right for each: paths over parents, then a dense softmax.
+"""Cases of tree attention and their right results: paths over parents, then a dense softmax.
 
-Nothing here reads ancestor words, pages or strides: what is right follows from the contents of a
-case, which are laid out in memory in another step. All memory that a call may not read is NaN.
+Nothing here reads ancestor words or strides: the right result follows from the contents of a case,
+which are laid out in memory in another step. All memory that a call may not read is NaN.
 """
 
 import os
@@ -32,9 +32,6 @@ KINDS = ("chain", "star", "uniform", "top_k", "near_chain", "padded")
 LAYOUTS = ("contiguous", "slots_first", "sliced", "key_beside_value")
 GROUPS = (1, 2, 3, 4, 7, 8, 16)
 HEAD_DIMS = (16, 64, 80, 96, 128, 256)
-PAGE_LENS = (4, 16, 64)
-NO_PAGE = 2**30
-"""Stands in a block table where a row has no block any more."""
 
 Parents = tuple[int, ...]
 
@@ -49,7 +46,6 @@ class TreeCase:
         nodes: Slots at the end of the tree that attend; None for all.
         starts: Slots of left padding.
         gaps: Slots between prefix and tree.
-        page_len: Slots of a page; 0 for a contiguous cache.
         sinks: Size of the sinks; None for none.
         logits: Size of the scores.
         spare: Slots behind the longest row.
@@ -66,7 +62,6 @@ class TreeCase:
     dtype: torch.dtype = torch.float32
     integers: torch.dtype = torch.int32
     layout: str = "contiguous"
-    page_len: int = 0
     window: int | None = None
     softcap: float | None = None
     sinks: float | None = None
@@ -202,12 +197,7 @@ def lay_out(case: TreeCase, contents: Contents | None = None) -> TreeAttentionIn
     contents = contents or draw_contents(case)
     begins = case.begins
     kv_len = max(begins, default=0) + case.slots + case.spare
-    table = None
-    shape = (case.batch, case.kv_heads, kv_len, case.head_dim)
-    if case.page_len:
-        table, num_pages = _table(case, -(-kv_len // case.page_len))
-        shape = (num_pages, case.kv_heads, case.page_len, case.head_dim)
-    key, value = _caches(case, shape)
+    key, value = _caches(case, (case.batch, case.kv_heads, kv_len, case.head_dim))
     for row, (length, begin) in enumerate(zip(case.lengths, begins, strict=True)):
         start = case.starts[row] if case.starts else 0
         tree = torch.arange(begin, begin + case.slots)
@@ -216,11 +206,8 @@ def lay_out(case: TreeCase, contents: Contents | None = None) -> TreeAttentionIn
             (key, contents.prefix_key, contents.tree_key),
             (value, contents.prefix_value, contents.tree_value),
         ):
-            for slots, found in ((prefix, of_prefix[row, :, start:length]), (tree, of_tree[row])):
-                at, rows = slots, torch.full_like(slots, row)
-                if table is not None:
-                    at, rows = slots % case.page_len, table[row, slots // case.page_len].long()
-                cache[rows, :, at] = found.transpose(0, 1)
+            cache[row][:, prefix] = of_prefix[row, :, start:length]
+            cache[row][:, tree] = of_tree[row]
     words, depths = words_and_depths(case)
     query = contents.query[:, :, -case.attending :]
     if case.layout != "contiguous":  # in the midst of memory that is NaN, nodes before heads
@@ -240,7 +227,6 @@ def lay_out(case: TreeCase, contents: Contents | None = None) -> TreeAttentionIn
         depths=depths,
         prefix_starts=integers(case.starts),
         tree_starts=None if case.gaps is None else integers(begins),
-        block_table=table,
         sinks=contents.sinks,
         scale=case.head_dim**-0.5,
         window=case.window,
@@ -263,18 +249,6 @@ def _caches(case: TreeCase, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         key = full((rows + 1, heads + 1, slots + 3, dim + 8))[1:, 1:, 3:, 8:]
         return key, full((rows, heads, slots + 1, dim))[:, :, 1:]
     return full(shape), full(shape)
-
-
-def _table(case: TreeCase, blocks: int) -> tuple[Tensor, int]:
-    """Shuffled pages of every row, none behind its last slot, and how many there are."""
-    num_pages = case.batch * blocks + 2
-    generator = torch.Generator().manual_seed(case.seed)
-    pages = torch.randperm(num_pages, generator=generator)[2:].view(case.batch, blocks)
-    table = torch.full((case.batch, blocks + 3), NO_PAGE, dtype=case.integers)
-    for row, begin in enumerate(case.begins):
-        used = -(-(begin + case.slots) // case.page_len)
-        table[row, :used] = pages[row, :used]
-    return table[:, :blocks], num_pages
 
 
 def words_and_depths(case: TreeCase) -> tuple[Tensor, Tensor]:
@@ -437,7 +411,6 @@ def tree_cases(
         "dtype": sampled(dtypes),
         "integers": sampled([torch.int32, torch.int64]),
         "layout": sampled(LAYOUTS),
-        "page_len": sampled([0, 0, *PAGE_LENS]),
         "window": draw(st.none() | near_blocks(block, most_blocks - 1).filter(bool)),
         "softcap": sampled([None, None, 5.0, 30.0]),
         "sinks": sampled([None, None, 1.0, 5.0]),

@@ -38,7 +38,8 @@ from tests.settings import (
 
 pytestmark = pytest.mark.no_cover  # what it runs is traced elsewhere, at half the speed
 
-MAX_EXAMPLES = min(hypothesis.settings.default.max_examples, 2000)  # a case is two calls
+PROFILE_EXAMPLES = hypothesis.settings.default.max_examples
+MAX_EXAMPLES = min(PROFILE_EXAMPLES // 2, 2000)  # a case is two calls
 PROCESSORS = {
     "counts calls": lambda _: callbacks.CountsCalls(),
     "treats rows apart": callbacks.TreatsRowsApart,
@@ -245,6 +246,6 @@ def cases(draw: st.DrawFn) -> Case:
 
 @hypothesis.settings(max_examples=MAX_EXAMPLES)
 @given(case=cases())
-def test_any_case_leaves_behind_what_plain_decoding_does(case):
+def test_any_case_leaves_behind_what_regular_generation_does(case):
     note(f"check({case!r})")
     event(check(case))

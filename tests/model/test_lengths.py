@@ -23,11 +23,31 @@ from speclm.cache import TreeCache, tree_cache
 from speclm.cache.tree_cache import BLOCK
 from speclm.testing import ScriptedProposer
 from tests.exactness import GREEDY, MODES, require_exact, tiny
+from tests.grids import turns
 from tests.models import generate, prompts
 
 ORIGINAL = 32  # positions before the scaling
 WINDOW = 8
 POSITIONS = 24
+
+SCALED_LENGTHS = (
+    (10,),
+    (ORIGINAL - 12,),
+    (ORIGINAL - 2,),
+    (ORIGINAL + 8,),
+    (ORIGINAL - 2, 25, 3),
+)
+WINDOW_LENGTHS = (
+    (1,),
+    (2,),
+    (WINDOW - 1,),
+    (WINDOW,),
+    (WINDOW + 1,),
+    (1, 1, 1),
+    (WINDOW + 1, WINDOW, 1),
+)
+BLOCK_LENGTHS = ((BLOCK - 1,), (BLOCK,), (BLOCK + 1,), (BLOCK, BLOCK - 1, 3))
+ROTARY_LENGTHS = ((10,), (POSITIONS - 1,), (POSITIONS,), (POSITIONS, 5))
 
 ROPES = {
     "linear": {"rope_type": "linear", "factor": 4.0},
@@ -100,33 +120,22 @@ def tokens(*lengths):
     return prompts(*lengths, vocab_size=60)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(
-    "lengths", [(10,), (ORIGINAL - 12,), (ORIGINAL - 2,), (ORIGINAL + 8,), (ORIGINAL - 2, 25, 3)]
-)
-@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize(("rope", "lengths", "mode"), turns(ROPES, SCALED_LENGTHS, MODES))
 def test_scaled_positions_below_at_and_beyond_the_original_length(rope, lengths, mode):
     require_exact(scaled(rope), tokens(*lengths), max_new_tokens=12, **MODES[mode])
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(
-    "lengths",
-    [(1,), (2,), (WINDOW - 1,), (WINDOW,), (WINDOW + 1,), (1, 1, 1), (WINDOW + 1, WINDOW, 1)],
-)
-@pytest.mark.parametrize("family", WINDOWED)
+@pytest.mark.parametrize(("family", "lengths", "mode"), turns(WINDOWED, WINDOW_LENGTHS, MODES))
 def test_prompts_as_long_as_the_window_and_much_shorter(family, lengths, mode):
     require_exact(windowed(family), tokens(*lengths), max_new_tokens=11, **MODES[mode])
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("lengths", [(4096,), (4096, 7)])
+@pytest.mark.parametrize(("lengths", "mode"), turns([(4096,), (4096, 7)], MODES))
 def test_prompt_of_thousands_of_tokens(lengths, mode):
     require_exact(roomy(), tokens(*lengths), max_new_tokens=8, **MODES[mode])
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("lengths", [(BLOCK - 1,), (BLOCK,), (BLOCK + 1,), (BLOCK, BLOCK - 1, 3)])
+@pytest.mark.parametrize(("lengths", "mode"), turns(BLOCK_LENGTHS, MODES))
 def test_drafts_that_cross_the_end_of_a_block_of_the_cache(lengths, mode):
     require_exact(roomy(), tokens(*lengths), max_new_tokens=10, **MODES[mode])
 
@@ -145,9 +154,10 @@ def test_trees_that_just_fill_the_cache(monkeypatch):
     assert min(num_free) == 0
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("num_prompt", [10, POSITIONS - 4, POSITIONS - 1, POSITIONS])
-@pytest.mark.parametrize("family", BOUNDED)
+@pytest.mark.parametrize(
+    ("family", "num_prompt", "mode"),
+    turns(BOUNDED, [10, POSITIONS - 4, POSITIONS - 1, POSITIONS], MODES),
+)
 def test_text_that_ends_at_the_last_position(family, num_prompt, mode):
     # The last token that is emitted needs no position of its own.
     end = {"max_length": POSITIONS + 1, "is_faster": num_prompt < POSITIONS - 1, **MODES[mode]}
@@ -155,14 +165,13 @@ def test_text_that_ends_at_the_last_position(family, num_prompt, mode):
     require_exact(bounded(family), tokens(num_prompt, num_prompt - 3, 2), **end)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("lengths", [(10,), (POSITIONS - 1,), (POSITIONS,), (POSITIONS, 5)])
+@pytest.mark.parametrize(("lengths", "mode"), turns(ROTARY_LENGTHS, MODES))
 def test_rotary_text_that_goes_on_beyond_the_last_position(lengths, mode):
     require_exact(bounded("llama"), tokens(*lengths), max_new_tokens=24, **MODES[mode])
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
-def test_learned_text_that_goes_beyond_the_last_position_fails_as_plain_decoding_does(family):
+def test_learned_text_that_goes_beyond_the_last_position_fails_as_regular_generation_does(family):
     spec, inputs = bounded(family), tokens(10)
     reference = generate(spec.base, inputs, max_new_tokens=POSITIONS - 10, **GREEDY)[0]
     spec.proposer = ScriptedProposer([reference[0, 10:].tolist() + [1] * 20])

@@ -23,7 +23,7 @@ from speclm.methods.draft_model.proposer import DraftModelProposer
 from speclm.methods.medusa.checkpoint import read_medusa
 from speclm.methods.medusa.proposer import MedusaProposer
 from speclm.methods.ngram.proposer import NgramProposer
-from speclm.model.hub import HubOptions, find_heads
+from speclm.methods.registry import find_heads
 from speclm.model.loading import load_proposer
 from tests.model.hub import running_hub
 from tests.models import VOCAB_SIZE, build_model, generate, prompts, shared_model
@@ -125,7 +125,7 @@ def test_heads_kwargs_beside_a_loaded_model_are_refused(base):
 
 
 def test_option_that_a_registered_proposer_does_not_have_is_refused(base):
-    with pytest.raises(OptionError, match=r"'ngram' does not take \['wings'\]"):
+    with pytest.raises(OptionError, match=r"proposer 'ngram': unknown option 'wings'.*'max_ngram'"):
         load("ngram", base, heads_kwargs={"wings": 2})
 
 
@@ -234,7 +234,7 @@ def test_folder_of_medusa_heads_becomes_their_proposer(base, tmp_path, own):
     assert torch.equal(heads.weight[0, 1], state["1.0.linear.weight"])
     assert (heads.weight.dtype, heads.weight.device) == (base.dtype, base.device)
     assert not any(parameter.requires_grad for parameter in heads.parameters())
-    assert spec.proposer.config.choices == ((0,), (1,), (0, 0), (1, 0))
+    assert spec.proposer.config.paths == ((0,), (1,), (0, 0), (1, 0))
     inputs = prompts(6, 9)
     for sampled in (True, False):
         expected = generate(base, inputs, do_sample=sampled, max_new_tokens=8)
@@ -244,10 +244,10 @@ def test_folder_of_medusa_heads_becomes_their_proposer(base, tmp_path, own):
 
 def test_stored_choices_are_the_default_tree(base, tmp_path):
     save_heads(tmp_path, config={"speclm": {"choices": [[0], [1], [2]]}})
-    assert load(tmp_path, base).config.choices == ((0,), (1,), (2,))
-    tree = load(tmp_path, base, heads_kwargs={"tree": [1]}).config.choices
+    assert load(tmp_path, base).config.paths == ((0,), (1,), (2,))
+    tree = load(tmp_path, base, heads_kwargs={"tree": [1]}).config.paths
     assert tree == ((0,),)
-    assert len(load(tmp_path, base, num_draft_tokens=2).config.choices) == 2
+    assert len(load(tmp_path, base, num_draft_tokens=2).config.paths) == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16"])
@@ -260,7 +260,7 @@ def test_dtype_of_heads_may_differ_from_that_of_the_base(base, tmp_path, dtype, 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"wings": 2}, r"do not take \['wings'\].*'dtype'.*'tree'"),
+        ({"wings": 2}, r"Medusa heads: unknown option 'wings'.*'dtype'.*'tree'"),
         ({"dtype": "nothing"}, r"dtype of the heads is 'nothing'"),
         ({"dtype": torch.int8}, r"dtype of the heads is torch.int8"),
     ],
@@ -319,9 +319,9 @@ def test_pickled_merged_model_on_the_hub_is_downloaded(base, tmp_path, monkeypat
         index = {"weight_map": dict.fromkeys(state, name)}
         (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     with running_hub(tmp_path, monkeypatch):
-        kind, found = find_heads("me/merged", HubOptions())
-    assert kind == "medusa"
-    assert read_medusa(found).is_merged
+        source = find_heads("me/merged")
+    assert source.method.name == "medusa"
+    assert read_medusa(source.folder).is_merged
 
 
 @pytest.mark.parametrize("wrong", ["a", [1], 0, ""])

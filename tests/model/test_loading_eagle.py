@@ -148,8 +148,8 @@ def test_damaged_heads_and_wrong_options_are_refused(base, tmp_path):
         with pytest.raises(CheckpointError, match="no file has the keys of EAGLE heads"):
             SpecModel.from_pretrained(base, damaged)
     folder = write(tmp_path / "b", "eagle3")
-    with pytest.raises(OptionError, match="no option 'min_probability'"):
-        SpecModel.from_pretrained(base, folder, heads_kwargs={"min_probability": 0.1})
+    with pytest.raises(OptionError, match=r"EAGLE heads: unknown option 'wings'.*'depth'"):
+        SpecModel.from_pretrained(base, folder, heads_kwargs={"wings": 0.1})
     with pytest.raises(OptionError, match="dtype of the heads"):
         SpecModel.from_pretrained(base, folder, heads_kwargs={"dtype": torch.int8})
     shallow = build_model("llama", num_hidden_layers=4, head_dim=10)

@@ -13,10 +13,11 @@ from speclm.methods.draft_model.proposer import DraftModelProposer
 from speclm.methods.medusa.network import MedusaHeads, MedusaHeadsConfig
 from speclm.methods.medusa.proposer import MedusaProposer
 from speclm.methods.ngram.proposer import NgramProposer
-from speclm.self_check.verdict import Backend
+from speclm.self_check.verdict import Verification
 from speclm.target import TargetFeatures, TargetView
 from speclm.testing import ScriptedProposer
 from tests.exactness import MODES, WRONG_AT, planted, require_exact
+from tests.grids import turns
 from tests.models import VOCAB_SIZE, build_model, generate
 from tests.multimodal import IMAGE_TOKEN, WRAPPERS, build_wrapper, prompt, shared_wrapper
 
@@ -38,7 +39,7 @@ def shared_spec(name):
 
 def require_few_forwards(spec, inputs, **settings):
     """Assert the promise, and that nearly right drafts save forwards."""
-    num_siblings = int(spec.self_check.backend is Backend.TREES)
+    num_siblings = int(spec.self_check.verification is Verification.TREES)
     require_exact(
         spec,
         inputs,
@@ -51,9 +52,8 @@ def require_few_forwards(spec, inputs, **settings):
     assert 1 <= stats.rounds < MAX_FORWARDS
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", WRAPPERS)
-def test_text_alone_is_speculated(name, mode):
+@pytest.mark.parametrize(("name", "mode"), turns(WRAPPERS, MODES))
+def test_text_without_images_is_speculated(name, mode):
     require_few_forwards(shared_spec(name), prompt(name, *TEXT[mode]), **MODES[mode])
 
 
@@ -68,8 +68,7 @@ def test_inputs_that_say_there_are_no_images_change_nothing(name):
     require_few_forwards(shared_spec(name), {**inputs, **none}, **MODES["sampled"])
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", SPECULATING)
+@pytest.mark.parametrize(("name", "mode"), turns(SPECULATING, MODES))
 def test_images_are_speculated(name, mode):
     require_few_forwards(shared_spec(name), prompt(name, *IMAGES[mode]), **MODES[mode])
 
@@ -122,7 +121,7 @@ def test_state_of_the_last_images_neither_leaks_nor_changes(name):
     model.generate(**inputs, max_new_tokens=2)
     before = model.model.rope_deltas
     spec = SpecModel(model, NgramProposer())
-    assert spec.self_check.backend is not Backend.PLAIN
+    assert spec.self_check.verification is not Verification.REGULAR
     assert model.model.rope_deltas is before
     expected = model.model.rope_deltas.clone()
     spec.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
@@ -132,7 +131,7 @@ def test_state_of_the_last_images_neither_leaks_nor_changes(name):
 
 
 @pytest.mark.parametrize("name", ["llava-window", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "gemma3"])
-def test_cache_behind_images_is_extended_and_continued(name):
+def test_cache_after_images_is_extended_and_continued(name):
     spec, inputs = shared_spec(name), prompt(name, (4, 5))
     settings = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "return_dict_in_generate": True}
     expected, _ = generate(spec.base, inputs, **settings)
@@ -159,7 +158,7 @@ def test_cache_behind_images_is_extended_and_continued(name):
     assert torch.equal(state_found, state)
 
 
-def test_images_behind_a_cache_are_speculated():
+def test_images_after_a_cache_are_speculated():
     spec, inputs = shared_spec("gemma3"), prompt("gemma3", (4, 5))
     first = prompt("gemma3", (3, 4), seed=1)
     outputs = []
@@ -181,8 +180,9 @@ def test_images_behind_a_cache_are_speculated():
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("lengths", [(6,), (3, 4)])
-@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_5", "gemma3"])
+@pytest.mark.parametrize(
+    ("name", "lengths"), turns(["llava", "qwen2_5_vl", "qwen3_5", "gemma3"], [(6,), (3, 4)])
+)
 def test_tokens_of_an_image_may_be_drafted_and_said_within_the_text(name, lengths):
     spec, inputs = shared_spec(name), prompt(name, lengths)
     require_exact(
@@ -200,7 +200,7 @@ def test_tokens_of_an_image_may_be_drafted_and_said_within_the_text(name, length
 
 
 @pytest.mark.parametrize("image_token", [IMAGE_TOKEN, VOCAB_SIZE + 5])
-def test_models_of_text_draft_behind_images(image_token):
+def test_models_of_text_draft_after_images(image_token):
     # Gemma 3 takes an image's token that its vocabulary lacks; a draft model cannot read it.
     model = build_wrapper("gemma3", image_token=image_token)
     inputs = prompt("gemma3", (4, 5), image_token=image_token)
@@ -228,7 +228,7 @@ def test_wrapper_may_draft_for_a_model_of_text():
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_5", "gemma3"])
-def test_heads_read_hidden_states_behind_images(name):
+def test_heads_read_hidden_states_after_images(name):
     model = shared_wrapper(name)
     view = TargetView(model)
     assert (view.vocab_size, view.hidden_size, view.num_layers) == (VOCAB_SIZE, 40, 2)
@@ -259,7 +259,7 @@ def test_softcap_of_a_wrapped_model_is_in_the_logits_of_hidden_states():
     torch.testing.assert_close(found, logits, atol=TOLERANCE, rtol=TOLERANCE)
 
 
-def test_embeddings_beside_images_are_left_to_the_base():
+def test_embeddings_next_to_images_are_left_to_the_base():
     spec, inputs = shared_spec("llava"), prompt("llava", (4, 5))
     embeddings = spec.base.get_input_embeddings()(inputs["input_ids"]).detach()
     given = {**inputs, "inputs_embeds": embeddings}

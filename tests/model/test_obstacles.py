@@ -12,7 +12,7 @@ from speclm.methods.draft_model.proposer import DraftModelProposer
 from speclm.methods.medusa.network import MedusaHeads, MedusaHeadsConfig
 from speclm.methods.medusa.proposer import MedusaProposer
 from speclm.methods.ngram.proposer import NgramProposer
-from speclm.self_check.verdict import Backend
+from speclm.self_check.verdict import Verification
 from tests.exactness import require_exact
 from tests.models import VOCAB_SIZE, build_model, generate, prompts
 
@@ -121,7 +121,7 @@ def test_what_is_changed_after_wrapping_is_noticed_and_named(base, change, words
     require_exact(spec, INPUTS, **SETTINGS)
     change(base)
     require_exact(spec, INPUTS, plainly=words, **SETTINGS)
-    assert spec.self_check.backend is Backend.PLAIN
+    assert spec.self_check.verification is Verification.REGULAR
 
 
 def test_chains_honour_the_inputs_that_a_model_prepares_itself(base):
@@ -133,7 +133,7 @@ def test_chains_honour_the_inputs_that_a_model_prepares_itself(base):
     assert "prepare_inputs_for_generation of the model object" in spec.self_check.reason
     del base.prepare_inputs_for_generation  # as it was when it was wrapped
     require_exact(spec, INPUTS, **SETTINGS)
-    assert spec.self_check.backend is Backend.TREES
+    assert spec.self_check.verification is Verification.TREES
 
 
 class OwnUpdate(LlamaForCausalLM):
@@ -261,7 +261,7 @@ def test_draws_that_only_one_row_makes_exclude_chains_too(base):
     mlp = base.model.layers[1].mlp
     base.model.layers[1].mlp = torch.nn.Sequential(mlp, DrawsForOneToken()).eval()
     spec = SpecModel(base, None)
-    assert spec.self_check.backend is Backend.PLAIN
+    assert spec.self_check.verification is Verification.REGULAR
     assert "draws random numbers" in spec.self_check.reason
 
 
@@ -276,7 +276,7 @@ class SwitchedEmbedding(torch.nn.Embedding):
 def test_switch_of_a_module_of_others_is_seen(base):
     base.model.embed_tokens.__class__ = SwitchedEmbedding
     spec = SpecModel(base, None)
-    assert spec.self_check.backend is Backend.TREES
+    assert spec.self_check.verification is Verification.TREES
     base.model.embed_tokens.is_on = True
     require_exact(spec, INPUTS, plainly="SwitchedEmbedding is not of Transformers", **SETTINGS)
 

@@ -18,6 +18,7 @@ from transformers import (
 
 from speclm import SpecModel
 from tests.exactness import MODES, require_exact, tiny
+from tests.grids import turns
 from tests.models import prompts, randomise
 
 NUM_IDS = 70
@@ -59,9 +60,7 @@ def scaled(name):
     return SpecModel(tiny(model_type, config_type, **own), None)
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize("name", RESIZED)
+@pytest.mark.parametrize(("name", "lengths", "mode"), turns(RESIZED, LENGTHS, MODES))
 def test_base_with_resized_and_padded_embeddings(name, lengths, mode):
     spec = resized(name)
     assert spec.base.get_output_embeddings().weight.shape[0] == 128
@@ -69,9 +68,7 @@ def test_base_with_resized_and_padded_embeddings(name, lengths, mode):
     require_exact(spec, inputs, max_new_tokens=10, **MODES[mode])
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize("name", SCALED)
+@pytest.mark.parametrize(("name", "lengths", "mode"), turns(SCALED, LENGTHS, MODES))
 def test_base_whose_logits_are_scaled_or_capped(name, lengths, mode):
     inputs = prompts(*lengths, vocab_size=60)
     require_exact(scaled(name), inputs, max_new_tokens=10, **MODES[mode])

@@ -11,7 +11,7 @@ from speclm.methods.ngram.proposer import NgramProposer
 from tests.models import build_model, prompts
 from tests.outcomes import observe, require_same
 from tests.proposers import random_heads
-from tests.target.test_matrices import Coded
+from tests.target.test_logits import Coded
 
 TEXTS = ["SELECT name FROM table_1 WHERE name = ", "how many wins in table_2"]
 

@@ -5,7 +5,7 @@ import pytest
 from speclm import SpecModel
 from speclm.methods.ngram.proposer import NgramProposer
 from speclm.model.report import write_report
-from speclm.self_check.verdict import Backend, SelfCheck
+from speclm.self_check.verdict import SelfCheck, Verification
 from speclm.stats import SpeculationStats
 from speclm.target import TargetView
 from tests.models import prompts, shared_model
@@ -18,7 +18,7 @@ def report(check, stats=None, proposer=None):
     return "\n".join(lines)
 
 
-@pytest.mark.parametrize("backend", Backend)
+@pytest.mark.parametrize("backend", Verification)
 def test_backend_and_reason_are_given(backend):
     text = report(SelfCheck(backend, "no trees: no mask", milliseconds=12.3))
     assert f"backend   {backend.value}: no trees: no mask" in text
@@ -27,7 +27,7 @@ def test_backend_and_reason_are_given(backend):
 
 
 def test_cached_verdicts_are_marked():
-    check = SelfCheck(Backend.TREES, "passed", milliseconds=0.4, is_cached=True)
+    check = SelfCheck(Verification.TREES, "passed", milliseconds=0.4, is_cached=True)
     assert "from an earlier check in 0.4 ms" in report(check, proposer=NgramProposer())
 
 
@@ -40,7 +40,7 @@ def test_last_call_shows_its_counters_or_why_it_was_plain():
 
 
 def test_kernel_and_reason_are_given(monkeypatch):
-    check = SelfCheck(Backend.TREES, "passed", milliseconds=1.0)
+    check = SelfCheck(Verification.TREES, "passed", milliseconds=1.0)
     assert "kernels   sdpa: the model is on a CPU" in report(check)
     monkeypatch.setenv("SPECLM_KERNELS", "reference")
     assert "kernels   reference: SPECLM_KERNELS asks for it" in report(check)

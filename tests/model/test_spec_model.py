@@ -39,7 +39,7 @@ from speclm.errors import (
 from speclm.methods.draft_model.proposer import DraftModelProposer
 from speclm.methods.ngram.proposer import NgramProposer
 from speclm.sampling import PositionNoise
-from speclm.self_check.verdict import Backend
+from speclm.self_check.verdict import Verification
 from speclm.testing import ScriptedProposer
 from speclm.tree.topology import chain, from_parents
 from tests.models import VOCAB_SIZE, build_model, generate, prompts, randomise, shared_model
@@ -64,7 +64,7 @@ class BrokenProposer(Proposer):
             noise.at_depth(3)  # the generator runs ahead of regular generation
         self._round += 1
         if self._round - 1 != self._at_round:
-            return Draft(tokens=roots[:, None], topology=chain(0), probs=None)
+            return Draft(tokens=roots[:, None], topology=chain(0))
         if isinstance(self._outcome, BaseException):
             raise self._outcome
         return self._outcome
@@ -329,7 +329,7 @@ def test_model_that_takes_chains_alone_speculates_and_says_so_once(caplog):
     inputs = prompts(6, 3)
     expected = generate(model, inputs, **SAMPLED)[0][:, 6:].tolist()
     spec = SpecModel(model, ScriptedProposer(expected, depth=4))
-    assert spec.self_check.backend is Backend.CHAINS
+    assert spec.self_check.verification is Verification.CHAINS
     with caplog.at_level(logging.WARNING, logger="speclm"):
         for _ in range(2):
             require_identical(spec, inputs, **SAMPLED)
@@ -346,7 +346,7 @@ def test_model_that_takes_no_draft_decodes_plainly_and_says_so_once(caplog):
     config = FalconMambaConfig(**TINY, num_hidden_layers=2, state_size=4)
     model = randomise(FalconMambaForCausalLM(config))
     spec = SpecModel(model, NgramProposer())
-    assert spec.self_check.backend is Backend.PLAIN
+    assert spec.self_check.verification is Verification.REGULAR
     with caplog.at_level(logging.WARNING, logger="speclm"):
         for _ in range(2):
             require_identical(spec, prompts(6, 3), **SAMPLED)

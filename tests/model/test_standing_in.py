@@ -15,7 +15,7 @@ from speclm.methods.draft_model.proposer import DraftModelProposer
 from speclm.methods.medusa.network import MedusaHeads, MedusaHeadsConfig
 from speclm.methods.medusa.proposer import MedusaProposer
 from speclm.methods.ngram.proposer import NgramProposer
-from speclm.model.standing_in import proposer_modules
+from speclm.model.fitting import proposer_modules
 from tests.callbacks import Tokens
 from tests.models import VOCAB_SIZE, build_model, generate, prompts
 

@@ -141,9 +141,9 @@ def test_the_tree_of_a_model_is_the_default_of_its_calls():
 
 def test_trees_are_taken_in_every_form(tmp_path):
     path = tmp_path / "tree.json"
-    path.write_text(json.dumps({"tree": CHAIN.choices}))
+    path.write_text(json.dumps({"tree": CHAIN.paths}))
 
-    for tree in ([1, 1, 1, 1], CHAIN.choices, CHAIN, path, str(path)):
+    for tree in ([1, 1, 1, 1], CHAIN.paths, CHAIN, path, str(path)):
         assert normalize_tree(tree) == CHAIN
     assert normalize_tree("auto") == "auto"
     assert normalize_tree(None) is None

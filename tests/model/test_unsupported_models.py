@@ -21,7 +21,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from speclm import SpecModel
 from speclm.errors import UnsupportedModelError
 from speclm.methods.ngram.proposer import NgramProposer
-from speclm.self_check.verdict import Backend
+from speclm.self_check.verdict import Verification
 from tests.models import VOCAB_SIZE, prompts, randomise
 
 SIZES = {
@@ -133,7 +133,7 @@ def test_models_without_trees_give_their_own_tokens_and_the_reason(name, setting
     model = MODELS[name]()
     spec = SpecModel(model, NgramProposer())
     check = spec.self_check
-    assert check.backend is not Backend.TREES
+    assert check.verification is not Verification.TREES
     inputs = prompts(9, 9)
     torch.manual_seed(3)
     expected = model.generate(**inputs, **settings, max_new_tokens=8)
@@ -141,7 +141,7 @@ def test_models_without_trees_give_their_own_tokens_and_the_reason(name, setting
     assert torch.equal(spec.generate(**inputs, **settings, max_new_tokens=8), expected)
     stats = spec.last_speculation
     assert stats.self_check == check.reason
-    if check.backend is Backend.PLAIN:
+    if check.verification is Verification.REGULAR:
         assert stats.backend == "regular generation"
         assert stats.fallbacks == [check.reason]
     lines: list[str] = []

@@ -323,5 +323,5 @@ def test_self_check_of_a_model_that_takes_chains_waits_for_the_base():
         thread = start(lambda: built.append(SpecModel(base, None)))
         wait_for(lambda: len(claims._QUEUE) == 2)
     thread.join(60)
-    assert built[0].self_check.backend is expected.backend
+    assert built[0].self_check.verification is expected.verification
     assert built[0].self_check.reason == expected.reason

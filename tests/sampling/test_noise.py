@@ -6,8 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from speclm.sampling.generators import generator_obstacle
-from speclm.sampling.noise import PositionNoise
+from speclm.sampling.noise import GeneratorStates, PositionNoise, generator_obstacle, undisturbed
 
 CPU = torch.device("cpu")
 VOCAB = 7
@@ -16,6 +15,7 @@ VOCAB = 7
 @pytest.fixture(autouse=True)
 def _own_generator():
     with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
         yield
 
 
@@ -24,7 +24,7 @@ def step_probs(step, batch):
     return torch.rand(batch, VOCAB, generator=generator).softmax(-1)
 
 
-def decode_plainly(seed, batch, steps):
+def regular_generation(seed, batch, steps):
     """Tokens that `torch.multinomial` draws step by step, and the generator's state after each."""
     torch.manual_seed(seed)
     tokens, states = [], [torch.get_rng_state()]
@@ -42,7 +42,7 @@ def noise_after(seed, batch):
 @given(seed=st.integers(0, 10**6), batch=st.integers(1, 4), steps=st.integers(1, 8))
 def test_argmax_over_noise_is_what_multinomial_draws(seed, batch, steps):
     with torch.random.fork_rng(devices=[]):
-        plain, states = decode_plainly(seed, batch, steps)
+        plain, states = regular_generation(seed, batch, steps)
         noise = noise_after(seed, batch)
         noise.seek([0] * batch, live=[True] * batch)
         for step in range(steps):
@@ -57,7 +57,7 @@ def test_argmax_over_noise_is_what_multinomial_draws(seed, batch, steps):
 )
 def test_ragged_rows_get_the_noise_of_their_own_position(seed, advances):
     with torch.random.fork_rng(devices=[]):
-        plain, _ = decode_plainly(seed, 2, 25)
+        plain, _ = regular_generation(seed, 2, 25)
         noise = noise_after(seed, 2)
         at = [0, 0]
         for advance in advances:
@@ -72,10 +72,10 @@ def test_ragged_rows_get_the_noise_of_their_own_position(seed, advances):
 
 
 @given(seed=st.integers(0, 10**6), drawn=st.integers(0, 9), used=st.integers(0, 9))
-def test_finish_leaves_the_generator_as_plain_decoding_does(seed, drawn, used):
+def test_finish_leaves_the_generator_as_regular_generation_does(seed, drawn, used):
     used = min(used, drawn)
     with torch.random.fork_rng(devices=[]):
-        _, states = decode_plainly(seed, 2, max(drawn, 1))
+        _, states = regular_generation(seed, 2, max(drawn, 1))
         noise = noise_after(seed, 2)
         noise.seek([0, 0], live=[True, True])
         for step in range(drawn):
@@ -172,10 +172,73 @@ def test_the_generator_that_is_put_back_is_that_of_the_device(accelerator):
     assert torch.equal(noise.at_depth(0), first)
 
 
-def test_devices_without_a_generator_that_can_be_put_back_are_told(monkeypatch):
+def test_devices_whose_generator_cannot_be_restored_are_named(monkeypatch):
     assert generator_obstacle(CPU) is None
     assert generator_obstacle(torch.device("cuda")) is None
     assert generator_obstacle(torch.device("mps")) is None
     assert "'meta' cannot be saved" in generator_obstacle(torch.device("meta"))
     monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace())
     assert "'xpu' cannot be saved" in generator_obstacle(torch.device("xpu"))
+
+
+def test_draws_are_noticed_and_undone():
+    states = GeneratorStates(CPU)
+    expected = torch.get_rng_state()
+    assert not states.changed()
+    torch.rand(1)
+    assert states.changed()
+    states.restore()
+    assert torch.equal(torch.get_rng_state(), expected)
+
+
+def test_generator_of_another_device_is_that_of_its_module(monkeypatch):
+    drawn = {"xpu:0": torch.zeros(1)}
+    module = SimpleNamespace(
+        get_rng_state=lambda device: drawn[str(device)],
+        set_rng_state=lambda state, device: drawn.update({str(device): state}),
+    )
+    monkeypatch.setattr(torch, "get_device_module", lambda _: module)
+    states = GeneratorStates(torch.device("xpu", 0))
+    drawn["xpu:0"] = torch.ones(1)
+    assert states.changed()
+    states.restore()
+    assert drawn["xpu:0"] == torch.zeros(1)
+
+
+def test_device_without_a_generator_is_left_out(monkeypatch):
+    monkeypatch.setattr(torch, "get_device_module", lambda _: SimpleNamespace())
+    assert not GeneratorStates(torch.device("xpu", 0)).changed()
+
+
+def noise_and_state(*, draws: bool):
+    torch.manual_seed(5)
+    noise = PositionNoise(batch=2, vocab_size=7, device=CPU)
+    found = [noise.at_depth(0)]
+    for depth in (1, 3):
+        with undisturbed(CPU, noise):
+            found.append(noise.at_depth(depth))
+            if draws:
+                torch.rand(9)
+            found.append(noise.at_depth(depth + 1))
+            if draws:
+                torch.rand(9)
+    noise.finish(4)
+    return torch.stack(found), torch.get_rng_state()
+
+
+def test_noise_does_not_depend_on_what_drafting_code_draws():
+    (noise, state), (expected, expected_state) = (noise_and_state(draws=d) for d in (True, False))
+    assert torch.equal(noise, expected)
+    assert torch.equal(state, expected_state)
+
+
+def test_draws_without_noise_are_undone_also_after_an_error():
+    state = torch.get_rng_state()
+
+    def fail():
+        torch.rand(1)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), undisturbed(CPU, None):
+        fail()
+    assert torch.equal(torch.get_rng_state(), state)

@@ -13,7 +13,7 @@ from transformers.models.llama import modeling_llama
 
 import speclm
 from speclm.self_check import watch
-from speclm.self_check.verdict import Backend, SelfCheck
+from speclm.self_check.verdict import SelfCheck, Verification
 from speclm.self_check.watch import Watch, first_in_training, may_draw
 from speclm.target import TargetFeatures, TargetView
 from tests.models import build_model
@@ -25,7 +25,7 @@ def checks(monkeypatch):
     made = []
 
     def check(target):
-        made.append(SelfCheck(Backend.TREES, f"check {len(made)}"))
+        made.append(SelfCheck(Verification.TREES, f"check {len(made)}"))
         return made[-1]
 
     monkeypatch.setattr(watch, "check_model", check)

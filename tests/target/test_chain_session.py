@@ -10,7 +10,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from speclm.errors import UnsupportedModelError
 from speclm.target import TargetFeatures, TargetView
-from speclm.target.chain_session import MAX_OWED, ChainReader, ChainSession
+from speclm.target.chain_session import MAX_UNREAD, ChainReader, ChainSession
 from speclm.tree.topology import chain
 from tests.families import shared_family
 from tests.models import VOCAB_SIZE, prompts, shared_model
@@ -110,7 +110,7 @@ def test_chains_score_as_steps_do_and_leave_the_same_cache(name, lengths):
             start += num_tokens
         reader.keep(num_kept)
         at += num_kept
-        assert reader.num_owed == 0 or name in OWING
+        assert reader.num_unread == 0 or name in OWING
     reader.feed(tokens[:, at:NUM_STEPS])
     reader.keep(NUM_STEPS - at)
     reader.feed(tokens[:, :3])
@@ -126,9 +126,9 @@ def test_settling_reads_what_is_owed_once(name):
     for at in range(0, NUM_STEPS, 2):
         reader.feed(torch.cat([tokens[:, at : at + 2], tokens[:, :1]], dim=1))
         reader.keep(2)
-    assert reader.num_owed == NUM_STEPS
+    assert reader.num_unread == NUM_STEPS
     reader.settle()
-    assert reader.num_owed == 0
+    assert reader.num_unread == 0
     require_equal_caches(reader.cache, steps(name, (5, 3))[1])
     reader.settle()
     require_equal_caches(reader.cache, steps(name, (5, 3))[1])
@@ -211,10 +211,10 @@ def test_a_session_is_behind_once_more_is_owed_than_the_bound():
     session.prefill(prompts(5)["input_ids"])
     session.keep([[0]])
     tokens = text(1)
-    for num_owed in range(2, MAX_OWED + 3, 2):
+    for num_unread in range(2, MAX_UNREAD + 3, 2):
         session.verify(tokens[:, :3], chain(2))
         session.keep([[0, 1]])
-        assert session.is_behind == (num_owed > MAX_OWED)
+        assert session.is_behind == (num_unread > MAX_UNREAD)
     session.verify(tokens[:, :1], chain(0))
     session.keep([[0]])
     assert not session.is_behind

@@ -1,14 +1,13 @@
 """Forwards over trees of every family that takes them, against the model's own over each path."""
 
 from dataclasses import dataclass
-from functools import cache
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from speclm.self_check.verdict import Backend
+from speclm.self_check.verdict import Verification
 from speclm.target import TargetFeatures, TargetView
 from speclm.tree.topology import from_parents
 from tests.families import FAMILIES, shared_family
@@ -18,7 +17,7 @@ TOLERANCE = 1e-4  # of a spread, in float32: experts amplify rounding, an error 
 PARENTS = [[0, 0, 0, 1, 3, 2], [0, 0, 1, 2, 2, 5]]  # the last node of the second is padding
 KEPT = ([[0, 1, 3], [0, 1, 2]], [[0, 2, 5], [0]])
 LENGTHS = (11, 5)
-WITH_TREES = [name for name, row in FAMILIES.items() if row.backend is Backend.TREES]
+WITH_TREES = [name for name, row in FAMILIES.items() if row.backend is Verification.TREES]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,7 +26,7 @@ class Round:
 
     Args:
         logits: Ours and the model's own, of all nodes on paths.
-        hidden: The same of hidden states behind the final norm, which the head reads.
+        hidden: The same of hidden states after the final norm, which the head reads.
         cached: Keys or values that were kept and those of a fresh prefill, for every layer and row.
     """
 
@@ -36,10 +35,9 @@ class Round:
     cached: list[tuple[Tensor, Tensor]]
 
 
-@cache
 @torch.no_grad()
 def rounds(name: str) -> list[Round]:
-    """Verify a tree behind two ragged rows, keep a path, and verify another one behind it."""
+    """Verify a tree after two ragged rows, keep a path, and verify another tree after it."""
     view, inputs = TargetView(shared_family(name)), prompts(*LENGTHS)
     padding = (inputs["attention_mask"] == 0).sum(1)
     topology = from_parents(PARENTS, device=torch.device("cpu"))
@@ -104,19 +102,10 @@ def require_equal(pairs: list[tuple[Tensor, Tensor]]) -> None:
         assert difference <= TOLERANCE * max(float(expected.std()), 1e-3)
 
 
+# One test, so that the rounds of a family are computed once.
 @pytest.mark.parametrize("name", WITH_TREES)
-def test_logits_of_every_node_are_those_of_its_path(name):
+def test_logits_hidden_states_and_cache_of_a_tree_are_those_of_its_paths(name):
     for one in rounds(name):
         require_equal(one.logits)
-
-
-@pytest.mark.parametrize("name", WITH_TREES)
-def test_tapped_hidden_states_are_the_models_last_which_its_head_reads(name):
-    for one in rounds(name):
         require_equal(one.hidden)
-
-
-@pytest.mark.parametrize("name", WITH_TREES)
-def test_cache_behind_a_kept_path_is_that_of_a_fresh_prefill(name):
-    for one in rounds(name):
         require_equal(one.cached)

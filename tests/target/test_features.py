@@ -52,5 +52,5 @@ def test_features_of_a_tree_are_those_of_its_paths():
 
 def test_layers_that_a_target_lacks_are_refused():
     view = TargetView(build_model("llama"))
-    with pytest.raises(UnsupportedModelError, match="features of layer 2 are asked for"):
+    with pytest.raises(UnsupportedModelError, match="features of layer 2 are requested"):
         view.decoding(TargetFeatures((2,))).__enter__()

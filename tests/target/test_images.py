@@ -42,7 +42,7 @@ def test_places_of_images_are_read_for_positions_alone():
 
 def test_model_that_moves_positions_is_told_apart():
     found = obstacle({"pixels": 1}, dropped=("pixels",), first=1)
-    assert found == "model input 'pixels', behind which the model counts positions itself"
+    assert found == "model input 'pixels', after which the model counts positions itself"
 
 
 def test_real_models_are_asked_in_their_own_words():

@@ -1,16 +1,28 @@
-"""Logits from hidden states, of models whose head is not all there is, or hard to find."""
+"""Logits from hidden states, and the sizes, matrices and devices of models of any kind."""
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import ModelHook, add_hook_to_module
+from torch import nn
 from transformers import PreTrainedModel
 
 from speclm.errors import UnsupportedModelError
 from speclm.target import TargetView
-from speclm.target.logits import find_decoder, logits_from
+from speclm.target.logits import (
+    device_of,
+    embedding_matrix,
+    find_decoder,
+    head_shape,
+    logits_from,
+    output_matrix,
+    stored_matrices,
+)
 from tests.families import FAMILIES, build_type, shared_family
-from tests.models import prompts, shared_model
+from tests.models import VOCAB_SIZE, build_model, prompts, shared_model
 
 TOLERANCE = 1e-4  # of logits whose spread is about 3, in float32
+HIDDEN = 40
 
 
 @torch.no_grad()
@@ -42,3 +54,73 @@ def test_model_that_is_one_with_its_head_is_refused(monkeypatch):
         find_decoder(model)
     with TargetView(model).decoding():
         pass  # it generates all the same, where nobody asks for hidden states
+
+
+class Coded(nn.Module):
+    """A head of codes, as quantisation makes it."""
+
+    def __init__(self, linear, **sizes):
+        super().__init__()
+        self.register_buffer("qweight", (20 * linear.weight).round().to(torch.int8))
+        for name, size in sizes.items():
+            setattr(self, name, size)
+
+    def forward(self, states):
+        return nn.functional.linear(states, self.qweight.to(states.dtype) / 20)
+
+
+class CodedWithMethod(Coded):
+    def weight(self):
+        return self.qweight
+
+
+@pytest.mark.parametrize("kind", [Coded, CodedWithMethod])
+@pytest.mark.parametrize("sizes", [{}, {"out_features": VOCAB_SIZE, "in_features": HIDDEN}])
+def test_shape_of_a_head_without_a_matrix_is_what_it_or_the_config_says(kind, sizes):
+    model = build_model("llama")
+    model.lm_head = kind(model.lm_head, **sizes)
+    assert head_shape(model) == (VOCAB_SIZE, HIDDEN)
+    assert stored_matrices(model)["lm_weight"] is None
+    with pytest.raises(UnsupportedModelError, match=rf"output embeddings .* {kind.__name__}, quan"):
+        output_matrix(model)
+
+
+def test_shape_of_a_head_is_that_of_its_matrix():
+    model = build_model("llama")
+    model.config.vocab_size = 1
+    assert head_shape(model) == (VOCAB_SIZE, HIDDEN)
+
+
+def test_shape_of_a_head_in_a_wrapper_without_sizes_is_the_configs():
+    model = build_model("llama")
+    model.lm_head = nn.Sequential(model.lm_head)
+    assert head_shape(model) == (VOCAB_SIZE, HIDDEN)
+
+
+def test_matrices_are_those_of_the_model():
+    model = shared_model("llama")
+    found = stored_matrices(model)
+    assert found["embeddings"] is embedding_matrix(model) is model.model.embed_tokens.weight
+    assert found["lm_weight"] is output_matrix(model) is model.lm_head.weight
+
+
+def test_matrices_that_are_elsewhere_are_refused():
+    with torch.device("meta"):
+        model = build_model("llama")
+    with pytest.raises(UnsupportedModelError, match=r"embeddings .* Embedding, offloaded.*own"):
+        embedding_matrix(model)
+
+
+def test_device_of_an_offloaded_model_is_where_its_modules_run():
+    model = cpu_offload(build_model("llama"))
+    assert model._hf_hook.execution_device is None
+    assert model.device == torch.device("meta")
+    assert device_of(model) == torch.device("cpu")
+    add_hook_to_module(model.model.embed_tokens, ModelHook(), append=True)  # now two in a row
+    assert device_of(model) == torch.device("cpu")
+
+
+def test_device_of_weights_that_are_nowhere_is_meta():
+    with torch.device("meta"):
+        model = build_model("llama")
+    assert device_of(model) == torch.device("meta")

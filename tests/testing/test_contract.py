@@ -1,4 +1,5 @@
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -28,8 +29,8 @@ class RepeatProposer(Proposer):
 
     def propose(self, roots, *, noise):
         tokens = roots[:, None].expand(-1, DEPTH + 1)
-        probs = torch.full(tokens.shape, 0.5)
-        return Draft(tokens=tokens, topology=chain(DEPTH), probs=probs)
+        node_probs = [[0.5] * (DEPTH + 1) for _ in roots]
+        return Draft(tokens=tokens, topology=chain(DEPTH), node_probs=node_probs)
 
     def commit(self, accepted):
         pass
@@ -118,6 +119,13 @@ def test_derived_fields_that_do_not_fit_the_parents_are_refused(field):
     refuses(f"topology.{field} is", lambda: Planted(RepeatProposer, spoil=spoil))
 
 
+def test_host_lists_that_do_not_fit_the_parents_are_refused():
+    def spoil(draft):
+        return with_topology(draft, host_parents=[[0, 0, 0, 0]])
+
+    refuses("topology.host_parents is", lambda: Planted(RepeatProposer, spoil=spoil))
+
+
 def test_wrong_max_depth_is_refused():
     refuses(
         "topology.max_depth is 9",
@@ -129,7 +137,9 @@ def test_tree_beyond_the_budget_is_refused():
     class Huge(RepeatProposer):
         def propose(self, roots, *, noise):
             parents = torch.tensor([[0, *range(70)]])
-            topology = TreeTopology(parents, parents, parents[..., None], parents[..., None], 70)
+            topology = TreeTopology(
+                parents, parents, parents[..., None], parents[..., None], 70, [[0]], [[0]]
+            )
             return Draft(roots[:, None].expand(-1, 71), topology, None)
 
     refuses("levels deep", Huge)
@@ -152,19 +162,26 @@ def test_left_padding_taken_for_text_is_refused():
     refuses("mixed the rows of a batch", Unaware)
 
 
-@pytest.mark.parametrize("field", ["tokens", "probs"])
-def test_wrong_dtype_is_refused(field):
-    to = {"tokens": torch.int32, "probs": torch.float64}[field]
-
+def test_wrong_dtype_is_refused():
     def spoil(draft):
-        return replace(draft, tokens=draft.tokens.to(to))
+        return replace(draft, tokens=draft.tokens.int())
 
-    if field == "tokens":
-        refuses("dtype of tokens is torch.int32", lambda: Planted(RepeatProposer, spoil=spoil))
-    else:  # any floating type will do
-        check_proposer(
-            lambda: Planted(RepeatProposer, spoil=lambda d: replace(d, probs=d.probs.to(to)))
-        )
+    refuses("dtype of tokens is torch.int32", lambda: Planted(RepeatProposer, spoil=spoil))
+
+
+def with_node_probs(draft, node_probs):
+    draft = replace(draft)
+    object.__setattr__(draft, "node_probs", node_probs)  # as where no hook checks types
+    return draft
+
+
+def test_probabilities_that_are_no_host_lists_or_miss_nodes_are_refused():
+    for node_probs, words in (
+        (torch.ones(3, DEPTH + 1), "node_probs is a Tensor, expected lists"),
+        ([[1.0]], r"shape of node_probs is \(1, 1\)"),
+    ):
+        spoil = partial(with_node_probs, node_probs=node_probs)
+        refuses(words, lambda spoil=spoil: Planted(RepeatProposer, spoil=spoil))
 
 
 def test_wrong_dtype_of_the_topology_is_refused():
@@ -182,7 +199,7 @@ def test_wrong_device_is_refused():
     refuses(
         "device of topology.parents is meta",
         lambda: Planted(
-            spoil=lambda draft: replace(draft, topology=draft.topology.to(torch.device("meta")))
+            spoil=lambda draft: with_topology(draft, parents=draft.topology.parents.to("meta"))
         ),
     )
 
@@ -213,19 +230,12 @@ def test_token_outside_the_vocabulary_is_refused():
     refuses("tokens lie in .* expected 0 to 31", lambda: Planted(RepeatProposer, spoil=spoil))
 
 
-@pytest.mark.parametrize(
-    ("change", "match"),
-    [
-        (lambda probs: probs * -1, "probs lie in"),
-        (lambda probs: probs * float("nan"), "probs lie in"),
-        (lambda probs: probs * 3, "probs lie in"),
-    ],
-)
-def test_values_that_are_no_probabilities_are_refused(change, match):
-    refuses(
-        match,
-        lambda: Planted(RepeatProposer, spoil=lambda d: replace(d, probs=change(d.probs))),
-    )
+@pytest.mark.parametrize("factor", [-1.0, float("nan"), 3.0])
+def test_values_that_are_no_probabilities_are_refused(factor):
+    def spoil(draft):
+        return replace(draft, node_probs=[[p * factor for p in row] for row in draft.node_probs])
+
+    refuses("node_probs lie in", lambda: Planted(RepeatProposer, spoil=spoil))
 
 
 def test_siblings_whose_probabilities_sum_above_one_are_refused():
@@ -233,7 +243,7 @@ def test_siblings_whose_probabilities_sum_above_one_are_refused():
         def propose(self, roots, *, noise):
             tokens = torch.stack([roots, roots * 0 + 1, roots * 0 + 2], dim=1)
             topology = from_parents([[0, 0, 0]], device=roots.device)
-            return Draft(tokens, topology, torch.full(tokens.shape, 0.7))
+            return Draft(tokens, topology, [[0.7] * 3 for _ in roots])
 
     refuses(r"siblings sum to 1\.4", Unnormalised)
 

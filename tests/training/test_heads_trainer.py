@@ -1,29 +1,31 @@
-"""What the training of any heads refuses, and which data sets it takes."""
+"""The trainer of all heads: what it logs, refuses and resumes from."""
 
+import json
+import logging
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
-from speclm.errors import CheckpointError, DataError
-from speclm.methods.eagle.training import EagleTrainer, new_eagle_heads
-from speclm.methods.medusa.training import MedusaTrainer, new_medusa_heads
+from speclm.errors import CheckpointError, DataError, NumericalError
+from speclm.methods.medusa.training import MedusaTrainingModel, new_medusa_heads
 from speclm.training.arguments import training_arguments
-from speclm.training.assistant_tokens import TokenizedRow
-from speclm.training.heads_trainer import HeadsTrainer
-from speclm.training.rows import TrainingRows
+from speclm.training.conversations import Example
+from speclm.training.dataset import ExampleDataset, load_examples
+from speclm.training.heads_trainer import HeadsTrainer, last_complete_checkpoint, require_state
 from tests.models import build_model
-from tests.training.runs import SETTINGS, StopAt
-from tests.training.talks import WORDS
+from tests.training.alphabet import TAGGED, WORDS, word_tokenizer, write_alphabet
+from tests.training.runs import CLOSE, SETTINGS, StopAt
 
-GOOD = TokenizedRow([5, 6, 7, 8], [0, 0, 1, 1])
-SILENT = TokenizedRow([5, 6, 7, 8], [1, 1, 0, 0])  # the first guess is about the third token
-LONG = TokenizedRow([5] * 17, [1] * 17)
+GOOD = Example(input_ids=[5, 6, 7, 8], loss_mask=[0, 0, 1, 1])
+SILENT = Example(input_ids=[5, 6, 7, 8], loss_mask=[1, 1, 0, 0])  # nothing is drafted so early
+LONG = Example(input_ids=[5] * 17, loss_mask=[1] * 17)
+EVERY_STEP = {"save_strategy": "steps", "save_steps": 1}
 
 
-class Items(Dataset):
-    """Rows that are made when they are asked for."""
+class Made(Dataset):
+    """Examples that are made when they are asked for."""
 
     def __init__(self, *masks):
         self.masks = masks
@@ -32,80 +34,174 @@ class Items(Dataset):
         return len(self.masks)
 
     def __getitem__(self, index):
-        return {"input_ids": [5] * len(self.masks[index]), "loss_mask": self.masks[index]}
+        return Example(input_ids=[5] * len(self.masks[index]), loss_mask=self.masks[index])
 
 
 class Stream(IterableDataset):
-    """Rows without a length."""
+    """Examples without a length."""
 
     def __iter__(self):
         while True:
-            yield {"input_ids": GOOD.tokens, "loss_mask": GOOD.loss_mask}
+            yield GOOD
+
+
+@pytest.fixture
+def alphabet(tmp_path):
+    return load_examples(write_alphabet(tmp_path / "rows.jsonl"), word_tokenizer(TAGGED))
 
 
 @pytest.fixture
 def make(tmp_path):
-    def make_trainer(kind="medusa", *, rows=None, eval_rows=None, num_heads=2, **options):
+    def make_trainer(
+        dataset=None, *, eval_dataset=None, num_heads=2, folder="out", callbacks=(), **settings
+    ):
         base = build_model("llama", vocab_size=len(WORDS), max_position_embeddings=16)
-        settings = {**SETTINGS, "save_strategy": "steps", "save_steps": 1, "max_steps": 1}
-        callbacks = options.pop("callbacks", ())
-        arguments = training_arguments(tmp_path, {**settings, **options})
-        data = {"train_dataset": rows or TrainingRows([GOOD] * 4), "eval_dataset": eval_rows}
-        if kind == "eagle":
-            heads = new_eagle_heads(base, kind=kind)
-            return EagleTrainer(base, heads, arguments, **data, callbacks=callbacks)
         heads = new_medusa_heads(base, num_heads=num_heads)
-        return MedusaTrainer(base, heads, arguments, **data, callbacks=callbacks)
+        return HeadsTrainer(
+            MedusaTrainingModel(base, heads),
+            training_arguments(tmp_path / folder, {**SETTINGS, "max_steps": 1, **settings}),
+            train_dataset=dataset or ExampleDataset([GOOD] * 4),
+            eval_dataset=eval_dataset,
+            callbacks=callbacks,
+        )
 
     return make_trainer
 
 
-def test_trainer_without_a_writer_cannot_be_made():
-    with pytest.raises(TypeError, match="_write"):
-        HeadsTrainer()
+def test_every_log_has_the_figures_of_each_draft_token(make, alphabet):
+    trainer = make(alphabet, max_steps=2)
+    trainer.train()
+    for log in trainer.state.log_history[:2]:
+        for head in (0, 1):
+            assert {f"head{head}_{name}" for name in ("loss", "top1", "top2", "top3")} <= set(log)
+        assert 1.0 <= log["estimated_tau"] <= 3.0
 
 
-@pytest.mark.parametrize("kind", ["medusa", "eagle"])
-@pytest.mark.parametrize(
-    ("bad", "words"),
-    [
-        (SILENT, "row 1: the loss mask of 4 tokens is all zero after the second.*drop the row"),
-        (LONG, r"row 1 has 17 tokens, expected at most 16.*cut rows with max_length=16"),
-    ],
-)
-def test_rows_that_cannot_be_trained_on_are_named(make, kind, bad, words):
-    with pytest.raises(DataError, match=words):
-        make(kind, rows=TrainingRows([GOOD, bad]))
-    with pytest.raises(DataError, match=words):
-        make(kind, eval_rows=TrainingRows([GOOD, bad]))
-    with pytest.raises(DataError, match=words):
-        make(kind, eval_rows={"first": TrainingRows([GOOD]), "second": TrainingRows([GOOD, bad])})
+def test_summary_has_the_figures_of_steps_that_no_log_had(make, alphabet):
+    trainer = make(alphabet, max_steps=3, logging_steps=2)
+    trainer.train()
+    assert [("head0_top1" in log) for log in trainer.state.log_history] == [True, True]
+    assert "train_loss" in trainer.state.log_history[-1]
+    trainer = make(alphabet, max_steps=1)
+    trainer.train()
+    assert "head0_top1" not in trainer.state.log_history[-1]  # the log before it has them
 
 
-def test_rows_are_checked_in_any_data_set_with_a_length(make):
-    with pytest.raises(DataError, match="no rows to train on"):
-        make(eval_rows=Items())
-    with pytest.raises(DataError, match="row 0: the loss mask of 3 tokens"):
-        make(rows=Items([0, 0, 0]))
+def test_evaluation_has_the_same_figures_and_a_meter_of_its_own(make, alphabet):
+    trainer = make(alphabet, eval_dataset=alphabet)
+    with torch.no_grad():
+        trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
+    metrics = trainer.evaluate()
+    assert {"eval_loss", "eval_head1_top3", "eval_estimated_tau"} <= set(metrics)
+    assert trainer.state.log_history[-1]["eval_estimated_tau"] == metrics["eval_estimated_tau"]
+    assert "head0_top1" in trainer._drain(is_training=True)
 
 
-def test_stream_of_rows_is_trained_on(make):
-    trainer = make(rows=Stream(), train_sampling_strategy="random")
+def test_best_checkpoint_can_be_chosen_by_estimated_tau(make, alphabet):
+    trainer = make(
+        alphabet,
+        eval_dataset=alphabet,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="estimated_tau",
+        greater_is_better=True,
+        **EVERY_STEP,
+    )
+    trainer.train()
+    assert trainer.state.best_metric >= 1.0
+
+
+def test_one_progress_bar_shows_loss_estimated_tau_and_evaluation(make, alphabet, capsys):
+    settings = {"disable_tqdm": False, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 2}
+    trainer = make(alphabet, eval_dataset=alphabet, **settings)
+    trainer.train()
+    shown = capsys.readouterr()
+    assert "estimated tau" in shown.err
+    assert "2/2" in shown.err
+    assert "evaluating 3/3" in shown.err
+    assert "head0_top1" not in shown.out
+    trainer.evaluate()
+    assert "3/3" in capsys.readouterr().err  # outside of a training it has a bar of its own
+
+
+def test_loss_that_is_no_number_is_an_error_with_a_remedy(make):
+    trainer = make()
+    with torch.no_grad():
+        trainer.heads.weight.fill_(float("nan"))
+    with pytest.raises(NumericalError, match=r"loss of step 1 is nan.*lower the learning rate"):
+        trainer.train()
+
+
+def test_examples_that_cannot_be_trained_on_are_named(make):
+    for bad, words in (
+        (SILENT, "example 1: the loss mask of 4 tokens is all zero after the second.*drop the"),
+        (LONG, r"example 1 has 17 tokens, expected at most 16.*cut examples with max_length=16"),
+    ):
+        dataset = ExampleDataset([GOOD, bad])
+        with pytest.raises(DataError, match=words):
+            make(dataset)
+        with pytest.raises(DataError, match=words):
+            make(eval_dataset=dataset)
+        with pytest.raises(DataError, match=words):
+            make(eval_dataset={"first": ExampleDataset([GOOD]), "second": dataset})
+
+
+def test_examples_are_checked_in_any_dataset_with_a_length(make):
+    with pytest.raises(DataError, match="no examples to train on"):
+        make(eval_dataset=Made())
+    with pytest.raises(DataError, match="example 0: the loss mask of 3 tokens"):
+        make(Made([0, 0, 0]))
+
+
+def test_stream_of_examples_is_trained_on(make):
+    trainer = make(Stream(), train_sampling_strategy="random")
     trainer.train()
     assert trainer.state.global_step == 1
 
 
-def test_checkpoint_of_other_heads_is_refused(make):
-    make("medusa", max_steps=2, callbacks=[StopAt(1)]).train()
-    with pytest.raises(CheckpointError, match=r"other heads.*size mismatch.*options.*began with"):
-        make("medusa", num_heads=3).train(resume_from_checkpoint=True)
-    with pytest.raises(CheckpointError, match=r"other heads than those in training \('heads\."):
-        make("eagle").train(resume_from_checkpoint=True)
+def test_examples_of_any_dataset_are_grouped_by_length(make, alphabet):
+    trainer = make(alphabet)
+    sampler = trainer._get_train_sampler([alphabet[i] for i in range(len(alphabet))])
+    assert list(sampler) == list(trainer._get_train_sampler())
 
 
-def test_damaged_checkpoint_is_refused_whichever_file_it_is(make, tmp_path):
-    trainer = make("medusa", max_steps=2, callbacks=[StopAt(1)])
+@pytest.mark.parametrize("strategy", ["group_by_length", "random"])
+def test_resumed_training_ends_where_an_unbroken_one_does(make, alphabet, strategy):
+    # Three batches an epoch: both halves cross into another epoch.
+    settings = {
+        "max_steps": 8,
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "train_sampling_strategy": strategy,
+    }
+    whole = make(alphabet, folder="whole", **settings)
+    whole.train()
+    make(alphabet, folder="broken", callbacks=[StopAt(4)], **settings).train()
+    resumed = make(alphabet, folder="broken", **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 8
+    for name, value in whole.heads.state_dict().items():
+        torch.testing.assert_close(resumed.heads.state_dict()[name], value, atol=CLOSE, rtol=0)
+    assert whole.state.log_history[7]["loss"] == pytest.approx(
+        resumed.state.log_history[7]["loss"], abs=CLOSE
+    )
+
+
+def test_resume_without_checkpoint_starts_anew_and_says_so(make, caplog):
+    trainer = make()
+    with caplog.at_level(logging.WARNING, "speclm"):
+        trainer.train(resume_from_checkpoint=True)
+    assert "no complete checkpoint was found" in caplog.text
+    assert trainer.state.global_step == 1
+
+
+def test_damaged_and_foreign_checkpoints_are_refused(make, tmp_path):
+    settings = {"max_steps": 2, **EVERY_STEP}
+    trainer = make(callbacks=[StopAt(1)], **settings)
     trainer.train()
+    with pytest.raises(CheckpointError, match=r"other heads.*size mismatch.*options.*began with"):
+        make(num_heads=3, **settings).train(resume_from_checkpoint=True)
     (folder,) = map(str, tmp_path.rglob("checkpoint-1"))
     for name, load in (
         ("model.safetensors", trainer._load_from_checkpoint),
@@ -122,9 +218,45 @@ def test_damaged_checkpoint_is_refused_whichever_file_it_is(make, tmp_path):
             trainer.train(resume_from_checkpoint=missing)
 
 
-def test_meters_of_training_and_evaluation_are_apart(make):
-    trainer = make("eagle", eval_rows=TrainingRows([GOOD] * 2))
-    with torch.no_grad():
-        trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
-    assert trainer.evaluate()["eval_step0_top1"] >= 0
-    assert "step0_top1" in trainer._drain(is_training=True)
+@pytest.fixture
+def write(tmp_path):
+    def write_checkpoint(step, state):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir(exist_ok=True)
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
+        return folder
+
+    return write_checkpoint
+
+
+def test_newest_checkpoint_is_found_by_number(tmp_path, write):
+    assert last_complete_checkpoint(tmp_path / "nowhere") is None
+    for step in (9, 100, 20):
+        write(step, json.dumps({"global_step": step}))
+    (tmp_path / "checkpoint-best").mkdir()
+    assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-100"
+
+
+def test_incomplete_checkpoint_is_skipped_with_a_line(tmp_path, write, caplog):
+    complete = write(2, json.dumps({"global_step": 2}))
+    for state in (None, '{"global_st', "[]", '{"global_step": 2}', "[" * 10**5):
+        write(4, state)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "speclm"):
+            assert last_complete_checkpoint(tmp_path) == complete
+        assert "checkpoint-4 is incomplete; resuming from an older" in caplog.text
+
+
+def test_state_that_no_training_wrote_is_refused(write):
+    require_state(write(3, '{"global_step": 3}'))
+    for state, words in (
+        ("[" * 10**5, "checkpoint-2: the checkpoint cannot be read .*nested"),
+        ('{"wings": 1}', "cannot be read .*'wings'"),
+        ("3", "cannot be read"),
+        ('{"global_step": "x"}', "global_step is 'x'"),
+        ('{"global_step": ' + "9" * 300 + "}", "global_step is 999"),
+        ('{"best_model_checkpoint": 3}', "best_model_checkpoint 3"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            require_state(write(2, state))

@@ -26,7 +26,7 @@ def parent_rows(draw, max_nodes=80):
     return rows
 
 
-def walk_up(parents, node):
+def path_to(parents, node):
     """Nodes from the root to `node`; empty for padding."""
     path = [node]
     while path[0] != 0:
@@ -37,7 +37,7 @@ def walk_up(parents, node):
 
 
 @given(parent_rows())
-def test_every_field_agrees_with_a_walk_over_the_parents(rows):
+def test_every_field_agrees_with_paths_over_the_parents(rows):
     topology = from_parents(rows, device=CPU)
     width = max(map(len, rows))
     assert topology.num_nodes == width
@@ -46,7 +46,7 @@ def test_every_field_agrees_with_a_walk_over_the_parents(rows):
         padded = [*parents, *range(len(parents), width)]
         assert topology.parents[row].tolist() == padded
         for node in range(width):
-            path = walk_up(padded, node)
+            path = path_to(padded, node)
             depths.append(max(len(path) - 1, 0))
             assert topology.depths[row, node] == depths[-1]
             assert topology.is_padding[row, node] == (not path)
@@ -69,6 +69,7 @@ def test_ancestor_mask_rows_sum_to_depth_plus_one(rows):
 def test_host_views_agree_with_the_tensors(rows):
     topology = from_parents(rows, device=CPU)
     assert topology.host_parents == topology.parents.tolist()
+    assert topology.host_node_depths == topology.depths.tolist()
     assert topology.host_sizes == (~topology.is_padding).sum(1).tolist()
     assert topology.host_depths == topology.depths.max(1).values.tolist()
 
@@ -95,19 +96,10 @@ def test_chain_is_one_path_and_cached():
     assert chain(0).num_nodes == 1
 
 
-def test_position_ids_count_from_the_root_of_each_row():
-    topology = chain(2)
-    positions = topology.position_ids(torch.tensor([5, 9]))
-    assert positions.tolist() == [[5, 6, 7], [9, 10, 11]]
-
-
-def test_to_its_own_device_is_itself_and_to_another_moves_every_tensor():
-    topology = chain(2)
-    assert topology.to(CPU) is topology
-    moved = topology.to(torch.device("meta"))
-    tensors = [moved.parents, moved.depths, moved.ancestor_words, moved.path_indices]
-    assert all(tensor.device.type == "meta" for tensor in tensors)
-    assert moved.max_depth == 2
+def test_paths_lead_to_one_node_of_each_row():
+    topology = from_parents([[0, 0, 1, 0], [0, 0, 1, 2]], device=CPU)
+    assert topology.paths_to(torch.tensor([3, 2])).tolist() == [[0, 3, -1, -1], [0, 1, 2, -1]]
+    assert chain(2).paths_to(torch.tensor([0, 2])).tolist() == [[0, -1, -1], [0, 1, 2]]
 
 
 @pytest.mark.parametrize("parents", [[], [1, 0]])

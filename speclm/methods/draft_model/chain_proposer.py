@@ -1,4 +1,4 @@
-"""Proposes what a smaller language model would say that takes chains alone, such as a hybrid."""
+"""Drafts chains with a language model that cannot read trees, such as a hybrid."""
 
 import math
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from speclm.acceptance.accepted import Accepted
+from speclm.acceptance import Accepted
 from speclm.config import (
     MAX_DEPTH,
     ProposerConfig,
@@ -23,8 +23,8 @@ from speclm.config import (
 from speclm.drafting.interface import Draft, Prefill, Proposer, TargetNeeds
 from speclm.drafting.mixture import Mixture, require_mixture
 from speclm.drafting.ranking import LevelRanking, chain_expansions
-from speclm.methods.draft_model.vocabulary import SharedVocabulary
-from speclm.sampling.drafts import DraftSampler, DraftSampling
+from speclm.methods.draft_model.proposer import SharedVocabulary
+from speclm.sampling.draws import DraftSampler, DraftSampling
 from speclm.sampling.noise import PositionNoise
 from speclm.target import TargetView
 from speclm.target.chain_session import ChainReader
@@ -61,10 +61,10 @@ class ChainDraftConfig(ProposerConfig):
 
 
 class ChainDraftProposer(Proposer):
-    """Drafts one chain per row with a model that is fed as regular generation feeds it.
+    """Drafts one chain per row with a model that is called as in regular generation.
 
-    That is the way to draft with recurrent and hybrid models, whose states cannot be kept per node
-    of a tree: what is rejected is taken back, and what was accepted behind it is read again.
+    Recurrent and hybrid models need this, since their states cannot be kept per node of a tree:
+    after a rejection the state is restored, and tokens accepted since then are read again.
     """
 
     needs_lockstep = True
@@ -94,9 +94,9 @@ class ChainDraftProposer(Proposer):
         self._prompt: Prefill | None = None
         self._reader: ChainReader | None = None
         self._unseen: Tensor | None = None
-        self._num_slots = 0
+        self._length = 0
         self._num_fed = 0
-        self._is_open = False  # whether a draft waits for a verdict
+        self._is_open = False  # whether a draft waits for verification
         self._is_idle: list[bool] = []
 
     @override
@@ -104,7 +104,7 @@ class ChainDraftProposer(Proposer):
         self._vocabulary = replace(self._vocabulary, num_draft=self.view.vocab_size)  # resized?
         self._prompt, self._reader = prompt, None  # read by the first draft, if any
         self._ranking.begin(prompt)
-        self._unseen, self._num_slots = prompt.first_tokens[:, None], prompt.tokens.shape[1] + 1
+        self._unseen, self._length = prompt.first_tokens[:, None], prompt.tokens.shape[1] + 1
         self._is_open, self._is_idle = False, [False] * len(prompt.first_tokens)
 
     @override
@@ -113,7 +113,7 @@ class ChainDraftProposer(Proposer):
         config = _planned(self.config, self.plan)
         longest = min(config.depth, config.num_draft_tokens)
         bound = self.view.max_positions
-        if bound is not None and self._num_slots + longest > bound:
+        if bound is not None and self._length + longest > bound:
             return Draft(roots[:, None], chain(0, device=roots.device), None)
         self._is_open, self._num_fed = True, 0
         logits = self._catch_up(self._prompt)
@@ -124,7 +124,7 @@ class ChainDraftProposer(Proposer):
         )
         floor = math.log(max(config.min_confidence, 1e-30))
         scores = torch.zeros(len(roots), device=roots.device, dtype=torch.float32)
-        probs = [torch.ones_like(scores)]
+        node_probs = [[1.0] * len(roots)]  # [depth, batch]
         grows = torch.tensor(
             [not idle for idle in self._is_idle], device=roots.device, dtype=torch.bool
         )
@@ -136,14 +136,17 @@ class ChainDraftProposer(Proposer):
             score, token = ranked.max(1)
             scores = scores + score
             tokens.append(token)
-            probs.append(score.exp())
             grows = grows & (scores >= floor) & ~torch.isin(token, ends)
-            share = int(grows.sum()) / num_live  # a sync: the host decides whether to go on
+            # A sync: the host decides whether to go on.
+            probs, growing = torch.stack([score.exp(), grows.to(score.dtype)]).tolist()
+            node_probs.append(probs)
+            share = sum(growing) / num_live
             if len(tokens) > longest or share < max(config.min_growing, 1e-6):
                 break
             logits = self._feed(token)
         topology = chain(len(tokens) - 1, device=roots.device)
-        return Draft(torch.stack(tokens, dim=1), topology, torch.stack(probs, dim=1))
+        by_row = [list(row) for row in zip(*node_probs, strict=True)]
+        return Draft(torch.stack(tokens, dim=1), topology, by_row)
 
     @override
     def commit(self, accepted: Accepted) -> None:
@@ -152,12 +155,12 @@ class ChainDraftProposer(Proposer):
         num_new = max(map(len, accepted.emitted))
         goes_on = [len(tokens) == num_new for tokens in accepted.emitted]  # others have ended
         self._is_idle = [not going for going in goes_on]
-        # What ended rows are fed is of no use to anybody.
+        # Rows that have ended are fed anything.
         rows = [tokens + [0] * (num_new - len(tokens)) for tokens in accepted.emitted]
         new = torch.tensor(rows, device=self._unseen.device, dtype=torch.long).view(
             len(rows), num_new
         )
-        self._num_slots += num_new
+        self._length += num_new
         if not self._is_open:
             self._unseen = torch.cat([self._unseen, new], dim=1)
             return
@@ -170,13 +173,13 @@ class ChainDraftProposer(Proposer):
         self._unseen, self._is_open = new[:, num_kept:], False
 
     def _catch_up(self, prompt: Prefill) -> Float[Tensor, "batch 1 vocab"]:
-        """Read what was committed and return the logits behind it."""
+        """Read committed tokens and return the logits after them."""
         assert self._unseen is not None
         vocabulary, unseen = self._vocabulary, self._unseen
         if self._reader is None:
             tokens = torch.cat([prompt.tokens, unseen[:, :1]], dim=1)
-            slots = torch.arange(tokens.shape[1], device=tokens.device)
-            mask = (slots >= prompt.num_padding[:, None]).long()
+            indices = torch.arange(tokens.shape[1], device=tokens.device)
+            mask = (indices >= prompt.num_padding[:, None]).long()
             self._reader = ChainReader.of_prompt(self.view, mask)
             logits, unseen = self._reader.prefill(vocabulary.readable(tokens)), unseen[:, 1:]
             if unseen.shape[1] == 0:
@@ -211,7 +214,6 @@ class ChainDraftProposer(Proposer):
         return Draft(
             torch.stack(tokens, dim=1),
             chain(len(tokens) - 1, device=roots.device),
-            None,
             distributions=torch.cat(distributions, dim=1),
         )
 

@@ -1,4 +1,4 @@
-"""Proposes what a smaller language model with the same vocabulary would say."""
+"""Drafts chains or trees with a smaller language model."""
 
 import math
 from dataclasses import dataclass, replace
@@ -7,22 +7,81 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from speclm.acceptance.accepted import Accepted
+from speclm.acceptance import Accepted
 from speclm.cache.tree_cache import TreeCache
 from speclm.config import require_known
 from speclm.drafting.interface import Draft, Prefill, Proposer, TargetNeeds
 from speclm.drafting.levels import GrownTreeConfig, assemble, planned, seen_below
 from speclm.drafting.ranking import LevelRanking, path_expansions
-from speclm.methods.draft_model.vocabulary import SharedVocabulary
-from speclm.sampling.drafts import DraftSampler, DraftSampling
+from speclm.errors import VocabularyMismatchError
+from speclm.sampling.draws import DraftSampler, DraftSampling
 from speclm.sampling.noise import PositionNoise
 from speclm.target import TargetView
-from speclm.tree.dynamic import FilledTree, GrowingTree, GrownRow, drawn_choices
-from speclm.tree.static import Choices
+from speclm.tree.dynamic import FilledTree, GrowingTree, GrownRow, drawn_paths
+from speclm.tree.static import RankPaths
 from speclm.tree.topology import chain
+
+MAX_PADDING = 512
+"""Most ids by which vocabularies of one tokenizer differ: published families pad weights to a
+multiple of 512 or less."""
+
+_MAX_PADDED_SHARE = 0.25  # else small vocabularies of two tokenizers would pass for padded
+
+
+@dataclass(frozen=True, slots=True)
+class SharedVocabulary:
+    """Vocabularies of a draft model and its target, one of which may have padding ids at its end.
+
+    Args:
+        num_draft: Width of the draft model's logits.
+        num_target: Width of the target's.
+    """
+
+    num_draft: int
+    num_target: int
+
+    @classmethod
+    def of(cls, draft: TargetView, target: TargetView) -> "SharedVocabulary":
+        """Compare two models.
+
+        Raises:
+            VocabularyMismatchError: If they differ by more than padding explains.
+        """
+        shared = cls(draft.vocab_size, target.vocab_size)
+        difference = abs(shared.num_draft - shared.num_target)
+        larger = max(shared.num_draft, shared.num_target)
+        if difference > min(MAX_PADDING, _MAX_PADDED_SHARE * larger):
+            raise VocabularyMismatchError(
+                f"draft model {draft.name} has a vocabulary of {shared.num_draft}, the target "
+                f"{target.name} one of {shared.num_target}, expected equal ones, or a difference "
+                f"of at most {MAX_PADDING} ids and a quarter, which is padding; choose a draft "
+                "model that shares the target's tokenizer"
+            )
+        return shared
+
+    @property
+    def num_shared(self) -> int:
+        """Ids that both have."""
+        return min(self.num_draft, self.num_target)
+
+    def readable(self, tokens: Int[Tensor, "batch seq"]) -> Int[Tensor, "batch seq"]:
+        """Return tokens with those that the draft model lacks replaced by 0.
+
+        This may spoil drafts, but not the output.
+        """
+        if self.num_draft >= self.num_target:
+            return tokens
+        return tokens.masked_fill(tokens >= self.num_draft, 0)
+
+    def fit(self, logits: Float[Tensor, "*rows draft"]) -> Float[Tensor, "*rows target"]:
+        """Return logits in the target's width, minus infinity where the draft model has none."""
+        if self.num_draft >= self.num_target:
+            return logits[..., : self.num_target]
+        return pad(logits, (0, self.num_target - self.num_draft), value=float("-inf"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +99,7 @@ class DraftModelProposer(Proposer):
     depth, number of draft tokens, width and branches: probabilities then prune nothing.
     """
 
-    takes_choices = True
+    fills_static_trees = True
     draft_sampling = DraftSampling.WITHOUT_REPLACEMENT
     config: DraftModelConfig
 
@@ -100,22 +159,22 @@ class DraftModelProposer(Proposer):
             self._read(self._prompt, self._cache)
             self._prompt = None
         config = self.config if self.plan is None else planned(self.config, self.plan)
-        choices = config.choices
+        paths = config.paths
         longest = max(map(len, self._unseen))
         bound = self.view.max_positions
         deepest = self._cache.tree_start + longest + config.depth
         if self._is_silent or (bound is not None and deepest > bound):
             self._grown = [GrownRow([], [], [], []) for _ in self._unseen]
-            return Draft(roots[:, None], chain(0, device=roots.device), probs=None)
-        if self._sampler is not None and choices is None:
-            choices = drawn_choices(
+            return Draft(roots[:, None], chain(0, device=roots.device))
+        if self._sampler is not None and paths is None:
+            paths = drawn_paths(
                 width=config.width,
                 branches=min(config.branches, self._vocabulary.num_shared),
                 depth=config.depth,
                 num_nodes=config.num_draft_tokens,
             )
-        if choices is not None:
-            return self._fill(roots, longest, choices, noise)
+        if paths is not None:
+            return self._fill(roots, longest, paths, noise)
         tree = self._grow(roots.device, longest, noise, config)
         min_score = math.log(max(config.min_probability, 1e-30))
         self._grown = tree.best_nodes(config.num_draft_tokens, min_score=min_score)
@@ -131,12 +190,10 @@ class DraftModelProposer(Proposer):
                 kept.append([])
                 self._unseen[row] += emitted
                 continue
-            slots = [
-                self._offsets[place[0]] + place[1] for place in expansions[row] if place is not None
-            ]
-            slots = [slot for slot in slots if slot < self._cache.num_pending]
-            kept.append([*range(len(self._unseen[row])), *slots])
-            self._unseen[row] = emitted[len(slots) :]
+            nodes = [self._offsets[e[0]] + e[1] for e in expansions[row] if e is not None]
+            nodes = [node for node in nodes if node < self._cache.num_pending]
+            kept.append([*range(len(self._unseen[row])), *nodes])
+            self._unseen[row] = emitted[len(nodes) :]
         if self._prompt is None:
             self._cache.keep(kept)
         self._is_idle = [not emitted for emitted in accepted.emitted]
@@ -147,8 +204,8 @@ class DraftModelProposer(Proposer):
         """Run the prompt, whose last tokens are the first roots."""
         tokens = torch.cat([prompt.tokens, prompt.first_tokens[:, None]], dim=1)
         length = tokens.shape[1]
-        slots = torch.arange(length, device=tokens.device)
-        is_token = slots >= prompt.num_padding[:, None]
+        indices = torch.arange(length, device=tokens.device)
+        is_token = indices >= prompt.num_padding[:, None]
         mask = is_token.long() if cache.has_padding else None
         logits = self._vocabulary.fit(
             self.view.prefill(self._vocabulary.readable(tokens), cache, attention_mask=mask)
@@ -178,7 +235,7 @@ class DraftModelProposer(Proposer):
             else None,
         )
         tree.grow(self._ranking.rank(logits, depth=0, noise=noise))
-        seen, slot_depths, unseen = self._seen_by_root(device, longest)
+        seen, kv_depths, unseen = self._seen_by_root(device, longest)
         # In chains below equally many unseen tokens, every node sees all that is pending.
         is_chain = config.width == 1 and min(map(len, self._unseen)) == longest
         self._offsets = []
@@ -191,9 +248,9 @@ class DraftModelProposer(Proposer):
             if not is_chain:
                 seen = seen_below(seen, tree.expanded_parents)
             depths = (unseen + level - 1)[:, None].expand(-1, width)
-            slot_depths = torch.cat([slot_depths, depths], dim=1)
+            kv_depths = torch.cat([kv_depths, depths], dim=1)
             self._offsets.append(self._cache.num_pending)
-            logits = self._forward(tokens, None if is_chain else seen, slot_depths)
+            logits = self._forward(tokens, None if is_chain else seen, kv_depths)
             nodes = (tokens, tree.expanded_parents)
             tree.grow(self._ranking.rank(logits, depth=level, noise=noise, nodes=nodes))
         self._offsets.append(self._cache.num_pending)  # the last level is not fed
@@ -203,7 +260,7 @@ class DraftModelProposer(Proposer):
         self,
         roots: Int[Tensor, " batch"],
         longest: int,
-        choices: Choices,
+        paths: RankPaths,
         noise: PositionNoise | None,
     ) -> Draft:
         """Feed what is unseen, and fill one level of a static tree after another.
@@ -212,9 +269,9 @@ class DraftModelProposer(Proposer):
         """
         assert self._cache is not None
         device, batch, sampler = roots.device, len(roots), self._sampler
-        tree = FilledTree(choices, roots=roots, are_drawn=sampler is not None)
+        tree = FilledTree(paths, roots=roots, are_drawn=sampler is not None)
         self._offsets = []
-        seen, slot_depths, num_unseen = self._seen_by_root(device, longest)
+        seen, kv_depths, num_unseen = self._seen_by_root(device, longest)
         logits = self._catch_up(device, longest)  # [batch, level, vocab]
         distributions: Tensor | None = None
         while True:
@@ -226,36 +283,34 @@ class DraftModelProposer(Proposer):
                     else distributions
                 )
                 distributions[:, tree.expanded_nodes] = distribution
-                tree.fill(sampler.siblings(distribution, num=tree.num_guesses))
+                tree.fill(sampler.siblings(distribution, num=tree.num_ranks))
             else:
                 nodes = (tree.expanded_tokens, tree.expanded_parents)
                 ranked = self._ranking.rank(logits, depth=tree.depth, noise=noise, nodes=nodes)
-                tree.fill(ranked.topk(tree.num_guesses, dim=-1).indices)
+                tree.fill(ranked.topk(tree.num_ranks, dim=-1).indices)
             if tree.is_full:
                 break
             seen = seen_below(seen, tree.expanded_parents)
             depths = (num_unseen + tree.depth - 1)[:, None].expand(-1, len(tree.expanded_nodes))
-            slot_depths = torch.cat([slot_depths, depths], dim=1)
+            kv_depths = torch.cat([kv_depths, depths], dim=1)
             self._offsets.append(self._cache.num_pending)
-            logits = self._forward(tree.expanded_tokens, seen, slot_depths)
+            logits = self._forward(tree.expanded_tokens, seen, kv_depths)
         self._grown = [GrownRow([], [], tree.expansions, [])] * batch
         self._offsets = self._offsets or [self._cache.num_pending]
-        return Draft(
-            tokens=tree.tokens, topology=tree.topology, probs=None, distributions=distributions
-        )
+        return Draft(tokens=tree.tokens, topology=tree.topology, distributions=distributions)
 
     def _seen_by_root(
         self, device: torch.device, longest: int
-    ) -> tuple[Bool[Tensor, "batch 1 slots"], Int[Tensor, "batch slots"], Int[Tensor, " batch"]]:
-        """Return what level 0 sees, the depth of each such slot, and each row's unseen tokens.
+    ) -> tuple[Bool[Tensor, "batch 1 kv_len"], Int[Tensor, "batch kv_len"], Int[Tensor, " batch"]]:
+        """Return what level 0 sees, the depth of each key, and each row's unseen tokens.
 
         A level-0 node sees its row's unseen tokens, the last of which is the root.
         """
         unseen = torch.tensor(
             [len(tokens) for tokens in self._unseen], device=device, dtype=torch.long
         )
-        slot_depths = torch.arange(longest, device=device).expand(len(unseen), -1)
-        return (slot_depths < unseen[:, None])[:, None, :], slot_depths, unseen
+        kv_depths = torch.arange(longest, device=device).expand(len(unseen), -1)
+        return (kv_depths < unseen[:, None])[:, None, :], kv_depths, unseen
 
     def _catch_up(self, device: torch.device, longest: int) -> Float[Tensor, "batch 1 vocab"]:
         """Feed committed tokens that the draft model has not seen; short rows end in padding."""
@@ -274,10 +329,10 @@ class DraftModelProposer(Proposer):
     def _forward(
         self,
         tokens: Int[Tensor, "batch width"],
-        seen: Bool[Tensor, "rows width slots"] | None,
-        slot_depths: Int[Tensor, "depth_rows slots"],
+        seen: Bool[Tensor, "rows width kv_len"] | None,
+        kv_depths: Int[Tensor, "depth_rows kv_len"],
     ) -> Float[Tensor, "batch width vocab"]:
         """Run nodes through the draft model; their logits are over the target's vocabulary."""
         assert self._cache is not None
         fed = self._vocabulary.readable(tokens)
-        return self._vocabulary.fit(self.view.forward_nodes(fed, seen, slot_depths, self._cache))
+        return self._vocabulary.fit(self.view.forward_nodes(fed, seen, kv_depths, self._cache))

@@ -1,4 +1,4 @@
-"""Reads EAGLE heads, in every published layout, into tensors with one set of names."""
+"""Reads EAGLE heads in every published layout, and writes them in one."""
 
 import re
 from collections.abc import Mapping
@@ -10,20 +10,31 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from speclm.drafting.heads_folder import read_choices
+from speclm.drafting.heads_folder import (
+    CONFIG_NAME,
+    read_choices,
+    require_folder,
+    require_same_tensors,
+    write_heads,
+)
 from speclm.errors import CheckpointError, shown
 from speclm.files.weights import FLOATS, INDEX, WeightFiles, reading, weight_files
+from speclm.methods.eagle.checkpoint_config import (
+    base_name,
+    describe,
+    infer_config,
+    read_hints,
+    require_same_config,
+    without_usual_layers,
+)
 from speclm.methods.eagle.config import EagleConfig
-from speclm.methods.eagle.numbers import expected_shapes, infer_config, read_hints
-from speclm.tree.static import Choices
+from speclm.methods.eagle.network import EagleHeads
+from speclm.tree.static import RankPaths
 
-_PREFIX = re.compile(r"model\.")
+_OWN_NAMES = ("fc.weight", "fc.bias", "norm.weight", "lm_head.weight", "embed_tokens.weight")
 _NAMES = {
     # Source: SafeAILab/EAGLE.
-    **{f"{name}.weight": f"{name}.weight" for name in ("fc", "norm", "lm_head", "embed_tokens")},
-    "fc.bias": "fc.bias",
-    "d2t": "d2t",
-    "t2d": "t2d",
+    **{name: name for name in (*_OWN_NAMES, "d2t", "t2d")},
     # Source: vLLM.
     "draft_id_to_target_id": "d2t",
     "input_norm.weight": "feature_norm.weight",
@@ -38,22 +49,24 @@ _LAYER = re.compile(
     r"|(?:input_layernorm|hidden_norm|post_attention_layernorm)\.weight)"
 )
 _FEATURE_NORM = re.compile(rf"fc_norm\.{INDEX}\.weight")
-# What can be computed, and what speculators keeps of the target while it trains.
+# These can be computed, or are kept of the target by speculators while it trains.
 _UNUSED = re.compile(r".*rotary_emb\.inv_freq|verifier_(?:lm_head|norm)\.weight")
 _EAGLE3_SIGNS = {"layers.0.hidden_norm.weight", "norm.weight", "d2t", "t2d"}
-_SHARED = {
-    "embed_tokens.weight": "has_own_embeddings",
-    "lm_head.weight": "has_own_lm_head",
-}
+_SHARED = {"embed_tokens.weight": "has_own_embeddings", "lm_head.weight": "has_own_lm_head"}
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+
+WEIGHTS_NAME = "model.safetensors"
+# Some libraries read these instead of the weights.
+_RIVALS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.safetensors.index.json")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EagleCheckpoint:
-    """EAGLE heads as plain numbers and tensors.
+    """EAGLE heads as numbers and tensors.
 
     Args:
         config: The numbers.
-        tensors: By the names of the state dict of `speclm.heads.EagleHeads`.
+        tensors: By the names of the state dict of `EagleHeads`.
         base_name_or_path: The model that the heads were trained on, if known.
         choices: Static tree that was stored with the heads.
     """
@@ -61,7 +74,7 @@ class EagleCheckpoint:
     config: EagleConfig
     tensors: Mapping[str, Tensor]
     base_name_or_path: str | None = None
-    choices: Choices | None = None
+    choices: RankPaths | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -74,56 +87,52 @@ class EagleCheckpoint:
         embeddings: Float[Tensor, "vocab hidden"] | None = None,
         lm_weight: Float[Tensor, "vocab hidden"] | None = None,
     ) -> Self:
-        """Return the checkpoint without the matrices that the target has too.
+        """Return the checkpoint without copies of the target's embeddings and output matrix.
 
-        Published heads often hold a copy of the target's embeddings, and some of its output
-        matrix, in another dtype or not.
-
-        Args:
-            embeddings: The target's embeddings.
-            lm_weight: The target's output matrix.
+        Published heads often have such copies, sometimes in another dtype.
         """
         theirs = {"embed_tokens.weight": embeddings, "lm_head.weight": lm_weight}
-        copied = {
-            name
-            for name, matrix in theirs.items()
-            if matrix is not None and self._is_copy(self.tensors.get(name), matrix)
-        }
-        if not copied:
-            return self
+        copied = {name for name, matrix in theirs.items() if self._is_copy(name, matrix)}
         flags: dict[str, Any] = {_SHARED[name]: False for name in copied}
         kept = {name: tensor for name, tensor in self.tensors.items() if name not in copied}
         return replace(self, config=replace(self.config, **flags), tensors=kept)
 
-    def _is_copy(self, mine: Tensor | None, matrix: Tensor) -> bool:
-        if mine is None or mine.shape != matrix.shape or matrix.is_meta:
+    def _is_copy(self, name: str, matrix: Tensor | None) -> bool:
+        mine = self.tensors.get(name)
+        if mine is None or matrix is None or mine.shape != matrix.shape or matrix.is_meta:
             return False
-        if matrix.shape[1] != self.config.target_hidden_size:
-            return False
-        return torch.equal(mine.to(matrix.device, matrix.dtype), matrix)
+        has_width = matrix.shape[1] == self.config.target_hidden_size
+        return has_width and torch.equal(mine.to(matrix.device, matrix.dtype), matrix)
+
+
+def eagle_checkpoint(
+    heads: EagleHeads, *, base_name_or_path: str | None = None, choices: RankPaths | None = None
+) -> EagleCheckpoint:
+    """Return heads as a checkpoint that shares their memory; see `EagleCheckpoint`."""
+    tensors = {name: tensor.detach() for name, tensor in heads.state_dict().items()}
+    return EagleCheckpoint(heads.config, tensors, base_name_or_path, choices)
 
 
 def find_eagle(folder: Path) -> WeightFiles | None:
-    """Return the weights of a folder that hold EAGLE heads, judged by their keys alone.
+    """Return the weights of a folder that hold EAGLE heads, judged by their keys only.
 
     Raises:
-        CheckpointError: If a file that would have to be looked into cannot be read.
+        CheckpointError: If a file that has to be opened cannot be read.
     """
     with reading(folder):
-        return next((source for source in weight_files(folder) if is_eagle(source)), None)
+        return next((source for source in weight_files(folder) if _is_eagle(source)), None)
 
 
 def read_eagle(folder: str | Path) -> EagleCheckpoint:
     """Read EAGLE heads from a folder.
 
-    Known are the layouts of SafeAILab's EAGLE-1, 2 and 3 (pickled or not), of vLLM, SGLang,
-    SpecForge, speculators and ModelOpt, in one file or shards. Sizes, biases, norms and matrices
-    that the heads have of their own come from the tensors; the config tells what no tensor
-    shows, such as the number of heads and the rotation. Pickles are read without running code.
+    Known layouts are those of SafeAILab's EAGLE-1, 2 and 3 (pickled or not), vLLM, SGLang,
+    SpecForge, speculators and ModelOpt, in one file or shards. Most numbers come from the tensors,
+    others, such as the number of attention heads, from the config. Pickles are read without
+    running code.
 
     Raises:
-        CheckpointError: If the folder holds no EAGLE heads, or a key or tensor is missing,
-            unknown or of another shape than the others and the config say.
+        CheckpointError: If there are none, or a tensor is missing, unknown or of a wrong shape.
     """
     with reading(Path(folder)):
         return _read(Path(folder))
@@ -137,57 +146,42 @@ def _read(folder: Path) -> EagleCheckpoint:
             f"{folder}: no file has the keys of EAGLE heads, found {found!r}; expected for example "
             "model.safetensors with 'fc.weight' and 'midlayer.self_attn.q_proj.weight'"
         )
-    keys = _own_names(source)
+    keys, hints = _own_names(source), read_hints(folder)
     loaded = source.load(list(keys.values()))
     tensors = {name: loaded[key] for name, key in keys.items()}
-    hints = read_hints(folder)
     kind = "eagle3" if _EAGLE3_SIGNS & set(keys) else "eagle"
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     config = infer_config(source.path, shapes, hints, kind)
     offsets, is_drafted = tensors.pop("d2t", None), tensors.pop("t2d", None)
     _require_shapes(source, tensors, keys, config)
-    columns = None
     if offsets is not None:
-        columns = read_draft_columns(
-            source.path,
-            offsets=offsets,
-            is_drafted=is_drafted,
-            num_columns=config.draft_vocab_size,
-            vocab_size=config.vocab_size,
-        )
+        columns = _read_columns(source.path, offsets, is_drafted, config)
+        if config.has_draft_vocab:
+            tensors["draft_columns"] = columns
     elif config.has_draft_vocab:
         raise CheckpointError(
             f"{source.path}: key 'd2t' is missing, expected it where 'lm_head.weight' has "
             f"{config.draft_vocab_size} rows for a vocabulary of {config.vocab_size}; download the "
             "file again, or correct vocab_size in config.json"
         )
-    if config.has_draft_vocab and columns is not None:
-        tensors["draft_columns"] = columns
     return EagleCheckpoint(
         config=config,
         tensors=tensors,
-        base_name_or_path=_base(hints),
+        base_name_or_path=base_name(hints),
         choices=read_choices(folder, hints),
     )
 
 
-def is_eagle(source: WeightFiles) -> bool:
-    """Return whether a state dict is that of EAGLE heads, from its keys."""
-    names = {_canonical(key) for key in source.files}
-    return {"fc.weight", "layers.0.self_attn.q_proj.weight"} <= names
+def _is_eagle(source: WeightFiles) -> bool:
+    return {"fc.weight", "layers.0.self_attn.q_proj.weight"} <= {*map(_canonical, source.files)}
 
 
 def _canonical(key: str) -> str:
-    name = _PREFIX.sub("", key, count=1) if _PREFIX.match(key) else key
-    return name.replace("midlayer.", "layers.0.", 1) if name.startswith("midlayer.") else name
+    return re.sub(r"^midlayer\.", "layers.0.", key.removeprefix("model."))
 
 
 def _own_names(source: WeightFiles) -> dict[str, str]:
-    """Return the key in the file of each tensor, by our name.
-
-    Raises:
-        CheckpointError: If one is no part of EAGLE heads, or stands for the same part as another.
-    """
+    """Return the key in the file of each tensor, by our name."""
     keys: dict[str, str] = {}
     for key in sorted(source.files):
         found = _canonical(key)
@@ -206,8 +200,7 @@ def _own_names(source: WeightFiles) -> dict[str, str]:
             )
         if name in keys:
             raise CheckpointError(
-                f"{source.path}: keys {keys[name]!r} and {key!r} stand for the same tensor; keep "
-                "one"
+                f"{source.path}: keys {keys[name]!r} and {key!r} are the same tensor; keep one"
             )
         keys[name] = key
     return keys
@@ -216,7 +209,8 @@ def _own_names(source: WeightFiles) -> dict[str, str]:
 def _require_shapes(
     source: WeightFiles, tensors: Mapping[str, Tensor], keys: Mapping[str, str], config: EagleConfig
 ) -> None:
-    expected = expected_shapes(config)
+    expected = _expected_shapes(config)
+    expected.pop("draft_columns", None)  # of no file
     for name, shape in expected.items():
         if name not in tensors:
             raise CheckpointError(
@@ -238,48 +232,39 @@ def _require_shapes(
         )
 
 
-def _base(hints: Mapping[str, Any]) -> str | None:
-    verifier = hints.get("speculators_config", {}).get("verifier")
-    named = verifier.get("name_or_path") if isinstance(verifier, Mapping) else None
-    found = named or hints.get("base_model_name_or_path")
-    return found if isinstance(found, str) else None
+def _expected_shapes(config: EagleConfig) -> dict[str, tuple[int, ...]]:
+    state = EagleHeads(config, device=torch.device("meta")).state_dict()
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
-
-
-def read_draft_columns(
-    path: Path, *, offsets: Tensor, is_drafted: Tensor | None, num_columns: int, vocab_size: int
+def _read_columns(
+    path: Path, offsets: Tensor, is_drafted: Tensor | None, config: EagleConfig
 ) -> Int[Tensor, " draft_vocab"]:
-    """Return the target's token of each draft token.
+    """Return the target's id of each token of the draft vocabulary.
 
     Args:
         path: The file, for messages.
-        offsets: What ``d2t`` holds: the target's token less the draft token, of each.
-        is_drafted: What ``t2d`` holds: whether each of the target's tokens is drafted.
-        num_columns: Width of the heads' logits.
-        vocab_size: Width of the target's.
-
-    Raises:
-        CheckpointError: If the offsets are not as many whole numbers, point outside of the
-            target's vocabulary, or do not increase, or if the two disagree.
+        offsets: ``d2t``: for each draft token, the target's id minus the draft id.
+        is_drafted: ``t2d``: whether each of the target's tokens is in the draft vocabulary.
+        config: Both vocabulary sizes.
     """
+    num_columns, vocab_size = config.draft_vocab_size, config.vocab_size
     _require_list(path, "d2t", offsets, num_columns, "columns of the logits")
     columns = offsets.to(torch.int64) + torch.arange(num_columns, device="cpu")
     outside = (columns < 0) | (columns >= vocab_size)
     if outside.any():
-        place = int(outside.nonzero()[0])
+        token = int(outside.nonzero()[0])
         raise CheckpointError(
-            f"{path}: 'd2t' maps draft token {place} to {int(columns[place])}, expected a token "
+            f"{path}: 'd2t' maps draft token {token} to {int(columns[token])}, expected a token "
             f"from 0 to {vocab_size - 1}; the file belongs to another vocabulary, or holds ids in "
             "place of offsets: export the heads again"
         )
     falls = columns[1:] <= columns[:-1]
     if falls.any():
-        place = int(falls.nonzero()[0])
+        token = int(falls.nonzero()[0])
         raise CheckpointError(
-            f"{path}: 'd2t' maps draft tokens {place} and {place + 1} to {int(columns[place])} and "
-            f"{int(columns[place + 1])}, expected increasing tokens; export the heads again with a "
+            f"{path}: 'd2t' maps draft tokens {token} and {token + 1} to {int(columns[token])} and "
+            f"{int(columns[token + 1])}, expected increasing tokens; export the heads again with a "
             "sorted vocabulary"
         )
     if is_drafted is not None:
@@ -298,8 +283,118 @@ def read_draft_columns(
 
 
 def _require_list(path: Path, key: str, found: Tensor, length: int, of: str) -> None:
-    if found.shape != (length,) or found.dtype not in _WHOLE:
+    if found.shape != (length,) or found.dtype not in _INTEGERS:
         raise CheckpointError(
             f"{path}: {key!r} is {found.dtype} of shape {list(found.shape)}, expected whole "
             f"numbers of shape [{length}], the {of}; export the heads again"
         )
+
+
+def write_eagle(
+    folder: str | Path,
+    checkpoint: EagleCheckpoint,
+    *,
+    num_target_layers: int | None = None,
+    card: str | None = None,
+) -> None:
+    """Write EAGLE heads into a folder, in the layout of SafeAILab and SpecForge.
+
+    vLLM and SGLang read EAGLE-3 heads of one layer on the usual hidden states; vLLM reads EAGLE-1
+    heads without a bias after the joined inputs. The files are written to a temporary folder, read
+    back and compared bit by bit; then they appear together, or replace older ones.
+
+    Args:
+        folder: Created if it does not exist.
+        checkpoint: What to write; `EagleCheckpoint.share` leaves out what the base has too.
+        num_target_layers: Decoder layers of the base, if known. The usual hidden states are then
+            not named in the config: libraries count named ones differently.
+        card: Text of the model card; None leaves the card that is there.
+
+    Raises:
+        CheckpointError: If the folder is a file or holds another model, the tensors do not fit the
+            config, or the files read back differently.
+    """
+    folder = Path(folder)
+    require_writable(folder)
+    if num_target_layers is not None:
+        config = without_usual_layers(checkpoint.config, num_target_layers)
+        checkpoint = replace(checkpoint, config=config)
+    _require_whole(folder, checkpoint)
+
+    def check(aside: Path) -> None:
+        found, path = read_eagle(aside), folder / WEIGHTS_NAME
+        require_same_tensors(path, checkpoint.tensors, found.tensors)
+        require_same_config(folder / CONFIG_NAME, checkpoint.config, found.config)
+
+    write_heads(
+        folder,
+        weights_name=WEIGHTS_NAME,
+        tensors=_named_tensors(checkpoint),
+        config=describe(
+            checkpoint.config,
+            dtype=checkpoint.dtype,
+            base_name_or_path=checkpoint.base_name_or_path,
+            choices=checkpoint.choices,
+        ),
+        card=card,
+        check=check,
+    )
+
+
+def require_writable(folder: Path) -> None:
+    """Check that EAGLE heads can be written into a folder without destroying anything.
+
+    Raises:
+        CheckpointError: If it is a file, or holds another model or weights that are read instead.
+    """
+    require_folder(folder)
+    for name in _RIVALS:
+        if (folder / name).exists():
+            raise CheckpointError(
+                f"{folder / name}: found weights that are read in place of {WEIGHTS_NAME}, "
+                "expected none; save the heads into a folder of their own"
+            )
+    weights = folder / WEIGHTS_NAME
+    is_taken = (folder / CONFIG_NAME).is_file() or weights.is_file()
+    mine = (source for source in weight_files(folder) if source.path == weights)
+    if is_taken and not any(map(_is_eagle, mine)):
+        raise CheckpointError(
+            f"{folder}: found the config or weights of another model, expected none or those of "
+            "EAGLE heads; save the heads into a folder of their own"
+        )
+
+
+def _require_whole(folder: Path, checkpoint: EagleCheckpoint) -> None:
+    expected = _expected_shapes(checkpoint.config)
+    found = {name: tuple(tensor.shape) for name, tensor in checkpoint.tensors.items()}
+    wrong = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
+    if wrong:
+        name = wrong[0]
+        raise CheckpointError(
+            f"{folder}: tensor {name!r} has shape {found.get(name)}, expected {expected.get(name)} "
+            "as the numbers of the heads say; pass the numbers that the tensors were made with"
+        )
+
+
+def _named_tensors(checkpoint: EagleCheckpoint) -> dict[str, Tensor]:
+    """Return the tensors by the names that SafeAILab's code has for them."""
+    config, named = checkpoint.config, {}
+    for name, tensor in checkpoint.tensors.items():
+        if name == "draft_columns":
+            continue
+        key = name.replace("feature_norms.", "fc_norm.").replace("feature_norm.", "input_norm.")
+        if config.kind == "eagle3":
+            key = key.replace("layers.0.", "midlayer.")
+        named[key] = tensor
+    if config.kind == "eagle3" and config.has_own_lm_head:
+        named |= _draft_lists(checkpoint)
+    return named
+
+
+def _draft_lists(checkpoint: EagleCheckpoint) -> dict[str, Tensor]:
+    """Return both lists of the draft vocabulary; SpecForge needs them even if it is complete."""
+    size = checkpoint.config.vocab_size
+    columns = checkpoint.tensors.get("draft_columns", torch.arange(size, device="cpu")).cpu()
+    is_drafted = torch.zeros(size, dtype=torch.bool, device="cpu")
+    is_drafted[columns] = True
+    return {"d2t": columns - torch.arange(len(columns), device="cpu"), "t2d": is_drafted}

@@ -13,7 +13,7 @@ from speclm.config import require_count, require_positive, require_size
 from speclm.errors import OptionError, reason_of, shown
 
 KINDS = ("eagle", "eagle3")
-"""EAGLE-1 and 2 have the same heads, which read the last hidden state; EAGLE-3 reads several."""
+"""EAGLE-1 and 2 share one kind of heads, on the last hidden state; EAGLE-3 reads several."""
 
 NUM_FEATURES = 3
 """Hidden states of the target that EAGLE-3 reads unless it says otherwise."""
@@ -22,7 +22,7 @@ MIN_TARGET_LAYERS = 7
 """Fewest layers of a target whose default hidden states for EAGLE-3 differ from each other."""
 
 DEFAULT_ROPE_THETA = 10000.0
-"""Base of the rotation where a draft's config names none, whatever the target's is."""
+"""Base of the rotation if the config of the heads names none; the target's does not matter."""
 
 _ROPE_NEEDS: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -43,7 +43,7 @@ _SIZES = (
 _EAGLE3_ONLY = ("norm_before_residual", "fc_norm", "norm_before_fc", "norm_output")
 
 
-def _plain_rope() -> dict[str, Any]:
+def _unscaled_rope() -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": DEFAULT_ROPE_THETA}
 
 
@@ -62,10 +62,10 @@ class EagleConfig:
         draft_vocab_size: Width of the heads' logits.
         target_hidden_size: Width of the target's hidden states.
         num_layers: Decoder layers of the heads.
-        num_features: Hidden states of the target that are read for each token, side by side.
-        feature_layers: Which, as indices into ``hidden_states`` (0 is the embeddings); None for
-            the usual ones, see `layers_to_read`. Of EAGLE-1 always None: it reads the last one,
-            after the final norm.
+        num_features: Hidden states of the target that are read for each token, concatenated.
+        feature_layers: Indices of these in ``hidden_states`` (0 is the embeddings); None for
+            the usual ones, see `layers_to_read`. None for EAGLE-1, which reads the last one after
+            the final norm.
         rms_norm_eps: Added to the mean square in every norm.
         hidden_act: Activation of the feed-forward part, by its name in Transformers.
         rope_parameters: Rotation of queries and keys, as Transformers 5 writes it.
@@ -84,7 +84,7 @@ class EagleConfig:
         has_own_lm_head: Whether they have an output matrix; else the target's is used.
 
     Raises:
-        OptionError: If a number is none or out of range, or two contradict each other.
+        OptionError: If a number is out of range, or two contradict each other.
     """
 
     kind: str
@@ -101,7 +101,7 @@ class EagleConfig:
     feature_layers: tuple[int, ...] | None = None
     rms_norm_eps: float = 1e-6
     hidden_act: str = "silu"
-    rope_parameters: Mapping[str, Any] = field(default_factory=_plain_rope, hash=False)
+    rope_parameters: Mapping[str, Any] = field(default_factory=_unscaled_rope, hash=False)
     max_position_embeddings: int = 2048
     sliding_window: int | None = None
     attention_bias: bool = False
@@ -146,15 +146,14 @@ class EagleConfig:
 
     @property
     def has_draft_vocab(self) -> bool:
-        """Whether the heads guess among a part of the vocabulary only."""
+        """Whether the heads draft from a part of the vocabulary only."""
         return self.draft_vocab_size < self.vocab_size
 
     def layers_to_read(self, num_target_layers: int) -> tuple[int, ...]:
         """Return which of the target's hidden states EAGLE-3 reads, as HF indices.
 
-        The usual ones are 2, half and all but three of the layers. Some stacks count layers
-        instead of hidden states, and call the same ones 1, half minus one and all but four:
-        nobody chooses these, so they are taken for the usual ones.
+        The usual ones of n layers are 2, n // 2 and n - 3. Some libraries count layers instead and
+        name the same states 1, n // 2 - 1 and n - 4, so these numbers mean the usual ones too.
 
         Args:
             num_target_layers: Decoder layers of the target.
@@ -172,7 +171,7 @@ class EagleConfig:
                     "same; name others"
                 )
             return usual
-        # What the last layer gives is read behind the norm alone, as features of EAGLE-1.
+        # The output of the last layer is read after the norm only, as the feature of EAGLE-1.
         if max(layers) >= num_target_layers:
             raise OptionError(
                 f"feature_layers is {layers!r}, expected at most {num_target_layers - 1}: what the "
@@ -192,14 +191,13 @@ class EagleConfig:
     ) -> Self:
         """Return numbers for untrained heads of a base, of whatever family it is.
 
-        Heads of EAGLE-1 have neither biases nor matrices of their own, those of EAGLE-3 have
-        their output matrix. The rotation has the base's own period, without its scaling: heads are
-        trained at the lengths at hand.
+        Heads of EAGLE-1 have neither biases nor an output matrix, those of EAGLE-3 have an output
+        matrix. The rotation has the base's period without its scaling.
 
         Args:
             config: The base's Transformers config.
             kind: ``"eagle"`` or ``"eagle3"``.
-            draft_vocab_size: Tokens that the heads choose from; None for all.
+            draft_vocab_size: Tokens that the heads draft from; None for all.
             feature_layers: Hidden states that EAGLE-3 reads; None for the usual ones.
             num_layers: Decoder layers of the heads.
 
@@ -227,7 +225,7 @@ class EagleConfig:
             num_features=len(feature_layers or range(NUM_FEATURES)) if is_eagle3 else 1,
             feature_layers=feature_layers,
             rms_norm_eps=float(getattr(text, "rms_norm_eps", None) or 1e-6),
-            rope_parameters=_plain_rope() | {"rope_theta": _rope_theta(text)},
+            rope_parameters=_unscaled_rope() | {"rope_theta": _rope_theta(text)},
             max_position_embeddings=_first_number(text, "max_position_embeddings") or 2048,
             has_own_lm_head=is_eagle3,
         )
@@ -245,7 +243,7 @@ def read_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the rotation that a config.json names, as Transformers 5 writes it.
 
     Older configs have ``rope_theta`` next to everything else and ``rope_scaling`` with ``type`` or
-    ``rope_type``; one without any has the plain rotation with base 10000.
+    ``rope_type``; without either, the rotation is unscaled, with base 10000.
     """
     found = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(found, Mapping):

@@ -17,10 +17,10 @@ Rotation = tuple[Tensor, Tensor]
 
 @runtime_checkable
 class KeyValueStore(Protocol):
-    """What the heads need of a cache; those of Transformers have it."""
+    """The part of a cache that the heads use; caches of Transformers have it."""
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, /) -> tuple[Tensor, Tensor]:
-        """Add the keys and values of a layer's new slots, and return all of them."""
+        """Add the keys and values of a layer's new positions, and return all of them."""
         ...
 
 
@@ -52,7 +52,7 @@ class EagleAttention(nn.Module):
         attention_mask: Tensor | None,
         past_key_values: KeyValueStore | None,
     ) -> Float[Tensor, "batch seq hidden"]:
-        """Attend to earlier slots and these."""
+        """Attend to earlier positions and these."""
         batch, seq = states.shape[:2]
         by_head = (batch, seq, -1, self.head_dim)
         queries = self.q_proj(states).view(by_head)
@@ -64,8 +64,8 @@ class EagleAttention(nn.Module):
         queries, keys = both[:, : queries.shape[2]], both[:, queries.shape[2] :]
         if past_key_values is not None:
             keys, values = past_key_values.update(keys, values, self.index)
-        is_plain = attention_mask is None and self.sliding_window is None and seq == keys.shape[2]
-        if attention_mask is None and not is_plain:
+        is_simple = attention_mask is None and self.sliding_window is None and seq == keys.shape[2]
+        if attention_mask is None and not is_simple:
             attention_mask = self._causal_mask(seq, keys)
         elif attention_mask is not None and attention_mask.is_floating_point():
             attention_mask = attention_mask.to(queries.dtype)
@@ -74,7 +74,7 @@ class EagleAttention(nn.Module):
             keys,
             values,
             attn_mask=attention_mask,
-            is_causal=is_plain and seq > 1,
+            is_causal=is_simple and seq > 1,
             enable_gqa=self.is_grouped,
         )
         joined = attended.transpose(1, 2).reshape(batch, seq, -1)
@@ -84,10 +84,10 @@ class EagleAttention(nn.Module):
         kv_len, window = keys.shape[2], self.sliding_window
         if seq == 1 and (window is None or kv_len <= window):
             return None
-        slots = torch.arange(kv_len, device=keys.device)
-        behind = slots[kv_len - seq :, None] - slots  # [seq, kv_len]
-        sees = behind >= 0
-        return sees if window is None else sees & (behind < window)
+        kv_indices = torch.arange(kv_len, device=keys.device)
+        distance = kv_indices[kv_len - seq :, None] - kv_indices  # [seq, kv_len]
+        sees = distance >= 0
+        return sees if window is None else sees & (distance < window)
 
 
 def _rotated(
@@ -103,7 +103,7 @@ class EagleLayer(nn.Module):
     """One decoder layer.
 
     The first of EAGLE-1 has no norm before attention. The first of EAGLE-3 attends with embeddings
-    and hidden states side by side, each normed. All others are Llama's.
+    and hidden states concatenated, each normed. All others are Llama's.
     """
 
     def __init__(self, config: EagleConfig, llama: LlamaConfig, *, index: int) -> None:
@@ -125,7 +125,7 @@ class EagleLayer(nn.Module):
         embeddings: Float[Tensor, "batch seq hidden"],
         **attention: Any,
     ) -> Float[Tensor, "batch seq hidden"]:
-        """Run the layer; embeddings are read by the first layer of EAGLE-3 alone."""
+        """Run the layer; only the first layer of EAGLE-3 reads the embeddings."""
         states = residual = hidden
         if self.input_layernorm is not None and self.hidden_norm is not None:
             states = self.hidden_norm(hidden)

@@ -1,7 +1,7 @@
-"""EAGLE heads: a small decoder that guesses on from the target's hidden states."""
+"""EAGLE heads: a small decoder that continues the target's hidden states."""
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -11,28 +11,30 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from typing_extensions import override
 
+from speclm.cache.tree_cache import TreeCache
 from speclm.errors import OptionError
-from speclm.methods.eagle.checkpoint import EagleCheckpoint
 from speclm.methods.eagle.config import EagleConfig
 from speclm.methods.eagle.layer import EagleLayer, KeyValueStore, Rotation
-from speclm.tree.static import Choices
+
+if TYPE_CHECKING:
+    from speclm.methods.eagle.checkpoint import EagleCheckpoint
 
 _INIT_STD = 0.02  # that of Llama
 
 
 class EagleHeads(nn.Module):
-    """The draft network of EAGLE-1, 2 and 3, without any state of decoding.
+    """The draft network of EAGLE-1, 2 and 3; holds no state of a generation.
 
-    A slot joins the target's features at one position with the embedding of the token after it.
-    The output stands for the features one position on: `logits` of it guess the token after that
-    one, and fed back as hidden states it guesses further. Layers are Llama's, with Transformers'
-    own parts. Fresh heads are zero; see `init_weights_`.
+    The input at a position joins the target's features there with the embedding of the next token.
+    The output stands for the features at the next position: `logits` maps it to the token after
+    that, and as hidden states of the next call it continues the draft. Layers are Llama's, made of
+    Transformers' modules. New heads are zero; see `init_weights_`.
 
     Source: Li et al. 2024 (EAGLE, EAGLE-2), Li et al. 2025 (EAGLE-3).
     """
 
     draft_columns: Int[Tensor, " draft_vocab"] | None
-    """The target's token of each column of the logits; None where the vocabularies are equal."""
+    """The target's token of each column of the logits; None if the vocabularies are equal."""
 
     def __init__(
         self,
@@ -41,7 +43,7 @@ class EagleHeads(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> None:
-        """Allocate heads for the given numbers; none are allocated on the meta device."""
+        """Allocate heads of the given sizes."""
         super().__init__()
         self.config = config
         self._llama = _llama_config(config)
@@ -65,10 +67,8 @@ class EagleHeads(nn.Module):
         self.embed_tokens: nn.Embedding | None = None
         if config.has_own_embeddings:
             self.embed_tokens = nn.Embedding(config.vocab_size, hidden)
-        num_norms = config.num_features if config.fc_norm else 0
-        self.feature_norms = nn.ModuleList(
-            norm(config.target_hidden_size) for _ in range(num_norms)
-        )
+        sizes = [config.target_hidden_size] * (config.num_features if config.fc_norm else 0)
+        self.feature_norms = nn.ModuleList(map(norm, sizes))
         self.feature_norm = norm(width) if config.norm_before_fc else None
         self.fc = nn.Linear(width, hidden, bias=config.fc_bias)
         self.layers = nn.ModuleList(
@@ -129,16 +129,15 @@ class EagleHeads(nn.Module):
         """Return the hidden states one position on.
 
         Args:
-            hidden: Result of `fuse`, or of this method for the slots before.
-            embeddings: Of the token after each slot, see `embed`.
-            position_ids: Position of each slot: that of the features, not of the token. One row
-                when all have the same.
+            hidden: Result of `fuse`, or of this method at the positions before.
+            embeddings: Of the token after each position, see `embed`.
+            position_ids: Positions of the features, not of the tokens; one row if all rows have
+                the same.
             rotation: Result of `rotation` of those positions, instead of them.
             attention_mask: ``[batch or 1, 1, seq, kv_len]``, to be added to the scores, or true
-                where a slot is seen; each has to see one. None if each sees all before it within
-                the config's window; then slots are in order, without padding.
-            past_key_values: Where keys and values are added to and read from; None for those of
-                this call alone.
+                where a position is seen; each has to see one. None if each sees all before it
+                within the config's window; there is no padding then.
+            past_key_values: Cache of keys and values; None to attend to this call only.
         """
         hidden, embeddings = hidden.to(self.dtype), embeddings.to(self.dtype)
         if self.config.kind == "eagle":
@@ -159,7 +158,7 @@ class EagleHeads(nn.Module):
         return hidden
 
     def rotation(self, position_ids: Int[Tensor, "rows seq"]) -> Rotation:
-        """Return the cosines and sines of positions, of which one call may use a part."""
+        """Return the cosines and sines of positions."""
         found: Rotation = self.rotary(self.fc.weight, position_ids)  # of which it reads the dtype
         return found
 
@@ -170,7 +169,7 @@ class EagleHeads(nn.Module):
 
         Args:
             hidden: Result of `forward`.
-            lm_head: The target's map from hidden states to logits; called where the heads have no
+            lm_head: The target's map from hidden states to logits; called if the heads have no
                 output matrix of their own.
         """
         if self.norm is not None and not self.config.norm_output:
@@ -187,7 +186,7 @@ class EagleHeads(nn.Module):
         Args:
             tokens: Ids of the target.
             embedding: Looks up rows of the target's embedding matrix, as they are stored; called
-                where the heads have no embeddings of their own.
+                if the heads have no embeddings of their own.
         """
         return embedding(tokens) if self.embed_tokens is None else self.embed_tokens(tokens)
 
@@ -197,11 +196,11 @@ class EagleHeads(nn.Module):
 
     @torch.no_grad()
     def set_draft_columns_(self, columns: Int[Tensor, " draft_vocab"]) -> None:
-        """Choose the target's tokens that the heads may guess.
+        """Choose the target's tokens that the heads may draft.
 
         Raises:
-            OptionError: If the heads have no vocabulary of their own, or the tokens are not as
-                many as its columns, increasing and of the target.
+            OptionError: If the heads have no draft vocabulary or one of another size, or the tokens
+                are not increasing ids of the target.
         """
         mine, vocab_size = self.draft_columns, self.config.vocab_size
         if mine is None or columns.shape != mine.shape:
@@ -256,8 +255,103 @@ class EagleHeads(nn.Module):
             )
 
 
+class LevelRun:
+    """Runs heads over one level of a draft after another.
+
+    Rotations of all levels are computed once. The mask of a level consists of its parents' rows in
+    the mask of the level above.
+    """
+
+    def __init__(
+        self,
+        heads: EagleHeads,
+        cache: TreeCache,
+        *,
+        hidden: Float[Tensor, "batch hidden"],
+        widths: list[int],
+        embedding: Callable[[Tensor], Tensor],
+    ) -> None:
+        """Start at the roots.
+
+        Args:
+            heads: The network.
+            cache: Cache of the heads; no node may be pending.
+            hidden: Output at the position before each root.
+            widths: Most nodes of each level to come.
+            embedding: See `EagleHeads.embed`.
+        """
+        self._heads, self._cache, self._embedding = heads, cache, embedding
+        self.hidden: Float[Tensor, "batch nodes hidden"] = hidden[:, None]
+        """Outputs of the last level; at first, of the position before the root."""
+        self._level = 0
+        self._seen = self._seen_by_root(widths)
+        if widths:
+            cache.reserve(sum(widths))
+            first = cache.lengths - cache.num_padding
+            depths = torch.arange(len(widths), device=first.device)
+            self._rotation = heads.rotation((first[:, None] + depths).clamp(min=0))
+
+    def below(
+        self, tokens: Int[Tensor, "batch width"], parents: Int[Tensor, "batch width"]
+    ) -> Float[Tensor, "batch width hidden"]:
+        """Feed the next level, whose nodes become pending.
+
+        Args:
+            tokens: The target's tokens.
+            parents: Index of each one's parent in the last level.
+        """
+        level, width = self._level, tokens.shape[1]
+        size = self.hidden.shape[2]
+        above = self.hidden.gather(1, parents[:, :, None].expand(-1, -1, size))
+        cosines, sines = self._rotation
+        self.hidden = self._heads(
+            above,
+            self._heads.embed(tokens, embedding=self._embedding),
+            rotation=(cosines[:, level : level + 1], sines[:, level : level + 1]),
+            attention_mask=self._bias(parents),
+            past_key_values=self._cache,
+        )
+        self._cache.append(width)
+        self._level += 1
+        return self.hidden
+
+    def _seen_by_root(self, widths: list[int]) -> Float[Tensor, "batch 1 kv_len"] | None:
+        """Return the root's additive mask over all keys; None for chains that see all."""
+        cache, window = self._cache, self._heads.config.sliding_window
+        reach = cache.tree_start + len(widths)
+        is_whole = not cache.is_ragged and not cache.has_padding
+        if is_whole and max(widths, default=1) == 1 and (window is None or reach <= window):
+            return None
+        lengths = cache.lengths[:, None]
+        kv_indices = torch.arange(cache.tree_start + sum(widths), device=lengths.device)
+        sees = (kv_indices >= cache.num_padding[:, None]) & (kv_indices < lengths)
+        if window is not None:
+            levels = [level for level, width in enumerate(widths) for _ in range(width)]
+            pending = lengths + torch.tensor(levels, device=lengths.device, dtype=torch.long)
+            prefix = kv_indices[: cache.tree_start].expand(len(lengths), -1)
+            self._positions = torch.cat([prefix, pending], dim=1)  # of a row, padding included
+        seen = torch.zeros(sees.shape, dtype=self._heads.dtype, device=sees.device)
+        return seen.masked_fill_(~sees, torch.finfo(seen.dtype).min)[:, None]
+
+    def _bias(
+        self, parents: Int[Tensor, "batch width"]
+    ) -> Float[Tensor, "batch 1 width kv_len"] | None:
+        if self._seen is None:
+            return None
+        cache, width = self._cache, parents.shape[1]
+        own = cache.tree_start + cache.num_pending
+        seen = self._seen.gather(1, parents[:, :, None].expand(-1, -1, self._seen.shape[2]))
+        seen.narrow(2, own, width).diagonal(dim1=1, dim2=2).zero_()
+        window = self._heads.config.sliding_window
+        if window is not None:
+            distance = cache.lengths[:, None] + self._level - self._positions
+            seen.masked_fill_((distance >= window)[:, None], torch.finfo(seen.dtype).min)
+        self._seen = seen
+        return seen.narrow(2, 0, own + width)[:, None]
+
+
 def build_eagle(
-    checkpoint: EagleCheckpoint,
+    checkpoint: "EagleCheckpoint",
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
@@ -281,20 +375,6 @@ def build_eagle(
     }
     heads.load_state_dict(state, assign=True)
     return heads.to(target)
-
-
-def eagle_checkpoint(
-    heads: EagleHeads, *, base_name_or_path: str | None = None, choices: Choices | None = None
-) -> EagleCheckpoint:
-    """Return heads as numbers and tensors, whose memory they share, to be written.
-
-    Args:
-        heads: Trained heads.
-        base_name_or_path: The model that they were trained on, if it is to be recorded.
-        choices: Static tree that is to be stored with them.
-    """
-    tensors = {name: tensor.detach() for name, tensor in heads.state_dict().items()}
-    return EagleCheckpoint(heads.config, tensors, base_name_or_path, choices)
 
 
 def _constant(name: str) -> float:

@@ -1,4 +1,4 @@
-"""Proposes what EAGLE heads guess on from the target's features."""
+"""Drafts trees with EAGLE heads, which continue the target's features."""
 
 import math
 from collections.abc import Sequence
@@ -13,11 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from speclm.acceptance.accepted import Accepted
+from speclm.acceptance import Accepted
 from speclm.attention import TreeStep
 from speclm.cache.tree_cache import TreeCache
 from speclm.config import require_known
-from speclm.drafting.adjusting import Nodes
 from speclm.drafting.interface import Draft, Prefill, Proposer, TargetNeeds
 from speclm.drafting.levels import (
     GrownTreeConfig,
@@ -26,15 +25,15 @@ from speclm.drafting.levels import (
     planned,
     require_ranks,
 )
-from speclm.drafting.ranking import LevelRanking, path_expansions
+from speclm.drafting.ranking import LevelRanking, Nodes, path_expansions
 from speclm.errors import OptionError, VocabularyMismatchError
-from speclm.methods.eagle.levels import LevelRun
-from speclm.methods.eagle.network import EagleHeads
-from speclm.sampling.drafts import DraftSampler, DraftSampling
+from speclm.methods.eagle.config import EagleConfig
+from speclm.methods.eagle.network import EagleHeads, LevelRun
+from speclm.sampling.draws import DraftSampler, DraftSampling
 from speclm.sampling.noise import PositionNoise
 from speclm.target import TargetFeatures, TargetView
-from speclm.tree.dynamic import FilledTree, GrowingTree, GrownRow, drawn_choices
-from speclm.tree.static import Choices
+from speclm.tree.dynamic import FilledTree, GrowingTree, GrownRow, drawn_paths
+from speclm.tree.static import RankPaths
 
 _ABSENT = -1e4  # finite: a processor may ban all tokens that the heads know
 
@@ -57,13 +56,13 @@ class EagleProposerConfig(GrownTreeConfig):
 class EagleProposer(Proposer):
     """Grows a tree with a small decoder that continues the target's own hidden states.
 
-    A slot of the heads joins the features of one position with the token after it. Committed slots
-    hold what the target really computed; what stands on guesses is dropped in every round.
+    Committed positions of the heads' cache are computed from the target's features; positions of
+    draft tokens are dropped in every round.
 
     Source: Li et al. 2024 (EAGLE-2), Li et al. 2025 (EAGLE-3).
     """
 
-    takes_choices = True
+    fills_static_trees = True
     draft_sampling = DraftSampling.WITHOUT_REPLACEMENT
     config: EagleProposerConfig
 
@@ -89,7 +88,7 @@ class EagleProposer(Proposer):
             VocabularyMismatchError: If the heads were made for another vocabulary.
             OptionError: If an option is unknown or out of range, a rank exceeds the heads'
                 vocabulary, or they have another width.
-            TopologyError: If the tree is none.
+            TopologyError: If `tree` is not a tree.
             UnsupportedModelError: If the target lacks the layers whose features are read, or its
                 embeddings are quantised or offloaded and the heads have none of their own.
         """
@@ -97,23 +96,13 @@ class EagleProposer(Proposer):
         if tree is not None:
             options = options_with_tree(tree, options)
         self.config = EagleProposerConfig(**options)
-        if self.config.choices is not None:
-            require_ranks(self.config.choices, heads.config.draft_vocab_size)
+        if self.config.paths is not None:
+            require_ranks(self.config.paths, heads.config.draft_vocab_size)
         self.heads, self.view = heads, TargetView(target)
         wanted = heads.config
-        if wanted.vocab_size != self.view.vocab_size:
-            raise VocabularyMismatchError(
-                f"EAGLE heads have a vocabulary of {wanted.vocab_size}, the target "
-                f"{self.view.name} one of {self.view.vocab_size}; use heads that were trained on it"
-            )
-        if wanted.target_hidden_size != self.view.hidden_size:
-            raise OptionError(
-                f"EAGLE heads read features of width {wanted.target_hidden_size}, those of "
-                f"{self.view.name} are {self.view.hidden_size} wide; use heads that were trained "
-                "on it"
-            )
+        _require_match(wanted, self.view)
         if heads.embed_tokens is None:
-            _ = self.view.embedding_weight  # raises where the target's cannot be read
+            _ = self.view.embedding_weight  # raises if the target's cannot be read
         self.num_ranks = wanted.draft_vocab_size
         is_eagle3 = wanted.kind == "eagle3"
         self._features = (
@@ -130,9 +119,9 @@ class EagleProposer(Proposer):
         self._cache: TreeCache | None = None
         self._unseen_tokens: list[list[int]] = []
         self._unseen_features: list[list[Tensor]] = []
-        self._hidden: Tensor | None = None  # of the slot before each root
+        self._hidden: Tensor | None = None  # at the position before each root
         self._is_idle: list[bool] = []
-        self._leaf_tokens: Tensor | None = None  # what nothing follows
+        self._leaf_tokens: Tensor | None = None  # tokens that end a row
 
     @property
     @override
@@ -161,8 +150,8 @@ class EagleProposer(Proposer):
         config = self.config if self.plan is None else planned(self.config, self.plan)
         if self._prompt.sampler is not None:
             return self._draw(roots, config, self._prompt.sampler)
-        if config.choices is not None:
-            return self._fill(roots, config.choices, noise)
+        if config.paths is not None:
+            return self._fill(roots, config.paths, noise)
         tree = self._grow(config, noise)
         min_score = math.log(max(config.min_probability, 1e-30))
         self._grown = tree.best_nodes(config.num_draft_tokens, min_score=min_score)
@@ -171,7 +160,7 @@ class EagleProposer(Proposer):
     @override
     def commit(self, accepted: Accepted) -> None:
         if self._cache is not None:
-            self._cache.keep([[] for _ in accepted.emitted])  # guesses are not features
+            self._cache.keep([[] for _ in accepted.emitted])  # of draft tokens
         self._ranking.learn(accepted, path_expansions(accepted, self._grown))
         assert accepted.features is not None
         for row, emitted in enumerate(accepted.emitted):
@@ -185,23 +174,23 @@ class EagleProposer(Proposer):
         features = prompt.features
         assert features is not None
         following = torch.cat([prompt.tokens[:, 1:], prompt.first_tokens[:, None]], dim=1)
-        length = features.shape[1]  # of the last ones alone, where a cache held the first
+        length = features.shape[1]  # only of the last ones if a cache held the first
         padding = (prompt.num_padding - (prompt.tokens.shape[1] - length)).clamp(min=0)
         cache = TreeCache(num_layers=self.heads.config.num_layers, num_padding=padding)
         self._hidden = None
         if length > 0:
-            slots = torch.arange(length, device=padding.device)
-            visible = (slots[:, None] >= slots) & (slots >= padding[:, None])[:, None]
+            indices = torch.arange(length, device=padding.device)
+            visible = (indices[:, None] >= indices) & (indices >= padding[:, None])[:, None]
             visible |= torch.eye(length, dtype=torch.bool, device=padding.device)
             hidden = self._run(
-                following[:, -length:], self.heads.fuse(features), visible, slots[None], cache
+                following[:, -length:], self.heads.fuse(features), visible, indices[None], cache
             )
             cache.keep([list(range(length))] * len(padding))
             self._hidden = hidden[:, -1]
         return cache
 
     def _catch_up(self, device: torch.device) -> None:
-        """Read what the target computed since, of rows that got tokens."""
+        """Run the heads over the features of tokens that were committed since the last draft."""
         assert self._cache is not None
         counts = [len(tokens) for tokens in self._unseen_tokens]
         longest = max(counts)
@@ -234,7 +223,7 @@ class EagleProposer(Proposer):
         self._unseen_features = [[] for _ in counts]
 
     def _grow(self, config: EagleProposerConfig, noise: PositionNoise | None) -> GrowingTree:
-        """Guess level after level, and follow what is likeliest; tokens are the target's."""
+        """Draft level after level from the likeliest nodes; tokens are the target's."""
         branches = min(config.branches, self.heads.config.draft_vocab_size)
         assert self._hidden is not None
         device = self._hidden.device
@@ -261,31 +250,31 @@ class EagleProposer(Proposer):
         return tree
 
     def _fill(
-        self, roots: Int[Tensor, " batch"], choices: Choices, noise: PositionNoise | None
+        self, roots: Int[Tensor, " batch"], paths: RankPaths, noise: PositionNoise | None
     ) -> Draft:
-        """Give a static tree the best guesses below each of its nodes."""
-        tree = FilledTree(choices, roots=roots)
+        """Fill a static tree with the best candidates below each node."""
+        tree = FilledTree(paths, roots=roots)
         run = self._start(tree.widths[1:])
         while True:
             nodes = (tree.expanded_tokens, tree.expanded_parents)
             ranked = self._rank(run.hidden, tree.depth, noise, nodes)
-            tree.fill(self.heads.target_ids(ranked.topk(tree.num_guesses).indices))
+            tree.fill(self.heads.target_ids(ranked.topk(tree.num_ranks).indices))
             if tree.is_full:
                 self._grown = [GrownRow([], [], tree.expansions, [])] * len(roots)
-                return Draft(tokens=tree.tokens, topology=tree.topology, probs=None)
+                return Draft(tokens=tree.tokens, topology=tree.topology)
             run.below(tree.expanded_tokens, tree.expanded_parents)
 
     def _draw(
         self, roots: Int[Tensor, " batch"], config: EagleProposerConfig, sampler: DraftSampler
     ) -> Draft:
-        """Draw the children of one level of a fixed tree after another."""
-        choices = config.choices or drawn_choices(
+        """Draw the children of one level of a static tree after another."""
+        paths = config.paths or drawn_paths(
             width=config.width,
             branches=min(config.branches, self.heads.config.draft_vocab_size),
             depth=config.depth,
             num_nodes=config.num_draft_tokens,
         )
-        tree = FilledTree(choices, roots=roots, are_drawn=True)
+        tree = FilledTree(paths, roots=roots, are_drawn=True)
         run = self._start(tree.widths[1:])
         distributions: Tensor | None = None
         while True:
@@ -295,19 +284,18 @@ class EagleProposer(Proposer):
             if distributions is None:
                 distributions = distribution.new_zeros(*tree.tokens.shape, distribution.shape[2])
             distributions.index_copy_(1, tree.expanded_nodes, distribution)
-            tree.fill(sampler.siblings(distribution, num=tree.num_guesses))
+            tree.fill(sampler.siblings(distribution, num=tree.num_ranks))
             if tree.is_full:
                 self._grown = [GrownRow([], [], tree.expansions, [])] * len(roots)
                 return Draft(
                     tokens=tree.tokens,
                     topology=tree.topology,
-                    probs=None,
                     distributions=distributions,
                 )
             run.below(tree.expanded_tokens, tree.expanded_parents)
 
     def _start(self, widths: list[int]) -> LevelRun:
-        """Return a run from the roots down levels of at most as many nodes."""
+        """Return a run of the heads from the roots down levels of these widths."""
         assert self._cache is not None
         assert self._hidden is not None
         return LevelRun(
@@ -322,16 +310,16 @@ class EagleProposer(Proposer):
         self,
         tokens: Int[Tensor, "batch nodes"],
         hidden: Float[Tensor, "batch nodes hidden"],
-        visible: Bool[Tensor, "rows nodes slots"],
-        slot_depths: Int[Tensor, "depth_rows slots"],
+        visible: Bool[Tensor, "rows nodes kv_len"],
+        kv_depths: Int[Tensor, "depth_rows kv_len"],
         cache: TreeCache,
     ) -> Float[Tensor, "batch nodes hidden"]:
         """Run the heads over new nodes, which become pending."""
         num_nodes = tokens.shape[1]
         cache.reserve(num_nodes)
         first = cache.lengths - cache.num_padding
-        positions = (first[:, None] + slot_depths[:, -num_nodes:]).clamp(min=0)
-        step = TreeStep(visible, slot_depths, cache)
+        positions = (first[:, None] + kv_depths[:, -num_nodes:]).clamp(min=0)
+        step = TreeStep(visible, kv_depths, cache)
         output: Tensor = self.heads(
             hidden,
             self._embed(tokens),
@@ -368,9 +356,22 @@ class EagleProposer(Proposer):
     def _spread(
         self, logits: Float[Tensor, "batch nodes draft_vocab"]
     ) -> Float[Tensor, "batch nodes vocab"]:
-        """Put logits at the target's tokens; all others get no probability to speak of."""
+        """Return logits over the target's tokens; others get next to no probability."""
         columns = self.heads.draft_columns
         if columns is None:
             return logits
         shape = (*logits.shape[:2], self.heads.config.vocab_size)
         return logits.new_full(shape, _ABSENT).index_copy_(2, columns, logits)
+
+
+def _require_match(wanted: EagleConfig, view: TargetView) -> None:
+    if wanted.vocab_size != view.vocab_size:
+        raise VocabularyMismatchError(
+            f"EAGLE heads have a vocabulary of {wanted.vocab_size}, the target {view.name} one of "
+            f"{view.vocab_size}; use heads that were trained on it"
+        )
+    if wanted.target_hidden_size != view.hidden_size:
+        raise OptionError(
+            f"EAGLE heads read features of width {wanted.target_hidden_size}, those of {view.name} "
+            f"are {view.hidden_size} wide; use heads that were trained on it"
+        )

@@ -1,4 +1,4 @@
-"""Reads Medusa heads, in every published layout, into stacked tensors."""
+"""Reads Medusa heads in every published layout, and writes them in one."""
 
 import logging
 import re
@@ -28,7 +28,7 @@ from speclm.files.weights import (
     reading,
     weight_files,
 )
-from speclm.tree.static import Choices
+from speclm.tree.static import RankPaths
 
 _log = logging.getLogger("speclm")
 
@@ -43,18 +43,18 @@ _PREFIX = re.compile(r"medusa_heads?\.")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MedusaCheckpoint:
-    """Medusa heads as plain numbers and stacked tensors.
+    """Medusa heads as numbers and stacked tensors.
 
-    The tensors have the names and shapes of the state dict of `speclm.heads.MedusaHeads`.
+    The tensors have the names and shapes of the state dict of `MedusaHeads`.
 
     Args:
         weight: Matrix of each residual layer.
         bias: Its bias; None where the layers have none.
         lm_weight: Output matrix of each head; None where the target's is used.
-        vocab_size: Width of the logits; None where no tensor and no config tells.
+        vocab_size: Width of the logits; None if neither a tensor nor the config shows it.
         base_name_or_path: The model that the heads were trained on, if known.
         choices: Tree that was stored with the heads.
-        is_merged: Whether they lay among the weights of a whole model trained with them.
+        is_merged: Whether they were among the weights of a whole model trained with them.
     """
 
     weight: Float[Tensor, "layers heads hidden hidden"]
@@ -62,7 +62,7 @@ class MedusaCheckpoint:
     lm_weight: Float[Tensor, "heads vocab hidden"] | None = None
     vocab_size: int | None = None
     base_name_or_path: str | None = None
-    choices: Choices | None = None
+    choices: RankPaths | None = None
     is_merged: bool = False
 
     @property
@@ -97,7 +97,7 @@ class MedusaCheckpoint:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors by name, absent ones left out."""
+        """The tensors by name, without absent ones."""
         named = {"weight": self.weight, "bias": self.bias, "lm_weight": self.lm_weight}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
@@ -112,19 +112,14 @@ class _Keys:
 
     @classmethod
     def of(cls, source: WeightFiles, keys: list[str]) -> Self:
-        """Sort keys into parts.
-
-        Raises:
-            CheckpointError: If one is no part of Medusa heads, or stands for the same part as
-                another.
-        """
+        """Sort keys into parts; refuse unknown ones and two for one part."""
         parts = cls({}, {}, {})
         lm_layers: dict[int, int] = {}
         for key in keys:
             name = _PREFIX.sub("", key, count=1)
             if match := _LAYER.fullmatch(name) or _VLLM_LAYER.fullmatch(name):
-                place = parts.layers if match[3] == "weight" else parts.biases
-                _put(source, place, (int(match[1]), int(match[2])), key)
+                role = parts.layers if match[3] == "weight" else parts.biases
+                _put(source, role, (int(match[1]), int(match[2])), key)
             elif match := _VLLM_LM_HEAD.fullmatch(name):
                 _put(source, parts.lm_heads, int(match[1]), key)
             elif match := _LM_HEAD.fullmatch(name):
@@ -133,13 +128,12 @@ class _Keys:
             else:
                 raise CheckpointError(
                     f"{source.path}: found key {shown(key)}, expected only those of Medusa heads "
-                    "such as '0.0.linear.weight' and '0.1.weight'; remove it, or export "
-                    "them again"
+                    "such as '0.0.linear.weight' and '0.1.weight'; remove it, or export them again"
                 )
         for head, layer in lm_layers.items():
             if layer != parts.num_layers:
                 raise CheckpointError(
-                    f"{source.path}: {parts.lm_heads[head]!r} is an output matrix at place {layer},"
+                    f"{source.path}: {parts.lm_heads[head]!r} is an output matrix at index {layer},"
                     f" expected it after {parts.num_layers} layers; layers are missing, download "
                     "the file again"
                 )
@@ -155,27 +149,27 @@ class _Keys:
 
 
 def find_medusa(folder: Path) -> WeightFiles | None:
-    """Return the weights of a folder that hold Medusa heads, judged by their keys alone.
+    """Return the weights of a folder that hold Medusa heads, judged by their keys only.
 
     Raises:
-        CheckpointError: If a file that would have to be looked into cannot be read.
+        CheckpointError: If a file that has to be opened cannot be read.
     """
     with reading(folder):
-        return next((source for source in weight_files(folder) if _head_keys(source)), None)
+        sources = weight_files(folder, first="medusa")
+        return next((source for source in sources if _head_keys(source)), None)
 
 
 def read_medusa(folder: str | Path) -> MedusaCheckpoint:
     """Read Medusa heads from a folder.
 
-    Known are the layouts of FasterDecoding's Medusa (with and without output matrices, pickled
+    Known layouts are those of FasterDecoding's Medusa (with and without output matrices, pickled
     or not), of models merged with their heads (in safetensors or ``pytorch_model.bin``, in one
-    file or shards), of TGI, of vLLM up to 0.32, and our own. The number
-    of heads and layers, the biases and the dtype come from the tensors: published configs name
-    other numbers. Pickles are read without running code.
+    file or shards), of TGI, of vLLM up to 0.32, and our own. Published configs name wrong numbers
+    of heads and layers: these, the biases and the dtype come from the tensors. Pickles are read
+    without running code.
 
     Raises:
-        CheckpointError: If the folder holds no Medusa heads, or a key or tensor is missing,
-            unknown or of another shape or dtype than the others.
+        CheckpointError: If there are none, or a tensor is missing, unknown or does not fit.
     """
     with reading(Path(folder)):
         return _read(Path(folder))
@@ -190,8 +184,7 @@ def _read(folder: Path) -> MedusaCheckpoint:
             "example medusa_lm_head.safetensors with '0.0.linear.weight'"
         )
     keys = _head_keys(source)
-    parts = _Keys.of(source, keys)
-    tensors = source.load(keys)
+    parts, tensors = _Keys.of(source, keys), source.load(keys)
     numbers = range(parts.num_heads), range(parts.num_layers)
     weight = _stack(source, tensors, parts.layers, numbers, "{0}.{1}.linear.weight", 2)
     if weight.shape[-1] != weight.shape[-2]:
@@ -229,7 +222,7 @@ def _read(folder: Path) -> MedusaCheckpoint:
 
 
 def _head_keys(source: WeightFiles) -> list[str]:
-    """Return the keys that have to be parts of heads: all, but for a merged model's own."""
+    """Return the keys that have to be parts of heads: all but those of a merged model itself."""
     prefixed = [key for key in source.files if _PREFIX.match(key)]
     if prefixed:
         return sorted(prefixed)
@@ -237,12 +230,12 @@ def _head_keys(source: WeightFiles) -> list[str]:
     return sorted(source.files) if is_heads else []
 
 
-def _put(source: WeightFiles, place: dict[Any, str], part: Any, key: str) -> None:
-    if part in place:
+def _put(source: WeightFiles, role: dict[Any, str], part: Any, key: str) -> None:
+    if part in role:
         raise CheckpointError(
-            f"{source.path}: keys {place[part]!r} and {key!r} stand for the same tensor; keep one"
+            f"{source.path}: keys {role[part]!r} and {key!r} stand for the same tensor; keep one"
         )
-    place[part] = key
+    role[part] = key
 
 
 def _stack(
@@ -254,9 +247,8 @@ def _stack(
     num_axes: int,
 ) -> Tensor:
     """Stack the tensors of one role, layers first, heads second."""
-    heads, layers = numbers
+    (heads, layers), rows = numbers, []
     expected: torch.Size | None = None
-    rows = []
     for layer in layers:
         row = []
         for head in heads:
@@ -294,26 +286,23 @@ def _require_width(source: WeightFiles, key: str, tensor: Tensor, weight: Tensor
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not path.is_file():
-        return {}
-    config = read_json(path)
+    path = folder / CONFIG_NAME
+    config = read_json(path) if path.is_file() else {}
     for name, kind in (("vocab_size", int), ("base_model_name_or_path", str), ("speclm", dict)):
-        value = config.get(name)
+        value, expected = config.get(name), None
         if value is not None and not isinstance(value, kind):
+            expected = kind.__name__
+        elif isinstance(value, int) and (value is True or not 1 <= value <= MAX_COUNT):
+            expected = f"1 to {MAX_COUNT}"
+        if expected is not None:
             raise CheckpointError(
-                f"{path}: {name} is {shown(value)}, expected {kind.__name__}; correct it"
+                f"{path}: {name} is {shown(value)}, expected {expected}; correct it"
             )
-    vocab_size = config.get("vocab_size")
-    if vocab_size is not None and (vocab_size is True or not 1 <= vocab_size <= MAX_COUNT):
-        raise CheckpointError(
-            f"{path}: vocab_size is {shown(vocab_size)}, expected 1 to {MAX_COUNT}; correct it"
-        )
     return config
 
 
 def _compare_with_config(source: WeightFiles, config: dict[str, Any], parts: _Keys) -> None:
-    """Log where the config names other numbers than the tensors show."""
+    """Log the numbers of the config that differ from the tensors."""
     found = {"medusa_num_heads": parts.num_heads, "medusa_num_layers": parts.num_layers}
     wrong = [
         f"{name} {shown(config[name])} (found {number})"
@@ -332,9 +321,10 @@ def write_medusa(
 ) -> None:
     """Write Medusa heads into a folder, next to whatever else it holds.
 
-    TGI and vLLM up to 0.32 read it; heads without output matrices only TGI, and those of one
-    layer. The files are written aside, read back and compared bit by bit; only then do they appear
-    together, or replace older ones, the config last.
+    TGI and vLLM up to 0.32 read them; heads without output matrices are read by TGI only, if they
+    have one layer. The files are written
+    to a temporary folder, read back and compared bit by bit; then they appear together, or replace
+    older ones.
 
     Args:
         folder: Created if it does not exist.
@@ -346,7 +336,7 @@ def write_medusa(
             back is not what was written.
     """
     folder = Path(folder)
-    require_place_for_heads(folder)
+    require_writable(folder)
 
     def check(aside: Path) -> None:
         found = read_medusa(aside)
@@ -362,7 +352,7 @@ def write_medusa(
     )
 
 
-def require_place_for_heads(folder: Path) -> None:
+def require_writable(folder: Path) -> None:
     """Check that Medusa heads can be written into a folder without destroying anything.
 
     Raises:
@@ -392,8 +382,8 @@ def _named_tensors(checkpoint: MedusaCheckpoint) -> dict[str, Tensor]:
 def _config(checkpoint: MedusaCheckpoint) -> dict[str, Any]:
     """Return the config that TGI and vLLM read.
 
-    An `architectures` key would switch TGI's speculation off, and vLLM takes any key with "num"
-    and "heads" in it for the number of heads: neither may be added.
+    No key `architectures` may be added, which would switch TGI's speculation off, nor one with
+    "num" and "heads" in it, which vLLM would take for the number of heads.
     """
     config: dict[str, Any] = {
         "medusa_num_heads": checkpoint.num_heads,

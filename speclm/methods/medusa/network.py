@@ -1,4 +1,4 @@
-"""Medusa heads: each guesses one of the tokens to come from one hidden state of the target."""
+"""Medusa heads: each drafts one of the tokens to come from one hidden state of the target."""
 
 import math
 from collections.abc import Callable
@@ -9,9 +9,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from speclm.config import require_count, require_size
+from speclm.config import MAX_DEPTH, require_count, require_size
+from speclm.methods.medusa.checkpoint import MedusaCheckpoint
+from speclm.target import TargetView
+from speclm.tree.static import RankPaths
 
-MAX_HEADS = 64
+MAX_HEADS = MAX_DEPTH
 """Most heads: a tree is not deeper."""
 
 
@@ -22,14 +25,14 @@ class MedusaHeadsConfig:
     Args:
         hidden_size: Width of the target's hidden states.
         vocab_size: Width of the target's logits.
-        num_heads: Heads; head i guesses the token i + 2 positions after the hidden state.
+        num_heads: Heads; head i drafts the token i + 2 positions after the hidden state.
         num_layers: Residual layers of each head.
         has_own_lm_head: Whether each head ends in an output matrix of its own; otherwise the
             target's is used.
         has_bias: Whether the residual layers have a bias.
 
     Raises:
-        OptionError: If a number is none, or not in range.
+        OptionError: If a number is out of range.
     """
 
     hidden_size: int
@@ -48,8 +51,8 @@ class MedusaHeadsConfig:
 class MedusaHeads(nn.Module):
     """A stack of residual layers for each head, all heads computed together.
 
-    Every layer maps x to ``x + SiLU(W x + b)``. Parameters of equal role are stacked over heads,
-    so that a layer is one batched product. Fresh heads repeat their input: weights are zero.
+    Every layer maps x to ``x + SiLU(W x + b)``. Parameters are stacked over heads, so that a layer
+    is one batched product. New heads repeat their input: weights are zero.
 
     Source: Cai et al. 2024 (Medusa), section 2.1.
     """
@@ -75,7 +78,7 @@ class MedusaHeads(nn.Module):
 
     @property
     def num_heads(self) -> int:
-        """Tokens ahead that can be guessed."""
+        """Tokens that can be drafted ahead."""
         return self.config.num_heads
 
     @torch.no_grad()
@@ -85,13 +88,12 @@ class MedusaHeads(nn.Module):
         *,
         generator: torch.Generator | None = None,
     ) -> None:
-        """Start from heads that guess what the target's own output matrix says.
+        """Start from heads that repeat the target's own prediction.
 
         Args:
-            lm_weight: The target's output matrix, copied where the heads have their own; of no use
-                elsewhere.
-            generator: Source of the small random weights of all layers but the first, which
-                would otherwise stay equal in all of them.
+            lm_weight: The target's output matrix, copied to heads that have their own.
+            generator: Source of the small random weights of all layers but the last, which would
+                stay equal to each other if all started at zero.
         """
         if self.lm_weight is not None and lm_weight is not None:
             self.lm_weight.copy_(lm_weight.to(self.lm_weight).expand_as(self.lm_weight))
@@ -132,3 +134,39 @@ class MedusaHeads(nn.Module):
         else:
             logits = torch.bmm(states, self.lm_weight[used].transpose(1, 2)).transpose(0, 1)
         return logits
+
+
+def build_medusa(
+    checkpoint: MedusaCheckpoint, target: TargetView, *, dtype: torch.dtype
+) -> MedusaHeads:
+    """Return the heads of a checkpoint on the target's device, ready to draft."""
+    config = MedusaHeadsConfig(
+        hidden_size=checkpoint.hidden_size,
+        vocab_size=checkpoint.vocab_size or target.vocab_size,
+        num_heads=checkpoint.num_heads,
+        num_layers=checkpoint.num_layers,
+        has_own_lm_head=checkpoint.has_own_lm_head,
+        has_bias=checkpoint.has_bias,
+    )
+    heads = MedusaHeads(config, device=torch.device("meta"))
+    state = {name: tensor.to(target.device, dtype) for name, tensor in checkpoint.tensors.items()}
+    heads.load_state_dict(state, assign=True)
+    return heads.eval().requires_grad_(requires_grad=False)
+
+
+def medusa_checkpoint(
+    heads: MedusaHeads, *, base_name_or_path: str | None = None, choices: RankPaths | None = None
+) -> MedusaCheckpoint:
+    """Return heads as a checkpoint that shares their memory.
+
+    Args:
+        heads: Trained heads.
+        base_name_or_path: The model that they were trained on, if it is to be recorded.
+        choices: Static tree that is to be stored with them.
+    """
+    return MedusaCheckpoint(
+        **heads.state_dict(),
+        vocab_size=heads.config.vocab_size,
+        base_name_or_path=base_name_or_path,
+        choices=choices,
+    )

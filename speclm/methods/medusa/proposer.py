@@ -1,4 +1,4 @@
-"""Proposes what Medusa heads guess from the target's last hidden state."""
+"""Drafts trees with Medusa heads, from the target's last hidden state."""
 
 import logging
 import math
@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from speclm.acceptance.accepted import Accepted
+from speclm.acceptance import Accepted
 from speclm.config import MAX_NODES, ProposerConfig, require_count, require_depth, require_in_range
 from speclm.drafting.interface import Draft, Prefill, Proposer, TargetNeeds
 from speclm.drafting.levels import least_probability
@@ -20,28 +20,27 @@ from speclm.drafting.mixture import Mixture, require_mixture
 from speclm.drafting.ranking import LevelRanking, chain_expansions
 from speclm.errors import OptionError, VocabularyMismatchError
 from speclm.methods.medusa.network import MedusaHeads
-from speclm.sampling.drafts import DraftSampler, DraftSampling, Families
+from speclm.sampling.draws import DraftSampler, DraftSampling, Families
 from speclm.sampling.noise import PositionNoise
 from speclm.target import TargetFeatures, TargetView
 from speclm.tree.plan import TreePlan
 from speclm.tree.static import (
-    Choices,
+    RankPaths,
     StaticTree,
     likeliest_paths,
-    normalize_choices,
+    normalize_paths,
     static_tree,
-    trim_choices,
+    trim_paths,
 )
 from speclm.tree.topology import chain, trees_of
 
 _log = logging.getLogger("speclm")
 
 MAX_RANK = 8
-"""Guesses of one head that a tree grown by probability considers."""
+"""Most candidates of one head in a dynamic tree."""
 
-STATIC_TREE: Choices = ((0,), (1,), (0, 0), (0, 1), (0, 0, 0), (0, 0, 1), (0, 0, 0, 0))
-"""Where a static tree is needed and none is given: drafts drawn for an acceptance rule,
-training."""
+STATIC_TREE: RankPaths = ((0,), (1,), (0, 0), (0, 1), (0, 0, 0), (0, 0, 1), (0, 0, 0, 0))
+"""Used if a static tree is needed and none is given: to draw drafts, and in training."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +49,7 @@ class MedusaConfig(ProposerConfig):
 
     Args:
         depth: Most levels of a tree; as many heads are computed.
-        choices: Static tree as paths of ranks, see `speclm.tree.static`; None for trees that
+        paths: Static tree as paths of ranks, see `speclm.tree.static`; None for trees that
             grow by probability in every round.
         num_draft_tokens: Most nodes of a tree that grows by probability.
         min_probability: Least estimated probability of acceptance at which a node is added to it
@@ -60,7 +59,7 @@ class MedusaConfig(ProposerConfig):
     """
 
     depth: int = 4
-    choices: Choices | None = None
+    paths: RankPaths | None = None
     num_draft_tokens: int = 16
     min_probability: float = 0.07
     mixture: Mixture | None = None
@@ -73,18 +72,17 @@ class MedusaConfig(ProposerConfig):
 
 
 class MedusaProposer(Proposer):
-    """Fills a tree with the best guesses of Medusa heads.
+    """Fills a tree with the best candidates of Medusa heads.
 
-    Head i sees the hidden state that the target's last root was chosen from, and guesses the
-    token of depth i + 1. It does not see the tokens between: all nodes of a depth share one
-    distribution, and the probability of a path is taken for the product of its guesses'
-    probabilities.
+    Head i reads the hidden state from which the target chose the root, and predicts the token at
+    depth i + 1. It does not see the tokens between: all nodes of a depth share one distribution,
+    and the probability of a path is estimated as the product of its tokens' probabilities.
 
     Source: Cai et al. 2024 (Medusa).
     """
 
     features = TargetFeatures.LAST_HIDDEN
-    takes_choices = True
+    fills_static_trees = True
     draft_sampling = DraftSampling.WITHOUT_REPLACEMENT
     config: MedusaConfig
 
@@ -104,19 +102,15 @@ class MedusaProposer(Proposer):
             heads: Heads trained on the target, on its device.
             target: The model that will verify; heads without an output matrix use its own.
             tree: Name of a preset, the number of children at each depth, or paths of ranks.
-                Levels beyond the heads are left out, with a log line. None for a tree that is
-                grown in every round, likeliest paths first.
+                Levels beyond the heads are left out, with a log line. None for a dynamic tree.
             num_draft_tokens: Most nodes; of a static tree the first by depth are kept.
-            min_probability: Least estimated probability of acceptance at which a growing tree gets
-                a node.
-            mixture: Numbers of the distribution that ranks candidates under sampling; None to
-                estimate them from what the target chooses.
+            min_probability: See `MedusaConfig`.
+            mixture: See `MedusaConfig`.
 
         Raises:
             VocabularyMismatchError: If the heads were made for another vocabulary.
-            OptionError: If the heads have another width, a rank exceeds the vocabulary, or an
-                option is out of range.
-            TopologyError: If the tree is none.
+            OptionError: If the heads have another width, or a rank or option is out of range.
+            TopologyError: If `tree` is not a tree.
         """
         self.view = TargetView(target)
         if not isinstance(heads, MedusaHeads):
@@ -139,14 +133,14 @@ class MedusaProposer(Proposer):
                 mixture=mixture,
             )
         else:
-            choices = _fitting(normalize_choices(tree), heads, self.view)
+            paths = _fitting(normalize_paths(tree), heads, self.view)
             if num_draft_tokens is not None:
                 require_count("num_draft_tokens", num_draft_tokens, low=1, high=MAX_NODES - 1)
-                choices = choices[:num_draft_tokens]
+                paths = paths[:num_draft_tokens]
             self.config = MedusaConfig(
-                depth=max(map(len, choices)),
-                choices=choices,
-                num_draft_tokens=len(choices),
+                depth=max(map(len, paths)),
+                paths=paths,
+                num_draft_tokens=len(paths),
                 mixture=mixture,
             )
         self._hidden: Float[Tensor, "batch hidden"] | None = None
@@ -163,21 +157,19 @@ class MedusaProposer(Proposer):
     @override
     def propose(self, roots: Int[Tensor, " batch"], *, noise: PositionNoise | None) -> Draft:
         if self._hidden is None:
-            return Draft(roots[:, None], chain(0, device=roots.device), probs=None)
+            return Draft(roots[:, None], chain(0, device=roots.device))
         config = _planned(self.config, self.plan, num_heads=self.heads.num_heads)
         if self._sampler is not None:
-            drawn = config.choices or trim_choices(STATIC_TREE, max_depth=config.depth)
+            drawn = config.paths or trim_paths(STATIC_TREE, max_depth=config.depth)
             tree = static_tree(drawn[: config.num_draft_tokens], device=roots.device)
             return self._draw(roots, self._hidden, tree, self._sampler)
         log_probs = self._rank(self._hidden, noise, depth=config.depth)
-        if config.choices is None:
+        if config.paths is None:
             return self._grow(roots, log_probs, config)
-        tree = static_tree(config.choices, device=roots.device)
-        guesses = log_probs.topk(tree.max_rank + 1, dim=-1).indices  # [batch, depth, rank]
-        tokens = guesses[:, tree.depth_indices, tree.rank_indices]
-        return Draft(
-            tokens=torch.cat([roots[:, None], tokens], dim=1), topology=tree.topology, probs=None
-        )
+        tree = static_tree(config.paths, device=roots.device)
+        candidates = log_probs.topk(tree.max_rank + 1, dim=-1).indices  # [batch, depth, rank]
+        tokens = candidates[:, tree.depth_indices, tree.rank_indices]
+        return Draft(tokens=torch.cat([roots[:, None], tokens], dim=1), topology=tree.topology)
 
     @override
     def commit(self, accepted: Accepted) -> None:
@@ -195,11 +187,11 @@ class MedusaProposer(Proposer):
         log_probs: Float[Tensor, "batch depth vocab"],
         config: MedusaConfig,
     ) -> Draft:
-        """Take the likeliest paths of every row; the shape of the tree is decided on the host."""
+        """Grow a dynamic tree of each row's likeliest paths, on the host."""
         best = log_probs.topk(min(MAX_RANK, log_probs.shape[2]), dim=-1)
         if self._is_idle is not None:  # nodes of a row that has ended would slow the others
             best.values.masked_fill_(self._is_idle[:, None, None], float("-inf"))
-        guesses, scores = best.indices.tolist(), best.values.tolist()  # [batch, depth, rank]
+        candidates, scores = best.indices.tolist(), best.values.tolist()  # [batch, depth, rank]
         num_rows = sum(row[0][0] > -math.inf for row in scores)
         min_probability = config.min_probability
         if self.plan is None or self.plan.min_probability is None:
@@ -211,10 +203,10 @@ class MedusaProposer(Proposer):
         ]
         longest = max(map(len, rows))
         tokens = [
-            [row_guesses[node.depth][node.rank] for node in row] + [0] * (longest - len(row))
-            for row, row_guesses in zip(rows, guesses, strict=True)
+            [row_candidates[node.depth][node.rank] for node in row] + [0] * (longest - len(row))
+            for row, row_candidates in zip(rows, candidates, strict=True)
         ]
-        probs = [
+        node_probs = [
             [1.0, *(math.exp(own[n.depth][n.rank]) for n in row), *[0.0] * (longest - len(row))]
             for row, own in zip(rows, scores, strict=True)
         ]
@@ -224,7 +216,7 @@ class MedusaProposer(Proposer):
             topology=trees_of(
                 [[0, *(node.parent for node in row)] for row in rows], device=roots.device
             ),
-            probs=torch.tensor(probs, device=roots.device, dtype=torch.float32),
+            node_probs=node_probs,
         )
 
     def _draw(
@@ -234,7 +226,7 @@ class MedusaProposer(Proposer):
         tree: StaticTree,
         sampler: DraftSampler,
     ) -> Draft:
-        """Draw the children of every node, the j-th drawn in the place of the j-th child."""
+        """Draw the children of every node of a static tree."""
         logits: Tensor = self.heads(hidden, lm_head=self.view.head_logits, num_heads=tree.max_depth)
         levels = sampler.distribution(logits)  # [batch, depth, vocab]
         depths = tree.topology.depths[0].clamp(max=tree.max_depth - 1)
@@ -244,12 +236,12 @@ class MedusaProposer(Proposer):
         tokens = roots[:, None].repeat(1, tree.topology.num_nodes)
         for family, children in enumerate(families.children):
             tokens[:, children] = drawn[:, family, : len(children)]
-        return Draft(tokens=tokens, topology=tree.topology, probs=None, distributions=distributions)
+        return Draft(tokens=tokens, topology=tree.topology, distributions=distributions)
 
     def _rank(
         self, hidden: Float[Tensor, "batch hidden"], noise: PositionNoise | None, *, depth: int
     ) -> Float[Tensor, "batch depth vocab"]:
-        """Return the log-probabilities by which guesses at each depth are ranked."""
+        """Return the log-probabilities that rank the candidates at each depth."""
         logits: Tensor = self.heads(hidden, lm_head=self.view.head_logits, num_heads=depth)
         if noise is None and not self._ranking.changes_scores:
             return self._ranking.rank(logits, depth=0, noise=None)
@@ -265,10 +257,10 @@ def _planned(config: MedusaConfig, plan: TreePlan | None, *, num_heads: int) -> 
     """Return the settings of the next drafts; what a plan leaves open is the config's."""
     if plan is None:
         return config
-    if plan.choices is not None:
-        choices = trim_choices(plan.choices, max_depth=num_heads)
-        depth = max(map(len, choices))
-        return MedusaConfig(depth=depth, choices=choices, num_draft_tokens=len(choices))
+    if plan.paths is not None:
+        paths = trim_paths(plan.paths, max_depth=num_heads)
+        depth = max(map(len, paths))
+        return MedusaConfig(depth=depth, paths=paths, num_draft_tokens=len(paths))
     return MedusaConfig(
         depth=min(plan.depth, num_heads),
         num_draft_tokens=plan.num_draft_tokens,
@@ -278,15 +270,15 @@ def _planned(config: MedusaConfig, plan: TreePlan | None, *, num_heads: int) -> 
     )
 
 
-def _fitting(choices: Choices, heads: MedusaHeads, view: TargetView) -> Choices:
-    """Leave out what is deeper than the heads, and refuse ranks beyond the vocabulary."""
-    trimmed = trim_choices(choices, max_depth=heads.num_heads)
-    if len(trimmed) < len(choices):
+def _fitting(paths: RankPaths, heads: MedusaHeads, view: TargetView) -> RankPaths:
+    """Cut a tree at the depth of the heads, and refuse ranks beyond the vocabulary."""
+    trimmed = trim_paths(paths, max_depth=heads.num_heads)
+    if len(trimmed) < len(paths):
         _log.warning(
             "tree is deeper than %d heads reach; %d of its %d nodes are left out",
             heads.num_heads,
-            len(choices) - len(trimmed),
-            len(choices),
+            len(paths) - len(trimmed),
+            len(paths),
         )
     rank = max(path[-1] for path in trimmed)
     if rank >= view.vocab_size:

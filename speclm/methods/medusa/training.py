@@ -1,32 +1,33 @@
-"""Trains Medusa heads on a frozen base with Transformers' `Trainer`."""
+"""Trains Medusa heads: what they learn, and new heads to start from."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from torch.utils.data import Dataset
-from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from torch import Tensor
+from transformers import PreTrainedModel
 from typing_extensions import override
 
 from speclm.config import require_in_range
 from speclm.drafting.heads_folder import hub_id
-from speclm.methods.medusa.checkpoint import MedusaCheckpoint, write_medusa
-from speclm.methods.medusa.loss import IGNORED, score_guesses, shifted_targets, weighted_loss
-from speclm.methods.medusa.network import MedusaHeads, MedusaHeadsConfig
+from speclm.methods.medusa.checkpoint import write_medusa
+from speclm.methods.medusa.network import MedusaHeads, MedusaHeadsConfig, medusa_checkpoint
 from speclm.methods.medusa.proposer import STATIC_TREE, MedusaProposer
 from speclm.target import TargetView, output_matrix
-from speclm.training.guess_meter import GuessMeter
-from speclm.training.heads_trainer import HeadsTrainer, place_base
-from speclm.training.rows import EvalRows, Item
-from speclm.tree.static import trim_choices
-
-MAX_LOGITS = 2**27
-"""Logits that are kept for the backward pass, half a gigabyte; beyond, they are recomputed."""
+from speclm.training.acceptance_meter import AcceptanceMeter
+from speclm.training.training_model import (
+    IGNORED,
+    TrainingModel,
+    rank_targets,
+    score_in_chunks,
+    shifted_targets,
+    soft_cross_entropy,
+    weighted_loss,
+)
+from speclm.tree.static import trim_paths
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +35,10 @@ class MedusaObjective:
     """What the heads are trained for.
 
     Args:
-        decay: Weight of a head's loss relative to that of the head before it; later guesses are
-            reached less often.
-        soft_weight: Share of the loss that is taken against the base's own distribution at the
-            target's position instead of the token of the data; it costs no further forward of the
-            base.
+        decay: Weight of a head's loss relative to that of the head before it; a round reaches
+            later draft tokens less often.
+        soft_weight: Share of the loss that is taken against the base's own distribution instead of
+            the token of the data; it costs no further forward of the base.
     """
 
     decay: float = 0.8
@@ -49,58 +49,62 @@ class MedusaObjective:
         require_in_range("soft_weight", self.soft_weight, low=0.0, high=1.0)
 
 
-class MedusaTrainingModel(nn.Module):
-    """Computes the loss of Medusa heads from one forward of the base.
+class MedusaTrainingModel(TrainingModel):
+    """Computes the loss of Medusa heads from one forward of the base."""
 
-    The base is frozen, put into eval mode and kept outside the module tree: parameters and state
-    are those of the heads alone, and wrappers for several devices leave the base where it is.
-    """
+    heads: MedusaHeads
 
     def __init__(
-        self, base: PreTrainedModel, heads: MedusaHeads, *, objective: MedusaObjective
+        self, base: PreTrainedModel, heads: MedusaHeads, *, objective: MedusaObjective | None = None
     ) -> None:
-        """Put heads on a base.
+        """Put heads on a base, and freeze the base.
 
         Args:
-            base: A causal language model; its parameters stop requiring gradients.
-            heads: Heads of the base's width and vocabulary.
-            objective: What they are trained for.
+            base: The target.
+            heads: Heads to train, see `new_medusa_heads`.
+            objective: What they are trained for; None for the defaults.
 
         Raises:
             UnsupportedModelError: If `base` is not a decoder-only language model.
+            VocabularyMismatchError: If the heads were made for another vocabulary.
+            OptionError: If the heads have another width than the base.
         """
-        super().__init__()
-        self.view = TargetView(base)
-        base.requires_grad_(requires_grad=False)
-        base.train(mode=False)
-        self.heads = heads
-        self.objective = objective
+        MedusaProposer(heads, target=base)  # checks that they fit
+        super().__init__(base, heads)
+        self.objective = objective or MedusaObjective()
 
+    @override
+    def new_meter(self) -> AcceptanceMeter:
+        # The same tree for all heads, whatever they will draft, so that estimates compare.
+        num_heads = self.heads.num_heads
+        choices = trim_paths(STATIC_TREE, max_depth=num_heads)
+        return AcceptanceMeter(choices, num_drafted=num_heads, name="head")
+
+    @override
+    def write(self, folder: Path) -> None:
+        base_id = hub_id(self.view.model.config.name_or_path)  # paths are not written
+        write_medusa(folder, medusa_checkpoint(self.heads, base_name_or_path=base_id))
+
+    @override
     def forward(
         self,
         input_ids: Int[Tensor, "batch seq"],
         attention_mask: Int[Tensor, "batch seq"],
         loss_mask: Bool[Tensor, "batch seq"],
     ) -> dict[str, Tensor]:
-        """Return the loss of a batch and what its figures are made of.
-
-        Args:
-            input_ids: Rows, padded on the right.
-            attention_mask: 1 at tokens, 0 at padding.
-            loss_mask: True at tokens that the heads are to guess.
-
-        Returns:
-            ``loss``; of each head ``loss_sums`` and ``counts``; and ``ranks``
-            ``[batch, seq, heads]`` of the targets, -1 where there is none.
-        """
-        targets = shifted_targets(input_ids, loss_mask, num_heads=self.heads.num_heads)
+        targets = shifted_targets(input_ids, loss_mask, num_drafted=self.heads.num_heads)
         hidden = self._base_hidden(input_ids, attention_mask)
         sources = (targets != IGNORED).any(-1).flatten().nonzero()[:, 0]
         targets = targets.flatten(0, 1)
-        loss_sums, found = self._score(hidden, sources, targets[sources])
+        loss_sums, source_ranks = score_in_chunks(
+            partial(self._score, hidden),
+            sources,
+            targets[sources],
+            logits_per_row=targets.shape[1] * self.view.vocab_size,
+        )
         counts = (targets != IGNORED).sum(0)
         ranks = torch.full_like(targets, -1)
-        ranks[sources] = found
+        ranks[sources] = source_ranks
         return {
             "loss": weighted_loss(loss_sums, counts, decay=self.objective.decay),
             "loss_sums": loss_sums.detach(),
@@ -112,7 +116,7 @@ class MedusaTrainingModel(nn.Module):
     def _base_hidden(
         self, input_ids: Int[Tensor, "batch seq"], attention_mask: Int[Tensor, "batch seq"]
     ) -> Float[Tensor, "tokens hidden"]:
-        """Return what the base's output matrix would read, without computing logits."""
+        """Return the input of the base's output matrix, without computing logits."""
         device = self.view.device
         output = self.view.decoder(
             input_ids=input_ids.to(device),
@@ -128,41 +132,27 @@ class MedusaTrainingModel(nn.Module):
         sources: Int[Tensor, " rows"],
         targets: Int[Tensor, "rows heads"],
     ) -> tuple[Float[Tensor, " heads"], Int[Tensor, "rows heads"]]:
-        """Return the sums of the losses and the ranks, in chunks if memory asks for it."""
-        logits_per_row = targets.shape[1] * self.view.vocab_size
-        size = max(1, MAX_LOGITS // logits_per_row)
-        if len(sources) <= size:
-            return self._score_chunk(hidden, sources, targets)
-        parts = [
-            checkpoint(self._score_chunk, hidden, *chunk, use_reentrant=False)
-            for chunk in zip(torch.split(sources, size), torch.split(targets, size), strict=True)
-        ]
-        sums, ranks = zip(*parts, strict=True)
-        return torch.stack(sums).sum(0), torch.cat(ranks)
+        """Return the sum of the losses of each head, and the rank of each target.
 
-    def _score_chunk(
-        self,
-        hidden: Float[Tensor, "tokens hidden"],
-        sources: Int[Tensor, " rows"],
-        targets: Int[Tensor, "rows heads"],
-    ) -> tuple[Float[Tensor, " heads"], Int[Tensor, "rows heads"]]:
+        Args:
+            hidden: Hidden states of all positions.
+            sources: Positions to draft from.
+            targets: What to draft there.
+        """
         device = self.heads.weight.device
-        rows = hidden[sources.to(hidden.device)].to(device)
-        logits = self.heads(rows, lm_head=self._lm_head)
-        soft = self.objective.soft_weight
-        distribution = (
-            self._base_distribution(hidden, sources, targets).to(device) if soft else None
-        )
-        losses, ranks = score_guesses(logits, targets, soft_targets=distribution, soft_weight=soft)
-        return losses.sum(0), ranks
-
-    def _lm_head(self, states: Tensor) -> Tensor:
-        # Heads are trained in float32 above a base that may be narrower, or on another device.
-        view = self.view
-        return view.head_logits(states.to(view.model.dtype)).to(states.device)
+        logits = self.heads(hidden[sources.to(hidden.device)].to(device), lm_head=self.lm_head)
+        logits = logits.float()
+        losses = F.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
+        ).view_as(targets)
+        if soft_weight := self.objective.soft_weight:
+            target_probs = self._base_probs(hidden, sources, targets).to(device)
+            soft = soft_cross_entropy(logits, target_probs).masked_fill(targets == IGNORED, 0.0)
+            losses = (1 - soft_weight) * losses + soft_weight * soft
+        return losses.sum(0), rank_targets(logits, targets)
 
     @torch.no_grad()
-    def _base_distribution(
+    def _base_probs(
         self,
         hidden: Float[Tensor, "tokens hidden"],
         sources: Int[Tensor, " rows"],
@@ -170,10 +160,10 @@ class MedusaTrainingModel(nn.Module):
     ) -> Float[Tensor, "rows heads vocab"]:
         """Return the base's distribution of each target, from the hidden state before it."""
         ahead = 1 + torch.arange(targets.shape[1], device=sources.device)
-        # Without a target there may be no such position; any does then.
+        # Without a target the position may not exist; any other will do.
         positions = (sources[:, None] + ahead).where(targets != IGNORED, sources[:, None])
-        needed, where = torch.unique(positions.to(hidden.device), return_inverse=True)
-        return self.view.head_logits(hidden[needed]).float().softmax(-1)[where]
+        needed, indices = torch.unique(positions.to(hidden.device), return_inverse=True)
+        return self.view.head_logits(hidden[needed]).float().softmax(-1)[indices]
 
 
 def new_medusa_heads(
@@ -187,11 +177,11 @@ def new_medusa_heads(
     """Return untrained heads for a base, in float32 and on its device.
 
     Args:
-        base: The target; it gives width and vocabulary.
-        num_heads: Heads.
-        num_layers: Residual layers of each.
+        base: The target; it decides width and vocabulary.
+        num_heads: Draft tokens ahead.
+        num_layers: Residual layers of each head.
         has_own_lm_head: Whether each head gets an output matrix of its own, which starts as a
-            copy of the base's. It guesses better and is as large as the base's.
+            copy of the base's and is as large. Such heads draft better.
         seed: Of the random weights of all layers but the first.
 
     Raises:
@@ -212,64 +202,3 @@ def new_medusa_heads(
         generator=torch.Generator().manual_seed(seed),
     )
     return heads
-
-
-class MedusaTrainer(HeadsTrainer):
-    """A `Trainer` whose model is Medusa heads on a frozen base.
-
-    Logs loss and top-1, 2 and 3 accuracy of each head and ``estimated_tau``, the tokens a round
-    that decoding texts like the data would have.
-    """
-
-    def __init__(
-        self,
-        base: PreTrainedModel,
-        heads: MedusaHeads,
-        args: TrainingArguments,
-        *,
-        train_dataset: Dataset[Item],
-        eval_dataset: EvalRows | None = None,
-        objective: MedusaObjective | None = None,
-        callbacks: Sequence[TrainerCallback] = (),
-    ) -> None:
-        """Prepare a training.
-
-        Args:
-            base: The target. It is frozen, put into eval mode and, unless it was loaded with a
-                device map, moved to the device of `args`.
-            heads: Heads to train, see `new_medusa_heads`.
-            args: As `training_arguments` makes them.
-            train_dataset: Rows, see `load_rows`.
-            eval_dataset: Rows that ``args.eval_strategy`` evaluates on, or several such by name.
-            objective: What the heads are trained for; None for the defaults.
-            callbacks: Callbacks next to `Trainer`'s own.
-
-        Raises:
-            VocabularyMismatchError: If the heads were made for another vocabulary.
-            OptionError: If the heads have another width than the base.
-            DataError: If a row has nothing to learn, or more tokens than the base was built for.
-        """
-        place_base(base, args)
-        MedusaProposer(heads, target=base)  # checks that they fit
-        # The same for all heads, whatever they will draft, so that estimates compare.
-        choices = trim_choices(STATIC_TREE, max_depth=heads.num_heads)
-        super().__init__(
-            MedusaTrainingModel(base, heads, objective=objective or MedusaObjective()),
-            args,
-            make_meter=partial(GuessMeter, choices, num_guesses=heads.num_heads, name="head"),
-            max_length=TargetView(base).max_positions,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            callbacks=callbacks,
-        )
-        self.heads = heads
-        self._base_id = hub_id(base.config.name_or_path)
-
-    @override
-    def _write(self, folder: Path) -> None:
-        checkpoint = MedusaCheckpoint(
-            **self.heads.state_dict(),
-            vocab_size=self.heads.config.vocab_size,
-            base_name_or_path=self._base_id,
-        )
-        write_medusa(folder, checkpoint)

@@ -1,4 +1,4 @@
-"""A proposer without a model: what followed the same words before may follow again."""
+"""Drafts without a model: copies what followed the same words before."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -10,11 +10,10 @@ from jaxtyping import Int
 from torch import Tensor
 from typing_extensions import override
 
-from speclm.acceptance.accepted import Accepted
+from speclm.acceptance import Accepted
 from speclm.config import MAX_DEPTH, ProposerConfig, require_count, require_in_range
 from speclm.drafting.interface import Draft, Prefill, Proposer
 from speclm.drafting.levels import least_probability
-from speclm.drafting.registry import register_proposer
 from speclm.sampling.noise import PositionNoise
 from speclm.tree.plan import TreePlan
 from speclm.tree.topology import trees_of
@@ -68,7 +67,7 @@ class NgramIndex:
                 self._once_hits += is_hit
                 self._once_seen += 1
 
-    def guess(self, context: tuple[int, ...], *, limit: int) -> list[tuple[int, float]]:
+    def candidates(self, context: tuple[int, ...], *, limit: int) -> list[tuple[int, float]]:
         """Return at most `limit` tokens that may follow, each with its probability.
 
         They followed the longest known n-gram at the end of `context`; most frequent first, and
@@ -93,7 +92,7 @@ class NgramIndex:
         return [(token, (counts[token] - _SPLIT_DISCOUNT) / total) for token in ranked[:limit]]
 
     def _append(self, token: int) -> bool | None:
-        """Append one token; return whether `guess` had it, if it had one occurrence to go by."""
+        """Append a token; return whether `candidates` had it, if it knew a single occurrence."""
         context = self._context
         is_hit: bool | None = None
         for length in range(1, len(context) + 1):
@@ -126,8 +125,8 @@ class NgramConfig(ProposerConfig):
             entry per token and length.
         branches: Most children of a node, in ``[1, 8]``.
         min_probability: Least estimated probability of acceptance at which a node is drafted, in
-            ``[0.001, 1]``. Best is what a node adds to the time of a round, as a share of a plain
-            step, times the tokens that the time of a plain step yields on average.
+            ``[0.001, 1]``. The best value is the time that a node adds to a round, in steps of
+            regular generation, times the tokens generated on average in the time of such a step.
     """
 
     depth: int = 15
@@ -143,7 +142,6 @@ class NgramConfig(ProposerConfig):
         require_in_range("min_probability", self.min_probability, low=0.001, high=1.0)
 
 
-@register_proposer("ngram")
 class NgramProposer(Proposer):
     """Proposes what followed the longest n-gram that occurred before, in prompt or output.
 
@@ -197,7 +195,7 @@ class NgramProposer(Proposer):
     def propose(self, roots: Int[Tensor, " batch"], *, noise: PositionNoise | None) -> Draft:
         options = _planned(self.config, self.plan, num_rows=self._is_waiting.count(False))
         trees = [
-            _Tree.root_alone(index) if is_waiting else _Tree.grow(index, options, self._ends)
+            _Tree.only_root(index) if is_waiting else _Tree.grow(index, options, self._ends)
             for index, is_waiting in zip(self._rows, self._is_waiting, strict=True)
         ]
         num_nodes = max(len(tree.tokens) for tree in trees)
@@ -205,11 +203,7 @@ class NgramProposer(Proposer):
         return Draft(
             tokens=torch.tensor(tokens, device=roots.device, dtype=torch.long),
             topology=trees_of([tree.parents for tree in trees], device=roots.device),
-            probs=torch.tensor(
-                [tree.probs + [0.0] * (num_nodes - len(tree.probs)) for tree in trees],
-                device=roots.device,
-                dtype=torch.float32,
-            ),
+            node_probs=[tree.probs + [0.0] * (num_nodes - len(tree.probs)) for tree in trees],
         )
 
     @override
@@ -229,29 +223,27 @@ class _Tree:
     probs: list[float]
 
     @classmethod
-    def root_alone(cls, index: NgramIndex) -> "_Tree":
+    def only_root(cls, index: NgramIndex) -> "_Tree":
         return cls([index.context[-1]], [0], [1.0])
 
     @classmethod
     def grow(cls, index: NgramIndex, options: NgramConfig, ends: frozenset[int]) -> "_Tree":
         """Add the likeliest node that is left until none is worth its time."""
-        tree = cls.root_alone(index)
+        tree = cls.only_root(index)
         # Entries: minus the probability of the path, order of arrival, token, its probability given
         # the path, parent, context before.
-        candidates: list[tuple[float, int, int, float, int, tuple[int, ...]]] = []
+        waiting: list[tuple[float, int, int, float, int, tuple[int, ...]]] = []
         node, probability, context, arrivals, is_leaf = 0, 1.0, index.context, 0, False
         depths = [0]
         while True:
-            guesses = [] if is_leaf else index.guess(context, limit=options.branches)
-            for token, prob in guesses:
+            following = [] if is_leaf else index.candidates(context, limit=options.branches)
+            for token, prob in following:
                 if probability * prob >= options.min_probability:
                     arrivals += 1
-                    heappush(
-                        candidates, (-probability * prob, arrivals, token, prob, node, context)
-                    )
-            if not candidates or len(tree.tokens) > options.num_draft_tokens:
+                    heappush(waiting, (-probability * prob, arrivals, token, prob, node, context))
+            if not waiting or len(tree.tokens) > options.num_draft_tokens:
                 return tree
-            minus_probability, _, token, prob, parent, before = heappop(candidates)
+            minus_probability, _, token, prob, parent, before = heappop(waiting)
             node, probability, context = (
                 len(tree.tokens),
                 -minus_probability,

@@ -102,7 +102,7 @@ def test_far_checks_find_what_is_read_or_moved_elsewhere(monkeypatch):
     right, moves = checks_memory.tree_attention, checks_memory.keep_path_
 
     def near(query, key, value, **options):
-        key = key.roll(1, 2) if options["backend"] == "sdpa" else key
+        key = key.roll(1, 2) if options["backend"] == "auto" else key
         return right(query, key, value, **options)
 
     def too_much(storage, paths, **options):

@@ -26,7 +26,7 @@ def test_dry_run_records_every_method(tmp_path, capsys):
     assert printed.splitlines()[-1] == "0 failures, 0 left out"
     records = read_records(path)
     methods = {r["settings"]["method"] for r in records if r["benchmark"] == "tree_attention"}
-    assert methods == {"ours", "flex", "sdpa", "grouped_sdpa", "eager", "page16", "deterministic"}
+    assert methods == {"ours", "flex", "sdpa", "grouped_sdpa", "eager", "deterministic"}
     others = {"copy_rate", "product_rate", "keep_path", "tree_words"}
     assert {record["benchmark"] for record in records} == {"tree_attention", *others}
     assert "goals: " in printed
@@ -63,7 +63,6 @@ def test_rows_come_in_order_of_importance_and_are_chosen_by_name():
         ("t64-n4k", {"ours": 15.1, "flex": 15.2}, ["at most 15 us"]),
         ("t64-n4k", {"ours": 14.0, "flex": 13.0}, ["flex takes 1.0 times as long"]),
         ("t64-n8k", {"ours": 14.0, "flex": 18.0}, ["flex takes 1.3 times as long"]),
-        ("t16-n32k", {"ours": 36.0, "page16": 40.0}, ["pages of 16 take at most 10 % longer"]),
         ("t64-n32k-d64", {"ours": 900.0}, []),
     ],
 )

@@ -26,7 +26,7 @@ def call() -> Call:
 
 def test_text_is_followed_as_far_as_the_tree_goes():
     topology = from_parents([[0, 0, 0, 1, 2]], device=torch.device("cpu"))
-    draft = Draft(torch.tensor([[1, 5, 6, 7, 8]]), topology, probs=None)
+    draft = Draft(torch.tensor([[1, 5, 6, 7, 8]]), topology)
     assert ranking.follow(draft, 0, [6, 8, 9]) == ([0, 2, 4], [6, 8, 9])
     assert ranking.follow(draft, 0, [6, 7, 9]) == ([0, 2], [6, 7])
     assert ranking.follow(draft, 0, [4, 7]) == ([0], [4])

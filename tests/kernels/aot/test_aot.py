@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from speclm.kernels._triton_keep_path import keep_path_launch
+from speclm.kernels._triton_tree_ops import keep_path_launch
 from speclm.kernels.launch import LaunchConfig, plan_launch_on
 from tests.kernels.aot.compiling import Compiled, attention_kernels, compile_for
 from tests.kernels.meta_inputs import meta_inputs
@@ -43,7 +43,7 @@ MEMORY = {
 
 FEW_ROWS = {"nodes": 4, "groups": 4}
 MANY_ROWS = {"nodes": 32, "groups": 4, "dtype": torch.float16}
-MASKED = {"nodes": 16, "groups": 4, "page_len": 16, "has_all": True}
+MASKED = {"nodes": 16, "groups": 4, "has_all": True}
 UNEVEN = {"nodes": 64, "groups": 1, "head_dim": 80, "has_all": True}
 PLAIN = {"nodes": 16, "groups": 4}
 CASES = [
@@ -104,7 +104,7 @@ def test_threads_wait_between_reading_and_writing_of_a_path():
     storage = torch.empty(64, 1, 8, 4096, 128, dtype=torch.int16, device="meta")
     paths = torch.empty(1, 17, dtype=torch.int64, device="meta")
     lengths = torch.empty(1, dtype=torch.int64, device="meta")
-    found = compile_for("sm_90", keep_path_launch(storage, paths, lengths, lengths, None))
+    found = compile_for("sm_90", keep_path_launch(storage, paths, lengths, lengths))
     assert found.barriers > 0
     assert found.spills == 0
     assert found.registers <= 128

@@ -10,24 +10,16 @@ import torch
 from torch import Tensor
 
 from speclm.kernels.inputs import TreeAttentionInputs
-from tests.kernels.tree_cases import NO_PAGE, TreeCase
+from tests.kernels.tree_cases import TreeCase
 
 INT32_RANGE = 2**31
 LAST_TILE = 32  # its first slot is out of range by itself
 
-FAR_AXES = [
-    *((0, name, axis) for name in ("query", "key", "value") for axis in range(3)),
-    *((4, name, axis) for name in ("key", "value") for axis in (0, 2)),
-]
-"""Length of a page, tensor and axis: those along which a cache or a batch can be large."""
+FAR_AXES = [(name, axis) for name in ("query", "key", "value") for axis in range(3)]
+"""Tensor and axis: those along which a cache or a batch can be large."""
 
-
-def far_case(page_len: int) -> TreeCase:
-    """A case with three of everything, and with tiles of 16 keys that need no mask."""
-    lengths = (LAST_TILE + 17, 3, 5)
-    return TreeCase(
-        ((0, 0, 1),), lengths, kv_heads=3, dtype=torch.float16, page_len=page_len, spare=0
-    )
+FAR_CASE = TreeCase(((0, 0, 1),), (LAST_TILE + 17, 3, 5), kv_heads=3, dtype=torch.float16, spare=0)
+"""A case with three of everything, and with tiles of 16 keys that need no mask."""
 
 
 def vast_numbers(folder: Path) -> Tensor:
@@ -46,17 +38,12 @@ def put_far(
     near = getattr(inputs, name)
     last = near.shape[axis] - 1
     reached = min(last, LAST_TILE)
-    if inputs.block_table is not None and axis == 0:
-        reached = last = int(inputs.block_table[inputs.block_table < NO_PAGE].max())  # in use
     strides = list(near.contiguous().stride())
     strides[axis] = INT32_RANGE // reached + near[0].numel()
     assert strides[axis] < INT32_RANGE <= strides[axis] * reached
     far = numbers.as_strided((*near.shape[:axis], last + 1, *near.shape[axis + 1 :]), strides)
     far.copy_(near.narrow(axis, 0, last + 1))
-    others = {}
-    if inputs.block_table is not None and axis == 0:  # keys and values have as many pages
-        others = {other: getattr(inputs, other)[: last + 1] for other in ("key", "value")}
-    return replace(inputs, **others | {name: far})
+    return replace(inputs, **{name: far})
 
 
 @contextmanager

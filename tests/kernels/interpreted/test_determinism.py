@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.grids import turns
 from tests.kernels.interpreted.launching import attend, attend_as_planned, plan, quick_search
 from tests.kernels.tree_cases import TreeCase, assert_right, draw_contents, grow, tree_cases
 
@@ -105,7 +106,7 @@ def test_row_alone_has_its_bits_in_a_batch(case):
 def test_room_in_the_cache_and_splits_asked_for_change_no_bit(case, spare, num_splits):
     contents = draw_contents(case)
     expected = attend_as_planned(case, contents)
-    moved = replace(case, spare=spare, page_len=0)
+    moved = replace(case, spare=spare)
     assert_equal_bits(attend_as_planned(moved, contents, num_splits=num_splits), expected)
 
 
@@ -127,8 +128,7 @@ def test_bits_are_equal_wherever_splits_end(case, fixed_tiles, block_rows, block
     assert_equal_bits(found, (output[-1:], lse[-1:]))
 
 
-@pytest.mark.parametrize("window", [17, 24, 33, 48])
-@pytest.mark.parametrize("length", [33, 40, 64])
+@pytest.mark.parametrize(("window", "length"), turns([17, 24, 33, 48], [33, 40, 64]))
 def test_root_has_its_bits_where_deeper_nodes_see_less_through_their_window(length, window):
     # Tiles that the root sees in full are cut for deeper nodes: they may not move in the order.
     case = TreeCase((grow("near_chain", 33),), (length,), window=window, deterministic=True)
@@ -139,8 +139,7 @@ def test_root_has_its_bits_where_deeper_nodes_see_less_through_their_window(leng
         assert_equal_bits(found, (output[:, :how_many], lse[:, :, :how_many]))
 
 
-@pytest.mark.parametrize("sinks", [None, 1.0])
-@pytest.mark.parametrize("window", [None, 140])
+@pytest.mark.parametrize(("window", "sinks"), turns([None, 140], [1.0, None]))
 def test_bits_of_a_long_prefix_are_those_of_any_tree_batch_cache_and_splits(window, sinks):
     case = TreeCase(
         (grow("top_k", 9),),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from speclm.cache import TreeCache
 from speclm.kernels import keep_path_
-from speclm.kernels._triton_keep_path import keep_path_launch
+from speclm.kernels._triton_tree_ops import keep_path_launch
 from speclm.kernels.backends import VARIABLE
 from tests.kernels.interpreted.launching import search
 from tests.kernels.path_cases import (
@@ -47,9 +47,8 @@ def test_every_accepted_length_of_a_chain_beside_siblings(kept):
     assert_moved(accepting(kept), backend="triton")
 
 
-@pytest.mark.parametrize("page_len", [0, 4])
-def test_decoding_goes_on_as_from_a_cache_that_never_held_the_tree(page_len):
-    assert_decodes_on(page_len=page_len, backend="triton")
+def test_decoding_goes_on_as_from_a_cache_that_never_held_the_tree():
+    assert_decodes_on(backend="triton")
 
 
 @search
@@ -71,7 +70,7 @@ def test_a_tree_cache_holds_what_it_holds_without_the_kernel(batch, widths, roun
 
 
 def test_the_launch_is_made_without_reading_a_number():
-    case = PathCase(lengths=(3, 1), paths=((0, 2), (1,)), gaps=(0, 2), page_len=4)
+    case = PathCase(lengths=(3, 1), paths=((0, 2), (1,)), gaps=(0, 2))
     given_tensors = arguments(case, lay_out(case)).values()
     storage, *rest = (tensor.to("meta") for tensor in given_tensors)
     launch = keep_path_launch(storage, *rest)

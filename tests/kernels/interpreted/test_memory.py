@@ -8,7 +8,7 @@ import torch
 from speclm.kernels._triton_attention import tree_attention_triton
 from tests.kernels.interpreted.distant import (
     FAR_AXES,
-    far_case,
+    FAR_CASE,
     no_copies_onto_itself,
     put_far,
     vast_numbers,
@@ -16,10 +16,8 @@ from tests.kernels.interpreted.distant import (
 from tests.kernels.interpreted.launching import attend, plan
 from tests.kernels.tree_cases import (
     LAYOUTS,
-    PAGE_LENS,
     TreeCase,
     assert_right,
-    draw_contents,
     grow,
     lay_out,
 )
@@ -41,23 +39,20 @@ BUSY = TreeCase(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("page_len", [0, *PAGE_LENS])
-def test_any_layout_is_read_where_it_lies(layout, page_len):
-    integers = torch.int64 if page_len == 16 else torch.int32
-    case = replace(BUSY, layout=layout, page_len=page_len, integers=integers)
+@pytest.mark.parametrize("integers", [torch.int32, torch.int64])
+def test_any_layout_is_read_where_it_lies(layout, integers):
+    case = replace(BUSY, layout=layout, integers=integers)
     assert_right(case, attend(case, plan(2, block_rows=64)))
 
 
 @pytest.mark.parametrize("poison", [-torch.inf, 3e38])
 def test_slots_that_nobody_may_see_hold_anything(poison):
-    for page_len in (0, 16):
-        inputs = lay_out(replace(BUSY, page_len=page_len))
-        how = plan(2, block_rows=64)
-        expected = tree_attention_triton(inputs, how)
-        for memory in (inputs.key, inputs.value):
-            memory.nan_to_num_(nan=poison)
-        for found, right in zip(tree_attention_triton(inputs, how), expected, strict=True):
-            assert torch.equal(found, right)
+    inputs, how = lay_out(BUSY), plan(2, block_rows=64)
+    expected = tree_attention_triton(inputs, how)
+    for memory in (inputs.key, inputs.value):
+        memory.nan_to_num_(nan=poison)
+    for found, right in zip(tree_attention_triton(inputs, how), expected, strict=True):
+        assert torch.equal(found, right)
 
 
 def test_inputs_are_left_as_they_were():
@@ -126,27 +121,14 @@ def test_splits_without_a_tile_write_no_part(monkeypatch):
     assert is_written[1].sum(1).tolist() == [2, 2]
 
 
-def test_rows_share_pages_that_no_tree_is_written_to():
-    case = TreeCase((grow("uniform", 5),), (35, 37), page_len=16, groups=2)
-    contents = draw_contents(case)
-    for prefix in (contents.prefix_key, contents.prefix_value):
-        prefix[1, :, :32] = prefix[0, :, :32]
-    inputs = lay_out(case, contents)
-    own_pages = inputs.block_table[1, :2].long()
-    inputs.key[own_pages] = inputs.value[own_pages] = torch.nan
-    inputs.block_table[1, :2] = inputs.block_table[0, :2]
-    assert_right(case, tree_attention_triton(inputs, plan(2)), contents)
-
-
 @pytest.fixture(scope="module")
 def numbers(tmp_path_factory):
     return vast_numbers(tmp_path_factory.mktemp("vast"))
 
 
-@pytest.mark.parametrize(("page_len", "name", "axis"), FAR_AXES)
-def test_offsets_pass_the_range_of_int32(page_len, name, axis, numbers):
-    case = far_case(page_len)
-    inputs = put_far(lay_out(case), name, axis, numbers)
+@pytest.mark.parametrize(("name", "axis"), FAR_AXES)
+def test_offsets_pass_the_range_of_int32(name, axis, numbers):
+    inputs = put_far(lay_out(FAR_CASE), name, axis, numbers)
     with no_copies_onto_itself():
         found = tree_attention_triton(inputs, plan(2))
-    assert_right(case, found)
+    assert_right(FAR_CASE, found)

@@ -5,6 +5,7 @@ import torch
 
 from speclm.errors import KernelError
 from speclm.kernels import keep_path_, tree_attention, tree_words
+from tests.grids import turns
 
 ODD_NUMBERS = {
     "window": [2.5, True, "3", 2**40, float("nan"), torch.tensor(3)],
@@ -104,8 +105,7 @@ def test_unchecked_parents_that_lie_outside_are_taken_for_padding(backend):
     assert depths.tolist() == [[0, 1, 0, 0, 2]]
 
 
-@pytest.mark.parametrize("num_splits", [1, 2, 3, 7])
-@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(("num_splits", "deterministic"), turns([1, 2, 3, 7], [False, True]))
 def test_padding_beyond_the_prefix_hides_no_part_of_the_tree(num_splits, deterministic):
     parents = torch.tensor([[max(node - 1, 0) for node in range(48)]])
     words, depths = tree_words(parents)

@@ -16,7 +16,7 @@ import speclm.kernels
 from speclm.kernels.launch import LaunchPlan
 from tests.kernels.interpreted.distant import (
     FAR_AXES,
-    far_case,
+    FAR_CASE,
     no_copies_onto_itself,
     put_far,
     vast_numbers,
@@ -252,18 +252,15 @@ def place_faults() -> Iterator[Fault]:
     )
     yield Fault(
         "strides of keys for values",
-        "value_base, pages, slot, columns, value_row, value_slot",
-        "value_base, pages, slot, columns, key_row, key_slot",
+        "value_base, slot, columns, value_slot",
+        "value_base, slot, columns, key_slot",
         count=2,
     )
-    yield Fault("pages of the first row", "table_ptr + batch.to(tl.int64) * table_row", "table_ptr")
-    yield Fault("place within a page ignores the tile", "(slot + columns) % PAGE", "columns % PAGE")
+    yield Fault("keys of the first row", " + batch.to(tl.int64) * key_row", "")
 
 
 def offset_faults() -> Iterator[Fault]:
     for index, stride in (
-        ("pages", "stride_page"),
-        ("offset", "stride_slot"),
         ("(slot + columns)", "stride_slot"),
         ("batch", "query_row"),
         ("head", "query_head"),
@@ -328,14 +325,14 @@ def small_cases() -> Iterator[tuple[TreeCase, LaunchPlan]]:
         replace(plain, **busy),
         replace(plain, softcap=2.0, sinks=3.0, groups=2),
         replace(plain, window=17, **busy),
-        replace(plain, window=5, page_len=4, layout="key_beside_value", **busy),
+        replace(plain, window=5, layout="key_beside_value", **busy),
         replace(plain, head_dim=80, layout="slots_first", **busy),
         TreeCase((grow("uniform", 70),), (64,), nodes=20),
     ):
         for num_splits in (1, 3):
             yield case, plan(num_splits)
     yield TreeCase((grow("uniform", 70),), (64,)), plan(block_rows=64, block_keys=64)
-    yield replace(plain, page_len=16, head_dim=80, **busy), plan(2, block_keys=32)
+    yield replace(plain, head_dim=80, **busy), plan(2, block_keys=32)
     yield TreeCase((grow("chain", 20),), (128,), window=5), plan(11)
     yield TreeCase((grow("chain", 4),), (140,)), plan(11)
     yield TreeCase((grow("chain", 18),), (3,), window=17), plan(block_rows=32)
@@ -384,10 +381,9 @@ def check_random(run: Run) -> None:
 
 def check_far(run: Run, numbers: torch.Tensor) -> None:
     with no_copies_onto_itself():
-        for page_len, name, axis in FAR_AXES:
-            case = far_case(page_len)
-            inputs = put_far(lay_out(case), name, axis, numbers)
-            assert_right(case, run(inputs, plan(2)))
+        for name, axis in FAR_AXES:
+            inputs = put_far(lay_out(FAR_CASE), name, axis, numbers)
+            assert_right(FAR_CASE, run(inputs, plan(2)))
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 
 from speclm.kernels import tree_words
-from speclm.kernels._triton_tree_words import tree_words_launch
+from speclm.kernels._triton_tree_ops import tree_words_launch
 from tests.kernels.interpreted.launching import search
 from tests.kernels.parent_cases import SIZES, assert_right, chain, scattered, star, trees
 

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from speclm.kernels._triton_attention import tree_attention_triton
+from tests.grids import turns
 from tests.kernels.interpreted.launching import (
     attend,
     attend_as_planned,
@@ -57,8 +58,7 @@ def test_deterministic_plan_agrees_with_a_dense_softmax(case):
     assert_right(case, attend_as_planned(case))
 
 
-@pytest.mark.parametrize("dtype", EPSILON, ids=str)
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize(("head_dim", "dtype"), turns(HEAD_DIMS, EPSILON))
 def test_every_width_of_heads_in_every_type(head_dim, dtype):
     case = TreeCase((grow("top_k", 7),), (BLOCK + 1,), head_dim=head_dim, dtype=dtype, sinks=1.0)
     assert_attends_right(case, plan(2))
@@ -70,15 +70,13 @@ def test_any_number_of_query_heads_shares_a_key_head(groups):
     assert_attends_right(case, plan())
 
 
-@pytest.mark.parametrize("length", [64, 80, 100, 128])
-@pytest.mark.parametrize("window", [16, 17, 24, 33, 48])
+@pytest.mark.parametrize(("window", "length"), turns([16, 17, 24, 33, 48], [64, 80, 100, 128]))
 def test_window_begins_anywhere_in_a_tile(length, window):
     case = TreeCase((grow("near_chain", 17),), (length,), window=window)
     assert_attends_right(case, plan(block_rows=32))
 
 
-@pytest.mark.parametrize("start", [0, 1, 16, 33])
-@pytest.mark.parametrize("window", [None, 1, 16, 40])
+@pytest.mark.parametrize(("window", "start"), turns([None, 1, 16, 40], [0, 1, 16, 33]))
 def test_padding_on_the_left_and_a_window_at_once(start, window):
     case = TreeCase((grow("near_chain", 9),), (33,), starts=(start,), window=window)
     assert_attends_right(case, plan(2))
@@ -97,8 +95,9 @@ def test_window_counts_depth_and_not_places_in_the_tree():
     assert_attends_right(case, plan())
 
 
-@pytest.mark.parametrize("slots", [63, 64, 65, 128, 130])
-@pytest.mark.parametrize("kind", ["chain", "star", "top_k"])
+@pytest.mark.parametrize(
+    ("slots", "kind"), turns([63, 64, 65, 128, 130], ["chain", "star", "top_k"])
+)
 def test_last_bit_of_a_word_and_further_words(kind, slots):
     case = TreeCase((grow(kind, slots),), (3,), nodes=min(slots, 70))
     assert_attends_right(case, plan(block_rows=64, block_keys=64))
@@ -131,9 +130,10 @@ def test_padding_that_is_all_of_the_prefix():
     assert_attends_right(case, plan(3))
 
 
-@pytest.mark.parametrize("sinks", [1e-3, 30.0, 1e4])
-@pytest.mark.parametrize("num_splits", [1, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("sinks", "dtype", "num_splits"),
+    turns([1e-3, 30.0, 1e4], [torch.float32, torch.bfloat16], [1, 3]),
+)
 def test_sinks_small_and_huge(sinks, num_splits, dtype):
     case = TreeCase((grow("uniform", 7),), (0, 33), groups=3, kv_heads=2, sinks=sinks, dtype=dtype)
     assert_attends_right(case, plan(num_splits))
@@ -164,8 +164,9 @@ def test_keys_that_drown_all_others_come_last_and_come_first():
         assert_right(case, attend(case, plan(2), contents), contents)
 
 
-@pytest.mark.parametrize("softcap", [0.1, 1.0, 50.0, 1000.0])
-@pytest.mark.parametrize("logits", [0.01, 1.0, 1000.0])
+@pytest.mark.parametrize(
+    ("softcap", "logits"), turns([0.1, 1.0, 50.0, 1000.0], [0.01, 1.0, 1000.0])
+)
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp2")
 def test_softcap_far_above_and_far_below_the_scores(softcap, logits):
     case = TreeCase((grow("uniform", 9),), (20,), softcap=softcap, logits=logits, groups=2)
@@ -186,9 +187,7 @@ def test_scale_is_the_factor_of_the_scores(scale, softcap):
 @quick_search
 @given(
     st.data(),
-    tree_cases(
-        sizes=(4, 7, 17), dtypes=(torch.float32,), groups=1, page_len=0, starts=None, gaps=None
-    ),
+    tree_cases(sizes=(4, 7, 17), dtypes=(torch.float32,), groups=1, starts=None, gaps=None),
 )
 def test_tree_is_the_set_of_its_chains(data, case):
     how = data.draw(plans(block_keys=BLOCK))

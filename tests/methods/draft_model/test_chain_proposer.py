@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from speclm import SpecModel
-from speclm.acceptance.accepted import Accepted
+from speclm.acceptance import Accepted
 from speclm.drafting.combined import CombinedProposer
 from speclm.drafting.interface import Prefill, Proposer
 from speclm.errors import OptionError, UnsupportedModelError, VocabularyMismatchError

@@ -22,8 +22,7 @@ from transformers import (
 from speclm import SpecModel
 from speclm.errors import VocabularyMismatchError
 from speclm.methods.draft_model.chain_proposer import ChainDraftProposer
-from speclm.methods.draft_model.proposer import DraftModelProposer
-from speclm.methods.draft_model.vocabulary import MAX_PADDING, SharedVocabulary
+from speclm.methods.draft_model.proposer import MAX_PADDING, DraftModelProposer, SharedVocabulary
 from speclm.target import TargetView
 from tests.exactness import MODES, require_exact, tiny
 from tests.models import generate, prompts

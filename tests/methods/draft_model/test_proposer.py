@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from speclm import SpecModel
-from speclm.acceptance.accepted import Accepted
+from speclm.acceptance import Accepted
 from speclm.drafting.interface import Prefill
 from speclm.errors import OptionError, TreeBudgetError, VocabularyMismatchError
 from speclm.methods.draft_model.proposer import DraftModelConfig, DraftModelProposer
@@ -335,7 +335,7 @@ def test_option_out_of_range_is_refused(option, value, error):
 
 
 @pytest.mark.parametrize(
-    "name", [field.name for field in fields(DraftModelConfig) if field.name != "choices"]
+    "name", [field.name for field in fields(DraftModelConfig) if field.name != "paths"]
 )
 def test_options_of_the_wrong_type_are_named(name, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users run it

@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 from transformers import DynamicCache, LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from speclm.errors import OptionError
+from speclm.methods.eagle.checkpoint import eagle_checkpoint
 from speclm.methods.eagle.config import EagleConfig
-from speclm.methods.eagle.layer import KeyValueStore
-from speclm.methods.eagle.network import EagleHeads, build_eagle, eagle_checkpoint
+from speclm.methods.eagle.network import EagleHeads, KeyValueStore, build_eagle
 
 CLOSE = 1e-6  # float32 values of about 1, next to double ones
 HIDDEN, VOCAB = 8, 13
@@ -293,24 +293,6 @@ def test_columns_that_are_no_vocabulary_are_refused(columns, words):
         heads_of(**EAGLE3).set_draft_columns_(torch.tensor(columns))
     with pytest.raises(OptionError, match=r"another draft_vocab_size"):
         heads_of().set_draft_columns_(torch.arange(5))
-
-
-def test_later_layers_are_those_of_llama():
-    heads = heads_of(num_layers=2, rms_norm_eps=1e-5)
-    llama = LlamaConfig(
-        **{name: NUMBERS[name] for name in NUMBERS if name != "draft_vocab_size"},
-        rms_norm_eps=1e-5,
-        attn_implementation="eager",
-    )
-    layer = LlamaDecoderLayer(llama, layer_idx=0)
-    layer.load_state_dict(heads.layers[1].state_dict())
-    hidden, positions = torch.randn(1, 1, HIDDEN), torch.tensor([[7]])
-    rotation = LlamaRotaryEmbedding(llama)(hidden, positions)
-    expected = layer(hidden, position_embeddings=rotation)
-    found = heads.layers[1](
-        hidden, hidden, rotation=rotation, attention_mask=None, past_key_values=None
-    )
-    assert is_close(found, expected)
 
 
 def test_casts_leave_the_rotation_exact():

@@ -1,5 +1,6 @@
 """Trees that EAGLE heads draft, node by node, against one path fed a token at a time."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -119,7 +120,7 @@ def test_grown_trees_say_how_likely_the_heads_hold_each_node(kind):
         distribution = log_probs_above(model, heads, text, above)
         columns = heads.target_ids(torch.arange(len(distribution))).tolist()
         expected = distribution[columns.index(above[-1])]
-        assert draft.probs[row, node].log() == pytest.approx(float(expected), abs=CLOSE)
+        assert math.log(draft.node_probs[row][node]) == pytest.approx(float(expected), abs=CLOSE)
         return 1
 
     assert watch(kind, check, width=3, branches=2, depth=4, **FULL) > 20
@@ -179,15 +180,15 @@ def test_static_trees_keep_the_contract_of_proposers():
 def test_trees_are_checked():
     model = build_model("llama", num_hidden_layers=4)
     heads = heads_for(model, "eagle3", layers=LAYERS, draft_vocab_size=4)
-    with pytest.raises(OptionError, match="rank 4, guesses are from a vocabulary of 4"):
+    with pytest.raises(OptionError, match="rank 4, the draft vocabulary has 4"):
         EagleProposer(heads, target=model, tree=[5])
     with pytest.raises(UnknownNameError, match="'best' is no preset"):
         EagleProposer(heads, target=model, tree="best")
     with pytest.raises(TopologyError, match="hangs in the air"):
-        EagleProposer(heads, target=model, choices=((0,), (1, 0)))
-    proposer = EagleProposer(heads, target=model, choices=((0, 1), (0,)))
-    assert proposer.config.choices == ((0,), (0, 1))
+        EagleProposer(heads, target=model, paths=((0,), (1, 0)))
+    proposer = EagleProposer(heads, target=model, paths=((0, 1), (0,)))
+    assert proposer.config.paths == ((0,), (0, 1))
     with pytest.raises(OptionError, match=r"rank 5, the vocabulary has 4"):
         generate(SpecModel(model, proposer), prompts(5), max_new_tokens=3, tree=[[0], [5]])
     config = EagleProposer(heads, target=model, tree=[2, 2], num_draft_tokens=3).config
-    assert (config.depth, config.choices) == (2, ((0,), (1,), (0, 0)))
+    assert (config.depth, config.paths) == (2, ((0,), (1,), (0, 0)))

@@ -126,7 +126,7 @@ def test_a_tree_deeper_than_the_heads_is_trimmed_with_one_line(caplog):
     assert len(caplog.records) == 1
     assert "25 of its 63 nodes are left out" in caplog.text
     assert proposer.config.depth == 2
-    assert len(proposer.config.choices) == 38
+    assert len(proposer.config.paths) == 38
 
 
 @torch.no_grad()
@@ -222,7 +222,7 @@ def test_heads_without_matrix_work_where_logits_are_more_than_a_product(kind):
 def test_num_draft_tokens_bounds_the_tree():
     base = shared_model("llama")
     proposer = MedusaProposer(random_heads(), target=base, tree=[3, 2], num_draft_tokens=4)
-    assert proposer.config.choices == ((0,), (1,), (2,), (0, 0))
+    assert proposer.config.paths == ((0,), (1,), (2,), (0, 0))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,187 @@
+"""Files that the user names: prompts to read, and results that can be written."""
+
+import re
+import sys
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
+
+import typer
+
+from speclm.errors import DataError, OptionError
+from speclm.files.json_lines import JsonLine, read_json_lines, split_json_lines
+
+STANDARD_INPUT = Path("-")
+
+Prompt = str | list[dict[str, str]]
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """Read the prompts of ``--prompts``; a conversation loses its final assistant turn.
+
+    Args:
+        path: File of JSON lines, or `STANDARD_INPUT`.
+
+    Raises:
+        DataError: If the file cannot be read, has no prompt, or a line is none.
+        OptionError: If standard input cannot be read.
+    """
+    if path == STANDARD_INPUT:
+        lines = split_json_lines(read_input("--prompts"), name="standard input")
+    else:
+        lines = read_json_lines(path)
+    if not lines:
+        raise DataError(f"--prompts {str(path)!r} is empty, expected one JSON object a line")
+    return [_parse(line) for line in lines]
+
+
+def read_prompt(prompt: str | None, file: Path | None) -> str:
+    """Return the one prompt that is given as a text, a file or standard input.
+
+    Raises:
+        OptionError: If none or two are given, or the file cannot be read.
+    """
+    if (prompt is None) == (file is None):
+        raise OptionError("expected exactly one of --prompt and --file; pass one of them")
+    if file is None:
+        return str(prompt)
+    try:
+        content = read_input("--file") if file == STANDARD_INPUT else file.read_bytes()
+        return content.decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(
+            f"--file {str(file)!r} cannot be read ({error}); name a text file in UTF-8"
+        ) from error
+
+
+def read_input(option: str) -> bytes:
+    """Return what standard input holds.
+
+    Args:
+        option: Option whose value is ``-``, for messages.
+
+    Raises:
+        OptionError: If standard input is closed.
+    """
+    if sys.stdin is None:
+        raise OptionError(f"{option} is '-' and standard input is closed; name a file")
+    return sys.stdin.buffer.read()
+
+
+def _parse(line: JsonLine) -> Prompt:
+    match line.parse():
+        case {"messages": [*messages]} if all(map(_is_message, messages)):
+            is_answered = bool(messages) and messages[-1]["role"] == "assistant"
+            if asked := messages[:-1] if is_answered else messages:
+                return asked
+            raise DataError(
+                f"{line.where}: no message that asks for an answer, found {line.excerpt}; drop the "
+                "row or add one"
+            )
+        case {"prompt": str(text)} if text:
+            return text
+        case {"prompt": ""}:
+            raise DataError(f"{line.where}: the prompt is empty; drop the row or fill it in")
+    raise DataError(
+        f'{line.where}: expected "prompt", a string, or "messages", a list of objects with a '
+        f'"role", found {line.excerpt}; correct the row'
+    )
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("role"), str)
+
+
+def positive_numbers(text: str) -> list[int]:
+    """Return the numbers of ``--batch``.
+
+    Raises:
+        OptionError: If one is not positive.
+    """
+    parts = text.split(",")
+    wrong = [part for part in parts if not re.fullmatch("[0-9]{1,9}", part) or int(part) < 1]
+    if wrong:
+        raise OptionError(
+            f"--batch has {wrong[0][:40]!r}, expected positive numbers such as 1,4; correct it"
+        )
+    return [int(part) for part in parts]
+
+
+def prepare_file(option: str, path: Path, *, flag: str | None = None, makes: bool = False) -> None:
+    """Check that a file can be written, and make its folder if that is missing.
+
+    A user at a terminal is asked before more than one folder is made.
+
+    Args:
+        option: Option that names the file, for messages.
+        path: The file, which may exist.
+        flag: Option that has all folders made without asking; None if there is none.
+        makes: Whether that option is given.
+
+    Raises:
+        OptionError: If the file cannot be written, or several folders are missing and are not to
+            be made.
+    """
+    folder = path.absolute().parent
+    try:
+        if path.exists() and not path.is_file():
+            raise OptionError(
+                f"{option} is {str(path)!r}, which is a folder or a device, expected a file; name "
+                "one"
+            )
+        missing = _missing(folder)
+        if len(missing) > 1 and not makes and not _is_confirmed(missing):
+            alternative = f", or pass {flag}" if flag else ""
+            raise OptionError(
+                f"{option} is {str(path)!r}, whose folder is to be in {str(missing[-1])!r}, which "
+                f"does not exist; correct the path, make {str(folder)!r} first{alternative}"
+            )
+        _try_to_write(folder)
+    except OSError as error:
+        raise OptionError(
+            f"{option} {str(path)!r} cannot be written ({error}); name a file in a folder that "
+            "you may write to"
+        ) from error
+
+
+def require_folder_to_write(option: str, folder: Path) -> None:
+    """Check that files can be written into a folder, and leave nothing new there.
+
+    Args:
+        option: Option that names the folder, for messages.
+        folder: The folder, which may be missing.
+
+    Raises:
+        OptionError: If nothing can be written there.
+    """
+    try:
+        missing = _missing(folder.absolute())
+        _try_to_write(folder)
+        for made in missing:
+            made.rmdir()
+    except OSError as error:
+        raise OptionError(
+            f"{option} {str(folder)!r} cannot be written to ({error}); name a folder that you may "
+            "write to"
+        ) from error
+
+
+def _missing(folder: Path) -> list[Path]:
+    """Return those of a folder and its parents that do not exist, the innermost first."""
+    return [part for part in (folder, *folder.parents) if not part.exists()]
+
+
+def _try_to_write(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryFile(dir=folder):
+        pass
+
+
+def _is_confirmed(missing: list[Path]) -> bool:
+    """Return whether a user at a terminal wants folders made."""
+    if sys.stdin is None or not sys.stdin.isatty():
+        return False
+    try:
+        return typer.confirm(f"make {len(missing)} folders, from {missing[-1]} on?", err=True)
+    except typer.Abort:
+        return False

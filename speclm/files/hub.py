@@ -1,0 +1,184 @@
+"""Downloads parts of repositories from the hub, and explains why that fails."""
+
+import glob
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Self
+
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from speclm.errors import OptionError, UnknownNameError, reason_of
+
+# What a training leaves next to heads; its checkpoints are folders.
+_LEFTOVERS = (
+    *("optimizer*", "scheduler*", "scaler*", "rng_state*", "training_args*", "trainer_state*"),
+    *("*optim_states*", "*model_states*", "*/*"),
+)
+_REPOSITORY = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
+_MAX_NAME = 96  # characters; the hub has no longer names
+
+_TYPES: dict[str, Any] = {
+    "revision": str | None,
+    "token": str | bool | None,
+    "cache_dir": str | Path | None,
+    "subfolder": str,
+    "local_files_only": bool,
+    "force_download": bool,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HubOptions:
+    """Which files of a repository to take, and how; the names are those of Transformers.
+
+    Args:
+        revision: Branch, tag or commit; None for the main branch.
+        token: Access token; True for the stored one, False for none.
+        cache_dir: Where downloads are kept; None for the usual folder.
+        subfolder: Folder inside the repository or folder.
+        local_files_only: Whether to use the cache only.
+        force_download: Whether to download files that are in the cache already.
+
+    Raises:
+        OptionError: If the subfolder is outside of the repository.
+    """
+
+    revision: str | None = None
+    token: str | bool | None = field(default=None, repr=False)
+    cache_dir: str | Path | None = None
+    subfolder: str = ""
+    local_files_only: bool = False
+    force_download: bool = False
+
+    def __post_init__(self) -> None:
+        parts = Path(self.subfolder).parts
+        if ".." in parts or Path(self.subfolder).is_absolute():
+            raise OptionError(
+                f"subfolder in heads_kwargs is {self.subfolder!r}, expected a folder inside the "
+                "repository; correct it"
+            )
+        object.__setattr__(self, "subfolder", "/".join(parts))
+
+    @classmethod
+    def split(cls, options: Mapping[str, Any]) -> tuple[Self, dict[str, Any]]:
+        """Return the options of this class, and the others.
+
+        Raises:
+            OptionError: If one has the wrong type.
+        """
+        mine = {name: value for name, value in options.items() if name in _TYPES}
+        for name, value in mine.items():
+            if not isinstance(value, _TYPES[name]):
+                raise OptionError(
+                    f"{name} in heads_kwargs is a {type(value).__name__}, expected "
+                    f"{_TYPES[name]}; correct it"
+                )
+        return cls(**mine), {name: v for name, v in options.items() if name not in mine}
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The options that differ from the defaults, for ``from_pretrained``."""
+        found = {option.name: getattr(self, option.name) for option in fields(self)}
+        default = {option.name: option.default for option in fields(self)}
+        return {name: value for name, value in found.items() if value != default[name]}
+
+
+def with_base_options(
+    heads_kwargs: Any, kwargs: Mapping[str, Any], *, heads: Any, base: Any
+) -> Any:
+    """Add the base's hub options to `heads_kwargs` if base and heads are in one repository.
+
+    Args:
+        heads_kwargs: As the user gave them; they take precedence.
+        kwargs: Arguments of the base's ``from_pretrained``.
+        heads: As the user gave them.
+        base: As the user gave it.
+    """
+    are_names = isinstance(heads, str | Path) and isinstance(base, str | Path)
+    is_same = are_names and str(heads) == str(base) and not path_exists(base)
+    if not is_same or not isinstance(heads_kwargs, dict | None):
+        return heads_kwargs
+    return {**{name: kwargs[name] for name in _TYPES if name in kwargs}, **(heads_kwargs or {})}
+
+
+def path_exists(name: str | Path) -> bool:
+    """Return whether a name is that of a file or folder; no path is too long to ask."""
+    try:
+        return Path(name).exists()
+    except OSError:
+        return False
+
+
+def is_hub_id(name: str) -> bool:
+    """Return whether a repository on the hub can have a name; asks nobody."""
+    has_form = len(name) <= _MAX_NAME and _REPOSITORY.fullmatch(name) is not None
+    return has_form and ".." not in name and "--" not in name
+
+
+def download(repository: str, hub: HubOptions, patterns: tuple[str, ...]) -> Path:
+    """Download files of a repository, and return the folder that they lie in.
+
+    Args:
+        repository: Hub id.
+        hub: Which revision and subfolder, and how.
+        patterns: Patterns of file names; what a training leaves next to heads is left out.
+
+    Raises:
+        UnknownNameError: If that fails; the message says which of the usual reasons it was.
+    """
+    prefix = f"{glob.escape(hub.subfolder)}/" if hub.subfolder else ""
+    options = {name: value for name, value in hub.given.items() if name != "subfolder"}
+    try:
+        root = snapshot_download(
+            repository,
+            allow_patterns=[prefix + pattern for pattern in patterns],
+            ignore_patterns=[prefix + pattern for pattern in _LEFTOVERS],
+            **options,
+        )
+    except Exception as error:
+        raise UnknownNameError(_explain(error, repository, hub)) from error
+    return Path(root, hub.subfolder)
+
+
+def _explain(error: Exception, repository: str, hub: HubOptions) -> str:
+    revision = hub.revision or "main"
+    match error:
+        case GatedRepoError():
+            return (
+                f"access to {repository!r} on the hub is restricted: accept its terms there, and "
+                "log in or pass heads_kwargs={'token': ...}"
+            )
+        case RepositoryNotFoundError():
+            return (
+                f"the hub has no repository {repository!r}, or a private one: check the spelling, "
+                "and for a private one log in or pass heads_kwargs={'token': ...}"
+            )
+        case RevisionNotFoundError():
+            return f"{repository!r} on the hub has no revision {revision!r}: choose another"
+        case HfHubHTTPError() if error.response.status_code in (401, 403):
+            return (
+                f"the hub denies access to {repository!r} ({reason_of(error)}): log in, or pass "
+                "another heads_kwargs={'token': ...}"
+            )
+        case LocalEntryNotFoundError() if hub.local_files_only or constants.HF_HUB_OFFLINE:
+            return (
+                f"revision {revision!r} of {repository!r} is not in the cache in "
+                f"{str(hub.cache_dir or constants.HF_HUB_CACHE)!r}, while local_files_only or "
+                "HF_HUB_OFFLINE forbids downloads: allow them, or name the right cache_dir"
+            )
+        case LocalEntryNotFoundError():
+            return (
+                f"the hub cannot be reached for {repository!r} ({reason_of(error)}), which is not "
+                "in the cache: check the network"
+            )
+        case _:
+            return f"{repository!r} cannot be downloaded from the hub ({reason_of(error)})"

@@ -1,0 +1,399 @@
+"""Reads the numbers of EAGLE heads from tensors and config.json, and writes config.json."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from speclm.errors import CheckpointError, OptionError, shown
+from speclm.files.weights import MAX_COUNT, read_json
+from speclm.methods.eagle.config import NUM_FEATURES, EagleConfig, read_rope, usual_layers
+from speclm.tree.static import RankPaths
+
+_log = logging.getLogger("speclm")
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+_LAYER_IDS = ("eagle_aux_hidden_state_layer_ids", "aux_hidden_state_layer_ids")
+_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(
+        (
+            *("num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size"),
+            *("hidden_size", "intermediate_size", "num_hidden_layers", "draft_vocab_size"),
+            *("target_hidden_size", "num_aux_hidden_states", "max_position_embeddings"),
+            *("max_sequence_length", "sliding_window"),
+        ),
+        (int,),
+    ),
+    **dict.fromkeys(("rms_norm_eps", "rope_theta", "logit_scale"), (int, float)),
+    **dict.fromkeys(
+        (
+            *("norm_before_residual", "norm_before_fc", "fc_norm", "use_aux_norm"),
+            *("norm_output", "use_sliding_window"),
+        ),
+        (bool,),
+    ),
+    **dict.fromkeys(("hidden_act", "base_model_name_or_path"), (str,)),
+    **dict.fromkeys(("rope_scaling", "rope_parameters", "speculators_config", "speclm"), (dict,)),
+    **dict.fromkeys((*_LAYER_IDS, "layer_types"), (list,)),
+}
+_MAX_NUMBER = 1e30  # of anything but counts
+_ARCHITECTURES = {"eagle": "LlamaForCausalLM", "eagle3": "LlamaForCausalLMEagle3"}
+_QWEN_ARCHITECTURES = {"eagle": "Qwen3ForCausalLM", "eagle3": "Eagle3Qwen3ForCausalLM"}
+_SAME_NAMES = (
+    *("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "vocab_size", "hidden_act", "rms_norm_eps", "max_position_embeddings"),
+)
+_SHOWING = ("self_attn.q", "self_attn.k", "mlp.gate")
+_FLAGS = ("norm_before_residual", "fc_norm", "norm_before_fc", "norm_output")
+
+
+def read_hints(folder: Path) -> dict[str, Any]:
+    """Return the values in a folder's config.json, without nesting and nulls.
+
+    Speculators nests the numbers of the layers, ModelOpt and vLLM the options of EAGLE, and vLLM
+    before 0.7 the whole config.
+
+    Raises:
+        CheckpointError: If the file is no JSON object, or a value has the wrong type.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        return {}
+    config = read_json(path)
+    parts = []
+    for name in ("eagle_config", None, "model", "transformer_layer_config"):
+        part = config if name is None else config.get(name) or {}
+        if not isinstance(part, dict):
+            raise CheckpointError(
+                f"{path}: {name} is {shown(part)}, expected an object; correct it"
+            )
+        parts.append(part)
+    hints = {name: value for part in parts for name, value in part.items() if value is not None}
+    for name, types in _TYPES.items():
+        value = hints.get(name)
+        is_wrong = not isinstance(value, types) or (isinstance(value, bool) and bool not in types)
+        most = MAX_COUNT if types == (int,) else _MAX_NUMBER
+        expected = None
+        if value is not None and is_wrong:
+            expected = types[-1].__name__
+        elif isinstance(value, int | float) and not abs(value) <= most:
+            expected = f"a number up to {most}"
+        elif name == "layer_types" and any(not isinstance(kind, str) for kind in value or ()):
+            expected = "strings"
+        if expected is not None:
+            raise CheckpointError(
+                f"{path}: {name} is {shown(value)}, expected {expected}; correct it"
+            )
+    return hints
+
+
+def infer_config(path: Path, shapes: Shapes, hints: Mapping[str, Any], kind: str) -> EagleConfig:
+    """Return the numbers that the tensors show, and the others from the config.
+
+    Args:
+        path: The file, for messages.
+        shapes: Shape of each tensor, by our names, and of ``d2t`` and ``t2d``.
+        hints: Result of `read_hints`.
+        kind: ``"eagle"`` or ``"eagle3"``.
+
+    Raises:
+        CheckpointError: If a tensor or a value is missing, or the numbers contradict each other.
+    """
+    fc, q_proj, k_proj, gate = (
+        _matrix(path, shapes, name)
+        for name in ("fc.weight", *(f"layers.0.{part}_proj.weight" for part in _SHOWING))
+    )
+    hidden = fc[0]
+    head_dim = _head_dim(path, shapes, hints, (q_proj[0], k_proj[0]))
+    vocab_size, draft_vocab_size = _vocabularies(path, shapes, hints)
+    is_eagle3 = kind == "eagle3"
+    layers = _feature_layers(path, hints) if is_eagle3 else None
+    num_features, target_hidden = 1, hidden
+    if is_eagle3:
+        num_features, target_hidden = _features(
+            path, fc, hints, layers, has_own_embeddings="embed_tokens.weight" in shapes
+        )
+    config: dict[str, Any] = {
+        "hidden_size": hidden,
+        "intermediate_size": gate[0],
+        "num_attention_heads": q_proj[0] // head_dim,
+        "num_key_value_heads": k_proj[0] // head_dim,
+        "head_dim": head_dim,
+        "vocab_size": vocab_size,
+        "draft_vocab_size": draft_vocab_size,
+        "target_hidden_size": target_hidden,
+        "num_layers": _count_layers(path, shapes),
+    }
+    _compare(path, hints, config)
+    try:
+        return EagleConfig(
+            kind=kind,
+            **config,
+            num_features=num_features,
+            feature_layers=layers,
+            rms_norm_eps=float(hints.get("rms_norm_eps", 1e-6)),
+            hidden_act=hints.get("hidden_act", "silu"),
+            rope_parameters=read_rope(hints),
+            max_position_embeddings=hints.get(
+                "max_position_embeddings", hints.get("max_sequence_length", 2048)
+            ),
+            sliding_window=_sliding_window(hints),
+            logit_scale=float(hints.get("logit_scale", 1.0)),
+            **_switches(shapes, hints if is_eagle3 else {}),
+        )
+    except OptionError as error:
+        raise CheckpointError(f"{path} or the config.json next to it: {error}") from error
+
+
+def _switches(shapes: Shapes, hints: Mapping[str, Any]) -> dict[str, bool]:
+    """Return which parts the heads have; `hints` are those of EAGLE-3, which tensors may lack."""
+    has = shapes.__contains__
+    has_feature_norms = any(name.startswith("feature_norms.") for name in shapes)
+    return {
+        "attention_bias": any(has(f"layers.0.self_attn.{part}_proj.bias") for part in "qkv"),
+        "attention_output_bias": has("layers.0.self_attn.o_proj.bias"),
+        "has_qk_norm": any(has(f"layers.0.self_attn.{part}_norm.weight") for part in "qk"),
+        "fc_bias": has("fc.bias"),
+        "norm_before_residual": hints.get("norm_before_residual", False),
+        "fc_norm": has_feature_norms or hints.get("fc_norm") or hints.get("use_aux_norm", False),
+        "norm_before_fc": has("feature_norm.weight") or hints.get("norm_before_fc", False),
+        "norm_output": hints.get("norm_output", False),
+        "has_own_embeddings": has("embed_tokens.weight"),
+        "has_own_lm_head": has("lm_head.weight"),
+    }
+
+
+def _matrix(path: Path, shapes: Shapes, name: str) -> tuple[int, int]:
+    shape = shapes.get(name)
+    if shape is None or len(shape) != 2 or 0 in shape:
+        found = "is missing" if shape is None else f"has shape {list(shape)}"
+        raise CheckpointError(
+            f"{path}: key {name!r} {found}, expected a matrix; download the file again"
+        )
+    return shape[0], shape[1]
+
+
+def _head_dim(path: Path, shapes: Shapes, hints: Mapping[str, Any], rows: tuple[int, int]) -> int:
+    """Return the width of a head: that of its norm, of the config, or of queries / heads."""
+    normed = shapes.get("layers.0.self_attn.q_norm.weight")
+    num_heads, named = hints.get("num_attention_heads"), hints.get("head_dim")
+    if normed:
+        head_dim = normed[0]
+    elif named and num_heads and named * num_heads != rows[0]:
+        raise CheckpointError(
+            f"{path}: queries are {rows[0]} wide, expected {named * num_heads} since config.json "
+            f"names {num_heads} heads of head_dim {named}; correct config.json"
+        )
+    elif not (named or num_heads):
+        raise CheckpointError(
+            f"{path}: config.json names neither num_attention_heads nor head_dim, and queries "
+            f"{rows[0]} wide do not show them; add one to config.json"
+        )
+    else:
+        head_dim = named or max(1, rows[0] // hints["num_attention_heads"])
+    if not head_dim or any(row % head_dim for row in rows):
+        raise CheckpointError(
+            f"{path}: queries and keys are {rows[0]} and {rows[1]} wide, expected multiples of "
+            f"{head_dim}, the width of a head; correct num_attention_heads or head_dim in "
+            "config.json"
+        )
+    return int(head_dim)
+
+
+def _vocabularies(path: Path, shapes: Shapes, hints: Mapping[str, Any]) -> tuple[int, int]:
+    lists = [shapes[name] for name in ("t2d", "embed_tokens.weight") if shapes.get(name)]
+    columns = [shapes[name] for name in ("lm_head.weight", "d2t") if shapes.get(name)]
+    vocab_size = lists[0][0] if lists else hints.get("vocab_size")
+    if vocab_size is None:
+        vocab_size = columns[0][0] if columns and "d2t" not in shapes else None
+    if vocab_size is None:
+        raise CheckpointError(
+            f"{path}: neither config.json nor a tensor shows vocab_size, the width of the target's "
+            "logits; add it to config.json"
+        )
+    return vocab_size, columns[0][0] if columns else vocab_size
+
+
+def _feature_layers(path: Path, hints: Mapping[str, Any]) -> tuple[int, ...] | None:
+    ids = next((hints[name] for name in _LAYER_IDS if hints.get(name)), None)
+    if ids is None:
+        return None
+    if any(not isinstance(layer, int) or isinstance(layer, bool) for layer in ids):
+        raise CheckpointError(
+            f"{path}: {_LAYER_IDS[0]} is {shown(ids)}, expected whole numbers; correct config.json"
+        )
+    return tuple(ids)
+
+
+def _features(
+    path: Path,
+    fc: tuple[int, int],
+    hints: Mapping[str, Any],
+    layers: tuple[int, ...] | None,
+    *,
+    has_own_embeddings: bool,
+) -> tuple[int, int]:
+    """Return how many hidden states of the target are read, and how wide each is."""
+    hidden, width = fc
+    num_features = len(layers) if layers else hints.get("num_aux_hidden_states", NUM_FEATURES)
+    one = hints.get("target_hidden_size") or hidden
+    is_whole = num_features > 0 and width % num_features == 0
+    # Heads with embeddings of their own may read wider states, which no tensor shows.
+    is_open = is_whole and has_own_embeddings and width != NUM_FEATURES * one
+    if layers and width != len(layers) * one and not is_open:
+        raise CheckpointError(
+            f"{path}: 'fc.weight' reads {width} values, {width / one:g} hidden states {one} wide, "
+            f"and {_LAYER_IDS[0]} in config.json is {shown(list(layers))}, {len(layers)} of them; "
+            "expected one layer id for each hidden state, correct them"
+        )
+    if not is_whole:
+        raise CheckpointError(
+            f"{path}: 'fc.weight' reads {width} values, expected a multiple of {num_features}, the "
+            f"hidden states that are joined; correct {_LAYER_IDS[0]} in config.json"
+        )
+    return num_features, width // num_features
+
+
+def _count_layers(path: Path, shapes: Shapes) -> int:
+    """Return how many layers have tensors; check it before looping to a number in a key."""
+    indices = {int(name.split(".")[1]) for name in shapes if name.startswith("layers.")}
+    missing = next((index for index in range(len(indices)) if index not in indices), None)
+    if missing is not None:
+        raise CheckpointError(
+            f"{path}: key 'layers.{missing}.self_attn.q_proj.weight' is missing, found parts of "
+            f"{len(indices)} layers up to number {max(indices)}, expected numbers from 0 without "
+            "gaps; download the file again"
+        )
+    return len(indices)
+
+
+def _sliding_window(hints: Mapping[str, Any]) -> int | None:
+    # A config copied from a base may name a window that is not used.
+    kinds = set(hints.get("layer_types", ()))
+    is_used = kinds == {"sliding_attention"} and hints.get("use_sliding_window", True)
+    return hints.get("sliding_window") if is_used else None
+
+
+def _compare(path: Path, hints: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Log the numbers of the config that differ from the tensors."""
+    names = {"num_layers": "num_hidden_layers"}
+    wrong = [
+        f"{names.get(name, name)} {hint!r} (found {number})"
+        for name, number in config.items()
+        if (hint := hints.get(names.get(name, name), number)) != number
+    ]
+    if wrong:
+        _log.warning("%s goes by its tensors; config.json says %s", path, ", ".join(wrong))
+
+
+def without_usual_layers(config: EagleConfig, num_target_layers: int) -> EagleConfig:
+    """Return a config that does not name the hidden states that are read if none are named."""
+    is_named = config.kind == "eagle3" and config.feature_layers is not None
+    if is_named and config.layers_to_read(num_target_layers) == usual_layers(num_target_layers):
+        return replace(config, feature_layers=None)
+    return config
+
+
+def require_same_config(path: Path, written: EagleConfig, found: EagleConfig) -> None:
+    """Check that a config reads back as it was written, or raise a `CheckpointError`."""
+    expected, actual = (
+        asdict(
+            replace(config, rope_parameters=read_rope({"rope_parameters": config.rope_parameters}))
+        )
+        for config in (written, found)
+    )
+    for name, value in expected.items():
+        if actual[name] != value:
+            raise CheckpointError(
+                f"{path}: {name} reads back as {actual[name]!r}, expected {value!r} as it was "
+                "written, the old files are kept; report it with these numbers"
+            )
+
+
+def base_name(hints: Mapping[str, Any]) -> str | None:
+    """Return the model that a config says heads were trained on, if it does."""
+    verifier = hints.get("speculators_config", {}).get("verifier")
+    named = verifier.get("name_or_path") if isinstance(verifier, Mapping) else None
+    found = named or hints.get("base_model_name_or_path")
+    return found if isinstance(found, str) else None
+
+
+def describe(
+    config: EagleConfig,
+    *,
+    dtype: torch.dtype,
+    base_name_or_path: str | None,
+    choices: RankPaths | None,
+) -> dict[str, Any]:
+    """Return the config of a Llama, or Qwen where queries are normed, with EAGLE's numbers."""
+    names = _QWEN_ARCHITECTURES if config.has_qk_norm else _ARCHITECTURES
+    described: dict[str, Any] = {
+        "architectures": [names[config.kind]],
+        "model_type": "qwen3" if config.has_qk_norm else "llama",
+        "base_model_name_or_path": base_name_or_path,
+        "num_hidden_layers": config.num_layers,
+        **{name: getattr(config, name) for name in _SAME_NAMES},
+        **_rope(config),
+        **_window(config),
+        "logit_scale": None if config.logit_scale == 1 else config.logit_scale,
+        "tie_word_embeddings": False,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        **(_eagle3(config) if config.kind == "eagle3" else _eagle1(config)),
+    }
+    described = {name: value for name, value in described.items() if value is not None}
+    if config.kind == "eagle3":
+        # SGLang needs it, and shares the target's output matrix if it is null.
+        described["draft_vocab_size"] = config.draft_vocab_size if config.has_own_lm_head else None
+    if choices is not None:
+        described["speclm"] = {"choices": [list(path) for path in choices]}
+    return described
+
+
+def _eagle1(config: EagleConfig) -> dict[str, Any]:
+    # SafeAILab's code makes a bias unless `bias` is false; vLLM takes `bias` for that of attention
+    # unless `qkv_bias` is there.
+    return {
+        "bias": config.fc_bias,
+        "qkv_bias": config.attention_bias,
+        "attention_bias": config.attention_output_bias,
+    }
+
+
+def _eagle3(config: EagleConfig) -> dict[str, Any]:
+    flags: dict[str, Any] = {name: getattr(config, name) or None for name in _FLAGS}
+    described = {"attention_bias": config.attention_bias, "bias": config.fc_bias or None, **flags}
+    if config.target_hidden_size != config.hidden_size:
+        described["target_hidden_size"] = config.target_hidden_size
+    if config.feature_layers is not None:
+        layers = list(config.feature_layers)
+        described["num_aux_hidden_states"] = len(layers)
+        described["eagle_config"] = {
+            "use_aux_hidden_state": True,
+            "eagle_aux_hidden_state_layer_ids": layers,
+        }
+    return described
+
+
+def _rope(config: EagleConfig) -> dict[str, Any]:
+    """Return the rotation as Transformers 4 wrote it, which all libraries read."""
+    rope = read_rope({"rope_parameters": config.rope_parameters})
+    theta, rope_type = rope.pop("rope_theta"), rope.pop("rope_type")
+    if rope_type == "default":
+        return {"rope_theta": theta}
+    # SafeAILab's code takes these two keys only.
+    key = "type" if rope_type in ("linear", "dynamic") and len(rope) == 1 else "rope_type"
+    return {"rope_theta": theta, "rope_scaling": {key: rope_type, **rope}}
+
+
+def _window(config: EagleConfig) -> dict[str, Any]:
+    if config.sliding_window is None:
+        return {}
+    return {
+        "sliding_window": config.sliding_window,
+        "use_sliding_window": True,
+        "layer_types": ["sliding_attention"] * config.num_layers,
+    }

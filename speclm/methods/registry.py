@@ -1,0 +1,393 @@
+"""The drafting methods by name: what each recognises, loads, describes, saves and trains.
+
+Imports no PyTorch: the command line lists methods and their training options without it.
+"""
+
+import difflib
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from typing_extensions import override
+
+from speclm.errors import OptionError, UnknownNameError, shown, suggest
+from speclm.files.hub import HubOptions, download, is_hub_id, path_exists
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, TrainingArguments
+
+    from speclm.drafting.heads_folder import Destination
+    from speclm.drafting.interface import Proposer
+    from speclm.files.weights import WeightFiles
+    from speclm.training.heads_trainer import HeadsTrainer
+
+ProposerType = TypeVar("ProposerType", bound="type[Proposer]")
+
+_HINTS = ("config.json", "*.index.json")
+_HEAD_FILES = ("*.json", "*.safetensors")
+_PICKLES = ("*.pt", "pytorch_model*.bin")
+_SIMILAR = 0.75  # from which a name without an organisation is taken for a typo
+_FALLBACK = "draft_model"  # loads what no other method recognises
+
+
+class Recipe(ABC):
+    """How heads of one kind are trained: a command of ``speclm train``.
+
+    Attributes:
+        name: Of the command.
+        summary: Its help line.
+        options: Frozen dataclass of its options; fields are ``Annotated[type, help]`` with
+            defaults, and bad values raise an `OptionError`.
+        defaults: `TrainingArguments` that differ from those of `speclm.training.arguments`.
+    """
+
+    name: str
+    summary: str
+    options: type
+    defaults: ClassVar[Mapping[str, Any]] = {}
+
+    @abstractmethod
+    def trainer(
+        self,
+        base: "PreTrainedModel",
+        args: "TrainingArguments",
+        *,
+        options: Any,
+        train_dataset: Any,
+        eval_dataset: Any = None,
+    ) -> "HeadsTrainer":
+        """Return a trainer of new or loaded heads, seeded with ``args.seed``."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HeadsSource:
+    """What a user gave as `heads`, recognised.
+
+    Args:
+        method: Loads it.
+        given: Name, folder, hub id or object, as given.
+        folder: Where the files are, downloaded if need be; None without files.
+        hub: Options of the hub that were given.
+        options: The other options that were given.
+    """
+
+    method: "Method"
+    given: object
+    folder: Path | None = None
+    hub: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Method(ABC):
+    """A drafting method: recognises, loads, describes, saves and trains its proposers.
+
+    Attributes:
+        name: In the registry.
+        summary: What it drafts with, in one line.
+        aliases: Other names of its heads.
+        is_named: Whether ``heads=name`` makes a proposer without files.
+        hints: Patterns of small files, next to configs, by which it recognises a repository.
+        recipes: How its heads are trained.
+    """
+
+    name: str
+    summary: str
+    aliases: ClassVar[tuple[str, ...]] = ()
+    is_named: ClassVar[bool] = False
+    hints: ClassVar[tuple[str, ...]] = ()
+    recipes: ClassVar[tuple[Recipe, ...]] = ()
+
+    def takes(self, heads: object) -> bool:  # noqa: ARG002
+        """Return whether an object, such as a loaded model, is drafted with by this method."""
+        return False
+
+    def find_weights(self, folder: Path) -> "WeightFiles | None":  # noqa: ARG002
+        """Return the weight files of a folder that have the keys of this method's heads.
+
+        Raises:
+            CheckpointError: If a file that has to be opened cannot be read.
+        """
+        return None
+
+    def is_declared(self, folder: Path) -> bool:  # noqa: ARG002
+        """Return whether a config says that a folder holds its heads, even damaged ones."""
+        return False
+
+    def is_likely(self, folder: Path) -> bool:  # noqa: ARG002
+        """Return whether a repository may hold its heads, from its configs and `hints` only."""
+        return False
+
+    @abstractmethod
+    def load(self, source: HeadsSource, target: "PreTrainedModel") -> "Proposer":
+        """Return the proposer for a target.
+
+        Raises:
+            OptionError: If an option is unknown; see `require_options`.
+        """
+
+    @abstractmethod
+    def owns(self, proposer: "Proposer") -> bool:
+        """Return whether a proposer is of this method."""
+
+    def describe(self, proposer: "Proposer") -> str:
+        """Return what reports say about a proposer, in one line."""
+        return f"{type(proposer).__name__}, {proposer.config}"
+
+    def require_writable(self, folder: Path) -> None:  # noqa: B027 - most have no files
+        """Check that heads can be written into a folder without destroying anything.
+
+        Raises:
+            CheckpointError: If it is a file, or holds another model.
+        """
+
+    def save(self, proposer: "Proposer", destination: "Destination") -> None:
+        """Write heads and a model card, as `load` reads them.
+
+        Raises:
+            OptionError: If the proposer has no heads.
+        """
+        del destination
+        raise no_heads(proposer)
+
+
+class ProposerMethod(Method):
+    """A proposer class that ``heads=name`` makes with its options."""
+
+    is_named = True
+
+    def __init__(
+        self, name: str, find_type: "Callable[[], type[Proposer]]", *, summary: str
+    ) -> None:
+        self.name, self.summary, self._find_type = name, summary, find_type
+
+    @override
+    def load(self, source: HeadsSource, target: "PreTrainedModel") -> "Proposer":
+        del target  # it works with any
+        proposer_type, options = self._find_type(), source.options
+        parameters = inspect.signature(proposer_type).parameters
+        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+            require_options(options, parameters, owner=f"proposer {self.name!r}")
+        try:
+            return proposer_type(**options)
+        except TypeError as error:
+            raise OptionError(
+                f"proposer {self.name!r} cannot be built with {sorted(options)!r} ({error}); see "
+                f"help({proposer_type.__name__})"
+            ) from error
+
+    @override
+    def owns(self, proposer: "Proposer") -> bool:
+        return isinstance(proposer, self._find_type())
+
+
+@cache
+def _built_in() -> tuple[Method, ...]:
+    from speclm.methods.draft_model.method import DraftModelMethod
+    from speclm.methods.eagle.method import EagleMethod
+    from speclm.methods.medusa.method import MedusaMethod
+
+    def ngram() -> "type[Proposer]":
+        from speclm.methods.ngram.proposer import NgramProposer
+
+        return NgramProposer
+
+    copies = "copies what followed the same words in prompt or output; has no weights"
+    return (
+        ProposerMethod("ngram", ngram, summary=copies),
+        MedusaMethod(),
+        EagleMethod(),
+        DraftModelMethod(),
+    )
+
+
+_ADDED: dict[str, Method] = {}
+
+
+def register_method(method: Method) -> None:
+    """Make a method available; one of the same name is replaced."""
+    _ADDED[method.name] = method
+
+
+def registered_methods() -> dict[str, Method]:
+    """Return all methods by name, in the order in which they are asked what they recognise."""
+    return {method.name: method for method in _built_in()} | _ADDED
+
+
+def register_proposer(name: str) -> Callable[[ProposerType], ProposerType]:
+    """Make a proposer class available as ``heads=name``.
+
+    Registering a name again replaces the class, so that a notebook cell can be run twice.
+
+    Example:
+        ```python
+        @register_proposer("mine")
+        class MyProposer(Proposer): ...
+        ```
+    """
+
+    def register(proposer_type: ProposerType) -> ProposerType:
+        summary = (inspect.getdoc(proposer_type) or proposer_type.__name__).splitlines()[0]
+        register_method(ProposerMethod(name, lambda: proposer_type, summary=summary))
+        return proposer_type
+
+    return register
+
+
+def heads_names() -> list[str]:
+    """Return the names that `heads` may be, sorted."""
+    return sorted(name for name, method in registered_methods().items() if method.is_named)
+
+
+def method_of(proposer: "Proposer") -> Method | None:
+    """Return the method of a proposer; the newest where several have it."""
+    methods = reversed(registered_methods().values())
+    return next((method for method in methods if method.owns(proposer)), None)
+
+
+def describe_proposer(proposer: "Proposer") -> str:
+    """Return what reports say about a proposer, in one line."""
+    method = method_of(proposer)
+    if method is None:  # one that the user built
+        return f"{type(proposer).__name__}, {proposer.config}"
+    return method.describe(proposer)
+
+
+def no_heads(proposer: object) -> OptionError:
+    """Return the error of saving a proposer that has no heads."""
+    found = "None" if proposer is None else type(proposer).__name__
+    return OptionError(
+        f"proposer is {found}, which has no heads to save; a draft model is saved with its own "
+        "save_pretrained"
+    )
+
+
+def require_options(options: Iterable[str], known: Iterable[str], *, owner: str) -> None:
+    """Check the names of options that were given for a method.
+
+    Raises:
+        OptionError: If one is unknown; the message names those that are known.
+    """
+    known = sorted(known)
+    unknown = sorted({*options} - {*known})
+    if unknown:
+        raise OptionError(
+            f"{owner}: unknown option {unknown[0]!r}, expected some of {known!r}; "
+            f"{suggest(unknown[0], known)}"
+        )
+
+
+def find_heads(heads: object, options: Mapping[str, Any] | None = None) -> HeadsSource:
+    """Recognise what a user gave as `heads`, and download it if need be.
+
+    Of a language model on the hub only the config is downloaded.
+
+    Raises:
+        UnknownNameError: If it is no name or folder and cannot be downloaded; the message says why.
+        OptionError: If it is an object that no method takes, or a folder with options that only a
+            repository has.
+        CheckpointError: If a file that has to be opened cannot be read.
+    """
+    options = dict(options or {})
+    methods = registered_methods()
+    taker = next((method for method in methods.values() if method.takes(heads)), None)
+    if taker is not None:
+        return HeadsSource(taker, heads, options=options)
+    if not isinstance(heads, str | Path):
+        raise OptionError(
+            f"heads is a {type(heads).__name__}, expected a name, folder, hub id, draft model, "
+            "Proposer, list of these or None; a network of heads goes into its proposer"
+        )
+    named = methods.get(str(heads))
+    if named is not None and named.is_named:
+        return HeadsSource(named, heads, options=options)
+    hub, options = HubOptions.split(options)
+    if path_exists(heads):
+        method, folder = _find_in_folder(Path(heads), hub)
+    else:
+        method, folder = _find_on_hub(str(heads), hub)
+    return HeadsSource(method, heads, folder, hub.given, options)
+
+
+def _find_in_folder(heads: Path, hub: HubOptions) -> tuple[Method, Path]:
+    unused = sorted(hub.given.keys() & {"revision", "force_download"})
+    if unused:
+        raise OptionError(
+            f"heads {str(heads)!r} is a folder and {unused!r} in heads_kwargs would have no "
+            "effect; leave them out, or pass a hub id"
+        )
+    folder = heads / hub.subfolder
+    if not folder.is_dir():
+        raise UnknownNameError(
+            f"heads {str(heads)!r} has no subfolder {hub.subfolder!r}, expected that of heads or a "
+            "draft model; correct subfolder in heads_kwargs"
+            if hub.subfolder
+            else f"heads {str(heads)!r} is a file, expected a folder, hub id or registered name; "
+            "pass the folder that it lies in"
+        )
+    methods = registered_methods()
+    for method in methods.values():
+        if method.is_declared(folder) or method.find_weights(folder) is not None:
+            return method, folder
+    return methods[_FALLBACK], folder
+
+
+def _find_on_hub(repository: str, hub: HubOptions) -> tuple[Method, Path]:
+    _require_repository(repository)
+    methods = registered_methods()
+    patterns = (*_HINTS, *(hint for method in methods.values() for hint in method.hints))
+    hints = _download(repository, replace(hub, force_download=False), patterns)
+    for method in methods.values():
+        if not method.is_likely(hints):
+            continue
+        folder = _download(repository, hub, _HEAD_FILES)
+        source = method.find_weights(folder)
+        if source is None or not all(file.exists() for file in source.files.values()):
+            folder = _download(repository, hub, (*_HEAD_FILES, *_PICKLES))
+        if method.find_weights(folder) is not None:
+            return method, folder
+    return methods[_FALLBACK], hints
+
+
+def _download(repository: str, hub: HubOptions, patterns: tuple[str, ...]) -> Path:
+    try:
+        return download(repository, hub, patterns)
+    except UnknownNameError as error:
+        raise UnknownNameError(
+            f"heads {repository!r} is not a registered proposer nor a folder, and {error}; "
+            f"registered are {heads_names()!r}"
+        ) from error.__cause__
+
+
+def _require_repository(name: str) -> None:
+    """Check a name without asking the hub, which takes long to say no.
+
+    Raises:
+        UnknownNameError: If it is no hub id, a kind of heads, or nearly a registered name.
+    """
+    registered = heads_names()
+    known = f"registered are {registered!r}"
+    if not is_hub_id(name):
+        raise UnknownNameError(
+            f"heads {shown(name)} is not a registered proposer, nor a folder that exists, nor a "
+            f"hub id such as 'org/name'; {known}"
+        )
+    if "/" in name:
+        return
+    methods = registered_methods().values()
+    kinds = ["base", *(kind for method in methods for kind in (method.name, *method.aliases))]
+    if name in kinds:
+        raise UnknownNameError(
+            f"heads {name!r} is a kind of heads, expected the folder or hub id of some; those that "
+            f"are bundled for the bundled base are in speclm.demo.assets(); {known}"
+        )
+    near = difflib.get_close_matches(name, registered, n=1)
+    near = near or difflib.get_close_matches(name, kinds, n=1, cutoff=_SIMILAR)
+    if near:
+        raise UnknownNameError(
+            f"heads {name!r} is not a registered proposer nor a folder; did you mean {near[0]!r}? "
+            f"{known}"
+        )

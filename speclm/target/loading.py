@@ -1,0 +1,76 @@
+"""Loads causal language models, and takes them out of PEFT's wrappers."""
+
+import pickle
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from speclm.errors import CheckpointError, OptionError, UnsupportedModelError, suggest
+
+_DAMAGE = (SafetensorError, StrictDataclassError, pickle.UnpicklingError, EOFError, KeyError)
+
+
+def load_causal_lm(
+    name: str | Path, options: Mapping[str, Any], *, owner: str, known: Iterable[str] = ()
+) -> PreTrainedModel:
+    """Load a model with its ``from_pretrained``, and name the option or file that is wrong.
+
+    Args:
+        name: Folder or hub id.
+        options: Arguments of its ``from_pretrained``.
+        owner: What it is loaded as, for messages.
+        known: Names that one of the options may be a misspelling of.
+
+    Raises:
+        OptionError: If the model does not take one of the options.
+        CheckpointError: If a file is damaged.
+    """
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, **options)
+    except TypeError as error:
+        unknown = [option for option in options if repr(option) in str(error)]
+        if not unknown:
+            raise
+        known = sorted(known)
+        listed = f", known options are {known!r}" if known else ""
+        raise OptionError(
+            f"{owner} {str(name)!r} does not take {unknown!r} ({error}){listed}; "
+            f"{suggest(unknown[0], known)}"
+        ) from error
+    except _DAMAGE as error:
+        raise CheckpointError(
+            f"{owner} {str(name)!r} cannot be loaded ({type(error).__name__}: {error}), expected "
+            "an undamaged config and weights; download or export them again"
+        ) from error
+    return model
+
+
+def is_adapted(model: object) -> bool:
+    """Return whether a model is one of PEFT's."""
+    peft = sys.modules.get("peft")  # if it was never imported, nothing can be one of its models
+    return peft is not None and isinstance(model, peft.PeftModel)
+
+
+def without_adapter(model: Any) -> Any:
+    """Return the Transformers model inside a PEFT model, and anything else as it is.
+
+    Adapters that sit in the layers, such as LoRA, stay active in it.
+
+    Raises:
+        UnsupportedModelError: If the adapter is a learned prompt, which sits outside the model.
+    """
+    if not is_adapted(model):
+        return model
+    config = model.active_peft_config
+    if config.is_prompt_learning:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has the learned prompt {type(config).__name__}, which its "
+            "inner model does not see, expected adapters inside the layers, such as LoRA; call its "
+            "own generate"
+        )
+    return model.get_base_model()

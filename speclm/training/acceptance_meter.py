@@ -1,0 +1,119 @@
+"""Measures how well heads draft while they are trained: loss, accuracy and estimated tau."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from speclm.adaptive.acceptance_rates import Ranks, replay_rounds
+from speclm.tree.static import RankPaths
+
+MAX_TOP = 3
+"""Accuracy is measured among the 1, 2, ... best candidates up to this number."""
+
+
+class AcceptanceMeter:
+    """Adds up batches until the figures are read.
+
+    The rank of a target, given that all draft tokens before it are right, says which nodes of a
+    tree would have been accepted. With these ranks the meter replays rounds over each assistant
+    turn of the data. A round emits every token of a turn but the first, which the prefill emits;
+    the number of these tokens per round is the tau that generation of the same text would have.
+    """
+
+    def __init__(self, choices: RankPaths, *, num_drafted: int, name: str) -> None:
+        """Start at zero.
+
+        Args:
+            choices: Paths of the static tree whose tau is estimated.
+            num_drafted: Draft tokens at every position: heads, or steps of the same heads.
+            name: Name of one of them in the figures, where its number follows.
+        """
+        self._choices = choices
+        self._num_drafted = num_drafted
+        self._name = name
+        self._sums = self._zeros()
+
+    def add(
+        self,
+        *,
+        loss_sums: Float[Tensor, " trained"],
+        counts: Int[Tensor, " trained"],
+        ranks: Int[Tensor, "batch seq drafted"],
+        loss_mask: Bool[Tensor, "batch seq"],
+    ) -> None:
+        """Add a batch; syncs with the device.
+
+        Args:
+            loss_sums: Sum of the losses of each draft token; the last ones may have none.
+            counts: Number of losses in each sum.
+            ranks: Rank of each target among the candidates, drafted from the hidden state at each
+                position; -1 where there is no target.
+            loss_mask: True at tokens that the heads learn to draft.
+        """
+        ranks = ranks.cpu()
+        flat = ranks.flatten(0, 1)
+        num_targets = (flat >= 0).sum(0)
+        hits = [((flat >= 0) & (flat < top)).sum(0) for top in range(1, MAX_TOP + 1)]
+        num_untrained = self._num_drafted - len(counts)
+        losses = [F.pad(sums.cpu().double(), (0, num_untrained)) for sums in (loss_sums, counts)]
+        replayed = [
+            (len(turn), len(replay_rounds(turn, self._choices)))
+            for turn in turns(ranks, loss_mask.cpu())
+        ]
+        emitted = torch.tensor([[0, 0], *replayed], dtype=torch.float64, device="cpu").sum(0)
+        sums = torch.stack([*losses, num_targets.double(), *(hit.double() for hit in hits)])
+        self._sums = self._sums + torch.cat([sums.flatten(), emitted])
+
+    def drain(self, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, float]:
+        """Return the figures since the last call, and start again at zero.
+
+        Args:
+            reduce: Adds up the sums of all processes.
+
+        Returns:
+            With the name "head" ``head0_loss``, ``head0_top1``, ... and ``estimated_tau``; figures
+            that nothing was counted for are left out.
+        """
+        *sums, num_tokens, num_rounds = reduce(self._sums.float()).tolist()
+        self._sums = self._zeros()
+        size = self._num_drafted
+        parts = [sums[i : i + size] for i in range(0, len(sums), size)]
+        figures = {}
+        for index, (loss, count, num_targets, *hits) in enumerate(zip(*parts, strict=True)):
+            name = f"{self._name}{index}"
+            if count:
+                figures[f"{name}_loss"] = loss / count
+            if num_targets:
+                for top, hit in enumerate(hits, 1):
+                    figures[f"{name}_top{top}"] = hit / num_targets
+        if num_rounds:
+            figures["estimated_tau"] = num_tokens / num_rounds
+        return figures
+
+    def _zeros(self) -> Tensor:
+        size = (3 + MAX_TOP) * self._num_drafted + 2
+        return torch.zeros(size, dtype=torch.float64, device="cpu")
+
+
+def turns(
+    ranks: Int[Tensor, "batch seq drafted"], loss_mask: Bool[Tensor, "batch seq"]
+) -> Iterator[Ranks]:
+    """Yield the ranks at the roots of each assistant turn, without its last token.
+
+    The draft below the root at position r comes from the hidden state at r - 1. Draft tokens
+    beyond the end of the turn get rank -1, even if the next turn begins there.
+    """
+    edges = F.pad(loss_mask.long(), (1, 1)).diff(dim=1)
+    starts, ends = (edges == 1).nonzero().tolist(), (edges == -1).nonzero().tolist()
+    values = ranks.tolist()
+    num_drafted = ranks.shape[-1]
+    for (row, start), (_, end) in zip(starts, ends, strict=True):
+        turn = []
+        for root in range(max(start, 1), end - 1):
+            inside = values[row][root - 1][: end - 1 - root]
+            turn.append(inside + [-1] * (num_drafted - len(inside)))
+        if turn:
+            yield turn

@@ -1,0 +1,161 @@
+"""What the trainer trains: heads on a frozen base, and the parts that their losses share."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from speclm.target import TargetView
+from speclm.training.acceptance_meter import AcceptanceMeter
+
+IGNORED = -100
+"""Marks a missing target: the token lies beyond the text or is not the assistant's."""
+
+MAX_LOGITS = 2**27
+"""Logits that are kept for the backward pass, half a gigabyte; beyond, they are recomputed."""
+
+
+class TrainingModel(nn.Module, ABC):
+    """Computes the loss of heads from one forward of a frozen base.
+
+    The base is put into eval mode and kept outside the module tree: parameters and state are those
+    of the heads only, and wrappers for several devices leave the base where it is.
+    """
+
+    def __init__(self, base: PreTrainedModel, heads: nn.Module) -> None:
+        """Freeze the base.
+
+        Args:
+            base: A causal language model; its parameters stop requiring gradients.
+            heads: What is trained.
+
+        Raises:
+            UnsupportedModelError: If `base` is not a decoder-only language model.
+        """
+        super().__init__()
+        self.view = TargetView(base)
+        base.requires_grad_(requires_grad=False)
+        base.train(mode=False)
+        self.heads = heads
+
+    @abstractmethod
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Int[Tensor, "batch seq"],
+        loss_mask: Bool[Tensor, "batch seq"],
+    ) -> dict[str, Tensor]:
+        """Return the loss of a batch and the numbers that an `AcceptanceMeter` adds up.
+
+        Args:
+            input_ids: Texts, padded on the right.
+            attention_mask: 1 at tokens, 0 at padding.
+            loss_mask: True at tokens that the heads learn to draft.
+
+        Returns:
+            ``loss``, and ``loss_sums``, ``counts`` and ``ranks`` as `AcceptanceMeter.add` takes
+            them.
+        """
+
+    @abstractmethod
+    def new_meter(self) -> AcceptanceMeter:
+        """Return a meter for the draft tokens of these heads."""
+
+    @abstractmethod
+    def write(self, folder: Path) -> None:
+        """Write the heads into a folder that ``SpecModel.from_pretrained`` loads."""
+
+    @property
+    def max_length(self) -> int | None:
+        """Most tokens of an example; None for any number."""
+        return self.view.max_positions
+
+    def lm_head(self, states: Tensor) -> Tensor:
+        """Return the base's logits of hidden states that may have another dtype or device."""
+        view = self.view
+        return view.head_logits(states.to(view.device, view.model.dtype)).to(states.device)
+
+
+def shifted_targets(
+    tokens: Int[Tensor, "batch seq"], loss_mask: Bool[Tensor, "batch seq"], *, num_drafted: int
+) -> Int[Tensor, "batch seq drafted"]:
+    """Return the tokens to draft from each position.
+
+    From the hidden state at position t the target itself predicts token t + 1. Draft token i is
+    token ``t + 2 + i``. The mask moves with the token: what counts is whether the draft token is
+    the assistant's.
+
+    Args:
+        tokens: Texts, padded on the right.
+        loss_mask: True at tokens that count.
+        num_drafted: Draft tokens at each position.
+
+    Returns:
+        Targets, `IGNORED` where none counts.
+
+    Example:
+        >>> tokens = torch.tensor([[5, 6, 7, 8]])
+        >>> mask = torch.tensor([[False, False, True, True]])
+        >>> shifted_targets(tokens, mask, num_drafted=2).tolist()
+        [[[7, 8], [8, -100], [-100, -100], [-100, -100]]]
+    """
+    counted = tokens.masked_fill(~loss_mask, IGNORED)
+    padded = F.pad(counted, (0, num_drafted + 1), value=IGNORED)
+    return padded.unfold(1, num_drafted, 1)[:, 2:]  # window t + 2 holds the targets of t
+
+
+def soft_cross_entropy(
+    logits: Float[Tensor, "*rows vocab"], target_probs: Float[Tensor, "*rows vocab"]
+) -> Float[Tensor, "*rows"]:
+    """Return the cross-entropy of logits against a distribution, in float32."""
+    logits = logits.float()
+    return logits.logsumexp(-1) - (target_probs * logits).sum(-1)
+
+
+@torch.no_grad()
+def rank_targets(
+    logits: Float[Tensor, "*rows vocab"], targets: Int[Tensor, "*rows"]
+) -> Int[Tensor, "*rows"]:
+    """Return the rank of each target: 0 for the largest logit, -1 where there is no target."""
+    own = logits.gather(-1, targets.clamp(min=0)[..., None])
+    return (logits > own).sum(-1).masked_fill(targets < 0, -1)
+
+
+def weighted_loss(
+    loss_sums: Float[Tensor, " drafted"], counts: Int[Tensor, " drafted"], *, decay: float
+) -> Float[Tensor, ""]:
+    """Return the sum over draft tokens of ``decay ** i`` times the mean loss of draft token i.
+
+    Args:
+        loss_sums: Sum of the losses of each draft token.
+        counts: Number of its targets; one without any adds nothing.
+        decay: Weight of a draft token relative to the one before it.
+    """
+    means = loss_sums / counts.clamp(min=1)
+    weights = decay ** torch.arange(len(means), device=means.device)
+    return (weights * means).sum()
+
+
+def score_in_chunks(
+    score: Callable[..., tuple[Tensor, Tensor]], *rows: Tensor, logits_per_row: int
+) -> tuple[Tensor, Tensor]:
+    """Score rows at once, or in chunks whose logits the backward pass recomputes.
+
+    Args:
+        score: Takes rows and returns the sum of their losses and the ranks of their targets.
+        *rows: What it takes, of equal lengths.
+        logits_per_row: Number of logits that it computes for one row.
+    """
+    size = max(1, MAX_LOGITS // logits_per_row)
+    if len(rows[0]) <= size:
+        return score(*rows)
+    chunks = zip(*(torch.split(part, size) for part in rows), strict=True)
+    scored = [checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks]
+    loss_sums, ranks = zip(*scored, strict=True)
+    return torch.stack(loss_sums).sum(0), torch.cat(ranks)

@@ -1,0 +1,71 @@
+import sys
+
+import pytest
+import torch
+
+from speclm.cli._models import load, load_with_heads
+from speclm.cli._options import DraftOptions, HeadsOptions, ModelOptions
+from speclm.demo.bundle import assets
+from speclm.errors import OptionError, UnknownNameError
+from speclm.methods.ngram.proposer import NgramProposer
+from speclm.tree.plan import TreePlan
+
+
+def test_bundled_base_has_the_bundled_draft_model_and_others_have_ngrams():
+    assert load(ModelOptions()).spec.proposer is None
+    assert "Draft" in type(load_with_heads(HeadsOptions()).spec.proposer).__name__
+    other = load_with_heads(HeadsOptions(base=str(assets()["base"]), dtype="float32"))
+    assert isinstance(other.spec.proposer, NgramProposer)
+
+
+def test_depth_size_and_tree_bound_the_drafts():
+    def tree(**options):
+        return load_with_heads(DraftOptions(heads="ngram", **options)).spec.tree
+
+    assert tree(depth=3) == TreePlan(depth=3, num_draft_tokens=16)
+    assert tree(depth=3, num_draft_tokens=5) == TreePlan(depth=3, num_draft_tokens=5)
+    assert tree(tree="auto") == "auto"
+    loaded = load_with_heads(DraftOptions(heads="ngram", num_draft_tokens=5))
+    assert (loaded.spec.tree, loaded.spec.proposer.config.num_draft_tokens) == (None, 5)
+
+
+def test_base_is_spread_or_quantised_on_request():
+    spread = load(ModelOptions(device_map="cpu", dtype="bfloat16"))
+    assert spread.base.dtype == torch.bfloat16
+    assert load(ModelOptions(device="cpu", threads=1)).base.device.type == "cpu"
+    quantised = load(ModelOptions(quantization="quanto-int8", device="cpu"))
+    assert type(quantised.base.model.layers[0].mlp.up_proj).__name__ == "QLinear"
+
+
+def test_modules_are_imported_from_the_current_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_things.py").write_text(
+        "from speclm.methods.ngram.proposer import NgramProposer\n"
+        "ready, number = NgramProposer(), 3\n"
+        "def needs_more(base, size): ...\n"
+    )
+    loaded = load_with_heads(HeadsOptions(heads="own_things:ready", imports=["own_things"]))
+    assert loaded.spec.proposer is sys.modules["own_things"].ready
+    for options, message in [
+        ({"heads": "own_things:nothing"}, "has no 'nothing'"),
+        ({"heads": "own_things:number"}, "a int, expected a Proposer"),
+        ({"heads": "own_things:needs_more"}, "cannot be called with the base alone"),
+        ({"heads": "no_such_module:x"}, "--heads names module 'no_such_module', which cannot"),
+        ({"imports": ["no_such_module"]}, "--import names module 'no_such_module', which"),
+    ]:
+        with pytest.raises((OptionError, UnknownNameError), match=message):
+            load_with_heads(HeadsOptions(**options))
+
+
+def test_options_that_exclude_each_other_or_have_no_such_value_are_named(monkeypatch):
+    for options, message in [
+        ({"dtype": "int3"}, "--dtype is 'int3', expected one of .*float32"),
+        ({"device": "cpu", "device_map": "auto"}, "--device is 'cpu' and --device-map 'auto'"),
+        ({"device": "tpu9"}, "--device 'tpu9' cannot be used"),
+        ({"quantization": "int3"}, "--quantization is 'int3', expected one of .*quanto-int8"),
+        ({"quantization": "hqq-4bit"}, "--quantization.* needs a package that is not installed"),
+        ({"tree": "auto", "depth": 2}, "--tree is 'auto' and --depth 2"),
+    ]:
+        with pytest.raises(OptionError, match=message):
+            load_with_heads(DraftOptions(**options))

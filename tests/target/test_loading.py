@@ -1,0 +1,55 @@
+import re
+
+import pytest
+
+from speclm import SpecModel
+from speclm.errors import CheckpointError, OptionError, suggest
+from speclm.target.loading import load_causal_lm
+from tests.models import shared_model
+
+
+@pytest.fixture
+def folder(tmp_path):
+    shared_model("llama", 0).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_option_that_the_model_does_not_take_is_named_with_one_like_it(folder):
+    with pytest.raises(OptionError, match=r"does not take \['num_draft_token'\]") as caught:
+        SpecModel.from_pretrained(folder, "ngram", num_draft_token=5)
+    assert "did you mean 'num_draft_tokens'?" in str(caught.value)
+    with pytest.raises(OptionError, match=r"base .* does not take \['wings'\].*drop 'wings'"):
+        load_causal_lm(folder, {"wings": 2}, owner="base")
+
+
+def test_option_next_to_a_loaded_base_is_named_with_one_like_it():
+    with pytest.raises(OptionError, match=r"no effect; did you mean 'num_draft_tokens'\?"):
+        SpecModel.from_pretrained(shared_model("llama", 0), "ngram", num_draft_token=5)
+    with pytest.raises(OptionError, match=r"no effect; drop 'torch_dtype', or pass it where"):
+        SpecModel.from_pretrained(shared_model("llama", 0), torch_dtype="auto")
+
+
+def test_option_that_a_draft_model_does_not_take_is_named(folder):
+    base = shared_model("llama", 0)
+    with pytest.raises(OptionError, match=r"draft model .* does not take \['dtyp'\].*'dtype'"):
+        SpecModel.from_pretrained(base, folder, heads_kwargs={"dtyp": "auto"})
+
+
+@pytest.mark.parametrize("as_draft", [False, True])
+def test_damaged_files_are_named(folder, as_draft):
+    config = folder / "config.json"
+    text = re.sub('"hidden_size": *[0-9]+', '"hidden_size": -3', config.read_text())
+    config.write_text(text)
+    given = (shared_model("llama", 0), folder) if as_draft else (folder, "ngram")
+    with pytest.raises(CheckpointError, match=r"(?s)cannot be loaded .*export them again"):
+        SpecModel.from_pretrained(*given)
+
+
+def test_other_errors_of_transformers_stay_what_they_are(tmp_path):
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+        load_causal_lm(tmp_path, {}, owner="base")
+
+
+def test_suggestion_is_one_that_is_alike():
+    assert suggest("num_draft_token", ["num_draft_tokens"]) == "did you mean 'num_draft_tokens'?"
+    assert suggest("wings", ["tree"]) == "drop 'wings'"

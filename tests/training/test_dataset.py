@@ -1,0 +1,71 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from speclm.errors import DataError, OptionError
+from speclm.training.dataset import ExampleDataset, LengthSampler, collate_examples, load_examples
+from tests.training.alphabet import TAGGED, conversation, word_tokenizer, write_alphabet
+
+
+def test_rows_are_read_from_a_file_and_cut(tmp_path):
+    path = write_alphabet(tmp_path / "rows.jsonl")
+    rows = load_examples(path, word_tokenizer(TAGGED), limit=5, max_length=10)
+    assert rows.lengths == [10] * 5
+    assert sum(sum(row["loss_mask"]) for row in rows) == 5 * 6
+
+
+def test_rows_are_taken_from_conversations():
+    rows = load_examples([conversation("a", "b"), conversation("a", "bcd")], word_tokenizer(TAGGED))
+    assert (len(rows), rows.lengths) == (2, [6, 8])
+    assert rows[1]["loss_mask"] == [0, 0, 0, 0, 1, 1, 1, 1]
+
+
+def test_padding_is_on_the_right_and_hides_no_token():
+    rows = load_examples([conversation("a", "b"), conversation("a", "bcd")], word_tokenizer(TAGGED))
+    batch = collate_examples([rows[0], rows[1]])
+    assert batch["input_ids"][0, -2:].tolist() == [0, 0]
+    assert batch["attention_mask"].sum(1).tolist() == [6, 8]
+    assert batch["loss_mask"].sum(1).tolist() == [2, 4]
+    assert batch["loss_mask"].dtype == torch.bool
+    # The end of a turn is the padding token, and yet attended to.
+    assert batch["input_ids"][0, 5] == 0
+    assert batch["attention_mask"][0].tolist() == [1, 1, 1, 1, 1, 1, 0, 0]
+
+
+def test_no_rows_are_refused():
+    with pytest.raises(DataError, match="no examples to train on"):
+        ExampleDataset([])
+
+
+def test_max_length_below_one_is_refused(tmp_path):
+    with pytest.raises(OptionError, match="max_length is 0"):
+        load_examples(tmp_path / "rows.jsonl", word_tokenizer(TAGGED), max_length=0)
+
+
+@given(st.lists(st.integers(1, 99), min_size=1, max_size=400), st.integers(1, 5))
+def test_every_row_is_drawn_once(lengths, batch_size):
+    sampler = LengthSampler(lengths, batch_size=batch_size)
+    assert sorted(sampler) == list(range(len(sampler))) == list(range(len(lengths)))
+
+
+def test_rows_of_a_batch_are_about_equally_long():
+    sampler = LengthSampler([length % 100 for length in range(200)], batch_size=4)
+    rows = [row % 100 for row in sampler]
+    spreads = [max(batch) - min(batch) for batch in zip(*[iter(rows)] * 4, strict=True)]
+    assert max(spreads) <= 2
+
+
+def test_order_depends_on_seed_and_epoch_alone():
+    lengths = list(range(64))
+    first, again = LengthSampler(lengths, batch_size=2), LengthSampler(lengths, batch_size=2)
+    start = list(first)
+    first.set_epoch(3)
+    again.set_epoch(3)
+    assert list(first) == list(first) == list(again) != start
+    assert list(LengthSampler(lengths, batch_size=2, seed=1)) != start
+
+
+def test_batch_size_below_one_is_refused():
+    with pytest.raises(OptionError, match="batch_size is 0"):
+        LengthSampler([1], batch_size=0)
