@@ -245,7 +245,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="dry run on the CPU, in seconds")
     parser.add_argument("--n", type=int, default=12, help="prompts of each set")
@@ -268,8 +268,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for failure in plan.failures:
         print(f"FAILED {failure}")
     print(f"{len(plan.failures)} failures, {len(plan.left_out)} left out")
-    sys.exit(1 if plan.failures else 0)
+    return 1 if plan.failures else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

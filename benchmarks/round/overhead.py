@@ -43,7 +43,7 @@ PROMPT_LENGTH = 100
 TREE_PARENTS = (0, 0, 0, 1, 1, 2, 3, 5)
 """A tree of 8 nodes on 3 levels."""
 
-_IMPORT = """
+IMPORT = """
 from time import perf_counter
 from transformers import AutoModelForCausalLM, PreTrainedModel
 start = perf_counter()
@@ -207,7 +207,7 @@ def import_seconds(*, num_runs: int = 5) -> list[float]:
     """Return the seconds of ``import speclm`` in fresh processes, Transformers imported."""
     seconds: list[float] = []
     for _ in range(num_runs):
-        command = [sys.executable, "-c", _IMPORT]
+        command = [sys.executable, "-c", IMPORT]
         result = subprocess.run(command, check=True, cwd=ROOT, capture_output=True, text=True)
         seconds.append(float(result.stdout))
     return seconds

@@ -167,7 +167,7 @@ def test_known_commands_pass(run):
     run(
         fenced("bash", 'make demo  # once\npip install -e ".[dev]"\npip install "speclm[kernels]"'),
         fenced("console", "$ git clone https://example.org/speclm.git\n$ cd speclm\nany output"),
-        fenced("bash", "python benchmarks/decode.py --set sql --n 3"),
+        fenced("bash", "python benchmarks/decode/decode.py --set sql --n 3"),
         fenced("text", "tau 3.1"),
     )
 
@@ -190,7 +190,7 @@ REFUSED = (
     ("bash", "pip install 'speclm[nosuch]'"),
     ("bash", "make \\"),
     ("bash", "python no_such_script.py"),
-    ("bash", "python benchmarks/decode.py --no-such-option"),
+    ("bash", "python benchmarks/decode/decode.py --no-such-option"),
     ("console", "$ curl example.org"),
 )
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[3]
 
 def test_dry_run_checks_identity_and_writes_records(tmp_path, capsys):
     path = tmp_path / "gpu.jsonl"
-    gpu.main(["--tiny", "--out", str(path)])
+    assert gpu.main(["--tiny", "--out", str(path)]) == 0
     printed = capsys.readouterr().out
     assert printed.splitlines()[-1] == "0 failures, 0 left out"
     for family in ("bundled", "llama", "qwen2", "qwen3", "mistral"):
