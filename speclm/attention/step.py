@@ -4,7 +4,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 import torch
@@ -135,17 +135,11 @@ class KernelMask:
         """Return the mask with its tensors on `device`."""
         if self.depths.device == device:
             return self
-
-        def moved(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device)
-
-        return KernelMask(
-            prefix_lengths=self.prefix_lengths.to(device),
-            ancestor_words=self.ancestor_words.to(device),
-            depths=self.depths.to(device),
-            prefix_starts=moved(self.prefix_starts),
-            tree_starts=moved(self.tree_starts),
-        )
+        moved: dict[str, Any] = {}
+        for field in fields(self):
+            tensor = getattr(self, field.name)
+            moved[field.name] = None if tensor is None else tensor.to(device)
+        return replace(self, **moved)
 
 
 class TreeStep:

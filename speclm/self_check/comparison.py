@@ -1,7 +1,9 @@
 """Compare the logits of trees and chains with those of regular generation."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -43,7 +45,7 @@ def check_chains(target: TargetView) -> SelfCheck:
     Returns:
         A verdict for chains or for regular generation.
     """
-    check = judge(target, Verification.CHAINS, _measure)
+    check = judge(target, Verification.CHAINS, partial(_measure, _chain_rounds, _later_chains))
     limits = _step_limits(target)
     if check.verification is Verification.CHAINS and limits is not None:
         reason = (
@@ -64,14 +66,19 @@ def _step_limits(target: TargetView) -> tuple[float, float] | None:
 
 
 @torch.no_grad()
-def _measure(target: TargetView) -> Evidence:
-    evidence = _measure_rounds(target)
+def _measure(
+    rounds: Callable[[TargetView], Evidence],
+    later_steps: Callable[[TargetView], float],
+    target: TargetView,
+) -> Evidence:
+    """Measure rounds, and later steps of a model with foreign code."""
+    evidence = rounds(target)
     if not changes(target.model):
         return evidence
-    return replace(evidence, error=max(evidence.error, _error_of_later_steps(target)))
+    return replace(evidence, error=max(evidence.error, later_steps(target)))
 
 
-def _error_of_later_steps(target: TargetView) -> float:
+def _later_chains(target: TargetView) -> float:
     """Return the error of fully kept chains after several steps of regular generation."""
     length = _PROMPT_LENGTHS[0]
     text = distinct_tokens(target, length + NUM_LATER_STEPS)[None]
@@ -86,7 +93,7 @@ def _error_of_later_steps(target: TargetView) -> float:
     return relative_difference(torch.cat(found, dim=1)[0], wanted[0])
 
 
-def _measure_rounds(target: TargetView) -> Evidence:
+def _chain_rounds(target: TargetView) -> Evidence:
     batch, longest = len(_PROMPT_LENGTHS), max(_PROMPT_LENGTHS)
     padding = torch.tensor(
         [longest - length for length in _PROMPT_LENGTHS], device=target.device, dtype=torch.long
@@ -147,18 +154,10 @@ def check_trees(target: TargetView) -> SelfCheck:
     obstacle = target.tree_obstacle()
     if obstacle is not None:  # which tiny trees may not show
         return SelfCheck(Verification.REGULAR, obstacle)
-    return judge(target, Verification.TREES, _measure_tree_steps)
+    return judge(target, Verification.TREES, partial(_measure, _tree_rounds, _later_nodes))
 
 
-@torch.no_grad()
-def _measure_tree_steps(target: TargetView) -> Evidence:
-    evidence = _measure_trees(target)
-    if not changes(target.model):
-        return evidence
-    return replace(evidence, error=max(evidence.error, _tree_error_of_later_steps(target)))
-
-
-def _measure_trees(target: TargetView) -> Evidence:
+def _tree_rounds(target: TargetView) -> Evidence:
     device, longest = target.device, max(_TREE_PROMPT_LENGTHS)
     batch, topology = len(_TREE_PROMPT_LENGTHS), from_parents([_PARENTS], device=device)
     nodes = topology.num_nodes
@@ -190,7 +189,7 @@ def _measure_trees(target: TargetView) -> Evidence:
     )
 
 
-def _tree_error_of_later_steps(target: TargetView) -> float:
+def _later_nodes(target: TargetView) -> float:
     """Return the error of a chain of nodes after several steps of regular generation."""
     text = distinct_tokens(target, NUM_LATER_STEPS + _TREE_PROMPT_LENGTHS[0])
     wanted = _generated(target, text, num_padding=0, num_steps=NUM_LATER_STEPS)
