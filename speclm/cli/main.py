@@ -70,10 +70,11 @@ app = typer.Typer(
 )
 
 
-def _print_version(value: bool) -> None:
+def _print_version(value: bool) -> bool:
     if value:
         print(__version__)
         raise typer.Exit
+    return value
 
 
 @app.callback()

@@ -32,7 +32,7 @@ DEFAULTS: Mapping[str, Any] = {
 }
 """What heads are trained with unless their method or the user says otherwise.
 
-Source: the recipe of the Medusa authors, as far as it goes.
+Source: Cai et al. 2024, as far as their recipe goes.
 """
 
 _MIN_COUNTS = {
