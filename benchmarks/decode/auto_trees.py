@@ -34,7 +34,7 @@ from speclm.bench.records import decode_record
 from speclm.demo.bundle import assets, load_prompts
 from speclm.drafting.interface import Proposer
 from speclm.model import SpecModel
-from speclm.model.loading import load_proposer
+from speclm.model.heads import load_proposer
 from speclm.tree.plan import TreePlan
 
 CHAIN = 4

@@ -49,7 +49,7 @@ from speclm.drafting.interface import Draft, Prefill, Proposer
 from speclm.methods.eagle.proposer import EagleProposer
 from speclm.methods.medusa.proposer import MedusaProposer
 from speclm.methods.ngram.proposer import NgramProposer
-from speclm.model.loading import load_proposer
+from speclm.model.heads import load_proposer
 from speclm.sampling import PositionNoise
 from speclm.tree import chain
 

@@ -25,17 +25,15 @@ from typing_extensions import override
 
 from speclm import SpecModel
 from speclm.acceptance import AcceptanceRule, Accepted, ExactRule, RejectionRule, TypicalRule
-from speclm.bench.calls import Call, make_calls, setting_options
-from speclm.bench.decoders import until_end
-from speclm.bench.divergence import explain
-from speclm.bench.pairs import Spread
+from speclm.bench.decoders import Call, make_calls, setting_options, until_end
+from speclm.bench.pairs import Spread, explain
 from speclm.bench.records import Record, append_record, is_recorded
 from speclm.demo.bundle import assets, load_prompts
 from speclm.drafting.interface import Draft, Prefill, Proposer
 from speclm.methods.draft_model.proposer import DraftModelProposer
 from speclm.methods.eagle.proposer import EagleProposer
 from speclm.methods.medusa.proposer import MedusaProposer
-from speclm.model.loading import load_proposer
+from speclm.model.heads import load_proposer
 from speclm.sampling import PositionNoise
 from speclm.stats import SpeculationStats
 

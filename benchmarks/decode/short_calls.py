@@ -27,7 +27,7 @@ from transformers.utils import logging
 from benchmarks.decode.decode import UselessProposer
 from speclm import SpecModel
 from speclm.bench import Spread, append_record, make_calls, setting_options
-from speclm.bench.calls import render_prompts
+from speclm.bench.decoders import render_prompts
 from speclm.bench.records import Record
 from speclm.demo.bundle import assets, load_prompts
 

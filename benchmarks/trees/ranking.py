@@ -20,8 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from speclm.acceptance import Accepted
-from speclm.bench.calls import SETTINGS, Call, make_calls, setting_options
-from speclm.bench.decoders import until_end
+from speclm.bench.decoders import SETTINGS, Call, make_calls, setting_options, until_end
 from speclm.bench.pairs import Spread
 from speclm.bench.records import Record, append_record, is_recorded
 from speclm.demo.bundle import assets, load_prompts

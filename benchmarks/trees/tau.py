@@ -32,7 +32,7 @@ from benchmarks.decode.rules import (
     tau_record,
 )
 from speclm.acceptance import ExactRule
-from speclm.bench.calls import Call, make_calls, setting_options
+from speclm.bench.decoders import Call, make_calls, setting_options
 from speclm.bench.records import Record, append_record, is_recorded
 from speclm.demo.bundle import assets, load_prompts
 

@@ -1,16 +1,18 @@
 """Measure ways to generate, each in pairs with regular generation."""
 
-from speclm.bench.calls import SETTINGS, Call, make_calls, setting_options
 from speclm.bench.decoders import (
+    SETTINGS,
+    Call,
     Decoder,
     Outcome,
     assisted_decoder,
+    make_calls,
     plain_decoder,
     prompt_lookup_decoder,
+    setting_options,
     speculative_decoder,
 )
-from speclm.bench.divergence import Divergence
-from speclm.bench.pairs import Comparison, Pair, Spread, compare
+from speclm.bench.pairs import Comparison, Divergence, Pair, Spread, compare
 from speclm.bench.records import (
     Cell,
     Measured,

@@ -15,10 +15,8 @@ import torch
 from transformers import PreTrainedModel
 
 from speclm._version import __version__
-from speclm.bench.calls import Call
-from speclm.bench.decoders import Decoder, plain_decoder
-from speclm.bench.divergence import Divergence
-from speclm.bench.pairs import Comparison, Pair, Spread, compare
+from speclm.bench.decoders import Call, Decoder, plain_decoder
+from speclm.bench.pairs import Comparison, Divergence, Pair, Spread, compare
 from speclm.errors import DataError, MeasurementError, OptionError
 from speclm.files.atomic import append_line
 from speclm.files.json_lines import JsonLine, read_json_lines

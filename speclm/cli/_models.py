@@ -29,7 +29,7 @@ from speclm.drafting.interface import Proposer
 from speclm.errors import OptionError, UnknownNameError
 from speclm.methods.registry import heads_names
 from speclm.model import SpecModel
-from speclm.model.loading import Heads
+from speclm.model.heads import Heads
 from speclm.tree.plan import TreePlan
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")

@@ -27,7 +27,7 @@ from speclm.cli._display import (
 from speclm.cli._models import load
 from speclm.cli._options import DemoOptions, ModelOptions
 from speclm.demo.bundle import assets, load_prompts
-from speclm.model.loading import load_proposer
+from speclm.model.heads import load_proposer
 
 SETTINGS = ("greedy", "t1.0")
 MAX_NEW_TOKENS = {"sql": 64, "gsm8k": 96}

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from speclm.bench import Cell, Decoder, make_calls, measure_grid, plain_decoder, setting_options
-from speclm.bench.calls import Call
+from speclm.bench.decoders import Call
 from speclm.cli._display import progress, verdict
 from speclm.cli._models import load
 from speclm.cli._options import VerifyOptions

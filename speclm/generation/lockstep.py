@@ -15,9 +15,8 @@ from transformers.generation.streamers import BaseStreamer
 from speclm.acceptance import Accepted
 from speclm.drafting.interface import Draft
 from speclm.errors import NumericalError, OptionError
-from speclm.generation.callbacks import FollowsRounds
 from speclm.generation.request import Request
-from speclm.generation.sequences import Sequences
+from speclm.generation.sequences import FollowsRounds, Sequences
 from speclm.sampling.chooser import pick
 from speclm.sampling.noise import PositionNoise, as_if_drawn
 

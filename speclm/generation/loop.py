@@ -22,12 +22,11 @@ from speclm.adaptive.pausing import Pausing
 from speclm.adaptive.tuner import TreeTuner, describe_tree
 from speclm.config import MAX_MERGED_PROMPT
 from speclm.drafting.interface import Draft, Prefill
-from speclm.generation.callbacks import Listener
 from speclm.generation.drafts import Drafter, planned, root_only
 from speclm.generation.lockstep import Lockstep, nan_logits
 from speclm.generation.regular import open_session
 from speclm.generation.request import Request, Setup, resolve_request
-from speclm.generation.sequences import Sequences, StopStrings
+from speclm.generation.sequences import Listener, Sequences, StopStrings
 from speclm.sampling.chooser import TokenChooser
 from speclm.sampling.draws import DraftSampler, DraftSampling, Draws, seeded_draws
 from speclm.sampling.noise import PositionNoise

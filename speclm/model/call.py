@@ -20,7 +20,7 @@ from speclm.generation.regular import NeedsRegularGeneration, first_delegated
 from speclm.generation.request import Setup, arguments_for_loop
 from speclm.generation.settings import BY_NAME
 from speclm.model.fitting import claimed, proposer_modules, require_still_fits
-from speclm.model.loading import OPTIONS_OF_LOADING
+from speclm.model.heads import OPTIONS_OF_LOADING
 from speclm.self_check.verdict import SelfCheck, Verification
 from speclm.self_check.watch import Watch, first_in_training, may_draw
 from speclm.stats import SpeculationStats

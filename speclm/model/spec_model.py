@@ -32,9 +32,8 @@ from speclm.model.call import (
     with_counters,
 )
 from speclm.model.fitting import MissWatch, require_fits
-from speclm.model.loading import Heads, load_base, load_proposer, unwrap
+from speclm.model.heads import Heads, load_base, load_proposer, push_heads, save_heads, unwrap
 from speclm.model.report import describe_model, write_report
-from speclm.model.saving import push_heads, save_heads
 from speclm.model.wrapping import Wrapper, attach, detach, enter
 from speclm.self_check.verdict import SelfCheck
 from speclm.self_check.watch import Watch

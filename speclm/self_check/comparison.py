@@ -14,7 +14,7 @@ from transformers.generation.logits_process import LogitsProcessor, LogitsProces
 from transformers.generation.stopping_criteria import MaxLengthCriteria, StoppingCriteriaList
 from typing_extensions import override
 
-from speclm.self_check.changes import changes
+from speclm.self_check.fingerprint import changes
 from speclm.self_check.verdict import (
     Evidence,
     SelfCheck,

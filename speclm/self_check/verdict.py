@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from speclm.errors import BusyError, SpeclmError
 from speclm.sampling.noise import GeneratorStates
-from speclm.self_check.changes import changes, loop_obstacle
+from speclm.self_check.fingerprint import changes, loop_obstacle
 from speclm.target import TargetView
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-6}  # relative to the logits' spread

@@ -11,8 +11,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from speclm.attention import attention_configs
-from speclm.self_check.changes import STEP_METHODS, is_known, only_reads
 from speclm.self_check.check import check_model
+from speclm.self_check.fingerprint import STEP_METHODS, is_known, only_reads
 from speclm.self_check.verdict import SelfCheck, Verification
 from speclm.target import TargetView, replaced_forward
 

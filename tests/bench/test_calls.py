@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from speclm.bench import make_calls, setting_options
-from speclm.bench.calls import eos_token_ids, render_prompts
+from speclm.bench.decoders import eos_token_ids, render_prompts
 from speclm.errors import OptionError, PromptError
 from tests.byte_tokenizer import STRICT_TEMPLATE, byte_tokenizer
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from speclm.bench import Divergence, plain_decoder
-from speclm.bench.calls import Call
-from speclm.bench.divergence import (
+from speclm.bench.decoders import Call
+from speclm.bench.pairs import (
     _log_noise,
     _logits_by_size,
     _process,

@@ -15,7 +15,7 @@ from speclm.methods.draft_model.proposer import DraftModelProposer
 from speclm.methods.eagle.proposer import EagleProposer
 from speclm.methods.medusa.proposer import MedusaProposer
 from speclm.methods.registry import find_heads
-from speclm.model.loading import load_proposer
+from speclm.model.heads import load_proposer
 from tests.model.hub import running_hub
 from tests.model.test_loading_eagle import write as write_eagle
 from tests.models import build_model, shared_model

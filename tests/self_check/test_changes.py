@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from speclm.self_check.changes import changes, loop_obstacle
+from speclm.self_check.fingerprint import changes, loop_obstacle
 from speclm.target import TargetFeatures, TargetView
 from tests.models import build_model, shared_model
 

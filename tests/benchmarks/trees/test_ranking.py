@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.trees import ranking
 from speclm import SpecModel
-from speclm.bench.calls import Call
+from speclm.bench.decoders import Call
 from speclm.bench.records import read_records
 from speclm.drafting.interface import Draft
 from speclm.drafting.mixture import Mixture

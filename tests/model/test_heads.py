@@ -24,7 +24,7 @@ from speclm.methods.medusa.checkpoint import read_medusa
 from speclm.methods.medusa.proposer import MedusaProposer
 from speclm.methods.ngram.proposer import NgramProposer
 from speclm.methods.registry import find_heads
-from speclm.model.loading import load_proposer
+from speclm.model.heads import load_proposer
 from tests.model.hub import running_hub
 from tests.models import VOCAB_SIZE, build_model, generate, prompts, shared_model
 
