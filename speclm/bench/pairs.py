@@ -11,8 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from speclm.bench.calls import Call
-from speclm.bench.decoders import Decoder, Outcome
+from speclm.bench.decoders import Call, Decoder, Outcome
 from speclm.errors import MeasurementError
 from speclm.sampling.noise import PositionNoise
 from speclm.self_check.check import check_model

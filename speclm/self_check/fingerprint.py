@@ -22,7 +22,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import output_capturing
 
-from speclm import __version__
+from speclm._version import __version__
 from speclm.attention import attention_configs
 from speclm.kernels import preferred
 from speclm.target import TargetView, is_tap, replaced_forward
