@@ -44,7 +44,6 @@ class Case:
         lengths: Prefix of each row, left padding included.
         has_padding: Whether rows begin with left padding.
         gap: Slots between the longest prefix and the trees; None for trees right after prefixes.
-        page_len: Slots of a page; None for a contiguous cache.
         window: Positions that a node sees.
         softcap: Bound of the scores.
         has_sinks: Whether heads have sinks.

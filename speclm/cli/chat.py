@@ -216,7 +216,7 @@ class ChatLoop:
 def _why_uncoloured(answer: Answer) -> str:
     if answer.speculation.fallbacks:
         reason = "; ".join(answer.speculation.fallbacks)
-        return f"nothing to colour: the last answer was decoded plainly ({reason})"
+        return f"nothing to colour: the last answer was by regular generation ({reason})"
     return "nothing to colour: rounds were not reported while the last answer was generated"
 
 
@@ -264,7 +264,7 @@ def _speed(name: str, answers: list[Answer]) -> str:
 
 def _speculation(stats: SpeculationStats) -> Iterator[str]:
     if stats.fallbacks:
-        yield f"  decoded plainly: {'; '.join(stats.fallbacks)}"
+        yield f"  regular generation: {'; '.join(stats.fallbacks)}"
     if not stats.rounds:
         return
     histogram = enumerate(stats.accepted_length_histogram)

@@ -194,7 +194,7 @@ def test_an_answer_that_was_decoded_plainly_says_why_nothing_is_coloured():
     chat = tiny_chat()
     chat.spec.base.train()  # the reason
     output = Terminal("x", "/accepted", "y", chat=chat).output
-    assert output.count("decoded plainly (the model is in training mode") == 2
+    assert output.count("by regular generation (the model is in training mode") == 2
 
 
 def test_stats_show_tau_lengths_and_phases():
