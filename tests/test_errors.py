@@ -24,7 +24,11 @@ BUILTINS = {
     "MissingAssetError": FileNotFoundError,
     "MeasurementError": RuntimeError,
 }
-CLASSES = dict(inspect.getmembers(errors, inspect.isclass))
+CLASSES = {
+    name: kind
+    for name, kind in inspect.getmembers(errors, inspect.isclass)
+    if kind.__module__ == errors.__name__
+}
 
 
 def test_every_error_is_listed_here():

@@ -382,8 +382,7 @@ def _require_topology(topology: TreeTopology, name: str) -> None:
 def _require_probs(node_probs: list[list[float]], topology: TreeTopology, name: str) -> None:
     probs = torch.tensor(node_probs, dtype=torch.float64, device=topology.parents.device)
     is_draft = ~topology.is_padding.expand(len(probs), -1)
-    is_draft = is_draft & (torch.arange(probs.shape[1], device=probs.device) > 0)
-    drafted = probs.where(is_draft, 0.0)
+    drafted = torch.cat([torch.zeros_like(probs[:, :1]), probs.where(is_draft, 0.0)[:, 1:]], dim=1)
     if not bool(((drafted >= 0) & (drafted <= 1 + _SUM_TOLERANCE)).all()):  # false for NaN too
         raise ProposerContractError(
             f"{name}: node_probs lie in {float(drafted.min())!r} to {float(drafted.max())!r}, "

@@ -14,6 +14,7 @@ from speclm.acceptance import AcceptanceRule, Accepted, RejectionRule, rejection
 from speclm.config import ProposerConfig
 from speclm.drafting.interface import Draft, Prefill, Proposer
 from speclm.errors import DraftError
+from speclm.generation import loop
 from speclm.sampling import DraftSampling, Draws, PositionNoise
 from speclm.sampling.draws import Families
 from speclm.stats import SpeculationStats
@@ -186,7 +187,7 @@ def distribution_of(
     """Return the probability of every output, and the accepted length expected of round one."""
 
     def run(decisions: Decisions) -> tuple[tuple[int, ...], int]:
-        monkeypatch.setattr(rounds, "seeded_draws", lambda device: EnumeratedDraws(decisions))
+        monkeypatch.setattr(loop, "seeded_draws", lambda device: EnumeratedDraws(decisions))
         proposer, stats = make(), SpeculationStats()
         try:
             output = run_loop(proposer, warpers, rule=rule, table=table, stats=stats)
