@@ -6,7 +6,6 @@ import subprocess
 import sys
 import tokenize
 import tomllib
-from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,32 +18,32 @@ MAX_ASSET_BYTES = 35_000_000
 # Files past MAX_LINES, each with the reason why splitting it would read worse.
 LONG_FILES: dict[str, str] = {}
 
-MAX_FILES = 204  # to be 150
+MAX_FILES = 150
 MAX_FUNCTION_LINES, MAX_KERNEL_FUNCTION_LINES = 60, 120
-MAX_LONG_FUNCTIONS = 11  # to be 5
+MAX_LONG_FUNCTIONS = 5
 
 # Kernel bodies past MAX_KERNEL_FUNCTION_LINES.
 LONG_KERNELS = {"speclm/kernels/_triton_attention.py: split_kernel"}
 
 # Words and the most that there may be of them: where it is not 0, it may only fall.
-AVOIDED = {
-    r"\blaws?\b": 0,
-    r"\bchances?\b": 0,
-    r"\bplain decoding\b|\bdecod\w+ plainly\b": 18,
-    r"\barms?\b": 1,
-    r"\blanes?\b": 1,
-    r"\bfrontiers?\b": 0,
-    r"\bwalk(s|ed|ing)?\b": 12,
-    r"\bin step\b": 7,
-    r"\bbeside\b": 0,
-    r"\bbehind\b": 52,
-    r"\bin front of\b": 1,
-    r"\bdear\b": 4,
-    r"\balone\b(?=[.,;:)]|$)": 57,
-    r"\bpaces?\b": 6,
-    r"\bguess(es)?\b": 223,
-}
-MAX_SLOTS = 66  # outside cache/ and kernels/
+AVOIDED = (
+    r"\blaws?\b",
+    r"\bchances?\b",
+    r"\bplain decoding\b|\bdecod\w+ plainly\b",
+    r"\barms?\b",
+    r"\blanes?\b",
+    r"\bfrontiers?\b",
+    r"\bwalk(s|ed|ing)?\b",
+    r"\bin step\b",
+    r"\bbeside\b",
+    r"\bbehind\b",
+    r"\bin front of\b",
+    r"\bdear\b",
+    r"\balone\b(?=[.,;:)]|$)",
+    r"\bpaces?\b",
+    r"\bguess(es)?\b",
+)
+MAX_SLOTS = 29  # outside cache/ and kernels/
 
 # Put together here, so that this file does not contain them.
 FORBIDDEN = (
@@ -166,16 +165,13 @@ def prose(path: Path) -> str:
 
 def test_words_that_have_a_plainer_one_are_not_used():
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
-    counts: Counter[str] = Counter()
-    places: dict[str, list[str]] = defaultdict(list)
-    for path in [*pages, *MODULES]:
-        text = prose(path)
-        for words in AVOIDED:
-            if num := len(re.findall(words, text, re.IGNORECASE | re.MULTILINE)):
-                counts[words] += num
-                places[words].append(relative(path))
-    too_many = {words: places[words] for words, most in AVOIDED.items() if counts[words] > most}
-    assert too_many == {}
+    found = [
+        (relative(path), match[0])
+        for path in [*pages, *MODULES]
+        for words in AVOIDED
+        for match in re.finditer(words, prose(path), re.IGNORECASE | re.MULTILINE)
+    ]
+    assert found == []
 
 
 def test_slots_are_only_those_of_caches_and_kernels():

@@ -1,7 +1,7 @@
 """Options of the commands: one frozen dataclass a command, and every shared option once.
 
-This module imports nothing heavy: ``speclm --help`` and ``speclm COMMAND --help`` are made from it
-alone.
+This module imports nothing heavy: ``speclm --help`` and ``speclm COMMAND --help`` need no other
+module.
 """
 
 from dataclasses import dataclass

@@ -10,7 +10,7 @@ from speclm.stats import SpeculationStats
 from speclm.target import TargetView
 from speclm.tree.plan import TreePlan
 
-_WIDTH = 12  # of the names in front of the lines, as in `SpeculationStats`
+_WIDTH = 12  # of the names at the start of the lines, as in `SpeculationStats`
 
 
 def describe_tree_option(tree: TreePlan | str | None) -> str:

@@ -121,7 +121,7 @@ class TargetView:
     def require_masked_windows(self) -> None:
         """Check that masks hide the slots that regular generation's cache drops.
 
-        Otherwise tokens that are fed together see more than each one would alone. Runs a forward
+        Otherwise tokens that are fed together see more than each would by itself. Runs a forward
         of one token if the cache has sliding windows.
 
         Raises:

@@ -381,15 +381,14 @@ def _require_topology(topology: TreeTopology, name: str) -> None:
 
 def _require_probs(node_probs: list[list[float]], topology: TreeTopology, name: str) -> None:
     probs = torch.tensor(node_probs, dtype=torch.float64, device=topology.parents.device)
-    is_draft = ~topology.is_padding.expand(len(probs), -1)
-    drafted = torch.cat([torch.zeros_like(probs[:, :1]), probs.where(is_draft, 0.0)[:, 1:]], dim=1)
+    drafted = probs.where(~topology.is_padding.expand(len(probs), -1), 0.0)
+    drafted[:, 0] = 0.0
     if not bool(((drafted >= 0) & (drafted <= 1 + _SUM_TOLERANCE)).all()):  # false for NaN too
         raise ProposerContractError(
             f"{name}: node_probs lie in {float(drafted.min())!r} to {float(drafted.max())!r}, "
             "expected 0 to 1; return probabilities, not logits or logarithms"
         )
-    sums = torch.zeros_like(drafted)
-    sums.scatter_add_(1, topology.parents.expand(len(probs), -1), drafted)
+    sums = torch.zeros_like(drafted).scatter_add(1, topology.parents.expand_as(drafted), drafted)
     if float(sums.max()) > 1 + _SUM_TOLERANCE:
         raise ProposerContractError(
             f"{name}: node_probs of siblings sum to {float(sums.max()):.4g}, expected at most 1; "

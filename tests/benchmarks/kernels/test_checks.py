@@ -114,7 +114,7 @@ def test_far_checks_find_what_is_read_or_moved_elsewhere(monkeypatch):
     found = {
         name: check()
         for name, check in checks_memory.offset_checks(
-            device="cpu", backend="reference", sizes=checks_memory.NEAR
+            device="cpu", backend="auto", sizes=checks_memory.NEAR
         )
     }
     assert all(complaint is not None for complaint in found.values())
