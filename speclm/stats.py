@@ -100,8 +100,8 @@ class SpeculationStats:
         rounds: Target forwards after the prefill; each verifies one draft for all rows.
         seconds: Host time of each phase; see `PHASES`. An accelerator works asynchronously, and
             its time counts in the phase that waits for it.
-        backend: How drafts were verified, in the words of `Verification`.
-        self_check: Why by this backend and by none better.
+        verification: How drafts were verified, in the words of `Verification`.
+        self_check: Why so, and not in a faster way.
         fallbacks: Why the call, or a part of it, was decoded without speculation.
         acceptance: Name of the acceptance rule; greedy decoding uses the exact one.
         is_lossy: Whether an acceptance rule was used that changes the output's distribution.
@@ -118,7 +118,7 @@ class SpeculationStats:
     rows: list[RowStats] = field(default_factory=list)
     rounds: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
-    backend: str = "regular generation"
+    verification: str = "regular generation"
     self_check: str = ""
     fallbacks: list[str] = field(default_factory=list)
     acceptance: str = "exact"
@@ -276,7 +276,7 @@ class SpeculationStats:
             "acceptance_by_depth": self.acceptance_by_depth,
             "milliseconds_per_round": self.milliseconds_per_round,
             "prefill_milliseconds": 1e3 * self.seconds["prefill"],
-            "backend": self.backend,
+            "verification": self.verification,
             "self_check": self.self_check,
             "fallbacks": list(self.fallbacks),
             "acceptance": self.acceptance,

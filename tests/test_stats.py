@@ -69,7 +69,7 @@ def test_phases_are_timed_even_when_they_fail(stats, monkeypatch):
 
 
 def test_record_has_vllms_names_and_is_json(stats):
-    stats.backend = "tree attention"
+    stats.verification = "tree attention"
     record = json.loads(json.dumps(stats.to_dict()))
     assert record["mean_acceptance_length"] == pytest.approx(2.5)
     assert record["draft_acceptance_rate"] == pytest.approx(6 / 12)
@@ -78,7 +78,7 @@ def test_record_has_vllms_names_and_is_json(stats):
     assert record["num_accepted_draft_tokens"] == 6
     assert record["num_draft_tokens"] == 12
     assert record["num_target_forwards"] == 3
-    assert record["backend"] == "tree attention"
+    assert record["verification"] == "tree attention"
     assert record["is_lossy"] is False
     assert record["fallbacks"] == []
     assert [row["num_draft_tokens"] for row in record["rows"]] == [7, 5]
@@ -115,14 +115,14 @@ def test_merged_counters_are_those_of_all_calls():
     parts[0].seconds["draft"], parts[1].seconds["draft"] = 0.5, 1.0
     parts[0].num_plain_rounds, parts[1].num_plain_rounds = 1, 2
     parts[0].num_regular_steps, parts[1].num_regular_steps = 3, 4
-    parts[0].plain_round_seconds, parts[0].is_lossy, parts[1].backend = 0.5, True, "chains"
+    parts[0].plain_round_seconds, parts[0].is_lossy, parts[1].verification = 0.5, True, "chains"
     parts[1].pauses.append(Pause(1, "y"))
     merged = SpeculationStats.merge(parts)
     assert (merged.rounds, merged.tau, merged.fallbacks) == (3, 3.0, ["x", "y"])
     assert merged.seconds["draft"] == 1.5
     assert (merged.num_plain_rounds, merged.pauses) == (3, [Pause(2, "y")])  # after the first call
     assert (merged.num_regular_steps, merged.plain_round_seconds) == (7, 0.5)
-    assert (merged.is_lossy, merged.backend) == (True, "chains")
+    assert (merged.is_lossy, merged.verification) == (True, "chains")
     assert SpeculationStats.merge([]) == SpeculationStats()
 
 

@@ -102,7 +102,7 @@ class Generation:
         self.request, self.setup, self.stats, self.target = request, setup, stats, target
         self.session = open_session(
             target,
-            setup.backend,
+            setup.verification,
             prompt.model_inputs,
             prompt.images,
             prompt.num_padding,

@@ -250,7 +250,7 @@ def meets_switch(
 
 def open_session(
     target: TargetView,
-    backend: Verification,
+    verification: Verification,
     inputs: dict[str, Any],
     images: dict[str, Any],
     num_padding: Int[Tensor, " batch"],
@@ -258,16 +258,16 @@ def open_session(
     cache: Any,
     num_tokens: int,
 ) -> Session:
-    """Return a session of the backend that continues from a cache, where one was passed in.
+    """Return a session of that kind, which continues from the cache that was passed in, if any.
 
     Raises:
-        NeedsRegularGeneration: If the backend cannot use that cache, or images shift the positions
+        NeedsRegularGeneration: If it cannot use that cache, or images shift the positions
             of a model whose rotation depends on the length.
     """
     shift = position_shift(inputs.get("position_ids"), num_padding, num_tokens=num_tokens)
     if shift is not None and target.rotary_switch is not None:
         raise NeedsRegularGeneration("rope scaling by length, and positions that images shift")
-    if backend is Verification.CHAINS:
+    if verification is Verification.CHAINS:
         inputs = {
             name: value
             for name, value in inputs.items()

@@ -145,7 +145,7 @@ class Setup:
     Args:
         target: View of the base.
         proposer: Proposes draft tokens; None for one token a round.
-        backend: How drafts are verified.
+        verification: How drafts are verified.
         rule: Decides which draft tokens are kept when sampling.
         plan: Tree of every draft; None for what the proposer's own settings say.
         pauses: What earlier calls measured; None to draft in every round.
@@ -157,7 +157,7 @@ class Setup:
 
     target: TargetView
     proposer: Proposer | None
-    backend: Verification = Verification.TREES
+    verification: Verification = Verification.TREES
     rule: AcceptanceRule = field(default_factory=ExactRule)
     plan: TreePlan | None = None
     pauses: Memory | None = None

@@ -135,7 +135,7 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     _delegated(
         "synced_gpus",
-        "keeps processes in step that share the weights of one model",
+        "keeps the forwards of processes that share one model synchronised",
         PARAMETER,
         inactive=_OFF,
     ),

@@ -63,7 +63,7 @@ def write_report(
         ("base", f"{target.name}, {type(model).__name__}"),
         ("", f"{size}, {model.dtype}, {model.device}"),
         ("proposer", describe_proposer(proposer) if proposer else "none"),
-        ("backend", f"{check.verification.value}: {check.reason}"),
+        ("verified", f"{check.verification.value}: {check.reason}"),
         ("", f"{source} in {check.milliseconds:.1f} ms"),
         ("kernels", f"{kernel.backend}: {kernel.reason}"),
     ]

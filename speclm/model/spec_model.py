@@ -237,7 +237,7 @@ class SpecModel(KeepsCounters, Wrapper):
         arguments.pop("custom_generate", None)  # it is None
         self._watch.look(self._target)
         check = self.self_check
-        stats = SpeculationStats(backend=check.verification.value, self_check=check.reason)
+        stats = SpeculationStats(verification=check.verification.value, self_check=check.reason)
         try:
             require_speculation(self._watch, arguments, self.generation_config)
             for message, reason in slowdowns(check, self.proposer):
@@ -245,7 +245,7 @@ class SpecModel(KeepsCounters, Wrapper):
             setup = Setup(
                 target=self._target,
                 proposer=self.proposer,
-                backend=check.verification,
+                verification=check.verification,
                 rule=rule,
                 plan=plan if isinstance(plan, TreePlan) else None,
                 pauses=self.memory if self.adaptive and not isinstance(plan, TreePlan) else None,

@@ -129,7 +129,7 @@ def test_chains_honour_the_inputs_that_a_model_prepares_itself(base):
     drop_positions(base)
     generate(spec, INPUTS, **SETTINGS)  # in which the model is checked again
     require_exact(spec, INPUTS, **SETTINGS)
-    assert spec.last_speculation.backend == "chains"
+    assert spec.last_speculation.verification == "chains"
     assert "prepare_inputs_for_generation of the model object" in spec.self_check.reason
     del base.prepare_inputs_for_generation  # as it was when it was wrapped
     require_exact(spec, INPUTS, **SETTINGS)

@@ -22,7 +22,7 @@ def report(check, stats=None, proposer=None):
 @pytest.mark.parametrize("backend", Verification)
 def test_backend_and_reason_are_given(backend):
     text = report(SelfCheck(backend, "no trees: no mask", milliseconds=12.3))
-    assert f"backend     {backend.value}: no trees: no mask" in text
+    assert f"verified    {backend.value}: no trees: no mask" in text
     assert "checked in 12.3 ms" in text
     assert "proposer    none" in text
 

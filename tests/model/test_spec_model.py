@@ -257,7 +257,7 @@ def test_return_dict_holds_sequences_and_counters(spec, base):
     assert torch.equal(output.sequences, generate(base, inputs, **SAMPLED)[0])
     assert output.speculation is spec.last_speculation
     assert output.speculation.rounds > 0
-    assert output.speculation.backend == "tree attention"
+    assert output.speculation.verification == "tree attention"
     config = GenerationConfig(return_dict_in_generate=True, **SAMPLED, pad_token_id=0)
     assert isinstance(spec.generate(**inputs, generation_config=config), SpeculativeOutput)
 
@@ -344,7 +344,7 @@ def test_model_that_takes_chains_alone_speculates_and_says_so_once(caplog):
     lines = lines_of(caplog)
     assert len(lines) == 1
     assert "verifying chains with BloomForCausalLM" in lines[0]
-    assert spec.last_speculation.backend == "chains"
+    assert spec.last_speculation.verification == "chains"
     assert spec.last_speculation.fallbacks == []
     assert spec.last_speculation.rounds < len(expected[0]) / 2
     assert "no trees: " in report_of(spec)

@@ -142,7 +142,7 @@ def test_models_without_trees_give_their_own_tokens_and_the_reason(name, setting
     stats = spec.last_speculation
     assert stats.self_check == check.reason
     if check.verification is Verification.REGULAR:
-        assert stats.backend == "regular generation"
+        assert stats.verification == "regular generation"
         assert stats.fallbacks == [check.reason]
     lines: list[str] = []
     spec.print_report(write=lines.append)
