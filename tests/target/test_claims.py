@@ -1,5 +1,6 @@
 """One generation has its objects, whatever else fails meanwhile, and others follow in order."""
 
+import gc
 import logging
 import signal
 import sys
@@ -13,6 +14,13 @@ import pytest
 
 from speclm.errors import BusyError
 from speclm.target import NestedError, claims, exclusive
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_queued():
+    """Wait for what threads of other tests still generate."""
+    gc.collect()
+    wait_for(lambda: claims._QUEUE == [])
 
 
 def wanting(*things: object) -> list[tuple[object, str]]:
