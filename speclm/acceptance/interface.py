@@ -4,8 +4,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -15,6 +16,8 @@ from speclm.sampling.chooser import TokenChooser
 from speclm.sampling.draws import DraftSampling, Draws
 from speclm.sampling.noise import PositionNoise
 from speclm.tree.topology import TreeTopology
+
+HostArray = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,6 +50,45 @@ class Verified:
     lengths: list[int] | None = None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class TargetCandidates:
+    """The target's likeliest tokens after each node that it verified.
+
+    Args:
+        ids: The tokens, best first.
+        log_probs: Their log-probabilities, before any logits processor.
+        nodes: For each row the node of the proposer's own draft that each column belongs to;
+            further columns are padding. None if column i is node i.
+    """
+
+    ids: Int[Tensor, "batch nodes candidates"]
+    log_probs: Float[Tensor, "batch nodes candidates"]
+    nodes: list[list[int]] | None = None
+
+    @classmethod
+    def best(cls, logits: Float[Tensor, "batch nodes vocab"], *, num: int) -> "TargetCandidates":
+        """Return the `num` likeliest tokens after each node, or all of a smaller vocabulary."""
+        found = logits.topk(min(num, logits.shape[-1]), dim=-1)
+        total = logits.float().logsumexp(-1, keepdim=True)
+        return cls(found.indices, found.values.float() - total)
+
+    def on_host(self) -> tuple[HostArray, HostArray]:
+        """Return ids and log-probabilities as arrays on the host; syncs with the device."""
+        return self.ids.cpu().numpy(), self.log_probs.cpu().numpy()
+
+    def nodes_of(self, row: int, *, num_nodes: int) -> list[int]:
+        """Return the proposer's node at each column of a row, without padding.
+
+        Args:
+            row: The row.
+            num_nodes: Nodes of the proposer's draft of this row.
+        """
+        num_columns = self.ids.shape[1]  # a draft may have been dropped for its root
+        if self.nodes is None:
+            return list(range(min(num_nodes, num_columns)))
+        return [node for node in self.nodes[row][:num_columns] if node < num_nodes]
+
+
 @dataclass(frozen=True, eq=False)
 class Accepted:
     """The accepted path of every row and the tokens that the row emits.
@@ -60,11 +102,14 @@ class Accepted:
         tokens: Token that the target chose after each node of `path`, padded with -1. The last
             one is the bonus token, which becomes the next root.
         features: Target features that each token was chosen from, if the proposer asks for them.
+        candidates: The target's likeliest tokens after every node of the draft, if the proposer
+            asks for them.
     """
 
     path: Int[Tensor, "batch path"]
     tokens: Int[Tensor, "batch path"]
     features: Float[Tensor, "batch path hidden"] | None = None
+    candidates: TargetCandidates | None = None
 
     @classmethod
     def from_host(
@@ -119,8 +164,15 @@ class Accepted:
 
     def with_path_features(self, features: Float[Tensor, "batch path hidden"]) -> "Accepted":
         """Return a copy with features of each token."""
+        return self._replaced(features=features)
+
+    def with_candidates(self, candidates: TargetCandidates) -> "Accepted":
+        """Return a copy with the target's likeliest tokens."""
+        return self._replaced(candidates=candidates)
+
+    def _replaced(self, **changes: Any) -> "Accepted":
         known = {name: vars(self)[name] for name in ("paths", "emitted") if name in vars(self)}
-        return replace(self, features=features)._with_host(**known)
+        return replace(self, **changes)._with_host(**known)
 
     def with_paths(self, paths: list[list[int]]) -> "Accepted":
         """Return a copy with the same tokens on other, possibly shorter paths."""

@@ -106,6 +106,9 @@ class Proposer(ABC):
             `Prefill.sampler` is given, draw the children of every node with it, in the order of
             the nodes, and return the distributions in `Draft.distributions`. Whether a node exists
             may depend on the tokens above it, not on its own token or a sibling's.
+        num_observed: How many of the target's likeliest tokens after each node of the verified
+            draft it is given with every `commit`, in ``accepted.candidates``.
+        remembers: Whether drafts may depend on earlier generations and on other rows of a batch.
         fills_static_trees: Whether it fills static trees of ranks, such as ``plan.paths``.
         num_ranks: Candidates that it can rank below a node; None for ``needs.vocab_size``.
         plan: Size of the next drafts, set by the loop before `begin` and every `propose`; None for
@@ -139,6 +142,8 @@ class Proposer(ABC):
     needs: TargetNeeds = TargetNeeds()
     needs_lockstep: ClassVar[bool] = False
     draft_sampling: ClassVar[DraftSampling] = DraftSampling.NONE
+    num_observed: ClassVar[int] = 0
+    remembers: ClassVar[bool] = False
     fills_static_trees: ClassVar[bool] = False
     num_ranks: int | None = None
     plan: TreePlan | None = None

@@ -30,6 +30,7 @@ class Drafter:
     Attributes:
         plan: Tree of the next draft; None for what the proposer's own settings say.
         features: Hidden states of the target that the proposer is given.
+        num_observed: Likeliest tokens after each node that the proposer is given.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Drafter:
         """Prepare for a call."""
         self.plan = setup.plan
         self.features = TargetFeatures.NONE if setup.proposer is None else setup.proposer.features
+        self.num_observed = 0 if setup.proposer is None else setup.proposer.num_observed
         self._request = request
         self._proposer = setup.proposer
         self._target = setup.target
@@ -112,7 +114,10 @@ class Drafter:
         if self._proposer is None:
             return
         if self._own_nodes is not None:
-            accepted = accepted.with_paths(_renumber(accepted.paths, self._own_nodes))
+            candidates, nodes = accepted.candidates, self._own_nodes
+            accepted = accepted.with_paths(_renumber(accepted.paths, nodes))
+            if candidates is not None:
+                accepted = accepted.with_candidates(replace(candidates, nodes=nodes))
             self._own_nodes = None
         with self._isolated(noise):
             self._proposer.commit(accepted)

@@ -16,7 +16,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 from transformers.generation.stopping_criteria import StoppingCriteriaList
 
 from speclm.acceptance import Accepted
-from speclm.acceptance.interface import Verified
+from speclm.acceptance.interface import TargetCandidates, Verified
 from speclm.adaptive.memory import forward_timings
 from speclm.adaptive.pausing import Pausing
 from speclm.adaptive.tuner import TreeTuner, describe_tree
@@ -270,6 +270,9 @@ class Generation:
             if self.target.features is not None:
                 nodes = draft.topology.num_nodes
                 taken = taken.with_features(self.target.features[:, -nodes:])
+            num_observed = self.drafter.num_observed
+            if num_observed and self.sequences.any_live:
+                taken = taken.with_candidates(TargetCandidates.best(logits, num=num_observed))
         with self.stats.phase("commit"):
             is_live = self.sequences.any_live
             if is_live or self.request.prompt.cache is not None:

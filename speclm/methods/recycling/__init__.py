@@ -1,0 +1,1 @@
+"""Drafts what the target thought likely after the same tokens before."""

@@ -1,0 +1,106 @@
+"""The target's own candidates, remembered by token and by pair of tokens."""
+
+from typing import Any
+
+import numpy as np
+from typing_extensions import override
+
+from speclm.drafting.interface import Prefill
+from speclm.drafting.sources import CandidateSource, NoiseRow, State
+from speclm.methods.recycling.memory import CandidateMemory
+
+NUM_CANDIDATES = 8
+
+# A key: whether the pair was known, the rank, and the remembered probability in buckets.
+_BOUNDS = (0.9, 0.65, 0.4, 0.2, 0.08)
+_NUM_BUCKETS = len(_BOUNDS) + 1
+_NUM_RANKS = 4  # further ranks share the last
+_BUCKET_RATES = (0.9, 0.7, 0.45, 0.25, 0.1, 0.03)
+_TOKEN_FACTOR = 0.6  # of a rate where only the token was known
+
+
+class RecyclingSource(CandidateSource):
+    """Suggests what the target thought likely when it last was after the same one or two tokens.
+
+    Source: Luo et al. 2024 (Token Recycling), which remembers by single tokens.
+    """
+
+    start_rates = tuple(
+        rate * factor * 0.9**rank
+        for factor in (_TOKEN_FACTOR, 1.0)
+        for rank in range(_NUM_RANKS)
+        for rate in _BUCKET_RATES
+    )
+    num_observed = NUM_CANDIDATES
+
+    def __init__(self, memory: CandidateMemory) -> None:
+        self.memory = memory
+        self._temperature = 0.0
+        self._last: list[tuple[int, int]] = []
+
+    @override
+    def begin(self, prompt: Prefill) -> None:
+        self._temperature = prompt.temperature
+        # Once per generation: the memory lives on the host.
+        ends, firsts = prompt.tokens[:, -1:].tolist(), prompt.first_tokens.tolist()
+        self._last = [
+            (end[0] if end else -1, first) for end, first in zip(ends, firsts, strict=True)
+        ]
+
+    @override
+    def root(self, row: int) -> State:
+        return self._last[row]
+
+    @override
+    def advance(self, state: State, token: int) -> State:
+        return state[1], token
+
+    @override
+    def candidates(self, state: State, noise: NoiseRow | None) -> list[tuple[int, int]]:
+        found = self.memory.find(*state)
+        if found is None:
+            return []
+        order, ids, log_probs = found
+        if noise is not None:
+            ids, log_probs = self._under_noise(ids, log_probs, noise)
+        base = order * _NUM_RANKS * _NUM_BUCKETS
+        keyed = []
+        for rank, (token, log_prob) in enumerate(zip(ids, log_probs, strict=True)):
+            bucket = 0
+            for bound in _LOG_BOUNDS:
+                if log_prob >= bound:
+                    break
+                bucket += 1
+            keyed.append((token, base + min(rank, _NUM_RANKS - 1) * _NUM_BUCKETS + bucket))
+        return keyed
+
+    def _under_noise(
+        self, ids: list[int], log_probs: list[float], noise: NoiseRow
+    ) -> tuple[list[int], list[float]]:
+        """Rank candidates by the noise that decides among them; return probabilities to be best."""
+        keys = np.array(log_probs, dtype=np.float32) / self._temperature
+        keys -= np.log(noise[ids])
+        weights = np.exp(keys - keys.max())
+        coupled = np.log(weights / weights.sum())
+        order = np.argsort(-coupled)
+        return [ids[i] for i in order], coupled[order].tolist()
+
+    @override
+    def observe(
+        self,
+        previous: list[int],
+        tokens: list[int],
+        ids: np.ndarray[Any, Any],
+        log_probs: np.ndarray[Any, Any],
+        *,
+        num_rejected: int,
+    ) -> None:
+        self.memory.store(previous, tokens, ids, log_probs, num_rejected=num_rejected)
+
+    @override
+    def commit(self, row: int, emitted: list[int]) -> None:
+        *_, previous, token = (*self._last[row], *emitted)
+        self._last[row] = previous, token
+
+
+_LOG_BOUNDS = tuple(float(np.log(bound)) for bound in _BOUNDS)
