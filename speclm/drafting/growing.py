@@ -53,9 +53,7 @@ class GrowthConfig(ProposerConfig):
     def __post_init__(self) -> None:
         require_depth("depth", self.depth)  # super() does not work in a slotted dataclass
         require_count("num_draft_tokens", self.num_draft_tokens, low=1, high=MAX_NODES - 1)
-        require_in_range(
-            "min_probability", self.min_probability, low=_LEAST_PROBABILITY, high=1.0
-        )
+        require_in_range("min_probability", self.min_probability, low=_LEAST_PROBABILITY, high=1.0)
         if self.paths is not None:
             object.__setattr__(self, "paths", normalize_paths(self.paths))
 
@@ -228,7 +226,7 @@ class TreeGrower:
             self._add(tree, parent, token, prob)
 
     def _fill(self, row: int, tree: GrownTree, paths: RankPaths) -> None:
-        """Fill a static tree: ranks are those of the candidates' rates; missing ones are left out."""
+        """Fill a static tree by the ranks of the candidates' rates; leave out missing ranks."""
         nodes: dict[tuple[int, ...], int] = {(): 0}
         ranked: dict[int, list[tuple[float, int]]] = {}
         for path in paths:
@@ -353,4 +351,3 @@ class SourceProposer(Proposer):
     @override
     def commit(self, accepted: Accepted) -> None:
         self.grower.commit(accepted)
-

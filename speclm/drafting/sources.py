@@ -112,6 +112,11 @@ class DraftSource(CandidateSource):
                     siblings.append((tokens[node], node, key))
             self._children.append(children)
 
+    @property
+    def has_drafts(self) -> bool:
+        """Whether the proposer has drafted in this round."""
+        return bool(self._children)
+
     def drop(self) -> None:
         """Forget the trees."""
         self._children = []

@@ -42,6 +42,21 @@ class Fixed(Proposer):
         self.told.append((accepted.paths, accepted.emitted))
 
 
+def begun(parts, num_rows: int = 1, **options) -> CombinedProposer:
+    joined = CombinedProposer(parts, **options)
+    rows = torch.zeros(num_rows, dtype=torch.long)
+    joined.begin(
+        Prefill(
+            tokens=rows[:, None],
+            num_padding=rows,
+            first_tokens=rows,
+            temperature=0.0,
+            max_new_tokens=9,
+        )
+    )
+    return joined
+
+
 def paths_of(draft: Draft, row: int = 0) -> list[tuple[int, ...]]:
     found = []
     for path in draft.topology.path_indices[row].tolist():
@@ -54,7 +69,7 @@ def paths_of(draft: Draft, row: int = 0) -> list[tuple[int, ...]]:
 def test_equal_guesses_after_equal_paths_are_one_node():
     first = Fixed([[5, 6, 7]], [[0, 0, 1, 2]])
     second = Fixed([[5, 8, 9, 6]], [[0, 0, 1, 0, 1]])
-    joined = CombinedProposer([first, second])
+    joined = begun([first, second])
     draft = joined.propose(torch.tensor([3]), noise=None)
     assert paths_of(draft) == [(5,), (5, 6), (5, 6, 7), (5, 8), (9,)]
     assert draft.tokens[0, 0] == 3
@@ -63,7 +78,7 @@ def test_equal_guesses_after_equal_paths_are_one_node():
 def test_each_part_is_told_all_tokens_and_its_own_part_of_the_path():
     first = Fixed([[5, 6, 7]], [[0, 0, 1, 2]])
     second = Fixed([[9, 5, 6]], [[0, 0, 0, 2]])
-    joined = CombinedProposer([first, second])
+    joined = begun([first, second])
     joined.propose(torch.tensor([3]), noise=None)
     joined.commit(Accepted.from_host([[0, 1, 2, 3]], [[5, 6, 7, 1]], device=CPU))
     assert first.told == [([[0, 1, 2, 3]], [[5, 6, 7, 1]])]
@@ -73,18 +88,42 @@ def test_each_part_is_told_all_tokens_and_its_own_part_of_the_path():
 def test_rows_are_joined_apart_and_padding_is_left_out():
     first = Fixed([[5, 6], [7, 0]], [[0, 0, 1], [0, 0]])
     second = Fixed([[6], [7]], [[0, 0]])
-    draft = CombinedProposer([first, second]).propose(torch.tensor([1, 2]), noise=None)
+    draft = begun([first, second], num_rows=2).propose(torch.tensor([1, 2]), noise=None)
     assert paths_of(draft, 0) == [(5,), (5, 6), (6,)]
     assert paths_of(draft, 1) == [(7,)]
 
 
-def test_the_first_parts_nodes_are_kept_when_there_are_too_many():
-    first = Fixed([[5, 6]], [[0, 0, 1]])
+def test_likeliest_nodes_of_all_parts_are_kept_when_there_are_too_many():
+    first = Fixed([[5, 6, 4]], [[0, 0, 1, 2]])
     second = Fixed([[9, 8, 7]], [[0, 0, 1, 2]])
-    draft = CombinedProposer([first, second], num_draft_tokens=3).propose(
-        torch.tensor([1]), noise=None
+    draft = begun([first, second], num_draft_tokens=4).propose(torch.tensor([1]), noise=None)
+    assert sorted(paths_of(draft)) == [(5,), (5, 6), (9,), (9, 8)]
+
+
+def test_part_that_is_never_right_loses_its_nodes():
+    first, second = Fixed([[5, 6]], [[0, 0, 1]]), Fixed([[9, 8]], [[0, 0, 1]])
+    joined = begun([first, second], num_draft_tokens=2)
+    for _ in range(64):
+        draft = joined.propose(torch.tensor([1]), noise=None)
+        path = [0, *(1 + draft.tokens[0, 1:].tolist().index(t) for t in (9,) if t in draft.tokens)]
+        joined.commit(Accepted.from_host([path], [[9, 8][: len(path)]], device=CPU))
+    assert paths_of(joined.propose(torch.tensor([1]), noise=None)) == [(9,), (9, 8)]
+
+
+def test_ngrams_go_on_below_the_nodes_of_other_parts():
+    other = Fixed([[5]], [[0, 0]])
+    joined = CombinedProposer([NgramProposer(), other])
+    row = torch.tensor([[5, 6, 7, 3]])
+    joined.begin(
+        Prefill(
+            tokens=row,
+            num_padding=torch.tensor([0]),
+            first_tokens=torch.tensor([2]),
+            temperature=0.0,
+            max_new_tokens=9,
+        )
     )
-    assert paths_of(draft) == [(5,), (5, 6), (9,)]
+    assert (5, 6, 7) in paths_of(joined.propose(torch.tensor([2]), noise=None))
 
 
 def test_features_are_asked_for_when_a_part_needs_them():

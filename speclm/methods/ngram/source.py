@@ -75,7 +75,8 @@ class NgramIndex:
             ((token, count),) = counts.items()
             kind = _ONCE if count == 1 else _AGREED_TWICE if count == 2 else _AGREED
             return [(token, base + kind)]
-        ranked = sorted(reversed(counts), key=counts.__getitem__, reverse=True)[:_LIMIT]
+        latest_first = reversed(counts)
+        ranked = sorted(latest_first, key=counts.__getitem__, reverse=True)[:_LIMIT]
         is_most = 3 * counts[ranked[0]] >= 2 * sum(counts.values())
         kinds = (_MOSTLY if is_most else _FIRST, _SECOND, _LATER)
         return [(token, base + kind) for token, kind in zip(ranked, kinds, strict=False)]

@@ -75,7 +75,7 @@ def test_rows_without_a_match_share_one_node_topology():
 
 
 def test_longest_match_wins_over_a_more_recent_shorter_one():
-    proposer = NgramProposer(num_draft_tokens=1, branches=1)
+    proposer = NgramProposer(num_draft_tokens=1)
     begin(proposer, [8, 1, 2, 30, 9, 2, 40, 8, 1], firsts=[2])
     assert paths(propose(proposer, 2)) == [(30,)]
 
@@ -94,14 +94,6 @@ def test_most_frequent_continuation_comes_first_and_then_the_most_recent():
     proposer = NgramProposer(num_draft_tokens=2, min_probability=0.1)
     begin(proposer, [1, 2, 7, 1, 3, 9], firsts=[1])
     assert propose(proposer, 1).tokens[0, 1].item() == 3
-
-
-def test_branches_bounds_the_children_of_a_node():
-    prompt = [token for follower in range(10, 15) for token in (1, follower)]
-    proposer = NgramProposer(branches=2, min_probability=0.001)
-    begin(proposer, prompt, firsts=[1])
-    first_level = propose(proposer, 1).topology.depths.eq(1).sum()
-    assert first_level == 2
 
 
 def test_committed_tokens_are_looked_up_too():
@@ -187,14 +179,14 @@ def test_drafts_are_trees_without_twins_and_a_row_does_not_see_the_others(
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("num_draft_tokens", 0), ("max_ngram", 17), ("branches", 9), ("min_probability", 0.0)],
+    [("num_draft_tokens", 0), ("max_ngram", 17), ("min_probability", 0.0)],
 )
 def test_options_out_of_range_are_named(option, value):
     with pytest.raises(OptionError, match=rf"{option} is {value}.*expected"):
         NgramProposer(**{option: value})
 
 
-@pytest.mark.parametrize("name", ["num_draft_tokens", "max_ngram", "branches", "min_probability"])
+@pytest.mark.parametrize("name", ["num_draft_tokens", "max_ngram", "min_probability"])
 @pytest.mark.parametrize("wrong", ["a", None, [1]])
 def test_options_of_the_wrong_type_are_named(name, wrong, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users run it
