@@ -54,6 +54,11 @@ class HittingProposer(Proposer):
     def features(self) -> TargetFeatures:  # type: ignore[override]  # the inner one decides
         return self._inner.features
 
+    @property
+    @override
+    def num_observed(self) -> int:  # type: ignore[override]  # the inner one decides
+        return self._inner.num_observed
+
     @override
     def begin(self, prompt: Prefill) -> None:
         self._num_tokens = [0] * len(prompt.first_tokens)

@@ -157,6 +157,11 @@ class RankRecorder(Proposer):
 
     @property
     @override
+    def num_observed(self) -> int:  # type: ignore[override]  # the inner one decides
+        return self._inner.num_observed
+
+    @property
+    @override
     def needs_lockstep(self) -> bool:  # type: ignore[override]  # the inner one decides
         return self._inner.needs_lockstep
 

@@ -339,6 +339,11 @@ class SourceProposer(Proposer):
     def num_observed(self) -> int:  # type: ignore[override]  # the sources decide
         return self.grower.num_observed
 
+    def describe(self) -> str:
+        """Return what reports say about the proposer."""
+        held = filter(None, (source.describe() for source in self.grower.sources))
+        return "; ".join([f"{type(self).__name__}, {self.config}", *held])
+
     @override
     def begin(self, prompt: Prefill) -> None:
         self.grower.begin(prompt)

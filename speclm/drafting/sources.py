@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from typing_extensions import override
@@ -30,7 +30,7 @@ class CandidateSource(ABC):
     """
 
     start_rates: Sequence[float]
-    num_observed: ClassVar[int] = 0
+    num_observed: int = 0
 
     def begin(self, prompt: Prefill) -> None:  # noqa: B027 - not all have rows
         """Start a generation."""
@@ -73,6 +73,10 @@ class CandidateSource(ABC):
 
     def commit(self, row: int, emitted: list[int]) -> None:  # noqa: B027 - not all have rows
         """Append the tokens that a row emitted."""
+
+    def describe(self) -> str:
+        """Return what the source holds, for reports; empty if there is nothing to say."""
+        return ""
 
 
 NUM_PROB_BUCKETS = 8

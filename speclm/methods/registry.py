@@ -155,7 +155,10 @@ class Method(ABC):
 
 
 class ProposerMethod(Method):
-    """A proposer class that ``heads=name`` makes with its options."""
+    """A proposer class that ``heads=name`` makes with its options.
+
+    If its first parameter is named `target`, it is given the target.
+    """
 
     is_named = True
 
@@ -166,13 +169,13 @@ class ProposerMethod(Method):
 
     @override
     def load(self, source: HeadsSource, target: "PreTrainedModel") -> "Proposer":
-        del target  # it works with any
-        proposer_type, options = self._find_type(), source.options
-        parameters = inspect.signature(proposer_type).parameters
+        proposer_type, options = self._find_type(), dict(source.options)
+        parameters = dict(inspect.signature(proposer_type).parameters)
+        is_given_target = parameters.pop("target", None) is not None
         if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
             require_options(options, parameters, owner=f"proposer {self.name!r}")
         try:
-            return proposer_type(**options)
+            return proposer_type(target, **options) if is_given_target else proposer_type(**options)
         except TypeError as error:
             raise OptionError(
                 f"proposer {self.name!r} cannot be built with {sorted(options)!r} ({error}); see "
@@ -182,6 +185,14 @@ class ProposerMethod(Method):
     @override
     def owns(self, proposer: "Proposer") -> bool:
         return isinstance(proposer, self._find_type())
+
+    @override
+    def describe(self, proposer: "Proposer") -> str:
+        from speclm.drafting.growing import SourceProposer
+
+        if isinstance(proposer, SourceProposer):
+            return proposer.describe()
+        return super().describe(proposer)
 
 
 @cache
@@ -195,9 +206,23 @@ def _built_in() -> tuple[Method, ...]:
 
         return NgramProposer
 
+    def recycling() -> "type[Proposer]":
+        from speclm.methods.recycling.proposer import RecyclingProposer
+
+        return RecyclingProposer
+
+    def lookup() -> "type[Proposer]":
+        from speclm.methods.lookup.proposer import LookupProposer
+
+        return LookupProposer
+
+    joined = "n-grams joined with the target's remembered candidates; has no weights"
+    remembered = "what the target thought likely after the same tokens before; has no weights"
     copies = "copies what followed the same words in prompt or output; has no weights"
     return (
+        ProposerMethod("lookup", lookup, summary=joined),
         ProposerMethod("ngram", ngram, summary=copies),
+        ProposerMethod("recycling", recycling, summary=remembered),
         MedusaMethod(),
         EagleMethod(),
         DraftModelMethod(),

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from speclm.acceptance.interface import TargetCandidates
 from speclm.config import MAX_DEPTH, MAX_NODES, require_in_range
 from speclm.drafting.interface import Draft, Proposer
 from speclm.errors import ProposerContractError, TopologyError, TreeBudgetError
@@ -52,7 +53,8 @@ def check_proposer(
     topology and probabilities of drafts; that column 0 holds the roots; that arguments, earlier
     drafts and the global generators stay unchanged; that a row's draft depends neither on the
     other rows nor on an earlier generation; and that committed tokens matter to a proposer whose
-    drafts depend on the prompt. A proposer that asks for features is given random ones, which
+    drafts depend on the prompt. A proposer that declares `remembers` may depend on other rows and
+    generations. A proposer that asks for features is given random ones, which
     depend only on the token. It takes seconds; models should be small.
 
     Args:
@@ -116,6 +118,10 @@ class _Driver:
         features = random_features(
             self.vocab_size, self.hidden_size, seed=self.seed, device=self.device
         )
+        # The logits after a token, of which a proposer may ask for the best.
+        scores = random_features(
+            self.vocab_size, self.vocab_size, seed=self.seed, device=self.device
+        )
         needs_features = proposer.features != TargetFeatures.NONE
         if needs_features:
             inputs.append(features[prefill.tokens])
@@ -145,6 +151,10 @@ class _Driver:
                 accepted = accepted.with_features(features[draft.tokens])
                 assert accepted.features is not None
                 decided.append(accepted.features)
+            if proposer.num_observed:
+                accepted = accepted.with_candidates(
+                    TargetCandidates.best(scores[draft.tokens], num=proposer.num_observed)
+                )
             watch.call("commit", partial(proposer.commit, accepted), decided)
             for row, emitted in enumerate(accepted.emitted):
                 positions[row] += len(emitted)
@@ -210,6 +220,9 @@ def _require_independence(
     first = make()
     name = type(first).__name__
     history = driver.run(first, batch)
+    if first.remembers:
+        driver.run(first, batch[::-1])
+        return
     others = [
         replace(row, prompt=row.prompt[::-1][:-1], seed=f"other {b}", said=[])
         for b, row in enumerate(batch)

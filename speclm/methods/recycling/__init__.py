@@ -1,1 +1,1 @@
-"""Drafts what the target thought likely after the same tokens before."""
+"""Drafts what the target itself thought likely after the same tokens."""

@@ -1,43 +1,56 @@
 """Drafts without training: what the target thought likely after the same tokens before."""
 
-from typing_extensions import override
+from pathlib import Path
 
+from transformers import PreTrainedModel
+
+from speclm.config import MAX_DEPTH, require_count
 from speclm.drafting.growing import GrowthConfig, SourceProposer, TreeGrower
-from speclm.drafting.interface import Prefill
-from speclm.methods.ngram.source import NgramSource
-from speclm.methods.recycling.memory import CandidateMemory
-from speclm.methods.recycling.source import NUM_CANDIDATES, RecyclingSource
+from speclm.drafting.interface import TargetNeeds
+from speclm.methods.recycling.memory import MAX_PAIRS
+from speclm.methods.recycling.source import RecyclingSource
+from speclm.target.logits import head_shape
 
 
 class RecyclingProposer(SourceProposer):
+    """Proposes what the target thought likely when it last was after the same one or two tokens.
+
+    Every verification computes the target's distribution after all nodes of a tree, accepted and
+    rejected ones. The likeliest tokens of each are remembered, and drafted when their node's token
+    comes again. The memory changes which tokens are drafted, never which are generated.
+
+    Source: Luo et al. 2024 (Token Recycling).
+
+    Args:
+        target: The model that will verify.
+        num_draft_tokens: Most nodes of a draft; `GrowthConfig` describes it and `min_probability`.
+        min_probability: Least measured probability of acceptance at which a node is drafted for a
+            single row; more in a batch.
+        memory: ``"model"`` to keep the memory from call to call, ``"call"`` to clear it at each,
+            or the path of a file to keep it from program to program.
+        max_pairs: Most pairs of tokens to remember; 0 for single tokens only.
+
+    Raises:
+        OptionError: If an option is out of range.
+        CheckpointError: If the file is damaged, or the memory of another model.
+    """
+
     remembers = True
 
     def __init__(
         self,
+        target: PreTrainedModel,
         *,
-        vocab_size,
-        num_draft_tokens=15,
-        min_probability=0.09,
-        max_pairs=100_000,
-        ngram=False,
-        keep=True,
-    ):
+        num_draft_tokens: int = 15,
+        min_probability: float = 0.09,
+        memory: str | Path = "model",
+        max_pairs: int = MAX_PAIRS,
+    ) -> None:
+        require_count("num_draft_tokens", num_draft_tokens, low=1, high=MAX_DEPTH)
         self.config = GrowthConfig(
             depth=num_draft_tokens,
             num_draft_tokens=num_draft_tokens,
             min_probability=min_probability,
         )
-        self.memory = CandidateMemory(
-            vocab_size=vocab_size, num_candidates=NUM_CANDIDATES, max_pairs=max_pairs
-        )
-        sources = [RecyclingSource(self.memory)]
-        if ngram:
-            sources.insert(0, NgramSource(max_ngram=6))
-        self.keep = keep
-        self.grower = TreeGrower(sources)
-
-    @override
-    def begin(self, prompt: Prefill) -> None:
-        if not self.keep:
-            self.memory.clear()
-        super().begin(prompt)
+        self.needs = TargetNeeds(vocab_size=head_shape(target)[0])
+        self.grower = TreeGrower([RecyclingSource(target, memory=memory, max_pairs=max_pairs)])

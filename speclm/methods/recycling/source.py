@@ -1,15 +1,20 @@
 """The target's own candidates, remembered by token and by pair of tokens."""
 
+import weakref
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedModel
 from typing_extensions import override
 
 from speclm.drafting.interface import Prefill
 from speclm.drafting.sources import CandidateSource, NoiseRow, State
+from speclm.errors import OptionError
+from speclm.methods.recycling.checkpoint import memory_fingerprint
 from speclm.methods.recycling.memory import CandidateMemory
-
-NUM_CANDIDATES = 8
+from speclm.methods.recycling.memory_file import MemoryFile
+from speclm.target.logits import head_shape
 
 # A key: whether the pair was known, the rank, and the remembered probability in buckets.
 _BOUNDS = (0.9, 0.65, 0.4, 0.2, 0.08)
@@ -31,15 +36,50 @@ class RecyclingSource(CandidateSource):
         for rank in range(_NUM_RANKS)
         for rate in _BUCKET_RATES
     )
-    num_observed = NUM_CANDIDATES
 
-    def __init__(self, memory: CandidateMemory) -> None:
-        self.memory = memory
+    def __init__(self, target: PreTrainedModel, *, memory: str | Path, max_pairs: int) -> None:
+        """Start with an empty memory, or with that of a file.
+
+        Args:
+            target: The model that will verify.
+            memory: ``"model"`` to keep the memory from call to call; ``"call"`` to clear it at
+                each; or the path of a file, which is read if it exists, and written now and then
+                and when the program ends.
+            max_pairs: Most pairs of tokens to remember.
+
+        Raises:
+            OptionError: If an option is out of range.
+            CheckpointError: If the file is damaged, or the memory of another model.
+        """
+        if not isinstance(memory, str | Path) or memory == "":
+            raise OptionError(
+                f"memory is {memory!r}, expected 'model', 'call' or the path of a file; pass a path "
+                "to keep it for the next program"
+            )
+        vocab_size = head_shape(target)[0]
+        self._file: MemoryFile | None = None
+        if memory in {"model", "call"}:
+            self.memory = CandidateMemory(vocab_size=vocab_size, max_pairs=max_pairs)
+        else:
+            self._file = MemoryFile(
+                Path(memory),
+                vocab_size=vocab_size,
+                fingerprint=memory_fingerprint(target),
+                max_pairs=max_pairs,
+            )
+            self.memory = self._file.memory
+            weakref.finalize(self, self._file.save)  # also when the program ends
+        self.num_observed = self.memory.num_candidates
+        self._clears = memory == "call"
         self._temperature = 0.0
         self._last: list[tuple[int, int]] = []
 
     @override
     def begin(self, prompt: Prefill) -> None:
+        if self._clears:
+            self.memory.clear()
+        if self._file is not None:
+            self._file.save_if_due()
         self._temperature = prompt.temperature
         # Once per generation: the memory lives on the host.
         ends, firsts = prompt.tokens[:, -1:].tolist(), prompt.first_tokens.tolist()
@@ -95,7 +135,28 @@ class RecyclingSource(CandidateSource):
         *,
         num_rejected: int,
     ) -> None:
-        self.memory.store(previous, tokens, ids, log_probs, num_rejected=num_rejected)
+        # The target saw rejected nodes after a text that did not come about: they fill gaps only.
+        kept = [
+            index
+            for index, pair in enumerate(zip(previous, tokens, strict=True))
+            if index >= num_rejected or not self.memory.knows(*pair)
+        ]
+        self.memory.store(
+            [previous[index] for index in kept],
+            [tokens[index] for index in kept],
+            ids[kept],
+            log_probs[kept],
+        )
+
+    def describe(self) -> str:
+        """Return what the memory holds, in words."""
+        memory, (by_token, by_pair) = self.memory, self.memory.num_hits
+        lookups = max(memory.num_lookups, 1)
+        return (
+            f"memory of {memory.num_tokens} tokens and {memory.num_pairs} pairs, "
+            f"{memory.num_bytes / 1e6:.1f} MB; {by_pair / lookups:.0%} of look-ups found by the "
+            f"pair, {by_token / lookups:.0%} by the token"
+        )
 
     @override
     def commit(self, row: int, emitted: list[int]) -> None:

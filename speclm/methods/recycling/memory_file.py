@@ -1,0 +1,79 @@
+"""Keeps a memory in a file, from one program to the next."""
+
+import logging
+import os
+from pathlib import Path
+from time import monotonic
+
+from speclm.errors import SpeclmError
+from speclm.methods.recycling.memory import CandidateMemory
+
+_log = logging.getLogger("speclm")
+
+SECONDS_PER_SAVE = 60.0
+"""A file is written no more often than this while a program decodes."""
+
+
+class MemoryFile:
+    """A memory and its file, which is written at most once a minute and when the program ends.
+
+    What another program has written into the file meanwhile is kept. If the file cannot be
+    written, decoding goes on, and one line of the log says so.
+    """
+
+    def __init__(self, path: Path, *, vocab_size: int, fingerprint: str, max_pairs: int) -> None:
+        """Read the file, or start an empty memory if there is none.
+
+        Args:
+            path: The file.
+            vocab_size: Width of the target's logits.
+            fingerprint: Of the target, from `memory_fingerprint`.
+            max_pairs: Most pairs of tokens to remember.
+
+        Raises:
+            CheckpointError: If the file is damaged, or the memory of another model.
+            OptionError: If `max_pairs` is out of range.
+        """
+        self._path, self._fingerprint = path, fingerprint
+        self._process = os.getpid()
+        self._saved_at = monotonic()
+        self._has_failed = False
+        self._version = _version(path)
+        if self._version is None:
+            self.memory = CandidateMemory(vocab_size=vocab_size, max_pairs=max_pairs)
+        else:
+            self.memory = self._load(vocab_size, max_pairs)
+
+    def save_if_due(self) -> None:
+        """Write the memory if it has changed and was not written in the last minute."""
+        if monotonic() - self._saved_at >= SECONDS_PER_SAVE:
+            self.save()
+
+    def save(self) -> None:
+        """Write the memory if it has changed."""
+        # The child of a fork leaves the file to its parent.
+        if not self.memory.has_changed or self._has_failed or os.getpid() != self._process:
+            return
+        self._saved_at = monotonic()
+        try:
+            if _version(self._path) not in {None, self._version}:
+                self.memory.merge(self._load(self.memory.vocab_size, self.memory.max_pairs))
+            self.memory.save(self._path, fingerprint=self._fingerprint)
+        except SpeclmError as error:
+            self._has_failed = True
+            _log.warning("memory is not saved any more, decoding goes on: %s", error)
+        self._version = _version(self._path)
+
+    def _load(self, vocab_size: int, max_pairs: int) -> CandidateMemory:
+        return CandidateMemory.load(
+            self._path, vocab_size=vocab_size, fingerprint=self._fingerprint, max_pairs=max_pairs
+        )
+
+
+def _version(path: Path) -> tuple[int, int] | None:
+    """Return what changes whenever a file is written anew; None if there is no file."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_ino
