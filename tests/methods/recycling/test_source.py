@@ -1,0 +1,131 @@
+import numpy as np
+import pytest
+import torch
+
+from speclm.drafting.interface import Prefill
+from speclm.errors import OptionError
+from speclm.methods.recycling.source import RecyclingSource
+from tests.models import shared_model
+
+
+def source(memory="model", *, temperature: float = 0.0, **options) -> RecyclingSource:
+    made = RecyclingSource(shared_model("llama"), memory=memory, **{"max_pairs": 100, **options})
+    begin(made, temperature)
+    return made
+
+
+def begin(made: RecyclingSource, temperature: float = 0.0) -> None:
+    made.begin(
+        Prefill(
+            tokens=torch.tensor([[3, 4]]),
+            num_padding=torch.tensor([0]),
+            first_tokens=torch.tensor([5]),
+            temperature=temperature,
+            max_new_tokens=9,
+        )
+    )
+
+
+def observe(made, previous, token, ids, probs, *, is_rejected=False) -> None:
+    width = made.num_observed
+    ids = [*ids, *(i for i in range(20, 40) if i not in ids)][:width]
+    probs = [*probs, *[1e-4] * width][:width]
+    made.observe(
+        [previous],
+        [token],
+        np.array([ids]),
+        np.log(np.array([probs], dtype=np.float32)),
+        num_rejected=int(is_rejected),
+    )
+
+
+def tokens(made: RecyclingSource, *state: int, noise=None) -> list[int]:
+    return [token for token, _ in made.candidates(state, noise)]
+
+
+def test_nothing_is_known_at_first():
+    made = source()
+    assert made.root(0) == (4, 5)
+    assert made.candidates(made.root(0), None) == []
+
+
+def test_pair_decides_where_it_is_known_and_the_token_elsewhere():
+    made = source()
+    observe(made, 4, 5, [7, 8], [0.9, 0.05])
+    observe(made, 6, 5, [9, 7], [0.6, 0.2])
+    assert tokens(made, 4, 5)[:2] == [7, 8]
+    assert tokens(made, 11, 5)[:2] == [9, 7]
+    by_pair, by_token = made.candidates((4, 5), None)[0], made.candidates((11, 5), None)[0]
+    assert made.start_rates[by_pair[1]] > made.start_rates[by_token[1]]
+
+
+def test_state_follows_the_tree_and_the_emitted_tokens():
+    made = source()
+    assert made.advance(made.root(0), 8) == (5, 8)
+    made.commit(0, [6, 7])
+    assert made.root(0) == (6, 7)
+    made.commit(0, [])
+    assert made.root(0) == (6, 7)
+    made.commit(0, [8])
+    assert made.root(0) == (7, 8)
+
+
+def test_rejected_nodes_fill_gaps_and_do_not_replace_what_is_known():
+    made = source()
+    observe(made, 4, 5, [7], [0.9], is_rejected=True)
+    assert tokens(made, 4, 5)[0] == 7
+    observe(made, 4, 5, [8], [0.9], is_rejected=True)
+    assert tokens(made, 4, 5)[0] == 7
+    observe(made, 4, 5, [9], [0.9])
+    assert tokens(made, 4, 5)[0] == 9
+
+
+def test_noise_ranks_the_candidates_of_a_sampling_target():
+    made = source(temperature=1.0)
+    observe(made, 4, 5, [7, 8], [0.5, 0.4])
+    noise = np.ones(made.memory.vocab_size, dtype=np.float32)
+    assert tokens(made, 4, 5, noise=noise)[:2] == [7, 8]
+    noise[8] = 0.1
+    assert tokens(made, 4, 5, noise=noise)[:2] == [8, 7]
+    noise[7] = 1e-3
+    assert tokens(made, 4, 5, noise=noise)[:2] == [7, 8]
+
+
+def test_low_temperature_outweighs_the_noise():
+    made = source(temperature=0.1)
+    observe(made, 4, 5, [7, 8], [0.6, 0.2])
+    noise = np.ones(made.memory.vocab_size, dtype=np.float32)
+    noise[8] = 0.1
+    assert tokens(made, 4, 5, noise=noise)[0] == 7
+
+
+def test_memory_outlives_a_call_unless_it_is_asked_not_to():
+    kept, cleared = source("model"), source("call")
+    for made in (kept, cleared):
+        observe(made, 4, 5, [7], [0.9])
+        begin(made)
+    assert tokens(kept, 4, 5)[0] == 7
+    assert tokens(cleared, 4, 5) == []
+
+
+def test_memory_is_described_with_its_size_and_hits():
+    made = source()
+    observe(made, 4, 5, [7], [0.9])
+    tokens(made, 4, 5), tokens(made, 3, 5), tokens(made, 3, 3), tokens(made, 3, 3)
+    text = made.describe()
+    assert "memory of 1 tokens and 1 pairs" in text
+    assert "25% of look-ups found by the pair, 25% by the token" in text
+
+
+@pytest.mark.parametrize("wrong", ["", 3, None])
+def test_memory_of_another_kind_is_an_option_error(wrong, monkeypatch):
+    import jaxtyping
+
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users run it
+    with pytest.raises(OptionError, match="expected 'model', 'call' or the path of a file"):
+        source(wrong)
+
+
+def test_number_of_pairs_out_of_range_is_an_option_error():
+    with pytest.raises(OptionError, match="max_pairs is -1"):
+        source(max_pairs=-1)
