@@ -1,0 +1,1 @@
+"""Drafts what the target itself thought likely after the same tokens."""
