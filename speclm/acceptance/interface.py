@@ -9,6 +9,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 
 from speclm.errors import OptionError, UnknownNameError
@@ -16,9 +17,6 @@ from speclm.sampling.chooser import TokenChooser
 from speclm.sampling.draws import DraftSampling, Draws
 from speclm.sampling.noise import PositionNoise
 from speclm.tree.topology import TreeTopology
-
-HostArray = np.ndarray[Any, np.dtype[Any]]
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Verified:
@@ -72,7 +70,7 @@ class TargetCandidates:
         total = logits.float().logsumexp(-1, keepdim=True)
         return cls(found.indices, found.values.float() - total)
 
-    def on_host(self) -> tuple[HostArray, HostArray]:
+    def on_host(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Return ids and log-probabilities as arrays on the host; syncs with the device."""
         return self.ids.cpu().numpy(), self.log_probs.cpu().numpy()
 

@@ -26,13 +26,27 @@ def read_prompts(path: Path) -> list[Prompt]:
         DataError: If the file cannot be read, has no prompt, or a line is none.
         OptionError: If standard input cannot be read.
     """
+    return [_parse(line) for line in _read_lines(path)]
+
+
+def read_chats(path: Path) -> list[Prompt]:
+    """Read the prompts of ``--prompts`` as `read_prompts` does, with the answers that they have.
+
+    Raises:
+        DataError: If the file cannot be read, has no prompt, or a line is none.
+        OptionError: If standard input cannot be read.
+    """
+    return [_parse(line, keeps_answer=True) for line in _read_lines(path)]
+
+
+def _read_lines(path: Path) -> list[JsonLine]:
     if path == STANDARD_INPUT:
         lines = split_json_lines(read_input("--prompts"), name="standard input")
     else:
         lines = read_json_lines(path)
     if not lines:
         raise DataError(f"--prompts {str(path)!r} is empty, expected one JSON object a line")
-    return [_parse(line) for line in lines]
+    return lines
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:
@@ -68,12 +82,12 @@ def read_input(option: str) -> bytes:
     return sys.stdin.buffer.read()
 
 
-def _parse(line: JsonLine) -> Prompt:
+def _parse(line: JsonLine, *, keeps_answer: bool = False) -> Prompt:
     match line.parse():
         case {"messages": [*messages]} if all(map(_is_message, messages)):
             is_answered = bool(messages) and messages[-1]["role"] == "assistant"
             if asked := messages[:-1] if is_answered else messages:
-                return asked
+                return messages if keeps_answer else asked
             raise DataError(
                 f"{line.where}: no message that asks for an answer, found {line.excerpt}; drop the "
                 "row or add one"

@@ -188,6 +188,30 @@ class TuneOptions(HeadsOptions):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WarmOptions(ModelOptions):
+    """Fill a memory for drafting from your own prompts.
+
+    The base answers each prompt greedily; chats that end with an answer are only read. The memory
+    holds fragments of these texts.
+    """
+
+    prompts: Annotated[
+        Path,
+        typer.Option(help='JSON lines with "messages" or "prompt", - for standard input.'),
+    ]
+    out: Annotated[Path, typer.Option(help="Write the memory here, a file named *.safetensors.")]
+    merge: Annotated[
+        list[Path] | None,
+        typer.Option(help="Add a memory of the same base, as an older one; repeatable."),
+    ] = None
+    max_pairs: Annotated[
+        int, typer.Option(min=0, max=MAX_INT, help="Most pairs of tokens to remember.")
+    ] = 100_000
+    num_prompts: NumPrompts = None
+    max_new_tokens: MaxNewTokens = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyOptions(ModelOptions):
     """Check that a model decodes the same tokens with drafts, and show how they are verified.
 

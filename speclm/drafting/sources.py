@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Int
 from typing_extensions import override
 
 from speclm.drafting.interface import Draft, Prefill
@@ -12,8 +13,8 @@ from speclm.drafting.interface import Draft, Prefill
 State = Any
 """A source's own description of the text up to a node; None if it has nothing to say there."""
 
-NoiseRow = np.ndarray[tuple[int], np.dtype[np.float32]]
-"""Noise of one position of one row, ``[vocab]``, on the host."""
+NoiseRow = Float[np.ndarray, " vocab"]
+"""Noise of one position of one row, on the host."""
 
 
 class CandidateSource(ABC):
@@ -56,8 +57,8 @@ class CandidateSource(ABC):
         self,
         previous: list[int],
         tokens: list[int],
-        ids: np.ndarray[Any, Any],
-        log_probs: np.ndarray[Any, Any],
+        ids: Int[np.ndarray, "nodes candidates"],
+        log_probs: Float[np.ndarray, "nodes candidates"],
         *,
         num_rejected: int,
     ) -> None:

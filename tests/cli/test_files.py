@@ -8,6 +8,7 @@ import pytest
 from speclm.cli._files import (
     positive_numbers,
     prepare_file,
+    read_chats,
     read_prompt,
     read_prompts,
     require_folder_to_write,
@@ -135,3 +136,11 @@ def test_numbers_of_rows_are_positive():
     for text in ("", "1,,2", "-1", "²", "1" * 5000):
         with pytest.raises(OptionError, match="--batch has"):
             positive_numbers(text)
+
+
+def test_chats_keep_the_answers_that_prompts_lose(tmp_path):
+    path, asked = tmp_path / "chats.jsonl", {"role": "user", "content": "1"}
+    chat = [asked, {"role": "assistant", "content": "2"}]
+    path.write_text(json.dumps({"messages": chat}) + '\n{"prompt": "3"}')
+    assert read_chats(path) == [chat, "3"]
+    assert read_prompts(path) == [[asked], "3"]

@@ -4,6 +4,7 @@ Source: Luo et al. 2024, Token Recycling.
 """
 
 import sys
+from array import array
 from pathlib import Path
 from typing import Any, Self
 
@@ -66,12 +67,11 @@ class CandidateMemory:
         self.vocab_size = vocab_size
         self.num_candidates = min(num_candidates, vocab_size)
         self.max_pairs = max_pairs
-        self._num_lookups = 0
-        self._num_hits = [0, 0]
+        self._num_answers = [0, 0, 0]  # by the single token, by the pair, none
         self._has_changed = False
         # Memory of zeros is not taken until it is written to.
         shape = (vocab_size, self.num_candidates)
-        self._is_known = np.zeros(vocab_size, np.bool_)
+        self._is_known = bytearray(vocab_size)  # quicker to look up than an array
         self._token_ids = np.zeros(shape, np.int32)
         self._token_log_probs = np.zeros(shape, np.float16)
         self._forget_pairs()
@@ -79,7 +79,7 @@ class CandidateMemory:
     @property
     def num_tokens(self) -> int:
         """Single tokens whose candidates are known."""
-        return int(np.count_nonzero(self._is_known))
+        return self._is_known.count(1)
 
     @property
     def num_pairs(self) -> int:
@@ -89,23 +89,23 @@ class CandidateMemory:
     @property
     def num_bytes(self) -> int:
         """Bytes of the host that it takes, counting single tokens as if all were known."""
-        arrays = (
-            *(self._is_known, self._token_ids, self._token_log_probs),
-            *(self._keys, self._last_use, self._pair_ids, self._pair_log_probs),
+        numbers = (
+            *(self._token_ids, self._token_log_probs),
+            *(self._keys, self._pair_ids, self._pair_log_probs),
         )
-        table = sys.getsizeof(self._rows) + sys.getsizeof(self._free)
+        others = (self._is_known, self._last_use, self._rows, self._free)
         entries = _BYTES_PER_ENTRY * (len(self._rows) + len(self._free))
-        return sum(array.nbytes for array in arrays) + table + entries
+        return sum(part.nbytes for part in numbers) + sum(map(sys.getsizeof, others)) + entries
 
     @property
     def num_lookups(self) -> int:
         """Calls of `find`."""
-        return self._num_lookups
+        return sum(self._num_answers)
 
     @property
     def num_hits(self) -> tuple[int, int]:
         """Look-ups that were answered by the single token, and by the pair."""
-        return self._num_hits[0], self._num_hits[1]
+        return self._num_answers[0], self._num_answers[1]
 
     @property
     def has_changed(self) -> bool:
@@ -123,20 +123,20 @@ class CandidateMemory:
             1 if the pair was known or 0 if only the single token was, candidates best first, and
             their log-probabilities. None if neither was known.
         """
-        self._num_lookups += 1
         row = self._rows.get(previous * self.vocab_size + token)  # a negative key is never known
         if row is not None:
             self._clock += 1
             self._last_use[row] = self._clock
-            self._num_hits[1] += 1
+            self._num_answers[1] += 1
             return 1, self._pair_ids[row].tolist(), self._pair_log_probs[row].tolist()
         if not self._is_known[token]:
+            self._num_answers[2] += 1
             return None
-        self._num_hits[0] += 1
+        self._num_answers[0] += 1
         return 0, self._token_ids[token].tolist(), self._token_log_probs[token].tolist()
 
     def knows(self, previous: int, token: int) -> bool:
-        """Return whether candidates of a pair are known; of the single token if there is no pair."""
+        """Return whether candidates of a pair are known; of a single token if previous is -1."""
         if previous < 0:
             return bool(self._is_known[token])
         return previous * self.vocab_size + token in self._rows
@@ -170,32 +170,23 @@ class CandidateMemory:
             return
         rounded = np.fmax(np.minimum(log_probs, 0), LOWEST_LOG_PROB).astype(np.float16)
         where = np.array(tokens)
-        self._is_known[where] = True
+        self._known_tokens[where] = 1
         self._token_ids[where] = ids
         self._token_log_probs[where] = rounded
         self._has_changed = True
         if self.max_pairs == 0:
             return
-        rows: list[int] = []
-        for before, token in zip(previous, tokens, strict=True):
-            if before >= 0:
-                row = self._row_of(before * self.vocab_size + token)
-                self._clock += 1
-                self._last_use[row] = self._clock
-                rows.append(row)
-        # A row that an eviction gave to a later pair of this call is in it twice: the later counts.
-        if len(rows) == len(tokens):
-            self._pair_ids[rows] = ids
-            self._pair_log_probs[rows] = rounded
-        elif rows:
+        rows = self._visit(previous, tokens)
+        if len(rows) < len(tokens):
             is_pair = np.array(previous) >= 0
-            self._pair_ids[rows] = ids[is_pair]
-            self._pair_log_probs[rows] = rounded[is_pair]
+            ids, rounded = ids[is_pair], rounded[is_pair]
+        self._pair_ids[rows] = ids
+        self._pair_log_probs[rows] = rounded
 
     def clear(self) -> None:
         """Forget all candidates; what was counted stays."""
         self._has_changed |= self.num_tokens > 0
-        self._is_known[:] = False
+        self._known_tokens[:] = 0
         self._forget_pairs()
 
     def merge(self, other: "CandidateMemory") -> None:
@@ -217,8 +208,8 @@ class CandidateMemory:
                 f"{other.vocab_size}, expected {sizes[1]} in one of {sizes[0]}; merge memories of "
                 "one model that keep equally many"
             )
-        tokens = np.flatnonzero(other._is_known & ~self._is_known)
-        self._is_known[tokens] = True
+        tokens = np.flatnonzero(other._known_tokens > self._known_tokens)
+        self._known_tokens[tokens] = 1
         self._token_ids[tokens] = other._token_ids[tokens]
         self._token_log_probs[tokens] = other._token_log_probs[tokens]
         new = [key for key in other._by_age().tolist() if key not in self._rows]
@@ -226,10 +217,9 @@ class CandidateMemory:
         self._has_changed |= bool(len(tokens)) or bool(new)
         if not new:
             return
-        uses = self._last_use[list(self._rows.values())]
-        oldest = int(uses.min()) if len(uses) else self._clock
+        oldest = min((self._last_use[row] for row in self._rows.values()), default=self._clock)
         theirs, rows = [other._rows[key] for key in new], [self._row_of(key) for key in new]
-        self._last_use[rows] = np.arange(oldest - len(new), oldest)
+        np.asarray(self._last_use)[rows] = np.arange(oldest - len(new), oldest)
         self._pair_ids[rows] = other._pair_ids[theirs]
         self._pair_log_probs[rows] = other._pair_log_probs[theirs]
 
@@ -243,7 +233,7 @@ class CandidateMemory:
         Raises:
             OptionError: If it cannot be written; an old file stays.
         """
-        tokens, keys = np.flatnonzero(self._is_known), self._by_age()
+        tokens, keys = np.flatnonzero(self._known_tokens), self._by_age()
         rows = [self._rows[key] for key in keys.tolist()]
         stored = StoredMemory(
             tokens=tokens.astype(np.int32),
@@ -279,11 +269,11 @@ class CandidateMemory:
         )
         num_candidates = stored.token_ids.shape[1]
         memory = cls(vocab_size=vocab_size, num_candidates=num_candidates, max_pairs=max_pairs)
-        memory._is_known[stored.tokens] = True
+        memory._known_tokens[stored.tokens] = 1
         memory._token_ids[stored.tokens] = stored.token_ids
         memory._token_log_probs[stored.tokens] = stored.token_log_probs
         rows = [memory._row_of(key) for key in stored.pairs.tolist()]
-        memory._last_use[rows] = np.arange(len(rows))
+        np.asarray(memory._last_use)[rows] = np.arange(len(rows))
         memory._clock = len(rows)
         memory._pair_ids[rows] = stored.pair_ids
         memory._pair_log_probs[rows] = stored.pair_log_probs
@@ -295,9 +285,32 @@ class CandidateMemory:
         self._clock = 0
         self._num_evictions = 0
         self._keys = np.zeros(0, np.int64)
-        self._last_use = np.zeros(0, np.int64)
+        self._last_use = array("q")
         self._pair_ids = np.zeros((0, self.num_candidates), np.int32)
         self._pair_log_probs = np.zeros((0, self.num_candidates), np.float16)
+
+    @property
+    def _known_tokens(self) -> NDArray[np.uint8]:
+        return np.frombuffer(self._is_known, np.uint8)
+
+    def _visit(self, previous: list[int], tokens: list[int]) -> NDArray[np.int64]:
+        """Return the rows of the pairs, and mark them as used in that order.
+
+        A row that an eviction gave to a later pair of these is in it twice.
+        """
+        find, vocab_size, rows = self._rows.get, self.vocab_size, list[int]()
+        for before, token in zip(previous, tokens, strict=True):
+            if before < 0:
+                continue
+            key = before * vocab_size + token
+            row = find(key)
+            if row is None:
+                row = self._row_of(key)
+                find = self._rows.get  # an eviction may have copied it
+            self._clock += 1
+            self._last_use[row] = self._clock
+            rows.append(row)
+        return np.array(rows, np.int64)
 
     def _row_of(self, key: int) -> int:
         """Return the row of a pair; a new pair gets one, for which others may be evicted."""
@@ -316,14 +329,14 @@ class CandidateMemory:
     def _grow(self) -> None:
         size = min(max(2 * len(self._keys), _FIRST_ROWS), self.max_pairs)
         self._keys = _extended(self._keys, size)
-        self._last_use = _extended(self._last_use, size)
+        self._last_use.extend([0] * (size - len(self._last_use)))
         self._pair_ids = _extended(self._pair_ids, size)
         self._pair_log_probs = _extended(self._pair_log_probs, size)
 
     def _evict(self) -> None:
         """Forget the least recently used pairs; every row is in use."""
         count = max(self.max_pairs // _EVICTED_SHARE, 1)
-        oldest = np.argpartition(self._last_use, count - 1)[:count]
+        oldest = np.argpartition(np.asarray(self._last_use), count - 1)[:count]
         for key in self._keys[oldest].tolist():
             del self._rows[key]
         self._free = oldest.tolist()
@@ -334,10 +347,10 @@ class CandidateMemory:
     def _by_age(self) -> NDArray[np.int64]:
         """Return the keys of all pairs, the least recently used first."""
         rows = np.fromiter(self._rows.values(), np.int64, len(self._rows))
-        return self._keys[rows[np.argsort(self._last_use[rows], kind="stable")]]
+        return self._keys[rows[np.argsort(np.asarray(self._last_use)[rows], kind="stable")]]
 
 
-def _extended(array: NDArray[Any], size: int) -> NDArray[Any]:
-    longer = np.zeros((size, *array.shape[1:]), array.dtype)
-    longer[: len(array)] = array
+def _extended(numbers: NDArray[Any], size: int) -> NDArray[Any]:
+    longer = np.zeros((size, *numbers.shape[1:]), numbers.dtype)
+    longer[: len(numbers)] = numbers
     return longer

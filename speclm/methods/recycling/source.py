@@ -2,9 +2,9 @@
 
 import weakref
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Int
 from transformers import PreTrainedModel
 from typing_extensions import override
 
@@ -130,8 +130,8 @@ class RecyclingSource(CandidateSource):
         self,
         previous: list[int],
         tokens: list[int],
-        ids: np.ndarray[Any, Any],
-        log_probs: np.ndarray[Any, Any],
+        ids: Int[np.ndarray, "nodes candidates"],
+        log_probs: Float[np.ndarray, "nodes candidates"],
         *,
         num_rejected: int,
     ) -> None:
