@@ -18,6 +18,7 @@ from speclm.sampling.draws import DraftSampling, Draws
 from speclm.sampling.noise import PositionNoise
 from speclm.tree.topology import TreeTopology
 
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Verified:
     """A draft and what the target computed for it.

@@ -208,14 +208,12 @@ class TreeGrower:
             return tree
         tokens, depths = tree.tokens, tree.depths
         least, num_nodes = config.min_probability, config.num_draft_tokens
-        known, rate = self._rates.known, self._rates.rate
         # Minus the probability of the path, order of arrival, token, its probability, parent.
         waiting: list[tuple[float, int, int, float, int]] = []
         node, reached, arrivals = 0, 1.0, 0
         while True:
             if depths[node] < config.depth and (node == 0 or tokens[node] not in self._ends):
-                for token, code in self._expand(row, tree, node).items():
-                    prob = known.get(code) or rate(code)
+                for token, prob in self._rated(row, tree, node):
                     if reached * prob >= least:
                         arrivals += 1
                         heappush(waiting, (-reached * prob, arrivals, token, prob, node))
@@ -228,18 +226,17 @@ class TreeGrower:
     def _fill(self, row: int, tree: GrownTree, paths: RankPaths) -> None:
         """Fill a static tree by the ranks of the candidates' rates; leave out missing ranks."""
         nodes: dict[tuple[int, ...], int] = {(): 0}
-        ranked: dict[int, list[tuple[float, int]]] = {}
+        ranked: dict[int, list[tuple[int, float]]] = {}
         for path in paths:
             parent = nodes.get(path[:-1])
             if parent is None or (parent and tree.tokens[parent] in self._ends):
                 continue
             if parent not in ranked:
-                offered = self._expand(row, tree, parent)
-                rates = [(self._rates.rate(code), token) for token, code in offered.items()]
-                ranked[parent] = sorted(rates, key=lambda rated: -rated[0])
+                rated = self._rated(row, tree, parent)
+                ranked[parent] = sorted(rated, key=lambda pair: -pair[1])
             if path[-1] >= len(ranked[parent]):
                 continue
-            prob, token = ranked[parent][path[-1]]
+            token, prob = ranked[parent][path[-1]]
             nodes[path] = len(tree.tokens)
             self._add(tree, parent, token, prob)
 
@@ -254,6 +251,16 @@ class TreeGrower:
                 for source, state in zip(self.sources, tree.states[parent], strict=True)
             ]
         )
+
+    def _rated(self, row: int, tree: GrownTree, node: int) -> list[tuple[int, float]]:
+        """Return the candidates after a node and their probabilities, which sum to 1 at most."""
+        offered = self._expand(row, tree, node)
+        known, rate = self._rates.known, self._rates.rate
+        probs = [known.get(code) or rate(code) for code in offered.values()]
+        total = sum(probs)
+        if total > 1:
+            probs = [prob / total for prob in probs]
+        return list(zip(offered, probs, strict=True))
 
     def _expand(self, row: int, tree: GrownTree, node: int) -> dict[int, int]:
         """Return the candidates after a node and their codes."""

@@ -171,11 +171,11 @@ class ProposerMethod(Method):
     def load(self, source: HeadsSource, target: "PreTrainedModel") -> "Proposer":
         proposer_type, options = self._find_type(), dict(source.options)
         parameters = dict(inspect.signature(proposer_type).parameters)
-        is_given_target = parameters.pop("target", None) is not None
+        targets: tuple[Any, ...] = () if parameters.pop("target", None) is None else (target,)
         if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
             require_options(options, parameters, owner=f"proposer {self.name!r}")
         try:
-            return proposer_type(target, **options) if is_given_target else proposer_type(**options)
+            return proposer_type(*targets, **options)
         except TypeError as error:
             raise OptionError(
                 f"proposer {self.name!r} cannot be built with {sorted(options)!r} ({error}); see "

@@ -71,7 +71,7 @@ def test_equal_guesses_after_equal_paths_are_one_node():
     second = Fixed([[5, 8, 9, 6]], [[0, 0, 1, 0, 1]])
     joined = begun([first, second])
     draft = joined.propose(torch.tensor([3]), noise=None)
-    assert paths_of(draft) == [(5,), (5, 6), (5, 6, 7), (5, 8), (9,)]
+    assert sorted(paths_of(draft)) == [(5,), (5, 6), (5, 6, 7), (5, 8), (9,)]
     assert draft.tokens[0, 0] == 3
 
 
@@ -89,7 +89,7 @@ def test_rows_are_joined_apart_and_padding_is_left_out():
     first = Fixed([[5, 6], [7, 0]], [[0, 0, 1], [0, 0]])
     second = Fixed([[6], [7]], [[0, 0]])
     draft = begun([first, second], num_rows=2).propose(torch.tensor([1, 2]), noise=None)
-    assert paths_of(draft, 0) == [(5,), (5, 6), (6,)]
+    assert sorted(paths_of(draft, 0)) == [(5,), (5, 6), (6,)]
     assert paths_of(draft, 1) == [(7,)]
 
 
@@ -187,7 +187,8 @@ def test_heads_that_read_different_layers_join(settings):
         MedusaProposer(random_heads(), target=base),
         NgramProposer(),
     ]
-    spec = SpecModel(base, CombinedProposer(parts))
+    # Probabilities of random heads mean nothing.
+    spec = SpecModel(base, CombinedProposer(parts, min_probability=0.001))
     found = generate(spec, inputs, **options)
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])

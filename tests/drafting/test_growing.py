@@ -99,7 +99,7 @@ def test_nothing_grows_below_an_end_or_the_depth():
 def test_static_tree_is_filled_by_rank_as_far_as_there_are_candidates():
     grower = TreeGrower([Counting()])
     grower.begin(prefill(10))
-    plan = TreePlan.of([(0,), (1,), (2,), (1, 0), (2, 0)])
+    plan = TreePlan.of(((0,), (1,), (2,), (1, 0), (2, 0)))
     config = planned_growth(GREEDY, plan, num_rows=1)
     draft = grower.propose(torch.tensor([10]), config, noise=None)
     assert paths(draft) == [(11,), (12,), (12, 13)]
@@ -176,10 +176,7 @@ def test_sources_are_given_the_noise_of_the_position_that_they_decide():
     assert np.array_equal(source.noises[0], noise.row(0, 0).numpy())
 
 
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [("depth", 0), ("num_draft_tokens", 0), ("min_probability", 0.0)],
-)
+@pytest.mark.parametrize(("option", "value"), [("num_draft_tokens", 0), ("min_probability", 0.0)])
 def test_options_out_of_range_are_named(option, value):
     with pytest.raises(OptionError, match=rf"{option} is {value}"):
         GrowthConfig(**{option: value})

@@ -43,7 +43,7 @@ class LookupProposer(SourceProposer):
         *,
         num_draft_tokens: int = 16,
         min_probability: float = 0.09,
-        max_ngram: int = 6,
+        max_ngram: int = 9,
         memory: str | Path = "model",
         max_pairs: int = MAX_PAIRS,
     ) -> None:

@@ -51,10 +51,10 @@ class RecyclingSource(CandidateSource):
             OptionError: If an option is out of range.
             CheckpointError: If the file is damaged, or the memory of another model.
         """
-        if not isinstance(memory, str | Path) or memory == "":
+        if not isinstance(memory, str | Path) or memory == "":  # type: ignore[redundant-expr]
             raise OptionError(
-                f"memory is {memory!r}, expected 'model', 'call' or the path of a file; pass a path "
-                "to keep it for the next program"
+                f"memory is {memory!r}, expected 'model', 'call' or the path of a file; a path "
+                "keeps it for the next program"
             )
         vocab_size = head_shape(target)[0]
         self._file: MemoryFile | None = None

@@ -55,7 +55,8 @@ def test_it_copies_what_followed_the_prompt_before():
     draft = propose(proposer, 2)
     assert draft.tokens.tolist() == [[2, 3, 4, 5]]
     assert draft.topology.depths.tolist() == [[0, 1, 2, 3]]
-    assert len(set(draft.node_probs[0][1:])) == 1  # all were seen once
+    probs = draft.node_probs[0][1:]
+    assert probs == sorted(probs)  # the match grows longer
 
 
 def test_root_alone_where_nothing_matches():
@@ -84,16 +85,6 @@ def test_continuations_of_distinct_matches_become_branches():
     proposer = NgramProposer()
     begin(proposer, [7, 1, 2, 8, 1, 3, 9], firsts=[1])
     assert {path[0] for path in paths(propose(proposer, 1))} == {2, 3}
-
-
-def test_most_frequent_continuation_comes_first_and_then_the_most_recent():
-    proposer = NgramProposer(num_draft_tokens=2, min_probability=0.001)
-    begin(proposer, [1, 2, 7, 1, 2, 8, 1, 3, 9, 1, 4, 5], firsts=[1])
-    draft = propose(proposer, 1)
-    assert draft.tokens[0, :2].tolist() == [1, 2]
-    proposer = NgramProposer(num_draft_tokens=2, min_probability=0.1)
-    begin(proposer, [1, 2, 7, 1, 3, 9], firsts=[1])
-    assert propose(proposer, 1).tokens[0, 1].item() == 3
 
 
 def test_committed_tokens_are_looked_up_too():
@@ -134,15 +125,15 @@ def test_waiting_row_drafts_the_root_alone():
     assert draft.tokens[:, 0].tolist() == [1, 2]
 
 
-def test_failing_copies_shorten_the_drafts_of_that_row():
+def test_failing_copies_shorten_the_drafts():
     proposer = NgramProposer()
     text = [token for word in range(40) for token in (word, 100 + word, 200 + word, 300 + word)]
-    begin(proposer, text, text, firsts=[0, 0])
-    before = len(paths(propose(proposer, 0, 0), 0))
-    for word in range(1, 20):  # row 0 never continues as the prompt did, row 1 always does
-        commit(proposer, [500 + word, word], [100 + word - 1, word])
-    draft = propose(proposer, 19, 19)
-    assert len(paths(draft, 0)) < before
+    begin(proposer, text, firsts=[0])
+    before = len(paths(propose(proposer, 0)))
+    for word in range(1, 40):  # it never continues as the prompt did
+        propose(proposer, word - 1)
+        commit(proposer, [500 + word, word])
+    assert len(paths(propose(proposer, 39))) < before
 
 
 def test_begin_forgets_the_last_generation():
