@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -306,7 +307,7 @@ class ScoreAdjuster:
             text, is_known = self._text_at(depth, nodes, num_nodes=scores.shape[1])
             for processor in self._processors:
                 if is_known or type(processor) not in _ORDER | _BIASES:
-                    flat = processor(text, flat)
+                    flat = _for_nodes(processor, scores.shape[1])(text, flat)
         adjusted = flat.view_as(scores)
         return adjusted if columns is None else adjusted[..., columns]
 
@@ -330,3 +331,13 @@ class ScoreAdjuster:
         text = self._text[:, None].expand(-1, num_nodes, -1)
         joined = torch.cat([text, paths], dim=2).flatten(0, 1)
         return joined, self._paths is not None
+
+
+def _for_nodes(processor: processors.LogitsProcessor, num_nodes: int) -> processors.LogitsProcessor:
+    """Return a processor of one text a row as one of `num_nodes` texts a row."""
+    ignored = vars(processor).get("prompt_ignore_length")  # padding of each row, of a penalty
+    if num_nodes == 1 or not isinstance(ignored, Tensor):
+        return processor
+    changed = copy(processor)
+    vars(changed)["prompt_ignore_length"] = ignored.repeat_interleave(num_nodes)
+    return changed
