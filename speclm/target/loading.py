@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -27,9 +28,15 @@ def load_causal_lm(
         known: Names that one of the options may be a misspelling of.
 
     Raises:
-        OptionError: If the model does not take one of the options.
+        OptionError: If the model does not take one of the options, or there is no such dtype.
         CheckpointError: If a file is damaged.
     """
+    dtype = options.get("dtype")
+    if isinstance(dtype, str) and dtype != "auto" and not hasattr(torch, dtype):
+        raise OptionError(
+            f"dtype of the {owner} is {dtype!r}, expected one such as 'bfloat16' or 'auto'; "
+            "correct it"
+        )
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, **options)
     except TypeError as error:
