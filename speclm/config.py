@@ -1,12 +1,12 @@
 """Limits of a round and the settings of the built-in proposers, as frozen dataclasses."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any, cast
 
-from speclm.errors import OptionError, TreeBudgetError
+from speclm.errors import OptionError, TreeBudgetError, suggest
 
 MAX_NODES = 512
 """Most nodes of one draft, root included; a tree beyond it costs more than it can win."""
@@ -21,24 +21,33 @@ MAX_MERGED_PROMPT = 1024
 """Longest prompt whose forward also verifies the first draft: its mask is dense."""
 
 
-def require_known(config_type: type, options: Mapping[str, object], *, owner: str) -> None:
-    """Check that options are fields of a config.
+def require_options(options: Iterable[str], known: Iterable[str], *, owner: str) -> None:
+    """Check the names of options.
 
     Args:
-        config_type: A dataclass.
-        options: By name.
-        owner: Class that takes the options, for the message.
+        options: Names that were given.
+        known: Names that there are.
+        owner: What takes the options, for the message.
+
+    Raises:
+        OptionError: If one is unknown; the message names those that are known.
+    """
+    known = sorted(known)
+    unknown = sorted({*options} - {*known})
+    if unknown:
+        raise OptionError(
+            f"{owner}: unknown option {unknown[0]!r}, expected some of {known!r}; "
+            f"{suggest(unknown[0], known)}"
+        )
+
+
+def require_known(config_type: type, options: Iterable[str], *, owner: str) -> None:
+    """Check that options are fields of a config, a dataclass.
 
     Raises:
         OptionError: If one is not a field; the message lists the fields.
     """
-    known = {option.name for option in fields(config_type)}
-    unknown = sorted(options.keys() - known)
-    if unknown:
-        raise OptionError(
-            f"{owner} has no option {unknown[0]!r}, expected some of {sorted(known)!r}; drop it or "
-            "correct its name"
-        )
+    require_options(options, (option.name for option in fields(config_type)), owner=owner)
 
 
 def require_in_range(name: str, value: object, *, low: int | float, high: int | float) -> None:

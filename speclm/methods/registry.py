@@ -6,7 +6,7 @@ Imports no PyTorch: the command line lists methods and their training options wi
 import difflib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from typing_extensions import override
 
-from speclm.errors import OptionError, UnknownNameError, shown, suggest
+from speclm.config import require_options
+from speclm.errors import OptionError, UnknownNameError, shown
 from speclm.files.hub import HubOptions, download, is_hub_id, path_exists
 
 if TYPE_CHECKING:
@@ -208,7 +209,13 @@ _ADDED: dict[str, Method] = {}
 
 
 def register_method(method: Method) -> None:
-    """Make a method available; one of the same name is replaced."""
+    """Make a method available; one of the same name is replaced.
+
+    Raises:
+        OptionError: If it is no `Method`, or has no name.
+    """
+    if not isinstance(method, Method) or not isinstance(getattr(method, "name", None), str):
+        raise OptionError(f"method is {shown(method)}, expected a Method with a name; pass one")
     _ADDED[method.name] = method
 
 
@@ -222,14 +229,28 @@ def register_proposer(name: str) -> Callable[[ProposerType], ProposerType]:
 
     Registering a name again replaces the class, so that a notebook cell can be run twice.
 
+    Raises:
+        OptionError: If the class is no `Proposer`, or the name that of a method with files.
+
     Example:
         ```python
         @register_proposer("mine")
         class MyProposer(Proposer): ...
         ```
     """
+    if not isinstance(name, str):
+        raise OptionError(f"proposer name is {shown(name)}, expected a string; pass one")
+    known = registered_methods().get(name)
+    if known is not None and not known.is_named:
+        raise OptionError(f"{name!r} is a method that loads files; choose another name")
 
     def register(proposer_type: ProposerType) -> ProposerType:
+        from speclm.drafting.interface import Proposer
+
+        if not isinstance(proposer_type, type) or not issubclass(proposer_type, Proposer):
+            raise OptionError(
+                f"{name!r} is {shown(proposer_type)}, expected a subclass of Proposer; pass one"
+            )
         summary = (inspect.getdoc(proposer_type) or proposer_type.__name__).splitlines()[0]
         register_method(ProposerMethod(name, lambda: proposer_type, summary=summary))
         return proposer_type
@@ -263,21 +284,6 @@ def no_heads(proposer: object) -> OptionError:
         f"proposer is {found}, which has no heads to save; a draft model is saved with its own "
         "save_pretrained"
     )
-
-
-def require_options(options: Iterable[str], known: Iterable[str], *, owner: str) -> None:
-    """Check the names of options that were given for a method.
-
-    Raises:
-        OptionError: If one is unknown; the message names those that are known.
-    """
-    known = sorted(known)
-    unknown = sorted({*options} - {*known})
-    if unknown:
-        raise OptionError(
-            f"{owner}: unknown option {unknown[0]!r}, expected some of {known!r}; "
-            f"{suggest(unknown[0], known)}"
-        )
 
 
 def find_heads(heads: object, options: Mapping[str, Any] | None = None) -> HeadsSource:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from typing_extensions import override
 
 from speclm.cards import HeadsCard
-from speclm.config import require_count, require_in_range, require_size
+from speclm.config import require_count, require_in_range, require_options, require_size
 from speclm.errors import OptionError
-from speclm.methods.registry import HeadsSource, Method, Recipe, require_options
+from speclm.methods.registry import HeadsSource, Method, Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments

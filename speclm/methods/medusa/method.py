@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typing_extensions import override
 
 from speclm.cards import HeadsCard
-from speclm.config import MAX_DEPTH, require_count, require_in_range
+from speclm.config import MAX_DEPTH, require_count, require_in_range, require_options
 from speclm.errors import OptionError
-from speclm.methods.registry import HeadsSource, Method, Recipe, require_options
+from speclm.methods.registry import HeadsSource, Method, Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
