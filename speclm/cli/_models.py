@@ -26,7 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 from speclm.cli._options import BUNDLED_HEADS, DraftOptions, HeadsOptions, ModelOptions
 from speclm.demo.bundle import assets
 from speclm.drafting.interface import Proposer
-from speclm.errors import OptionError, UnknownNameError
+from speclm.errors import OptionError, SpeclmError, UnknownNameError, reason_of
 from speclm.methods.registry import heads_names
 from speclm.model import SpecModel
 from speclm.model.heads import Heads
@@ -202,15 +202,20 @@ def _own(part: Heads, base: PreTrainedModel) -> Heads:
             f"--heads has {part!r}, a {type(found).__name__}, expected a Proposer, its class or a "
             "function that makes one"
         )
-    parameters = inspect.signature(found).parameters
-    made: Heads
     try:
-        made = found(**{key: base for key in ("target", "base") if key in parameters})
-    except TypeError as error:
+        parameters = inspect.signature(found).parameters
+        made: Heads | None = found(**{key: base for key in ("target", "base") if key in parameters})
+    except SpeclmError:
+        raise
+    except Exception as error:
         raise OptionError(
-            f"--heads has {part!r}, which cannot be called with the base alone ({error}); name a "
-            "function that takes `base` and returns the proposer"
+            f"--heads has {part!r}, which cannot be called with the base alone "
+            f"({reason_of(error)}); name a function that takes `base` and returns the proposer"
         ) from error
+    if made is None:
+        raise OptionError(
+            f"--heads has {part!r}, which returns None, expected a proposer; let it return one"
+        )
     return made
 
 
