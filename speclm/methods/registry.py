@@ -214,7 +214,7 @@ def register_method(method: Method) -> None:
     Raises:
         OptionError: If it is no `Method`, or has no name.
     """
-    if not isinstance(method, Method) or not isinstance(getattr(method, "name", None), str):
+    if not isinstance(getattr(method, "name", None), str) or not isinstance(method, Method):
         raise OptionError(f"method is {shown(method)}, expected a Method with a name; pass one")
     _ADDED[method.name] = method
 
@@ -247,7 +247,7 @@ def register_proposer(name: str) -> Callable[[ProposerType], ProposerType]:
     def register(proposer_type: ProposerType) -> ProposerType:
         from speclm.drafting.interface import Proposer
 
-        if not isinstance(proposer_type, type) or not issubclass(proposer_type, Proposer):
+        if Proposer not in getattr(proposer_type, "__mro__", ()):
             raise OptionError(
                 f"{name!r} is {shown(proposer_type)}, expected a subclass of Proposer; pass one"
             )

@@ -80,9 +80,8 @@ def load_proposer(
         CheckpointError: If heads are damaged or incomplete.
     """
     heads_kwargs = {} if heads_kwargs is None else heads_kwargs
-    if not isinstance(heads_kwargs, dict) or not all(
-        isinstance(name, str) for name in heads_kwargs
-    ):
+    given: Any = heads_kwargs  # anything, without type checks
+    if not isinstance(given, dict) or not all(isinstance(name, str) for name in given):
         raise OptionError(
             f"heads_kwargs is {heads_kwargs!r}, expected a dictionary of options by name; pass for "
             "example {'min_probability': 0.1}"
