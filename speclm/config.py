@@ -119,7 +119,7 @@ def require_depth(name: str, depth: Any) -> None:
     """Check that a number of levels fits into a round.
 
     Raises:
-        OptionError: If `depth` is no whole number.
+        OptionError: If `depth` is not a whole number.
         TreeBudgetError: If `depth` is below 1 or above `MAX_DEPTH`.
     """
     _require_whole(name, depth, f"1 to {MAX_DEPTH}")

@@ -48,7 +48,7 @@ class StopStrings:
             texts = [window for _, _, window in group]
             windows = torch.tensor(texts, device=self._device, dtype=torch.long)
             flags = torch.stack([criterion(windows, None) for criterion in self._criteria])
-            # A sync: whether a row goes on is decided on the host.
+            # A sync: whether a row continues is decided on the host.
             for (row, count, _), is_stop in zip(group, flags.any(0).tolist(), strict=True):
                 if is_stop:
                     stops[row] = min(count, stops.get(row, count))

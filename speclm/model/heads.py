@@ -73,7 +73,7 @@ def load_proposer(
         num_draft_tokens: Maximum draft tokens per round; None for the proposer's default.
 
     Raises:
-        UnknownNameError: If a string is no name and no folder, and is not on the hub.
+        UnknownNameError: If a string is neither a name nor a folder, and is not on the hub.
         OptionError: If the method does not take an option, or the object is already built.
         VocabularyMismatchError: If a draft model or heads have another vocabulary.
         UnsupportedModelError: If a draft model fails the tree self-check.
