@@ -111,7 +111,7 @@ def with_base_options(
 
 
 def path_exists(name: str | Path) -> bool:
-    """Return whether a file or folder has a name; names of any length may be checked."""
+    """Return whether a file or folder of that name exists; a name may have any length."""
     try:
         return Path(name).exists()
     except OSError:
