@@ -9,16 +9,16 @@ from typing import Any, cast
 from speclm.errors import OptionError, TreeBudgetError, suggest
 
 MAX_NODES = 512
-"""Most nodes of one draft, root included; a tree beyond it costs more than it can win."""
+"""Maximum nodes of one draft, root included; a larger tree costs more than it can gain."""
 
 MAX_LEAD = 64
-"""Most positions that the fastest row may be ahead of the slowest; bounds the noise in memory."""
+"""Maximum lead of the fastest row over the slowest, in positions; bounds the noise in memory."""
 
 MAX_DEPTH = MAX_LEAD
-"""Most levels below the root, since a row may not be further ahead than `MAX_LEAD`."""
+"""Maximum levels below the root; a row may not be further ahead than `MAX_LEAD`."""
 
 MAX_MERGED_PROMPT = 1024
-"""Longest prompt whose forward also verifies the first draft: its mask is dense."""
+"""Longest prompt whose forward also verifies the first draft; that forward needs a dense mask."""
 
 
 def require_options(options: Iterable[str], known: Iterable[str], *, owner: str) -> None:
@@ -89,10 +89,10 @@ def require_size(name: str, value: object) -> None:
 
 
 def require_unicode(name: str, text: str) -> None:
-    """Check that a text can be encoded, which half a surrogate pair prevents.
+    """Check that a text can be encoded, that is, holds no unpaired surrogate.
 
     Raises:
-        OptionError: If it does.
+        OptionError: If it cannot.
     """
     try:
         text.encode()
@@ -128,7 +128,7 @@ def require_depth(name: str, depth: Any) -> None:
     """Check that a number of levels fits into a round.
 
     Raises:
-        OptionError: If `depth` is no whole number.
+        OptionError: If `depth` is not a whole number.
         TreeBudgetError: If `depth` is below 1 or above `MAX_DEPTH`.
     """
     _require_whole(name, depth, f"1 to {MAX_DEPTH}")
@@ -140,10 +140,10 @@ def require_depth(name: str, depth: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ProposerConfig:
-    """Settings that any proposer has.
+    """Settings common to all proposers.
 
     Args:
-        depth: Most draft tokens on one path, in ``[1, MAX_DEPTH]``.
+        depth: Maximum draft tokens on one path, in ``[1, MAX_DEPTH]``.
     """
 
     depth: int = 4

@@ -1,4 +1,4 @@
-"""Joins the drafts of several proposers into one tree."""
+"""Merge the drafts of several proposers into one tree."""
 
 from dataclasses import dataclass, replace
 
@@ -21,8 +21,8 @@ class CombinedConfig(ProposerConfig):
     """Settings of `CombinedProposer`.
 
     Args:
-        depth: Most levels of any part.
-        num_draft_tokens: Most nodes of the joined tree.
+        depth: Maximum levels of any part.
+        num_draft_tokens: Maximum nodes of the merged tree.
     """
 
     depth: int = 16
@@ -34,10 +34,10 @@ class CombinedConfig(ProposerConfig):
 
 
 class CombinedProposer(Proposer):
-    """Joins the trees of several proposers into one.
+    """Merges the trees of several proposers into one.
 
-    A token that two parts draft after the same path becomes one node. Every part learns all emitted
-    tokens, and the part of the accepted path that it drafted itself.
+    A token that two parts draft after the same path becomes one node. Every part receives all
+    emitted tokens, and the part of the accepted path that it drafted itself.
 
     Example:
         ```python
@@ -50,11 +50,11 @@ class CombinedProposer(Proposer):
     def __init__(
         self, parts: list[Proposer] | tuple[Proposer, ...], *, num_draft_tokens: int = 24
     ) -> None:
-        """Join proposers.
+        """Combine proposers.
 
         Args:
-            parts: At least one. If nodes have to be left out, those of the first parts are kept.
-            num_draft_tokens: Most nodes of the joined tree.
+            parts: At least one. If some nodes do not fit, those of the first parts are kept.
+            num_draft_tokens: Maximum nodes of the merged tree.
 
         Raises:
             OptionError: If there is no part, one is not a proposer, or one is given twice.
@@ -132,7 +132,7 @@ class CombinedProposer(Proposer):
         self._joined = []
 
     def _own_prompt(self, part: Proposer, prompt: Prefill) -> Prefill:
-        """Return the prompt with the features that a part asks for."""
+        """Return the prompt with the features that a part requests."""
         if prompt.features is None or part.features == self.features:
             return prompt
         if part.features == TargetFeatures.NONE:
@@ -142,12 +142,12 @@ class CombinedProposer(Proposer):
 
 @dataclass(frozen=True, slots=True)
 class _JoinedRow:
-    """One row of the joined tree, on the host.
+    """One row of the merged tree, on the host.
 
     Args:
         tokens: Token of each node; meaningless at the root.
         parents: Parent of each node.
-        own_nodes: For each part a map from joined nodes to the nodes of its own draft.
+        own_nodes: For each part, a map from merged nodes to the nodes of its own draft.
     """
 
     tokens: list[int]
@@ -155,17 +155,17 @@ class _JoinedRow:
     own_nodes: list[dict[int, int]]
 
     def add(self, tokens: list[int], parents: list[int], config: CombinedConfig) -> None:
-        """Add the nodes of the next part's tree that are not in the joined tree yet."""
+        """Add the nodes of the next part's tree that are not in the merged tree yet."""
         known = {
             (parent, token): node
             for node, (parent, token) in enumerate(zip(self.parents, self.tokens, strict=True))
             if node
         }
-        joined = {0: 0}  # from the part's nodes to joined nodes
+        joined = {0: 0}  # from the part's nodes to merged nodes
         for node in range(1, len(parents)):
             parent = joined.get(parents[node]) if parents[node] != node else None
             if parent is None:
-                continue  # padding, or below a node that was left out
+                continue  # padding, or below a dropped node
             found = known.get((parent, tokens[node]))
             if found is None:
                 if len(self.tokens) > config.num_draft_tokens:
@@ -179,7 +179,7 @@ class _JoinedRow:
 
 
 def _singles(part: Proposer) -> list[Proposer]:
-    """Return the proposers that a part consists of."""
+    """Return the single proposers that a part consists of."""
     if isinstance(part, CombinedProposer):
         return [single for inner in part.parts for single in _singles(inner)]
     return [part]

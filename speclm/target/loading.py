@@ -1,4 +1,4 @@
-"""Loads causal language models, and takes them out of PEFT's wrappers."""
+"""Load causal language models, and take them out of PEFT's wrappers."""
 
 import pickle
 import sys
@@ -24,7 +24,7 @@ def load_causal_lm(
     Args:
         name: Folder or hub id.
         options: Arguments of its ``from_pretrained``.
-        owner: What it is loaded as, for messages.
+        owner: Role of the model, for messages.
         known: Names that one of the options may be a misspelling of.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Medusa as a method: what it recognises, and how its heads are loaded, saved and trained."""
+"""Medusa as a method: how its heads are recognised, loaded, saved and trained."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +90,7 @@ class MedusaRecipe(Recipe):
 
 
 class MedusaMethod(Method):
-    """Heads that each draft one of the tokens to come from one hidden state of the target."""
+    """Heads that each draft one later token from one hidden state of the target."""
 
     name = "medusa"
     summary = "heads on the target's last hidden state, one for each position ahead"

@@ -1,4 +1,4 @@
-"""Drafts without a model: copies what followed the same words before."""
+"""Draft without a model: copy what followed the same tokens before."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -19,16 +19,16 @@ from speclm.tree.plan import TreePlan
 from speclm.tree.topology import trees_of
 
 MAX_FOLLOWERS = 8
-"""Most tokens that are remembered after one n-gram: among more of them none is likely."""
+"""Maximum followers stored for one n-gram; if there are more, none is likely."""
 
 # Fitted by simulation to 1600 answers of the bundled base to training prompts (text-to-SQL and
-# word problems, greedy and at temperature 1). What followed an n-gram its only time followed
-# again in 39 to 84 of 100 cases, with no clear trend in the length of the n-gram: start from the
-# middle, and trust the row's own record after some sixteen observations.
+# word problems, greedy and at temperature 1). A token that had followed an n-gram once followed it
+# again in 39 to 84 of 100 cases, with no clear trend in the length of the n-gram. So the estimate
+# starts in the middle, and after some sixteen observations the row's own record decides.
 _ONCE_PROBABILITY = 0.6
 _ONCE_WEIGHT = 16.0
-# Counts are discounted as in prediction by partial matching (Howard 1993): little where all
-# occurrences agree, more where they do not.
+# Counts are discounted as in prediction by partial matching (Howard 1993): little if all
+# occurrences agree, more if they do not.
 _AGREED_DISCOUNT = 0.35
 _SPLIT_DISCOUNT = 0.6
 
@@ -47,7 +47,7 @@ class NgramIndex:
         self._once_hits = _ONCE_PROBABILITY * _ONCE_WEIGHT
         self._once_seen = _ONCE_WEIGHT
         self._context: tuple[int, ...] = ()
-        for token in tokens:  # how little a prompt repeats itself says nothing about its answer
+        for token in tokens:  # how much a prompt repeats itself says little about its answer
             self._append(token)
 
     @property
@@ -60,7 +60,7 @@ class NgramIndex:
         return (*context, token)[-self._max_ngram :]
 
     def extend(self, tokens: Iterable[int]) -> None:
-        """Append tokens to the text, and learn from them how far a single occurrence holds."""
+        """Append tokens to the text, and learn from them how reliable a single occurrence is."""
         for token in tokens:
             is_hit = self._append(token)
             if is_hit is not None:
@@ -70,14 +70,14 @@ class NgramIndex:
     def candidates(self, context: tuple[int, ...], *, limit: int) -> list[tuple[int, float]]:
         """Return at most `limit` tokens that may follow, each with its probability.
 
-        They followed the longest known n-gram at the end of `context`; most frequent first, and
-        of equals the most recent.
+        They followed the longest known n-gram at the end of `context`. The most frequent come
+        first, and among equals the most recent.
         """
         counts: dict[int, int] = {}
         for length in range(1, len(context) + 1):
             longer = self._followers.get(context[-length:])
             if longer is None:
-                break  # what holds this n-gram is not known either
+                break  # longer n-grams that contain this one are not known either
             counts = longer
         if len(counts) == 1:
             ((token, count),) = counts.items()
@@ -92,7 +92,7 @@ class NgramIndex:
         return [(token, (counts[token] - _SPLIT_DISCOUNT) / total) for token in ranked[:limit]]
 
     def _append(self, token: int) -> bool | None:
-        """Append a token; return whether `candidates` had it, if it knew a single occurrence."""
+        """Append a token; if `candidates` knew a single occurrence, return whether it was right."""
         context = self._context
         is_hit: bool | None = None
         for length in range(1, len(context) + 1):
@@ -101,7 +101,7 @@ class NgramIndex:
             if counts is None:
                 self._followers[ngram] = {token: 1}
                 continue
-            # The longest known n-gram, which is the one that decides, comes here last.
+            # The longest known n-gram, which decides, comes last.
             is_once = len(counts) == 1 and 1 in counts.values()
             is_hit = token in counts if is_once else None
             counts[token] = counts.pop(token, 0) + 1
@@ -119,14 +119,14 @@ class NgramConfig(ProposerConfig):
     """Settings of the n-gram proposer.
 
     Args:
-        depth: Most draft tokens on one path; as many as nodes, since any path may go on.
-        num_draft_tokens: Most nodes of a draft, root excluded, in ``[1, MAX_DEPTH]``.
+        depth: Maximum draft tokens on one path; equal to the number of nodes.
+        num_draft_tokens: Maximum nodes of a draft, root excluded, in ``[1, MAX_DEPTH]``.
         max_ngram: Longest run of tokens that is looked up, in ``[1, 16]``; the index holds one
             entry per token and length.
-        branches: Most children of a node, in ``[1, 8]``.
-        min_probability: Least estimated probability of acceptance at which a node is drafted, in
-            ``[0.001, 1]``. The best value is the time that a node adds to a round, in steps of
-            regular generation, times the tokens generated on average in the time of such a step.
+        branches: Maximum children of a node, in ``[1, 8]``.
+        min_probability: Minimum estimated acceptance probability of a node, in ``[0.001, 1]``. The
+            best value is the time that a node adds to a round, in steps of regular generation,
+            times the mean number of tokens generated in the time of such a step.
     """
 
     depth: int = 15
@@ -143,18 +143,18 @@ class NgramConfig(ProposerConfig):
 
 
 class NgramProposer(Proposer):
-    """Proposes what followed the longest n-gram that occurred before, in prompt or output.
+    """Drafts what followed the longest n-gram that occurred before, in prompt or output.
 
-    A draft grows node by node, likeliest first, and every node looks its own n-gram up: a copy
-    goes on past the end of the text, branches where earlier occurrences differ, and ends where
-    another node is not worth its time. Needs no weights, and no sync with the device in a round.
+    A draft grows node by node, most likely first, and every node looks up its own n-gram. A copy
+    may therefore continue past the end of the text. It branches where earlier occurrences differ,
+    and ends when another node is not worth its time. Needs no weights, and no sync in a round.
 
     Args:
-        num_draft_tokens: Most nodes of a draft; `NgramConfig` describes all options.
+        num_draft_tokens: Maximum nodes of a draft; `NgramConfig` describes all options.
         max_ngram: Longest run of tokens that is looked up.
-        branches: Most children of a node.
-        min_probability: Least estimated probability of acceptance at which a node is drafted for a
-            single row; more in a batch.
+        branches: Maximum children of a node.
+        min_probability: Minimum estimated acceptance probability of a node, for a single row;
+            higher in a batch.
 
     Raises:
         OptionError: If an option is out of range.
@@ -210,7 +210,7 @@ class NgramProposer(Proposer):
     def commit(self, accepted: Accepted) -> None:
         for index, emitted in zip(self._rows, accepted.emitted, strict=True):
             index.extend(emitted)
-        # A row that was given nothing has most likely ended: nodes for it would slow the others.
+        # A row without new tokens has most likely ended: nodes for it would slow the others.
         self._is_waiting = [not emitted for emitted in accepted.emitted]
 
 
@@ -228,7 +228,7 @@ class _Tree:
 
     @classmethod
     def grow(cls, index: NgramIndex, options: NgramConfig, ends: frozenset[int]) -> "_Tree":
-        """Add the likeliest node that is left until none is worth its time."""
+        """Add the most likely remaining node until none is worth its time."""
         tree = cls.only_root(index)
         # Entries: minus the probability of the path, order of arrival, token, its probability given
         # the path, parent, context before.
@@ -258,7 +258,7 @@ class _Tree:
 
 @lru_cache(maxsize=256)
 def _planned(config: NgramConfig, plan: TreePlan | None, *, num_rows: int) -> NgramConfig:
-    """Return the settings of the next drafts; what a plan leaves open is the config's."""
+    """Return the settings of the next drafts; a plan overrides those of the config."""
     min_probability = least_probability(config.min_probability, num_rows=num_rows)
     if plan is None:
         return replace(config, min_probability=min_probability)
