@@ -19,8 +19,8 @@ __all__ = [
     "patch",
 ]
 
-# Imported at the first use: PyTorch and Transformers take seconds, which `speclm --help` and
-# whoever needs only the version should not wait for.
+# Imported at first use: importing PyTorch and Transformers takes seconds, which `speclm --help` and
+# a look at the version do not need.
 _MODULES = {
     "SpecModel": "speclm.model",
     "SpeculationStats": "speclm.stats",

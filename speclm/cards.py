@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 GENERATED_MARK = "<!-- written by speclm: remove this line to keep your own changes -->"
-"""Stands in every generated card; a card without it belongs to somebody."""
+"""Marks a generated card. A card without it was written by a user and is kept."""
 
 _CARD = """\
 ---
@@ -51,16 +51,16 @@ right and becomes slower, and heads of another vocabulary or width are refused.
 
 @dataclass(frozen=True, slots=True)
 class HeadsCard:
-    """What the card of heads says.
+    """Content of a model card for heads.
 
     Args:
-        kind: Tag of their kind.
+        kind: Tag of the kind of heads.
         title: Heading, without the base.
         summary: What the heads are, in a few sentences.
         facts: Rows of the table that only heads of this kind have, by name.
         software: Names of the files, and what else reads them.
-        num_parameters: Numbers in all tensors.
-        dtype: Name of their type.
+        num_parameters: Number of parameters in all tensors.
+        dtype: Name of their dtype.
         num_nodes: Nodes of the stored tree, root included; None if none is stored.
         figures: Measured figures by name; empty if there are none.
         base: Hub id of the base model, if it has one.

@@ -1,44 +1,53 @@
 """Limits of a round and the settings of the built-in proposers, as frozen dataclasses."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any, cast
 
-from speclm.errors import OptionError, TreeBudgetError
+from speclm.errors import OptionError, TreeBudgetError, suggest
 
 MAX_NODES = 512
-"""Most nodes of one draft, root included; a tree beyond it costs more than it can win."""
+"""Maximum nodes of one draft, root included; a larger tree costs more than it can gain."""
 
 MAX_LEAD = 64
-"""Most positions that the fastest row may be ahead of the slowest; bounds the noise in memory."""
+"""Maximum lead of the fastest row over the slowest, in positions; bounds the noise in memory."""
 
 MAX_DEPTH = MAX_LEAD
-"""Most levels below the root, since a row may not be further ahead than `MAX_LEAD`."""
+"""Maximum levels below the root; a row may not be further ahead than `MAX_LEAD`."""
 
 MAX_MERGED_PROMPT = 1024
-"""Longest prompt whose forward also verifies the first draft: its mask is dense."""
+"""Longest prompt whose forward also verifies the first draft; that forward needs a dense mask."""
 
 
-def require_known(config_type: type, options: Mapping[str, object], *, owner: str) -> None:
-    """Check that options are fields of a config.
+def require_options(options: Iterable[str], known: Iterable[str], *, owner: str) -> None:
+    """Check the names of options.
 
     Args:
-        config_type: A dataclass.
-        options: By name.
-        owner: Class that takes the options, for the message.
+        options: Names that were given.
+        known: Names that there are.
+        owner: What takes the options, for the message.
+
+    Raises:
+        OptionError: If one is unknown; the message names those that are known.
+    """
+    known = sorted(known)
+    unknown = sorted({*options} - {*known})
+    if unknown:
+        raise OptionError(
+            f"{owner}: unknown option {unknown[0]!r}, expected some of {known!r}; "
+            f"{suggest(unknown[0], known)}"
+        )
+
+
+def require_known(config_type: type, options: Iterable[str], *, owner: str) -> None:
+    """Check that options are fields of a config, a dataclass.
 
     Raises:
         OptionError: If one is not a field; the message lists the fields.
     """
-    known = {option.name for option in fields(config_type)}
-    unknown = sorted(options.keys() - known)
-    if unknown:
-        raise OptionError(
-            f"{owner} has no option {unknown[0]!r}, expected some of {sorted(known)!r}; drop it or "
-            "correct its name"
-        )
+    require_options(options, (option.name for option in fields(config_type)), owner=owner)
 
 
 def require_in_range(name: str, value: object, *, low: int | float, high: int | float) -> None:
@@ -80,10 +89,10 @@ def require_size(name: str, value: object) -> None:
 
 
 def require_unicode(name: str, text: str) -> None:
-    """Check that a text can be encoded, which half a surrogate pair prevents.
+    """Check that a text can be encoded, that is, holds no unpaired surrogate.
 
     Raises:
-        OptionError: If it does.
+        OptionError: If it cannot.
     """
     try:
         text.encode()
@@ -119,7 +128,7 @@ def require_depth(name: str, depth: Any) -> None:
     """Check that a number of levels fits into a round.
 
     Raises:
-        OptionError: If `depth` is no whole number.
+        OptionError: If `depth` is not a whole number.
         TreeBudgetError: If `depth` is below 1 or above `MAX_DEPTH`.
     """
     _require_whole(name, depth, f"1 to {MAX_DEPTH}")
@@ -131,10 +140,10 @@ def require_depth(name: str, depth: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class ProposerConfig:
-    """Settings that any proposer has.
+    """Settings common to all proposers.
 
     Args:
-        depth: Most draft tokens on one path, in ``[1, MAX_DEPTH]``.
+        depth: Maximum draft tokens on one path, in ``[1, MAX_DEPTH]``.
     """
 
     depth: int = 4

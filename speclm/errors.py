@@ -1,8 +1,7 @@
 """The exceptions that speclm raises on purpose.
 
-Every one derives from `SpeclmError` and from the builtin that fits, so that both ``except
-SpeclmError`` and ``except ValueError`` work. Messages say what was found, what was expected and
-what to do.
+All derive from `SpeclmError` and from a fitting builtin, so both ``except SpeclmError`` and
+``except ValueError`` work. Messages say what was found, what was expected and what to do.
 """
 
 import difflib
@@ -14,12 +13,12 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 
 
 def shown(value: object) -> str:
-    """Return a value as a message shows it: cut where it is long or nested."""
+    """Return a value as text for a message; long and nested values are cut."""
     return _SHORT.repr(value)
 
 
 def reason_of(error: Exception) -> str:
-    """Return the kind of an error and what it says, on one line."""
+    """Return the type and the message of an error on one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
@@ -47,7 +46,7 @@ class UnknownNameError(SpeclmError, LookupError):
 
 
 class VocabularyMismatchError(SpeclmError, ValueError):
-    """Two models that have to share a vocabulary do not."""
+    """Two models that must share a vocabulary do not."""
 
 
 class PromptError(SpeclmError, ValueError):
@@ -79,7 +78,7 @@ class CacheError(SpeclmError, TypeError):
 
 
 class KernelError(SpeclmError, ValueError):
-    """What a kernel was given cannot be computed with, or not by the backend that was asked for."""
+    """A kernel cannot compute with its arguments, or the requested backend cannot."""
 
 
 class BusyError(SpeclmError, RuntimeError):
@@ -87,7 +86,7 @@ class BusyError(SpeclmError, RuntimeError):
 
 
 class PatchError(SpeclmError, RuntimeError):
-    """A base is patched already, or its patch is not the one that was to be undone."""
+    """A base is already patched, or its patch is not the one to be undone."""
 
 
 class NumericalError(SpeclmError, ArithmeticError):
@@ -99,12 +98,12 @@ class UnsupportedModelError(SpeclmError, TypeError):
 
 
 class CheckpointError(SpeclmError, ValueError):
-    """A file of weights is damaged, incomplete or not what it says."""
+    """A file of weights is damaged, incomplete or of another kind than expected."""
 
 
 class MissingAssetError(SpeclmError, FileNotFoundError):
-    """A file that ships inside the package is not there."""
+    """A file of the installed package is missing."""
 
 
 class MeasurementError(SpeclmError, RuntimeError):
-    """A measurement may not be recorded, because what was measured is not what was claimed."""
+    """A measurement cannot be recorded, because it does not measure what it claims."""

@@ -1,7 +1,7 @@
 """Temporary changes, undone in the child of a fork for threads that do not exist there.
 
-`os.fork` copies only the thread that calls it. What another thread had changed for a while, and
-would have undone, stays changed in the child, and a lock that it held stays locked.
+`os.fork` copies only the thread that calls it. Temporary changes by other threads are therefore
+never undone in the child, and their locks stay locked.
 """
 
 import os
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 _CHANGES: dict[object, tuple[threading.Thread, Callable[[], object]]] = {}
-"""The thread that made each change, and what undoes it, in order."""
+"""Thread and undo function of each change, in order."""
 _RESETS: list[Callable[[], object]] = []
 
 
@@ -20,8 +20,8 @@ def temporary(undo: Callable[[], object]) -> Iterator[None]:
     """Call `undo` when the block ends, or in the child of a fork by another thread.
 
     Args:
-        undo: Undoes what the block changes. It may be called when the change was made only in
-            part or not at all, and twice.
+        undo: Undoes what the block changes. It may be called twice, and also when the change was
+            made only in part or not at all.
     """
     change = object()
     try:
@@ -35,7 +35,7 @@ def temporary(undo: Callable[[], object]) -> Iterator[None]:
 
 
 def reset_in_children(reset: Callable[[], object]) -> None:
-    """Have `reset` called in the child of every fork, before changes are undone there."""
+    """Call `reset` in the child of every fork, before temporary changes are undone there."""
     _RESETS.append(reset)
 
 

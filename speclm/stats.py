@@ -7,7 +7,7 @@ from itertools import zip_longest
 from time import perf_counter
 
 PHASES = ("prefill", "draft", "verify", "accept", "commit")
-"""Parts of a generation whose time is taken, in order."""
+"""Timed phases of a generation, in order."""
 
 
 @dataclass(slots=True)
@@ -19,8 +19,8 @@ class RowStats:
         offered: ``offered[d - 1]`` counts rounds whose draft reached depth d.
         accepted: ``accepted[d - 1]`` counts rounds that kept a draft token at depth d.
         num_draft_tokens: Nodes drafted, root and padding excluded.
-        prefill_tokens: Tokens that the prompt's own forward emitted: the bonus token, after what
-            it accepted of the first draft.
+        prefill_tokens: Tokens emitted by the prompt's own forward: accepted tokens of the first
+            draft, then the bonus token.
     """
 
     accepted_lengths: list[int] = field(default_factory=list)
@@ -78,11 +78,11 @@ class RowStats:
 
 @dataclass(frozen=True, slots=True)
 class Pause:
-    """Rounds without drafts, which cost more than they gave.
+    """A pause of speculation, because drafts cost more than they gained.
 
     Args:
-        round: Rounds before it began, without those of the prefill.
-        reason: What a round with a draft and one without took.
+        round: Number of rounds before the pause, prefill excluded.
+        reason: Measured times of a round with a draft and of one without.
     """
 
     round: int
@@ -93,7 +93,7 @@ class Pause:
 class SpeculationStats:
     """Counters of one `generate` call, over all rows.
 
-    ``str()`` of it is a readable table.
+    ``str(stats)`` is a readable table.
 
     Args:
         rows: Counters of each row, `num_return_sequences` expanded.
@@ -101,15 +101,15 @@ class SpeculationStats:
         seconds: Host time of each phase; see `PHASES`. An accelerator works asynchronously, and
             its time counts in the phase that waits for it.
         verification: How drafts were verified, in the words of `Verification`.
-        self_check: Why so, and not in a faster way.
+        self_check: Reason for `verification`.
         fallbacks: Why the call, or a part of it, was decoded without speculation.
         acceptance: Name of the acceptance rule; greedy decoding uses the exact one.
-        is_lossy: Whether an acceptance rule was used that changes the output's distribution.
-        num_plain_rounds: Rounds, among `rounds`, in which the proposer was not asked.
+        is_lossy: Whether the acceptance rule changes the output distribution.
+        num_plain_rounds: Those of `rounds` in which the proposer was not asked.
         pauses: When and why speculation was paused for some rounds. A call may begin within a
-            pause, which is then listed with the call before.
+            pause, which is then listed with the earlier call.
         tree: The last tree drafted, if it did not follow from the proposer's own settings.
-        num_regular_steps: Forwards that regular generation takes for the same tokens, prefill
+        num_regular_steps: Forwards that regular generation needs for the same tokens, prefill
             excluded; set when the call ends.
         plain_round_seconds: Host time of the fastest round without a draft, in this call or an
             earlier one; None if there was none.
@@ -133,7 +133,7 @@ class SpeculationStats:
     def merge(cls, parts: Iterable["SpeculationStats"]) -> "SpeculationStats":
         """Add the counters of several calls; each row of each call stays a row.
 
-        What cannot be added is that of the last call.
+        Fields that cannot be added are taken from the last call.
         """
         merged = cls()
         for part in parts:
@@ -212,15 +212,15 @@ class SpeculationStats:
 
     @property
     def milliseconds_per_round(self) -> dict[str, float]:
-        """Host milliseconds a round, by phase; the prefill is not part of a round."""
+        """Host milliseconds per round, by phase; the prefill is not part of a round."""
         rounds = max(self.rounds, 1)
         return {name: 1e3 * self.seconds[name] / rounds for name in PHASES if name != "prefill"}
 
     @property
     def estimated_speed_up(self) -> float | None:
-        """Time of as many rounds without a draft over the time taken, prefill excluded.
+        """Estimated time of regular steps for these tokens over the time taken, prefill excluded.
 
-        None if it is not known, because no round without a draft was timed.
+        None if no round without a draft was timed.
         """
         taken = sum(seconds for name, seconds in self.seconds.items() if name != "prefill")
         if self.plain_round_seconds is None or not self.num_regular_steps or taken <= 0:
@@ -266,7 +266,7 @@ class SpeculationStats:
         return "\n".join(f"{name:<12}{text}" for name, text in lines.items() if text)
 
     def to_dict(self) -> dict[str, object]:
-        """Return everything that was counted, ready for JSON, with vLLM's names where it has one.
+        """Return all counters, ready for JSON, under vLLM's names where it has them.
 
         ``rows`` holds one such record per row.
         """

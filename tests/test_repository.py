@@ -7,6 +7,7 @@ import sys
 import tokenize
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -150,6 +151,7 @@ def test_few_functions_outside_kernels_are_long():
     assert len(long_functions) - len(in_kernels) <= MAX_LONG_FUNCTIONS, long_functions
 
 
+@cache
 def prose(path: Path) -> str:
     """Return a page, or the docstrings and comments of a module."""
     if path.suffix != ".py":

@@ -282,7 +282,7 @@ def caption(records: Sequence[Record], headings: Sequence[str], unit: Unit) -> s
     number = f"{low}" if low == high else f"{low} to {high}"
     parts = [
         f"{title}{unit.legend}.",
-        f"{number} {unit.samples} a row{' and set' if COLUMN in first else ''};",
+        f"{number} {unit.samples} per row{' and prompt set' if COLUMN in first else ''};",
         f"{distinct(records, describe_machine)};",
         f"{distinct(records, describe_versions)};",
         f"commit {describe_commit(records[0])}.",

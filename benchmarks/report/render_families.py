@@ -2,7 +2,7 @@
 
 A table stands between ``<!-- families:NAME -->`` and ``<!-- /families -->``; its name is
 ``summary``, ``trees``, ``chains``, ``plain`` or ``survey``. Rows are those of the newest
-Transformers that was recorded; a column says what is otherwise in the older one. Needs nothing but
+Transformers that was recorded; a column says what differs in the older one. Needs nothing but
 Python.
 
     python benchmarks/report/render_families.py          # rewrites the tables
@@ -57,7 +57,7 @@ def render(name: str, _: Mapping[str, str], *, records: Records) -> str:
     ruler = "| --- | --- |" + (" --- |" if has_reason else "")
     others = {row["family"]: difference(row, records) for row in rows}
     if any(others.values()):
-        header, ruler = f"{header} otherwise in |", f"{ruler} --- |"
+        header, ruler = f"{header} differs in |", f"{ruler} --- |"
     lines = [header, ruler]
     for row in sorted(rows, key=lambda row: str(row["family"])):
         cells = [f"`{row['family']}`", row["examples"]]

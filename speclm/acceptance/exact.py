@@ -103,8 +103,8 @@ def accept_along_path(verified: Verified) -> Accepted:
     """Choose and accept one level at a time on the host, for CPUs, where a sync is free.
 
     The result is that of `choose_at_all_nodes` and `accept_exact`. When sampling, only the nodes of
-    the accepted path are evaluated: sorting and normalising a row of the vocabulary costs more than
-    a step of this loop. Greedy decoding takes one argmax over all rows.
+    the accepted path are evaluated, because sorting and normalising a row of the vocabulary costs
+    more than a step of this loop. Greedy decoding takes one argmax over all rows.
     """
     logits, topology, noise = verified.logits, verified.topology, verified.noise
     (batch, nodes, _), lengths = logits.shape, verified.lengths
@@ -114,7 +114,7 @@ def accept_along_path(verified: Verified) -> Accepted:
         greedy = choose_at_all_nodes(verified).tolist()
     paths: list[list[int]] = [[0] for _ in range(batch)]
     emitted: list[list[int]] = [[] for _ in range(batch)]
-    going = list(range(batch))  # rows whose path may go on
+    going = list(range(batch))  # rows whose path may continue
     for depth in range(topology.max_depth + 1):
         if greedy is not None:
             chosen = [greedy[row][paths[row][-1]] for row in going]

@@ -1,4 +1,4 @@
-"""What an acceptance rule is given, what it returns, and the rules by name."""
+"""The interface of acceptance rules: their input, their result, and the rules by name."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from speclm.tree.topology import TreeTopology
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Verified:
-    """A draft and what the target computed for it.
+    """A draft and the target's results for it.
 
     Args:
         draft_tokens: Token at each node; column 0 is the root.
@@ -202,14 +202,14 @@ class AcceptanceRule(ABC):
     calls.
 
     Attributes:
-        is_exact: Whether every token is the target's own choice after the tokens before it. Then
-            positions may be decided one at a time.
+        is_exact: Whether every token is the target's own choice after the tokens before it.
+            Positions may then be decided one at a time.
         is_lossy: Whether outputs follow another distribution than the target's.
         uses_noise: Whether the rule decides by the noise of the positions, as regular generation
-            does. Proposers are then given the noise.
+            does. Proposers then receive the noise.
         uses_draws: Whether the rule needs random draws of its own. They are seeded by one draw
             from the default generator of the logits' device.
-        draft_sampling: How draft tokens have to be chosen.
+        draft_sampling: How draft tokens must be chosen.
     """
 
     is_exact: ClassVar[bool] = False

@@ -1,7 +1,7 @@
 """Speculative sampling by rejection: lossless in distribution if draft tokens are drawn.
 
-The rules compare the target's probability of a draft token with the probability that it was drawn
-with. Under one seed they emit other tokens than regular generation, from the same distribution.
+The rules compare the target's probability of a draft token with the probability with which it was
+drawn. Under one seed they emit other tokens than regular generation, from the same distribution.
 """
 
 import math
@@ -30,7 +30,7 @@ Distribution = Float[Tensor, " vocab"]
 class RejectionRule(AcceptanceRule):
     """Accept drawn draft tokens so that outputs follow the target's distribution.
 
-    The rule decides row by row on the host and syncs with the device several times a round. It
+    The rule decides row by row on the host and syncs with the device several times per round. It
     refuses drafts whose distributions are not finite.
 
     Args:
@@ -94,7 +94,7 @@ class _RowTree:
         return self._verified.chooser.distribution(self._verified.logits[self._row, node][None])[0]
 
     def draft_probs(self, node: int) -> Distribution:
-        """Return the distribution that a node's first child was drawn from."""
+        """Return the distribution from which a node's first child was drawn."""
         distributions = self._verified.draft_distributions
         assert distributions is not None, "a draft with children has no distributions"
         return distributions[self._row, node]
@@ -122,7 +122,7 @@ def _require_finite_distributions(verified: Verified, trees: Mapping[int, _RowTr
 
 
 def accept_multi_round(tree: _RowTree, draws: Draws) -> tuple[list[int], int]:
-    """Try the children of a node in turn; draw the bonus token from what they leave.
+    """Try the children of a node in turn; draw the bonus token from the remaining probability.
 
     Source: Leviathan et al. 2023, Alg. 1, for one child; Chen et al. 2024 (Sequoia) for more.
     """
@@ -207,7 +207,7 @@ class _OpenNode:
 
 
 def accept_traversal(tree: _RowTree, draws: Draws) -> tuple[list[int], int]:
-    """Try whole paths, leaf by leaf; what a leaf leaves is passed to the nodes above it.
+    """Try whole paths, leaf by leaf; the remaining probability is passed to the nodes above.
 
     Source: arXiv 2505.12398 (traversal verification).
     """

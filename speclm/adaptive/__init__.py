@@ -1,1 +1,1 @@
-"""How much to draft: pauses, the size of trees, timings and acceptance rates."""
+"""Control of how much to draft: pauses, the size of trees, timings and acceptance rates."""

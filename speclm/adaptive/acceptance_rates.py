@@ -1,4 +1,4 @@
-"""How often the target accepts candidates by depth and rank, and the static trees that follow."""
+"""Acceptance rates of candidates by depth and rank, and the static trees that follow from them."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ _SUM_NEAR_ROOT = 3
 _SUM_OF_RANKS = 2
 
 RankAcceptance = Sequence[Sequence[float]]
-"""For each depth the probability that the child of rank 0, 1, ... is accepted if its parent is."""
+"""For each depth, the probability that the child of rank 0, 1, ... is accepted if its parent is."""
 
 Ranks = Sequence[Sequence[int]]
 """For each root of a text the rank of the token 1, 2, ... after it; -1 past the end of the text."""
@@ -39,7 +39,7 @@ def calibrated_paths(acceptance: RankAcceptance, *, num_nodes: int) -> RankPaths
 
     Args:
         acceptance: Acceptance rates by depth and rank.
-        num_nodes: Most nodes, without the root; fewer if no others were ever accepted.
+        num_nodes: Maximum nodes, root excluded; fewer if no others were ever accepted.
 
     Raises:
         OptionError: If `num_nodes` does not fit into a round, or nothing was accepted.
@@ -102,7 +102,7 @@ def observing_paths(*, max_depth: int) -> RankPaths:
     """Return the tree to observe with: wide below the root, and deep below the best ranks.
 
     Args:
-        max_depth: Most levels; there are never more than eight.
+        max_depth: Maximum levels; there are never more than eight.
     """
     paths: list[RankPath] = [(rank,) for rank in range(_RANKS_BELOW_ROOT)]
     level = paths

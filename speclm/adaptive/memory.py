@@ -1,4 +1,4 @@
-"""What calls learn and keep: records of one model, and the times of forwards on a machine."""
+"""What calls learn for later ones: records of one model, and times of forwards on a machine."""
 
 import hashlib
 import json
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from speclm.adaptive.tuner import TreeTuner
 
 SIZES = (1, 2, 3, 5, 9, 13, 17, 25, 33, 49)
-"""Numbers of nodes per row, root included, that are measured."""
+"""Numbers of nodes per row, root included, whose forwards are timed."""
 
 MAX_RATIO = 5.0
-"""A forward may take this many times as long as one over the roots; larger trees rarely pay."""
+"""A forward may take this many times as long as one over the roots; slower trees rarely pay."""
 
 _VERSION = 1
 _REPEATS = 3
@@ -156,7 +156,7 @@ def measure_forwards(
 
 
 def timings_digest(model: Fingerprint, *, batch: int, context: int) -> str:
-    """Return the name of what timings depend on: model, device, sizes, buckets and threads."""
+    """Return a digest of what timings depend on: model, device, sizes, buckets and threads."""
     buckets = (bucket_of_rows(batch), bucket_of_context(context))
     parts = (_VERSION, SIZES, model.digest, *buckets, torch.get_num_threads())
     return hashlib.sha256(repr(parts).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Decides whether the next round should have a draft, so that generation is never slower."""
+"""Decide whether the next round should have a draft, so that generation is never slower."""
 
 import math
 from collections import deque
@@ -12,10 +12,10 @@ from speclm.stats import Pause, SpeculationStats
 
 # Gains, losses and balances are in plain rounds: the time of a round without a draft, or the one
 # token that it emits.
-_START = 0.5  # balance before anything is known: what the first call may lose
-_FIRST_PRICE = 2.0  # of the first draft of a batch, which reads the prompts of all rows
+_START = 0.5  # balance before anything is known: the most that the first call may lose
+_FIRST_PRICE = 2.0  # price of the first draft of a batch, which reads the prompts of all rows
 _NEW_TEXT = 4  # a new call adds this fraction of what is missing for a draft
-_LIMIT = 12.0  # largest balance: what is lost at most once drafts become useless
+_LIMIT = 12.0  # maximum balance: the most that is lost if drafts become useless
 _REFILL = 1 / 40  # added by a round without a draft: the share of time that probes may cost
 _LEAST_REFILL = 1 / 160  # halved down to this each time that a probe has gained nothing
 
@@ -27,7 +27,7 @@ _OBVIOUS_TAU = 2.5
 _NUM_PLAIN_TIMES = 9
 _NUM_ROUNDS = 8
 _NUM_FIRST_ROUNDS = 5
-_CLIP = 2.0  # times the median: what counts of an outlier
+_CLIP = 2.0  # outliers count as at most this many times the median
 _SHORT_CONTEXT = 2048  # tokens; longer contexts have a ledger for each power of two
 
 
@@ -94,7 +94,7 @@ class Ledger:
         return fmean(tokens for _, tokens, _ in self.rounds) if self.rounds else 1.0
 
     def reason(self) -> str:
-        """Return figures that say why drafts do not pay."""
+        """Return figures that show why drafts do not pay."""
         limit = _CLIP * self._usual()
         seconds = fmean(min(seconds, limit) for seconds, _, _ in self.rounds)
         return (
@@ -170,8 +170,8 @@ class Ledger:
         plain = self.plain_time()
         usual = self._usual() if self.rounds else None
         if is_first:
-            # The time of reading counts once two calls have shown it: a model's first call is slow
-            # in many ways.
+            # The time of reading counts once two calls have shown it, because a model's first call
+            # is slow in many ways.
             self.first_times.append(seconds)
             usual = usual or min(seconds, _CLIP * (plain or seconds))
             read = median_low(self.first_times) if len(self.first_times) > 1 else 0.0
@@ -209,10 +209,10 @@ class Pausing:
 
     Drafts have a balance. Each round adds the tokens that it emitted minus its time, both in plain
     rounds. Drafts pause while the balance does not cover another useless draft. Rounds without a
-    draft refill it slowly, so that a draft is tried now and then, less often if tries fail. So the
-    loss is bounded by start and refill, and gains are saved up to a limit. The first two rounds
-    have no draft, which measures the time of a plain round. The next calls of the same setting and
-    batch size continue with all of it.
+    draft refill it slowly, so a draft is tried now and then, less often if tries fail. The loss is
+    therefore bounded by start and refill, and gains are saved up to a limit. The first two rounds
+    have no draft, to measure the time of a plain round. Later calls of the same setting and batch
+    size continue with the same balance.
 
     Tokens do not depend on it. It uses no tensors and does not sync.
 
@@ -239,11 +239,11 @@ class Pausing:
 
         Args:
             memory: What earlier calls learned; is updated.
-            batch: Rows, ended ones included, which forwards still compute.
+            batch: Rows, including ended ones, which forwards still compute.
             num_prompt_tokens: Tokens in the cache before the first round.
-            setting: What acceptance depends on besides the text, such as the temperature.
+            setting: What acceptance depends on, apart from the text; for example the temperature.
             proposer: The proposer, compared by identity.
-            stats: Counters to update; None for none.
+            stats: Counters to update, if any.
             clock: Returns seconds.
         """
         memory.begin_call(proposer)
@@ -275,7 +275,7 @@ class Pausing:
         self._start = self._clock()
 
     def record_prefill(self, *, tokens: int | float, seconds: float | None) -> None:
-        """Take note of the prompt's forward.
+        """Record the prompt's forward.
 
         Args:
             tokens: Tokens that it emitted.
@@ -287,7 +287,7 @@ class Pausing:
             self._has_read = True
 
     def record(self, *, tokens: int | float, drafted: bool, seconds: float | None = None) -> None:
-        """Take note of a round.
+        """Record a round.
 
         Args:
             tokens: Tokens that the round emitted in the shortest rows, which decide when the call
@@ -322,7 +322,7 @@ class Pausing:
     def finish(self, num_steps: int) -> None:
         """End the call, whose longest row has `num_steps` new tokens.
 
-        More tokens may have been booked, if several rows were the shortest in turn.
+        More tokens may have been booked, if several rows were the shortest one in turn.
         """
         excess = self._num_tokens - num_steps
         if excess > 0 and self._ledger is self._first_ledger:

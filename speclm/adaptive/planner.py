@@ -1,8 +1,8 @@
-"""Chooses the depth and size of the trees that give most tokens per second.
+"""Choose the depth and size of the trees with the most tokens per second.
 
-Smaller trees are replayed on rounds with large ones. The nodes of a round have an order, the best
+Smaller trees are replayed on rounds with large ones. The nodes of a round are ordered, the best
 first, so a smaller tree is a part of the verified one, and the accepted path shows how many of its
-nodes would have been accepted. No clock and no model: numbers in, a plan out.
+nodes would have been accepted. The module uses neither a clock nor a model.
 """
 
 import math
@@ -22,17 +22,17 @@ _CONFIDENCES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75)
 """Values of `TreePlan.min_confidence` that are tried."""
 
 EXPLORED_PROBABILITY, EXPLORED_CONFIDENCE = _PROBABILITIES[0], _CONFIDENCES[0]
-"""Thresholds of rounds that explore: no larger trees can be replayed."""
+"""Thresholds of exploring rounds; higher ones would leave too few nodes to replay larger trees."""
 
 _DEPTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64)
 
-_TIE = 1e-9  # relative gain from which a larger tree is better
+_TIE = 1e-9  # relative gain from which a larger tree counts as better
 
 _PRIOR_ROWS = 8
-"""The proposer's own probabilities count as much as this many observed rows."""
+"""The proposer's own probabilities weigh as much as this many observed rows."""
 
 _GROWING_SHARE = 0.75
-"""Share of the rows that have to grow for another level, as proposers have it by default."""
+"""Share of the rows that must still grow for another level; the default of proposers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,17 +139,17 @@ def fastest(estimates: Sequence[Estimate]) -> Estimate | None:
 def estimates_by_size(
     rounds: Observed, costs: RoundCosts, *, max_depth: int, max_nodes: int, has_probabilities: bool
 ) -> list[Estimate]:
-    """Return the best plan of at most 1, 2, 3... nodes; none if nothing was observed.
+    """Return the best plan of at most 1, 2, 3... nodes; an empty list without observations.
 
     A node pays while it adds more to tau than its time would give in tokens on average. The
-    thresholds of a plan stand for that limit and are found by trying some.
+    thresholds of a plan approximate that limit; several are tried.
 
     Args:
         rounds: Drafts at least as large as any tree that is considered.
         costs: Seconds of the parts of a round.
-        max_depth: Most levels.
-        max_nodes: Most nodes, without the root.
-        has_probabilities: Whether drafts come with probabilities; plans have thresholds then.
+        max_depth: Maximum levels.
+        max_nodes: Maximum nodes, root excluded.
+        has_probabilities: Whether drafts come with probabilities; plans then have thresholds.
     """
     table = _Table.of(rounds)
     if table is None:

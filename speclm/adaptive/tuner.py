@@ -1,4 +1,4 @@
-"""``tree="auto"``: learns while decoding which trees the next rounds should have."""
+"""``tree="auto"``: learn during decoding which trees the next rounds should have."""
 
 from collections import deque
 from collections.abc import Hashable, Sequence
@@ -29,18 +29,18 @@ from speclm.tree.plan import TreePlan
 from speclm.tree.topology import path_products
 
 MAX_NODES = SIZES[-1] - 1
-"""Most nodes of a planned tree, without the root."""
+"""Maximum nodes of a planned tree, root excluded."""
 
-_FIRST_PLANNING = 12  # observed rows before the first plan; each later plan waits for twice ...
-_REPLANNING = 96  # ... as many, but for no more than this many further rows
+_FIRST_PLANNING = 12  # observed rows before the first plan; each later plan needs twice ...
+_REPLANNING = 96  # ... as many, but at most this many further rows
 _MAX_ROWS = 192  # observed rows that are remembered
-_LEARNING_ROWS = 48  # observed rows until exploring may cost more
+_LEARNING_ROWS = 48  # observed rows until the cost of exploring is bounded
 _LEARNING_WAIT = 4  # rounds between two explored ones until then
-_SHARE = 0.02  # of the time that exploring may cost afterwards
+_SHARE = 0.02  # share of the time that exploring may cost afterwards
 _MIN_WAIT, _MAX_WAIT = 8, 160  # rounds
 _NUM_TIMES = 64
-_CLIP = 3.0  # times the median: what counts of an outlier
-_MIN_SPREAD = 0.2  # of sizes, below which their times cannot show the cost of one more
+_CLIP = 3.0  # outliers count as at most this many times the median
+_MIN_SPREAD = 0.2  # spread of sizes below which times cannot show the cost of one more
 
 
 @dataclass(slots=True)
@@ -127,11 +127,11 @@ class _TreeRecord:
 class TreeTuner:
     """Plans the tree of each round of one call from the results of earlier rounds.
 
-    Some rounds explore: their tree is larger than pays. They are replayed to find how many tokens
-    any smaller tree would have given. With the times of forwards, draft levels and the rest of a
-    round, that shows which tree gives most tokens per second. At first every second round explores;
-    later so few that they cost one part in fifty. Old rounds are forgotten, because text and
-    machine change.
+    Some rounds explore: they draft a larger tree than pays. They are replayed to find how many
+    tokens any smaller tree would have given. With the times of forwards, draft levels and the rest
+    of a round, this shows which tree gives the most tokens per second. At first every second round
+    explores, later so few that they cost one part in fifty. Old rounds are forgotten, because text
+    and machine change.
 
     Tokens do not depend on it. It holds no tensors.
 
@@ -156,10 +156,10 @@ class TreeTuner:
 
         Args:
             memory: What earlier calls learned; is updated.
-            batch: Rows, ended ones included, which forwards still compute.
+            batch: Rows, including ended ones, which forwards still compute.
             num_prompt_tokens: Tokens in the cache before the first round.
-            max_depth: Most levels by the proposer's own settings.
-            setting: What acceptance depends on besides the text, such as the temperature.
+            max_depth: Maximum levels by the proposer's own settings.
+            setting: What acceptance depends on, apart from the text; for example the temperature.
             proposer: The proposer, compared by identity.
         """
         memory.begin_call(proposer)
@@ -172,7 +172,7 @@ class TreeTuner:
         self._learned = self._recall()
         self._num_rounds = 0
         self.is_exploring = False
-        """Whether the round that was planned last explores."""
+        """Whether the round planned last explores."""
         memory.last_tuner = self
 
     @property
@@ -203,7 +203,7 @@ class TreeTuner:
         """Return the plan of the next draft; None for the proposer's own settings."""
         learned = self._learned = self._recall()
         if learned.best is None:
-            # Drafts of two sizes in turn also show the cost of a level.
+            # Alternating drafts of two sizes also shows the cost of a level.
             is_due = learned.has_probabilities is not None and learned.num_rounds % 2 == 1
         else:
             is_due = learned.wait <= 0
@@ -226,7 +226,7 @@ class TreeTuner:
         is_whole: Sequence[bool],
         seconds: dict[str, float],
     ) -> None:
-        """Take note of a round with a draft.
+        """Record a round with a draft.
 
         Args:
             draft: The draft.
@@ -279,7 +279,7 @@ class TreeTuner:
         return max([2, *(size - 1 for size, seconds in timings if seconds <= longest)])
 
     def _next_wait(self, learned: _TreeRecord) -> int:
-        """Return for how many rounds to use the plan before exploring again."""
+        """Return the number of rounds until the next exploration."""
         if learned.best is None:
             return 0
         rows = [row for group in learned.rounds for row in group]

@@ -1,9 +1,9 @@
 """Tree attention in a Hugging Face model, through its own attention and mask interfaces.
 
 During a tree step, a model's requests for masks return the step's mask, for the requested window.
-The model's own attention then computes with this mask, after whatever the model does to it. Where
-the kernel computes the same, it replaces attention, and the mask is never built. Outside a tree
-step nothing changes. No modeling code is replaced.
+The model's own attention then computes with this mask, after any change that the model makes to it.
+Where the kernel computes the same result, it replaces attention, and the mask is never built.
+Outside a tree step nothing changes. No modeling code is replaced.
 """
 
 from speclm.attention.registration import attached, attention_configs

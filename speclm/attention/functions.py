@@ -30,7 +30,7 @@ _IGNORED_ARGUMENTS = {
     "output_attentions",
     "output_router_logits",
 }
-"""Arguments of attention without effect where there is a mask; others are the model's own."""
+"""Arguments of attention that have no effect if there is a mask; others are the model's own."""
 
 AttentionFunction = Callable[..., tuple[Tensor, Tensor | None]]
 MaskFunction = Callable[..., Tensor | None]

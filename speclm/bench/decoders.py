@@ -1,4 +1,4 @@
-"""What is generated in a measurement, and the methods that generate it."""
+"""Calls to measure, and the methods that answer them."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -197,7 +197,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """A way to generate.
+    """A way to generate: regular generation, or a method.
 
     Args:
         name: Name in tables and records.

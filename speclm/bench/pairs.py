@@ -25,8 +25,8 @@ MAX_GAP_PER_DIFFERENCE = 4.0
 """Rounding moves two scores; a gap beyond twice their sum means a mistake."""
 
 _TREE_SIZES = (2, 4, 8, 16)
-"""Numbers of nodes of the forwards whose logits are compared. The size that a divergence came from
-is not known, and in bfloat16 a single size may happen to round as one token does."""
+"""Numbers of nodes of the forwards whose logits are compared. Several are tried, because the size
+that caused a divergence is not known, and in bfloat16 a single size may round as one token does."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Records of measurements, one JSON object per line, and what they were measured on."""
+"""Records of measurements, one JSON object per line, with machine, versions and commit."""
 
 import json
 import os
@@ -93,23 +93,23 @@ class Record:
     Args:
         benchmark: What was measured.
         settings: What it was measured on and with.
-        unit: Of median and quartiles.
+        unit: Unit of median and quartiles.
         n: Number of samples, such as pairs.
         median: Median sample.
         lower_quartile: A quarter of the samples are below.
         upper_quartile: A quarter of the samples are above.
         promises_identity: Whether the outputs have to be those of regular generation.
         num_identical: Number of samples with the outputs of regular generation.
-        divergences: Where outputs differ though identity was promised.
-        tokens_per_second: Of the method, all rows together.
-        plain_tokens_per_second: Of regular generation in the same pairs.
+        divergences: Where outputs differ although identity was promised.
+        tokens_per_second: Tokens per second of the method, all rows together.
+        plain_tokens_per_second: The same for regular generation in the same pairs.
         tau: Tokens per row and target forward, prefill excluded.
         acceptance_by_depth: Acceptance rate by position in the draft: accepted over drafted.
         milliseconds_per_round: Host time by phase.
         fallbacks: Why calls were left to regular generation.
         machine: The machine.
-        versions: Of the software.
-        commit: Of the checkout.
+        versions: Versions of the software.
+        commit: Commit of the checkout.
         date: When the record was made, in UTC, ISO 8601.
     """
 
@@ -259,7 +259,7 @@ def measure_grid(
         on_pair: Called with every pair.
 
     Raises:
-        MeasurementError: If outputs differ that may not; nothing is recorded of that method.
+        MeasurementError: If outputs differ that must not; nothing is recorded for that method.
     """
     plain = plain_decoder(base)
     for cell in cells:

@@ -12,7 +12,7 @@ from speclm.errors import CacheError
 from speclm.kernels import keep_path_, pays
 
 BLOCK = 256
-"""Slots by which the storage grows: few rounds copy it, and little memory is unused."""
+"""The storage grows by this many slots: few rounds copy it, and little memory is unused."""
 
 
 class TreeCache(Cache):
@@ -24,7 +24,7 @@ class TreeCache(Cache):
     Slots between a row's length and `tree_start` must be masked. `lengths` is on the device of
     `num_padding`, `host_lengths` on the host. `position_shift`, if any, is the difference between
     positions of new tokens and their slots without padding; it has leading axes if a model has
-    several positions for a token.
+    several positions per token.
 
     The storage grows in blocks, and is never allocated in advance for the longest possible
     sequence. Layers of equal shape share one tensor, so that `keep` moves them in one operation.

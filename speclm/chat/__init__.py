@@ -1,4 +1,4 @@
-"""Chats with a `SpecModel`, streamed by whole characters and read once."""
+"""Chat with a `SpecModel`: whole characters are streamed, and only new tokens are read."""
 
 from speclm.chat.chat import Answer, Chat
 from speclm.chat.text_stream import Piece, RoundStreamer, TextDecoder

@@ -1,4 +1,4 @@
-"""`Chat`: a conversation in turns, each of which reads only what is new."""
+"""`Chat`: a conversation in turns, each of which reads only the new tokens."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -37,7 +37,7 @@ class Answer:
         text: Text without special tokens and without an incomplete last character.
         tokens: New tokens, including the one that ends the answer.
         num_prompt_tokens: Tokens of the whole conversation before the answer.
-        num_reused_tokens: Number of these that the cache held already.
+        num_reused_tokens: How many of these the cache already held.
         finish: "end" when the model ended it, "length" at the bound, "stopped" by `stop`.
         seconds: Wall time, including the prompt.
         speculation: Counters.
@@ -55,7 +55,7 @@ class Answer:
 
 
 class Chat:
-    """A conversation with a model, which keeps the cache between turns.
+    """A conversation with a model; the cache is kept between turns.
 
     If the chat template renders earlier turns differently than before, the cache is kept up to the
     first difference. An error during an answer leaves the turns as they were before the question.
@@ -80,7 +80,7 @@ class Chat:
         Args:
             spec: The model.
             tokenizer: The base's, with a chat template.
-            system: Text of the system message; None for none.
+            system: Text of the system message; None for no system message.
             options: Arguments of ``generate``; ``max_new_tokens`` defaults to `MAX_NEW_TOKENS`.
 
         Raises:
@@ -131,7 +131,7 @@ class Chat:
         Args:
             text: The user's message.
             on_piece: Receives the text while it is generated.
-            marks_drafted: Whether to mark drafted pieces; text then comes a round at a time.
+            marks_drafted: Whether to mark drafted pieces; text then comes one round at a time.
 
         Raises:
             OptionError: If a message is not Unicode text.
@@ -232,7 +232,7 @@ class Chat:
         return list(encoded["input_ids"])
 
     def _bound_new_tokens(self, num_prompt_tokens: int) -> int:
-        """Return the most tokens of an answer, and check that there is room for any."""
+        """Return the maximum length of an answer, and check that there is room for one."""
         wanted: int = self._options["max_new_tokens"]
         text_config = self.spec.config.get_text_config()
         positions = getattr(text_config, "max_position_embeddings", None)
@@ -259,9 +259,9 @@ class Chat:
         return speculation is None or bool(speculation.fallbacks)
 
     def _take_cache(self, prompt: list[int]) -> Cache | None:
-        """Return the cache, cropped to what it shares with a prompt; None if nothing.
+        """Return the cache, cropped to what it shares with a prompt; None if nothing is shared.
 
-        The conversation does not keep it: after an error its content is not known.
+        The conversation gives it up: after an error its content would be unknown.
         """
         cache, self._cache = self._cache, None
         pairs = zip(prompt, self._cached_ids, strict=False)
@@ -309,8 +309,9 @@ class Chat:
         """Return whether a later prompt may continue from a cache."""
         if cache.is_croppable:
             return True
-        # Recurrent states cannot be cropped, but may be continued from if the self-check found that
-        # the model reads several tokens at once correctly. Attention layers have to count them.
+        # Recurrent states cannot be cropped. A prompt may continue from them if the self-check
+        # found that the model reads several tokens at once correctly. Attention layers have to
+        # count the tokens.
         has_slots = any(isinstance(layer, CacheLayerMixin) for layer in cache.layers)
         return has_slots and self.spec.self_check.verification is Verification.CHAINS
 

@@ -1,4 +1,4 @@
-"""Streams an answer as whole characters, and marks which of them were drafted."""
+"""Stream an answer as whole characters, and mark those that were drafted."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class Piece:
 
 
 class TextDecoder:
-    """Turns tokens, one after another, into the characters that they complete.
+    """Turns tokens, one by one, into the characters that they complete.
 
     A character may be spread over several tokens and is returned with the last one. Special tokens
     have no text. The cost of a token does not grow with the text.
@@ -49,7 +49,7 @@ class TextDecoder:
         self._num_returned = 0
 
     def push(self, token: int) -> str:
-        """Return the characters that `token` completes, "" if there are none."""
+        """Return the characters that `token` completes; "" if there are none."""
         self._tokens.append(token)
         # The last piece's tokens are decoded again: some tokenizers drop the space of a first word.
         before = self._decode(self._tokens[: self._num_returned])
@@ -69,11 +69,11 @@ class TextDecoder:
 
 
 class RoundStreamer(BaseStreamer):
-    """Passes on the text of one row as it is accepted, and marks what was drafted.
+    """Passes on the text of one row as it is accepted, and marks drafted text.
 
     This is a Transformers streamer; it ignores the prompt, which comes first. A decoding loop with
-    rounds calls `on_round` after the tokens of each round. While drafted text is marked, tokens
-    are held back until that call; without such calls the text goes on unmarked.
+    rounds calls `on_round` after the tokens of each round. To mark drafted text, tokens are held
+    back until that call; without such calls the text is passed on unmarked.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class RoundStreamer(BaseStreamer):
         self._marks_drafted = marks_drafted
         self._skipped = skipped
         self._is_prompt = True
-        self._is_silent = False  # more tokens than a round has came without a call
+        self._is_silent = False  # more tokens than a round can have came without a call
         self._held: list[int] = []
 
     @override
@@ -117,10 +117,10 @@ class RoundStreamer(BaseStreamer):
             self._flush(num_drafted=0)
 
     def on_round(self, accepted_length: int) -> None:
-        """Pass on the tokens since the last call, which were a round.
+        """Pass on the tokens since the last call, which form a round.
 
         Args:
-            accepted_length: How many of them were drafted; they come first.
+            accepted_length: Number of drafted tokens among them; these come first.
         """
         self.num_rounds += 1
         self._is_silent = False

@@ -1,4 +1,4 @@
-"""How commands print: text that cannot steer a terminal, and output that cannot be written."""
+"""Printing of commands: text that cannot steer a terminal, and output that cannot be written."""
 
 import errno
 import io
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 USAGE_ERROR = 2
-"""Exit code of wrong options and files, and of an environment that does not do."""
+"""Exit code of wrong options and files, and of an unsuitable environment."""
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 _BIDI = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))  # overrides, embeddings and isolates
@@ -25,12 +25,12 @@ _CONTROL = {
 def printable(text: str) -> str:
     """Return a text without the characters that steer a terminal.
 
-    That are control characters of 7 and 8 bits but for tabs and newlines, and those that change
-    the direction of writing. Without its first character an escape sequence is plain text, however
-    it was split over tokens.
+    These are control characters of 7 and 8 bits except tabs and newlines, and characters that
+    change the direction of writing. An escape sequence without its first character is harmless
+    text, however it was split over tokens.
 
     Args:
-        text: Of a model, a file or an error; any part of a longer one.
+        text: Text of a model, a file or an error, or any part of one.
     """
     return text.translate(_CONTROL)
 
@@ -38,12 +38,12 @@ def printable(text: str) -> str:
 def print_error(error: object) -> None:
     """Print an error as one line on standard error."""
     line = printable(" ".join(str(error).split()))
-    with suppress(OSError):  # nowhere is left to say it
+    with suppress(OSError):  # there is nowhere left to report it
         Console(stderr=True, soft_wrap=True).print(Text(f"error: {line}", style="red"))
 
 
 def replace_unencodable() -> None:
-    """Have standard output and standard error replace what their encoding does not have."""
+    """Make standard output and standard error replace characters that they cannot encode."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -51,7 +51,7 @@ def replace_unencodable() -> None:
 
 @contextmanager
 def exits_when_output_fails() -> Iterator[None]:
-    """Exit with `USAGE_ERROR` where nobody reads the output any more, or the disk is full."""
+    """Exit with `USAGE_ERROR` if nobody reads the output any more, or the disk is full."""
     try:
         yield
     except SystemExit:  # of rich, with 1, where a pipe is closed; commands raise typer.Exit
@@ -66,13 +66,13 @@ def exits_when_output_fails() -> Iterator[None]:
 
 
 def flush_output() -> None:
-    """Write what is still held back; exit with `USAGE_ERROR` where that fails."""
+    """Write all buffered output; exit with `USAGE_ERROR` if that fails."""
     if sys.stdout is not None:
         with exits_when_output_fails():
             sys.stdout.flush()
 
 
 def _discard_output() -> None:
-    """Send standard output nowhere: Python flushes it when it ends, and would fail again."""
+    """Discard standard output: Python flushes it at the end, and would fail again."""
     with suppress(OSError, ValueError, AttributeError):  # it may be closed, or no file
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

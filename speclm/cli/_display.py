@@ -1,4 +1,4 @@
-"""What commands show: progress, tables of measurements, and coloured answers."""
+"""Output of commands: progress, tables of measurements, and coloured answers."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -78,7 +78,7 @@ def add_comparison(table: Table, keys: Iterable[str], comparison: Comparison) ->
 
 
 def verdict(comparison: Comparison) -> Text:
-    """Say whether the outputs are those of regular generation."""
+    """Return whether the outputs equal those of regular generation, as text."""
     same, total = comparison.num_identical, len(comparison.pairs)
     if not comparison.promises_identity:
         return Text(f"{same}/{total}", style="dim")

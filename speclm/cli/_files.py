@@ -1,4 +1,4 @@
-"""Files that the user names: prompts to read, and results that can be written."""
+"""Files named by the user: prompts to read, and results to write."""
 
 import re
 import sys
@@ -17,13 +17,13 @@ Prompt = str | list[dict[str, str]]
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """Read the prompts of ``--prompts``; a conversation loses its final assistant turn.
+    """Read the prompts of ``--prompts``; the final assistant turn of a conversation is dropped.
 
     Args:
         path: File of JSON lines, or `STANDARD_INPUT`.
 
     Raises:
-        DataError: If the file cannot be read, has no prompt, or a line is none.
+        DataError: If the file cannot be read, has no prompt, or has a line that is not one.
         OptionError: If standard input cannot be read.
     """
     return [_parse(line) for line in _read_lines(path)]
@@ -50,7 +50,7 @@ def _read_lines(path: Path) -> list[JsonLine]:
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:
-    """Return the one prompt that is given as a text, a file or standard input.
+    """Return the single prompt, given as a text, a file or standard input.
 
     Raises:
         OptionError: If none or two are given, or the file cannot be read.
@@ -69,7 +69,7 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
 
 
 def read_input(option: str) -> bytes:
-    """Return what standard input holds.
+    """Return the content of standard input.
 
     Args:
         option: Option whose value is ``-``, for messages.
@@ -122,19 +122,19 @@ def positive_numbers(text: str) -> list[int]:
 
 
 def prepare_file(option: str, path: Path, *, flag: str | None = None, makes: bool = False) -> None:
-    """Check that a file can be written, and make its folder if that is missing.
+    """Check that a file can be written, and make its folder if it is missing.
 
     A user at a terminal is asked before more than one folder is made.
 
     Args:
         option: Option that names the file, for messages.
         path: The file, which may exist.
-        flag: Option that has all folders made without asking; None if there is none.
+        flag: Option that makes all folders without asking; None if there is none.
         makes: Whether that option is given.
 
     Raises:
-        OptionError: If the file cannot be written, or several folders are missing and are not to
-            be made.
+        OptionError: If the file cannot be written, or several folders are missing and must not be
+            made.
     """
     folder = path.absolute().parent
     try:
@@ -159,7 +159,7 @@ def prepare_file(option: str, path: Path, *, flag: str | None = None, makes: boo
 
 
 def require_folder_to_write(option: str, folder: Path) -> None:
-    """Check that files can be written into a folder, and leave nothing new there.
+    """Check that files can be written into a folder, without leaving anything there.
 
     Args:
         option: Option that names the folder, for messages.
@@ -181,7 +181,7 @@ def require_folder_to_write(option: str, folder: Path) -> None:
 
 
 def _missing(folder: Path) -> list[Path]:
-    """Return those of a folder and its parents that do not exist, the innermost first."""
+    """Return the missing ones of a folder and its parents, innermost first."""
     return [part for part in (folder, *folder.parents) if not part.exists()]
 
 
@@ -192,7 +192,7 @@ def _try_to_write(folder: Path) -> None:
 
 
 def _is_confirmed(missing: list[Path]) -> bool:
-    """Return whether a user at a terminal wants folders made."""
+    """Return whether a user at a terminal agrees to make folders."""
     if sys.stdin is None or not sys.stdin.isatty():
         return False
     try:

@@ -1,4 +1,4 @@
-"""Loads what commands work on: a base, its tokenizer and a proposer; bundled ones by default."""
+"""Load a base, its tokenizer and a proposer for commands; bundled ones by default."""
 
 import difflib
 import importlib
@@ -26,7 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 from speclm.cli._options import BUNDLED_HEADS, DraftOptions, HeadsOptions, ModelOptions
 from speclm.demo.bundle import assets
 from speclm.drafting.interface import Proposer
-from speclm.errors import OptionError, UnknownNameError
+from speclm.errors import OptionError, SpeclmError, UnknownNameError, reason_of
 from speclm.methods.registry import heads_names
 from speclm.model import SpecModel
 from speclm.model.heads import Heads
@@ -60,8 +60,8 @@ def load(options: ModelOptions) -> Loaded:
     """Load the base model and its tokenizer, without a proposer.
 
     Raises:
-        OptionError: If an option has no such value, or options exclude each other.
-        UnknownNameError: If ``--base`` is no model.
+        OptionError: If an option has an unusable value, or options exclude each other.
+        UnknownNameError: If ``--base`` is not a model.
     """
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -86,14 +86,14 @@ def load(options: ModelOptions) -> Loaded:
 
 
 def load_with_heads(options: HeadsOptions) -> Loaded:
-    """Load the base model, its tokenizer and what proposes for it.
+    """Load the base model, its tokenizer and its proposer.
 
-    Without ``--heads`` that is the bundled draft model for the bundled base, and ``"ngram"`` for
-    any other.
+    The default of ``--heads`` is the bundled draft model for the bundled base, and ``"ngram"`` for
+    any other base.
 
     Raises:
-        OptionError: If an option has no such value, or options exclude each other.
-        UnknownNameError: If ``--base`` is no model, or ``--heads`` nearly a name.
+        OptionError: If an option has an unusable value, or options exclude each other.
+        UnknownNameError: If ``--base`` is not a model, or ``--heads`` looks like a misspelt name.
     """
     for module in options.imports or ():
         import_module("--import", module)
@@ -163,7 +163,7 @@ def _from_pretrained(name: str, arguments: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def _drafting(options: HeadsOptions) -> dict[str, Any]:
-    """Return what ``--tree``, ``--depth`` and ``--num-draft-tokens`` are as arguments."""
+    """Return the arguments that ``--tree``, ``--depth`` and ``--num-draft-tokens`` stand for."""
     if not isinstance(options, DraftOptions):
         return {}
     num_draft_tokens = options.num_draft_tokens
@@ -202,20 +202,25 @@ def _own(part: Heads, base: PreTrainedModel) -> Heads:
             f"--heads has {part!r}, a {type(found).__name__}, expected a Proposer, its class or a "
             "function that makes one"
         )
-    parameters = inspect.signature(found).parameters
-    made: Heads
     try:
-        made = found(**{key: base for key in ("target", "base") if key in parameters})
-    except TypeError as error:
+        parameters = inspect.signature(found).parameters
+        made: Heads | None = found(**{key: base for key in ("target", "base") if key in parameters})
+    except SpeclmError:
+        raise
+    except Exception as error:
         raise OptionError(
-            f"--heads has {part!r}, which cannot be called with the base alone ({error}); name a "
-            "function that takes `base` and returns the proposer"
+            f"--heads has {part!r}, which cannot be called with the base alone "
+            f"({reason_of(error)}); name a function that takes `base` and returns the proposer"
         ) from error
+    if made is None:
+        raise OptionError(
+            f"--heads has {part!r}, which returns None, expected a proposer; let it return one"
+        )
     return made
 
 
 def import_module(option: str, name: str) -> ModuleType:
-    """Import a module of the user's, from the current folder too.
+    """Import a module of the user, also from the current folder.
 
     Args:
         option: Option that names it, for messages.
@@ -237,7 +242,7 @@ def import_module(option: str, name: str) -> ModuleType:
 
 
 def _parts(heads: str, *, is_bundled: bool) -> list[Heads]:
-    """Return what ``--heads`` names; nothing for "none"."""
+    """Return the parts of ``--heads``; none for "none"."""
     if heads == "none":
         return []
     bundled = {part: assets()[part] for part in BUNDLED_HEADS} if is_bundled else {}

@@ -1,4 +1,4 @@
-"""Options of the commands: one frozen dataclass a command, and every shared option once.
+"""Options of the commands: one frozen dataclass per command, every shared option defined once.
 
 This module imports nothing heavy: ``speclm --help`` and ``speclm COMMAND --help`` need no other
 module.
@@ -14,11 +14,11 @@ MAX_INT = 2**31 - 1
 """Largest value of an option that becomes a 32-bit integer."""
 
 BUNDLED_HEADS = ("draft", "medusa", "eagle", "eagle3")
-"""Names of the bundled heads, which ``--heads`` takes together with the bundled base."""
+"""Names of the bundled heads, which ``--heads`` accepts with the bundled base."""
 
-Batch = Annotated[str, typer.Option(help="Rows of a call, several sizes separated by commas.")]
+Batch = Annotated[str, typer.Option(help="Rows per call; several sizes separated by commas.")]
 MaxNewTokens = Annotated[
-    int, typer.Option(min=1, max=MAX_INT, help="Most new tokens of each answer.")
+    int, typer.Option(min=1, max=MAX_INT, help="Maximum new tokens of each answer.")
 ]
 NumPrompts = Annotated[int | None, typer.Option(min=1, help="Number of prompts to use.")]
 Seed = Annotated[int, typer.Option(min=0, max=MAX_INT, help="Seed of sampling.")]
@@ -33,13 +33,13 @@ class ModelOptions:
         str | None, typer.Option(help="Folder or hub id; by default the bundled model.")
     ] = None
     dtype: Annotated[
-        str | None, typer.Option(help="Of the weights: float32, bfloat16, float16 or auto.")
+        str | None, typer.Option(help="Dtype of the weights: float32, bfloat16, float16 or auto.")
     ] = None
     device: Annotated[
         str | None, typer.Option(help="Such as cpu or cuda:1; by default a GPU if there is one.")
     ] = None
     device_map: Annotated[
-        str | None, typer.Option(help="Spread the base over devices, such as auto.")
+        str | None, typer.Option(help="Spread the base over devices, for example auto.")
     ] = None
     quantization: Annotated[
         str | None,
@@ -57,8 +57,8 @@ class HeadsOptions(ModelOptions):
     heads: Annotated[
         str | None,
         typer.Option(
-            help="Method name, folder or hub id of heads or a draft model, module:Class of your "
-            'own, several separated by commas, or "none".'
+            help="Method name, folder or hub id of heads or of a draft model, module:Class of your "
+            'own, several of these separated by commas, or "none".'
         ),
     ] = None
     heads_revision: Annotated[
@@ -74,23 +74,23 @@ class HeadsOptions(ModelOptions):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DraftOptions(HeadsOptions):
-    """Options of every command that drafts with a tree of the user's choice."""
+    """Options of every command that drafts with a tree chosen by the user."""
 
     tree: Annotated[
         str | None,
         typer.Option(help='"auto", a preset of a static tree, or a JSON file of speclm tune.'),
     ] = None
     num_draft_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Most draft tokens of a round.")
+        int | None, typer.Option(min=1, help="Maximum draft tokens per round.")
     ] = None
     depth: Annotated[
-        int | None, typer.Option(min=1, help="Most levels of a draft tree; drafts in every round.")
+        int | None, typer.Option(min=1, help="Maximum levels of a draft tree; turns pauses off.")
     ] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingOptions(DraftOptions):
-    """Options of every command that answers with sampling of the user's choice."""
+    """Options of every command that samples as the user chooses."""
 
     max_new_tokens: MaxNewTokens = 128
     temperature: Annotated[float, typer.Option(min=0.0, help="0 decodes greedily.")] = 0.0
@@ -115,7 +115,7 @@ class GenerateOptions(SamplingOptions):
 
     prompt: Annotated[str | None, typer.Option(help="Text of the prompt.")] = None
     file: Annotated[
-        Path | None, typer.Option(help="File with the prompt, - for standard input.")
+        Path | None, typer.Option(help="File with the prompt; - for standard input.")
     ] = None
     chat: Annotated[bool, typer.Option(help="Apply the chat template.")] = True
     compare: Annotated[
@@ -141,10 +141,10 @@ class BenchOptions(DraftOptions):
 
     prompts: Annotated[
         Path,
-        typer.Option(help='JSON lines with "messages" or "prompt", - for standard input.'),
+        typer.Option(help='JSON lines with "messages" or "prompt"; - for standard input.'),
     ]
     setting: Annotated[
-        str, typer.Option(help="greedy, t0.7 or t1.0, several separated by commas.")
+        str, typer.Option(help="greedy, t0.7 or t1.0; several separated by commas.")
     ] = "greedy,t1.0"
     batch: Batch = "1"
     num_prompts: NumPrompts = None
@@ -161,15 +161,15 @@ class BenchOptions(DraftOptions):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TuneOptions(HeadsOptions):
-    """Measure which draft trees give most tokens a second on this machine.
+    """Measure which draft trees give the most tokens per second on this machine.
 
-    Methods that rank their candidates get a static tree too, which --save writes.
+    Methods that rank their candidates also get a static tree, which --save writes.
     """
 
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help='JSON lines with "messages" or "prompt", - for standard input; by default '
+            help='JSON lines with "messages" or "prompt"; - for standard input; by default '
             "bundled prompts."
         ),
     ] = None
@@ -177,10 +177,10 @@ class TuneOptions(HeadsOptions):
     batch: Batch = "1"
     num_prompts: NumPrompts = 16
     max_new_tokens: Annotated[
-        int, typer.Option(min=4, max=MAX_INT, help="Most new tokens of each answer.")
+        int, typer.Option(min=4, max=MAX_INT, help="Maximum new tokens of each answer.")
     ] = 96
     num_draft_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Of the static tree; by default the fastest size.")
+        int | None, typer.Option(min=1, help="Size of the static tree; by default the fastest.")
     ] = None
     save: Annotated[
         Path | None, typer.Option(help="Write the static tree here, for --tree and generate().")
@@ -215,8 +215,8 @@ class WarmOptions(ModelOptions):
 class VerifyOptions(ModelOptions):
     """Check that a model decodes the same tokens with drafts, and show how they are verified.
 
-    Drafts are the right tokens with errors here and there, so that both accepted and rejected
-    draft tokens occur with any model.
+    Drafts are the right tokens with some errors, so that with any model some draft tokens are
+    accepted and some are rejected.
     """
 
     num_prompts: Annotated[int, typer.Option(min=1, help="Prompts of each setting.")] = 8
@@ -244,11 +244,9 @@ class KernelsOptions:
     What --tune writes is used if the environment variable SPECLM_KERNEL_CONFIGS names it.
     """
 
-    arch: Annotated[str | None, typer.Option(help="Of another GPU, such as sm_80 or gfx942.")] = (
-        None
-    )
+    arch: Annotated[str | None, typer.Option(help="Another GPU, such as sm_80 or gfx942.")] = None
     tune: Annotated[
-        Path | None, typer.Option(help="Measure sizes on this GPU, and write them here.")
+        Path | None, typer.Option(help="Measure sizes on this GPU and write them here.")
     ] = None
 
 

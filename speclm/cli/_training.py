@@ -1,4 +1,4 @@
-"""Runs a training for ``speclm train``: checks, loading, the training and its final table."""
+"""The work of ``speclm train``: checks, loading, the training and its final table."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -26,12 +26,12 @@ def train(method: Method, recipe: Recipe, own: Any, options: TrainOptions) -> No
 
     Args:
         method: Method of the recipe.
-        recipe: What is trained.
+        recipe: Recipe of the training.
         own: Options of the recipe.
         options: Options of every training.
 
     Raises:
-        OptionError: If an option is out of range, or the folder is that of another training.
+        OptionError: If an option is out of range, or the folder belongs to another training.
         CheckpointError: If the folder holds another model.
     """
     arguments = _check(method, recipe, options)
@@ -56,7 +56,7 @@ def train(method: Method, recipe: Recipe, own: Any, options: TrainOptions) -> No
         has_begun = trainer is not None and trainer.state.global_step > 0
         if has_begun or (not options.training_arg and options.report_to == "none"):
             raise
-        # Trainer checks most fields first, and some only where it uses them.
+        # Trainer checks most fields at once, and some only when it uses them.
         raise OptionError(
             f"training cannot begin with --training-arg {options.training_arg or []!r} and "
             f"--report-to {options.report_to!r} ({type(error).__name__}: {error}); correct or drop "

@@ -1,4 +1,4 @@
-"""``speclm bench``: measures a base with a method on prompts of the user's."""
+"""``speclm bench``: measures a base and a method on the user's prompts."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ def bench(options: BenchOptions) -> None:
     settings = {name: setting_options(name) for name in options.setting.split(",")}
     if options.out is not None:
         prepare_file("--out", options.out, flag="--make-folders", makes=options.make_folders)
-        read_records(options.out)  # a file of something else is named before anything is measured
+        read_records(options.out)  # a file of another kind is reported before anything is measured
     loaded = load_with_heads(options)
     spec = loaded.spec
     methods = [speculative_decoder("speclm", loaded.base, spec.proposer, tree=spec.tree)]
@@ -66,7 +66,7 @@ def bench(options: BenchOptions) -> None:
 
 
 def _shared_settings(options: BenchOptions, loaded: Loaded) -> dict[str, Any]:
-    """Return what all records of the run have in common."""
+    """Return the settings that all records of the run share."""
     drafting = {
         name: getattr(options, name)
         for name in ("tree", "num_draft_tokens", "depth", "quantization")

@@ -51,7 +51,7 @@ def chat(options: ChatOptions) -> None:
         loaded.spec, loaded.tokenizer, system=options.system, options=options.arguments()
     )
     torch.manual_seed(options.seed)
-    # None lets rich find out, which knows NO_COLOR too.
+    # With None, rich decides, and respects NO_COLOR too.
     console = Console(force_terminal=None if is_terminal else False, highlight=False)
     loop = ChatLoop(
         conversation,
@@ -107,7 +107,7 @@ class ChatLoop:
         self._shows_accepted = shows_accepted
 
     def run(self) -> bool:
-        """Obey lines until input or the user ends; return whether any has failed."""
+        """Process lines until input ends or the user quits; return whether any has failed."""
         has_failed = False
         while (line := self._read()) is not None:
             line = line.strip()
@@ -133,7 +133,7 @@ class ChatLoop:
                 answer = self._chat.ask(text, on_piece=self._show, marks_drafted=marks_drafted)
         except KeyboardInterrupt:
             self._console.print()
-            self._note("interrupted; the question and what was said to it are dropped")
+            self._note("interrupted; the question and the partial answer are dropped")
             return
         self._console.print()
         if answer.finish in _FINISHES and self._console.is_terminal:
@@ -144,7 +144,7 @@ class ChatLoop:
     def _show(self, piece: Piece) -> None:
         style = self._console.get_style(ACCEPTED_STYLE) if piece.is_drafted else None
         segment = Segment(printable(piece.text), style)
-        # Segments go out as they are; text would have its tabs expanded, wherever it begins.
+        # Segments are printed unchanged; text would have its tabs expanded.
         self._console.print(Segments([segment]), end="", soft_wrap=True)
 
     def _note(self, text: str) -> None:
@@ -174,7 +174,7 @@ class ChatLoop:
         if not self._shows_accepted:
             self._note("accepted tokens are no longer coloured")
         elif not self._console.is_terminal:
-            self._note("accepted tokens are coloured in a terminal only, and this is none")
+            self._note("accepted tokens are coloured in a terminal only, and this is not one")
         else:
             self._note("accepted tokens are coloured from the next answer on")
             answers = self._chat.answers
@@ -239,7 +239,7 @@ def _interrupt_stops(chat: Chat) -> Iterator[None]:
 
 
 def describe(chat: Chat) -> Iterator[str]:
-    """Yield lines on the last answer and on the whole conversation."""
+    """Yield lines about the last answer and the whole conversation."""
     answers = chat.answers
     if not answers:
         yield "nothing has been answered yet"
@@ -271,6 +271,6 @@ def _speculation(stats: SpeculationStats) -> Iterator[str]:
     phases = ", ".join(f"{name} {ms:.2f}" for name, ms in stats.milliseconds_per_round.items())
     yield f"  tau {stats.tau:.2f} over {stats.rounds} rounds"
     yield f"  rounds by accepted length: {', '.join(f'{n}: {rounds}' for n, rounds in histogram)}"
-    yield f"  ms a round: {phases}; prefill {1e3 * stats.seconds['prefill']:.2f} in all"
+    yield f"  ms per round: {phases}; prefill {1e3 * stats.seconds['prefill']:.2f} in total"
     if stats.pause_summary is not None:
         yield f"  {stats.pause_summary}"

@@ -13,7 +13,7 @@ from speclm.errors import OptionError
 
 
 def generate(options: GenerateOptions) -> None:
-    """Answer a prompt, and compare with regular generation if that is asked for."""
+    """Answer a prompt, and compare with regular generation on request."""
     text = read_prompt(options.prompt, options.file)
     loaded = load_with_heads(options)
     tokenizer = loaded.tokenizer

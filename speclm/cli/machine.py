@@ -1,4 +1,4 @@
-"""``speclm env`` and ``speclm kernels``: what the machine is, and how its kernels run."""
+"""``speclm env`` and ``speclm kernels``: the machine, and how its kernels are launched."""
 
 import os
 import platform

@@ -1,4 +1,4 @@
-"""The command line: which commands there are, and how errors end."""
+"""The command line: its commands, and how errors end them."""
 
 import inspect
 import sys
@@ -32,11 +32,11 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "kernels": (_options.KernelsOptions, "machine"),
     "env": (_options.EnvOptions, "machine"),
 }
-"""Options of each command, and the module of speclm.cli whose function of that name runs it."""
+"""Options of each command, and the module of speclm.cli with its function."""
 
 
 class _Train(TyperCommand):
-    """The group of the trainings, which is imported once a training or its help is asked for."""
+    """The group of trainings; imported only when a training or its help is requested."""
 
     @override
     def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> Any:
@@ -90,8 +90,8 @@ def _root(
 def _command(name: str, options: type, module: str) -> Callable[..., None]:
     """Return a function whose parameters are the fields of an options class, its own first.
 
-    The module that does the work imports PyTorch, which takes seconds: it is imported when the
-    command runs, and not for its help.
+    The module that does the work imports PyTorch, which takes seconds. It is imported when the
+    command runs, not for its help.
     """
 
     def run(**values: Any) -> None:
@@ -113,9 +113,9 @@ for _name, (_class, _module) in COMMANDS.items():
 def main() -> None:
     """Run the command line.
 
-    An error of speclm's own, and output that cannot be written, become one red line and exit code
-    2. Output whose reader has left, as in ``speclm env | head -1``, gives the same code and no
-    line.
+    Errors of speclm's own, and output that cannot be written, become one red line and exit code
+    2. If the reader of the output has left, as in ``speclm env | head -1``, the exit code is the
+    same, without a line.
     """
     replace_unencodable()
     try:

@@ -1,6 +1,6 @@
 """``speclm train``: one command for each recipe that a method declares.
 
-Imports no PyTorch: the help is made from the options of the recipes.
+Imports no PyTorch: the help comes from the options of the recipes.
 """
 
 from collections.abc import Callable
@@ -16,14 +16,14 @@ from speclm.cli._options import MAX_INT, ModelOptions
 from speclm.methods.registry import Method, Recipe, registered_methods
 
 MAX_LENGTH = 2048
-"""Most tokens of an example if no number is given."""
+"""Maximum tokens of an example if no number is given."""
 
 _ARGUMENTS = {
     "epochs": "num_train_epochs",
     "learning_rate": "learning_rate",
     "batch_size": "per_device_train_batch_size",
 }
-"""Options whose defaults a recipe may change, and their names in ``TrainingArguments``."""
+"""Options whose defaults a recipe may change, with their names in ``TrainingArguments``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,19 +36,19 @@ class TrainOptions(ModelOptions):
         Path | None, typer.Option(help="JSON lines to evaluate on after each epoch.")
     ] = None
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 2.0
-    learning_rate: Annotated[float, typer.Option(help="Largest learning rate.")] = 1e-3
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples of a step, per device.")] = 8
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples per step and device.")] = 8
     max_length: Annotated[
         int | None,
         typer.Option(
-            min=3, help=f"Tokens kept of an example; by default the base's, at most {MAX_LENGTH}."
+            min=3, help=f"Tokens kept of an example; by default as the base, at most {MAX_LENGTH}."
         ),
     ] = None
     limit: Annotated[
         int | None, typer.Option(min=1, help="Examples to train on, drawn at random.")
     ] = None
     seed: Annotated[
-        int, typer.Option(min=0, max=MAX_INT, help="Seed of new heads and of the order.")
+        int, typer.Option(min=0, max=MAX_INT, help="Seed of new heads and of the data order.")
     ] = 0
     resume: Annotated[
         bool, typer.Option("--resume", help="Resume from the newest checkpoint in --out.")
@@ -70,7 +70,7 @@ def train_app() -> typer.Typer:
 
 
 def _command(method: Method, recipe: Recipe) -> Callable[..., None]:
-    """Return a function whose parameters are the options of a recipe and those of all."""
+    """Return a function whose parameters are a recipe's own options and the common ones."""
     own, shared = _parameters(recipe.options), _parameters(TrainOptions, recipe)
 
     def run(**values: Any) -> None:
@@ -104,7 +104,7 @@ def _parameters(options: type, recipe: Recipe | None = None) -> list[Parameter]:
 
 
 def _option(name: str, hint: Any) -> Any:
-    """Turn ``Annotated[type, help]``, as methods write it, into an option of Typer."""
+    """Turn ``Annotated[type, help]``, as methods write it, into a Typer option."""
     if get_origin(hint) is not Annotated or not isinstance(get_args(hint)[1], str):
         return hint
     kind, text = get_args(hint)

@@ -1,4 +1,4 @@
-"""``speclm tune``: the draft trees that give most tokens a second on this machine."""
+"""``speclm tune``: finds the draft trees with the most tokens per second on this machine."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ _SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48)
 
 
 def tune(options: TuneOptions) -> None:
-    """Measure draft trees of every size, and calibrate a static one if the method ranks."""
+    """Measure draft trees of every size, and calibrate a static tree if the method ranks."""
     save = options.save
     if save is not None and save.suffix != ".json":
         raise OptionError(f"--save is {str(save)!r}, expected a file named *.json; rename it")
@@ -68,7 +68,7 @@ def tune(options: TuneOptions) -> None:
 
 
 def _print_sizes(loaded: Loaded, calls: list[Call], batch: int, console: Console) -> RoundCosts:
-    """Decode with large trees only, and print what smaller ones would give."""
+    """Decode with large trees only, and print what smaller trees would give."""
     model = SpecModel(loaded.base, loaded.spec.proposer, adaptive=False, tree="auto")
     model.memory = Memory(explores_always=True)
     _run(model, calls)
@@ -84,7 +84,7 @@ def _print_sizes(loaded: Loaded, calls: list[Call], batch: int, console: Console
         "min probability",
         "confidence",
         "tau",
-        "ms a round",
+        "ms per round",
         "tokens/s",
         "",
     ):
@@ -116,7 +116,7 @@ def _run(model: SpecModel, calls: list[Call]) -> None:
 def _calibrate(
     loaded: Loaded, calls: list[Call], costs: RoundCosts, num_nodes: int | None
 ) -> tuple[RankPaths, RankAcceptance]:
-    """Return the static tree of most tokens a second, or of a given size."""
+    """Return the static tree with the most tokens per second, or of a given size."""
     proposer = loaded.spec.proposer
     assert proposer is not None
     recorder = RankRecorder(proposer)
@@ -136,7 +136,7 @@ def _calibrate(
 
 
 def _acceptance_table(acceptance: RankAcceptance) -> Table:
-    """Return how often each rank was accepted at each depth where its parent was."""
+    """Return how often each rank was accepted at each depth, given that its parent was."""
     table = Table(box=None, pad_edge=False, header_style="bold underline", title="accepted, %")
     table.add_column("depth", justify="right")
     for rank in range(max(map(len, acceptance))):

@@ -1,4 +1,4 @@
-"""``speclm verify``: whether a model decodes the same tokens with drafts."""
+"""``speclm verify``: checks that a model decodes the same tokens with drafts."""
 
 import torch
 import typer
@@ -72,7 +72,7 @@ def _scripted_decoder(base: PreTrainedModel) -> Decoder:
         tokens = plain.run(call).tokens
         longest = max(map(len, tokens))
         spec.proposer = ScriptedProposer(tokens, wrong_at=range(3, longest, _WRONG_EVERY))
-        torch.manual_seed(call.seed)  # again: the plain run has drawn
+        torch.manual_seed(call.seed)  # again, because the regular run has drawn
         output = spec.generate(**call.arguments)
         assert isinstance(output, Tensor)
         return output

@@ -1,1 +1,1 @@
-"""What a drafting method implements, and what methods share."""
+"""The interface of a drafting method, and what methods share."""

@@ -1,4 +1,4 @@
-"""Joins the drafts of several proposers into one tree."""
+"""Merge the drafts of several proposers into one tree."""
 
 from dataclasses import replace
 
@@ -38,7 +38,7 @@ class CombinedProposer(Proposer):
         num_draft_tokens: int = 24,
         min_probability: float = 0.05,
     ) -> None:
-        """Join proposers.
+        """Combine proposers.
 
         Args:
             parts: At least one.
@@ -130,7 +130,7 @@ class CombinedProposer(Proposer):
             source.drop()
 
     def _own_prompt(self, part: Proposer, prompt: Prefill) -> Prefill:
-        """Return the prompt with the features that a part asks for."""
+        """Return the prompt with the features that a part requests."""
         if prompt.features is None or part.features == self.features:
             return prompt
         if part.features == TargetFeatures.NONE:
@@ -139,7 +139,7 @@ class CombinedProposer(Proposer):
 
 
 def _singles(part: Proposer) -> list[Proposer]:
-    """Return the proposers that a part consists of."""
+    """Return the single proposers that a part consists of."""
     if isinstance(part, CombinedProposer):
         return list(part.parts)
     return [part]

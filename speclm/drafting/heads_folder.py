@@ -1,4 +1,4 @@
-"""Folders of heads: written so that the files change together or not at all, and checked."""
+"""Folders of heads: checked, and written so that the files change together or not at all."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -23,7 +23,7 @@ CARD_NAME = "README.md"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Destination:
-    """Where heads are saved.
+    """Folder and names for saving heads.
 
     Args:
         folder: Created if it does not exist.
@@ -37,11 +37,11 @@ class Destination:
 
     @property
     def base_id(self) -> str | None:
-        """The base's name if others can find it by that name; paths are not written."""
+        """The base's name if others can find it by that name; None for a path."""
         return hub_id(self.base.config.name_or_path)
 
     def card(self, text: str) -> str | None:
-        """Return the text of the card, or None to keep a card that somebody has written."""
+        """Return the text of the card, or None to keep a card that a user has written."""
         path = self.folder / CARD_NAME
         is_generated = not path.exists() or (
             path.is_file() and GENERATED_MARK in path.read_text(encoding="utf-8", errors="replace")
@@ -58,15 +58,15 @@ def write_heads(
     card: str | None,
     check: Callable[[Path], None],
 ) -> None:
-    """Write all files to a temporary folder, check them, then move them, the config last.
+    """Write all files to a temporary folder, check them, then move them; the config comes last.
 
     Args:
         folder: Created if it does not exist.
         weights_name: File name of the weights.
-        tensors: By key; may share memory with each other.
+        tensors: Tensors by key; they may share memory.
         config: Content of the config.
         card: Text of the model card; None for none.
-        check: Reads the temporary folder, and raises if it differs from what was to be written.
+        check: Reads the temporary folder, and raises if it differs from what was meant.
     """
     with written_together(folder, last=CONFIG_NAME) as aside:
         own = {
@@ -89,7 +89,7 @@ def read_choices(folder: Path, config: Mapping[str, Any]) -> RankPaths | None:
     """Return the static tree that a config holds, if any.
 
     Raises:
-        CheckpointError: If it is no tree.
+        CheckpointError: If it is not a tree.
     """
     choices = (config.get("speclm") or {}).get("choices")
     if choices is None:
@@ -103,7 +103,7 @@ def read_choices(folder: Path, config: Mapping[str, Any]) -> RankPaths | None:
 
 
 def require_folder(folder: Path) -> None:
-    """Check that a path is a folder or free.
+    """Check that a path is a folder or does not exist.
 
     Raises:
         CheckpointError: If it is a file.
@@ -115,7 +115,7 @@ def require_folder(folder: Path) -> None:
 def require_same_tensors(
     path: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]
 ) -> None:
-    """Check that what was read back is what was written, bit by bit.
+    """Check that the tensors read back equal the written ones, bit by bit.
 
     Raises:
         CheckpointError: If a tensor differs or is missing on one side.

@@ -1,4 +1,4 @@
-"""What a drafting method implements: a `Proposer`, which returns a `Draft` in every round."""
+"""The interface of a drafting method: a `Proposer` returns a `Draft` in every round."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -26,9 +26,9 @@ class Draft:
     Args:
         tokens: Token at each node; column 0 is the root. Padding nodes may hold any valid token.
         topology: Shape of the trees; one row if all rows of the batch share it.
-        node_probs: For each row the proposer's probability of each node's token, given the path
+        node_probs: For each row, the proposer's probability of each node's token, given the path
             to it. Lists on the host, because only the host reads them. None if unknown.
-        distributions: Distribution that the children of each node were drawn from, before siblings
+        distributions: Distribution from which the children of each node were drawn, before siblings
             were removed. Rows of leaves may hold anything. None unless `Prefill.sampler` was given.
     """
 
@@ -40,7 +40,7 @@ class Draft:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prefill:
-    """What is known when a generation starts.
+    """Description of the prompt at the start of a generation.
 
     Args:
         tokens: Prompt without its last token, padded on the left, on the target's device; may have
@@ -49,10 +49,10 @@ class Prefill:
         first_tokens: Last token of the prompt, which is the first root. A prompt that consists of
             embeddings looks like one of a single token.
         temperature: Temperature at which the target samples; 0 if it decodes greedily.
-        max_new_tokens: Most new tokens of any row.
+        max_new_tokens: Maximum new tokens of any row.
         eos_token_ids: Tokens that end a row.
         features: Target features at `tokens`, for proposers that set `Proposer.features`. If a
-            cache was passed in, only those of the positions after it.
+            cache was passed in, only the positions after it have features.
         sampler: Draws the draft tokens, if the acceptance rule needs drawn ones. Only proposers
             that set `Proposer.draft_sampling` are given one.
         chooser: How the target turns logits into tokens; None if unknown.
@@ -71,7 +71,7 @@ class Prefill:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TargetNeeds:
-    """What a proposer requires of its target; None if anything will do.
+    """Requirements of a proposer on its target; None means no requirement.
 
     Args:
         vocab_size: Width of the target's logits.
@@ -97,11 +97,11 @@ class Proposer(ABC):
 
     Attributes:
         config: Settings; ``config.depth`` bounds the depth of its trees.
-        features: Target hidden states that it is given with the prompt and with every `commit`.
+        features: Target hidden states that it receives with the prompt and with every `commit`.
             Its first draft then comes one token later than that of other proposers.
-        needs: What the target has to be; checked when a `SpecModel` is built.
-        needs_lockstep: Whether all rows must be given equally many tokens, which lets fast rows
-            wait for slow ones.
+        needs: Requirements on the target; checked when a `SpecModel` is built.
+        needs_lockstep: Whether all rows must receive equally many tokens; fast rows then wait for
+            slow ones.
         draft_sampling: How it can draw its tokens, which acceptance by rejection needs. If
             `Prefill.sampler` is given, draw the children of every node with it, in the order of
             the nodes, and return the distributions in `Draft.distributions`. Whether a node exists
@@ -111,8 +111,8 @@ class Proposer(ABC):
         remembers: Whether drafts may depend on earlier generations and on other rows of a batch.
         fills_static_trees: Whether it fills static trees of ranks, such as ``plan.paths``.
         num_ranks: Candidates that it can rank below a node; None for ``needs.vocab_size``.
-        plan: Size of the next drafts, set by the loop before `begin` and every `propose`; None for
-            what `config` says. The loop cuts larger trees.
+        plan: Size of the next drafts, set by the loop before `begin` and every `propose`; None
+            follows `config`. The loop cuts larger trees.
         parts: Proposers that it calls itself, whose needs are checked too.
 
     Example:
@@ -169,7 +169,7 @@ class Proposer(ABC):
 
     @abstractmethod
     def commit(self, accepted: Accepted) -> None:
-        """Take note of the tokens that every row emitted in this round.
+        """Receive the tokens that every row emitted in this round.
 
         ``accepted.emitted[b]`` lists them on the host. The list is empty in a row that has ended or
         waits for slower rows; such a row keeps its root.

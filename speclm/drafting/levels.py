@@ -1,4 +1,4 @@
-"""Settings and steps of proposers that draft a tree a level at a time."""
+"""Settings and steps of proposers that draft a tree level by level."""
 
 import math
 from collections.abc import Mapping
@@ -25,17 +25,17 @@ class GrownTreeConfig(ProposerConfig):
     """Settings of proposers whose trees grow by level.
 
     Args:
-        depth: Most levels of the tree, each of which costs a run of the proposer's network.
-        num_draft_tokens: Most nodes drafted a round.
+        depth: Maximum levels of the tree; each costs one run of the proposer's network.
+        num_draft_tokens: Maximum nodes drafted per round.
         width: Nodes expanded at each level; 1 with one branch makes a chain.
         branches: Children considered for each expanded node.
-        min_probability: Leave out nodes whose path is less likely than this.
-        min_confidence: Stop growing a row once its most likely path is less likely than this.
-        min_growing: Add no further level once a smaller share of the rows grows: a level costs a
-            run for the whole batch.
+        min_probability: Nodes whose path is less likely than this are left out.
+        min_confidence: A row stops growing when its most likely path is less likely than this.
+        min_growing: No level is added when a smaller share of the rows still grows, because a
+            level costs a run for the whole batch.
         paths: Static tree as paths of ranks; None for trees that grow by probability.
-        mixture: Parameters of the distribution that ranks candidates under sampling; None to
-            estimate them from what the target chooses.
+        mixture: Parameters of the distribution that ranks candidates under sampling; None
+            estimates them from what the target chooses.
     """
 
     depth: int = 16
@@ -66,7 +66,7 @@ def options_with_tree(tree: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a `GrownTreeConfig` for a static tree.
 
     Args:
-        tree: A tree as `normalize_paths` takes it.
+        tree: A tree in any form that `normalize_paths` accepts.
         options: Other options. With `num_draft_tokens`, the first nodes by depth are kept.
 
     Raises:
@@ -115,7 +115,7 @@ def planned(config: ConfigT, plan: TreePlan) -> ConfigT:
 
 
 def assemble(grown: list[GrownRow], roots: Int[Tensor, " batch"]) -> Draft:
-    """Return the draft of grown rows, the short ones padded with token 0, which is always valid."""
+    """Return the draft of grown rows; short rows are padded with token 0, which is always valid."""
     parents = [[0, *row.parents] for row in grown]
     nodes = max(map(len, parents))
     drafted = [row.tokens + [0] * (nodes - 1 - len(row.tokens)) for row in grown]
@@ -149,14 +149,14 @@ def seen_below(
 
 
 def least_probability(min_probability: float, *, num_rows: int) -> float:
-    """Return the probability of acceptance below which a node costs more time than it saves.
+    """Return the acceptance probability below which a node costs more time than it saves.
 
-    Rows share the fixed cost of a round but not the cost of a node, so in a larger batch a node has
-    to be more likely. In batches of four, twice the threshold of a single row was best for n-grams
-    and for Medusa heads; hence the square root.
+    Rows share the fixed cost of a round but not the cost of a node, so nodes have to be more
+    likely in a larger batch. In batches of four, twice the threshold of a single row was best for
+    n-grams and for Medusa heads; hence the square root.
 
     Args:
         min_probability: The threshold for a single row.
-        num_rows: Rows that are still generated.
+        num_rows: Rows that have not ended.
     """
     return min(min_probability * math.sqrt(max(num_rows, 1)), max(min_probability, 0.5))

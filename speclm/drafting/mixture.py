@@ -1,4 +1,4 @@
-"""The distribution that ranks candidates under sampling, and the estimate of its parameters."""
+"""The distribution that ranks candidates under sampling, and the estimator of its parameters."""
 
 import math
 from collections import OrderedDict
@@ -19,7 +19,7 @@ ROUNDS_PER_UPDATE = 32
 """Observed rounds after which the parameters are updated, with a sync."""
 
 THINNING = 4
-"""After many rounds only one in so many is observed: parameters change slowly."""
+"""After many rounds only one in so many is observed, because parameters change slowly."""
 
 _EARLY_ROUNDS = 256
 
@@ -27,10 +27,10 @@ _WEIGHT_BOUNDS = (0.02, 0.98)
 _EXPONENT_BOUNDS = (0.25, 4.0)
 _PRIOR_DEVIATIONS = (1.5, 0.3, 0.3, 0.3)  # of the first depth from the start values
 _LEVEL_DEVIATIONS = (0.75, 0.15, 0.15, 0.15)  # of each further depth from the one before
-_MEMORY = 3000.0  # observations after which one counts for a third
-_MAX_STEP = 0.5  # of one update; its linear model is valid no further
+_MEMORY = 3000.0  # observations after which an old one has a third of its weight
+_MAX_STEP = 0.5  # of one update; the linear model is not valid further out
 _MAX_SETTINGS = 8
-_MAX_PENDING = 1 << 16  # log-probabilities that wait to be summed: 16 rows of 4096 tokens
+_MAX_PENDING = 1 << 16  # log-probabilities not summed yet: 16 rows of 4096 tokens
 _LEAST_LOG_PROB = -20.0  # rarer tokens count as this rare, so that none outweighs all others
 _MAX_GRADIENT = 8.0
 
@@ -40,12 +40,12 @@ class Mixture:
     """Parameters of the distribution ``w softmax(a log q - b log E) + (1 - w) softmax(a0 log q)``.
 
     The target takes the token with the largest ``target_probs / E``, where E is the noise. The
-    first part predicts it where the draft's distribution q resembles the target's, the second
-    where the target is so certain that the noise does not matter.
+    first part predicts it if the draft's distribution q resembles the target's, the second if
+    the target is so certain that the noise does not matter.
 
     Args:
-        weight: Share w of the part that knows the noise.
-        draft_exponent: a, which sharpens the draft's distribution next to the noise.
+        weight: w, the share of the part that uses the noise.
+        draft_exponent: a, which sharpens the draft's distribution in that part.
         noise_exponent: b, which sharpens the noise.
         plain_exponent: a0, which sharpens the draft's distribution in the other part.
 
@@ -119,10 +119,10 @@ def _row_sums(values: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows 1"]:
 class MixtureEstimator:
     """Estimates the mixture under which the tokens that the target chose are most likely.
 
-    It is a maximum a posteriori estimate. The prior of the first depth is around the start values,
-    and that of each further depth around the depth before it. Observations add their gradient and
-    information to a quadratic model of the log-likelihood; older ones fade. Every setting (a key)
-    has parameters of its own. Nothing is random.
+    This is a maximum a posteriori estimate. The prior of the first depth is centred on the start
+    values, and that of each further depth on the depth before it. Observations add their gradient
+    and information to a quadratic model of the log-likelihood; older ones fade. Every setting (a
+    key) has its own parameters. Nothing is random.
 
     Observations are summed on their device, which is read once in `ROUNDS_PER_UPDATE` rounds.
     After the first rounds only every `THINNING`-th is observed.
@@ -133,7 +133,7 @@ class MixtureEstimator:
 
         Args:
             start: Parameters before anything is observed; None for the default ones.
-            is_fixed: Whether to keep them.
+            is_fixed: Whether to keep the start parameters.
         """
         self.start = Mixture() if start is None else start
         self.is_fixed = is_fixed
@@ -169,12 +169,12 @@ class MixtureEstimator:
         *,
         depth: int,
     ) -> None:
-        """Take note of the tokens that the target chose after nodes of one depth.
+        """Add the tokens that the target chose after nodes of one depth.
 
         Args:
             log_probs: The draft's distribution after each node.
             noise: Noise of the positions that were decided.
-            tokens: Tokens that the target chose; -1 if the draft's vocabulary does not have them.
+            tokens: Tokens that the target chose; -1 if the draft's vocabulary lacks them.
             depth: Depth of the nodes.
         """
         level = min(depth, NUM_LEVELS - 1)
@@ -203,7 +203,7 @@ class _Observations:
 
 @dataclass(slots=True, eq=False)
 class _Estimate:
-    """Estimate for one setting: for each level a quadratic model of the log-likelihood.
+    """Estimate for one setting: a quadratic model of the log-likelihood for each level.
 
     Args:
         mixtures: Parameters in use.
@@ -247,10 +247,10 @@ class _Estimate:
         gradients, information = mixture_scores(
             log_probs, noise, tokens.clamp(min=0), parameters[levels]
         )
-        # A token that the draft does not have, or has cut, says nothing about the others.
+        # A token that the draft lacks, or has cut, is no evidence about the others.
         chosen = log_probs.gather(1, tokens.clamp(min=0)[:, None])
         found = torch.cat([gradients, information.flatten(1), torch.ones_like(chosen)], dim=1)
-        # Nor does a distribution that overflowed; it would leave NaN in the sums.
+        # Nor is a distribution that overflowed; it would leave NaN in the sums.
         is_known = (tokens >= 0)[:, None] & ~chosen.isinf() & found.isfinite().all(1, keepdim=True)
         if self.sums is None:
             self.sums = torch.zeros(NUM_LEVELS, found.shape[1], device=device, dtype=torch.float32)

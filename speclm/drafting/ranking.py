@@ -1,7 +1,8 @@
-"""Ranks draft candidates by the probability that the target will choose them."""
+"""Rank draft candidates by the probability that the target will choose them."""
 
 import math
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -28,8 +29,8 @@ _BIASES = {processors.SequenceBiasLogitsProcessor, processors.NoBadWordsLogitsPr
 _OCCURRENCES = {processors.RepetitionPenaltyLogitsProcessor}
 _ORDER = {processors.NoRepeatNGramLogitsProcessor}
 _KNOWN = _SINGLE_TOKENS | _BIASES | _OCCURRENCES | _ORDER
-"""Stateless processors that cost little compared to a forward, by exact class. Warpers are left
-out, since temperature and truncation are part of the ranking."""
+"""Stateless processors that cost little compared to a forward, by exact class. Warpers are not
+listed, because temperature and truncation are part of the ranking."""
 
 Nodes = tuple[Int[Tensor, "batch nodes"], Int[Tensor, "batch nodes"]]
 """Token of each node, and the index of its parent among the nodes of the level before."""
@@ -40,9 +41,9 @@ def mixture_log_probs(
 ) -> Float[Tensor, "*rows vocab"]:
     """Return the log-probabilities by which candidates of a sampling target are ranked.
 
-    The target takes ``argmax(target_probs / E)`` with noise E that is known already. So the best
-    candidate is ``argmax(q / E)`` where the draft's distribution q resembles the target's, and
-    ``argmax(q)`` where the target is nearly certain. The mixture of both, given by `Mixture`, is
+    The target takes ``argmax(target_probs / E)``, and the noise E is already known. The best
+    candidate is therefore ``argmax(q / E)`` if the draft's distribution q resembles the target's,
+    and ``argmax(q)`` if the target is nearly certain. The mixture of both, given by `Mixture`, is
     close to the better one in either case.
 
     Args:
@@ -62,7 +63,7 @@ def truncate(
 ) -> Float[Tensor, "batch nodes columns"]:
     """Truncate the draft's distribution as the target truncates its own.
 
-    Only the best tokens are sorted. If the cut is not among them, no token is cut.
+    Only the best tokens are sorted. If the cutoff is not among them, no token is cut.
 
     Args:
         log_probs: The draft's distribution at the target's temperature.
@@ -90,7 +91,7 @@ def truncate(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _RankedLevel:
-    """What the candidates of one depth were ranked by.
+    """The values by which the candidates of one depth were ranked.
 
     Args:
         log_probs: The draft's distribution after every expanded node.
@@ -104,17 +105,17 @@ class _RankedLevel:
 
 
 class LevelRanking:
-    """Ranks the candidates of a draft a level at a time, and learns from what the target chose.
+    """Ranks the candidates of a draft level by level, and learns from what the target chose.
 
-    It belongs to a proposer and outlives its generations. What it learns changes which tokens are
-    drafted, never which are emitted.
+    A proposer keeps it between generations. What it learns changes which tokens are drafted,
+    never which are emitted.
     """
 
     def __init__(self, mixture: Mixture | None = None, *, vocab_size: int | None = None) -> None:
-        """Start without any knowledge.
+        """Start without observations.
 
         Args:
-            mixture: Fixed parameters; None to estimate them from what targets choose.
+            mixture: Fixed parameters; None estimates them from what targets choose.
             vocab_size: Width of the target's logits, if the draft's vocabulary is smaller.
         """
         self._adjuster = ScoreAdjuster(vocab_size)
@@ -180,7 +181,7 @@ class LevelRanking:
         """Update the estimate with the tokens that the target chose along the accepted path.
 
         Args:
-            accepted: What the round decided.
+            accepted: Result of the round.
             expansions: For each row and each node of its path but the root, the level at which it
                 was expanded and its index there; None if it was not expanded.
         """
@@ -234,12 +235,12 @@ def _columns_of(
 class ScoreAdjuster:
     """Applies the target's logits processors to the scores of a draft.
 
-    It knows the text of every row. Processors of unknown classes are not applied; the scores only
-    decide what is drafted.
+    It follows the text of every row. Processors of unknown classes are not applied; the scores
+    only decide what is drafted.
     """
 
     def __init__(self, vocab_size: int | None = None) -> None:
-        """Take the width of the target's logits, if the draft's vocabulary is smaller."""
+        """Store the width of the target's logits, if the draft's vocabulary is smaller."""
         self._vocab_size = vocab_size
         self._processors: list[processors.LogitsProcessor] = []
         self._counter: TokenChooser | None = None  # if only lengths are read
@@ -264,7 +265,7 @@ class ScoreAdjuster:
             self._text = torch.cat([prompt.tokens, prompt.first_tokens[:, None]], dim=1)
 
     def extend(self, emitted: list[list[int]]) -> None:
-        """Take note of the tokens that every row emitted in a round."""
+        """Append the tokens that every row emitted in a round."""
         self._lengths = [
             length + len(new) for length, new in zip(self._lengths, emitted, strict=True)
         ]
@@ -282,13 +283,13 @@ class ScoreAdjuster:
         nodes: Nodes | None,
         columns: Int[Tensor, " columns"] | None,
     ) -> Float[Tensor, "batch nodes columns"]:
-        """Return the scores that the target's processors make of logits.
+        """Return the logits after the target's processors.
 
         Args:
             logits: The draft's logits after every node of one depth.
             depth: Depth of the nodes; levels come in order.
             nodes: The nodes; None for the root, and if the draft does not depend on the tokens
-                between. Then processors that read the order of tokens are not applied.
+                in between. Processors that read the order of tokens are then not applied.
             columns: Token of each column; None if the columns are the vocabulary.
         """
         if not self._processors:
@@ -306,7 +307,7 @@ class ScoreAdjuster:
             text, is_known = self._text_at(depth, nodes, num_nodes=scores.shape[1])
             for processor in self._processors:
                 if is_known or type(processor) not in _ORDER | _BIASES:
-                    flat = processor(text, flat)
+                    flat = _for_nodes(processor, scores.shape[1])(text, flat)
         adjusted = flat.view_as(scores)
         return adjusted if columns is None else adjusted[..., columns]
 
@@ -330,3 +331,13 @@ class ScoreAdjuster:
         text = self._text[:, None].expand(-1, num_nodes, -1)
         joined = torch.cat([text, paths], dim=2).flatten(0, 1)
         return joined, self._paths is not None
+
+
+def _for_nodes(processor: processors.LogitsProcessor, num_nodes: int) -> processors.LogitsProcessor:
+    """Return a processor of one text a row as one of `num_nodes` texts a row."""
+    ignored = vars(processor).get("prompt_ignore_length")  # padding of each row, of a penalty
+    if num_nodes == 1 or not isinstance(ignored, Tensor):
+        return processor
+    changed = copy(processor)
+    vars(changed)["prompt_ignore_length"] = ignored.repeat_interleave(num_nodes)
+    return changed

@@ -1,1 +1,1 @@
-"""Atomic writes, and files that anyone may have written."""
+"""Atomic writes, and reading files whose content may be anything."""

@@ -37,10 +37,10 @@ def cache_folder() -> Path | None:
 def load_json(text: str) -> Any:
     """Return the value of a JSON text.
 
-    NaN and infinite numbers are accepted, as Python writes them: check numbers where they are used.
+    NaN and infinite numbers are accepted, as Python writes them; check numbers where they are used.
 
     Raises:
-        ValueError: If it is no JSON, is nested deeper than `MAX_LEVELS`, or has numbers or
+        ValueError: If it is not JSON, is nested deeper than `MAX_LEVELS`, or has numbers or
             characters that Python cannot handle. No other error is raised.
     """
     try:
@@ -58,7 +58,7 @@ def read_json(path: Path) -> Any:
 
     Raises:
         OSError: If the file cannot be read.
-        ValueError: As in `load_json`, or if the file is no UTF-8.
+        ValueError: As in `load_json`, or if the file is not UTF-8.
     """
     return load_json(path.read_text(encoding="utf-8"))
 

@@ -1,4 +1,4 @@
-"""Downloads parts of repositories from the hub, and explains why that fails."""
+"""Download parts of repositories from the hub, and explain failures."""
 
 import glob
 import re
@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 
 from speclm.errors import OptionError, UnknownNameError, reason_of
 
-# What a training leaves next to heads; its checkpoints are folders.
+# Files that a training leaves next to heads; its checkpoints are folders.
 _LEFTOVERS = (
     *("optimizer*", "scheduler*", "scaler*", "rng_state*", "training_args*", "trainer_state*"),
     *("*optim_states*", "*model_states*", "*/*"),
@@ -38,7 +38,7 @@ _TYPES: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HubOptions:
-    """Which files of a repository to take, and how; the names are those of Transformers.
+    """Options for files of a repository, under the names that Transformers uses.
 
     Args:
         revision: Branch, tag or commit; None for the main branch.
@@ -46,7 +46,7 @@ class HubOptions:
         cache_dir: Where downloads are kept; None for the usual folder.
         subfolder: Folder inside the repository or folder.
         local_files_only: Whether to use the cache only.
-        force_download: Whether to download files that are in the cache already.
+        force_download: Whether to download files again that are in the cache.
 
     Raises:
         OptionError: If the subfolder is outside of the repository.
@@ -98,10 +98,10 @@ def with_base_options(
     """Add the base's hub options to `heads_kwargs` if base and heads are in one repository.
 
     Args:
-        heads_kwargs: As the user gave them; they take precedence.
+        heads_kwargs: Options as the user gave them; they take precedence.
         kwargs: Arguments of the base's ``from_pretrained``.
-        heads: As the user gave them.
-        base: As the user gave it.
+        heads: Heads as the user gave them.
+        base: Base as the user gave it.
     """
     are_names = isinstance(heads, str | Path) and isinstance(base, str | Path)
     is_same = are_names and str(heads) == str(base) and not path_exists(base)
@@ -111,7 +111,7 @@ def with_base_options(
 
 
 def path_exists(name: str | Path) -> bool:
-    """Return whether a name is that of a file or folder; no path is too long to ask."""
+    """Return whether a file or folder of that name exists; a name may have any length."""
     try:
         return Path(name).exists()
     except OSError:
@@ -119,21 +119,21 @@ def path_exists(name: str | Path) -> bool:
 
 
 def is_hub_id(name: str) -> bool:
-    """Return whether a repository on the hub can have a name; asks nobody."""
+    """Return whether a name is a possible repository on the hub, without asking the hub."""
     has_form = len(name) <= _MAX_NAME and _REPOSITORY.fullmatch(name) is not None
     return has_form and ".." not in name and "--" not in name
 
 
 def download(repository: str, hub: HubOptions, patterns: tuple[str, ...]) -> Path:
-    """Download files of a repository, and return the folder that they lie in.
+    """Download files of a repository, and return their folder.
 
     Args:
         repository: Hub id.
-        hub: Which revision and subfolder, and how.
-        patterns: Patterns of file names; what a training leaves next to heads is left out.
+        hub: Revision, subfolder and other options.
+        patterns: Patterns of file names; leftovers of a training are skipped.
 
     Raises:
-        UnknownNameError: If that fails; the message says which of the usual reasons it was.
+        UnknownNameError: If the download fails; the message explains the usual causes.
     """
     prefix = f"{glob.escape(hub.subfolder)}/" if hub.subfolder else ""
     options = {name: value for name, value in hub.given.items() if name != "subfolder"}

@@ -1,4 +1,4 @@
-r"""Reads files of JSON lines: one object a line, where only ``\n`` ends a line."""
+r"""Read files of JSON lines: one object per line, where only ``\n`` ends a line."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ class JsonLine:
     """A line that is not blank.
 
     Args:
-        content: As it is in the file, without the line end.
+        content: Bytes in the file, without the line end.
         where: File and line number, for messages.
     """
 
@@ -21,10 +21,10 @@ class JsonLine:
     where: str
 
     def parse(self) -> dict[str, Any]:
-        """Return the object that the line holds.
+        """Return the object in the line.
 
         Raises:
-            DataError: If it holds anything else, or a string that is no Unicode text.
+            DataError: If it holds anything else, or a string that is not Unicode text.
         """
         try:
             value = load_json(self.content.decode("utf-8"))
@@ -52,13 +52,13 @@ class JsonLine:
 
 
 def read_json_lines(path: str | Path) -> list[JsonLine]:
-    r"""Read the lines of a file that are not blank; parse none yet.
+    r"""Read the lines of a file that are not blank, without parsing them.
 
     Lines end at ``\n`` or ``\r\n``. Strings may hold any other character that ends a line
     elsewhere, such as U+2028.
 
     Args:
-        path: The file; a byte order mark at its start is left out.
+        path: The file; a byte order mark at its start is dropped.
 
     Raises:
         DataError: If the file cannot be read.
@@ -71,11 +71,11 @@ def read_json_lines(path: str | Path) -> list[JsonLine]:
 
 
 def split_json_lines(content: bytes, *, name: str) -> list[JsonLine]:
-    """Return the lines of a content that are not blank, as `read_json_lines` does.
+    """Return the lines of file content that are not blank, as `read_json_lines` does.
 
     Args:
         content: Bytes of a file or of standard input.
-        name: Of the file, for messages.
+        name: Name of the file, for messages.
     """
     lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     return [
@@ -92,6 +92,6 @@ def parse_json_lines(path: str | Path) -> list[dict[str, Any]]:
         path: The file.
 
     Raises:
-        DataError: If the file cannot be read, or a line is no JSON object.
+        DataError: If the file cannot be read, or a line is not a JSON object.
     """
     return [line.parse() for line in read_json_lines(path)]

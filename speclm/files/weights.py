@@ -1,4 +1,4 @@
-"""Weight files of a folder: which keys lie where, and their tensors, with typed errors."""
+"""Weight files of a folder: which file holds which key, and their tensors, with typed errors."""
 
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -15,21 +15,21 @@ from speclm.errors import CheckpointError, OptionError, SpeclmError, reason_of, 
 from speclm.files import atomic as files
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-"""Types of weights; narrower ones mean nothing without scales next to them."""
+"""Types of weights; narrower types mean nothing without scales next to them."""
 
 INDEX = "(0|[1-9][0-9]{0,4})"
-"""Pattern of the number of a layer or head in a key: digits as everybody writes them."""
+"""Pattern of the number of a layer or head in a key, without leading zeros."""
 
 MAX_COUNT = 2**31 - 1
-"""Largest whole number that a config may name."""
+"""Largest whole number accepted in a config."""
 
 _MAX_SHARING = 2
-"""Most bytes of tensors for each byte of their file: an output matrix may be the embeddings."""
+"""Maximum bytes of tensors per byte of their file; an output matrix may share the embeddings."""
 
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turn whatever Python raises while it reads a file into a `CheckpointError`."""
+    """Turn any error of Python while it reads a file into a `CheckpointError`."""
     try:
         yield
     except SpeclmError:
@@ -72,7 +72,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file.
 
     Raises:
-        CheckpointError: If the file holds no JSON object.
+        CheckpointError: If the file does not hold a JSON object.
     """
     try:
         content = files.read_json(path)
@@ -90,15 +90,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a file as far as it is text; nothing if there is no such file."""
+    """Return the text of a file as far as it is text; empty if there is no such file."""
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def floating_dtype(dtype: object) -> torch.dtype:
-    """Return the floating dtype of heads that an option or its name stands for.
+    """Return the floating dtype of heads for an option or its name.
 
     Raises:
-        OptionError: If it is none.
+        OptionError: If it is not a floating dtype.
     """
     found = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
@@ -109,12 +109,12 @@ def floating_dtype(dtype: object) -> torch.dtype:
 def weight_files(folder: Path, *, first: str = "model.safetensors") -> Iterator[WeightFiles]:
     """Yield the state dicts of a folder: safetensors, shards, then, if there are none, pickles.
 
-    Indices of anything but weights are left out. If there is a model's own pickle, it is the only
-    one: those next to it may be anything.
+    Indices of anything but weights are skipped. A model's own pickle, if there is one, is the only
+    pickle that is read, because others next to it may be anything.
 
     Args:
-        folder: Where they are.
-        first: Names that start so come first, then a model's own file.
+        folder: The folder.
+        first: Names that start like this come first, then a model's own file.
     """
 
     def order(file: Path) -> tuple[bool, bool, str]:
@@ -179,7 +179,7 @@ def _load(file: Path, keys: list[str]) -> dict[str, Tensor]:
 
 
 def _require_backed(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Check that tensors lie in memory, and are as many numbers as their file has bytes for."""
+    """Check that tensors are in memory and that their file has as many bytes as they need."""
     for key, tensor in tensors.items():
         is_plain = tensor.layout == torch.strided and tensor.device.type == "cpu"
         if not is_plain or tensor.is_quantized:
@@ -217,7 +217,7 @@ def _opened(file: Path) -> Any:
 
 def _load_pickle(file: Path) -> dict[str, Tensor]:
     try:
-        # Heads may be a small part of a model; pickles of old are no archives, nor can be mapped.
+        # Heads may be a small part of a model; old pickles are not archives and cannot be mapped.
         is_archive = zipfile.is_zipfile(file)
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=is_archive)
     except Exception as error:  # damaged streams raise nearly everything

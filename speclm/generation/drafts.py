@@ -1,4 +1,4 @@
-"""Drafts that a round can verify: proposed, checked, cut to size, or of the root only."""
+"""Make drafts that a round can verify: ask the proposer, check its draft and cut it to size."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -28,7 +28,7 @@ class Drafter:
     """Asks the proposer of one call for drafts, and makes them fit for a round.
 
     Attributes:
-        plan: Tree of the next draft; None for what the proposer's own settings say.
+        plan: Plan of the next draft; None follows the proposer's own settings.
         features: Hidden states of the target that the proposer is given.
         num_observed: Likeliest tokens after each node that the proposer is given.
     """
@@ -56,7 +56,7 @@ class Drafter:
         self._own_nodes: list[list[int]] | None = None  # the proposer's nodes in a reduced draft
 
     def change_plan(self, plan: TreePlan | None) -> None:
-        """Have the proposer draft by another plan from now on."""
+        """Give the proposer another plan for the drafts to come."""
         assert self._proposer is not None
         if plan != self.plan:
             self.plan = plan
@@ -71,7 +71,7 @@ class Drafter:
     def propose(
         self, roots: Int[Tensor, " batch"], noise: PositionNoise | None, *, drafts: bool = True
     ) -> Draft:
-        """Return a draft of every row, or one of only the roots where no draft is used.
+        """Return a draft for every row, or only the roots if the round has no draft.
 
         Args:
             roots: Last token of each row.
@@ -90,7 +90,7 @@ class Drafter:
         draft, self._own_nodes = cut_to_plan(draft, self.plan)
         if self._is_too_deep(draft.topology.max_depth):
             return root_only(self.fed_roots(roots))
-        # The roots come first, whatever the proposer says.
+        # Column 0 holds the roots, whatever the proposer returned.
         draft = replace(draft, tokens=torch.cat([roots[:, None], draft.tokens[:, 1:]], dim=1))
         if self._needs_chains:
             draft, nodes = deepest_paths(draft, depth=room)
@@ -127,11 +127,11 @@ class Drafter:
         return undisturbed(device, noise) if self._isolates else nullcontext()
 
     def _is_too_deep(self, depth: int) -> bool:
-        """Return whether regular generation might behave otherwise within a draft of that depth.
+        """Return whether a draft of that depth may cross a position where generation changes.
 
-        That is so where the rotation of keys changes, and after the last learned position, where
-        regular generation fails once it arrives, if it ever does. With rotary positions it goes
-        on, and so do drafts from there.
+        Generation changes where the rotation of keys changes, and at the last learned position,
+        after which regular generation fails. With rotary positions it continues, and so do drafts
+        that start after it.
         """
         prompt, total = self._request.prompt, self._request.total_length
         num_positions = self._target.max_positions or total
@@ -139,9 +139,9 @@ class Drafter:
         if switch is None and total <= num_positions:
             return False
         num_tokens = self._sequences.num_tokens
-        if self._lockstep is not None:  # ended rows go on with padding, next to the others
+        if self._lockstep is not None:  # ended rows continue with padding, next to the others
             num_tokens = [max(num_tokens)] * len(num_tokens)
-        # Syncs, but only where a row may get there.
+        # Syncs, but only if a row may get there.
         padding = prompt.num_padding.tolist()
         first = prompt.length - 1
         roots = [first + new - pad for new, pad in zip(num_tokens, padding, strict=True)]
@@ -158,11 +158,11 @@ def root_only(roots: Int[Tensor, " batch"]) -> Draft:
 def with_padding(
     draft: Draft, roots: Int[Tensor, " batch"], is_live: list[bool], *, pad_token_id: int
 ) -> Draft:
-    """Let ended rows go on with padding as deep as the others may go.
+    """Fill ended rows with padding, down to the depth that the other rows may reach.
 
     Args:
         draft: The draft, whose tokens in ended rows are dropped.
-        roots: Last token of each row; a row that has just ended begins with its last own one.
+        roots: Last token of each row; for a row that has just ended, its own last token.
         is_live: Rows that have not ended.
         pad_token_id: The padding token.
     """
@@ -188,11 +188,11 @@ def with_padding(
 
 
 def deepest_paths(draft: Draft, *, depth: int) -> tuple[Draft, list[list[int]]]:
-    """Reduce trees to chains of at most `depth` draft tokens, for a target without trees.
+    """Reduce trees to chains of at most `depth` draft tokens, if the target cannot verify trees.
 
-    Each chain follows the child with the tallest subtree, the first of equals: proposers draft
-    deepest below what they think likeliest. Where siblings were drawn, it follows the first one,
-    because only that has the distribution that it was drawn from.
+    Each chain follows the child with the tallest subtree, or the first of equals: proposers draft
+    deepest below the most likely candidates. If siblings were drawn, the chain follows the first
+    one, because only that has the distribution that it was drawn from.
 
     Returns:
         The chains, and for each row the nodes of the tree that they are made of.
@@ -204,10 +204,10 @@ def deepest_paths(draft: Draft, *, depth: int) -> tuple[Draft, list[list[int]]]:
 
 
 def cut_to_plan(draft: Draft, plan: TreePlan | None) -> tuple[Draft, list[list[int]] | None]:
-    """Leave out the nodes that exceed a plan; None for no bound.
+    """Drop the nodes that exceed a plan; a plan of None drops none.
 
-    The likeliest nodes are kept if the draft has probabilities, else the first ones. The first
-    ones are also kept where siblings were drawn: their probabilities may not decide.
+    The most likely nodes are kept if the draft has probabilities, else the first ones. The first
+    ones are also kept if siblings were drawn, because their probabilities must not decide.
 
     Returns:
         The smaller draft, and for each row the nodes that it is made of; None if it is the same.
@@ -301,7 +301,7 @@ def hand_plan(proposer: Proposer, plan: TreePlan | None) -> None:
 
 @contextmanager
 def planned(proposer: Proposer | None, plan: TreePlan | None) -> Iterator[None]:
-    """Have a proposer draft by a plan inside, and by its own settings afterwards."""
+    """Let a proposer follow a plan inside the block, and its own settings afterwards."""
     if proposer is None:
         yield
         return

@@ -24,15 +24,14 @@ from speclm.sampling.noise import PositionNoise, as_if_drawn
 class Lockstep:
     """Advances all rows of a batch together, and calls processors, criteria and the streamer.
 
-    Ended rows go on next to the others with padding tokens, which the target reads as in regular
-    generation, so that their logits and cache entries are the same too. Where no criterion names
-    an end-of-sequence token, Transformers lets every row run until all have been stopped once, and
-    so does this class.
+    Ended rows continue with padding tokens, which the target reads as in regular generation, so
+    their logits and cache entries are the same too. If no criterion names an end-of-sequence
+    token, Transformers lets every row run until all have been stopped once, and so does this class.
 
     Attributes:
         ids: Prompt and tokens so far, ``[batch, length]``; padding in ended rows.
-        scores: Processed scores of every position, if they are kept.
-        logits: The target's logits of every position in float32, if they are kept.
+        scores: Processed scores of every position, if requested.
+        logits: The target's logits of every position in float32, if requested.
         pad_token_id: Token of ended rows.
     """
 
@@ -68,7 +67,7 @@ class Lockstep:
         depth: int,
         chosen: list[int] | None = None,
     ) -> list[int]:
-        """Decide the next position of every row, and call everything that follows positions.
+        """Decide the next position of every row, and call criteria and streamer.
 
         Args:
             logits: The target's logits at that position.
@@ -130,7 +129,7 @@ class Lockstep:
             decided: Tokens of each row that an acceptance rule has decided on; None to choose here.
 
         Returns:
-            What live rows were given, and the nodes to keep in all rows, including ended ones.
+            Tokens of the live rows, and the nodes to keep in all rows, including ended ones.
         """
         batch = torch.arange(len(logits), device=logits.device)
         tokens, parents = draft.tokens.tolist(), draft.topology.host_parents

@@ -37,7 +37,7 @@ from speclm.target import TargetFeatures
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Generated:
-    """What a call returns; fields are None unless they were asked for.
+    """Result of a call; fields that were not requested are None.
 
     Args:
         sequences: Prompt and new tokens, ended rows padded on the right.
@@ -62,14 +62,14 @@ def generate_tokens(
     generation_config: GenerationConfig,
     **model_inputs: Any,
 ) -> Generated:
-    """Generate as Transformers' own decoding methods do, in rounds.
+    """Generate in rounds, as a custom decoding method of Transformers.
 
-    ``base.generate`` enters here with everything resolved: settings, processors, criteria,
+    ``base.generate`` calls this with everything resolved: settings, processors, criteria and
     expanded rows. The caller ends the streamer.
 
     Raises:
-        NeedsRegularGeneration: Before anything is computed, if a setting asks for more than this
-            loop gives.
+        NeedsRegularGeneration: Before anything is computed, if this loop does not support a
+            setting.
         PromptError: If the prompt is longer than the model's positions.
         NumericalError: If the target's logits are not numbers.
         OptionError: If the rule needs drafts of a kind that the proposer does not make.
@@ -97,7 +97,7 @@ class Generation:
     """The state of one call, and the rounds that change it."""
 
     def __init__(self, request: Request, setup: Setup, stats: SpeculationStats) -> None:
-        """Prepare everything that a call needs, without computing anything; `stats` is filled."""
+        """Set up a call without computing anything; `stats` is filled during the call."""
         prompt, target = request.prompt, setup.target
         self.request, self.setup, self.stats, self.target = request, setup, stats, target
         self.session = open_session(
@@ -137,14 +137,14 @@ class Generation:
         self.roots = prompt.num_padding  # until the prompt is read
         self.pausing = _begin_pausing(request, setup, stats)
         self.tuner = _begin_tuning(request, setup)
-        # Forwards over any tree can be timed on the way, unless rows or rotations forbid it.
+        # Forwards over any tree can be timed unless lockstep or a change of rotation forbids it.
         can_time = not self.session.needs_lockstep and target.rotary_switch is None
         self.times_forwards = can_time and self.tuner is not None and self.tuner.timings is None
         self.timings_key = fingerprint(target) if self.times_forwards else None
         stats.acceptance, stats.is_lossy = request.rule.name, request.rule.is_lossy
 
     def run(self) -> Int[Tensor, "batch length"]:
-        """Decode until the last row ends, and leave everything usable even after an error."""
+        """Decode until the last row ends; clean up also after an error."""
         request, prompt = self.request, self.request.prompt
         try:
             with (
@@ -159,7 +159,7 @@ class Generation:
                     self.pausing.finish(self.sequences.num_steps)
                 sequences = self.sequences.to_tensor(prompt.input_ids, request.pad_token_id)
                 if prompt.cache is not None:
-                    # The tokens before the prompt are in the cache, and any ids will do.
+                    # The tokens before the prompt are in the cache already, so any ids will do.
                     unseen = sequences.new_zeros(len(sequences), prompt.num_unseen)
                     self.session.hand_over(prompt.cache, torch.cat([unseen, sequences], dim=1))
         except BaseException:
@@ -177,9 +177,9 @@ class Generation:
     def _read_prompt(self) -> None:
         """Run the prompt, whose last tokens are the first roots, and verify the first draft.
 
-        Without a draft this is regular generation's own prefill. Otherwise one forward reads the
-        prompt and verifies the draft, which saves one of what may be few. Embeddings are never
-        merged, and stand for a single token, `Prompt.first_token`, where they come without tokens.
+        Without a draft this is the prefill of regular generation. Otherwise one forward reads the
+        prompt and verifies the draft, which saves a forward. A prompt of embeddings always has its
+        own forward; embeddings without tokens stand for a single token, `Prompt.first_token`.
         """
         request, prompt, stats = self.request, self.request.prompt, self.stats
         tokens, batch = prompt.input_ids, len(prompt.input_ids)
@@ -304,14 +304,14 @@ class Generation:
         return accepted
 
     def _take(self, accepted: Accepted) -> Accepted:
-        """Append what the rows may take, and return it."""
+        """Append the accepted tokens that fit into the rows, and return them."""
         if self.listener is None:
             return self.sequences.admit(accepted)
         cut = self.sequences.cut(accepted)
         return cut.cut([self.listener.take(cut.emitted[0], self.noise)])
 
     def _draw_noise(self) -> None:
-        """Draw what the acceptance rule decides by, as far as it needs anything."""
+        """Prepare the random numbers that the acceptance rule needs, if any."""
         rule, tokens = self.request.rule, self.request.prompt.input_ids
         if rule.uses_draws:
             self.draws = seeded_draws(tokens.device)
@@ -321,12 +321,12 @@ class Generation:
             )
 
     def _prefill(self) -> Prefill:
-        """Return what the proposer needs to know before the first draft."""
+        """Return what the proposer is told about the prompt before the first draft."""
         request, prompt = self.request, self.request.prompt
         draws_drafts = request.rule.draft_sampling is not DraftSampling.NONE
         assert self.draws is not None or not draws_drafts
         return Prefill(
-            # An image may stand in the text as a token that no vocabulary has.
+            # Placeholders of images may have ids outside the vocabulary.
             tokens=prompt.input_ids[:, :-1].clamp(max=self.target.vocab_size - 1),
             num_padding=(prompt.num_padding - prompt.num_unseen).clamp(min=0),
             first_tokens=self.roots,
@@ -351,18 +351,18 @@ class Generation:
                 context=self.request.prompt.length + self.sequences.num_steps,
                 max_length=self.request.total_length,
             )
-            if self.pausing is not None:  # the measurement is no part of the round
+            if self.pausing is not None:  # the measurement is not part of the round
                 self.pausing.restart_clock()
         self.drafter.change_plan(tuner.next_plan())
 
 
 def _setting_of(request: Request) -> tuple[object, ...]:
-    """Return what acceptance depends on next to the text."""
+    """Return what acceptance depends on, apart from the text."""
     return (request.rule.name, request.temperature, *map(type, request.processors))
 
 
 def _begin_pausing(request: Request, setup: Setup, stats: SpeculationStats) -> Pausing | None:
-    """Return the judge of whether drafts pay; None for a draft in every round."""
+    """Return the control that pauses drafts; None drafts in every round."""
     if setup.pauses is None or setup.proposer is None:
         return None
     return Pausing(
@@ -376,8 +376,8 @@ def _begin_pausing(request: Request, setup: Setup, stats: SpeculationStats) -> P
 
 
 def _begin_tuning(request: Request, setup: Setup) -> TreeTuner | None:
-    """Return the chooser of trees; None for a plan that stays."""
-    # Drawn trees are shaped before they are drawn: a smaller one is no part of a larger one.
+    """Return the tuner that chooses trees; None keeps the plan."""
+    # Drawn trees get their shape before their tokens, so a small one is not part of a larger one.
     is_drawn = request.rule.draft_sampling is not DraftSampling.NONE
     if setup.trees is None or setup.proposer is None or is_drawn:
         return None

@@ -1,4 +1,4 @@
-"""Calls that regular generation has to answer: what the decode loop cannot do, found beforehand."""
+"""Find calls that only regular generation can answer, before anything is computed."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -64,7 +64,7 @@ class NeedsRegularGeneration(Exception):  # noqa: N818 - a signal inside speclm,
 
 
 def first_delegated(arguments: Mapping[str, Any], default: GenerationConfig) -> str | None:
-    """Return the first setting that only the base's own `generate` honours, None without one."""
+    """Return the first setting that only the base's own `generate` honours, or None."""
     lookup = partial(resolve_setting, arguments=arguments, default=default)
     setting = first_active(LEFT_TO_THE_BASE, lookup)
     return None if setting is None else setting.describe(lookup(setting.name))
@@ -77,7 +77,7 @@ def require_supported(
     *,
     device: torch.device,
 ) -> None:
-    """Check that the decode loop honours the resolved settings, with logits on a device.
+    """Check that the decode loop supports the resolved settings.
 
     Raises:
         NeedsRegularGeneration: If it does not; the message is the reason.
@@ -101,7 +101,7 @@ def require_supported(
 
 
 def _require_text_free(logits_processor: LogitsProcessorList, rule: AcceptanceRule) -> None:
-    """Check a rule that compares distributions, which may not depend on the draft tokens."""
+    """Check that no processor reads the text, if the rule decides a whole draft at once."""
     text_dependent = first_text_dependent(logits_processor)
     if text_dependent is not None:
         name = type(text_dependent).__name__
@@ -115,7 +115,7 @@ def _require_text_free(logits_processor: LogitsProcessorList, rule: AcceptanceRu
 
 
 def images_of(target: TargetView, tokens: Tensor, model_inputs: dict[str, Any]) -> dict[str, Any]:
-    """Return the inputs that text does not have, if only the prompt's forward needs them.
+    """Return the inputs that belong to images, if only the prompt's forward needs them.
 
     Raises:
         NeedsRegularGeneration: If later forwards need them too, or the prompt is one of embeddings.
@@ -136,7 +136,7 @@ def images_of(target: TargetView, tokens: Tensor, model_inputs: dict[str, Any]) 
 
 
 def _is_empty(value: Any) -> bool:
-    """Return whether an input says nothing, which is how models pass on that there is no image."""
+    """Return whether an input is empty; models pass on empty inputs if there is no image."""
     return value is None or (isinstance(value, dict) and not value)
 
 
@@ -160,9 +160,9 @@ def prompt_length(
     cache: Any,
     embeddings: Tensor | None = None,
 ) -> int:
-    """Return the length of the whole prompt, including what a cache that was passed in holds.
+    """Return the length of the whole prompt, including the tokens in a cache.
 
-    As in Transformers, a prompt as long as its mask is the whole prompt, a shorter one holds only
+    As in Transformers, a prompt as long as its mask is the whole prompt; a shorter one holds only
     the new tokens. Embeddings are always the whole prompt.
 
     Raises:
@@ -239,7 +239,7 @@ def meets_switch(
         return False
     shortest = int(num_padding.min())
     is_met = switch.is_met(start - 1 - shortest, end - 1 - shortest)
-    # The length with padding decides whether to read again, positions decide how to rotate.
+    # Re-reading depends on the length with padding, the rotation on positions.
     if switch.reads_again and (is_met or switch.is_met(start - 1, end - 1)):
         raise NeedsRegularGeneration(
             f"within max_length the text may outgrow {switch.num_positions} positions, where this "
@@ -258,7 +258,7 @@ def open_session(
     cache: Any,
     num_tokens: int,
 ) -> Session:
-    """Return a session of that kind, which continues from the cache that was passed in, if any.
+    """Return a session for that verification; it continues from the caller's cache, if any.
 
     Raises:
         NeedsRegularGeneration: If it cannot use that cache, or images shift the positions

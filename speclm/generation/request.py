@@ -1,4 +1,4 @@
-"""What a call of `generate` asks for: its arguments, before and after they are resolved."""
+"""The arguments of a call of `generate`, before and after Transformers resolves them."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -42,7 +42,7 @@ from speclm.target import Session, TargetView
 from speclm.tree.plan import TreePlan
 
 _OWN_CRITERIA = frozenset({EosTokenCriteria, MaxLengthCriteria, StopStringCriteria})
-"""Criteria that each row decides by itself, by exact class."""
+"""Criteria that are decided per row, by exact class."""
 
 
 def require_acceptable(
@@ -51,8 +51,8 @@ def require_acceptable(
     """Check the arguments of a call before anything is computed.
 
     Raises:
-        OptionError: If Transformers' own speculation or an output of every forward is asked for,
-            or `busy` has another value than its two.
+        OptionError: If Transformers' own speculation or an output of every forward is requested,
+            or `busy` is neither ``"wait"`` nor ``"raise"``.
         CacheError: If a cache is passed in that cannot be rolled back.
         PromptError: If the prompt is empty, of the wrong shape or padded on the right.
     """
@@ -115,8 +115,8 @@ def arguments_for_loop(arguments: dict[str, Any], default: GenerationConfig) -> 
     """Return the arguments with which ``base.generate`` enters the decode loop.
 
     Transformers passes neither streamer nor tokenizer on to a custom decoding method, and builds
-    the criterion for stop strings without the tokenizer that it needs. So the streamer is left
-    out, for `Setup` to hold, and stop strings become a criterion here.
+    the criterion for stop strings without the tokenizer that it needs. The streamer is therefore
+    left out (`Setup` holds it), and stop strings become a criterion here.
     """
     arguments = {name: value for name, value in arguments.items() if name != "streamer"}
     stop_strings = resolve_setting("stop_strings", arguments, default)
@@ -132,7 +132,7 @@ def arguments_for_loop(arguments: dict[str, Any], default: GenerationConfig) -> 
         arguments["generation_config"] = config = copy.deepcopy(config)
         config.stop_strings = None
     if config is None or default.stop_strings is not None:
-        arguments["stop_strings"] = None  # outranks every config
+        arguments["stop_strings"] = None  # takes precedence over every config
     else:
         arguments.pop("stop_strings", None)
     return arguments
@@ -140,19 +140,19 @@ def arguments_for_loop(arguments: dict[str, Any], default: GenerationConfig) -> 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Setup:
-    """What a call is decoded with.
+    """Everything that a call is decoded with.
 
     Args:
         target: View of the base.
-        proposer: Proposes draft tokens; None for one token a round.
+        proposer: Proposes draft tokens; None gives one token per round.
         verification: How drafts are verified.
         rule: Decides which draft tokens are kept when sampling.
-        plan: Tree of every draft; None for what the proposer's own settings say.
+        plan: Plan of every draft; None follows the proposer's own settings.
         pauses: What earlier calls measured; None to draft in every round.
-        trees: What earlier calls learned about trees, for drafts that follow from it.
+        trees: What earlier calls learned about trees, for planning.
         isolates: Whether to undo what the proposer draws from the default generators.
         streamer: Receives the tokens; None without one.
-        extends_cache: Whether the caller passed a cache in, and finds it extended.
+        extends_cache: Whether to extend a cache that the caller passed in.
     """
 
     target: TargetView
@@ -172,13 +172,13 @@ class Prompt:
     """The prompts of a call.
 
     Args:
-        input_ids: Tokens as `generate` was given them; no columns where only embeddings are given.
+        input_ids: Tokens passed to `generate`; no columns if only embeddings were passed.
         embeddings: The prompt as vectors; None for one of tokens.
         model_inputs: All inputs that Transformers prepared for the model.
-        images: Those of them that text does not have.
+        images: Those of them that belong to images.
         num_padding: Padding tokens at the start of each row.
         num_unseen: Tokens before `input_ids`, known only to the cache or as embeddings.
-        first_token: Stands for the last token where there are only embeddings.
+        first_token: Stands for the last token if there are only embeddings.
         cache: Cache to continue from and to extend; None without one.
     """
 
@@ -207,12 +207,12 @@ class Request:
         temperature: Temperature of sampling; 0 for greedy decoding.
         processors: All logits processors, in order.
         criteria: All stopping criteria, in order.
-        max_length: Tokens at which every row ends, `prompt.input_ids` included.
+        max_length: Length at which every row ends, `prompt.input_ids` included.
         eos_token_ids: Tokens that end a row; empty when rows run to `max_length`.
         pad_token_id: Token that follows the end of a row.
         keeps_scores: Whether the processed scores of each position are returned.
         keeps_logits: Whether the logits of each position are returned.
-        meets_switch: Whether the rotation of keys may change on the way.
+        meets_switch: Whether the rotation of keys may change during the call.
     """
 
     prompt: Prompt
@@ -229,17 +229,17 @@ class Request:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the likeliest token is taken."""
+        """Whether the most likely token is taken."""
         return self.temperature == 0
 
     @property
     def total_length(self) -> int:
-        """Tokens at which every row ends, `prompt.num_unseen` included."""
+        """Length at which every row ends, `prompt.num_unseen` included."""
         return self.prompt.num_unseen + self.max_length
 
     @property
     def foreign_criteria(self) -> list[StoppingCriteria]:
-        """Criteria that a row does not decide by itself, which have to see every position."""
+        """Criteria that are not decided per row and have to see every position."""
         return [criterion for criterion in self.criteria if type(criterion) not in _OWN_CRITERIA]
 
     @property
@@ -255,10 +255,10 @@ class Request:
     def needs_lockstep(self, setup: Setup, session: Session) -> bool:
         """Return whether all rows have to advance together.
 
-        They do if something looks at positions one by one: a processor that reads the text, or a
-        caller who wants scores or logits. The rows of a batch also do where a callback receives
-        every position, where the target verifies only chains or changes the rotation of its keys,
-        where the proposer needs rows of equal length, and where stop strings end all rows at once.
+        They must if something reads positions one by one: a processor that reads the text, or a
+        caller who wants scores or logits. So must the rows of a batch if a callback receives every
+        position, if the target verifies only chains or changes the rotation of its keys, if the
+        proposer needs rows of equal length, or if stop strings end all rows at once.
         """
         if self.keeps_scores or self.keeps_logits:
             return True
@@ -287,7 +287,7 @@ def resolve_request(
     """Check what Transformers resolved for a call, and return it as a request.
 
     Raises:
-        NeedsRegularGeneration: If a setting asks for more than the decode loop gives.
+        NeedsRegularGeneration: If the decode loop does not support a setting.
         PromptError: If the prompt is longer than the model's positions.
         OptionError: If the rule needs drafts of a kind that the proposer does not make.
     """
@@ -300,7 +300,7 @@ def resolve_request(
     mask, embeddings = model_inputs.get("attention_mask"), model_inputs.get("inputs_embeds")
     cache = model_inputs.get("past_key_values", model_inputs.get("cache_params"))
     if not (setup.extends_cache or wants_details):
-        cache = None  # nobody sees the one that Transformers made
+        cache = None  # the caller does not see the one that Transformers made
     length = prompt_length(input_ids, mask, config, cache, embeddings)
     num_padding = left_padding(input_ids, mask, length=length)
     images = images_of(target, input_ids, model_inputs)
@@ -346,7 +346,7 @@ def _require_drafts_for(rule: AcceptanceRule, proposer: Proposer | None) -> None
 
 
 def max_length(stopping_criteria: Sequence[Any], generation_config: GenerationConfig) -> int:
-    """Return the tokens at which every row ends, prompt included.
+    """Return the length at which every row ends, prompt included.
 
     A criterion that the caller passes in replaces that of the config.
     """

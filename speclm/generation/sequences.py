@@ -30,7 +30,7 @@ class StopStrings:
     def first_stops(
         self, tokens: Sequence[Sequence[int]], emitted: Sequence[Sequence[int]]
     ) -> dict[int, int]:
-        """Return the number of new tokens of each row that ends; rows that go on are left out.
+        """Return the number of new tokens of each row that ends; rows that continue are left out.
 
         Args:
             tokens: Tokens of each row after the prompt.
@@ -48,7 +48,7 @@ class StopStrings:
             texts = [window for _, _, window in group]
             windows = torch.tensor(texts, device=self._device, dtype=torch.long)
             flags = torch.stack([criterion(windows, None) for criterion in self._criteria])
-            # A sync: whether a row goes on is decided on the host.
+            # A sync: whether a row continues is decided on the host.
             for (row, count, _), is_stop in zip(group, flags.any(0).tolist(), strict=True):
                 if is_stop:
                     stops[row] = min(count, stops.get(row, count))
@@ -85,7 +85,7 @@ class Sequences:
 
     @property
     def num_tokens(self) -> list[int]:
-        """New tokens of each row so far, which is the index of its next step."""
+        """New tokens of each row so far; the index of its next step."""
         return [len(tokens) for tokens in self.tokens]
 
     @property
@@ -95,12 +95,12 @@ class Sequences:
 
     @property
     def num_steps(self) -> int:
-        """Steps in which regular generation gets as far as the longest row."""
+        """Steps that regular generation needs for the longest row."""
         return max(self.num_tokens)
 
     @property
     def most_remaining(self) -> int:
-        """Most tokens that any live row may still be given."""
+        """Maximum number of tokens that any live row may still take."""
         rows = zip(self.tokens, self.is_live, strict=True)
         fewest = min((len(tokens) for tokens, is_live in rows if is_live), default=None)
         return 0 if fewest is None else self._max_new_tokens - fewest
@@ -115,7 +115,7 @@ class Sequences:
         """Append a round's tokens and end the rows that are complete.
 
         Returns:
-            What was appended: rows are cut after their end, and empty if they had ended before.
+            The appended tokens: rows are cut after their end, and empty if they had ended before.
         """
         cut = self.cut(accepted)
         for row, emitted in enumerate(cut.emitted):
@@ -135,7 +135,7 @@ class Sequences:
         if self._stop_strings is not None:
             emitted = [row[:limit] for row, limit in zip(accepted.emitted, limits, strict=True)]
             stops = self._stop_strings.first_stops(self.tokens, emitted)
-            # For this round only: the tokens that stop a row may be dropped before it takes them.
+            # For this round only: the stopping tokens may be dropped before the row takes them.
             self._stop_lengths = {row: len(self.tokens[row]) + new for row, new in stops.items()}
             limits = [stops.get(row, limit) for row, limit in enumerate(limits)]
         return accepted.cut(limits)
@@ -192,9 +192,9 @@ class FollowsRounds(Protocol):
 class Listener:
     """Calls criteria and a streamer as regular generation does, position by position.
 
-    A single row needs no lockstep for that: a round decides its tokens, and the callbacks see them
-    one after the other. A callback may draw random numbers or end the row, and then the rest of
-    the round is dropped.
+    A single row does not need lockstep: a round decides its tokens, and the callbacks see them
+    one after the other. If a callback draws random numbers or ends the row, the rest of the round
+    is dropped.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
-"""The table of all settings of `generate`, and what becomes of each; the guide is written from it.
+"""Table of all settings of `generate` and how each is handled; the guide is written from it.
 
-Transformers silently prefers a callable given as ``custom_generate`` to most of its own ways to
-decode. So no setting may be missing: each field of `GenerationConfig`, each parameter of
+Given a callable ``custom_generate``, Transformers silently ignores most of its own decoding
+methods. No setting may therefore be missing: each field of `GenerationConfig`, each parameter of
 `generate` and each model input of a text prompt has a row here.
 """
 
@@ -18,7 +18,7 @@ Lookup = Callable[[str], Any]
 
 
 class Kind(Enum):
-    """Where a setting may stand."""
+    """Where a setting may be given."""
 
     FIELD = "field"
     """A field of a generation config, given as a keyword or in a config."""
@@ -29,10 +29,10 @@ class Kind(Enum):
 
 
 class Fate(Enum):
-    """What becomes of a setting that has an effect."""
+    """How a setting that has an effect is handled."""
 
     HONOURED = "honoured"
-    """The decode loop gives what ``base.generate`` gives; what that ignores is ignored too."""
+    """The result is that of ``base.generate``; settings that it ignores are ignored too."""
     DELEGATED = "delegated"
     """``base.generate`` answers the call itself, and one line is logged."""
     REFUSED = "refused"
@@ -55,7 +55,7 @@ class Setting:
         inactive: Values at which it has no effect.
         needs: Name of the setting without which it has no effect.
         unless: Name of the setting with which it has no effect.
-        default: Value where nobody sets one.
+        default: Value if none is set.
     """
 
     name: str
@@ -78,7 +78,7 @@ class Setting:
         return self.unless is None or not BY_NAME[self.unless].is_active(lookup)
 
     def describe(self, value: Any) -> str:
-        """Return the setting with a value that can be read, or its name."""
+        """Return the name of a setting, with its value if that is short."""
         is_short = value is None or isinstance(value, bool | int | float | str)
         return f"{self.name}={value!r}" if is_short else self.name
 
@@ -88,18 +88,18 @@ def _is_plain(value: Any) -> bool:
 
 
 _OFF = (None, False)
-_OWN = "asks for Transformers' own speculation, and this model has its own"
-_OUTPUTS = "asks for tensors of one forward for each token, and a round has one for several"
+_OWN = "asks for Transformers' own speculation, which this model replaces"
+_OUTPUTS = "asks for tensors of one forward per token, but a round decides several tokens at once"
 _OF_BEAMS = "shapes beam search"
 _OF_THE_ASSISTANT = "tunes assisted generation; Transformers has a default"
-_OF_THE_CACHE = "describes a cache of a kind named by `cache_implementation`"
+_OF_THE_CACHE = "configures the cache that `cache_implementation` names"
 
 _delegated, _refused = partial(Setting, fate=DELEGATED), partial(Setting, fate=REFUSED)
 
 SETTINGS: tuple[Setting, ...] = (
     # Prompt and model inputs.
-    Setting("inputs", "is the prompt `[batch, seq]`", PARAMETER),
-    Setting("input_ids", "is another name of `inputs`", INPUT),
+    Setting("inputs", "gives the prompt, `[batch, seq]`", PARAMETER),
+    Setting("input_ids", "means the same as `inputs`", INPUT),
     Setting(
         "attention_mask",
         "marks padding on the left; padding on the right is a `PromptError`, and a mask with holes "
@@ -112,9 +112,9 @@ SETTINGS: tuple[Setting, ...] = (
         INPUT,
     ),
     Setting("logits_to_keep", "has no effect on tokens", INPUT),
-    _delegated("position_ids", "numbers the prompt by hand", INPUT),
-    Setting("inputs_embeds", "is a prompt of vectors, of which proposers see no text", INPUT),
-    _delegated("labels", "has the model compute a loss", INPUT),
+    _delegated("position_ids", "sets the positions of the prompt", INPUT),
+    Setting("inputs_embeds", "gives the prompt as vectors; proposers then see no text", INPUT),
+    _delegated("labels", "makes the model compute a loss", INPUT),
     # Parameters of `generate`.
     Setting("generation_config", "holds any of the fields", PARAMETER),
     Setting("logits_processor", "changes scores; any class may be in the list", PARAMETER),
@@ -124,55 +124,55 @@ SETTINGS: tuple[Setting, ...] = (
         PARAMETER,
         inactive=(None, []),
     ),
-    Setting("prefix_allowed_tokens_fn", "allows tokens by the text so far", PARAMETER),
+    Setting("prefix_allowed_tokens_fn", "restricts tokens, given the text so far", PARAMETER),
     Setting("streamer", "receives tokens as they are committed", PARAMETER),
     Setting("tokenizer", "is read by `stop_strings` and `token_healing`", PARAMETER),
     Setting(
         "trust_remote_code",
-        "is read by ways to decode that Transformers fetches from the hub, none of them ours",
+        "applies only to decoding methods that Transformers loads from the hub; none is used here",
         PARAMETER,
         inactive=_OFF,
     ),
     _delegated(
         "synced_gpus",
-        "keeps the forwards of processes that share one model synchronised",
+        "keeps the forwards of processes that share one model in sync",
         PARAMETER,
         inactive=_OFF,
     ),
-    _refused("custom_generate", "replaces the loop of this model's own speculation", PARAMETER),
+    _refused("custom_generate", "replaces the decoding loop, as this model does itself", PARAMETER),
     _refused("assistant_model", _OWN, PARAMETER),
     _refused(
         "assistant_tokenizer",
-        "translates for an assistant model of another vocabulary",
+        "translates for an assistant model with another vocabulary",
         PARAMETER,
         needs="assistant_model",
     ),
     # Length and stopping.
-    Setting("max_length", "bounds prompt and new tokens together"),
-    Setting("max_new_tokens", "bounds the new tokens"),
+    Setting("max_length", "bounds the length of prompt and new tokens together"),
+    Setting("max_new_tokens", "bounds the number of new tokens"),
     Setting("min_length", "keeps rows from ending before that length"),
     Setting("min_new_tokens", "keeps rows from ending before that many tokens"),
     Setting("max_time", "stops after that many seconds, at the end of a forward"),
     Setting("stop_strings", "ends a row at a text; needs `tokenizer`"),
     Setting("eos_token_id", "ends a row; one id or several"),
     Setting("pad_token_id", "fills rows that have ended"),
-    Setting("bos_token_id", "is the prompt where none is given"),
+    Setting("bos_token_id", "is the prompt if none is given"),
     Setting("decoder_start_token_id", "has no effect without an encoder"),
     # Sampling.
-    Setting("do_sample", "samples instead of taking the best", inactive=_OFF),
+    Setting("do_sample", "samples instead of taking the most likely token", inactive=_OFF),
     Setting("num_return_sequences", "samples several continuations of each row"),
     Setting("temperature", "flattens or sharpens the distribution"),
-    Setting("top_k", "keeps the k best tokens", inactive=(None, 0)),
-    Setting("top_p", "keeps the best tokens up to a mass"),
-    Setting("min_p", "keeps tokens above a share of the best one"),
-    Setting("top_h", "keeps the best tokens up to a share of the entropy"),
-    Setting("typical_p", "keeps tokens of typical information"),
+    Setting("top_k", "keeps the k most likely tokens", inactive=(None, 0)),
+    Setting("top_p", "keeps the most likely tokens up to a total probability"),
+    Setting("min_p", "drops tokens below a fraction of the highest probability"),
+    Setting("top_h", "keeps the most likely tokens up to a fraction of the entropy"),
+    Setting("typical_p", "keeps tokens of typical information content"),
     Setting("epsilon_cutoff", "drops tokens below a probability"),
-    Setting("eta_cutoff", "drops tokens below a bound that entropy sets"),
+    Setting("eta_cutoff", "drops tokens below a threshold that depends on the entropy"),
     # Scores.
     Setting("repetition_penalty", "makes tokens of the text so far less likely"),
     Setting("encoder_repetition_penalty", "makes tokens of the prompt more likely"),
-    Setting("no_repeat_ngram_size", "forbids to repeat n-grams of the text"),
+    Setting("no_repeat_ngram_size", "forbids repeating n-grams of the text"),
     Setting("encoder_no_repeat_ngram_size", "forbids n-grams of the prompt"),
     Setting("bad_words_ids", "forbids sequences of tokens"),
     Setting("sequence_bias", "makes sequences of tokens more or less likely"),
@@ -180,10 +180,10 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("begin_suppress_tokens", "forbids tokens at the first new position"),
     Setting("forced_bos_token_id", "sets the token after a prompt of one token"),
     Setting("forced_eos_token_id", "sets the token at `max_length`"),
-    Setting("exponential_decay_length_penalty", "makes ending more likely from some position on"),
+    Setting("exponential_decay_length_penalty", "makes ending more likely after some position"),
     Setting("remove_invalid_values", "replaces scores that are not finite"),
     Setting("renormalize_logits", "normalises the processed scores"),
-    Setting("watermarking_config", "marks the text by a bias that a key sets"),
+    Setting("watermarking_config", "watermarks the text by a bias that depends on a key"),
     # Outputs.
     Setting(
         "return_dict_in_generate",
@@ -197,11 +197,11 @@ SETTINGS: tuple[Setting, ...] = (
     # Cache and prefill.
     _delegated(
         "use_cache",
-        "recomputes the text for each token where it is not True",
+        "recomputes the whole text for each token unless it is True",
         inactive=(True,),
         default=True,
     ),
-    # "hybrid" is what old configs say; Transformers takes it for unset.
+    # Old configs say "hybrid", which Transformers treats as unset.
     _delegated(
         "cache_implementation",
         'names a cache that trees cannot use; `"dynamic"` is the usual one and has no effect',
@@ -225,15 +225,15 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     _delegated("prefill_chunk_size", "reads the prompt in pieces"),
     # Other ways to decode.
-    _delegated("num_beams", "searches with beams", inactive=(None, 1), default=1),
+    _delegated("num_beams", "runs beam search", inactive=(None, 1), default=1),
     _delegated("num_beam_groups", _OF_BEAMS, needs="num_beams"),
     _delegated("diversity_penalty", _OF_BEAMS, needs="num_beams"),
     _delegated("length_penalty", _OF_BEAMS, needs="num_beams"),
     _delegated("early_stopping", _OF_BEAMS, inactive=_OFF, needs="num_beams"),
     _delegated("low_memory", _OF_BEAMS, inactive=_OFF, needs="num_beams"),
-    _delegated("constraints", "searches with beams for texts that have to occur"),
-    _delegated("force_words_ids", "searches with beams for words that have to occur"),
-    _delegated("penalty_alpha", "searches contrastively", inactive=(None, 0), unless="do_sample"),
+    _delegated("constraints", "runs beam search for texts that must occur"),
+    _delegated("force_words_ids", "runs beam search for words that must occur"),
+    _delegated("penalty_alpha", "runs contrastive search", inactive=(None, 0), unless="do_sample"),
     _delegated("dola_layers", "contrasts layers"),
     _delegated(
         "guidance_scale",
@@ -270,9 +270,9 @@ SETTINGS: tuple[Setting, ...] = (
         needs="assistant_model",
     ),
     # Bookkeeping.
-    Setting("transformers_version", "says who wrote a config; has no effect"),
+    Setting("transformers_version", "records which version wrote a config; has no effect"),
 )
-"""All rows. Where several fit a call, the first one is named."""
+"""All rows. If several apply to a call, the first one is named."""
 
 BY_NAME: Mapping[str, Setting] = {setting.name: setting for setting in SETTINGS}
 
@@ -281,15 +281,15 @@ LEFT_TO_THE_BASE = tuple(setting for setting in SETTINGS if setting.fate is DELE
 
 
 def first_active(settings: Iterable[Setting], lookup: Lookup) -> Setting | None:
-    """Return the first setting that has an effect, None without one."""
+    """Return the first setting that has an effect, or None."""
     return next((setting for setting in settings if setting.is_active(lookup)), None)
 
 
 def resolve_setting(name: str, arguments: Mapping[str, Any], default: GenerationConfig) -> Any:
     """Return a setting as `generate` resolves it.
 
-    A keyword counts even if it is None. Then come the config that was given and the model's own,
-    which have no effect on what only `generate` or the model takes.
+    A keyword takes precedence, even if it is None; then comes the given config, then the model's
+    own. Configs have no effect on parameters of `generate` and on inputs of the model.
     """
     if name in arguments:
         return arguments[name]

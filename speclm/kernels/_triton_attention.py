@@ -27,7 +27,7 @@ IS_INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 @triton.jit
 def _dot(left, right, total, WIDEN: tl.constexpr):
-    if WIDEN:  # the interpreter multiplies the bits of bf16 as if they were whole numbers
+    if WIDEN:  # the interpreter multiplies the bits of bf16 as if they were integers
         left, right = left.to(tl.float32), right.to(tl.float32)
     return tl.dot(left, right, total, input_precision="ieee")
 
@@ -110,8 +110,8 @@ def split_kernel(  # noqa: C901, PLR0912 - constants decide most branches
 ):  # fmt: skip
     """Attend to one range of key tiles; DIM and REST are powers of two that add up to head_dim.
 
-    Writes the mean of the values and the logarithm (to base 2) of the denominator or, if the keys
-    are not split, the output itself.
+    Writes the mean of the values and the logarithm (to base 2) of the denominator. If the keys
+    are not split, writes the output itself.
     """
     split = tl.program_id(1)
     batch, kv_head = tl.program_id(2) // KV_HEADS, tl.program_id(2) % KV_HEADS
@@ -347,5 +347,5 @@ def _split_launch(
 
 
 def _row_stride(tensor: Tensor) -> int:
-    """Return the stride of the batch; 0 for a tree that all rows share."""
+    """Return the stride of the batch; 0 for a tree shared by all rows."""
     return 0 if tensor.shape[0] == 1 else tensor.stride(0)

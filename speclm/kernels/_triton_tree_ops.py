@@ -27,9 +27,9 @@ def keep_path_kernel(
     """Move some columns of one row, head and layer; no two programs touch the same values.
 
     The path is ascending, so its i-th slot is at least i slots into the tree, and the tree does not
-    begin before the end of the prefix: a target never comes after its source. So the targets of a
-    chunk come before all sources of later chunks, which are not overwritten before they are read.
-    Within a chunk they may overlap: all of it is read before any of it is written.
+    begin before the end of the prefix: a target never comes after its source. The targets of a
+    chunk therefore come before all sources of later chunks, which are read before they are
+    overwritten. Within a chunk they may overlap: all of it is read before any of it is written.
     """
     program = tl.program_id(0).to(tl.int64)
     head, row = program % KV_HEADS, program // KV_HEADS % batch

@@ -12,7 +12,7 @@ from speclm.errors import KernelError
 from speclm.kernels.launch import HEAD_DIMS
 
 VARIABLE = "SPECLM_KERNELS"
-"""Environment variable that forces a backend where a caller names none."""
+"""Environment variable that forces a backend if the caller names none."""
 
 NAMES = ("triton", "sdpa", "reference")
 """Values of the variable; ``"sdpa"`` keeps models, and kernels, off Triton."""
@@ -40,10 +40,10 @@ class Choice:
 def choose(backend: str, obstacle: str | None) -> Choice:
     """Choose the backend that computes a call of a kernel.
 
-    A choice of the reference that nobody asked for is logged, once for each reason.
+    If the reference is chosen without having been requested, this is logged once per reason.
 
     Args:
-        backend: A name, or ``"auto"`` for the environment's choice, or else ours.
+        backend: A name, or ``"auto"`` for the environment's choice, or else the default.
         obstacle: Why the Triton kernel cannot compute the call; None if it can.
 
     Raises:
@@ -67,7 +67,7 @@ def choose(backend: str, obstacle: str | None) -> Choice:
 
 
 def require_backend_name(backend: object) -> None:
-    """Raise a `KernelError` for a backend that is no string; `choose` checks the name."""
+    """Raise a `KernelError` for a backend that is not a string; `choose` checks the name."""
     if not isinstance(backend, str):
         raise KernelError(f"backend is {backend!r}, expected the name of one, or 'auto'")
 
@@ -105,7 +105,7 @@ def head_obstacle(head_dim: int) -> str | None:
 
 
 def preferred(device: torch.device) -> Choice:
-    """Return what computes tree attention in models on a device, and why.
+    """Return the implementation of tree attention in models on a device, and why.
 
     On a GPU it is the Triton kernel. On a CPU it is PyTorch's attention, with a mask that is built
     once for all layers. The environment variable ``SPECLM_KERNELS`` overrides both.
@@ -125,7 +125,7 @@ def preferred(device: torch.device) -> Choice:
 
 
 def pays(device: torch.device) -> bool:
-    """Return whether models on a device use our kernels."""
+    """Return whether models on a device use speclm's kernels."""
     return preferred(device).backend != "sdpa"
 
 
@@ -144,7 +144,7 @@ def is_recording(device: torch.device) -> bool:
 
 
 def is_interpreting() -> bool:
-    """Return whether Triton's interpreter stands in for a GPU."""
+    """Return whether Triton's interpreter replaces a GPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 

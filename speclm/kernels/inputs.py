@@ -96,7 +96,7 @@ class TreeAttentionInputs:
 
 
 def require_tensors(**tensors: object) -> None:
-    """Raise a `KernelError` for an argument that is no ordinary, strided tensor."""
+    """Raise a `KernelError` for an argument that is not an ordinary, strided tensor."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise KernelError(f"{name} is a {type(tensor).__name__}, expected a tensor")

@@ -37,13 +37,13 @@ from speclm.kernels.launch_table import (
 from speclm.tree.topology import num_words
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 160, 192, 256)
-"""Widths of heads that the Triton kernel takes: one power of two, or the sum of two."""
+"""Head widths that the Triton kernel supports: one power of two, or the sum of two."""
 
-_MAX_SPLITS = 64  # parts are read one after the other when they are joined
-_DETERMINISTIC_ROWS = 64  # for which the sizes of all deterministic calls are chosen
+_MAX_SPLITS = 64  # parts are read one after the other when they are merged
+_DETERMINISTIC_ROWS = 64  # rows for which the sizes of all deterministic calls are chosen
 _KV_HEADS, _KV_LEN = 8, 32_768
 _LARGE_ROWS = 256  # of the calls that measure a table row without a limit
-_WORTHWHILE = 0.98  # of the time of the current sizes
+_WORTHWHILE = 0.98  # fraction of the current time that faster sizes may take at most
 _MAX_STEPS = 4
 _REPLAYS = 50
 
@@ -63,7 +63,7 @@ class LaunchPlan:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One launch of a Triton kernel, ready to be made or to be compiled only.
+    """One launch of a Triton kernel, ready to run or only to be compiled.
 
     Args:
         kernel: The jitted function.
@@ -93,8 +93,8 @@ def plan_launch_on(
 ) -> LaunchPlan:
     """Return how a call is launched on a GPU with a number of multiprocessors.
 
-    Sizes of deterministic calls depend only on the GPU, the type and the width of heads, and their
-    splits have a fixed length: a row's result does not depend on what is computed with it.
+    Sizes of deterministic calls depend only on the GPU, the type and the head width, and their
+    splits have a fixed length, so a row's result does not depend on what is computed with it.
     """
     config = _find_config(architecture, call_size(inputs), os.environ.get(VARIABLE, ""))
     return LaunchPlan(config, split_keys(config, multiprocessors, inputs))
@@ -106,11 +106,11 @@ def split_keys(config: LaunchConfig, multiprocessors: int, inputs: TreeAttention
     They fill the GPU once: programs that wait for others would take as long again. Deterministic
     calls have as many as the capacity of the cache needs.
     """
-    # The maximum over all lengths; the tree starts a tile of its own.
+    # The maximum over all lengths; the tree starts a new tile.
     tree_tiles = -(-inputs.num_slots // config.block_keys)
     max_tiles = -(-max(inputs.kv_len - inputs.num_slots, 0) // config.block_keys) + tree_tiles
     if inputs.deterministic:
-        # A single part would skip the merge, and round sinks elsewhere.
+        # A single part would skip the merge, and would round sinks elsewhere.
         return max(-(-max_tiles // config.fixed_tiles), 2)
     if inputs.num_splits is not None:
         return inputs.num_splits
@@ -156,7 +156,7 @@ def head_parts(head_dim: int) -> tuple[int, int]:
 
 @cache
 def _find_config(architecture: str, size: CallSize, path: str) -> LaunchConfig:
-    """Look a call up in the file at `path`, if any, and then in our table."""
+    """Look a call up in the file at `path`, if any, and then in the built-in table."""
     if path:
         config = find_config(read_table_once(path), architecture, size)
         if config is not None:
@@ -208,7 +208,7 @@ def tune(path: Path, *, architecture: str, measure: Measure) -> LaunchTable:
 
 
 def fastest(config: LaunchConfig, workload: Workload, measure: Measure) -> LaunchConfig:
-    """Replace sizes by their fastest neighbour, repeatedly, while it is worthwhile."""
+    """Replace sizes by their fastest neighbour, repeatedly, while that is worthwhile."""
     best = measure(workload, config)
     for _ in range(_MAX_STEPS):
         timed = [(measure(workload, neighbour), neighbour) for neighbour in neighbours(config)]
@@ -249,10 +249,10 @@ def measure_on(device: torch.device) -> Measure:
     """Return a function that times calls on a GPU: the median over replays of a CUDA graph.
 
     Each call of the graph has its own cache, and together these are more than three times the size
-    of the GPU's L2. So keys come from memory, as they do in the layers of a model.
+    of the GPU's L2. Keys therefore come from memory, as in the layers of a model.
 
     Raises:
-        KernelError: If the device is no GPU.
+        KernelError: If the device is not a GPU.
     """
     if device.type != "cuda":
         raise KernelError(

@@ -1,6 +1,6 @@
-"""Launch sizes of tree attention by GPU, type, width of a key and rows: our table, and files.
+"""Launch sizes of tree attention by GPU, type, key width and rows: built-in table, and files.
 
-A JSON file, which the environment variable ``SPECLM_KERNEL_CONFIGS`` names, precedes the table. It
+A JSON file named by the environment variable ``SPECLM_KERNEL_CONFIGS`` precedes the table. It
 holds a list of rows for each architecture; a row has the fields of `LaunchRow` and of its
 `LaunchConfig`::
 
@@ -23,7 +23,7 @@ VARIABLE = "SPECLM_KERNEL_CONFIGS"
 """Environment variable that names a file of rows."""
 
 BLOCK_KEYS = (16, 32, 64)
-"""Possible numbers of keys of a tile: the bits of a word cover it."""
+"""Allowed numbers of keys per tile: the bits of a word cover them."""
 
 _DEFAULT = "default"
 _MAX = 2**16  # of numbers that only have to be positive
@@ -40,7 +40,7 @@ class LaunchConfig:
         block_keys: Keys of a tile; 16, 32 or 64.
         num_warps: Warps of a program; a power of two.
         num_stages: Key tiles that are loaded ahead.
-        programs: Programs that a multiprocessor runs at once; decides the number of splits.
+        programs: Programs that one multiprocessor runs at once; decides the number of splits.
         min_tiles: Minimum number of tiles of a split.
         fixed_tiles: Tiles of a split in deterministic calls.
     """
@@ -115,18 +115,18 @@ LaunchTable = dict[str, tuple[LaunchRow, ...]]
 
 
 def find_config(table: LaunchTable, architecture: str, size: CallSize) -> LaunchConfig | None:
-    """Return the sizes for a call from the first row that takes it; None where no row does."""
+    """Return the sizes for a call from the first row that takes it; None if no row does."""
     rows = table.get(architecture, ())
     return next((row.config for row in rows if row.takes(size)), None)
 
 
 def built_in_rows(architecture: str) -> tuple[LaunchRow, ...]:
-    """Return our rows for a GPU; an unknown one gets rows that fit all known ones."""
+    """Return the built-in rows for a GPU; an unknown GPU gets rows that fit all known ones."""
     return TABLE.get(architecture, TABLE[_DEFAULT])
 
 
 def built_in_config(architecture: str, size: CallSize) -> LaunchConfig:
-    """Return our sizes for a call."""
+    """Return the built-in sizes for a call."""
     return next(row.config for row in built_in_rows(architecture) if row.takes(size))
 
 
@@ -141,13 +141,13 @@ def _row(
     return LaunchRow(config, max_rows, max_key_bytes)
 
 
-# Float32 is multiplied without matrix units (but on AMD), and all operands are held in registers.
+# Float32 is multiplied without matrix units (except on AMD), and registers hold all operands.
 _FLOAT32 = LaunchRow(
     LaunchConfig(32, 16, 8, 2, programs=2, fixed_tiles=_FIXED_KEYS // 16), is_float32=True
 )
 
-# Matrix instructions of warp groups take 64 rows, to which fewer are padded. A tile of rows reads
-# all keys, so that more rows than 128 read them again, from L2. Two programs of 64 rows share
+# Matrix instructions of warp groups take 64 rows; fewer rows are padded. A tile of rows reads all
+# keys, so more than 128 rows read them again, from L2. Two programs of 64 rows share
 # 228 KiB.
 _HOPPER = (
     _row(16, 128, block=(16, 64), warps=4, stages=3, programs=3),
@@ -226,7 +226,7 @@ TABLE: LaunchTable = {
     ),
     _DEFAULT: (_row(None, None, block=(32, 16), warps=4, stages=1, programs=1), _FLOAT32),
 }
-"""Our sizes, chosen so that no call of a row spills registers or lacks shared memory."""
+"""Built-in sizes, chosen so that no call of a row spills registers or lacks shared memory."""
 
 _SIZES = tuple(field.name for field in fields(LaunchConfig))
 _LIMITS = ("max_rows", "max_key_bytes")
@@ -235,7 +235,7 @@ _FIELDS = (*_LIMITS, "is_float32", *_SIZES)
 
 @cache
 def read_table_once(path: str) -> LaunchTable:
-    """Read a file of rows, once in a process."""
+    """Read a file of rows, once per process."""
     return read_table(path)
 
 

@@ -1,12 +1,12 @@
-"""The drafting methods by name: what each recognises, loads, describes, saves and trains.
+"""Registry of drafting methods: how each is recognised, loaded, described, saved and trained.
 
-Imports no PyTorch: the command line lists methods and their training options without it.
+Imports no PyTorch, so the command line can list methods and their training options quickly.
 """
 
 import difflib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from typing_extensions import override
 
-from speclm.errors import OptionError, UnknownNameError, shown, suggest
+from speclm.config import require_options
+from speclm.errors import OptionError, UnknownNameError, shown
 from speclm.files.hub import HubOptions, download, is_hub_id, path_exists
 
 if TYPE_CHECKING:
@@ -30,16 +31,16 @@ ProposerType = TypeVar("ProposerType", bound="type[Proposer]")
 _HINTS = ("config.json", "*.index.json")
 _HEAD_FILES = ("*.json", "*.safetensors")
 _PICKLES = ("*.pt", "pytorch_model*.bin")
-_SIMILAR = 0.75  # from which a name without an organisation is taken for a typo
+_SIMILAR = 0.75  # similarity from which a name without an organisation counts as a typo
 _FALLBACK = "draft_model"  # loads what no other method recognises
 
 
 class Recipe(ABC):
-    """How heads of one kind are trained: a command of ``speclm train``.
+    """A training of heads: a command of ``speclm train``.
 
     Attributes:
-        name: Of the command.
-        summary: Its help line.
+        name: Name of the command.
+        summary: Help line of the command.
         options: Frozen dataclass of its options; fields are ``Annotated[type, help]`` with
             defaults, and bad values raise an `OptionError`.
         defaults: `TrainingArguments` that differ from those of `speclm.training.arguments`.
@@ -65,14 +66,14 @@ class Recipe(ABC):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class HeadsSource:
-    """What a user gave as `heads`, recognised.
+    """A recognised `heads` argument.
 
     Args:
-        method: Loads it.
+        method: Method that loads it.
         given: Name, folder, hub id or object, as given.
-        folder: Where the files are, downloaded if need be; None without files.
-        hub: Options of the hub that were given.
-        options: The other options that were given.
+        folder: Folder of the files, downloaded if necessary; None without files.
+        hub: Options for the hub.
+        options: All other options.
     """
 
     method: "Method"
@@ -86,7 +87,7 @@ class Method(ABC):
     """A drafting method: recognises, loads, describes, saves and trains its proposers.
 
     Attributes:
-        name: In the registry.
+        name: Name in the registry.
         summary: What it drafts with, in one line.
         aliases: Other names of its heads.
         is_named: Whether ``heads=name`` makes a proposer without files.
@@ -102,11 +103,11 @@ class Method(ABC):
     recipes: ClassVar[tuple[Recipe, ...]] = ()
 
     def takes(self, heads: object) -> bool:  # noqa: ARG002
-        """Return whether an object, such as a loaded model, is drafted with by this method."""
+        """Return whether this method drafts with an object, such as a loaded model."""
         return False
 
     def find_weights(self, folder: Path) -> "WeightFiles | None":  # noqa: ARG002
-        """Return the weight files of a folder that have the keys of this method's heads.
+        """Return the weight files of a folder if their keys are those of this method's heads.
 
         Raises:
             CheckpointError: If a file that has to be opened cannot be read.
@@ -114,11 +115,11 @@ class Method(ABC):
         return None
 
     def is_declared(self, folder: Path) -> bool:  # noqa: ARG002
-        """Return whether a config says that a folder holds its heads, even damaged ones."""
+        """Return whether a folder's config declares heads of this method, even damaged ones."""
         return False
 
     def is_likely(self, folder: Path) -> bool:  # noqa: ARG002
-        """Return whether a repository may hold its heads, from its configs and `hints` only."""
+        """Return whether a repository may hold such heads, from its configs and `hints` only."""
         return False
 
     @abstractmethod
@@ -131,10 +132,10 @@ class Method(ABC):
 
     @abstractmethod
     def owns(self, proposer: "Proposer") -> bool:
-        """Return whether a proposer is of this method."""
+        """Return whether a proposer belongs to this method."""
 
     def describe(self, proposer: "Proposer") -> str:
-        """Return what reports say about a proposer, in one line."""
+        """Return one line about a proposer for reports."""
         return f"{type(proposer).__name__}, {proposer.config}"
 
     def require_writable(self, folder: Path) -> None:  # noqa: B027 - most have no files
@@ -155,9 +156,9 @@ class Method(ABC):
 
 
 class ProposerMethod(Method):
-    """A proposer class that ``heads=name`` makes with its options.
+    """A proposer class that ``heads=name`` builds from its options.
 
-    If its first parameter is named `target`, it is given the target.
+    If its first parameter is named `target`, it receives the target.
     """
 
     is_named = True
@@ -233,12 +234,18 @@ _ADDED: dict[str, Method] = {}
 
 
 def register_method(method: Method) -> None:
-    """Make a method available; one of the same name is replaced."""
+    """Make a method available; a method of the same name is replaced.
+
+    Raises:
+        OptionError: If it is no `Method`, or has no name.
+    """
+    if not isinstance(getattr(method, "name", None), str) or not isinstance(method, Method):
+        raise OptionError(f"method is {shown(method)}, expected a Method with a name; pass one")
     _ADDED[method.name] = method
 
 
 def registered_methods() -> dict[str, Method]:
-    """Return all methods by name, in the order in which they are asked what they recognise."""
+    """Return all methods by name, in the order in which they are tried."""
     return {method.name: method for method in _built_in()} | _ADDED
 
 
@@ -247,14 +254,28 @@ def register_proposer(name: str) -> Callable[[ProposerType], ProposerType]:
 
     Registering a name again replaces the class, so that a notebook cell can be run twice.
 
+    Raises:
+        OptionError: If the class is no `Proposer`, or the name that of a method with files.
+
     Example:
         ```python
         @register_proposer("mine")
         class MyProposer(Proposer): ...
         ```
     """
+    if not isinstance(name, str):
+        raise OptionError(f"proposer name is {shown(name)}, expected a string; pass one")
+    known = registered_methods().get(name)
+    if known is not None and not known.is_named:
+        raise OptionError(f"{name!r} is a method that loads files; choose another name")
 
     def register(proposer_type: ProposerType) -> ProposerType:
+        from speclm.drafting.interface import Proposer
+
+        if Proposer not in getattr(proposer_type, "__mro__", ()):
+            raise OptionError(
+                f"{name!r} is {shown(proposer_type)}, expected a subclass of Proposer; pass one"
+            )
         summary = (inspect.getdoc(proposer_type) or proposer_type.__name__).splitlines()[0]
         register_method(ProposerMethod(name, lambda: proposer_type, summary=summary))
         return proposer_type
@@ -268,21 +289,21 @@ def heads_names() -> list[str]:
 
 
 def method_of(proposer: "Proposer") -> Method | None:
-    """Return the method of a proposer; the newest where several have it."""
+    """Return the method of a proposer; the newest if several claim it."""
     methods = reversed(registered_methods().values())
     return next((method for method in methods if method.owns(proposer)), None)
 
 
 def describe_proposer(proposer: "Proposer") -> str:
-    """Return what reports say about a proposer, in one line."""
+    """Return one line about a proposer for reports."""
     method = method_of(proposer)
-    if method is None:  # one that the user built
+    if method is None:  # built by the user
         return f"{type(proposer).__name__}, {proposer.config}"
     return method.describe(proposer)
 
 
 def no_heads(proposer: object) -> OptionError:
-    """Return the error of saving a proposer that has no heads."""
+    """Return the error for saving a proposer that has no heads."""
     found = "None" if proposer is None else type(proposer).__name__
     return OptionError(
         f"proposer is {found}, which has no heads to save; a draft model is saved with its own "
@@ -290,30 +311,14 @@ def no_heads(proposer: object) -> OptionError:
     )
 
 
-def require_options(options: Iterable[str], known: Iterable[str], *, owner: str) -> None:
-    """Check the names of options that were given for a method.
-
-    Raises:
-        OptionError: If one is unknown; the message names those that are known.
-    """
-    known = sorted(known)
-    unknown = sorted({*options} - {*known})
-    if unknown:
-        raise OptionError(
-            f"{owner}: unknown option {unknown[0]!r}, expected some of {known!r}; "
-            f"{suggest(unknown[0], known)}"
-        )
-
-
 def find_heads(heads: object, options: Mapping[str, Any] | None = None) -> HeadsSource:
-    """Recognise what a user gave as `heads`, and download it if need be.
+    """Recognise a `heads` argument, and download its files if necessary.
 
-    Of a language model on the hub only the config is downloaded.
+    Only the config of a language model on the hub is downloaded here.
 
     Raises:
-        UnknownNameError: If it is no name or folder and cannot be downloaded; the message says why.
-        OptionError: If it is an object that no method takes, or a folder with options that only a
-            repository has.
+        UnknownNameError: If it is neither a name nor a folder and cannot be downloaded.
+        OptionError: If no method takes the object, or a folder comes with options for the hub.
         CheckpointError: If a file that has to be opened cannot be read.
     """
     options = dict(options or {})
@@ -388,10 +393,10 @@ def _download(repository: str, hub: HubOptions, patterns: tuple[str, ...]) -> Pa
 
 
 def _require_repository(name: str) -> None:
-    """Check a name without asking the hub, which takes long to say no.
+    """Check a name without asking the hub, which is slow to answer no.
 
     Raises:
-        UnknownNameError: If it is no hub id, a kind of heads, or nearly a registered name.
+        UnknownNameError: If it is not a hub id, is a kind of heads, or is almost a registered name.
     """
     registered = heads_names()
     known = f"registered are {registered!r}"

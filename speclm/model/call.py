@@ -1,4 +1,4 @@
-"""One call of `SpecModel.generate`: its own options, into the decode loop and out of it."""
+"""One call of `SpecModel.generate`: its own options, and its way through the decode loop."""
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,7 +29,7 @@ from speclm.tree.plan import TreePlan
 from speclm.tree.static import RankPaths, normalize_paths
 
 AUTO = "auto"
-"""The tree whose depth and size follow from measured times and acceptance."""
+"""Plans depth and size of trees from measured times and acceptance."""
 
 Tree = str | Path | Sequence[int] | Sequence[Sequence[int]] | TreePlan
 """The option ``tree``: "auto", the name of a preset, a file of paths, widths, paths, or a plan."""
@@ -37,7 +37,7 @@ Tree = str | Path | Sequence[int] | Sequence[Sequence[int]] | TreePlan
 
 @dataclass
 class SpeculativeOutput(GenerateDecoderOnlyOutput):
-    """What `generate` returns with ``return_dict_in_generate=True``.
+    """Output of `generate` with ``return_dict_in_generate=True``.
 
     Args:
         speculation: Counters of the call.
@@ -63,7 +63,7 @@ class KeepsCounters:
     _plain_seconds: dict[int, float]  # of a round without a draft, by batch size
 
     def _report(self, stats: SpeculationStats) -> None:
-        """Keep the counters; called while a call has the model to itself."""
+        """Keep the counters; called while a call holds the model."""
         self.last_speculation, self._last_thread = stats, threading.get_ident()
         batch, seconds = len(stats.rows), stats.plain_round_seconds
         if seconds is not None:
@@ -86,7 +86,7 @@ def decode(
     waits: bool,
     report: Callable[[SpeculationStats], object],
 ) -> Tensor | ModelOutput:
-    """Answer a call with the decode loop, when base and proposer are free.
+    """Answer a call with the decode loop, once base and proposer are free.
 
     Args:
         base_generate: The base's own `generate`.
@@ -94,14 +94,14 @@ def decode(
         default: The model's own generation config.
         setup: What the call is decoded with.
         stats: Counters to fill.
-        waits: Whether to wait while another thread has the base or the proposer.
+        waits: Whether to wait while another thread uses the base or the proposer.
         report: Called with `stats` when the turn of this call begins and just before it ends. The
-            streamer ends after that, when others may use the model.
+            streamer ends afterwards, when other calls may use the model.
 
     Raises:
         NeedsRegularGeneration: Before anything is computed, if the loop does not support the
             request, or the call comes from inside another one.
-        BusyError: If another thread has the base or the proposer, and `waits` is False.
+        BusyError: If another thread uses the base or the proposer, and `waits` is False.
     """
     setup = replace(
         setup,
@@ -149,7 +149,7 @@ def _as_output(
 
 
 def with_counters(output: Tensor | ModelOutput, stats: SpeculationStats) -> Tensor | ModelOutput:
-    """Return what the base's own `generate` returned, with counters where they fit."""
+    """Return the output of the base's own `generate`, with counters if its class can hold them."""
     if isinstance(output, Tensor):
         return output
     if type(output) is not GenerateDecoderOnlyOutput:  # beams have other fields
@@ -180,7 +180,7 @@ def require_speculation(watch: Watch, arguments: dict[str, Any], default: Genera
 
 
 def slowdowns(check: SelfCheck, proposer: Proposer | None) -> Iterator[tuple[str, str]]:
-    """Yield what makes a call slower than it could be: lines for the log, and their reasons."""
+    """Yield log lines, with reasons, about what makes a call slower than it could be."""
     if check.verification is Verification.CHAINS:
         yield "verifying chains with %s: %s", check.reason
     for module in proposer_modules(proposer):
@@ -194,7 +194,7 @@ def slowdowns(check: SelfCheck, proposer: Proposer | None) -> Iterator[tuple[str
 
 @contextmanager
 def naming_unknown(arguments: Iterable[str]) -> Iterator[None]:
-    """Name the arguments that `generate` does not know, and what they may be meant for.
+    """Turn Transformers' error on unknown arguments into one that names them and a remedy.
 
     Raises:
         OptionError: In place of Transformers' own error.
@@ -249,7 +249,7 @@ def read_tree(path: Any) -> RankPaths:
 
 
 def require_fillable(tree: TreePlan | str | None, proposer: Proposer | None) -> None:
-    """Check that a proposer can fill such trees.
+    """Check that a proposer can fill a tree.
 
     Raises:
         OptionError: If a static tree is given to a proposer that does not fill it.

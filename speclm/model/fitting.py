@@ -1,4 +1,4 @@
-"""Keeps a base and its proposer together: they fit, move as one, and misses are noticed."""
+"""Keep a base and its proposer together: check that they fit, move both, notice heads that miss."""
 
 import logging
 import weakref
@@ -27,13 +27,13 @@ MOVES = frozenset(
         "train",
     }
 )
-"""Methods of a module that change it and return it; here heads and draft models go along."""
+"""Methods that change a module and return it; they apply to heads and draft models too."""
 
 ROUNDS_BEFORE_WARNING = 200
-"""Without an accepted token; 1 in 28 000 heads that are right in 1 round of 20 has so many."""
+"""Rounds without an accepted token; heads right in 1 round of 20 reach it 1 time in 28 000."""
 
 FEWEST_DRAFTS = 16
-"""Drafts among those rounds: drafting is soon paused if it is useless, so that few have one."""
+"""Minimum drafts among those rounds; useless drafts are soon paused, so few rounds have one."""
 
 _WHAT_TO_CHECK = (
     "check that the heads or the draft model were trained for this very base (its fine-tuned "
@@ -70,10 +70,10 @@ def require_fits(proposer: Proposer, target: TargetView) -> None:
 
 
 def require_still_fits(proposer: Proposer | None, target: TargetView) -> None:
-    """Check before a call that a proposer fits, in case embeddings were resized for example.
+    """Check before a call that a proposer still fits; embeddings may have been resized.
 
     Raises:
-        NeedsRegularGeneration: If it does not fit any more; the message says why.
+        NeedsRegularGeneration: If it no longer fits; the message says why.
     """
     if proposer is None:
         return
@@ -85,16 +85,16 @@ def require_still_fits(proposer: Proposer | None, target: TargetView) -> None:
 
 @contextmanager
 def claimed(target: TargetView, proposer: Proposer | None, *, waits: bool = True) -> Iterator[None]:
-    """Have a target, a proposer and its parts for one generation, all of them at once.
+    """Hold a target, a proposer and its parts for one generation, all of them at once.
 
     Args:
         target: The target.
         proposer: Drafts for it.
-        waits: Whether to wait while another thread has one of them.
+        waits: Whether to wait while another thread holds one of them.
 
     Raises:
         NestedError: If the call comes from inside a generation and cannot wait.
-        BusyError: If another thread has one of them and `waits` is False.
+        BusyError: If another thread holds one of them and `waits` is False.
     """
     parts = _with_parts(proposer)
     wanted = [(target.model, target.name), *((part, type(part).__name__) for part in parts)]
@@ -135,9 +135,9 @@ class _Tally:
 
     Args:
         proposer: The proposer, as long as it exists.
-        num_misses: Drafts since a token of one was accepted; each row has its own.
+        num_misses: Drafts since the last accepted token; each row counts its own.
         num_rounds: Rounds since then, including those without a draft.
-        is_checked: Whether its weights were looked at.
+        is_checked: Whether its weights were checked.
         has_warned: Whether a line was logged.
     """
 
@@ -151,9 +151,9 @@ class _Tally:
 class MissWatch:
     """Counts, over the calls of a model, the rounds of each proposer without an accepted token.
 
-    Logs one line when a proposer with weights of its own has been wrong too often, or has drafted
-    nothing for as long and its weights cannot be right. Other proposers, such as n-grams, may just
-    have nothing to copy.
+    Logs one line if a proposer with weights was rejected for too long, or has drafted nothing for
+    as long and its weights are unusable. Other proposers, such as n-grams, may just have nothing
+    to copy.
     """
 
     def __init__(self) -> None:
@@ -175,7 +175,7 @@ class MissWatch:
         if proposer is None:
             return
         tally = self._tally(proposer)
-        # The first level counts drafts: a draft of the root only is none.
+        # The first level counts drafts; a draft of only the root does not count.
         if any(sum(row.accepted[:1]) for row in stats.rows):
             tally.num_misses = tally.num_rounds = 0
             return
@@ -191,7 +191,7 @@ class MissWatch:
         tally.is_checked = True
         found = list(islice(_bad_weights(proposer), 1))
         if not (is_wrong or found):
-            return  # it may be unsure, or the text too long for it
+            return  # the proposer may be unsure, or the text too long for it
         tally.has_warned = True
         _log.warning(
             "in the last %d rounds %s accepted no token of %s, which only costs time; %s",
@@ -211,7 +211,7 @@ class MissWatch:
 
 
 def _bad_weights(proposer: Proposer) -> Iterator[str]:
-    """Yield what is wrong with weights that cannot be intended; syncs with their device."""
+    """Yield a description of each weight that is not finite or all zero; syncs with its device."""
     for module in proposer_modules(proposer):
         for name, weight in module.named_parameters():
             if weight.is_meta or not weight.is_floating_point():

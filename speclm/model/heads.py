@@ -1,4 +1,4 @@
-"""Load the base and the proposer that ``base`` and ``heads`` name, and save heads again."""
+"""Load the base and the proposer from ``base`` and ``heads``, and save heads."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,10 +17,10 @@ from speclm.methods.registry import find_heads, method_of, no_heads
 from speclm.target.loading import load_causal_lm, without_adapter
 
 OPTIONS_OF_LOADING = ("heads", "heads_kwargs", "num_draft_tokens", "adaptive", "tree")
-"""What `SpecModel.from_pretrained` takes itself, and nothing else."""
+"""Parameters of `SpecModel.from_pretrained` itself."""
 
 Heads = str | Path | nn.Module | Proposer
-"""What a user may write for one proposer; modules are draft models, PEFT's included."""
+"""Argument for one proposer; a module is a draft model, PEFT models included."""
 
 
 def unwrap(base: Any, wrapper: type) -> Any:
@@ -66,21 +66,22 @@ def load_proposer(
     """Return the proposer that `heads` stands for.
 
     Args:
-        heads: Name of a method, folder, hub id, loaded draft model, proposer, or None; or several
-            of them, whose drafts are joined.
-        base: The target, whose vocabulary the proposer has to share.
+        heads: Name of a method, folder, hub id, loaded draft model, proposer, or None; or a list
+            of these, whose drafts are merged.
+        base: The target, with which the proposer shares its vocabulary.
         heads_kwargs: Options of the method that is loaded, and those of `HubOptions`.
-        num_draft_tokens: Most tokens drafted a round; None for the proposer's default.
+        num_draft_tokens: Maximum draft tokens per round; None for the proposer's default.
 
     Raises:
-        UnknownNameError: If a string is no name and no folder, and is not on the hub.
+        UnknownNameError: If a string is neither a name nor a folder, and is not on the hub.
         OptionError: If the method does not take an option, or the object is already built.
         VocabularyMismatchError: If a draft model or heads have another vocabulary.
         UnsupportedModelError: If a draft model fails the tree self-check.
         CheckpointError: If heads are damaged or incomplete.
     """
     heads_kwargs = {} if heads_kwargs is None else heads_kwargs
-    if not isinstance(heads_kwargs, dict):
+    given: Any = heads_kwargs  # anything, without type checks
+    if not isinstance(given, dict) or not all(isinstance(name, str) for name in given):
         raise OptionError(
             f"heads_kwargs is {heads_kwargs!r}, expected a dictionary of options by name; pass for "
             "example {'min_probability': 0.1}"
@@ -131,7 +132,7 @@ def push_heads(
     """Upload the heads of a proposer, its tree and a model card to the hub.
 
     Args:
-        repo_id: Repository, made if it does not exist.
+        repo_id: Repository; created if it does not exist.
         proposer: What to upload.
         base: The model that it drafts for; the path of a local one is not published.
         private: Whether a new repository is private; None for the account's default.

@@ -14,7 +14,7 @@ _WIDTH = 12  # of the names at the start of the lines, as in `SpeculationStats`
 
 
 def describe_tree_option(tree: TreePlan | str | None) -> str:
-    """Return what the drafts of a model follow from."""
+    """Return a description of the option ``tree``."""
     if not isinstance(tree, TreePlan):
         return tree or "as the proposer is set"
     kind = "at most" if tree.paths is None else "static tree of"

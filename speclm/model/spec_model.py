@@ -72,10 +72,10 @@ class SpecModel(KeepsCounters, Wrapper):
 
         Args:
             base: Any causal language model, or a PEFT model; it stays usable by itself.
-            proposer: Drafts tokens; None decodes one token a round.
+            proposer: Drafts tokens; None decodes one token per round.
             adaptive: Whether to pause drafts while measured times show that they do not pay.
-                Tokens do not depend on it in float32; half precision rounds differently in rounds
-                of another size.
+                Tokens do not depend on it in float32; in half precision, rounds of different sizes
+                round differently.
             tree: Default of the option ``tree`` of `generate`.
 
         Raises:
@@ -108,11 +108,11 @@ class SpecModel(KeepsCounters, Wrapper):
         Args:
             base: Folder, hub id or loaded model.
             heads: Name of a registered proposer, folder or hub id of heads or of a draft model, a
-                loaded draft model, a `Proposer`, or None. A list of these joins their drafts.
+                loaded draft model, a `Proposer`, or None. The drafts of a list of these are merged.
             heads_kwargs: For the hub: revision, token, cache_dir, subfolder, local_files_only and
                 force_download. For a draft model: arguments of its ``from_pretrained``, by default
                 the base's dtype and device. For heads and proposers: their options.
-            num_draft_tokens: Most tokens drafted a round; by default the proposer's own choice.
+            num_draft_tokens: Maximum draft tokens per round; by default the proposer's own choice.
             adaptive: As in the constructor; by default True, unless a static tree is given.
             tree: Default of the option ``tree`` of `generate`.
             **kwargs: Arguments of the base's ``from_pretrained``. Those for the hub also apply to
@@ -122,7 +122,7 @@ class SpecModel(KeepsCounters, Wrapper):
             UnknownNameError: If `heads` is a string that names nothing.
             UnsupportedModelError: If `base` is not a decoder-only language model.
             VocabularyMismatchError: If a draft model has another vocabulary than the base.
-            OptionError: If the objects passed in do not know or do not need an argument.
+            OptionError: If an argument is unknown, or would not affect an object already built.
         """
         base = unwrap(base, SpecModel)
         model = load_base(base, kwargs)
@@ -189,20 +189,20 @@ class SpecModel(KeepsCounters, Wrapper):
 
         Takes the arguments of ``base.generate``, and three options of its own. `acceptance` is the
         rule that decides which draft tokens are kept when sampling. ``"exact"`` gives the tokens
-        of ``base.generate`` under the same seed, ``"rejection"`` others from the same
+        of ``base.generate`` under the same seed, ``"rejection"`` other tokens from the same
         distribution, and ``"typical"`` is lossy. Greedy decoding is exact under every rule.
 
-        `tree` says what is drafted: ``"auto"`` for the depth and size that are fastest by measured
-        times and acceptance; a static tree as a preset's name, widths, paths of ranks or a JSON
-        file of these; a `TreePlan`; by default what the proposer's own settings say. A static tree
-        or a plan is drafted in every round, even where it does not pay.
+        `tree` sets the shape of drafts: ``"auto"`` for the depth and size that are fastest by
+        measured times and acceptance; a static tree as a preset's name, widths, paths of ranks or
+        a JSON file of these; a `TreePlan`. By default the proposer's own settings apply. A static
+        tree or a plan is drafted in every round, even where it does not pay.
 
         `busy` says what to do while another thread's call uses the base or the proposer:
         ``"wait"`` or ``"raise"``.
 
-        Settings that ask for another way to decode, such as beams, are left to ``base.generate``
-        itself, and so are calls that processors, criteria and streamers of a call make; one line
-        is logged with the reason. After a call, `last_speculation` holds its counters.
+        Calls that need another decoding method, such as beam search, are answered by
+        ``base.generate`` itself, and so are calls from inside a call's processors, criteria and
+        streamers; one log line gives the reason. `last_speculation` then holds the counters.
 
         Returns:
             Prompt and new tokens ``[batch, length]``; with ``return_dict_in_generate=True`` a
@@ -210,14 +210,14 @@ class SpecModel(KeepsCounters, Wrapper):
             Transformers' own class, with that attribute.
 
         Raises:
-            OptionError: If `busy` or another option has no such value, or the acceptance rule or
-                `tree` needs drafts of a kind that the proposer does not make.
+            OptionError: If an option has an unknown value, or the proposer cannot make the drafts
+                that the acceptance rule or `tree` needs.
             UnknownNameError: If no acceptance rule or preset has the name given.
             TopologyError: If the paths in `tree` do not form a tree.
             PromptError: If the prompt is empty, right-padded or too long for the model.
             CacheError: If a cache is passed in that cannot be rolled back.
             NumericalError: If the target's logits are not numbers.
-            BusyError: If `busy` is ``"raise"`` and another thread has the base or the proposer.
+            BusyError: If `busy` is ``"raise"`` and another thread uses the base or the proposer.
         """
         arguments: dict[str, Any] = {
             "inputs": inputs,
@@ -301,7 +301,7 @@ class SpecModel(KeepsCounters, Wrapper):
         """Write the heads, without the base, and a model card into a folder.
 
         Raises:
-            OptionError: If the proposer has no heads, as n-grams and draft models have none.
+            OptionError: If the proposer has no heads, such as n-grams or a draft model.
             CheckpointError: If the folder is a file or holds another model's config.
         """
         save_heads(folder, self.proposer, self.base)
@@ -312,12 +312,12 @@ class SpecModel(KeepsCounters, Wrapper):
         """Upload the heads, without the base, and a model card; return the commit's address.
 
         Args:
-            repo_id: Repository, made if it does not exist.
+            repo_id: Repository; created if it does not exist.
             private: Whether a new repository is private; None for the account's default.
-            token: Access token; None for the one that is logged in with.
+            token: Access token; None for the stored one.
 
         Raises:
-            OptionError: If the proposer has no heads, as n-grams and draft models have none.
+            OptionError: If the proposer has no heads, such as n-grams or a draft model.
         """
         return push_heads(repo_id, self.proposer, self.base, private=private, token=token)
 

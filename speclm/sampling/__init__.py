@@ -1,4 +1,4 @@
-"""How tokens are chosen: logits processors, the noise of each position, and other draws."""
+"""Choice of tokens: logits processors, the noise of each position, and other draws."""
 
 from speclm.sampling.chooser import TokenChooser, first_text_dependent
 from speclm.sampling.draws import DraftSampler, DraftSampling, Draws, GeneratorDraws, seeded_draws

@@ -120,7 +120,7 @@ class TokenChooser:
 
     @property
     def key(self) -> Hashable:
-        """Class and plain options of each processor, to tell settings apart."""
+        """Class and plain options of each processor, to distinguish settings."""
         return tuple(
             (
                 type(processor).__qualname__,
@@ -135,7 +135,7 @@ class TokenChooser:
 
     @property
     def truncation(self) -> Truncation | None:
-        """Limits of its known warpers; None if there are none."""
+        """Limits set by known warpers; None if there are none."""
         found: dict[str, Any] = {}
         for processor in self.processors:
             name = _TRUNCATIONS.get(type(processor))

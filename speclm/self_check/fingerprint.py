@@ -1,4 +1,4 @@
-"""Find changes of a model, such as hooks, and what models share that share a verdict."""
+"""Find changes of a model, such as hooks, and compute the key under which verdicts are stored."""
 
 import hashlib
 import json
@@ -46,7 +46,7 @@ _KNOWN = frozenset({"torch", "transformers"})  # the version says what their cod
 
 
 def loop_obstacle(model: PreTrainedModel) -> str | None:
-    """Return which part of the decoding loop the model replaces; no check of logits covers it."""
+    """Return the replaced part of the decoding loop, if any; no check of logits covers it."""
     for name in ("_sample", "_has_unfinished_sequences"):
         # The loop is looked up on the class, the methods that it calls on the model.
         found = getattr(type(model) if name == "_sample" else model, name)

@@ -47,8 +47,8 @@ class SelfCheck:
             `verification`; for regular generation in that of trees. Infinite if the check raised.
         milliseconds: The time that finding the verdict took.
         is_cached: Whether it comes from an earlier check.
-        is_lasting: Whether the verdict holds for all models of the same kind; only then it is
-            cached.
+        is_lasting: Whether the verdict holds for all models of the same kind; only such verdicts
+            are cached.
         is_final: Whether it excludes every way to verify drafts.
     """
 

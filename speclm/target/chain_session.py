@@ -1,4 +1,4 @@
-"""Verify chains with a target that takes no trees, fed as in regular generation."""
+"""Verify chains, fed as in regular generation, if the target cannot verify trees."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -18,8 +18,8 @@ from speclm.target.view import TargetView
 from speclm.tree.topology import TreeTopology
 
 MAX_UNREAD = 16
-"""Maximum committed tokens that a recurrent model reads again along with the next ones; beyond it
-a round without a draft catches up. So few cost little next to a forward's fixed cost."""
+"""Maximum committed tokens that a recurrent model reads again along with the next ones. Beyond it,
+a round without a draft catches up. So few cost little compared with the fixed cost of a forward."""
 
 
 class ChainReader:
@@ -27,7 +27,7 @@ class ChainReader:
 
     All rows are equally long, padding included. The model gets the inputs of regular generation,
     from its own `prepare_inputs_for_generation` and with Transformers' cache, but several tokens
-    at a time. A recurrent state cannot drop only the last tokens: it is restored, and the kept
+    at a time. A recurrent state cannot drop only its last tokens, so it is restored, and the kept
     tokens become unread. They are fed again before the next ones.
     """
 

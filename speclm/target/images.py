@@ -1,4 +1,4 @@
-"""Inputs of a prompt next to its tokens: images, and their positions."""
+"""Inputs of a prompt besides its tokens: images, and their positions."""
 
 from collections.abc import Mapping
 from typing import Any, cast
@@ -28,7 +28,7 @@ def images_obstacle(
         model: The target.
         tokens: The prompts ``[batch, seq]``.
         inputs: Model inputs that `generate` has resolved.
-        images: Those of the inputs that text does not have.
+        images: Those of the inputs that belong to images.
 
     Returns:
         None if only the forward over the prompt needs the images. Syncs.

@@ -1,4 +1,4 @@
-"""Loads causal language models, and takes them out of PEFT's wrappers."""
+"""Load causal language models, and take them out of PEFT's wrappers."""
 
 import pickle
 import sys
@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -23,13 +24,19 @@ def load_causal_lm(
     Args:
         name: Folder or hub id.
         options: Arguments of its ``from_pretrained``.
-        owner: What it is loaded as, for messages.
+        owner: Role of the model, for messages.
         known: Names that one of the options may be a misspelling of.
 
     Raises:
-        OptionError: If the model does not take one of the options.
+        OptionError: If the model does not take one of the options, or there is no such dtype.
         CheckpointError: If a file is damaged.
     """
+    dtype = options.get("dtype")
+    if isinstance(dtype, str) and dtype != "auto" and not hasattr(torch, dtype):
+        raise OptionError(
+            f"dtype of the {owner} is {dtype!r}, expected one such as 'bfloat16' or 'auto'; "
+            "correct it"
+        )
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, **options)
     except TypeError as error:

@@ -10,8 +10,8 @@ from transformers import GenerationMixin, PreTrainedModel
 class RotarySwitch:
     """The position at which a model switches to another rotation, for all rows of a forward.
 
-    Keys keep the rotation of the forward that computed them. So a forward must not cross the switch
-    unless regular generation's does, and all rows must reach it at the same time.
+    Keys keep the rotation of the forward that computed them. A forward must therefore not cross the
+    switch unless regular generation's does, and all rows must reach it at the same time.
 
     Args:
         num_positions: Positions before the switch.
@@ -42,7 +42,7 @@ class RotarySwitch:
 def rotary_switch(model: PreTrainedModel) -> RotarySwitch | None:
     """Return where the rotation of a model's keys changes; None if it never does.
 
-    If layers switch at different lengths, it is the first of them.
+    If layers switch at different lengths, this is the first of them.
     """
     parameters = getattr(model.config.get_text_config(), "rope_parameters", None)
     kinds = _rope_types(parameters)
@@ -65,8 +65,8 @@ def rotary_switch(model: PreTrainedModel) -> RotarySwitch | None:
 def _grows_from(module: Any) -> int | None:
     """Return the length at which a module may have other frequencies; None if they are constant.
 
-    It computes new ones beyond its original length and keeps them until a shorter text: a text of
-    exactly that length has those of an earlier text.
+    It computes new frequencies beyond its original length and keeps them until it sees a shorter
+    text. A text of exactly that length therefore keeps the frequencies of an earlier one.
     """
     kinds = getattr(module, "rope_type", None)
     kinds = kinds.values() if isinstance(kinds, dict) else [kinds]

@@ -101,7 +101,7 @@ class TargetView:
         return rotary_switch(self.model)
 
     def tree_obstacle(self) -> str | None:
-        """Return what in the model excludes trees, though a short test of them may pass."""
+        """Return what in the model rules out trees, even if a short test of them may pass."""
         config = self._text_config
         kinds = set(getattr(config, "layer_types", None) or ())
         if getattr(config, "attention_chunk_size", None) or "chunked_attention" in kinds:

@@ -53,22 +53,22 @@ def check_proposer(
     topology and probabilities of drafts; that column 0 holds the roots; that arguments, earlier
     drafts and the global generators stay unchanged; that a row's draft depends neither on the
     other rows nor on an earlier generation; and that committed tokens matter to a proposer whose
-    drafts depend on the prompt. A proposer that declares `remembers` may depend on other rows and
-    generations. A proposer that asks for features is given random ones, which
-    depend only on the token. It takes seconds; models should be small.
+    drafts depend on the prompt. Drafts of a proposer that declares `remembers` may depend on other
+    rows and generations. A proposer that requests features receives random ones, which
+    depend only on the token. The check takes seconds; models should be small.
 
     Args:
-        make_proposer: A proposer, or a function that builds one, which also finds state that
+        make_proposer: A proposer, or a function that builds one; a function also reveals state that
             instances share.
         vocab_size: Size of the target's vocabulary.
-        hidden_size: Width of the target's hidden states, for proposers that ask for them.
+        hidden_size: Width of the target's hidden states, for proposers that request them.
         device: Device of the target.
         temperature: Temperature of the sampled generations.
-        max_length: Most tokens of prompt and output together, in ``[32, 4096]``.
+        max_length: Maximum tokens of prompt and output together, in ``[32, 4096]``.
         seed: Seed of prompts and of the target's choices.
 
     Raises:
-        ProposerContractError: At the first broken rule; the message says which, and the remedy.
+        ProposerContractError: At the first broken rule; the message gives the rule and the remedy.
         OptionError: If an option is out of range.
 
     Example:
@@ -190,7 +190,7 @@ class _Watch:
         return draft
 
     def call(self, method: str, action: Callable[[], object], inputs: Sequence[Tensor]) -> None:
-        """Call one method and compare what must not change."""
+        """Call one method, and check that what must not change has not changed."""
         before = [tensor.clone() for tensor in inputs]
         states = _generator_states(self._device)
         action()
@@ -234,7 +234,7 @@ def _require_independence(
     _require_same(history, driver.run(make(), batch), what=what, remedy=remedy)
 
     if first.needs_lockstep:
-        return  # the rows of a lockstep depend on each other, and so do their drafts
+        return  # lockstep rows depend on each other, and so do their drafts
     what = f"{name} mixed the rows of a batch"
     remedy = "keep state per row, and mind left padding"
     for kept in range(len(batch)):
@@ -249,7 +249,7 @@ def _require_independence(
 
 
 def _require_commits_matter(make: Callable[[], Proposer], driver: _Driver, max_length: int) -> None:
-    """Check that a proposer which reads the prompt reads committed tokens too."""
+    """Check that a proposer which reads the prompt also reads committed tokens."""
     proposer = make()
     variants = [
         texts_with_one_end(vocab_size=driver.vocab_size, seed=driver.seed, side=side)

@@ -1,4 +1,4 @@
-"""A proposer and a target that follow a script, for tests of whatever surrounds them."""
+"""A proposer and a target that follow a script, for tests of the code around them."""
 
 import random
 from collections.abc import Collection, Sequence
@@ -22,11 +22,11 @@ _FEW_TOKENS = 6  # texts of few different tokens repeat themselves
 
 
 class ScriptedProposer(Proposer):
-    """Drafts the true continuation of each row, with errors where they are asked for.
+    """Drafts the true continuation of each row, with errors on request.
 
-    With the reference that the target really produces, a row of ``n`` new tokens takes at most
+    If the reference is what the target produces, a row of ``n`` new tokens takes at most
     ``ceil(n / (depth + 1)) + len(wrong_at)`` target forwards. It replaces trained heads in tests
-    of the whole loop: drafts of random heads are never accepted.
+    of the whole loop, because drafts of random heads are never accepted.
 
     A tree is the path of true tokens, each after `num_siblings` wrong ones, so that the accepted
     child is not always the first. At a position in `wrong_at` the true token is missing: at an
@@ -36,7 +36,7 @@ class ScriptedProposer(Proposer):
     Args:
         reference: New tokens of each row, without the prompt.
         wrong_at: Positions in the reference at which no draft is right.
-        depth: Most draft tokens on one path.
+        depth: Maximum draft tokens on one path.
         num_siblings: Wrong tokens before each true one.
 
     Raises:
@@ -117,19 +117,19 @@ class ScriptedProposer(Proposer):
 class ScriptedRow:
     """A prompt, the tokens of the target after it, and how many of them each round emits.
 
-    The target's tokens are made up in the first generation, often to agree with the draft, so that
-    every accepted length occurs. They then stay: a second generation with the same row is the same
-    as long as the drafts are.
+    The target's tokens are invented in the first generation, often to agree with the draft, so that
+    every accepted length occurs. They are then fixed: a second generation with the same row is the
+    same as long as the drafts are.
 
     Args:
         prompt: Tokens of the prompt.
         vocab_size: Number of different tokens.
         seed: Seed of the target's tokens.
-        said: Tokens after the prompt that are fixed already; the first is the first root.
-        waits: Whether every fourth round gives this row nothing.
-        ends_after: Rounds after which this row is given nothing any more.
-        max_new_tokens: Tokens after which this row is given nothing any more.
-        one_by_one: Whether a round gives this row at most one token.
+        said: Tokens after the prompt that are already fixed; the first is the first root.
+        waits: Whether the row receives nothing in every fourth round.
+        ends_after: Rounds after which the row receives nothing more.
+        max_new_tokens: Tokens after which the row receives nothing more.
+        one_by_one: Whether the row receives at most one token per round.
     """
 
     prompt: list[int]
@@ -147,7 +147,7 @@ class ScriptedRow:
         self.token_at(0, [])
 
     def token_at(self, position: int, children: list[int]) -> int:
-        """Return the token at a position after the prompt, made up if it is new."""
+        """Return the token at a position after the prompt; invented if it is new."""
         while len(self.said) <= position:
             if children and self._random.random() < _FOLLOW_PROBABILITY:
                 self.said.append(self._random.choice(children))
@@ -156,7 +156,7 @@ class ScriptedRow:
         return self.said[position]
 
     def limit(self, position: int, round_index: int) -> int:
-        """Return how many tokens the row may be given in a round that starts at `position`."""
+        """Return how many tokens the row may receive in a round that starts at `position`."""
         if round_index >= self.ends_after or (self.waits and round_index % 4 == 2):
             return 0
         left = max(0, self.max_new_tokens - position)
@@ -212,7 +212,7 @@ def scripted_prefill(
 def accept_scripted(
     draft: Draft, rows: Sequence[ScriptedRow], positions: Sequence[int]
 ) -> Accepted:
-    """Accept what agrees with the script, in rows that are at some positions of it."""
+    """Accept what agrees with the script, in rows that are at the given positions of it."""
     tokens = [row.target_tokens(draft, b, positions[b]) for b, row in enumerate(rows)]
     target_tokens = torch.tensor(tokens, device=draft.tokens.device, dtype=torch.long)
     return accept_exact(draft.tokens, target_tokens, draft.topology)

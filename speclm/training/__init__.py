@@ -1,1 +1,1 @@
-"""What the trainers of all methods share. Not imported by ``import speclm``."""
+"""Code that the trainers of all methods share. Not imported by ``import speclm``."""

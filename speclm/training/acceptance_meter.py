@@ -1,4 +1,4 @@
-"""Measures how well heads draft while they are trained: loss, accuracy and estimated tau."""
+"""Measure how well heads draft during training: loss, accuracy and estimated tau."""
 
 from collections.abc import Callable, Iterator
 
@@ -15,12 +15,12 @@ MAX_TOP = 3
 
 
 class AcceptanceMeter:
-    """Adds up batches until the figures are read.
+    """Accumulates batches until the figures are read.
 
-    The rank of a target, given that all draft tokens before it are right, says which nodes of a
+    The rank of a target, given that all draft tokens before it are right, shows which nodes of a
     tree would have been accepted. With these ranks the meter replays rounds over each assistant
     turn of the data. A round emits every token of a turn but the first, which the prefill emits;
-    the number of these tokens per round is the tau that generation of the same text would have.
+    the number of these tokens per round is the tau of generating the same text.
     """
 
     def __init__(self, choices: RankPaths, *, num_drafted: int, name: str) -> None:
@@ -29,7 +29,7 @@ class AcceptanceMeter:
         Args:
             choices: Paths of the static tree whose tau is estimated.
             num_drafted: Draft tokens at every position: heads, or steps of the same heads.
-            name: Name of one of them in the figures, where its number follows.
+            name: Name of one of them in the figures, followed by its number.
         """
         self._choices = choices
         self._num_drafted = num_drafted
@@ -50,7 +50,7 @@ class AcceptanceMeter:
             loss_sums: Sum of the losses of each draft token; the last ones may have none.
             counts: Number of losses in each sum.
             ranks: Rank of each target among the candidates, drafted from the hidden state at each
-                position; -1 where there is no target.
+                position; -1 if there is no target.
             loss_mask: True at tokens that the heads learn to draft.
         """
         ranks = ranks.cpu()
@@ -68,14 +68,14 @@ class AcceptanceMeter:
         self._sums = self._sums + torch.cat([sums.flatten(), emitted])
 
     def drain(self, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, float]:
-        """Return the figures since the last call, and start again at zero.
+        """Return the figures since the last call, and reset them.
 
         Args:
             reduce: Adds up the sums of all processes.
 
         Returns:
             With the name "head" ``head0_loss``, ``head0_top1``, ... and ``estimated_tau``; figures
-            that nothing was counted for are left out.
+            without any count are left out.
         """
         *sums, num_tokens, num_rounds = reduce(self._sums.float()).tolist()
         self._sums = self._zeros()
@@ -101,7 +101,7 @@ class AcceptanceMeter:
 def turns(
     ranks: Int[Tensor, "batch seq drafted"], loss_mask: Bool[Tensor, "batch seq"]
 ) -> Iterator[Ranks]:
-    """Yield the ranks at the roots of each assistant turn, without its last token.
+    """Yield the ranks at the roots of each assistant turn, except its last token.
 
     The draft below the root at position r comes from the hidden state at r - 1. Draft tokens
     beyond the end of the turn get rank -1, even if the next turn begins there.

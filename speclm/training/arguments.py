@@ -1,4 +1,4 @@
-"""Training arguments: defaults for heads, checks of what a user sets."""
+"""Training arguments: defaults for heads, and checks of user settings."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -30,9 +30,9 @@ DEFAULTS: Mapping[str, Any] = {
     "train_sampling_strategy": "group_by_length",
     "report_to": "none",
 }
-"""What heads are trained with unless their method or the user says otherwise.
+"""Default training arguments of all methods.
 
-Source: Cai et al. 2024, as far as their recipe goes.
+Source: Cai et al. 2024, where their recipe states a value.
 """
 
 _MIN_COUNTS = {
@@ -69,7 +69,7 @@ def training_arguments(
         defaults: Defaults of a method, which override `DEFAULTS`.
 
     Raises:
-        OptionError: If a field does not exist, its value is refused, or a package that it needs is
+        OptionError: If a field does not exist, its value is invalid, or a package that it needs is
             not installed.
     """
     known = {field.name for field in fields(TrainingArguments) if field.init}
@@ -102,7 +102,7 @@ def training_arguments(
 
 
 def _require_types(settings: Mapping[str, Any]) -> None:
-    """Check the types of switches and counts; Transformers takes any text for true."""
+    """Check the types of switches and counts; Transformers takes any text as true."""
     hints = get_type_hints(TrainingArguments)
     for name, value in settings.items():
         kinds = set(get_args(hints[name]) or (hints[name],))
@@ -116,7 +116,7 @@ def _require_types(settings: Mapping[str, Any]) -> None:
 
 
 def parse_settings(texts: Iterable[str]) -> dict[str, Any]:
-    """Parse ``key=value`` settings; a value is JSON or else plain text.
+    """Parse ``key=value`` settings; a value is JSON, or else plain text.
 
     Raises:
         OptionError: If a setting has no key or no equals sign.
@@ -134,7 +134,7 @@ def parse_settings(texts: Iterable[str]) -> dict[str, Any]:
 
 
 def _require_trackers(report_to: Any) -> None:
-    """Check the names in ``report_to``: one or a list; "none" and "all" only by themselves."""
+    """Check the names in ``report_to``: one or a list; "none" and "all" must be single."""
     names = list(report_to) if isinstance(report_to, list | tuple) else [report_to]
     if len(names) == 1 and names[0] in ("none", "all"):
         return

@@ -1,4 +1,4 @@
-"""Reads conversations, renders them as tokens and marks those that the assistant wrote."""
+"""Read conversations, render them as tokens and mark those that the assistant wrote."""
 
 import re
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from speclm.files.json_lines import JsonLine, read_json_lines
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 Message = dict[str, Any]
-"""One turn: ``role`` and ``content``, and whatever else the chat template reads."""
+"""One turn: ``role``, ``content``, and anything else that the chat template reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ class Example(TypedDict):
 def read_conversations(
     path: str | Path, *, limit: int | None = None, seed: int = 0
 ) -> list[Conversation]:
-    """Read conversations from a file with one JSON object a line.
+    """Read conversations from a file with one JSON object per line.
 
     Args:
         path: Each object has ``messages``, a list of ``{"role": ..., "content": ...}``.
@@ -122,7 +122,7 @@ def tokenize_conversation(
 
 
 def is_trainable(loss_mask: list[int]) -> bool:
-    """Return whether heads have a token to draft: they draft the third of a text at the earliest.
+    """Return whether heads have a token to draft, the third of a text at the earliest.
 
     From a hidden state the target itself predicts the next token, and heads those after it.
     """
@@ -157,14 +157,14 @@ def _require_usable(tokenizer: PreTrainedTokenizerBase) -> None:
 def _compare_renders(
     conversation: Conversation, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[int]]:
-    """Return tokens and loss mask, from renders of the conversation up to each assistant turn."""
+    """Return tokens and loss mask, from renderings up to each assistant turn."""
     text: str = _apply(conversation, tokenizer, tokenize=False)
     is_written = [0] * (len(text) + 1)
     for turn, message in enumerate(conversation.messages):
         if message["role"] == "assistant":
             start, end = _turn_span(conversation, turn, text, tokenizer)
             is_written[start:end] = [1] * (end - start)
-    # The render contains the special tokens already.
+    # The rendering contains the special tokens already.
     encoded: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     mask = [int(start < end and is_written[start]) for start, end in encoded["offset_mapping"]]
     return list(encoded["input_ids"]), mask
@@ -173,7 +173,7 @@ def _compare_renders(
 def _turn_span(
     conversation: Conversation, turn: int, text: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[int, int]:
-    """Return the characters of an assistant turn in the render of the whole conversation."""
+    """Return the character span of an assistant turn in the rendering of the whole conversation."""
     if turn == 0:
         raise DataError(
             f"{conversation.where}: the first turn is the assistant's and has no prompt before it; "
@@ -202,7 +202,7 @@ def _apply(
     num_turns: int | None = None,
     **options: Any,
 ) -> Any:
-    """Render the first turns of a conversation; all for None."""
+    """Render the first turns of a conversation; None renders all."""
     try:
         return tokenizer.apply_chat_template(conversation.messages[:num_turns], **options)
     except TemplateError as error:

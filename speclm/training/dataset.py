@@ -1,4 +1,4 @@
-"""The training set: tokenized conversations, their order and how they are put into batches."""
+"""The training set: tokenized conversations, their order and their batches."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ from speclm.training.conversations import (
 EvalDataset = Dataset[Example] | dict[str, Dataset[Example]]
 """Examples to evaluate on, or several sets of them by name."""
 
-_POOL_BATCHES = 50  # enough for batches of like lengths, few enough that epochs differ
+_POOL_BATCHES = 50  # enough for batches of similar lengths, few enough that epochs differ
 _PROGRESS_DELAY = 3.0  # seconds until reading shows its progress
 
 
@@ -84,7 +84,7 @@ def require_trainable(dataset: Any, *, max_length: int | None) -> None:
 
     Args:
         dataset: A dataset of examples with a length; all of them are read.
-        max_length: Most tokens of an example; None for any number.
+        max_length: Maximum tokens of an example; None for any number.
 
     Raises:
         DataError: If there are none, or one has no token to learn or too many tokens; the message
@@ -116,8 +116,8 @@ def _require_examples(count: int) -> None:
 def collate_examples(examples: Sequence[Example]) -> dict[str, Tensor]:
     """Pad examples on the right.
 
-    The attention mask comes from the lengths: a token that equals the padding token, as an
-    end-of-sequence token often does, is attended to like any other.
+    The attention mask comes from the lengths: tokens that equal the padding token, as
+    end-of-sequence tokens often do, are attended to like any other.
 
     Returns:
         ``input_ids`` padded with 0, ``attention_mask``, and ``loss_mask`` (bool, padded with
@@ -141,9 +141,9 @@ def collate_examples(examples: Sequence[Example]) -> dict[str, Tensor]:
 class LengthSampler(Sampler[int]):
     """Draws examples so that those of one batch have similar lengths.
 
-    Sorts random pools of examples by length, cuts them into batches and shuffles the batches. The
-    order depends only on seed and epoch, so a resumed training sees the examples that the
-    interrupted one would have seen.
+    Random pools of examples are sorted by length and cut into batches, which are shuffled. The
+    order depends only on seed and epoch, so a resumed training sees the same examples as an
+    uninterrupted one.
     """
 
     def __init__(self, lengths: Sequence[int], *, batch_size: int, seed: int = 0) -> None:

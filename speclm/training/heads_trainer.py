@@ -43,9 +43,9 @@ _MAX_STEPS = 2**31 - 1
 class HeadsTrainer(Trainer):
     """A `Trainer` whose model is heads on a frozen base.
 
-    Logs loss and top-1, 2 and 3 accuracy of each draft token and ``estimated_tau``, the tokens per
-    target forward that generation of texts like the data would have. Resumes from the newest
-    complete checkpoint, and stops with an error when the loss is not a number.
+    Logs the loss and the top-1, 2 and 3 accuracy of each draft token, and ``estimated_tau``: the
+    tokens per target forward when generating texts like the data. Resumes from the newest complete
+    checkpoint, and stops with an error if the loss is not a number.
     """
 
     def __init__(
@@ -62,11 +62,11 @@ class HeadsTrainer(Trainer):
         Args:
             model: Heads and base. Unless the base was loaded with a device map, it is moved to the
                 device of `args`.
-            args: As `training_arguments` makes them.
+            args: Result of `training_arguments`.
             train_dataset: Examples, see `load_examples`.
             eval_dataset: Examples that ``args.eval_strategy`` evaluates on, or several sets of
                 them by name.
-            callbacks: Callbacks next to `Trainer`'s own.
+            callbacks: Callbacks in addition to `Trainer`'s own.
 
         Raises:
             DataError: If an example has no token to learn, or too many tokens.
@@ -125,7 +125,7 @@ class HeadsTrainer(Trainer):
         with reading_checkpoint(resume_from_checkpoint):
             try:
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
-            except RuntimeError as error:  # how PyTorch reports tensors of another shape
+            except RuntimeError as error:  # PyTorch's error for tensors of another shape
                 if "Error(s) in loading state_dict" not in str(error):
                     raise
                 difference = " ".join(str(error).split())
@@ -182,7 +182,7 @@ class HeadsTrainer(Trainer):
 
     @override
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        self._drain(is_training=False)  # what an interrupted evaluation left
+        self._drain(is_training=False)  # leftovers of an interrupted evaluation
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         figures = self._drain(is_training=False)
@@ -191,7 +191,7 @@ class HeadsTrainer(Trainer):
 
     @override
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        # The summary at the end has the steps since the last log, which may be all of them.
+        # The summary at the end covers the steps since the last log, which may be all of them.
         if "loss" in logs or "train_loss" in logs:
             logs = {**logs, **self._drain(is_training=True)}
         super().log(logs, start_time)
@@ -225,10 +225,10 @@ class HeadsTrainer(Trainer):
         Args:
             output_dir: The folder; None for that of the training arguments.
             _internal_call: Whether `Trainer` calls. If it also passes a folder, that folder is a
-                checkpoint and gets the state to resume from instead.
+                checkpoint and gets the state for resuming instead.
 
         Raises:
-            CheckpointError: If what was read back is not what was written.
+            CheckpointError: If the files read back differently.
         """
         if _internal_call and output_dir is not None:
             super().save_model(output_dir, _internal_call)
@@ -286,7 +286,7 @@ def last_complete_checkpoint(folder: str | Path) -> Path | None:
     """Return the newest complete checkpoint in the output folder of a training, if any.
 
     `Trainer` writes its state last. A checkpoint whose state is missing, truncated or of another
-    step was being written when the process ended; it is skipped with a log line.
+    step was being written when the process ended, and is skipped with a log line.
     """
     found = {
         int(match[1]): path
@@ -310,7 +310,7 @@ def _is_complete(checkpoint: Path, step: int) -> bool:
 
 @contextmanager
 def reading_checkpoint(folder: str | Path) -> Iterator[None]:
-    """Turn what Python raises while `Trainer` reads a checkpoint into a `CheckpointError`."""
+    """Turn Python's errors while `Trainer` reads a checkpoint into a `CheckpointError`."""
     try:
         yield
     except (SpeclmError, torch.OutOfMemoryError):
@@ -326,7 +326,7 @@ def require_state(folder: str | Path) -> None:
     """Check the saved state of a checkpoint before `Trainer` reads it.
 
     Raises:
-        CheckpointError: If it is missing, or is not what a training writes.
+        CheckpointError: If it is missing or not in the form that `Trainer` writes.
     """
     path = Path(folder) / _WRITTEN_LAST
     with reading_checkpoint(folder):

@@ -1,4 +1,4 @@
-"""What the trainer trains: heads on a frozen base, and the parts that their losses share."""
+"""The model that is trained: heads on a frozen base, and parts that their losses share."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -15,17 +15,17 @@ from speclm.target import TargetView
 from speclm.training.acceptance_meter import AcceptanceMeter
 
 IGNORED = -100
-"""Marks a missing target: the token lies beyond the text or is not the assistant's."""
+"""Marks a missing target: the token is beyond the text or not the assistant's."""
 
 MAX_LOGITS = 2**27
-"""Logits that are kept for the backward pass, half a gigabyte; beyond, they are recomputed."""
+"""Maximum logits kept for the backward pass, half a gigabyte; more are recomputed."""
 
 
 class TrainingModel(nn.Module, ABC):
     """Computes the loss of heads from one forward of a frozen base.
 
-    The base is put into eval mode and kept outside the module tree: parameters and state are those
-    of the heads only, and wrappers for several devices leave the base where it is.
+    The base is put into eval mode and kept outside the module tree, so parameters and state are
+    those of the heads only, and wrappers for several devices do not touch the base.
     """
 
     def __init__(self, base: PreTrainedModel, heads: nn.Module) -> None:
@@ -33,7 +33,7 @@ class TrainingModel(nn.Module, ABC):
 
         Args:
             base: A causal language model; its parameters stop requiring gradients.
-            heads: What is trained.
+            heads: Heads to train.
 
         Raises:
             UnsupportedModelError: If `base` is not a decoder-only language model.
@@ -73,11 +73,11 @@ class TrainingModel(nn.Module, ABC):
 
     @property
     def max_length(self) -> int | None:
-        """Most tokens of an example; None for any number."""
+        """Maximum tokens of an example; None for any number."""
         return self.view.max_positions
 
     def lm_head(self, states: Tensor) -> Tensor:
-        """Return the base's logits of hidden states that may have another dtype or device."""
+        """Return the base's logits for hidden states that may have another dtype or device."""
         view = self.view
         return view.head_logits(states.to(view.device, view.model.dtype)).to(states.device)
 
@@ -88,8 +88,8 @@ def shifted_targets(
     """Return the tokens to draft from each position.
 
     From the hidden state at position t the target itself predicts token t + 1. Draft token i is
-    token ``t + 2 + i``. The mask moves with the token: what counts is whether the draft token is
-    the assistant's.
+    token ``t + 2 + i``. The mask moves with the token: a target counts if its token is the
+    assistant's.
 
     Args:
         tokens: Texts, padded on the right.
@@ -97,7 +97,7 @@ def shifted_targets(
         num_drafted: Draft tokens at each position.
 
     Returns:
-        Targets, `IGNORED` where none counts.
+        Targets, `IGNORED` if none counts.
 
     Example:
         >>> tokens = torch.tensor([[5, 6, 7, 8]])
@@ -122,7 +122,7 @@ def soft_cross_entropy(
 def rank_targets(
     logits: Float[Tensor, "*rows vocab"], targets: Int[Tensor, "*rows"]
 ) -> Int[Tensor, "*rows"]:
-    """Return the rank of each target: 0 for the largest logit, -1 where there is no target."""
+    """Return the rank of each target: 0 for the largest logit, -1 if there is no target."""
     own = logits.gather(-1, targets.clamp(min=0)[..., None])
     return (logits > own).sum(-1).masked_fill(targets < 0, -1)
 
@@ -134,7 +134,7 @@ def weighted_loss(
 
     Args:
         loss_sums: Sum of the losses of each draft token.
-        counts: Number of its targets; one without any adds nothing.
+        counts: Number of its targets; a draft token without targets adds nothing.
         decay: Weight of a draft token relative to the one before it.
     """
     means = loss_sums / counts.clamp(min=1)
@@ -149,8 +149,8 @@ def score_in_chunks(
 
     Args:
         score: Takes rows and returns the sum of their losses and the ranks of their targets.
-        *rows: What it takes, of equal lengths.
-        logits_per_row: Number of logits that it computes for one row.
+        *rows: Arguments of `score`, of equal lengths.
+        logits_per_row: Number of logits that it computes per row.
     """
     size = max(1, MAX_LOGITS // logits_per_row)
     if len(rows[0]) <= size:

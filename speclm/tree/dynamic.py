@@ -12,7 +12,7 @@ from torch import Tensor
 from speclm.tree.static import RankPath, RankPaths, sorted_paths, static_tree
 from speclm.tree.topology import TreeTopology
 
-_DRAWN_PROBABILITY = 0.65  # a usual overlap of the distributions of a draft model and its target
+_DRAWN_PROBABILITY = 0.65  # typical overlap of the distributions of a draft model and its target
 
 
 @dataclass(slots=True, eq=False)
@@ -43,7 +43,7 @@ class GrownRow:
 
 
 class GrowingTree:
-    """Search for the most likely paths, a level at a time.
+    """Search for the most likely paths, level by level.
 
     Source: Li et al. 2024 (EAGLE-2), expansion and reranking of dynamic draft trees.
     """
@@ -72,7 +72,7 @@ class GrowingTree:
         self._token_ids = token_ids
         self._levels: list[_Candidates] = []
         self._has_stopped = is_idle
-        # The host decides which rows stop, so it reads the idle ones once.
+        # The host decides which rows stop, so it reads idle rows once.
         self._is_idle: list[bool] | None = None if is_idle is None else is_idle.tolist()
         self._stopped = self._is_idle
 
@@ -108,7 +108,7 @@ class GrowingTree:
 
     @property
     def expanded_parents(self) -> Int[Tensor, "batch width"]:
-        """Index of each of their parents among the nodes expanded before."""
+        """Index of the parent of each of these among the nodes expanded before."""
         return self._levels[-1].expanded // self._branches
 
     def stop_rows_below(self, floor: float) -> float:
@@ -136,7 +136,7 @@ class GrowingTree:
         scores = torch.cat([level.scores for level in self._levels], dim=1)
         num_candidates = scores.shape[1]
         # No child scores above its parent, and a stable sort puts the parent first if they are
-        # equal. So the best nodes are a tree.
+        # equal. The best nodes therefore form a tree.
         best = scores.sort(dim=1, descending=True, stable=True)
         values, order = best.values[:, :num_nodes], best.indices[:, :num_nodes]
         kept = order.masked_fill(values < min_score, num_candidates).sort(dim=1).values
@@ -193,17 +193,17 @@ def _grown_row(
 
 @lru_cache(maxsize=64)
 def drawn_paths(*, width: int, branches: int, depth: int, num_nodes: int) -> RankPaths:
-    """Return the static tree whose nodes are most likely to be reached by drawn tokens.
+    """Return the static tree whose nodes drawn tokens are most likely to reach.
 
-    Tokens that are drawn may not shape their tree. The estimate is that the first child drawn is
-    accepted with a fixed probability, and each further child with that probability if the ones
-    before it were rejected.
+    Tokens that are drawn must not shape their tree. The estimate assumes that the first child drawn
+    is accepted with a fixed probability, and each further child with the same probability if the
+    ones before it were rejected.
 
     Args:
         width: Nodes expanded at each level.
-        branches: Most children of a node.
-        depth: Most levels.
-        num_nodes: Number of nodes without the root.
+        branches: Maximum children of a node.
+        depth: Maximum levels.
+        num_nodes: Number of nodes, root excluded.
     """
     scored: list[tuple[float, RankPath]] = []
     expanded: list[tuple[float, RankPath]] = [(1.0, ())]
@@ -226,11 +226,11 @@ class _FilledLevel:
 
     Args:
         nodes: Indices of the nodes, all of which have children.
-        parents: Index of each one's parent among `nodes` of the level before.
+        parents: Index of the parent of each among `nodes` of the level before.
         children: Indices of their children.
-        sources: For each child the index of its parent among `nodes`.
-        ranks: For each child which candidate below its parent it takes.
-        num_ranks: Candidates that are needed below each node.
+        sources: Index of the parent of each child among `nodes`.
+        ranks: Rank of the candidate that each child takes below its parent.
+        num_ranks: Number of candidates needed below each node.
     """
 
     nodes: Int[Tensor, " width"]
@@ -244,8 +244,8 @@ class _FilledLevel:
 class FilledTree:
     """A tree of one shape for all rows, filled with tokens level by level.
 
-    `fill` takes candidates for the children of the current level's nodes. Then `expanded_tokens`
-    and `expanded_parents` are what to feed next, until `is_full`.
+    `fill` takes candidates for the children of the current level's nodes. `expanded_tokens` and
+    `expanded_parents` are then what to feed next, until `is_full`.
 
     Example:
         >>> tree = FilledTree(((0,), (1,), (0, 0)), roots=torch.tensor([7]))
@@ -262,7 +262,7 @@ class FilledTree:
         Args:
             paths: The tree, parents before children.
             roots: Token at the root of each row.
-            are_drawn: Whether candidates have no rank: the j-th child then takes the j-th one.
+            are_drawn: Whether candidates are drawn, not ranked: child j then takes candidate j.
         """
         self._levels, self._expansions = _levels_of(paths, are_drawn=are_drawn, device=roots.device)
         self._num_filled = 0
@@ -287,7 +287,7 @@ class FilledTree:
 
     @property
     def num_ranks(self) -> int:
-        """Candidates that the next `fill` needs below each node."""
+        """Number of candidates that the next `fill` needs below each node."""
         return self._levels[self._num_filled].num_ranks
 
     @property
@@ -302,7 +302,7 @@ class FilledTree:
 
     @property
     def expanded_parents(self) -> Int[Tensor, "batch width"]:
-        """Index of each of their parents among the nodes expanded before."""
+        """Index of the parent of each of these among the nodes expanded before."""
         return self._levels[self._num_filled].parents.expand(len(self.tokens), -1)
 
     @property

@@ -1,4 +1,4 @@
-"""How large the trees of the next rounds should be."""
+"""Size and shape of the trees of the next rounds."""
 
 from dataclasses import dataclass
 
@@ -12,12 +12,12 @@ class TreePlan:
     """Size and shape of the drafts of the next rounds.
 
     Args:
-        depth: Most levels, each of which may cost a run of the proposer's network.
-        num_draft_tokens: Most nodes without the root.
+        depth: Maximum levels; each may cost a run of the proposer's network.
+        num_draft_tokens: Maximum nodes, root excluded.
         paths: A static tree as paths of ranks; None for trees that grow by probability.
-        min_probability: Leave out nodes of a growing tree whose path is less likely than this;
+        min_probability: Nodes of a growing tree whose path is less likely than this are left out;
             None for the proposer's own threshold.
-        min_confidence: Add no further level once the most likely path is less likely than this;
+        min_confidence: No level is added when the most likely path is less likely than this;
             None for the proposer's own threshold.
 
     Raises:
@@ -41,7 +41,7 @@ class TreePlan:
         if self.paths is None:
             return
         paths = normalize_paths(self.paths)
-        object.__setattr__(self, "paths", paths)  # plans are keys, which lists cannot be
+        object.__setattr__(self, "paths", paths)  # plans are keys, so they cannot hold lists
         if len(paths) > self.num_draft_tokens or max(map(len, paths)) > self.depth:
             raise OptionError(
                 f"paths have {len(paths)} nodes on {max(map(len, paths))} levels, expected "

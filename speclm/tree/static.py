@@ -32,8 +32,8 @@ class StaticTree:
     Args:
         paths: Path of each node but the root.
         topology: Shape of the tree, one row.
-        depth_indices: Depth of each node but the root, counted from 0.
-        rank_indices: Rank of each node but the root.
+        depth_indices: Depth of each node except the root, counted from 0.
+        rank_indices: Rank of each node except the root.
     """
 
     paths: RankPaths
@@ -73,7 +73,7 @@ def normalize_paths(tree: Any) -> RankPaths:
         return PRESETS[tree]
     if not isinstance(tree, Sequence):
         raise TopologyError(f"tree is {shown(tree)}, {_EXPECTED}")
-    widths = [width for width in tree if type(width) is int]  # True is no width
+    widths = [width for width in tree if type(width) is int]  # True is not a width
     if widths and len(widths) == len(tree):
         return paths_of_widths(widths)
     found: list[RankPath] = [tuple(path) for path in tree if isinstance(path, Sequence)]
@@ -211,7 +211,7 @@ def likeliest_paths(
 
     Args:
         log_probs: For each depth the log-probabilities of its candidates, largest first.
-        num_nodes: Most nodes without the root.
+        num_nodes: Maximum nodes, root excluded.
         min_score: Log-probability below which a path is left out.
     """
     nodes: list[ProductNode] = []

@@ -118,7 +118,7 @@ def trees_of(parents: Sequence[Sequence[int]], *, device: torch.device) -> TreeT
     """Build a topology as `from_parents` does, and cache shapes that all rows share.
 
     For trees that change from round to round: building one takes longer than most drafts, and a
-    few small shapes are most common. If all rows have the same tree, the result has one row.
+    few small shapes are the most common. If all rows have the same tree, the result has one row.
     """
     first = tuple(parents[0])
     if any(tuple(row) != first for row in parents):

@@ -44,6 +44,8 @@ def test_modules_are_imported_from_the_current_folder(tmp_path, monkeypatch):
         "from speclm.methods.ngram.proposer import NgramProposer\n"
         "ready, number = NgramProposer(), 3\n"
         "def needs_more(base, size): ...\n"
+        "def fails(base): raise KeyError('size')\n"
+        "def forgets(base): ...\n"
     )
     loaded = load_with_heads(HeadsOptions(heads="own_things:ready", imports=["own_things"]))
     assert loaded.spec.proposer is sys.modules["own_things"].ready
@@ -51,6 +53,9 @@ def test_modules_are_imported_from_the_current_folder(tmp_path, monkeypatch):
         ({"heads": "own_things:nothing"}, "has no 'nothing'"),
         ({"heads": "own_things:number"}, "a int, expected a Proposer"),
         ({"heads": "own_things:needs_more"}, "cannot be called with the base alone"),
+        ({"heads": "own_things:fails"}, r"base alone \(KeyError: 'size'\); name a function"),
+        ({"heads": "own_things:forgets"}, "returns None, expected a proposer"),
+        ({"heads": "builtins:dict"}, "cannot be called with the base alone"),  # no signature
         ({"heads": "no_such_module:x"}, "--heads names module 'no_such_module', which cannot"),
         ({"imports": ["no_such_module"]}, "--import names module 'no_such_module', which"),
     ]:

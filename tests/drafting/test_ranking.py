@@ -307,6 +307,18 @@ def test_each_node_gets_what_the_target_gives_to_its_text(build):
             assert torch.equal(found[row, node], expected[0])
 
 
+def test_padding_is_ignored_at_every_node_of_its_row():
+    ignored = torch.tensor([2, 1])  # as Transformers passes it for a padded batch
+    adjuster = begun_adjuster(RepetitionPenaltyLogitsProcessor(1.7, prompt_ignore_length=ignored))
+    adjuster.adjust(SCORES[:, :1], depth=0, nodes=None, columns=None)
+    found = adjuster.adjust(SCORES, depth=1, nodes=NODES, columns=None)
+    text = torch.cat([TOKENS, ROOTS[:, None]], dim=1)
+    for node in range(3):
+        whole = torch.cat([text, NODES[0][:, node, None]], dim=1)
+        alone = RepetitionPenaltyLogitsProcessor(1.7, prompt_ignore_length=ignored)
+        assert torch.equal(found[:, node], alone(whole, SCORES[:, node].clone()))
+
+
 def test_rows_of_different_lengths_are_told_apart_where_only_lengths_are_read():
     adjuster = begun_adjuster(length())
     adjuster.extend([[9, 8], []])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import jaxtyping
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,6 +15,7 @@ from torch import nn
 
 from speclm import SpecModel
 from speclm.cards import GENERATED_MARK, HeadsCard
+from speclm.config import require_options
 from speclm.drafting.heads_folder import require_same_tensors, write_heads
 from speclm.drafting.interface import Draft, Proposer, TargetNeeds
 from speclm.errors import CheckpointError, OptionError, UnknownNameError
@@ -147,7 +149,7 @@ class ToyMethod(Method):
         return "toy_size" in read_text(folder / "config.json")
 
     def load(self, source, target):
-        registry.require_options(source.options, ("gain",), owner="toy heads")
+        require_options(source.options, ("gain",), owner="toy heads")
         table = self.find_weights(source.folder).load(["toy.table"])["toy.table"]
         heads = ToyHeads(len(table))
         heads.load_state_dict({"table": table})
@@ -289,6 +291,29 @@ def test_registered_class_is_available_by_name_and_may_be_replaced(toy):
 
     with pytest.raises(OptionError, match=r"'mine' cannot be built with \[\].*see help\(Other\)"):
         SpecModel.from_pretrained(base, "mine")
+
+
+@pytest.mark.parametrize("wrong", [ToyMethod, None, type("Nameless", (ToyMethod,), {"name": 3})()])
+def test_only_methods_with_a_name_are_registered(toy, wrong, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users run it
+    with pytest.raises(OptionError, match=r"method is .*, expected a Method with a name"):
+        register_method(wrong)
+    assert [*registry._ADDED] == ["toy"]
+
+
+@pytest.mark.parametrize("wrong", [dict, NgramProposer(), len])
+def test_only_proposer_classes_are_registered_by_name(toy, wrong, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users run it
+    with pytest.raises(OptionError, match=r"'mine' is .*, expected a subclass of Proposer"):
+        register_proposer("mine")(wrong)
+    with pytest.raises(OptionError, match=r"proposer name is .*, expected a string"):
+        register_proposer(NgramProposer)  # without the name
+
+
+def test_method_whose_heads_are_files_is_not_replaced_by_a_proposer(toy):
+    with pytest.raises(OptionError, match=r"'medusa' is a method that loads files.*another name"):
+        register_proposer("medusa")(NgramProposer)
+    assert "medusa" not in registry._ADDED
 
 
 def test_proposers_of_no_method_are_described_and_not_saved(toy, tmp_path):

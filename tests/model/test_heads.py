@@ -324,7 +324,7 @@ def test_pickled_merged_model_on_the_hub_is_downloaded(base, tmp_path, monkeypat
     assert read_medusa(source.folder).is_merged
 
 
-@pytest.mark.parametrize("wrong", ["a", [1], 0, ""])
+@pytest.mark.parametrize("wrong", ["a", [1], 0, "", {1: 2}])
 def test_heads_kwargs_that_are_no_dictionary_are_refused(wrong, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users run it
     with pytest.raises(OptionError, match=r"heads_kwargs is .*, expected a dictionary"):

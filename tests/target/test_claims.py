@@ -139,6 +139,14 @@ def test_thread_that_has_an_object_does_not_wait_for_another():
 
 def test_interrupt_ends_the_wait_and_those_behind_go_on():
     claimed, main = object(), threading.main_thread().ident
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        require_interruptible(claimed, main)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def require_interruptible(claimed: object, main: int | None) -> None:
     with held_elsewhere(claimed) as may_end:
 
         def interrupt() -> None:

@@ -36,6 +36,15 @@ def test_option_that_a_draft_model_does_not_take_is_named(folder):
 
 
 @pytest.mark.parametrize("as_draft", [False, True])
+def test_dtype_that_does_not_exist_is_named(folder, as_draft):
+    given = (shared_model("llama", 0), folder) if as_draft else (folder, "ngram")
+    options = {"dtype": "flaot16"}
+    options = {"heads_kwargs": options} if as_draft else options
+    with pytest.raises(OptionError, match=r"dtype of the .* is 'flaot16', expected one such as"):
+        SpecModel.from_pretrained(*given, **options)
+
+
+@pytest.mark.parametrize("as_draft", [False, True])
 def test_damaged_files_are_named(folder, as_draft):
     config = folder / "config.json"
     text = re.sub('"hidden_size": *[0-9]+', '"hidden_size": -3', config.read_text())

@@ -1,4 +1,4 @@
-"""Drafts chains with a language model that cannot read trees, such as a hybrid."""
+"""Draft chains with a language model that cannot read trees, such as a hybrid model."""
 
 import math
 from dataclasses import dataclass, replace
@@ -37,13 +37,13 @@ class ChainDraftConfig(ProposerConfig):
     """Settings of `ChainDraftProposer`.
 
     Args:
-        depth: Most tokens of a chain, each of which costs one draft forward.
-        num_draft_tokens: The same; the smaller of both counts.
-        min_confidence: A row grows no further once its chain is less likely than this.
-        min_growing: No further token is drafted once a smaller share of the rows grows: it costs
-            the whole batch a forward.
-        mixture: Numbers of the distribution that ranks candidates under sampling; None to estimate
-            them from what the target chooses.
+        depth: Maximum tokens of a chain; each costs one draft forward.
+        num_draft_tokens: The same; the smaller of the two applies.
+        min_confidence: A row stops when its chain is less likely than this.
+        min_growing: Drafting stops when a smaller share of the rows still grows, because each
+            further token costs the whole batch a forward.
+        mixture: Parameters of the distribution that ranks candidates under sampling; None
+            estimates them from what the target chooses.
     """
 
     depth: int = 16
@@ -63,8 +63,8 @@ class ChainDraftConfig(ProposerConfig):
 class ChainDraftProposer(Proposer):
     """Drafts one chain per row with a model that is called as in regular generation.
 
-    Recurrent and hybrid models need this, since their states cannot be kept per node of a tree:
-    after a rejection the state is restored, and tokens accepted since then are read again.
+    Recurrent and hybrid models need this, because their states cannot be kept per node of a tree.
+    After a rejection the state is restored, and the accepted tokens are read again.
     """
 
     needs_lockstep = True
@@ -77,7 +77,7 @@ class ChainDraftProposer(Proposer):
         Args:
             model: A causal language model with the target's vocabulary; either may have padded it
                 further.
-            target: The model that will verify.
+            target: The model that verifies.
             **options: Fields of `ChainDraftConfig`.
 
         Raises:
@@ -137,7 +137,7 @@ class ChainDraftProposer(Proposer):
             scores = scores + score
             tokens.append(token)
             grows = grows & (scores >= floor) & ~torch.isin(token, ends)
-            # A sync: the host decides whether to go on.
+            # A sync: the host decides whether to continue.
             probs, growing = torch.stack([score.exp(), grows.to(score.dtype)]).tolist()
             node_probs.append(probs)
             share = sum(growing) / num_live
@@ -153,9 +153,9 @@ class ChainDraftProposer(Proposer):
         assert self._unseen is not None, "commit before begin"
         self._ranking.learn(accepted, chain_expansions(accepted))
         num_new = max(map(len, accepted.emitted))
-        goes_on = [len(tokens) == num_new for tokens in accepted.emitted]  # others have ended
+        goes_on = [len(tokens) == num_new for tokens in accepted.emitted]  # other rows have ended
         self._is_idle = [not going for going in goes_on]
-        # Rows that have ended are fed anything.
+        # Rows that have ended may be fed any token.
         rows = [tokens + [0] * (num_new - len(tokens)) for tokens in accepted.emitted]
         new = torch.tensor(rows, device=self._unseen.device, dtype=torch.long).view(
             len(rows), num_new
@@ -220,7 +220,7 @@ class ChainDraftProposer(Proposer):
 
 @lru_cache(maxsize=64)
 def _planned(config: ChainDraftConfig, plan: TreePlan | None) -> ChainDraftConfig:
-    """Return the settings of the next drafts; what a plan leaves open is the config's."""
+    """Return the settings of the next drafts; a plan overrides those of the config."""
     if plan is None:
         return config
     confidence = config.min_confidence if plan.min_confidence is None else plan.min_confidence

@@ -20,11 +20,11 @@ _OPTIONS = (
     "quantization_config",
     "attn_implementation",
 )
-"""Options of ``from_pretrained`` that messages name; it takes others too."""
+"""Options of ``from_pretrained`` that messages suggest; it takes others too."""
 
 
 class DraftModelMethod(Method):
-    """A smaller language model with the target's vocabulary; loads any folder of a model."""
+    """A smaller language model with the target's vocabulary; loads any model folder."""
 
     name = "draft_model"
     summary = "a smaller language model with the target's vocabulary"
@@ -86,10 +86,10 @@ class DraftModelMethod(Method):
 def wrap_draft_model(
     draft: "PreTrainedModel", target: "PreTrainedModel", options: dict[str, Any]
 ) -> "Proposer":
-    """Return the proposer that a draft model can serve: of trees, or of chains.
+    """Return the proposer for a draft model: one of trees if possible, else one of chains.
 
     Raises:
-        UnsupportedModelError: If it fails the self-check of both.
+        UnsupportedModelError: If it fails the self-check for both.
     """
     from speclm.methods.draft_model.chain_proposer import ChainDraftProposer
     from speclm.methods.draft_model.proposer import DraftModelProposer

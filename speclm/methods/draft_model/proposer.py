@@ -1,4 +1,4 @@
-"""Drafts chains or trees with a smaller language model."""
+"""Draft chains or trees with a smaller language model."""
 
 import math
 from dataclasses import dataclass, replace
@@ -26,15 +26,15 @@ from speclm.tree.static import RankPaths
 from speclm.tree.topology import chain
 
 MAX_PADDING = 512
-"""Most ids by which vocabularies of one tokenizer differ: published families pad weights to a
-multiple of 512 or less."""
+"""Maximum difference between padded vocabularies of one tokenizer: published families pad weights
+to a multiple of 512 or less."""
 
-_MAX_PADDED_SHARE = 0.25  # else small vocabularies of two tokenizers would pass for padded
+_MAX_PADDED_SHARE = 0.25  # otherwise small vocabularies of two tokenizers would seem padded
 
 
 @dataclass(frozen=True, slots=True)
 class SharedVocabulary:
-    """Vocabularies of a draft model and its target, one of which may have padding ids at its end.
+    """Vocabularies of a draft model and its target; one of them may end with padding ids.
 
     Args:
         num_draft: Width of the draft model's logits.
@@ -65,20 +65,20 @@ class SharedVocabulary:
 
     @property
     def num_shared(self) -> int:
-        """Ids that both have."""
+        """Number of ids that both have."""
         return min(self.num_draft, self.num_target)
 
     def readable(self, tokens: Int[Tensor, "batch seq"]) -> Int[Tensor, "batch seq"]:
-        """Return tokens with those that the draft model lacks replaced by 0.
+        """Return tokens in which those that the draft model lacks are replaced by 0.
 
-        This may spoil drafts, but not the output.
+        This may make drafts worse but does not affect the output.
         """
         if self.num_draft >= self.num_target:
             return tokens
         return tokens.masked_fill(tokens >= self.num_draft, 0)
 
     def fit(self, logits: Float[Tensor, "*rows draft"]) -> Float[Tensor, "*rows target"]:
-        """Return logits in the target's width, minus infinity where the draft model has none."""
+        """Return logits in the target's width, minus infinity at ids that the draft model lacks."""
         if self.num_draft >= self.num_target:
             return logits[..., : self.num_target]
         return pad(logits, (0, self.num_target - self.num_draft), value=float("-inf"))
@@ -92,11 +92,11 @@ class DraftModelConfig(GrownTreeConfig):
 class DraftModelProposer(Proposer):
     """Drafts a chain or a tree with a separate model and its own cache.
 
-    The tree grows a level with each draft forward. What the target accepts stays in the draft
-    model's cache, so that a round starts with the one or two tokens that it has not seen.
+    The tree grows by one level per draft forward. Accepted tokens stay in the draft model's cache,
+    so a round starts with the one or two tokens that it has not seen.
 
-    Where the acceptance rule asks for drawn drafts, all trees of a call have one shape, made from
-    depth, number of draft tokens, width and branches: probabilities then prune nothing.
+    If the acceptance rule needs drawn drafts, all trees of a call have one shape, made from
+    depth, number of draft tokens, width and branches, and probabilities prune nothing.
     """
 
     fills_static_trees = True
@@ -109,7 +109,7 @@ class DraftModelProposer(Proposer):
         Args:
             model: Any causal language model with the target's vocabulary; either may have padded
                 it further.
-            target: The model that will verify.
+            target: The model that verifies.
             **options: Fields of `DraftModelConfig`.
 
         Raises:
@@ -139,7 +139,7 @@ class DraftModelProposer(Proposer):
         self._vocabulary = replace(self._vocabulary, num_draft=self.view.vocab_size)  # resized?
         self._cache, self._prompt_logits = self.view.new_cache(prompt.num_padding), None
         length, bound = prompt.tokens.shape[1] + 1, self.view.max_positions
-        self._is_silent = bound is not None and length > bound  # learned positions end there
+        self._is_silent = bound is not None and length > bound  # beyond the learned positions
         self._prompt = None if self._is_silent else prompt  # read by the first draft, if any
         # The draft model works on the host between levels, so one more sync costs nothing.
         self._unseen = [[token] for token in prompt.first_tokens.tolist()]
@@ -223,7 +223,7 @@ class DraftModelProposer(Proposer):
         noise: PositionNoise | None,
         config: DraftModelConfig,
     ) -> GrowingTree:
-        """Feed what is unseen and then level after level."""
+        """Feed the unseen tokens, then one level after another."""
         assert self._cache is not None
         logits = self._catch_up(device, longest)
         tree = GrowingTree(
@@ -236,7 +236,8 @@ class DraftModelProposer(Proposer):
         )
         tree.grow(self._ranking.rank(logits, depth=0, noise=noise))
         seen, kv_depths, unseen = self._seen_by_root(device, longest)
-        # In chains below equally many unseen tokens, every node sees all that is pending.
+        # In a chain, if all rows have equally many unseen tokens, every node sees all that is
+        # pending.
         is_chain = config.width == 1 and min(map(len, self._unseen)) == longest
         self._offsets = []
         floor = math.log(max(config.min_confidence, 1e-30))
@@ -263,9 +264,9 @@ class DraftModelProposer(Proposer):
         paths: RankPaths,
         noise: PositionNoise | None,
     ) -> Draft:
-        """Feed what is unseen, and fill one level of a static tree after another.
+        """Feed the unseen tokens, then fill the levels of a static tree one after another.
 
-        The children of a node are drawn where drafts have to be, and else go by rank.
+        Children are drawn if the rule needs drawn drafts; otherwise they go by rank.
         """
         assert self._cache is not None
         device, batch, sampler = roots.device, len(roots), self._sampler

@@ -1,4 +1,4 @@
-"""Reads EAGLE heads in every published layout, and writes them in one."""
+"""Read EAGLE heads in every published layout, and write them in one layout."""
 
 import re
 from collections.abc import Mapping
@@ -49,7 +49,7 @@ _LAYER = re.compile(
     r"|(?:input_layernorm|hidden_norm|post_attention_layernorm)\.weight)"
 )
 _FEATURE_NORM = re.compile(rf"fc_norm\.{INDEX}\.weight")
-# These can be computed, or are kept of the target by speculators while it trains.
+# These can be computed, or are copies of the target's that speculators keeps while training.
 _UNUSED = re.compile(r".*rotary_emb\.inv_freq|verifier_(?:lm_head|norm)\.weight")
 _EAGLE3_SIGNS = {"layers.0.hidden_norm.weight", "norm.weight", "d2t", "t2d"}
 _SHARED = {"embed_tokens.weight": "has_own_embeddings", "lm_head.weight": "has_own_lm_head"}
@@ -62,10 +62,10 @@ _RIVALS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.safetenso
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EagleCheckpoint:
-    """EAGLE heads as numbers and tensors.
+    """EAGLE heads as a config and tensors.
 
     Args:
-        config: The numbers.
+        config: Sizes and switches.
         tensors: By the names of the state dict of `EagleHeads`.
         base_name_or_path: The model that the heads were trained on, if known.
         choices: Static tree that was stored with the heads.
@@ -114,7 +114,7 @@ def eagle_checkpoint(
 
 
 def find_eagle(folder: Path) -> WeightFiles | None:
-    """Return the weights of a folder that hold EAGLE heads, judged by their keys only.
+    """Return the weight files of EAGLE heads in a folder, recognised by their keys only.
 
     Raises:
         CheckpointError: If a file that has to be opened cannot be read.
@@ -127,12 +127,12 @@ def read_eagle(folder: str | Path) -> EagleCheckpoint:
     """Read EAGLE heads from a folder.
 
     Known layouts are those of SafeAILab's EAGLE-1, 2 and 3 (pickled or not), vLLM, SGLang,
-    SpecForge, speculators and ModelOpt, in one file or shards. Most numbers come from the tensors,
-    others, such as the number of attention heads, from the config. Pickles are read without
-    running code.
+    SpecForge, speculators and ModelOpt, in one file or shards. Most sizes are read from the
+    tensors, the others, such as the number of attention heads, from the config. Pickles are read
+    without running code.
 
     Raises:
-        CheckpointError: If there are none, or a tensor is missing, unknown or of a wrong shape.
+        CheckpointError: If there are none, or a tensor is missing, unknown or has a wrong shape.
     """
     with reading(Path(folder)):
         return _read(Path(folder))
@@ -301,14 +301,14 @@ def write_eagle(
 
     vLLM and SGLang read EAGLE-3 heads of one layer on the usual hidden states; vLLM reads EAGLE-1
     heads without a bias after the joined inputs. The files are written to a temporary folder, read
-    back and compared bit by bit; then they appear together, or replace older ones.
+    back and compared bit by bit; then they appear together and replace older ones.
 
     Args:
         folder: Created if it does not exist.
-        checkpoint: What to write; `EagleCheckpoint.share` leaves out what the base has too.
+        checkpoint: The heads; `EagleCheckpoint.share` drops what the base has too.
         num_target_layers: Decoder layers of the base, if known. The usual hidden states are then
             not named in the config: libraries count named ones differently.
-        card: Text of the model card; None leaves the card that is there.
+        card: Text of the model card; None keeps an existing one.
 
     Raises:
         CheckpointError: If the folder is a file or holds another model, the tensors do not fit the
@@ -377,7 +377,7 @@ def _require_whole(folder: Path, checkpoint: EagleCheckpoint) -> None:
 
 
 def _named_tensors(checkpoint: EagleCheckpoint) -> dict[str, Tensor]:
-    """Return the tensors by the names that SafeAILab's code has for them."""
+    """Return the tensors by the names that SafeAILab's code uses."""
     config, named = checkpoint.config, {}
     for name, tensor in checkpoint.tensors.items():
         if name == "draft_columns":

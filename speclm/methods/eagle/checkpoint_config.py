@@ -1,4 +1,4 @@
-"""Reads the numbers of EAGLE heads from tensors and config.json, and writes config.json."""
+"""Read the config of EAGLE heads from tensors and config.json, and write config.json."""
 
 import logging
 from collections.abc import Mapping
@@ -52,13 +52,13 @@ _FLAGS = ("norm_before_residual", "fc_norm", "norm_before_fc", "norm_output")
 
 
 def read_hints(folder: Path) -> dict[str, Any]:
-    """Return the values in a folder's config.json, without nesting and nulls.
+    """Return the values in a folder's config.json, flattened and without nulls.
 
-    Speculators nests the numbers of the layers, ModelOpt and vLLM the options of EAGLE, and vLLM
-    before 0.7 the whole config.
+    Speculators nests the sizes of the layers, ModelOpt and vLLM nest the options of EAGLE, and
+    vLLM before 0.7 nests the whole config.
 
     Raises:
-        CheckpointError: If the file is no JSON object, or a value has the wrong type.
+        CheckpointError: If the file is not a JSON object, or a value has the wrong type.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -92,7 +92,7 @@ def read_hints(folder: Path) -> dict[str, Any]:
 
 
 def infer_config(path: Path, shapes: Shapes, hints: Mapping[str, Any], kind: str) -> EagleConfig:
-    """Return the numbers that the tensors show, and the others from the config.
+    """Return the config: sizes from the tensors where they show them, the rest from the file.
 
     Args:
         path: The file, for messages.
@@ -101,7 +101,7 @@ def infer_config(path: Path, shapes: Shapes, hints: Mapping[str, Any], kind: str
         kind: ``"eagle"`` or ``"eagle3"``.
 
     Raises:
-        CheckpointError: If a tensor or a value is missing, or the numbers contradict each other.
+        CheckpointError: If a tensor or a value is missing, or two values contradict each other.
     """
     fc, q_proj, k_proj, gate = (
         _matrix(path, shapes, name)
@@ -150,7 +150,7 @@ def infer_config(path: Path, shapes: Shapes, hints: Mapping[str, Any], kind: str
 
 
 def _switches(shapes: Shapes, hints: Mapping[str, Any]) -> dict[str, bool]:
-    """Return which parts the heads have; `hints` are those of EAGLE-3, which tensors may lack."""
+    """Return which parts the heads have; `hints` decide only where EAGLE-3's tensors do not."""
     has = shapes.__contains__
     has_feature_norms = any(name.startswith("feature_norms.") for name in shapes)
     return {
@@ -178,7 +178,7 @@ def _matrix(path: Path, shapes: Shapes, name: str) -> tuple[int, int]:
 
 
 def _head_dim(path: Path, shapes: Shapes, hints: Mapping[str, Any], rows: tuple[int, int]) -> int:
-    """Return the width of a head: that of its norm, of the config, or of queries / heads."""
+    """Return the width of a head, from its norm, the config, or queries / heads."""
     normed = shapes.get("layers.0.self_attn.q_norm.weight")
     num_heads, named = hints.get("num_attention_heads"), hints.get("head_dim")
     if normed:
@@ -242,7 +242,7 @@ def _features(
     num_features = len(layers) if layers else hints.get("num_aux_hidden_states", NUM_FEATURES)
     one = hints.get("target_hidden_size") or hidden
     is_whole = num_features > 0 and width % num_features == 0
-    # Heads with embeddings of their own may read wider states, which no tensor shows.
+    # Heads with embeddings of their own may read wider hidden states, which no tensor shows.
     is_open = is_whole and has_own_embeddings and width != NUM_FEATURES * one
     if layers and width != len(layers) * one and not is_open:
         raise CheckpointError(
@@ -259,7 +259,7 @@ def _features(
 
 
 def _count_layers(path: Path, shapes: Shapes) -> int:
-    """Return how many layers have tensors; check it before looping to a number in a key."""
+    """Return how many layers have tensors, without looping up to a number named in a key."""
     indices = {int(name.split(".")[1]) for name in shapes if name.startswith("layers.")}
     missing = next((index for index in range(len(indices)) if index not in indices), None)
     if missing is not None:
@@ -279,7 +279,7 @@ def _sliding_window(hints: Mapping[str, Any]) -> int | None:
 
 
 def _compare(path: Path, hints: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Log the numbers of the config that differ from the tensors."""
+    """Log the values of the config that differ from the tensors."""
     names = {"num_layers": "num_hidden_layers"}
     wrong = [
         f"{names.get(name, name)} {hint!r} (found {number})"
@@ -291,7 +291,7 @@ def _compare(path: Path, hints: Mapping[str, Any], config: Mapping[str, Any]) ->
 
 
 def without_usual_layers(config: EagleConfig, num_target_layers: int) -> EagleConfig:
-    """Return a config that does not name the hidden states that are read if none are named."""
+    """Return a config that leaves out the feature layers if they are the usual ones."""
     is_named = config.kind == "eagle3" and config.feature_layers is not None
     if is_named and config.layers_to_read(num_target_layers) == usual_layers(num_target_layers):
         return replace(config, feature_layers=None)
@@ -299,7 +299,7 @@ def without_usual_layers(config: EagleConfig, num_target_layers: int) -> EagleCo
 
 
 def require_same_config(path: Path, written: EagleConfig, found: EagleConfig) -> None:
-    """Check that a config reads back as it was written, or raise a `CheckpointError`."""
+    """Check that a config reads back as it was written, else raise a `CheckpointError`."""
     expected, actual = (
         asdict(
             replace(config, rope_parameters=read_rope({"rope_parameters": config.rope_parameters}))
@@ -315,7 +315,7 @@ def require_same_config(path: Path, written: EagleConfig, found: EagleConfig) ->
 
 
 def base_name(hints: Mapping[str, Any]) -> str | None:
-    """Return the model that a config says heads were trained on, if it does."""
+    """Return the base that a config names for its heads, if any."""
     verifier = hints.get("speculators_config", {}).get("verifier")
     named = verifier.get("name_or_path") if isinstance(verifier, Mapping) else None
     found = named or hints.get("base_model_name_or_path")
@@ -329,7 +329,7 @@ def describe(
     base_name_or_path: str | None,
     choices: RankPaths | None,
 ) -> dict[str, Any]:
-    """Return the config of a Llama, or Qwen where queries are normed, with EAGLE's numbers."""
+    """Return the config of a Llama (a Qwen if queries are normed) with EAGLE's values."""
     names = _QWEN_ARCHITECTURES if config.has_qk_norm else _ARCHITECTURES
     described: dict[str, Any] = {
         "architectures": [names[config.kind]],
@@ -354,8 +354,8 @@ def describe(
 
 
 def _eagle1(config: EagleConfig) -> dict[str, Any]:
-    # SafeAILab's code makes a bias unless `bias` is false; vLLM takes `bias` for that of attention
-    # unless `qkv_bias` is there.
+    # SafeAILab's code adds a bias unless `bias` is false; vLLM takes `bias` for the bias of
+    # attention unless `qkv_bias` is present.
     return {
         "bias": config.fc_bias,
         "qkv_bias": config.attention_bias,
@@ -384,7 +384,7 @@ def _rope(config: EagleConfig) -> dict[str, Any]:
     theta, rope_type = rope.pop("rope_theta"), rope.pop("rope_type")
     if rope_type == "default":
         return {"rope_theta": theta}
-    # SafeAILab's code takes these two keys only.
+    # SafeAILab's code accepts only these two keys.
     key = "type" if rope_type in ("linear", "dynamic") and len(rope) == 1 else "rope_type"
     return {"rope_theta": theta, "rope_scaling": {key: rope_type, **rope}}
 

@@ -1,4 +1,4 @@
-"""The numbers that EAGLE heads are built from, read from a checkpoint or made for a base."""
+"""Config of EAGLE heads: read from a checkpoint or made for a base."""
 
 import math
 from collections.abc import Mapping
@@ -16,13 +16,13 @@ KINDS = ("eagle", "eagle3")
 """EAGLE-1 and 2 share one kind of heads, on the last hidden state; EAGLE-3 reads several."""
 
 NUM_FEATURES = 3
-"""Hidden states of the target that EAGLE-3 reads unless it says otherwise."""
+"""Hidden states of the target that EAGLE-3 reads by default."""
 
 MIN_TARGET_LAYERS = 7
-"""Fewest layers of a target whose default hidden states for EAGLE-3 differ from each other."""
+"""Minimum layers of a target, so that EAGLE-3's default hidden states differ from each other."""
 
 DEFAULT_ROPE_THETA = 10000.0
-"""Base of the rotation if the config of the heads names none; the target's does not matter."""
+"""Base of the rotation if the heads' config names none; the target's does not apply."""
 
 _ROPE_NEEDS: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -34,7 +34,7 @@ _ROPE_NEEDS: dict[str, tuple[str, ...]] = {
 }
 _FACTORS = ("short_factor", "long_factor")
 _MAX_NUMBER = 1e30
-_LEARNED = ("prelu", "xielu")  # activations with numbers of their own
+_LEARNED = ("prelu", "xielu")  # activations with parameters of their own
 _SIZES = (
     *("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
     *("head_dim", "vocab_size", "draft_vocab_size", "target_hidden_size", "num_layers"),
@@ -49,7 +49,7 @@ def _unscaled_rope() -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class EagleConfig:
-    """The numbers that EAGLE heads are built from.
+    """Sizes and switches that EAGLE heads are built from.
 
     Args:
         kind: ``"eagle"`` (EAGLE-1 and 2) or ``"eagle3"``.
@@ -57,7 +57,7 @@ class EagleConfig:
         intermediate_size: Width inside the feed-forward part.
         num_attention_heads: Query heads.
         num_key_value_heads: Key and value heads; divides the query heads.
-        head_dim: Width of each.
+        head_dim: Width of each head.
         vocab_size: Width of the target's logits.
         draft_vocab_size: Width of the heads' logits.
         target_hidden_size: Width of the target's hidden states.
@@ -69,12 +69,12 @@ class EagleConfig:
         rms_norm_eps: Added to the mean square in every norm.
         hidden_act: Activation of the feed-forward part, by its name in Transformers.
         rope_parameters: Rotation of queries and keys, as Transformers 5 writes it.
-        max_position_embeddings: Positions that the rotation was made for.
-        sliding_window: Positions back that a token sees, itself included; None for all.
+        max_position_embeddings: Number of positions that the rotation was made for.
+        sliding_window: Number of positions that a token sees, itself included; None for all.
         attention_bias: Whether queries, keys and values have a bias.
-        attention_output_bias: Whether the output of attention has one.
+        attention_output_bias: Whether the output projection of attention has a bias.
         has_qk_norm: Whether queries and keys are normed before they are rotated.
-        fc_bias: Whether the map of the joined inputs has a bias.
+        fc_bias: Whether the projection of the joined inputs has a bias.
         norm_before_residual: Whether the first layer's residual is the normed state.
         fc_norm: Whether each of the target's hidden states is normed.
         norm_before_fc: Whether they are normed together.
@@ -84,7 +84,7 @@ class EagleConfig:
         has_own_lm_head: Whether they have an output matrix; else the target's is used.
 
     Raises:
-        OptionError: If a number is out of range, or two contradict each other.
+        OptionError: If a value is out of range, or two contradict each other.
     """
 
     kind: str
@@ -146,14 +146,14 @@ class EagleConfig:
 
     @property
     def has_draft_vocab(self) -> bool:
-        """Whether the heads draft from a part of the vocabulary only."""
+        """Whether the heads draft from only a part of the vocabulary."""
         return self.draft_vocab_size < self.vocab_size
 
     def layers_to_read(self, num_target_layers: int) -> tuple[int, ...]:
-        """Return which of the target's hidden states EAGLE-3 reads, as HF indices.
+        """Return the hidden states of the target that EAGLE-3 reads, as HF indices.
 
-        The usual ones of n layers are 2, n // 2 and n - 3. Some libraries count layers instead and
-        name the same states 1, n // 2 - 1 and n - 4, so these numbers mean the usual ones too.
+        For n layers, the usual ones are 2, n // 2 and n - 3. Some libraries count layers instead
+        and name the same states 1, n // 2 - 1 and n - 4, so these also mean the usual ones.
 
         Args:
             num_target_layers: Decoder layers of the target.
@@ -189,20 +189,20 @@ class EagleConfig:
         feature_layers: tuple[int, ...] | None = None,
         num_layers: int = 1,
     ) -> Self:
-        """Return numbers for untrained heads of a base, of whatever family it is.
+        """Return the config of untrained heads for a base of any family.
 
-        Heads of EAGLE-1 have neither biases nor an output matrix, those of EAGLE-3 have an output
-        matrix. The rotation has the base's period without its scaling.
+        EAGLE-1 heads have neither biases nor an output matrix; EAGLE-3 heads have an output matrix.
+        The rotation has the base's period without its scaling.
 
         Args:
             config: The base's Transformers config.
             kind: ``"eagle"`` or ``"eagle3"``.
-            draft_vocab_size: Tokens that the heads draft from; None for all.
+            draft_vocab_size: Number of tokens that the heads draft from; None for all.
             feature_layers: Hidden states that EAGLE-3 reads; None for the usual ones.
             num_layers: Decoder layers of the heads.
 
         Raises:
-            OptionError: If the base has too few layers, or a number is out of range.
+            OptionError: If the base has too few layers, or a value is out of range.
         """
         text = config.get_text_config()
         hidden = int(text.hidden_size)
@@ -235,14 +235,14 @@ class EagleConfig:
 
 
 def usual_layers(num_target_layers: int) -> tuple[int, int, int]:
-    """Return the hidden states that EAGLE-3 reads unless it says otherwise, as HF indices."""
+    """Return the hidden states that EAGLE-3 reads by default, as HF indices."""
     return 2, num_target_layers // 2, num_target_layers - 3
 
 
 def read_rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the rotation that a config.json names, as Transformers 5 writes it.
+    """Return the rotation of a config.json, in the form of Transformers 5.
 
-    Older configs have ``rope_theta`` next to everything else and ``rope_scaling`` with ``type`` or
+    Older configs have ``rope_theta`` at the top level and ``rope_scaling`` with ``type`` or
     ``rope_type``; without either, the rotation is unscaled, with base 10000.
     """
     found = config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -301,7 +301,7 @@ def _is_rope_value(value: object, length: int | None) -> bool:
 
 
 def _require_frequencies(config: EagleConfig) -> None:
-    """Check that a rotation can be computed, whatever its numbers are."""
+    """Check that a rotation can be computed with any values it may have."""
     size = config.head_dim
     try:
         llama = LlamaConfig(
@@ -382,7 +382,7 @@ def _require_outputs(config: EagleConfig) -> None:
 
 
 def _first_number(config: Any, *names: str) -> int | None:
-    """Return the first of some attributes that is a count, and not a list by layer."""
+    """Return the first of some attributes that is a number, not a list by layer."""
     for name in names:
         value = getattr(config, name, None)
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:

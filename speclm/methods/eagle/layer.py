@@ -1,4 +1,4 @@
-"""Decoder layers of EAGLE heads: those of Llama, but for what the first one reads."""
+"""Decoder layers of EAGLE heads: Llama's, except for the input of the first one."""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,7 +17,7 @@ Rotation = tuple[Tensor, Tensor]
 
 @runtime_checkable
 class KeyValueStore(Protocol):
-    """The part of a cache that the heads use; caches of Transformers have it."""
+    """The part of a cache that the heads use; Transformers' caches have it."""
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, /) -> tuple[Tensor, Tensor]:
         """Add the keys and values of a layer's new positions, and return all of them."""
@@ -25,7 +25,7 @@ class KeyValueStore(Protocol):
 
 
 class EagleAttention(nn.Module):
-    """Grouped attention whose inputs may be wider than its output."""
+    """Grouped attention whose input may be wider than its output."""
 
     def __init__(self, config: EagleConfig, *, input_size: int, index: int) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class EagleAttention(nn.Module):
         attention_mask: Tensor | None,
         past_key_values: KeyValueStore | None,
     ) -> Float[Tensor, "batch seq hidden"]:
-        """Attend to earlier positions and these."""
+        """Attend to earlier positions and to these."""
         batch, seq = states.shape[:2]
         by_head = (batch, seq, -1, self.head_dim)
         queries = self.q_proj(states).view(by_head)
@@ -93,7 +93,7 @@ class EagleAttention(nn.Module):
 def _rotated(
     states: Float[Tensor, "batch seq heads head_dim"], rotation: Rotation
 ) -> Float[Tensor, "batch seq heads head_dim"]:
-    """Turn the pairs (i, i + half) of every head."""
+    """Rotate the pairs (i, i + half) of every head."""
     cosines, sines = (part[:, :, None] for part in rotation)  # the same for all heads
     first, second = states.chunk(2, dim=-1)
     return torch.addcmul(states * cosines, torch.cat((-second, first), dim=-1), sines)
@@ -102,8 +102,8 @@ def _rotated(
 class EagleLayer(nn.Module):
     """One decoder layer.
 
-    The first of EAGLE-1 has no norm before attention. The first of EAGLE-3 attends with embeddings
-    and hidden states concatenated, each normed. All others are Llama's.
+    The first layer of EAGLE-1 has no norm before attention. The first layer of EAGLE-3 attends to
+    embeddings and hidden states, each normed, then concatenated. All others are Llama's.
     """
 
     def __init__(self, config: EagleConfig, llama: LlamaConfig, *, index: int) -> None:

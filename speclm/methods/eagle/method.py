@@ -1,4 +1,4 @@
-"""EAGLE as a method: what it recognises, and how its heads are loaded, saved and trained."""
+"""EAGLE as a method: how its heads are recognised, loaded, saved and trained."""
 
 import re
 from collections.abc import Mapping
@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from typing_extensions import override
 
 from speclm.cards import HeadsCard
-from speclm.config import require_count, require_in_range, require_size
+from speclm.config import require_count, require_in_range, require_options, require_size
 from speclm.errors import OptionError
-from speclm.methods.registry import HeadsSource, Method, Recipe, require_options
+from speclm.methods.registry import HeadsSource, Method, Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
@@ -24,26 +24,26 @@ if TYPE_CHECKING:
     from speclm.training.heads_trainer import HeadsTrainer
 
 MAX_DRAFT_VOCAB_SIZE = 32_000
-"""Most tokens that new heads draft from if no number is given; as many as the authors' heads."""
+"""Maximum default size of the draft vocabulary of new heads; that of the authors' heads."""
 
 MAX_STEPS = 32
-"""Most draft tokens in a row that are trained or measured."""
+"""Maximum draft tokens in a row that are trained or measured."""
 
 _MAX_LAYERS = 64
 _SUMMARY = """\
-A small decoder for speculative decoding. It joins {features} of the base model with
-the token that came after, and drafts on from there, token after token; the base model verifies all
-draft tokens in one forward.
+A small decoder for speculative decoding. It joins {features} of the base model with the token that
+came after it and drafts one token after another; the base model verifies all draft tokens in one
+forward.
 """
 _SOFTWARE = {
     "eagle": """\
-The files are `model.safetensors` and `config.json`, in the layout of SafeAILab's EAGLE-1 and 2,
-which vLLM reads too, but for a bias after the joined inputs, which it leaves out.
+The files are `model.safetensors` and `config.json`, in the layout of SafeAILab's EAGLE-1 and 2.
+vLLM reads it too, but ignores a bias after the joined inputs.
 """,
     "eagle3": """\
 The files are `model.safetensors` and `config.json`, in the layout of SafeAILab's and SpecForge's
-EAGLE-3. vLLM and SGLang read heads of one layer in it. SGLang counts hidden states that are named
-in `config.json` from the one after, and has no residual after the norm.
+EAGLE-3. vLLM and SGLang read heads of one layer in it. SGLang's layer ids are one higher than those
+in `config.json`, and it has no residual after the norm.
 """,
 }
 
@@ -54,7 +54,7 @@ class _TrainingOptions:
     num_steps: Annotated[int, "Draft tokens in a row that are trained."] = 1
     decay: Annotated[float, "Weight of a step relative to the one before it."] = 0.8
     init: Annotated[
-        str | None, "Folder or hub id of heads to go on from; they stay as they are."
+        str | None, "Folder or hub id of heads to start from; its files are not changed."
     ] = None
     init_revision: Annotated[str | None, "Branch, tag or commit of --init on the hub."] = None
 
@@ -148,7 +148,7 @@ class EagleRecipe(Recipe):
     def _heads(
         self, base: "PreTrainedModel", options: Any, train_dataset: Any, *, seed: int
     ) -> "EagleHeads":
-        """Return loaded or new heads; those of EAGLE-3 draft from the data's own tokens."""
+        """Return loaded or new heads; EAGLE-3 heads get the draft vocabulary of the data."""
         from speclm.methods.eagle.training import (
             choose_columns,
             count_tokens,
@@ -213,7 +213,7 @@ class EagleMethod(Method):
     def is_likely(self, folder: Path) -> bool:
         from speclm.files.weights import read_text
 
-        # The first heads were published with the config of a Llama of one layer.
+        # The first published heads have the config of a Llama with one layer.
         text = read_text(folder / "config.json")
         return "eagle" in text.lower() or re.search(r'"num_hidden_layers": *1\b', text) is not None
 
@@ -272,7 +272,7 @@ class EagleMethod(Method):
 def eagle_card(
     checkpoint: "EagleCheckpoint", *, num_target_layers: int, repo_id: str | None = None
 ) -> HeadsCard:
-    """Return the model card of EAGLE heads for a base of some number of layers."""
+    """Return the model card of EAGLE heads."""
     config, choices = checkpoint.config, checkpoint.choices
     is_eagle3 = config.kind == "eagle3"
     layers = "the last"

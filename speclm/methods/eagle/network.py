@@ -23,18 +23,18 @@ _INIT_STD = 0.02  # that of Llama
 
 
 class EagleHeads(nn.Module):
-    """The draft network of EAGLE-1, 2 and 3; holds no state of a generation.
+    """The draft network of EAGLE-1, 2 and 3; holds no decoding state.
 
     The input at a position joins the target's features there with the embedding of the next token.
-    The output stands for the features at the next position: `logits` maps it to the token after
-    that, and as hidden states of the next call it continues the draft. Layers are Llama's, made of
+    The output predicts the features at the next position: `logits` maps it to the token after
+    that one, and it is the hidden state of the next call. Layers are Llama's, built from
     Transformers' modules. New heads are zero; see `init_weights_`.
 
     Source: Li et al. 2024 (EAGLE, EAGLE-2), Li et al. 2025 (EAGLE-3).
     """
 
     draft_columns: Int[Tensor, " draft_vocab"] | None
-    """The target's token of each column of the logits; None if the vocabularies are equal."""
+    """Target token of each column of the logits; None if the vocabularies are equal."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class EagleHeads(nn.Module):
     @override
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        # What casts the weights rounds the frequencies too, and `to_empty` loses them.
+        # Casting the weights rounds the frequencies too, and `to_empty` loses them.
         device = self.fc.weight.device
         self.rotary = _rotary(self._llama).train(self.training)
         if device.type != "meta":
@@ -99,7 +99,7 @@ class EagleHeads(nn.Module):
     def fuse(
         self, features: Float[Tensor, "batch seq features"]
     ) -> Float[Tensor, "batch seq hidden"]:
-        """Return the hidden states that stand for the target's features.
+        """Return the hidden states that replace the target's features as input.
 
         Args:
             features: For EAGLE-3 the hidden states of the layers read, joined in their order; for
@@ -126,17 +126,17 @@ class EagleHeads(nn.Module):
         attention_mask: Tensor | None = None,
         past_key_values: KeyValueStore | None = None,
     ) -> Float[Tensor, "batch seq hidden"]:
-        """Return the hidden states one position on.
+        """Return the hidden states of the next position.
 
         Args:
-            hidden: Result of `fuse`, or of this method at the positions before.
-            embeddings: Of the token after each position, see `embed`.
-            position_ids: Positions of the features, not of the tokens; one row if all rows have
-                the same.
-            rotation: Result of `rotation` of those positions, instead of them.
-            attention_mask: ``[batch or 1, 1, seq, kv_len]``, to be added to the scores, or true
-                where a position is seen; each has to see one. None if each sees all before it
-                within the config's window; there is no padding then.
+            hidden: Result of `fuse`, or of this method at the previous positions.
+            embeddings: Embeddings of the token after each position, see `embed`.
+            position_ids: Positions of the features, not of the tokens; a single row if all rows
+                share them.
+            rotation: Result of `rotation` for those positions, in place of `position_ids`.
+            attention_mask: ``[batch or 1, 1, seq, kv_len]``, added to the scores, or boolean, true
+                where a position is seen; each position must see at least one. None if each sees all
+                earlier positions within the config's window and there is no padding.
             past_key_values: Cache of keys and values; None to attend to this call only.
         """
         hidden, embeddings = hidden.to(self.dtype), embeddings.to(self.dtype)
@@ -159,13 +159,13 @@ class EagleHeads(nn.Module):
 
     def rotation(self, position_ids: Int[Tensor, "rows seq"]) -> Rotation:
         """Return the cosines and sines of positions."""
-        found: Rotation = self.rotary(self.fc.weight, position_ids)  # of which it reads the dtype
+        found: Rotation = self.rotary(self.fc.weight, position_ids)  # it reads the dtype only
         return found
 
     def logits(
         self, hidden: Float[Tensor, "*rows hidden"], *, lm_head: Callable[[Tensor], Tensor]
     ) -> Float[Tensor, "*rows draft_vocab"]:
-        """Return the logits of outputs, over the draft vocabulary.
+        """Return logits over the draft vocabulary.
 
         Args:
             hidden: Result of `forward`.
@@ -191,7 +191,7 @@ class EagleHeads(nn.Module):
         return embedding(tokens) if self.embed_tokens is None else self.embed_tokens(tokens)
 
     def target_ids(self, draft_ids: Int[Tensor, "*rows"]) -> Int[Tensor, "*rows"]:
-        """Return the target's ids of tokens of the draft vocabulary."""
+        """Return the target's ids for ids of the draft vocabulary."""
         return draft_ids if self.draft_columns is None else self.draft_columns[draft_ids]
 
     @torch.no_grad()
@@ -225,11 +225,11 @@ class EagleHeads(nn.Module):
         embeddings: Float[Tensor, "vocab hidden"] | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        """Start from small random matrices, norms that scale nothing, and no biases.
+        """Initialise with small random matrices, norms of one, and no biases.
 
         Args:
-            lm_weight: The target's output matrix, of which the heads' own gets the rows of the
-                draft vocabulary.
+            lm_weight: The target's output matrix; the heads' own matrix gets its rows of the draft
+                vocabulary.
             embeddings: The target's embeddings, for heads that have their own.
             generator: Source of the random numbers, on the CPU.
         """
@@ -256,9 +256,9 @@ class EagleHeads(nn.Module):
 
 
 class LevelRun:
-    """Runs heads over one level of a draft after another.
+    """Runs heads over the levels of a draft, one after another.
 
-    Rotations of all levels are computed once. The mask of a level consists of its parents' rows in
+    Rotations of all levels are computed once. The mask of a level is made of its parents' rows in
     the mask of the level above.
     """
 
@@ -277,7 +277,7 @@ class LevelRun:
             heads: The network.
             cache: Cache of the heads; no node may be pending.
             hidden: Output at the position before each root.
-            widths: Most nodes of each level to come.
+            widths: Maximum nodes of each level.
             embedding: See `EagleHeads.embed`.
         """
         self._heads, self._cache, self._embedding = heads, cache, embedding
@@ -298,7 +298,7 @@ class LevelRun:
 
         Args:
             tokens: The target's tokens.
-            parents: Index of each one's parent in the last level.
+            parents: Index of each token's parent in the last level.
         """
         level, width = self._level, tokens.shape[1]
         size = self.hidden.shape[2]
@@ -316,7 +316,7 @@ class LevelRun:
         return self.hidden
 
     def _seen_by_root(self, widths: list[int]) -> Float[Tensor, "batch 1 kv_len"] | None:
-        """Return the root's additive mask over all keys; None for chains that see all."""
+        """Return the root's additive mask over all keys; None for chains that see every key."""
         cache, window = self._cache, self._heads.config.sliding_window
         reach = cache.tree_start + len(widths)
         is_whole = not cache.is_ragged and not cache.has_padding
@@ -356,12 +356,12 @@ def build_eagle(
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
 ) -> EagleHeads:
-    """Return the heads of a checkpoint, with tensors of their own.
+    """Return the heads of a checkpoint, with copies of its tensors.
 
     Args:
-        checkpoint: Result of `speclm.formats.read_eagle`.
-        dtype: Type of the weights; None for the checkpoint's.
-        device: Where they lie; None for the CPU.
+        checkpoint: Result of `read_eagle`.
+        dtype: Dtype of the weights; None for the checkpoint's.
+        device: Device of the weights; None for the CPU.
     """
     heads = EagleHeads(checkpoint.config, device=torch.device("meta"))
     target = device or torch.device("cpu")
@@ -382,7 +382,7 @@ def _constant(name: str) -> float:
 
 
 def _llama_config(config: EagleConfig) -> LlamaConfig:
-    """Return what Transformers' parts read; attention is not one of them."""
+    """Return the config for Transformers' modules; attention is not one of them."""
     return LlamaConfig(
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,

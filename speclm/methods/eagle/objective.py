@@ -1,4 +1,4 @@
-"""What EAGLE heads learn: the base's distribution and, in EAGLE-1, its features."""
+"""Training objective of EAGLE heads: the base's distribution and, in EAGLE-1, its features."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -33,16 +33,16 @@ from speclm.training.training_model import (
     weighted_loss,
 )
 
-_NOISE_LENGTH = 512  # of a text whose features get noise of the given width
+_NOISE_LENGTH = 512  # length of a text whose features get noise of the given width
 
 
 @dataclass(frozen=True, slots=True)
 class EagleObjective:
-    """What the heads are trained for.
+    """Settings of the loss.
 
     Args:
         num_steps: Draft tokens in a row that are trained from every position.
-        num_measured: Draft tokens in a row that are ranked; those beyond `num_steps` run without
+        num_measured: Draft tokens in a row that are ranked; steps beyond `num_steps` run without
             gradients.
         decay: Weight of a step's loss relative to that of the step before it.
         distribution_weight: Weight of the cross-entropy against the base's distribution.
@@ -81,7 +81,7 @@ class EagleObjective:
 class EagleTrainingModel(TrainingModel):
     """Computes the loss of EAGLE heads from one forward of the base.
 
-    An embedding matrix of the heads' own is not trained.
+    An embedding matrix of the heads themselves is not trained.
     """
 
     heads: EagleHeads
@@ -94,13 +94,13 @@ class EagleTrainingModel(TrainingModel):
         Args:
             base: The target.
             heads: Heads to train, see `new_eagle_heads` and `load_eagle_heads`.
-            objective: What they are trained for; None for what is usual for their kind.
+            objective: Settings of the loss; None for the usual ones of their kind.
 
         Raises:
             UnsupportedModelError: If `base` is not a decoder-only language model.
             VocabularyMismatchError: If the heads were made for another vocabulary.
             OptionError: If the heads have another width than the base, the base has too few layers
-                for the features that they read, or heads of EAGLE-3 are to learn its next features.
+                for their features, or EAGLE-3 heads are to learn the base's next features.
         """
         is_eagle3 = heads.config.kind == "eagle3"
         objective = objective or EagleObjective.usual(heads.config.kind)
@@ -155,7 +155,7 @@ class EagleTrainingModel(TrainingModel):
             embedding=self._embed,
         )
         sums, counts = [], []
-        # Sources that are padding stand at position 0 with rank -1, below that of any real one.
+        # Padding sources are at position 0 and have rank -1, below any real rank.
         ranks = torch.full(
             (*tokens.shape, objective.num_measured), -1, device=device, dtype=torch.long
         )
@@ -208,7 +208,7 @@ class EagleTrainingModel(TrainingModel):
 
     @torch.no_grad()
     def _goals(self, last: Float[Tensor, "batch seq hidden"], sources: "Sources") -> "_Goals":
-        """Return what the base computes before each target."""
+        """Return the base's results before each target."""
         ahead = 1 + torch.arange(sources.targets.shape[2], device=sources.indices.device)
         batch, length = last.shape[:2]
         positions = (sources.indices[:, :, None] + ahead).clamp(max=length - 1)
@@ -229,7 +229,7 @@ class EagleTrainingModel(TrainingModel):
         sources: "Sources",
         step: int,
     ) -> tuple[Float[Tensor, ""], Int[Tensor, ""], Int[Tensor, "batch sources"]]:
-        """Return the sum of the losses of a step, their number, and the rank of each target."""
+        """Return the sum of a step's losses, their number, and the rank of each target."""
         targets = sources.targets[:, :, step]
         is_target = targets >= 0
         indices = goals.indices[:, :, step][is_target]
@@ -263,11 +263,11 @@ class EagleTrainingModel(TrainingModel):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sources:
-    """The positions of a batch that are drafted from.
+    """The positions of a batch from which tokens are drafted.
 
     Args:
         indices: Position of each source, padded with 0.
-        targets: Token that each step learns to draft there, `IGNORED` where none counts.
+        targets: Token that each step learns to draft there, `IGNORED` if none counts.
     """
 
     indices: Int[Tensor, "batch sources"]
@@ -276,13 +276,13 @@ class Sources:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Goals:
-    """What the base computes at the positions before the targets.
+    """The base's results at the positions before the targets.
 
     Args:
         probs: Its distribution over the draft vocabulary.
-        is_draftable: 1 where its likeliest token is in that vocabulary, else 0.
+        is_draftable: 1 if the base's most likely token is in that vocabulary, else 0.
         hidden: Its last hidden states.
-        indices: Which of these belongs to each step of each source.
+        indices: Index of the position for each step of each source.
     """
 
     probs: Float[Tensor, "positions draft_vocab"]
@@ -294,9 +294,9 @@ class _Goals:
 def find_sources(
     tokens: Int[Tensor, "batch seq"], loss_mask: Bool[Tensor, "batch seq"], *, num_steps: int
 ) -> Sources:
-    """Return the positions from which any step has a token to draft that counts.
+    """Return the positions from which some step has a target that counts.
 
-    Step k drafts token ``t + 2 + k`` from position t. The mask moves with the token.
+    Step k drafts token ``t + 2 + k`` from position t. The loss mask moves with the target.
     """
     targets = shifted_targets(tokens, loss_mask, num_drafted=num_steps)[:, :-1]
     wanted = (targets >= 0).any(-1)  # [batch, seq - 1]
@@ -326,12 +326,12 @@ def rank_columns(
 
     Args:
         logits: Logits of the heads.
-        targets: Token ids of the base; negative where there is none.
+        targets: Token ids of the base; negative if there is none.
         columns: Token id of each column, increasing; None if the vocabularies are the same.
 
     Returns:
-        0 for the largest logit, the number of columns for a token without one, and -1 where there
-        is no target.
+        0 for the largest logit, the number of columns for a token outside the draft vocabulary,
+        and -1 if there is no target.
     """
     if columns is None:
         return rank_targets(logits, targets)

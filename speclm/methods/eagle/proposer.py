@@ -1,4 +1,4 @@
-"""Drafts trees with EAGLE heads, which continue the target's features."""
+"""Draft trees with EAGLE heads, which continue the target's features."""
 
 import math
 from collections.abc import Sequence
@@ -35,17 +35,17 @@ from speclm.target import TargetFeatures, TargetView
 from speclm.tree.dynamic import FilledTree, GrowingTree, GrownRow, drawn_paths
 from speclm.tree.static import RankPaths
 
-_ABSENT = -1e4  # finite: a processor may ban all tokens that the heads know
+_ABSENT = -1e4  # finite, because a processor may ban all tokens that the heads can draft
 
 
 @dataclass(frozen=True, slots=True)
 class EagleProposerConfig(GrownTreeConfig):
-    """Settings of `EagleProposer`, those of `GrownTreeConfig`; a level costs one run of the heads.
+    """Settings of `EagleProposer`; each level costs one run of the heads.
 
     Args:
         branches: Children considered for each expanded node.
         min_probability: Nodes less likely than this are not verified.
-        min_confidence: A row grows no further once no path of it is this likely.
+        min_confidence: A row stops when none of its paths is this likely.
     """
 
     branches: int = 3
@@ -56,8 +56,8 @@ class EagleProposerConfig(GrownTreeConfig):
 class EagleProposer(Proposer):
     """Grows a tree with a small decoder that continues the target's own hidden states.
 
-    Committed positions of the heads' cache are computed from the target's features; positions of
-    draft tokens are dropped in every round.
+    Committed positions of the heads' cache are computed from the target's features; positions
+    computed from draft tokens are dropped in every round.
 
     Source: Li et al. 2024 (EAGLE-2), Li et al. 2025 (EAGLE-3).
     """
@@ -78,9 +78,9 @@ class EagleProposer(Proposer):
 
         Args:
             heads: Heads trained on the target, on its device.
-            target: The model that will verify.
-            tree: Name of a preset, the number of children at each depth, or paths of ranks; with
-                `num_draft_tokens`, the first nodes by depth. None for trees that grow by
+            target: The model that verifies.
+            tree: Name of a preset, the number of children at each depth, or paths of ranks;
+                `num_draft_tokens` keeps the first nodes by depth. None grows trees by
                 probability.
             **options: Fields of `EagleProposerConfig`.
 
@@ -174,7 +174,7 @@ class EagleProposer(Proposer):
         features = prompt.features
         assert features is not None
         following = torch.cat([prompt.tokens[:, 1:], prompt.first_tokens[:, None]], dim=1)
-        length = features.shape[1]  # only of the last ones if a cache held the first
+        length = features.shape[1]  # only the last positions if a cache held the first ones
         padding = (prompt.num_padding - (prompt.tokens.shape[1] - length)).clamp(min=0)
         cache = TreeCache(num_layers=self.heads.config.num_layers, num_padding=padding)
         self._hidden = None
@@ -190,7 +190,7 @@ class EagleProposer(Proposer):
         return cache
 
     def _catch_up(self, device: torch.device) -> None:
-        """Run the heads over the features of tokens that were committed since the last draft."""
+        """Run the heads over the features of tokens committed since the last draft."""
         assert self._cache is not None
         counts = [len(tokens) for tokens in self._unseen_tokens]
         longest = max(counts)
@@ -223,7 +223,7 @@ class EagleProposer(Proposer):
         self._unseen_features = [[] for _ in counts]
 
     def _grow(self, config: EagleProposerConfig, noise: PositionNoise | None) -> GrowingTree:
-        """Draft level after level from the likeliest nodes; tokens are the target's."""
+        """Draft level by level from the most likely nodes; tokens are the target's ids."""
         branches = min(config.branches, self.heads.config.draft_vocab_size)
         assert self._hidden is not None
         device = self._hidden.device
@@ -267,7 +267,7 @@ class EagleProposer(Proposer):
     def _draw(
         self, roots: Int[Tensor, " batch"], config: EagleProposerConfig, sampler: DraftSampler
     ) -> Draft:
-        """Draw the children of one level of a static tree after another."""
+        """Draw the children in a static tree, level by level."""
         paths = config.paths or drawn_paths(
             width=config.width,
             branches=min(config.branches, self.heads.config.draft_vocab_size),
@@ -295,7 +295,7 @@ class EagleProposer(Proposer):
             run.below(tree.expanded_tokens, tree.expanded_parents)
 
     def _start(self, widths: list[int]) -> LevelRun:
-        """Return a run of the heads from the roots down levels of these widths."""
+        """Return a run of the heads from the roots, over levels of these widths."""
         assert self._cache is not None
         assert self._hidden is not None
         return LevelRun(
@@ -356,7 +356,7 @@ class EagleProposer(Proposer):
     def _spread(
         self, logits: Float[Tensor, "batch nodes draft_vocab"]
     ) -> Float[Tensor, "batch nodes vocab"]:
-        """Return logits over the target's tokens; others get next to no probability."""
+        """Return logits over the target's tokens; absent ones get almost no probability."""
         columns = self.heads.draft_columns
         if columns is None:
             return logits

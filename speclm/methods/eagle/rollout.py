@@ -1,4 +1,4 @@
-"""Runs EAGLE heads over whole texts as decoding runs them, step after step."""
+"""Run EAGLE heads over whole texts in training, step by step as in decoding."""
 
 from collections.abc import Callable, Iterator
 
@@ -18,14 +18,14 @@ def roll_out(
     num_steps: int,
     embedding: Callable[[Tensor], Tensor],
 ) -> Iterator[Float[Tensor, "batch sources hidden"]]:
-    """Yield the output of one step after another, with gradients.
+    """Yield the output of each step, with gradients.
 
     Args:
         heads: The heads.
         features: The base's features of each token.
         tokens: Texts, padded on the right, of at least two tokens.
         sources: Positions to draft from: position t joins the features at t with token t + 1.
-        num_steps: Number of steps. Near the end of a text the last ones read tokens that do not
+        num_steps: Number of steps. Near the end of a text the last steps read tokens that do not
             exist; their outputs have no meaning.
         embedding: Looks up rows of the base's embedding matrix, as they are stored.
     """
@@ -59,7 +59,7 @@ class _StepCache:
         self._layers: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, /) -> tuple[Tensor, Tensor]:
-        """Add those of a step, and return all."""
+        """Add the keys and values of a step, and return all."""
         parts = self._layers.setdefault(layer_idx, ([], []))
         for part, new in zip(parts, (keys, values), strict=True):
             part.append(new)

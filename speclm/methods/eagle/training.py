@@ -1,4 +1,4 @@
-"""EAGLE heads to start a training from: new ones, their draft vocabulary, or saved ones."""
+"""Create EAGLE heads for training: new ones, their draft vocabulary, or saved ones."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -40,13 +40,13 @@ def new_eagle_heads(
             `choose_columns`; None for all.
         feature_layers: Hidden states that EAGLE-3 reads; None for the usual ones.
         num_layers: Decoder layers of the heads.
-        seed: Of the random weights.
+        seed: Seed of the random weights.
 
     Raises:
-        OptionError: If the base has too few layers for the usual hidden states, or a number is out
+        OptionError: If the base has too few layers for the usual hidden states, or a value is out
             of range.
-        UnsupportedModelError: If the heads get a copy of the base's output matrix, which is
-            quantised or offloaded.
+        UnsupportedModelError: If the base's output matrix has to be copied and is quantised or
+            offloaded.
     """
     config = EagleConfig.from_model_config(
         base.config,
@@ -68,9 +68,9 @@ def new_eagle_heads(
 def load_eagle_heads(
     base: PreTrainedModel, heads: str | Path, *, revision: str | None = None
 ) -> EagleHeads:
-    """Return saved heads to go on training, in float32 and on the base's device.
+    """Load saved heads for further training, in float32 and on the base's device.
 
-    They keep their numbers and their draft vocabulary. Matrices that are copies of the base's are
+    They keep their sizes and their draft vocabulary. Matrices that are copies of the base's are
     dropped.
 
     Args:
@@ -79,7 +79,7 @@ def load_eagle_heads(
         revision: Branch, tag or commit on the hub; None for the main branch.
 
     Raises:
-        OptionError: If they are no EAGLE heads, or have another width than the base.
+        OptionError: If they are not EAGLE heads, or have another width than the base.
         VocabularyMismatchError: If they were made for another vocabulary.
         CheckpointError: If they are damaged or incomplete.
     """
@@ -97,7 +97,7 @@ def load_eagle_heads(
 
 
 def count_tokens(dataset: Iterable[Example], *, vocab_size: int) -> Int[Tensor, " vocab"]:
-    """Count how often each token occurs among those that the assistant wrote.
+    """Count each token among those that the assistant wrote.
 
     Args:
         dataset: The training set.
@@ -122,7 +122,7 @@ def count_tokens(dataset: Iterable[Example], *, vocab_size: int) -> Int[Tensor, 
 def choose_columns(counts: Int[Tensor, " vocab"], size: int) -> Int[Tensor, " draft_vocab"]:
     """Return the `size` most frequent tokens in the order of their ids.
 
-    If fewer tokens occur, those with the lowest ids fill up.
+    If fewer tokens occur, those with the lowest ids are added.
 
     Args:
         counts: Result of `count_tokens`.

@@ -1,1 +1,1 @@
-"""Medusa: heads that each draft one of the next tokens from one hidden state."""
+"""Medusa: heads that each draft one later token from one hidden state."""

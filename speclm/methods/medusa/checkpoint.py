@@ -1,4 +1,4 @@
-"""Reads Medusa heads in every published layout, and writes them in one."""
+"""Read Medusa heads in every published layout, and write them in one layout."""
 
 import logging
 import re
@@ -43,18 +43,18 @@ _PREFIX = re.compile(r"medusa_heads?\.")
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MedusaCheckpoint:
-    """Medusa heads as numbers and stacked tensors.
+    """Medusa heads as stacked tensors.
 
     The tensors have the names and shapes of the state dict of `MedusaHeads`.
 
     Args:
         weight: Matrix of each residual layer.
-        bias: Its bias; None where the layers have none.
-        lm_weight: Output matrix of each head; None where the target's is used.
+        bias: Bias of each residual layer; None if the layers have none.
+        lm_weight: Output matrix of each head; None if the target's is used.
         vocab_size: Width of the logits; None if neither a tensor nor the config shows it.
         base_name_or_path: The model that the heads were trained on, if known.
-        choices: Tree that was stored with the heads.
-        is_merged: Whether they were among the weights of a whole model trained with them.
+        choices: Static tree that was stored with the heads.
+        is_merged: Whether they were part of a whole model that was trained with them.
     """
 
     weight: Float[Tensor, "layers heads hidden hidden"]
@@ -112,7 +112,7 @@ class _Keys:
 
     @classmethod
     def of(cls, source: WeightFiles, keys: list[str]) -> Self:
-        """Sort keys into parts; refuse unknown ones and two for one part."""
+        """Sort keys by part; reject unknown keys and two keys for one part."""
         parts = cls({}, {}, {})
         lm_layers: dict[int, int] = {}
         for key in keys:
@@ -149,7 +149,7 @@ class _Keys:
 
 
 def find_medusa(folder: Path) -> WeightFiles | None:
-    """Return the weights of a folder that hold Medusa heads, judged by their keys only.
+    """Return the weight files of Medusa heads in a folder, recognised by their keys only.
 
     Raises:
         CheckpointError: If a file that has to be opened cannot be read.
@@ -164,9 +164,9 @@ def read_medusa(folder: str | Path) -> MedusaCheckpoint:
 
     Known layouts are those of FasterDecoding's Medusa (with and without output matrices, pickled
     or not), of models merged with their heads (in safetensors or ``pytorch_model.bin``, in one
-    file or shards), of TGI, of vLLM up to 0.32, and our own. Published configs name wrong numbers
-    of heads and layers: these, the biases and the dtype come from the tensors. Pickles are read
-    without running code.
+    file or shards), of TGI, of vLLM up to 0.32, and our own. Numbers of heads and layers, biases
+    and dtype are read from the tensors, because published configs are wrong about them. Pickles
+    are read without running code.
 
     Raises:
         CheckpointError: If there are none, or a tensor is missing, unknown or does not fit.
@@ -222,7 +222,7 @@ def _read(folder: Path) -> MedusaCheckpoint:
 
 
 def _head_keys(source: WeightFiles) -> list[str]:
-    """Return the keys that have to be parts of heads: all but those of a merged model itself."""
+    """Return the keys that must be parts of heads: all except those of a merged model itself."""
     prefixed = [key for key in source.files if _PREFIX.match(key)]
     if prefixed:
         return sorted(prefixed)
@@ -246,7 +246,7 @@ def _stack(
     layout: str,
     num_axes: int,
 ) -> Tensor:
-    """Stack the tensors of one role, layers first, heads second."""
+    """Stack the tensors of one part, over layers, then heads."""
     (heads, layers), rows = numbers, []
     expected: torch.Size | None = None
     for layer in layers:
@@ -302,7 +302,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _compare_with_config(source: WeightFiles, config: dict[str, Any], parts: _Keys) -> None:
-    """Log the numbers of the config that differ from the tensors."""
+    """Log the values of the config that differ from the tensors."""
     found = {"medusa_num_heads": parts.num_heads, "medusa_num_layers": parts.num_layers}
     wrong = [
         f"{name} {shown(config[name])} (found {number})"
@@ -322,18 +322,17 @@ def write_medusa(
     """Write Medusa heads into a folder, next to whatever else it holds.
 
     TGI and vLLM up to 0.32 read them; heads without output matrices are read by TGI only, if they
-    have one layer. The files are written
-    to a temporary folder, read back and compared bit by bit; then they appear together, or replace
-    older ones.
+    have one layer. The files are written to a temporary folder, read back and compared bit by bit;
+    then they appear together and replace older ones.
 
     Args:
         folder: Created if it does not exist.
-        checkpoint: What to write.
-        card: Text of the model card; None leaves the card that is there.
+        checkpoint: The heads.
+        card: Text of the model card; None keeps an existing one.
 
     Raises:
-        CheckpointError: If the folder is a file or holds another model's config, or what was read
-            back is not what was written.
+        CheckpointError: If the folder is a file or holds another model's config, or the files read
+            back differently.
     """
     folder = Path(folder)
     require_writable(folder)
@@ -382,8 +381,8 @@ def _named_tensors(checkpoint: MedusaCheckpoint) -> dict[str, Tensor]:
 def _config(checkpoint: MedusaCheckpoint) -> dict[str, Any]:
     """Return the config that TGI and vLLM read.
 
-    No key `architectures` may be added, which would switch TGI's speculation off, nor one with
-    "num" and "heads" in it, which vLLM would take for the number of heads.
+    A key `architectures` would switch TGI's speculation off, and vLLM would take a key with "num"
+    and "heads" in it for the number of heads; neither may be added.
     """
     config: dict[str, Any] = {
         "medusa_num_heads": checkpoint.num_heads,

@@ -1,4 +1,4 @@
-"""Medusa as a method: what it recognises, and how its heads are loaded, saved and trained."""
+"""Medusa as a method: how its heads are recognised, loaded, saved and trained."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typing_extensions import override
 
 from speclm.cards import HeadsCard
-from speclm.config import MAX_DEPTH, require_count, require_in_range
+from speclm.config import MAX_DEPTH, require_count, require_in_range, require_options
 from speclm.errors import OptionError
-from speclm.methods.registry import HeadsSource, Method, Recipe, require_options
+from speclm.methods.registry import HeadsSource, Method, Recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
@@ -90,7 +90,7 @@ class MedusaRecipe(Recipe):
 
 
 class MedusaMethod(Method):
-    """Heads that each draft one of the tokens to come from one hidden state of the target."""
+    """Heads that each draft one later token from one hidden state of the target."""
 
     name = "medusa"
     summary = "heads on the target's last hidden state, one for each position ahead"

@@ -1,4 +1,4 @@
-"""Medusa heads: each drafts one of the tokens to come from one hidden state of the target."""
+"""Medusa heads: each drafts one later token from one hidden state of the target."""
 
 import math
 from collections.abc import Callable
@@ -15,12 +15,12 @@ from speclm.target import TargetView
 from speclm.tree.static import RankPaths
 
 MAX_HEADS = MAX_DEPTH
-"""Most heads: a tree is not deeper."""
+"""Maximum number of heads; a tree is not deeper."""
 
 
 @dataclass(frozen=True, slots=True)
 class MedusaHeadsConfig:
-    """The numbers that Medusa heads are built from.
+    """Sizes and switches that Medusa heads are built from.
 
     Args:
         hidden_size: Width of the target's hidden states.
@@ -32,7 +32,7 @@ class MedusaHeadsConfig:
         has_bias: Whether the residual layers have a bias.
 
     Raises:
-        OptionError: If a number is out of range.
+        OptionError: If a value is out of range.
     """
 
     hidden_size: int
@@ -49,10 +49,10 @@ class MedusaHeadsConfig:
 
 
 class MedusaHeads(nn.Module):
-    """A stack of residual layers for each head, all heads computed together.
+    """A stack of residual layers for each head; all heads are computed together.
 
-    Every layer maps x to ``x + SiLU(W x + b)``. Parameters are stacked over heads, so that a layer
-    is one batched product. New heads repeat their input: weights are zero.
+    Every layer maps x to ``x + SiLU(W x + b)``. Parameters are stacked over heads, so a layer is
+    one batched product. New heads return their input, because their weights are zero.
 
     Source: Cai et al. 2024 (Medusa), section 2.1.
     """
@@ -64,7 +64,7 @@ class MedusaHeads(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
     ) -> None:
-        """Allocate heads for the given numbers."""
+        """Allocate heads of the given sizes."""
         super().__init__()
         self.config = config
         layers, heads, hidden = config.num_layers, config.num_heads, config.hidden_size
@@ -78,7 +78,7 @@ class MedusaHeads(nn.Module):
 
     @property
     def num_heads(self) -> int:
-        """Tokens that can be drafted ahead."""
+        """Number of draft tokens ahead."""
         return self.config.num_heads
 
     @torch.no_grad()
@@ -88,12 +88,12 @@ class MedusaHeads(nn.Module):
         *,
         generator: torch.Generator | None = None,
     ) -> None:
-        """Start from heads that repeat the target's own prediction.
+        """Initialise the heads so that they repeat the target's own prediction.
 
         Args:
             lm_weight: The target's output matrix, copied to heads that have their own.
-            generator: Source of the small random weights of all layers but the last, which would
-                stay equal to each other if all started at zero.
+            generator: Source of the small random weights of all layers but the last; layers that
+                all start at zero would stay equal to each other.
         """
         if self.lm_weight is not None and lm_weight is not None:
             self.lm_weight.copy_(lm_weight.to(self.lm_weight).expand_as(self.lm_weight))
@@ -116,7 +116,7 @@ class MedusaHeads(nn.Module):
 
         Args:
             hidden: Hidden states of the target after its final norm.
-            lm_head: The target's map from hidden states to logits; called where the heads have no
+            lm_head: The target's map from hidden states to logits; called if the heads have no
                 output matrix of their own.
             num_heads: Heads to compute; None for all.
         """

@@ -1,4 +1,4 @@
-"""Drafts trees with Medusa heads, from the target's last hidden state."""
+"""Draft trees with Medusa heads, from the target's last hidden state."""
 
 import logging
 import math
@@ -37,10 +37,10 @@ from speclm.tree.topology import chain, trees_of
 _log = logging.getLogger("speclm")
 
 MAX_RANK = 8
-"""Most candidates of one head in a dynamic tree."""
+"""Maximum candidates of one head in a dynamic tree."""
 
 STATIC_TREE: RankPaths = ((0,), (1,), (0, 0), (0, 1), (0, 0, 0), (0, 0, 1), (0, 0, 0, 0))
-"""Used if a static tree is needed and none is given: to draw drafts, and in training."""
+"""Default static tree, for drawn drafts and in training."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +48,14 @@ class MedusaConfig(ProposerConfig):
     """Settings of `MedusaProposer`.
 
     Args:
-        depth: Most levels of a tree; as many heads are computed.
+        depth: Maximum levels of a tree; as many heads are computed.
         paths: Static tree as paths of ranks, see `speclm.tree.static`; None for trees that
             grow by probability in every round.
-        num_draft_tokens: Most nodes of a tree that grows by probability.
-        min_probability: Least estimated probability of acceptance at which a node is added to it
-            for a single row; more in a batch.
-        mixture: Numbers of the distribution that ranks candidates under sampling; None to estimate
-            them from what the target chooses.
+        num_draft_tokens: Maximum nodes of a tree that grows by probability.
+        min_probability: Minimum estimated acceptance probability of a node in a tree that grows,
+            for a single row; higher in a batch.
+        mixture: Parameters of the distribution that ranks candidates under sampling; None
+            estimates them from what the target chooses.
     """
 
     depth: int = 4
@@ -75,7 +75,7 @@ class MedusaProposer(Proposer):
     """Fills a tree with the best candidates of Medusa heads.
 
     Head i reads the hidden state from which the target chose the root, and predicts the token at
-    depth i + 1. It does not see the tokens between: all nodes of a depth share one distribution,
+    depth i + 1. It does not see the tokens in between: all nodes of a depth share one distribution,
     and the probability of a path is estimated as the product of its tokens' probabilities.
 
     Source: Cai et al. 2024 (Medusa).
@@ -100,10 +100,11 @@ class MedusaProposer(Proposer):
 
         Args:
             heads: Heads trained on the target, on its device.
-            target: The model that will verify; heads without an output matrix use its own.
+            target: The model that verifies; heads without an output matrix use its own.
             tree: Name of a preset, the number of children at each depth, or paths of ranks.
-                Levels beyond the heads are left out, with a log line. None for a dynamic tree.
-            num_draft_tokens: Most nodes; of a static tree the first by depth are kept.
+                Levels beyond the heads are dropped, with a log line. None for a dynamic tree.
+            num_draft_tokens: Maximum nodes; of a static tree the first nodes by depth are
+                kept.
             min_probability: See `MedusaConfig`.
             mixture: See `MedusaConfig`.
 
@@ -178,7 +179,7 @@ class MedusaProposer(Proposer):
         self._is_idle = accepted.num_tokens == 0
         if self._hidden is None:
             self._hidden = last.clone()
-        else:  # a row that was given nothing keeps its hidden state, as it keeps its root
+        else:  # a row without new tokens keeps its hidden state, as it keeps its root
             self._hidden = torch.where(self._is_idle[:, None], self._hidden, last)
 
     def _grow(
@@ -187,9 +188,9 @@ class MedusaProposer(Proposer):
         log_probs: Float[Tensor, "batch depth vocab"],
         config: MedusaConfig,
     ) -> Draft:
-        """Grow a dynamic tree of each row's likeliest paths, on the host."""
+        """Grow a dynamic tree of each row's most likely paths, on the host."""
         best = log_probs.topk(min(MAX_RANK, log_probs.shape[2]), dim=-1)
-        if self._is_idle is not None:  # nodes of a row that has ended would slow the others
+        if self._is_idle is not None:  # nodes of ended rows would slow the others
             best.values.masked_fill_(self._is_idle[:, None, None], float("-inf"))
         candidates, scores = best.indices.tolist(), best.values.tolist()  # [batch, depth, rank]
         num_rows = sum(row[0][0] > -math.inf for row in scores)
@@ -254,7 +255,7 @@ class MedusaProposer(Proposer):
 
 @lru_cache(maxsize=64)
 def _planned(config: MedusaConfig, plan: TreePlan | None, *, num_heads: int) -> MedusaConfig:
-    """Return the settings of the next drafts; what a plan leaves open is the config's."""
+    """Return the settings of the next drafts; a plan overrides those of the config."""
     if plan is None:
         return config
     if plan.paths is not None:
@@ -271,7 +272,7 @@ def _planned(config: MedusaConfig, plan: TreePlan | None, *, num_heads: int) -> 
 
 
 def _fitting(paths: RankPaths, heads: MedusaHeads, view: TargetView) -> RankPaths:
-    """Cut a tree at the depth of the heads, and refuse ranks beyond the vocabulary."""
+    """Cut a tree at the depth of the heads, and reject ranks beyond the vocabulary."""
     trimmed = trim_paths(paths, max_depth=heads.num_heads)
     if len(trimmed) < len(paths):
         _log.warning(

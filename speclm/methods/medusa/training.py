@@ -1,4 +1,4 @@
-"""Trains Medusa heads: what they learn, and new heads to start from."""
+"""Train Medusa heads: their objective, and new heads to start from."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -32,13 +32,13 @@ from speclm.tree.static import trim_paths
 
 @dataclass(frozen=True, slots=True)
 class MedusaObjective:
-    """What the heads are trained for.
+    """Settings of the loss.
 
     Args:
-        decay: Weight of a head's loss relative to that of the head before it; a round reaches
-            later draft tokens less often.
-        soft_weight: Share of the loss that is taken against the base's own distribution instead of
-            the token of the data; it costs no further forward of the base.
+        decay: Weight of a head's loss relative to that of the head before it; rounds reach later
+            draft tokens less often.
+        soft_weight: Share of the loss against the base's own distribution instead of the token of
+            the data; it costs no further forward of the base.
     """
 
     decay: float = 0.8
@@ -62,7 +62,7 @@ class MedusaTrainingModel(TrainingModel):
         Args:
             base: The target.
             heads: Heads to train, see `new_medusa_heads`.
-            objective: What they are trained for; None for the defaults.
+            objective: Settings of the loss; None for the defaults.
 
         Raises:
             UnsupportedModelError: If `base` is not a decoder-only language model.
@@ -75,7 +75,7 @@ class MedusaTrainingModel(TrainingModel):
 
     @override
     def new_meter(self) -> AcceptanceMeter:
-        # The same tree for all heads, whatever they will draft, so that estimates compare.
+        # The same tree for any number of heads, so that estimates can be compared.
         num_heads = self.heads.num_heads
         choices = trim_paths(STATIC_TREE, max_depth=num_heads)
         return AcceptanceMeter(choices, num_drafted=num_heads, name="head")
@@ -137,7 +137,7 @@ class MedusaTrainingModel(TrainingModel):
         Args:
             hidden: Hidden states of all positions.
             sources: Positions to draft from.
-            targets: What to draft there.
+            targets: Tokens to draft there.
         """
         device = self.heads.weight.device
         logits = self.heads(hidden[sources.to(hidden.device)].to(device), lm_head=self.lm_head)
@@ -158,9 +158,9 @@ class MedusaTrainingModel(TrainingModel):
         sources: Int[Tensor, " rows"],
         targets: Int[Tensor, "rows heads"],
     ) -> Float[Tensor, "rows heads vocab"]:
-        """Return the base's distribution of each target, from the hidden state before it."""
+        """Return the base's distribution at each target, from the hidden state before it."""
         ahead = 1 + torch.arange(targets.shape[1], device=sources.device)
-        # Without a target the position may not exist; any other will do.
+        # Without a target the position may not exist; any other position will do.
         positions = (sources[:, None] + ahead).where(targets != IGNORED, sources[:, None])
         needed, indices = torch.unique(positions.to(hidden.device), return_inverse=True)
         return self.view.head_logits(hidden[needed]).float().softmax(-1)[indices]
@@ -182,10 +182,10 @@ def new_medusa_heads(
         num_layers: Residual layers of each head.
         has_own_lm_head: Whether each head gets an output matrix of its own, which starts as a
             copy of the base's and is as large. Such heads draft better.
-        seed: Of the random weights of all layers but the first.
+        seed: Seed of the random weights of all layers but the first.
 
     Raises:
-        UnsupportedModelError: If the base's output matrix is to be copied, and is quantised or
+        UnsupportedModelError: If the base's output matrix has to be copied and is quantised or
             offloaded.
     """
     view = TargetView(base)

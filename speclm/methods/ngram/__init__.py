@@ -1,1 +1,1 @@
-"""Drafts what followed the same tokens before."""
+"""Drafts the tokens that followed the same tokens before."""

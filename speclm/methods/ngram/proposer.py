@@ -1,4 +1,4 @@
-"""Drafts without a model: copies what followed the same words before."""
+"""Draft without a model: copy what followed the same tokens before."""
 
 from speclm.config import MAX_DEPTH, require_count
 from speclm.drafting.growing import GrowthConfig, SourceProposer, TreeGrower
@@ -8,9 +8,9 @@ from speclm.methods.ngram.source import NgramSource
 class NgramProposer(SourceProposer):
     """Proposes what followed the longest n-gram that occurred before, in prompt or output.
 
-    A draft grows node by node, likeliest first, and every node looks its own n-gram up: a copy
-    goes on past the end of the text, branches where earlier occurrences differ, and ends where
-    another node is not worth its time. Needs no weights, and no sync with the device in a round.
+    A draft grows node by node, most likely first, and every node looks up its own n-gram. A copy
+    may therefore continue past the end of the text. It branches where earlier occurrences differ,
+    and ends when another node is not worth its time. Needs no weights, and no sync in a round.
 
     Args:
         num_draft_tokens: Most nodes of a draft; `GrowthConfig` describes it and `min_probability`.

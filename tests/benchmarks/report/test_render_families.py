@@ -27,7 +27,7 @@ def test_row_says_why_and_what_is_otherwise_elsewhere():
         ("5.23.0", "a", "chains"), ("5.23.0", "b", "chains"), ("5.17.0", "a", "regular generation")
     )
     table = render.render("chains", {}, records=known).splitlines()
-    assert table[0] == "| family | for example | why | otherwise in |"
+    assert table[0] == "| family | for example | why | differs in |"
     assert table[2:] == [
         "| `a` | Some 7B | why | 5.17.0: regular generation |",
         "| `b` | Some 7B | why | 5.17.0: unknown |",

@@ -166,7 +166,7 @@ def test_other_vocabularies_and_unknown_options_are_refused():
     target = shared_model(TREES)
     with pytest.raises(VocabularyMismatchError, match="vocabulary of 90"):
         ChainDraftProposer(build_model("bloom", vocab_size=90), target=target)
-    with pytest.raises(OptionError, match="no option 'width'"):
+    with pytest.raises(OptionError, match="unknown option 'width'"):
         ChainDraftProposer(build_model("bloom"), target=target, width=2)
     with pytest.raises(OptionError, match=r"min_confidence is 2\.0"):
         ChainDraftProposer(build_model("bloom"), target=target, min_confidence=2.0)

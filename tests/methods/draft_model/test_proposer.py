@@ -348,5 +348,7 @@ def test_options_of_the_wrong_type_are_named(name, monkeypatch):
 
 def test_unknown_option_is_named_with_the_known_ones():
     model = shared_model("llama")
-    with pytest.raises(OptionError, match=r"no option 'min_share', expected.*'min_confidence'"):
+    with pytest.raises(
+        OptionError, match=r"unknown option 'min_share', expected.*'min_confidence'"
+    ):
         DraftModelProposer(model, target=model, min_share=0.1)

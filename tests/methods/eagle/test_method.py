@@ -49,7 +49,7 @@ def test_card_of_eagle_1_leaves_out_what_is_not_known():
     assert "base model | not recorded" in text
     assert "None" not in text
     assert "| tokens drafted | all |" in text
-    assert "reads too, but for a bias" in text
+    assert "ignores a bias after the joined inputs" in text
 
 
 def test_training_options_that_contradict_are_refused():

@@ -106,7 +106,7 @@ def test_heads_of_other_models_and_unknown_options_are_refused():
         EagleProposer(heads, target=build_model("llama", num_hidden_layers=4, vocab_size=200))
     with pytest.raises(OptionError, match="features of width 40"):
         EagleProposer(heads, target=build_model("llama", num_hidden_layers=4, hidden_size=60))
-    with pytest.raises(OptionError, match="no option 'trees'"):
+    with pytest.raises(OptionError, match="unknown option 'trees'"):
         EagleProposer(heads, target=model, trees="auto")
     with pytest.raises(OptionError, match=r"feature_layers is .*expected at most 1"):
         EagleProposer(heads, target=build_model("llama"))
