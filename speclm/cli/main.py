@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "chat": (_options.ChatOptions, "chat"),
     "bench": (_options.BenchOptions, "bench"),
     "tune": (_options.TuneOptions, "tune"),
+    "index": (_options.IndexOptions, "index"),
     "verify": (_options.VerifyOptions, "verify"),
     "kernels": (_options.KernelsOptions, "machine"),
     "env": (_options.EnvOptions, "machine"),
