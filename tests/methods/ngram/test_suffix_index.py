@@ -88,6 +88,15 @@ def test_followers_of_many_occurrences_are_a_sample():
     assert found == [(2, 24), (3, 8)]
 
 
+def test_few_of_the_pairs_that_were_looked_up_are_kept(monkeypatch):
+    monkeypatch.setattr("speclm.methods.ngram.suffix_index._MAX_PAIRS", 3)
+    index = SuffixIndex.build([list(range(8))])
+    for _ in range(2):
+        found = [index.find([token, token + 1]) for token in range(8)]
+        assert [match is not None for match in found] == [True] * 7 + [False]
+    assert len(index._pairs) <= 3
+
+
 def test_an_index_of_nothing_finds_nothing():
     index = SuffixIndex.build([])
     assert len(index) == 0
@@ -101,9 +110,11 @@ def test_copies_find_the_same():
     assert pickle.loads(pickle.dumps(index)).find([1, 2]) == index.find([1, 2])
 
 
-@pytest.mark.parametrize("token", [-1, 2**31])
+@pytest.mark.parametrize("token", [-1, 2**24])
 def test_tokens_that_are_none_are_refused(token):
-    with pytest.raises(OptionError, match=rf"document 1 has the token {token}.*drop padding"):
+    with pytest.raises(
+        OptionError, match=rf"document 1 has the token {token}, expected .*drop padding"
+    ):
         SuffixIndex.build([[1], [2, token]])
 
 
