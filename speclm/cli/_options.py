@@ -212,6 +212,22 @@ class WarmOptions(ModelOptions):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class IndexOptions:
+    """Write an index over texts, which drafts what followed the same tokens there.
+
+    Of a conversation the assistant's turns are indexed, and of any other text all.
+    """
+
+    data: Annotated[
+        Path, typer.Option(help='JSON lines with "messages" or "text", - for standard input.')
+    ]
+    out: Annotated[Path, typer.Option(help="File to write.")]
+    base: Annotated[
+        str | None, typer.Option(help="Folder or hub id; by default the bundled model.")
+    ] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyOptions(ModelOptions):
     """Check that a model decodes the same tokens with drafts, and show how they are verified.
 

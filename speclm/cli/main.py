@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "bench": (_options.BenchOptions, "bench"),
     "tune": (_options.TuneOptions, "tune"),
     "warm": (_options.WarmOptions, "warm"),
+    "index": (_options.IndexOptions, "index"),
     "verify": (_options.VerifyOptions, "verify"),
     "kernels": (_options.KernelsOptions, "machine"),
     "env": (_options.EnvOptions, "machine"),

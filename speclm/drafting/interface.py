@@ -174,3 +174,7 @@ class Proposer(ABC):
         ``accepted.emitted[b]`` lists them on the host. The list is empty in a row that has ended or
         waits for slower rows; such a row keeps its root.
         """
+
+    def describe(self) -> str:
+        """Return one line about the proposer for reports."""
+        return f"{type(self).__name__}, {self.config}"

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -136,7 +137,7 @@ class Method(ABC):
 
     def describe(self, proposer: "Proposer") -> str:
         """Return one line about a proposer for reports."""
-        return f"{type(proposer).__name__}, {proposer.config}"
+        return proposer.describe()
 
     def require_writable(self, folder: Path) -> None:  # noqa: B027 - most have no files
         """Check that heads can be written into a folder without destroying anything.
@@ -187,13 +188,13 @@ class ProposerMethod(Method):
     def owns(self, proposer: "Proposer") -> bool:
         return isinstance(proposer, self._find_type())
 
-    @override
-    def describe(self, proposer: "Proposer") -> str:
-        from speclm.drafting.growing import SourceProposer
 
-        if isinstance(proposer, SourceProposer):
-            return proposer.describe()
-        return super().describe(proposer)
+def _lazily(folder: str, name: str) -> "Callable[[], type[Proposer]]":
+    def find() -> "type[Proposer]":
+        found: type[Proposer] = getattr(import_module(f"speclm.methods.{folder}.proposer"), name)
+        return found
+
+    return find
 
 
 @cache
@@ -202,28 +203,13 @@ def _built_in() -> tuple[Method, ...]:
     from speclm.methods.eagle.method import EagleMethod
     from speclm.methods.medusa.method import MedusaMethod
 
-    def ngram() -> "type[Proposer]":
-        from speclm.methods.ngram.proposer import NgramProposer
-
-        return NgramProposer
-
-    def recycling() -> "type[Proposer]":
-        from speclm.methods.recycling.proposer import RecyclingProposer
-
-        return RecyclingProposer
-
-    def lookup() -> "type[Proposer]":
-        from speclm.methods.lookup.proposer import LookupProposer
-
-        return LookupProposer
-
     joined = "n-grams joined with the target's remembered candidates; has no weights"
     remembered = "what the target thought likely after the same tokens before; has no weights"
     copies = "copies what followed the same words in prompt or output; has no weights"
     return (
-        ProposerMethod("lookup", lookup, summary=joined),
-        ProposerMethod("ngram", ngram, summary=copies),
-        ProposerMethod("recycling", recycling, summary=remembered),
+        ProposerMethod("lookup", _lazily("lookup", "LookupProposer"), summary=joined),
+        ProposerMethod("ngram", _lazily("ngram", "NgramProposer"), summary=copies),
+        ProposerMethod("recycling", _lazily("recycling", "RecyclingProposer"), summary=remembered),
         MedusaMethod(),
         EagleMethod(),
         DraftModelMethod(),
@@ -297,9 +283,7 @@ def method_of(proposer: "Proposer") -> Method | None:
 def describe_proposer(proposer: "Proposer") -> str:
     """Return one line about a proposer for reports."""
     method = method_of(proposer)
-    if method is None:  # built by the user
-        return f"{type(proposer).__name__}, {proposer.config}"
-    return method.describe(proposer)
+    return proposer.describe() if method is None else method.describe(proposer)
 
 
 def no_heads(proposer: object) -> OptionError:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from speclm import __version__
 from speclm.cli import app, main
 from speclm.cli._console import print_error, printable
-from speclm.cli._options import DemoOptions, HeadsOptions, ModelOptions
+from speclm.cli._options import DemoOptions, HeadsOptions, IndexOptions, ModelOptions
 from speclm.cli.main import COMMANDS
 from speclm.errors import OptionError
 
@@ -44,10 +44,12 @@ for command in ([], *([name] for name in COMMANDS)):
 def test_options_of_one_idea_are_spelled_alike():
     for options, _ in COMMANDS.values():
         names = {field.name for field in fields(options)}
-        assert not names & {"n", "nodes", "data", "prompts_file", "num"}
+        conversations = {"data"} if options is IndexOptions else set()  # answers included
+        assert not names & {"n", "nodes", "data", "prompts_file", "num"} - conversations
         for group in (ModelOptions, HeadsOptions):
             own = set(group.__annotations__)
-            assert not names & own or names >= own or options is DemoOptions
+            loads_no_base = options in (DemoOptions, IndexOptions)  # of the user's, or no weights
+            assert not names & own or names >= own or loads_no_base
 
 
 def test_unknown_commands_and_options_get_a_suggestion(run):
