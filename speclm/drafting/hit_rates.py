@@ -39,9 +39,11 @@ class HitRates:
         """What one more in the noise bucket adds to a code; bucket 0 is no noise."""
         self._settings: OrderedDict[Hashable, _Counts] = OrderedDict()
         self._counts = _Counts()
-        self._num_rounds = 0
-        self.known: dict[int, float] = {}
+
+    @property
+    def known(self) -> dict[int, float]:
         """Rates of the codes that were asked for since the last update."""
+        return self._counts.rates
 
     def begin(self, setting: Hashable) -> None:
         """Switch to the rates of a setting; the least recent of many settings is dropped."""
@@ -49,16 +51,15 @@ class HitRates:
         self._settings.move_to_end(setting)
         while len(self._settings) > _MAX_SETTINGS:
             self._settings.popitem(last=False)
-        self.known = {}
 
     def rate(self, code: int) -> float:
         """Return the probability that a candidate of this code is right."""
-        found = self.known.get(code)
+        found = self._counts.rates.get(code)
         if found is None:
             hits, seen = self._counts.codes.get(code, (0.0, 0.0))
             prior = self._prior(code)
             found = (hits + _CODE_WEIGHT * prior) / (seen + _CODE_WEIGHT)
-            self.known[code] = found
+            self._counts.rates[code] = found
         return found
 
     def count(self, code: int, *, is_hit: bool) -> None:
@@ -71,9 +72,9 @@ class HitRates:
 
     def end_round(self) -> None:
         """End a round; use the new rates if it is time."""
-        self._num_rounds += 1
-        if self._num_rounds % _ROUNDS_PER_UPDATE == 0:
-            self.known = {}
+        self._counts.num_rounds += 1
+        if self._counts.num_rounds % _ROUNDS_PER_UPDATE == 0:
+            self._counts.rates = {}
 
     def _keys(self, code: int) -> tuple[list[tuple[int, int]], int]:
         """Return the sources that suggest a candidate, their keys, and the noise bucket."""
@@ -100,9 +101,11 @@ class HitRates:
 
 
 class _Counts:
-    """Hits and candidates of one setting, by code and by key."""
+    """Hits and candidates of one setting, by code and by key, and the rates in use."""
 
     def __init__(self) -> None:
+        self.num_rounds = 0
+        self.rates: dict[int, float] = {}
         self.codes: dict[int, tuple[float, float]] = {}
         self.keys: dict[tuple[int, int, int], tuple[float, float]] = {}
 

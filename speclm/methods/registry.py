@@ -190,11 +190,8 @@ class ProposerMethod(Method):
 
 
 def _lazily(folder: str, name: str) -> "Callable[[], type[Proposer]]":
-    def find() -> "type[Proposer]":
-        found: type[Proposer] = getattr(import_module(f"speclm.methods.{folder}.proposer"), name)
-        return found
-
-    return find
+    module = f"speclm.methods.{folder}.proposer"
+    return lambda: getattr(import_module(module), name)
 
 
 @cache
@@ -278,12 +275,6 @@ def method_of(proposer: "Proposer") -> Method | None:
     """Return the method of a proposer; the newest if several claim it."""
     methods = reversed(registered_methods().values())
     return next((method for method in methods if method.owns(proposer)), None)
-
-
-def describe_proposer(proposer: "Proposer") -> str:
-    """Return one line about a proposer for reports."""
-    method = method_of(proposer)
-    return proposer.describe() if method is None else method.describe(proposer)
 
 
 def no_heads(proposer: object) -> OptionError:

@@ -4,13 +4,19 @@ from collections.abc import Callable
 
 from speclm.drafting.interface import Proposer
 from speclm.kernels import preferred
-from speclm.methods.registry import describe_proposer
+from speclm.methods.registry import method_of
 from speclm.self_check.verdict import SelfCheck
 from speclm.stats import SpeculationStats
 from speclm.target import TargetView
 from speclm.tree.plan import TreePlan
 
 _WIDTH = 12  # of the names at the start of the lines, as in `SpeculationStats`
+
+
+def describe_proposer(proposer: Proposer) -> str:
+    """Return one line about a proposer for reports."""
+    method = method_of(proposer)
+    return proposer.describe() if method is None else method.describe(proposer)
 
 
 def describe_tree_option(tree: TreePlan | str | None) -> str:

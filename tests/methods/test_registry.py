@@ -25,7 +25,6 @@ from speclm.methods.ngram.proposer import NgramProposer
 from speclm.methods.registry import (
     Method,
     Recipe,
-    describe_proposer,
     find_heads,
     heads_names,
     method_of,
@@ -33,6 +32,7 @@ from speclm.methods.registry import (
     register_proposer,
     registered_methods,
 )
+from speclm.model.report import describe_proposer
 from speclm.target import TargetView
 from speclm.training.acceptance_meter import AcceptanceMeter
 from speclm.training.arguments import training_arguments
@@ -255,7 +255,10 @@ def test_added_method_is_trained_through_its_recipe(toy, tmp_path):
 
 
 def test_registered_methods_are_named_and_described(toy):
-    assert [*registered_methods()] == ["ngram", "medusa", "eagle", "draft_model", "toy"]
+    assert [*registered_methods()] == [
+        *("lookup", "ngram", "recycling"),
+        *("medusa", "eagle", "draft_model", "toy"),
+    ]
     for name, method in registered_methods().items():
         assert method.name == name
         assert len(method.summary) > 20
@@ -272,7 +275,7 @@ def test_registered_class_is_available_by_name_and_may_be_replaced(toy):
     class Mine(NgramProposer):
         """Copies as I like it."""
 
-    assert heads_names() == ["mine", "ngram"]
+    assert heads_names() == ["lookup", "mine", "ngram", "recycling"]
     assert registered_methods()["mine"].summary == "Copies as I like it."
     base = shared_model("llama")
     spec = SpecModel.from_pretrained(base, "mine", heads_kwargs={"max_ngram": 3})

@@ -7,7 +7,15 @@ from transformers import PreTrainedModel
 from speclm.config import MAX_DEPTH, require_count
 from speclm.drafting.growing import GrowthConfig, SourceProposer, TreeGrower
 from speclm.drafting.interface import TargetNeeds
+from speclm.drafting.sources import CandidateSource
+from speclm.methods.ngram.corpus import (
+    MAX_HISTORY,
+    CorpusSource,
+    OutputHistory,
+    vocabulary_fingerprint,
+)
 from speclm.methods.ngram.source import NgramSource
+from speclm.methods.ngram.suffix_index import SuffixIndex
 from speclm.methods.recycling.memory import MAX_PAIRS
 from speclm.methods.recycling.source import RecyclingSource
 from speclm.target.logits import head_shape
@@ -25,14 +33,16 @@ class LookupProposer(SourceProposer):
         num_draft_tokens: Most nodes of a draft; `GrowthConfig` describes it and `min_probability`.
         min_probability: Least measured probability of acceptance at which a node is drafted for a
             single row; more in a batch.
-        max_ngram: Longest run of tokens that is looked up, in ``[1, 16]``.
         memory: ``"model"`` to keep the memory from call to call, ``"call"`` to clear it at each,
             or the path of a file to keep it from program to program.
         max_pairs: Most pairs of tokens to remember; 0 for single tokens only.
+        history: Most tokens of earlier outputs to draft from by the longest match; 0 for none.
+        corpus: File of texts to draft from in the same way, as ``speclm index`` writes it.
 
     Raises:
         OptionError: If an option is out of range.
-        CheckpointError: If the file is damaged, or the memory of another model.
+        CheckpointError: If a file is damaged, or the memory of another model.
+        VocabularyMismatchError: If the corpus is in tokens of another vocabulary.
     """
 
     remembers = True
@@ -43,17 +53,28 @@ class LookupProposer(SourceProposer):
         *,
         num_draft_tokens: int = 16,
         min_probability: float = 0.09,
-        max_ngram: int = 9,
         memory: str | Path = "model",
         max_pairs: int = MAX_PAIRS,
+        history: int = 0,
+        corpus: str | Path | None = None,
     ) -> None:
         require_count("num_draft_tokens", num_draft_tokens, low=1, high=MAX_DEPTH)
-        require_count("max_ngram", max_ngram, low=1, high=16)
         self.config = GrowthConfig(
             depth=num_draft_tokens,
             num_draft_tokens=num_draft_tokens,
             min_probability=min_probability,
         )
-        self.needs = TargetNeeds(vocab_size=head_shape(target)[0])
-        recycling = RecyclingSource(target, memory=memory, max_pairs=max_pairs)
-        self.grower = TreeGrower([NgramSource(max_ngram=max_ngram), recycling])
+        vocab_size = head_shape(target)[0]
+        self.needs = TargetNeeds(vocab_size=vocab_size)
+        sources: list[CandidateSource] = [
+            NgramSource(),
+            RecyclingSource(target, memory=memory, max_pairs=max_pairs),
+        ]
+        require_count("history", history, low=0, high=MAX_HISTORY)
+        if history:
+            sources.append(CorpusSource(history=OutputHistory(max_tokens=history)))
+        if corpus is not None:
+            fingerprint = vocabulary_fingerprint(target.config)
+            index = SuffixIndex.load(Path(corpus), vocab_size=vocab_size, fingerprint=fingerprint)
+            sources.append(CorpusSource(index))
+        self.grower = TreeGrower(sources)

@@ -16,9 +16,12 @@ from typing_extensions import override
 
 from speclm.config import require_count
 from speclm.drafting.interface import Prefill
-from speclm.drafting.sources import CandidateSource
+from speclm.drafting.sources import CandidateSource, NoiseRow
 from speclm.errors import OptionError
 from speclm.methods.ngram.suffix_index import MAX_MATCH, MIN_MATCH, Match, SuffixIndex, Tokens
+
+MAX_HISTORY = 1 << 24
+"""Most tokens of outputs that can be kept."""
 
 PROMPT_TAIL = 4
 """Tokens of the prompt that are indexed with an output: in a chat those of the template."""
@@ -37,7 +40,7 @@ class OutputHistory:
     """
 
     def __init__(self, *, max_tokens: int = 65_536) -> None:
-        require_count("max_tokens", max_tokens, low=0, high=1 << 24)
+        require_count("max_tokens", max_tokens, low=0, high=MAX_HISTORY)
         self.max_tokens = max_tokens
         self.clear()
 
@@ -105,6 +108,7 @@ _START_RATES = (
     (0.75, 0.80, 0.55, 0.20),
 )
 _ONLY, _AGREED, _FIRST, _LATER = range(4)
+_MAX_CANDIDATES = 3
 
 
 class CorpusSource(CandidateSource):
@@ -176,7 +180,7 @@ class CorpusSource(CandidateSource):
         return self._index.find_longest(context, longest=longest), context
 
     @override
-    def candidates(self, state: Any, *, limit: int) -> list[tuple[int, int]]:
+    def candidates(self, state: Any, noise: NoiseRow | None) -> list[tuple[int, int]]:
         match = state[0]
         if match is None:
             return []
@@ -186,7 +190,7 @@ class CorpusSource(CandidateSource):
             later = key + _LATER
             return [
                 (token, later if rank else key + _FIRST)
-                for rank, (token, _) in enumerate(found[:limit])
+                for rank, (token, _) in enumerate(found[:_MAX_CANDIDATES])
             ]
         return [(token, key + (_ONLY if count == 1 else _AGREED)) for token, count in found]
 

@@ -2,7 +2,7 @@
 
 from speclm.config import MAX_DEPTH, require_count
 from speclm.drafting.growing import GrowthConfig, SourceProposer, TreeGrower
-from speclm.methods.ngram.source import NgramSource
+from speclm.methods.ngram.source import MAX_NGRAM, NgramSource
 
 
 class NgramProposer(SourceProposer):
@@ -24,7 +24,11 @@ class NgramProposer(SourceProposer):
     """
 
     def __init__(
-        self, *, num_draft_tokens: int = 15, max_ngram: int = 9, min_probability: float = 0.09
+        self,
+        *,
+        num_draft_tokens: int = 15,
+        max_ngram: int = MAX_NGRAM,
+        min_probability: float = 0.09,
     ) -> None:
         require_count("num_draft_tokens", num_draft_tokens, low=1, high=MAX_DEPTH)
         require_count("max_ngram", max_ngram, low=1, high=16)

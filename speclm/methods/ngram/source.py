@@ -7,6 +7,9 @@ from typing_extensions import override
 from speclm.drafting.interface import Prefill
 from speclm.drafting.sources import CandidateSource, NoiseRow, State
 
+MAX_NGRAM = 9
+"""Longest n-gram that is looked up by default: longer matches are hardly likelier to go on."""
+
 MAX_FOLLOWERS = 8
 """Most tokens that are remembered after one n-gram: among more of them none is likely."""
 
@@ -117,7 +120,7 @@ class NgramSource(CandidateSource):
 
     start_rates = _RATES
 
-    def __init__(self, *, max_ngram: int) -> None:
+    def __init__(self, *, max_ngram: int = MAX_NGRAM) -> None:
         self._max_ngram = max_ngram
         self._rows: list[NgramIndex] = []
 

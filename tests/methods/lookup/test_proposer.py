@@ -38,7 +38,7 @@ def test_rules_of_proposers_are_kept():
 
 def test_options_out_of_range_are_named():
     base = shared_model("llama")
-    wrong = {"num_draft_tokens": 0, "min_probability": 0.0, "max_ngram": 17, "max_pairs": -1}
+    wrong = {"num_draft_tokens": 0, "min_probability": 0.0, "history": -1, "max_pairs": -1}
     for option, value in wrong.items():
         with pytest.raises(OptionError, match=f"{option} is {value}"):
             LookupProposer(base, **{option: value})

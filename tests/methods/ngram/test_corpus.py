@@ -77,30 +77,29 @@ class TestCorpusSource:
         source.begin(prefill([7, 1, 2], [9, 2]))
         state = source.root(0)
         for token in (3, 4, 5):
-            ((found, _),) = source.candidates(state, limit=4)
+            ((found, _),) = source.candidates(state, None)
             assert found == token
             state = source.advance(state, token)
-        assert source.candidates(state, limit=4) == []
+        assert source.candidates(state, None) == []
         state = source.advance(source.root(1), 3)
-        assert [token for token, _ in source.candidates(state, limit=4)] == [6]
+        assert [token for token, _ in source.candidates(state, None)] == [6]
 
     def test_a_token_that_did_not_follow_leaves_a_shorter_match(self):
         source = CorpusSource(SuffixIndex.build([[1, 2, 3], [2, 4, 5], [4, 6, 8]]))
         source.begin(prefill([1, 2]))
         state = source.advance(source.root(0), 4)
-        assert [token for token, _ in source.candidates(state, limit=4)] == [5]
+        assert [token for token, _ in source.candidates(state, None)] == [5]
         state = source.advance(state, 7)
-        assert source.candidates(state, limit=4) == []
+        assert source.candidates(state, None) == []
         state = source.advance(source.advance(state, 4), 6)
-        assert [token for token, _ in source.candidates(state, limit=4)] == [8]
+        assert [token for token, _ in source.candidates(state, None)] == [8]
 
     def test_keys_are_of_match_length_and_agreement(self):
         text = [[1, 2, 3], [5, 6, 7], [5, 6, 7], [8, 9, 4], [8, 9, 4], [8, 9, 3]]
         source = CorpusSource(SuffixIndex.build([*text, list(range(20, 40))]))
         source.begin(prefill([1, 2], [5, 6], [8, 9], [20, 21, 22], list(range(20, 29))))
-        found = [source.candidates(source.root(row), limit=4) for row in range(5)]
+        found = [source.candidates(source.root(row), None) for row in range(5)]
         assert found == [[(3, 0)], [(7, 1)], [(4, 2), (3, 3)], [(23, 4)], [(29, 12)]]
-        assert len(source.candidates(source.root(2), limit=1)) == 1
         assert len(source.start_rates) == 16
         assert all(0 < rate < 1 for rate in source.start_rates)
 
@@ -139,8 +138,8 @@ class TestCorpusSource:
         assert history.num_tokens == 7
         history.append([0, 0, 0])
         source.begin(prefill([5, 6], [2, 3]))
-        assert source.candidates(source.root(0), limit=4) == [(7, 0)]
-        assert source.candidates(source.root(1), limit=4) == []
+        assert source.candidates(source.root(0), None) == [(7, 0)]
+        assert source.candidates(source.root(1), None) == []
 
     def test_exactly_one_index_is_needed(self):
         for options in ({}, {"corpus": SuffixIndex.build([]), "history": OutputHistory()}):

@@ -55,8 +55,6 @@ def test_it_copies_what_followed_the_prompt_before():
     draft = propose(proposer, 2)
     assert draft.tokens.tolist() == [[2, 3, 4, 5]]
     assert draft.topology.depths.tolist() == [[0, 1, 2, 3]]
-    probs = draft.node_probs[0][1:]
-    assert probs == sorted(probs)  # the match grows longer
 
 
 def test_root_alone_where_nothing_matches():
@@ -82,7 +80,7 @@ def test_longest_match_wins_over_a_more_recent_shorter_one():
 
 
 def test_continuations_of_distinct_matches_become_branches():
-    proposer = NgramProposer()
+    proposer = NgramProposer(min_probability=0.05)
     begin(proposer, [7, 1, 2, 8, 1, 3, 9], firsts=[1])
     assert {path[0] for path in paths(propose(proposer, 1))} == {2, 3}
 
