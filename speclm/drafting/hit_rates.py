@@ -64,17 +64,20 @@ class HitRates:
 
     def count(self, code: int, *, is_hit: bool) -> None:
         """Count a candidate of which it is known whether it was right."""
-        counts = self._counts
-        counts.add(counts.codes, code, is_hit=is_hit)
-        keys, noise = self._keys(code)
-        for source, key in keys:
-            counts.add(counts.keys, (source, key, noise), is_hit=is_hit)
+        self._counts.pending.append((code, is_hit))
 
     def end_round(self) -> None:
         """End a round; use the new rates if it is time."""
-        self._counts.num_rounds += 1
-        if self._counts.num_rounds % _ROUNDS_PER_UPDATE == 0:
-            self._counts.rates = {}
+        counts = self._counts
+        counts.num_rounds += 1
+        if counts.num_rounds % _ROUNDS_PER_UPDATE:
+            return
+        for code, is_hit in counts.pending:
+            counts.add(counts.codes, code, is_hit=is_hit)
+            keys, noise = self._keys(code)
+            for source, key in keys:
+                counts.add(counts.keys, (source, key, noise), is_hit=is_hit)
+        counts.pending, counts.rates = [], {}
 
     def _keys(self, code: int) -> tuple[list[tuple[int, int]], int]:
         """Return the sources that suggest a candidate, their keys, and the noise bucket."""
@@ -105,6 +108,7 @@ class _Counts:
 
     def __init__(self) -> None:
         self.num_rounds = 0
+        self.pending: list[tuple[int, bool]] = []  # since the last update
         self.rates: dict[int, float] = {}
         self.codes: dict[int, tuple[float, float]] = {}
         self.keys: dict[tuple[int, int, int], tuple[float, float]] = {}
