@@ -2,6 +2,7 @@
 
 import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -68,11 +69,19 @@ class RecyclingSource(CandidateSource):
                 max_pairs=max_pairs,
             )
             self.memory = self._file.memory
-            weakref.finalize(self, self._file.save)  # also when the program ends
+            self._save_at_end()
         self.num_observed = self.memory.num_candidates
         self._clears = memory == "call"
         self._temperature = 0.0
         self._last: list[tuple[int, int]] = []
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._save_at_end()
+
+    def _save_at_end(self) -> None:
+        if self._file is not None:
+            weakref.finalize(self, self._file.save)  # also when the program ends
 
     @override
     def begin(self, prompt: Prefill) -> None:
@@ -118,10 +127,9 @@ class RecyclingSource(CandidateSource):
         self, ids: list[int], log_probs: list[float], noise: NoiseRow
     ) -> tuple[list[int], list[float]]:
         """Rank candidates by the noise that decides among them; return probabilities to be best."""
-        keys = np.array(log_probs, dtype=np.float32) / self._temperature
-        keys -= np.log(noise[ids])
-        weights = np.exp(keys - keys.max())
-        coupled = np.log(weights / weights.sum())
+        keys = np.array(log_probs) / self._temperature - np.log(noise[ids])
+        keys -= keys.max()
+        coupled = keys - np.log(np.exp(keys).sum())
         order = np.argsort(-coupled)
         return [ids[i] for i in order], coupled[order].tolist()
 
