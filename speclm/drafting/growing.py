@@ -271,9 +271,9 @@ class TreeGrower:
             first, second, third = NOISE_BOUNDS
             stride = self._rates.noise_stride
             for token in offered:
-                drawn = noise[token]
+                drawn = noise.item(token)
                 bucket = 1 + (drawn >= first) + (drawn >= second) + (drawn >= third)
-                offered[token] += stride * int(bucket)
+                offered[token] += stride * bucket
         tree.offered[node] = offered
         return offered
 
