@@ -112,13 +112,12 @@ def from_parents(parents: Sequence[Sequence[int]], *, device: torch.device) -> T
             line += [-1] * (length - len(path))
         flat.append(line)
     # One tensor, so that a device is sent to once.
-    sizes = [num_nodes, num_nodes, num_nodes * count, num_nodes * length]
-    all_parents, depths, words, paths = torch.tensor(flat, device=device, dtype=torch.long).split(
-        sizes, dim=1
-    )
+    values = torch.tensor(flat, device=device, dtype=torch.long)
+    path_start = (2 + count) * num_nodes
+    words, paths = values[:, 2 * num_nodes : path_start], values[:, path_start:]
     return TreeTopology(
-        parents=all_parents,
-        depths=depths,
+        parents=values[:, :num_nodes],
+        depths=values[:, num_nodes : 2 * num_nodes],
         ancestor_words=words.unflatten(1, (num_nodes, count)),
         path_indices=paths.unflatten(1, (num_nodes, length)),
         max_depth=max_depth,
