@@ -118,8 +118,8 @@ def from_parents(parents: Sequence[Sequence[int]], *, device: torch.device) -> T
     return TreeTopology(
         parents=values[:, :num_nodes],
         depths=values[:, num_nodes : 2 * num_nodes],
-        ancestor_words=words.unflatten(1, (num_nodes, count)),
-        path_indices=paths.unflatten(1, (num_nodes, length)),
+        ancestor_words=words.reshape(-1, num_nodes, count),
+        path_indices=paths.reshape(-1, num_nodes, length),
         max_depth=max_depth,
         host_parents=[row.parents for row in rows],
         host_node_depths=[row.depths for row in rows],

@@ -4,6 +4,7 @@ import logging
 import os
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 from speclm.errors import SpeclmError
 from speclm.methods.recycling.memory import CandidateMemory
@@ -43,6 +44,10 @@ class MemoryFile:
             self.memory = CandidateMemory(vocab_size=vocab_size, max_pairs=max_pairs)
         else:
             self.memory = self._load(vocab_size, max_pairs)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy may have come from another program, whose clock starts elsewhere.
+        vars(self).update(state, _process=os.getpid(), _saved_at=monotonic())
 
     def save_if_due(self) -> None:
         """Write the memory if it has changed and was not written in the last minute."""

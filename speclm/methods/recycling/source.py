@@ -4,6 +4,7 @@ import weakref
 from bisect import bisect_left
 from math import exp, log
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -23,6 +24,7 @@ _BOUNDS = (0.9, 0.65, 0.4, 0.2, 0.08)
 _NEGATED_BOUNDS = tuple(-log(bound) for bound in _BOUNDS)
 _LEAST_LOG_PROB = log(0.004)
 _NUM_BUCKETS = len(_BOUNDS) + 1
+_LEAST_TEMPERATURE = 1e-6
 _LEAST_NOISE = 1e-30  # half-precision noise may be 0
 _NUM_RANKS = 4  # further ranks share the last
 _BUCKET_RATES = (0.9, 0.7, 0.45, 0.25, 0.1, 0.03)
@@ -73,11 +75,19 @@ class RecyclingSource(CandidateSource):
                 max_pairs=max_pairs,
             )
             self.memory = self._file.memory
-            weakref.finalize(self, self._file.save)  # also when the program ends
+            self._save_at_end()
         self.num_observed = self.memory.num_candidates
         self._clears = memory == "call"
         self._temperature = 0.0
         self._last: list[tuple[int, int]] = []
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._save_at_end()
+
+    def _save_at_end(self) -> None:
+        if self._file is not None:
+            weakref.finalize(self, self._file.save)  # also when the program ends
 
     @override
     def begin(self, prompt: Prefill) -> None:
@@ -123,7 +133,7 @@ class RecyclingSource(CandidateSource):
         self, ids: list[int], log_probs: list[float], noise: NoiseRow
     ) -> tuple[list[int], list[float]]:
         """Rank candidates by the noise that decides among them; return probabilities to be best."""
-        scale = 1 / self._temperature
+        scale = 1 / max(self._temperature, _LEAST_TEMPERATURE)
         keys = [
             log_prob * scale - log(max(noise.item(token), _LEAST_NOISE))
             for token, log_prob in zip(ids, log_probs, strict=True)
