@@ -88,7 +88,7 @@ def load(options: ModelOptions) -> Loaded:
 def load_with_heads(options: HeadsOptions) -> Loaded:
     """Load the base model, its tokenizer and its proposer.
 
-    The default of ``--heads`` is the bundled draft model for the bundled base, and ``"ngram"`` for
+    The default of ``--heads`` is the bundled draft model for the bundled base, and ``"lookup"`` for
     any other base.
 
     Raises:
@@ -98,7 +98,7 @@ def load_with_heads(options: HeadsOptions) -> Loaded:
     for module in options.imports or ():
         import_module("--import", module)
     is_bundled = options.base is None
-    heads = options.heads or ("draft" if is_bundled else "ngram")
+    heads = options.heads or ("draft" if is_bundled else "lookup")
     parts = _parts(heads, is_bundled=is_bundled)
     loaded = load(options)
     found = [_own(part, loaded.base) if _is_own(part) else part for part in parts]

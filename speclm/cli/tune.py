@@ -42,7 +42,7 @@ def tune(options: TuneOptions) -> None:
     loaded, console = load_with_heads(options), Console()
     proposer = loaded.spec.proposer
     if proposer is None:
-        raise OptionError("--heads is 'none', expected a method; drop it, or pass ngram")
+        raise OptionError("--heads is 'none', expected a method; drop it, or pass lookup")
     if save is not None and not proposer.fills_static_trees:
         raise OptionError(
             f"--save has nothing to write: {type(proposer).__name__} does not rank its candidates; "

@@ -56,7 +56,7 @@ class SpecModel(KeepsCounters, Wrapper):
         from speclm import SpecModel
         from speclm.demo.bundle import assets
 
-        model = SpecModel.from_pretrained(assets()["base"], "ngram", dtype="float32")
+        model = SpecModel.from_pretrained(assets()["base"], dtype="float32")
         ```
     """
 
@@ -95,7 +95,7 @@ class SpecModel(KeepsCounters, Wrapper):
     def from_pretrained(
         cls,
         base: str | Path | nn.Module,
-        heads: Heads | list[Heads] | tuple[Heads, ...] | None = "ngram",
+        heads: Heads | list[Heads] | tuple[Heads, ...] | None = "lookup",
         *,
         heads_kwargs: dict[str, Any] | None = None,
         num_draft_tokens: int | None = None,
@@ -108,7 +108,8 @@ class SpecModel(KeepsCounters, Wrapper):
         Args:
             base: Folder, hub id or loaded model.
             heads: Name of a registered proposer, folder or hub id of heads or of a draft model, a
-                loaded draft model, a `Proposer`, or None. The drafts of a list of these are merged.
+                loaded draft model, a `Proposer`, or None for no drafts. The drafts of a list of
+                these are merged. By default ``"lookup"``, which needs no weights.
             heads_kwargs: For the hub: revision, token, cache_dir, subfolder, local_files_only and
                 force_download. For a draft model: arguments of its ``from_pretrained``, by default
                 the base's dtype and device. For heads and proposers: their options.
@@ -340,7 +341,7 @@ class SpecModel(KeepsCounters, Wrapper):
 
 def patch(
     base: nn.Module,
-    heads: Heads | list[Heads] | tuple[Heads, ...] | None = "ngram",
+    heads: Heads | list[Heads] | tuple[Heads, ...] | None = "lookup",
     *,
     heads_kwargs: dict[str, Any] | None = None,
     num_draft_tokens: int | None = None,
@@ -365,7 +366,7 @@ def patch(
         from transformers import AutoModelForCausalLM
 
         base = AutoModelForCausalLM.from_pretrained(assets()["base"], dtype="float32")
-        with speclm.patch(base, "ngram") as spec:
+        with speclm.patch(base) as spec:
             base.generate(max_new_tokens=8)
         print(spec.last_speculation.tau)
         ```

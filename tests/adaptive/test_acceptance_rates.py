@@ -13,6 +13,7 @@ from speclm.adaptive.acceptance_rates import (
     observing_paths,
     replay_rounds,
 )
+from speclm.drafting.combined import CombinedProposer
 from speclm.drafting.interface import Draft, Proposer
 from speclm.errors import OptionError
 from speclm.methods.draft_model.proposer import DraftModelProposer
@@ -91,8 +92,8 @@ def test_a_draft_model_that_is_the_target_is_always_right_first():
 
 
 def test_a_proposer_without_ranks_is_refused():
-    with pytest.raises(OptionError, match=r"NgramProposer does not rank.*auto"):
-        RankRecorder(NgramProposer())
+    with pytest.raises(OptionError, match=r"CombinedProposer does not rank.*auto"):
+        RankRecorder(CombinedProposer([NgramProposer()]))
 
 
 SHARES = st.lists(

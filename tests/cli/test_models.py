@@ -7,15 +7,15 @@ from speclm.cli._models import load, load_with_heads
 from speclm.cli._options import DraftOptions, HeadsOptions, ModelOptions
 from speclm.demo.bundle import assets
 from speclm.errors import OptionError, UnknownNameError
-from speclm.methods.ngram.proposer import NgramProposer
+from speclm.methods.lookup.proposer import LookupProposer
 from speclm.tree.plan import TreePlan
 
 
-def test_bundled_base_has_the_bundled_draft_model_and_others_have_ngrams():
+def test_bundled_base_has_the_bundled_draft_model_and_others_have_lookup():
     assert load(ModelOptions()).spec.proposer is None
     assert "Draft" in type(load_with_heads(HeadsOptions()).spec.proposer).__name__
     other = load_with_heads(HeadsOptions(base=str(assets()["base"]), dtype="float32"))
-    assert isinstance(other.spec.proposer, NgramProposer)
+    assert isinstance(other.spec.proposer, LookupProposer)
 
 
 def test_depth_size_and_tree_bound_the_drafts():

@@ -28,7 +28,8 @@ def test_tune_takes_batches_and_any_proposer(run, tmp_path):
     lines = [json.dumps({"messages": chat}) for chat in load_prompts("sql_tune", limit=2)]
     data.write_text("\n".join(lines))
 
-    result = run("tune", "--heads", "ngram", "--prompts", str(data), "--batch", "1,2", *QUICK)
+    joined = ("--heads", "ngram,draft")
+    result = run("tune", *joined, "--prompts", str(data), "--batch", "1,2", *QUICK)
 
     assert result.exit_code == 0
     assert "batch 1" in result.output
@@ -42,7 +43,7 @@ def test_tune_takes_batches_and_any_proposer(run, tmp_path):
         (("--save", "tree.txt"), r"--save.*\*\.json"),
         (("--heads", "none"), "--heads is 'none'"),
         (("--batch", "0"), "--batch has '0'"),
-        (("--heads", "ngram", "--save", "tree.json"), r"NgramProposer does not rank"),
+        (("--heads", "ngram,draft", "--save", "tree.json"), r"CombinedProposer does not rank"),
         (("--save", "no/such/tree.json"), r"--save is .* make .* first"),
     ],
 )

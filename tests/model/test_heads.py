@@ -20,6 +20,7 @@ from speclm.errors import (
     VocabularyMismatchError,
 )
 from speclm.methods.draft_model.proposer import DraftModelProposer
+from speclm.methods.lookup.proposer import LookupProposer
 from speclm.methods.medusa.checkpoint import read_medusa
 from speclm.methods.medusa.proposer import MedusaProposer
 from speclm.methods.ngram.proposer import NgramProposer
@@ -54,9 +55,9 @@ def load(heads, base, **settings):
 
 
 def test_registered_name_builds_its_proposer_with_the_options(base):
-    proposer = load("ngram", base, heads_kwargs={"max_ngram": 3}, num_draft_tokens=7)
+    proposer = load("ngram", base, heads_kwargs={"min_probability": 0.3}, num_draft_tokens=7)
     assert isinstance(proposer, NgramProposer)
-    assert proposer.config.max_ngram == 3
+    assert proposer.config.min_probability == 0.3
     assert proposer.config.num_draft_tokens == 7
 
 
@@ -197,8 +198,8 @@ def test_num_draft_tokens_bounds_a_round(base):
     assert len(spec.last_speculation.accepted_length_histogram) <= 3
 
 
-def test_ngram_is_the_default(base):
-    assert isinstance(SpecModel.from_pretrained(base).proposer, NgramProposer)
+def test_lookup_is_the_default(base):
+    assert isinstance(SpecModel.from_pretrained(base).proposer, LookupProposer)
 
 
 def test_arguments_beside_a_loaded_base_are_refused(base):

@@ -163,8 +163,8 @@ def test_descriptions_that_are_no_tree_are_refused(tmp_path):
 
 def test_a_static_tree_needs_a_proposer_that_ranks():
     inputs = prompts(5)
-    with pytest.raises(OptionError, match=r"NgramProposer.*cannot fill.*tree='auto'"):
-        generate(spec_of("ngram", [[]]), inputs, max_new_tokens=3, tree=[1, 1])
+    with pytest.raises(OptionError, match=r"CombinedProposer.*cannot fill.*tree='auto'"):
+        generate(spec_of("joined", [[]]), inputs, max_new_tokens=3, tree=[1, 1])
     with pytest.raises(OptionError, match="no proposer to fill it"):
         generate(spec_of("none", [[]]), inputs, max_new_tokens=3, tree=[1, 1])
     with pytest.raises(OptionError, match=r"rank 400.*vocabulary has 160"):
