@@ -14,6 +14,7 @@ from speclm.acceptance import (
     registered_acceptance_rules,
     resolve_acceptance_rule,
 )
+from speclm.acceptance.interface import TargetCandidates
 from speclm.errors import OptionError, UnknownNameError
 from speclm.sampling import DraftSampling, TokenChooser
 from speclm.tree.topology import chain
@@ -53,6 +54,7 @@ def test_a_rule_decides_on_what_the_target_has_read():
 
 
 CPU = torch.device("cpu")
+LOG_PROB_TOLERANCE = 1e-5  # float32, summed in another order
 
 
 @st.composite
@@ -102,6 +104,46 @@ def test_host_lists_and_tensors_agree_when_built_from_the_host(rows):
     again = Accepted(path=accepted.path, tokens=accepted.tokens)
     assert again.paths == accepted.paths == paths
     assert again.emitted == accepted.emitted == rows
+
+
+def test_candidates_are_the_likeliest_tokens_with_their_log_probabilities():
+    logits = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0))
+    found = TargetCandidates.best(logits, num=2)
+    ids, log_probs = found.on_host()
+    assert ids.tolist() == logits.argsort(-1, descending=True)[..., :2].tolist()
+    expected = logits.log_softmax(-1).gather(-1, found.ids)
+    assert torch.allclose(torch.from_numpy(log_probs), expected, atol=LOG_PROB_TOLERANCE)
+
+
+def test_of_a_vocabulary_smaller_than_the_number_asked_for_all_tokens_are_candidates():
+    assert TargetCandidates.best(torch.zeros(1, 2, 3), num=8).ids.shape == (1, 2, 3)
+
+
+def candidates(nodes=None, *, num_columns=4):
+    ids = torch.zeros(2, num_columns, 1, dtype=torch.long)
+    return TargetCandidates(ids, ids.float(), nodes)
+
+
+def test_candidates_of_a_whole_draft_are_those_of_its_nodes_without_padding():
+    assert candidates().nodes_of(0, num_nodes=3) == [0, 1, 2]
+    assert candidates(num_columns=1).nodes_of(0, num_nodes=3) == [0]  # a step without a draft
+
+
+def test_candidates_of_a_cut_draft_name_the_nodes_that_were_kept():
+    cut = candidates([[0, 2, 5], [0, 1]], num_columns=3)
+    assert cut.nodes_of(0, num_nodes=6) == [0, 2, 5]
+    assert cut.nodes_of(1, num_nodes=4) == [0, 1]
+    assert candidates([[0, 2, 5], [0, 1]], num_columns=1).nodes_of(0, num_nodes=6) == [0]
+
+
+def test_copies_keep_candidates_and_what_is_known_on_the_host():
+    known = Accepted.from_host([[0, 1], [0]], [[4, 5], [6]], device=CPU)
+    found = candidates()
+    with_both = known.with_candidates(found).with_path_features(torch.ones(2, 2, 3))
+    assert with_both.candidates is found
+    assert with_both.paths is known.paths
+    assert with_both.emitted is known.emitted
+    assert with_both.with_paths([[0], [0]]).candidates is found
 
 
 def test_round_that_emits_nothing_at_all():

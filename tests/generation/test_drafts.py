@@ -8,8 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from speclm import SpecModel
+from speclm.config import ProposerConfig
 from speclm.drafting.combined import CombinedProposer
-from speclm.drafting.interface import Draft
+from speclm.drafting.interface import Draft, Proposer
 from speclm.errors import DraftError
 from speclm.generation.drafts import (
     cut_to_plan,
@@ -23,6 +25,7 @@ from speclm.generation.drafts import (
 from speclm.methods.ngram.proposer import NgramProposer
 from speclm.tree.plan import TreePlan
 from speclm.tree.topology import chain, from_parents, path_products
+from tests.models import prompts, shared_model
 
 CPU = torch.device("cpu")
 TREE = [0, 0, 0, 2, 3]  # the longest path is 0, 2, 3, 4
@@ -198,3 +201,57 @@ def test_a_plan_is_handed_to_every_part_and_taken_back_after_an_error():
     assert part.plan is None
     with planned(None, TreePlan(2, 3)):
         pass
+
+
+class Observer(Proposer):
+    """Drafts one tree again and again, and keeps what the target thought likely in each text."""
+
+    config = ProposerConfig(depth=3)
+    num_observed = 2
+
+    def __init__(self):
+        self.seen = []  # the text up to a node, and the likeliest tokens after it
+
+    def begin(self, prompt):
+        last = prompt.first_tokens.tolist()
+        rows = zip(prompt.tokens.tolist(), prompt.num_padding.tolist(), last, strict=True)
+        self.texts = [[*row[padding:], token] for row, padding, token in rows]
+
+    def propose(self, roots, *, noise):
+        tree = draft_of([TREE], rows=len(roots))
+        return replace(tree, node_probs=[[1.0, 0.1, 0.5, 0.9, 0.9]] * len(roots))
+
+    def commit(self, accepted):
+        ids, _ = accepted.candidates.on_host()
+        for row, text in enumerate(self.texts):
+            if accepted.emitted[row]:
+                nodes = accepted.candidates.nodes_of(row, num_nodes=len(TREE))
+                for column, node in enumerate(nodes):
+                    text_there = (*text, *path_to(node))
+                    self.seen.append((text_there, ids[row, column].tolist()))
+            text += accepted.emitted[row]
+
+
+def path_to(node):
+    """Return the tokens on the path to a node of the observer's tree."""
+    return [] if node == 0 else [*path_to(TREE[node]), node + 10]
+
+
+@pytest.mark.parametrize(
+    ("family", "plan", "num_nodes"),
+    [
+        ("llama", None, 5),
+        ("llama", TreePlan(2, 2), 3),  # nodes 0, 2 and 3 are left
+        ("bloom", None, 4),  # a chain of nodes 0, 2, 3 and 4
+        ("bloom", TreePlan(2, 2), 3),
+    ],
+)
+def test_candidates_come_with_the_nodes_of_the_whole_draft(family, plan, num_nodes):
+    base, observer = shared_model(family), Observer()
+    inputs = prompts(5, 3)
+    SpecModel(base, observer, adaptive=False).generate(**inputs, max_new_tokens=9, tree=plan)
+    of_first_round = {text for text, _ in observer.seen if text[:5] == observer.seen[0][0][:5]}
+    assert len(of_first_round) >= num_nodes
+    for text, found in observer.seen[: 4 * num_nodes]:  # later nodes are beyond the end
+        logits = base(torch.tensor([text])).logits[0, -1]
+        assert found == logits.topk(2).indices.tolist()

@@ -11,6 +11,7 @@ from speclm.errors import OptionError, ProposerContractError
 from speclm.methods.medusa.network import MedusaHeads, MedusaHeadsConfig
 from speclm.methods.medusa.proposer import MedusaProposer
 from speclm.methods.ngram.proposer import NgramProposer
+from speclm.methods.recycling.proposer import RecyclingProposer
 from speclm.target.features import TargetFeatures
 from speclm.testing import ScriptedProposer, check_proposer
 from speclm.tree import TreeTopology, chain, from_parents
@@ -84,6 +85,29 @@ def test_honest_proposer_passes_with_other_sizes():
     check_proposer(
         lambda: NgramProposer(num_draft_tokens=1), vocab_size=3, temperature=1.0, max_length=32
     )
+
+
+class Forgetful(RecyclingProposer):
+    """Drafts by what it remembers, and does not say so."""
+
+    remembers = False
+
+
+def test_proposer_that_remembers_has_to_declare_it():
+    base = shared_model("llama")
+    check_proposer(lambda: RecyclingProposer(base), vocab_size=VOCAB_SIZE)
+    with pytest.raises(ProposerContractError, match="kept state between generations"):
+        check_proposer(lambda: Forgetful(base), vocab_size=VOCAB_SIZE)
+
+
+def test_drafts_of_a_proposer_that_remembers_are_checked():
+    class Spoilt(Planted):
+        remembers = True
+
+    def spoil(draft):
+        return replace(draft, tokens=draft.tokens + 1000)
+
+    refuses("tokens", lambda: Spoilt(RepeatProposer, spoil=spoil))
 
 
 def test_generators_of_the_caller_are_left_alone():
