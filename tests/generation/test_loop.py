@@ -20,6 +20,7 @@ from speclm.generation import loop
 from speclm.methods.draft_model.proposer import DraftModelProposer
 from speclm.methods.ngram.proposer import NgramProposer
 from speclm.testing import ScriptedProposer
+from tests.grids import turns
 from tests.models import (
     FAMILIES,
     VOCAB_SIZE,
@@ -103,16 +104,7 @@ def spec(request: pytest.FixtureRequest) -> SpecModel:
     return spec_model(request.node.callspec.params["family"])
 
 
-@pytest.mark.parametrize(
-    ("cell", "layout"),
-    [
-        (cell, layout)
-        for cell in CELLS
-        for layout in LAYOUTS
-        if layout != "one token" or cell in {"greedy", "default"}
-    ],
-)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("cell", "layout", "family"), turns(CELLS, LAYOUTS, FAMILIES))
 def test_scripted_draft_gives_the_tokens_of_plain_decoding_in_few_rounds(
     family, cell, layout, spec
 ):
@@ -125,10 +117,10 @@ def test_scripted_draft_gives_the_tokens_of_plain_decoding_in_few_rounds(
     require_speculation(spec, tokens=NEW_TOKENS, errors=len(WRONG_AT))
 
 
-@pytest.mark.parametrize("layout", ["one row", "padded rows"])
-@pytest.mark.parametrize("cell", ["greedy", "temperature and top-p"])
-@pytest.mark.parametrize("kind", PROPOSERS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("kind", "cell", "layout", "family"),
+    turns(PROPOSERS, ["greedy", "temperature and top-p"], ["one row", "padded rows"], FAMILIES),
+)
 def test_any_proposer_gives_the_tokens_of_plain_decoding(family, kind, cell, layout, spec):
     inputs = prompts(*LAYOUTS[layout])
     expected = plain(family, cell, layout)
@@ -138,9 +130,12 @@ def test_any_proposer_gives_the_tokens_of_plain_decoding(family, kind, cell, lay
     assert spec.last_speculation.fallbacks == []
 
 
-@pytest.mark.parametrize("layout", ["one row", "padded rows"])
-@pytest.mark.parametrize("cell", ["greedy", "temperature and top-p"])
-@pytest.mark.parametrize("kind", ["scripted", *PROPOSERS])
+@pytest.mark.parametrize(
+    ("kind", "cell", "layout"),
+    turns(
+        ["scripted", *PROPOSERS], ["greedy", "temperature and top-p"], ["one row", "padded rows"]
+    ),
+)
 def test_prompts_too_long_for_a_draft_give_the_tokens_of_plain_decoding(
     kind, cell, layout, monkeypatch
 ):
@@ -166,10 +161,10 @@ def test_prompts_too_long_for_a_draft_give_the_tokens_of_plain_decoding(
             assert num_first == [DEPTH + 1] * len(reference)
 
 
-@pytest.mark.parametrize("lengths", [(1,), (1, 4, 1)])
-@pytest.mark.parametrize("cell", ["greedy", "default"])
-@pytest.mark.parametrize("kind", ["scripted", *PROPOSERS])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("kind", "cell", "lengths", "family"),
+    turns(["scripted", *PROPOSERS], ["greedy", "default"], [(1,), (1, 4, 1)], FAMILIES),
+)
 def test_prompts_of_one_token_begin_with_any_proposer(family, kind, cell, lengths, spec):
     inputs = prompts(*lengths)
     settings = {**CELLS[cell], "max_new_tokens": 8}
@@ -184,8 +179,7 @@ def test_prompts_of_one_token_begin_with_any_proposer(family, kind, cell, length
     assert spec.last_speculation.fallbacks == []
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("seed", "family"), turns(range(4), FAMILIES))
 def test_adversarial_trees_over_many_seeds(family, seed, spec):
     inputs = prompts(3, 12, 7, seed=seed)
     settings = {"do_sample": True, "temperature": 0.9, "max_new_tokens": 40}
@@ -198,10 +192,9 @@ def test_adversarial_trees_over_many_seeds(family, seed, spec):
     assert spec.last_speculation.rounds < 39
 
 
-@pytest.mark.parametrize("at", [0, 1, 5, 6, 13])
-@pytest.mark.parametrize(("cell", "layout"), HALF)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_rows_end_at_an_eos_token_that_occurs_early(family, cell, at, layout, spec):
+@pytest.mark.parametrize(("at", "half", "family"), turns([0, 1, 5, 6, 13], HALF, FAMILIES))
+def test_rows_end_at_an_eos_token_that_occurs_early(at, half, family, spec):
+    cell, layout = half
     inputs = prompts(*LAYOUTS[layout])
     unbounded = new_tokens(plain(family, cell, layout)[0], inputs["input_ids"])
     eos = unbounded[-1][at]

@@ -37,7 +37,7 @@ def path_to(parents, node):
 
 
 @given(parent_rows())
-def test_every_field_agrees_with_paths_over_the_parents(rows):
+def test_fields_agree_with_paths_over_the_parents_and_host_views_with_fields(rows):
     topology = from_parents(rows, device=CPU)
     width = max(map(len, rows))
     assert topology.num_nodes == width
@@ -57,17 +57,7 @@ def test_every_field_agrees_with_paths_over_the_parents(rows):
             assert seen == (path or [node])
     assert topology.max_depth == max(depths)
     assert topology.path_indices.shape[2] == topology.max_depth + 1
-
-
-@given(parent_rows())
-def test_ancestor_mask_rows_sum_to_depth_plus_one(rows):
-    topology = from_parents(rows, device=CPU)
     assert torch.equal(topology.ancestor_mask.sum(2), topology.depths + 1)
-
-
-@given(parent_rows())
-def test_host_views_agree_with_the_tensors(rows):
-    topology = from_parents(rows, device=CPU)
     assert topology.host_parents == topology.parents.tolist()
     assert topology.host_node_depths == topology.depths.tolist()
     assert topology.host_sizes == (~topology.is_padding).sum(1).tolist()

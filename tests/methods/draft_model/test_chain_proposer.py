@@ -119,7 +119,11 @@ def prompt_of(tokens: Tensor) -> Prefill:
 @pytest.mark.parametrize("family", [HYBRID, ALIBI])
 def test_it_keeps_the_contract_of_proposers(family):
     draft, target = build_model(family, seed=1), shared_model(TREES)
-    check_proposer(lambda: ChainDraftProposer(draft, target=target, **FULL), vocab_size=VOCAB_SIZE)
+    check_proposer(
+        lambda: ChainDraftProposer(draft, target=target, **FULL),
+        vocab_size=VOCAB_SIZE,
+        max_length=32,
+    )
 
 
 def test_rejection_draws_a_chain_of_full_length():
