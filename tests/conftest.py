@@ -12,8 +12,9 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import is_dataclass
 from functools import wraps
-from inspect import isfunction
+from inspect import isclass, isfunction
 from typing import Any, Self
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
@@ -42,22 +43,31 @@ num_calls: Counter[Callable[..., Any]] = Counter()
 
 
 def check_first_calls(*, typechecker: Any, check: Any = jaxtyping.jaxtyped) -> Callable[[Any], Any]:
-    """Return the decorator that checks the shapes of a function's first calls in every test.
+    """Return a decorator that checks the shapes of a function's first calls in every test.
 
-    A check takes longer than most functions do, and what it finds is nearly always in these.
+    A check takes longer than most functions do, and finds most of what it finds in these. It is
+    made at the first call, as that takes milliseconds.
     """
 
     def decorate(function: Any) -> Any:
-        checked = check(function, typechecker=typechecker)
-        if not isfunction(function):
-            return checked
+        if isclass(function):
+            if is_dataclass(function) and isfunction(vars(function).get("__init__")):
+                function.__init__ = decorate(function.__init__)
+            return function
+        checked = None
 
         @wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
             __tracebackhide__ = True
+            nonlocal checked
             num_calls[function] += 1
-            is_checked = num_calls[function] <= CHECKED_CALLS or IS_DEEP
-            return (checked if is_checked else function)(*args, **kwargs)
+            if jaxtyping.config.jaxtyping_disable or (
+                num_calls[function] > CHECKED_CALLS and not IS_DEEP
+            ):
+                return function(*args, **kwargs)
+            if checked is None:
+                checked = check(function, typechecker=typechecker)
+            return checked(*args, **kwargs)
 
         return call
 

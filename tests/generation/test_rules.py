@@ -63,7 +63,7 @@ def test_ragged_batches_end_at_their_ends_and_are_padded_there_alone(kind, rule)
     spec = SpecModel(shared_model("llama"), drafter(kind))
     ends, unused = list(range(1, 24)), VOCAB_SIZE - 1
     inputs, lengths = prompts(9, 3, 6), set()
-    for seed in range(2):
+    for seed in range(1):
         output, _ = generate(
             spec,
             inputs,
