@@ -60,6 +60,8 @@ def check_first_calls(*, typechecker: Any, check: Any = jaxtyping.jaxtyped) -> C
         def call(*args: Any, **kwargs: Any) -> Any:
             __tracebackhide__ = True
             nonlocal checked
+            if torch.compiler.is_compiling():  # which cannot follow the checks
+                return function(*args, **kwargs)
             num_calls[function] += 1
             if jaxtyping.config.jaxtyping_disable or (
                 num_calls[function] > CHECKED_CALLS and not IS_DEEP
