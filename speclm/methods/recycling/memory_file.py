@@ -6,7 +6,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from speclm.errors import SpeclmError
+from speclm.errors import OptionError, SpeclmError
 from speclm.methods.recycling.memory import CandidateMemory
 
 _log = logging.getLogger("speclm")
@@ -33,7 +33,7 @@ class MemoryFile:
 
         Raises:
             CheckpointError: If the file is damaged, or the memory of another model.
-            OptionError: If `max_pairs` is out of range.
+            OptionError: If `max_pairs` is out of range, or no file can have that name.
         """
         self._path, self._fingerprint = path, fingerprint
         self._process = os.getpid()
@@ -81,4 +81,8 @@ def _version(path: Path) -> tuple[int, int] | None:
         found = path.stat()
     except OSError:
         return None
+    except ValueError as error:  # a null byte, or a character that no file name has
+        raise OptionError(
+            f"memory is {str(path)!r}, expected the path of a file ({error}); correct it"
+        ) from error
     return found.st_mtime_ns, found.st_ino
