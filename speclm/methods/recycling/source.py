@@ -98,8 +98,10 @@ class RecyclingSource(CandidateSource):
         self._temperature = prompt.temperature
         # Once per generation: the memory lives on the host.
         ends, firsts = prompt.tokens[:, -1:].tolist(), prompt.first_tokens.tolist()
+        is_alone = (prompt.num_padding >= prompt.tokens.shape[1]).tolist()
         self._last = [
-            (end[0] if end else -1, first) for end, first in zip(ends, firsts, strict=True)
+            (-1 if alone else end[0], first)
+            for end, first, alone in zip(ends, firsts, is_alone, strict=True)
         ]
 
     @override
