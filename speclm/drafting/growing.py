@@ -124,6 +124,7 @@ class TreeGrower:
         self._ends: frozenset[int] = frozenset()
         self._last: list[list[int]] = []  # the last two tokens of each row
         self._is_waiting: list[bool] = []
+        self._remaining: list[int] = []  # most tokens that each row may still emit
         self._trees: list[GrownTree] | None = None
         self._noise: PositionNoise | None = None
         self._noise_rows: dict[tuple[int, int], NoiseRow] = {}
@@ -142,6 +143,7 @@ class TreeGrower:
             for end, first, padding in zip(ends, firsts, paddings, strict=True)
         ]
         self._is_waiting = [False] * len(firsts)
+        self._remaining = [prompt.max_new_tokens] * len(firsts)
         self._trees = None
         for source in self.sources:
             source.begin(prompt)
@@ -184,6 +186,7 @@ class TreeGrower:
             for source in self.sources:
                 source.commit(row, emitted)
             self._last[row] = [*self._last[row], *emitted][-2:]
+            self._remaining[row] -= len(emitted)
         # A row that was given nothing has most likely ended: nodes for it would slow the others.
         self._is_waiting = [not emitted for emitted in accepted.emitted]
         self._trees = None
@@ -194,10 +197,12 @@ class TreeGrower:
 
     def _grow(self, row: int, config: GrowthConfig) -> GrownTree:
         tree = self._only_root(row)
-        if self._is_waiting[row]:
+        # Deeper nodes are not accepted, and what the target says after them is wrong.
+        depth = min(config.depth, self._remaining[row] - 1)
+        if self._is_waiting[row] or depth < 1:
             return tree
         if config.paths is not None:
-            self._fill(row, tree, config.paths)
+            self._fill(row, tree, [path for path in config.paths if len(path) <= depth])
             return tree
         tokens, depths = tree.tokens, tree.depths
         least, num_nodes = config.min_probability, config.num_draft_tokens
@@ -205,7 +210,7 @@ class TreeGrower:
         waiting: list[tuple[float, int, int, float, int]] = []
         node, reached, arrivals = 0, 1.0, 0
         while len(tokens) <= num_nodes:
-            if depths[node] < config.depth and (node == 0 or tokens[node] not in self._ends):
+            if depths[node] < depth and (node == 0 or tokens[node] not in self._ends):
                 for token, prob in self._rated(row, tree, node):
                     if reached * prob >= least:
                         arrivals += 1
@@ -217,7 +222,7 @@ class TreeGrower:
             self._add(tree, parent, token, prob)
         return tree
 
-    def _fill(self, row: int, tree: GrownTree, paths: RankPaths) -> None:
+    def _fill(self, row: int, tree: GrownTree, paths: Sequence[tuple[int, ...]]) -> None:
         """Fill a static tree by the ranks of the candidates' rates; leave out missing ranks."""
         nodes: dict[tuple[int, ...], int] = {(): 0}
         ranked: dict[int, list[tuple[int, float]]] = {}

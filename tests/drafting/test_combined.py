@@ -52,7 +52,7 @@ def begun(parts, num_rows: int = 1, **options) -> CombinedProposer:
             num_padding=rows,
             first_tokens=rows,
             temperature=0.0,
-            max_new_tokens=9,
+            max_new_tokens=999,
         )
     )
     return joined

@@ -55,7 +55,7 @@ def prefill(*firsts: int, ends=(), temperature: float = 0.0, prompt=None) -> Pre
         num_padding=torch.zeros(len(firsts), dtype=torch.long),
         first_tokens=torch.tensor(firsts),
         temperature=temperature,
-        max_new_tokens=99,
+        max_new_tokens=999,
         eos_token_ids=frozenset(ends),
     )
 
@@ -94,6 +94,21 @@ def test_nothing_grows_below_an_end_or_the_depth():
     assert (11,) in paths(draft)
     assert not any(len(path) > 1 and path[0] == 11 for path in paths(draft))
     assert max(map(len, paths(draft))) == 2
+
+
+def test_nothing_grows_beyond_the_last_token_that_a_row_may_emit():
+    grower = TreeGrower([Counting()])
+    grower.begin(replace(prefill(10, 20), max_new_tokens=4))
+    roots = torch.tensor([10, 20])
+    draft = grower.propose(roots, GREEDY, noise=None)
+    assert max(map(len, paths(draft))) == 3  # the bonus token needs no draft
+    grower.commit(Accepted.from_host([[0, 1], [0]], [[11, 12], [21]], device=CPU))
+    static = replace(GREEDY, paths=((0,), (0, 0), (0, 0, 0)))
+    for config in (GREEDY, static):
+        draft = grower.propose(roots + 1, config, noise=None)
+        assert [max(map(len, paths(draft, row))) for row in range(2)] == [1, 2]
+    grower.commit(Accepted.from_host([[0], [0, 1]], [[13], [22, 23]], device=CPU))
+    assert paths(grower.propose(roots + 2, GREEDY, noise=None)) == []
 
 
 def test_static_tree_is_filled_by_rank_as_far_as_there_are_candidates():

@@ -229,7 +229,7 @@ class Observer(Proposer):
                 for column, node in enumerate(nodes):
                     text_there = (*text, *path_to(node))
                     self.seen.append((text_there, ids[row, column].tolist()))
-            text += accepted.emitted[row]
+            text.extend(accepted.emitted[row])
 
 
 def path_to(node):
