@@ -75,7 +75,7 @@ class LookupProposer(SourceProposer):
         if history:
             sources.append(CorpusSource(history=OutputHistory(max_tokens=history)))
         if corpus is not None:
-            if not isinstance(corpus, str | Path):  # type: ignore[redundant-expr]
+            if not isinstance(corpus, str | Path):
                 raise OptionError(f"corpus is {corpus!r}, expected the path of a file; pass one")
             fingerprint = vocabulary_fingerprint(target.config)
             index = SuffixIndex.load(Path(corpus), vocab_size=vocab_size, fingerprint=fingerprint)

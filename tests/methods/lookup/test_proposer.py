@@ -84,7 +84,7 @@ def test_memory_file_is_written_when_a_model_with_lookup_is_dropped(tmp_path):
 @pytest.mark.parametrize("corpus", [3, ["corpus"], b"corpus"])
 def test_corpus_that_is_no_path_is_an_option_error(corpus, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users run it
-    with pytest.raises(OptionError, match="corpus is .*, expected the path of a file"):
+    with pytest.raises(OptionError, match=r"corpus is .*, expected the path of a file"):
         LookupProposer(shared_model("llama"), corpus=corpus)
 
 
