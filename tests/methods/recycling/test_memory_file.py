@@ -80,7 +80,7 @@ def test_foreign_file_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["a\0b", "a\ud800"])
 def test_path_that_no_file_can_have_is_an_option_error(name):
-    with pytest.raises(OptionError, match="expected the path of a file .*; correct it"):
+    with pytest.raises(OptionError, match=r"expected the path of a file .*; correct it"):
         MemoryFile(Path(name), **SIZES)
 
 
