@@ -10,8 +10,11 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import is_dataclass
+from functools import wraps
+from inspect import isclass, isfunction
 from typing import Any, Self
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
@@ -33,7 +36,49 @@ atexit.register(shutil.rmtree, os.environ["SPECLM_CACHE"], ignore_errors=True)
 # beartype knows what Self means where it decorates a class; the hook gives it only the methods.
 check_types = beartype(conf=BeartypeConf(hint_overrides=FrozenDict({Self: Any})))
 
+IS_DEEP = os.environ.get("HYPOTHESIS_PROFILE") == "deep"
+CHECKED_CASES = 1  # of a parametrised test
+CHECKED_CALLS = 30  # of a function in one test
+num_calls: Counter[Any] = Counter()  # by code, as functions may hold objects
+
+
+def check_first_calls(*, typechecker: Any, check: Any = jaxtyping.jaxtyped) -> Callable[[Any], Any]:
+    """Return a decorator that checks the shapes of a function's first calls in every test.
+
+    A check takes longer than most functions do, and finds most of what it finds in these. It is
+    made at the first call, as that takes milliseconds.
+    """
+
+    def decorate(function: Any) -> Any:
+        if isclass(function):
+            if is_dataclass(function) and isfunction(vars(function).get("__init__")):
+                function.__init__ = decorate(function.__init__)
+            return function
+        checked = None
+        key = getattr(function, "__code__", function)
+
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            __tracebackhide__ = True
+            nonlocal checked
+            if torch.compiler.is_compiling():  # which cannot follow the checks
+                return function(*args, **kwargs)
+            num_calls[key] += 1
+            if jaxtyping.config.jaxtyping_disable or (
+                num_calls[key] > CHECKED_CALLS and not IS_DEEP
+            ):
+                return function(*args, **kwargs)
+            if checked is None:
+                checked = check(function, typechecker=typechecker)
+            return checked(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
 if os.environ.get("SPECLM_TYPECHECK") != "0":
+    jaxtyping.jaxtyped = check_first_calls  # the hook writes this name into modules
     jaxtyping.install_import_hook("speclm", f"{__name__}.check_types")
 
 torch.set_num_threads(1)  # sums in one order; several test runs share few cores
@@ -44,10 +89,6 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.register_profile("deep", max_examples=5000, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
-
-
-IS_DEEP = os.environ.get("HYPOTHESIS_PROFILE") == "deep"
-CHECKED_CASES = 2  # of a parametrised test
 
 
 @pytest.hookimpl(trylast=True)  # after the cases that are not to run have been taken out
@@ -64,6 +105,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _shape_checks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Switch the shape checks off where coverage is not measured, except in `make deep`."""
+    num_calls.clear()
     if request.node.get_closest_marker("no_cover") and not IS_DEEP:
         monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 

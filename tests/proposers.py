@@ -18,9 +18,11 @@ from speclm.methods.draft_model.proposer import DraftModelProposer
 from speclm.methods.eagle.config import EagleConfig
 from speclm.methods.eagle.network import EagleHeads
 from speclm.methods.eagle.proposer import EagleProposer
+from speclm.methods.lookup.proposer import LookupProposer
 from speclm.methods.medusa.network import MedusaHeads, MedusaHeadsConfig
 from speclm.methods.medusa.proposer import MedusaProposer
 from speclm.methods.ngram.proposer import NgramProposer
+from speclm.methods.recycling.proposer import RecyclingProposer
 from speclm.sampling.noise import PositionNoise
 from speclm.target import TargetFeatures
 from speclm.testing import ScriptedProposer
@@ -173,6 +175,8 @@ PROPOSERS = (
     "scripted",
     "random tree",
     "ngram",
+    "recycling",
+    "lookup",
     "twin draft",
     "other draft",
     "random Medusa",
@@ -210,6 +214,8 @@ def build_proposer(
         "scripted": lambda: ScriptedProposer(reference, depth=DEPTH, wrong_at=WRONG_AT),
         "random tree": lambda: RandomTreeProposer(reference, vocab_size=vocab_size, seed=seed),
         "ngram": NgramProposer,
+        "recycling": lambda: RecyclingProposer(target, max_pairs=16),
+        "lookup": lambda: LookupProposer(target, min_probability=0.01, history=64),
         "twin draft": lambda: DraftModelProposer(deepcopy(target), target=target),
         "other draft": lambda: DraftModelProposer(
             draft, target=target, depth=3, min_probability=0.0

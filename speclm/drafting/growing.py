@@ -91,6 +91,7 @@ class GrownTree:
         probs: Probability of each node's token given the path to it.
         depths: Depth of each node.
         states: States of the sources at each node.
+        children: Node by its parent and its token.
         offered: For expanded nodes, the code of each candidate by token.
     """
 
@@ -99,21 +100,13 @@ class GrownTree:
     probs: list[float]
     depths: list[int]
     states: list[list[State]]
+    children: dict[tuple[int, int], int] = field(default_factory=dict)
     offered: dict[int, dict[int, int]] = field(default_factory=dict)
 
     @classmethod
     def only_root(cls, token: int, states: list[State]) -> "GrownTree":
         """Return a tree without draft tokens."""
         return cls([token], [0], [1.0], [0], [states])
-
-    def child(self, node: int, token: int) -> int | None:
-        """Return the child of a node with a token; None if there is none."""
-        found = (
-            later
-            for later in range(node + 1, len(self.tokens))
-            if self.parents[later] == node and self.tokens[later] == token
-        )
-        return next(found, None)
 
 
 class TreeGrower:
@@ -211,17 +204,18 @@ class TreeGrower:
         # Minus the probability of the path, order of arrival, token, its probability, parent.
         waiting: list[tuple[float, int, int, float, int]] = []
         node, reached, arrivals = 0, 1.0, 0
-        while True:
+        while len(tokens) <= num_nodes:
             if depths[node] < config.depth and (node == 0 or tokens[node] not in self._ends):
                 for token, prob in self._rated(row, tree, node):
                     if reached * prob >= least:
                         arrivals += 1
                         heappush(waiting, (-reached * prob, arrivals, token, prob, node))
-            if not waiting or len(tokens) > num_nodes:
-                return tree
+            if not waiting:
+                break
             minus_reached, _, token, prob, parent = heappop(waiting)
             node, reached = len(tokens), -minus_reached
             self._add(tree, parent, token, prob)
+        return tree
 
     def _fill(self, row: int, tree: GrownTree, paths: RankPaths) -> None:
         """Fill a static tree by the ranks of the candidates' rates; leave out missing ranks."""
@@ -241,6 +235,7 @@ class TreeGrower:
             self._add(tree, parent, token, prob)
 
     def _add(self, tree: GrownTree, parent: int, token: int, prob: float) -> None:
+        tree.children[parent, token] = len(tree.tokens)
         tree.tokens.append(token)
         tree.parents.append(parent)
         tree.probs.append(prob)
@@ -276,9 +271,9 @@ class TreeGrower:
             first, second, third = NOISE_BOUNDS
             stride = self._rates.noise_stride
             for token in offered:
-                drawn = noise[token]
+                drawn = noise.item(token)
                 bucket = 1 + (drawn >= first) + (drawn >= second) + (drawn >= third)
-                offered[token] += stride * int(bucket)
+                offered[token] += stride * bucket
         tree.offered[node] = offered
         return offered
 
@@ -300,7 +295,7 @@ class TreeGrower:
                 offered = self._expand(row, tree, node)
             for candidate, code in offered.items():
                 self._rates.count(code, is_hit=candidate == token)
-            node = tree.child(node, token)
+            node = tree.children.get((node, token))
             if node is None:
                 return
 
@@ -313,15 +308,12 @@ class TreeGrower:
                 continue
             nodes = accepted.candidates.nodes_of(row, num_nodes=len(tree.tokens))
             on_path = set(accepted.paths[row])
-            columns = [c for c, node in enumerate(nodes) if node not in on_path]
-            num_rejected = len(columns)
-            columns += [c for c, node in enumerate(nodes) if node in on_path]
-            previous, tokens = [], []
-            for column in columns:
-                node = nodes[column]
-                parent = tree.parents[node]
-                previous.append(self._last[row][-2] if node == 0 else tree.tokens[parent])
-                tokens.append(tree.tokens[node])
+            columns = sorted(range(len(nodes)), key=lambda column: nodes[column] in on_path)
+            ordered = [nodes[column] for column in columns]
+            before = [self._last[row][-2], *(tree.tokens[p] for p in tree.parents[1:])]
+            previous = [before[node] for node in ordered]
+            tokens = [tree.tokens[node] for node in ordered]
+            num_rejected = len(nodes) - sum(node in on_path for node in nodes)
             for source in self.sources:
                 if source.num_observed:
                     width = source.num_observed

@@ -5,6 +5,9 @@ from collections.abc import Hashable, Sequence
 from itertools import accumulate
 from math import exp
 from operator import mul
+from typing import TypeVar
+
+_Key = TypeVar("_Key", bound=Hashable)
 
 _MAX_SETTINGS = 8
 _KEY_WEIGHT = 16.0  # candidates that the start rate of a key counts for
@@ -64,7 +67,9 @@ class HitRates:
 
     def count(self, code: int, *, is_hit: bool) -> None:
         """Count a candidate of which it is known whether it was right."""
-        self._counts.pending.append((code, is_hit))
+        pending = self._counts.pending
+        hits, seen = pending.get(code, (0, 0))
+        pending[code] = hits + is_hit, seen + 1
 
     def end_round(self) -> None:
         """End a round; use the new rates if it is time."""
@@ -72,12 +77,12 @@ class HitRates:
         counts.num_rounds += 1
         if counts.num_rounds % _ROUNDS_PER_UPDATE:
             return
-        for code, is_hit in counts.pending:
-            counts.add(counts.codes, code, is_hit=is_hit)
+        for code, (hits, seen) in counts.pending.items():
+            counts.add(counts.codes, code, hits, seen)
             keys, noise = self._keys(code)
             for source, key in keys:
-                counts.add(counts.keys, (source, key, noise), is_hit=is_hit)
-        counts.pending, counts.rates = [], {}
+                counts.add(counts.keys, (source, key, noise), hits, seen)
+        counts.pending, counts.rates = {}, {}
 
     def _keys(self, code: int) -> tuple[list[tuple[int, int]], int]:
         """Return the sources that suggest a candidate, their keys, and the noise bucket."""
@@ -108,17 +113,18 @@ class _Counts:
 
     def __init__(self) -> None:
         self.num_rounds = 0
-        self.pending: list[tuple[int, bool]] = []  # since the last update
+        self.pending: dict[int, tuple[int, int]] = {}  # by code, since the last update
         self.rates: dict[int, float] = {}
         self.codes: dict[int, tuple[float, float]] = {}
         self.keys: dict[tuple[int, int, int], tuple[float, float]] = {}
 
     @staticmethod
-    def add(table: dict, key: Hashable, *, is_hit: bool) -> None:  # type: ignore[type-arg]
-        hits, seen = table.get(key, (0.0, 0.0))
-        if seen >= _MAX_COUNT:
-            hits, seen = hits / 2, seen / 2
-        table[key] = hits + is_hit, seen + 1
+    def add(table: dict[_Key, tuple[float, float]], key: _Key, hits: int, seen: int) -> None:
+        """Add hits and candidates to an entry, in which old ones fade."""
+        old_hits, old_seen = table.get(key, (0.0, 0.0))
+        if old_seen >= _MAX_COUNT:
+            old_hits, old_seen = old_hits / 2, old_seen / 2
+        table[key] = old_hits + hits, old_seen + seen
 
 
 def _under_noise(rate: float, bucket: int) -> float:

@@ -13,6 +13,7 @@ from speclm.config import MAX_DEPTH, MAX_NODES
 from speclm.errors import TopologyError, TreeBudgetError
 
 _WORD_BITS = 64
+_LARGEST_WORD = 2 ** (_WORD_BITS - 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,17 +101,28 @@ def from_parents(parents: Sequence[Sequence[int]], *, device: torch.device) -> T
             f"tree is {max_depth} levels deep, a round holds at most {MAX_DEPTH}; "
             "draft shorter continuations"
         )
-    words = [[_signed_words(bits, num_words(num_nodes)) for bits in row.ancestors] for row in rows]
-    paths = [[path + [-1] * (max_depth + 1 - len(path)) for path in row.paths] for row in rows]
-    host_parents, host_depths = [row.parents for row in rows], [row.depths for row in rows]
+    count, length = num_words(num_nodes), max_depth + 1
+    flat = []
+    for row in rows:
+        line = [*row.parents, *row.depths]
+        for bits in row.ancestors:
+            line += _signed_words(bits, count)
+        for path in row.paths:
+            line += path
+            line += [-1] * (length - len(path))
+        flat.append(line)
+    # One tensor, so that a device is sent to once.
+    values = torch.tensor(flat, device=device, dtype=torch.long)
+    path_start = (2 + count) * num_nodes
+    words, paths = values[:, 2 * num_nodes : path_start], values[:, path_start:]
     return TreeTopology(
-        parents=torch.tensor(host_parents, device=device, dtype=torch.long),
-        depths=torch.tensor(host_depths, device=device, dtype=torch.long),
-        ancestor_words=torch.tensor(words, device=device, dtype=torch.long),
-        path_indices=torch.tensor(paths, device=device, dtype=torch.long),
+        parents=values[:, :num_nodes],
+        depths=values[:, num_nodes : 2 * num_nodes],
+        ancestor_words=words.reshape(-1, num_nodes, count),
+        path_indices=paths.reshape(-1, num_nodes, length),
         max_depth=max_depth,
-        host_parents=host_parents,
-        host_node_depths=host_depths,
+        host_parents=[row.parents for row in rows],
+        host_node_depths=[row.depths for row in rows],
     )
 
 
@@ -209,6 +221,8 @@ class _Row:
 
 
 def _signed_words(bits: int, count: int) -> list[int]:
+    if count == 1 and bits < _LARGEST_WORD:
+        return [bits]  # most trees
     words = [bits >> (_WORD_BITS * word) & (2**_WORD_BITS - 1) for word in range(count)]
     return [word - 2**_WORD_BITS if word >> (_WORD_BITS - 1) else word for word in words]
 

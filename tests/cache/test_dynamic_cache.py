@@ -45,6 +45,7 @@ from speclm.cache import (
 from speclm.errors import CacheError
 from speclm.target import TargetView
 from speclm.tree.topology import from_parents
+from tests.grids import turns
 from tests.models import VOCAB_SIZE, WINDOW, build_model, prompts, randomise, shared_model
 
 TOLERANCE = 2e-4  # of logits whose spread is about 3, and of keys and values, in float32
@@ -188,8 +189,7 @@ def require_unchanged(cache: DynamicCache, before: list[tuple[int, Tensor, Tenso
         assert torch.equal(layer.values, values)
 
 
-@pytest.mark.parametrize("with_config", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "with_config"), turns(FAMILIES, [True, False]))
 def test_prompt_after_an_imported_cache_has_the_logits_of_one_forward(family, with_config):
     model = model_of(family)
     for lengths in ((LENGTH, LENGTH - 7), (LENGTH, 5), (LENGTH,)):  # 5: padded beyond the cache
@@ -221,8 +221,7 @@ def test_trees_after_an_imported_cache_have_the_logits_of_their_paths(family):
         rows = [torch.cat([rows[row], tokens[row, path]]) for row, path in enumerate(kept)]
 
 
-@pytest.mark.parametrize("with_config", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "with_config"), turns(FAMILIES, [False, True]))
 def test_exported_cache_is_that_of_regular_generation(family, with_config):
     model, inputs = model_of(family), prompts(LENGTH, LENGTH - 7)
     own = plain_cache(model, inputs, SPLIT, with_config=with_config)

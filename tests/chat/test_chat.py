@@ -16,6 +16,7 @@ from tests.byte_tokenizer import (
     VOCAB_SIZE,
     byte_tokenizer,
 )
+from tests.grids import turns
 from tests.models import build_model
 from tests.outcomes import reading
 
@@ -64,9 +65,10 @@ def plain_answer(chat, text):
     return output[0, prompt.shape[1] :].tolist()
 
 
-@pytest.mark.parametrize("heads", [None, "ngram"])
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("template", [None, CHANGING_TEMPLATE])
+@pytest.mark.parametrize(
+    ("family", "template", "heads"),
+    turns(FAMILIES, [None, CHANGING_TEMPLATE], [None, "ngram"]),
+)
 def test_answers_are_those_of_reading_everything_anew(family, template, heads):
     chat = new_chat(family=family, template=template, heads=heads)
     for text in ("abcabc", "你好", "x"):

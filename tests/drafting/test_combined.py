@@ -14,6 +14,7 @@ from speclm.methods.ngram.proposer import NgramProposer
 from speclm.target.features import TargetFeatures
 from speclm.testing import ScriptedProposer
 from speclm.tree.topology import from_parents
+from tests.grids import turns
 from tests.methods.eagle.eagle_heads import heads_for
 from tests.methods.medusa.test_proposer import random_heads
 from tests.models import FAMILIES, build_model, generate, prompts, shared_model
@@ -194,9 +195,10 @@ def test_heads_that_read_different_layers_join(settings):
     assert spec.last_speculation.tau > 1.5
 
 
-@pytest.mark.parametrize("lengths", [(9,), (4, 9, 6)])
-@pytest.mark.parametrize("settings", [{}, {"do_sample": True}])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("settings", "lengths", "family"),
+    turns([{}, {"do_sample": True}], [(9,), (4, 9, 6)], FAMILIES),
+)
 def test_all_proposers_joined_give_the_tokens_of_plain_decoding(family, settings, lengths):
     base = shared_model(family)
     options = {**settings, "max_new_tokens": 24}

@@ -74,6 +74,8 @@ def test_smaller_noise_makes_a_candidate_likelier():
 def test_old_counts_fade():
     rates = HitRates([(0.5,)])
     rates.begin("greedy")
-    learn(rates, 1, hits=5000, misses=0)
-    learn(rates, 1, hits=0, misses=3000)
+    for _ in range(50):
+        learn(rates, 1, hits=100, misses=0)
+    for _ in range(30):
+        learn(rates, 1, hits=0, misses=100)
     assert rates.rate(1) < 0.3

@@ -139,6 +139,11 @@ def speculative(
     return record(SpecModel(base, proposer), uneven_seed(mode), mode, name=name, **more)
 
 
+@cache
+def shared(mode: str, kind: str) -> Recorded:
+    return speculative(mode, kind)
+
+
 def require_same_scores(found: Recorded, expected: Recorded, *, finished: bool) -> None:
     live = live_steps(expected.new_tokens, EOS)
     assert len(found.log.scores) == len(expected.log.scores) == live.shape[1]
@@ -154,7 +159,7 @@ def require_same_scores(found: Recorded, expected: Recorded, *, finished: bool) 
 def test_calls_and_texts_are_those_of_plain_decoding(mode, kind):
     expected = plain(mode)
     assert len(set(lengths(expected.new_tokens, EOS))) == len(LENGTHS)
-    found = speculative(mode, kind)
+    found = shared(mode, kind)
     for index, (one, other) in enumerate(zip(found.log.events, expected.log.events, strict=False)):
         assert one == other, f"call {index}"
     assert len(found.log.events) == len(expected.log.events)
@@ -164,13 +169,13 @@ def test_calls_and_texts_are_those_of_plain_decoding(mode, kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mode", MODES)
 def test_running_rows_have_the_scores_of_plain_decoding(mode, kind):
-    require_same_scores(speculative(mode, kind), plain(mode), finished=False)
+    require_same_scores(shared(mode, kind), plain(mode), finished=False)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mode", MODES)
 def test_ended_rows_have_the_scores_of_plain_decoding(mode, kind):
-    require_same_scores(speculative(mode, kind), plain(mode), finished=True)
+    require_same_scores(shared(mode, kind), plain(mode), finished=True)
 
 
 @pytest.mark.parametrize("kind", ["uneven", "random tree"])

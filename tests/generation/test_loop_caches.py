@@ -10,6 +10,7 @@ from transformers import DynamicCache, PreTrainedModel
 from speclm import SpecModel
 from speclm.cache import TreeCache
 from speclm.testing import ScriptedProposer
+from tests.grids import turns
 from tests.models import FAMILIES, VOCAB_SIZE, generate, prompts, shared_model
 from tests.proposers import RandomTreeProposer
 
@@ -42,10 +43,15 @@ def fresh_prefill(model: PreTrainedModel, tokens: Tensor) -> DynamicCache:
     return cache
 
 
-@pytest.mark.parametrize("cell", [{"do_sample": False}, {"do_sample": True, "top_p": 0.9}])
-@pytest.mark.parametrize("kind", ["scripted", "random tree"])
-@pytest.mark.parametrize("lengths", [(9,), (11, 4, 2)])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "kind", "lengths", "cell"),
+    turns(
+        FAMILIES,
+        ["scripted", "random tree"],
+        [(9,), (11, 4, 2)],
+        [{"do_sample": False}, {"do_sample": True, "top_p": 0.9}],
+    ),
+)
 def test_cache_equals_a_fresh_prefill_after_every_round(family, lengths, kind, cell, monkeypatch):
     model, inputs = shared_model(family), prompts(*lengths)
     settings = {"max_new_tokens": 18, **cell}

@@ -20,6 +20,7 @@ from speclm.generation.regular import NeedsRegularGeneration, prompt_length
 from speclm.target import TargetFeatures
 from speclm.testing import ScriptedProposer
 from tests.byte_tokenizer import byte_tokenizer
+from tests.grids import turns
 from tests.models import VOCAB_SIZE, build_model, prompts, randomise, shared_model
 from tests.outcomes import observe, require_close, require_same
 from tests.proposers import build_proposer
@@ -70,11 +71,10 @@ def vectors(model, *lengths, with_tokens=False):
 
 
 @pytest.mark.parametrize(
-    ("kind", "with_tokens"), [*((kind, False) for kind in KINDS), ("scripted", True)]
+    ("kind", "lengths", "family"), turns((*KINDS, "scripted, with tokens"), LENGTHS, FAMILIES)
 )
-@pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_vectors_give_the_tokens_of_the_base(family, lengths, kind, with_tokens):
+def test_vectors_give_the_tokens_of_the_base(family, lengths, kind):
+    kind, with_tokens = kind.split(",")[0], "with tokens" in kind
     base = model_of(family)
     inputs = vectors(base, *lengths, with_tokens=with_tokens)
     num_tokens = 6 if with_tokens else 0

@@ -35,6 +35,7 @@ from tests.enumeration import (
     run_loop,
     target_probs,
 )
+from tests.grids import grid, turns
 
 pytestmark = pytest.mark.no_cover  # what it runs is traced elsewhere, at half the speed
 
@@ -48,6 +49,14 @@ TREES = {
     "more children than tokens": [0, 0, 0, 0, 0, 1],
 }
 TREE_RULES = ("multi_round", "traversal")
+QUICK_TREES = (
+    ("2x2", "top-k", "multi_round"),
+    ("2x2", "top-k", "traversal"),
+    ("deep first", "temperature", "multi_round"),
+    ("deep second", "plain", "multi_round"),
+    ("deep second", "top-k", "traversal"),
+    ("more children than tokens", "temperature", "traversal"),
+)
 
 
 def tables(seed: int, *, likeness: float = 0.5) -> tuple[Tensor, Tensor]:
@@ -208,8 +217,9 @@ def distribution_of(
     return distribution, accepted
 
 
-@pytest.mark.parametrize("variant", ["multi_round", "block", "traversal"])
-@pytest.mark.parametrize("warpers", list(WARPERS))
+@pytest.mark.parametrize(
+    ("warpers", "variant"), turns(WARPERS, ["multi_round", "block", "traversal"])
+)
 def test_drawn_chains_leave_the_targets_distribution_over_all_rounds(variant, warpers, monkeypatch):
     target, draft = tables(1)
     distribution, _ = distribution_of(
@@ -235,18 +245,24 @@ def test_drawn_siblings_leave_the_targets_distribution_over_all_rounds(variant, 
     assert distance(distribution, target_probs(table=target)) <= EXACT
 
 
-@pytest.mark.parametrize("variant", TREE_RULES)
 @pytest.mark.parametrize(
-    ("tree", "warpers", "seed"),
-    [
-        ("2x2", "top-k", 1),
-        pytest.param("2x2", "plain", 1, marks=pytest.mark.slow),
-        ("deep first", "temperature", 2),
-        ("deep second", "plain", 3),
-        ("deep second", "top-k", 4),
-        ("more children than tokens", "temperature", 6),
-        ("more children than tokens", "top-k", 7),
-    ],
+    ("tree", "warpers", "seed", "variant"),
+    grid(
+        [
+            (*cell, variant)
+            for cell in (
+                ("2x2", "top-k", 1),
+                ("2x2", "plain", 1),
+                ("deep first", "temperature", 2),
+                ("deep second", "plain", 3),
+                ("deep second", "top-k", 4),
+                ("more children than tokens", "temperature", 6),
+                ("more children than tokens", "top-k", 7),
+            )
+            for variant in TREE_RULES
+        ],
+        runs=lambda tree, warpers, _, variant: (tree, warpers, variant) in QUICK_TREES,
+    ),
 )
 def test_drawn_trees_leave_the_targets_distribution(variant, tree, warpers, seed, monkeypatch):
     target, draft = tables(seed)
@@ -284,8 +300,7 @@ def test_harness_catches_ranked_chains_that_pass_for_drawn_ones(variant, monkeyp
     assert distance(distribution, target_probs(table=target)) > WRONG
 
 
-@pytest.mark.parametrize("variant", TREE_RULES)
-@pytest.mark.parametrize("cheat", [RankedProposer, PrunedProposer])
+@pytest.mark.parametrize(("cheat", "variant"), turns([RankedProposer, PrunedProposer], TREE_RULES))
 def test_harness_catches_trees_that_are_not_as_drawn(variant, cheat, monkeypatch):
     target, draft = tables(2)
     distribution, _ = distribution_of(
@@ -320,7 +335,7 @@ def test_one_drawn_token_is_accepted_as_often_as_the_distributions_overlap(monke
         assert expected_length(monkeypatch, variant, [0, 0], 3) == pytest.approx(overlap)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", grid(range(3), runs=lambda seed: seed == 0))
 def test_block_keeps_more_of_a_chain_than_tokens_one_by_one(seed, monkeypatch):
     one_by_one, block, traversal = (
         expected_length(monkeypatch, variant, CHAIN, seed)
@@ -330,7 +345,7 @@ def test_block_keeps_more_of_a_chain_than_tokens_one_by_one(seed, monkeypatch):
     assert traversal == pytest.approx(block, abs=EXACT)
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", grid(range(2), runs=lambda seed: seed == 0))
 def test_traversal_keeps_more_of_a_tree_than_multi_round_and_both_more_than_a_chain(
     seed, monkeypatch
 ):

@@ -13,6 +13,7 @@ from speclm.kernels.backends import VARIABLE
 from speclm.kernels.inputs import TreeAttentionInputs
 from speclm.kernels.tree_attention import attention_backend
 from speclm.tree.topology import num_words
+from tests.grids import turns
 from tests.kernels.tree_cases import (
     EPSILON,
     TreeCase,
@@ -183,10 +184,13 @@ def arguments(inputs, backend="auto"):
 
 
 @pytest.mark.usefixtures("_unchecked_sizes")
-@pytest.mark.parametrize("return_lse", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize(
-    "case", [CASE, BUSY, replace(BUSY, deterministic=True)], ids=["few", "all", "deterministic"]
+    ("case", "return_lse", "dtype"),
+    turns(
+        [CASE, BUSY, replace(BUSY, deterministic=True)],
+        [True, False],
+        [torch.float32, torch.bfloat16, torch.float64],
+    ),
 )
 def test_op_is_registered_as_torch_expects(case, dtype, return_lse):
     inputs = replace(lay_out(replace(case, dtype=dtype)), return_lse=return_lse)

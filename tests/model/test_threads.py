@@ -25,6 +25,7 @@ from speclm.methods.medusa.network import MedusaHeads, MedusaHeadsConfig
 from speclm.methods.medusa.proposer import MedusaProposer
 from speclm.methods.ngram.proposer import NgramProposer
 from speclm.target import TargetFeatures, TargetView, exclusive
+from tests.grids import turns
 from tests.models import VOCAB_SIZE, build_model, prompts, randomise
 from tests.outcomes import reading
 
@@ -111,8 +112,7 @@ def test_second_thread_on_one_base_is_refused_on_request_and_the_first_goes_on(b
     assert torch.equal(other.generate(**prompts(9, 5), **SAMPLED), expected)
 
 
-@pytest.mark.parametrize("kind", PROPOSERS)
-@pytest.mark.parametrize("run", [elsewhere, lambda call: call()])
+@pytest.mark.parametrize(("kind", "run"), turns(PROPOSERS, [elsewhere, lambda call: call()]))
 def test_plain_generation_of_the_base_is_allowed_meanwhile(base, kind, run):
     expected = base.generate(**prompts(9, 5), **SAMPLED)
     spec = SpecModel(base, PROPOSERS[kind](base))
@@ -291,9 +291,9 @@ def test_an_abandoned_generator_frees_the_base(base):
     assert not base.model._forward_hooks
 
 
-@pytest.mark.parametrize("kind", PROPOSERS)
 @pytest.mark.parametrize(
-    "duplicate", [copy.deepcopy, lambda spec: pickle.loads(pickle.dumps(spec))]
+    ("kind", "duplicate"),
+    turns(PROPOSERS, [copy.deepcopy, lambda spec: pickle.loads(pickle.dumps(spec))]),
 )
 def test_models_are_copied_and_pickled_also_during_a_call(base, kind, duplicate):
     spec = SpecModel(base, PROPOSERS[kind](base))

@@ -7,6 +7,7 @@ from speclm import SpecModel
 from speclm.errors import OptionError, TopologyError, UnknownNameError
 from speclm.model.call import normalize_tree
 from speclm.tree.plan import TreePlan
+from tests.grids import turns
 from tests.models import build_model, generate, prompts, shared_model
 from tests.proposers import build_proposer
 
@@ -26,25 +27,24 @@ def spec_of(kind, reference, **options):
 
 
 @pytest.mark.parametrize(
-    ("settings", "lengths"),
-    [({"do_sample": False}, (9, 4, 12)), (SAMPLED, (9,)), (SAMPLED, (9, 4, 12))],
-    ids=["greedy", "sampled", "sampled batch"],
-)
-@pytest.mark.parametrize(
-    ("kind", "tree"),
-    [
-        ("twin draft", [1, 1, 1, 1]),
-        ("twin draft", [[0], [2], [0, 1], [0, 0]]),
-        ("twin draft", TreePlan(3, 5, min_probability=0.0, min_confidence=0.0)),
-        ("random Medusa", [3, 2, 1]),
-        ("Medusa that hits", TreePlan(2, 3)),
-        ("ngram", TreePlan(2, 3, min_probability=0.01)),
-        ("random tree", TreePlan(2, 3)),
-        ("joined", TreePlan(3, 5)),
-    ],
+    ("drafted", "setting"),
+    turns(
+        [
+            ("twin draft", [1, 1, 1, 1]),
+            ("twin draft", [[0], [2], [0, 1], [0, 0]]),
+            ("twin draft", TreePlan(3, 5, min_probability=0.0, min_confidence=0.0)),
+            ("random Medusa", [3, 2, 1]),
+            ("Medusa that hits", TreePlan(2, 3)),
+            ("ngram", TreePlan(2, 3, min_probability=0.01)),
+            ("random tree", TreePlan(2, 3)),
+            ("joined", TreePlan(3, 5)),
+        ],
+        [({"do_sample": False}, (9, 4, 12)), (SAMPLED, (9,)), (SAMPLED, (9, 4, 12))],
+    ),
     ids=str,
 )
-def test_tokens_do_not_depend_on_the_tree_of_a_call(kind, tree, lengths, settings):
+def test_tokens_do_not_depend_on_the_tree_of_a_call(drafted, setting):
+    (kind, tree), (settings, lengths) = drafted, setting
     inputs = prompts(*lengths)
     plain, state, reference = reference_of(inputs, **settings)
     model = spec_of(kind, reference)
@@ -56,9 +56,12 @@ def test_tokens_do_not_depend_on_the_tree_of_a_call(kind, tree, lengths, setting
     assert model.proposer.plan is None
 
 
-@pytest.mark.parametrize("settings", [{"do_sample": False}, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize(
-    "kind", ["twin draft", "Medusa that hits", "ngram", "random tree", "joined"]
+    ("kind", "settings"),
+    turns(
+        ["twin draft", "Medusa that hits", "ngram", "random tree", "joined"],
+        [{"do_sample": False}, SAMPLED],
+    ),
 )
 def test_tokens_do_not_depend_on_trees_that_are_planned(kind, settings):
     inputs = prompts(9, 4, 12)

@@ -22,6 +22,7 @@ from speclm import SpecModel
 from speclm.errors import UnsupportedModelError
 from speclm.methods.ngram.proposer import NgramProposer
 from speclm.self_check.verdict import Verification
+from tests.grids import turns
 from tests.models import VOCAB_SIZE, prompts, randomise
 
 SIZES = {
@@ -127,8 +128,10 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("settings", [{"do_sample": False}, {"do_sample": True, "top_k": 20}])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    turns(MODELS, [{"do_sample": False}, {"do_sample": True, "top_k": 20}]),
+)
 def test_models_without_trees_give_their_own_tokens_and_the_reason(name, settings):
     model = MODELS[name]()
     spec = SpecModel(model, NgramProposer())

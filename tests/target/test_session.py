@@ -12,6 +12,7 @@ from speclm.errors import CacheError
 from speclm.target import ChainSession, Session, TargetView, TreeSession
 from speclm.target.session import fill_rows
 from speclm.tree.topology import chain, from_parents
+from tests.grids import turns
 from tests.models import VOCAB_SIZE, build_model, prompts, randomise, shared_model
 
 TOLERANCE = 2e-4  # of logits whose spread is about 3, and of keys and values, in float32
@@ -180,8 +181,10 @@ def require_equal(found: DynamicCache, expected: DynamicCache, padding: list[int
                 assert torch.allclose(stored[row, :, skip:], wanted[row, :, skip:], atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral", "gpt2"])
-@pytest.mark.parametrize("ends", [(2, 6), (0, 8), (4, 4), ()])
+@pytest.mark.parametrize(
+    ("family", "ends"),
+    turns(["llama", "qwen2", "mistral", "gpt2"], [(2, 6), (0, 8), (4, 4), ()]),
+)
 @torch.no_grad()
 def test_cache_is_that_of_regular_generation_when_rows_end_at_different_lengths(family, ends):
     model, inputs = model_of(family), prompts(PROMPT, PROMPT - 7, PROMPT - 3)

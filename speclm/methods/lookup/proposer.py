@@ -8,6 +8,7 @@ from speclm.config import MAX_DEPTH, require_count
 from speclm.drafting.growing import GrowthConfig, SourceProposer, TreeGrower
 from speclm.drafting.interface import TargetNeeds
 from speclm.drafting.sources import CandidateSource
+from speclm.errors import OptionError
 from speclm.methods.ngram.corpus import (
     MAX_HISTORY,
     CorpusSource,
@@ -74,6 +75,8 @@ class LookupProposer(SourceProposer):
         if history:
             sources.append(CorpusSource(history=OutputHistory(max_tokens=history)))
         if corpus is not None:
+            if not isinstance(corpus, str | Path):
+                raise OptionError(f"corpus is {corpus!r}, expected the path of a file; pass one")
             fingerprint = vocabulary_fingerprint(target.config)
             index = SuffixIndex.load(Path(corpus), vocab_size=vocab_size, fingerprint=fingerprint)
             sources.append(CorpusSource(index))

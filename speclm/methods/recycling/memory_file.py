@@ -4,8 +4,9 @@ import logging
 import os
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
-from speclm.errors import SpeclmError
+from speclm.errors import OptionError, SpeclmError
 from speclm.methods.recycling.memory import CandidateMemory
 
 _log = logging.getLogger("speclm")
@@ -32,7 +33,7 @@ class MemoryFile:
 
         Raises:
             CheckpointError: If the file is damaged, or the memory of another model.
-            OptionError: If `max_pairs` is out of range.
+            OptionError: If `max_pairs` is out of range, or no file can have that name.
         """
         self._path, self._fingerprint = path, fingerprint
         self._process = os.getpid()
@@ -43,6 +44,10 @@ class MemoryFile:
             self.memory = CandidateMemory(vocab_size=vocab_size, max_pairs=max_pairs)
         else:
             self.memory = self._load(vocab_size, max_pairs)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy may have come from another program, whose clock starts elsewhere.
+        vars(self).update(state, _process=os.getpid(), _saved_at=monotonic())
 
     def save_if_due(self) -> None:
         """Write the memory if it has changed and was not written in the last minute."""
@@ -76,4 +81,8 @@ def _version(path: Path) -> tuple[int, int] | None:
         found = path.stat()
     except OSError:
         return None
+    except ValueError as error:  # a null byte, or a character that no file name has
+        raise OptionError(
+            f"memory is {str(path)!r}, expected the path of a file ({error}); correct it"
+        ) from error
     return found.st_mtime_ns, found.st_ino

@@ -1,7 +1,10 @@
 """The target's own candidates, remembered by token and by pair of tokens."""
 
 import weakref
+from bisect import bisect_left
+from math import exp, log
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -18,7 +21,11 @@ from speclm.target.logits import head_shape
 
 # A key: whether the pair was known, the rank, and the remembered probability in buckets.
 _BOUNDS = (0.9, 0.65, 0.4, 0.2, 0.08)
+_NEGATED_BOUNDS = tuple(-log(bound) for bound in _BOUNDS)
+_LEAST_LOG_PROB = log(0.004)
 _NUM_BUCKETS = len(_BOUNDS) + 1
+_LEAST_TEMPERATURE = 1e-6
+_LEAST_NOISE = 1e-30  # half-precision noise may be 0
 _NUM_RANKS = 4  # further ranks share the last
 _BUCKET_RATES = (0.9, 0.7, 0.45, 0.25, 0.1, 0.03)
 _TOKEN_FACTOR = 0.6  # of a rate where only the token was known
@@ -68,11 +75,19 @@ class RecyclingSource(CandidateSource):
                 max_pairs=max_pairs,
             )
             self.memory = self._file.memory
-            weakref.finalize(self, self._file.save)  # also when the program ends
+            self._save_at_end()
         self.num_observed = self.memory.num_candidates
         self._clears = memory == "call"
         self._temperature = 0.0
         self._last: list[tuple[int, int]] = []
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._save_at_end()
+
+    def _save_at_end(self) -> None:
+        if self._file is not None:
+            weakref.finalize(self, self._file.save)  # also when the program ends
 
     @override
     def begin(self, prompt: Prefill) -> None:
@@ -83,8 +98,10 @@ class RecyclingSource(CandidateSource):
         self._temperature = prompt.temperature
         # Once per generation: the memory lives on the host.
         ends, firsts = prompt.tokens[:, -1:].tolist(), prompt.first_tokens.tolist()
+        is_alone = (prompt.num_padding >= prompt.tokens.shape[1]).tolist()
         self._last = [
-            (end[0] if end else -1, first) for end, first in zip(ends, firsts, strict=True)
+            (-1 if alone else end[0], first)
+            for end, first, alone in zip(ends, firsts, is_alone, strict=True)
         ]
 
     @override
@@ -103,27 +120,30 @@ class RecyclingSource(CandidateSource):
         order, ids, log_probs = found
         if noise is not None:
             ids, log_probs = self._under_noise(ids, log_probs, noise)
-        base = order * _NUM_RANKS * _NUM_BUCKETS
+        key = order * _NUM_RANKS * _NUM_BUCKETS
+        last = key + (_NUM_RANKS - 1) * _NUM_BUCKETS
         keyed = []
-        for rank, (token, log_prob) in enumerate(zip(ids, log_probs, strict=True)):
-            bucket = 0
-            for bound in _LOG_BOUNDS:
-                if log_prob >= bound:
-                    break
-                bucket += 1
-            keyed.append((token, base + min(rank, _NUM_RANKS - 1) * _NUM_BUCKETS + bucket))
+        for token, log_prob in zip(ids, log_probs, strict=True):
+            if log_prob < _LEAST_LOG_PROB:
+                break  # the others are rarer still
+            keyed.append((token, key + bisect_left(_NEGATED_BOUNDS, -log_prob)))
+            if key < last:
+                key += _NUM_BUCKETS
         return keyed
 
     def _under_noise(
         self, ids: list[int], log_probs: list[float], noise: NoiseRow
     ) -> tuple[list[int], list[float]]:
         """Rank candidates by the noise that decides among them; return probabilities to be best."""
-        keys = np.array(log_probs, dtype=np.float32) / self._temperature
-        keys -= np.log(noise[ids])
-        weights = np.exp(keys - keys.max())
-        coupled = np.log(weights / weights.sum())
-        order = np.argsort(-coupled)
-        return [ids[i] for i in order], coupled[order].tolist()
+        scale = 1 / max(self._temperature, _LEAST_TEMPERATURE)
+        keys = [
+            log_prob * scale - log(max(noise.item(token), _LEAST_NOISE))
+            for token, log_prob in zip(ids, log_probs, strict=True)
+        ]
+        ranked = sorted(zip(keys, ids, strict=True), reverse=True)
+        best = ranked[0][0]
+        total = best + log(sum(exp(key - best) for key in keys))
+        return [token for _, token in ranked], [key - total for key, _ in ranked]
 
     @override
     def observe(
@@ -162,6 +182,3 @@ class RecyclingSource(CandidateSource):
     def commit(self, row: int, emitted: list[int]) -> None:
         *_, previous, token = (*self._last[row], *emitted)
         self._last[row] = previous, token
-
-
-_LOG_BOUNDS = tuple(float(np.log(bound)) for bound in _BOUNDS)

@@ -94,7 +94,8 @@ def render_texts(chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase) -> l
         rendered = chat if isinstance(chat, str) else _render(chat, tokenizer, index)
         require_unicode(f"prompt {index}", rendered)
         # A chat template writes the special tokens itself.
-        encoded: Any = tokenizer(rendered, add_special_tokens=isinstance(chat, str))
+        is_text = isinstance(chat, str)  # verbose warns of long texts, which are refused later
+        encoded: Any = tokenizer(rendered, add_special_tokens=is_text, verbose=False)
         tokens = list(encoded["input_ids"])
         if not tokens:
             raise PromptError(f"prompt {index} has no tokens; drop it or fill it in")

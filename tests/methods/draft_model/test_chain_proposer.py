@@ -15,6 +15,7 @@ from speclm.errors import OptionError, UnsupportedModelError, VocabularyMismatch
 from speclm.methods.draft_model.chain_proposer import ChainDraftConfig, ChainDraftProposer
 from speclm.methods.ngram.proposer import NgramProposer
 from speclm.testing import check_proposer
+from tests.grids import turns
 from tests.models import VOCAB_SIZE, build_model, generate, prompts, shared_model
 
 NEW_TOKENS = 14
@@ -36,9 +37,14 @@ def require_equal(
     return spec
 
 
-@pytest.mark.parametrize("lengths", [(9,), (7, 1, 10)])
-@pytest.mark.parametrize("cell", [{"do_sample": False}, {"do_sample": True, "temperature": 0.8}])
-@pytest.mark.parametrize("family", [HYBRID, ALIBI])
+@pytest.mark.parametrize(
+    ("family", "lengths", "cell"),
+    turns(
+        [HYBRID, ALIBI],
+        [(9,), (7, 1, 10)],
+        [{"do_sample": False}, {"do_sample": True, "temperature": 0.8}],
+    ),
+)
 def test_draft_that_is_the_target_is_always_right(family, cell, lengths):
     target = shared_model(family)
     proposer = ChainDraftProposer(build_model(family), target=target, **FULL)
@@ -49,10 +55,16 @@ def test_draft_that_is_the_target_is_always_right(family, cell, lengths):
         assert spec.last_speculation.rounds <= 6  # with one now and then to catch up
 
 
-@pytest.mark.parametrize("lengths", [(9,), (7, 1, 10)])
-@pytest.mark.parametrize("cell", [{"do_sample": False}, {"do_sample": True}])
-@pytest.mark.parametrize(("base", "draft"), [(TREES, HYBRID), (HYBRID, ALIBI), (TREES, ALIBI)])
-def test_draft_of_another_family_changes_no_token(base, draft, cell, lengths):
+@pytest.mark.parametrize(
+    ("pair", "lengths", "cell"),
+    turns(
+        [(TREES, HYBRID), (HYBRID, ALIBI), (TREES, ALIBI)],
+        [(9,), (7, 1, 10)],
+        [{"do_sample": False}, {"do_sample": True}],
+    ),
+)
+def test_draft_of_another_family_changes_no_token(pair, cell, lengths):
+    base, draft = pair
     target = shared_model(base)
     proposer = ChainDraftProposer(build_model(draft, seed=3), target=target, **FULL)
     require_equal(target, proposer, lengths, **cell)
@@ -119,7 +131,11 @@ def prompt_of(tokens: Tensor) -> Prefill:
 @pytest.mark.parametrize("family", [HYBRID, ALIBI])
 def test_it_keeps_the_contract_of_proposers(family):
     draft, target = build_model(family, seed=1), shared_model(TREES)
-    check_proposer(lambda: ChainDraftProposer(draft, target=target, **FULL), vocab_size=VOCAB_SIZE)
+    check_proposer(
+        lambda: ChainDraftProposer(draft, target=target, **FULL),
+        vocab_size=VOCAB_SIZE,
+        max_length=32,
+    )
 
 
 def test_rejection_draws_a_chain_of_full_length():

@@ -25,6 +25,7 @@ from speclm.methods.draft_model.chain_proposer import ChainDraftProposer
 from speclm.methods.draft_model.proposer import MAX_PADDING, DraftModelProposer, SharedVocabulary
 from speclm.target import TargetView
 from tests.exactness import MODES, require_exact, tiny
+from tests.grids import turns
 from tests.models import generate, prompts
 
 NUM_IDS = 64
@@ -84,10 +85,9 @@ def require_pair(base, draft, lengths, *, vocab_size=60, **settings):
     return spec.last_speculation
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize(("base", "draft"), PAIRS)
-def test_draft_model_of_another_family_saves_forwards(base, draft, lengths, mode):
+@pytest.mark.parametrize(("pair", "lengths", "mode"), turns(PAIRS, LENGTHS, MODES))
+def test_draft_model_of_another_family_saves_forwards(pair, lengths, mode):
+    base, draft = pair
     require_pair(related(base), related(draft), lengths, **MODES[mode])
 
 

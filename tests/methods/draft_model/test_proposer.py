@@ -15,6 +15,7 @@ from speclm.drafting.interface import Prefill
 from speclm.errors import OptionError, TreeBudgetError, VocabularyMismatchError
 from speclm.methods.draft_model.proposer import DraftModelConfig, DraftModelProposer
 from speclm.target import TargetView
+from tests.grids import turns
 from tests.models import (
     VOCAB_SIZE,
     build_model,
@@ -47,9 +48,14 @@ def require_cache_of(proposer: DraftModelProposer, output: Tensor, padding: list
                 assert float(difference) <= TOLERANCE * max(1.0, float(other.abs().max()))
 
 
-@pytest.mark.parametrize("options", [CHAIN, WIDE, {}])
-@pytest.mark.parametrize("lengths", [(9,), (7, 3, 10)])
-@pytest.mark.parametrize("cell", [{"do_sample": False}, {"do_sample": True, "temperature": 0.8}])
+@pytest.mark.parametrize(
+    ("options", "lengths", "cell"),
+    turns(
+        [CHAIN, WIDE, {}],
+        [(9,), (7, 3, 10)],
+        [{"do_sample": False}, {"do_sample": True, "temperature": 0.8}],
+    ),
+)
 def test_cache_equals_a_fresh_prefill_after_every_round(cell, lengths, options, monkeypatch):
     target = shared_model("llama")
     draft = related_draft(target)
@@ -127,9 +133,9 @@ def related_draft(target: PreTrainedModel) -> PreTrainedModel:
     return draft
 
 
-@pytest.mark.parametrize("depth", [1, 3, 6])
-@pytest.mark.parametrize("lengths", [(9,), (7, 3, 10)])
-@pytest.mark.parametrize("family", ["llama", "mistral"])
+@pytest.mark.parametrize(
+    ("depth", "lengths", "family"), turns([1, 3, 6], [(9,), (7, 3, 10)], ["llama", "mistral"])
+)
 def test_target_as_its_own_draft_is_accepted_whole(family, lengths, depth):
     target = shared_model(family)
     proposer = DraftModelProposer(

@@ -12,6 +12,7 @@ from speclm.errors import OptionError, VocabularyMismatchError
 from speclm.methods.eagle.network import EagleHeads
 from speclm.methods.eagle.proposer import EagleProposer
 from speclm.testing import check_proposer
+from tests.grids import turns
 from tests.methods.eagle import eagle_heads
 from tests.models import VOCAB_SIZE, build_model, generate, prompts
 from tests.proposers import HittingProposer
@@ -40,9 +41,14 @@ def require_equal(spec: SpecModel, inputs: dict[str, Tensor], **settings: Any) -
     assert spec.last_speculation.fallbacks == []
 
 
-@pytest.mark.parametrize("lengths", [(9,), (1,), (7, 2, 10)])
-@pytest.mark.parametrize("cell", [{"do_sample": False}, {"do_sample": True, "temperature": 0.8}])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "lengths", "cell"),
+    turns(
+        KINDS,
+        [(9,), (1,), (7, 2, 10)],
+        [{"do_sample": False}, {"do_sample": True, "temperature": 0.8}],
+    ),
+)
 def test_tokens_are_those_of_plain_decoding(kind, cell, lengths):
     model = base_of()
     proposer = EagleProposer(heads_for(model, kind), target=model, **FULL)
@@ -96,6 +102,7 @@ def test_it_keeps_the_contract_of_proposers(kind):
         lambda: EagleProposer(heads, target=model, **whole),
         vocab_size=VOCAB_SIZE,
         hidden_size=width,
+        max_length=32,
     )
 
 

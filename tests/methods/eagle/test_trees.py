@@ -174,6 +174,7 @@ def test_static_trees_keep_the_contract_of_proposers():
         lambda: EagleProposer(heads, target=model, tree=STATIC),
         vocab_size=VOCAB_SIZE,
         hidden_size=model.config.hidden_size * len(LAYERS),
+        max_length=32,
     )
 
 

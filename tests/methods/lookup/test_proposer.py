@@ -1,11 +1,16 @@
+import gc
+
+import jaxtyping
 import pytest
 import torch
 
 from speclm import SpecModel
-from speclm.errors import OptionError
+from speclm.errors import OptionError, VocabularyMismatchError
 from speclm.methods.lookup.proposer import LookupProposer
+from speclm.methods.ngram.corpus import vocabulary_fingerprint
+from speclm.methods.ngram.suffix_index import SuffixIndex
 from speclm.testing import check_proposer
-from tests.models import generate, prompts, shared_model
+from tests.models import build_model, generate, prompts, shared_model
 
 
 @pytest.mark.parametrize("lengths", [(6,), (4, 9, 6)])
@@ -34,6 +39,53 @@ def test_report_says_what_the_memory_holds():
 
 def test_rules_of_proposers_are_kept():
     check_proposer(lambda: LookupProposer(shared_model("llama")), vocab_size=32)
+
+
+def test_outputs_of_earlier_calls_are_drafted_from():
+    base = shared_model("llama")
+    spec = SpecModel.from_pretrained(
+        base, "lookup", heads_kwargs={"memory": "call", "history": 64, "min_probability": 0.01}
+    )
+    taus = []
+    for _ in range(2):
+        found = generate(spec, prompts(6), max_new_tokens=24)
+        assert torch.equal(found[0], generate(base, prompts(6), max_new_tokens=24)[0])
+        taus.append(spec.last_speculation.tau)
+    assert taus[1] > taus[0] + 1
+
+
+def test_corpus_is_drafted_from_and_that_of_another_vocabulary_refused(tmp_path):
+    base, path = shared_model("llama"), tmp_path / "corpus"
+    expected = generate(base, prompts(6), max_new_tokens=24)
+    about = {"vocab_size": 160, "fingerprint": vocabulary_fingerprint(base.config)}
+    SuffixIndex.build(expected[0].tolist()).save(path, **about)
+    spec = SpecModel.from_pretrained(
+        base, "lookup", heads_kwargs={"corpus": path, "min_probability": 0.01}
+    )
+    found = generate(spec, prompts(6), max_new_tokens=24)
+    assert torch.equal(found[0], expected[0])
+    assert spec.last_speculation.tau > 3
+    with pytest.raises(VocabularyMismatchError, match="the index is for vocab_size '160'"):
+        LookupProposer(build_model("llama", vocab_size=40), corpus=path)
+
+
+def test_memory_file_is_written_when_a_model_with_lookup_is_dropped(tmp_path):
+    spec = SpecModel.from_pretrained(
+        shared_model("llama"), "lookup", heads_kwargs={"memory": tmp_path / "memory"}
+    )
+    generate(spec, prompts(6), max_new_tokens=12)
+    assert not (tmp_path / "memory").exists()
+    del spec
+    gc.collect()
+    again = LookupProposer(shared_model("llama"), memory=tmp_path / "memory")
+    assert "memory of 0 tokens" not in again.describe()
+
+
+@pytest.mark.parametrize("corpus", [3, ["corpus"], b"corpus"])
+def test_corpus_that_is_no_path_is_an_option_error(corpus, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users run it
+    with pytest.raises(OptionError, match=r"corpus is .*, expected the path of a file"):
+        LookupProposer(shared_model("llama"), corpus=corpus)
 
 
 def test_options_out_of_range_are_named():

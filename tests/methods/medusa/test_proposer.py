@@ -16,6 +16,7 @@ from speclm.drafting.interface import Prefill
 from speclm.errors import OptionError, TopologyError, VocabularyMismatchError
 from speclm.methods.medusa.network import MedusaHeads, MedusaHeadsConfig
 from speclm.methods.medusa.proposer import MedusaProposer
+from tests.grids import turns
 from tests.models import (
     FAMILIES,
     VOCAB_SIZE,
@@ -60,16 +61,17 @@ def spec_model(family: str = "llama", **options: object) -> SpecModel:
 TREES = {"widths": {"tree": [3, 2, 1]}, "growing": {"min_probability": 0.001}}
 
 
-@pytest.mark.parametrize("tree", TREES)
-@pytest.mark.parametrize("lengths", [(1,), (4, 9, 6)])
-@pytest.mark.parametrize("settings", [{}, {"do_sample": True}, {"do_sample": True, "top_p": 0.8}])
 @pytest.mark.parametrize(
-    ("family", "has_own_lm_head"),
-    [*((family, True) for family in FAMILIES), ("llama", False), ("mistral", False)],
+    ("settings", "lengths", "tree", "heads_of"),
+    turns(
+        [{}, {"do_sample": True}, {"do_sample": True, "top_p": 0.8}],
+        [(1,), (4, 9, 6)],
+        TREES,
+        [*((family, True) for family in FAMILIES), ("llama", False), ("mistral", False)],
+    ),
 )
-def test_any_heads_give_the_tokens_of_plain_decoding(
-    family, settings, lengths, has_own_lm_head, tree
-):
+def test_any_heads_give_the_tokens_of_plain_decoding(settings, lengths, tree, heads_of):
+    family, has_own_lm_head = heads_of
     base = shared_model(family)
     heads = random_heads(num_layers=2, has_own_lm_head=has_own_lm_head)
     spec = SpecModel(base, MedusaProposer(heads, target=base, **TREES[tree]))

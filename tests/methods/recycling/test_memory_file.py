@@ -1,10 +1,11 @@
 import logging
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from speclm.errors import CheckpointError
+from speclm.errors import CheckpointError, OptionError
 from speclm.methods.recycling import memory_file
 from speclm.methods.recycling.memory_file import MemoryFile
 
@@ -75,6 +76,12 @@ def test_foreign_file_is_refused(tmp_path):
     (tmp_path / "memory").write_bytes(b"no memory")
     with pytest.raises(CheckpointError):
         MemoryFile(tmp_path / "memory", **SIZES)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\ud800"])
+def test_path_that_no_file_can_have_is_an_option_error(name):
+    with pytest.raises(OptionError, match=r"expected the path of a file .*; correct it"):
+        MemoryFile(Path(name), **SIZES)
 
 
 def test_child_of_a_fork_leaves_the_file_to_its_parent(tmp_path, monkeypatch):

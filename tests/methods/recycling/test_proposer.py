@@ -1,3 +1,5 @@
+import gc
+
 import pytest
 import torch
 
@@ -37,7 +39,8 @@ def test_memory_file_serves_another_model_object(tmp_path):
     base = shared_model("llama")
     first = RecyclingProposer(base, memory=tmp_path / "memory")
     generate(SpecModel(base, first), prompts(6), max_new_tokens=24)
-    del first  # which writes the file
+    del first
+    gc.collect()  # which writes the file
     spec = SpecModel.from_pretrained(
         base, "recycling", heads_kwargs={"memory": tmp_path / "memory"}
     )

@@ -1,3 +1,8 @@
+import copy
+import gc
+import os
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -99,6 +104,13 @@ def test_low_temperature_outweighs_the_noise():
     assert tokens(made, 4, 5, noise=noise)[0] == 7
 
 
+def test_candidates_that_are_all_but_impossible_are_left_out():
+    made = source(temperature=0.01)  # their probabilities underflow
+    observe(made, 4, 5, [7, 8], [0.6, 0.2])
+    noise = np.ones(made.memory.vocab_size, dtype=np.float32)
+    assert tokens(made, 4, 5, noise=noise) == [7]
+
+
 def test_memory_outlives_a_call_unless_it_is_asked_not_to():
     kept, cleared = source("model"), source("call")
     for made in (kept, cleared):
@@ -115,6 +127,33 @@ def test_memory_is_described_with_its_size_and_hits():
     text = made.describe()
     assert "memory of 1 tokens and 1 pairs" in text
     assert "25% of look-ups found by the pair, 25% by the token" in text
+
+
+def copied(made: RecyclingSource) -> RecyclingSource:
+    return copy.deepcopy(made)
+
+
+def pickled(made: RecyclingSource) -> RecyclingSource:
+    return pickle.loads(pickle.dumps(made))
+
+
+@pytest.mark.parametrize("same", [lambda made: made, copied, pickled])
+def test_file_is_written_when_a_source_or_a_copy_of_it_is_dropped(same, tmp_path):
+    made = same(source(tmp_path / "memory"))
+    observe(made, 4, 5, [7], [0.9])
+    del made
+    gc.collect()
+    assert tokens(source(tmp_path / "memory"), 4, 5)[0] == 7
+
+
+def test_copy_that_another_program_received_writes_the_file(tmp_path, monkeypatch):
+    sent = pickle.dumps(source(tmp_path / "memory"))
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    received = pickle.loads(sent)
+    observe(received, 4, 5, [7], [0.9])
+    del received
+    gc.collect()
+    assert (tmp_path / "memory").exists()
 
 
 @pytest.mark.parametrize("wrong", ["", 3, None])

@@ -1,5 +1,6 @@
 """Filling a memory gives what the model's own logits say."""
 
+import jaxtyping
 import pytest
 import torch
 
@@ -85,13 +86,14 @@ def test_chats_are_rendered_with_their_answer_or_a_prompt_for_one(tokenizer):
     assert text.tokens == tokenizer("1 2")["input_ids"]
 
 
-def test_chats_that_cannot_be_rendered_are_named(tokenizer):
+def test_chats_that_cannot_be_rendered_are_named(tokenizer, monkeypatch):
     with pytest.raises(PromptError, match="prompt 1 has no tokens"):
         render_texts(["1", ""], tokenizer)
     with pytest.raises(OptionError, match="prompt 0 is no Unicode text"):
         render_texts(["\ud800"], tokenizer)
     with pytest.raises(PromptError, match="the chat template refuses prompt 0"):
         render_texts([[{"no": "role"}]], tokenizer)
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users run it
     bare = type("Bare", (), {"chat_template": None})()
     with pytest.raises(OptionError, match="prompt 0 is a conversation, and the tokenizer has no"):
         module._render([{"role": "user"}], bare, 0)
