@@ -39,7 +39,7 @@ check_types = beartype(conf=BeartypeConf(hint_overrides=FrozenDict({Self: Any}))
 IS_DEEP = os.environ.get("HYPOTHESIS_PROFILE") == "deep"
 CHECKED_CASES = 1  # of a parametrised test
 CHECKED_CALLS = 30  # of a function in one test
-num_calls: Counter[Callable[..., Any]] = Counter()
+num_calls: Counter[Any] = Counter()  # by code, as functions may hold objects
 
 
 def check_first_calls(*, typechecker: Any, check: Any = jaxtyping.jaxtyped) -> Callable[[Any], Any]:
@@ -55,6 +55,7 @@ def check_first_calls(*, typechecker: Any, check: Any = jaxtyping.jaxtyped) -> C
                 function.__init__ = decorate(function.__init__)
             return function
         checked = None
+        key = getattr(function, "__code__", function)
 
         @wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -62,9 +63,9 @@ def check_first_calls(*, typechecker: Any, check: Any = jaxtyping.jaxtyped) -> C
             nonlocal checked
             if torch.compiler.is_compiling():  # which cannot follow the checks
                 return function(*args, **kwargs)
-            num_calls[function] += 1
+            num_calls[key] += 1
             if jaxtyping.config.jaxtyping_disable or (
-                num_calls[function] > CHECKED_CALLS and not IS_DEEP
+                num_calls[key] > CHECKED_CALLS and not IS_DEEP
             ):
                 return function(*args, **kwargs)
             if checked is None:
