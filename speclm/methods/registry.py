@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from speclm.files.weights import WeightFiles
     from speclm.training.heads_trainer import HeadsTrainer
 
-ProposerType = TypeVar("ProposerType", bound="type[Proposer]")
+ProposerType = TypeVar("ProposerType", bound=type)
 
 _HINTS = ("config.json", "*.index.json")
 _HEAD_FILES = ("*.json", "*.safetensors")
