@@ -165,8 +165,8 @@ class Accepted:
         """Return a copy with features of each token."""
         return self._replaced(features=features)
 
-    def with_candidates(self, candidates: TargetCandidates) -> "Accepted":
-        """Return a copy with the target's likeliest tokens."""
+    def with_candidates(self, candidates: TargetCandidates | None) -> "Accepted":
+        """Return a copy with the target's likeliest tokens; without any for None."""
         return self._replaced(candidates=candidates)
 
     def _replaced(self, **changes: Any) -> "Accepted":

@@ -117,7 +117,7 @@ class CombinedProposer(Proposer):
     @override
     def commit(self, accepted: Accepted) -> None:
         for part, source in self._drafting:
-            own = accepted
+            own = accepted.with_candidates(None)  # they are numbered by the joined tree
             if accepted.features is not None and part.features != TargetFeatures.NONE:
                 selected = self.features.select(accepted.features, part.features)
                 own = own.with_path_features(selected)

@@ -189,7 +189,7 @@ class TreeGrower:
             self._remaining[row] -= len(emitted)
         # A row that was given nothing has most likely ended: nodes for it would slow the others.
         self._is_waiting = [not emitted for emitted in accepted.emitted]
-        self._trees = None
+        self._trees, self._noise, self._noise_rows = None, None, {}
         self._rates.end_round()
 
     def _only_root(self, row: int) -> GrownTree:

@@ -30,6 +30,7 @@ class Drafter:
     Attributes:
         plan: Plan of the next draft; None follows the proposer's own settings.
         features: Hidden states of the target that the proposer is given.
+        remembers: Whether the proposer learns from one call for the next.
         num_observed: Likeliest tokens after each node that the proposer is given.
     """
 
@@ -45,6 +46,7 @@ class Drafter:
         """Prepare for a call."""
         self.plan = setup.plan
         self.features = TargetFeatures.NONE if setup.proposer is None else setup.proposer.features
+        self.remembers = setup.proposer is not None and setup.proposer.remembers
         self.num_observed = 0 if setup.proposer is None else setup.proposer.num_observed
         self._request = request
         self._proposer = setup.proposer

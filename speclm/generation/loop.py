@@ -271,14 +271,15 @@ class Generation:
                 nodes = draft.topology.num_nodes
                 taken = taken.with_features(self.target.features[:, -nodes:])
             num_observed = self.drafter.num_observed
-            if num_observed and self.sequences.any_live:
+            if num_observed:
                 taken = taken.with_candidates(TargetCandidates.best(logits, num=num_observed))
         with self.stats.phase("commit"):
             is_live = self.sequences.any_live
             if is_live or self.request.prompt.cache is not None:
                 self.session.keep(kept)
-            if is_live:
+            if is_live or self.drafter.remembers:  # the last round is worth remembering too
                 self.drafter.commit(taken, self.noise)
+            if is_live:
                 self.roots = self.roots.new_tensor(self.sequences.last_tokens)  # cut on the host
         return taken
 
