@@ -205,6 +205,7 @@ class Decoder:
         stats: Returns the counters of the last call.
         promises_identity: Whether the outputs have to be those of regular generation.
         max_batch: Largest batch that it can generate; None for any.
+        forget: Makes it forget what earlier calls taught.
     """
 
     name: str
@@ -212,6 +213,7 @@ class Decoder:
     stats: Callable[[], SpeculationStats | None]
     promises_identity: bool
     max_batch: int | None = None
+    forget: Callable[[], None] = lambda: None
 
     def can_run(self, batch: int) -> bool:
         """Return whether it can generate a batch of that size."""
@@ -298,7 +300,13 @@ def speculative_decoder(
         assert isinstance(output, Tensor)
         return output
 
-    return Decoder(name, generate, lambda: model.last_speculation, promises_identity=True)
+    def forget() -> None:
+        if heads is not None:
+            heads.forget()
+
+    return Decoder(
+        name, generate, lambda: model.last_speculation, promises_identity=True, forget=forget
+    )
 
 
 def _generate_with(base: PreTrainedModel, **options: Any) -> Callable[[Call], Tensor]:

@@ -300,7 +300,8 @@ def compare(
 ) -> list[Comparison]:
     """Run every call by regular generation and by all methods, and check the outputs.
 
-    The order rotates from call to call, so that no run always comes first.
+    The order rotates from call to call, so that no run always comes first. Before the first pair,
+    every method forgets what earlier calls taught it, so that it knows no answer beforehand.
 
     Args:
         plain: Regular generation.
@@ -320,6 +321,8 @@ def compare(
     for call in calls[:num_warmup]:
         for decoder in everyone:
             decoder.run(call)
+    for decoder in everyone:
+        decoder.forget()  # the answers of the warm-up, and of earlier measurements
     pairs: list[list[Pair]] = [[] for _ in methods]
     start = monotonic()
     for index, call in enumerate(calls):

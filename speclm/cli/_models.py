@@ -103,11 +103,10 @@ def load_with_heads(options: HeadsOptions) -> Loaded:
     loaded = load(options)
     found = [_own(part, loaded.base) if _is_own(part) else part for part in parts]
     given = found if len(found) > 1 else found[0] if found else None
-    revision = options.heads_revision
     spec = SpecModel.from_pretrained(
         loaded.base,
         given,
-        heads_kwargs=None if revision is None else {"revision": revision},
+        heads_kwargs=_method_options(options),
         **_drafting(options),
     )
     return Loaded(spec, loaded.tokenizer)
@@ -176,6 +175,14 @@ def _drafting(options: HeadsOptions) -> dict[str, Any]:
         )
     size = num_draft_tokens or max(_DEFAULT_NUM_DRAFT_TOKENS, options.depth)
     return {"tree": TreePlan(depth=options.depth, num_draft_tokens=size)}
+
+
+def _method_options(options: HeadsOptions) -> dict[str, Any]:
+    """Return the options of the method: what was given of those that some methods take."""
+    given: dict[str, Any] = {"revision": options.heads_revision}
+    if isinstance(options, DraftOptions):
+        given |= {"memory": options.memory, "corpus": options.corpus}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _is_own(part: Heads) -> bool:

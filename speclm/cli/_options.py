@@ -86,6 +86,13 @@ class DraftOptions(HeadsOptions):
     depth: Annotated[
         int | None, typer.Option(min=1, help="Maximum levels of a draft tree; turns pauses off.")
     ] = None
+    memory: Annotated[
+        Path | None,
+        typer.Option(help="File of the memory of look-ups, read and written; see speclm warm."),
+    ] = None
+    corpus: Annotated[
+        Path | None, typer.Option(help="Index of texts for look-ups; see speclm index.")
+    ] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,5 +1,6 @@
 """``speclm bench``: measures a base and a method on the user's prompts."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,10 +68,12 @@ def bench(options: BenchOptions) -> None:
 
 def _shared_settings(options: BenchOptions, loaded: Loaded) -> dict[str, Any]:
     """Return the settings that all records of the run share."""
+    names = ("tree", "num_draft_tokens", "depth", "quantization", "memory", "corpus")
+    drafting = {name: getattr(options, name) for name in names}
     drafting = {
-        name: getattr(options, name)
-        for name in ("tree", "num_draft_tokens", "depth", "quantization")
-        if getattr(options, name) is not None
+        name: value.name if isinstance(value, Path) else value
+        for name, value in drafting.items()
+        if value is not None
     }
     return {
         "base": loaded.base.config.name_or_path,

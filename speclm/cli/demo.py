@@ -27,7 +27,6 @@ from speclm.cli._display import (
 from speclm.cli._models import load
 from speclm.cli._options import DemoOptions, ModelOptions
 from speclm.demo.bundle import assets, load_prompts
-from speclm.methods.lookup.proposer import LookupProposer
 from speclm.model.heads import load_proposer
 
 SETTINGS = ("greedy", "t1.0")
@@ -44,7 +43,6 @@ def demo(options: DemoOptions) -> None:
         f"A {_millions(loaded.base):.1f} M-parameter model answers {num_prompts} text-to-SQL and "
         f"{num_prompts} maths prompts, greedily and by sampling at temperature 1.\n"
         "Each run is paired with regular generation under the same seed; ratios are medians.\n"
-        "Prompts repeat, so lookup starts every answer with an empty memory.\n"
         "tau: tokens per forward of the target; kept %: acceptance rate at depth 1, 2 and 3.\n"
     )
     cells = _cells(
@@ -72,7 +70,7 @@ def demo(options: DemoOptions) -> None:
 
 def _methods(base: PreTrainedModel) -> list[Decoder]:
     heads: dict[str, Any] = {
-        "lookup": LookupProposer(base, memory="call"),
+        "lookup": "lookup",
         "draft": AutoModelForCausalLM.from_pretrained(assets()["draft"], dtype=torch.float32),
         **{name: assets()[name] for name in ("medusa", "eagle", "eagle3")},
     }

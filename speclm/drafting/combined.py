@@ -101,6 +101,16 @@ class CombinedProposer(Proposer):
         return TargetFeatures.union(part.features for part in self.parts)
 
     @override
+    def describe(self) -> str:
+        return "; ".join([super().describe(), *self.grower.describe()])
+
+    @override
+    def forget(self) -> None:
+        self.grower.forget()  # its sources are also those of parts that look tokens up
+        for part in self.parts:
+            part.forget()
+
+    @override
     def begin(self, prompt: Prefill) -> None:
         self.grower.begin(prompt)
         for part, source in self._drafting:

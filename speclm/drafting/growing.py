@@ -148,6 +148,16 @@ class TreeGrower:
         for source in self.sources:
             source.begin(prompt)
 
+    def forget(self) -> None:
+        """Forget what earlier generations taught: hit rates, and what the sources hold."""
+        self._rates.forget()
+        for source in self.sources:
+            source.forget()
+
+    def describe(self) -> list[str]:
+        """Return what the sources hold, one entry for each that has something to say."""
+        return [held for source in self.sources if (held := source.describe())]
+
     @property
     def num_live(self) -> int:
         """Rows that emitted something in the last round."""
@@ -343,10 +353,13 @@ class SourceProposer(Proposer):
     def num_observed(self) -> int:  # type: ignore[override]  # the sources decide
         return self.grower.num_observed
 
+    @override
     def describe(self) -> str:
-        """Return what reports say about the proposer."""
-        held = filter(None, (source.describe() for source in self.grower.sources))
-        return "; ".join([f"{type(self).__name__}, {self.config}", *held])
+        return "; ".join([super().describe(), *self.grower.describe()])
+
+    @override
+    def forget(self) -> None:
+        self.grower.forget()
 
     @override
     def begin(self, prompt: Prefill) -> None:

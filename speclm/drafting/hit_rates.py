@@ -55,6 +55,11 @@ class HitRates:
         while len(self._settings) > _MAX_SETTINGS:
             self._settings.popitem(last=False)
 
+    def forget(self) -> None:
+        """Start again from the rates of each source's keys, in every setting."""
+        self._settings.clear()
+        self._counts = _Counts()
+
     def rate(self, code: int) -> float:
         """Return the probability that a candidate of this code is right."""
         found = self._counts.rates.get(code)

@@ -176,6 +176,12 @@ class Proposer(ABC):
         waits for slower rows; such a row keeps its root.
         """
 
+    def forget(self) -> None:  # noqa: B027 - most learn nothing from earlier calls
+        """Forget what earlier calls taught, except settings.
+
+        Between generations only. A proposer that sets `remembers` drafts then as a new one does.
+        """
+
     def describe(self) -> str:
         """Return one line about the proposer for reports."""
         return f"{type(self).__name__}, {self.config}"

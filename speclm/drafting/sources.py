@@ -75,6 +75,9 @@ class CandidateSource(ABC):
     def commit(self, row: int, emitted: list[int]) -> None:  # noqa: B027 - not all have rows
         """Append the tokens that a row emitted."""
 
+    def forget(self) -> None:  # noqa: B027 - most know the current text only
+        """Forget what earlier generations taught; called between generations."""
+
     def describe(self) -> str:
         """Return what the source holds, for reports; empty if there is nothing to say."""
         return ""

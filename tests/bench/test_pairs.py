@@ -4,6 +4,7 @@ import pytest
 
 from speclm.bench import Outcome, Pair, Spread, compare, plain_decoder, speculative_decoder
 from speclm.errors import MeasurementError
+from speclm.methods.lookup.proposer import LookupProposer
 from speclm.methods.ngram.proposer import NgramProposer
 
 
@@ -100,3 +101,20 @@ def test_no_prompts_is_an_error(tiny_base):
     plain = plain_decoder(tiny_base)
     with pytest.raises(MeasurementError, match="no prompts"):
         compare(plain, [plain], [], base=tiny_base)
+
+
+def test_methods_forget_after_the_warmup_and_before_each_comparison(tiny_base, calls_of):
+    log = []
+    proposer = LookupProposer(tiny_base)
+    method = speculative_decoder("lookup", tiny_base, proposer)
+
+    def forget():
+        method.forget()
+        log.append(f"forget, {proposer.memory.num_pairs} pairs left")
+
+    logged = replace(logging_method(method, log), forget=forget)
+    calls = calls_of(max_new_tokens=8)[:1]
+    for num_warmup in (1, 0):
+        compare(plain_decoder(tiny_base), [logged], calls, base=tiny_base, num_warmup=num_warmup)
+    forgotten = "forget, 0 pairs left"
+    assert log == ["lookup", forgotten, "lookup", forgotten, "lookup"]

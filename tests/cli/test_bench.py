@@ -1,3 +1,4 @@
+import gc
 import importlib
 import json
 import re
@@ -86,3 +87,14 @@ def test_folders_are_made_on_request(bench, tmp_path):
     with pytest.raises(LoadedError):
         bench("--out", str(tmp_path / "a" / "b" / "out.jsonl"), "--make-folders")
     assert (tmp_path / "a" / "b").is_dir()
+
+
+def test_memory_is_read_and_named_in_the_record(run, prompts, tmp_path):
+    options = ("--max-new-tokens", "4", "--heads", "lookup", "--setting", "greedy")
+    memory, out = tmp_path / "m.safetensors", tmp_path / "out.jsonl"
+    files = ("--memory", str(memory), "--out", str(out))
+    assert run("bench", "--prompts", str(prompts), *options, *files).exit_code == 0
+    (record,) = map(json.loads, out.read_text().splitlines())
+    assert record["settings"]["memory"] == "m.safetensors"
+    gc.collect()
+    assert memory.exists()

@@ -74,3 +74,16 @@ def test_options_that_exclude_each_other_or_have_no_such_value_are_named(monkeyp
     ]:
         with pytest.raises(OptionError, match=message):
             load_with_heads(DraftOptions(**options))
+
+
+def test_files_of_look_ups_are_those_of_warm_and_index(run, tmp_path):
+    lines, memory, corpus = tmp_path / "texts", tmp_path / "m.safetensors", tmp_path / "index"
+    lines.write_text('{"prompt": "SELECT a FROM b", "text": "SELECT a FROM b WHERE c"}')
+    short = ("--max-new-tokens", "4")
+    assert run("warm", "--prompts", str(lines), "--out", str(memory), *short).exit_code == 0
+    assert run("index", "--data", str(lines), "--out", str(corpus)).exit_code == 0
+    loaded = load_with_heads(DraftOptions(heads="lookup", memory=memory, corpus=corpus))
+    assert loaded.spec.proposer.memory.num_pairs > 0
+    for heads, message in [("medusa", "memory"), ("lookup,medusa", "no clear owner")]:
+        with pytest.raises(OptionError, match=message):
+            load_with_heads(DraftOptions(heads=heads, memory=memory))

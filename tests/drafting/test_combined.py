@@ -1,4 +1,5 @@
 import jaxtyping
+import numpy as np
 import pytest
 import torch
 
@@ -9,6 +10,7 @@ from speclm.drafting.interface import Draft, Prefill, Proposer
 from speclm.errors import OptionError
 from speclm.methods.draft_model.proposer import DraftModelProposer
 from speclm.methods.eagle.proposer import EagleProposer
+from speclm.methods.lookup.proposer import LookupProposer
 from speclm.methods.medusa.proposer import MedusaProposer
 from speclm.methods.ngram.proposer import NgramProposer
 from speclm.target.features import TargetFeatures
@@ -236,3 +238,19 @@ def test_parts_that_are_no_list_are_refused(parts, monkeypatch):
         CombinedProposer(parts)
     with pytest.raises(OptionError, match="num_draft_tokens is 'a', a str"):
         CombinedProposer([NgramProposer()], num_draft_tokens="a")
+
+
+def test_description_says_what_parts_hold_and_forgetting_reaches_all_of_them():
+    class Learner(Fixed):
+        num_forgotten = 0
+
+        def forget(self):
+            self.num_forgotten += 1
+
+    lookup, learner = LookupProposer(shared_model("llama")), Learner([[5]], [[0, 0]])
+    joined = CombinedProposer([lookup, learner])
+    lookup.memory.store([1], [2], np.zeros((1, 8), int), np.zeros((1, 8)))
+    assert "memory of 1 tokens and 1 pairs" in joined.describe()
+    joined.forget()
+    assert "memory of 0 tokens and 0 pairs" in joined.describe()
+    assert learner.num_forgotten == 1

@@ -79,3 +79,14 @@ def test_old_counts_fade():
     for _ in range(30):
         learn(rates, 1, hits=0, misses=100)
     assert rates.rate(1) < 0.3
+
+
+def test_forgotten_rates_start_again_in_every_setting():
+    rates = HitRates([(0.8,)])
+    for setting in ("greedy", "sampled"):
+        rates.begin(setting)
+        learn(rates, 1, hits=0, misses=100)
+    rates.forget()
+    for setting in ("greedy", "sampled"):
+        rates.begin(setting)
+        assert rates.rate(1) == pytest.approx(0.8)

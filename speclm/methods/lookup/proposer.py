@@ -5,8 +5,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from speclm.config import MAX_DEPTH, require_count
-from speclm.drafting.growing import GrowthConfig, SourceProposer, TreeGrower
-from speclm.drafting.interface import TargetNeeds
+from speclm.drafting.growing import GrowthConfig, TreeGrower
 from speclm.drafting.sources import CandidateSource
 from speclm.errors import OptionError
 from speclm.methods.ngram.corpus import (
@@ -18,11 +17,10 @@ from speclm.methods.ngram.corpus import (
 from speclm.methods.ngram.source import NgramSource
 from speclm.methods.ngram.suffix_index import SuffixIndex
 from speclm.methods.recycling.memory import MAX_PAIRS
-from speclm.methods.recycling.source import RecyclingSource
-from speclm.target.logits import head_shape
+from speclm.methods.recycling.source import MemoryProposer, RecyclingSource
 
 
-class LookupProposer(SourceProposer):
+class LookupProposer(MemoryProposer):
     """Joins n-grams of the text with what the target thought likely before, in one tree.
 
     At each node both say what may follow, and the tree grows from the likeliest of all. How likely
@@ -46,8 +44,6 @@ class LookupProposer(SourceProposer):
         VocabularyMismatchError: If the corpus is in tokens of another vocabulary.
     """
 
-    remembers = True
-
     def __init__(
         self,
         target: PreTrainedModel,
@@ -65,12 +61,9 @@ class LookupProposer(SourceProposer):
             num_draft_tokens=num_draft_tokens,
             min_probability=min_probability,
         )
-        vocab_size = head_shape(target)[0]
-        self.needs = TargetNeeds(vocab_size=vocab_size)
-        sources: list[CandidateSource] = [
-            NgramSource(),
-            RecyclingSource(target, memory=memory, max_pairs=max_pairs),
-        ]
+        recycling = RecyclingSource(target, memory=memory, max_pairs=max_pairs)
+        super().__init__(target, recycling)
+        sources: list[CandidateSource] = [NgramSource(), recycling]
         require_count("history", history, low=0, high=MAX_HISTORY)
         if history:
             sources.append(CorpusSource(history=OutputHistory(max_tokens=history)))
@@ -78,6 +71,7 @@ class LookupProposer(SourceProposer):
             if not isinstance(corpus, str | Path):
                 raise OptionError(f"corpus is {corpus!r}, expected the path of a file; pass one")
             fingerprint = vocabulary_fingerprint(target.config)
-            index = SuffixIndex.load(Path(corpus), vocab_size=vocab_size, fingerprint=fingerprint)
+            size = recycling.memory.vocab_size
+            index = SuffixIndex.load(Path(corpus), vocab_size=size, fingerprint=fingerprint)
             sources.append(CorpusSource(index))
         self.grower = TreeGrower(sources)

@@ -157,6 +157,13 @@ class CorpusSource(CandidateSource):
         ]
 
     @override
+    def forget(self) -> None:
+        if self._history is not None:
+            self._rows = []  # their output is not in the history yet
+            self._history.clear()
+            self._index = self._history.index()
+
+    @override
     def root(self, row: int) -> Any:
         if not len(self._index):
             return None

@@ -109,7 +109,7 @@ class CandidateMemory:
 
     @property
     def has_changed(self) -> bool:
-        """Whether anything was stored, merged or cleared since it was created, saved or loaded."""
+        """Whether it differs from what was created, saved, loaded or restored last."""
         return self._has_changed
 
     def find(self, previous: int, token: int) -> tuple[int, list[int], list[float]] | None:
@@ -233,9 +233,14 @@ class CandidateMemory:
         Raises:
             OptionError: If it cannot be written; an old file stays.
         """
+        write_memory(Path(path), self.stored(), vocab_size=self.vocab_size, fingerprint=fingerprint)
+        self._has_changed = False
+
+    def stored(self) -> StoredMemory:
+        """Return a copy of what it knows, as a file has it."""
         tokens, keys = np.flatnonzero(self._known_tokens), self._by_age()
         rows = [self._rows[key] for key in keys.tolist()]
-        stored = StoredMemory(
+        return StoredMemory(
             tokens=tokens.astype(np.int32),
             token_ids=self._token_ids[tokens],
             token_log_probs=self._token_log_probs[tokens],
@@ -243,7 +248,18 @@ class CandidateMemory:
             pair_ids=self._pair_ids[rows],
             pair_log_probs=self._pair_log_probs[rows],
         )
-        write_memory(Path(path), stored, vocab_size=self.vocab_size, fingerprint=fingerprint)
+
+    def restore(self, stored: StoredMemory) -> None:
+        """Know what was stored from a memory of these sizes, and nothing else."""
+        self.clear()
+        self._known_tokens[stored.tokens] = 1
+        self._token_ids[stored.tokens] = stored.token_ids
+        self._token_log_probs[stored.tokens] = stored.token_log_probs
+        rows = [self._row_of(key) for key in stored.pairs.tolist()]
+        np.asarray(self._last_use)[rows] = np.arange(len(rows))
+        self._clock = len(rows)
+        self._pair_ids[rows] = stored.pair_ids
+        self._pair_log_probs[rows] = stored.pair_log_probs
         self._has_changed = False
 
     @classmethod
@@ -269,14 +285,7 @@ class CandidateMemory:
         )
         num_candidates = stored.token_ids.shape[1]
         memory = cls(vocab_size=vocab_size, num_candidates=num_candidates, max_pairs=max_pairs)
-        memory._known_tokens[stored.tokens] = 1
-        memory._token_ids[stored.tokens] = stored.token_ids
-        memory._token_log_probs[stored.tokens] = stored.token_log_probs
-        rows = [memory._row_of(key) for key in stored.pairs.tolist()]
-        np.asarray(memory._last_use)[rows] = np.arange(len(rows))
-        memory._clock = len(rows)
-        memory._pair_ids[rows] = stored.pair_ids
-        memory._pair_log_probs[rows] = stored.pair_log_probs
+        memory.restore(stored)
         return memory
 
     def _forget_pairs(self) -> None:
@@ -285,9 +294,9 @@ class CandidateMemory:
         self._clock = 0
         self._num_evictions = 0
         self._keys = np.zeros(0, np.int64)
-        self._last_use = array("q")
-        self._pair_ids = np.zeros((0, self.num_candidates), np.int32)
-        self._pair_log_probs = np.zeros((0, self.num_candidates), np.float16)
+        self._last_use: array[int] = array("q")
+        self._pair_ids: NDArray[np.int32] = np.zeros((0, self.num_candidates), np.int32)
+        self._pair_log_probs: NDArray[np.float16] = np.zeros((0, self.num_candidates), np.float16)
 
     @property
     def _known_tokens(self) -> NDArray[np.uint8]:

@@ -1,5 +1,6 @@
 """Keeps a memory in a file, from one program to the next."""
 
+import copy
 import logging
 import os
 from pathlib import Path
@@ -44,6 +45,17 @@ class MemoryFile:
             self.memory = CandidateMemory(vocab_size=vocab_size, max_pairs=max_pairs)
         else:
             self.memory = self._load(vocab_size, max_pairs)
+        self._start = self.memory.stored()
+        self._has_forgotten = False
+
+    def forget(self) -> None:
+        """Return to what the file held when it was read; the file stays as it is.
+
+        What is learned from then on is added to the file, and what is only in the file stays
+        forgotten.
+        """
+        self.memory.restore(self._start)
+        self._has_forgotten = True
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copy may have come from another program, whose clock starts elsewhere.
@@ -61,9 +73,12 @@ class MemoryFile:
             return
         self._saved_at = monotonic()
         try:
-            if _version(self._path) not in {None, self._version}:
-                self.memory.merge(self._load(self.memory.vocab_size, self.memory.max_pairs))
-            self.memory.save(self._path, fingerprint=self._fingerprint)
+            memory, version = self.memory, _version(self._path)
+            if self._has_forgotten:
+                memory = copy.deepcopy(memory)
+            if version is not None and (self._has_forgotten or version != self._version):
+                memory.merge(self._load(memory.vocab_size, memory.max_pairs))
+            memory.save(self._path, fingerprint=self._fingerprint)
         except SpeclmError as error:
             self._has_failed = True
             _log.warning("memory is not saved any more, decoding goes on: %s", error)

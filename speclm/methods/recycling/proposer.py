@@ -5,14 +5,12 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from speclm.config import MAX_DEPTH, require_count
-from speclm.drafting.growing import GrowthConfig, SourceProposer, TreeGrower
-from speclm.drafting.interface import TargetNeeds
+from speclm.drafting.growing import GrowthConfig, TreeGrower
 from speclm.methods.recycling.memory import MAX_PAIRS
-from speclm.methods.recycling.source import RecyclingSource
-from speclm.target.logits import head_shape
+from speclm.methods.recycling.source import MemoryProposer, RecyclingSource
 
 
-class RecyclingProposer(SourceProposer):
+class RecyclingProposer(MemoryProposer):
     """Proposes what the target thought likely when it last was after the same one or two tokens.
 
     Every verification computes the target's distribution after all nodes of a tree, accepted and
@@ -35,8 +33,6 @@ class RecyclingProposer(SourceProposer):
         CheckpointError: If the file is damaged, or the memory of another model.
     """
 
-    remembers = True
-
     def __init__(
         self,
         target: PreTrainedModel,
@@ -52,5 +48,6 @@ class RecyclingProposer(SourceProposer):
             num_draft_tokens=num_draft_tokens,
             min_probability=min_probability,
         )
-        self.needs = TargetNeeds(vocab_size=head_shape(target)[0])
-        self.grower = TreeGrower([RecyclingSource(target, memory=memory, max_pairs=max_pairs)])
+        source = RecyclingSource(target, memory=memory, max_pairs=max_pairs)
+        super().__init__(target, source)
+        self.grower = TreeGrower([source])

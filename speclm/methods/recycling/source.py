@@ -1,5 +1,6 @@
 """The target's own candidates, remembered by token and by pair of tokens."""
 
+import copy
 import weakref
 from bisect import bisect_left
 from math import exp, log
@@ -11,7 +12,8 @@ from jaxtyping import Float, Int
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from speclm.drafting.interface import Prefill
+from speclm.drafting.growing import SourceProposer
+from speclm.drafting.interface import Prefill, TargetNeeds
 from speclm.drafting.sources import CandidateSource, NoiseRow, State
 from speclm.errors import OptionError
 from speclm.methods.recycling.checkpoint import memory_fingerprint
@@ -168,8 +170,16 @@ class RecyclingSource(CandidateSource):
             log_probs[kept],
         )
 
+    @override
+    def forget(self) -> None:
+        """Clear the memory; that of a file returns to what the file held when it was read."""
+        if self._file is None:
+            self.memory.clear()
+        else:
+            self._file.forget()
+
+    @override
     def describe(self) -> str:
-        """Return what the memory holds, in words."""
         memory, (by_token, by_pair) = self.memory, self.memory.num_hits
         lookups = max(memory.num_lookups, 1)
         return (
@@ -182,3 +192,34 @@ class RecyclingSource(CandidateSource):
     def commit(self, row: int, emitted: list[int]) -> None:
         *_, previous, token = (*self._last[row], *emitted)
         self._last[row] = previous, token
+
+
+class MemoryProposer(SourceProposer):
+    """Base class of proposers with a memory; `grower` has a `RecyclingSource` among its sources."""
+
+    remembers = True
+
+    def __init__(self, target: PreTrainedModel, recycling: RecyclingSource) -> None:
+        """Take the model that will verify, and the source with its memory."""
+        self.needs = TargetNeeds(vocab_size=recycling.memory.vocab_size)
+        self._target = target
+        self._recycling = recycling
+
+    @property
+    def memory(self) -> CandidateMemory:
+        """What the target thought likely after tokens and pairs of tokens."""
+        return self._recycling.memory
+
+    def save_memory(self, path: str | Path) -> None:
+        """Write the memory into a file that the option `memory` reads, and `speclm warm` merges.
+
+        Args:
+            path: The file; its folder has to exist. An old file is replaced.
+
+        Raises:
+            OptionError: If it cannot be written; an old file stays.
+        """
+        if not isinstance(path, str | Path):
+            raise OptionError(f"path is {path!r}, expected the path of a file; pass one")
+        # A copy, since a memory with a file of its own has still to be written there.
+        copy.copy(self.memory).save(path, fingerprint=memory_fingerprint(self._target))

@@ -5,9 +5,11 @@ import pytest
 import torch
 
 from speclm import SpecModel
+from speclm.drafting.combined import CombinedProposer
 from speclm.errors import OptionError, VocabularyMismatchError
 from speclm.methods.lookup.proposer import LookupProposer
 from speclm.methods.ngram.corpus import vocabulary_fingerprint
+from speclm.methods.ngram.proposer import NgramProposer
 from speclm.methods.ngram.suffix_index import SuffixIndex
 from speclm.testing import check_proposer
 from tests.models import build_model, generate, prompts, shared_model
@@ -94,3 +96,18 @@ def test_options_out_of_range_are_named():
     for option, value in wrong.items():
         with pytest.raises(OptionError, match=f"{option} is {value}"):
             LookupProposer(base, **{option: value})
+
+
+def test_forgetting_makes_drafts_those_of_a_new_proposer():
+    base = shared_model("llama")
+    proposer = LookupProposer(base, history=64)
+    for heads in (proposer, CombinedProposer([proposer, NgramProposer()])):
+        spec, taus = SpecModel(base, heads), []
+        for _ in range(3):
+            for _ in range(2):
+                generate(spec, prompts(6), max_new_tokens=24)
+                taus.append(spec.last_speculation.tau)
+            heads.forget()
+            assert proposer.memory.num_pairs == 0
+        assert taus[::2] == taus[:1] * 3
+        assert min(taus[1::2]) > taus[0]

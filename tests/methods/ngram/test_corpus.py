@@ -152,3 +152,18 @@ def test_fingerprints_differ_where_vocabularies_do():
     others = [LlamaConfig(vocab_size=8), LlamaConfig(vocab_size=9, eos_token_id=7)]
     assert vocabulary_fingerprint(first) == vocabulary_fingerprint(same)
     assert vocabulary_fingerprint(first) not in map(vocabulary_fingerprint, others)
+
+
+def test_history_is_forgotten_with_the_last_output_and_a_corpus_stays():
+    for source in (
+        CorpusSource(history=OutputHistory(max_tokens=64)),
+        CorpusSource(SuffixIndex.build([[5, 6, 7, 8]])),
+    ):
+        is_history = source._history is not None
+        for _ in range(2):
+            source.begin(prefill([1, 5, 6]))
+            source.commit(0, [7, 8])
+        source.forget()
+        source.begin(prefill([1, 5, 6]))
+        state = source.root(0)
+        assert (state is None) == is_history

@@ -90,3 +90,19 @@ def test_child_of_a_fork_leaves_the_file_to_its_parent(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "getpid", lambda: -1)
     file.save()
     assert not (tmp_path / "memory").exists()
+
+
+def test_forgetting_leaves_the_file_and_what_is_learned_later_is_added(tmp_path):
+    path = tmp_path / "memory"
+    file = MemoryFile(path, **SIZES)
+    remember(file, 1, 2, 7)
+    file.save()
+    file.forget()
+    file.save()
+    assert best_after(MemoryFile(path, **SIZES), 1, 2) == 7
+    for previous in (3, 4):
+        remember(file, previous, 2, 9)
+        file.save()
+        assert best_after(file, 1, 2) in (None, 9)
+    both = MemoryFile(path, **SIZES)
+    assert [best_after(both, previous, 2) for previous in (1, 3, 4)] == [7, 9, 9]

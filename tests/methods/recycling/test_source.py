@@ -9,6 +9,8 @@ import torch
 
 from speclm.drafting.interface import Prefill
 from speclm.errors import OptionError
+from speclm.methods.lookup.proposer import LookupProposer
+from speclm.methods.recycling.proposer import RecyclingProposer
 from speclm.methods.recycling.source import RecyclingSource
 from tests.models import shared_model
 
@@ -168,3 +170,45 @@ def test_memory_of_another_kind_is_an_option_error(wrong, monkeypatch):
 def test_number_of_pairs_out_of_range_is_an_option_error():
     with pytest.raises(OptionError, match="max_pairs is -1"):
         source(max_pairs=-1)
+
+
+def test_forgotten_memory_is_empty_and_that_of_a_file_as_it_was_read(tmp_path):
+    first = source(tmp_path / "memory")
+    observe(first, 4, 5, [7], [0.9])
+    del first
+    gc.collect()
+    for made, left in ((source(), []), (source(tmp_path / "memory"), [7])):
+        observe(made, 4, 5, [8], [0.9])
+        observe(made, 3, 6, [9], [0.9])
+        made.forget()
+        assert tokens(made, 4, 5)[:1] == left
+        assert tokens(made, 3, 6) == []
+
+
+class TestMemoryProposer:
+    def test_saved_memory_is_read_by_the_option_memory(self, tmp_path):
+        base = shared_model("llama")
+        for kind in (RecyclingProposer, LookupProposer):
+            proposer = kind(base, memory=tmp_path / "own")
+            proposer.memory.store([4], [5], *candidates(proposer.memory))
+            proposer.save_memory(tmp_path / "saved")
+            assert proposer.memory.has_changed  # and is still written into its own file
+            again = kind(base, memory=tmp_path / "saved").memory
+            assert again.find(4, 5) == proposer.memory.find(4, 5)
+
+    def test_path_that_cannot_be_written_is_an_option_error(self, tmp_path, monkeypatch):
+        import jaxtyping
+
+        monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users run it
+        proposer = RecyclingProposer(shared_model("llama"))
+        for path, message in (
+            (tmp_path / "no such folder" / "memory", "cannot be written"),
+            (None, "path is None, expected the path of a file"),
+        ):
+            with pytest.raises(OptionError, match=message):
+                proposer.save_memory(path)
+
+
+def candidates(memory) -> tuple[np.ndarray, np.ndarray]:
+    width = memory.num_candidates
+    return np.arange(width)[None], np.full((1, width), -2.0)
