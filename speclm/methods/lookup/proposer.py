@@ -49,7 +49,7 @@ class LookupProposer(MemoryProposer):
         target: PreTrainedModel,
         *,
         num_draft_tokens: int = 16,
-        min_probability: float = 0.09,
+        min_probability: float = 0.05,
         memory: str | Path = "model",
         max_pairs: int = MAX_PAIRS,
         history: int = 0,
