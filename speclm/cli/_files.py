@@ -26,7 +26,7 @@ def read_prompts(path: Path) -> list[Prompt]:
         DataError: If the file cannot be read, has no prompt, or has a line that is not one.
         OptionError: If standard input cannot be read.
     """
-    return [_parse(line) for line in _read_lines(path)]
+    return [_parse(line) for line in read_lines(path, "--prompts")]
 
 
 def read_chats(path: Path) -> list[Prompt]:
@@ -36,16 +36,22 @@ def read_chats(path: Path) -> list[Prompt]:
         DataError: If the file cannot be read, has no prompt, or a line is none.
         OptionError: If standard input cannot be read.
     """
-    return [_parse(line, keeps_answer=True) for line in _read_lines(path)]
+    return [_parse(line, keeps_answer=True) for line in read_lines(path, "--prompts")]
 
 
-def _read_lines(path: Path) -> list[JsonLine]:
+def read_lines(path: Path, option: str) -> list[JsonLine]:
+    """Read the JSON lines of the file or standard input that an option names.
+
+    Raises:
+        DataError: If the file cannot be read or is empty.
+        OptionError: If standard input cannot be read.
+    """
     if path == STANDARD_INPUT:
-        lines = split_json_lines(read_input("--prompts"), name="standard input")
+        lines = split_json_lines(read_input(option), name="standard input")
     else:
         lines = read_json_lines(path)
     if not lines:
-        raise DataError(f"--prompts {str(path)!r} is empty, expected one JSON object a line")
+        raise DataError(f"{option} {str(path)!r} is empty, expected one JSON object a line")
     return lines
 
 

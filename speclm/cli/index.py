@@ -2,18 +2,17 @@
 
 from collections.abc import Iterator
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from speclm.cli._display import progress
-from speclm.cli._files import STANDARD_INPUT, prepare_file, read_input
+from speclm.cli._files import prepare_file, read_lines
 from speclm.cli._options import IndexOptions
 from speclm.demo.bundle import assets
 from speclm.errors import DataError, OptionError, UnknownNameError, reason_of
-from speclm.files.json_lines import JsonLine, read_json_lines, split_json_lines
+from speclm.files.json_lines import JsonLine
 from speclm.methods.ngram.corpus import PROMPT_TAIL, vocabulary_fingerprint
 from speclm.methods.ngram.suffix_index import SuffixIndex
 from speclm.training.conversations import parse_conversation, tokenize_conversation
@@ -22,7 +21,7 @@ from speclm.training.conversations import parse_conversation, tokenize_conversat
 def index(options: IndexOptions) -> None:
     """Tokenize texts, and write an index over them."""
     prepare_file("--out", options.out)
-    lines = _read(options.data)
+    lines = read_lines(options.data, "--data")
     name = str(assets()["base"]) if options.base is None else options.base
     tokenizer, config = _load(name)
     console = Console()
@@ -48,16 +47,6 @@ def index(options: IndexOptions) -> None:
         markup=False,
         highlight=False,
     )
-
-
-def _read(path: Path) -> list[JsonLine]:
-    if path == STANDARD_INPUT:
-        lines = split_json_lines(read_input("--data"), name="standard input")
-    else:
-        lines = read_json_lines(path)
-    if not lines:
-        raise DataError(f"--data {str(path)!r} is empty, expected one JSON object a line")
-    return lines
 
 
 def _load(name: str) -> tuple[PreTrainedTokenizerBase, PreTrainedConfig]:

@@ -28,16 +28,22 @@ _MAX_SHARING = 2
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turn any error of Python while it reads a file into a `CheckpointError`."""
+def reading(
+    path: Path, expected: str = "whole files of draft heads; they are damaged, download them again"
+) -> Iterator[None]:
+    """Turn any error of Python while it reads a file into a `CheckpointError`.
+
+    Args:
+        path: The file.
+        expected: What should have been found, and the remedy.
+    """
     try:
         yield
     except SpeclmError:
         raise
     except Exception as error:
         raise CheckpointError(
-            f"{path}: cannot be read ({reason_of(error)}), expected whole files of draft heads; "
-            "they are damaged, download them again"
+            f"{path}: cannot be read ({reason_of(error)}), expected {expected}"
         ) from error
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from speclm.config import MAX_DEPTH, require_count
-from speclm.drafting.growing import GrowthConfig, TreeGrower
+from speclm.config import require_count
+from speclm.drafting.growing import TreeGrower
 from speclm.drafting.sources import CandidateSource
 from speclm.errors import OptionError
 from speclm.methods.ngram.corpus import (
@@ -55,14 +55,13 @@ class LookupProposer(MemoryProposer):
         history: int = 0,
         corpus: str | Path | None = None,
     ) -> None:
-        require_count("num_draft_tokens", num_draft_tokens, low=1, high=MAX_DEPTH)
-        self.config = GrowthConfig(
-            depth=num_draft_tokens,
+        recycling = RecyclingSource(target, memory=memory, max_pairs=max_pairs)
+        super().__init__(
+            target,
+            recycling,
             num_draft_tokens=num_draft_tokens,
             min_probability=min_probability,
         )
-        recycling = RecyclingSource(target, memory=memory, max_pairs=max_pairs)
-        super().__init__(target, recycling)
         sources: list[CandidateSource] = [NgramSource(), recycling]
         require_count("history", history, low=0, high=MAX_HISTORY)
         if history:

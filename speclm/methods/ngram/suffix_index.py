@@ -1,8 +1,7 @@
 """Finds all occurrences of some tokens in a text, from memory or from a file."""
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, cast
@@ -17,12 +16,11 @@ from speclm.config import MAX_DEPTH
 from speclm.errors import (
     CheckpointError,
     OptionError,
-    SpeclmError,
     VocabularyMismatchError,
-    reason_of,
     shown,
 )
 from speclm.files.atomic import write_file
+from speclm.files.weights import reading
 
 SEPARATOR = -1
 """Stands after each document, and equals no token."""
@@ -44,6 +42,9 @@ _MAX_SAMPLES = 32  # followers that are looked at
 _UNKNOWN: Any = object()
 _MAX_PAIRS = 1 << 14  # looked up before; some 4 MB
 _CHUNK = 1 << 20
+_EXPECTED = (
+    "a whole file of `speclm index`; it is missing, truncated or of something else, write it again"
+)
 _FORMAT = {"format": "speclm.suffix_index", "version": "1", "sorted_length": str(_SORTED)}
 
 Tokens = NDArray[np.int32]
@@ -113,7 +114,7 @@ class SuffixIndex:
             CheckpointError: If the file is missing, truncated or damaged, or no index.
             VocabularyMismatchError: If the index is one for another vocabulary.
         """
-        with _reading(path):
+        with reading(path, _EXPECTED):
             # Of the frameworks, only this one leaves tensors in the file.
             with safe_open(path, framework="pt", device="cpu") as file:
                 found = file.metadata() or {}
@@ -325,17 +326,3 @@ def _damaged(path: Path, found: str) -> CheckpointError:
         f"{path}: {found}, expected a whole index of int32 numbers; it is damaged, write it again "
         "with `speclm index`"
     )
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turn whatever is raised while a file is read into a `CheckpointError`."""
-    try:
-        yield
-    except SpeclmError:
-        raise
-    except Exception as error:
-        raise CheckpointError(
-            f"{path}: no index can be read ({reason_of(error)}), expected a whole file of `speclm "
-            "index`; it is missing, truncated or of something else, write it again"
-        ) from error

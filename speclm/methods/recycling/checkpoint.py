@@ -3,8 +3,6 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,9 @@ from safetensors.numpy import save
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from speclm.errors import CheckpointError, OptionError, SpeclmError, reason_of, shown
+from speclm.errors import CheckpointError, OptionError, shown
 from speclm.files.atomic import write_file
+from speclm.files.weights import reading
 from speclm.target import TargetView, stored_matrices
 
 MAX_CANDIDATES = 64
@@ -37,6 +36,7 @@ _DTYPES = {
     "pair_log_probs": "F16",
 }
 _REMEDY = "fill a new memory with speclm warm"
+_EXPECTED = f"a whole memory; it is truncated or damaged, {_REMEDY}"
 _CONFIG_FIELDS = (
     "model_type",
     "hidden_size",
@@ -108,7 +108,7 @@ def read_memory(path: Path, *, vocab_size: int, fingerprint: str, max_pairs: int
     Raises:
         CheckpointError: If it is no memory, damaged, or another model's.
     """
-    with _reading(path):
+    with reading(path, _EXPECTED):
         if not path.is_file():
             raise CheckpointError(f"{path}: no such file, expected a memory; {_REMEDY}")
         with safe_open(path, framework="numpy") as file:
@@ -163,20 +163,6 @@ def _sample(weight: Tensor) -> bytes:
         weight = weight.index_select(dim, indices)
     rounded = weight.to(torch.bfloat16).contiguous().view(torch.int16).cpu()
     return bytes(rounded.numpy().tobytes())
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Turn whatever Python or safetensors raise while a file is read into a `CheckpointError`."""
-    try:
-        yield
-    except SpeclmError:
-        raise
-    except Exception as error:
-        raise CheckpointError(
-            f"{path}: no memory can be read ({reason_of(error)}), expected a whole safetensors "
-            f"file of speclm; it is truncated or damaged, {_REMEDY}"
-        ) from error
 
 
 def _require_own(path: Path, about: dict[str, str], vocab_size: int, fingerprint: str) -> None:

@@ -4,8 +4,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from speclm.config import MAX_DEPTH, require_count
-from speclm.drafting.growing import GrowthConfig, TreeGrower
+from speclm.drafting.growing import TreeGrower
 from speclm.methods.recycling.memory import MAX_PAIRS
 from speclm.methods.recycling.source import MemoryProposer, RecyclingSource
 
@@ -42,12 +41,11 @@ class RecyclingProposer(MemoryProposer):
         memory: str | Path = "model",
         max_pairs: int = MAX_PAIRS,
     ) -> None:
-        require_count("num_draft_tokens", num_draft_tokens, low=1, high=MAX_DEPTH)
-        self.config = GrowthConfig(
-            depth=num_draft_tokens,
+        source = RecyclingSource(target, memory=memory, max_pairs=max_pairs)
+        super().__init__(
+            target,
+            source,
             num_draft_tokens=num_draft_tokens,
             min_probability=min_probability,
         )
-        source = RecyclingSource(target, memory=memory, max_pairs=max_pairs)
-        super().__init__(target, source)
         self.grower = TreeGrower([source])

@@ -12,7 +12,8 @@ from jaxtyping import Float, Int
 from transformers import PreTrainedModel
 from typing_extensions import override
 
-from speclm.drafting.growing import SourceProposer
+from speclm.config import MAX_DEPTH, require_count
+from speclm.drafting.growing import GrowthConfig, SourceProposer
 from speclm.drafting.interface import Prefill, TargetNeeds
 from speclm.drafting.sources import CandidateSource, NoiseRow, State
 from speclm.errors import OptionError
@@ -136,7 +137,7 @@ class RecyclingSource(CandidateSource):
     def _under_noise(
         self, ids: list[int], log_probs: list[float], noise: NoiseRow
     ) -> tuple[list[int], list[float]]:
-        """Rank candidates by the noise that decides among them; return probabilities to be best."""
+        """Rank candidates by the noise that decides; return log-probabilities of being chosen."""
         scale = 1 / max(self._temperature, _LEAST_TEMPERATURE)
         keys = [
             log_prob * scale - log(max(noise.item(token), _LEAST_NOISE))
@@ -199,8 +200,25 @@ class MemoryProposer(SourceProposer):
 
     remembers = True
 
-    def __init__(self, target: PreTrainedModel, recycling: RecyclingSource) -> None:
-        """Take the model that will verify, and the source with its memory."""
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        recycling: RecyclingSource,
+        *,
+        num_draft_tokens: int,
+        min_probability: float,
+    ) -> None:
+        """Take the model that will verify, the source with its memory, and `GrowthConfig`'s values.
+
+        Raises:
+            OptionError: If one is out of range.
+        """
+        require_count("num_draft_tokens", num_draft_tokens, low=1, high=MAX_DEPTH)
+        self.config = GrowthConfig(
+            depth=num_draft_tokens,
+            num_draft_tokens=num_draft_tokens,
+            min_probability=min_probability,
+        )
         self.needs = TargetNeeds(vocab_size=recycling.memory.vocab_size)
         self._target = target
         self._recycling = recycling

@@ -151,7 +151,7 @@ def test_files_of_something_else_are_refused(path, content):
 
 def test_files_that_cannot_be_read_or_written_are_named(path, tmp_path):
     for wrong in (tmp_path / "none", tmp_path, "a\0b", "x" * 5000):
-        with pytest.raises(CheckpointError, match=r"expected a .*memory|no memory can be read"):
+        with pytest.raises(CheckpointError, match=r"expected a .*memory"):
             load(wrong)
     memory = load(path)
     memory.store([1], [1], np.array([[1, 2]]), np.zeros((1, 2)))
