@@ -212,7 +212,7 @@ class WarmOptions(ModelOptions):
         typer.Option(help="Add a memory of the same base, as an older one; repeatable."),
     ] = None
     max_pairs: Annotated[
-        int, typer.Option(min=0, max=MAX_INT, help="Most pairs of tokens to remember.")
+        int, typer.Option(min=0, max=MAX_INT, help="Maximum pairs of tokens to remember.")
     ] = 100_000
     num_prompts: NumPrompts = None
     max_new_tokens: MaxNewTokens = 128

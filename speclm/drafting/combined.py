@@ -42,7 +42,7 @@ class CombinedProposer(Proposer):
 
         Args:
             parts: At least one.
-            num_draft_tokens: Most nodes of the joined tree.
+            num_draft_tokens: Maximum nodes of the joined tree.
             min_probability: Least measured probability of acceptance at which a node is drafted
                 for a single row; more in a batch.
 

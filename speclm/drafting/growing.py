@@ -36,8 +36,8 @@ class GrowthConfig(ProposerConfig):
     """Settings of trees that grow from sources.
 
     Args:
-        depth: Most draft tokens on one path.
-        num_draft_tokens: Most nodes of a tree, root excluded.
+        depth: Maximum draft tokens on one path.
+        num_draft_tokens: Maximum nodes of a tree, root excluded.
         min_probability: Least probability of acceptance at which a node is drafted for a single
             row, in ``[0.001, 1]``; more in a batch. The best value is the time that a node adds to
             a round, in steps of regular generation, times the tokens generated on average in the

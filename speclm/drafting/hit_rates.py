@@ -12,7 +12,7 @@ _Key = TypeVar("_Key", bound=Hashable)
 _MAX_SETTINGS = 8
 _KEY_WEIGHT = 16.0  # candidates that the start rate of a key counts for
 _CODE_WEIGHT = 12.0  # candidates that the rates of its keys count for, where sources agree
-_AGREEMENT = 0.5  # how far a second source is taken for independent of the first
+_AGREEMENT = 0.5  # how independent of the first a second source is assumed to be
 _ROUNDS_PER_UPDATE = 32
 _MAX_COUNT = 2000.0  # candidates after which older ones count half
 

@@ -29,13 +29,13 @@ class LookupProposer(MemoryProposer):
 
     Args:
         target: The model that will verify.
-        num_draft_tokens: Most nodes of a draft; `GrowthConfig` describes it and `min_probability`.
+        num_draft_tokens: Maximum nodes of a draft, 1 to 64; see `GrowthConfig`.
         min_probability: Least measured probability of acceptance at which a node is drafted for a
             single row; more in a batch.
         memory: ``"model"`` to keep the memory from call to call, ``"call"`` to clear it at each,
             or the path of a file to keep it from program to program.
-        max_pairs: Most pairs of tokens to remember; 0 for single tokens only.
-        history: Most tokens of earlier outputs to draft from by the longest match; 0 for none.
+        max_pairs: Maximum pairs of tokens to remember; 0 for single tokens only.
+        history: Maximum tokens of earlier outputs to draft from by the longest match; 0 for none.
         corpus: File of texts to draft from in the same way, as ``speclm index`` writes it.
 
     Raises:

@@ -21,7 +21,7 @@ from speclm.errors import OptionError
 from speclm.methods.ngram.suffix_index import MAX_MATCH, MIN_MATCH, Match, SuffixIndex, Tokens
 
 MAX_HISTORY = 1 << 24
-"""Most tokens of outputs that can be kept."""
+"""Maximum tokens of outputs that can be kept."""
 
 PROMPT_TAIL = 4
 """Tokens of the prompt that are indexed with an output: in a chat those of the template."""
@@ -33,7 +33,7 @@ class OutputHistory:
     Not for several threads at a time.
 
     Args:
-        max_tokens: Most tokens that are kept; 0 keeps none. The oldest outputs are dropped.
+        max_tokens: Maximum tokens that are kept; 0 keeps none. The oldest outputs are dropped.
 
     Raises:
         OptionError: If the bound is out of range.
@@ -85,7 +85,7 @@ class _Row:
     Args:
         text: The end of the prompt, and the output.
         match: Longest match at the end of `text`, or of a shorter text if `longest` is not None.
-        longest: Most tokens that the match of the whole text may have, while that is not known.
+        longest: Maximum tokens that the match of the whole text may have, while that is not known.
     """
 
     text: list[int]

@@ -13,7 +13,7 @@ class NgramProposer(SourceProposer):
     and ends when another node is not worth its time. Needs no weights, and no sync in a round.
 
     Args:
-        num_draft_tokens: Most nodes of a draft; `GrowthConfig` describes it and `min_probability`.
+        num_draft_tokens: Maximum nodes of a draft, 1 to 64; see `GrowthConfig`.
         max_ngram: Longest run of tokens that is looked up, in ``[1, 16]``; the index holds one
             entry per token and length.
         min_probability: Least measured probability of acceptance at which a node is drafted for a

@@ -11,7 +11,7 @@ MAX_NGRAM = 9
 """Longest n-gram that is looked up by default: longer matches are hardly likelier to go on."""
 
 MAX_FOLLOWERS = 8
-"""Most tokens that are remembered after one n-gram: among more of them none is likely."""
+"""Maximum tokens that are remembered after one n-gram: among more of them none is likely."""
 
 _MAX_CANDIDATES = 4
 

@@ -32,7 +32,7 @@ MAX_MATCH = 16
 """Longest match that is looked for at the end of a text; in a draft it may get longer."""
 
 MAX_TOKENS = 2**31 - 1
-"""Most tokens of an index, separators included."""
+"""Maximum tokens of an index, separators included."""
 
 MAX_VOCAB = 1 << 24
 """Tokens are less: memory is used for each up to the largest one."""
@@ -208,7 +208,7 @@ class SuffixIndex:
 
         Args:
             context: The text, or its end.
-            longest: Most tokens of the match, at most `MAX_MATCH`.
+            longest: Maximum tokens of the match, at most `MAX_MATCH`.
 
         Returns:
             None if not even the last `MIN_MATCH` tokens occur.

@@ -21,7 +21,7 @@ from speclm.files.weights import reading
 from speclm.target import TargetView, stored_matrices
 
 MAX_CANDIDATES = 64
-"""Most candidates that a memory keeps of each position."""
+"""Maximum candidates that a memory keeps of each position."""
 
 LOWEST_LOG_PROB = -60000.0
 """Stands for lower log-probabilities, which float16 does not have."""
@@ -103,7 +103,7 @@ def read_memory(path: Path, *, vocab_size: int, fingerprint: str, max_pairs: int
         path: The file.
         vocab_size: Width of the target's logits.
         fingerprint: Of the target, from `memory_fingerprint`.
-        max_pairs: Most pairs to read, the most recently used ones.
+        max_pairs: Maximum pairs to read, the most recently used ones.
 
     Raises:
         CheckpointError: If it is no memory, damaged, or another model's.

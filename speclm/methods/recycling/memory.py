@@ -23,7 +23,7 @@ from speclm.methods.recycling.checkpoint import (
 )
 
 MAX_PAIRS = 100_000
-"""Most pairs of a memory if no number is given; they take about 18 MB."""
+"""Maximum pairs of a memory if no number is given; they take about 18 MB."""
 
 _LARGEST_BOUND = 2**31 - 1
 _FIRST_ROWS = 1024
@@ -56,7 +56,7 @@ class CandidateMemory:
         Args:
             vocab_size: Width of the target's logits.
             num_candidates: Next tokens kept of each visit, at most `vocab_size` of them.
-            max_pairs: Most pairs; 0 for single tokens only.
+            max_pairs: Maximum pairs; 0 for single tokens only.
 
         Raises:
             OptionError: If a number is out of range.
@@ -272,7 +272,7 @@ class CandidateMemory:
             path: The file.
             vocab_size: Width of the target's logits.
             fingerprint: Of the model, from `memory_fingerprint`.
-            max_pairs: Most pairs; of more in the file, the most recently used are read.
+            max_pairs: Maximum pairs; of more in the file, the most recently used are read.
 
         Raises:
             CheckpointError: If it is no memory, damaged, or another model's.

@@ -30,7 +30,7 @@ class MemoryFile:
             path: The file.
             vocab_size: Width of the target's logits.
             fingerprint: Of the target, from `memory_fingerprint`.
-            max_pairs: Most pairs of tokens to remember.
+            max_pairs: Maximum pairs of tokens to remember.
 
         Raises:
             CheckpointError: If the file is damaged, or the memory of another model.

@@ -35,7 +35,7 @@ _TOKEN_FACTOR = 0.6  # of a rate where only the token was known
 
 
 class RecyclingSource(CandidateSource):
-    """Suggests what the target thought likely when it last was after the same one or two tokens.
+    """Suggests the likeliest tokens at the last visit to the same one or two tokens.
 
     Source: Luo et al. 2024 (Token Recycling), which remembers by single tokens.
     """
@@ -55,7 +55,7 @@ class RecyclingSource(CandidateSource):
             memory: ``"model"`` to keep the memory from call to call; ``"call"`` to clear it at
                 each; or the path of a file, which is read if it exists, and written now and then
                 and when the program ends.
-            max_pairs: Most pairs of tokens to remember.
+            max_pairs: Maximum pairs of tokens to remember.
 
         Raises:
             OptionError: If an option is out of range.
@@ -158,7 +158,7 @@ class RecyclingSource(CandidateSource):
         *,
         num_rejected: int,
     ) -> None:
-        # The target saw rejected nodes after a text that did not come about: they fill gaps only.
+        # Rejected nodes follow a text that was not generated, so they only fill gaps.
         kept = [
             index
             for index, pair in enumerate(zip(previous, tokens, strict=True))

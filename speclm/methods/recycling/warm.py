@@ -53,7 +53,7 @@ def warm_memory(
         base: A causal language model, which stays as it is.
         texts: From `render_texts`.
         memory: Is filled, next to what it holds.
-        max_new_tokens: Most tokens of each answer.
+        max_new_tokens: Maximum tokens of each answer.
         on_text: Called after each text, such as to show progress.
 
     Returns:
