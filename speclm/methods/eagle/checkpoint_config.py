@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from speclm.drafting.decoder import read_rope
 from speclm.errors import CheckpointError, OptionError, shown
 from speclm.files.weights import MAX_COUNT, read_json
-from speclm.methods.eagle.config import NUM_FEATURES, EagleConfig, read_rope, usual_layers
+from speclm.methods.eagle.config import NUM_FEATURES, EagleConfig, usual_layers
 from speclm.tree.static import RankPaths
 
 _log = logging.getLogger("speclm")
