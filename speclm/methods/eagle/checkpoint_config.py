@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from speclm.drafting.decoder import read_rope
 from speclm.drafting.heads_config import (
     Shapes,
     count_layers,
@@ -21,7 +22,7 @@ from speclm.drafting.heads_config import (
 from speclm.drafting.heads_folder import CONFIG_NAME
 from speclm.errors import CheckpointError, OptionError, shown
 from speclm.files.weights import read_json
-from speclm.methods.eagle.config import NUM_FEATURES, EagleConfig, read_rope, usual_layers
+from speclm.methods.eagle.config import NUM_FEATURES, EagleConfig, usual_layers
 from speclm.tree.static import RankPaths
 
 _LAYER_IDS = ("eagle_aux_hidden_state_layer_ids", "aux_hidden_state_layer_ids")

@@ -12,9 +12,10 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from typing_extensions import override
 
 from speclm.cache.tree_cache import TreeCache
+from speclm.drafting.decoder import Rotation, make_rotary
 from speclm.errors import OptionError
 from speclm.methods.eagle.config import EagleConfig
-from speclm.methods.eagle.layer import EagleLayer, KeyValueStore, Rotation
+from speclm.methods.eagle.layer import EagleLayer, KeyValueStore
 
 if TYPE_CHECKING:
     from speclm.methods.eagle.checkpoint import EagleCheckpoint
@@ -49,7 +50,7 @@ class EagleHeads(nn.Module):
         self._llama = _llama_config(config)
         with torch.device("meta"):  # draws no random numbers
             self._add_parts()
-        self.rotary = _rotary(self._llama)
+        self.rotary = self._make_rotary()
         if dtype is not None:
             self.to(dtype=dtype)
         if device is None or device.type != "meta":
@@ -86,10 +87,18 @@ class EagleHeads(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # Casting the weights rounds the frequencies too, and `to_empty` loses them.
         device = self.fc.weight.device
-        self.rotary = _rotary(self._llama).train(self.training)
+        self.rotary = self._make_rotary().train(self.training)
         if device.type != "meta":
             self.rotary.to(device)
         return self
+
+    def _make_rotary(self) -> LlamaRotaryEmbedding:
+        config = self.config
+        return make_rotary(
+            config.rope_parameters,
+            head_dim=config.head_dim,
+            max_positions=config.max_position_embeddings,
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -393,8 +402,3 @@ def _llama_config(config: EagleConfig) -> LlamaConfig:
         max_position_embeddings=config.max_position_embeddings,
         rope_parameters=dict(config.rope_parameters),
     )
-
-
-def _rotary(llama: LlamaConfig) -> LlamaRotaryEmbedding:
-    with torch.device("cpu"):
-        return LlamaRotaryEmbedding(llama)

@@ -1,0 +1,172 @@
+"""Decoder layers of block heads: Qwen3's, which also attend to injected keys and values."""
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from speclm.drafting.decoder import Rotation, rotated
+from speclm.methods.block.config import BlockConfig
+
+Context = tuple[Tensor, Tensor]
+"""Keys and values of one layer, each ``[batch, kv_heads, kv_len, head_dim]``."""
+
+
+class BlockAttention(nn.Module):
+    """Grouped attention of blocks to themselves and to a context that they share."""
+
+    def __init__(self, config: BlockConfig) -> None:
+        super().__init__()
+        hidden, dim, bias = config.hidden_size, config.head_dim, config.has_attention_bias
+        self.head_dim = dim
+        self.sizes = [config.num_heads * dim, config.num_kv_heads * dim, config.num_kv_heads * dim]
+        self.q_proj, self.k_proj, self.v_proj = (
+            nn.Linear(hidden, size, bias=bias) for size in self.sizes
+        )
+        self.o_proj = nn.Linear(self.sizes[0], hidden, bias=bias)
+        self.q_norm = nn.RMSNorm(dim, eps=config.rms_norm_eps)
+        self.k_norm = nn.RMSNorm(dim, eps=config.rms_norm_eps)
+        self._fused: tuple[Tensor, Tensor | None] | None = None
+
+    @property
+    def context_parts(self) -> tuple[nn.Linear, nn.Linear]:
+        """The projections that the context's keys and values come from."""
+        return self.k_proj, self.v_proj
+
+    def fuse_(self) -> None:
+        """Join the projections of queries, keys and values."""
+        self._fused = _joined(self.q_proj, self.k_proj, self.v_proj)
+
+    def forward(
+        self,
+        states: Float[Tensor, "batch positions hidden"],
+        *,
+        rotation: Rotation,
+        context: Context,
+        mask: Bool[Tensor, "rows 1 positions seen"] | None,
+        num_blocks: int,
+    ) -> Float[Tensor, "batch positions hidden"]:
+        """Attend; see `BlockHeads.forward`."""
+        batch, length = states.shape[:2]
+        by_head = (batch, length, -1, self.head_dim)
+        if self._fused is None:
+            parts = [part(states) for part in (self.q_proj, self.k_proj, self.v_proj)]
+        else:
+            parts = list(torch.split(F.linear(states, *self._fused), self.sizes, dim=-1))
+        queries, keys = self.q_norm(parts[0].view(by_head)), self.k_norm(parts[1].view(by_head))
+        both = rotated(torch.cat((queries, keys), dim=2), rotation).transpose(1, 2)
+        queries, keys = both[:, : queries.shape[2]], both[:, queries.shape[2] :]
+        own = keys, parts[2].view(by_head).transpose(1, 2)
+        if num_blocks == 1:
+            attended = _attend(queries, context, own, mask)
+        else:
+            attended = _attend_blocks(queries, context, own, mask, num_blocks)
+        joined = attended.transpose(1, 2).reshape(batch, length, -1)
+        return self.o_proj(joined)  # type: ignore[no-any-return]  # a Linear's call is untyped
+
+
+def _attend(queries: Tensor, context: Context, own: Context, mask: Tensor | None) -> Tensor:
+    keys, values = (torch.cat(pair, dim=2) for pair in zip(context, own, strict=True))
+    is_grouped = queries.shape[1] != keys.shape[1]
+    return F.scaled_dot_product_attention(
+        queries, keys, values, attn_mask=mask, enable_gqa=is_grouped
+    )
+
+
+def _attend_blocks(
+    queries: Tensor, context: Context, own: Context, mask: Tensor | None, num_blocks: int
+) -> Tensor:
+    """Attend with several blocks in a row, without copies of the context for each block."""
+    batch, q_heads, length, dim = queries.shape
+    kv_heads, kv_len = context[0].shape[1:3]
+    by_group = (batch, kv_heads, q_heads // kv_heads)
+    in_blocks = (num_blocks, length // num_blocks)
+    queries = queries * dim**-0.5
+    # The queries of all blocks and of a group share one product with the context.
+    to_context = queries.reshape(batch, kv_heads, -1, dim) @ context[0].transpose(-1, -2)
+    own_keys, own_values = (
+        part.reshape(batch, kv_heads, 1, *in_blocks, dim) for part in own
+    )  # 1: shared by a group
+    to_own = queries.reshape(*by_group, *in_blocks, dim) @ own_keys.transpose(-1, -2)
+    scores = torch.cat(
+        (to_context.view(*by_group, length, kv_len), to_own.view(*by_group, length, -1)), dim=-1
+    ).float()
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, :, None], torch.finfo(scores.dtype).min)
+    weights = scores.softmax(-1).to(own_values.dtype)
+    from_context = weights[..., :kv_len].reshape(batch, kv_heads, -1, kv_len) @ context[1]
+    from_own = weights[..., kv_len:].reshape(*by_group, *in_blocks, -1) @ own_values
+    shape = (batch, q_heads, length, dim)
+    attended: Tensor = from_context.view(shape) + from_own.view(shape)
+    return attended
+
+
+class BlockMLP(nn.Module):
+    """The gated feed-forward part."""
+
+    def __init__(self, config: BlockConfig) -> None:
+        super().__init__()
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(hidden, inner, bias=False)
+        self.up_proj = nn.Linear(hidden, inner, bias=False)
+        self.down_proj = nn.Linear(inner, hidden, bias=False)
+        self.activate = ACT2FN[config.hidden_act]
+        self._fused: tuple[Tensor, Tensor | None] | None = None
+
+    def fuse_(self) -> None:
+        """Join the two projections of the input."""
+        self._fused = _joined(self.gate_proj, self.up_proj)
+
+    def forward(self, states: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows hidden"]:
+        """Run the feed-forward part."""
+        if self._fused is None:
+            gate, up = self.gate_proj(states), self.up_proj(states)
+        else:
+            gate, up = F.linear(states, *self._fused).chunk(2, dim=-1)
+        return self.down_proj(self.activate(gate) * up)  # type: ignore[no-any-return]
+
+
+class BlockLayer(nn.Module):
+    """One decoder layer. Its norm of the input does not apply to the context."""
+
+    def __init__(self, config: BlockConfig) -> None:
+        super().__init__()
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = nn.RMSNorm(hidden, eps=eps)
+        self.self_attn = BlockAttention(config)
+        self.post_attention_layernorm = nn.RMSNorm(hidden, eps=eps)
+        self.mlp = BlockMLP(config)
+
+    def fuse_(self) -> None:
+        """Join weights that read the same states."""
+        self.self_attn.fuse_()
+        self.mlp.fuse_()
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "batch positions hidden"],
+        *,
+        rotation: Rotation,
+        context: Context,
+        mask: Bool[Tensor, "rows 1 positions seen"] | None,
+        num_blocks: int,
+    ) -> Float[Tensor, "batch positions hidden"]:
+        """Run the layer; see `BlockHeads.forward`."""
+        hidden = hidden + self.self_attn(
+            self.input_layernorm(hidden),
+            rotation=rotation,
+            context=context,
+            mask=mask,
+            num_blocks=num_blocks,
+        )
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))  # type: ignore[no-any-return]
+
+
+def _joined(*parts: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """Return weight and bias of a product that gives the parts' outputs one after another."""
+    weight = torch.cat([part.weight.detach() for part in parts])
+    biases = [part.bias.detach() for part in parts if cast("Tensor | None", part.bias) is not None]
+    return weight, torch.cat(biases) if biases else None
