@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from speclm.drafting.decoder import read_rope
 from speclm.errors import CheckpointError, shown
 from speclm.files.weights import MAX_COUNT
 
@@ -166,3 +167,14 @@ def require_same_config(path: Path, written: Mapping[str, Any], found: Mapping[s
                 f"{path}: {name} reads back as {found[name]!r}, expected {value!r} as it was "
                 "written, the old files are kept; report it with these numbers"
             )
+
+
+def saved_rope(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a rotation as Transformers 4 wrote it, which all libraries read."""
+    rope = read_rope({"rope_parameters": parameters})
+    theta, rope_type = rope.pop("rope_theta"), rope.pop("rope_type")
+    if rope_type == "default":
+        return {"rope_theta": theta}
+    # The code of EAGLE's authors accepts only these two keys.
+    key = "type" if rope_type in ("linear", "dynamic") and len(rope) == 1 else "rope_type"
+    return {"rope_theta": theta, "rope_scaling": {key: rope_type, **rope}}

@@ -194,8 +194,10 @@ def _own_names(source: WeightFiles) -> dict[str, str]:
             name = f"feature_norms.{int(match[1])}.weight"
         if name is None:
             reason = "remove it, or export the heads again"
-            if found in ("mask_hidden", "hidden_norm.weight"):
-                reason = "these are heads of P-EAGLE or DFlash, which are not supported"
+            if found == "mask_hidden":
+                reason = "these are heads of P-EAGLE, which are not supported"
+            elif found == "hidden_norm.weight":
+                reason = "these are heads of another method, such as a block drafter"
             raise CheckpointError(
                 f"{source.path}: found key {shown(key)}, expected only those of EAGLE heads such "
                 f"as 'fc.weight' and 'layers.0.mlp.up_proj.weight'; {reason}"

@@ -16,6 +16,7 @@ from speclm.drafting.heads_config import (
     merge_objects,
     require_same_config,
     require_types,
+    saved_rope,
     vocabularies,
     width_of_heads,
 )
@@ -233,7 +234,7 @@ def describe(
         "base_model_name_or_path": base_name_or_path,
         "num_hidden_layers": config.num_layers,
         **{name: getattr(config, name) for name in _SAME_NAMES},
-        **_rope(config),
+        **saved_rope(config.rope_parameters),
         **_window(config),
         "logit_scale": None if config.logit_scale == 1 else config.logit_scale,
         "tie_word_embeddings": False,
@@ -272,17 +273,6 @@ def _eagle3(config: EagleConfig) -> dict[str, Any]:
             "eagle_aux_hidden_state_layer_ids": layers,
         }
     return described
-
-
-def _rope(config: EagleConfig) -> dict[str, Any]:
-    """Return the rotation as Transformers 4 wrote it, which all libraries read."""
-    rope = read_rope({"rope_parameters": config.rope_parameters})
-    theta, rope_type = rope.pop("rope_theta"), rope.pop("rope_type")
-    if rope_type == "default":
-        return {"rope_theta": theta}
-    # SafeAILab's code accepts only these two keys.
-    key = "type" if rope_type in ("linear", "dynamic") and len(rope) == 1 else "rope_type"
-    return {"rope_theta": theta, "rope_scaling": {key: rope_type, **rope}}
 
 
 def _window(config: EagleConfig) -> dict[str, Any]:
