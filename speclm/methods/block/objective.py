@@ -13,9 +13,12 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from speclm.config import require_count, require_in_range, require_positive
+from speclm.drafting.heads_folder import hub_id
 from speclm.errors import OptionError
+from speclm.methods.block.checkpoint import block_checkpoint, write_block
 from speclm.methods.block.config import KINDS
 from speclm.methods.block.network import BlockHeads, block_masks
+from speclm.target import stored_matrices
 from speclm.training.acceptance_meter import AcceptanceMeter
 from speclm.training.training_model import (
     IGNORED,
@@ -141,7 +144,14 @@ class BlockTrainingModel(TrainingModel):
 
     @override
     def write(self, folder: Path) -> None:
-        raise NotImplementedError  # until the writer is there
+        base = self.view.model
+        base_id = hub_id(base.config.name_or_path)  # paths are not written
+        checkpoint = block_checkpoint(self.heads, base_name_or_path=base_id)
+        write_block(
+            folder,
+            checkpoint.share(**stored_matrices(base)),
+            num_target_layers=self.view.num_layers,
+        )
 
     @override
     def forward(
