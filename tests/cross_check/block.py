@@ -145,7 +145,7 @@ def of_speculators(case: str, place: Path) -> tuple[dict[str, Tensor], dict[str,
             algorithm="dspark" if is_dspark else "dflash",
             proposal_methods=[GreedyTokenProposalConfig(speculative_tokens=num_drafts)],
             default_proposal_method="greedy",
-            verifier=VerifierConfig(name_or_path="org/base", architectures=["Qwen3ForCausalLM"]),
+            verifier=VerifierConfig(name_or_path=None, architectures=["Qwen3ForCausalLM"]),
         ),
     )
     model = (DSparkDraftModel if is_dspark else DFlashDraftModel)(config).eval()

@@ -1,5 +1,6 @@
 """Block drafters as a method: how their heads are recognised, loaded, saved and trained."""
 
+import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -21,6 +22,7 @@ from speclm.errors import OptionError
 from speclm.methods.registry import HeadsSource, Method, Recipe
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, TrainingArguments
 
     from speclm.drafting.heads_folder import Destination
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from speclm.methods.block.config import BlockConfig
     from speclm.methods.block.network import BlockHeads
     from speclm.training.heads_trainer import HeadsTrainer
+
+_log = logging.getLogger("speclm")
 
 _KINDS = ("dspark", "dflash", "jetspec")
 _TITLES = dict(zip(_KINDS, ("DSpark", "DFlash", "JetSpec"), strict=True))
@@ -241,7 +245,7 @@ class BlockMethod(Method):
         checkpoint = read_block(source.folder, num_target_layers=view.num_layers)
         checkpoint = checkpoint.share(**stored_matrices(target))
         options = {"tree": checkpoint.choices, **source.options}
-        dtype = floating_dtype(options.pop("dtype", target.dtype))
+        dtype = floating_dtype(options.pop("dtype", _usual_dtype(target)))
         heads = build_block(checkpoint, dtype=dtype, device=view.device)
         heads = heads.eval().requires_grad_(requires_grad=False)
         return BlockProposer(heads, target=target, **options)
@@ -277,6 +281,19 @@ class BlockMethod(Method):
             num_target_layers=proposer.view.num_layers,
             card=destination.card(card.render()),
         )
+
+
+def _usual_dtype(target: "PreTrainedModel") -> "torch.dtype":
+    """Return the target's dtype, but bfloat16 for float16, whose range the heads' states exceed."""
+    import torch
+
+    if target.dtype != torch.float16:
+        return target.dtype
+    _log.info(
+        "block heads run in bfloat16 next to a base in float16, which their states would overflow; "
+        "pass dtype to change it"
+    )
+    return torch.bfloat16
 
 
 def kind_of(config: "BlockConfig") -> str:
