@@ -3,6 +3,7 @@
 from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
+from heapq import nlargest
 from itertools import accumulate
 
 import torch
@@ -75,6 +76,7 @@ class GrowingTree:
         # The host decides which rows stop, so it reads idle rows once.
         self._is_idle: list[bool] | None = None if is_idle is None else is_idle.tolist()
         self._stopped = self._is_idle
+        self._best: list[list[float]] = []  # of each row, the scores that `narrow` has seen
 
     @property
     def depth(self) -> int:
@@ -127,6 +129,37 @@ class GrowingTree:
         self._stopped = stopped
         num_idle = sum(self._is_idle or ())
         return stopped.count(False) / max(len(stopped) - num_idle, 1)
+
+    def stop_rows(self, is_stopped: Bool[Tensor, " batch"]) -> None:
+        """Give some rows no nodes below those of the last level; does not sync."""
+        level = self._levels[-1]
+        level.expanded_scores = level.expanded_scores.masked_fill(is_stopped[:, None], -torch.inf)
+
+    def narrow(self, num_nodes: int, *, min_score: float) -> bool:
+        """Expand only nodes whose children `best_nodes` may choose; syncs with the device.
+
+        Returns:
+            Whether any node is left to expand.
+        """
+        level = self._levels[-1]
+        best = self._best or [[] for _ in range(len(level.scores))]
+        rows = zip(best, level.scores.tolist(), strict=True)
+        self._best = [nlargest(num_nodes, before + scores) for before, scores in rows]
+        least = [
+            max(row[-1], min_score) if len(row) == num_nodes else min_score for row in self._best
+        ]
+        width = max(
+            sum(score >= bound for score in scores)
+            for scores, bound in zip(level.expanded_scores.tolist(), least, strict=True)
+        )
+        level.expanded = level.expanded[:, :width]
+        level.expanded_scores = level.expanded_scores[:, :width]
+        return bool(width)
+
+    @property
+    def expanded_scores(self) -> Float[Tensor, "batch width"]:
+        """Scores of the nodes that are expanded next, not increasing."""
+        return self._levels[-1].expanded_scores
 
     def best_nodes(self, num_nodes: int, *, min_score: float) -> list[GrownRow]:
         """Return the `num_nodes` best candidates of each row that score at least `min_score`.

@@ -40,6 +40,10 @@ class BlockAttention(nn.Module):
         """Join the projections of queries, keys and values."""
         self._fused = _joined(self.q_proj, self.k_proj, self.v_proj)
 
+    def separate_(self) -> None:
+        """Undo `fuse_`."""
+        self._fused = None
+
     def forward(
         self,
         states: Float[Tensor, "batch positions hidden"],
@@ -93,10 +97,11 @@ def _attend_blocks(
     to_own = queries.reshape(*by_group, *in_blocks, dim) @ own_keys.transpose(-1, -2)
     scores = torch.cat(
         (to_context.view(*by_group, length, kv_len), to_own.view(*by_group, length, -1)), dim=-1
-    ).float()
+    )
     if mask is not None:
         scores = scores.masked_fill(~mask[:, :, None], torch.finfo(scores.dtype).min)
-    weights = scores.softmax(-1).to(own_values.dtype)
+    precise = torch.promote_types(scores.dtype, torch.float32)
+    weights = scores.softmax(-1, dtype=precise).to(own_values.dtype)
     from_context = weights[..., :kv_len].reshape(batch, kv_heads, -1, kv_len) @ context[1]
     from_own = weights[..., kv_len:].reshape(*by_group, *in_blocks, -1) @ own_values
     shape = (batch, q_heads, length, dim)
@@ -119,6 +124,10 @@ class BlockMLP(nn.Module):
     def fuse_(self) -> None:
         """Join the two projections of the input."""
         self._fused = _joined(self.gate_proj, self.up_proj)
+
+    def separate_(self) -> None:
+        """Undo `fuse_`."""
+        self._fused = None
 
     def forward(self, states: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows hidden"]:
         """Run the feed-forward part."""
@@ -144,6 +153,11 @@ class BlockLayer(nn.Module):
         """Join weights that read the same states."""
         self.self_attn.fuse_()
         self.mlp.fuse_()
+
+    def separate_(self) -> None:
+        """Undo `fuse_`."""
+        self.self_attn.separate_()
+        self.mlp.separate_()
 
     def forward(
         self,

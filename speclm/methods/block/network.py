@@ -90,6 +90,15 @@ class BlockHeads(nn.Module):
             self.fuse_()
         return self
 
+    @override
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if mode:  # the copies would not follow the weights
+            self._fused = None
+            for layer in self._decoder_layers:
+                layer.separate_()
+        return self
+
     @property
     def dtype(self) -> torch.dtype:
         """Type of the weights and of all outputs."""
@@ -99,7 +108,8 @@ class BlockHeads(nn.Module):
     def fuse_(self) -> Self:
         """Join weights that read the same states, for fewer products in decoding.
 
-        Copies the weights: call it again after changing them. The state stays that of the parts.
+        Copies the weights: call it again after changing them; `train` drops the copies. The state
+        stays that of the parts.
         """
         self._fused = self._context_weight()
         for layer in self._decoder_layers:
@@ -330,7 +340,7 @@ def block_masks(
                 first = anchors[:, :, None] - context_positions[:, None]  # [batch, blocks, kv_len]
                 distance = first[:, :, None] + within[:, None]
             seen = seen & (distance < window)
-            own = own & (ahead < window)
+            own = own & (ahead.abs() < window)
         own = own.expand(batch, num_blocks, -1, -1)
         made[window, is_causal] = torch.cat((seen, own), dim=-1).flatten(1, 2)[:, None]
     return tuple(made[key] for key in zip(config.windows, config.is_causal, strict=True))

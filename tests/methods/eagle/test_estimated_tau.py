@@ -10,14 +10,13 @@ from speclm.methods.eagle.method import EagleRecipe
 from speclm.methods.eagle.objective import EagleObjective, EagleTrainingModel
 from speclm.methods.eagle.proposer import EagleProposer
 from speclm.methods.eagle.training import (
-    choose_columns,
-    count_tokens,
     new_eagle_heads,
 )
 from speclm.training.arguments import training_arguments
 from speclm.training.conversations import Example
 from speclm.training.dataset import ExampleDataset
 from speclm.training.heads_trainer import HeadsTrainer
+from speclm.training.token_counts import choose_columns, count_tokens
 from tests.training.runs import SETTINGS
 
 NUM_ROWS, NUM_HELD_OUT = 8, 4
