@@ -1,26 +1,28 @@
 """Block drafters as a method: recognised, loaded, saved, described, and their options."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 import yaml
+from speclm.methods.block.network import BlockHeads
+from speclm.methods.block.proposer import BlockProposer
+from tests.methods.block.target_heads import heads_for
 
 from speclm import SpecModel
 from speclm.cards import GENERATED_MARK
 from speclm.errors import CheckpointError, OptionError, VocabularyMismatchError
 from speclm.methods.block.checkpoint import block_checkpoint, read_block, write_block
 from speclm.methods.block.method import BlockMethod, BlockTrainingOptions, block_card, kind_of
-from speclm.methods.block.proposer import BlockProposer
 from speclm.methods.registry import find_heads
 from tests.block_tables import DFLASH, LAYOUTS, ZLAB_CONFIG, save, tensors
 from tests.eagle_tables import EAGLE3, EAGLE3_CONFIG
 from tests.eagle_tables import save as save_eagle
 from tests.eagle_tables import tensors as eagle_tensors
 from tests.methods.block.block_heads import MARKOV, make_heads
-from tests.methods.block.target_heads import heads_for
 from tests.model.hub import running_hub
-from tests.models import generate, prompts, shared_model
+from tests.models import build_model, generate, prompts, shared_model
 
 
 @pytest.fixture
@@ -125,12 +127,13 @@ def test_heads_of_eagle_are_left_to_eagle_and_damaged_ones_are_claimed(tmp_path)
 
 @pytest.mark.parametrize("kind", ["vanilla", "rnn", "both ways", "window"])
 def test_folder_decodes_the_tokens_of_its_base_and_is_saved_as_it_was(base, tmp_path, kind):
-    made = write(tmp_path / "heads", base, kind)
+    changes = {"windows": (6, 6)} if kind == "window" else {}
+    made = write(tmp_path / "heads", base, kind, **changes)
     spec = SpecModel.from_pretrained(base, tmp_path / "heads", heads_kwargs={"min_probability": 0})
     assert isinstance(spec.proposer, BlockProposer)
     inputs = prompts(9)
-    expected = generate(base, inputs, max_new_tokens=12)
-    assert torch.equal(generate(spec, inputs, max_new_tokens=12), expected)
+    expected, _ = generate(base, inputs, max_new_tokens=12)
+    assert torch.equal(generate(spec, inputs, max_new_tokens=12)[0], expected)
     spec.save_pretrained(tmp_path / "again")
     read = read_block(tmp_path / "again")
     assert read.config == made.config
@@ -173,13 +176,13 @@ def test_copies_of_the_bases_matrices_are_shared(base, tmp_path):
 
 def test_heads_of_another_base_are_refused(base, tmp_path):
     for name, changes, error, words in (
-        ("layers", {"layers": (1, 9)}, CheckpointError, r"target_layer_ids is \[0, 8\].*up to"),
-        ("vocabulary", {"vocab_size": 90}, VocabularyMismatchError, "vocabulary of 90"),
+        ("layers", {"feature_layers": (1, 9)}, CheckpointError, r"target_layer_ids is \[0, 8\]"),
+        ("vocabulary", {"vocab_size": 200}, VocabularyMismatchError, "vocabulary of 200"),
         ("width", {"hidden_size": 48}, OptionError, "width 48"),
     ):
-        config = {"draft_vocab_size": None, **changes}
-        made = heads_for(base, "both ways", **{n: v for n, v in config.items() if v is not None})
-        write_block(tmp_path / name, block_checkpoint(made))
+        numbers = heads_for(base, "both ways").config
+        numbers = replace(numbers, draft_vocab_size=changes.get("vocab_size", 160), **changes)
+        write_block(tmp_path / name, block_checkpoint(BlockHeads(numbers)))
         with pytest.raises(error, match=words):
             SpecModel.from_pretrained(base, tmp_path / name)
 
@@ -196,17 +199,14 @@ def test_options_that_block_heads_do_not_have_are_named(base, tmp_path):
 
 
 def test_heads_next_to_a_base_in_float16_run_in_bfloat16(base, tmp_path, caplog):
-    half = shared_model("llama", seed=3).half()
-    try:
-        write(tmp_path, base)
-        with caplog.at_level("INFO", logger="speclm"):
-            spec = SpecModel.from_pretrained(half, tmp_path)
-        assert spec.proposer.heads.dtype == torch.bfloat16
-        assert "run in bfloat16 next to a base in float16" in caplog.text
-        inputs = prompts(9)
-        expected = generate(half, inputs, max_new_tokens=8)
-        assert torch.equal(generate(spec, inputs, max_new_tokens=8), expected)
-        same = SpecModel.from_pretrained(half, tmp_path, heads_kwargs={"dtype": "float16"})
-        assert same.proposer.heads.dtype == torch.float16
-    finally:
-        half.float()
+    half = build_model("llama", seed=3).half()
+    write(tmp_path, base)
+    with caplog.at_level("INFO", logger="speclm"):
+        spec = SpecModel.from_pretrained(half, tmp_path)
+    assert spec.proposer.heads.dtype == torch.bfloat16
+    assert "run in bfloat16 next to a base in float16" in caplog.text
+    inputs = prompts(9)
+    expected, _ = generate(half, inputs, max_new_tokens=8)
+    assert torch.equal(generate(spec, inputs, max_new_tokens=8)[0], expected)
+    same = SpecModel.from_pretrained(half, tmp_path, heads_kwargs={"dtype": "float16"})
+    assert same.proposer.heads.dtype == torch.float16
