@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -15,10 +16,15 @@ from speclm.cards import GENERATED_MARK
 from speclm.errors import CheckpointError, TopologyError, TreeBudgetError, UnknownNameError
 from speclm.files.atomic import write_file, written_together
 from speclm.files.hub import is_hub_id, path_exists
+from speclm.files.weights import FLOATS, WeightFiles, weight_files
 from speclm.tree.static import RankPaths, normalize_paths
 
 CONFIG_NAME = "config.json"
 CARD_NAME = "README.md"
+WEIGHTS_NAME = "model.safetensors"
+
+# Some libraries read these instead of the weights.
+_RIVALS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.safetensors.index.json")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -102,6 +108,34 @@ def read_choices(folder: Path, config: Mapping[str, Any]) -> RankPaths | None:
         ) from error
 
 
+def copied_matrices(
+    tensors: Mapping[str, Tensor],
+    width: int,
+    *,
+    embeddings: Float[Tensor, "vocab hidden"] | None,
+    lm_weight: Float[Tensor, "vocab hidden"] | None,
+) -> set[str]:
+    """Return which tensors of heads are copies of the target's, perhaps in another dtype.
+
+    Args:
+        tensors: Tensors by our names.
+        width: Width of the target's hidden states.
+        embeddings: The target's embeddings, if they can be compared.
+        lm_weight: The target's output matrix, if it can be compared.
+    """
+    theirs = {"embed_tokens.weight": embeddings, "lm_head.weight": lm_weight}
+    return {
+        name
+        for name, matrix in theirs.items()
+        if (mine := tensors.get(name)) is not None
+        and matrix is not None
+        and not matrix.is_meta
+        and mine.shape == matrix.shape
+        and matrix.shape[1] == width
+        and torch.equal(mine.to(matrix.device, matrix.dtype), matrix)
+    }
+
+
 def require_folder(folder: Path) -> None:
     """Check that a path is a folder or does not exist.
 
@@ -110,6 +144,96 @@ def require_folder(folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder}: found a file, expected a folder; choose another place")
+
+
+def require_replaceable(
+    folder: Path, *, is_mine: Callable[[WeightFiles], bool], owner: str
+) -> None:
+    """Check that heads in `WEIGHTS_NAME` can be written without destroying anything.
+
+    Args:
+        folder: Where they go.
+        is_mine: Whether weights are heads of the same method, which may be replaced.
+        owner: What is saved, for the message.
+
+    Raises:
+        CheckpointError: If it is a file, or holds another model or weights that are read instead.
+    """
+    require_folder(folder)
+    for name in _RIVALS:
+        if (folder / name).exists():
+            raise CheckpointError(
+                f"{folder / name}: found weights that are read in place of {WEIGHTS_NAME}, "
+                "expected none; save the heads into a folder of their own"
+            )
+    weights = folder / WEIGHTS_NAME
+    is_taken = (folder / CONFIG_NAME).is_file() or weights.is_file()
+    mine = (source for source in weight_files(folder) if source.path == weights)
+    if is_taken and not any(map(is_mine, mine)):
+        raise CheckpointError(
+            f"{folder}: found the config or weights of another model, expected none or those of "
+            f"{owner}; save the heads into a folder of their own"
+        )
+
+
+def require_shapes(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    expected: Mapping[str, tuple[int, ...]],
+    keys: Mapping[str, str],
+    *,
+    owner: str,
+) -> None:
+    """Check that all tensors of heads are there, no others, and that each has its shape.
+
+    Args:
+        path: The file, for messages.
+        tensors: Tensors by our names.
+        expected: Shapes by our names.
+        keys: Key in the file of each tensor.
+        owner: What heads they are, for the message.
+
+    Raises:
+        CheckpointError: If one is missing, unexpected, not of floating numbers or has another
+            shape.
+    """
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise CheckpointError(
+                f"{path}: key {name!r} is missing, found {len(tensors)} other parts of {owner}; "
+                "download the file again"
+            )
+        tensor = tensors[name]
+        if tuple(tensor.shape) != shape or tensor.dtype not in FLOATS:
+            raise CheckpointError(
+                f"{path}: {keys[name]!r} is {tensor.dtype} of shape {list(tensor.shape)}, "
+                f"expected floating numbers of shape {list(shape)} as the other tensors say; "
+                "export the heads again"
+            )
+    extra = sorted(set(tensors) - set(expected))
+    if extra:
+        raise CheckpointError(
+            f"{path}: found key {keys[extra[0]]!r}, expected none such in {owner}; remove it, or "
+            "export the heads again"
+        )
+
+
+def require_whole(
+    folder: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Check that tensors to be written have the shapes that their config says.
+
+    Raises:
+        CheckpointError: If one is missing, unexpected or has another shape.
+    """
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    wrong = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
+    if wrong:
+        name = wrong[0]
+        raise CheckpointError(
+            f"{folder}: tensor {name!r} has shape {found.get(name)}, expected {expected.get(name)} "
+            "as the numbers of the heads say; pass the numbers that the tensors were made with"
+        )
 
 
 def require_same_tensors(

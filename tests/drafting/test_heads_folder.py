@@ -4,14 +4,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from speclm.cards import GENERATED_MARK
 from speclm.drafting.heads_folder import (
     Destination,
+    copied_matrices,
     hub_id,
     read_choices,
     require_folder,
+    require_replaceable,
     require_same_tensors,
+    require_shapes,
+    require_whole,
 )
 from speclm.errors import CheckpointError
 from tests.models import shared_model
@@ -51,3 +56,39 @@ def test_stored_trees_and_folders_are_checked(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="found a file, expected a folder"):
         require_folder(tmp_path / "file")
+
+
+def test_other_models_are_not_replaced(tmp_path):
+    require_replaceable(tmp_path / "new", is_mine=lambda _: False, owner="toys")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="of another model, expected none or those of toys"):
+        require_replaceable(tmp_path, is_mine=lambda _: True, owner="toys")
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    require_replaceable(tmp_path, is_mine=lambda source: "a" in source.files, owner="toys")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"read in place of model\.safetensors"):
+        require_replaceable(tmp_path, is_mine=lambda _: True, owner="toys")
+
+
+def test_tensors_that_do_not_fit_their_config_are_named():
+    path, keys = Path("m"), {"a": "model.a", "b": "model.b"}
+    require_shapes(path, {"a": torch.ones(2)}, {"a": (2,)}, keys, owner="toys")
+    for tensors, words in (
+        ({}, "key 'a' is missing, found 0 other parts of toys"),
+        ({"a": torch.ones(3)}, r"'model.a' is torch.float32 of shape \[3\], expected"),
+        ({"a": torch.ones(2, dtype=torch.int8)}, "'model.a' is torch.int8"),
+        ({"a": torch.ones(2), "b": torch.ones(2)}, "found key 'model.b', expected none such"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            require_shapes(path, tensors, {"a": (2,)}, keys, owner="toys")
+    with pytest.raises(CheckpointError, match=r"tensor 'a' has shape \(3,\), expected \(2,\)"):
+        require_whole(path, {"a": torch.ones(3)}, {"a": (2,)})
+
+
+def test_copies_of_the_targets_matrices_are_found_in_any_dtype():
+    matrix = torch.arange(6.0).view(3, 2)
+    tensors = {"embed_tokens.weight": matrix.bfloat16(), "lm_head.weight": matrix + 1}
+    copied = copied_matrices(tensors, 2, embeddings=matrix, lm_weight=matrix)
+    assert copied == {"embed_tokens.weight"}
+    assert not copied_matrices(tensors, 4, embeddings=matrix, lm_weight=None)
+    assert not copied_matrices(tensors, 2, embeddings=matrix.to("meta"), lm_weight=None)

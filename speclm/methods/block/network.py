@@ -7,14 +7,12 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from typing_extensions import override
 
 from speclm.drafting.decoder import Rotation, make_rotary, rotated
 from speclm.errors import OptionError
 from speclm.methods.block.config import BlockConfig
-from speclm.methods.block.layer import BlockLayer
-from speclm.methods.block.markov import ConfidenceHead, MarkovHead
+from speclm.methods.block.layer import BlockLayer, ConfidenceHead, MarkovHead
 
 _INIT_STD = 0.02  # that of Qwen3
 
@@ -45,7 +43,7 @@ class BlockHeads(nn.Module):
         self.config = config
         with torch.device("meta"):  # draws no random numbers
             self._add_parts()
-        self.rotary = self._make_rotary()
+        self.rotary = make_rotary(self.config)
         self._fused: tuple[Tensor, Tensor | None] | None = None
         if dtype is not None:
             self.to(dtype=dtype)
@@ -70,24 +68,25 @@ class BlockHeads(nn.Module):
         columns = torch.empty(config.draft_vocab_size, dtype=torch.int64, device="meta")
         self.register_buffer("draft_columns", columns if config.has_draft_vocab else None)
 
-    def _make_rotary(self) -> LlamaRotaryEmbedding:
-        config = self.config
-        return make_rotary(
-            config.rope_parameters,
-            head_dim=config.head_dim,
-            max_positions=config.max_position_embeddings,
-        )
-
     @override
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # Casting the weights rounds the frequencies too, and `to_empty` loses them.
         device = self.fc.weight.device
-        self.rotary = self._make_rotary().train(self.training)
+        self.rotary = make_rotary(self.config).train(self.training)
         if device.type != "meta":
             self.rotary.to(device)
         if getattr(self, "_fused", None) is not None:
             self.fuse_()
+        return self
+
+    @override
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if mode:  # the copies would not follow the weights
+            self._fused = None
+            for layer in self._decoder_layers:
+                layer.separate_()
         return self
 
     @property
@@ -99,7 +98,8 @@ class BlockHeads(nn.Module):
     def fuse_(self) -> Self:
         """Join weights that read the same states, for fewer products in decoding.
 
-        Copies the weights: call it again after changing them. The state stays that of the parts.
+        Copies the weights: call it again after changing them; `train` drops the copies. The state
+        stays that of the parts.
         """
         self._fused = self._context_weight()
         for layer in self._decoder_layers:
@@ -330,7 +330,7 @@ def block_masks(
                 first = anchors[:, :, None] - context_positions[:, None]  # [batch, blocks, kv_len]
                 distance = first[:, :, None] + within[:, None]
             seen = seen & (distance < window)
-            own = own & (ahead < window)
+            own = own & (ahead.abs() < window)
         own = own.expand(batch, num_blocks, -1, -1)
         made[window, is_causal] = torch.cat((seen, own), dim=-1).flatten(1, 2)[:, None]
     return tuple(made[key] for key in zip(config.windows, config.is_causal, strict=True))

@@ -91,7 +91,7 @@ def draft_by_loop(heads, features, embeds, anchor):
                 at
                 for at, (other, _) in enumerate(sources)
                 if (at < len(states) or not config.is_causal[index] or other <= position)
-                and (window is None or position - other < window)
+                and (window is None or abs(position - other) < window)
             ]
             outputs = []
             for head, query in enumerate(queries):

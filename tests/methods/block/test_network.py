@@ -1,8 +1,10 @@
 import pytest
 import torch
 
-from speclm.methods.block.network import block_masks
-from tests.methods.block.block_heads import draft_by_loop, make_heads
+from speclm.errors import OptionError
+from speclm.methods.block.config import BlockConfig
+from speclm.methods.block.network import BlockHeads, block_masks
+from tests.methods.block.block_heads import MARKOV, NUMBERS, draft_by_loop, make_heads
 
 EXACT = 1e-12  # float64, another order of sums
 CLOSE = 1e-6  # the frequencies of the rotation are float32
@@ -93,3 +95,96 @@ def test_shorter_causal_block_is_a_prefix_of_the_longer_one():
     features, embeds = inputs()
     whole, part = run(heads, features, embeds), run(heads, features, embeds[:, :2])
     torch.testing.assert_close(part, whole[:, :2], rtol=0, atol=EXACT)
+
+
+def test_weights_that_are_trained_are_not_the_joined_copies():
+    heads = make_heads().eval().fuse_()
+    features, embeds = inputs()
+    before = run(heads, features, embeds)
+    with torch.no_grad():
+        for layer in heads.layers:
+            layer.self_attn.k_proj.weight.mul_(2)
+            layer.mlp.gate_proj.weight.mul_(2)
+            layer.self_attn.v_proj.weight.mul_(2)
+    torch.testing.assert_close(run(heads, features, embeds), before, rtol=0, atol=EXACT)
+    changed = run(heads.train(), features, embeds)
+    assert (changed - before).abs().max() > 0.01
+    torch.testing.assert_close(run(heads.fuse_(), features, embeds), changed, rtol=0, atol=EXACT)
+
+
+def test_casting_renews_joined_weights_and_keeps_the_frequencies():
+    heads = make_heads().eval().fuse_()
+    features, embeds = inputs()
+    expected = run(heads, features, embeds)
+    frequencies = heads.rotary.inv_freq.clone()
+    heads.bfloat16()
+    assert heads.dtype == torch.bfloat16
+    assert torch.equal(heads.rotary.inv_freq, frequencies)
+    found = run(heads, features, embeds)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=0.3)
+
+
+def test_block_begins_with_its_anchor_and_goes_on_with_masks():
+    heads, table = make_heads(), torch.arange(40.0).view(20, 2)
+    found = heads.embed_blocks(
+        torch.tensor([[5, 7]]), num_positions=3, embedding=lambda tokens: table[tokens]
+    )
+    assert found[0, :, 0].div(2).tolist() == [5, 3, 3, 7, 3, 3]
+    own = make_heads(has_own_embeddings=True)
+    found = own.embed_blocks(torch.tensor([[5]]), num_positions=2, embedding=None)
+    assert torch.equal(found[0], own.embed_tokens.weight[[5, 3]])
+
+
+def test_masks_show_the_text_before_the_anchor_and_the_block():
+    config = make_heads(windows=(None, 3), is_causal=(True, False)).config
+    causal, narrow = block_masks(
+        config,
+        torch.tensor([[[True, True, False]], [[False, True, True]]]),
+        context_positions=torch.tensor([[0, 1, 2], [-1, 0, 1]]),
+        anchors=torch.tensor([[2], [2]]),
+        num_positions=2,
+    )
+    assert causal[:, 0].long().tolist() == [
+        [[1, 1, 0, 1, 0], [1, 1, 0, 1, 1]],
+        [[0, 1, 1, 1, 0], [0, 1, 1, 1, 1]],
+    ]
+    assert narrow[:, 0].long().tolist() == [
+        [[1, 1, 0, 1, 1], [0, 1, 0, 1, 1]],
+        [[0, 1, 1, 1, 1], [0, 0, 1, 1, 1]],
+    ]
+
+
+def test_draft_vocabulary_maps_columns_to_tokens():
+    heads = make_heads(draft_vocab_size=3, has_own_lm_head=True)
+    assert heads.target_ids(torch.tensor([2, 0])).tolist() == [2, 0]
+    heads.set_draft_columns_(torch.tensor([1, 4, 19]))
+    assert heads.target_ids(torch.tensor([2, 0])).tolist() == [19, 1]
+    hidden = torch.randn(1, 8, dtype=torch.float64)
+    assert torch.equal(heads.logits(hidden, lm_head=None), hidden @ heads.lm_head.weight.T)
+    assert make_heads().target_ids(torch.tensor([2, 0])).tolist() == [2, 0]
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ([1, 2], r"columns are 2, expected draft_vocab_size, 3, below vocab_size, 20"),
+        ([1, 2, 20], r"columns run from 1 to 20, expected increasing ids below 20"),
+        ([2, 1, 3], r"columns run from 1 to 3, expected increasing ids.*sort them"),
+    ],
+)
+def test_draft_vocabularies_that_do_not_fit_are_refused(columns, words):
+    heads = make_heads(draft_vocab_size=3, has_own_lm_head=True)
+    with pytest.raises(OptionError, match=words):
+        heads.set_draft_columns_(torch.tensor(columns))
+
+
+def test_new_heads_begin_without_a_term_of_the_previous_token():
+    heads = BlockHeads(BlockConfig(**{**NUMBERS, **MARKOV, "has_own_lm_head": True}))
+    matrix = torch.randn(20, 8)
+    heads.init_weights_(lm_weight=matrix, generator=torch.Generator().manual_seed(0))
+    assert not heads.markov_head.markov_w2.weight.any()
+    assert heads.markov_head.markov_w1.weight.std() > 0
+    assert torch.equal(heads.lm_head.weight, matrix)
+    assert heads.norm.weight.unique().tolist() == [1.0]
+    assert heads.confidence_head.proj.bias.tolist() == [0.0]
