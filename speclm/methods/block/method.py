@@ -175,13 +175,9 @@ class BlockRecipe(Recipe):
         *,
         seed: int,
     ) -> "BlockHeads":
-        from speclm.methods.block.training import (
-            choose_columns,
-            count_tokens,
-            load_block_heads,
-            new_block_heads,
-        )
+        from speclm.methods.block.training import load_block_heads, new_block_heads
         from speclm.target import TargetView
+        from speclm.training.token_counts import choose_columns, count_tokens
 
         if options.init is not None:
             return load_block_heads(base, options.init, revision=options.init_revision)
@@ -235,7 +231,8 @@ class BlockMethod(Method):
     def load(self, source: HeadsSource, target: "PreTrainedModel") -> "Proposer":
         from speclm.files.weights import floating_dtype
         from speclm.methods.block.checkpoint import build_block, read_block
-        from speclm.methods.block.proposer import BlockProposer, BlockProposerConfig
+        from speclm.methods.block.proposer import BlockProposer
+        from speclm.methods.block.tree import BlockProposerConfig
         from speclm.target import TargetView, stored_matrices
 
         known = {"dtype", "tree", *(option.name for option in fields(BlockProposerConfig))}

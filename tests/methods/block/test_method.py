@@ -6,21 +6,21 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
-from speclm.methods.block.network import BlockHeads
-from speclm.methods.block.proposer import BlockProposer
-from tests.methods.block.target_heads import heads_for
 
 from speclm import SpecModel
 from speclm.cards import GENERATED_MARK
 from speclm.errors import CheckpointError, OptionError, VocabularyMismatchError
 from speclm.methods.block.checkpoint import block_checkpoint, read_block, write_block
 from speclm.methods.block.method import BlockMethod, BlockTrainingOptions, block_card, kind_of
+from speclm.methods.block.network import BlockHeads
+from speclm.methods.block.proposer import BlockProposer
 from speclm.methods.registry import find_heads
 from tests.block_tables import DFLASH, LAYOUTS, ZLAB_CONFIG, save, tensors
 from tests.eagle_tables import EAGLE3, EAGLE3_CONFIG
 from tests.eagle_tables import save as save_eagle
 from tests.eagle_tables import tensors as eagle_tensors
 from tests.methods.block.block_heads import MARKOV, make_heads
+from tests.methods.block.target_heads import heads_for
 from tests.model.hub import running_hub
 from tests.models import build_model, generate, prompts, shared_model
 
