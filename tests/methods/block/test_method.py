@@ -129,7 +129,9 @@ def test_heads_of_eagle_are_left_to_eagle_and_damaged_ones_are_claimed(tmp_path)
 def test_folder_decodes_the_tokens_of_its_base_and_is_saved_as_it_was(base, tmp_path, kind):
     changes = {"windows": (6, 6)} if kind == "window" else {}
     made = write(tmp_path / "heads", base, kind, **changes)
-    spec = SpecModel.from_pretrained(base, tmp_path / "heads", heads_kwargs={"min_probability": 0})
+    spec = SpecModel.from_pretrained(
+        base, tmp_path / "heads", heads_kwargs={"min_probability": 0.0}
+    )
     assert isinstance(spec.proposer, BlockProposer)
     inputs = prompts(9)
     expected, _ = generate(base, inputs, max_new_tokens=12)
