@@ -137,11 +137,7 @@ class BlockRecipe(Recipe):
     summary = "Train heads that draft a block in one pass; the base stays as it is."
     options = BlockTrainingOptions
     # Source: the recipe of DSpark.
-    defaults: ClassVar[Mapping[str, Any]] = {
-        "learning_rate": 6e-4,
-        "adam_beta2": 0.95,
-        "max_grad_norm": 1.0,
-    }
+    defaults: ClassVar[Mapping[str, Any]] = {"learning_rate": 6e-4, "max_grad_norm": 1.0}
 
     @override
     def trainer(
@@ -302,6 +298,8 @@ def kind_of(config: "BlockConfig") -> str:
 
 def block_card(checkpoint: "BlockCheckpoint", *, repo_id: str | None = None) -> HeadsCard:
     """Return the model card of block heads."""
+    from speclm.methods.block.layouts import is_of_deepspec
+
     config, choices = checkpoint.config, checkpoint.choices
     kind = kind_of(config)
     drafted = f"{config.draft_vocab_size:,} of {config.vocab_size:,}"
@@ -322,7 +320,7 @@ def block_card(checkpoint: "BlockCheckpoint", *, repo_id: str | None = None) -> 
             "output matrix": "their own" if config.has_own_lm_head else "the base model's",
         },
         software=_SOFTWARE.format(
-            layout="DeepSpec's DSpark" if kind == "dspark" else "z-lab's DFlash"
+            layout="DeepSpec's DSpark" if is_of_deepspec(config) else "z-lab's DFlash"
         ),
         num_parameters=sum(tensor.numel() for tensor in tensors if tensor.is_floating_point()),
         dtype=str(checkpoint.dtype).removeprefix("torch."),

@@ -59,7 +59,7 @@ def test_kinds_are_told_by_their_parts():
         checkpoint = block_checkpoint(make_heads(**changes))
         assert kind_of(checkpoint.config) == kind
         assert f"- {kind}\n" in block_card(checkpoint).render()
-    drafted = make_heads(draft_vocab_size=5, has_own_lm_head=True)
+    drafted = make_heads(draft_vocab_size=5, has_own_lm_head=True, predicts_next=False)
     text = block_card(block_checkpoint(drafted)).render()
     assert "| tokens drafted | 5 of 20 |" in text
     assert "layout of z-lab's DFlash" in text
