@@ -61,7 +61,8 @@ class TrainingModel(nn.Module, ABC):
 
         Returns:
             ``loss``, and ``loss_sums``, ``counts`` and ``ranks`` as `AcceptanceMeter.add` takes
-            them.
+            them; where they differ from the batch's or exist, also ``loss_mask`` and
+            ``tree_lengths``.
         """
 
     @abstractmethod

@@ -13,8 +13,7 @@ from typing_extensions import override
 from speclm.drafting.decoder import Rotation, make_rotary, rotated
 from speclm.errors import OptionError
 from speclm.methods.block.config import BlockConfig
-from speclm.methods.block.layer import BlockLayer
-from speclm.methods.block.markov import ConfidenceHead, MarkovHead
+from speclm.methods.block.layer import BlockLayer, ConfidenceHead, MarkovHead
 
 _INIT_STD = 0.02  # that of Qwen3
 

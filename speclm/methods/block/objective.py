@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,12 @@ from typing_extensions import override
 from speclm.config import require_count, require_in_range, require_positive
 from speclm.drafting.heads_folder import hub_id
 from speclm.errors import OptionError
+from speclm.methods.block.blocks import Blocks, accepted_lengths, find_blocks
 from speclm.methods.block.checkpoint import block_checkpoint, write_block
 from speclm.methods.block.config import KINDS
 from speclm.methods.block.network import BlockHeads, block_masks
+from speclm.methods.block.proposer import BlockProposer
+from speclm.methods.block.tree import BlockProposerConfig
 from speclm.target import stored_matrices
 from speclm.training.acceptance_meter import AcceptanceMeter
 from speclm.training.training_model import (
@@ -116,9 +119,12 @@ class BlockTrainingModel(TrainingModel):
 
         Raises:
             UnsupportedModelError: If `base` is not a decoder-only language model.
-            OptionError: If the base has too few layers for the heads' features.
+            VocabularyMismatchError: If the heads were made for another vocabulary.
+            OptionError: If the heads have another width than the base, or it has too few layers
+                for their features.
         """
-        super().__init__(base, heads)
+        BlockProposer(heads, target=base)  # checks that they fit
+        super().__init__(base, heads.train())
         for part in (heads.embed_tokens, heads.lm_head):
             if part is not None:
                 part.requires_grad_(requires_grad=False)
@@ -129,6 +135,9 @@ class BlockTrainingModel(TrainingModel):
         if objective.decay_length is not None:
             weights = torch.exp(-torch.arange(num_drafts, device="cpu") / objective.decay_length)
         self._weights = weights
+        self._tree_config = BlockProposerConfig(depth=num_drafts)
+        ends: Any = getattr(base.generation_config, "eos_token_id", None)  # there may be none
+        self._ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
 
     @property
     @override
@@ -179,7 +188,9 @@ class BlockTrainingModel(TrainingModel):
         measured = torch.full(shape, -1, device=device, dtype=torch.long)
         before = (blocks.anchors - 1).clamp(min=0)[:, :, None].expand(-1, -1, num_drafts)
         measured.scatter_reduce_(1, before, ranks, reduce="amax")
+        grown = {} if self.training else self._grown(hidden, tokens, blocks)
         return {
+            **grown,
             "loss": total,
             "loss_sums": losses.detach(),
             "counts": counts.long(),
@@ -192,7 +203,7 @@ class BlockTrainingModel(TrainingModel):
         self,
         features: Float[Tensor, "batch seq features"],
         tokens: Int[Tensor, "batch seq"],
-        blocks: "Blocks",
+        blocks: Blocks,
     ) -> Float[Tensor, "batch blocks drafts hidden"]:
         """Return the heads' states at the positions that draft."""
         heads, anchors = self.heads, blocks.anchors
@@ -214,11 +225,34 @@ class BlockTrainingModel(TrainingModel):
         hidden = heads(embeds, positions, keys, values, masks, num_blocks=anchors.shape[1])
         return hidden.view(*anchors.shape, heads.config.num_drafts, -1)  # type: ignore[no-any-return]
 
+    def _grown(
+        self,
+        hidden: Float[Tensor, "batch blocks drafts hidden"],
+        tokens: Int[Tensor, "batch seq"],
+        blocks: Blocks,
+    ) -> dict[str, Tensor]:
+        """Return how much of the default tree of each block would be accepted."""
+        is_block = (blocks.targets >= 0).any(-1)
+        found = accepted_lengths(
+            self.heads,
+            hidden[is_block],
+            tokens.gather(1, blocks.anchors)[is_block],
+            blocks.targets[is_block],
+            config=self._tree_config,
+            lm_head=self.lm_head,
+            end_ids=self._ends,
+        )
+        lengths = torch.full_like(tokens, -1)
+        rows = torch.arange(len(tokens), device=tokens.device)[:, None].expand_as(is_block)
+        # As the ranks: at the position before the anchor.
+        lengths[rows[is_block], blocks.anchors[is_block] - 1] = found
+        return {"tree_lengths": lengths}
+
     def _embed(self, tokens: Tensor) -> Tensor:
         return self.view.stored_embeddings(tokens.to(self.view.device)).to(tokens.device)
 
     @torch.no_grad()
-    def _goals(self, last: Float[Tensor, "batch seq hidden"], blocks: "Blocks") -> "_Goals":
+    def _goals(self, last: Float[Tensor, "batch seq hidden"], blocks: Blocks) -> "_Goals":
         """Return the base's logits before each target."""
         batch, length = last.shape[:2]
         device = blocks.anchors.device
@@ -237,7 +271,7 @@ class BlockTrainingModel(TrainingModel):
     def _score_blocks(
         self,
         hidden: Float[Tensor, "batch blocks drafts hidden"],
-        blocks: "Blocks",
+        blocks: Blocks,
         goals: "_Goals",
     ) -> tuple[Float[Tensor, "2 drafts"], Int[Tensor, "batch blocks drafts"]]:
         """Return sum and number of the losses at each position of a block, and the ranks."""
@@ -315,23 +349,6 @@ class BlockTrainingModel(TrainingModel):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Blocks:
-    """The blocks that are drafted from a batch of texts.
-
-    Args:
-        anchors: Position of each anchor, padded with 0.
-        targets: Token that each position learns to draft, `IGNORED` if none counts.
-        previous: Token before each of them.
-        is_complete: Whether a text's every block is among them.
-    """
-
-    anchors: Int[Tensor, "batch blocks"]
-    targets: Int[Tensor, "batch blocks drafts"]
-    previous: Int[Tensor, "batch blocks drafts"]
-    is_complete: Bool[Tensor, " batch"]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
 class _Goals:
     """The base's results at the positions before the targets.
 
@@ -344,47 +361,6 @@ class _Goals:
     logits: Float[Tensor, "positions draft_vocab"]
     is_draftable: Float[Tensor, " positions"]
     indices: Int[Tensor, "batch blocks drafts"]
-
-
-def find_blocks(
-    tokens: Int[Tensor, "batch seq"],
-    loss_mask: Bool[Tensor, "batch seq"],
-    *,
-    num_drafts: int,
-    max_anchors: int | None,
-) -> Blocks:
-    """Return blocks whose anchor and next token the assistant wrote.
-
-    Args:
-        tokens: Texts, padded on the right.
-        loss_mask: True at tokens that count.
-        num_drafts: Draft tokens of a block. They end with the assistant's turn.
-        max_anchors: Blocks of each text, drawn at random from the default generator if there are
-            more; None for all.
-    """
-    batch, length = tokens.shape
-    is_anchor = F.pad(loss_mask[:, :-1] & loss_mask[:, 1:], (0, 1))
-    is_anchor[:, 0] = False  # nothing is known before it
-    counts = is_anchor.sum(1)
-    # The largest number of anchors decides a shape.
-    num_blocks = max(1, min(int(counts.max()), max_anchors or length))
-    order = is_anchor.float()
-    if max_anchors is not None:
-        order = order + torch.rand_like(order)
-    # Sorted, since several backends gather neighbours faster.
-    chosen = order.topk(num_blocks, dim=1).indices.sort(dim=1).values
-    is_block = is_anchor.gather(1, chosen)
-    anchors = chosen * is_block
-    ahead = 1 + torch.arange(num_drafts, device=tokens.device)
-    at = anchors[:, :, None] + ahead  # [batch, blocks, drafts]
-    is_inside = (at < length) & is_block[:, :, None]
-    at = at.clamp(max=length - 1).flatten(1)
-    shape = (batch, num_blocks, num_drafts)
-    is_inside &= loss_mask.gather(1, at).view(shape)
-    is_inside = is_inside.long().cumprod(-1).bool()
-    targets = tokens.gather(1, at).view(shape)
-    previous = torch.cat((tokens.gather(1, anchors)[:, :, None], targets[:, :, :-1]), dim=-1)
-    return Blocks(anchors, targets.masked_fill(~is_inside, IGNORED), previous, counts <= num_blocks)
 
 
 def _token_loss(

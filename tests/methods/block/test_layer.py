@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from speclm.methods.block.layer import BlockAttention, BlockLayer
-from tests.methods.block.block_heads import make_heads
+from tests.methods.block.block_heads import MARKOV, make_heads
+from tests.methods.block.loss_reference import markov_terms
 
 EXACT = 1e-12  # float64, another order of sums
 
@@ -52,3 +53,39 @@ def test_context_comes_from_the_projections_of_keys_and_values():
     attention = make_heads().layers[1].self_attn
     assert isinstance(attention, BlockAttention)
     assert attention.context_parts == (attention.k_proj, attention.v_proj)
+
+
+@pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn"])
+def test_terms_are_those_of_a_loop_over_positions(kind):
+    heads = make_heads(**{**MARKOV, "markov": kind})
+    hidden = torch.randn(5, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    previous = torch.tensor([4, 0, 19, 7, 7])
+    expected = markov_terms(heads, previous.tolist(), hidden)
+    state, found = None, []
+    for token, vector in zip(previous, hidden, strict=True):
+        term, state = heads.markov_head.bias(token[None], vector[None], state)
+        found.append(term[0])
+    assert (state is not None) == (kind == "rnn")
+    torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=0, atol=EXACT)
+
+
+def test_term_of_the_vanilla_head_is_a_product_of_low_rank():
+    heads = make_heads(**MARKOV)
+    head = heads.markov_head
+    table = head.markov_w1.weight @ head.markov_w2.weight.T  # [previous, next]
+    term, _ = head.bias(torch.tensor([[2, 5]]), torch.zeros(1, 2, 8, dtype=torch.float64))
+    torch.testing.assert_close(term[0], table[[2, 5]], rtol=0, atol=EXACT)
+
+
+@pytest.mark.parametrize("markov", [MARKOV, {"has_confidence": True}])
+def test_confidence_reads_the_state_and_the_embedding_of_the_token_before(markov):
+    heads = make_heads(**markov)
+    hidden = torch.randn(2, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    previous = torch.tensor([3, 9])
+    read = hidden
+    if heads.markov_head is not None:
+        read = torch.cat((hidden, heads.markov_head.markov_w1.weight[previous]), dim=1)
+    proj = heads.confidence_head.proj
+    expected = 1 / (1 + torch.exp(-(read @ proj.weight[0] + proj.bias)))
+    found = heads.confidence(hidden, previous)
+    torch.testing.assert_close(found, expected, rtol=0, atol=EXACT)

@@ -127,7 +127,7 @@ def test_more_blocks_than_the_maximum_are_drawn_at_random():
     drawn = [find_blocks(tokens, mask, num_drafts=2, max_anchors=3) for _ in range(60)]
     assert {int(anchor) for blocks in drawn for anchor in blocks.anchors[0]} == set(range(1, 19))
     assert all(len(set(blocks.anchors[0].tolist())) == 3 for blocks in drawn)
-    assert {tuple(blocks.anchors[1].tolist()) for blocks in drawn} == {(0, 1, 2)}
+    assert {tuple(sorted(blocks.anchors[1].tolist())) for blocks in drawn} == {(0, 1, 2)}
     assert drawn[0].is_complete.tolist() == [False, True]
 
 
