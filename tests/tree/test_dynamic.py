@@ -27,11 +27,20 @@ def distribution_after(tables: list[Tensor], path: tuple[int, ...]) -> Tensor:
     return tables[len(path)][last_two[0], last_two[1]]
 
 
-def grow(tables: list[list[Tensor]], *, width: int, branches: int, depth: int) -> GrowingTree:
+def grow(
+    tables: list[list[Tensor]],
+    *,
+    width: int,
+    branches: int,
+    depth: int,
+    narrow: tuple[int, float] | None = None,
+) -> GrowingTree:
     tree = GrowingTree(width=width, branches=branches)
     paths: list[list[tuple[int, ...]]] = [[()] for _ in tables]
     for level in range(depth):
         if level:
+            if narrow is not None and not tree.narrow(narrow[0], min_score=narrow[1]):
+                break
             tokens, parents = tree.expanded_tokens.tolist(), tree.expanded_parents.tolist()
             paths = [
                 [(*old[parent], token) for token, parent in zip(row, above, strict=True)]
@@ -93,6 +102,32 @@ def paths_of(tokens: list[int], parents: list[int]) -> list[tuple[int, ...]]:
         assert parent < node, "a parent comes before its children"
         paths.append((*paths[parent], token))
     return paths[1:]
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    branches=st.integers(1, VOCAB),
+    num_nodes=st.integers(1, 12),
+    least=st.sampled_from([0.0, 0.05, 0.2, 0.9]),
+)
+def test_narrow_levels_lead_to_the_same_best_nodes(seed, branches, num_nodes, least):
+    tables, min_score = distributions(seed, 2, 4), math.log(max(least, 1e-30))
+    sizes = {"width": 4, "branches": branches, "depth": 4}
+    whole = grow(tables, **sizes).best_nodes(num_nodes, min_score=min_score)
+    narrowed = grow(tables, **sizes, narrow=(num_nodes, min_score))
+    for row, found in zip(whole, narrowed.best_nodes(num_nodes, min_score=min_score), strict=True):
+        assert (found.tokens, found.parents) == (row.tokens, row.parents)
+        assert found.scores == pytest.approx(row.scores)
+
+
+@pytest.mark.parametrize(
+    ("num_nodes", "least", "width"), [(4, 0.12, 3), (2, 0.12, 2), (4, 0.5, 1), (4, 0.7, 0)]
+)
+def test_narrow_expands_only_what_may_lead_to_a_best_node(num_nodes, least, width):
+    tree = GrowingTree(width=4, branches=4)
+    tree.grow(torch.tensor([[[0.6, 0.3, 0.06, 0.04]], [[0.4, 0.35, 0.15, 0.1]]]).log())
+    assert tree.narrow(num_nodes, min_score=math.log(least)) == (width > 0)
+    assert tree.expanded_tokens.tolist() == [[*range(width)]] * 2
 
 
 def test_expansions_say_where_a_node_was_fed():
@@ -202,6 +237,17 @@ def test_stopped_rows_grow_no_further_and_others_do():
     sure, unsure = tree.best_nodes(9, min_score=-100.0)
     assert (len(sure.tokens), len(unsure.tokens)) == (3, 1)
     assert tree.stop_rows_below(0.0) == 0.0
+
+
+def test_rows_that_are_stopped_keep_their_nodes_and_get_no_more():
+    tree = GrowingTree(width=1, branches=2)
+    level = torch.tensor([[[0.9, 0.1]], [[0.9, 0.1]]]).log()
+    tree.grow(level)
+    tree.stop_rows(torch.tensor([False, True]))
+    tree.grow(level)
+    going, stopped = tree.best_nodes(9, min_score=-10.0)
+    assert len(going.tokens) == 4
+    assert stopped.tokens == [0, 1]
 
 
 def test_idle_rows_grow_nothing_and_do_not_count():
