@@ -25,8 +25,7 @@ from speclm.methods.eagle.training import (
 )
 from speclm.training.acceptance_meter import turns
 from speclm.training.conversations import Example
-from speclm.training.dataset import collate_examples
-from speclm.training.token_counts import choose_columns, count_tokens
+from speclm.training.dataset import choose_columns, collate_examples, count_tokens
 
 
 def read_rows(folder: Path, pattern: str = "*.jsonl") -> list[Example]:

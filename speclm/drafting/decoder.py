@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from jaxtyping import Float
@@ -65,20 +65,35 @@ def rope_theta(config: Any) -> float:
     return float(read_rope(named)["rope_theta"])
 
 
-def require_rope(rope: Mapping[str, Any], *, head_dim: int, max_positions: int) -> None:
-    """Check that a rotation is known and can be computed.
+class Rotated(Protocol):
+    """The part of a config that decides a rotation."""
 
-    Args:
-        rope: Parameters, as Transformers 5 writes them.
-        head_dim: Width of what is rotated.
-        max_positions: Number of positions that it was made for.
+    @property
+    def rope_parameters(self) -> Mapping[str, Any]:
+        """Its parameters, as Transformers 5 writes them."""
+        ...
+
+    @property
+    def head_dim(self) -> int:
+        """Width of what is rotated."""
+        ...
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """Number of positions that it was made for."""
+        ...
+
+
+def require_rope(config: Rotated) -> None:
+    """Check that a rotation is known and can be computed.
 
     Raises:
         OptionError: If it cannot.
     """
-    if head_dim % 2:
+    rope = config.rope_parameters
+    if config.head_dim % 2:
         raise OptionError(
-            f"head_dim is {head_dim}, expected an even number, since pairs are rotated; "
+            f"head_dim is {config.head_dim}, expected an even number, since pairs are rotated; "
             "correct it or num_attention_heads"
         )
     rope_type = rope.get("rope_type")
@@ -100,14 +115,14 @@ def require_rope(rope: Mapping[str, Any], *, head_dim: int, max_positions: int) 
             "rotate all of each query and key; remove it if they were trained so"
         )
     for name, value in rope.items():
-        length = head_dim // 2 if name in _FACTORS else None
+        length = config.head_dim // 2 if name in _FACTORS else None
         if not _is_rope_value(value, length):
             expected = "a finite number" if length is None else f"{length} finite numbers"
             raise OptionError(
                 f"{name} of rope_parameters is {shown(value)}, expected {expected}; correct it"
             )
     if rope_type != "default":
-        _require_frequencies(rope, head_dim, max_positions)
+        _require_frequencies(config)
 
 
 def _is_rope_value(value: object, length: int | None) -> bool:
@@ -119,33 +134,30 @@ def _is_rope_value(value: object, length: int | None) -> bool:
     return value is None or isinstance(value, str)
 
 
-def _require_frequencies(rope: Mapping[str, Any], head_dim: int, max_positions: int) -> None:
+def _require_frequencies(config: Rotated) -> None:
     """Check that a rotation can be computed with any values it may have."""
+    rope = shown(dict(config.rope_parameters))
     try:
-        rotary = make_rotary(rope, head_dim=head_dim, max_positions=max_positions)
+        rotary = make_rotary(config)
     except Exception as error:
         raise OptionError(
-            f"rope_parameters {shown(dict(rope))} cannot be computed with "
-            f"({reason_of(error)}); correct them"
+            f"rope_parameters {rope} cannot be computed with ({reason_of(error)}); correct them"
         ) from error
     is_finite = math.isfinite(rotary.attention_scaling) and bool(rotary.inv_freq.isfinite().all())
     if not is_finite:
         raise OptionError(
-            f"rope_parameters {shown(dict(rope))} give frequencies that are not "
-            "finite; correct them"
+            f"rope_parameters {rope} give frequencies that are not finite; correct them"
         )
 
 
-def make_rotary(
-    rope: Mapping[str, Any], *, head_dim: int, max_positions: int
-) -> LlamaRotaryEmbedding:
+def make_rotary(config: Rotated) -> LlamaRotaryEmbedding:
     """Return the module that computes a rotation, on the CPU; see `require_rope`."""
     llama = LlamaConfig(
-        hidden_size=head_dim,
-        head_dim=head_dim,
+        hidden_size=config.head_dim,
+        head_dim=config.head_dim,
         num_attention_heads=1,
-        max_position_embeddings=max_positions,
-        rope_parameters=dict(rope),
+        max_position_embeddings=config.max_position_embeddings,
+        rope_parameters=dict(config.rope_parameters),
     )
     with torch.device("cpu"):
         return LlamaRotaryEmbedding(llama)

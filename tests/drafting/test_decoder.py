@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,10 @@ from speclm.drafting.decoder import (
     unscaled_rope,
 )
 from speclm.errors import OptionError
+
+
+def config_of(rope, *, head_dim=4):
+    return SimpleNamespace(rope_parameters=rope, head_dim=head_dim, max_position_embeddings=16)
 
 
 def test_rotation_that_is_no_dict_is_refused():
@@ -46,16 +51,16 @@ def test_rotation_is_read_from_old_and_new_configs():
 )
 def test_rotations_that_cannot_be_computed_are_refused(rope, words):
     with pytest.raises(OptionError, match=words):
-        require_rope(rope, head_dim=4, max_positions=16)
+        require_rope(config_of(rope))
 
 
 def test_pairs_cannot_be_rotated_in_a_head_of_odd_width():
     with pytest.raises(OptionError, match=r"head_dim is 3, expected an even number"):
-        require_rope(unscaled_rope(), head_dim=3, max_positions=16)
+        require_rope(config_of(unscaled_rope(), head_dim=3))
 
 
 def test_pairs_turn_by_the_angle_of_their_position():
-    rotary = make_rotary(unscaled_rope(100.0), head_dim=4, max_positions=16)
+    rotary = make_rotary(config_of(unscaled_rope(100.0)))
     states = torch.tensor([1.0, 1.0, 0.0, 0.0]).expand(1, 2, 1, 4)
     found = rotated(states, rotary(states, torch.tensor([[0, 3]])))[0, :, 0]
     angles = [3.0, 0.3]  # of pairs (0, 2) and (1, 3)

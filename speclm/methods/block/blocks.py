@@ -101,6 +101,8 @@ def accepted_lengths(
     size = MAX_LOGITS // (heads.config.draft_vocab_size * (heads.config.num_drafts + config.width))
     found: list[int] = []
     for part in torch.split(torch.arange(len(roots), device=roots.device), max(1, size)):
+        if not len(part):
+            break  # a single empty part
         grown = grow_trees(
             BlockLogits(heads, hidden[part], heads.logits(hidden[part], lm_head=lm_head)),
             roots[part],

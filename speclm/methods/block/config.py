@@ -106,11 +106,7 @@ class BlockConfig:
                 f"num_heads is {self.num_heads}, expected a multiple of num_kv_heads, "
                 f"{self.num_kv_heads}; correct one"
             )
-        require_rope(
-            self.rope_parameters,
-            head_dim=self.head_dim,
-            max_positions=self.max_position_embeddings,
-        )
+        require_rope(self)
         _require_features(self)
         _require_layers(self)
         _require_tokens(self)

@@ -185,9 +185,9 @@ class BlockLayer(nn.Module):
 class MarkovHead(nn.Module):
     """Adds to the logits of a position what the token before it says.
 
-    The term is a product of low rank. Vanilla: of the previous token alone. Gated: the state of the
-    position gates the token's embedding. Rnn: a recurrent state carries the earlier tokens of the
-    block.
+    The term is a product of low rank. Vanilla: only the previous token counts. Gated: the state of
+    the position gates the token's embedding. Rnn: a recurrent state carries the earlier tokens of
+    the block.
 
     Source: the code of DSpark.
     """

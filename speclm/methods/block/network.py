@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from typing_extensions import override
 
 from speclm.drafting.decoder import Rotation, make_rotary, rotated
@@ -44,7 +43,7 @@ class BlockHeads(nn.Module):
         self.config = config
         with torch.device("meta"):  # draws no random numbers
             self._add_parts()
-        self.rotary = self._make_rotary()
+        self.rotary = make_rotary(self.config)
         self._fused: tuple[Tensor, Tensor | None] | None = None
         if dtype is not None:
             self.to(dtype=dtype)
@@ -69,20 +68,12 @@ class BlockHeads(nn.Module):
         columns = torch.empty(config.draft_vocab_size, dtype=torch.int64, device="meta")
         self.register_buffer("draft_columns", columns if config.has_draft_vocab else None)
 
-    def _make_rotary(self) -> LlamaRotaryEmbedding:
-        config = self.config
-        return make_rotary(
-            config.rope_parameters,
-            head_dim=config.head_dim,
-            max_positions=config.max_position_embeddings,
-        )
-
     @override
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # Casting the weights rounds the frequencies too, and `to_empty` loses them.
         device = self.fc.weight.device
-        self.rotary = self._make_rotary().train(self.training)
+        self.rotary = make_rotary(self.config).train(self.training)
         if device.type != "meta":
             self.rotary.to(device)
         if getattr(self, "_fused", None) is not None:

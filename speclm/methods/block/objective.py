@@ -131,7 +131,7 @@ class BlockTrainingModel(TrainingModel):
         self.objective = objective
         self._layers = heads.config.layers_to_read(self.view.num_layers)
         num_drafts = heads.config.num_drafts
-        weights = torch.ones(num_drafts, device="cpu")
+        weights = torch.ones(num_drafts, dtype=torch.float32, device="cpu")
         if objective.decay_length is not None:
             weights = torch.exp(-torch.arange(num_drafts, device="cpu") / objective.decay_length)
         self._weights = weights

@@ -115,11 +115,7 @@ class EagleConfig:
                 f"num_attention_heads is {self.num_attention_heads}, expected a multiple of "
                 f"num_key_value_heads, {self.num_key_value_heads}; correct one"
             )
-        require_rope(
-            self.rope_parameters,
-            head_dim=self.head_dim,
-            max_positions=self.max_position_embeddings,
-        )
+        require_rope(self)
         _require_features(self)
         _require_outputs(self)
 

@@ -151,7 +151,7 @@ class EagleRecipe(Recipe):
         """Return loaded or new heads; EAGLE-3 heads get the draft vocabulary of the data."""
         from speclm.methods.eagle.training import load_eagle_heads, new_eagle_heads
         from speclm.target import TargetView
-        from speclm.training.token_counts import choose_columns, count_tokens
+        from speclm.training.dataset import choose_columns, count_tokens
 
         if options.init is not None:
             heads = load_eagle_heads(base, options.init, revision=options.init_revision)

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from typing_extensions import override
 
 from speclm.cache.tree_cache import TreeCache
@@ -50,7 +49,7 @@ class EagleHeads(nn.Module):
         self._llama = _llama_config(config)
         with torch.device("meta"):  # draws no random numbers
             self._add_parts()
-        self.rotary = self._make_rotary()
+        self.rotary = make_rotary(self.config)
         if dtype is not None:
             self.to(dtype=dtype)
         if device is None or device.type != "meta":
@@ -87,18 +86,10 @@ class EagleHeads(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # Casting the weights rounds the frequencies too, and `to_empty` loses them.
         device = self.fc.weight.device
-        self.rotary = self._make_rotary().train(self.training)
+        self.rotary = make_rotary(self.config).train(self.training)
         if device.type != "meta":
             self.rotary.to(device)
         return self
-
-    def _make_rotary(self) -> LlamaRotaryEmbedding:
-        config = self.config
-        return make_rotary(
-            config.rope_parameters,
-            head_dim=config.head_dim,
-            max_positions=config.max_position_embeddings,
-        )
 
     @property
     def dtype(self) -> torch.dtype:

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from speclm.errors import OptionError
-from speclm.methods.block.objective import BlockObjective, BlockTrainingModel, find_blocks
+from speclm.methods.block.blocks import find_blocks
+from speclm.methods.block.objective import BlockObjective, BlockTrainingModel
 from speclm.methods.block.training import new_block_heads
 from speclm.training import training_model
 from speclm.training.dataset import collate_examples
@@ -103,32 +104,6 @@ def test_hand_computed_loss_of_one_token():
     expected -= 2.0 * (wanted * drafted.log()).sum().item()
     assert output["loss"].item() == pytest.approx(expected, abs=CLOSE)
     assert output["counts"].tolist() == [1, 0]
-
-
-def test_blocks_begin_where_the_assistant_wrote_two_tokens_and_end_with_its_turn():
-    tokens = torch.tensor([[1, 2, 3, 4, 5, 6, 7], [8, 9, 10, 11, 0, 0, 0]])
-    mask = torch.tensor([[0, 1, 1, 1, 0, 1, 1], [1, 1, 1, 0, 0, 0, 0]]).bool()
-    blocks = find_blocks(tokens, mask, num_drafts=2, max_anchors=None)
-    assert blocks.anchors.tolist() == [[1, 2, 5], [1, 0, 0]]  # nothing is known before position 0
-    none = -100
-    assert blocks.targets.tolist() == [
-        [[3, 4], [4, none], [7, none]],
-        [[10, none], [none, none], [none, none]],
-    ]
-    assert blocks.previous[0].tolist() == [[2, 3], [3, 4], [6, 7]]
-    assert blocks.is_complete.tolist() == [True, True]
-
-
-def test_more_blocks_than_the_maximum_are_drawn_at_random():
-    tokens = torch.arange(40).view(2, 20)
-    mask = torch.ones(2, 20).bool()
-    mask[1, 4:] = False
-    torch.manual_seed(0)
-    drawn = [find_blocks(tokens, mask, num_drafts=2, max_anchors=3) for _ in range(60)]
-    assert {int(anchor) for blocks in drawn for anchor in blocks.anchors[0]} == set(range(1, 19))
-    assert all(len(set(blocks.anchors[0].tolist())) == 3 for blocks in drawn)
-    assert {tuple(sorted(blocks.anchors[1].tolist())) for blocks in drawn} == {(0, 1, 2)}
-    assert drawn[0].is_complete.tolist() == [False, True]
 
 
 def test_rounds_are_replayed_over_whole_texts_only():

@@ -14,9 +14,8 @@ from speclm.methods.eagle.training import (
 )
 from speclm.training.arguments import training_arguments
 from speclm.training.conversations import Example
-from speclm.training.dataset import ExampleDataset
+from speclm.training.dataset import ExampleDataset, choose_columns, count_tokens
 from speclm.training.heads_trainer import HeadsTrainer
-from speclm.training.token_counts import choose_columns, count_tokens
 from tests.training.runs import SETTINGS
 
 NUM_ROWS, NUM_HELD_OUT = 8, 4

@@ -17,9 +17,8 @@ from speclm.methods.eagle.training import (
 from speclm.methods.medusa.training import MedusaTrainingModel, new_medusa_heads
 from speclm.training.arguments import training_arguments
 from speclm.training.conversations import Example
-from speclm.training.dataset import ExampleDataset, load_examples
+from speclm.training.dataset import ExampleDataset, choose_columns, count_tokens, load_examples
 from speclm.training.heads_trainer import HeadsTrainer
-from speclm.training.token_counts import choose_columns, count_tokens
 from tests.models import build_model, prompts
 from tests.training.alphabet import TAGGED, WORDS, word_tokenizer, write_alphabet
 from tests.training.runs import CLOSE, SETTINGS, StopAt
