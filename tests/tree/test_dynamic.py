@@ -27,20 +27,11 @@ def distribution_after(tables: list[Tensor], path: tuple[int, ...]) -> Tensor:
     return tables[len(path)][last_two[0], last_two[1]]
 
 
-def grow(
-    tables: list[list[Tensor]],
-    *,
-    width: int,
-    branches: int,
-    depth: int,
-    narrow: tuple[int, float] | None = None,
-) -> GrowingTree:
+def grow(tables: list[list[Tensor]], *, width: int, branches: int, depth: int) -> GrowingTree:
     tree = GrowingTree(width=width, branches=branches)
     paths: list[list[tuple[int, ...]]] = [[()] for _ in tables]
     for level in range(depth):
         if level:
-            if narrow is not None and not tree.narrow(narrow[0], min_score=narrow[1]):
-                break
             tokens, parents = tree.expanded_tokens.tolist(), tree.expanded_parents.tolist()
             paths = [
                 [(*old[parent], token) for token, parent in zip(row, above, strict=True)]
@@ -102,32 +93,6 @@ def paths_of(tokens: list[int], parents: list[int]) -> list[tuple[int, ...]]:
         assert parent < node, "a parent comes before its children"
         paths.append((*paths[parent], token))
     return paths[1:]
-
-
-@given(
-    seed=st.integers(0, 10**6),
-    branches=st.integers(1, VOCAB),
-    num_nodes=st.integers(1, 12),
-    least=st.sampled_from([0.0, 0.05, 0.2, 0.9]),
-)
-def test_narrow_levels_lead_to_the_same_best_nodes(seed, branches, num_nodes, least):
-    tables, min_score = distributions(seed, 2, 4), math.log(max(least, 1e-30))
-    sizes = {"width": 4, "branches": branches, "depth": 4}
-    whole = grow(tables, **sizes).best_nodes(num_nodes, min_score=min_score)
-    narrowed = grow(tables, **sizes, narrow=(num_nodes, min_score))
-    for row, found in zip(whole, narrowed.best_nodes(num_nodes, min_score=min_score), strict=True):
-        assert (found.tokens, found.parents) == (row.tokens, row.parents)
-        assert found.scores == pytest.approx(row.scores)
-
-
-@pytest.mark.parametrize(
-    ("num_nodes", "least", "width"), [(4, 0.12, 3), (2, 0.12, 2), (4, 0.5, 1), (4, 0.7, 0)]
-)
-def test_narrow_expands_only_what_may_lead_to_a_best_node(num_nodes, least, width):
-    tree = GrowingTree(width=4, branches=4)
-    tree.grow(torch.tensor([[[0.6, 0.3, 0.06, 0.04]], [[0.4, 0.35, 0.15, 0.1]]]).log())
-    assert tree.narrow(num_nodes, min_score=math.log(least)) == (width > 0)
-    assert tree.expanded_tokens.tolist() == [[*range(width)]] * 2
 
 
 def test_expansions_say_where_a_node_was_fed():

@@ -102,7 +102,7 @@ class BlockProposer(Proposer):
         self._unseen: list[list[Tensor]] = []  # features of committed tokens
         self._room: list[int] = []  # most draft tokens that each row can accept
         self._is_idle: list[bool] = []
-        self._leaf_tokens: Tensor | None = None  # tokens that end a row
+        self._leaf_tokens: frozenset[int] = frozenset()  # tokens that end a row
         self._sampler: DraftSampler | None = None
 
     @property
@@ -119,10 +119,7 @@ class BlockProposer(Proposer):
         self._unseen = [[] for _ in range(batch)]
         self._room = [prompt.max_new_tokens - 1] * batch  # the bonus token needs no draft
         self._is_idle = [False] * batch
-        ends = sorted(prompt.eos_token_ids)
-        self._leaf_tokens = (
-            torch.tensor(ends, device=prompt.tokens.device, dtype=torch.long) if ends else None
-        )
+        self._leaf_tokens = prompt.eos_token_ids
 
     @override
     def propose(self, roots: Int[Tensor, " batch"], *, noise: PositionNoise | None) -> Draft:

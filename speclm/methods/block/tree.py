@@ -1,6 +1,5 @@
 """Draft trees from one pass over a block: each node is scored given the tokens above it."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,11 +9,12 @@ from torch import Tensor
 
 from speclm.config import require_in_range
 from speclm.drafting.levels import GrownTreeConfig
-from speclm.drafting.ranking import LevelRanking
+from speclm.drafting.ranking import LevelRanking, Nodes
+from speclm.drafting.search import log_of, search_on_device, search_on_host
 from speclm.methods.block.network import BlockHeads
 from speclm.sampling.draws import DraftSampler
 from speclm.sampling.noise import PositionNoise
-from speclm.tree.dynamic import FilledTree, GrowingTree, GrownRow
+from speclm.tree.dynamic import FilledTree, GrownRow
 from speclm.tree.static import RankPaths, likeliest_paths
 
 _ABSENT = -1e4  # finite, because a processor may ban all tokens that the heads can draft
@@ -146,7 +146,7 @@ def grow_trees(
     ranking: LevelRanking,
     noise: PositionNoise | None = None,
     levels: Sequence[int] | None = None,
-    leaf_tokens: Int[Tensor, " leaves"] | None = None,
+    leaf_tokens: frozenset[int] = frozenset(),
 ) -> list[GrownRow]:
     """Return the likeliest paths of each row.
 
@@ -163,35 +163,26 @@ def grow_trees(
     bounds = [depth] * len(roots) if levels is None else [min(bound, depth) for bound in levels]
     if logits.heads.markov_head is None:
         return _multiply(logits, roots, config, ranking, noise, bounds)
-    columns, on_cpu = logits.heads.draft_columns, roots.device.type == "cpu"
-    tree = GrowingTree(
-        width=config.width,
-        branches=min(config.branches, logits.heads.config.draft_vocab_size),
-        leaf_tokens=leaf_tokens,
-        token_ids=columns,
-        is_idle=_are_over(bounds, 0, roots.device),
-    )
-    min_score = _log_of(config.min_probability)
-    nodes = roots[:, None], torch.zeros_like(roots)[:, None]
-    for level in range(max(bounds)):
-        if level:
-            over = _are_over(bounds, level, roots.device)
-            if over is not None:
-                tree.stop_rows(over)
-            if config.min_confidence > config.min_probability:
-                tree.stop_rows(tree.expanded_scores[:, 0] < _log_of(config.min_confidence))
-            # On a CPU the host may look at scores, and saves what the tree does not need.
-            if on_cpu and not tree.narrow(config.num_draft_tokens, min_score=min_score):
-                break
-            nodes = tree.expanded_tokens, tree.expanded_parents
+    num_ranks = min(config.branches, logits.heads.config.draft_vocab_size)
+
+    def candidates(nodes: Nodes, level: int) -> tuple[Tensor, Tensor]:
+        """Return log-probabilities and tokens, ``[batch, width, ranks]``, below some nodes."""
         ranked = ranking.rank(
-            logits.after(*nodes), depth=level, noise=noise, columns=columns, nodes=nodes
+            logits.after(*nodes),
+            depth=level,
+            noise=noise,
+            columns=logits.heads.draft_columns,
+            nodes=nodes,
         )
         if config.min_acceptance > 0 and logits.heads.config.has_confidence:
             doubtful = logits.is_doubtful(*nodes, min_acceptance=config.min_acceptance)
             ranked = ranked.masked_fill(doubtful[:, :, None], -torch.inf)
-        tree.grow(ranked)
-    return tree.best_nodes(config.num_draft_tokens, min_score=min_score)
+        found = ranked.topk(num_ranks, dim=-1)
+        return found.values, logits.heads.target_ids(found.indices)
+
+    # A host that shares the memory chooses faster, and stops when the tree is complete.
+    search = search_on_host if roots.device.type == "cpu" else search_on_device
+    return search(candidates, roots, config=config, bounds=bounds, leaf_tokens=leaf_tokens)
 
 
 def _multiply(
@@ -204,7 +195,7 @@ def _multiply(
 ) -> list[GrownRow]:
     """Return the likeliest paths if tokens do not depend on each other."""
     heads, found = logits.heads, logits.without_markov[:, : max(bounds)]
-    levels = (found,)
+    levels: tuple[Tensor, ...] = (found,)
     if noise is not None or ranking.changes_scores:  # both differ by level
         levels = found[:, None].unbind(2)
     ranked = [
@@ -222,7 +213,7 @@ def _multiply(
         scores,
         tokens,
         num_nodes=config.num_draft_tokens,
-        min_score=_log_of(config.min_probability),
+        min_score=log_of(config.min_probability),
         levels=bounds,
     )
 
@@ -307,17 +298,6 @@ def _spread(
         return logits
     shape = (*logits.shape[:2], heads.config.vocab_size)
     return logits.new_full(shape, _ABSENT).index_copy_(2, columns, logits)
-
-
-def _are_over(bounds: list[int], level: int, device: torch.device) -> Tensor | None:
-    """Return which rows have no nodes at a level; None if all may have some."""
-    if min(bounds) > level:
-        return None
-    return torch.tensor([bound <= level for bound in bounds], device=device, dtype=torch.bool)
-
-
-def _log_of(probability: float) -> float:
-    return math.log(max(probability, 1e-30))
 
 
 def _product_row(
