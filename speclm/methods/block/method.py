@@ -173,7 +173,7 @@ class BlockRecipe(Recipe):
     ) -> "BlockHeads":
         from speclm.methods.block.training import load_block_heads, new_block_heads
         from speclm.target import TargetView
-        from speclm.training.token_counts import choose_columns, count_tokens
+        from speclm.training.dataset import choose_columns, count_tokens
 
         if options.init is not None:
             return load_block_heads(base, options.init, revision=options.init_revision)
