@@ -76,7 +76,7 @@ class MarkovTerms:
             first = len(self._places)
             self._rows[first : first + len(new)] = self._compute(tokens.new_tensor(new))
             self._places.update(zip(new, range(first, first + len(new)), strict=True))
-        found = self._rows[tokens.new_tensor([self._places[token] for token in wanted])]
+        found: Tensor = self._rows[tokens.new_tensor([self._places[token] for token in wanted])]
         return found.view(*tokens.shape, -1)
 
     def _compute(self, tokens: Int[Tensor, "*rows"]) -> Float[Tensor, "*rows draft_vocab"]:
