@@ -19,12 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from speclm.adaptive.acceptance_rates import Ranks, replay_rounds
 from speclm.files.json_lines import parse_json_lines
 from speclm.methods.block.config import KINDS, BlockConfig
 from speclm.methods.block.network import BlockHeads
 from speclm.methods.block.objective import BlockObjective, BlockTrainingModel
-from speclm.training.acceptance_meter import turns
+from speclm.methods.block.tree import BlockProposerConfig
 from speclm.training.conversations import Example
 from speclm.training.dataset import collate_examples
 
@@ -123,23 +122,27 @@ def save(folder: Path, heads: BlockHeads, num_target_layers: int) -> None:
 
 @torch.no_grad()
 def report(name: str, model: BlockTrainingModel, rows: list[Example]) -> None:
-    """Print what the heads guess on some answers, and the tau of chains of guesses."""
-    model.eval()
-    texts: list[Ranks] = []
-    for row in rows:
-        batch = collate_examples([row])
-        outputs = model(**batch)
-        texts += turns(outputs["ranks"], outputs["loss_mask"])
+    """Print what the heads guess on some answers, and the tau of chains and trees of guesses."""
+    figures = []
+    for num_nodes in (8, 16):
+        tree = BlockProposerConfig(depth=model.heads.config.num_drafts, num_draft_tokens=num_nodes)
+        base = model.view.model
+        measured = BlockTrainingModel(base, model.heads, objective=model.objective, tree=tree)
+        measured.eval()
+        meter = measured.new_meter()
+        for row in rows:
+            outputs = measured(**collate_examples([row]))
+            outputs.pop("loss")
+            meter.add(**outputs)
+        figures.append(meter.drain())
     model.train()
-    num_drafts = model.heads.config.num_drafts
-    best = [
-        [ranks[k] == 0 for text in texts for ranks in text if ranks[k] >= 0]
-        for k in range(num_drafts)
-    ]
-    shares = " ".join(f"{sum(right) / len(right):.3f}" for right in best)
-    chains = tuple((0,) * depth for depth in range(1, num_drafts + 1))
-    tau = sum(map(len, texts)) / sum(len(replay_rounds(text, chains)) for text in texts)
-    print(f"{name}: tau of the chain {tau:.3f}, right by position: {shares}", flush=True)
+    best = " ".join(f"{value:.3f}" for key, value in figures[0].items() if key.endswith("_top1"))
+    chain, *trees = figures[0]["estimated_tau"], *(found["estimated_tree_tau"] for found in figures)
+    print(
+        f"{name}: tau of the chain {chain:.3f}, of trees of 8 and 16 nodes "
+        f"{trees[0]:.3f} and {trees[1]:.3f}, right by position: {best}",
+        flush=True,
+    )
 
 
 def train(

@@ -107,8 +107,6 @@ def test_block_heads_are_trained_new_and_from_saved_ones(train, options, tmp_pat
     second = read_block(tmp_path / "more")
     assert second.config == first.config
     assert not second.tensors["fc.weight"].equal(first.tensors["fc.weight"])
-    train("block", kind="jetspec", num_layers=1, block_size=3, out=tmp_path / "jetspec")
-    assert read_block(tmp_path / "jetspec").config.num_drafts == 2
 
 
 def test_resume_goes_on_where_a_training_ended(train, options):

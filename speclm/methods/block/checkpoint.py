@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,13 +11,15 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from speclm.drafting.draft_vocabulary import draft_lists, read_columns
-from speclm.drafting.heads_config import base_name
+from speclm.drafting.decoder import read_rope
+from speclm.drafting.heads_config import base_name, require_same_config
 from speclm.drafting.heads_folder import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     copied_matrices,
+    draft_lists,
     read_choices,
+    read_columns,
     require_replaceable,
     require_same_tensors,
     require_shapes,
@@ -33,7 +35,6 @@ from speclm.methods.block.layouts import (
     name_of_other,
     read_hints,
     require_layers,
-    require_written,
 )
 from speclm.methods.block.network import BlockHeads
 from speclm.tree.static import RankPaths
@@ -304,7 +305,7 @@ def write_block(
     def check(aside: Path) -> None:
         found = read_block(aside, num_target_layers=num_target_layers)
         require_same_tensors(folder / WEIGHTS_NAME, checkpoint.tensors, found.tensors)
-        require_written(folder / CONFIG_NAME, config, found.config)
+        _require_written(folder / CONFIG_NAME, config, found.config)
 
     named = {name: t for name, t in checkpoint.tensors.items() if name != "draft_columns"}
     if config.has_draft_vocab:
@@ -337,3 +338,8 @@ def require_writable(folder: Path) -> None:
         is_mine=lambda source: _has_signs(source) and name_of_other(source.files, {}) is None,
         owner="block heads",
     )
+
+
+def _require_written(path: Path, written: BlockConfig, found: BlockConfig) -> None:
+    rope = read_rope({"rope_parameters": written.rope_parameters})
+    require_same_config(path, asdict(replace(written, rope_parameters=rope)), asdict(found))

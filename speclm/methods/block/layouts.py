@@ -1,7 +1,6 @@
 """The configs of published block drafters: read into `BlockConfig`, and written back."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from speclm.drafting.heads_config import (
     log_differences,
     matrix_shape,
     merge_objects,
-    require_same_config,
     require_types,
     saved_rope,
     vocabularies,
@@ -313,10 +311,9 @@ def require_layers(path: Path, config: BlockConfig, num_target_layers: int) -> N
         )
 
 
-def require_written(path: Path, written: BlockConfig, found: BlockConfig) -> None:
-    """Check that a config reads back as it was written, else raise a `CheckpointError`."""
-    rope = read_rope({"rope_parameters": written.rope_parameters})
-    require_same_config(path, asdict(replace(written, rope_parameters=rope)), asdict(found))
+def is_of_deepspec(config: BlockConfig) -> bool:
+    """Return whether heads are written as DeepSpec does; z-lab's have no further heads."""
+    return config.markov is not None or config.has_confidence or config.predicts_next
 
 
 def describe(
@@ -327,19 +324,19 @@ def describe(
     base_name_or_path: str | None = None,
     choices: RankPaths | None = None,
 ) -> dict[str, Any]:
-    """Return the config of a Qwen3 with DeepSpec's values for DSpark's heads, else z-lab's.
+    """Return the config of a Qwen3 with DeepSpec's or z-lab's values; see `is_of_deepspec`.
 
     Raises:
         CheckpointError: If the layers differ in a way that no library can read.
     """
-    is_dspark = config.markov is not None or config.has_confidence
+    is_dspark = is_of_deepspec(config)
     drafting: dict[str, Any] = {
         "block_size": config.block_size,
         "mask_token_id": config.mask_token_id,
         "target_layer_ids": [layer - 1 for layer in config.feature_layers],
     }
-    if config.predicts_next != is_dspark:
-        drafting["sample_from_anchor"] = config.predicts_next
+    if is_dspark and not config.predicts_next:
+        drafting["sample_from_anchor"] = False
     described: dict[str, Any] = {
         "architectures": ["Qwen3DSparkModel" if is_dspark else "DFlashDraftModel"],
         "model_type": "qwen3",

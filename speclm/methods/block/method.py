@@ -137,11 +137,7 @@ class BlockRecipe(Recipe):
     summary = "Train heads that draft a block in one pass; the base stays as it is."
     options = BlockTrainingOptions
     # Source: the recipe of DSpark.
-    defaults: ClassVar[Mapping[str, Any]] = {
-        "learning_rate": 6e-4,
-        "adam_beta2": 0.95,
-        "max_grad_norm": 1.0,
-    }
+    defaults: ClassVar[Mapping[str, Any]] = {"learning_rate": 6e-4, "max_grad_norm": 1.0}
 
     @override
     def trainer(
@@ -175,13 +171,9 @@ class BlockRecipe(Recipe):
         *,
         seed: int,
     ) -> "BlockHeads":
-        from speclm.methods.block.training import (
-            choose_columns,
-            count_tokens,
-            load_block_heads,
-            new_block_heads,
-        )
+        from speclm.methods.block.training import load_block_heads, new_block_heads
         from speclm.target import TargetView
+        from speclm.training.dataset import choose_columns, count_tokens
 
         if options.init is not None:
             return load_block_heads(base, options.init, revision=options.init_revision)
@@ -235,7 +227,8 @@ class BlockMethod(Method):
     def load(self, source: HeadsSource, target: "PreTrainedModel") -> "Proposer":
         from speclm.files.weights import floating_dtype
         from speclm.methods.block.checkpoint import build_block, read_block
-        from speclm.methods.block.proposer import BlockProposer, BlockProposerConfig
+        from speclm.methods.block.proposer import BlockProposer
+        from speclm.methods.block.tree import BlockProposerConfig
         from speclm.target import TargetView, stored_matrices
 
         known = {"dtype", "tree", *(option.name for option in fields(BlockProposerConfig))}
@@ -305,6 +298,8 @@ def kind_of(config: "BlockConfig") -> str:
 
 def block_card(checkpoint: "BlockCheckpoint", *, repo_id: str | None = None) -> HeadsCard:
     """Return the model card of block heads."""
+    from speclm.methods.block.layouts import is_of_deepspec
+
     config, choices = checkpoint.config, checkpoint.choices
     kind = kind_of(config)
     drafted = f"{config.draft_vocab_size:,} of {config.vocab_size:,}"
@@ -325,7 +320,7 @@ def block_card(checkpoint: "BlockCheckpoint", *, repo_id: str | None = None) -> 
             "output matrix": "their own" if config.has_own_lm_head else "the base model's",
         },
         software=_SOFTWARE.format(
-            layout="DeepSpec's DSpark" if kind == "dspark" else "z-lab's DFlash"
+            layout="DeepSpec's DSpark" if is_of_deepspec(config) else "z-lab's DFlash"
         ),
         num_parameters=sum(tensor.numel() for tensor in tensors if tensor.is_floating_point()),
         dtype=str(checkpoint.dtype).removeprefix("torch."),

@@ -10,13 +10,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from speclm.drafting.draft_vocabulary import draft_lists, read_columns
 from speclm.drafting.heads_config import base_name
 from speclm.drafting.heads_folder import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     copied_matrices,
+    draft_lists,
     read_choices,
+    read_columns,
     require_replaceable,
     require_same_tensors,
     require_shapes,

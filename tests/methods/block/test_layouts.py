@@ -251,6 +251,12 @@ def test_specforge_names_causality_at_the_top(tmp_path):
     assert (found.markov, found.has_confidence) == ("vanilla", False)
 
 
+def test_dflash_of_deepspec_drafts_at_every_position(tmp_path):
+    config = {**DEEPSPEC_CONFIG, "markov_rank": 0, "enable_confidence_head": False}
+    found = read(tmp_path, changed(config, markov_head_type=None), DFLASH)
+    assert (found.markov, found.has_confidence, found.predicts_next) == (None, False, True)
+
+
 def test_jetspec_differs_from_dflash_by_its_mask_only(tmp_path):
     first, second = tmp_path / "a", tmp_path / "b"
     first.mkdir()

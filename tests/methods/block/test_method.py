@@ -6,21 +6,21 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
-from speclm.methods.block.network import BlockHeads
-from speclm.methods.block.proposer import BlockProposer
-from tests.methods.block.target_heads import heads_for
 
 from speclm import SpecModel
 from speclm.cards import GENERATED_MARK
 from speclm.errors import CheckpointError, OptionError, VocabularyMismatchError
 from speclm.methods.block.checkpoint import block_checkpoint, read_block, write_block
 from speclm.methods.block.method import BlockMethod, BlockTrainingOptions, block_card, kind_of
+from speclm.methods.block.network import BlockHeads
+from speclm.methods.block.proposer import BlockProposer
 from speclm.methods.registry import find_heads
 from tests.block_tables import DFLASH, LAYOUTS, ZLAB_CONFIG, save, tensors
 from tests.eagle_tables import EAGLE3, EAGLE3_CONFIG
 from tests.eagle_tables import save as save_eagle
 from tests.eagle_tables import tensors as eagle_tensors
 from tests.methods.block.block_heads import MARKOV, make_heads
+from tests.methods.block.target_heads import heads_for
 from tests.model.hub import running_hub
 from tests.models import build_model, generate, prompts, shared_model
 
@@ -59,7 +59,7 @@ def test_kinds_are_told_by_their_parts():
         checkpoint = block_checkpoint(make_heads(**changes))
         assert kind_of(checkpoint.config) == kind
         assert f"- {kind}\n" in block_card(checkpoint).render()
-    drafted = make_heads(draft_vocab_size=5, has_own_lm_head=True)
+    drafted = make_heads(draft_vocab_size=5, has_own_lm_head=True, predicts_next=False)
     text = block_card(block_checkpoint(drafted)).render()
     assert "| tokens drafted | 5 of 20 |" in text
     assert "layout of z-lab's DFlash" in text
@@ -129,7 +129,9 @@ def test_heads_of_eagle_are_left_to_eagle_and_damaged_ones_are_claimed(tmp_path)
 def test_folder_decodes_the_tokens_of_its_base_and_is_saved_as_it_was(base, tmp_path, kind):
     changes = {"windows": (6, 6)} if kind == "window" else {}
     made = write(tmp_path / "heads", base, kind, **changes)
-    spec = SpecModel.from_pretrained(base, tmp_path / "heads", heads_kwargs={"min_probability": 0})
+    spec = SpecModel.from_pretrained(
+        base, tmp_path / "heads", heads_kwargs={"min_probability": 0.0}
+    )
     assert isinstance(spec.proposer, BlockProposer)
     inputs = prompts(9)
     expected, _ = generate(base, inputs, max_new_tokens=12)
