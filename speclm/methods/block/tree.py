@@ -11,7 +11,7 @@ from speclm.config import require_in_range
 from speclm.drafting.levels import GrownTreeConfig
 from speclm.drafting.ranking import LevelRanking, Nodes
 from speclm.drafting.search import log_of, search_on_device, search_on_host
-from speclm.methods.block.markov import MarkovHead
+from speclm.methods.block.layer import MarkovHead
 from speclm.methods.block.network import BlockHeads
 from speclm.sampling.draws import DraftSampler
 from speclm.sampling.noise import PositionNoise
