@@ -47,6 +47,7 @@ from speclm.demo.bundle import assets, load_prompts
 from speclm.drafting.combined import CombinedProposer
 from speclm.drafting.interface import Draft, Prefill, Proposer
 from speclm.methods.eagle.proposer import EagleProposer
+from speclm.methods.lookup.proposer import LookupProposer
 from speclm.methods.medusa.proposer import MedusaProposer
 from speclm.methods.ngram.proposer import NgramProposer
 from speclm.model.heads import load_proposer
@@ -61,15 +62,20 @@ METHODS = (
     "prompt_lookup",
     "assisted",
     "ngram",
+    "recycling",
+    "lookup",
+    "lookup call",
     "draft",
     "medusa",
     "ngram+medusa",
     "eagle",
     "eagle3",
+    "lookup+eagle3",
 )
 DRAFT_METHODS = frozenset({"assisted", "draft"})
 MEDUSA_METHODS = frozenset({"medusa", "ngram+medusa"})
-EAGLE_METHODS = frozenset({"eagle", "eagle3"})
+EAGLE_METHODS = {"eagle": "eagle", "eagle3": "eagle3", "lookup+eagle3": "eagle3"}
+"""Folder of the heads of each."""
 
 
 class UselessProposer(Proposer):
@@ -128,7 +134,7 @@ def load_drafters(
             heads = inflate_medusa(medusa.heads, shape, seed=2)
             medusa = MedusaProposer(heads, target=base, tree=medusa.config.paths)
     eagle = {}
-    for name in sorted(EAGLE_METHODS & set(names)):
+    for name in sorted({EAGLE_METHODS[name] for name in names if name in EAGLE_METHODS}):
         eagle[name] = load_eagle(name, small, folder=folder)
         if shape is not None:
             mine = inflate_eagle(eagle[name].heads, shape, base=InflatedShape.of(small), seed=3)
@@ -176,6 +182,8 @@ def build_methods(
             "none": None,
             "useless": UselessProposer(),
             "ngram": "ngram",
+            "recycling": "recycling",
+            "lookup": "lookup",
             "draft": loaded.draft,
             "medusa": loaded.medusa,
             **loaded.eagle,
@@ -183,6 +191,10 @@ def build_methods(
         if name == "ngram+medusa":
             assert loaded.medusa is not None
             heads[name] = CombinedProposer([NgramProposer(), loaded.medusa])
+        if name == "lookup+eagle3":
+            heads[name] = CombinedProposer([LookupProposer(base), loaded.eagle["eagle3"]])
+        if name == "lookup call":
+            heads[name] = LookupProposer(base, memory="call")
         proposer = load_proposer(heads[name], base, heads_kwargs={}, num_draft_tokens=None)
         return speculative_decoder(name, base, proposer, tree=tree)
 
@@ -204,8 +216,9 @@ def with_shape(
     if method.name in MEDUSA_METHODS and drafters.medusa is not None:
         used = drafters.medusa.config.depth
         read["medusa"] = bytes_read(drafters.medusa.heads, base=base, num_heads=used)
-    if method.name in drafters.eagle:
-        read[method.name] = bytes_read(drafters.eagle[method.name].heads, base=base)
+    if method.name in EAGLE_METHODS:
+        heads = EAGLE_METHODS[method.name]
+        read[heads] = bytes_read(drafters.eagle[heads].heads, base=base)
     added = {"shape": shape, "is_inflated": True, "bytes_read": read}
     return replace(cell, settings={**cell.settings, **added})
 

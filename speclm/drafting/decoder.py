@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -65,6 +65,7 @@ def rope_theta(config: Any) -> float:
     return float(read_rope(named)["rope_theta"])
 
 
+@runtime_checkable
 class Rotated(Protocol):
     """The part of a config that decides a rotation."""
 

@@ -148,6 +148,19 @@ def soft_cross_entropy(
     return logits.logsumexp(-1) - (target_probs * logits).sum(-1)
 
 
+def token_cross_entropy(
+    logits: Float[Tensor, "rows draft_vocab"],
+    targets: Int[Tensor, " rows"],
+    columns: Int[Tensor, " draft_vocab"] | None,
+) -> Float[Tensor, " rows"]:
+    """Return the cross-entropy of each target, 0 for one outside the draft vocabulary."""
+    if columns is None:
+        return F.cross_entropy(logits, targets, reduction="none")
+    found = torch.searchsorted(columns, targets).clamp(max=len(columns) - 1)
+    found = found.masked_fill(columns[found] != targets, IGNORED)
+    return F.cross_entropy(logits, found, ignore_index=IGNORED, reduction="none")
+
+
 @torch.no_grad()
 def rank_targets(
     logits: Float[Tensor, "*rows vocab"], targets: Int[Tensor, "*rows"]

@@ -10,6 +10,7 @@ from speclm.training.training_model import (
     rank_targets,
     shifted_targets,
     soft_cross_entropy,
+    token_cross_entropy,
     weighted_loss,
 )
 
@@ -77,3 +78,11 @@ def test_ranks_count_the_better_columns():
     ranks = rank_columns(logits, targets, torch.tensor([5, 6, 9]))
     assert ranks.tolist() == [0, 1, 3, -1]  # 7 has no column
     assert rank_columns(logits[:3], torch.tensor([0, 1, 2]), None).tolist() == [0, 2, 1]
+
+
+def test_cross_entropy_of_a_token_without_a_column_is_zero():
+    logits = torch.tensor([[0.0, math.log(3.0)]] * 2)
+    found = token_cross_entropy(logits, torch.tensor([9, 7]), torch.tensor([4, 9]))
+    torch.testing.assert_close(found, torch.tensor([math.log(4 / 3), 0.0]))
+    found = token_cross_entropy(logits, torch.tensor([0, 1]), None)
+    torch.testing.assert_close(found, torch.tensor([4.0, 4 / 3]).log())

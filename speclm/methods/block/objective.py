@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from typing_extensions import override
 
@@ -24,11 +25,12 @@ from speclm.methods.block.tree import BlockProposerConfig
 from speclm.target import stored_matrices
 from speclm.training.acceptance_meter import AcceptanceMeter
 from speclm.training.training_model import (
-    IGNORED,
+    MAX_LOGITS,
     TrainingModel,
     rank_columns,
     score_in_chunks,
     soft_cross_entropy,
+    token_cross_entropy,
 )
 
 MAX_ANCHORS = 512
@@ -108,7 +110,12 @@ class BlockTrainingModel(TrainingModel):
     heads: BlockHeads
 
     def __init__(
-        self, base: PreTrainedModel, heads: BlockHeads, *, objective: BlockObjective
+        self,
+        base: PreTrainedModel,
+        heads: BlockHeads,
+        *,
+        objective: BlockObjective,
+        tree: BlockProposerConfig | None = None,
     ) -> None:
         """Put heads on a base, and freeze the base.
 
@@ -116,6 +123,7 @@ class BlockTrainingModel(TrainingModel):
             base: The target.
             heads: Heads to train, see `new_block_heads` and `load_block_heads`.
             objective: Settings of the loss.
+            tree: Settings of the trees whose tau an evaluation estimates; None for the default.
 
         Raises:
             UnsupportedModelError: If `base` is not a decoder-only language model.
@@ -135,7 +143,7 @@ class BlockTrainingModel(TrainingModel):
         if objective.decay_length is not None:
             weights = torch.exp(-torch.arange(num_drafts, device="cpu") / objective.decay_length)
         self._weights = weights
-        self._tree_config = BlockProposerConfig(depth=num_drafts)
+        self._tree = tree or BlockProposerConfig(depth=num_drafts)
         ends: Any = getattr(base.generation_config, "eos_token_id", None)  # there may be none
         self._ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
 
@@ -205,11 +213,33 @@ class BlockTrainingModel(TrainingModel):
         tokens: Int[Tensor, "batch seq"],
         blocks: Blocks,
     ) -> Float[Tensor, "batch blocks drafts hidden"]:
-        """Return the heads' states at the positions that draft."""
-        heads, anchors = self.heads, blocks.anchors
-        num_positions = heads.config.block_size
-        context_positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        """Return the heads' states at the positions that draft.
+
+        If all blocks together have too many scores of attention, the backward pass recomputes them
+        part by part.
+        """
+        heads, (batch, length) = self.heads, tokens.shape
+        context_positions = torch.arange(length, device=tokens.device)[None]
         keys, values = heads.context(features, context_positions)
+        run = partial(self._run, tokens, context_positions)
+        num_positions = heads.config.block_size
+        size = MAX_LOGITS // (batch * heads.config.num_heads * (length + num_positions))
+        size = max(1, size // num_positions)
+        if blocks.anchors.shape[1] <= size:
+            return run(keys, values, blocks.anchors)
+        parts = torch.split(blocks.anchors, size, dim=1)
+        hidden = [checkpoint(run, keys, values, part, use_reentrant=False) for part in parts]
+        return torch.cat(hidden, dim=1)
+
+    def _run(
+        self,
+        tokens: Int[Tensor, "batch seq"],
+        context_positions: Int[Tensor, "1 seq"],
+        keys: Float[Tensor, "layers batch kv_heads seq head_dim"],
+        values: Float[Tensor, "layers batch kv_heads seq head_dim"],
+        anchors: Int[Tensor, "batch blocks"],
+    ) -> Float[Tensor, "batch blocks drafts hidden"]:
+        heads, num_positions = self.heads, self.heads.config.block_size
         masks = block_masks(
             heads.config,
             context_positions[:, None] < anchors[:, :, None],
@@ -222,8 +252,8 @@ class BlockTrainingModel(TrainingModel):
         )
         within = torch.arange(num_positions, device=tokens.device)
         positions = (anchors[:, :, None] + within).flatten(1)
-        hidden = heads(embeds, positions, keys, values, masks, num_blocks=anchors.shape[1])
-        return hidden.view(*anchors.shape, heads.config.num_drafts, -1)  # type: ignore[no-any-return]
+        hidden: Tensor = heads(embeds, positions, keys, values, masks, num_blocks=anchors.shape[1])
+        return hidden.view(*anchors.shape, heads.config.num_drafts, -1)
 
     def _grown(
         self,
@@ -231,14 +261,14 @@ class BlockTrainingModel(TrainingModel):
         tokens: Int[Tensor, "batch seq"],
         blocks: Blocks,
     ) -> dict[str, Tensor]:
-        """Return how much of the default tree of each block would be accepted."""
+        """Return how much of the tree of each block would be accepted."""
         is_block = (blocks.targets >= 0).any(-1)
         found = accepted_lengths(
             self.heads,
             hidden[is_block],
             tokens.gather(1, blocks.anchors)[is_block],
             blocks.targets[is_block],
-            config=self._tree_config,
+            config=self._tree,
             lm_head=self.lm_head,
             end_ids=self._ends,
         )
@@ -324,7 +354,7 @@ class BlockTrainingModel(TrainingModel):
         ranks = rank_columns(logits, targets, heads.draft_columns)
         losses = logits.new_zeros(len(logits))
         if objective.token_weight:
-            losses = losses + objective.token_weight * _token_loss(
+            losses = losses + objective.token_weight * token_cross_entropy(
                 logits, targets, heads.draft_columns
             )
         if objective.distribution_weight:
@@ -361,16 +391,3 @@ class _Goals:
     logits: Float[Tensor, "positions draft_vocab"]
     is_draftable: Float[Tensor, " positions"]
     indices: Int[Tensor, "batch blocks drafts"]
-
-
-def _token_loss(
-    logits: Float[Tensor, "rows draft_vocab"],
-    targets: Int[Tensor, " rows"],
-    columns: Int[Tensor, " draft_vocab"] | None,
-) -> Float[Tensor, " rows"]:
-    """Return the cross-entropy of each target, 0 for one outside the draft vocabulary."""
-    if columns is None:
-        return F.cross_entropy(logits, targets, reduction="none")
-    found = torch.searchsorted(columns, targets).clamp(max=len(columns) - 1)
-    found = found.masked_fill(columns[found] != targets, IGNORED)
-    return F.cross_entropy(logits, found, ignore_index=IGNORED, reduction="none")

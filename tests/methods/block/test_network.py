@@ -132,7 +132,7 @@ def test_block_begins_with_its_anchor_and_goes_on_with_masks():
     )
     assert found[0, :, 0].div(2).tolist() == [5, 3, 3, 7, 3, 3]
     own = make_heads(has_own_embeddings=True)
-    found = own.embed_blocks(torch.tensor([[5]]), num_positions=2, embedding=None)
+    found = own.embed_blocks(torch.tensor([[5]]), num_positions=2, embedding=torch.abs)
     assert torch.equal(found[0], own.embed_tokens.weight[[5, 3]])
 
 
@@ -161,7 +161,7 @@ def test_draft_vocabulary_maps_columns_to_tokens():
     heads.set_draft_columns_(torch.tensor([1, 4, 19]))
     assert heads.target_ids(torch.tensor([2, 0])).tolist() == [19, 1]
     hidden = torch.randn(1, 8, dtype=torch.float64)
-    assert torch.equal(heads.logits(hidden, lm_head=None), hidden @ heads.lm_head.weight.T)
+    assert torch.equal(heads.logits(hidden, lm_head=torch.abs), hidden @ heads.lm_head.weight.T)
     assert make_heads().target_ids(torch.tensor([2, 0])).tolist() == [2, 0]
 
 

@@ -6,14 +6,17 @@ from dataclasses import replace
 import pytest
 import torch
 
+from speclm import SpecModel
 from speclm.errors import OptionError
+from speclm.methods.block import objective as objective_module
 from speclm.methods.block.blocks import find_blocks
 from speclm.methods.block.objective import BlockObjective, BlockTrainingModel
+from speclm.methods.block.proposer import BlockProposer
 from speclm.methods.block.training import new_block_heads
 from speclm.training import training_model
 from speclm.training.dataset import collate_examples
 from tests.methods.block.loss_reference import reference
-from tests.models import build_model
+from tests.models import build_model, prompts
 
 CLOSE = 1e-5  # losses of float32 logits, on float64 weights
 VOCAB = 24
@@ -90,7 +93,7 @@ def test_hand_computed_loss_of_one_token():
     rows = [([1, 2, 3], [0, 1, 1])]  # one anchor, one target
     output = model(**batch_of(rows))
     model.heads.requires_grad_(requires_grad=False)
-    features, last = model.read_base(torch.tensor([[1, 2, 3]]), torch.ones(1, 3), (1, 3))
+    features, last = model.read_base(torch.tensor([[1, 2, 3]]), torch.ones(1, 3).long(), (1, 3))
     blocks = find_blocks(
         torch.tensor([[1, 2, 3]]),
         torch.tensor([[False, True, True]]),
@@ -141,6 +144,7 @@ def test_chunks_change_neither_loss_nor_gradient(monkeypatch):
     gradient = model.heads.fc.weight.grad.clone()
     model.zero_grad()
     monkeypatch.setattr(training_model, "MAX_LOGITS", 4 * VOCAB * 2)  # two rows at a time
+    monkeypatch.setattr(objective_module, "MAX_LOGITS", 1000)  # two blocks at a time
     chunked = model(**batch_of())
     chunked["loss"].backward()
     torch.testing.assert_close(chunked["loss"], whole["loss"], atol=CLOSE, rtol=0)
@@ -191,3 +195,42 @@ def test_usual_objectives_are_those_of_the_kinds():
     assert BlockObjective.usual("jetspec", num_drafts=15).decay_length is None
     with pytest.raises(OptionError, match=r"kind is 'eagle', expected one of \('dspark'"):
         BlockObjective.usual("eagle", num_drafts=7)
+
+
+@pytest.mark.parametrize("kind", ["dspark", "dflash"])
+def test_training_reads_and_computes_what_decoding_does(kind):
+    base = tiny_base().double()
+    inputs = prompts(5, vocab_size=VOCAB)
+    settings = {"max_new_tokens": 22, "do_sample": False}
+    said = base.generate(**inputs, **settings)
+    model = build(kind, base=base)
+    heads = model.heads.double().eval()
+    drafted, read, context = {}, [], heads.context
+
+    def watch_context(features, positions):
+        read.append(features[0])
+        return context(features, positions)
+
+    def watch_draft(heads, arguments, hidden):
+        drafted[int(arguments[1][0, 0])] = hidden[0]
+
+    heads.context = watch_context
+    handle = heads.register_forward_hook(watch_draft)
+    spec = SpecModel(base, BlockProposer(heads, target=base), adaptive=False)
+    assert torch.equal(spec.generate(**inputs, **settings), said)
+    handle.remove()
+    del heads.context
+
+    features, _ = model.read_base(said, torch.ones_like(said), (1, 3))
+    found = torch.cat(read)  # of the prompt and of each round's tokens
+    torch.testing.assert_close(found, features[0, : len(found)], atol=CLOSE, rtol=0)
+    blocks = find_blocks(
+        said, torch.arange(27)[None] >= 5, num_drafts=heads.config.num_drafts, max_anchors=None
+    )
+    hidden = model.draft(features, said, blocks)[0]
+    assert set(drafted) <= {*blocks.anchors[0].tolist(), 26}
+    assert len(drafted) > 8
+    for block, anchor in enumerate(blocks.anchors[0].tolist()):
+        if anchor in drafted:
+            seen = drafted[anchor]  # the last ones may be shorter
+            torch.testing.assert_close(seen, hidden[block, : len(seen)], atol=CLOSE, rtol=0)
