@@ -109,7 +109,7 @@ class _Row:
         """Return tokens of the expanded candidates, and the index of the parent of each."""
         padding = [0] * (width - len(self.expanded))
         above = [self.expansions[self.parents[node]] for node in self.expanded]
-        indices = [0 if at is None else at[1] for at in above]  # the root is alone
+        indices = [0 if at is None else at[1] for at in above]  # the root has index 0
         return [self.tokens[node] for node in self.expanded] + padding, indices + padding
 
     def grow(

@@ -96,7 +96,6 @@ def accepted_lengths(
         end_ids: Tokens after which nothing follows.
     """
     ranking = LevelRanking(vocab_size=heads.config.vocab_size)
-    leaves = torch.tensor(end_ids, device=roots.device, dtype=torch.long) if end_ids else None
     # A tree takes the logits of all positions, and at each level those of the nodes expanded.
     size = MAX_LOGITS // (heads.config.draft_vocab_size * (heads.config.num_drafts + config.width))
     found: list[int] = []
@@ -108,7 +107,7 @@ def accepted_lengths(
             roots[part],
             config=config,
             ranking=ranking,
-            leaf_tokens=leaves,
+            leaf_tokens=frozenset(end_ids),
         )
         wanted = targets[part].tolist()  # the host compares the trees, which it has made
         found += [_accepted_length(*pair) for pair in zip(grown, wanted, strict=True)]

@@ -24,6 +24,7 @@ from speclm.methods.block.network import BlockHeads
 from speclm.methods.block.tree import (
     BlockLogits,
     BlockProposerConfig,
+    MarkovTerms,
     draw_tree,
     fill_tree,
     grow_trees,
@@ -96,6 +97,10 @@ class BlockProposer(Proposer):
             vocab_size=wanted.vocab_size, hidden_size=wanted.hidden_size, model=target
         )
         self._ranking = LevelRanking(self.config.mixture, vocab_size=wanted.vocab_size)
+        markov, device = heads.markov_head, heads.fc.weight.device
+        self._terms: MarkovTerms | None = None
+        if markov is not None and markov.kind == "vanilla" and device.type == "cpu":
+            self._terms = MarkovTerms(markov)
         self._grown: list[GrownRow] = []
         self._prompt: Prefill | None = None  # until its features are read
         self._context: BlockContext | None = None
@@ -217,7 +222,8 @@ class BlockProposer(Proposer):
             context.masks(num_positions),
         )
         hidden = hidden[:, :num_drafts]
-        return BlockLogits(heads, hidden, heads.logits(hidden, lm_head=self.view.head_logits))
+        logits = heads.logits(hidden, lm_head=self.view.head_logits)
+        return BlockLogits(heads, hidden, logits, terms=self._terms)
 
     def _static(self, tree: FilledTree, distributions: Tensor | None = None) -> Draft:
         self._grown = [GrownRow([], [], tree.expansions, [])] * len(tree.tokens)

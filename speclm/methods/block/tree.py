@@ -11,12 +11,14 @@ from speclm.config import require_in_range
 from speclm.drafting.levels import GrownTreeConfig
 from speclm.drafting.ranking import LevelRanking, Nodes
 from speclm.drafting.search import log_of, search_on_device, search_on_host
+from speclm.methods.block.layer import MarkovHead
 from speclm.methods.block.network import BlockHeads
 from speclm.sampling.draws import DraftSampler
 from speclm.sampling.noise import PositionNoise
 from speclm.tree.dynamic import FilledTree, GrownRow
 from speclm.tree.static import RankPaths, likeliest_paths
 
+_TERM_BYTES = 2**25
 _ABSENT = -1e4  # finite, because a processor may ban all tokens that the heads can draft
 
 
@@ -46,6 +48,41 @@ class BlockProposerConfig(GrownTreeConfig):
         require_in_range("min_acceptance", self.min_acceptance, low=0.0, high=1.0)
 
 
+class MarkovTerms:
+    """Terms of a vanilla Markov head, kept for the tokens that were asked for.
+
+    Texts repeat their tokens, and on a CPU the product for a token takes longer than anything else
+    at a level of a tree. Only for heads whose weights do not change.
+    """
+
+    def __init__(self, markov: MarkovHead) -> None:
+        """Start without any term."""
+        weight = markov.markov_w2.weight
+        num_rows = max(_TERM_BYTES // (weight.element_size() * len(weight)), 1)
+        self._markov = markov
+        self._rows = weight.new_empty(num_rows, len(weight))
+        self._places: dict[int, int] = {}  # row of each token
+
+    def of(self, tokens: Int[Tensor, "batch width"]) -> Float[Tensor, "batch width draft_vocab"]:
+        """Return the terms after some tokens, ids of the target; reads them on the host."""
+        wanted = tokens.flatten().tolist()
+        new = list({token: None for token in wanted if token not in self._places})
+        if len(self._places) + len(new) > len(self._rows):  # start afresh
+            self._places.clear()
+            new = list(dict.fromkeys(wanted))
+        if len(new) > len(self._rows):
+            return self._compute(tokens)
+        if new:
+            first = len(self._places)
+            self._rows[first : first + len(new)] = self._compute(tokens.new_tensor(new))
+            self._places.update(zip(new, range(first, first + len(new)), strict=True))
+        found: Tensor = self._rows[tokens.new_tensor([self._places[token] for token in wanted])]
+        return found.view(*tokens.shape, -1)
+
+    def _compute(self, tokens: Int[Tensor, "*rows"]) -> Float[Tensor, "*rows draft_vocab"]:
+        return self._markov.markov_w2(self._markov.embed(tokens))  # type: ignore[no-any-return]
+
+
 class BlockLogits:
     """Logits after the nodes of a draft tree, asked for level by level.
 
@@ -58,6 +95,8 @@ class BlockLogits:
         heads: BlockHeads,
         hidden: Float[Tensor, "batch drafts hidden"],
         logits: Float[Tensor, "batch drafts draft_vocab"],
+        *,
+        terms: MarkovTerms | None = None,
     ) -> None:
         """Start at the roots.
 
@@ -65,9 +104,11 @@ class BlockLogits:
             heads: The network.
             hidden: Its result for a block.
             logits: Its logits there, without the term of the Markov head.
+            terms: Terms of the heads' vanilla Markov head, if they are kept.
         """
         self.heads, self.hidden, self.without_markov = heads, hidden, logits
         self.num_levels = logits.shape[1]
+        self._terms = terms
         self._level = 0
         self._state: Float[Tensor, "batch width rank"] | None = None
         self._acceptance: Float[Tensor, "batch width"] | None = None
@@ -86,6 +127,8 @@ class BlockLogits:
         self._level += 1
         if markov is None:
             return logits.expand(-1, width, -1)
+        if self._terms is not None:
+            return self._terms.of(tokens).add_(logits)
         state = self._state
         if state is not None:
             state = state.gather(1, parents[:, :, None].expand(-1, -1, state.shape[2]))

@@ -12,9 +12,11 @@ import torch
 from speclm import SpecModel
 from speclm.drafting.interface import Draft, Proposer
 from speclm.errors import OptionError, TopologyError, UnknownNameError
+from speclm.methods.block import tree
 from speclm.methods.block.proposer import BlockProposer
-from speclm.methods.block.tree import product_trees
+from speclm.methods.block.tree import MarkovTerms, product_trees
 from speclm.tree.plan import TreePlan
+from tests.methods.block.block_heads import MARKOV, make_heads
 from tests.methods.block.target_heads import HEADS, heads_for, logits_along, states_at
 from tests.methods.eagle.test_trees import Watching
 from tests.models import build_model, generate, prompts
@@ -128,6 +130,18 @@ def test_products_are_searched_best_first_within_the_levels_of_each_row():
         scores[:1], tokens[:1], num_nodes=6, min_score=math.log(0.28), levels=[3]
     )
     assert few.tokens == [7, 5, 3]
+
+
+def test_kept_terms_are_those_of_the_markov_head(monkeypatch):
+    markov = make_heads(**MARKOV).markov_head
+    monkeypatch.setattr(tree, "_TERM_BYTES", 3 * 20 * 8)  # three rows
+    terms, counted = MarkovTerms(markov), []
+    embed = markov.embed
+    monkeypatch.setattr(markov, "embed", lambda ids: counted.append(ids.numel()) or embed(ids))
+    for tokens in ([[4], [7]], [[7], [4]], [[4, 9], [9, 7]], [[5, 4]], [[1, 2, 3, 4]], [[4, 4]]):
+        found = terms.of(torch.tensor(tokens))
+        torch.testing.assert_close(found, markov.markov_w2(embed(torch.tensor(tokens))))
+    assert counted == [2, 1, 2, 4, 1]
 
 
 @pytest.mark.parametrize("kind", ["vanilla", "both ways"])
