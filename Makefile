@@ -33,8 +33,9 @@ test: .venv/.dev ## Run every check a change must pass
 test-floor: .venv-floor/.ready ## Run the core suite on the oldest supported Transformers
 	$(FLOOR)/python -m pytest --quiet $(SPREAD) $(CORE) tests
 
-cross-check: $(CROSS)/.ready ## Compare EAGLE-3 heads with other libraries' draft classes
+cross-check: $(CROSS)/.ready ## Compare heads with other libraries' draft classes
 	PYTHONPATH=. $(CROSS)/bin/python tests/cross_check/eagle3.py
+	PYTHONPATH=. $(CROSS)/bin/python tests/cross_check/block.py
 
 gpu: ## Check and measure the kernels on this machine's GPU, in the current Python
 	PYTHONPATH=. $(PYTHON) benchmarks/kernels/gpu.py

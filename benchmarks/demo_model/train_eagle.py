@@ -20,14 +20,12 @@ from speclm.methods.eagle.checkpoint import EagleCheckpoint, write_eagle
 from speclm.methods.eagle.network import EagleHeads
 from speclm.methods.eagle.objective import EagleObjective, EagleTrainingModel
 from speclm.methods.eagle.training import (
-    choose_columns,
-    count_tokens,
     load_eagle_heads,
     new_eagle_heads,
 )
 from speclm.training.acceptance_meter import turns
 from speclm.training.conversations import Example
-from speclm.training.dataset import collate_examples
+from speclm.training.dataset import choose_columns, collate_examples, count_tokens
 
 
 def read_rows(folder: Path, pattern: str = "*.jsonl") -> list[Example]:

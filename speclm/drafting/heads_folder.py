@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -15,10 +16,16 @@ from speclm.cards import GENERATED_MARK
 from speclm.errors import CheckpointError, TopologyError, TreeBudgetError, UnknownNameError
 from speclm.files.atomic import write_file, written_together
 from speclm.files.hub import is_hub_id, path_exists
+from speclm.files.weights import FLOATS, WeightFiles, weight_files
 from speclm.tree.static import RankPaths, normalize_paths
 
 CONFIG_NAME = "config.json"
 CARD_NAME = "README.md"
+WEIGHTS_NAME = "model.safetensors"
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+# Some libraries read these instead of the weights.
+_RIVALS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.safetensors.index.json")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -102,6 +109,102 @@ def read_choices(folder: Path, config: Mapping[str, Any]) -> RankPaths | None:
         ) from error
 
 
+def copied_matrices(
+    tensors: Mapping[str, Tensor],
+    width: int,
+    *,
+    embeddings: Float[Tensor, "vocab hidden"] | None,
+    lm_weight: Float[Tensor, "vocab hidden"] | None,
+) -> set[str]:
+    """Return which tensors of heads are copies of the target's, perhaps in another dtype.
+
+    Args:
+        tensors: Tensors by our names.
+        width: Width of the target's hidden states.
+        embeddings: The target's embeddings, if they can be compared.
+        lm_weight: The target's output matrix, if it can be compared.
+    """
+    theirs = {"embed_tokens.weight": embeddings, "lm_head.weight": lm_weight}
+    return {
+        name
+        for name, matrix in theirs.items()
+        if (mine := tensors.get(name)) is not None
+        and matrix is not None
+        and not matrix.is_meta
+        and mine.shape == matrix.shape
+        and matrix.shape[1] == width
+        and torch.equal(mine.to(matrix.device, matrix.dtype), matrix)
+    }
+
+
+def read_columns(
+    path: Path, offsets: Tensor, is_drafted: Tensor | None, *, vocab_size: int, num_columns: int
+) -> Int[Tensor, " draft_vocab"]:
+    """Return the target's id of each token of the draft vocabulary.
+
+    Args:
+        path: The file, for messages.
+        offsets: ``d2t``: for each draft token, the target's id minus the draft id.
+        is_drafted: ``t2d``: whether each of the target's tokens is in the draft vocabulary.
+        vocab_size: Tokens of the target.
+        num_columns: Tokens of the draft vocabulary.
+
+    Raises:
+        CheckpointError: If a list has another length, or they contradict each other.
+    """
+    _require_list(path, "d2t", offsets, num_columns, "columns of the logits")
+    columns = offsets.to(torch.int64) + torch.arange(num_columns, device="cpu")
+    outside = (columns < 0) | (columns >= vocab_size)
+    if outside.any():
+        token = int(outside.nonzero()[0])
+        raise CheckpointError(
+            f"{path}: 'd2t' maps draft token {token} to {int(columns[token])}, expected a token "
+            f"from 0 to {vocab_size - 1}; the file belongs to another vocabulary, or holds ids in "
+            "place of offsets: export the heads again"
+        )
+    falls = columns[1:] <= columns[:-1]
+    if falls.any():
+        token = int(falls.nonzero()[0])
+        raise CheckpointError(
+            f"{path}: 'd2t' maps draft tokens {token} and {token + 1} to {int(columns[token])} and "
+            f"{int(columns[token + 1])}, expected increasing tokens; export the heads again with a "
+            "sorted vocabulary"
+        )
+    if is_drafted is not None:
+        _require_list(path, "t2d", is_drafted, vocab_size, "tokens of the target")
+        expected = torch.zeros(vocab_size, dtype=torch.bool, device="cpu")
+        expected[columns] = True
+        differs = (is_drafted != 0) != expected
+        if differs.any():
+            token = int(differs.nonzero()[0])
+            raise CheckpointError(
+                f"{path}: 't2d' holds {bool(is_drafted[token])} for token {token}, expected "
+                f"{bool(expected[token])} as 'd2t' says ({int(differs.sum())} such tokens); one of "
+                "them is of another run, export the heads again"
+            )
+    return columns
+
+
+def _require_list(path: Path, key: str, found: Tensor, length: int, of: str) -> None:
+    if found.shape != (length,) or found.dtype not in _INTEGERS:
+        raise CheckpointError(
+            f"{path}: {key!r} is {found.dtype} of shape {list(found.shape)}, expected whole "
+            f"numbers of shape [{length}], the {of}; export the heads again"
+        )
+
+
+def draft_lists(
+    columns: Int[Tensor, " draft_vocab"] | None, *, vocab_size: int
+) -> dict[str, Tensor]:
+    """Return both lists of a draft vocabulary; None stands for a complete one."""
+    if columns is None:
+        columns = torch.arange(vocab_size, device="cpu")
+    columns = columns.cpu()
+    is_drafted = torch.zeros(vocab_size, dtype=torch.bool, device="cpu")
+    is_drafted[columns] = True
+    return {"d2t": columns - torch.arange(len(columns), device="cpu"), "t2d": is_drafted}
+
+
 def require_folder(folder: Path) -> None:
     """Check that a path is a folder or does not exist.
 
@@ -110,6 +213,96 @@ def require_folder(folder: Path) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder}: found a file, expected a folder; choose another place")
+
+
+def require_replaceable(
+    folder: Path, *, is_mine: Callable[[WeightFiles], bool], owner: str
+) -> None:
+    """Check that heads in `WEIGHTS_NAME` can be written without destroying anything.
+
+    Args:
+        folder: Where they go.
+        is_mine: Whether weights are heads of the same method, which may be replaced.
+        owner: What is saved, for the message.
+
+    Raises:
+        CheckpointError: If it is a file, or holds another model or weights that are read instead.
+    """
+    require_folder(folder)
+    for name in _RIVALS:
+        if (folder / name).exists():
+            raise CheckpointError(
+                f"{folder / name}: found weights that are read in place of {WEIGHTS_NAME}, "
+                "expected none; save the heads into a folder of their own"
+            )
+    weights = folder / WEIGHTS_NAME
+    is_taken = (folder / CONFIG_NAME).is_file() or weights.is_file()
+    mine = (source for source in weight_files(folder) if source.path == weights)
+    if is_taken and not any(map(is_mine, mine)):
+        raise CheckpointError(
+            f"{folder}: found the config or weights of another model, expected none or those of "
+            f"{owner}; save the heads into a folder of their own"
+        )
+
+
+def require_shapes(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    expected: Mapping[str, tuple[int, ...]],
+    keys: Mapping[str, str],
+    *,
+    owner: str,
+) -> None:
+    """Check that all tensors of heads are there, no others, and that each has its shape.
+
+    Args:
+        path: The file, for messages.
+        tensors: Tensors by our names.
+        expected: Shapes by our names.
+        keys: Key in the file of each tensor.
+        owner: What heads they are, for the message.
+
+    Raises:
+        CheckpointError: If one is missing, unexpected, not of floating numbers or has another
+            shape.
+    """
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise CheckpointError(
+                f"{path}: key {name!r} is missing, found {len(tensors)} other parts of {owner}; "
+                "download the file again"
+            )
+        tensor = tensors[name]
+        if tuple(tensor.shape) != shape or tensor.dtype not in FLOATS:
+            raise CheckpointError(
+                f"{path}: {keys[name]!r} is {tensor.dtype} of shape {list(tensor.shape)}, "
+                f"expected floating numbers of shape {list(shape)} as the other tensors say; "
+                "export the heads again"
+            )
+    extra = sorted(set(tensors) - set(expected))
+    if extra:
+        raise CheckpointError(
+            f"{path}: found key {keys[extra[0]]!r}, expected none such in {owner}; remove it, or "
+            "export the heads again"
+        )
+
+
+def require_whole(
+    folder: Path, tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Check that tensors to be written have the shapes that their config says.
+
+    Raises:
+        CheckpointError: If one is missing, unexpected or has another shape.
+    """
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    wrong = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
+    if wrong:
+        name = wrong[0]
+        raise CheckpointError(
+            f"{folder}: tensor {name!r} has shape {found.get(name)}, expected {expected.get(name)} "
+            "as the numbers of the heads say; pass the numbers that the tensors were made with"
+        )
 
 
 def require_same_tensors(

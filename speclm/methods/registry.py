@@ -196,6 +196,7 @@ def _lazily(folder: str, name: str) -> "Callable[[], type[Proposer]]":
 
 @cache
 def _built_in() -> tuple[Method, ...]:
+    from speclm.methods.block.method import BlockMethod
     from speclm.methods.draft_model.method import DraftModelMethod
     from speclm.methods.eagle.method import EagleMethod
     from speclm.methods.medusa.method import MedusaMethod
@@ -208,6 +209,7 @@ def _built_in() -> tuple[Method, ...]:
         ProposerMethod("ngram", _lazily("ngram", "NgramProposer"), summary=copies),
         ProposerMethod("recycling", _lazily("recycling", "RecyclingProposer"), summary=remembered),
         MedusaMethod(),
+        BlockMethod(),
         EagleMethod(),
         DraftModelMethod(),
     )

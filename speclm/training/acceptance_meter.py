@@ -43,6 +43,7 @@ class AcceptanceMeter:
         counts: Int[Tensor, " trained"],
         ranks: Int[Tensor, "batch seq drafted"],
         loss_mask: Bool[Tensor, "batch seq"],
+        tree_lengths: Int[Tensor, "batch seq"] | None = None,
     ) -> None:
         """Add a batch; syncs with the device.
 
@@ -52,6 +53,8 @@ class AcceptanceMeter:
             ranks: Rank of each target among the candidates, drafted from the hidden state at each
                 position; -1 if there is no target.
             loss_mask: True at tokens that the heads learn to draft.
+            tree_lengths: Draft tokens that would be accepted from a tree that was grown from the
+                hidden state at each position; None if no trees were grown.
         """
         ranks = ranks.cpu()
         flat = ranks.flatten(0, 1)
@@ -63,9 +66,16 @@ class AcceptanceMeter:
             (len(turn), len(replay_rounds(turn, self._choices)))
             for turn in turns(ranks, loss_mask.cpu())
         ]
-        emitted = torch.tensor([[0, 0], *replayed], dtype=torch.float64, device="cpu").sum(0)
+        grown = []
+        if tree_lengths is not None:
+            lengths = turns(tree_lengths.cpu()[:, :, None], loss_mask.cpu())
+            grown = [(len(turn), _count_rounds(turn)) for turn in lengths]
+        emitted = [
+            torch.tensor([[0, 0], *pairs], dtype=torch.float64, device="cpu").sum(0)
+            for pairs in (replayed, grown)
+        ]
         sums = torch.stack([*losses, num_targets.double(), *(hit.double() for hit in hits)])
-        self._sums = self._sums + torch.cat([sums.flatten(), emitted])
+        self._sums = self._sums + torch.cat([sums.flatten(), *emitted])
 
     def drain(self, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, float]:
         """Return the figures since the last call, and reset them.
@@ -74,10 +84,12 @@ class AcceptanceMeter:
             reduce: Adds up the sums of all processes.
 
         Returns:
-            With the name "head" ``head0_loss``, ``head0_top1``, ... and ``estimated_tau``; figures
-            without any count are left out.
+            With the name "head" ``head0_loss``, ``head0_top1``, ..., ``estimated_tau``, and
+            ``estimated_tree_tau`` of the grown trees; figures without any count are left out.
         """
-        *sums, num_tokens, num_rounds = reduce(self._sums.float()).tolist()
+        *sums, num_tokens, num_rounds, tree_tokens, tree_rounds = reduce(
+            self._sums.float()
+        ).tolist()
         self._sums = self._zeros()
         size = self._num_drafted
         parts = [sums[i : i + size] for i in range(0, len(sums), size)]
@@ -91,11 +103,22 @@ class AcceptanceMeter:
                     figures[f"{name}_top{top}"] = hit / num_targets
         if num_rounds:
             figures["estimated_tau"] = num_tokens / num_rounds
+        if tree_rounds:
+            figures["estimated_tree_tau"] = tree_tokens / tree_rounds
         return figures
 
     def _zeros(self) -> Tensor:
-        size = (3 + MAX_TOP) * self._num_drafted + 2
+        size = (3 + MAX_TOP) * self._num_drafted + 4
         return torch.zeros(size, dtype=torch.float64, device="cpu")
+
+
+def _count_rounds(lengths: Ranks) -> int:
+    """Return the number of rounds in a text, from the accepted length at each root."""
+    position = num_rounds = 0
+    while position < len(lengths):
+        position += 1 + lengths[position][0]
+        num_rounds += 1
+    return num_rounds
 
 
 def turns(

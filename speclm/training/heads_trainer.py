@@ -164,7 +164,8 @@ class HeadsTrainer(Trainer):
             )
         self._meters[model.training].add(
             **{name: outputs[name] for name in ("loss_sums", "counts", "ranks")},
-            loss_mask=inputs["loss_mask"],
+            loss_mask=outputs.get("loss_mask", inputs["loss_mask"]),
+            tree_lengths=outputs.get("tree_lengths"),
         )
         return (loss, outputs) if return_outputs else loss
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from speclm.target import TargetView
+from speclm.target import TargetFeatures, TargetView
+from speclm.target.features import FeatureTap
 from speclm.training.acceptance_meter import AcceptanceMeter
 
 IGNORED = -100
@@ -60,7 +61,8 @@ class TrainingModel(nn.Module, ABC):
 
         Returns:
             ``loss``, and ``loss_sums``, ``counts`` and ``ranks`` as `AcceptanceMeter.add` takes
-            them.
+            them; where they differ from the batch's or exist, also ``loss_mask`` and
+            ``tree_lengths``.
         """
 
     @abstractmethod
@@ -75,6 +77,34 @@ class TrainingModel(nn.Module, ABC):
     def max_length(self) -> int | None:
         """Maximum tokens of an example; None for any number."""
         return self.view.max_positions
+
+    @torch.no_grad()
+    def read_base(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Int[Tensor, "batch seq"],
+        layers: tuple[int, ...],
+    ) -> tuple[Float[Tensor, "batch seq features"], Float[Tensor, "batch seq hidden"]]:
+        """Return hidden states of the base on its device, and the input of its output matrix.
+
+        Args:
+            input_ids: Texts, padded on the right.
+            attention_mask: 1 at tokens, 0 at padding.
+            layers: The hidden states wanted, joined in this order, see `TargetFeatures`.
+        """
+        device = self.view.device
+        taken: list[Tensor] = []
+        wanted = layers if layers == (-1,) else (*layers, -1)
+        tap = FeatureTap(TargetFeatures(wanted), is_own=lambda: True, take=taken.append)
+        with tap.on(self.view.decoder, self.view.num_layers):
+            self.view.decoder(
+                input_ids=input_ids.to(device),
+                attention_mask=attention_mask.to(device),
+                use_cache=False,
+            )
+        (states,) = taken
+        last = states[..., -(states.shape[-1] // len(wanted)) :]
+        return last if wanted == (-1,) else states[..., : -last.shape[-1]], last
 
     def lm_head(self, states: Tensor) -> Tensor:
         """Return the base's logits for hidden states that may have another dtype or device."""
@@ -118,6 +148,19 @@ def soft_cross_entropy(
     return logits.logsumexp(-1) - (target_probs * logits).sum(-1)
 
 
+def token_cross_entropy(
+    logits: Float[Tensor, "rows draft_vocab"],
+    targets: Int[Tensor, " rows"],
+    columns: Int[Tensor, " draft_vocab"] | None,
+) -> Float[Tensor, " rows"]:
+    """Return the cross-entropy of each target, 0 for one outside the draft vocabulary."""
+    if columns is None:
+        return F.cross_entropy(logits, targets, reduction="none")
+    found = torch.searchsorted(columns, targets).clamp(max=len(columns) - 1)
+    found = found.masked_fill(columns[found] != targets, IGNORED)
+    return F.cross_entropy(logits, found, ignore_index=IGNORED, reduction="none")
+
+
 @torch.no_grad()
 def rank_targets(
     logits: Float[Tensor, "*rows vocab"], targets: Int[Tensor, "*rows"]
@@ -125,6 +168,30 @@ def rank_targets(
     """Return the rank of each target: 0 for the largest logit, -1 if there is no target."""
     own = logits.gather(-1, targets.clamp(min=0)[..., None])
     return (logits > own).sum(-1).masked_fill(targets < 0, -1)
+
+
+def rank_columns(
+    logits: Float[Tensor, "rows draft_vocab"],
+    targets: Int[Tensor, " rows"],
+    columns: Int[Tensor, " draft_vocab"] | None,
+) -> Int[Tensor, " rows"]:
+    """Return the rank of each target; a target outside the draft vocabulary ranks last.
+
+    Args:
+        logits: Logits of the heads.
+        targets: Token ids of the base; negative if there is none.
+        columns: Token id of each column, increasing; None if the vocabularies are the same.
+
+    Returns:
+        0 for the largest logit, the number of columns for a token outside the draft vocabulary,
+        and -1 if there is no target.
+    """
+    if columns is None:
+        return rank_targets(logits, targets)
+    indices = torch.searchsorted(columns, targets.clamp(min=0)).clamp(max=len(columns) - 1)
+    is_outside = (columns[indices] != targets) & (targets >= 0)
+    ranks = rank_targets(logits, indices.where(targets >= 0, targets))
+    return ranks.masked_fill(is_outside, logits.shape[-1])
 
 
 def weighted_loss(

@@ -52,7 +52,7 @@ class GrowingTree:
         self,
         *,
         width: int,
-        branches: int,
+        branches: int = 1,
         leaf_tokens: Int[Tensor, " leaves"] | None = None,
         token_ids: Int[Tensor, " vocab"] | None = None,
         is_idle: Bool[Tensor, " batch"] | None = None,
@@ -61,7 +61,7 @@ class GrowingTree:
 
         Args:
             width: Nodes expanded at each level.
-            branches: Children considered for each expanded node.
+            branches: Children that `grow` considers for each expanded node.
             leaf_tokens: Tokens after which nothing follows, such as the end of the sequence.
             token_ids: Token of each column given to `grow`; None if columns are tokens.
             is_idle: Rows that have ended; they get no nodes.
@@ -83,15 +83,28 @@ class GrowingTree:
 
     def grow(self, log_probs: Float[Tensor, "batch expanded vocab"]) -> None:
         """Add the children of the nodes expanded last, at first those of the root."""
-        best = log_probs.topk(self._branches, dim=-1)  # [batch, expanded, branches]
+        best = log_probs.topk(self._branches, dim=-1)
+        tokens = best.indices if self._token_ids is None else self._token_ids[best.indices]
+        self.add(best.values, tokens)
+
+    def add(
+        self,
+        values: Float[Tensor, "batch expanded branches"],
+        tokens: Int[Tensor, "batch expanded branches"],
+    ) -> None:
+        """Add some children of the nodes expanded last, at first of the root.
+
+        Args:
+            values: Log-probabilities of the best children of each node, best first.
+            tokens: Their tokens.
+        """
+        self._branches = values.shape[2]
         # NaN would break the order of parents and children, so it counts as probability 0.
-        scores = best.values.nan_to_num(nan=-torch.inf, posinf=0.0, neginf=-torch.inf)
+        scores = values.nan_to_num(nan=-torch.inf, posinf=0.0, neginf=-torch.inf)
         scores = scores.clamp(max=0)  # rounding may exceed probability 1
         if self._levels:
             scores = scores + self._levels[-1].expanded_scores[:, :, None]
-        scores, tokens = scores.flatten(1), best.indices.flatten(1)  # [batch, candidates]
-        if self._token_ids is not None:
-            tokens = self._token_ids[tokens]
+        scores, tokens = scores.flatten(1), tokens.flatten(1)  # [batch, candidates]
         if self._has_stopped is not None:
             scores = scores.masked_fill(self._has_stopped[:, None], float("-inf"))
         expandable = scores
@@ -127,6 +140,16 @@ class GrowingTree:
         self._stopped = stopped
         num_idle = sum(self._is_idle or ())
         return stopped.count(False) / max(len(stopped) - num_idle, 1)
+
+    def stop_rows(self, is_stopped: Bool[Tensor, " batch"]) -> None:
+        """Give some rows no nodes below those of the last level; does not sync."""
+        level = self._levels[-1]
+        level.expanded_scores = level.expanded_scores.masked_fill(is_stopped[:, None], -torch.inf)
+
+    @property
+    def expanded_scores(self) -> Float[Tensor, "batch width"]:
+        """Scores of the nodes that are expanded next, not increasing."""
+        return self._levels[-1].expanded_scores
 
     def best_nodes(self, num_nodes: int, *, min_score: float) -> list[GrownRow]:
         """Return the `num_nodes` best candidates of each row that score at least `min_score`.

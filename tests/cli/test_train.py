@@ -1,6 +1,7 @@
 import pytest
 
 from speclm.errors import CheckpointError, OptionError
+from speclm.methods.block.checkpoint import read_block
 from speclm.methods.eagle.checkpoint import read_eagle
 from tests.models import build_model
 from tests.training.alphabet import TAGGED, WORDS, word_tokenizer, write_alphabet
@@ -95,6 +96,19 @@ def test_heads_that_are_loaded_keep_their_vocabulary(train, options, tmp_path):
         train("eagle", init=options["--out"], out=tmp_path / "third")
 
 
+def test_block_heads_are_trained_new_and_from_saved_ones(train, options, tmp_path):
+    result = train("block", num_layers=1, block_size=4, draft_vocab_size=8)
+    assert result.exit_code == 0
+    first = read_block(options["--out"], num_target_layers=7)
+    assert (first.config.num_layers, first.config.num_drafts) == (1, 4)
+    assert (first.config.draft_vocab_size, first.config.markov) == (8, "vanilla")
+    assert first.base_name_or_path is None  # a path of this machine
+    train("block", init=options["--out"], out=tmp_path / "more", token_weight=1, distance_weight=0)
+    second = read_block(tmp_path / "more")
+    assert second.config == first.config
+    assert not second.tensors["fc.weight"].equal(first.tensors["fc.weight"])
+
+
 def test_resume_goes_on_where_a_training_ended(train, options):
     train("medusa")
     settings = ("use_cpu=true", "logging_steps=1", "max_steps=3")
@@ -125,6 +139,11 @@ REFUSED = {
         ({"settings": ["max_steps"]}, "expected key=value"),
         ({"settings": ["bf16=maybe"]}, "bf16 is 'maybe', expected true or false"),
         ({"settings": ["report_to=wandbb"]}, "'wandb'"),
+    ],
+    "block": [
+        ({"kind": "eagle"}, "--kind is 'eagle', expected one of"),
+        ({"block_size": 1}, "--block-size is 1, expected 2 to 64"),
+        ({"init": "heads", "block_size": 4}, "--block-size is 4 next to --init 'heads'"),
     ],
     "eagle": [
         ({"noise": -1.0}, "noise is -1.0, expected 0.0 to"),
@@ -166,7 +185,12 @@ def test_what_only_the_trainer_or_the_base_refuses_is_named(train):
 
 
 def test_help_shows_the_options_that_a_recipe_declares(run):
-    for recipe, own in (("medusa", "--own-lm-head"), ("eagle", "--noise"), ("eagle3", "--draft-v")):
+    for recipe, own in (
+        ("medusa", "--own-lm-head"),
+        ("block", "--block-size"),
+        ("eagle", "--noise"),
+        ("eagle3", "--draft-v"),
+    ):
         result = run("train", recipe, "--help")
         assert result.exit_code == 0
         assert own in result.output

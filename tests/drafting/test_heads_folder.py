@@ -4,14 +4,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from speclm.cards import GENERATED_MARK
 from speclm.drafting.heads_folder import (
     Destination,
+    copied_matrices,
+    draft_lists,
     hub_id,
     read_choices,
+    read_columns,
     require_folder,
+    require_replaceable,
     require_same_tensors,
+    require_shapes,
+    require_whole,
 )
 from speclm.errors import CheckpointError
 from tests.models import shared_model
@@ -51,3 +58,67 @@ def test_stored_trees_and_folders_are_checked(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="found a file, expected a folder"):
         require_folder(tmp_path / "file")
+
+
+def test_other_models_are_not_replaced(tmp_path):
+    require_replaceable(tmp_path / "new", is_mine=lambda _: False, owner="toys")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="of another model, expected none or those of toys"):
+        require_replaceable(tmp_path, is_mine=lambda _: True, owner="toys")
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    require_replaceable(tmp_path, is_mine=lambda source: "a" in source.files, owner="toys")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"read in place of model\.safetensors"):
+        require_replaceable(tmp_path, is_mine=lambda _: True, owner="toys")
+
+
+def test_tensors_that_do_not_fit_their_config_are_named():
+    path, keys = Path("m"), {"a": "model.a", "b": "model.b"}
+    require_shapes(path, {"a": torch.ones(2)}, {"a": (2,)}, keys, owner="toys")
+    for tensors, words in (
+        ({}, "key 'a' is missing, found 0 other parts of toys"),
+        ({"a": torch.ones(3)}, r"'model.a' is torch.float32 of shape \[3\], expected"),
+        ({"a": torch.ones(2, dtype=torch.int8)}, "'model.a' is torch.int8"),
+        ({"a": torch.ones(2), "b": torch.ones(2)}, "found key 'model.b', expected none such"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            require_shapes(path, tensors, {"a": (2,)}, keys, owner="toys")
+    with pytest.raises(CheckpointError, match=r"tensor 'a' has shape \(3,\), expected \(2,\)"):
+        require_whole(path, {"a": torch.ones(3)}, {"a": (2,)})
+
+
+def test_copies_of_the_targets_matrices_are_found_in_any_dtype():
+    matrix = torch.arange(6.0).view(3, 2)
+    tensors = {"embed_tokens.weight": matrix.bfloat16(), "lm_head.weight": matrix + 1}
+    copied = copied_matrices(tensors, 2, embeddings=matrix, lm_weight=matrix)
+    assert copied == {"embed_tokens.weight"}
+    assert not copied_matrices(tensors, 4, embeddings=matrix, lm_weight=None)
+    assert not copied_matrices(tensors, 2, embeddings=matrix.to("meta"), lm_weight=None)
+
+
+COLUMNS = torch.tensor([0, 3, 4, 11, 19])
+
+
+def test_lists_read_back_as_the_tokens_they_stand_for():
+    lists = draft_lists(COLUMNS, vocab_size=20)
+    assert lists["d2t"].tolist() == [0, 2, 2, 8, 15]
+    found = read_columns(Path("m"), lists["d2t"], lists["t2d"], vocab_size=20, num_columns=5)
+    assert torch.equal(found, COLUMNS)
+    whole = draft_lists(None, vocab_size=3)
+    assert (whole["d2t"].tolist(), whole["t2d"].tolist()) == ([0, 0, 0], [True] * 3)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "is_drafted", "words"),
+    [
+        ([0, 2, 2, 8], None, r"'d2t' is torch.int64 of shape \[4\], expected.*\[5\]"),
+        ([0, 2, 2, 8, 16], None, "draft token 4 to 20, expected a token from 0 to 19"),
+        ([0, 2, 1, 8, 15], None, "draft tokens 1 and 2 to 3 and 3, expected increasing tokens"),
+        ([0, 2, 2, 8, 15], [True] * 20, "'t2d' holds True for token 1, expected False"),
+        ([0, 2, 2, 8, 15], [True] * 19, r"'t2d' is torch.bool of shape \[19\]"),
+    ],
+)
+def test_lists_that_contradict_are_refused(offsets, is_drafted, words):
+    drafted = None if is_drafted is None else torch.tensor(is_drafted)
+    with pytest.raises(CheckpointError, match=words):
+        read_columns(Path("m"), torch.tensor(offsets), drafted, vocab_size=20, num_columns=5)

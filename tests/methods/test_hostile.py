@@ -12,12 +12,14 @@ from safetensors.torch import save
 
 from speclm.errors import CheckpointError, SpeclmError
 from speclm.kernels.launch_table import read_table
+from speclm.methods.block.checkpoint import build_block, read_block
 from speclm.methods.eagle.checkpoint import find_eagle, read_eagle
 from speclm.methods.eagle.network import build_eagle
 from speclm.methods.medusa.checkpoint import find_medusa, read_medusa
 from speclm.model.call import read_tree
 from speclm.training.conversations import read_conversations
 from speclm.training.heads_trainer import last_complete_checkpoint
+from tests import block_tables
 from tests.eagle_tables import EAGLE1, EAGLE1_CONFIG, EAGLE3, EAGLE3_CONFIG, tensors
 from tests.eagle_tables import save as write
 
@@ -112,6 +114,30 @@ def test_numbers_of_configs_are_computed_with_or_refused(tmp_path):
 @pytest.mark.filterwarnings("ignore")
 def test_all_numbers_of_configs_are_computed_with_or_refused(tmp_path):
     read_configs(tmp_path, every=1)
+
+
+BLOCK_FIELDS = (
+    *(
+        "vocab_size",
+        "num_attention_heads",
+        "head_dim",
+        "block_size",
+        "mask_token_id",
+        "layer_types",
+    ),
+    *("target_layer_ids", "num_target_layers", "dflash_config", "markov_rank", "is_causal"),
+    *("sliding_window", "draft_vocab_size", "markov_head_type", "architectures", "hidden_act"),
+    *("speculators_config", "speculators_model_type", "quantization_config", "use_swa", "speclm"),
+)
+
+
+def test_configs_of_block_heads_give_heads_or_an_error(tmp_path):
+    table = {k: s for k, s in block_tables.DSPARK.items() if "layers" not in k or "layers.0" in k}
+    block_tables.save(tmp_path, block_tables.tensors(table))
+    for field, value in list(product(BLOCK_FIELDS, ODD))[::5]:
+        config = json.dumps({**block_tables.DEEPSPEC_CONFIG, field: "@"}).replace('"@"', value)
+        (tmp_path / "config.json").write_text(config)
+        require_result_or_error(lambda: build_block(read_block(tmp_path)))
 
 
 @pytest.mark.parametrize(

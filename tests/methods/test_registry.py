@@ -257,7 +257,7 @@ def test_added_method_is_trained_through_its_recipe(toy, tmp_path):
 def test_registered_methods_are_named_and_described(toy):
     assert [*registered_methods()] == [
         *("lookup", "ngram", "recycling"),
-        *("medusa", "eagle", "draft_model", "toy"),
+        *("medusa", "block", "eagle", "draft_model", "toy"),
     ]
     for name, method in registered_methods().items():
         assert method.name == name
@@ -265,7 +265,7 @@ def test_registered_methods_are_named_and_described(toy):
         assert "\n" not in method.summary
     assert {
         recipe.name for method in registered_methods().values() for recipe in method.recipes
-    } == {*("medusa", "eagle", "eagle3", "toy")}
+    } == {*("medusa", "block", "eagle", "eagle3", "toy")}
     registered_methods().clear()
     assert "toy" in registered_methods()
 
@@ -343,7 +343,7 @@ def test_methods_and_their_training_options_are_listed_without_pytorch():
         "sys.modules['speclm'] = package\n"
         "from speclm.methods.registry import registered_methods\n"
         "found = [r.options() for m in registered_methods().values() for r in m.recipes]\n"
-        "assert len(found) == 3\n"
+        "assert len(found) == 4\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)\n"
     )
     root = Path(__file__).parents[2]

@@ -81,3 +81,19 @@ def test_draft_tokens_that_are_not_trained_are_measured_all_the_same():
     assert (figures["step1_top1"], figures["step1_top3"]) == (0.5, 1.0)
     assert "step1_loss" not in figures
     assert figures["estimated_tau"] == pytest.approx(3 / 2)  # the rounds end with 2 and 1 tokens
+
+
+def test_estimated_tau_of_trees_replays_their_accepted_lengths():
+    mask = torch.tensor([[0, 1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 0, 0]]).bool()
+    lengths = torch.tensor([[2, 5, 5, 0, 1, -1, -1], [-1, -1, 0, -1, -1, -1, -1]])
+    meter = AcceptanceMeter(CHAIN, num_drafted=1, name="position")
+    meter.add(
+        loss_sums=torch.ones(1),
+        counts=torch.tensor([1]),
+        ranks=torch.zeros(2, 7, 1, dtype=torch.long),
+        loss_mask=mask,
+        tree_lengths=lengths,
+    )
+    # Roots 1, 4 and 5 emit 3, 1 and 1 tokens, and the one root of the other turn emits 1.
+    assert meter.drain()["estimated_tree_tau"] == pytest.approx(6 / 4)
+    assert meter.drain() == {}

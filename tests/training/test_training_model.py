@@ -6,9 +6,11 @@ import torch
 from speclm.training.training_model import (
     IGNORED,
     TrainingModel,
+    rank_columns,
     rank_targets,
     shifted_targets,
     soft_cross_entropy,
+    token_cross_entropy,
     weighted_loss,
 )
 
@@ -68,3 +70,19 @@ def test_losses_are_divided_by_their_own_counts_and_decayed():
     assert loss.item() == pytest.approx(2.0 + 0.5 * 4.0 + 0.25 * 9.0)
     loss = weighted_loss(torch.tensor([6.0, 0.0]), torch.tensor([3, 0]), decay=1.0)
     assert loss.item() == pytest.approx(2.0)
+
+
+def test_ranks_count_the_better_columns():
+    logits = torch.tensor([[3.0, 1.0, 2.0]] * 4)
+    targets = torch.tensor([5, 9, 7, -100])
+    ranks = rank_columns(logits, targets, torch.tensor([5, 6, 9]))
+    assert ranks.tolist() == [0, 1, 3, -1]  # 7 has no column
+    assert rank_columns(logits[:3], torch.tensor([0, 1, 2]), None).tolist() == [0, 2, 1]
+
+
+def test_cross_entropy_of_a_token_without_a_column_is_zero():
+    logits = torch.tensor([[0.0, math.log(3.0)]] * 2)
+    found = token_cross_entropy(logits, torch.tensor([9, 7]), torch.tensor([4, 9]))
+    torch.testing.assert_close(found, torch.tensor([math.log(4 / 3), 0.0]))
+    found = token_cross_entropy(logits, torch.tensor([0, 1]), None)
+    torch.testing.assert_close(found, torch.tensor([4.0, 4 / 3]).log())

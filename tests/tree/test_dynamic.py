@@ -204,6 +204,17 @@ def test_stopped_rows_grow_no_further_and_others_do():
     assert tree.stop_rows_below(0.0) == 0.0
 
 
+def test_rows_that_are_stopped_keep_their_nodes_and_get_no_more():
+    tree = GrowingTree(width=1, branches=2)
+    level = torch.tensor([[[0.9, 0.1]], [[0.9, 0.1]]]).log()
+    tree.grow(level)
+    tree.stop_rows(torch.tensor([False, True]))
+    tree.grow(level)
+    going, stopped = tree.best_nodes(9, min_score=-10.0)
+    assert len(going.tokens) == 4
+    assert stopped.tokens == [0, 1]
+
+
 def test_idle_rows_grow_nothing_and_do_not_count():
     distribution = torch.log(torch.tensor([[[0.9, 0.05, 0.03, 0.02]]] * 3))
     is_idle = torch.tensor([False, True, False])

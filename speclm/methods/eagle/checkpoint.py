@@ -7,24 +7,30 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from speclm.drafting.heads_config import base_name
 from speclm.drafting.heads_folder import (
     CONFIG_NAME,
+    WEIGHTS_NAME,
+    copied_matrices,
+    draft_lists,
     read_choices,
-    require_folder,
+    read_columns,
+    require_replaceable,
     require_same_tensors,
+    require_shapes,
+    require_whole,
     write_heads,
 )
 from speclm.errors import CheckpointError, shown
-from speclm.files.weights import FLOATS, INDEX, WeightFiles, reading, weight_files
+from speclm.files.weights import INDEX, WeightFiles, reading, weight_files
 from speclm.methods.eagle.checkpoint_config import (
-    base_name,
     describe,
     infer_config,
     read_hints,
-    require_same_config,
+    require_written,
     without_usual_layers,
 )
 from speclm.methods.eagle.config import EagleConfig
@@ -53,11 +59,6 @@ _FEATURE_NORM = re.compile(rf"fc_norm\.{INDEX}\.weight")
 _UNUSED = re.compile(r".*rotary_emb\.inv_freq|verifier_(?:lm_head|norm)\.weight")
 _EAGLE3_SIGNS = {"layers.0.hidden_norm.weight", "norm.weight", "d2t", "t2d"}
 _SHARED = {"embed_tokens.weight": "has_own_embeddings", "lm_head.weight": "has_own_lm_head"}
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
-
-WEIGHTS_NAME = "model.safetensors"
-# Some libraries read these instead of the weights.
-_RIVALS = ("pytorch_model.bin", "pytorch_model.bin.index.json", "model.safetensors.index.json")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,18 +92,11 @@ class EagleCheckpoint:
 
         Published heads often have such copies, sometimes in another dtype.
         """
-        theirs = {"embed_tokens.weight": embeddings, "lm_head.weight": lm_weight}
-        copied = {name for name, matrix in theirs.items() if self._is_copy(name, matrix)}
+        width = self.config.target_hidden_size
+        copied = copied_matrices(self.tensors, width, embeddings=embeddings, lm_weight=lm_weight)
         flags: dict[str, Any] = {_SHARED[name]: False for name in copied}
         kept = {name: tensor for name, tensor in self.tensors.items() if name not in copied}
         return replace(self, config=replace(self.config, **flags), tensors=kept)
-
-    def _is_copy(self, name: str, matrix: Tensor | None) -> bool:
-        mine = self.tensors.get(name)
-        if mine is None or matrix is None or mine.shape != matrix.shape or matrix.is_meta:
-            return False
-        has_width = matrix.shape[1] == self.config.target_hidden_size
-        return has_width and torch.equal(mine.to(matrix.device, matrix.dtype), matrix)
 
 
 def eagle_checkpoint(
@@ -153,9 +147,18 @@ def _read(folder: Path) -> EagleCheckpoint:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     config = infer_config(source.path, shapes, hints, kind)
     offsets, is_drafted = tensors.pop("d2t", None), tensors.pop("t2d", None)
-    _require_shapes(source, tensors, keys, config)
+    expected = _expected_shapes(config)
+    expected.pop("draft_columns", None)  # of no file
+    owner = f"heads of {kind} with {config.num_layers} layers"
+    require_shapes(source.path, tensors, expected, keys, owner=owner)
     if offsets is not None:
-        columns = _read_columns(source.path, offsets, is_drafted, config)
+        columns = read_columns(
+            source.path,
+            offsets,
+            is_drafted,
+            vocab_size=config.vocab_size,
+            num_columns=config.draft_vocab_size,
+        )
         if config.has_draft_vocab:
             tensors["draft_columns"] = columns
     elif config.has_draft_vocab:
@@ -192,8 +195,10 @@ def _own_names(source: WeightFiles) -> dict[str, str]:
             name = f"feature_norms.{int(match[1])}.weight"
         if name is None:
             reason = "remove it, or export the heads again"
-            if found in ("mask_hidden", "hidden_norm.weight"):
-                reason = "these are heads of P-EAGLE or DFlash, which are not supported"
+            if found == "mask_hidden":
+                reason = "these are heads of P-EAGLE, which are not supported"
+            elif found == "hidden_norm.weight":
+                reason = "these are heads of another method, such as a block drafter"
             raise CheckpointError(
                 f"{source.path}: found key {shown(key)}, expected only those of EAGLE heads such "
                 f"as 'fc.weight' and 'layers.0.mlp.up_proj.weight'; {reason}"
@@ -206,88 +211,9 @@ def _own_names(source: WeightFiles) -> dict[str, str]:
     return keys
 
 
-def _require_shapes(
-    source: WeightFiles, tensors: Mapping[str, Tensor], keys: Mapping[str, str], config: EagleConfig
-) -> None:
-    expected = _expected_shapes(config)
-    expected.pop("draft_columns", None)  # of no file
-    for name, shape in expected.items():
-        if name not in tensors:
-            raise CheckpointError(
-                f"{source.path}: key {name!r} is missing, found {len(tensors)} other parts of "
-                f"heads of {config.kind}; download the file again"
-            )
-        tensor = tensors[name]
-        if tuple(tensor.shape) != shape or tensor.dtype not in FLOATS:
-            raise CheckpointError(
-                f"{source.path}: {keys[name]!r} is {tensor.dtype} of shape {list(tensor.shape)}, "
-                f"expected floating numbers of shape {list(shape)} as the other tensors say; "
-                "export the heads again"
-            )
-    extra = sorted(set(tensors) - set(expected))
-    if extra:
-        raise CheckpointError(
-            f"{source.path}: found key {keys[extra[0]]!r}, expected none such in heads of "
-            f"{config.kind} with {config.num_layers} layers; remove it, or export the heads again"
-        )
-
-
 def _expected_shapes(config: EagleConfig) -> dict[str, tuple[int, ...]]:
     state = EagleHeads(config, device=torch.device("meta")).state_dict()
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
-
-
-def _read_columns(
-    path: Path, offsets: Tensor, is_drafted: Tensor | None, config: EagleConfig
-) -> Int[Tensor, " draft_vocab"]:
-    """Return the target's id of each token of the draft vocabulary.
-
-    Args:
-        path: The file, for messages.
-        offsets: ``d2t``: for each draft token, the target's id minus the draft id.
-        is_drafted: ``t2d``: whether each of the target's tokens is in the draft vocabulary.
-        config: Both vocabulary sizes.
-    """
-    num_columns, vocab_size = config.draft_vocab_size, config.vocab_size
-    _require_list(path, "d2t", offsets, num_columns, "columns of the logits")
-    columns = offsets.to(torch.int64) + torch.arange(num_columns, device="cpu")
-    outside = (columns < 0) | (columns >= vocab_size)
-    if outside.any():
-        token = int(outside.nonzero()[0])
-        raise CheckpointError(
-            f"{path}: 'd2t' maps draft token {token} to {int(columns[token])}, expected a token "
-            f"from 0 to {vocab_size - 1}; the file belongs to another vocabulary, or holds ids in "
-            "place of offsets: export the heads again"
-        )
-    falls = columns[1:] <= columns[:-1]
-    if falls.any():
-        token = int(falls.nonzero()[0])
-        raise CheckpointError(
-            f"{path}: 'd2t' maps draft tokens {token} and {token + 1} to {int(columns[token])} and "
-            f"{int(columns[token + 1])}, expected increasing tokens; export the heads again with a "
-            "sorted vocabulary"
-        )
-    if is_drafted is not None:
-        _require_list(path, "t2d", is_drafted, vocab_size, "tokens of the target")
-        expected = torch.zeros(vocab_size, dtype=torch.bool, device="cpu")
-        expected[columns] = True
-        differs = (is_drafted != 0) != expected
-        if differs.any():
-            token = int(differs.nonzero()[0])
-            raise CheckpointError(
-                f"{path}: 't2d' holds {bool(is_drafted[token])} for token {token}, expected "
-                f"{bool(expected[token])} as 'd2t' says ({int(differs.sum())} such tokens); one of "
-                "them is of another run, export the heads again"
-            )
-    return columns
-
-
-def _require_list(path: Path, key: str, found: Tensor, length: int, of: str) -> None:
-    if found.shape != (length,) or found.dtype not in _INTEGERS:
-        raise CheckpointError(
-            f"{path}: {key!r} is {found.dtype} of shape {list(found.shape)}, expected whole "
-            f"numbers of shape [{length}], the {of}; export the heads again"
-        )
 
 
 def write_eagle(
@@ -319,12 +245,12 @@ def write_eagle(
     if num_target_layers is not None:
         config = without_usual_layers(checkpoint.config, num_target_layers)
         checkpoint = replace(checkpoint, config=config)
-    _require_whole(folder, checkpoint)
+    require_whole(folder, checkpoint.tensors, _expected_shapes(checkpoint.config))
 
     def check(aside: Path) -> None:
         found, path = read_eagle(aside), folder / WEIGHTS_NAME
         require_same_tensors(path, checkpoint.tensors, found.tensors)
-        require_same_config(folder / CONFIG_NAME, checkpoint.config, found.config)
+        require_written(folder / CONFIG_NAME, checkpoint.config, found.config)
 
     write_heads(
         folder,
@@ -347,33 +273,7 @@ def require_writable(folder: Path) -> None:
     Raises:
         CheckpointError: If it is a file, or holds another model or weights that are read instead.
     """
-    require_folder(folder)
-    for name in _RIVALS:
-        if (folder / name).exists():
-            raise CheckpointError(
-                f"{folder / name}: found weights that are read in place of {WEIGHTS_NAME}, "
-                "expected none; save the heads into a folder of their own"
-            )
-    weights = folder / WEIGHTS_NAME
-    is_taken = (folder / CONFIG_NAME).is_file() or weights.is_file()
-    mine = (source for source in weight_files(folder) if source.path == weights)
-    if is_taken and not any(map(_is_eagle, mine)):
-        raise CheckpointError(
-            f"{folder}: found the config or weights of another model, expected none or those of "
-            "EAGLE heads; save the heads into a folder of their own"
-        )
-
-
-def _require_whole(folder: Path, checkpoint: EagleCheckpoint) -> None:
-    expected = _expected_shapes(checkpoint.config)
-    found = {name: tuple(tensor.shape) for name, tensor in checkpoint.tensors.items()}
-    wrong = sorted(name for name in {*expected, *found} if expected.get(name) != found.get(name))
-    if wrong:
-        name = wrong[0]
-        raise CheckpointError(
-            f"{folder}: tensor {name!r} has shape {found.get(name)}, expected {expected.get(name)} "
-            "as the numbers of the heads say; pass the numbers that the tensors were made with"
-        )
+    require_replaceable(folder, is_mine=_is_eagle, owner="EAGLE heads")
 
 
 def _named_tensors(checkpoint: EagleCheckpoint) -> dict[str, Tensor]:
@@ -387,14 +287,6 @@ def _named_tensors(checkpoint: EagleCheckpoint) -> dict[str, Tensor]:
             key = key.replace("layers.0.", "midlayer.")
         named[key] = tensor
     if config.kind == "eagle3" and config.has_own_lm_head:
-        named |= _draft_lists(checkpoint)
+        columns = checkpoint.tensors.get("draft_columns")
+        named |= draft_lists(columns, vocab_size=config.vocab_size)
     return named
-
-
-def _draft_lists(checkpoint: EagleCheckpoint) -> dict[str, Tensor]:
-    """Return both lists of the draft vocabulary; SpecForge needs them even if it is complete."""
-    size = checkpoint.config.vocab_size
-    columns = checkpoint.tensors.get("draft_columns", torch.arange(size, device="cpu")).cpu()
-    is_drafted = torch.zeros(size, dtype=torch.bool, device="cpu")
-    is_drafted[columns] = True
-    return {"d2t": columns - torch.arange(len(columns), device="cpu"), "t2d": is_drafted}

@@ -1,6 +1,5 @@
 """Read the config of EAGLE heads from tensors and config.json, and write config.json."""
 
-import logging
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -8,14 +7,24 @@ from typing import Any
 
 import torch
 
+from speclm.drafting.decoder import read_rope
+from speclm.drafting.heads_config import (
+    Shapes,
+    count_layers,
+    log_differences,
+    matrix_shape,
+    merge_objects,
+    require_same_config,
+    require_types,
+    saved_rope,
+    vocabularies,
+    width_of_heads,
+)
+from speclm.drafting.heads_folder import CONFIG_NAME
 from speclm.errors import CheckpointError, OptionError, shown
-from speclm.files.weights import MAX_COUNT, read_json
-from speclm.methods.eagle.config import NUM_FEATURES, EagleConfig, read_rope, usual_layers
+from speclm.files.weights import read_json
+from speclm.methods.eagle.config import NUM_FEATURES, EagleConfig, usual_layers
 from speclm.tree.static import RankPaths
-
-_log = logging.getLogger("speclm")
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 _LAYER_IDS = ("eagle_aux_hidden_state_layer_ids", "aux_hidden_state_layer_ids")
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -40,7 +49,6 @@ _TYPES: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("rope_scaling", "rope_parameters", "speculators_config", "speclm"), (dict,)),
     **dict.fromkeys((*_LAYER_IDS, "layer_types"), (list,)),
 }
-_MAX_NUMBER = 1e30  # of anything but counts
 _ARCHITECTURES = {"eagle": "LlamaForCausalLM", "eagle3": "LlamaForCausalLMEagle3"}
 _QWEN_ARCHITECTURES = {"eagle": "Qwen3ForCausalLM", "eagle3": "Eagle3Qwen3ForCausalLM"}
 _SAME_NAMES = (
@@ -60,34 +68,12 @@ def read_hints(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: If the file is not a JSON object, or a value has the wrong type.
     """
-    path = folder / "config.json"
+    path = folder / CONFIG_NAME
     if not path.is_file():
         return {}
-    config = read_json(path)
-    parts = []
-    for name in ("eagle_config", None, "model", "transformer_layer_config"):
-        part = config if name is None else config.get(name) or {}
-        if not isinstance(part, dict):
-            raise CheckpointError(
-                f"{path}: {name} is {shown(part)}, expected an object; correct it"
-            )
-        parts.append(part)
-    hints = {name: value for part in parts for name, value in part.items() if value is not None}
-    for name, types in _TYPES.items():
-        value = hints.get(name)
-        is_wrong = not isinstance(value, types) or (isinstance(value, bool) and bool not in types)
-        most = MAX_COUNT if types == (int,) else _MAX_NUMBER
-        expected = None
-        if value is not None and is_wrong:
-            expected = types[-1].__name__
-        elif isinstance(value, int | float) and not abs(value) <= most:
-            expected = f"a number up to {most}"
-        elif name == "layer_types" and any(not isinstance(kind, str) for kind in value or ()):
-            expected = "strings"
-        if expected is not None:
-            raise CheckpointError(
-                f"{path}: {name} is {shown(value)}, expected {expected}; correct it"
-            )
+    parts = ("eagle_config", None, "model", "transformer_layer_config")
+    hints = merge_objects(path, read_json(path), parts)
+    require_types(path, hints, _TYPES)
     return hints
 
 
@@ -104,12 +90,12 @@ def infer_config(path: Path, shapes: Shapes, hints: Mapping[str, Any], kind: str
         CheckpointError: If a tensor or a value is missing, or two values contradict each other.
     """
     fc, q_proj, k_proj, gate = (
-        _matrix(path, shapes, name)
+        matrix_shape(path, shapes, name)
         for name in ("fc.weight", *(f"layers.0.{part}_proj.weight" for part in _SHOWING))
     )
     hidden = fc[0]
-    head_dim = _head_dim(path, shapes, hints, (q_proj[0], k_proj[0]))
-    vocab_size, draft_vocab_size = _vocabularies(path, shapes, hints)
+    head_dim = width_of_heads(path, shapes, hints, (q_proj[0], k_proj[0]))
+    vocab_size, draft_vocab_size = vocabularies(path, shapes, hints)
     is_eagle3 = kind == "eagle3"
     layers = _feature_layers(path, hints) if is_eagle3 else None
     num_features, target_hidden = 1, hidden
@@ -126,9 +112,9 @@ def infer_config(path: Path, shapes: Shapes, hints: Mapping[str, Any], kind: str
         "vocab_size": vocab_size,
         "draft_vocab_size": draft_vocab_size,
         "target_hidden_size": target_hidden,
-        "num_layers": _count_layers(path, shapes),
+        "num_layers": count_layers(path, shapes),
     }
-    _compare(path, hints, config)
+    log_differences(path, hints, {**config, "num_hidden_layers": config["num_layers"]})
     try:
         return EagleConfig(
             kind=kind,
@@ -165,57 +151,6 @@ def _switches(shapes: Shapes, hints: Mapping[str, Any]) -> dict[str, bool]:
         "has_own_embeddings": has("embed_tokens.weight"),
         "has_own_lm_head": has("lm_head.weight"),
     }
-
-
-def _matrix(path: Path, shapes: Shapes, name: str) -> tuple[int, int]:
-    shape = shapes.get(name)
-    if shape is None or len(shape) != 2 or 0 in shape:
-        found = "is missing" if shape is None else f"has shape {list(shape)}"
-        raise CheckpointError(
-            f"{path}: key {name!r} {found}, expected a matrix; download the file again"
-        )
-    return shape[0], shape[1]
-
-
-def _head_dim(path: Path, shapes: Shapes, hints: Mapping[str, Any], rows: tuple[int, int]) -> int:
-    """Return the width of a head, from its norm, the config, or queries / heads."""
-    normed = shapes.get("layers.0.self_attn.q_norm.weight")
-    num_heads, named = hints.get("num_attention_heads"), hints.get("head_dim")
-    if normed:
-        head_dim = normed[0]
-    elif named and num_heads and named * num_heads != rows[0]:
-        raise CheckpointError(
-            f"{path}: queries are {rows[0]} wide, expected {named * num_heads} since config.json "
-            f"names {num_heads} heads of head_dim {named}; correct config.json"
-        )
-    elif not (named or num_heads):
-        raise CheckpointError(
-            f"{path}: config.json names neither num_attention_heads nor head_dim, and queries "
-            f"{rows[0]} wide do not show them; add one to config.json"
-        )
-    else:
-        head_dim = named or max(1, rows[0] // hints["num_attention_heads"])
-    if not head_dim or any(row % head_dim for row in rows):
-        raise CheckpointError(
-            f"{path}: queries and keys are {rows[0]} and {rows[1]} wide, expected multiples of "
-            f"{head_dim}, the width of a head; correct num_attention_heads or head_dim in "
-            "config.json"
-        )
-    return int(head_dim)
-
-
-def _vocabularies(path: Path, shapes: Shapes, hints: Mapping[str, Any]) -> tuple[int, int]:
-    lists = [shapes[name] for name in ("t2d", "embed_tokens.weight") if shapes.get(name)]
-    columns = [shapes[name] for name in ("lm_head.weight", "d2t") if shapes.get(name)]
-    vocab_size = lists[0][0] if lists else hints.get("vocab_size")
-    if vocab_size is None:
-        vocab_size = columns[0][0] if columns and "d2t" not in shapes else None
-    if vocab_size is None:
-        raise CheckpointError(
-            f"{path}: neither config.json nor a tensor shows vocab_size, the width of the target's "
-            "logits; add it to config.json"
-        )
-    return vocab_size, columns[0][0] if columns else vocab_size
 
 
 def _feature_layers(path: Path, hints: Mapping[str, Any]) -> tuple[int, ...] | None:
@@ -258,36 +193,11 @@ def _features(
     return num_features, width // num_features
 
 
-def _count_layers(path: Path, shapes: Shapes) -> int:
-    """Return how many layers have tensors, without looping up to a number named in a key."""
-    indices = {int(name.split(".")[1]) for name in shapes if name.startswith("layers.")}
-    missing = next((index for index in range(len(indices)) if index not in indices), None)
-    if missing is not None:
-        raise CheckpointError(
-            f"{path}: key 'layers.{missing}.self_attn.q_proj.weight' is missing, found parts of "
-            f"{len(indices)} layers up to number {max(indices)}, expected numbers from 0 without "
-            "gaps; download the file again"
-        )
-    return len(indices)
-
-
 def _sliding_window(hints: Mapping[str, Any]) -> int | None:
     # A config copied from a base may name a window that is not used.
     kinds = set(hints.get("layer_types", ()))
     is_used = kinds == {"sliding_attention"} and hints.get("use_sliding_window", True)
     return hints.get("sliding_window") if is_used else None
-
-
-def _compare(path: Path, hints: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Log the values of the config that differ from the tensors."""
-    names = {"num_layers": "num_hidden_layers"}
-    wrong = [
-        f"{names.get(name, name)} {hint!r} (found {number})"
-        for name, number in config.items()
-        if (hint := hints.get(names.get(name, name), number)) != number
-    ]
-    if wrong:
-        _log.warning("%s goes by its tensors; config.json says %s", path, ", ".join(wrong))
 
 
 def without_usual_layers(config: EagleConfig, num_target_layers: int) -> EagleConfig:
@@ -298,7 +208,7 @@ def without_usual_layers(config: EagleConfig, num_target_layers: int) -> EagleCo
     return config
 
 
-def require_same_config(path: Path, written: EagleConfig, found: EagleConfig) -> None:
+def require_written(path: Path, written: EagleConfig, found: EagleConfig) -> None:
     """Check that a config reads back as it was written, else raise a `CheckpointError`."""
     expected, actual = (
         asdict(
@@ -306,20 +216,7 @@ def require_same_config(path: Path, written: EagleConfig, found: EagleConfig) ->
         )
         for config in (written, found)
     )
-    for name, value in expected.items():
-        if actual[name] != value:
-            raise CheckpointError(
-                f"{path}: {name} reads back as {actual[name]!r}, expected {value!r} as it was "
-                "written, the old files are kept; report it with these numbers"
-            )
-
-
-def base_name(hints: Mapping[str, Any]) -> str | None:
-    """Return the base that a config names for its heads, if any."""
-    verifier = hints.get("speculators_config", {}).get("verifier")
-    named = verifier.get("name_or_path") if isinstance(verifier, Mapping) else None
-    found = named or hints.get("base_model_name_or_path")
-    return found if isinstance(found, str) else None
+    require_same_config(path, expected, actual)
 
 
 def describe(
@@ -337,7 +234,7 @@ def describe(
         "base_model_name_or_path": base_name_or_path,
         "num_hidden_layers": config.num_layers,
         **{name: getattr(config, name) for name in _SAME_NAMES},
-        **_rope(config),
+        **saved_rope(config.rope_parameters),
         **_window(config),
         "logit_scale": None if config.logit_scale == 1 else config.logit_scale,
         "tie_word_embeddings": False,
@@ -376,17 +273,6 @@ def _eagle3(config: EagleConfig) -> dict[str, Any]:
             "eagle_aux_hidden_state_layer_ids": layers,
         }
     return described
-
-
-def _rope(config: EagleConfig) -> dict[str, Any]:
-    """Return the rotation as Transformers 4 wrote it, which all libraries read."""
-    rope = read_rope({"rope_parameters": config.rope_parameters})
-    theta, rope_type = rope.pop("rope_theta"), rope.pop("rope_type")
-    if rope_type == "default":
-        return {"rope_theta": theta}
-    # SafeAILab's code accepts only these two keys.
-    key = "type" if rope_type in ("linear", "dynamic") and len(rope) == 1 else "rope_type"
-    return {"rope_theta": theta, "rope_scaling": {key: rope_type, **rope}}
 
 
 def _window(config: EagleConfig) -> dict[str, Any]:

@@ -1,16 +1,18 @@
 """Config of EAGLE heads: read from a checkpoint or made for a base."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self, cast
-
-from transformers import LlamaConfig
-from transformers.activations import ACT2FN
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from typing import Any, Self
 
 from speclm.config import require_count, require_positive, require_size
-from speclm.errors import OptionError, reason_of, shown
+from speclm.drafting.decoder import (
+    first_number,
+    require_activation,
+    require_rope,
+    rope_theta,
+    unscaled_rope,
+)
+from speclm.errors import OptionError, shown
 
 KINDS = ("eagle", "eagle3")
 """EAGLE-1 and 2 share one kind of heads, on the last hidden state; EAGLE-3 reads several."""
@@ -21,30 +23,12 @@ NUM_FEATURES = 3
 MIN_TARGET_LAYERS = 7
 """Minimum layers of a target, so that EAGLE-3's default hidden states differ from each other."""
 
-DEFAULT_ROPE_THETA = 10000.0
-"""Base of the rotation if the heads' config names none; the target's does not apply."""
-
-_ROPE_NEEDS: dict[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "yarn": ("factor",),
-    "longrope": ("short_factor", "long_factor"),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-}
-_FACTORS = ("short_factor", "long_factor")
-_MAX_NUMBER = 1e30
-_LEARNED = ("prelu", "xielu")  # activations with parameters of their own
 _SIZES = (
     *("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
     *("head_dim", "vocab_size", "draft_vocab_size", "target_hidden_size", "num_layers"),
     *("num_features", "max_position_embeddings"),
 )
 _EAGLE3_ONLY = ("norm_before_residual", "fc_norm", "norm_before_fc", "norm_output")
-
-
-def _unscaled_rope() -> dict[str, Any]:
-    return {"rope_type": "default", "rope_theta": DEFAULT_ROPE_THETA}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +85,7 @@ class EagleConfig:
     feature_layers: tuple[int, ...] | None = None
     rms_norm_eps: float = 1e-6
     hidden_act: str = "silu"
-    rope_parameters: Mapping[str, Any] = field(default_factory=_unscaled_rope, hash=False)
+    rope_parameters: Mapping[str, Any] = field(default_factory=unscaled_rope, hash=False)
     max_position_embeddings: int = 2048
     sliding_window: int | None = None
     attention_bias: bool = False
@@ -125,22 +109,13 @@ class EagleConfig:
             require_positive(name, getattr(self, name))
         if self.sliding_window is not None:
             require_size("sliding_window", self.sliding_window)
-        if self.hidden_act not in ACT2FN or self.hidden_act in _LEARNED:
-            raise OptionError(
-                f"hidden_act is {self.hidden_act!r}, expected an activation that Transformers "
-                "knows and that has no weights, such as 'silu'; correct it"
-            )
+        require_activation(self.hidden_act)
         if self.num_attention_heads % self.num_key_value_heads:
             raise OptionError(
                 f"num_attention_heads is {self.num_attention_heads}, expected a multiple of "
                 f"num_key_value_heads, {self.num_key_value_heads}; correct one"
             )
-        if self.head_dim % 2:
-            raise OptionError(
-                f"head_dim is {self.head_dim}, expected an even number, since pairs are rotated; "
-                "correct it or num_attention_heads"
-            )
-        _require_rope(self)
+        require_rope(self)
         _require_features(self)
         _require_outputs(self)
 
@@ -206,10 +181,10 @@ class EagleConfig:
         """
         text = config.get_text_config()
         hidden = int(text.hidden_size)
-        heads = _first_number(text, "num_attention_heads") or max(1, hidden // 64)
-        kv_heads = _first_number(text, "num_key_value_heads") or heads
-        head_dim = _first_number(text, "head_dim") or hidden // heads
-        wide = _first_number(text, "intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner")
+        heads = first_number(text, "num_attention_heads") or max(1, hidden // 64)
+        kv_heads = first_number(text, "num_key_value_heads") or heads
+        head_dim = first_number(text, "head_dim") or hidden // heads
+        wide = first_number(text, "intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner")
         is_eagle3 = kind == "eagle3"
         made = cls(
             kind=kind,
@@ -225,8 +200,8 @@ class EagleConfig:
             num_features=len(feature_layers or range(NUM_FEATURES)) if is_eagle3 else 1,
             feature_layers=feature_layers,
             rms_norm_eps=float(getattr(text, "rms_norm_eps", None) or 1e-6),
-            rope_parameters=_unscaled_rope() | {"rope_theta": _rope_theta(text)},
-            max_position_embeddings=_first_number(text, "max_position_embeddings") or 2048,
+            rope_parameters=unscaled_rope(rope_theta(text)),
+            max_position_embeddings=first_number(text, "max_position_embeddings") or 2048,
             has_own_lm_head=is_eagle3,
         )
         if is_eagle3:
@@ -237,92 +212,6 @@ class EagleConfig:
 def usual_layers(num_target_layers: int) -> tuple[int, int, int]:
     """Return the hidden states that EAGLE-3 reads by default, as HF indices."""
     return 2, num_target_layers // 2, num_target_layers - 3
-
-
-def read_rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the rotation of a config.json, in the form of Transformers 5.
-
-    Older configs have ``rope_theta`` at the top level and ``rope_scaling`` with ``type`` or
-    ``rope_type``; without either, the rotation is unscaled, with base 10000.
-    """
-    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(found, Mapping):
-        raise OptionError(f"the rotation is {shown(found)}, expected a dict of numbers; correct it")
-    nested = found.get("full_attention")
-    rope = dict(nested if isinstance(nested, Mapping) else found)
-    old_type = rope.pop("type", None)
-    rope_type = rope.get("rope_type") or old_type or "default"
-    theta = rope.get("rope_theta") or config.get("rope_theta") or DEFAULT_ROPE_THETA
-    share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-    if rope_type in ("default", "mrope"):  # axes of images coincide on text
-        rope, rope_type = {}, "default"
-    rope |= {"rope_type": rope_type, "rope_theta": theta}
-    return rope if share in (None, 1) else rope | {"partial_rotary_factor": share}
-
-
-def _require_rope(config: EagleConfig) -> None:
-    rope = config.rope_parameters
-    rope_type = rope.get("rope_type")
-    if not isinstance(rope_type, str) or rope_type not in _ROPE_NEEDS:
-        raise OptionError(
-            f"rope_type is {shown(rope_type)}, expected one of {sorted(_ROPE_NEEDS)!r}; correct "
-            "rope_parameters"
-        )
-    require_positive("rope_theta", rope.get("rope_theta"))
-    missing = [name for name in _ROPE_NEEDS[rope_type] if rope.get(name) is None]
-    if missing:
-        raise OptionError(
-            f"rope_parameters of type {rope_type!r} name no {missing[0]!r}, found "
-            f"{sorted(rope)!r}; add it"
-        )
-    if rope.get("partial_rotary_factor", 1) != 1:
-        raise OptionError(
-            f"partial_rotary_factor is {shown(rope['partial_rotary_factor'])}, expected 1: heads "
-            "rotate all of each query and key; remove it if they were trained so"
-        )
-    for name, value in rope.items():
-        length = config.head_dim // 2 if name in _FACTORS else None
-        if not _is_rope_value(value, length):
-            expected = "a finite number" if length is None else f"{length} finite numbers"
-            raise OptionError(
-                f"{name} of rope_parameters is {shown(value)}, expected {expected}; correct it"
-            )
-    if rope_type != "default":
-        _require_frequencies(config)
-
-
-def _is_rope_value(value: object, length: int | None) -> bool:
-    if length is not None:
-        is_list = isinstance(value, list | tuple) and len(value) == length
-        return is_list and all(_is_rope_value(part, None) for part in cast("list[Any]", value))
-    if isinstance(value, int | float):
-        return abs(value) <= _MAX_NUMBER  # which NaN is not
-    return value is None or isinstance(value, str)
-
-
-def _require_frequencies(config: EagleConfig) -> None:
-    """Check that a rotation can be computed with any values it may have."""
-    size = config.head_dim
-    try:
-        llama = LlamaConfig(
-            hidden_size=size,
-            head_dim=size,
-            num_attention_heads=1,
-            max_position_embeddings=config.max_position_embeddings,
-            rope_parameters=dict(config.rope_parameters),
-        )
-        rotary = LlamaRotaryEmbedding(llama)
-    except Exception as error:
-        raise OptionError(
-            f"rope_parameters {shown(dict(config.rope_parameters))} cannot be computed with "
-            f"({reason_of(error)}); correct them"
-        ) from error
-    is_finite = math.isfinite(rotary.attention_scaling) and bool(rotary.inv_freq.isfinite().all())
-    if not is_finite:
-        raise OptionError(
-            f"rope_parameters {shown(dict(config.rope_parameters))} give frequencies that are not "
-            "finite; correct them"
-        )
 
 
 def _require_features(config: EagleConfig) -> None:
@@ -379,17 +268,3 @@ def _require_outputs(config: EagleConfig) -> None:
             f"{config.target_hidden_size} next to hidden_size {config.hidden_size}: the target's "
             "embeddings do not fit; switch it on"
         )
-
-
-def _first_number(config: Any, *names: str) -> int | None:
-    """Return the first of some attributes that is a number, not a list by layer."""
-    for name in names:
-        value = getattr(config, name, None)
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            return value
-    return None
-
-
-def _rope_theta(config: Any) -> float:
-    named = {name: getattr(config, name, None) for name in ("rope_parameters", "rope_theta")}
-    return float(read_rope(named)["rope_theta"])

@@ -9,10 +9,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from speclm.drafting.decoder import Rotation, rotated
 from speclm.methods.eagle.config import EagleConfig
-
-Rotation = tuple[Tensor, Tensor]
-"""Cosines and sines, ``[batch, seq, head_dim]``."""
 
 
 @runtime_checkable
@@ -60,7 +58,7 @@ class EagleAttention(nn.Module):
         values = self.v_proj(states).view(by_head).transpose(1, 2)
         if self.q_norm is not None and self.k_norm is not None:
             queries, keys = self.q_norm(queries), self.k_norm(keys)
-        both = _rotated(torch.cat((queries, keys), dim=2), rotation).transpose(1, 2)
+        both = rotated(torch.cat((queries, keys), dim=2), rotation).transpose(1, 2)
         queries, keys = both[:, : queries.shape[2]], both[:, queries.shape[2] :]
         if past_key_values is not None:
             keys, values = past_key_values.update(keys, values, self.index)
@@ -88,15 +86,6 @@ class EagleAttention(nn.Module):
         distance = kv_indices[kv_len - seq :, None] - kv_indices  # [seq, kv_len]
         sees = distance >= 0
         return sees if window is None else sees & (distance < window)
-
-
-def _rotated(
-    states: Float[Tensor, "batch seq heads head_dim"], rotation: Rotation
-) -> Float[Tensor, "batch seq heads head_dim"]:
-    """Rotate the pairs (i, i + half) of every head."""
-    cosines, sines = (part[:, :, None] for part in rotation)  # the same for all heads
-    first, second = states.chunk(2, dim=-1)
-    return torch.addcmul(states * cosines, torch.cat((-second, first), dim=-1), sines)
 
 
 class EagleLayer(nn.Module):

@@ -149,13 +149,9 @@ class EagleRecipe(Recipe):
         self, base: "PreTrainedModel", options: Any, train_dataset: Any, *, seed: int
     ) -> "EagleHeads":
         """Return loaded or new heads; EAGLE-3 heads get the draft vocabulary of the data."""
-        from speclm.methods.eagle.training import (
-            choose_columns,
-            count_tokens,
-            load_eagle_heads,
-            new_eagle_heads,
-        )
+        from speclm.methods.eagle.training import load_eagle_heads, new_eagle_heads
         from speclm.target import TargetView
+        from speclm.training.dataset import choose_columns, count_tokens
 
         if options.init is not None:
             heads = load_eagle_heads(base, options.init, revision=options.init_revision)

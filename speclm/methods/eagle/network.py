@@ -8,13 +8,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from typing_extensions import override
 
 from speclm.cache.tree_cache import TreeCache
+from speclm.drafting.decoder import Rotation, make_rotary
 from speclm.errors import OptionError
 from speclm.methods.eagle.config import EagleConfig
-from speclm.methods.eagle.layer import EagleLayer, KeyValueStore, Rotation
+from speclm.methods.eagle.layer import EagleLayer, KeyValueStore
 
 if TYPE_CHECKING:
     from speclm.methods.eagle.checkpoint import EagleCheckpoint
@@ -49,7 +49,7 @@ class EagleHeads(nn.Module):
         self._llama = _llama_config(config)
         with torch.device("meta"):  # draws no random numbers
             self._add_parts()
-        self.rotary = _rotary(self._llama)
+        self.rotary = make_rotary(self.config)
         if dtype is not None:
             self.to(dtype=dtype)
         if device is None or device.type != "meta":
@@ -86,7 +86,7 @@ class EagleHeads(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # Casting the weights rounds the frequencies too, and `to_empty` loses them.
         device = self.fc.weight.device
-        self.rotary = _rotary(self._llama).train(self.training)
+        self.rotary = make_rotary(self.config).train(self.training)
         if device.type != "meta":
             self.rotary.to(device)
         return self
@@ -393,8 +393,3 @@ def _llama_config(config: EagleConfig) -> LlamaConfig:
         max_position_embeddings=config.max_position_embeddings,
         rope_parameters=dict(config.rope_parameters),
     )
-
-
-def _rotary(llama: LlamaConfig) -> LlamaRotaryEmbedding:
-    with torch.device("cpu"):
-        return LlamaRotaryEmbedding(llama)

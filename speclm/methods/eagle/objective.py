@@ -20,13 +20,11 @@ from speclm.methods.eagle.method import MAX_STEPS
 from speclm.methods.eagle.network import EagleHeads
 from speclm.methods.eagle.proposer import EagleProposer
 from speclm.methods.eagle.rollout import roll_out
-from speclm.target import TargetFeatures
-from speclm.target.features import FeatureTap
 from speclm.training.acceptance_meter import AcceptanceMeter
 from speclm.training.training_model import (
     IGNORED,
     TrainingModel,
-    rank_targets,
+    rank_columns,
     score_in_chunks,
     shifted_targets,
     soft_cross_entropy,
@@ -142,13 +140,13 @@ class EagleTrainingModel(TrainingModel):
         loss_mask: Bool[Tensor, "batch seq"],
     ) -> dict[str, Tensor]:
         objective, device = self.objective, self.heads.fc.weight.device
-        features, last = self.read_base(input_ids, attention_mask)
+        features, last = self.read_base(input_ids, attention_mask, self._layers)
         tokens, loss_mask = input_ids.to(device), loss_mask.to(device)
         sources = find_sources(tokens, loss_mask, num_steps=objective.num_measured)
         goals = self._goals(last, sources)
         outputs = roll_out(
             self.heads,
-            self._with_noise(features),
+            self._with_noise(features.to(device)),
             tokens,
             sources.indices,
             num_steps=objective.num_measured,
@@ -174,26 +172,6 @@ class EagleTrainingModel(TrainingModel):
             "counts": counted,
             "ranks": ranks,
         }
-
-    @torch.no_grad()
-    def read_base(
-        self, input_ids: Int[Tensor, "batch seq"], attention_mask: Int[Tensor, "batch seq"]
-    ) -> tuple[Float[Tensor, "batch seq features"], Float[Tensor, "batch seq hidden"]]:
-        """Return the features that the heads read, and the input of the base's output matrix."""
-        device = self.view.device
-        taken: list[Tensor] = []
-        wanted = self._layers if self._layers == (-1,) else (*self._layers, -1)
-        tap = FeatureTap(TargetFeatures(wanted), is_own=lambda: True, take=taken.append)
-        with tap.on(self.view.decoder, self.view.num_layers):
-            self.view.decoder(
-                input_ids=input_ids.to(device),
-                attention_mask=attention_mask.to(device),
-                use_cache=False,
-            )
-        (states,) = taken
-        last = states[..., -self.heads.config.target_hidden_size :]
-        features = last if wanted == (-1,) else states[..., : -last.shape[-1]]
-        return features.to(self.heads.fc.weight.device), last
 
     def _with_noise(
         self, features: Float[Tensor, "batch seq features"]
@@ -315,27 +293,3 @@ def feature_loss(
     Source: Li et al. 2024 (EAGLE), feature regression.
     """
     return F.smooth_l1_loss(hidden.float(), wanted.float(), reduction="none").mean(-1)
-
-
-def rank_columns(
-    logits: Float[Tensor, "rows draft_vocab"],
-    targets: Int[Tensor, " rows"],
-    columns: Int[Tensor, " draft_vocab"] | None,
-) -> Int[Tensor, " rows"]:
-    """Return the rank of each target; a target outside the draft vocabulary ranks last.
-
-    Args:
-        logits: Logits of the heads.
-        targets: Token ids of the base; negative if there is none.
-        columns: Token id of each column, increasing; None if the vocabularies are the same.
-
-    Returns:
-        0 for the largest logit, the number of columns for a token outside the draft vocabulary,
-        and -1 if there is no target.
-    """
-    if columns is None:
-        return rank_targets(logits, targets)
-    indices = torch.searchsorted(columns, targets.clamp(min=0)).clamp(max=len(columns) - 1)
-    is_outside = (columns[indices] != targets) & (targets >= 0)
-    ranks = rank_targets(logits, indices.where(targets >= 0, targets))
-    return ranks.masked_fill(is_outside, logits.shape[-1])

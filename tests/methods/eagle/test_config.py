@@ -10,7 +10,7 @@ from transformers import (
 )
 
 from speclm.errors import OptionError
-from speclm.methods.eagle.config import EagleConfig, read_rope
+from speclm.methods.eagle.config import EagleConfig
 from speclm.methods.eagle.network import EagleHeads
 
 NUMBERS = {
@@ -140,8 +140,3 @@ def test_base_with_too_few_layers_needs_named_ones():
     assert (config.num_features, config.feature_layers) == (2, (1, 3))
     with pytest.raises(OptionError, match=r"\(1, 4\), expected at most 3"):
         EagleConfig.from_model_config(base, kind="eagle3", feature_layers=(1, 4))
-
-
-def test_rotation_that_is_no_dict_is_refused():
-    with pytest.raises(OptionError, match=r"the rotation is \[2\], expected a dict"):
-        read_rope({"rope_scaling": [2]})

@@ -10,13 +10,11 @@ from speclm.methods.eagle.method import EagleRecipe
 from speclm.methods.eagle.objective import EagleObjective, EagleTrainingModel
 from speclm.methods.eagle.proposer import EagleProposer
 from speclm.methods.eagle.training import (
-    choose_columns,
-    count_tokens,
     new_eagle_heads,
 )
 from speclm.training.arguments import training_arguments
 from speclm.training.conversations import Example
-from speclm.training.dataset import ExampleDataset
+from speclm.training.dataset import ExampleDataset, choose_columns, count_tokens
 from speclm.training.heads_trainer import HeadsTrainer
 from tests.training.runs import SETTINGS
 

@@ -14,7 +14,6 @@ from speclm.methods.eagle.objective import (
     EagleTrainingModel,
     feature_loss,
     find_sources,
-    rank_columns,
 )
 from speclm.methods.eagle.proposer import EagleProposer
 from speclm.methods.eagle.rollout import roll_out
@@ -282,7 +281,7 @@ def test_training_reads_and_computes_what_decoding_does(kind):
 
     objective = EagleObjective(num_steps=steps, num_measured=steps)
     model = EagleTrainingModel(base, heads, objective=objective)
-    features, _ = model.read_base(said, torch.ones_like(said))
+    features, _ = model.read_base(said, torch.ones_like(said), model._layers)
     assert set(range(16)) <= set(watcher.features)
     for position, seen in watcher.features.items():
         torch.testing.assert_close(seen, features[0, position], atol=CLOSE, rtol=0)
@@ -316,11 +315,3 @@ def test_batch_without_any_counted_token_has_one_source_without_target():
 def test_feature_loss_is_square_near_zero_and_linear_beyond_one():
     found = feature_loss(torch.tensor([[0.5, 3.0]]), torch.zeros(1, 2))
     assert found.item() == pytest.approx((0.125 + 2.5) / 2, abs=CLOSE)
-
-
-def test_ranks_count_the_better_columns():
-    logits = torch.tensor([[3.0, 1.0, 2.0]] * 4)
-    targets = torch.tensor([5, 9, 7, -100])
-    ranks = rank_columns(logits, targets, torch.tensor([5, 6, 9]))
-    assert ranks.tolist() == [0, 1, 3, -1]  # 7 has no column
-    assert rank_columns(logits[:3], torch.tensor([0, 1, 2]), None).tolist() == [0, 2, 1]

@@ -1,0 +1,152 @@
+"""Keys and values of committed tokens, which every block attends to."""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from speclm.methods.block.network import BlockHeads, block_masks
+
+CHUNK = 512
+"""Most tokens whose features are projected at once, which bounds the memory for a prompt."""
+
+_LEAST_CAPACITY = 256
+
+Masks = tuple[Bool[Tensor, "mask_rows 1 positions seen"] | None, ...]
+
+
+class BlockContext:
+    """Keys and values that block heads compute from the target's features, for all layers.
+
+    The first ``lengths[b]`` entries of row b belong to its padding and its committed tokens; what
+    follows them is never seen. Nothing is stored for draft tokens. The storage doubles when it is
+    full.
+    """
+
+    def __init__(self, heads: BlockHeads, *, first_positions: list[int]) -> None:
+        """Create an empty context.
+
+        Args:
+            heads: The network.
+            first_positions: For each row the position of its first entry; below 0 by the number of
+                padding entries.
+        """
+        self._heads = heads
+        self._first = first_positions
+        self.lengths = [0] * len(first_positions)
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+        self._causal: Tensor | None = None
+
+    @property
+    def keys(self) -> Float[Tensor, "layers batch kv_heads kv_len head_dim"]:
+        """Keys of all layers, up to the end of the longest row."""
+        return self._stored(self._keys)
+
+    @property
+    def values(self) -> Float[Tensor, "layers batch kv_heads kv_len head_dim"]:
+        """Values of all layers, up to the end of the longest row."""
+        return self._stored(self._values)
+
+    def append(self, features: Float[Tensor, "batch seq features"], counts: list[int]) -> None:
+        """Project the features of committed tokens and keep the keys and values.
+
+        Args:
+            features: The target's features; rows with fewer tokens end in padding.
+            counts: Number of tokens of each row.
+        """
+        for start in range(0, features.shape[1], CHUNK):
+            part = features[:, start : start + CHUNK]
+            num_new = part.shape[1]
+            keys, values = self._heads.context(part, self.positions(num_new))
+            self._reserve(max(self.lengths) + num_new, like=keys)
+            self._write(keys, values)
+            self.lengths = [
+                length + min(max(count - start, 0), num_new)
+                for length, count in zip(self.lengths, counts, strict=True)
+            ]
+
+    def positions(self, num: int) -> Int[Tensor, "rows num"]:
+        """Return the positions of the next tokens; a single row if all rows share them."""
+        device = self._heads.fc.weight.device
+        starts = self._anchors()
+        if starts[0] >= 0 and len(set(starts)) == 1:
+            return torch.arange(starts[0], starts[0] + num, device=device)[None]
+        ahead = torch.arange(num, device=device)
+        return (self._tensor(starts)[:, None] + ahead).clamp_(min=0)
+
+    def masks(self, num_positions: int) -> Masks:
+        """Return for each layer what the positions of a block see, the context first.
+
+        Args:
+            num_positions: Positions of the block, the anchor's included.
+        """
+        config, longest = self._heads.config, max(self.lengths)
+        is_whole = min(self.lengths) == longest and min(self._first) >= 0
+        reach = longest + num_positions
+        if is_whole and all(window is None or reach <= window for window in config.windows):
+            return tuple(
+                self._causal_mask(num_positions) if is_causal else None
+                for is_causal in config.is_causal
+            )
+        entries = torch.arange(longest, device=self._heads.fc.weight.device)
+        context_positions = entries + self._tensor(self._first)[:, None]  # [batch, kv_len]
+        is_seen = (context_positions >= 0) & (entries < self._tensor(self.lengths)[:, None])
+        return block_masks(
+            config,
+            is_seen[:, None],
+            context_positions=context_positions,
+            anchors=self._tensor(self._anchors())[:, None],
+            num_positions=num_positions,
+        )
+
+    def _causal_mask(self, num_positions: int) -> Bool[Tensor, "1 1 positions seen"]:
+        """Return a part of a mask that is made once for each capacity."""
+        size, longest = self._heads.config.block_size, max(self.lengths)
+        capacity = 0 if self._keys is None else self._keys.shape[3]
+        if self._causal is None or self._causal.shape[3] != capacity + size:
+            device = self._heads.fc.weight.device
+            mask = torch.ones(1, 1, size, capacity + size, dtype=torch.bool, device=device)
+            self._causal = mask.tril_(capacity)
+        return self._causal[:, :, :num_positions, capacity - longest : capacity + num_positions]
+
+    def _anchors(self) -> list[int]:
+        """Return the position after the last token of each row."""
+        return [first + length for first, length in zip(self._first, self.lengths, strict=True)]
+
+    def _tensor(self, values: list[int]) -> Int[Tensor, " batch"]:
+        return torch.tensor(values, device=self._heads.fc.weight.device, dtype=torch.long)
+
+    def _stored(self, storage: Tensor | None) -> Tensor:
+        if storage is None:  # the anchor is the first token of the text
+            config, weight = self._heads.config, self._heads.fc.weight
+            shape = (config.num_layers, len(self.lengths), config.num_kv_heads, 0, config.head_dim)
+            return weight.new_empty(shape)
+        return storage.narrow(3, 0, max(self.lengths))
+
+    def _reserve(self, needed: int, *, like: Tensor) -> None:
+        capacity = 0 if self._keys is None else self._keys.shape[3]
+        if needed <= capacity:
+            return
+        layers, batch, kv_heads, _, head_dim = like.shape
+        shape = (layers, batch, kv_heads, max(needed, 2 * capacity, _LEAST_CAPACITY), head_dim)
+        before = self._keys, self._values
+        # Zeros, because NaN in entries that a mask hides would spread.
+        self._keys, self._values = like.new_zeros(shape), like.new_zeros(shape)
+        for old, new in zip(before, (self._keys, self._values), strict=True):
+            if old is not None:
+                new.narrow(3, 0, capacity).copy_(old)
+
+    def _write(self, keys: Tensor, values: Tensor) -> None:
+        """Write keys and values after the entries of each row; padding is overwritten later."""
+        assert self._keys is not None
+        assert self._values is not None
+        num_new, first = keys.shape[3], self.lengths[0]
+        if len(set(self.lengths)) == 1:
+            self._keys.narrow(3, first, num_new).copy_(keys)
+            self._values.narrow(3, first, num_new).copy_(values)
+            return
+        ahead = torch.arange(num_new, device=keys.device)
+        entries = self._tensor(self.lengths)[:, None] + ahead  # [batch, seq]
+        rows = torch.arange(len(self.lengths), device=keys.device)[:, None]
+        self._keys[:, rows, :, entries] = keys.permute(1, 3, 0, 2, 4)
+        self._values[:, rows, :, entries] = values.permute(1, 3, 0, 2, 4)

@@ -1,0 +1,284 @@
+"""Parts of block heads: decoder layers, and the small heads on their states.
+
+The layers are Qwen3's, which also attend to injected keys and values.
+"""
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from speclm.drafting.decoder import Rotation, rotated
+from speclm.methods.block.config import BlockConfig
+
+Context = tuple[Tensor, Tensor]
+"""Keys and values of one layer, each ``[batch, kv_heads, kv_len, head_dim]``."""
+
+
+class BlockAttention(nn.Module):
+    """Grouped attention of blocks to themselves and to a context that they share."""
+
+    def __init__(self, config: BlockConfig) -> None:
+        super().__init__()
+        hidden, dim, bias = config.hidden_size, config.head_dim, config.has_attention_bias
+        self.head_dim = dim
+        self.sizes = [config.num_heads * dim, config.num_kv_heads * dim, config.num_kv_heads * dim]
+        self.q_proj, self.k_proj, self.v_proj = (
+            nn.Linear(hidden, size, bias=bias) for size in self.sizes
+        )
+        self.o_proj = nn.Linear(self.sizes[0], hidden, bias=bias)
+        self.q_norm = nn.RMSNorm(dim, eps=config.rms_norm_eps)
+        self.k_norm = nn.RMSNorm(dim, eps=config.rms_norm_eps)
+        self._fused: tuple[Tensor, Tensor | None] | None = None
+        self._scales: Tensor | None = None  # of the norms of queries and keys, head by head
+
+    @property
+    def context_parts(self) -> tuple[nn.Linear, nn.Linear]:
+        """The projections that the context's keys and values come from."""
+        return self.k_proj, self.v_proj
+
+    def fuse_(self) -> None:
+        """Join the projections of queries, keys and values, and the norms of the first two."""
+        self._fused = _joined(self.q_proj, self.k_proj, self.v_proj)
+        norms = [
+            norm.weight.detach().expand(size // self.head_dim, -1)
+            for norm, size in zip((self.q_norm, self.k_norm), self.sizes, strict=False)
+        ]
+        self._scales = torch.cat(norms)
+
+    def separate_(self) -> None:
+        """Undo `fuse_`."""
+        self._fused = self._scales = None
+
+    def forward(
+        self,
+        states: Float[Tensor, "batch positions hidden"],
+        *,
+        rotation: Rotation,
+        context: Context,
+        mask: Bool[Tensor, "rows 1 positions seen"] | None,
+        num_blocks: int,
+    ) -> Float[Tensor, "batch positions hidden"]:
+        """Attend; see `BlockHeads.forward`."""
+        batch, length = states.shape[:2]
+        both, values = self._project(states)
+        both = rotated(both, rotation).transpose(1, 2)  # [batch, q_heads + kv_heads, ...]
+        num_heads = self.sizes[0] // self.head_dim
+        queries, own = both[:, :num_heads], (both[:, num_heads:], values.transpose(1, 2))
+        if num_blocks == 1:
+            attended = _attend(queries, context, own, mask)
+        else:
+            attended = _attend_blocks(queries, context, own, mask, num_blocks)
+        joined = attended.transpose(1, 2).reshape(batch, length, -1)
+        return self.o_proj(joined)  # type: ignore[no-any-return]  # a Linear's call is untyped
+
+    def _project(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Return normed queries and keys, one head after another, and values."""
+        by_head = (*states.shape[:2], -1, self.head_dim)
+        if self._fused is None or self._scales is None:
+            queries = self.q_norm(self.q_proj(states).view(by_head))
+            keys = self.k_norm(self.k_proj(states).view(by_head))
+            return torch.cat((queries, keys), dim=2), self.v_proj(states).view(by_head)
+        joined = F.linear(states, *self._fused).view(by_head)
+        num_normed = len(self._scales)
+        both = F.rms_norm(joined[:, :, :num_normed], (self.head_dim,), eps=self.q_norm.eps)
+        return both * self._scales, joined[:, :, num_normed:]
+
+
+def _attend(queries: Tensor, context: Context, own: Context, mask: Tensor | None) -> Tensor:
+    keys, values = (torch.cat(pair, dim=2) for pair in zip(context, own, strict=True))
+    is_grouped = queries.shape[1] != keys.shape[1]
+    return F.scaled_dot_product_attention(
+        queries, keys, values, attn_mask=mask, enable_gqa=is_grouped
+    )
+
+
+def _attend_blocks(
+    queries: Tensor, context: Context, own: Context, mask: Tensor | None, num_blocks: int
+) -> Tensor:
+    """Attend with several blocks in a row, without copies of the context for each block."""
+    batch, q_heads, length, dim = queries.shape
+    kv_heads, kv_len = context[0].shape[1:3]
+    by_group = (batch, kv_heads, q_heads // kv_heads)
+    in_blocks = (num_blocks, length // num_blocks)
+    queries = queries * dim**-0.5
+    # The queries of all blocks and of a group share one product with the context.
+    to_context = queries.reshape(batch, kv_heads, -1, dim) @ context[0].transpose(-1, -2)
+    own_keys, own_values = (
+        part.reshape(batch, kv_heads, 1, *in_blocks, dim) for part in own
+    )  # 1: shared by a group
+    to_own = queries.reshape(*by_group, *in_blocks, dim) @ own_keys.transpose(-1, -2)
+    scores = torch.cat(
+        (to_context.view(*by_group, length, kv_len), to_own.view(*by_group, length, -1)), dim=-1
+    )
+    if mask is not None:
+        scores = scores.masked_fill(~mask[:, :, None], torch.finfo(scores.dtype).min)
+    precise = torch.promote_types(scores.dtype, torch.float32)
+    weights = scores.softmax(-1, dtype=precise).to(own_values.dtype)
+    from_context = weights[..., :kv_len].reshape(batch, kv_heads, -1, kv_len) @ context[1]
+    from_own = weights[..., kv_len:].reshape(*by_group, *in_blocks, -1) @ own_values
+    shape = (batch, q_heads, length, dim)
+    attended: Tensor = from_context.view(shape) + from_own.view(shape)
+    return attended
+
+
+class BlockMLP(nn.Module):
+    """The gated feed-forward part."""
+
+    def __init__(self, config: BlockConfig) -> None:
+        super().__init__()
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(hidden, inner, bias=False)
+        self.up_proj = nn.Linear(hidden, inner, bias=False)
+        self.down_proj = nn.Linear(inner, hidden, bias=False)
+        self.activate = ACT2FN[config.hidden_act]
+        self._fused: tuple[Tensor, Tensor | None] | None = None
+
+    def fuse_(self) -> None:
+        """Join the two projections of the input."""
+        self._fused = _joined(self.gate_proj, self.up_proj)
+
+    def separate_(self) -> None:
+        """Undo `fuse_`."""
+        self._fused = None
+
+    def forward(self, states: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows hidden"]:
+        """Run the feed-forward part."""
+        if self._fused is None:
+            gate, up = self.gate_proj(states), self.up_proj(states)
+        else:
+            gate, up = F.linear(states, *self._fused).chunk(2, dim=-1)
+        return self.down_proj(self.activate(gate) * up)  # type: ignore[no-any-return]
+
+
+class BlockLayer(nn.Module):
+    """One decoder layer. Its norm of the input does not apply to the context."""
+
+    def __init__(self, config: BlockConfig) -> None:
+        super().__init__()
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = nn.RMSNorm(hidden, eps=eps)
+        self.self_attn = BlockAttention(config)
+        self.post_attention_layernorm = nn.RMSNorm(hidden, eps=eps)
+        self.mlp = BlockMLP(config)
+
+    def fuse_(self) -> None:
+        """Join weights that read the same states."""
+        self.self_attn.fuse_()
+        self.mlp.fuse_()
+
+    def separate_(self) -> None:
+        """Undo `fuse_`."""
+        self.self_attn.separate_()
+        self.mlp.separate_()
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "batch positions hidden"],
+        *,
+        rotation: Rotation,
+        context: Context,
+        mask: Bool[Tensor, "rows 1 positions seen"] | None,
+        num_blocks: int,
+    ) -> Float[Tensor, "batch positions hidden"]:
+        """Run the layer; see `BlockHeads.forward`."""
+        hidden = hidden + self.self_attn(
+            self.input_layernorm(hidden),
+            rotation=rotation,
+            context=context,
+            mask=mask,
+            num_blocks=num_blocks,
+        )
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))  # type: ignore[no-any-return]
+
+
+class MarkovHead(nn.Module):
+    """Adds to the logits of a position what the token before it says.
+
+    The term is a product of low rank. Vanilla: only the previous token counts. Gated: the state of
+    the position gates the token's embedding. Rnn: a recurrent state carries the earlier tokens of
+    the block.
+
+    Source: the code of DSpark.
+    """
+
+    def __init__(self, config: BlockConfig) -> None:
+        super().__init__()
+        rank, hidden = config.markov_rank, config.hidden_size
+        self.kind, self.rank = config.markov, rank
+        self.markov_w1 = nn.Embedding(config.vocab_size, rank)
+        self.markov_w2 = nn.Linear(rank, config.draft_vocab_size, bias=False)
+        if self.kind == "gated":
+            self.gate_proj = nn.Linear(hidden + rank, rank)
+        elif self.kind == "rnn":
+            self.joint_proj = nn.Linear(2 * rank + hidden, 3 * rank)
+
+    def embed(self, previous: Int[Tensor, "*rows"]) -> Float[Tensor, "*rows rank"]:
+        """Return the embeddings of tokens, ids of the target."""
+        return self.markov_w1(previous)  # type: ignore[no-any-return]  # untyped call
+
+    def code(
+        self,
+        previous: Int[Tensor, "*rows"],
+        hidden: Float[Tensor, "*rows hidden"],
+        state: Float[Tensor, "*rows rank"] | None = None,
+    ) -> tuple[Float[Tensor, "*rows rank"], Float[Tensor, "*rows rank"] | None]:
+        """Return what `markov_w2` maps to the term, and the next state; see `bias`."""
+        embedded = self.embed(previous)
+        if self.kind == "vanilla":
+            return embedded, None
+        if self.kind == "gated":
+            gate = self.gate_proj(torch.cat((hidden, embedded), dim=-1)).sigmoid()
+            return gate * embedded, None
+        if state is None:
+            state = torch.zeros_like(embedded)
+        joined = self.joint_proj(torch.cat((state, embedded, hidden), dim=-1))
+        gate, candidate, output = joined.chunk(3, dim=-1)
+        gate = gate.sigmoid()
+        return output.tanh(), gate * state + (1 - gate) * candidate.tanh()
+
+    def bias(
+        self,
+        previous: Int[Tensor, "*rows"],
+        hidden: Float[Tensor, "*rows hidden"],
+        state: Float[Tensor, "*rows rank"] | None = None,
+    ) -> tuple[Float[Tensor, "*rows draft_vocab"], Float[Tensor, "*rows rank"] | None]:
+        """Return the term of some positions, and the state for those after them.
+
+        Args:
+            previous: The token before each, an id of the target.
+            hidden: Result of `BlockHeads.forward` there; the vanilla head does not read it.
+            state: State after the position before, of an rnn; None at the first of a block.
+        """
+        code, state = self.code(previous, hidden, state)
+        return self.markov_w2(code), state
+
+
+class ConfidenceHead(nn.Module):
+    """Estimates the logit of a draft token's acceptance.
+
+    It reads the state of a position and the Markov head's embedding of the token before it.
+    """
+
+    def __init__(self, config: BlockConfig) -> None:
+        super().__init__()
+        self.proj = nn.Linear(config.hidden_size + config.markov_rank, 1)
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "*rows hidden"],
+        embedded: Float[Tensor, "*rows rank"] | None,
+    ) -> Float[Tensor, "*rows"]:
+        """Return the logit of each position."""
+        states = hidden if embedded is None else torch.cat((hidden, embedded), dim=-1)
+        return self.proj(states).squeeze(-1)  # type: ignore[no-any-return]  # untyped call
+
+
+def _joined(*parts: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """Return weight and bias of a product that gives the parts' outputs one after another."""
+    weight = torch.cat([part.weight.detach() for part in parts])
+    biases = [part.bias.detach() for part in parts if cast("Tensor | None", part.bias) is not None]
+    return weight, torch.cat(biases) if biases else None

@@ -1,0 +1,340 @@
+"""Block heads: a small decoder that drafts a block of tokens in one pass."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Self, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from typing_extensions import override
+
+from speclm.drafting.decoder import Rotation, make_rotary, rotated
+from speclm.errors import OptionError
+from speclm.methods.block.config import BlockConfig
+from speclm.methods.block.layer import BlockLayer, ConfidenceHead, MarkovHead
+
+_INIT_STD = 0.02  # that of Qwen3
+
+
+class BlockHeads(nn.Module):
+    """The draft network of DFlash, DSpark and JetSpec; holds no decoding state.
+
+    A block begins at the anchor, the last committed token. The input is its embedding and, at each
+    position after it, that of the mask token. Every layer attends to the block itself and to the
+    context: the positions before the anchor, whose keys and values `context` computes from the
+    target's features, once for each token. New heads are zero; see `init_weights_`.
+
+    Source: Chen et al. 2026 (DFlash), and the code of DSpark and JetSpec.
+    """
+
+    draft_columns: Int[Tensor, " draft_vocab"] | None
+    """Target token of each column of the logits; None if the vocabularies are equal."""
+
+    def __init__(
+        self,
+        config: BlockConfig,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        """Allocate heads of the given sizes."""
+        super().__init__()
+        self.config = config
+        with torch.device("meta"):  # draws no random numbers
+            self._add_parts()
+        self.rotary = make_rotary(self.config)
+        self._fused: tuple[Tensor, Tensor | None] | None = None
+        if dtype is not None:
+            self.to(dtype=dtype)
+        if device is None or device.type != "meta":
+            self.to_empty(device=device or torch.device("cpu"))
+            self._clear_()
+
+    def _add_parts(self) -> None:
+        config, hidden, eps = self.config, self.config.hidden_size, self.config.rms_norm_eps
+        self.embed_tokens: nn.Embedding | None = None
+        if config.has_own_embeddings:
+            self.embed_tokens = nn.Embedding(config.vocab_size, hidden)
+        self.fc = nn.Linear(len(config.feature_layers) * hidden, hidden, bias=False)
+        self.hidden_norm = nn.RMSNorm(hidden, eps=eps)
+        self.layers = nn.ModuleList(BlockLayer(config) for _ in range(config.num_layers))
+        self.norm = nn.RMSNorm(hidden, eps=eps)
+        self.lm_head: nn.Linear | None = None
+        if config.has_own_lm_head:
+            self.lm_head = nn.Linear(hidden, config.draft_vocab_size, bias=False)
+        self.markov_head = None if config.markov is None else MarkovHead(config)
+        self.confidence_head = ConfidenceHead(config) if config.has_confidence else None
+        columns = torch.empty(config.draft_vocab_size, dtype=torch.int64, device="meta")
+        self.register_buffer("draft_columns", columns if config.has_draft_vocab else None)
+
+    @override
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # Casting the weights rounds the frequencies too, and `to_empty` loses them.
+        device = self.fc.weight.device
+        self.rotary = make_rotary(self.config).train(self.training)
+        if device.type != "meta":
+            self.rotary.to(device)
+        if getattr(self, "_fused", None) is not None:
+            self.fuse_()
+        return self
+
+    @override
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if mode:  # the copies would not follow the weights
+            self._fused = None
+            for layer in self._decoder_layers:
+                layer.separate_()
+        return self
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights and of all outputs."""
+        return self.fc.weight.dtype
+
+    @torch.no_grad()
+    def fuse_(self) -> Self:
+        """Join weights that read the same states, for fewer products in decoding.
+
+        Copies the weights: call it again after changing them; `train` drops the copies. The state
+        stays that of the parts.
+        """
+        self._fused = self._context_weight()
+        for layer in self._decoder_layers:
+            layer.fuse_()
+        return self
+
+    @property
+    def _decoder_layers(self) -> Iterable[BlockLayer]:
+        return cast("Iterable[BlockLayer]", self.layers)
+
+    def _context_weight(self) -> tuple[Tensor, Tensor | None]:
+        """Return weight and bias of the keys and values of all layers."""
+        parts = [part for layer in self._decoder_layers for part in layer.self_attn.context_parts]
+        weight = torch.cat([part.weight for part in parts])
+        biases: list[Tensor] = [
+            part.bias for part in parts if cast("Tensor | None", part.bias) is not None
+        ]
+        return weight, torch.cat(biases) if biases else None
+
+    def context(
+        self, features: Float[Tensor, "batch seq features"], positions: Int[Tensor, "rows seq"]
+    ) -> tuple[
+        Float[Tensor, "layers batch kv_heads seq head_dim"],
+        Float[Tensor, "layers batch kv_heads seq head_dim"],
+    ]:
+        """Return the keys and values of committed tokens for all layers, in one product.
+
+        Args:
+            features: Hidden states of the layers read, joined in their order.
+            positions: Position of each token; a single row if all rows share them.
+        """
+        config, (batch, seq) = self.config, features.shape[:2]
+        states = self.hidden_norm(self.fc(features.to(self.dtype)))
+        weight, bias = self._context_weight() if self._fused is None else self._fused
+        joined = F.linear(states, weight, bias)
+        joined = joined.view(batch, seq, config.num_layers, 2, -1, config.head_dim)
+        keys, values = joined.unbind(3)  # [batch, seq, layers, kv_heads, head_dim]
+        scales = torch.stack([layer.self_attn.k_norm.weight for layer in self._decoder_layers])
+        keys = F.rms_norm(keys, (config.head_dim,), eps=config.rms_norm_eps)
+        keys = rotated((keys * scales[:, None]).flatten(2, 3), self.rotation(positions))
+        keys = keys.view(values.shape).permute(2, 0, 3, 1, 4)
+        return keys, values.permute(2, 0, 3, 1, 4)
+
+    def forward(
+        self,
+        embeds: Float[Tensor, "batch positions hidden"],
+        positions: Int[Tensor, "rows positions"],
+        keys: Float[Tensor, "layers batch kv_heads kv_len head_dim"],
+        values: Float[Tensor, "layers batch kv_heads kv_len head_dim"],
+        masks: Sequence[Bool[Tensor, "mask_rows 1 positions seen"] | None],
+        *,
+        num_blocks: int = 1,
+    ) -> Float[Tensor, "batch drafts hidden"]:
+        """Return the normed states at the positions that draft.
+
+        Args:
+            embeds: Embeddings of the blocks' tokens, see `embed_blocks`; one block after another.
+            positions: Their positions; a single row if all rows share them.
+            keys: Result of `context`, of any number of positions.
+            values: Result of `context`.
+            masks: For each layer what each position sees, see `block_masks`; None for all.
+            num_blocks: Blocks of each row, of equal lengths. A block does not see the others.
+        """
+        hidden, rotation = embeds.to(self.dtype), self.rotation(positions)
+        for index, layer in enumerate(self._decoder_layers):
+            hidden = layer(
+                hidden,
+                rotation=rotation,
+                context=(keys[index], values[index]),
+                mask=masks[index],
+                num_blocks=num_blocks,
+            )
+        if not self.config.predicts_next:
+            by_block = hidden.view(len(hidden), num_blocks, -1, hidden.shape[-1])
+            hidden = by_block[:, :, 1:].flatten(1, 2)
+        return self.norm(hidden)  # type: ignore[no-any-return]  # a norm's call is untyped
+
+    def rotation(self, positions: Int[Tensor, "rows positions"]) -> Rotation:
+        """Return the cosines and sines of positions."""
+        found: Rotation = self.rotary(self.fc.weight, positions)  # it reads the dtype only
+        return found
+
+    def embed_blocks(
+        self,
+        anchors: Int[Tensor, "batch blocks"],
+        *,
+        num_positions: int,
+        embedding: Callable[[Tensor], Tensor],
+    ) -> Float[Tensor, "batch positions hidden"]:
+        """Return the inputs of blocks, one block after another.
+
+        Args:
+            anchors: Token at the anchor of each block.
+            num_positions: Positions of a block, the anchor's included.
+            embedding: Looks up rows of the target's embedding matrix, as they are stored; called
+                if the heads have no embeddings of their own.
+        """
+        shape = (*anchors.shape, num_positions)
+        tokens = anchors.new_full(shape, self.config.mask_token_id)
+        tokens[:, :, 0] = anchors
+        tokens = tokens.flatten(1)
+        return embedding(tokens) if self.embed_tokens is None else self.embed_tokens(tokens)
+
+    def logits(
+        self, hidden: Float[Tensor, "*rows hidden"], *, lm_head: Callable[[Tensor], Tensor]
+    ) -> Float[Tensor, "*rows draft_vocab"]:
+        """Return logits over the draft vocabulary, without the term of the Markov head.
+
+        Args:
+            hidden: Result of `forward`.
+            lm_head: The target's map from hidden states to logits; called if the heads have no
+                output matrix of their own.
+        """
+        return lm_head(hidden) if self.lm_head is None else self.lm_head(hidden)
+
+    def confidence(
+        self, hidden: Float[Tensor, "rows hidden"], previous: Int[Tensor, " rows"]
+    ) -> Float[Tensor, " rows"]:
+        """Return the probability that the draft token of each position is accepted.
+
+        Args:
+            hidden: Result of `forward`.
+            previous: The token before the one that is drafted there, an id of the target.
+        """
+        assert self.confidence_head is not None, "the heads have no confidence head"
+        embedded = None if self.markov_head is None else self.markov_head.embed(previous)
+        return self.confidence_head(hidden, embedded).sigmoid()  # type: ignore[no-any-return]
+
+    def target_ids(self, draft_ids: Int[Tensor, "*rows"]) -> Int[Tensor, "*rows"]:
+        """Return the target's ids for ids of the draft vocabulary."""
+        return draft_ids if self.draft_columns is None else self.draft_columns[draft_ids]
+
+    @torch.no_grad()
+    def set_draft_columns_(self, columns: Int[Tensor, " draft_vocab"]) -> None:
+        """Choose the target's tokens that the heads may draft.
+
+        Raises:
+            OptionError: If the heads have no draft vocabulary or one of another size, or the tokens
+                are not increasing ids of the target.
+        """
+        mine, vocab_size = self.draft_columns, self.config.vocab_size
+        if mine is None or columns.shape != mine.shape:
+            raise OptionError(
+                f"columns are {len(columns)}, expected draft_vocab_size, "
+                f"{self.config.draft_vocab_size}, below vocab_size, {vocab_size}; build the heads "
+                "with another draft_vocab_size"
+            )
+        is_increasing = bool((columns[1:] > columns[:-1]).all())
+        if not is_increasing or columns[0] < 0 or columns[-1] >= vocab_size:
+            raise OptionError(
+                f"columns run from {int(columns.min())} to {int(columns.max())}, expected "
+                f"increasing ids below {vocab_size}, each once; sort them"
+            )
+        mine.copy_(columns)
+
+    @torch.no_grad()
+    def init_weights_(
+        self,
+        *,
+        lm_weight: Float[Tensor, "vocab hidden"] | None = None,
+        embeddings: Float[Tensor, "vocab hidden"] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Initialise with small random matrices, norms of one, no biases and no Markov term.
+
+        Args:
+            lm_weight: The target's output matrix; the heads' own matrix gets its rows of the draft
+                vocabulary.
+            embeddings: The target's embeddings, for heads that have their own.
+            generator: Source of the random numbers, on the CPU.
+        """
+        for name, parameter in self.named_parameters():
+            if parameter.ndim > 1 and "markov_w2" not in name:
+                drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+                parameter.copy_(drawn.normal_(std=_INIT_STD, generator=generator))
+            else:
+                parameter.fill_(_constant(name))
+        if self.lm_head is not None and lm_weight is not None:
+            columns = slice(None) if self.draft_columns is None else self.draft_columns
+            self.lm_head.weight.copy_(lm_weight[columns])
+        if self.embed_tokens is not None and embeddings is not None:
+            self.embed_tokens.weight.copy_(embeddings)
+
+    @torch.no_grad()
+    def _clear_(self) -> None:
+        for name, parameter in self.named_parameters():
+            parameter.fill_(_constant(name))
+        if self.draft_columns is not None:
+            self.draft_columns.copy_(
+                torch.arange(len(self.draft_columns), device=self.draft_columns.device)
+            )
+
+
+def block_masks(
+    config: BlockConfig,
+    is_seen: Bool[Tensor, "batch blocks kv_len"],
+    *,
+    context_positions: Int[Tensor, "rows kv_len"],
+    anchors: Int[Tensor, "batch blocks"],
+    num_positions: int,
+) -> tuple[Bool[Tensor, "batch 1 positions seen"], ...]:
+    """Return for each layer what each position of each block sees.
+
+    Args:
+        config: Config of the heads.
+        is_seen: Which of the context's entries belong to the text before each anchor.
+        context_positions: Position of each entry of the context; a single row if all rows share
+            them.
+        anchors: Position of each anchor.
+        num_positions: Positions of a block.
+
+    Returns:
+        Columns are the context's entries, then the positions of the block itself. Layers of one
+        kind share their mask.
+    """
+    device, (batch, num_blocks) = is_seen.device, is_seen.shape[:2]
+    within = torch.arange(num_positions, device=device)
+    ahead = within[:, None] - within  # [positions, positions]
+    distance = None
+    made: dict[tuple[int | None, bool], Tensor] = {}
+    for window, is_causal in zip(config.windows, config.is_causal, strict=True):
+        if (window, is_causal) in made:
+            continue
+        own = ahead >= 0 if is_causal else torch.ones_like(ahead, dtype=torch.bool)
+        seen = is_seen[:, :, None].expand(-1, -1, num_positions, -1)
+        if window is not None:
+            if distance is None:
+                first = anchors[:, :, None] - context_positions[:, None]  # [batch, blocks, kv_len]
+                distance = first[:, :, None] + within[:, None]
+            seen = seen & (distance < window)
+            own = own & (ahead.abs() < window)
+        own = own.expand(batch, num_blocks, -1, -1)
+        made[window, is_causal] = torch.cat((seen, own), dim=-1).flatten(1, 2)[:, None]
+    return tuple(made[key] for key in zip(config.windows, config.is_causal, strict=True))
+
+
+def _constant(name: str) -> float:
+    return 1.0 if "norm" in name else 0.0

@@ -1,0 +1,277 @@
+"""Draft trees with block heads, which draft a whole block in one pass."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel
+from typing_extensions import override
+
+from speclm.acceptance import Accepted
+from speclm.config import require_known
+from speclm.drafting.interface import Draft, Prefill, Proposer, TargetNeeds
+from speclm.drafting.levels import assemble, options_with_tree, planned, require_ranks
+from speclm.drafting.ranking import LevelRanking, path_expansions
+from speclm.errors import OptionError, VocabularyMismatchError
+from speclm.methods.block.config import BlockConfig
+from speclm.methods.block.context import BlockContext
+from speclm.methods.block.network import BlockHeads
+from speclm.methods.block.tree import (
+    BlockLogits,
+    BlockProposerConfig,
+    MarkovTerms,
+    draw_tree,
+    fill_tree,
+    grow_trees,
+)
+from speclm.sampling.draws import DraftSampler, DraftSampling
+from speclm.sampling.noise import PositionNoise
+from speclm.target import TargetFeatures, TargetView
+from speclm.tree.dynamic import FilledTree, GrownRow, drawn_paths
+from speclm.tree.plan import TreePlan
+from speclm.tree.static import RankPaths, normalize_paths, trim_paths
+from speclm.tree.topology import chain
+
+_log = logging.getLogger("speclm")
+
+
+class BlockProposer(Proposer):
+    """Drafts a block of tokens in one pass, and makes a tree of their distributions.
+
+    The heads' keys and values of committed tokens are computed once, from the target's features;
+    those of a block are dropped after its pass. With a Markov head, the distribution of a node's
+    children depends on its token. Without one it is the same for all nodes of a level.
+
+    Source: Chen et al. 2026 (DFlash); the code of DSpark and JetSpec.
+    """
+
+    fills_static_trees = True
+    draft_sampling = DraftSampling.WITHOUT_REPLACEMENT
+    config: BlockProposerConfig
+
+    def __init__(
+        self,
+        heads: BlockHeads,
+        *,
+        target: PreTrainedModel,
+        tree: str | Sequence[int] | Sequence[Sequence[int]] | None = None,
+        **options: Any,
+    ) -> None:
+        """Wrap trained heads.
+
+        Args:
+            heads: Heads trained on the target, on its device. Their weights must not change.
+            target: The model that verifies.
+            tree: Name of a preset, the number of children at each depth, or paths of ranks;
+                `num_draft_tokens` keeps the first nodes by depth. Levels beyond the heads' block
+                are dropped, with a log line. None grows trees by probability.
+            **options: Fields of `BlockProposerConfig`.
+
+        Raises:
+            VocabularyMismatchError: If the heads were made for another vocabulary.
+            OptionError: If an option is unknown or out of range, a rank exceeds the heads'
+                vocabulary, or they have another width.
+            TopologyError: If `tree` is not a tree.
+            UnsupportedModelError: If the target lacks the layers whose features are read, or its
+                embeddings are quantised or offloaded and the heads have none of their own.
+        """
+        wanted = heads.config
+        require_known(BlockProposerConfig, options, owner="BlockProposer")
+        if tree is not None:
+            paths = _within_block(normalize_paths(tree), wanted.num_drafts)
+            options = options_with_tree(paths, options)
+        self.config = BlockProposerConfig(**{"depth": wanted.num_drafts, **options})
+        _require_drafted(self.config, wanted)
+        self.heads, self.view = heads.fuse_(), TargetView(target)
+        _require_match(wanted, self.view)
+        if heads.embed_tokens is None:
+            _ = self.view.embedding_weight  # raises if the target's cannot be read
+        self.num_ranks = wanted.draft_vocab_size
+        self._features = TargetFeatures(wanted.layers_to_read(self.view.num_layers))
+        self.needs = TargetNeeds(
+            vocab_size=wanted.vocab_size, hidden_size=wanted.hidden_size, model=target
+        )
+        self._ranking = LevelRanking(self.config.mixture, vocab_size=wanted.vocab_size)
+        markov, device = heads.markov_head, heads.fc.weight.device
+        self._terms: MarkovTerms | None = None
+        if markov is not None and markov.kind == "vanilla" and device.type == "cpu":
+            self._terms = MarkovTerms(markov)
+        self._grown: list[GrownRow] = []
+        self._prompt: Prefill | None = None  # until its features are read
+        self._context: BlockContext | None = None
+        self._unseen: list[list[Tensor]] = []  # features of committed tokens
+        self._room: list[int] = []  # most draft tokens that each row can accept
+        self._is_idle: list[bool] = []
+        self._leaf_tokens: frozenset[int] = frozenset()  # tokens that end a row
+        self._sampler: DraftSampler | None = None
+
+    @property
+    @override
+    def features(self) -> TargetFeatures:  # type: ignore[override]  # the heads decide
+        return self._features
+
+    @override
+    def begin(self, prompt: Prefill) -> None:
+        self._prompt, self._context, self._sampler = prompt, None, prompt.sampler
+        self._ranking.begin(prompt)
+        self._grown = []
+        batch = len(prompt.first_tokens)
+        self._unseen = [[] for _ in range(batch)]
+        self._room = [prompt.max_new_tokens - 1] * batch  # the bonus token needs no draft
+        self._is_idle = [False] * batch
+        self._leaf_tokens = prompt.eos_token_ids
+
+    @override
+    def propose(self, roots: Int[Tensor, " batch"], *, noise: PositionNoise | None) -> Draft:
+        context = self._catch_up()
+        config = _planned(self.config, self.plan, max_depth=self.heads.config.num_drafts)
+        idle = zip(self._is_idle, self._room, strict=True)
+        levels = [0 if is_idle else room for is_idle, room in idle]
+        depth = min(config.depth, max(levels))
+        if depth < 1:
+            self._grown = [GrownRow([], [], [], [])] * len(roots)
+            return Draft(roots[:, None], chain(0, device=roots.device))
+        logits = self._run(roots, context, depth)
+        if self._sampler is not None:
+            paths = config.paths or drawn_paths(
+                width=config.width,
+                branches=min(config.branches, self.heads.config.draft_vocab_size),
+                depth=depth,
+                num_nodes=config.num_draft_tokens,
+            )
+            drawn, distributions = draw_tree(
+                logits, roots, trim_paths(paths, max_depth=depth), sampler=self._sampler
+            )
+            return self._static(drawn, distributions)
+        if config.paths is not None:
+            paths = trim_paths(config.paths, max_depth=depth)
+            return self._static(fill_tree(logits, roots, paths, ranking=self._ranking, noise=noise))
+        self._grown = grow_trees(
+            logits,
+            roots,
+            config=config,
+            ranking=self._ranking,
+            noise=noise,
+            levels=levels,
+            leaf_tokens=self._leaf_tokens,
+        )
+        return assemble(self._grown, roots)
+
+    @override
+    def commit(self, accepted: Accepted) -> None:
+        self._ranking.learn(accepted, path_expansions(accepted, self._grown))
+        assert accepted.features is not None
+        for row, emitted in enumerate(accepted.emitted):
+            if emitted:
+                self._unseen[row].append(accepted.features[row, : len(emitted)])
+                self._room[row] -= len(emitted)
+        self._is_idle = [not emitted for emitted in accepted.emitted]
+
+    def _catch_up(self) -> BlockContext:
+        """Add what was committed since the last draft to the context, at first the prompt."""
+        if self._context is None:
+            assert self._prompt is not None, "propose before begin"
+            self._context = self._read(self._prompt)
+            self._prompt = None
+        counts = [sum(map(len, parts)) for parts in self._unseen]
+        longest = max(counts)
+        if longest == 0:
+            return self._context
+        if len(counts) == 1:
+            features = torch.cat(self._unseen[0])[None]
+        else:
+            first = next(part for parts in self._unseen for part in parts)
+            features = first.new_zeros(len(counts), longest, first.shape[1])
+            for row, parts in enumerate(self._unseen):
+                if parts:
+                    features[row, : counts[row]] = torch.cat(parts)
+        self._context.append(features, counts)
+        self._unseen = [[] for _ in counts]
+        return self._context
+
+    def _read(self, prompt: Prefill) -> BlockContext:
+        features = prompt.features
+        assert features is not None
+        length = features.shape[1]  # only the last positions if a cache held the first ones
+        first = prompt.tokens.shape[1] - length - prompt.num_padding
+        # Once a generation: the context is addressed from the host.
+        context = BlockContext(self.heads, first_positions=first.tolist())
+        context.append(features, [length] * len(first))
+        return context
+
+    def _run(
+        self, roots: Int[Tensor, " batch"], context: BlockContext, num_drafts: int
+    ) -> BlockLogits:
+        """Run the heads over a block; if it is causal, only as far as it is needed."""
+        heads, wanted = self.heads, self.heads.config
+        num_positions = wanted.block_size
+        if all(wanted.is_causal):
+            num_positions -= wanted.num_drafts - num_drafts
+        hidden: Tensor = heads(
+            heads.embed_blocks(
+                roots[:, None], num_positions=num_positions, embedding=self.view.stored_embeddings
+            ),
+            context.positions(num_positions),
+            context.keys,
+            context.values,
+            context.masks(num_positions),
+        )
+        hidden = hidden[:, :num_drafts]
+        logits = heads.logits(hidden, lm_head=self.view.head_logits)
+        return BlockLogits(heads, hidden, logits, terms=self._terms)
+
+    def _static(self, tree: FilledTree, distributions: Tensor | None = None) -> Draft:
+        self._grown = [GrownRow([], [], tree.expansions, [])] * len(tree.tokens)
+        return Draft(tokens=tree.tokens, topology=tree.topology, distributions=distributions)
+
+
+@lru_cache(maxsize=64)
+def _planned(
+    config: BlockProposerConfig, plan: TreePlan | None, *, max_depth: int
+) -> BlockProposerConfig:
+    """Return the settings of the next drafts; a plan overrides those of the config."""
+    if plan is None:
+        return config
+    found: BlockProposerConfig = planned(config, plan)
+    paths = found.paths and trim_paths(found.paths, max_depth=max_depth)
+    return replace(found, depth=min(found.depth, max_depth), paths=paths)
+
+
+def _within_block(paths: RankPaths, num_drafts: int) -> RankPaths:
+    """Cut a tree at the end of the heads' block."""
+    trimmed = trim_paths(paths, max_depth=num_drafts)
+    if len(trimmed) < len(paths):
+        _log.warning(
+            "tree is deeper than the %d tokens of a block; %d of its %d nodes are left out",
+            num_drafts,
+            len(paths) - len(trimmed),
+            len(paths),
+        )
+    return trimmed
+
+
+def _require_drafted(config: BlockProposerConfig, wanted: BlockConfig) -> None:
+    if config.depth > wanted.num_drafts:
+        raise OptionError(
+            f"depth is {config.depth}, the block heads draft {wanted.num_drafts} tokens; lower it"
+        )
+    if config.paths is not None:
+        require_ranks(config.paths, wanted.draft_vocab_size)
+
+
+def _require_match(wanted: BlockConfig, view: TargetView) -> None:
+    if wanted.vocab_size != view.vocab_size:
+        raise VocabularyMismatchError(
+            f"block heads have a vocabulary of {wanted.vocab_size}, the target {view.name} one of "
+            f"{view.vocab_size}; use heads that were trained on it"
+        )
+    if wanted.hidden_size != view.hidden_size:
+        raise OptionError(
+            f"block heads read features of width {wanted.hidden_size}, those of {view.name} are "
+            f"{view.hidden_size} wide; use heads that were trained on it"
+        )

@@ -1,0 +1,147 @@
+"""Searches for the likeliest paths, on the host and on the device, against one over all paths."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from speclm.drafting.levels import GrownTreeConfig
+from speclm.drafting.search import search_on_device, search_on_host
+
+VOCAB = 4
+DEPTH = 4
+ROOTS = torch.tensor([2, 0])
+
+
+class Table:
+    """Distributions that depend on the last two tokens and the level, and paths asked for."""
+
+    def __init__(self, seed: int, *, branches: int = VOCAB) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        size = (len(ROOTS), DEPTH, VOCAB, VOCAB, VOCAB)
+        self.log_probs = (2 * torch.randn(size, generator=generator)).log_softmax(-1)
+        self.branches = branches
+        self.paths: list[list[tuple[int, ...]]] = []
+
+    def __call__(self, nodes: tuple[Tensor, Tensor], level: int) -> tuple[Tensor, Tensor]:
+        before = [[()]] * len(ROOTS) if level == 0 else self.paths
+        self.paths = [
+            [(*old[parent], token) for token, parent in zip(tokens, parents, strict=True)]
+            for old, tokens, parents in zip(before, *(n.tolist() for n in nodes), strict=True)
+        ]
+        found = [[self.after(row, path) for path in own] for row, own in enumerate(self.paths)]
+        best = torch.stack([torch.stack(row) for row in found]).topk(self.branches)
+        return best.values, best.indices
+
+    def after(self, row: int, path: tuple[int, ...]) -> Tensor:
+        """Return the distribution after a path, which begins with the root."""
+        last_two = (0, *path)[-2:]
+        return self.log_probs[row, len(path) - 1][last_two]
+
+    def scores(
+        self, row: int, *, levels: int, leaves: frozenset[int]
+    ) -> dict[tuple[int, ...], float]:
+        """Return the log-probability of every path below the root."""
+        root = (int(ROOTS[row]),)
+        scored, last = {root: 0.0}, [root]
+        for _ in range(levels):
+            last = [
+                (*path, token)
+                for path in last
+                if path == root or path[-1] not in leaves
+                for token in range(VOCAB)
+            ]
+            for path in last:
+                scored[path] = scored[path[:-1]] + float(self.after(row, path[:-1])[path[-1]])
+        del scored[root]
+        return scored
+
+
+def paths_of(row, root: int) -> list[tuple[int, ...]]:
+    paths = [(root,)]
+    for token, parent in zip(row.tokens, row.parents, strict=True):
+        paths.append((*paths[parent], token))
+    return paths[1:]
+
+
+@pytest.mark.parametrize("search", [search_on_device, search_on_host])
+@given(
+    seed=st.integers(0, 10**6),
+    num_nodes=st.integers(1, 12),
+    least=st.sampled_from([0.0, 0.03, 0.2, 0.9]),
+    bounds=st.tuples(st.integers(0, DEPTH), st.integers(1, DEPTH)),
+    leaves=st.sampled_from([frozenset(), frozenset({1}), frozenset({1, 3})]),
+)
+def test_the_best_paths_of_all_are_found(search, seed, num_nodes, least, bounds, leaves):
+    config = GrownTreeConfig(
+        width=200, num_draft_tokens=num_nodes, min_probability=least, min_confidence=0.0
+    )
+    table = Table(seed)
+    rows = search(table, ROOTS, config=config, bounds=bounds, leaf_tokens=leaves)
+    for row, found in enumerate(rows):
+        scores = table.scores(row, levels=bounds[row], leaves=leaves)
+        best = sorted(scores, key=lambda path: -scores[path])[:num_nodes]
+        expected = {path for path in best if scores[path] >= math.log(max(least, 1e-30))}
+        paths = paths_of(found, int(ROOTS[row]))
+        assert set(paths) == expected
+        assert found.scores == pytest.approx([scores[path] for path in paths], abs=1e-5)
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    width=st.integers(1, 3),
+    branches=st.integers(1, VOCAB),
+    num_nodes=st.integers(1, 12),
+    confidence=st.sampled_from([0.0, 0.3, 0.6]),
+    bounds=st.tuples(st.integers(1, DEPTH), st.integers(0, DEPTH)),
+)
+def test_both_searches_find_the_same(seed, width, branches, num_nodes, confidence, bounds):
+    config = GrownTreeConfig(
+        width=width, num_draft_tokens=num_nodes, min_probability=0.02, min_confidence=confidence
+    )
+    options = {"config": config, "bounds": bounds, "leaf_tokens": frozenset({1})}
+    host = search_on_host(Table(seed, branches=branches), ROOTS, **options)
+    device = search_on_device(Table(seed, branches=branches), ROOTS, **options)
+    for one, other in zip(host, device, strict=True):
+        assert sorted(zip(paths_of(one, 0), one.scores, strict=True)) == [
+            (path, pytest.approx(score, abs=1e-5))
+            for path, score in sorted(zip(paths_of(other, 0), other.scores, strict=True))
+        ]
+
+
+@pytest.mark.parametrize("search", [search_on_device, search_on_host])
+def test_expansions_say_where_the_children_of_a_node_were_asked_for(search):
+    asked: list[list[list[tuple[int, ...]]]] = []
+    table = Table(3, branches=2)
+
+    def watched(nodes, level):
+        found = table(nodes, level)
+        asked.append(table.paths)
+        return found
+
+    config = GrownTreeConfig(width=2, num_draft_tokens=14, min_probability=0.0, min_confidence=0.0)
+    rows = search(watched, ROOTS, config=config, bounds=[DEPTH, 2], leaf_tokens=frozenset())
+    for row, found in enumerate(rows):
+        paths, root = paths_of(found, int(ROOTS[row])), int(ROOTS[row])
+        parents = {path[:-1] for path in paths} - {(root,)}
+        for path, expansion in zip(paths, found.expansions, strict=True):
+            if path in parents:
+                level, index = expansion
+                assert asked[level + 1][row][index] == path
+
+
+@pytest.mark.parametrize("search", [search_on_device, search_on_host])
+def test_candidates_whose_probability_is_no_number_are_left_out(search):
+    def candidates(nodes, level):
+        values = torch.tensor([[[-0.5, -1.0]], [[math.nan, math.nan]]]).expand(
+            -1, nodes[0].shape[1], -1
+        )
+        return values, torch.zeros_like(values, dtype=torch.long)
+
+    config = GrownTreeConfig(width=1, num_draft_tokens=8, min_probability=0.0, min_confidence=0.0)
+    good, bad = search(candidates, ROOTS, config=config, bounds=[2, 2], leaf_tokens=frozenset())
+    assert len(good.tokens) == 4
+    assert bad.tokens == []

@@ -1,0 +1,91 @@
+import pytest
+import torch
+
+from speclm.methods.block.layer import BlockAttention, BlockLayer
+from tests.methods.block.block_heads import MARKOV, make_heads
+from tests.methods.block.loss_reference import markov_terms
+
+EXACT = 1e-12  # float64, another order of sums
+
+
+def run(layer: BlockLayer, *, num_blocks=1, mask=None):
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    rotation = torch.ones(1, 6, 4, dtype=torch.float64), torch.zeros(1, 6, 4, dtype=torch.float64)
+    context = draw(2, 2, 5, 4), draw(2, 2, 5, 4)
+    return layer(
+        draw(2, 6, 8), rotation=rotation, context=context, mask=mask, num_blocks=num_blocks
+    )
+
+
+@pytest.mark.parametrize("num_blocks", [1, 3])
+@pytest.mark.parametrize("bias", [False, True])
+def test_joined_weights_change_nothing_and_can_be_separated(num_blocks, bias):
+    layer = make_heads(has_attention_bias=bias).layers[0]
+    before = run(layer, num_blocks=num_blocks)
+    names = set(layer.state_dict())
+    layer.fuse_()
+    torch.testing.assert_close(run(layer, num_blocks=num_blocks), before, rtol=0, atol=EXACT)
+    assert set(layer.state_dict()) == names
+    with torch.no_grad():
+        layer.self_attn.q_proj.weight.zero_()
+        layer.mlp.up_proj.weight.zero_()
+    torch.testing.assert_close(run(layer, num_blocks=num_blocks), before, rtol=0, atol=EXACT)
+    layer.separate_()
+    assert (run(layer, num_blocks=num_blocks) - before).abs().max() > 0.01
+
+
+def test_block_does_not_see_the_others():
+    layer = make_heads().layers[0]
+    mask = torch.zeros(1, 1, 6, 5 + 2, dtype=torch.bool)
+    mask[..., :5] = True  # the context only
+    mask[:, :, torch.arange(6), 5 + torch.arange(6) % 2] = True  # and itself
+    found = run(layer, num_blocks=3, mask=mask)
+    own = torch.eye(6, dtype=torch.bool)
+    whole = torch.cat((torch.ones(6, 5, dtype=torch.bool), own), dim=1)[None, None]
+    torch.testing.assert_close(found, run(layer, mask=whole), rtol=0, atol=EXACT)
+
+
+def test_context_comes_from_the_projections_of_keys_and_values():
+    attention = make_heads().layers[1].self_attn
+    assert isinstance(attention, BlockAttention)
+    assert attention.context_parts == (attention.k_proj, attention.v_proj)
+
+
+@pytest.mark.parametrize("kind", ["vanilla", "gated", "rnn"])
+def test_terms_are_those_of_a_loop_over_positions(kind):
+    heads = make_heads(**{**MARKOV, "markov": kind})
+    hidden = torch.randn(5, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    previous = torch.tensor([4, 0, 19, 7, 7])
+    expected = markov_terms(heads, previous.tolist(), hidden)
+    state, found = None, []
+    for token, vector in zip(previous, hidden, strict=True):
+        term, state = heads.markov_head.bias(token[None], vector[None], state)
+        found.append(term[0])
+    assert (state is not None) == (kind == "rnn")
+    torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=0, atol=EXACT)
+
+
+def test_term_of_the_vanilla_head_is_a_product_of_low_rank():
+    heads = make_heads(**MARKOV)
+    head = heads.markov_head
+    table = head.markov_w1.weight @ head.markov_w2.weight.T  # [previous, next]
+    term, _ = head.bias(torch.tensor([[2, 5]]), torch.zeros(1, 2, 8, dtype=torch.float64))
+    torch.testing.assert_close(term[0], table[[2, 5]], rtol=0, atol=EXACT)
+
+
+@pytest.mark.parametrize("markov", [MARKOV, {"has_confidence": True}])
+def test_confidence_reads_the_state_and_the_embedding_of_the_token_before(markov):
+    heads = make_heads(**markov)
+    hidden = torch.randn(2, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    previous = torch.tensor([3, 9])
+    read = hidden
+    if heads.markov_head is not None:
+        read = torch.cat((hidden, heads.markov_head.markov_w1.weight[previous]), dim=1)
+    proj = heads.confidence_head.proj
+    expected = 1 / (1 + torch.exp(-(read @ proj.weight[0] + proj.bias)))
+    found = heads.confidence(hidden, previous)
+    torch.testing.assert_close(found, expected, rtol=0, atol=EXACT)
