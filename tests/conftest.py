@@ -5,6 +5,7 @@ while a module is imported, and cannot be added to one that already is.
 """
 
 import atexit
+import gc
 import os
 import shutil
 import sys
@@ -31,14 +32,16 @@ from beartype import BeartypeConf, FrozenDict, beartype
 
 from tests.network_guard import refused_network
 
+gc.disable()  # until all tests are collected: what is imported stays
 atexit.register(shutil.rmtree, os.environ["SPECLM_CACHE"], ignore_errors=True)
 
 # beartype knows what Self means where it decorates a class; the hook gives it only the methods.
 check_types = beartype(conf=BeartypeConf(hint_overrides=FrozenDict({Self: Any})))
 
 IS_DEEP = os.environ.get("HYPOTHESIS_PROFILE") == "deep"
+UNTRACED = ("benchmarks", "docs")  # folders whose tests run what others trace, and for long
 CHECKED_CASES = 1  # of a parametrised test
-CHECKED_CALLS = 30  # of a function in one test
+CHECKED_CALLS = 10  # of a function in one test
 num_calls: Counter[Any] = Counter()  # by code, as functions may hold objects
 
 
@@ -85,7 +88,7 @@ torch.set_num_threads(1)  # sums in one order; several test runs share few cores
 
 hypothesis.settings.register_profile("dev", max_examples=25, deadline=None)
 hypothesis.settings.register_profile(
-    "ci", max_examples=100, deadline=None, derandomize=True, print_blob=True
+    "ci", max_examples=50, deadline=None, derandomize=True, print_blob=True
 )
 hypothesis.settings.register_profile("deep", max_examples=5000, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
@@ -93,13 +96,19 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 @pytest.hookimpl(trylast=True)  # after the cases that are not to run have been taken out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Measure coverage and check shapes only in the first cases of a test, as both are slow."""
+    """Measure coverage and check shapes only in the first cases of tests, as both are slow."""
     num_cases: Counter[str] = Counter()
     for item in items:
         test = item.nodeid.partition("[")[0]
         num_cases[test] += 1
-        if num_cases[test] > CHECKED_CASES:
+        if num_cases[test] > CHECKED_CASES or test.split("/")[1] in UNTRACED:
             item.add_marker("no_cover")
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector pass over what was imported, which takes it a second each time."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

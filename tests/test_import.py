@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -19,9 +20,11 @@ def test_import_loads_neither_torch_nor_transformers():
 
 
 def test_public_names_are_imported_at_first_use():
-    script = "from speclm import *; from speclm import SpecModel; print(SpecModel.__module__)"
-    assert run(script) == "speclm.model.spec_model\n"
-    assert all(getattr(speclm, name) is not None for name in speclm.__all__)
+    names: dict[str, Any] = {}
+    exec("from speclm import *", names)
+    assert names["SpecModel"].__module__ == "speclm.model.spec_model"
+    assert all(names[name] is not None for name in speclm.__all__)
+    assert all(speclm.__getattr__(name) is names[name] for name in speclm._MODULES)
     assert set(speclm.__all__) <= set(dir(speclm))
 
 

@@ -10,6 +10,10 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.no_cover  # it reads the library and runs none of it
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "speclm"
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -75,6 +79,12 @@ def relative(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+@cache
+def nodes(module: Path) -> list[ast.AST]:
+    """Return all nodes of a module's syntax tree."""
+    return list(ast.walk(ast.parse(module.read_bytes())))
+
+
 def is_public(module: Path) -> bool:
     return not any(part.startswith("_") for part in module.relative_to(PACKAGE).parts)
 
@@ -110,7 +120,7 @@ def test_no_file_names_what_lies_outside_the_repository():
 
 def allocations(module: Path) -> Iterator[tuple[str, set[str]]]:
     """Yield where tensors are made from nothing, and the keywords that are missing there."""
-    for node in ast.walk(ast.parse(module.read_bytes())):
+    for node in nodes(module):
         made = node.func if isinstance(node, ast.Call) else None
         if not (isinstance(made, ast.Attribute) and ast.unparse(made.value) == "torch"):
             continue
@@ -143,7 +153,7 @@ def test_few_functions_outside_kernels_are_long():
         limit = MAX_KERNEL_FUNCTION_LINES if is_kernel else MAX_FUNCTION_LINES
         long_functions += [
             f"{relative(module)}: {node.name}"
-            for node in ast.walk(ast.parse(module.read_bytes()))
+            for node in nodes(module)
             if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= limit
         ]
     in_kernels = {name for name in long_functions if name.startswith("speclm/kernels/")}
@@ -204,8 +214,7 @@ def test_import_needs_neither_triton_nor_the_command_line():
 def test_shape_annotations_are_not_postponed():
     postponed = []
     for module in MODULES:
-        nodes = ast.walk(ast.parse(module.read_bytes()))
-        imports = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+        imports = [node for node in nodes(module) if isinstance(node, ast.ImportFrom)]
         names = {(node.module, alias.name) for node in imports for alias in node.names}
         is_shaped = any(node.module == "jaxtyping" for node in imports)
         if is_shaped and ("__future__", "annotations") in names:

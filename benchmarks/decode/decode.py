@@ -26,6 +26,7 @@ from transformers.utils import logging
 from typing_extensions import override
 
 from benchmarks.inflation.inflate import bytes_read, inflate_llama, inflate_medusa
+from benchmarks.inflation.inflate_block import inflate_block
 from benchmarks.inflation.inflate_eagle import inflate_eagle
 from benchmarks.inflation.shapes import SHAPES, InflatedShape, draft_shape
 from speclm.acceptance import Accepted
@@ -46,7 +47,9 @@ from speclm.bench import (
 from speclm.demo.bundle import assets, load_prompts
 from speclm.drafting.combined import CombinedProposer
 from speclm.drafting.interface import Draft, Prefill, Proposer
+from speclm.methods.block.proposer import BlockProposer
 from speclm.methods.eagle.proposer import EagleProposer
+from speclm.methods.lookup.proposer import LookupProposer
 from speclm.methods.medusa.proposer import MedusaProposer
 from speclm.methods.ngram.proposer import NgramProposer
 from speclm.model.heads import load_proposer
@@ -61,15 +64,21 @@ METHODS = (
     "prompt_lookup",
     "assisted",
     "ngram",
+    "recycling",
+    "lookup",
+    "lookup call",
     "draft",
     "medusa",
     "ngram+medusa",
     "eagle",
     "eagle3",
+    "lookup+eagle3",
+    "block",
 )
 DRAFT_METHODS = frozenset({"assisted", "draft"})
 MEDUSA_METHODS = frozenset({"medusa", "ngram+medusa"})
-EAGLE_METHODS = frozenset({"eagle", "eagle3"})
+EAGLE_METHODS = {"eagle": "eagle", "eagle3": "eagle3", "lookup+eagle3": "eagle3"}
+"""Folder of the heads of each."""
 
 
 class UselessProposer(Proposer):
@@ -96,6 +105,7 @@ class Drafters:
     draft: PreTrainedModel | None
     medusa: MedusaProposer | None
     eagle: Mapping[str, EagleProposer] = field(default_factory=dict)
+    block: BlockProposer | None = None
 
 
 def load_model(name: str, *, dtype: torch.dtype, device: str) -> PreTrainedModel:
@@ -112,7 +122,8 @@ def load_drafters(
 ) -> Drafters:
     """Load what the named methods draft with, inflated if the base is.
 
-    EAGLE heads come from folders of the methods' names, in `folder` or among the bundled assets.
+    EAGLE and block heads come from folders of the methods' names, in `folder` or among the bundled
+    assets.
     """
     small = base
     if shape is not None:
@@ -128,12 +139,26 @@ def load_drafters(
             heads = inflate_medusa(medusa.heads, shape, seed=2)
             medusa = MedusaProposer(heads, target=base, tree=medusa.config.paths)
     eagle = {}
-    for name in sorted(EAGLE_METHODS & set(names)):
+    for name in sorted({EAGLE_METHODS[name] for name in names if name in EAGLE_METHODS}):
         eagle[name] = load_eagle(name, small, folder=folder)
         if shape is not None:
             mine = inflate_eagle(eagle[name].heads, shape, base=InflatedShape.of(small), seed=3)
             eagle[name] = EagleProposer(mine, target=base)
-    return Drafters(draft, medusa, eagle)
+    block = None
+    if "block" in names:
+        block = load_block(small, folder=folder)
+        if shape is not None:
+            wide = inflate_block(block.heads, shape, base=InflatedShape.of(small), seed=4)
+            block = BlockProposer(wide, target=base)
+    return Drafters(draft, medusa, eagle, block)
+
+
+def load_block(base: PreTrainedModel, *, folder: Path | None = None) -> BlockProposer:
+    """Load block heads, from the folder `block` in a folder or the bundled ones."""
+    path = assets()["block"] if folder is None else folder / "block"
+    proposer = load_proposer(path, base, heads_kwargs={}, num_draft_tokens=None)
+    assert isinstance(proposer, BlockProposer)
+    return proposer
 
 
 def load_eagle(name: str, base: PreTrainedModel, *, folder: Path | None = None) -> EagleProposer:
@@ -176,13 +201,20 @@ def build_methods(
             "none": None,
             "useless": UselessProposer(),
             "ngram": "ngram",
+            "recycling": "recycling",
+            "lookup": "lookup",
             "draft": loaded.draft,
             "medusa": loaded.medusa,
             **loaded.eagle,
+            "block": loaded.block,
         }
         if name == "ngram+medusa":
             assert loaded.medusa is not None
             heads[name] = CombinedProposer([NgramProposer(), loaded.medusa])
+        if name == "lookup+eagle3":
+            heads[name] = CombinedProposer([LookupProposer(base), loaded.eagle["eagle3"]])
+        if name == "lookup call":
+            heads[name] = LookupProposer(base, memory="call")
         proposer = load_proposer(heads[name], base, heads_kwargs={}, num_draft_tokens=None)
         return speculative_decoder(name, base, proposer, tree=tree)
 
@@ -195,8 +227,8 @@ def with_shape(
     """Return the cell with settings that say that models are inflated, and what the method reads.
 
     ``bytes_read`` holds the bytes of weights that one forward of each module reads. In a round the
-    base and Medusa heads run one forward, a draft model and EAGLE heads one for each level of the
-    draft.
+    base, Medusa and block heads run one forward, a draft model and EAGLE heads one for each level
+    of the draft.
     """
     read = {"base": bytes_read(base, base=base)}
     if method.name in DRAFT_METHODS and drafters.draft is not None:
@@ -204,8 +236,11 @@ def with_shape(
     if method.name in MEDUSA_METHODS and drafters.medusa is not None:
         used = drafters.medusa.config.depth
         read["medusa"] = bytes_read(drafters.medusa.heads, base=base, num_heads=used)
-    if method.name in drafters.eagle:
-        read[method.name] = bytes_read(drafters.eagle[method.name].heads, base=base)
+    if method.name in EAGLE_METHODS:
+        heads = EAGLE_METHODS[method.name]
+        read[heads] = bytes_read(drafters.eagle[heads].heads, base=base)
+    if method.name == "block" and drafters.block is not None:
+        read["block"] = bytes_read(drafters.block.heads, base=base)
     added = {"shape": shape, "is_inflated": True, "bytes_read": read}
     return replace(cell, settings={**cell.settings, **added})
 
@@ -283,7 +318,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--batch", type=_numbers, default=[1, 4])
     parser.add_argument("--methods", type=_names(METHODS), default=[*METHODS])
     parser.add_argument("--shape", choices=sorted(SHAPES), help="inflate all models, see the docs")
-    parser.add_argument("--heads", type=Path, help="folder of folders eagle and eagle3 of heads")
+    parser.add_argument(
+        "--heads", type=Path, help="folder of folders eagle, eagle3 and block of heads"
+    )
     parser.add_argument("--tree", help="passed to our own generate, such as auto")
     parser.add_argument("--lookup-tokens", type=int, default=10, help="prompt_lookup_num_tokens")
     parser.add_argument("--max-new-tokens", type=int, help="instead of 128 and 256")

@@ -6,23 +6,22 @@ shards of answers are taken up while it runs.
 """
 
 import argparse
-import json
 import math
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from speclm.files.json_lines import parse_json_lines
-from speclm.methods.block.config import KINDS, BlockConfig
+from speclm.methods.block.checkpoint import BlockCheckpoint, write_block
+from speclm.methods.block.config import KINDS
 from speclm.methods.block.network import BlockHeads
 from speclm.methods.block.objective import BlockObjective, BlockTrainingModel
+from speclm.methods.block.training import load_block_heads, new_block_heads
 from speclm.methods.block.tree import BlockProposerConfig
 from speclm.training.conversations import Example
 from speclm.training.dataset import collate_examples
@@ -37,6 +36,21 @@ def read_rows(shard: Path) -> list[Example]:
         if len(answer) > 1:
             rows.append({"input_ids": prompt + answer, "loss_mask": mask})
     return rows
+
+
+def new_heads(base: PreTrainedModel, options: argparse.Namespace) -> BlockHeads:
+    """Return heads to train: saved ones or new ones."""
+    if options.start is not None:
+        return load_block_heads(base, options.start)
+    return new_block_heads(
+        base,
+        kind=options.kind,
+        num_layers=options.num_layers,
+        block_size=options.block_size,
+        seed=options.seed,
+        feature_layers=tuple(options.layers),
+        **({"markov_rank": options.markov_rank} if options.kind == "dspark" else {}),
+    )
 
 
 class Answers:
@@ -79,45 +93,13 @@ class Answers:
 
 
 def save(folder: Path, heads: BlockHeads, num_target_layers: int) -> None:
-    """Write heads in bfloat16, so that a reader finds old or new files but no parts."""
-    config = heads.config
-    named = {
-        "architectures": ["Qwen3DSparkModel"],
-        "model_type": "qwen3",
-        "block_size": config.block_size,
-        "target_layer_ids": [layer - 1 for layer in config.feature_layers],
-        "num_target_layers": num_target_layers,
-        "mask_token_id": config.mask_token_id,
-        "markov_rank": config.markov_rank,
-        "markov_head_type": config.markov,
-        "enable_confidence_head": config.has_confidence,
-        "is_causal": all(config.is_causal),
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_dim,
-        "vocab_size": config.vocab_size,
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_parameters["rope_theta"],
-        "max_position_embeddings": config.max_position_embeddings,
-        "hidden_act": config.hidden_act,
-        "attention_bias": config.has_attention_bias,
-        "dtype": "bfloat16",
-    }
+    """Write heads in bfloat16; a reader finds old or new files but no parts."""
     tensors = {
-        name: tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
+        name: tensor.bfloat16() if tensor.is_floating_point() else tensor
         for name, tensor in heads.state_dict().items()
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in (("config.json", named), ("block_config.json", asdict(config))):
-        partial = folder / f"{name}.partial"
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        partial.replace(folder / name)
-    partial = folder / "model.partial"
-    save_file(tensors, partial)
-    partial.replace(folder / "model.safetensors")
+    checkpoint = BlockCheckpoint(config=heads.config, tensors=tensors)
+    write_block(folder, checkpoint, num_target_layers=num_target_layers)
 
 
 @torch.no_grad()
@@ -222,16 +204,7 @@ def main() -> None:
 
     torch.set_num_threads(options.threads)
     base = AutoModelForCausalLM.from_pretrained(options.base, dtype=torch.float32)
-    config = BlockConfig.from_model_config(
-        base.config,
-        kind=options.kind,
-        num_layers=options.num_layers,
-        block_size=options.block_size,
-        feature_layers=tuple(options.layers),
-        **({"markov_rank": options.markov_rank} if options.kind == "dspark" else {}),
-    )
-    heads = BlockHeads(config)
-    heads.init_weights_(generator=torch.Generator().manual_seed(options.seed))
+    heads = new_heads(base, options)
     print(f"{sum(weight.numel() for weight in heads.parameters()):,} parameters", flush=True)
     objective = BlockObjective(
         token_weight=options.token_weight,

@@ -27,6 +27,7 @@ from benchmarks.inflation.widening import (
     require_head_room,
 )
 from speclm.errors import OptionError
+from speclm.methods.block.network import BlockHeads
 from speclm.methods.eagle.network import EagleHeads
 from speclm.methods.medusa.network import MedusaHeads
 
@@ -143,14 +144,14 @@ def inflate_medusa(heads: MedusaHeads, shape: InflatedShape, *, seed: int = 0) -
 
 
 def bytes_read(
-    module: PreTrainedModel | MedusaHeads | EagleHeads,
+    module: PreTrainedModel | MedusaHeads | EagleHeads | BlockHeads,
     *,
     base: PreTrainedModel,
     num_heads: int | None = None,
 ) -> int:
     """Return the bytes of weights that one forward of a base, draft model or heads reads.
 
-    The rows of an embedding that is not also the output matrix are left out; a base's output
+    Rows that are looked up, but those of a tied embedding, are left out; a base's output
     layer is counted for heads that use it. Keys and values are not counted. Of EAGLE-3, the map of
     the base's features is read in the first forward of a round alone, and counted.
 
@@ -165,9 +166,10 @@ def bytes_read(
             embedding = module.get_input_embeddings().get_parameter("weight")
             weights = [weight for weight in weights if weight is not embedding]
         return _num_bytes(weights)
-    if isinstance(module, EagleHeads):
+    if isinstance(module, EagleHeads | BlockHeads):
+        looked_up = ("embed_tokens.weight", "markov_head.markov_w1.weight")
         named = module.named_parameters()
-        own = _num_bytes(weight for name, weight in named if name != "embed_tokens.weight")
+        own = _num_bytes(weight for name, weight in named if name not in looked_up)
         has_output = module.lm_head is not None
     else:
         used = module.num_heads if num_heads is None else num_heads

@@ -13,7 +13,7 @@ import typer
 MAX_INT = 2**31 - 1
 """Largest value of an option that becomes a 32-bit integer."""
 
-BUNDLED_HEADS = ("draft", "medusa", "eagle", "eagle3")
+BUNDLED_HEADS = ("draft", "medusa", "eagle", "eagle3", "block")
 """Names of the bundled heads, which ``--heads`` accepts with the bundled base."""
 
 Batch = Annotated[str, typer.Option(help="Rows per call; several sizes separated by commas.")]

@@ -72,7 +72,7 @@ def _methods(base: PreTrainedModel) -> list[Decoder]:
     heads: dict[str, Any] = {
         "lookup": "lookup",
         "draft": AutoModelForCausalLM.from_pretrained(assets()["draft"], dtype=torch.float32),
-        **{name: assets()[name] for name in ("medusa", "eagle", "eagle3")},
+        **{name: assets()[name] for name in ("medusa", "eagle", "eagle3", "block")},
     }
     proposers = {
         name: load_proposer(given, base, heads_kwargs={}, num_draft_tokens=None)

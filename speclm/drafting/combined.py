@@ -1,18 +1,28 @@
 """Merge the drafts of several proposers into one tree."""
 
 from dataclasses import replace
+from statistics import fmean
 
 from jaxtyping import Int
 from torch import Tensor
 from typing_extensions import override
 
 from speclm.acceptance import Accepted
-from speclm.drafting.growing import GrowthConfig, SourceProposer, TreeGrower, planned_growth
+from speclm.drafting.growing import (
+    LEAST_PROBABILITY,
+    GrowthConfig,
+    SourceProposer,
+    TreeGrower,
+    planned_growth,
+)
 from speclm.drafting.interface import Draft, Prefill, Proposer
+from speclm.drafting.part_choice import PartChoice
 from speclm.drafting.sources import CandidateSource, DraftSource
 from speclm.errors import OptionError
 from speclm.sampling.noise import PositionNoise
 from speclm.target import TargetFeatures
+
+_ALL, _DRAFTS, _LOOKUPS = range(3)
 
 
 class CombinedProposer(Proposer):
@@ -22,6 +32,9 @@ class CombinedProposer(Proposer):
     candidates of each part have been right, so a part that drafts badly loses its nodes. Parts that
     look tokens up, such as n-grams, also go on below the nodes of the others. Every part learns all
     emitted tokens, and the part of the accepted path that it drafted itself.
+
+    With parts of both kinds, rounds with all of them are timed against rounds with one kind only,
+    and most rounds have the choice with the most tokens per second.
 
     Example:
         ```python
@@ -79,6 +92,8 @@ class CombinedProposer(Proposer):
             self._drafting.append((part, DraftSource()))
             sources.append(self._drafting[-1][1])
         self.grower = TreeGrower(sources)
+        self._lookups = frozenset(sources) - {source for _, source in self._drafting}
+        self._choice = PartChoice(3 if self._drafting and self._lookups else 1)
 
     @property
     @override
@@ -109,9 +124,12 @@ class CombinedProposer(Proposer):
         self.grower.forget()  # its sources are also those of parts that look tokens up
         for part in self.parts:
             part.forget()
+        self._choice.forget()
 
     @override
     def begin(self, prompt: Prefill) -> None:
+        key = None if prompt.chooser is None else prompt.chooser.key
+        self._choice.begin((prompt.temperature, key, len(prompt.tokens)))
         self.grower.begin(prompt)
         for part, source in self._drafting:
             source.drop()
@@ -119,9 +137,14 @@ class CombinedProposer(Proposer):
 
     @override
     def propose(self, roots: Int[Tensor, " batch"], *, noise: PositionNoise | None) -> Draft:
-        for part, source in self._drafting:
-            source.take(part.propose(roots, noise=noise))
+        choice = self._choice.next()
+        if choice != _LOOKUPS:
+            for part, source in self._drafting:
+                source.take(part.propose(roots, noise=noise))
         config = planned_growth(self.config, self.plan, num_rows=self.grower.num_live)
+        if choice == _DRAFTS:  # those parts have left out what does not pay
+            config = replace(config, min_probability=LEAST_PROBABILITY)
+        self.grower.muted = self._lookups if choice == _DRAFTS else frozenset()
         return self.grower.propose(roots, config, noise=noise)
 
     @override
@@ -131,13 +154,14 @@ class CombinedProposer(Proposer):
             if accepted.features is not None and part.features != TargetFeatures.NONE:
                 selected = self.features.select(accepted.features, part.features)
                 own = own.with_path_features(selected)
-            if source.has_drafts:
-                rows = enumerate(accepted.emitted)
-                own = own.with_paths([source.path(row, emitted) for row, emitted in rows])
+            rows = enumerate(accepted.emitted)
+            own = own.with_paths([source.path(row, emitted) for row, emitted in rows])
             part.commit(own)
         self.grower.commit(accepted)
         for _, source in self._drafting:
             source.drop()
+        emitted = [len(row) for row in accepted.emitted if row]
+        self._choice.record(fmean(emitted) if emitted else 0.0)
 
     def _own_prompt(self, part: Proposer, prompt: Prefill) -> Prefill:
         """Return the prompt with the features that a part requests."""

@@ -1,6 +1,6 @@
 """Grows draft trees on the host from sources of candidates, the likeliest node first."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from heapq import heappop, heappush
@@ -28,7 +28,7 @@ from speclm.tree.plan import TreePlan
 from speclm.tree.static import RankPaths, normalize_paths
 from speclm.tree.topology import trees_of
 
-_LEAST_PROBABILITY = 0.001
+LEAST_PROBABILITY = 0.001
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class GrowthConfig(ProposerConfig):
     def __post_init__(self) -> None:
         require_depth("depth", self.depth)  # super() does not work in a slotted dataclass
         require_count("num_draft_tokens", self.num_draft_tokens, low=1, high=MAX_NODES - 1)
-        require_in_range("min_probability", self.min_probability, low=_LEAST_PROBABILITY, high=1.0)
+        require_in_range("min_probability", self.min_probability, low=LEAST_PROBABILITY, high=1.0)
         if self.paths is not None:
             object.__setattr__(self, "paths", normalize_paths(self.paths))
 
@@ -71,7 +71,7 @@ def planned_growth(config: GrowthConfig, plan: TreePlan | None, *, num_rows: int
     if plan is None:
         return replace(config, min_probability=min_probability)
     if plan.min_probability is not None:
-        min_probability = max(plan.min_probability, _LEAST_PROBABILITY)
+        min_probability = max(plan.min_probability, LEAST_PROBABILITY)
     return replace(
         config,
         depth=min(plan.depth, MAX_DEPTH),
@@ -120,7 +120,14 @@ class TreeGrower:
         self.sources = tuple(sources)
         self.num_observed = max((source.num_observed for source in sources), default=0)
         """Likeliest tokens after each verified node that the sources learn from."""
+        self.muted: frozenset[CandidateSource] = frozenset()
+        """Sources that suggest nothing in the next trees."""
         self._rates = HitRates([source.start_rates for source in sources])
+        indexed = list(
+            zip(range(len(self.sources)), self.sources, self._rates.strides, strict=True)
+        )
+        self._by_text = [part for part in indexed if not part[1].reads_noise]
+        self._by_noise = [part for part in indexed if part[1].reads_noise]
         self._ends: frozenset[int] = frozenset()
         self._last: list[list[int]] = []  # the last two tokens of each row
         self._is_waiting: list[bool] = []
@@ -203,7 +210,8 @@ class TreeGrower:
         self._rates.end_round()
 
     def _only_root(self, row: int) -> GrownTree:
-        return GrownTree.only_root(self._last[row][-1], [s.root(row) for s in self.sources])
+        states = [None if source in self.muted else source.root(row) for source in self.sources]
+        return GrownTree.only_root(self._last[row][-1], states)
 
     def _grow(self, row: int, config: GrowthConfig) -> GrownTree:
         tree = self._only_root(row)
@@ -214,15 +222,16 @@ class TreeGrower:
         if config.paths is not None:
             self._fill(row, tree, [path for path in config.paths if len(path) <= depth])
             return tree
-        tokens, depths = tree.tokens, tree.depths
+        tokens, depths, ends = tree.tokens, tree.depths, self._ends
         least, num_nodes = config.min_probability, config.num_draft_tokens
         # Minus the probability of the path, order of arrival, token, its probability, parent.
         waiting: list[tuple[float, int, int, float, int]] = []
         node, reached, arrivals = 0, 1.0, 0
         while len(tokens) <= num_nodes:
-            if depths[node] < depth and (node == 0 or tokens[node] not in self._ends):
+            if depths[node] < depth and (node == 0 or tokens[node] not in ends):
+                least_prob = least / reached
                 for token, prob in self._rated(row, tree, node):
-                    if reached * prob >= least:
+                    if prob >= least_prob:
                         arrivals += 1
                         heappush(waiting, (-reached * prob, arrivals, token, prob, node))
             if not waiting:
@@ -255,40 +264,41 @@ class TreeGrower:
         tree.parents.append(parent)
         tree.probs.append(prob)
         tree.depths.append(tree.depths[parent] + 1)
-        tree.states.append(
-            [
-                None if state is None else source.advance(state, token)
-                for source, state in zip(self.sources, tree.states[parent], strict=True)
-            ]
-        )
+        states = []
+        for source, state in zip(self.sources, tree.states[parent], strict=True):
+            states.append(None if state is None else source.advance(state, token))
+        tree.states.append(states)
 
-    def _rated(self, row: int, tree: GrownTree, node: int) -> list[tuple[int, float]]:
+    def _rated(self, row: int, tree: GrownTree, node: int) -> Iterable[tuple[int, float]]:
         """Return the candidates after a node and their probabilities, which sum to 1 at most."""
         offered = self._expand(row, tree, node)
-        known, rate = self._rates.known, self._rates.rate
-        probs = [known.get(code) or rate(code) for code in offered.values()]
+        known, rate = self._rates.known.get, self._rates.rate
+        probs = [known(code) or rate(code) for code in offered.values()]
         total = sum(probs)
         if total > 1:
             probs = [prob / total for prob in probs]
-        return list(zip(offered, probs, strict=True))
+        return zip(offered, probs, strict=True)
 
     def _expand(self, row: int, tree: GrownTree, node: int) -> dict[int, int]:
         """Return the candidates after a node and their codes."""
-        noise = None if self._noise is None else self._noise_row(row, tree.depths[node])
-        offered: dict[int, int] = {}
-        for source, stride, state in zip(
-            self.sources, self._rates.strides, tree.states[node], strict=True
-        ):
-            if state is not None:
-                for token, key in source.candidates(state, noise):
+        states, offered = tree.states[node], dict[int, int]()
+        for index, source, stride in self._by_text:
+            if states[index] is not None:
+                for token, key in source.candidates(states[index], None):
                     offered[token] = offered.get(token, 0) + stride * (key + 1)
-        if noise is not None:
+        noise, noise_stride = None, self._rates.noise_stride
+        if self._noise is not None:
+            noise = self._noise_row(row, tree.depths[node])
             first, second, third = NOISE_BOUNDS
-            stride = self._rates.noise_stride
             for token in offered:
                 drawn = noise.item(token)
                 bucket = 1 + (drawn >= first) + (drawn >= second) + (drawn >= third)
-                offered[token] += stride * bucket
+                offered[token] += noise_stride * bucket
+        for index, source, stride in self._by_noise:
+            if states[index] is not None:
+                for token, key in source.candidates(states[index], noise):
+                    # These keys say what the noise means, so its bucket says no more.
+                    offered[token] = offered.get(token, 0) % noise_stride + stride * (key + 1)
         tree.offered[node] = offered
         return offered
 

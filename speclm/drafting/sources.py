@@ -26,11 +26,14 @@ class CandidateSource(ABC):
 
     Attributes:
         start_rates: Probability that a candidate of each key is right, before it is measured.
+        reads_noise: Whether keys depend on the noise that decides the token, under sampling. If
+            not, hit rates are measured by the noise as well.
         num_observed: Likeliest tokens after each verified node that `observe` is given; 0 if the
             source needs none.
     """
 
     start_rates: Sequence[float]
+    reads_noise: bool = False
     num_observed: int = 0
 
     def begin(self, prompt: Prefill) -> None:  # noqa: B027 - not all have rows
@@ -50,7 +53,8 @@ class CandidateSource(ABC):
 
         Args:
             state: State of a node; never None.
-            noise: Noise that decides the token; None if the target decodes greedily.
+            noise: Noise that decides the token; None if the target decodes greedily, or for a
+                source that does not read it.
         """
 
     def observe(  # noqa: B027 - most learn from tokens only
@@ -96,6 +100,7 @@ class DraftSource(CandidateSource):
     """
 
     start_rates = _BUCKET_RATES * _NUM_DEPTHS
+    reads_noise = True  # the other proposer has read it
 
     def __init__(self) -> None:
         self._children: list[list[list[tuple[int, int, int]]]] = []  # token, node, key
@@ -120,11 +125,6 @@ class DraftSource(CandidateSource):
                     siblings.append((tokens[node], node, key))
             self._children.append(children)
 
-    @property
-    def has_drafts(self) -> bool:
-        """Whether the proposer has drafted in this round."""
-        return bool(self._children)
-
     def drop(self) -> None:
         """Forget the trees."""
         self._children = []
@@ -146,13 +146,15 @@ class DraftSource(CandidateSource):
         return [(token, key) for token, _, key in self._children[row][node]]
 
     def path(self, row: int, emitted: list[int]) -> list[int]:
-        """Return the nodes of the proposer's own tree that emitted tokens follow."""
-        path, state = [], self.root(row)
-        for token in emitted:
+        """Return the nodes of the proposer's own tree that emitted tokens but the last follow."""
+        if not emitted:
+            return []
+        path, state = [0], self.root(row)
+        for token in emitted[:-1]:
+            state = None if state is None else self.advance(state, token)
             if state is None:
                 break
             path.append(state[1])
-            state = self.advance(state, token)
         return path
 
 

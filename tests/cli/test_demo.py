@@ -21,7 +21,7 @@ def test_demo_compares_both_sets_and_is_identical(run):
     rows = [line.split()[:3] for line in result.output.splitlines()]
     for name in ("sql", "gsm8k"):
         for setting in ("greedy", "t1.0"):
-            for method in ("lookup", "draft", "medusa", "eagle", "eagle3"):
+            for method in ("lookup", "draft", "medusa", "eagle", "eagle3", "block"):
                 assert [name, setting, method] in rows
     assert "SELECT" in result.output
 

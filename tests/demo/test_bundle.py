@@ -25,7 +25,7 @@ def models() -> dict[str, LlamaForCausalLM]:
 
 def test_assets_lie_inside_the_package():
     package = Path(bundle.__file__).parent
-    assert set(assets()) == {"base", "draft", "eagle", "eagle3", "medusa", "prompts"}
+    assert set(assets()) == {"base", "block", "draft", "eagle", "eagle3", "medusa", "prompts"}
     assert all(path.is_dir() and path.is_relative_to(package) for path in assets().values())
 
 
@@ -39,7 +39,7 @@ def test_missing_asset_is_named_with_its_folder_and_the_remedy(tmp_path, monkeyp
     monkeypatch.setattr(bundle, "DATA", tmp_path)
     with pytest.raises(
         MissingAssetError,
-        match=r"found no \['draft', 'eagle', 'eagle3', 'medusa', 'prompts'\].*install",
+        match=r"found no \['block', 'draft', 'eagle', 'eagle3', 'medusa', 'prompts'\].*install",
     ) as error:
         assets()
     assert str(tmp_path) in str(error.value)
@@ -78,7 +78,9 @@ def test_draft_is_about_a_tenth_of_the_base(models):
     assert 0.08 < ratio < 0.12
 
 
-@pytest.mark.parametrize(("name", "least_tau"), [("medusa", 1.2), ("eagle", 1.5), ("eagle3", 2.5)])
+@pytest.mark.parametrize(
+    ("name", "least_tau"), [("medusa", 1.2), ("eagle", 1.5), ("eagle3", 2.5), ("block", 1.2)]
+)
 def test_heads_fit_the_base_and_draft_what_it_answers(models, name, least_tau):
     spec = SpecModel.from_pretrained(models["base"], assets()[name])
     tokenizer = AutoTokenizer.from_pretrained(assets()["base"])

@@ -180,15 +180,30 @@ def test_round_without_a_draft_is_observed_at_the_root():
     assert grower.propose(torch.tensor([11]), GREEDY, noise=None).tokens[0, 1] == 12
 
 
-def test_sources_are_given_the_noise_of_the_position_that_they_decide():
+@pytest.mark.parametrize("reads_noise", [True, False])
+def test_sources_that_read_it_are_given_the_noise_of_their_position(reads_noise):
     torch.manual_seed(0)
     noise = PositionNoise(batch=1, vocab_size=30, device=CPU)
     noise.seek([4], live=[True])
     source = Counting()
+    source.reads_noise = reads_noise
     grower = TreeGrower([source])
     grower.begin(prefill(10, temperature=1.0))
     grower.propose(torch.tensor([10]), replace(GREEDY, depth=1), noise=noise)
-    assert np.array_equal(source.noises[0], noise.row(0, 0).numpy())
+    if reads_noise:
+        assert np.array_equal(source.noises[0], noise.row(0, 0).numpy())
+    else:
+        assert source.noises[0] is None
+
+
+def test_muted_source_suggests_nothing():
+    source = Counting()
+    grower = TreeGrower([source])
+    grower.begin(prefill(10))
+    grower.muted = frozenset([source])
+    assert grower.propose(torch.tensor([10]), GREEDY, noise=None).topology.num_nodes == 1
+    grower.muted = frozenset()
+    assert grower.propose(torch.tensor([10]), GREEDY, noise=None).topology.num_nodes > 1
 
 
 @pytest.mark.parametrize(("option", "value"), [("num_draft_tokens", 0), ("min_probability", 0.0)])

@@ -148,7 +148,8 @@ def enumerate_distribution(
 
 DRAFTERS: dict[str, Callable[[Decisions], Proposer | None]] = {
     "none": lambda decisions: None,
-    "chain": lambda decisions: TableProposer(decisions, [0, 0, 1]),
+    "chain": lambda decisions: TableProposer(decisions, [0, 0, 1], probs=TWO_TOKENS),
+    "chain of all tokens": lambda decisions: TableProposer(decisions, [0, 0, 1]),
     "deep chain": lambda decisions: TableProposer(decisions, [0, 0, 1, 2]),
     "tree": lambda decisions: TableProposer(decisions, TREE, probs=TWO_TOKENS),
     "tree of all tokens": lambda decisions: TableProposer(decisions, TREE),
@@ -160,7 +161,7 @@ DRAFTERS: dict[str, Callable[[Decisions], Proposer | None]] = {
     ("drafter", "warpers"),
     grid(
         [(drafter, "plain") for drafter in DRAFTERS]
-        + [("peeking tree", "temperature"), ("chain", "top-k")],
+        + [("peeking tree", "temperature"), ("chain", "top-k"), ("chain of all tokens", "top-k")],
         runs=lambda drafter, warpers: (drafter, warpers) in QUICK,  # all tokens take minutes
     ),
 )
@@ -172,7 +173,7 @@ def test_sampled_outputs_have_the_product_distribution_of_the_target(drafter, wa
     assert distance(distribution, target_probs(WARPERS[warpers])) <= EXACT
 
 
-@pytest.mark.parametrize("drafter", ["none", "chain", "deep chain", "tree"])
+@pytest.mark.parametrize("drafter", ["none", "chain of all tokens", "deep chain", "tree"])
 def test_greedy_output_is_the_most_likely_path_whatever_is_drafted(drafter, monkeypatch):
     distribution = enumerate_distribution(monkeypatch, proposer=DRAFTERS[drafter], greedy=True)
     path = list(PROMPT[0])

@@ -20,7 +20,7 @@ from speclm.generation import loop
 from speclm.methods.draft_model.proposer import DraftModelProposer
 from speclm.methods.ngram.proposer import NgramProposer
 from speclm.testing import ScriptedProposer
-from tests.grids import turns
+from tests.grids import grid, turns
 from tests.models import (
     FAMILIES,
     VOCAB_SIZE,
@@ -53,7 +53,9 @@ CELLS: dict[str, dict[str, Any]] = {
     },
 }
 LAYOUTS = {"one row": (9,), "padded rows": (11, 5, 2, 14), "one token": (1,)}
-HALF = (("greedy", "padded rows"), ("default", "one row"))  # each of both, at half the time
+# Each of both, at half the time.
+HALF = (("greedy", "padded rows"), ("default", "one row"))
+WARPED_HALF = (("greedy", "one row"), ("temperature and top-p", "padded rows"))
 PROPOSERS = ("random tree", "ngram", "draft = target", "other draft", "none")
 
 
@@ -117,11 +119,9 @@ def test_scripted_draft_gives_the_tokens_of_plain_decoding_in_few_rounds(
     require_speculation(spec, tokens=NEW_TOKENS, errors=len(WRONG_AT))
 
 
-@pytest.mark.parametrize(
-    ("kind", "cell", "layout", "family"),
-    turns(PROPOSERS, ["greedy", "temperature and top-p"], ["one row", "padded rows"], FAMILIES),
-)
-def test_any_proposer_gives_the_tokens_of_plain_decoding(family, kind, cell, layout, spec):
+@pytest.mark.parametrize(("kind", "half", "family"), turns(PROPOSERS, WARPED_HALF, FAMILIES))
+def test_any_proposer_gives_the_tokens_of_plain_decoding(family, kind, half, spec):
+    cell, layout = half
     inputs = prompts(*LAYOUTS[layout])
     expected = plain(family, cell, layout)
     spec.proposer = make_proposer(kind, family, new_tokens(expected[0], inputs["input_ids"]))
@@ -130,15 +130,9 @@ def test_any_proposer_gives_the_tokens_of_plain_decoding(family, kind, cell, lay
     assert spec.last_speculation.fallbacks == []
 
 
-@pytest.mark.parametrize(
-    ("kind", "cell", "layout"),
-    turns(
-        ["scripted", *PROPOSERS], ["greedy", "temperature and top-p"], ["one row", "padded rows"]
-    ),
-)
-def test_prompts_too_long_for_a_draft_give_the_tokens_of_plain_decoding(
-    kind, cell, layout, monkeypatch
-):
+@pytest.mark.parametrize(("kind", "half"), turns(["scripted", *PROPOSERS], WARPED_HALF))
+def test_prompts_too_long_for_a_draft_give_the_tokens_of_plain_decoding(kind, half, monkeypatch):
+    cell, layout = half
     inputs = prompts(*LAYOUTS[layout])
     expected = plain("llama", cell, layout)
     reference = new_tokens(expected[0], inputs["input_ids"])
@@ -162,10 +156,11 @@ def test_prompts_too_long_for_a_draft_give_the_tokens_of_plain_decoding(
 
 
 @pytest.mark.parametrize(
-    ("kind", "cell", "lengths", "family"),
-    turns(["scripted", *PROPOSERS], ["greedy", "default"], [(1,), (1, 4, 1)], FAMILIES),
+    ("kind", "half", "family"),
+    turns(["scripted", *PROPOSERS], [("greedy", (1, 4, 1)), ("default", (1,))], FAMILIES),
 )
-def test_prompts_of_one_token_begin_with_any_proposer(family, kind, cell, lengths, spec):
+def test_prompts_of_one_token_begin_with_any_proposer(family, kind, half, spec):
+    cell, lengths = half
     inputs = prompts(*lengths)
     settings = {**CELLS[cell], "max_new_tokens": 8}
     expected = generate(spec.base, inputs, **settings)
@@ -206,7 +201,7 @@ def test_rows_end_at_an_eos_token_that_occurs_early(at, half, family, spec):
     assert unbounded[-1].index(eos) <= at
 
 
-@pytest.mark.parametrize("cell", ["greedy", "default"])
+@pytest.mark.parametrize("cell", grid(["greedy", "default"], runs=lambda cell: cell == "default"))
 def test_a_fast_row_waits_for_a_slow_one_when_it_is_too_far_ahead(cell):
     inputs = prompts(4, 6)
     settings = {**CELLS[cell], "max_new_tokens": 80}
@@ -222,7 +217,8 @@ def test_a_fast_row_waits_for_a_slow_one_when_it_is_too_far_ahead(cell):
     assert sum(lengths[0]) + len(lengths[0]) == 80 - 17
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# One whose layers see all of the cache, and one of which some see a window.
+@pytest.mark.parametrize("family", grid(FAMILIES, runs=lambda family: family in {"llama", "qwen2"}))
 def test_generation_over_several_blocks_of_the_cache(family, spec):
     inputs = prompts(250, 200)
     settings = {"do_sample": True, "max_new_tokens": 30}

@@ -185,14 +185,14 @@ def arguments(inputs, backend="auto"):
 
 @pytest.mark.usefixtures("_unchecked_sizes")
 @pytest.mark.parametrize(
-    ("case", "return_lse", "dtype"),
+    ("case", "result"),
     turns(
         [CASE, BUSY, replace(BUSY, deterministic=True)],
-        [True, False],
-        [torch.float32, torch.bfloat16, torch.float64],
+        [(True, torch.float32), (False, torch.bfloat16), (True, torch.float64)],
     ),
 )
-def test_op_is_registered_as_torch_expects(case, dtype, return_lse):
+def test_op_is_registered_as_torch_expects(case, result):
+    return_lse, dtype = result
     inputs = replace(lay_out(replace(case, dtype=dtype)), return_lse=return_lse)
     torch.library.opcheck(OP, arguments(inputs))
 

@@ -6,6 +6,7 @@ import pickle
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from speclm.methods.medusa.network import MedusaHeads, MedusaHeadsConfig
 from speclm.methods.medusa.proposer import MedusaProposer
 from speclm.methods.ngram.proposer import NgramProposer
 from speclm.target import TargetFeatures, TargetView, exclusive
-from tests.grids import turns
+from tests.grids import grid
 from tests.models import VOCAB_SIZE, build_model, prompts, randomise
 from tests.outcomes import reading
 
@@ -49,6 +50,7 @@ PROPOSERS: dict[str, Callable[[Any], Proposer | None]] = {
     "draft model": lambda base: DraftModelProposer(base, target=base),
     "joined": lambda base: CombinedProposer([NgramProposer(), medusa(base)]),
 }
+FEW = ("draft model", "joined")  # a draft model that is the target, and two proposers in one
 
 
 @pytest.fixture
@@ -60,6 +62,14 @@ def elsewhere(call: Callable[[], Any]) -> Any:
     """Return what a call returns in another thread, or raise what it raises."""
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(call).result(timeout=60)
+
+
+def here(call: Callable[[], Any]) -> Any:
+    return call()
+
+
+def pickled(model: Any) -> Any:
+    return pickle.loads(pickle.dumps(model))
 
 
 class Calling(AcceptanceRule):
@@ -85,7 +95,7 @@ def generate_calling(spec: SpecModel, call: Callable[[], Any]) -> tuple[Tensor, 
     return output, rule.results
 
 
-@pytest.mark.parametrize("kind", PROPOSERS)
+@pytest.mark.parametrize("kind", grid(PROPOSERS, runs=lambda kind: kind in FEW))
 def test_second_thread_on_one_base_is_refused_on_request_and_the_first_goes_on(base, kind):
     expected = base.generate(**prompts(9, 5), **SAMPLED)
     spec, other = (SpecModel(base, PROPOSERS[kind](base)) for _ in range(2))
@@ -112,7 +122,13 @@ def test_second_thread_on_one_base_is_refused_on_request_and_the_first_goes_on(b
     assert torch.equal(other.generate(**prompts(9, 5), **SAMPLED), expected)
 
 
-@pytest.mark.parametrize(("kind", "run"), turns(PROPOSERS, [elsewhere, lambda call: call()]))
+@pytest.mark.parametrize(
+    ("kind", "run"),
+    grid(
+        product(PROPOSERS, [elsewhere, here]),
+        runs=lambda kind, run: kind in FEW and (kind == "joined") == (run is elsewhere),
+    ),
+)
 def test_plain_generation_of_the_base_is_allowed_meanwhile(base, kind, run):
     expected = base.generate(**prompts(9, 5), **SAMPLED)
     spec = SpecModel(base, PROPOSERS[kind](base))
@@ -250,7 +266,7 @@ def test_streamer_of_a_plainly_decoded_call_may_generate(base):
     expected = base.generate(**prompts(5), **few)
     reference = base.generate(**prompts(4), **GREEDY)
     for model in (spec, other):
-        for run in (elsewhere, lambda call: call()):
+        for run in (elsewhere, here):
             streamer = CallingStreamer(
                 lambda model=model, run=run: run(lambda: model.generate(**prompts(4), **GREEDY))
             )
@@ -293,7 +309,10 @@ def test_an_abandoned_generator_frees_the_base(base):
 
 @pytest.mark.parametrize(
     ("kind", "duplicate"),
-    turns(PROPOSERS, [copy.deepcopy, lambda spec: pickle.loads(pickle.dumps(spec))]),
+    grid(
+        product(PROPOSERS, [copy.deepcopy, pickled]),
+        runs=lambda kind, duplicate: kind in FEW and (kind == "joined") == (duplicate is pickled),
+    ),
 )
 def test_models_are_copied_and_pickled_also_during_a_call(base, kind, duplicate):
     spec = SpecModel(base, PROPOSERS[kind](base))

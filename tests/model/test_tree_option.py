@@ -21,7 +21,7 @@ def reference_of(inputs, **settings):
 
 
 def spec_of(kind, reference, **options):
-    base, draft = shared_model("llama"), build_model("llama", seed=7)
+    base, draft = shared_model("llama"), shared_model("llama", 7)
     proposer = build_proposer(kind, reference, target=base, draft=draft)
     return SpecModel(base, proposer, **options)
 

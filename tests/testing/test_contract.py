@@ -67,9 +67,8 @@ def with_topology(draft, **changes):
     return replace(draft, topology=replace(draft.topology, **changes))
 
 
-@pytest.mark.parametrize("make", [NgramProposer, RepeatProposer, Planted])
-def test_honest_factory_passes(make):
-    check_proposer(make)
+def test_honest_factory_passes():
+    check_proposer(Planted)  # nothing is spoilt
 
 
 def test_scripted_proposer_passes():

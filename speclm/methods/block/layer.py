@@ -33,6 +33,7 @@ class BlockAttention(nn.Module):
         self.q_norm = nn.RMSNorm(dim, eps=config.rms_norm_eps)
         self.k_norm = nn.RMSNorm(dim, eps=config.rms_norm_eps)
         self._fused: tuple[Tensor, Tensor | None] | None = None
+        self._scales: Tensor | None = None  # of the norms of queries and keys, head by head
 
     @property
     def context_parts(self) -> tuple[nn.Linear, nn.Linear]:
@@ -40,12 +41,17 @@ class BlockAttention(nn.Module):
         return self.k_proj, self.v_proj
 
     def fuse_(self) -> None:
-        """Join the projections of queries, keys and values."""
+        """Join the projections of queries, keys and values, and the norms of the first two."""
         self._fused = _joined(self.q_proj, self.k_proj, self.v_proj)
+        norms = [
+            norm.weight.detach().expand(size // self.head_dim, -1)
+            for norm, size in zip((self.q_norm, self.k_norm), self.sizes, strict=False)
+        ]
+        self._scales = torch.cat(norms)
 
     def separate_(self) -> None:
         """Undo `fuse_`."""
-        self._fused = None
+        self._fused = self._scales = None
 
     def forward(
         self,
@@ -58,21 +64,28 @@ class BlockAttention(nn.Module):
     ) -> Float[Tensor, "batch positions hidden"]:
         """Attend; see `BlockHeads.forward`."""
         batch, length = states.shape[:2]
-        by_head = (batch, length, -1, self.head_dim)
-        if self._fused is None:
-            parts = [part(states) for part in (self.q_proj, self.k_proj, self.v_proj)]
-        else:
-            parts = list(torch.split(F.linear(states, *self._fused), self.sizes, dim=-1))
-        queries, keys = self.q_norm(parts[0].view(by_head)), self.k_norm(parts[1].view(by_head))
-        both = rotated(torch.cat((queries, keys), dim=2), rotation).transpose(1, 2)
-        queries, keys = both[:, : queries.shape[2]], both[:, queries.shape[2] :]
-        own = keys, parts[2].view(by_head).transpose(1, 2)
+        both, values = self._project(states)
+        both = rotated(both, rotation).transpose(1, 2)  # [batch, q_heads + kv_heads, ...]
+        num_heads = self.sizes[0] // self.head_dim
+        queries, own = both[:, :num_heads], (both[:, num_heads:], values.transpose(1, 2))
         if num_blocks == 1:
             attended = _attend(queries, context, own, mask)
         else:
             attended = _attend_blocks(queries, context, own, mask, num_blocks)
         joined = attended.transpose(1, 2).reshape(batch, length, -1)
         return self.o_proj(joined)  # type: ignore[no-any-return]  # a Linear's call is untyped
+
+    def _project(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Return normed queries and keys, one head after another, and values."""
+        by_head = (*states.shape[:2], -1, self.head_dim)
+        if self._fused is None or self._scales is None:
+            queries = self.q_norm(self.q_proj(states).view(by_head))
+            keys = self.k_norm(self.k_proj(states).view(by_head))
+            return torch.cat((queries, keys), dim=2), self.v_proj(states).view(by_head)
+        joined = F.linear(states, *self._fused).view(by_head)
+        num_normed = len(self._scales)
+        both = F.rms_norm(joined[:, :, :num_normed], (self.head_dim,), eps=self.q_norm.eps)
+        return both * self._scales, joined[:, :, num_normed:]
 
 
 def _attend(queries: Tensor, context: Context, own: Context, mask: Tensor | None) -> Tensor:

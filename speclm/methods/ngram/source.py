@@ -41,6 +41,10 @@ _SPLIT_RATES = (
 )
 
 
+Match = tuple[dict[int, tuple[int, int]] | None, int]
+"""Followers of an n-gram, and its length; None and 0 if there is none."""
+
+
 class NgramIndex:
     """The followers of every n-gram of one row.
 
@@ -81,18 +85,32 @@ class NgramIndex:
             self._length += 1
         self.context = context
 
-    def candidates(self, context: tuple[int, ...]) -> list[tuple[int, int]]:
-        """Return tokens that followed the longest known n-gram at the end of `context`, and keys.
+    def match(self, context: tuple[int, ...], *, longest: int = 0) -> Match:
+        """Return the longest known n-gram at the end of `context`.
 
-        Of several, the last one in the output comes first, then those that followed more often.
+        Args:
+            context: Last tokens of a text.
+            longest: Tokens that it has at most, which are tried first; 0 if that is not known.
         """
-        found: dict[int, tuple[int, int]] | None = None
-        length = 0
+        followers = self._followers.get
+        if longest:
+            found = followers(context[-longest:])
+            if found is not None:
+                return found, min(longest, len(context))
+        found, length = None, 0
         for start in range(len(context) - 1, -1, -1):
-            longer = self._followers.get(context[start:])
+            longer = followers(context[start:])
             if longer is None:
                 break  # what holds this n-gram is not known either
             found, length = longer, length + 1
+        return found, length
+
+    def candidates(self, match: Match) -> list[tuple[int, int]]:
+        """Return tokens that followed an n-gram, and their keys.
+
+        Of several, the last one in the output comes first, then those that followed more often.
+        """
+        found, length = match
         if found is None:
             return []
         output_start = self._output_start
@@ -137,17 +155,19 @@ class NgramSource(CandidateSource):
     @override
     def root(self, row: int) -> State:
         index = self._rows[row]
-        return index, index.context
+        return index, index.context, index.match(index.context)
 
     @override
     def advance(self, state: State, token: int) -> State:
-        index, context = state
-        return index, index.slide(context, token)
+        index, context, (_, length) = state
+        context = index.slide(context, token)
+        # A longer match would have been one token shorter before.
+        return index, context, index.match(context, longest=length + 1)
 
     @override
     def candidates(self, state: State, noise: NoiseRow | None) -> list[tuple[int, int]]:
-        index, context = state
-        found: list[tuple[int, int]] = index.candidates(context)
+        index, _, match = state
+        found: list[tuple[int, int]] = index.candidates(match)
         return found
 
     @override

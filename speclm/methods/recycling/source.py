@@ -2,8 +2,7 @@
 
 import copy
 import weakref
-from bisect import bisect_left
-from math import exp, log
+from math import exp, inf, log
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,9 @@ from speclm.target.logits import head_shape
 
 # A key: whether the pair was known, the rank, and the remembered probability in buckets.
 _BOUNDS = (0.9, 0.65, 0.4, 0.2, 0.08)
-_NEGATED_BOUNDS = tuple(-log(bound) for bound in _BOUNDS)
-_LEAST_LOG_PROB = log(0.004)
+_LEAST = 0.004
 _NUM_BUCKETS = len(_BOUNDS) + 1
+_LOG_BOUNDS = (*map(log, (*_BOUNDS, _LEAST)), -inf)
 _LEAST_TEMPERATURE = 1e-6
 _LEAST_NOISE = 1e-30  # half-precision noise may be 0
 _NUM_RANKS = 4  # further ranks share the last
@@ -40,6 +39,7 @@ class RecyclingSource(CandidateSource):
     Source: Luo et al. 2024 (Token Recycling), which remembers by single tokens.
     """
 
+    reads_noise = True
     start_rates = tuple(
         rate * factor * 0.9**rank
         for factor in (_TOKEN_FACTOR, 1.0)
@@ -81,7 +81,7 @@ class RecyclingSource(CandidateSource):
             self._save_at_end()
         self.num_observed = self.memory.num_candidates
         self._clears = memory == "call"
-        self._temperature = 0.0
+        self._scale = 1.0  # of log-probabilities, by the temperature
         self._last: list[tuple[int, int]] = []
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -98,7 +98,7 @@ class RecyclingSource(CandidateSource):
             self.memory.clear()
         if self._file is not None:
             self._file.save_if_due()
-        self._temperature = prompt.temperature
+        self._scale = 1 / max(prompt.temperature, _LEAST_TEMPERATURE)
         # Once per generation: the memory lives on the host.
         ends, firsts = prompt.tokens[:, -1:].tolist(), prompt.first_tokens.tolist()
         is_alone = (prompt.num_padding >= prompt.tokens.shape[1]).tolist()
@@ -120,33 +120,36 @@ class RecyclingSource(CandidateSource):
         found = self.memory.find(*state)
         if found is None:
             return []
-        order, ids, log_probs = found
-        if noise is not None:
-            ids, log_probs = self._under_noise(ids, log_probs, noise)
-        key = order * _NUM_RANKS * _NUM_BUCKETS
+        is_pair, tokens, log_probs = found
+        key = is_pair * _NUM_RANKS * _NUM_BUCKETS
         last = key + (_NUM_RANKS - 1) * _NUM_BUCKETS
-        keyed = []
-        for token, log_prob in zip(ids, log_probs, strict=True):
-            if log_prob < _LEAST_LOG_PROB:
+        if noise is not None:
+            tokens, log_probs = self._under_noise(tokens, log_probs, noise)
+        keyed, bucket, bound = [], 0, _LOG_BOUNDS[0]
+        for token, log_prob in zip(tokens, log_probs, strict=True):  # the likeliest first
+            while log_prob < bound:
+                bucket += 1
+                bound = _LOG_BOUNDS[bucket]
+            if bucket == _NUM_BUCKETS:
                 break  # the others are rarer still
-            keyed.append((token, key + bisect_left(_NEGATED_BOUNDS, -log_prob)))
+            keyed.append((token, key + bucket))
             if key < last:
                 key += _NUM_BUCKETS
         return keyed
 
     def _under_noise(
-        self, ids: list[int], log_probs: list[float], noise: NoiseRow
+        self, tokens: list[int], log_probs: list[float], noise: NoiseRow
     ) -> tuple[list[int], list[float]]:
         """Rank candidates by the noise that decides; return log-probabilities of being chosen."""
-        scale = 1 / max(self._temperature, _LEAST_TEMPERATURE)
-        keys = [
-            log_prob * scale - log(max(noise.item(token), _LEAST_NOISE))
-            for token, log_prob in zip(ids, log_probs, strict=True)
+        scale, drawn = self._scale, noise.item
+        scores = [
+            log_prob * scale - log(drawn(token) or _LEAST_NOISE)
+            for token, log_prob in zip(tokens, log_probs, strict=True)
         ]
-        ranked = sorted(zip(keys, ids, strict=True), reverse=True)
-        best = ranked[0][0]
-        total = best + log(sum(exp(key - best) for key in keys))
-        return [token for _, token in ranked], [key - total for key, _ in ranked]
+        best = max(scores)
+        total = best + log(sum([exp(score - best) for score in scores]))
+        ranked = sorted(zip(scores, tokens, strict=True), reverse=True)
+        return [token for _, token in ranked], [score - total for score, _ in ranked]
 
     @override
     def observe(

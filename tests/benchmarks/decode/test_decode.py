@@ -2,11 +2,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoConfig
 
 from benchmarks.decode import decode as script
 from benchmarks.inflation.shapes import InflatedShape
 from speclm.bench import read_records
 from speclm.demo.bundle import assets
+from speclm.methods.block.checkpoint import block_checkpoint, write_block
+from speclm.methods.block.config import BlockConfig
+from speclm.methods.block.network import BlockHeads
 from speclm.methods.medusa.network import MedusaHeads, MedusaHeadsConfig
 from speclm.methods.medusa.proposer import MedusaProposer
 from tests.benchmarks.eagle_folders import write_eagle_folders
@@ -94,6 +99,26 @@ def test_eagle_heads_of_a_folder_are_measured_as_they_are_and_inflated(
     read = record["settings"]["bytes_read"]
     assert read.keys() == {"base", "eagle3"}
     assert 0 < read["eagle3"] < read["base"]
+
+
+def test_block_heads_of_a_folder_are_measured_as_they_are_and_inflated(
+    decode, monkeypatch, tmp_path
+):
+    config = BlockConfig.from_model_config(
+        AutoConfig.from_pretrained(assets()["base"]), kind="dspark", block_size=4
+    )
+    heads = BlockHeads(config)
+    heads.init_weights_(generator=torch.Generator().manual_seed(0))
+    write_block(tmp_path / "heads" / "block", block_checkpoint(heads))
+    options = ["--heads", str(tmp_path / "heads"), "--methods", "block"]
+    small = run(decode, monkeypatch, tmp_path / "small", *options)
+    wide = run(decode, monkeypatch, tmp_path / "wide", *options, "--shape", "tiny")
+    record = wide["block"]
+    assert record["num_identical"] == 1
+    assert record["tau"] == small["block"]["tau"]
+    read = record["settings"]["bytes_read"]
+    assert read.keys() == {"base", "block"}
+    assert 0 < read["block"] < read["base"]
 
 
 def test_tree_is_passed_on_and_recorded(decode, monkeypatch, tmp_path):

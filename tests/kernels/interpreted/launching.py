@@ -16,14 +16,14 @@ IS_DEEP = hypothesis.settings.get_current_profile_name() == "deep"
 def _search(max_examples: int) -> hypothesis.settings:
     """Search for so many examples, always the same ones; a program takes 10 ms here."""
     return hypothesis.settings(
-        max_examples=16 * max_examples if IS_DEEP else max_examples,
+        max_examples=20 * max_examples if IS_DEEP else max_examples,
         derandomize=not IS_DEEP,
         deadline=None,
     )
 
 
-search = _search(7)
-quick_search = _search(4)  # of properties that launch several times
+search = _search(5)
+quick_search = _search(3)  # of properties that launch several times
 
 
 def plan(num_splits: int = 1, **sizes: int) -> LaunchPlan:

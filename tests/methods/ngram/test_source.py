@@ -23,7 +23,7 @@ def followers(text: list[int], context: tuple[int, ...], max_ngram: int) -> list
 def test_candidates_are_the_followers_of_the_longest_known_ngram(text, max_ngram):
     index = NgramIndex(text, max_ngram=max_ngram)
     expected = set(followers(text, index.context, max_ngram))
-    found = index.candidates(index.context)
+    found = index.candidates(index.match(index.context))
     tokens = [token for token, _ in found]
     assert len(set(tokens)) == len(tokens) == len(expected)
     assert set(tokens) <= expected
@@ -33,7 +33,7 @@ def test_candidates_are_the_followers_of_the_longest_known_ngram(text, max_ngram
 def best(prompt: list[int], output: list[int] | None = None) -> tuple[int, float]:
     index = NgramIndex(prompt, max_ngram=9)
     index.extend(output or [])
-    token, key = index.candidates(index.context)[0]
+    token, key = index.candidates(index.match(index.context))[0]
     return token, NgramSource.start_rates[key]
 
 
