@@ -32,6 +32,7 @@ class BlockProposerConfig(GrownTreeConfig):
         branches: Children considered for each expanded node.
         min_probability: Nodes whose path is less likely than this are not verified.
         min_confidence: A row stops when none of its paths is this likely.
+        min_growing: Not used, since all rows share a pass.
         min_acceptance: Nodes whose path the confidence head gives a lower probability of acceptance
             are left out; 0 to leave that head unused.
     """
@@ -128,7 +129,7 @@ class BlockLogits:
         if markov is None:
             return logits.expand(-1, width, -1)
         if self._terms is not None:
-            return self._terms.of(tokens).add_(logits)
+            return self._terms.of(tokens) + logits
         state = self._state
         if state is not None:
             state = state.gather(1, parents[:, :, None].expand(-1, -1, state.shape[2]))
