@@ -24,7 +24,7 @@ from benchmarks.decode.decode import build_cells, build_methods, describe, load_
 from speclm.bench import Cell, Decoder, Measured, append_record, compare, plain_decoder
 from speclm.bench.records import decode_record, describe_commit
 
-METHODS = ("prompt_lookup", "ngram", "lookup", "draft", "medusa", "eagle", "eagle3")
+METHODS = ("prompt_lookup", "ngram", "lookup", "draft", "medusa", "eagle", "eagle3", "block")
 PLANNED = "eagle3"
 NUM_WARMUP = 4
 WARMUP_SHARE = 0.2  # of the time of a cell, at most

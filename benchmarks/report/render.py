@@ -44,6 +44,7 @@ LABELS: Mapping[str, Mapping[str, str]] = {
         "eagle": "EAGLE-1 heads",
         "eagle3": "EAGLE-3 heads",
         "lookup+eagle3": '`"lookup"` and EAGLE-3 heads',
+        "block": "block heads",
         "eagle3 auto": 'EAGLE-3 heads, `tree="auto"`',
         "ours": "ours",
         "page16": "ours, pages of 16",
@@ -61,6 +62,7 @@ LABELS: Mapping[str, Mapping[str, str]] = {
         "medusa": "Medusa heads",
         "eagle": "EAGLE-1 heads",
         "eagle3": "EAGLE-3 heads",
+        "block": "block heads",
     },
     "device": {"cpu": "CPU", "cuda": "GPU"},
 }
