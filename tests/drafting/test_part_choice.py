@@ -11,7 +11,7 @@ class Clock:
         return self.now
 
 
-def run(choice: PartChoice, clock: Clock, seconds, num_rounds: int, tokens=(2, 2, 2)) -> list[int]:
+def run(choice: PartChoice, clock: Clock, seconds, num_rounds: int, tokens=(2.0, 2.0, 2.0)) -> list[int]:
     """Return the choices of some rounds, each of which takes the seconds of its choice."""
     chosen = []
     for _ in range(num_rounds):
@@ -32,7 +32,7 @@ def test_every_choice_is_tried_and_then_the_fastest_is_used():
 def test_more_tokens_count_as_much_as_less_time():
     clock = Clock()
     choice = PartChoice(3, clock)
-    assert Counter(run(choice, clock, (3.0, 1.0, 2.0), 1000, tokens=(9, 2, 2)))[0] > 900
+    assert Counter(run(choice, clock, (3.0, 1.0, 2.0), 1000, tokens=(9.0, 2.0, 2.0)))[0] > 900
 
 
 def test_another_choice_is_used_once_it_is_faster():
@@ -49,7 +49,7 @@ def test_slow_first_round_of_a_choice_does_not_count():
         chosen.append(choice.next())
         has_changed = len(chosen) > 1 and chosen[-1] != chosen[-2]
         clock.now += (1.0 if chosen[-1] else 2.0) + 50 * has_changed
-        choice.record(2)
+        choice.record(2.0)
     assert Counter(chosen)[1] > 450
 
 
@@ -70,5 +70,5 @@ def test_settings_are_learned_apart_and_can_be_forgotten():
 def test_rounds_without_a_draft_and_single_choices_change_nothing():
     clock = Clock()
     choice = PartChoice(1, clock)
-    choice.record(1)
-    assert set(run(choice, clock, (1.0,), 50, tokens=(1,))) == {0}
+    choice.record(1.0)
+    assert set(run(choice, clock, (1.0,), 50, tokens=(1.0,))) == {0}
