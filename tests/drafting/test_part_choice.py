@@ -11,7 +11,9 @@ class Clock:
         return self.now
 
 
-def run(choice: PartChoice, clock: Clock, seconds, num_rounds: int, tokens=(2.0, 2.0, 2.0)) -> list[int]:
+def run(
+    choice: PartChoice, clock: Clock, seconds, num_rounds: int, tokens=(2.0, 2.0, 2.0)
+) -> list[int]:
     """Return the choices of some rounds, each of which takes the seconds of its choice."""
     chosen = []
     for _ in range(num_rounds):
