@@ -259,7 +259,8 @@ class Pausing:
         self._num_tokens = 0.0
         self._num_rounds = 0
         self._has_read = False  # whether the round before had a draft
-        self._is_paused = self._ledger.is_paused()
+        self.is_paused = self._ledger.is_paused()
+        """Whether rounds have shown that drafts do not pay."""
         self._start = clock()
 
     def wants_draft(self) -> bool:
@@ -311,12 +312,12 @@ class Pausing:
         else:
             self._balance += ledger.add_plain(timed)
         self._has_read = drafted
-        was_paused, self._is_paused = self._is_paused, ledger.is_paused()
+        was_paused, self.is_paused = self.is_paused, ledger.is_paused()
         if self._stats is None:
             return
         if not drafted:
             self._stats.num_plain_rounds += 1
-        if self._is_paused and not was_paused:
+        if self.is_paused and not was_paused:
             self._stats.pauses.append(Pause(self._num_rounds, ledger.reason()))
 
     def finish(self, num_steps: int) -> None:

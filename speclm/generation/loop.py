@@ -237,7 +237,9 @@ class Generation:
             logits = self.session.verify(
                 draft.tokens, draft.topology, max_length=self.request.total_length
             )
-        taken = self._accept_and_commit(draft, logits)
+        # What a proposer learns takes a few percent of a round: too much while drafts pause.
+        observes = drafts or self.pausing is None or not self.pausing.is_paused
+        taken = self._accept_and_commit(draft, logits, observes=observes)
         stats.count_round(
             taken.paths, sizes=draft.topology.host_sizes, depths=draft.topology.host_depths
         )
@@ -256,9 +258,15 @@ class Generation:
             )
 
     def _accept_and_commit(
-        self, draft: Draft, logits: Float[Tensor, "batch nodes vocab"]
+        self, draft: Draft, logits: Float[Tensor, "batch nodes vocab"], *, observes: bool = True
     ) -> Accepted:
-        """Decide on a verified draft, and keep what was accepted; return it."""
+        """Decide on a verified draft, and keep what was accepted; return it.
+
+        Args:
+            draft: The draft.
+            logits: The target's logits at its nodes.
+            observes: Whether the proposer is given what it asks for in `num_observed`.
+        """
         with self.stats.phase("accept"):
             if self.lockstep is None:
                 taken = self._take(self._accept(draft, logits))
@@ -271,7 +279,7 @@ class Generation:
                 nodes = draft.topology.num_nodes
                 taken = taken.with_features(self.target.features[:, -nodes:])
             num_observed = self.drafter.num_observed
-            if num_observed:
+            if num_observed and observes:
                 taken = taken.with_candidates(TargetCandidates.best(logits, num=num_observed))
         with self.stats.phase("commit"):
             is_live = self.sequences.any_live

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from speclm import SpecModel
+from speclm.adaptive.pausing import Ledger, Pausing
 from speclm.config import ProposerConfig
 from speclm.drafting.combined import CombinedProposer
 from speclm.drafting.interface import Draft, Proposer
@@ -255,3 +256,29 @@ def test_candidates_come_with_the_nodes_of_the_whole_draft(family, plan, num_nod
     for text, found in observer.seen[: 4 * num_nodes]:  # later nodes are beyond the end
         logits = base(torch.tensor([text])).logits[0, -1]
         assert found == logits.topk(2).indices.tolist()
+
+
+class Learner(NgramProposer):
+    """Counts the rounds in which it is told what the target thought likely."""
+
+    num_observed = 2  # type: ignore[assignment]
+
+    def __init__(self):
+        super().__init__()
+        self.num_told = self.num_rounds = 0
+
+    def commit(self, accepted):
+        self.num_rounds += 1
+        self.num_told += accepted.candidates is not None
+        super().commit(accepted.with_candidates(None))
+
+
+@pytest.mark.parametrize("is_paused", [False, True])
+def test_candidates_are_not_computed_while_drafts_pause(is_paused, monkeypatch):
+    monkeypatch.setattr(Pausing, "wants_draft", lambda _: False)
+    monkeypatch.setattr(Ledger, "is_paused", lambda _: is_paused)
+    learner, base = Learner(), shared_model("llama")
+    output = SpecModel(base, learner).generate(**prompts(6), max_new_tokens=7)
+    assert output.shape[1] == 13
+    assert learner.num_rounds >= 6
+    assert learner.num_told == (1 if is_paused else learner.num_rounds)  # that of the prompt
