@@ -260,13 +260,7 @@ class Generation:
     def _accept_and_commit(
         self, draft: Draft, logits: Float[Tensor, "batch nodes vocab"], *, observes: bool = True
     ) -> Accepted:
-        """Decide on a verified draft, and keep what was accepted; return it.
-
-        Args:
-            draft: The draft.
-            logits: The target's logits at its nodes.
-            observes: Whether the proposer is given what it asks for in `num_observed`.
-        """
+        """Keep what is accepted of a draft; the proposer is shown likely tokens if it `observes`."""
         with self.stats.phase("accept"):
             if self.lockstep is None:
                 taken = self._take(self._accept(draft, logits))
