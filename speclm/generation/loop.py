@@ -260,7 +260,7 @@ class Generation:
     def _accept_and_commit(
         self, draft: Draft, logits: Float[Tensor, "batch nodes vocab"], *, observes: bool = True
     ) -> Accepted:
-        """Keep what is accepted of a draft; the proposer is shown likely tokens if it `observes`."""
+        """Keep what is accepted of a draft; the proposer sees likely tokens if it `observes`."""
         with self.stats.phase("accept"):
             if self.lockstep is None:
                 taken = self._take(self._accept(draft, logits))
