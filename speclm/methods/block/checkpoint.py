@@ -26,6 +26,7 @@ from speclm.drafting.heads_folder import (
     require_whole,
     write_heads,
 )
+from speclm.drafting.heads_network import copy_tensors
 from speclm.errors import CheckpointError, shown
 from speclm.files.weights import INDEX, WeightFiles, reading, weight_files
 from speclm.methods.block.config import BlockConfig
@@ -118,14 +119,7 @@ def build_block(
     """
     heads = BlockHeads(checkpoint.config, device=torch.device("meta"))
     target = device or torch.device("cpu")
-    state = {
-        name: tensor.to(
-            target,
-            (dtype or checkpoint.dtype) if tensor.is_floating_point() else tensor.dtype,
-            copy=True,  # of files that are mapped
-        )
-        for name, tensor in checkpoint.tensors.items()
-    }
+    state = copy_tensors(checkpoint.tensors, dtype=dtype or checkpoint.dtype, device=target)
     _require_finite("block heads", state)
     heads.load_state_dict(state, assign=True)
     return heads.to(target)

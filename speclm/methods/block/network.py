@@ -9,15 +9,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from typing_extensions import override
 
-from speclm.drafting.decoder import Rotation, make_rotary, rotated
-from speclm.errors import OptionError
+from speclm.drafting.decoder import Rotation, rotated
+from speclm.drafting.heads_network import HeadsNetwork
 from speclm.methods.block.config import BlockConfig
 from speclm.methods.block.layer import BlockLayer, ConfidenceHead, MarkovHead
 
-_INIT_STD = 0.02  # that of Qwen3
 
-
-class BlockHeads(nn.Module):
+class BlockHeads(HeadsNetwork):
     """The draft network of DFlash, DSpark and JetSpec; holds no decoding state.
 
     A block begins at the anchor, the last committed token. The input is its embedding and, at each
@@ -28,55 +26,25 @@ class BlockHeads(nn.Module):
     Source: Chen et al. 2026 (DFlash), and the code of DSpark and JetSpec.
     """
 
-    draft_columns: Int[Tensor, " draft_vocab"] | None
-    """Target token of each column of the logits; None if the vocabularies are equal."""
+    config: BlockConfig
+    _fused: tuple[Tensor, Tensor | None] | None = None
 
-    def __init__(
-        self,
-        config: BlockConfig,
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | None = None,
-    ) -> None:
-        """Allocate heads of the given sizes."""
-        super().__init__()
-        self.config = config
-        with torch.device("meta"):  # draws no random numbers
-            self._add_parts()
-        self.rotary = make_rotary(self.config)
-        self._fused: tuple[Tensor, Tensor | None] | None = None
-        if dtype is not None:
-            self.to(dtype=dtype)
-        if device is None or device.type != "meta":
-            self.to_empty(device=device or torch.device("cpu"))
-            self._clear_()
-
+    @override
     def _add_parts(self) -> None:
         config, hidden, eps = self.config, self.config.hidden_size, self.config.rms_norm_eps
-        self.embed_tokens: nn.Embedding | None = None
-        if config.has_own_embeddings:
-            self.embed_tokens = nn.Embedding(config.vocab_size, hidden)
+        self._add_embeddings()
         self.fc = nn.Linear(len(config.feature_layers) * hidden, hidden, bias=False)
         self.hidden_norm = nn.RMSNorm(hidden, eps=eps)
         self.layers = nn.ModuleList(BlockLayer(config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(hidden, eps=eps)
-        self.lm_head: nn.Linear | None = None
-        if config.has_own_lm_head:
-            self.lm_head = nn.Linear(hidden, config.draft_vocab_size, bias=False)
+        self._add_output()
         self.markov_head = None if config.markov is None else MarkovHead(config)
         self.confidence_head = ConfidenceHead(config) if config.has_confidence else None
-        columns = torch.empty(config.draft_vocab_size, dtype=torch.int64, device="meta")
-        self.register_buffer("draft_columns", columns if config.has_draft_vocab else None)
 
     @override
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        # Casting the weights rounds the frequencies too, and `to_empty` loses them.
-        device = self.fc.weight.device
-        self.rotary = make_rotary(self.config).train(self.training)
-        if device.type != "meta":
-            self.rotary.to(device)
-        if getattr(self, "_fused", None) is not None:
+        super()._apply(fn, recurse)
+        if self._fused is not None:
             self.fuse_()
         return self
 
@@ -88,11 +56,6 @@ class BlockHeads(nn.Module):
             for layer in self._decoder_layers:
                 layer.separate_()
         return self
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the weights and of all outputs."""
-        return self.fc.weight.dtype
 
     @torch.no_grad()
     def fuse_(self) -> Self:
@@ -201,7 +164,7 @@ class BlockHeads(nn.Module):
         tokens = anchors.new_full(shape, self.config.mask_token_id)
         tokens[:, :, 0] = anchors
         tokens = tokens.flatten(1)
-        return embedding(tokens) if self.embed_tokens is None else self.embed_tokens(tokens)
+        return self.embed(tokens, embedding=embedding)
 
     def logits(
         self, hidden: Float[Tensor, "*rows hidden"], *, lm_head: Callable[[Tensor], Tensor]
@@ -228,69 +191,9 @@ class BlockHeads(nn.Module):
         embedded = None if self.markov_head is None else self.markov_head.embed(previous)
         return self.confidence_head(hidden, embedded).sigmoid()  # type: ignore[no-any-return]
 
-    def target_ids(self, draft_ids: Int[Tensor, "*rows"]) -> Int[Tensor, "*rows"]:
-        """Return the target's ids for ids of the draft vocabulary."""
-        return draft_ids if self.draft_columns is None else self.draft_columns[draft_ids]
-
-    @torch.no_grad()
-    def set_draft_columns_(self, columns: Int[Tensor, " draft_vocab"]) -> None:
-        """Choose the target's tokens that the heads may draft.
-
-        Raises:
-            OptionError: If the heads have no draft vocabulary or one of another size, or the tokens
-                are not increasing ids of the target.
-        """
-        mine, vocab_size = self.draft_columns, self.config.vocab_size
-        if mine is None or columns.shape != mine.shape:
-            raise OptionError(
-                f"columns are {len(columns)}, expected draft_vocab_size, "
-                f"{self.config.draft_vocab_size}, below vocab_size, {vocab_size}; build the heads "
-                "with another draft_vocab_size"
-            )
-        is_increasing = bool((columns[1:] > columns[:-1]).all())
-        if not is_increasing or columns[0] < 0 or columns[-1] >= vocab_size:
-            raise OptionError(
-                f"columns run from {int(columns.min())} to {int(columns.max())}, expected "
-                f"increasing ids below {vocab_size}, each once; sort them"
-            )
-        mine.copy_(columns)
-
-    @torch.no_grad()
-    def init_weights_(
-        self,
-        *,
-        lm_weight: Float[Tensor, "vocab hidden"] | None = None,
-        embeddings: Float[Tensor, "vocab hidden"] | None = None,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        """Initialise with small random matrices, norms of one, no biases and no Markov term.
-
-        Args:
-            lm_weight: The target's output matrix; the heads' own matrix gets its rows of the draft
-                vocabulary.
-            embeddings: The target's embeddings, for heads that have their own.
-            generator: Source of the random numbers, on the CPU.
-        """
-        for name, parameter in self.named_parameters():
-            if parameter.ndim > 1 and "markov_w2" not in name:
-                drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-                parameter.copy_(drawn.normal_(std=_INIT_STD, generator=generator))
-            else:
-                parameter.fill_(_constant(name))
-        if self.lm_head is not None and lm_weight is not None:
-            columns = slice(None) if self.draft_columns is None else self.draft_columns
-            self.lm_head.weight.copy_(lm_weight[columns])
-        if self.embed_tokens is not None and embeddings is not None:
-            self.embed_tokens.weight.copy_(embeddings)
-
-    @torch.no_grad()
-    def _clear_(self) -> None:
-        for name, parameter in self.named_parameters():
-            parameter.fill_(_constant(name))
-        if self.draft_columns is not None:
-            self.draft_columns.copy_(
-                torch.arange(len(self.draft_columns), device=self.draft_columns.device)
-            )
+    @override
+    def _starts_at_zero(self, name: str) -> bool:
+        return "markov_w2" in name
 
 
 def block_masks(
@@ -334,7 +237,3 @@ def block_masks(
         own = own.expand(batch, num_blocks, -1, -1)
         made[window, is_causal] = torch.cat((seen, own), dim=-1).flatten(1, 2)[:, None]
     return tuple(made[key] for key in zip(config.windows, config.is_causal, strict=True))
-
-
-def _constant(name: str) -> float:
-    return 1.0 if "norm" in name else 0.0

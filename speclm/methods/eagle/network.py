@@ -1,7 +1,7 @@
 """EAGLE heads: a small decoder that continues the target's hidden states."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -11,18 +11,16 @@ from transformers import LlamaConfig
 from typing_extensions import override
 
 from speclm.cache.tree_cache import TreeCache
-from speclm.drafting.decoder import Rotation, make_rotary
-from speclm.errors import OptionError
+from speclm.drafting.decoder import Rotation
+from speclm.drafting.heads_network import HeadsNetwork, copy_tensors
 from speclm.methods.eagle.config import EagleConfig
 from speclm.methods.eagle.layer import EagleLayer, KeyValueStore
 
 if TYPE_CHECKING:
     from speclm.methods.eagle.checkpoint import EagleCheckpoint
 
-_INIT_STD = 0.02  # that of Llama
 
-
-class EagleHeads(nn.Module):
+class EagleHeads(HeadsNetwork):
     """The draft network of EAGLE-1, 2 and 3; holds no decoding state.
 
     The input at a position joins the target's features there with the embedding of the next token.
@@ -33,68 +31,27 @@ class EagleHeads(nn.Module):
     Source: Li et al. 2024 (EAGLE, EAGLE-2), Li et al. 2025 (EAGLE-3).
     """
 
-    draft_columns: Int[Tensor, " draft_vocab"] | None
-    """Target token of each column of the logits; None if the vocabularies are equal."""
+    config: EagleConfig
 
-    def __init__(
-        self,
-        config: EagleConfig,
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | None = None,
-    ) -> None:
-        """Allocate heads of the given sizes."""
-        super().__init__()
-        self.config = config
-        self._llama = _llama_config(config)
-        with torch.device("meta"):  # draws no random numbers
-            self._add_parts()
-        self.rotary = make_rotary(self.config)
-        if dtype is not None:
-            self.to(dtype=dtype)
-        if device is None or device.type != "meta":
-            self.to_empty(device=device or torch.device("cpu"))
-            self._clear_()
-
+    @override
     def _add_parts(self) -> None:
         config, hidden = self.config, self.config.hidden_size
-        is_eagle3 = config.kind == "eagle3"
+        is_eagle3, llama = config.kind == "eagle3", _llama_config(config)
         width = config.num_features * config.target_hidden_size if is_eagle3 else 2 * hidden
 
         def norm(size: int) -> nn.RMSNorm:
             return nn.RMSNorm(size, eps=config.rms_norm_eps)
 
-        self.embed_tokens: nn.Embedding | None = None
-        if config.has_own_embeddings:
-            self.embed_tokens = nn.Embedding(config.vocab_size, hidden)
+        self._add_embeddings()
         sizes = [config.target_hidden_size] * (config.num_features if config.fc_norm else 0)
         self.feature_norms = nn.ModuleList(map(norm, sizes))
         self.feature_norm = norm(width) if config.norm_before_fc else None
         self.fc = nn.Linear(width, hidden, bias=config.fc_bias)
         self.layers = nn.ModuleList(
-            EagleLayer(config, self._llama, index=index) for index in range(config.num_layers)
+            EagleLayer(config, llama, index=index) for index in range(config.num_layers)
         )
         self.norm = norm(hidden) if is_eagle3 else None
-        self.lm_head: nn.Linear | None = None
-        if config.has_own_lm_head:
-            self.lm_head = nn.Linear(hidden, config.draft_vocab_size, bias=False)
-        columns = torch.empty(config.draft_vocab_size, dtype=torch.int64, device="meta")
-        self.register_buffer("draft_columns", columns if config.has_draft_vocab else None)
-
-    @override
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        # Casting the weights rounds the frequencies too, and `to_empty` loses them.
-        device = self.fc.weight.device
-        self.rotary = make_rotary(self.config).train(self.training)
-        if device.type != "meta":
-            self.rotary.to(device)
-        return self
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the weights and of all outputs."""
-        return self.fc.weight.dtype
+        self._add_output()
 
     def fuse(
         self, features: Float[Tensor, "batch seq features"]
@@ -177,82 +134,6 @@ class EagleHeads(nn.Module):
         logits = lm_head(hidden) if self.lm_head is None else self.lm_head(hidden)
         scale = self.config.logit_scale
         return logits if scale == 1 else logits * scale
-
-    def embed(
-        self, tokens: Int[Tensor, "*rows"], *, embedding: Callable[[Tensor], Tensor]
-    ) -> Float[Tensor, "*rows hidden"]:
-        """Return the embeddings of the target's tokens.
-
-        Args:
-            tokens: Ids of the target.
-            embedding: Looks up rows of the target's embedding matrix, as they are stored; called
-                if the heads have no embeddings of their own.
-        """
-        return embedding(tokens) if self.embed_tokens is None else self.embed_tokens(tokens)
-
-    def target_ids(self, draft_ids: Int[Tensor, "*rows"]) -> Int[Tensor, "*rows"]:
-        """Return the target's ids for ids of the draft vocabulary."""
-        return draft_ids if self.draft_columns is None else self.draft_columns[draft_ids]
-
-    @torch.no_grad()
-    def set_draft_columns_(self, columns: Int[Tensor, " draft_vocab"]) -> None:
-        """Choose the target's tokens that the heads may draft.
-
-        Raises:
-            OptionError: If the heads have no draft vocabulary or one of another size, or the tokens
-                are not increasing ids of the target.
-        """
-        mine, vocab_size = self.draft_columns, self.config.vocab_size
-        if mine is None or columns.shape != mine.shape:
-            raise OptionError(
-                f"columns are {len(columns)}, expected draft_vocab_size, "
-                f"{self.config.draft_vocab_size}, below vocab_size, {vocab_size}; build the heads "
-                "with another draft_vocab_size"
-            )
-        is_increasing = bool((columns[1:] > columns[:-1]).all())
-        if not is_increasing or columns[0] < 0 or columns[-1] >= vocab_size:
-            raise OptionError(
-                f"columns run from {int(columns.min())} to {int(columns.max())}, expected "
-                f"increasing ids below {vocab_size}, each once; sort them"
-            )
-        mine.copy_(columns)
-
-    @torch.no_grad()
-    def init_weights_(
-        self,
-        *,
-        lm_weight: Float[Tensor, "vocab hidden"] | None = None,
-        embeddings: Float[Tensor, "vocab hidden"] | None = None,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        """Initialise with small random matrices, norms of one, and no biases.
-
-        Args:
-            lm_weight: The target's output matrix; the heads' own matrix gets its rows of the draft
-                vocabulary.
-            embeddings: The target's embeddings, for heads that have their own.
-            generator: Source of the random numbers, on the CPU.
-        """
-        for name, parameter in self.named_parameters():
-            if parameter.ndim > 1:
-                drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
-                parameter.copy_(drawn.normal_(std=_INIT_STD, generator=generator))
-            else:
-                parameter.fill_(_constant(name))
-        if self.lm_head is not None and lm_weight is not None:
-            columns = slice(None) if self.draft_columns is None else self.draft_columns
-            self.lm_head.weight.copy_(lm_weight[columns])
-        if self.embed_tokens is not None and embeddings is not None:
-            self.embed_tokens.weight.copy_(embeddings)
-
-    @torch.no_grad()
-    def _clear_(self) -> None:
-        for name, parameter in self.named_parameters():
-            parameter.fill_(_constant(name))
-        if self.draft_columns is not None:
-            self.draft_columns.copy_(
-                torch.arange(len(self.draft_columns), device=self.draft_columns.device)
-            )
 
 
 class LevelRun:
@@ -365,20 +246,9 @@ def build_eagle(
     """
     heads = EagleHeads(checkpoint.config, device=torch.device("meta"))
     target = device or torch.device("cpu")
-    state = {
-        name: tensor.to(
-            target,
-            (dtype or checkpoint.dtype) if tensor.is_floating_point() else tensor.dtype,
-            copy=True,  # of files that are mapped
-        )
-        for name, tensor in checkpoint.tensors.items()
-    }
+    state = copy_tensors(checkpoint.tensors, dtype=dtype or checkpoint.dtype, device=target)
     heads.load_state_dict(state, assign=True)
     return heads.to(target)
-
-
-def _constant(name: str) -> float:
-    return 1.0 if "norm" in name else 0.0
 
 
 def _llama_config(config: EagleConfig) -> LlamaConfig:
