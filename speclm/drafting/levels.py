@@ -25,14 +25,12 @@ class GrownTreeConfig(ProposerConfig):
     """Settings of proposers whose trees grow by level.
 
     Args:
-        depth: Maximum levels of the tree; each costs one run of the proposer's network.
+        depth: Maximum levels of the tree.
         num_draft_tokens: Maximum nodes drafted per round.
         width: Nodes expanded at each level; 1 with one branch makes a chain.
         branches: Children considered for each expanded node.
         min_probability: Nodes whose path is less likely than this are left out.
         min_confidence: A row stops growing when its most likely path is less likely than this.
-        min_growing: No level is added when a smaller share of the rows still grows, because a
-            level costs a run for the whole batch.
         paths: Static tree as paths of ranks; None for trees that grow by probability.
         mixture: Parameters of the distribution that ranks candidates under sampling; None
             estimates them from what the target chooses.
@@ -44,7 +42,6 @@ class GrownTreeConfig(ProposerConfig):
     branches: int = 2
     min_probability: float = 0.1
     min_confidence: float = 0.4
-    min_growing: float = 0.75
     paths: RankPaths | None = None
     mixture: Mixture | None = None
 
@@ -52,11 +49,26 @@ class GrownTreeConfig(ProposerConfig):
         require_depth("depth", self.depth)  # super() does not work in a slotted dataclass
         for name in ("num_draft_tokens", "width", "branches"):
             require_count(name, getattr(self, name), low=1, high=MAX_NODES - 1)
-        for name in ("min_probability", "min_confidence", "min_growing"):
+        for name in ("min_probability", "min_confidence"):
             require_in_range(name, getattr(self, name), low=0.0, high=1.0)
         require_mixture(self.mixture)
         if self.paths is not None:
             object.__setattr__(self, "paths", normalize_paths(self.paths))
+
+
+@dataclass(frozen=True, slots=True)
+class RunByLevelConfig(GrownTreeConfig):
+    """Settings of proposers whose network runs once for each level, for all rows together.
+
+    Args:
+        min_growing: No level is added when a smaller share of the rows still grows.
+    """
+
+    min_growing: float = 0.75
+
+    def __post_init__(self) -> None:
+        GrownTreeConfig.__post_init__(self)  # super() does not work in a slotted dataclass
+        require_in_range("min_growing", self.min_growing, low=0.0, high=1.0)
 
 
 ConfigT = TypeVar("ConfigT", bound=GrownTreeConfig)

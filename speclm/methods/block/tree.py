@@ -32,7 +32,6 @@ class BlockProposerConfig(GrownTreeConfig):
         branches: Children considered for each expanded node.
         min_probability: Nodes whose path is less likely than this are not verified.
         min_confidence: A row stops when none of its paths is this likely.
-        min_growing: Not used, since all rows share a pass.
         min_acceptance: Nodes whose path the confidence head gives a lower probability of acceptance
             are left out; 0 to leave that head unused.
     """

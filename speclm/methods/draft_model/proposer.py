@@ -15,7 +15,7 @@ from speclm.acceptance import Accepted
 from speclm.cache.tree_cache import TreeCache
 from speclm.config import require_known
 from speclm.drafting.interface import Draft, Prefill, Proposer, TargetNeeds
-from speclm.drafting.levels import GrownTreeConfig, assemble, planned, seen_below
+from speclm.drafting.levels import RunByLevelConfig, assemble, planned, seen_below
 from speclm.drafting.ranking import LevelRanking, path_expansions
 from speclm.errors import VocabularyMismatchError
 from speclm.sampling.draws import DraftSampler, DraftSampling
@@ -85,7 +85,7 @@ class SharedVocabulary:
 
 
 @dataclass(frozen=True, slots=True)
-class DraftModelConfig(GrownTreeConfig):
+class DraftModelConfig(RunByLevelConfig):
     """Settings of `DraftModelProposer`; a level costs one draft forward of the whole batch."""
 
 

@@ -19,7 +19,7 @@ from speclm.cache.tree_cache import TreeCache
 from speclm.config import require_known
 from speclm.drafting.interface import Draft, Prefill, Proposer, TargetNeeds
 from speclm.drafting.levels import (
-    GrownTreeConfig,
+    RunByLevelConfig,
     assemble,
     options_with_tree,
     planned,
@@ -39,7 +39,7 @@ _ABSENT = -1e4  # finite, because a processor may ban all tokens that the heads 
 
 
 @dataclass(frozen=True, slots=True)
-class EagleProposerConfig(GrownTreeConfig):
+class EagleProposerConfig(RunByLevelConfig):
     """Settings of `EagleProposer`; each level costs one run of the heads.
 
     Args:

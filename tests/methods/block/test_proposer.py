@@ -207,6 +207,8 @@ def test_heads_of_other_models_and_unknown_options_are_refused():
         BlockProposer(heads, target=base_of(hidden_size=60))
     with pytest.raises(OptionError, match="unknown option 'trees'"):
         BlockProposer(heads, target=model, trees="auto")
+    with pytest.raises(OptionError, match="unknown option 'min_growing'"):
+        BlockProposer(heads, target=model, min_growing=0.5)  # all rows share a pass
     with pytest.raises(OptionError, match="depth is 6, the block heads draft 5 tokens"):
         BlockProposer(heads, target=model, depth=6)
     with pytest.raises(OptionError, match=r"min_acceptance is 2\.0, expected 0\.0 to 1\.0"):
