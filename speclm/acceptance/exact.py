@@ -13,6 +13,7 @@ from speclm.acceptance.interface import (
     Verified,
     register_acceptance_rule,
 )
+from speclm.devices import is_host
 from speclm.tree.topology import TreeTopology
 
 
@@ -31,7 +32,7 @@ class ExactRule(AcceptanceRule):
 
     @override
     def accept(self, verified: Verified) -> Accepted:
-        if verified.logits.device.type == "cpu":
+        if is_host(verified.logits.device):
             return accept_along_path(verified)
         target_tokens = choose_at_all_nodes(verified)
         return accept_exact(verified.draft_tokens, target_tokens, verified.topology)

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from speclm.acceptance import Accepted
 from speclm.config import require_known
+from speclm.devices import is_host
 from speclm.drafting.interface import Draft, Prefill, Proposer, TargetNeeds
 from speclm.drafting.levels import assemble, options_with_tree, planned, require_ranks
 from speclm.drafting.ranking import LevelRanking, path_expansions
@@ -97,10 +98,7 @@ class BlockProposer(Proposer):
             vocab_size=wanted.vocab_size, hidden_size=wanted.hidden_size, model=target
         )
         self._ranking = LevelRanking(self.config.mixture, vocab_size=wanted.vocab_size)
-        markov, device = heads.markov_head, heads.fc.weight.device
         self._terms: MarkovTerms | None = None
-        if markov is not None and markov.kind == "vanilla" and device.type == "cpu":
-            self._terms = MarkovTerms(markov)
         self._grown: list[GrownRow] = []
         self._prompt: Prefill | None = None  # until its features are read
         self._context: BlockContext | None = None
@@ -223,7 +221,16 @@ class BlockProposer(Proposer):
         )
         hidden = hidden[:, :num_drafts]
         logits = heads.logits(hidden, lm_head=self.view.head_logits)
-        return BlockLogits(heads, hidden, logits, terms=self._terms)
+        return BlockLogits(heads, hidden, logits, terms=self._kept_terms(roots.device))
+
+    def _kept_terms(self, device: torch.device) -> MarkovTerms | None:
+        """Return the terms of tokens met before; None where reading tokens takes longer."""
+        markov = self.heads.markov_head
+        if markov is None or markov.kind != "vanilla" or not is_host(device):
+            return None
+        if self._terms is None:
+            self._terms = MarkovTerms(markov)
+        return self._terms
 
     def _static(self, tree: FilledTree, distributions: Tensor | None = None) -> Draft:
         self._grown = [GrownRow([], [], tree.expansions, [])] * len(tree.tokens)
