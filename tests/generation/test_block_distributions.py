@@ -36,7 +36,9 @@ IN_PLACE: dict[str, Any] = {"is_causal": (False, False), "predicts_next": False}
         ("block", [1, 1], RNN),
         pytest.param("multi_round", ((0,), (1,), (0, 0)), RNN, marks=pytest.mark.slow),
         pytest.param("traversal", [2], IN_PLACE, marks=pytest.mark.slow),
-        ("multi_round", [2], IN_PLACE | {"draft_vocab_size": 2}),  # the target says the third
+        pytest.param(  # the target says the third token
+            "multi_round", [2], IN_PLACE | {"draft_vocab_size": 2}, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_drawn_drafts_leave_the_targets_distribution(variant, tree, changes, monkeypatch):

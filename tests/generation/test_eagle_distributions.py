@@ -105,7 +105,7 @@ def heads_over(draft_vocab_size: int) -> EagleHeads:
 @pytest.mark.parametrize(
     ("variant", "tree", "draft_vocab_size"),
     [
-        ("block", [1, 1], VOCAB),
+        pytest.param("block", [1, 1], VOCAB, marks=pytest.mark.slow),
         pytest.param("multi_round", ((0,), (1,), (0, 0)), VOCAB, marks=pytest.mark.slow),
         pytest.param("traversal", [2], VOCAB, marks=pytest.mark.slow),
         ("multi_round", [2], 2),  # the target says what the heads cannot

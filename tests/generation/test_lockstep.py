@@ -15,6 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 from speclm import SpecModel
 from speclm.drafting.interface import Proposer
 from speclm.testing import ScriptedProposer
+from tests.grids import turns
 from tests.models import prompts
 from tests.outcomes import SCORE_TOLERANCE, lengths, live_steps, observe, require_same
 from tests.proposers import DEPTH, RandomTreeProposer, build_proposer
@@ -154,8 +155,7 @@ def require_same_scores(found: Recorded, expected: Recorded, *, finished: bool) 
         )
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("kind", "mode"), turns(KINDS, MODES))
 def test_calls_and_texts_are_those_of_plain_decoding(mode, kind):
     expected = plain(mode)
     assert len(set(lengths(expected.new_tokens, EOS))) == len(LENGTHS)
@@ -166,20 +166,17 @@ def test_calls_and_texts_are_those_of_plain_decoding(mode, kind):
     require_same(found.outcome, expected.outcome)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("kind", "mode"), turns(KINDS, MODES))
 def test_running_rows_have_the_scores_of_plain_decoding(mode, kind):
     require_same_scores(shared(mode, kind), plain(mode), finished=False)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("kind", "mode"), turns(KINDS, MODES))
 def test_ended_rows_have_the_scores_of_plain_decoding(mode, kind):
     require_same_scores(shared(mode, kind), plain(mode), finished=True)
 
 
-@pytest.mark.parametrize("kind", ["uneven", "random tree"])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "kind"), turns(MODES, ["uneven", "random tree"]))
 def test_criterion_is_given_as_many_scores_as_there_are_steps(mode, kind):
     asked = {"output_scores": True, "return_dict_in_generate": True}
     expected = record(tiny_model("ends"), uneven_seed(mode), mode, **asked)
@@ -189,8 +186,7 @@ def test_criterion_is_given_as_many_scores_as_there_are_steps(mode, kind):
     assert counts == list(range(1, len(counts) + 1))
 
 
-@pytest.mark.parametrize("kind", ["uneven", "random tree", "none"])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "kind"), turns(MODES, ["uneven", "random tree", "none"]))
 def test_rows_without_eos_go_on_as_in_plain_decoding(mode, kind):
     expected = record(tiny_model("endless"), uneven_seed(mode), mode, name="endless")
     found = speculative(mode, kind, name="endless", expected=expected)
@@ -199,8 +195,7 @@ def test_rows_without_eos_go_on_as_in_plain_decoding(mode, kind):
     require_same(found.outcome, expected.outcome)
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "seed"), turns(MODES, range(3)))
 def test_log_is_that_of_plain_decoding_for_any_tree(mode, seed):
     base = tiny_model("ends")
     expected = record(base, 300 + seed, mode)

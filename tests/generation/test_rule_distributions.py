@@ -50,11 +50,8 @@ TREES = {
 }
 TREE_RULES = ("multi_round", "traversal")
 QUICK_TREES = (
-    ("2x2", "top-k", "multi_round"),
     ("2x2", "top-k", "traversal"),
-    ("deep first", "temperature", "multi_round"),
     ("deep second", "plain", "multi_round"),
-    ("deep second", "top-k", "traversal"),
     ("more children than tokens", "temperature", "traversal"),
 )
 

@@ -28,6 +28,7 @@ from transformers import (
 from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+import tests.settings
 from speclm import SpecModel
 from speclm.errors import OptionError
 from speclm.generation.regular import first_delegated
@@ -259,6 +260,30 @@ def rows(*fates: Fate) -> list[Any]:
     return [pytest.param(row, id=row.name) for row in SETTINGS if row.fate in fates]
 
 
+IN_THE_MATRIX = {
+    "stop_strings",  # and what it needs next to it, which takes a while to build
+    *(
+        name
+        for setting in tests.settings.SETTINGS.values()
+        if not setting.model.startswith("text")
+        for name in setting.build(prompts(6))
+    ),
+}
+"""Settings whose tokens `tests/model/test_matrix.py` compares with the base's, too."""
+
+
+def honoured_rows() -> list[Any]:
+    """Return rows of honoured settings, of which those of the matrix run only in `make deep`."""
+    return [
+        pytest.param(
+            *row.values,
+            id=row.id,
+            marks=pytest.mark.slow if row.values[0].name in IN_THE_MATRIX else (),
+        )
+        for row in rows(Fate.HONOURED)
+    ]
+
+
 def arguments(row: Setting, mode: dict[str, Any], *, alone: bool = False) -> dict[str, Any]:
     """Return the arguments of a row's call; alone, without those that give it its effect."""
     exercise = EXERCISES[row.name]
@@ -344,7 +369,7 @@ def test_defaults_are_those_of_transformers_and_activate_nothing():
     assert first_active((*LEFT_TO_THE_BASE, *REFUSED_SETTINGS), defaults.get) is None
 
 
-@pytest.mark.parametrize("row", rows(Fate.HONOURED))
+@pytest.mark.parametrize("row", honoured_rows())
 def test_honoured_setting_gives_the_tokens_of_the_base(row, spec):
     exercise = EXERCISES[row.name]
     differs = False

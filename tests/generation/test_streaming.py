@@ -2,6 +2,7 @@
 
 import asyncio
 from functools import cache
+from itertools import product
 from threading import Thread
 from typing import Any
 
@@ -57,8 +58,11 @@ def stream(model: Any, inputs: Inputs, *, name: str = "ends", **arguments: Any) 
 SEEDS = range(3)
 
 
-@pytest.mark.parametrize(("mode", "layout", "seed", "kind"), turns(MODES, LAYOUTS, SEEDS, KINDS))
-def test_every_call_is_that_of_regular_generation(mode, layout, seed, kind):
+@pytest.mark.parametrize(
+    ("kind", "case"), turns(KINDS, tuple(product(SEEDS, MODES, reversed(LAYOUTS))))
+)
+def test_every_call_is_that_of_regular_generation(kind, case):
+    seed, mode, layout = case
     inputs = prompts(*LAYOUTS[layout], vocab_size=60, seed=seed)
     arguments = {"max_new_tokens": NEW_TOKENS, **MODES[mode]}
     calls, expected = stream(tiny_model("ends"), inputs, **arguments)
@@ -92,16 +96,18 @@ def test_stream_is_the_prompt_and_one_call_for_each_step_that_is_returned(mode, 
 
 
 @pytest.mark.parametrize(
-    "stop",
-    [
-        {"eos_token_id": EOS},
-        {"max_new_tokens": 1},
-        {"max_new_tokens": 7},
-        {"stopping_criteria": True},
-    ],
+    ("stop", "mode"),
+    turns(
+        [
+            {"eos_token_id": EOS},
+            {"max_new_tokens": 1},
+            {"max_new_tokens": 7},
+            {"stopping_criteria": True},
+        ],
+        MODES,
+    ),
     ids=str,
 )
-@pytest.mark.parametrize("mode", MODES)
 def test_nothing_is_streamed_after_a_stop_inside_an_accepted_run(mode, stop):
     inputs = prompts(6, vocab_size=60, seed=4)
     common = {"max_new_tokens": NEW_TOKENS, **MODES[mode]}
@@ -142,11 +148,9 @@ def text_spec(text: str) -> SpecModel:
 TEXT_CELLS = turns(TEXTS, [True, False])
 
 
-@pytest.mark.parametrize(("text", "skips_prompt"), TEXT_CELLS)
-@pytest.mark.parametrize("mode", MODES)
-def test_text_streamer_prints_what_it_prints_in_regular_generation(
-    mode, text, skips_prompt, capsys
-):
+@pytest.mark.parametrize(("text", "case"), turns(TEXTS, tuple(product(MODES, [True, False]))))
+def test_text_streamer_prints_what_it_prints_in_regular_generation(text, case, capsys):
+    mode, skips_prompt = case
     inputs = text_prompt()
     spec = text_spec(TEXTS[text])
     printed = []

@@ -39,7 +39,7 @@ from tests.settings import (
 pytestmark = pytest.mark.no_cover  # what it runs is traced elsewhere, at half the speed
 
 PROFILE_EXAMPLES = hypothesis.settings.default.max_examples
-MAX_EXAMPLES = min(PROFILE_EXAMPLES, 2000)  # a case is two calls
+MAX_EXAMPLES = min(PROFILE_EXAMPLES // 2, 2000)  # a case is two calls
 PROCESSORS = {
     "counts calls": lambda _: callbacks.CountsCalls(),
     "treats rows apart": callbacks.TreatsRowsApart,

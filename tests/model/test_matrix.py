@@ -37,12 +37,16 @@ CELLS = [
 
 
 def runs(name: str, batch: str, kind: str) -> bool:
-    """Return whether a cell is in `make test`: all scripted ones, and one real one a setting."""
-    if kind == "scripted":
-        return True
+    """Return whether `make test` has a cell: a scripted one a setting, and half of the real ones.
+
+    Scripted rows are padded, but for every fourth setting. Real ones take turns with the batches.
+    """
     index = CASES.index((name, batch))
+    setting = index // len(BATCHES)
+    if kind == "scripted":
+        return (batch == "one row") == (setting % 4 == 3)
     is_first = kind == PROPOSERS[1 + REAL_PER_CASE * index % (len(PROPOSERS) - 1)]
-    return is_first and index % 2 == index // 2 % 2  # batches take turns
+    return is_first and setting % 2 == 0 and index % 2 == setting // 2 % 2
 
 
 def make_inputs(name: str, batch: str) -> dict[str, Tensor]:
@@ -111,6 +115,7 @@ def test_cell_leaves_behind_what_regular_generation_does(name, batch, kind):
         assert found.num_forwards <= math.ceil(num_steps / (DEPTH + 1)) + num_errors
 
 
+@pytest.mark.slow
 def test_nearly_every_setting_changes_the_output():
     unchanged = set()
     for name, setting in SETTINGS.items():
@@ -126,10 +131,12 @@ def test_the_matrix_is_as_wide_as_it_says():
     assert len(CELLS) >= 400
     assert len(set(CELLS)) == len(CELLS)
     run = [cell for cell in CELLS if runs(*cell)]
-    assert len(run) == 3 * len(SETTINGS)
+    assert len(run) == len(SETTINGS) + (len(SETTINGS) + 1) // 2
+    assert {name for name, _, _ in run} == set(SETTINGS)
     assert {kind for _, _, kind in run} == set(PROPOSERS)
 
 
+@pytest.mark.slow
 def test_rows_of_the_matrix_end_at_varied_positions():
     ends: dict[int, int] = {}
     for name, batch in CASES:

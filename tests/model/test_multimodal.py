@@ -17,7 +17,7 @@ from speclm.self_check.verdict import Verification
 from speclm.target import TargetFeatures, TargetView
 from speclm.testing import ScriptedProposer
 from tests.exactness import MODES, WRONG_AT, planted, require_exact
-from tests.grids import turns
+from tests.grids import grid, turns
 from tests.models import VOCAB_SIZE, build_model, generate
 from tests.multimodal import IMAGE_TOKEN, WRAPPERS, build_wrapper, prompt, shared_wrapper
 
@@ -29,6 +29,7 @@ IMAGES = {"greedy": [(2, 3, 4)], "sampled": [(3, 5), (2, 4)]}
 WITH_PREFIXES = {"paligemma"}  # which see an image and what follows it as one block
 SPECULATING = [name for name in WRAPPERS if name not in WITH_PREFIXES]
 WITH_AXES = [name for name in SPECULATING if name.startswith("qwen")]  # of positions
+FEW_WITH_AXES = ("qwen2_5_vl", "qwen3_5")  # which stand for the others
 TOLERANCE = 2e-4
 
 
@@ -73,6 +74,7 @@ def test_images_are_speculated(name, mode):
     require_few_forwards(shared_spec(name), prompt(name, *IMAGES[mode]), **MODES[mode])
 
 
+@pytest.mark.slow  # a check of the models, on which the other tests rest
 @pytest.mark.parametrize("name", SPECULATING)
 def test_images_change_what_is_said(name):
     model, inputs = shared_wrapper(name), prompt(name, (4, 5))
@@ -108,6 +110,7 @@ def test_several_texts_for_one_image_are_speculated(name):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WITH_AXES)
 def test_images_take_fewer_positions_than_slots(name):
     model = build_wrapper(name)
@@ -115,7 +118,7 @@ def test_images_take_fewer_positions_than_slots(name):
     assert int(model.model.rope_deltas.min()) < 0  # or the tests of shifted positions are void
 
 
-@pytest.mark.parametrize("name", WITH_AXES)
+@pytest.mark.parametrize("name", grid(WITH_AXES, runs=lambda name: name in FEW_WITH_AXES))
 def test_state_of_the_last_images_neither_leaks_nor_changes(name):
     model, inputs = build_wrapper(name), prompt(name, (4, 5))
     model.generate(**inputs, max_new_tokens=2)
@@ -130,7 +133,13 @@ def test_state_of_the_last_images_neither_leaks_nor_changes(name):
     require_few_forwards(spec, prompt(name, (9,), (4,)), **MODES["sampled"])
 
 
-@pytest.mark.parametrize("name", ["llava-window", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "gemma3"])
+@pytest.mark.parametrize(
+    "name",
+    grid(
+        ["llava-window", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "gemma3"],
+        runs=lambda name: name not in {"qwen2_5_vl", "qwen3_vl"},  # as qwen3_5, which recurs too
+    ),
+)
 def test_cache_after_images_is_extended_and_continued(name):
     spec, inputs = shared_spec(name), prompt(name, (4, 5))
     settings = {"do_sample": False, "max_new_tokens": NEW_TOKENS, "return_dict_in_generate": True}
@@ -227,7 +236,12 @@ def test_wrapper_may_draft_for_a_model_of_text():
     )
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_5", "gemma3"])
+@pytest.mark.parametrize(
+    "name",
+    grid(
+        ["llava", "qwen2_5_vl", "qwen3_5", "gemma3"], runs=lambda name: name in {"llava", "qwen3_5"}
+    ),
+)
 def test_heads_read_hidden_states_after_images(name):
     model = shared_wrapper(name)
     view = TargetView(model)

@@ -202,7 +202,7 @@ def test_plain_forward_is_right_while_heads_ask_the_model_for_logits():
     assert torch.equal(found[0], expected)
 
 
-@pytest.mark.parametrize("kind", ["draft model", "joined"])
+@pytest.mark.parametrize("kind", grid(FEW, runs=lambda kind: kind == "joined"))
 def test_two_models_with_two_bases_generate_at_once(kind):
     bases = [build_model("llama", seed=seed) for seed in (0, 4)]
     specs = [SpecModel(base, PROPOSERS[kind](base)) for base in bases]
@@ -276,7 +276,13 @@ def test_streamer_of_a_plainly_decoded_call_may_generate(base):
             assert all(torch.equal(found, reference) for found in streamer.results)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("no"), KeyboardInterrupt(), SystemExit(1)])
+@pytest.mark.parametrize(
+    "error",
+    grid(
+        [RuntimeError("no"), KeyboardInterrupt(), SystemExit(1)],
+        runs=lambda error: isinstance(error, KeyboardInterrupt),
+    ),
+)
 def test_a_call_that_is_broken_off_frees_the_base(base, error):
     spec = SpecModel(base, medusa(base))
 

@@ -80,7 +80,7 @@ def runs(name: str, lengths: tuple[int, ...], num_new: int, do_sample: bool) -> 
     Gradual switches have all lengths, the others every second one each.
     """
     if num_new == 6:
-        return lengths == (9,) and do_sample
+        return name == "dynamic" and lengths == (9,) and do_sample
     if name != "dynamic" and LENGTHS.index(lengths) % 2 != (name == "phi3"):
         return False
     return do_sample == (len(lengths) > 1 or lengths[0] % 2 == 0)

@@ -1,5 +1,6 @@
 """Block heads on bases of many families: the tokens of regular generation."""
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from speclm.methods.block.proposer import BlockProposer
 from speclm.tree.plan import TreePlan
 from tests.families.cells import shared_spec
+from tests.grids import turns
 from tests.methods.block.target_heads import heads_for
 from tests.models import generate, prompts
 from tests.proposers import HittingProposer
@@ -39,21 +41,23 @@ SETTINGS = {"greedy": {"do_sample": False}, "sampled": {"do_sample": True, "temp
 SINGLE, BATCH = (9,), (11, 5, 14, 3)
 
 
-@pytest.mark.parametrize(("family", "kind", "tree"), FAMILIES)
-@pytest.mark.parametrize("lengths", [SINGLE, BATCH])
-def test_tokens_are_those_of_plain_decoding(family, kind, tree, lengths):
-    spec = shared_spec(family)
+@pytest.mark.parametrize(
+    ("family", "case"), turns(FAMILIES, tuple(product(SETTINGS, [BATCH, SINGLE])))
+)
+def test_tokens_are_those_of_plain_decoding(family, case):
+    (name, kind, tree), (cell, lengths) = family, case
+    spec = shared_spec(name)
     heads = heads_for(spec.base, kind, layers=LAYERS)
     options, plan = TREES[tree]
-    for settings in SETTINGS.values():
-        inputs = prompts(*lengths)
-        expected = generate(spec.base, inputs, max_new_tokens=10, **settings)
-        reference = expected[0][:, max(lengths) :].tolist()
-        block = BlockProposer(heads, target=spec.base, **options)
-        block.plan = plan
-        spec.proposer = HittingProposer(block, reference)
-        found = generate(spec, inputs, max_new_tokens=10, **settings)
-        assert torch.equal(found[0], expected[0])
-        assert torch.equal(found[1], expected[1])
-        assert spec.last_speculation.fallbacks == []
-        assert spec.last_speculation.tau > 1.2
+    settings = SETTINGS[cell]
+    inputs = prompts(*lengths)
+    expected = generate(spec.base, inputs, max_new_tokens=10, **settings)
+    reference = expected[0][:, max(lengths) :].tolist()
+    block = BlockProposer(heads, target=spec.base, **options)
+    block.plan = plan
+    spec.proposer = HittingProposer(block, reference)
+    found = generate(spec, inputs, max_new_tokens=10, **settings)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    assert spec.last_speculation.fallbacks == []
+    assert spec.last_speculation.tau > 1.2

@@ -50,11 +50,11 @@ def batch_of(rows=ROWS):
 
 
 CASES = [
-    ("dspark", {}, {}),
+    pytest.param("dspark", {}, {}, marks=pytest.mark.slow),
     ("dspark", ALL, {"markov": "gated", "windows": (None, 2), "has_attention_bias": True}),
     ("dspark", ALL, {"markov": "rnn", "num_layers": 1, "has_confidence": False}),
     ("dflash", {"temperature": 2.0, "distribution_weight": 0.4}, {"feature_layers": (0, 4)}),
-    ("jetspec", {}, {"num_layers": 1}),
+    pytest.param("jetspec", {}, {"num_layers": 1}, marks=pytest.mark.slow),
     ("dspark", ALL, {"columns": torch.arange(0, VOCAB, 2)}),
 ]
 

@@ -86,9 +86,11 @@ def test_accepted_paths_of_all_lengths_leave_the_states_that_training_sees(kind,
     ("kind", "options"),
     [
         ("vanilla", {"min_acceptance": 0.1}),
-        ("rnn", {"tree": [[0], [2], [0, 1], [2, 0], [2, 0, 0]]}),
-        ("gated in place", {}),
-        ("both ways", {}),
+        pytest.param(
+            "rnn", {"tree": [[0], [2], [0, 1], [2, 0], [2, 0, 0]]}, marks=pytest.mark.slow
+        ),
+        pytest.param("gated in place", {}, marks=pytest.mark.slow),
+        pytest.param("both ways", {}, marks=pytest.mark.slow),
         ("window", {"tree": [2, 1]}),
     ],
 )

@@ -176,11 +176,11 @@ def answered(base, tokenizer, *, num_rows, max_new_tokens):
 def test_estimated_tau_of_chain_and_tree_are_those_of_decoding(tmp_path):
     base = AutoModelForCausalLM.from_pretrained(assets()["base"], dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(assets()["base"], padding_side="left")
-    limit = {"max_new_tokens": 24, "do_sample": False}
-    inputs, rows = answered(base, tokenizer, num_rows=4, max_new_tokens=24)
+    limit = {"max_new_tokens": 16, "do_sample": False}
+    inputs, rows = answered(base, tokenizer, num_rows=2, max_new_tokens=16)
     heads = new_block_heads(base, kind="dspark", block_size=4, num_layers=1, markov_rank=16)
     objective = BlockObjective.usual("dspark", num_drafts=4)
-    settings = {"max_steps": 25, "learning_rate": 4e-3, "warmup_steps": 2}
+    settings = {"max_steps": 15, "learning_rate": 4e-3, "warmup_steps": 2}
     trainer = HeadsTrainer(
         BlockTrainingModel(base, heads, objective=objective),
         training_arguments(tmp_path, {**SETTINGS, **settings}, defaults=BlockRecipe.defaults),

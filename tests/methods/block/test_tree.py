@@ -16,6 +16,7 @@ from speclm.methods.block import tree
 from speclm.methods.block.proposer import BlockProposer
 from speclm.methods.block.tree import MarkovTerms, product_trees
 from speclm.tree.plan import TreePlan
+from tests.grids import turns
 from tests.methods.block.block_heads import MARKOV, make_heads
 from tests.methods.block.target_heads import HEADS, heads_for, logits_along, states_at
 from tests.methods.eagle.test_trees import Watching
@@ -75,8 +76,10 @@ def test_grown_trees_say_how_likely_the_heads_hold_each_node(kind):
     assert watch(kind, check, min_probability=0.0) > 20
 
 
-@pytest.mark.parametrize("kind", HEADS)
-@pytest.mark.parametrize("options", [{"tree": [2, 1]}, {"width": 2, "branches": 2, "depth": 3}])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    turns(HEADS, [{"tree": [2, 1]}, {"width": 2, "branches": 2, "depth": 3}]),
+)
 def test_drawn_drafts_come_with_the_distribution_that_the_heads_give(kind, options):
     def check(heads, log_probs, draft, row, node):
         parent = draft.topology.host_parents[0][node]

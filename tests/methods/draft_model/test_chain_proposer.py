@@ -1,5 +1,6 @@
 """Drafting with models that take chains alone, for targets of any kind."""
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -56,15 +57,14 @@ def test_draft_that_is_the_target_is_always_right(family, cell, lengths):
 
 
 @pytest.mark.parametrize(
-    ("pair", "lengths", "cell"),
+    ("pair", "case"),
     turns(
         [(TREES, HYBRID), (HYBRID, ALIBI), (TREES, ALIBI)],
-        [(9,), (7, 1, 10)],
-        [{"do_sample": False}, {"do_sample": True}],
+        tuple(product([{"do_sample": False}, {"do_sample": True}], [(7, 1, 10), (9,)])),
     ),
 )
-def test_draft_of_another_family_changes_no_token(pair, cell, lengths):
-    base, draft = pair
+def test_draft_of_another_family_changes_no_token(pair, case):
+    (base, draft), (cell, lengths) = pair, case
     target = shared_model(base)
     proposer = ChainDraftProposer(build_model(draft, seed=3), target=target, **FULL)
     require_equal(target, proposer, lengths, **cell)
@@ -128,7 +128,7 @@ def prompt_of(tokens: Tensor) -> Prefill:
     )
 
 
-@pytest.mark.parametrize("family", [HYBRID, ALIBI])
+@pytest.mark.parametrize("family", [HYBRID, pytest.param(ALIBI, marks=pytest.mark.slow)])
 def test_it_keeps_the_contract_of_proposers(family):
     draft, target = build_model(family, seed=1), shared_model(TREES)
     check_proposer(

@@ -1,6 +1,7 @@
 """Draft models of another family than the base, and of a vocabulary that is padded further."""
 
 from functools import cache
+from itertools import product
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from tests.models import generate, prompts
 NUM_IDS = 64
 TREE = {"depth": 3, "width": 2, "min_probability": 0.0, "min_confidence": 0.0}
 LENGTHS = ((9,), (9, 4, 2))
+SIZES = ((64, 80), (80, 64))  # of the vocabularies of base and draft model
 
 FAMILIES = {
     "llama": (LlamaForCausalLM, LlamaConfig, {}),
@@ -85,24 +87,23 @@ def require_pair(base, draft, lengths, *, vocab_size=60, **settings):
     return spec.last_speculation
 
 
-@pytest.mark.parametrize(("pair", "lengths", "mode"), turns(PAIRS, LENGTHS, MODES))
-def test_draft_model_of_another_family_saves_forwards(pair, lengths, mode):
-    base, draft = pair
+@pytest.mark.parametrize(("pair", "case"), turns(PAIRS, tuple(product(MODES, LENGTHS))))
+def test_draft_model_of_another_family_saves_forwards(pair, case):
+    (base, draft), (mode, lengths) = pair, case
     require_pair(related(base), related(draft), lengths, **MODES[mode])
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize(("num_base", "num_draft"), [(64, 80), (80, 64)])
-def test_vocabularies_that_differ_by_padding_save_forwards(num_base, num_draft, lengths, mode):
+@pytest.mark.parametrize(("sizes", "lengths", "mode"), turns(SIZES, LENGTHS, MODES))
+def test_vocabularies_that_differ_by_padding_save_forwards(sizes, lengths, mode):
+    num_base, num_draft = sizes
     base, draft = related("llama", num_base), related("qwen2", num_draft)
     # Random models use all ids, so that the draft model is given some that it does not know.
     require_pair(base, draft, lengths, vocab_size=num_base, **MODES[mode])
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("num_base", "num_draft"), [(64, 80), (80, 64)])
-def test_chains_are_drafted_from_a_padded_vocabulary_too(num_base, num_draft, mode):
+@pytest.mark.parametrize(("sizes", "mode"), turns(SIZES, MODES))
+def test_chains_are_drafted_from_a_padded_vocabulary_too(sizes, mode):
+    num_base, num_draft = sizes
     base, draft = related("llama", num_base), related("qwen2", num_draft)
 
     def proposer(reference):
@@ -114,9 +115,9 @@ def test_chains_are_drafted_from_a_padded_vocabulary_too(num_base, num_draft, mo
     )
 
 
-@pytest.mark.parametrize("acceptance", ["rejection", "typical"])
-@pytest.mark.parametrize(("num_base", "num_draft"), [(64, 80), (80, 64)])
-def test_other_accept_rules_take_drafts_of_a_padded_vocabulary(num_base, num_draft, acceptance):
+@pytest.mark.parametrize(("sizes", "acceptance"), turns(SIZES, ["rejection", "typical"]))
+def test_other_accept_rules_take_drafts_of_a_padded_vocabulary(sizes, acceptance):
+    num_base, num_draft = sizes
     base, draft = related("llama", num_base), related("qwen2", num_draft)
     spec = SpecModel(base, DraftModelProposer(draft, target=base, **TREE))
     inputs = prompts(9, 4, vocab_size=num_base)

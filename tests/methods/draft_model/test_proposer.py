@@ -1,6 +1,7 @@
 """The draft model's cache, what it drafts, and what it costs."""
 
 from dataclasses import fields
+from itertools import product
 from typing import Any
 
 import jaxtyping
@@ -49,14 +50,19 @@ def require_cache_of(proposer: DraftModelProposer, output: Tensor, padding: list
 
 
 @pytest.mark.parametrize(
-    ("options", "lengths", "cell"),
+    ("options", "case"),
     turns(
         [CHAIN, WIDE, {}],
-        [(9,), (7, 3, 10)],
-        [{"do_sample": False}, {"do_sample": True, "temperature": 0.8}],
+        tuple(
+            product(
+                [{"do_sample": True, "temperature": 0.8}, {"do_sample": False}],
+                [(7, 3, 10), (9,)],
+            )
+        ),
     ),
 )
-def test_cache_equals_a_fresh_prefill_after_every_round(cell, lengths, options, monkeypatch):
+def test_cache_equals_a_fresh_prefill_after_every_round(case, options, monkeypatch):
+    cell, lengths = case
     target = shared_model("llama")
     draft = related_draft(target)
     inputs, settings = prompts(*lengths), {"max_new_tokens": 16, **cell}
@@ -298,8 +304,9 @@ def short_draft(kind: str) -> PreTrainedModel:
     return randomise(GPT2LMHeadModel(GPT2Config(**shape, **special, n_positions=24)))
 
 
-@pytest.mark.parametrize("settings", [{"do_sample": False}, {"do_sample": True}])
-@pytest.mark.parametrize("kind", ["rotary", "learned"])
+@pytest.mark.parametrize(
+    ("kind", "settings"), turns(["rotary", "learned"], [{"do_sample": False}, {"do_sample": True}])
+)
 def test_draft_model_with_few_positions_falls_silent_and_the_target_goes_on(kind, settings):
     target = shared_model("llama")
     proposer = DraftModelProposer(short_draft(kind), target=target, depth=6, **WIDE)

@@ -1,5 +1,6 @@
 """EAGLE heads on bases of many families: the tokens of regular generation."""
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from speclm.methods.eagle.proposer import EagleProposer
 from speclm.tree.plan import TreePlan
 from tests.families.cells import shared_spec
+from tests.grids import turns
 from tests.methods.eagle.eagle_heads import heads_for
 from tests.models import generate, prompts
 from tests.proposers import HittingProposer
@@ -40,21 +42,23 @@ CELLS = {
 }
 
 
-@pytest.mark.parametrize("kind", ["eagle", "eagle3"])
-@pytest.mark.parametrize(("family", "tree"), FAMILIES)
-def test_tokens_are_those_of_plain_decoding(family, tree, kind):
-    spec = shared_spec(family)
+@pytest.mark.parametrize(
+    ("family", "case"), turns(FAMILIES, tuple(product(["eagle", "eagle3"], CELLS)))
+)
+def test_tokens_are_those_of_plain_decoding(family, case):
+    (name, tree), (kind, cell) = family, case
+    spec = shared_spec(name)
     heads = heads_for(spec.base, kind, layers=LAYERS)
     options, plan = TREES[tree]
-    for lengths, settings in CELLS.values():
-        inputs = prompts(*lengths)
-        expected = generate(spec.base, inputs, max_new_tokens=10, **settings)
-        reference = expected[0][:, max(lengths) :].tolist()
-        eagle = EagleProposer(heads, target=spec.base, **options)
-        eagle.plan = plan
-        spec.proposer = HittingProposer(eagle, reference)
-        found = generate(spec, inputs, max_new_tokens=10, **settings)
-        assert torch.equal(found[0], expected[0])
-        assert torch.equal(found[1], expected[1])
-        assert spec.last_speculation.fallbacks == []
-        assert spec.last_speculation.tau > 1.2
+    lengths, settings = CELLS[cell]
+    inputs = prompts(*lengths)
+    expected = generate(spec.base, inputs, max_new_tokens=10, **settings)
+    reference = expected[0][:, max(lengths) :].tolist()
+    eagle = EagleProposer(heads, target=spec.base, **options)
+    eagle.plan = plan
+    spec.proposer = HittingProposer(eagle, reference)
+    found = generate(spec, inputs, max_new_tokens=10, **settings)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    assert spec.last_speculation.fallbacks == []
+    assert spec.last_speculation.tau > 1.2

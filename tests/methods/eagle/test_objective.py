@@ -68,7 +68,7 @@ def batch_of(rows=ROWS):
 CASES = [
     ("eagle3", {"draft_vocab_size": 12, "num_steps": 3, "num_measured": 3}),
     ("eagle3", {"num_steps": 2, "num_measured": 2, "decay": 0.5}),
-    ("eagle", {"num_steps": 1, "num_measured": 1}),
+    pytest.param("eagle", {"num_steps": 1, "num_measured": 1}, marks=pytest.mark.slow),
     ("eagle", {"num_steps": 2, "num_measured": 2, "feature_weight": 0.3}),
 ]
 

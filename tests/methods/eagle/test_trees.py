@@ -18,6 +18,7 @@ from speclm.methods.eagle.proposer import EagleProposer
 from speclm.sampling import PositionNoise
 from speclm.testing import check_proposer
 from speclm.tree.plan import TreePlan
+from tests.grids import turns
 from tests.methods.eagle.eagle_heads import heads_for, logits_along
 from tests.models import VOCAB_SIZE, build_model, generate, prompts
 from tests.proposers import HittingProposer
@@ -126,8 +127,10 @@ def test_grown_trees_say_how_likely_the_heads_hold_each_node(kind):
     assert watch(kind, check, width=3, branches=2, depth=4, **FULL) > 20
 
 
-@pytest.mark.parametrize("kind", HEADS)
-@pytest.mark.parametrize("options", [{"tree": [2, 1]}, {"width": 2, "branches": 2, "depth": 3}])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    turns(HEADS, [{"tree": [2, 1]}, {"width": 2, "branches": 2, "depth": 3}]),
+)
 def test_drawn_drafts_come_with_the_distribution_that_the_heads_give(kind, options):
     def check(model, heads, text, draft, row, node, above):
         parent = draft.topology.host_parents[0][node]
