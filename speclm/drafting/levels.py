@@ -1,7 +1,7 @@
 """Settings and steps of proposers that draft a tree level by level."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, TypeVar
@@ -11,7 +11,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from speclm.config import MAX_NODES, ProposerConfig, require_count, require_depth, require_in_range
-from speclm.drafting.interface import Draft
+from speclm.drafting.interface import Draft, Prefill
 from speclm.drafting.mixture import Mixture, require_mixture
 from speclm.errors import OptionError
 from speclm.tree.dynamic import GrownRow
@@ -69,6 +69,26 @@ class RunByLevelConfig(GrownTreeConfig):
     def __post_init__(self) -> None:
         GrownTreeConfig.__post_init__(self)  # super() does not work in a slotted dataclass
         require_in_range("min_growing", self.min_growing, low=0.0, high=1.0)
+
+
+class LevelBounds:
+    """Follows how many levels the draft of each row may have: none once it has ended."""
+
+    def __init__(self, prompt: Prefill) -> None:
+        """Start a generation."""
+        batch = len(prompt.first_tokens)
+        self._room = [prompt.max_new_tokens - 1] * batch  # the bonus token needs no draft
+        self._has_ended = [False] * batch
+
+    def commit(self, emitted: Sequence[Sequence[int]]) -> None:
+        """Count the tokens that each row emitted in a round; a row without any has ended."""
+        self._room = [room - len(new) for room, new in zip(self._room, emitted, strict=True)]
+        self._has_ended = [not new for new in emitted]
+
+    def within(self, depth: int) -> list[int]:
+        """Return the maximum levels of each row, at most `depth`."""
+        rows = zip(self._room, self._has_ended, strict=True)
+        return [0 if has_ended else max(min(room, depth), 0) for room, has_ended in rows]
 
 
 ConfigT = TypeVar("ConfigT", bound=GrownTreeConfig)

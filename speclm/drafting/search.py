@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from speclm.devices import is_host
 from speclm.drafting.levels import GrownTreeConfig
 from speclm.drafting.ranking import Nodes
 from speclm.tree.dynamic import GrowingTree, GrownRow
@@ -17,6 +18,40 @@ from speclm.tree.dynamic import GrowingTree, GrownRow
 Candidates = Callable[[Nodes, int], tuple[Tensor, Tensor]]
 """Log-probabilities and tokens, ``[batch, width, ranks]`` and best first, below the nodes of a
 level, counted from 0. To be asked level by level."""
+
+
+def search(
+    candidates: Candidates,
+    roots: Int[Tensor, " batch"],
+    *,
+    config: GrownTreeConfig,
+    bounds: Sequence[int],
+    leaf_tokens: frozenset[int],
+    min_growing: float = 0.0,
+) -> list[GrownRow]:
+    """Return the likeliest paths of each row.
+
+    Args:
+        candidates: What may follow some nodes.
+        roots: Token at the root of each row.
+        config: Size of the trees.
+        bounds: Maximum levels of each row; 0 for a row that has ended.
+        leaf_tokens: Tokens after which nothing follows.
+        min_growing: Where the host searches, no level is added when a smaller share of the rows
+            still grows.
+    """
+    if is_host(roots.device):  # it chooses faster, and stops when the tree is complete
+        return search_on_host(
+            candidates,
+            roots,
+            config=config,
+            bounds=bounds,
+            leaf_tokens=leaf_tokens,
+            min_growing=min_growing,
+        )
+    return search_on_device(
+        candidates, roots, config=config, bounds=bounds, leaf_tokens=leaf_tokens
+    )
 
 
 def search_on_device(
@@ -27,14 +62,9 @@ def search_on_device(
     bounds: Sequence[int],
     leaf_tokens: frozenset[int],
 ) -> list[GrownRow]:
-    """Search level by level; the host reads the chosen nodes, and nothing before.
+    """Search level by level, see `search`; the host reads the chosen nodes, and nothing before.
 
-    Args:
-        candidates: What may follow some nodes.
-        roots: Token at the root of each row.
-        config: Size of the trees; every level expands `width` nodes.
-        bounds: Maximum levels of each row.
-        leaf_tokens: Tokens after which nothing follows.
+    Every level expands `width` nodes.
     """
     device = roots.device
     tree = GrowingTree(
@@ -62,26 +92,29 @@ def search_on_host(
     config: GrownTreeConfig,
     bounds: Sequence[int],
     leaf_tokens: frozenset[int],
+    min_growing: float = 0.0,
 ) -> list[GrownRow]:
     """Return the same as `search_on_device`, and expand only what may lead to a chosen node.
 
     Reads the candidates of every level.
     """
+    num_active = sum(bound > 0 for bound in bounds)
     rows = [_Row(expanded=[0] if bound > 0 else []) for bound in bounds]
     nodes = roots[:, None], torch.zeros_like(roots)[:, None]
     for level in range(max(bounds)):
         if level:
             width = max(len(row.expanded) for row in rows)
-            if width == 0:
+            num_growing = sum(bool(row.expanded) for row in rows)
+            if width == 0 or num_growing < min_growing * num_active:
                 break
-            padded = [row.fed(width) for row in rows]
+            padded = [row.feed(level - 1, width) for row in rows]
             tokens, parents = torch.tensor(padded, device=roots.device, dtype=torch.long).unbind(1)
             nodes = tokens, parents
         scores, found = candidates(nodes, level)
         for row, values, ids, bound in zip(
             rows, scores.tolist(), found.tolist(), bounds, strict=True
         ):
-            row.grow(level, values, ids, config=config, leaf_tokens=leaf_tokens)
+            row.grow(values, ids, config=config, leaf_tokens=leaf_tokens)
             if level + 1 >= bound:
                 row.expanded = []
     return [row.best_nodes(config.num_draft_tokens) for row in rows]
@@ -96,7 +129,8 @@ class _Row:
         tokens: Token of each candidate.
         parents: Its parent.
         scores: Log-probability of its path.
-        expansions: Level at which it was expanded and its index there; None if it was not.
+        expansions: Its level, counted from 0, and its index among the candidates of that level that
+            were expanded; None if it was not.
     """
 
     expanded: list[int]
@@ -105,8 +139,10 @@ class _Row:
     scores: list[float] = field(default_factory=lambda: [0.0])
     expansions: list[tuple[int, int] | None] = field(default_factory=lambda: [None])
 
-    def fed(self, width: int) -> tuple[list[int], list[int]]:
+    def feed(self, level: int, width: int) -> tuple[list[int], list[int]]:
         """Return tokens of the expanded candidates, and the index of the parent of each."""
+        for index, node in enumerate(self.expanded):
+            self.expansions[node] = level, index
         padding = [0] * (width - len(self.expanded))
         above = [self.expansions[self.parents[node]] for node in self.expanded]
         indices = [0 if at is None else at[1] for at in above]  # the root has index 0
@@ -114,7 +150,6 @@ class _Row:
 
     def grow(
         self,
-        level: int,
         values: list[list[float]],
         ids: list[list[int]],
         *,
@@ -143,8 +178,6 @@ class _Row:
         if going and scores[going[0]] < log_of(config.min_confidence):
             going = []
         self.expanded = going[: config.width]
-        for index, node in enumerate(self.expanded):
-            self.expansions[node] = level, index
 
     def best_nodes(self, num_nodes: int) -> GrownRow:
         """Return the best candidates."""

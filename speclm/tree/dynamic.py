@@ -52,40 +52,26 @@ class GrowingTree:
         self,
         *,
         width: int,
-        branches: int = 1,
         leaf_tokens: Int[Tensor, " leaves"] | None = None,
-        token_ids: Int[Tensor, " vocab"] | None = None,
         is_idle: Bool[Tensor, " batch"] | None = None,
     ) -> None:
         """Start at the root.
 
         Args:
             width: Nodes expanded at each level.
-            branches: Children that `grow` considers for each expanded node.
             leaf_tokens: Tokens after which nothing follows, such as the end of the sequence.
-            token_ids: Token of each column given to `grow`; None if columns are tokens.
             is_idle: Rows that have ended; they get no nodes.
         """
         self._width = width
-        self._branches = branches
+        self._branches = 1  # children of each expanded node
         self._leaf_tokens = leaf_tokens
-        self._token_ids = token_ids
+        self._is_idle = is_idle
         self._levels: list[_Candidates] = []
-        self._has_stopped = is_idle
-        # The host decides which rows stop, so it reads idle rows once.
-        self._is_idle: list[bool] | None = None if is_idle is None else is_idle.tolist()
-        self._stopped = self._is_idle
 
     @property
     def depth(self) -> int:
         """Levels grown so far."""
         return len(self._levels)
-
-    def grow(self, log_probs: Float[Tensor, "batch expanded vocab"]) -> None:
-        """Add the children of the nodes expanded last, at first those of the root."""
-        best = log_probs.topk(self._branches, dim=-1)
-        tokens = best.indices if self._token_ids is None else self._token_ids[best.indices]
-        self.add(best.values, tokens)
 
     def add(
         self,
@@ -105,8 +91,8 @@ class GrowingTree:
         if self._levels:
             scores = scores + self._levels[-1].expanded_scores[:, :, None]
         scores, tokens = scores.flatten(1), tokens.flatten(1)  # [batch, candidates]
-        if self._has_stopped is not None:
-            scores = scores.masked_fill(self._has_stopped[:, None], float("-inf"))
+        if self._is_idle is not None:
+            scores = scores.masked_fill(self._is_idle[:, None], float("-inf"))
         expandable = scores
         if self._leaf_tokens is not None:
             expandable = scores.masked_fill(torch.isin(tokens, self._leaf_tokens), float("-inf"))
@@ -123,23 +109,6 @@ class GrowingTree:
     def expanded_parents(self) -> Int[Tensor, "batch width"]:
         """Index of the parent of each of these among the nodes expanded before."""
         return self._levels[-1].expanded // self._branches
-
-    def stop_rows_below(self, floor: float) -> float:
-        """Stop rows whose best node to expand scores below `floor`; syncs with the device.
-
-        Returns:
-            Share of the rows, without idle ones, that still grow.
-        """
-        best: list[float] = self._levels[-1].expanded_scores[:, 0].tolist()
-        before = self._stopped or [False] * len(best)
-        stopped = [was or score < floor for was, score in zip(before, best, strict=True)]
-        if stopped != before:
-            self._has_stopped = torch.tensor(
-                stopped, device=self._levels[-1].scores.device, dtype=torch.bool
-            )
-        self._stopped = stopped
-        num_idle = sum(self._is_idle or ())
-        return stopped.count(False) / max(len(stopped) - num_idle, 1)
 
     def stop_rows(self, is_stopped: Bool[Tensor, " batch"]) -> None:
         """Give some rows no nodes below those of the last level; does not sync."""

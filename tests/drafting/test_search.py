@@ -145,3 +145,37 @@ def test_candidates_whose_probability_is_no_number_are_left_out(search):
     good, bad = search(candidates, ROOTS, config=config, bounds=[2, 2], leaf_tokens=frozenset())
     assert len(good.tokens) == 4
     assert bad.tokens == []
+
+
+def test_a_level_is_added_only_while_enough_rows_grow():
+    config = GrownTreeConfig(
+        width=1, branches=1, num_draft_tokens=8, min_probability=0.0, min_confidence=0.0
+    )
+    bounds, asked = (4, 1), []
+
+    def candidates(nodes, level):
+        asked.append(level)
+        return torch.zeros(2, 1, 1), torch.ones(2, 1, 1, dtype=torch.long)
+
+    options = {"config": config, "bounds": bounds, "leaf_tokens": frozenset()}
+    half = search_on_host(candidates, ROOTS, min_growing=0.5, **options)
+    assert [len(row.tokens) for row in half] == [4, 1]
+    most = search_on_host(candidates, ROOTS, min_growing=0.75, **options)
+    assert [len(row.tokens) for row in most] == [1, 1]
+    assert asked == [0, 1, 2, 3, 0]
+
+
+def test_only_nodes_that_were_fed_count_as_expanded():
+    """A row that ends above the others is fed padding, which is no node of it."""
+    config = GrownTreeConfig(
+        width=1, branches=1, num_draft_tokens=8, min_probability=0.0, min_confidence=0.0
+    )
+
+    def candidates(nodes, level):
+        return torch.zeros(2, 1, 1), torch.ones(2, 1, 1, dtype=torch.long)
+
+    long, short = search_on_host(
+        candidates, ROOTS, config=config, bounds=(3, 1), leaf_tokens=frozenset()
+    )
+    assert long.expansions == [(0, 0), (1, 0), None]
+    assert short.expansions == [None]

@@ -28,7 +28,7 @@ def distribution_after(tables: list[Tensor], path: tuple[int, ...]) -> Tensor:
 
 
 def grow(tables: list[list[Tensor]], *, width: int, branches: int, depth: int) -> GrowingTree:
-    tree = GrowingTree(width=width, branches=branches)
+    tree = GrowingTree(width=width)
     paths: list[list[tuple[int, ...]]] = [[()] for _ in tables]
     for level in range(depth):
         if level:
@@ -37,14 +37,11 @@ def grow(tables: list[list[Tensor]], *, width: int, branches: int, depth: int) -
                 [(*old[parent], token) for token, parent in zip(row, above, strict=True)]
                 for old, row, above in zip(paths, tokens, parents, strict=True)
             ]
-        tree.grow(
-            torch.stack(
-                [
-                    torch.stack([distribution_after(tables[row], path) for path in row_paths])
-                    for row, row_paths in enumerate(paths)
-                ]
-            )
-        )
+        log_probs = [
+            torch.stack([distribution_after(tables[row], path) for path in row_paths])
+            for row, row_paths in enumerate(paths)
+        ]
+        tree.add(*torch.stack(log_probs).topk(branches))
     return tree
 
 
@@ -141,9 +138,9 @@ def test_min_score_leaves_unlikely_nodes_out():
 def test_certain_children_come_after_their_parent():
     distribution = torch.full((1, 1, VOCAB), -math.inf)
     distribution[..., 2] = 0.0
-    tree = GrowingTree(width=1, branches=1)
+    tree = GrowingTree(width=1)
     for _ in range(3):
-        tree.grow(distribution)
+        tree.add(*distribution.topk(1))
     (grown,) = tree.best_nodes(2, min_score=-1.0)
     assert (grown.tokens, grown.parents) == ([2, 2], [0, 1])
 
@@ -156,10 +153,10 @@ def test_certain_children_come_after_their_parent():
 )
 def test_best_nodes_are_a_tree_however_many_score_the_same(steps, num_nodes):
     """Sure children score as their parents do, and far below others a small step is lost."""
-    tree = GrowingTree(width=3, branches=3)
-    tree.grow(torch.tensor([[[-30.0, -30.0, 1e-7]]]))
+    tree = GrowingTree(width=3)
+    tree.add(*torch.tensor([[[-30.0, -30.0, 1e-7]]]).topk(3))
     for step in steps:
-        tree.grow(torch.tensor(step).view(1, 3, 3))
+        tree.add(*torch.tensor(step).view(1, 3, 3).topk(3))
     (grown,) = tree.best_nodes(num_nodes, min_score=-math.inf)
     paths_of(grown.tokens, grown.parents)  # which checks the order
     above = [0.0, *grown.scores]
@@ -173,10 +170,10 @@ def test_best_nodes_are_a_tree_however_many_score_the_same(steps, num_nodes):
 
 def test_leaf_tokens_stay_in_the_tree_and_are_not_expanded():
     distribution = torch.log(torch.tensor([[[0.5, 0.3, 0.15, 0.05]]]))
-    tree = GrowingTree(width=2, branches=3, leaf_tokens=torch.tensor([0]))
-    tree.grow(distribution)
+    tree = GrowingTree(width=2, leaf_tokens=torch.tensor([0]))
+    tree.add(*distribution.topk(3))
     assert tree.expanded_tokens.tolist() == [[1, 2]]
-    tree.grow(distribution.expand(1, 2, -1))
+    tree.add(*distribution.expand(1, 2, -1).topk(3))
     (grown,) = tree.best_nodes(99, min_score=-100.0)
     paths = paths_of(grown.tokens, grown.parents)
     assert (0,) in paths
@@ -184,44 +181,22 @@ def test_leaf_tokens_stay_in_the_tree_and_are_not_expanded():
     assert not any(0 in path[:-1] for path in paths)
 
 
-def test_row_whose_only_way_on_is_a_leaf_token_stops():
-    distribution = torch.log(torch.tensor([[[0.9, 0.05, 0.03, 0.02]]]))
-    tree = GrowingTree(width=1, branches=1, leaf_tokens=torch.tensor([0]))
-    tree.grow(distribution)
-    assert tree.stop_rows_below(math.log(1e-30)) == 0.0
-
-
-def test_stopped_rows_grow_no_further_and_others_do():
-    distribution = torch.log(torch.tensor([[[0.9, 0.05, 0.03, 0.02]], [[0.4, 0.3, 0.2, 0.1]]]))
-    tree = GrowingTree(width=1, branches=1)
-    tree.grow(distribution)
-    assert tree.stop_rows_below(math.log(0.5)) == 0.5
-    tree.grow(distribution)
-    assert tree.stop_rows_below(math.log(0.5)) == 0.5
-    tree.grow(distribution)
-    sure, unsure = tree.best_nodes(9, min_score=-100.0)
-    assert (len(sure.tokens), len(unsure.tokens)) == (3, 1)
-    assert tree.stop_rows_below(0.0) == 0.0
-
-
 def test_rows_that_are_stopped_keep_their_nodes_and_get_no_more():
-    tree = GrowingTree(width=1, branches=2)
+    tree = GrowingTree(width=1)
     level = torch.tensor([[[0.9, 0.1]], [[0.9, 0.1]]]).log()
-    tree.grow(level)
+    tree.add(*level.topk(2))
     tree.stop_rows(torch.tensor([False, True]))
-    tree.grow(level)
+    tree.add(*level[:, :1].topk(2))
     going, stopped = tree.best_nodes(9, min_score=-10.0)
     assert len(going.tokens) == 4
     assert stopped.tokens == [0, 1]
 
 
-def test_idle_rows_grow_nothing_and_do_not_count():
+def test_idle_rows_get_no_nodes():
     distribution = torch.log(torch.tensor([[[0.9, 0.05, 0.03, 0.02]]] * 3))
-    is_idle = torch.tensor([False, True, False])
-    tree = GrowingTree(width=1, branches=1, is_idle=is_idle)
-    tree.grow(distribution)
-    assert tree.stop_rows_below(math.log(0.5)) == 1.0
-    tree.grow(distribution)
+    tree = GrowingTree(width=1, is_idle=torch.tensor([False, True, False]))
+    for _ in range(2):
+        tree.add(*distribution.topk(1))
     assert [len(row.tokens) for row in tree.best_nodes(9, min_score=-100.0)] == [2, 0, 2]
 
 

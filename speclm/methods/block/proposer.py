@@ -16,7 +16,13 @@ from speclm.acceptance import Accepted
 from speclm.config import require_known
 from speclm.devices import is_host
 from speclm.drafting.interface import Draft, Prefill, Proposer, TargetNeeds
-from speclm.drafting.levels import assemble, options_with_tree, planned, require_ranks
+from speclm.drafting.levels import (
+    LevelBounds,
+    assemble,
+    options_with_tree,
+    planned,
+    require_ranks,
+)
 from speclm.drafting.ranking import LevelRanking, path_expansions
 from speclm.errors import OptionError, VocabularyMismatchError
 from speclm.methods.block.config import BlockConfig
@@ -103,8 +109,7 @@ class BlockProposer(Proposer):
         self._prompt: Prefill | None = None  # until its features are read
         self._context: BlockContext | None = None
         self._unseen: list[list[Tensor]] = []  # features of committed tokens
-        self._room: list[int] = []  # most draft tokens that each row can accept
-        self._is_idle: list[bool] = []
+        self._bounds: LevelBounds | None = None
         self._leaf_tokens: frozenset[int] = frozenset()  # tokens that end a row
         self._sampler: DraftSampler | None = None
 
@@ -118,19 +123,17 @@ class BlockProposer(Proposer):
         self._prompt, self._context, self._sampler = prompt, None, prompt.sampler
         self._ranking.begin(prompt)
         self._grown = []
-        batch = len(prompt.first_tokens)
-        self._unseen = [[] for _ in range(batch)]
-        self._room = [prompt.max_new_tokens - 1] * batch  # the bonus token needs no draft
-        self._is_idle = [False] * batch
+        self._unseen = [[] for _ in prompt.first_tokens]
+        self._bounds = LevelBounds(prompt)
         self._leaf_tokens = prompt.eos_token_ids
 
     @override
     def propose(self, roots: Int[Tensor, " batch"], *, noise: PositionNoise | None) -> Draft:
         context = self._catch_up()
         config = _planned(self.config, self.plan, max_depth=self.heads.config.num_drafts)
-        idle = zip(self._is_idle, self._room, strict=True)
-        levels = [0 if is_idle else room for is_idle, room in idle]
-        depth = min(config.depth, max(levels))
+        assert self._bounds is not None, "propose before begin"
+        levels = self._bounds.within(config.depth)
+        depth = max(levels)
         if depth < 1:
             self._grown = [GrownRow([], [], [], [])] * len(roots)
             return Draft(roots[:, None], chain(0, device=roots.device))
@@ -163,12 +166,12 @@ class BlockProposer(Proposer):
     @override
     def commit(self, accepted: Accepted) -> None:
         self._ranking.learn(accepted, path_expansions(accepted, self._grown))
+        assert self._bounds is not None, "commit before begin"
         assert accepted.features is not None
         for row, emitted in enumerate(accepted.emitted):
             if emitted:
                 self._unseen[row].append(accepted.features[row, : len(emitted)])
-                self._room[row] -= len(emitted)
-        self._is_idle = [not emitted for emitted in accepted.emitted]
+        self._bounds.commit(accepted.emitted)
 
     def _catch_up(self) -> BlockContext:
         """Add what was committed since the last draft to the context, at first the prompt."""

@@ -8,10 +8,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from speclm.config import require_in_range
-from speclm.devices import is_host
 from speclm.drafting.levels import GrownTreeConfig
 from speclm.drafting.ranking import LevelRanking, Nodes
-from speclm.drafting.search import log_of, search_on_device, search_on_host
+from speclm.drafting.search import log_of, search
 from speclm.methods.block.layer import MarkovHead
 from speclm.methods.block.network import BlockHeads
 from speclm.sampling.draws import DraftSampler
@@ -224,8 +223,6 @@ def grow_trees(
         found = ranked.topk(num_ranks, dim=-1)
         return found.values, logits.heads.target_ids(found.indices)
 
-    # A host that shares the memory chooses faster, and stops when the tree is complete.
-    search = search_on_host if is_host(roots.device) else search_on_device
     return search(candidates, roots, config=config, bounds=bounds, leaf_tokens=leaf_tokens)
 
 

@@ -1,6 +1,5 @@
 """Draft chains or trees with a smaller language model."""
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,13 +14,20 @@ from speclm.acceptance import Accepted
 from speclm.cache.tree_cache import TreeCache
 from speclm.config import require_known
 from speclm.drafting.interface import Draft, Prefill, Proposer, TargetNeeds
-from speclm.drafting.levels import RunByLevelConfig, assemble, planned, seen_below
-from speclm.drafting.ranking import LevelRanking, path_expansions
+from speclm.drafting.levels import (
+    LevelBounds,
+    RunByLevelConfig,
+    assemble,
+    planned,
+    seen_below,
+)
+from speclm.drafting.ranking import LevelRanking, Nodes, path_expansions
+from speclm.drafting.search import search
 from speclm.errors import VocabularyMismatchError
 from speclm.sampling.draws import DraftSampler, DraftSampling
 from speclm.sampling.noise import PositionNoise
 from speclm.target import TargetView
-from speclm.tree.dynamic import FilledTree, GrowingTree, GrownRow, drawn_paths
+from speclm.tree.dynamic import FilledTree, GrownRow, drawn_paths
 from speclm.tree.static import RankPaths
 from speclm.tree.topology import chain
 
@@ -126,11 +132,11 @@ class DraftModelProposer(Proposer):
         self._prompt: Prefill | None = None  # until it is read
         self._prompt_logits: Tensor | None = None  # what follows the prompt, until it is used
         self._unseen: list[list[int]] = []
-        self._is_idle: list[bool] = []
+        self._bounds: LevelBounds | None = None
         self._is_silent = False
         self._ranking = LevelRanking(self.config.mixture)
         self._sampler: DraftSampler | None = None
-        self._leaf_tokens: Tensor | None = None
+        self._leaf_tokens: frozenset[int] = frozenset()  # tokens that end a row
         self._grown: list[GrownRow] = []
         self._offsets: list[int] = []
 
@@ -145,11 +151,8 @@ class DraftModelProposer(Proposer):
         self._unseen = [[token] for token in prompt.first_tokens.tolist()]
         self._ranking.begin(prompt)
         self._sampler = prompt.sampler
-        ends = sorted(prompt.eos_token_ids)
-        self._leaf_tokens = (
-            torch.tensor(ends, device=prompt.tokens.device, dtype=torch.long) if ends else None
-        )
-        self._is_idle = [False] * len(self._unseen)
+        self._leaf_tokens = prompt.eos_token_ids
+        self._bounds = LevelBounds(prompt)
         self._grown, self._offsets = [], []
 
     @override
@@ -175,14 +178,13 @@ class DraftModelProposer(Proposer):
             )
         if paths is not None:
             return self._fill(roots, longest, paths, noise)
-        tree = self._grow(roots.device, longest, noise, config)
-        min_score = math.log(max(config.min_probability, 1e-30))
-        self._grown = tree.best_nodes(config.num_draft_tokens, min_score=min_score)
+        self._grown = self._grow(roots, longest, noise, config)
         return assemble(self._grown, roots)
 
     @override
     def commit(self, accepted: Accepted) -> None:
         assert self._cache is not None, "commit before begin"
+        assert self._bounds is not None
         kept: list[list[int]] = []
         expansions = path_expansions(accepted, self._grown)
         for row, (path, emitted) in enumerate(zip(accepted.paths, accepted.emitted, strict=True)):
@@ -196,7 +198,7 @@ class DraftModelProposer(Proposer):
             self._unseen[row] = emitted[len(nodes) :]
         if self._prompt is None:
             self._cache.keep(kept)
-        self._is_idle = [not emitted for emitted in accepted.emitted]
+        self._bounds.commit(accepted.emitted)
         self._prompt_logits, self._offsets = None, []
         self._ranking.learn(accepted, expansions)
 
@@ -218,44 +220,48 @@ class DraftModelProposer(Proposer):
 
     def _grow(
         self,
-        device: torch.device,
+        roots: Int[Tensor, " batch"],
         longest: int,
         noise: PositionNoise | None,
         config: DraftModelConfig,
-    ) -> GrowingTree:
+    ) -> list[GrownRow]:
         """Feed the unseen tokens, then one level after another."""
         assert self._cache is not None
-        logits = self._catch_up(device, longest)
-        tree = GrowingTree(
-            width=config.width,
-            branches=config.branches,
-            leaf_tokens=self._leaf_tokens,
-            is_idle=torch.tensor(self._is_idle, device=device, dtype=torch.bool)
-            if any(self._is_idle)
-            else None,
-        )
-        tree.grow(self._ranking.rank(logits, depth=0, noise=noise))
+        assert self._bounds is not None
+        cache, device = self._cache, roots.device
         seen, kv_depths, unseen = self._seen_by_root(device, longest)
         # In a chain, if all rows have equally many unseen tokens, every node sees all that is
         # pending.
         is_chain = config.width == 1 and min(map(len, self._unseen)) == longest
         self._offsets = []
-        floor = math.log(max(config.min_confidence, 1e-30))
-        for level in range(1, min(config.depth, config.num_draft_tokens)):
-            if tree.stop_rows_below(floor) < max(config.min_growing, 1e-6):
-                break
-            tokens = tree.expanded_tokens
-            width = tokens.shape[1]
-            if not is_chain:
-                seen = seen_below(seen, tree.expanded_parents)
-            depths = (unseen + level - 1)[:, None].expand(-1, width)
-            kv_depths = torch.cat([kv_depths, depths], dim=1)
-            self._offsets.append(self._cache.num_pending)
-            logits = self._forward(tokens, None if is_chain else seen, kv_depths)
-            nodes = (tokens, tree.expanded_parents)
-            tree.grow(self._ranking.rank(logits, depth=level, noise=noise, nodes=nodes))
-        self._offsets.append(self._cache.num_pending)  # the last level is not fed
-        return tree
+
+        def candidates(nodes: Nodes, level: int) -> tuple[Tensor, Tensor]:
+            """Return log-probabilities and tokens, ``[batch, width, ranks]``, below some nodes."""
+            nonlocal seen, kv_depths
+            if level == 0:
+                logits = self._catch_up(device, longest)
+            else:
+                tokens, parents = nodes
+                if not is_chain:
+                    seen = seen_below(seen, parents)
+                depths = (unseen + level - 1)[:, None].expand_as(tokens)
+                kv_depths = torch.cat([kv_depths, depths], dim=1)
+                self._offsets.append(cache.num_pending)
+                logits = self._forward(tokens, None if is_chain else seen, kv_depths)
+            ranked = self._ranking.rank(logits, depth=level, noise=noise, nodes=nodes)
+            found = ranked.topk(config.branches, dim=-1)
+            return found.values, found.indices
+
+        grown = search(
+            candidates,
+            roots,
+            config=config,
+            bounds=self._bounds.within(min(config.depth, config.num_draft_tokens)),
+            leaf_tokens=self._leaf_tokens,
+            min_growing=config.min_growing,
+        )
+        self._offsets.append(cache.num_pending)  # the last level is not fed
+        return grown
 
     def _fill(
         self,

@@ -206,11 +206,8 @@ class LevelRun:
         lengths = cache.lengths[:, None]
         kv_indices = torch.arange(cache.tree_start + sum(widths), device=lengths.device)
         sees = (kv_indices >= cache.num_padding[:, None]) & (kv_indices < lengths)
-        if window is not None:
-            levels = [level for level, width in enumerate(widths) for _ in range(width)]
-            pending = lengths + torch.tensor(levels, device=lengths.device, dtype=torch.long)
-            prefix = kv_indices[: cache.tree_start].expand(len(lengths), -1)
-            self._positions = torch.cat([prefix, pending], dim=1)  # of a row, padding included
+        if window is not None:  # positions in a row, padding included; those of nodes come later
+            self._positions = kv_indices.repeat(len(lengths), 1)
         seen = torch.zeros(sees.shape, dtype=self._heads.dtype, device=sees.device)
         return seen.masked_fill_(~sees, torch.finfo(seen.dtype).min)[:, None]
 
@@ -225,7 +222,9 @@ class LevelRun:
         seen.narrow(2, own, width).diagonal(dim1=1, dim2=2).zero_()
         window = self._heads.config.sliding_window
         if window is not None:
-            distance = cache.lengths[:, None] + self._level - self._positions
+            position = cache.lengths[:, None] + self._level
+            self._positions[:, own : own + width] = position
+            distance = position - self._positions
             seen.masked_fill_((distance >= window)[:, None], torch.finfo(seen.dtype).min)
         self._seen = seen
         return seen.narrow(2, 0, own + width)[:, None]

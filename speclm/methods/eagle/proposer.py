@@ -1,6 +1,5 @@
 """Draft trees with EAGLE heads, which continue the target's features."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +18,7 @@ from speclm.cache.tree_cache import TreeCache
 from speclm.config import require_known
 from speclm.drafting.interface import Draft, Prefill, Proposer, TargetNeeds
 from speclm.drafting.levels import (
+    LevelBounds,
     RunByLevelConfig,
     assemble,
     options_with_tree,
@@ -26,13 +26,14 @@ from speclm.drafting.levels import (
     require_ranks,
 )
 from speclm.drafting.ranking import LevelRanking, Nodes, path_expansions
+from speclm.drafting.search import search
 from speclm.errors import OptionError, VocabularyMismatchError
 from speclm.methods.eagle.config import EagleConfig
 from speclm.methods.eagle.network import EagleHeads, LevelRun
 from speclm.sampling.draws import DraftSampler, DraftSampling
 from speclm.sampling.noise import PositionNoise
 from speclm.target import TargetFeatures, TargetView
-from speclm.tree.dynamic import FilledTree, GrowingTree, GrownRow, drawn_paths
+from speclm.tree.dynamic import FilledTree, GrownRow, drawn_paths
 from speclm.tree.static import RankPaths
 
 _ABSENT = -1e4  # finite, because a processor may ban all tokens that the heads can draft
@@ -120,8 +121,8 @@ class EagleProposer(Proposer):
         self._unseen_tokens: list[list[int]] = []
         self._unseen_features: list[list[Tensor]] = []
         self._hidden: Tensor | None = None  # at the position before each root
-        self._is_idle: list[bool] = []
-        self._leaf_tokens: Tensor | None = None  # tokens that end a row
+        self._bounds: LevelBounds | None = None
+        self._leaf_tokens: frozenset[int] = frozenset()  # tokens that end a row
 
     @property
     @override
@@ -135,11 +136,8 @@ class EagleProposer(Proposer):
         batch = len(prompt.first_tokens)
         self._unseen_tokens = [[] for _ in range(batch)]
         self._unseen_features = [[] for _ in range(batch)]
-        self._is_idle = [False] * batch
-        ends = sorted(prompt.eos_token_ids)
-        self._leaf_tokens = (
-            torch.tensor(ends, device=prompt.tokens.device, dtype=torch.long) if ends else None
-        )
+        self._bounds = LevelBounds(prompt)
+        self._leaf_tokens = prompt.eos_token_ids
 
     @override
     def propose(self, roots: Int[Tensor, " batch"], *, noise: PositionNoise | None) -> Draft:
@@ -152,9 +150,7 @@ class EagleProposer(Proposer):
             return self._draw(roots, config, self._prompt.sampler)
         if config.paths is not None:
             return self._fill(roots, config.paths, noise)
-        tree = self._grow(config, noise)
-        min_score = math.log(max(config.min_probability, 1e-30))
-        self._grown = tree.best_nodes(config.num_draft_tokens, min_score=min_score)
+        self._grown = self._grow(roots, config, noise)
         return assemble(self._grown, roots)
 
     @override
@@ -162,12 +158,13 @@ class EagleProposer(Proposer):
         if self._cache is not None:
             self._cache.keep([[] for _ in accepted.emitted])  # of draft tokens
         self._ranking.learn(accepted, path_expansions(accepted, self._grown))
+        assert self._bounds is not None, "commit before begin"
         assert accepted.features is not None
         for row, emitted in enumerate(accepted.emitted):
             if emitted:
                 self._unseen_tokens[row] += emitted
                 self._unseen_features[row].append(accepted.features[row, : len(emitted)])
-        self._is_idle = [not emitted for emitted in accepted.emitted]
+        self._bounds.commit(accepted.emitted)
 
     def _read(self, prompt: Prefill) -> TreeCache:
         """Run the heads over the prompt's features, each joined with the token after it."""
@@ -222,32 +219,35 @@ class EagleProposer(Proposer):
         self._unseen_tokens = [[] for _ in counts]
         self._unseen_features = [[] for _ in counts]
 
-    def _grow(self, config: EagleProposerConfig, noise: PositionNoise | None) -> GrowingTree:
+    def _grow(
+        self,
+        roots: Int[Tensor, " batch"],
+        config: EagleProposerConfig,
+        noise: PositionNoise | None,
+    ) -> list[GrownRow]:
         """Draft level by level from the most likely nodes; tokens are the target's ids."""
-        branches = min(config.branches, self.heads.config.draft_vocab_size)
-        assert self._hidden is not None
-        device = self._hidden.device
-        tree = GrowingTree(
-            width=config.width,
-            branches=branches,
+        assert self._bounds is not None
+        bounds = self._bounds.within(config.depth)
+        num_ranks = min(config.branches, self.heads.config.draft_vocab_size)
+        widths = [min(config.width, num_ranks)]
+        while len(widths) < max(bounds):
+            widths.append(min(config.width, widths[-1] * num_ranks))
+        run = self._start(widths[: max(max(bounds) - 1, 0)])
+
+        def candidates(nodes: Nodes, level: int) -> tuple[Tensor, Tensor]:
+            """Return log-probabilities and tokens, ``[batch, width, ranks]``, below some nodes."""
+            hidden = run.below(*nodes) if level else run.hidden
+            found = self._rank(hidden, level, noise, nodes).topk(num_ranks, dim=-1)
+            return found.values, self.heads.target_ids(found.indices)
+
+        return search(
+            candidates,
+            roots,
+            config=config,
+            bounds=bounds,
             leaf_tokens=self._leaf_tokens,
-            token_ids=self.heads.draft_columns,
-            is_idle=torch.tensor(self._is_idle, device=device, dtype=torch.bool)
-            if any(self._is_idle)
-            else None,
+            min_growing=config.min_growing,
         )
-        widths = [min(config.width, branches)]
-        while len(widths) < config.depth:
-            widths.append(min(config.width, widths[-1] * branches))
-        run = self._start(widths[: config.depth - 1])
-        tree.grow(self._rank(run.hidden, 0, noise))
-        floor = math.log(max(config.min_confidence, 1e-30))
-        for level in range(1, config.depth):
-            if tree.stop_rows_below(floor) < max(config.min_growing, 1e-6):
-                break
-            nodes = (tree.expanded_tokens, tree.expanded_parents)
-            tree.grow(self._rank(run.below(*nodes), level, noise, nodes))
-        return tree
 
     def _fill(
         self, roots: Int[Tensor, " batch"], paths: RankPaths, noise: PositionNoise | None
