@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 from transformers import LlamaConfig
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -16,9 +14,6 @@ from speclm.errors import OptionError, reason_of, shown
 
 DEFAULT_ROPE_THETA = 10000.0
 """Base of the rotation if the heads' config names none; the target's does not apply."""
-
-Rotation = tuple[Tensor, Tensor]
-"""Cosines and sines, ``[batch, seq, head_dim]``."""
 
 _ROPE_NEEDS: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -162,15 +157,6 @@ def make_rotary(config: Rotated) -> LlamaRotaryEmbedding:
     )
     with torch.device("cpu"):
         return LlamaRotaryEmbedding(llama)
-
-
-def rotated(
-    states: Float[Tensor, "batch seq heads head_dim"], rotation: Rotation
-) -> Float[Tensor, "batch seq heads head_dim"]:
-    """Rotate the pairs (i, i + half) of every head."""
-    cosines, sines = (part[:, :, None] for part in rotation)  # the same for all heads
-    first, second = states.chunk(2, dim=-1)
-    return torch.addcmul(states * cosines, torch.cat((-second, first), dim=-1), sines)
 
 
 def require_activation(name: object) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from speclm.drafting.decoder import Rotated, make_rotary
+from speclm.drafting.decoder_parts import Fusable, Rotation, signed
 from speclm.errors import OptionError
 
 _INIT_STD = 0.02  # that of Llama and Qwen3
@@ -55,6 +56,7 @@ class HeadsNetwork(nn.Module, ABC):
     lm_head: nn.Linear | None
     draft_columns: Int[Tensor, " draft_vocab"] | None
     """Target token of each column of the logits; None if the vocabularies are equal."""
+    _is_fused = False
 
     def __init__(
         self,
@@ -90,9 +92,38 @@ class HeadsNetwork(nn.Module, ABC):
         sizes = self.config.hidden_size, self.config.draft_vocab_size
         self.lm_head = nn.Linear(*sizes, bias=False) if self.config.has_own_lm_head else None
 
+    def rotation(self, positions: Int[Tensor, "rows seq"]) -> Rotation:
+        """Return the rotation of some positions."""
+        return signed(*self.rotary(self.fc.weight, positions))  # it reads the dtype only
+
+    @torch.no_grad()
+    def fuse_(self) -> Self:
+        """Give the parts a second form of their weights, with fewer calls in decoding.
+
+        Some weights are copied: call it again after changing them; `train` drops the copies. The
+        state stays that of the parts.
+        """
+        self._is_fused = True
+        for part in self.modules():
+            if isinstance(part, Fusable):
+                part.fuse_()
+        return self
+
+    @override
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        if mode and self._is_fused:  # the copies would not follow the weights
+            self._is_fused = False
+            for part in self.modules():
+                if isinstance(part, Fusable):
+                    part.separate_()
+        return self
+
     @override
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self._is_fused:
+            self.fuse_()
         # Casting the weights rounds the frequencies too, and `to_empty` loses them.
         device = self.fc.weight.device
         self.rotary = make_rotary(self.config).train(self.training)

@@ -3,55 +3,36 @@
 The layers are Qwen3's, which also attend to injected keys and values.
 """
 
-from typing import cast
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
-from speclm.drafting.decoder import Rotation, rotated
+from speclm.drafting.decoder_parts import GatedMLP, Norm, Projections, Rotation
 from speclm.methods.block.config import BlockConfig
 
 Context = tuple[Tensor, Tensor]
 """Keys and values of one layer, each ``[batch, kv_heads, kv_len, head_dim]``."""
 
 
-class BlockAttention(nn.Module):
+class BlockAttention(Projections):
     """Grouped attention of blocks to themselves and to a context that they share."""
 
     def __init__(self, config: BlockConfig) -> None:
-        super().__init__()
-        hidden, dim, bias = config.hidden_size, config.head_dim, config.has_attention_bias
-        self.head_dim = dim
-        self.sizes = [config.num_heads * dim, config.num_kv_heads * dim, config.num_kv_heads * dim]
-        self.q_proj, self.k_proj, self.v_proj = (
-            nn.Linear(hidden, size, bias=bias) for size in self.sizes
+        super().__init__(
+            input_size=config.hidden_size,
+            hidden_size=config.hidden_size,
+            head_dim=config.head_dim,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            biases=(config.has_attention_bias, config.has_attention_bias),
+            norm_eps=config.rms_norm_eps,
         )
-        self.o_proj = nn.Linear(self.sizes[0], hidden, bias=bias)
-        self.q_norm = nn.RMSNorm(dim, eps=config.rms_norm_eps)
-        self.k_norm = nn.RMSNorm(dim, eps=config.rms_norm_eps)
-        self._fused: tuple[Tensor, Tensor | None] | None = None
-        self._scales: Tensor | None = None  # of the norms of queries and keys, head by head
 
     @property
     def context_parts(self) -> tuple[nn.Linear, nn.Linear]:
         """The projections that the context's keys and values come from."""
         return self.k_proj, self.v_proj
-
-    def fuse_(self) -> None:
-        """Join the projections of queries, keys and values, and the norms of the first two."""
-        self._fused = _joined(self.q_proj, self.k_proj, self.v_proj)
-        norms = [
-            norm.weight.detach().expand(size // self.head_dim, -1)
-            for norm, size in zip((self.q_norm, self.k_norm), self.sizes, strict=False)
-        ]
-        self._scales = torch.cat(norms)
-
-    def separate_(self) -> None:
-        """Undo `fuse_`."""
-        self._fused = self._scales = None
 
     def forward(
         self,
@@ -63,29 +44,12 @@ class BlockAttention(nn.Module):
         num_blocks: int,
     ) -> Float[Tensor, "batch positions hidden"]:
         """Attend; see `BlockHeads.forward`."""
-        batch, length = states.shape[:2]
-        both, values = self._project(states)
-        both = rotated(both, rotation).transpose(1, 2)  # [batch, q_heads + kv_heads, ...]
-        num_heads = self.sizes[0] // self.head_dim
-        queries, own = both[:, :num_heads], (both[:, num_heads:], values.transpose(1, 2))
+        queries, keys, values = self.project(states, rotation)
         if num_blocks == 1:
-            attended = _attend(queries, context, own, mask)
+            attended = _attend(queries, context, (keys, values), mask)
         else:
-            attended = _attend_blocks(queries, context, own, mask, num_blocks)
-        joined = attended.transpose(1, 2).reshape(batch, length, -1)
-        return self.o_proj(joined)  # type: ignore[no-any-return]  # a Linear's call is untyped
-
-    def _project(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Return normed queries and keys, one head after another, and values."""
-        by_head = (*states.shape[:2], -1, self.head_dim)
-        if self._fused is None or self._scales is None:
-            queries = self.q_norm(self.q_proj(states).view(by_head))
-            keys = self.k_norm(self.k_proj(states).view(by_head))
-            return torch.cat((queries, keys), dim=2), self.v_proj(states).view(by_head)
-        joined = F.linear(states, *self._fused).view(by_head)
-        num_normed = len(self._scales)
-        both = F.rms_norm(joined[:, :, :num_normed], (self.head_dim,), eps=self.q_norm.eps)
-        return both * self._scales, joined[:, :, num_normed:]
+            attended = _attend_blocks(queries, context, (keys, values), mask, num_blocks)
+        return self.output(attended)
 
 
 def _attend(queries: Tensor, context: Context, own: Context, mask: Tensor | None) -> Tensor:
@@ -125,55 +89,18 @@ def _attend_blocks(
     return attended
 
 
-class BlockMLP(nn.Module):
-    """The gated feed-forward part."""
-
-    def __init__(self, config: BlockConfig) -> None:
-        super().__init__()
-        hidden, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(hidden, inner, bias=False)
-        self.up_proj = nn.Linear(hidden, inner, bias=False)
-        self.down_proj = nn.Linear(inner, hidden, bias=False)
-        self.activate = ACT2FN[config.hidden_act]
-        self._fused: tuple[Tensor, Tensor | None] | None = None
-
-    def fuse_(self) -> None:
-        """Join the two projections of the input."""
-        self._fused = _joined(self.gate_proj, self.up_proj)
-
-    def separate_(self) -> None:
-        """Undo `fuse_`."""
-        self._fused = None
-
-    def forward(self, states: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows hidden"]:
-        """Run the feed-forward part."""
-        if self._fused is None:
-            gate, up = self.gate_proj(states), self.up_proj(states)
-        else:
-            gate, up = F.linear(states, *self._fused).chunk(2, dim=-1)
-        return self.down_proj(self.activate(gate) * up)  # type: ignore[no-any-return]
-
-
 class BlockLayer(nn.Module):
     """One decoder layer. Its norm of the input does not apply to the context."""
 
     def __init__(self, config: BlockConfig) -> None:
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
-        self.input_layernorm = nn.RMSNorm(hidden, eps=eps)
+        self.input_layernorm = Norm(hidden, eps=eps)
         self.self_attn = BlockAttention(config)
-        self.post_attention_layernorm = nn.RMSNorm(hidden, eps=eps)
-        self.mlp = BlockMLP(config)
-
-    def fuse_(self) -> None:
-        """Join weights that read the same states."""
-        self.self_attn.fuse_()
-        self.mlp.fuse_()
-
-    def separate_(self) -> None:
-        """Undo `fuse_`."""
-        self.self_attn.separate_()
-        self.mlp.separate_()
+        self.post_attention_layernorm = Norm(hidden, eps=eps)
+        self.mlp = GatedMLP(
+            hidden_size=hidden, inner_size=config.intermediate_size, activation=config.hidden_act
+        )
 
     def forward(
         self,
@@ -275,10 +202,3 @@ class ConfidenceHead(nn.Module):
         """Return the logit of each position."""
         states = hidden if embedded is None else torch.cat((hidden, embedded), dim=-1)
         return self.proj(states).squeeze(-1)  # type: ignore[no-any-return]  # untyped call
-
-
-def _joined(*parts: nn.Linear) -> tuple[Tensor, Tensor | None]:
-    """Return weight and bias of a product that gives the parts' outputs one after another."""
-    weight = torch.cat([part.weight.detach() for part in parts])
-    biases = [part.bias.detach() for part in parts if cast("Tensor | None", part.bias) is not None]
-    return weight, torch.cat(biases) if biases else None

@@ -1,7 +1,7 @@
 """Block heads: a small decoder that drafts a block of tokens in one pass."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Self, cast
+from typing import Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from typing_extensions import override
 
-from speclm.drafting.decoder import Rotation, rotated
+from speclm.drafting.decoder_parts import FixedNorm, Norm, Product, joined, rotated
 from speclm.drafting.heads_network import HeadsNetwork
 from speclm.methods.block.config import BlockConfig
 from speclm.methods.block.layer import BlockLayer, ConfidenceHead, MarkovHead
@@ -27,60 +27,45 @@ class BlockHeads(HeadsNetwork):
     """
 
     config: BlockConfig
-    _fused: tuple[Tensor, Tensor | None] | None = None
+    _context_input: Product | None = None  # keys and values of all layers in one product
+    _key_norms: FixedNorm
 
     @override
     def _add_parts(self) -> None:
         config, hidden, eps = self.config, self.config.hidden_size, self.config.rms_norm_eps
         self._add_embeddings()
         self.fc = nn.Linear(len(config.feature_layers) * hidden, hidden, bias=False)
-        self.hidden_norm = nn.RMSNorm(hidden, eps=eps)
+        self.hidden_norm = Norm(hidden, eps=eps)
         self.layers = nn.ModuleList(BlockLayer(config) for _ in range(config.num_layers))
-        self.norm = nn.RMSNorm(hidden, eps=eps)
+        self.norm = Norm(hidden, eps=eps)
         self._add_output()
         self.markov_head = None if config.markov is None else MarkovHead(config)
         self.confidence_head = ConfidenceHead(config) if config.has_confidence else None
 
     @override
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
-        if self._fused is not None:
-            self.fuse_()
-        return self
-
-    @override
     def train(self, mode: bool = True) -> Self:
-        super().train(mode)
-        if mode:  # the copies would not follow the weights
-            self._fused = None
-            for layer in self._decoder_layers:
-                layer.separate_()
-        return self
+        if mode:
+            self._context_input = None
+        return super().train(mode)
 
     @torch.no_grad()
+    @override
     def fuse_(self) -> Self:
-        """Join weights that read the same states, for fewer products in decoding.
-
-        Copies the weights: call it again after changing them; `train` drops the copies. The state
-        stays that of the parts.
-        """
-        self._fused = self._context_weight()
-        for layer in self._decoder_layers:
-            layer.fuse_()
+        super().fuse_()
+        self._context_input = joined(*self._context_parts())
+        self._key_norms = FixedNorm(self._key_scales().detach(), self.config.rms_norm_eps)
         return self
 
     @property
     def _decoder_layers(self) -> Iterable[BlockLayer]:
         return cast("Iterable[BlockLayer]", self.layers)
 
-    def _context_weight(self) -> tuple[Tensor, Tensor | None]:
-        """Return weight and bias of the keys and values of all layers."""
-        parts = [part for layer in self._decoder_layers for part in layer.self_attn.context_parts]
-        weight = torch.cat([part.weight for part in parts])
-        biases: list[Tensor] = [
-            part.bias for part in parts if cast("Tensor | None", part.bias) is not None
-        ]
-        return weight, torch.cat(biases) if biases else None
+    def _context_parts(self) -> list[nn.Linear]:
+        return [part for layer in self._decoder_layers for part in layer.self_attn.context_parts]
+
+    def _key_scales(self) -> Float[Tensor, "layers 1 head_dim"]:
+        norms = [layer.self_attn.k_norm for layer in self._decoder_layers]
+        return torch.stack([norm.weight for norm in norms if norm is not None])[:, None]
 
     def context(
         self, features: Float[Tensor, "batch seq features"], positions: Int[Tensor, "rows seq"]
@@ -96,13 +81,18 @@ class BlockHeads(HeadsNetwork):
         """
         config, (batch, seq) = self.config, features.shape[:2]
         states = self.hidden_norm(self.fc(features.to(self.dtype)))
-        weight, bias = self._context_weight() if self._fused is None else self._fused
-        joined = F.linear(states, weight, bias)
-        joined = joined.view(batch, seq, config.num_layers, 2, -1, config.head_dim)
-        keys, values = joined.unbind(3)  # [batch, seq, layers, kv_heads, head_dim]
-        scales = torch.stack([layer.self_attn.k_norm.weight for layer in self._decoder_layers])
-        keys = F.rms_norm(keys, (config.head_dim,), eps=config.rms_norm_eps)
-        keys = rotated((keys * scales[:, None]).flatten(2, 3), self.rotation(positions))
+        if self._context_input is None:
+            both = torch.cat([part(states) for part in self._context_parts()], dim=-1)
+        else:
+            both = F.linear(states, *self._context_input)
+        both = both.view(batch, seq, config.num_layers, 2, -1, config.head_dim)
+        keys, values = both.unbind(3)  # [batch, seq, layers, kv_heads, head_dim]
+        if self._context_input is None:
+            keys = F.rms_norm(keys, (config.head_dim,), eps=config.rms_norm_eps)
+            keys = keys * self._key_scales()
+        else:
+            keys = self._key_norms(keys)
+        keys = rotated(keys.flatten(2, 3), self.rotation(positions))
         keys = keys.view(values.shape).permute(2, 0, 3, 1, 4)
         return keys, values.permute(2, 0, 3, 1, 4)
 
@@ -139,11 +129,6 @@ class BlockHeads(HeadsNetwork):
             by_block = hidden.view(len(hidden), num_blocks, -1, hidden.shape[-1])
             hidden = by_block[:, :, 1:].flatten(1, 2)
         return self.norm(hidden)  # type: ignore[no-any-return]  # a norm's call is untyped
-
-    def rotation(self, positions: Int[Tensor, "rows positions"]) -> Rotation:
-        """Return the cosines and sines of positions."""
-        found: Rotation = self.rotary(self.fc.weight, positions)  # it reads the dtype only
-        return found
 
     def embed_blocks(
         self,

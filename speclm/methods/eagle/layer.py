@@ -6,10 +6,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaMLP
 
-from speclm.drafting.decoder import Rotation, rotated
+from speclm.drafting.decoder_parts import GatedMLP, Norm, Projections, Rotation
 from speclm.methods.eagle.config import EagleConfig
 
 
@@ -22,25 +20,22 @@ class KeyValueStore(Protocol):
         ...
 
 
-class EagleAttention(nn.Module):
+class EagleAttention(Projections):
     """Grouped attention whose input may be wider than its output."""
 
     def __init__(self, config: EagleConfig, *, input_size: int, index: int) -> None:
-        super().__init__()
+        super().__init__(
+            input_size=input_size,
+            hidden_size=config.hidden_size,
+            head_dim=config.head_dim,
+            num_heads=config.num_attention_heads,
+            num_kv_heads=config.num_key_value_heads,
+            biases=(config.attention_bias, config.attention_output_bias),
+            norm_eps=config.rms_norm_eps if config.has_qk_norm else None,
+        )
         self.index = index
-        self.head_dim = config.head_dim
         self.is_grouped = config.num_attention_heads != config.num_key_value_heads
         self.sliding_window = config.sliding_window
-        q_size = config.num_attention_heads * config.head_dim
-        kv_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(input_size, q_size, bias=config.attention_bias)
-        self.k_proj = nn.Linear(input_size, kv_size, bias=config.attention_bias)
-        self.v_proj = nn.Linear(input_size, kv_size, bias=config.attention_bias)
-        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.attention_output_bias)
-        self.q_norm = self.k_norm = None
-        if config.has_qk_norm:
-            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
-            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
 
     def forward(
         self,
@@ -51,17 +46,10 @@ class EagleAttention(nn.Module):
         past_key_values: KeyValueStore | None,
     ) -> Float[Tensor, "batch seq hidden"]:
         """Attend to earlier positions and to these."""
-        batch, seq = states.shape[:2]
-        by_head = (batch, seq, -1, self.head_dim)
-        queries = self.q_proj(states).view(by_head)
-        keys = self.k_proj(states).view(by_head)
-        values = self.v_proj(states).view(by_head).transpose(1, 2)
-        if self.q_norm is not None and self.k_norm is not None:
-            queries, keys = self.q_norm(queries), self.k_norm(keys)
-        both = rotated(torch.cat((queries, keys), dim=2), rotation).transpose(1, 2)
-        queries, keys = both[:, : queries.shape[2]], both[:, queries.shape[2] :]
+        queries, keys, values = self.project(states, rotation)
         if past_key_values is not None:
             keys, values = past_key_values.update(keys, values, self.index)
+        seq = states.shape[1]
         is_simple = attention_mask is None and self.sliding_window is None and seq == keys.shape[2]
         if attention_mask is None and not is_simple:
             attention_mask = self._causal_mask(seq, keys)
@@ -75,8 +63,7 @@ class EagleAttention(nn.Module):
             is_causal=is_simple and seq > 1,
             enable_gqa=self.is_grouped,
         )
-        joined = attended.transpose(1, 2).reshape(batch, seq, -1)
-        return self.o_proj(joined)  # type: ignore[no-any-return]  # a Linear's call is untyped
+        return self.output(attended)
 
     def _causal_mask(self, seq: int, keys: Tensor) -> Tensor | None:
         kv_len, window = keys.shape[2], self.sliding_window
@@ -95,7 +82,7 @@ class EagleLayer(nn.Module):
     embeddings and hidden states, each normed, then concatenated. All others are Llama's.
     """
 
-    def __init__(self, config: EagleConfig, llama: LlamaConfig, *, index: int) -> None:
+    def __init__(self, config: EagleConfig, *, index: int) -> None:
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.is_joining = index == 0 and config.kind == "eagle3"
@@ -103,10 +90,12 @@ class EagleLayer(nn.Module):
         self.self_attn = EagleAttention(
             config, input_size=hidden * (1 + self.is_joining), index=index
         )
-        self.mlp = LlamaMLP(llama)  # type: ignore[no-untyped-call]
-        self.post_attention_layernorm = nn.RMSNorm(hidden, eps=eps)
-        self.input_layernorm = nn.RMSNorm(hidden, eps=eps) if index or self.is_joining else None
-        self.hidden_norm = nn.RMSNorm(hidden, eps=eps) if self.is_joining else None
+        self.mlp = GatedMLP(
+            hidden_size=hidden, inner_size=config.intermediate_size, activation=config.hidden_act
+        )
+        self.post_attention_layernorm = Norm(hidden, eps=eps)
+        self.input_layernorm = Norm(hidden, eps=eps) if index or self.is_joining else None
+        self.hidden_norm = Norm(hidden, eps=eps) if self.is_joining else None
 
     def forward(
         self,

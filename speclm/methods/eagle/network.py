@@ -7,11 +7,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import LlamaConfig
 from typing_extensions import override
 
 from speclm.cache.tree_cache import TreeCache
-from speclm.drafting.decoder import Rotation
+from speclm.drafting.decoder_parts import Norm, Rotation
 from speclm.drafting.heads_network import HeadsNetwork, copy_tensors
 from speclm.methods.eagle.config import EagleConfig
 from speclm.methods.eagle.layer import EagleLayer, KeyValueStore
@@ -25,8 +24,8 @@ class EagleHeads(HeadsNetwork):
 
     The input at a position joins the target's features there with the embedding of the next token.
     The output predicts the features at the next position: `logits` maps it to the token after
-    that one, and it is the hidden state of the next call. Layers are Llama's, built from
-    Transformers' modules. New heads are zero; see `init_weights_`.
+    that one, and it is the hidden state of the next call. Layers are Llama's. New heads are zero;
+    see `init_weights_`.
 
     Source: Li et al. 2024 (EAGLE, EAGLE-2), Li et al. 2025 (EAGLE-3).
     """
@@ -36,11 +35,11 @@ class EagleHeads(HeadsNetwork):
     @override
     def _add_parts(self) -> None:
         config, hidden = self.config, self.config.hidden_size
-        is_eagle3, llama = config.kind == "eagle3", _llama_config(config)
+        is_eagle3 = config.kind == "eagle3"
         width = config.num_features * config.target_hidden_size if is_eagle3 else 2 * hidden
 
-        def norm(size: int) -> nn.RMSNorm:
-            return nn.RMSNorm(size, eps=config.rms_norm_eps)
+        def norm(size: int) -> Norm:
+            return Norm(size, eps=config.rms_norm_eps)
 
         self._add_embeddings()
         sizes = [config.target_hidden_size] * (config.num_features if config.fc_norm else 0)
@@ -48,7 +47,7 @@ class EagleHeads(HeadsNetwork):
         self.feature_norm = norm(width) if config.norm_before_fc else None
         self.fc = nn.Linear(width, hidden, bias=config.fc_bias)
         self.layers = nn.ModuleList(
-            EagleLayer(config, llama, index=index) for index in range(config.num_layers)
+            EagleLayer(config, index=index) for index in range(config.num_layers)
         )
         self.norm = norm(hidden) if is_eagle3 else None
         self._add_output()
@@ -113,11 +112,6 @@ class EagleHeads(HeadsNetwork):
         if self.config.norm_output and self.norm is not None:
             hidden = self.norm(hidden)
         return hidden
-
-    def rotation(self, position_ids: Int[Tensor, "rows seq"]) -> Rotation:
-        """Return the cosines and sines of positions."""
-        found: Rotation = self.rotary(self.fc.weight, position_ids)  # it reads the dtype only
-        return found
 
     def logits(
         self, hidden: Float[Tensor, "*rows hidden"], *, lm_head: Callable[[Tensor], Tensor]
@@ -248,17 +242,3 @@ def build_eagle(
     state = copy_tensors(checkpoint.tensors, dtype=dtype or checkpoint.dtype, device=target)
     heads.load_state_dict(state, assign=True)
     return heads.to(target)
-
-
-def _llama_config(config: EagleConfig) -> LlamaConfig:
-    """Return the config for Transformers' modules; attention is not one of them."""
-    return LlamaConfig(
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_attention_heads=1,  # so that any hidden_size passes
-        head_dim=config.head_dim,
-        hidden_act=config.hidden_act,
-        rms_norm_eps=config.rms_norm_eps,
-        max_position_embeddings=config.max_position_embeddings,
-        rope_parameters=dict(config.rope_parameters),
-    )

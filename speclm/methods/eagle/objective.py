@@ -108,7 +108,7 @@ class EagleTrainingModel(TrainingModel):
                 "their states do not stand for the target's last ones; leave it out"
             )
         EagleProposer(heads, target=base)  # checks that they fit
-        super().__init__(base, heads)
+        super().__init__(base, heads.train())
         if heads.embed_tokens is not None:
             heads.embed_tokens.requires_grad_(requires_grad=False)
         self.objective = objective

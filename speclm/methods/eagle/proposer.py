@@ -78,7 +78,7 @@ class EagleProposer(Proposer):
         """Wrap trained heads.
 
         Args:
-            heads: Heads trained on the target, on its device.
+            heads: Heads trained on the target, on its device. Their weights must not change.
             target: The model that verifies.
             tree: Name of a preset, the number of children at each depth, or paths of ranks;
                 `num_draft_tokens` keeps the first nodes by depth. None grows trees by
@@ -99,7 +99,7 @@ class EagleProposer(Proposer):
         self.config = EagleProposerConfig(**options)
         if self.config.paths is not None:
             require_ranks(self.config.paths, heads.config.draft_vocab_size)
-        self.heads, self.view = heads, TargetView(target)
+        self.heads, self.view = heads.fuse_(), TargetView(target)
         wanted = heads.config
         _require_match(wanted, self.view)
         if heads.embed_tokens is None:

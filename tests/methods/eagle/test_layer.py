@@ -4,6 +4,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
+from speclm.drafting.decoder_parts import signed
 from speclm.methods.eagle.layer import EagleAttention
 from tests.methods.eagle.test_network import HIDDEN, NUMBERS, heads_of, is_close
 
@@ -21,7 +22,7 @@ def test_later_layers_are_those_of_llama():
     rotation = LlamaRotaryEmbedding(llama)(hidden, positions)
     expected = layer(hidden, position_embeddings=rotation)
     found = heads.layers[1](
-        hidden, hidden, rotation=rotation, attention_mask=None, past_key_values=None
+        hidden, hidden, rotation=signed(*rotation), attention_mask=None, past_key_values=None
     )
     assert is_close(found, expected)
 
