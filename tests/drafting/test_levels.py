@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from speclm.drafting.interface import Prefill
 from speclm.drafting.levels import (
+    LevelBounds,
     assemble,
     least_probability,
     options_with_tree,
@@ -68,3 +70,20 @@ def test_more_rows_ask_for_likelier_nodes_up_to_a_bound():
 
 def test_no_threshold_stays_none():
     assert least_probability(0.0, num_rows=64) == 0.0
+
+
+def test_levels_of_a_row_are_bounded_by_what_it_may_still_emit_and_end_with_it():
+    prompt = Prefill(
+        tokens=torch.ones(2, 3, dtype=torch.long),
+        num_padding=torch.zeros(2, dtype=torch.long),
+        first_tokens=torch.ones(2, dtype=torch.long),
+        temperature=0.0,
+        max_new_tokens=6,
+        eos_token_ids=frozenset(),
+    )
+    bounds = LevelBounds(prompt)
+    assert bounds.within(4) == [4, 4]
+    bounds.commit([[1, 2, 3], [1]])
+    assert bounds.within(4) == [2, 4]
+    bounds.commit([[1, 2, 3], []])
+    assert bounds.within(4) == [0, 0]

@@ -165,9 +165,9 @@ def test_no_node_is_deeper_than_what_a_row_may_still_emit(monkeypatch):
         def propose(roots, *, noise, original=original, seen=seen, proposer=proposer):
             draft = original(roots, noise=noise)
             depths = draft.topology.host_node_depths
-            for row, room in enumerate(proposer._room):
+            for row, room in enumerate(proposer._bounds.within(99)):
                 deepest = max(depths[row if len(depths) > 1 else 0])
-                assert deepest <= max(room, 0)
+                assert deepest <= room
                 seen.append((deepest, room))
             return draft
 
