@@ -15,6 +15,7 @@ from speclm.training.arguments import training_arguments
 from speclm.training.conversations import Example
 from speclm.training.dataset import ExampleDataset, load_examples
 from speclm.training.heads_trainer import HeadsTrainer
+from tests.families.building import build_family
 from tests.models import build_model, prompts
 from tests.training.alphabet import TAGGED, WORDS, word_tokenizer, write_alphabet
 from tests.training.runs import SETTINGS
@@ -196,3 +197,36 @@ def test_estimated_tau_of_chain_and_tree_are_those_of_decoding(tmp_path):
         spec.generate(**inputs, **limit)
         assert metrics[f"eval_{name}"] > 1.1
         assert spec.last_speculation.tau == pytest.approx(metrics[f"eval_{name}"], rel=NEAR)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
+def test_new_heads_start_as_layers_of_the_base_whose_keys_they_give(family):
+    base = build_model(family, num_hidden_layers=5)
+    heads = new_block_heads(base, kind="dspark", num_layers=1, feature_layers=(1, 3))
+    heads.eval()
+    mine, theirs = heads.layers[0], base.get_decoder().layers[3]
+    assert torch.equal(mine.mlp.up_proj.weight, theirs.mlp.up_proj.weight)
+    assert torch.equal(heads.norm.weight, base.get_decoder().norm.weight)
+    tokens = prompts(6)["input_ids"]
+    output = base(tokens, output_hidden_states=True, use_cache=True)
+    states = output.hidden_states
+    keys, values = heads.context(torch.cat((states[1], states[3]), -1), torch.arange(6)[None])
+    wanted = output.past_key_values.layers[3]
+    near = torch.nn.functional.cosine_similarity
+    assert near(keys[0], wanted.keys, dim=-1).mean() > 0.95
+    assert near(values[0], wanted.values, dim=-1).mean() > 0.95
+
+
+@pytest.mark.parametrize("family", ["phi3", "gemma3_text"])  # joined maps, and other norms
+def test_heads_start_at_random_where_the_bases_layers_have_other_parts(family, caplog):
+    base = build_family(family)
+    with caplog.at_level("INFO"):
+        heads = new_block_heads(base, kind="dspark", num_layers=1, feature_layers=(0,))
+    assert "start at random" in caplog.text
+    assert heads.layers[0].mlp.up_proj.weight.std() < 0.03
+
+
+def test_layers_are_not_copied_when_that_is_switched_off():
+    heads = new_block_heads(small_base(), kind="dspark", num_layers=1, copies_layers=False)
+    assert heads.norm.weight.eq(1).all()
+    assert heads.layers[0].mlp.up_proj.weight.std() < 0.03
