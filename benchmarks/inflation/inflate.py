@@ -18,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 from benchmarks.inflation.shapes import InflatedShape, require_llama
 from benchmarks.inflation.widening import (
     BOUND,
+    EXTRA_LOGIT,
     HeadRows,
     fill_columns,
     fill_norm,
@@ -30,9 +31,6 @@ from speclm.errors import OptionError
 from speclm.methods.block.network import BlockHeads
 from speclm.methods.eagle.network import EagleHeads
 from speclm.methods.medusa.network import MedusaHeads
-
-EXTRA_LOGIT = -1e4
-"""Logit, about, of the tokens that inflation adds: finite in every dtype, never chosen."""
 
 _CHANNEL = 100.0  # SiLU returns it unchanged, and bfloat16 holds it exactly
 

@@ -5,19 +5,23 @@ from dataclasses import replace
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks.inflation.inflate import EXTRA_LOGIT
 from benchmarks.inflation.shapes import InflatedShape
 from benchmarks.inflation.widening import (
     BOUND,
     HeadRows,
     fill_columns,
+    fill_embeddings,
     fill_norm,
+    fill_output,
     fill_rows,
     place_heads,
+    prepare_output_,
     require_grown,
     require_head_room,
+    share_of,
+    widen_shape,
 )
 from speclm.errors import OptionError
 from speclm.methods.block.config import BlockConfig
@@ -56,22 +60,7 @@ def inflate_block(
         )
     for name in ("hidden_size", "intermediate_size", "num_layers", "vocab_size"):
         require_grown(name, getattr(base, name), getattr(shape, name))
-    old, new = _shape_of(config), _widened(config, shape, base)
-    rows = place_heads(old, new)
-    require_head_room(old, new, rows, rope=config.rope_parameters)
-    inflated = _allocate(heads, _wide_config(config, new, shape=shape, base=base))
-    generator = torch.Generator(heads.fc.weight.device).manual_seed(seed)
-    for parameter in inflated.parameters():
-        parameter.uniform_(-BOUND, BOUND, generator=generator)
-    _fill_inputs(inflated, heads)
-    for to, of in zip(inflated.layers, heads.layers, strict=True):
-        _fill_layer(cast("BlockLayer", to), cast("BlockLayer", of), rows)
-    _fill_outputs(inflated, heads)
-    return inflated.train(heads.training)
-
-
-def _shape_of(config: BlockConfig) -> InflatedShape:
-    return InflatedShape(
+    old = InflatedShape(
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
         num_layers=config.num_layers,
@@ -81,28 +70,22 @@ def _shape_of(config: BlockConfig) -> InflatedShape:
         vocab_size=config.vocab_size,
         is_tied=False,
     )
-
-
-def _widened(config: BlockConfig, shape: InflatedShape, base: InflatedShape) -> InflatedShape:
-    """Return the heads' own shape next to a base of a shape: the same share of everything."""
-    num_kv_heads = _share(config.num_kv_heads, base.num_kv_heads, shape.num_kv_heads)
-    group = config.num_heads // config.num_kv_heads
-    return InflatedShape(
-        hidden_size=shape.hidden_size,
-        intermediate_size=_share(
-            config.intermediate_size, base.intermediate_size, shape.intermediate_size
-        ),
-        num_layers=config.num_layers,
-        num_heads=num_kv_heads * max(1, round(group * shape.group_size / base.group_size)),
-        num_kv_heads=num_kv_heads,
-        head_dim=config.head_dim * max(1, shape.head_dim // base.head_dim),
-        vocab_size=shape.vocab_size,
-        is_tied=False,
+    new = widen_shape(old, shape, base=base)
+    rows = place_heads(old, new)
+    require_head_room(old, new, rows, rope=config.rope_parameters)
+    weight = heads.fc.weight
+    inflated = BlockHeads(
+        _wide_config(config, new, shape=shape, base=base), dtype=weight.dtype, device=weight.device
     )
-
-
-def _share(mine: int, small: int, large: int) -> int:
-    return max(mine, round(mine * large / small))
+    prepare_output_(inflated, heads)
+    generator = torch.Generator(weight.device).manual_seed(seed)
+    for parameter in inflated.parameters():
+        parameter.uniform_(-BOUND, BOUND, generator=generator)
+    _fill_inputs(inflated, heads)
+    for to, of in zip(inflated.layers, heads.layers, strict=True):
+        _fill_layer(cast("BlockLayer", to), cast("BlockLayer", of), rows)
+    _fill_outputs(inflated, heads)
+    return inflated.train(heads.training)
 
 
 def _wide_config(
@@ -118,26 +101,10 @@ def _wide_config(
         num_kv_heads=new.num_kv_heads,
         head_dim=new.head_dim,
         vocab_size=new.vocab_size,
-        draft_vocab_size=_share(config.draft_vocab_size, config.vocab_size, new.vocab_size),
+        draft_vocab_size=share_of(config.draft_vocab_size, config.vocab_size, new.vocab_size),
         feature_layers=tuple(layers),
         rms_norm_eps=config.rms_norm_eps * config.hidden_size / new.hidden_size,
     )
-
-
-def _allocate(heads: BlockHeads, config: BlockConfig) -> BlockHeads:
-    weight = heads.fc.weight
-    inflated = BlockHeads(config, dtype=weight.dtype, device=weight.device)
-    extra = config.draft_vocab_size - heads.config.draft_vocab_size
-    if inflated.lm_head is not None and extra:
-        inflated.lm_head = nn.Linear(
-            config.hidden_size, config.draft_vocab_size, device=weight.device, dtype=weight.dtype
-        )
-    if inflated.draft_columns is not None:
-        mine = heads.target_ids(torch.arange(heads.config.draft_vocab_size, device=weight.device))
-        first = heads.config.vocab_size
-        gained = torch.arange(first, first + extra, device=weight.device)
-        inflated.set_draft_columns_(torch.cat([mine, gained]))
-    return inflated
 
 
 def _fill_inputs(new: BlockHeads, old: BlockHeads) -> None:
@@ -147,9 +114,7 @@ def _fill_inputs(new: BlockHeads, old: BlockHeads) -> None:
     new.fc.weight[width:] = 0
     fill_rows(new.fc, old.fc, rows, rows, columns=(starts + rows).flatten())
     fill_norm(new.hidden_norm, old.hidden_norm)
-    if new.embed_tokens is not None and old.embed_tokens is not None:
-        new.embed_tokens.weight[:, width:] = 0
-        new.embed_tokens.weight[: old.config.vocab_size, :width] = old.embed_tokens.weight
+    fill_embeddings(new, old)
 
 
 def _fill_layer(new: BlockLayer, old: BlockLayer, heads: HeadRows) -> None:
@@ -188,12 +153,7 @@ def _fill_attention(new: BlockAttention, old: BlockAttention, heads: HeadRows) -
 def _fill_outputs(new: BlockHeads, old: BlockHeads) -> None:
     fill_norm(new.norm, old.norm)
     width, wide, rank = old.config.hidden_size, new.config.hidden_size, old.config.markov_rank
-    if new.lm_head is not None and old.lm_head is not None:
-        rows = old.config.draft_vocab_size
-        new.lm_head.weight[:rows, :width] = old.lm_head.weight
-        if new.lm_head.bias is not None:
-            new.lm_head.bias[:rows] = 0
-            new.lm_head.bias[rows:] = EXTRA_LOGIT
+    fill_output(new, old)
     states, code = torch.arange(width, device="cpu"), torch.arange(2 * rank, device="cpu")
     after = torch.cat([states, wide + code[:rank]])  # a state, then an embedding
     if new.markov_head is not None and old.markov_head is not None:

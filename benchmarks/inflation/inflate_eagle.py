@@ -4,19 +4,23 @@ from dataclasses import replace
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks.inflation.inflate import EXTRA_LOGIT
 from benchmarks.inflation.shapes import InflatedShape
 from benchmarks.inflation.widening import (
     BOUND,
     HeadRows,
     fill_columns,
+    fill_embeddings,
     fill_norm,
+    fill_output,
     fill_rows,
     place_heads,
+    prepare_output_,
     require_grown,
     require_head_room,
+    share_of,
+    widen_shape,
 )
 from speclm.errors import OptionError
 from speclm.methods.eagle.config import EagleConfig
@@ -50,11 +54,23 @@ def inflate_eagle(
     """
     config = heads.config
     _require_widenable(config, shape, base)
-    old, new = _shape_of(config), _widened(config, shape, base)
+    old = InflatedShape(
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_layers=config.num_layers,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        vocab_size=config.vocab_size,
+        is_tied=False,
+    )
+    new = widen_shape(old, shape, base=base)
     rows = place_heads(old, new)
     require_head_room(old, new, rows, rope=config.rope_parameters)
-    inflated = _allocate(heads, _wide_config(config, new, base))
-    generator = torch.Generator(heads.fc.weight.device).manual_seed(seed)
+    weight = heads.fc.weight
+    inflated = EagleHeads(_wide_config(config, new, base), dtype=weight.dtype, device=weight.device)
+    prepare_output_(inflated, heads)
+    generator = torch.Generator(weight.device).manual_seed(seed)
     for parameter in inflated.parameters():
         parameter.uniform_(-BOUND, BOUND, generator=generator)
     _fill_inputs(inflated, heads)
@@ -81,43 +97,8 @@ def _require_widenable(config: EagleConfig, shape: InflatedShape, base: Inflated
         require_grown(name, getattr(base, name), getattr(shape, name))
 
 
-def _shape_of(config: EagleConfig) -> InflatedShape:
-    return InflatedShape(
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_layers=config.num_layers,
-        num_heads=config.num_attention_heads,
-        num_kv_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        vocab_size=config.vocab_size,
-        is_tied=False,
-    )
-
-
-def _widened(config: EagleConfig, shape: InflatedShape, base: InflatedShape) -> InflatedShape:
-    """Return the heads' own shape next to a base of a shape: the same share of everything."""
-    num_kv_heads = _share(config.num_key_value_heads, base.num_kv_heads, shape.num_kv_heads)
-    group = config.num_attention_heads // config.num_key_value_heads
-    return InflatedShape(
-        hidden_size=shape.hidden_size,
-        intermediate_size=_share(
-            config.intermediate_size, base.intermediate_size, shape.intermediate_size
-        ),
-        num_layers=config.num_layers,
-        num_heads=num_kv_heads * max(1, round(group * shape.group_size / base.group_size)),
-        num_kv_heads=num_kv_heads,
-        head_dim=config.head_dim * max(1, shape.head_dim // base.head_dim),
-        vocab_size=shape.vocab_size,
-        is_tied=False,
-    )
-
-
-def _share(mine: int, small: int, large: int) -> int:
-    return max(mine, round(mine * large / small))
-
-
 def _wide_config(config: EagleConfig, new: InflatedShape, base: InflatedShape) -> EagleConfig:
-    draft_vocab_size = _share(config.draft_vocab_size, config.vocab_size, new.vocab_size)
+    draft_vocab_size = share_of(config.draft_vocab_size, config.vocab_size, new.vocab_size)
     is_eagle3 = config.kind == "eagle3"
     return replace(
         config,
@@ -134,22 +115,6 @@ def _wide_config(config: EagleConfig, new: InflatedShape, base: InflatedShape) -
     )
 
 
-def _allocate(heads: EagleHeads, config: EagleConfig) -> EagleHeads:
-    weight = heads.fc.weight
-    inflated = EagleHeads(config, dtype=weight.dtype, device=weight.device)
-    extra = config.draft_vocab_size - heads.config.draft_vocab_size
-    if inflated.lm_head is not None and extra:
-        inflated.lm_head = nn.Linear(
-            config.hidden_size, config.draft_vocab_size, device=weight.device, dtype=weight.dtype
-        )
-    if inflated.draft_columns is not None:
-        mine = heads.target_ids(torch.arange(heads.config.draft_vocab_size, device=weight.device))
-        first = heads.config.vocab_size
-        gained = torch.arange(first, first + extra, device=weight.device)
-        inflated.set_draft_columns_(torch.cat([mine, gained]))
-    return inflated
-
-
 def _fill_inputs(new: EagleHeads, old: EagleHeads) -> None:
     """Write what joins the inputs, each of which is followed by zeros."""
     width, wide = old.config.hidden_size, new.config.hidden_size
@@ -163,9 +128,7 @@ def _fill_inputs(new: EagleHeads, old: EagleHeads) -> None:
         fill_norm(to, of)
     if new.feature_norm is not None and old.feature_norm is not None:
         fill_norm(new.feature_norm, old.feature_norm, columns=columns)
-    if new.embed_tokens is not None and old.embed_tokens is not None:
-        new.embed_tokens.weight[:, width:] = 0
-        new.embed_tokens.weight[: old.config.vocab_size, :width] = old.embed_tokens.weight
+    fill_embeddings(new, old)
 
 
 def _fill_layer(new: EagleLayer, old: EagleLayer, heads: HeadRows, config: EagleConfig) -> None:
@@ -192,12 +155,7 @@ def _fill_layer(new: EagleLayer, old: EagleLayer, heads: HeadRows, config: Eagle
 def _fill_outputs(new: EagleHeads, old: EagleHeads) -> None:
     if new.norm is not None and old.norm is not None:
         fill_norm(new.norm, old.norm)
-    if new.lm_head is not None and old.lm_head is not None:
-        rows, width = old.lm_head.weight.shape
-        new.lm_head.weight[:rows, :width] = old.lm_head.weight
-        if new.lm_head.bias is not None:
-            new.lm_head.bias[:rows] = 0
-            new.lm_head.bias[rows:] = EXTRA_LOGIT
+    fill_output(new, old)
 
 
 def _blocks(count: int, width: int, wide: int) -> Tensor:

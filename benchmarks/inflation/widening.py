@@ -2,17 +2,21 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.inflation.shapes import InflatedShape
+from speclm.drafting.heads_network import HeadsNetwork
 from speclm.errors import OptionError, UnsupportedModelError
 
 BOUND = 0.02 * math.sqrt(3)
 """Of a uniform distribution with the deviation of a fresh Llama's weights."""
+
+EXTRA_LOGIT = -1e4
+"""Logit, about, of the tokens that inflation adds: finite in every dtype, never chosen."""
 
 _ROPE_BY_FREQUENCY = ("default", "linear", "llama3")  # each pair is scaled by its frequency alone
 
@@ -96,6 +100,66 @@ def fill_norm(new: nn.Module, old: nn.Module, *, columns: Tensor | None = None) 
     indices = torch.arange(len(of), device="cpu") if columns is None else columns
     to.fill_(1)
     to[indices] = (of.float() * math.sqrt(len(of) / len(to))).to(to.dtype)
+
+
+def share_of(mine: int, small: int, large: int) -> int:
+    """Return a number of heads that keeps its share of the base's, but does not fall."""
+    return max(mine, round(mine * large / small))
+
+
+def widen_shape(old: InflatedShape, shape: InflatedShape, *, base: InflatedShape) -> InflatedShape:
+    """Return the shape of heads for an inflated base: the same share of everything.
+
+    Args:
+        old: Shape of the heads of the small base.
+        shape: What the base is inflated to.
+        base: Shape of the small base.
+    """
+    num_kv_heads = share_of(old.num_kv_heads, base.num_kv_heads, shape.num_kv_heads)
+    group = max(1, round(old.group_size * shape.group_size / base.group_size))
+    return replace(
+        old,
+        hidden_size=shape.hidden_size,
+        intermediate_size=share_of(
+            old.intermediate_size, base.intermediate_size, shape.intermediate_size
+        ),
+        num_heads=num_kv_heads * group,
+        num_kv_heads=num_kv_heads,
+        head_dim=old.head_dim * max(1, shape.head_dim // base.head_dim),
+        vocab_size=shape.vocab_size,
+    )
+
+
+def prepare_output_(new: HeadsNetwork, old: HeadsNetwork) -> None:
+    """Give allocated heads their draft vocabulary, and a bias for what it gains."""
+    weight, num_columns = old.fc.weight, old.config.draft_vocab_size
+    extra = new.config.draft_vocab_size - num_columns
+    if new.lm_head is not None and extra:
+        sizes = new.config.hidden_size, new.config.draft_vocab_size
+        new.lm_head = nn.Linear(*sizes, device=weight.device, dtype=weight.dtype)
+    if new.draft_columns is not None:
+        mine = old.target_ids(torch.arange(num_columns, device=weight.device))
+        first = old.config.vocab_size
+        gained = torch.arange(first, first + extra, device=weight.device)
+        new.set_draft_columns_(torch.cat([mine, gained]))
+
+
+def fill_embeddings(new: HeadsNetwork, old: HeadsNetwork) -> None:
+    """Write the embeddings that heads have themselves, each followed by zeros."""
+    if new.embed_tokens is not None and old.embed_tokens is not None:
+        rows, width = old.embed_tokens.weight.shape
+        new.embed_tokens.weight[:, width:] = 0
+        new.embed_tokens.weight[:rows, :width] = old.embed_tokens.weight
+
+
+def fill_output(new: HeadsNetwork, old: HeadsNetwork) -> None:
+    """Write the output matrix that heads have themselves; gained tokens get `EXTRA_LOGIT`."""
+    if new.lm_head is not None and old.lm_head is not None:
+        rows, width = old.lm_head.weight.shape
+        new.lm_head.weight[:rows, :width] = old.lm_head.weight
+        if new.lm_head.bias is not None:
+            new.lm_head.bias[:rows] = 0
+            new.lm_head.bias[rows:] = EXTRA_LOGIT
 
 
 def require_head_room(

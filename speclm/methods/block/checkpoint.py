@@ -50,7 +50,9 @@ _NAME = re.compile(
 # These can be computed, or are copies of the target's that speculators keeps while training.
 _UNUSED = re.compile(r".*rotary_emb\.inv_freq|verifier_(?:lm_head|norm)\.weight")
 _SIGNS = {"fc.weight", "hidden_norm.weight", "layers.0.self_attn.q_proj.weight"}
-_QUANTISED = re.compile(r".*(?:_scale(?:_inv)?|_packed|_zero_point|qweight|qzeros|scales|absmax)")
+_QUANTISED = re.compile(
+    r".*(?:_scale(?:_inv)?|_packed|_zero_point|qweight|qzeros|scales|absmax|g_idx)"
+)
 _SHARED = {"embed_tokens.weight": "has_own_embeddings", "lm_head.weight": "has_own_lm_head"}
 _CONFIDENCE = "confidence_head.proj.weight"
 
@@ -164,12 +166,7 @@ def read_block(folder: str | Path, *, num_target_layers: int | None = None) -> B
 def _read(folder: Path) -> BlockCheckpoint:
     source, hints = find_block(folder), read_hints(folder)
     if source is None:
-        found = sorted(path.name for path in folder.glob("*"))[:8]
-        raise CheckpointError(
-            f"{folder}: no file has the keys of block heads, found {found!r}; expected for example "
-            "model.safetensors with 'fc.weight', 'hidden_norm.weight' and "
-            "'layers.0.self_attn.q_proj.weight'"
-        )
+        raise CheckpointError(_absence(folder))
     other = name_of_other(source.files, hints)
     if other is not None:
         raise CheckpointError(
@@ -220,6 +217,30 @@ def _is_of_mtp(source: WeightFiles) -> bool:
     others = [key for key in source.files if not key.startswith("mtp")]
     has_layers = len(others) < len(source.files) or any(".eh_proj." in key for key in others)
     return has_layers and not any("layers.0." in key for key in others)
+
+
+def _absence(folder: Path) -> str:
+    """Return why no file of a folder is one of block heads."""
+    for source in weight_files(folder):
+        names = {key.removeprefix("model.") for key in source.files}
+        quantised = next((name for name in sorted(names) if _QUANTISED.fullmatch(name)), None)
+        if quantised is not None:
+            return (
+                f"{source.path}: found key {shown(quantised)}, expected only weights; the heads "
+                "are quantised; load those in full precision"
+            )
+        if names & _SIGNS:
+            missing = sorted(_SIGNS - names)
+            return (
+                f"{source.path}: key {missing[0]!r} is missing, expected it in a file of block "
+                "heads; download the file again, or name a folder of block heads"
+            )
+    found = sorted(path.name for path in folder.glob("*"))[:8]
+    return (
+        f"{folder}: no file has the keys of block heads, found {found!r}; expected for example "
+        "model.safetensors with 'fc.weight', 'hidden_norm.weight' and "
+        "'layers.0.self_attn.q_proj.weight'; name a folder of block heads"
+    )
 
 
 def _own_names(source: WeightFiles) -> dict[str, str]:

@@ -36,6 +36,7 @@ class BlockContext:
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
         self._causal: Tensor | None = None
+        self._copies: dict[tuple[int, ...], Tensor] = {}  # on the device, of numbers of each row
 
     @property
     def keys(self) -> Float[Tensor, "layers batch kv_heads kv_len head_dim"]:
@@ -72,7 +73,7 @@ class BlockContext:
         if starts[0] >= 0 and len(set(starts)) == 1:
             return torch.arange(starts[0], starts[0] + num, device=device)[None]
         ahead = torch.arange(num, device=device)
-        return (self._tensor(starts)[:, None] + ahead).clamp_(min=0)
+        return (self._starts()[:, None] + ahead).clamp_(min=0)
 
     def masks(self, num_positions: int) -> Masks:
         """Return for each layer what the positions of a block see, the context first.
@@ -95,7 +96,7 @@ class BlockContext:
             config,
             is_seen[:, None],
             context_positions=context_positions,
-            anchors=self._tensor(self._anchors())[:, None],
+            anchors=self._starts()[:, None],
             num_positions=num_positions,
         )
 
@@ -113,8 +114,18 @@ class BlockContext:
         """Return the position after the last token of each row."""
         return [first + length for first, length in zip(self._first, self.lengths, strict=True)]
 
+    def _starts(self) -> Int[Tensor, " batch"]:
+        """Return `_anchors` on the device."""
+        return self._tensor(self._first) + self._tensor(self.lengths)
+
     def _tensor(self, values: list[int]) -> Int[Tensor, " batch"]:
-        return torch.tensor(values, device=self._heads.fc.weight.device, dtype=torch.long)
+        """Return numbers of each row on the device, copied once for as long as they stay."""
+        key, device = tuple(values), self._heads.fc.weight.device
+        if key not in self._copies:
+            kept = tuple(self._first)
+            self._copies = {k: copy for k, copy in self._copies.items() if k == kept}
+            self._copies[key] = torch.tensor(values, device=device, dtype=torch.long)
+        return self._copies[key]
 
     def _stored(self, storage: Tensor | None) -> Tensor:
         if storage is None:  # the anchor is the first token of the text

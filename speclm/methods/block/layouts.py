@@ -128,10 +128,7 @@ def infer_config(path: Path, shapes: Shapes, hints: Mapping[str, Any]) -> BlockC
         matrix_shape(path, shapes, name)
         for name in (
             "fc.weight",
-            *(
-                f"layers.0.{part}_proj.weight"
-                for part in ("self_attn.q", "self_attn.k", "mlp.gate")
-            ),
+            *(f"layers.0.{part}_proj.weight" for part in _SHOWING),
         )
     )
     head_dim = width_of_heads(path, shapes, hints, (q_proj[0], k_proj[0]))
@@ -184,6 +181,9 @@ def _required(path: Path, hints: Mapping[str, Any], name: str) -> int:
 
 
 def _vocabularies(path: Path, shapes: Shapes, hints: Mapping[str, Any]) -> tuple[int, int]:
+    embedded = shapes.get("markov_head.markov_w1.weight")
+    if embedded:  # of the target's tokens
+        hints = {**hints, "vocab_size": embedded[0]}
     vocab_size, draft_vocab_size = vocabularies(path, shapes, hints)
     num_columns = min(draft_vocab_size, hints.get("draft_vocab_size", draft_vocab_size))
     if num_columns < vocab_size and "lm_head.weight" not in shapes:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from speclm.methods.block.checkpoint import BlockCheckpoint
     from speclm.methods.block.config import BlockConfig
     from speclm.methods.block.network import BlockHeads
+    from speclm.methods.block.objective import BlockObjective
     from speclm.training.heads_trainer import HeadsTrainer
 
 _log = logging.getLogger("speclm")
@@ -49,7 +50,7 @@ _CHECKS: Mapping[str, Callable[[str, Any], None]] = {
     **dict.fromkeys(_LOSSES[:4], _WEIGHTS),
     "temperature": require_positive,
     "decay_length": require_positive,
-    "max_anchors": require_size,
+    "max_anchors": partial(require_count, low=1, high=2**20),
 }
 _SIGNS = re.compile("dflash|dspark|target_layer_ids|speculators_model_type", re.IGNORECASE)
 _SUMMARY = """\
@@ -156,6 +157,7 @@ class BlockRecipe(Recipe):
         kind = options.kind or kind_of(heads.config)
         usual = BlockObjective.usual(kind, num_drafts=heads.config.num_drafts)
         objective = replace(usual, **options.losses)
+        _require_effect(options, objective, has_confidence=heads.config.has_confidence)
         return HeadsTrainer(
             BlockTrainingModel(base, heads, objective=objective),
             args,
@@ -287,6 +289,22 @@ def _usual_dtype(target: "PreTrainedModel") -> "torch.dtype":
         "pass dtype to change it"
     )
     return torch.bfloat16
+
+
+def _require_effect(
+    options: BlockTrainingOptions, objective: "BlockObjective", *, has_confidence: bool
+) -> None:
+    """Check that settings of the loss change it."""
+    if options.confidence_weight and not has_confidence:
+        raise OptionError(
+            f"--confidence-weight is {options.confidence_weight}, found heads without a confidence "
+            "head; leave it out, or train heads of --kind dspark"
+        )
+    if options.temperature is not None and not objective.distribution_weight:
+        raise OptionError(
+            f"--temperature is {options.temperature}, which only the cross-entropy against the "
+            "base's distribution has; leave it out, or pass a --distribution-weight above 0"
+        )
 
 
 def kind_of(config: "BlockConfig") -> str:

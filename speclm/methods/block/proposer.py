@@ -270,6 +270,11 @@ def _require_drafted(config: BlockProposerConfig, wanted: BlockConfig) -> None:
         raise OptionError(
             f"depth is {config.depth}, the block heads draft {wanted.num_drafts} tokens; lower it"
         )
+    if config.min_acceptance > 0 and not wanted.has_confidence:
+        raise OptionError(
+            f"min_acceptance is {config.min_acceptance}, which only a confidence head estimates, "
+            "found block heads without one; leave it out"
+        )
     if config.paths is not None:
         require_ranks(config.paths, wanted.draft_vocab_size)
 

@@ -28,7 +28,7 @@ class BlockProposerConfig(GrownTreeConfig):
 
     Args:
         depth: Maximum levels of the tree, by default all that the heads draft.
-        width: Nodes expanded at each level.
+        width: Nodes expanded at each level, if tokens depend on each other; else all may be.
         branches: Children considered for each expanded node.
         min_probability: Nodes whose path is less likely than this are not verified.
         min_confidence: A row stops when none of its paths is this likely.
@@ -255,6 +255,7 @@ def _multiply(
         tokens,
         num_nodes=config.num_draft_tokens,
         min_score=log_of(config.min_probability),
+        min_best=log_of(config.min_confidence),
         levels=bounds,
     )
 
@@ -265,6 +266,7 @@ def product_trees(
     *,
     num_nodes: int,
     min_score: float,
+    min_best: float,
     levels: Sequence[int],
 ) -> list[GrownRow]:
     """Return the likeliest paths if the tokens of a block do not depend on each other.
@@ -274,6 +276,7 @@ def product_trees(
         tokens: The candidates.
         num_nodes: Maximum nodes of a row.
         min_score: Log-probability below which a path is left out.
+        min_best: A row ends with the level whose likeliest path is below this.
         levels: Maximum levels of each row.
 
     Source: Ringel et al. 2026 (DDTree).
@@ -281,9 +284,23 @@ def product_trees(
     found = scores.nan_to_num(nan=-torch.inf, posinf=0.0, neginf=-torch.inf).clamp_(max=0)
     rows = zip(found.tolist(), tokens.tolist(), levels, strict=True)  # the host builds the tree
     return [
-        _product_row(row[:depth], ids, num_nodes=num_nodes, min_score=min_score)
+        _product_row(
+            row[: _num_levels(row[:depth], min_best)],
+            ids,
+            num_nodes=num_nodes,
+            min_score=min_score,
+        )
         for row, ids, depth in rows
     ]
+
+
+def _num_levels(scores: list[list[float]], min_best: float) -> int:
+    best = 0.0
+    for level, ranks in enumerate(scores, start=1):
+        best += ranks[0]
+        if best < min_best:
+            return level
+    return len(scores)
 
 
 def fill_tree(

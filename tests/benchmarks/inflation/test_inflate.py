@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.inflation.inflate import EXTRA_LOGIT, bytes_read, inflate_llama, inflate_medusa
+from benchmarks.inflation.inflate import bytes_read, inflate_llama, inflate_medusa
 from benchmarks.inflation.shapes import InflatedShape, draft_shape
+from benchmarks.inflation.widening import EXTRA_LOGIT
 from speclm.bench import make_calls, setting_options
 from speclm.demo.bundle import assets, load_prompts
 from speclm.errors import OptionError, UnsupportedModelError

@@ -243,10 +243,7 @@ def test_eagle_leaves_block_heads_alone(tmp_path):
 def test_every_missing_key_is_an_error(tmp_path, key):
     state = tensors(SPECULATORS)
     del state[key]
-    words = f"key '{key}' is missing"
-    if key in ("fc.weight", "hidden_norm.weight"):
-        words = "no file has the keys of block heads, found .*model.safetensors"
-    with pytest.raises(CheckpointError, match=words):
+    with pytest.raises(CheckpointError, match=f"model.safetensors: key '{key}' is missing"):
         read_block(save(tmp_path, state, config=SPECULATORS_CONFIG))
 
 
@@ -386,3 +383,18 @@ def test_what_no_library_reads_is_not_written(tmp_path):
 
 def test_z_labs_older_files_have_the_block_size_at_the_top(tmp_path):
     assert read_block(save(tmp_path, tensors(DFLASH), config=ZLAB_CONFIG)).config.block_size == 16
+
+
+@pytest.mark.parametrize("name", ["g_idx", "qweight", "weight_packed"])
+def test_heads_without_any_weight_in_full_precision_are_called_quantised(tmp_path, name):
+    state = tensors(DFLASH)
+    for key in [key for key in state if "_proj" in key]:
+        state[key.replace("weight", name)] = state.pop(key)
+    with pytest.raises(CheckpointError, match=f"{name}'.*quantised; load those in full precision"):
+        read_block(save(tmp_path, state))
+
+
+def test_folders_without_any_key_of_block_heads_are_refused(tmp_path):
+    words = "no file has the keys of block heads, found .*model.safetensors.*name a folder"
+    with pytest.raises(CheckpointError, match=words):
+        read_block(save(tmp_path, {"wte.weight": torch.ones(2, 2)}))

@@ -83,3 +83,18 @@ def test_blocks_see_the_text_before_them(first, counts, windows, is_causal):
             assert exact.all() if mask is None else torch.equal(mask.expand_as(exact), exact)
         positions = found.positions(size).expand(len(first), -1)
         assert torch.equal(positions, anchors[:, None] + torch.arange(size))
+
+
+def test_ragged_rows_copy_their_lengths_once_a_round(monkeypatch):
+    found = BlockContext(make_heads(windows=(5, 12)), first_positions=[-2, 0])
+    found.append(features_of(2, 9), [9, 7])
+    found.masks(4)
+    copied, original = [], torch.tensor
+    monkeypatch.setattr(
+        torch, "tensor", lambda values, **given: copied.append(values) or original(values, **given)
+    )
+    for counts in ([2, 1], [1, 3]):
+        found.append(features_of(2, max(counts)), counts)
+        found.positions(4)
+        found.masks(4)
+    assert copied == [[11, 8], [12, 11]]

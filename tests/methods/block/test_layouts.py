@@ -265,3 +265,14 @@ def test_jetspec_differs_from_dflash_by_its_mask_only(tmp_path):
     assert causal.is_causal != both.is_causal
     assert json.dumps(causal.feature_layers) == json.dumps(both.feature_layers)
     assert torch.equal(read_block(first).tensors["fc.weight"], tensors(DFLASH)["fc.weight"])
+
+
+def test_vocabulary_is_that_of_the_markov_heads_embeddings(tmp_path, caplog):
+    table = {key: shape for key, shape in DSPARK.items() if key[:2] not in ("em", "lm")}
+    for config in (
+        changed(DEEPSPEC_CONFIG, vocab_size=None),
+        {**DEEPSPEC_CONFIG, "vocab_size": 24},
+    ):
+        found = read(tmp_path, config, table)
+        assert (found.vocab_size, found.draft_vocab_size) == (20, 20)
+    assert "config.json says vocab_size 24 (found 20)" in caplog.text

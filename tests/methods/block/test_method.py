@@ -11,10 +11,17 @@ from speclm import SpecModel
 from speclm.cards import GENERATED_MARK
 from speclm.errors import CheckpointError, OptionError, VocabularyMismatchError
 from speclm.methods.block.checkpoint import block_checkpoint, read_block, write_block
-from speclm.methods.block.method import BlockMethod, BlockTrainingOptions, block_card, kind_of
+from speclm.methods.block.method import (
+    BlockMethod,
+    BlockRecipe,
+    BlockTrainingOptions,
+    block_card,
+    kind_of,
+)
 from speclm.methods.block.network import BlockHeads
 from speclm.methods.block.proposer import BlockProposer
 from speclm.methods.registry import find_heads
+from speclm.training.arguments import training_arguments
 from tests.block_tables import DFLASH, LAYOUTS, ZLAB_CONFIG, save, tensors
 from tests.eagle_tables import EAGLE3, EAGLE3_CONFIG
 from tests.eagle_tables import save as save_eagle
@@ -74,7 +81,7 @@ def test_training_options_that_contradict_are_refused():
         ({"draft_vocab_size": 0}, "--draft-vocab-size is 0"),
         ({"token_weight": -1.0}, "--token-weight is -1.0"),
         ({"decay_length": 0.0}, "--decay-length is 0.0"),
-        ({"max_anchors": 0}, "--max-anchors is 0"),
+        ({"max_anchors": 0}, "--max-anchors is 0, expected 1 to 1048576; choose one in range"),
         ({"init_revision": "v2"}, "--init-revision is 'v2' without --init"),
         ({"init": "a", "block_size": 8}, "--block-size is 8 next to --init 'a'"),
         ({"init": "a", "num_layers": 2}, "--num-layers is 2 next to --init 'a'"),
@@ -212,3 +219,24 @@ def test_heads_next_to_a_base_in_float16_run_in_bfloat16(base, tmp_path, caplog)
     assert torch.equal(generate(spec, inputs, max_new_tokens=8)[0], expected)
     same = SpecModel.from_pretrained(half, tmp_path, heads_kwargs={"dtype": "float16"})
     assert same.proposer.heads.dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (
+            {"kind": "dflash", "confidence_weight": 0.5},
+            r"--confidence-weight is 0\.5, found heads without a confidence head; leave it out",
+        ),
+        ({"temperature": 2.0}, r"--temperature is 2\.0.*pass a --distribution-weight above 0"),
+    ],
+)
+def test_settings_of_a_loss_that_is_not_computed_are_refused(tmp_path, options, words):
+    base = build_model("llama", num_hidden_layers=4)
+    with pytest.raises(OptionError, match=words):
+        BlockRecipe().trainer(
+            base,
+            training_arguments(tmp_path, {}, defaults=BlockRecipe.defaults),
+            options=BlockTrainingOptions(**options),
+            train_dataset=[],
+        )

@@ -217,3 +217,9 @@ def test_heads_of_other_models_and_unknown_options_are_refused():
         BlockProposer(heads, target=model, min_acceptance=2.0)
     with pytest.raises(OptionError, match=r"feature_layers is .*expected at most 1"):
         BlockProposer(heads, target=build_model("llama", num_hidden_layers=1))
+
+
+def test_acceptance_without_a_head_that_estimates_it_is_refused():
+    model = base_of()
+    with pytest.raises(OptionError, match=r"min_acceptance is 0\.5.*without one; leave it out"):
+        BlockProposer(heads_for(model, "both ways"), target=model, min_acceptance=0.5)

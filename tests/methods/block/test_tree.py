@@ -122,16 +122,16 @@ def test_grown_trees_hold_the_likeliest_paths_of_all(kind):
 def test_products_are_searched_best_first_within_the_levels_of_each_row():
     scores = torch.tensor([[[0.6, 0.32], [0.5, 0.4], [0.9, 0.05]]]).log().expand(2, -1, -1)
     tokens = torch.tensor([[[7, 5], [3, 4], [9, 2]]]).expand(2, -1, -1)
-    whole, short = product_trees(scores, tokens, num_nodes=6, min_score=-10.0, levels=[3, 1])
+    limits = {"num_nodes": 6, "min_score": -10.0, "min_best": -9.0}
+    whole, short = product_trees(scores, tokens, levels=[3, 1], **limits)
     assert whole.tokens == [7, 5, 3, 9, 4, 9]
     assert whole.parents == [0, 0, 1, 3, 1, 5]
     expected = [0.6, 0.32, 0.3, 0.27, 0.24, 0.216]
     assert [math.exp(score) for score in whole.scores] == pytest.approx(expected)
     assert whole.expansions[2:4] == [(1, 0), (2, 0)]
     assert short.tokens == [7, 5]
-    (few,) = product_trees(
-        scores[:1], tokens[:1], num_nodes=6, min_score=math.log(0.28), levels=[3]
-    )
+    limits = {"num_nodes": 6, "min_score": math.log(0.28), "min_best": -9.0}
+    (few,) = product_trees(scores[:1], tokens[:1], levels=[3], **limits)
     assert few.tokens == [7, 5, 3]
 
 
@@ -217,3 +217,24 @@ def test_trees_are_checked(caplog):
         config = BlockProposer(heads, target=model, tree=[1] * 7).config
     assert (config.depth, config.num_draft_tokens) == (5, 5)
     assert "deeper than the 5 tokens of a block; 2 of its 7 nodes" in caplog.text
+
+
+def test_products_end_with_the_level_whose_best_path_is_too_unlikely():
+    scores = torch.tensor([[[0.6, 0.32], [0.5, 0.4], [0.9, 0.05]]]).log()
+    tokens = torch.tensor([[[7, 5], [3, 4], [9, 2]]])
+    for least, depth in ((0.7, 1), (0.5, 2), (0.2, 3)):
+        limits = {"num_nodes": 6, "min_score": -10.0, "min_best": math.log(least)}
+        (row,) = product_trees(scores, tokens, levels=[3], **limits)
+        assert max(level for level, _ in row.expansions) == depth - 1
+
+
+def test_min_confidence_ends_rows_of_every_kind_of_heads():
+    model = build_model("llama", num_hidden_layers=3)
+    for kind in ("vanilla", "both ways"):
+        depths: list[int] = []
+        proposer = BlockProposer(
+            heads_for(model, kind), target=model, min_probability=0.0, min_confidence=1.0
+        )
+        watched = Watching(proposer, lambda _, draft, d=depths: d.append(draft.topology.max_depth))
+        generate(SpecModel(model, watched), prompts(5), max_new_tokens=8, do_sample=False)
+        assert max(depths) == 1
