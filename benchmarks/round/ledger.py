@@ -223,7 +223,12 @@ def draft_networks(proposer: Proposer) -> list[nn.Module]:
 
 
 def measure(
-    method: str, base: PreTrainedModel, calls: Sequence[Call], *, on_device_path: bool
+    method: str,
+    base: PreTrainedModel,
+    calls: Sequence[Call],
+    *,
+    on_device_path: bool,
+    has_times: bool,
 ) -> dict[str, Any]:
     """Return what a round of a method costs."""
     drafters = load_drafters([method], base)
@@ -239,7 +244,8 @@ def measure(
     num_rounds = 0
     ledger = Ledger()
     with device_path() if on_device_path else nullcontext():
-        for is_counted in (False, False, True):  # the first pass warms up
+        # The first pass warms up.
+        for is_counted in (False, False, True) if has_times else (False, True):
             seconds.clear()
             num_rounds = 0
             networks = draft_networks(model.proposer)
@@ -265,7 +271,9 @@ def measure(
         "rounds": ledger.rounds,
         "calls": {stage: ledger.a_round([stage], ledger.calls) for stage in STAGES},
         "reads": {stage: ledger.a_round([stage], ledger.reads) for stage in STAGES},
-        "ms": {name: round(1e3 * times[name], 3) for name in times if name != "prefill"},
+        "ms": {
+            name: round(1e3 * times[name], 3) for name in times if has_times and name != "prefill"
+        },
     }
 
 
@@ -300,6 +308,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--device-path", action="store_true", help="run on the CPU what an accelerator would run"
     )
+    parser.add_argument("--counts", action="store_true", help="measure no times")
     parser.add_argument("--n", type=int, default=8, help="prompts")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--out", type=Path, help="append records to this file")
@@ -317,7 +326,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         batch=options.batch,
     )
     for method in METHODS if options.method == "all" else [options.method]:
-        found = measure(method, base, calls, on_device_path=options.device_path)
+        found = measure(
+            method, base, calls, on_device_path=options.device_path, has_times=not options.counts
+        )
         settings = {"method": method, "batch": options.batch, "setting": setting}
         settings["path"] = "device" if options.device_path else "host"
         record = {"benchmark": "ledger", "settings": settings, **found, **describe()}

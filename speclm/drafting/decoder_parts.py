@@ -10,7 +10,7 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from typing_extensions import override
@@ -43,6 +43,27 @@ def joined(*parts: nn.Linear) -> Product:
         return parts[0].weight.detach(), biases[0] if biases else None
     weight = torch.cat([part.weight.detach() for part in parts])
     return weight, torch.cat(biases) if biases else None
+
+
+class CausalMasks:
+    """Masks of new positions that see all cached ones and those before them, cut from one mask."""
+
+    def __init__(self) -> None:
+        """Start without a mask."""
+        self._mask: Tensor | None = None
+        self._num_cached = 0  # columns before the diagonal
+
+    def cut(
+        self, num_new: int, *, num_cached: int, device: torch.device
+    ) -> Bool[Tensor, "1 1 new kv_len"]:
+        """Return which keys each new position sees."""
+        made = self._mask
+        if made is None or num_new > made.shape[2] or num_cached > self._num_cached:
+            rows = max(num_new, 16 if made is None else made.shape[2])
+            self._num_cached = max(256, 2 * num_cached)
+            made = torch.ones(1, 1, rows, self._num_cached + rows, dtype=torch.bool, device=device)
+            self._mask = made = made.tril_(self._num_cached)
+        return made[:, :, :num_new, self._num_cached - num_cached : self._num_cached + num_new]
 
 
 class FixedNorm:

@@ -6,6 +6,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from speclm.drafting.decoder_parts import (
+    CausalMasks,
     FixedNorm,
     GatedMLP,
     Norm,
@@ -108,3 +109,11 @@ def test_one_map_is_not_copied():
     assert weight.data_ptr() == part.weight.data_ptr()
     assert bias is not None
     assert bias.data_ptr() == part.bias.data_ptr()
+
+
+def test_causal_masks_are_cut_from_one_that_grows():
+    masks, device = CausalMasks(), torch.device("cpu")
+    for num_new, num_cached in ((1, 0), (3, 5), (20, 2), (2, 700), (4, 0)):
+        found = masks.cut(num_new, num_cached=num_cached, device=device)
+        seen = torch.ones(num_new, num_cached + num_new, dtype=torch.bool).tril(num_cached)
+        assert torch.equal(found[0, 0], seen)

@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from speclm.drafting.decoder_parts import CausalMasks
 from speclm.methods.block.network import BlockHeads, block_masks
 
 CHUNK = 512
@@ -35,7 +36,7 @@ class BlockContext:
         self.lengths = [0] * len(first_positions)
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
-        self._causal: Tensor | None = None
+        self._causal = CausalMasks()
         self._copies: dict[tuple[int, ...], Tensor] = {}  # on the device, of numbers of each row
 
     @property
@@ -82,14 +83,15 @@ class BlockContext:
             num_positions: Positions of the block, the anchor's included.
         """
         config, longest = self._heads.config, max(self.lengths)
+        device = self._heads.fc.weight.device
         is_whole = min(self.lengths) == longest and min(self._first) >= 0
         reach = longest + num_positions
         if is_whole and all(window is None or reach <= window for window in config.windows):
-            return tuple(
-                self._causal_mask(num_positions) if is_causal else None
-                for is_causal in config.is_causal
-            )
-        entries = torch.arange(longest, device=self._heads.fc.weight.device)
+            mask = None
+            if any(config.is_causal):
+                mask = self._causal.cut(num_positions, num_cached=longest, device=device)
+            return tuple(mask if is_causal else None for is_causal in config.is_causal)
+        entries = torch.arange(longest, device=device)
         context_positions = entries + self._tensor(self._first)[:, None]  # [batch, kv_len]
         is_seen = (context_positions >= 0) & (entries < self._tensor(self.lengths)[:, None])
         return block_masks(
@@ -99,16 +101,6 @@ class BlockContext:
             anchors=self._starts()[:, None],
             num_positions=num_positions,
         )
-
-    def _causal_mask(self, num_positions: int) -> Bool[Tensor, "1 1 positions seen"]:
-        """Return a part of a mask that is made once for each capacity."""
-        size, longest = self._heads.config.block_size, max(self.lengths)
-        capacity = 0 if self._keys is None else self._keys.shape[3]
-        if self._causal is None or self._causal.shape[3] != capacity + size:
-            device = self._heads.fc.weight.device
-            mask = torch.ones(1, 1, size, capacity + size, dtype=torch.bool, device=device)
-            self._causal = mask.tril_(capacity)
-        return self._causal[:, :, :num_positions, capacity - longest : capacity + num_positions]
 
     def _anchors(self) -> list[int]:
         """Return the position after the last token of each row."""

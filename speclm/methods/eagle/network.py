@@ -164,7 +164,10 @@ class LevelRun:
             cache.reserve(sum(widths))
             first = cache.lengths - cache.num_padding
             depths = torch.arange(len(widths), device=first.device)
-            self._rotation = heads.rotation((first[:, None] + depths).clamp(min=0))
+            parts = heads.rotation((first[:, None] + depths).clamp(min=0))
+            self._rotations = list(
+                zip(*(torch.split(part, 1, dim=1) for part in parts), strict=True)
+            )
 
     def below(
         self, tokens: Int[Tensor, "batch width"], parents: Int[Tensor, "batch width"]
@@ -175,14 +178,13 @@ class LevelRun:
             tokens: The target's tokens.
             parents: Index of each token's parent in the last level.
         """
-        level, width = self._level, tokens.shape[1]
-        size = self.hidden.shape[2]
-        above = self.hidden.gather(1, parents[:, :, None].expand(-1, -1, size))
-        cosines, sines = self._rotation
+        width, above = tokens.shape[1], self.hidden
+        if width > 1 or above.shape[1] > 1:
+            above = above.gather(1, parents[:, :, None].expand(-1, -1, above.shape[2]))
         self.hidden = self._heads(
             above,
             self._heads.embed(tokens, embedding=self._embedding),
-            rotation=(cosines[:, level : level + 1], sines[:, level : level + 1]),
+            rotation=self._rotations[self._level],
             attention_mask=self._bias(parents),
             past_key_values=self._cache,
         )

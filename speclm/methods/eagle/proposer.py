@@ -16,6 +16,7 @@ from speclm.acceptance import Accepted
 from speclm.attention import TreeStep
 from speclm.cache.tree_cache import TreeCache
 from speclm.config import require_known
+from speclm.drafting.decoder_parts import CausalMasks
 from speclm.drafting.interface import Draft, Prefill, Proposer, TargetNeeds
 from speclm.drafting.levels import (
     LevelBounds,
@@ -115,6 +116,7 @@ class EagleProposer(Proposer):
             vocab_size=wanted.vocab_size, hidden_size=wanted.target_hidden_size, model=target
         )
         self._ranking = LevelRanking(self.config.mixture, vocab_size=wanted.vocab_size)
+        self._causal = CausalMasks()
         self._grown: list[GrownRow] = []
         self._prompt: Prefill | None = None
         self._cache: TreeCache | None = None
@@ -194,30 +196,61 @@ class EagleProposer(Proposer):
         if longest == 0:
             return
         padded = [tokens + [0] * (longest - len(tokens)) for tokens in self._unseen_tokens]
+        tokens = torch.tensor(padded, device=device, dtype=torch.long)
+        if len(counts) == 1 and not self._cache.has_padding:
+            self._hidden = self._read_row(tokens, torch.cat(self._unseen_features[0])[None])
+        else:
+            self._hidden = self._read_rows(tokens, counts)
+        self._cache.keep([range(count) for count in counts])
+        self._unseen_tokens = [[] for _ in counts]
+        self._unseen_features = [[] for _ in counts]
+
+    def _read_row(
+        self, tokens: Int[Tensor, "1 new"], features: Float[Tensor, "1 new features"]
+    ) -> Float[Tensor, "1 hidden"]:
+        """Run the heads over new positions of the only row; return the last output."""
+        cache, num_new, mask = self._cache, tokens.shape[1], None
+        assert cache is not None
+        start = cache.tree_start
+        if self.heads.config.sliding_window is None and num_new > 1:
+            mask = self._causal.cut(num_new, num_cached=start, device=tokens.device)
+        cache.reserve(num_new)
+        hidden: Tensor = self.heads(
+            self.heads.fuse(features),
+            self._embed(tokens),
+            position_ids=torch.arange(start, start + num_new, device=tokens.device)[None],
+            attention_mask=mask,
+            past_key_values=cache,
+        )
+        cache.append(num_new)
+        return hidden[:, -1]
+
+    def _read_rows(
+        self, tokens: Int[Tensor, "batch new"], counts: list[int]
+    ) -> Float[Tensor, "batch hidden"]:
+        """Run the heads over new positions; return the last output of each row."""
+        assert self._cache is not None
+        device, num_new = tokens.device, tokens.shape[1]
         width = self.heads.config.num_features * self.heads.config.target_hidden_size
-        features = torch.zeros(len(counts), longest, width, device=device, dtype=self.heads.dtype)
+        features = torch.zeros(len(counts), num_new, width, device=device, dtype=self.heads.dtype)
         for row, parts in enumerate(self._unseen_features):
             if parts:
                 features[row, : counts[row]] = torch.cat(parts)
-        causal = torch.ones(1, longest, longest, dtype=torch.bool, device=device).tril()
         hidden = self._run(
-            torch.tensor(padded, device=device, dtype=torch.long),
+            tokens,
             self.heads.fuse(features),
-            causal,
-            torch.arange(longest, device=device)[None],
+            torch.ones(1, num_new, num_new, dtype=torch.bool, device=device).tril(),
+            torch.arange(num_new, device=device)[None],
             self._cache,
         )
-        self._cache.keep([list(range(count)) for count in counts])
         last = torch.tensor(
             [max(count - 1, 0) for count in counts], device=device, dtype=torch.long
         )
         newest = hidden[torch.arange(len(counts), device=device), last]
-        if self._hidden is not None:
-            is_new = torch.tensor([count > 0 for count in counts], device=device, dtype=torch.bool)
-            newest = torch.where(is_new[:, None], newest, self._hidden)
-        self._hidden = newest
-        self._unseen_tokens = [[] for _ in counts]
-        self._unseen_features = [[] for _ in counts]
+        if self._hidden is None or min(counts) > 0:
+            return newest
+        is_new = torch.tensor([count > 0 for count in counts], device=device, dtype=torch.bool)
+        return torch.where(is_new[:, None], newest, self._hidden)
 
     def _grow(
         self,
