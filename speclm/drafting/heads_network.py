@@ -14,6 +14,7 @@ from speclm.drafting.decoder_parts import Fusable, Rotation, signed
 from speclm.errors import OptionError
 
 _INIT_STD = 0.02  # that of Llama and Qwen3
+_ABSENT = -1e4  # finite, because a processor may ban all tokens that a network can draft
 
 
 class HeadsSizes(Rotated, Protocol):
@@ -151,6 +152,15 @@ class HeadsNetwork(nn.Module, ABC):
     def target_ids(self, draft_ids: Int[Tensor, "*rows"]) -> Int[Tensor, "*rows"]:
         """Return the target's ids for ids of the draft vocabulary."""
         return draft_ids if self.draft_columns is None else self.draft_columns[draft_ids]
+
+    def spread(
+        self, logits: Float[Tensor, "batch nodes draft_vocab"]
+    ) -> Float[Tensor, "batch nodes vocab"]:
+        """Return logits over the target's tokens; absent ones get almost no probability."""
+        if self.draft_columns is None:
+            return logits
+        shape = (*logits.shape[:2], self.config.vocab_size)
+        return logits.new_full(shape, _ABSENT).index_copy_(2, self.draft_columns, logits)
 
     @torch.no_grad()
     def set_draft_columns_(self, columns: Int[Tensor, " draft_vocab"]) -> None:

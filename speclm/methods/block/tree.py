@@ -19,7 +19,6 @@ from speclm.tree.dynamic import FilledTree, GrownRow
 from speclm.tree.static import RankPaths, likeliest_paths
 
 _TERM_BYTES = 2**25
-_ABSENT = -1e4  # finite, because a processor may ban all tokens that the heads can draft
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,24 +337,13 @@ def draw_tree(
     distributions: Tensor | None = None
     while not tree.is_full:
         after = logits.after(tree.expanded_tokens, tree.expanded_parents)
-        distribution = sampler.distribution(_spread(after, logits.heads))
+        distribution = sampler.distribution(logits.heads.spread(after))
         if distributions is None:
             distributions = distribution.new_zeros(*tree.tokens.shape, distribution.shape[2])
         distributions.index_copy_(1, tree.expanded_nodes, distribution)
         tree.fill(sampler.siblings(distribution, num=tree.num_ranks))
     assert distributions is not None, "a static tree has nodes"
     return tree, distributions
-
-
-def _spread(
-    logits: Float[Tensor, "batch nodes draft_vocab"], heads: BlockHeads
-) -> Float[Tensor, "batch nodes vocab"]:
-    """Return logits over the target's tokens; absent ones get almost no probability."""
-    columns = heads.draft_columns
-    if columns is None:
-        return logits
-    shape = (*logits.shape[:2], heads.config.vocab_size)
-    return logits.new_full(shape, _ABSENT).index_copy_(2, columns, logits)
 
 
 def _product_row(

@@ -37,8 +37,6 @@ from speclm.target import TargetFeatures, TargetView
 from speclm.tree.dynamic import FilledTree, GrownRow, drawn_paths
 from speclm.tree.static import RankPaths
 
-_ABSENT = -1e4  # finite, because a processor may ban all tokens that the heads can draft
-
 
 @dataclass(frozen=True, slots=True)
 class EagleProposerConfig(RunByLevelConfig):
@@ -312,7 +310,7 @@ class EagleProposer(Proposer):
         distributions: Tensor | None = None
         while True:
             distribution = sampler.distribution(
-                self._spread(self._logits(run.hidden))
+                self.heads.spread(self._logits(run.hidden))
             )  # [batch, width, vocab]
             if distributions is None:
                 distributions = distribution.new_zeros(*tree.tokens.shape, distribution.shape[2])
@@ -385,16 +383,6 @@ class EagleProposer(Proposer):
             columns=self.heads.draft_columns,
             nodes=nodes,
         )
-
-    def _spread(
-        self, logits: Float[Tensor, "batch nodes draft_vocab"]
-    ) -> Float[Tensor, "batch nodes vocab"]:
-        """Return logits over the target's tokens; absent ones get almost no probability."""
-        columns = self.heads.draft_columns
-        if columns is None:
-            return logits
-        shape = (*logits.shape[:2], self.heads.config.vocab_size)
-        return logits.new_full(shape, _ABSENT).index_copy_(2, columns, logits)
 
 
 def _require_match(wanted: EagleConfig, view: TargetView) -> None:
