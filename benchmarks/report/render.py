@@ -73,6 +73,7 @@ ROWS: Mapping[str, tuple[str, ...]] = {
     "tau": ("setting", "num_nodes", "drafter", "method"),
     "auto_trees": ("batch", "method"),
     "overhead": ("benchmark", "shape", "num_nodes", "setting"),
+    "ledger": ("batch", "path", "setting", "method"),
     "kernels": ("batch", "groups", "prefix", "num_nodes", "method"),
 }
 """Settings that make a row, by name of the records; `USUAL_ROWS` for all others."""
@@ -84,7 +85,7 @@ TAU = (
 COLUMN = "prompts"
 # They follow from others, or are given in the line above the table.
 NO_CELL = ("num_prompts", "options", "max_new_tokens", "num_threads", "rule", "grown", "num_nodes")
-NO_CELL += ("minimum",)
+NO_CELL += ("minimum", "counts")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +131,22 @@ def dispatch_figures(record: Record) -> tuple[str, ...]:
     return spread(record), f"{times['ours_ms']:.2f}", f"{times['theirs_ms']:.2f}"
 
 
+def count_figures(record: Record) -> tuple[str, ...]:
+    counts = record["settings"]["counts"]
+    low, median, high = (record[key] for key in ("lower_quartile", "median", "upper_quartile"))
+    names = ("calls_in_draft_network", "levels", "host_reads", "calls_in_target")
+    return f"{median:.0f} [{low:.0f}, {high:.0f}]", *(f"{counts[name]:.1f}" for name in names)
+
+
 UNITS: Mapping[str, Unit] = {
+    "tensor calls a round": Unit(
+        samples="rounds",
+        legend="Tensor calls of a round outside the target's forward, median with quartiles; those "
+        "of the draft network, its runs, reads and uploads of the host, and calls in the target's "
+        "forward, means",
+        headers=("calls", "in the network", "runs", "host reads", "in the target"),
+        figures=count_figures,
+    ),
     "times regular generation": Unit(
         samples="pairs",
         legend=f"Speed-up over `base.generate`, median of pairs with quartiles; {TAU}; acceptance "

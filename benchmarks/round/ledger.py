@@ -13,8 +13,6 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -32,14 +30,14 @@ from typing_extensions import override
 
 from benchmarks.decode.decode import load_drafters, load_model
 from speclm import SpecModel
-from speclm.bench import Call, make_calls
+from speclm.bench import Call, append_record, make_calls
 from speclm.bench.decoders import setting_options
-from speclm.bench.records import describe_commit, describe_machine, describe_versions
+from speclm.bench.pairs import Spread
+from speclm.bench.records import Record
 from speclm.cache.tree_cache import TreeCache
 from speclm.demo.bundle import assets, load_prompts
 from speclm.devices import device_path
 from speclm.drafting.interface import Proposer
-from speclm.files.atomic import append_line
 from speclm.generation.loop import Generation
 from speclm.stats import SpeculationStats
 
@@ -71,7 +69,7 @@ class Ledger:
     """Counts by stage, over the rounds of any number of calls.
 
     Attributes:
-        rounds: Number of rounds.
+        calls_by_round: ATen calls of each round outside the target's forward.
         runs: Number of times that the draft network ran.
         calls: ATen calls of each stage.
         reads: Values that the host waited for, or sent to the device, in each stage.
@@ -79,7 +77,8 @@ class Ledger:
     """
 
     def __init__(self) -> None:
-        self.rounds = self.runs = 0
+        self.runs = 0
+        self.calls_by_round: list[int] = []
         self.calls: Counter[str] = Counter()
         self.reads: Counter[str] = Counter()
         self.allocated: Counter[str] = Counter()
@@ -110,6 +109,16 @@ class Ledger:
                 return function(*args, **kwargs)
 
         return call
+
+    @property
+    def outside(self) -> int:
+        """ATen calls so far outside the target's forward."""
+        return self.calls.total() - self.calls[TARGET]
+
+    @property
+    def rounds(self) -> int:
+        """Number of rounds."""
+        return len(self.calls_by_round)
 
     def a_round(self, stages: Sequence[str], counts: Counter[str]) -> float:
         """Return how many of something there are in a round, over some stages."""
@@ -185,9 +194,10 @@ def counted(ledger: Ledger, base: PreTrainedModel, networks: Sequence[nn.Module]
             yield
 
     def count_round(self: Generation) -> None:
-        ledger.rounds += 1
+        before = ledger.outside
         with ledger.within("other"):
             run_round(self)
+        ledger.calls_by_round.append(ledger.outside - before)
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(SpeculationStats, "phase", count_phase))
@@ -229,8 +239,8 @@ def measure(
     *,
     on_device_path: bool,
     has_times: bool,
-) -> dict[str, Any]:
-    """Return what a round of a method costs."""
+) -> tuple[dict[str, Any], list[int]]:
+    """Return what a round of a method costs, and its calls outside the target round by round."""
     drafters = load_drafters([method], base)
     heads: dict[str, Any] = {
         "draft": drafters.draft,
@@ -261,7 +271,7 @@ def measure(
             if not is_counted:
                 times = {name: spent / max(num_rounds, 1) for name, spent in seconds.items()}
     outside = [stage for stage in STAGES if stage != TARGET]
-    return {
+    found = {
         "calls_outside_target": ledger.a_round(outside, ledger.calls),
         "calls_in_target": ledger.a_round([TARGET], ledger.calls),
         "calls_in_draft_network": ledger.a_round([NETWORK], ledger.calls),
@@ -275,16 +285,22 @@ def measure(
             name: round(1e3 * times[name], 3) for name in times if has_times and name != "prefill"
         },
     }
+    return found, ledger.calls_by_round
 
 
-def describe() -> dict[str, Any]:
-    """Return machine, versions and commit of a record."""
-    return {
-        "machine": asdict(describe_machine()),
-        "versions": describe_versions(),
-        "commit": asdict(describe_commit()),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+def as_record(found: dict[str, Any], by_round: Sequence[int], settings: dict[str, Any]) -> Record:
+    """Return a record, with machine, versions and commit."""
+    spread = Spread.of(by_round)
+    return Record(
+        benchmark="ledger",
+        settings={**settings, "counts": found},
+        unit="tensor calls a round",
+        n=len(by_round),
+        median=spread.median,
+        lower_quartile=spread.lower_quartile,
+        upper_quartile=spread.upper_quartile,
+        promises_identity=False,  # outputs are not compared here
+    )
 
 
 def show(found: dict[str, Any]) -> None:
@@ -326,16 +342,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         batch=options.batch,
     )
     for method in METHODS if options.method == "all" else [options.method]:
-        found = measure(
-            method, base, calls, on_device_path=options.device_path, has_times=not options.counts
+        found, by_round = measure(
+            method,
+            base,
+            calls,
+            on_device_path=options.device_path,
+            has_times=not options.counts,
         )
         settings = {"method": method, "batch": options.batch, "setting": setting}
         settings["path"] = "device" if options.device_path else "host"
-        record = {"benchmark": "ledger", "settings": settings, **found, **describe()}
         if options.out is not None:
-            append_line(options.out, json.dumps(record))
+            append_record(options.out, as_record(found, by_round, settings))
         if options.json:
-            print(json.dumps(record))
+            print(json.dumps({**settings, **found}))
         else:
             print(f"\n{method}, batch {options.batch}, {setting}, {settings['path']} path")
             show(found)

@@ -71,3 +71,10 @@ def test_copies_keep_the_dtype_of_integers_only():
     assert found["draft_columns"].dtype == torch.int64
     found["draft_columns"].zero_()
     assert tensors["draft_columns"].tolist() == [0, 1]
+
+
+def test_logits_are_spread_over_the_targets_tokens():
+    made = network()
+    made.set_draft_columns_(torch.tensor([1, 3, 5, 8]))
+    found = made.spread(torch.ones(1, 1, 4)).softmax(-1)[0, 0]
+    assert found.nonzero()[:, 0].tolist() == [1, 3, 5, 8]
