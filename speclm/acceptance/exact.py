@@ -32,10 +32,7 @@ class ExactRule(AcceptanceRule):
 
     @override
     def accept(self, verified: Verified) -> Accepted:
-        if is_host(verified.logits.device):
-            return accept_along_path(verified)
-        target_tokens = choose_at_all_nodes(verified)
-        return accept_exact(verified.draft_tokens, target_tokens, verified.topology)
+        return accept_along_paths(verified)
 
 
 def accept_exact(
@@ -100,25 +97,28 @@ def choose_at_all_nodes(verified: Verified) -> Int[Tensor, "batch nodes"]:
     return verified.chooser.choose(rows, node_noise, lengths=lengths).view(batch, nodes)
 
 
-def accept_along_path(verified: Verified) -> Accepted:
-    """Choose and accept one level at a time on the host, for CPUs, where a sync is free.
+def accept_along_paths(verified: Verified) -> Accepted:
+    """Follow the accepted path of each row on the host; the result is that of `accept_exact`.
 
-    The result is that of `choose_at_all_nodes` and `accept_exact`. When sampling, only the nodes of
-    the accepted path are evaluated, because sorting and normalising a row of the vocabulary costs
-    more than a step of this loop. Greedy decoding takes one argmax over all rows.
+    The target's choices are made at all nodes and read with the draft tokens in one transfer. Only
+    when sampling where reading costs nothing are they made level by level, at the nodes of the
+    accepted path: sorting and normalising a row of the vocabulary costs more than a step of this
+    loop.
     """
-    logits, topology, noise = verified.logits, verified.topology, verified.noise
-    (batch, nodes, _), lengths = logits.shape, verified.lengths
-    parents, tokens = topology.host_parents, verified.draft_tokens.tolist()
-    greedy: list[list[int]] | None = None
-    if noise is None:
-        greedy = choose_at_all_nodes(verified).tolist()
+    topology, noise, logits = verified.topology, verified.noise, verified.logits
+    batch, lengths = len(logits), verified.lengths
+    known: list[list[int]] | None = None
+    if noise is None or not is_host(logits.device):
+        both = torch.stack([verified.draft_tokens, choose_at_all_nodes(verified)])
+        tokens, known = both.tolist()
+    else:
+        tokens = verified.draft_tokens.tolist()
     paths: list[list[int]] = [[0] for _ in range(batch)]
     emitted: list[list[int]] = [[] for _ in range(batch)]
     going = list(range(batch))  # rows whose path may continue
     for depth in range(topology.max_depth + 1):
-        if greedy is not None:
-            chosen = [greedy[row][paths[row][-1]] for row in going]
+        if known is not None:
+            chosen = [known[row][paths[row][-1]] for row in going]
         else:
             assert noise is not None
             chosen = verified.chooser.choose(
@@ -129,13 +129,22 @@ def accept_along_path(verified: Verified) -> Accepted:
         following: list[int] = []
         for row, token in zip(going, chosen, strict=True):
             emitted[row].append(token)
-            shape, node = parents[row if len(parents) > 1 else 0], paths[row][-1]
-            for child in range(node + 1, nodes):
-                if shape[child] == node and tokens[row][child] == token:
-                    paths[row].append(child)
-                    following.append(row)
-                    break
+            child = _child(topology, row, paths[row][-1], token, tokens[row])
+            if child is not None:
+                paths[row].append(child)
+                following.append(row)
         if not following:
             break
         going = following
     return Accepted.from_host(paths, emitted, device=logits.device)
+
+
+def _child(
+    topology: TreeTopology, row: int, node: int, token: int, tokens: list[int]
+) -> int | None:
+    """Return the first child of a node that has a token; None if there is none."""
+    parents = topology.host_parents[row if len(topology.host_parents) > 1 else 0]
+    for child in range(node + 1, len(parents)):
+        if parents[child] == node and tokens[child] == token:
+            return child
+    return None

@@ -1,5 +1,7 @@
 """The exact rule on trees, at all nodes and along the accepted path."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,7 +10,8 @@ from torch import Tensor
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from speclm.acceptance import Accepted, Verified, accept_exact
-from speclm.acceptance.exact import accept_along_path, choose_at_all_nodes
+from speclm.acceptance.exact import accept_along_paths, choose_at_all_nodes
+from speclm.devices import device_path
 from speclm.sampling import PositionNoise, TokenChooser
 from speclm.tree.topology import chain, from_parents
 
@@ -117,6 +120,7 @@ def test_root_alone_emits_one_token():
 
 
 VOCAB = 5
+PATHS = st.sampled_from([nullcontext, device_path])  # of a CPU, and of an accelerator
 
 
 def noise_at(steps: list[int], *, seed: int) -> PositionNoise:
@@ -137,7 +141,7 @@ def at_all_nodes(logits, tokens, topology, chooser, noise) -> Accepted:
 
 
 def along_path(*given) -> Accepted:
-    return accept_along_path(verified(*given))
+    return accept_along_paths(verified(*given))
 
 
 @st.composite
@@ -167,8 +171,8 @@ def drafts(draw: st.DrawFn) -> tuple[list[list[int]], Tensor, list[int], int]:
     return rows, torch.tensor(tokens), steps, draw(st.integers(0, 10**6))
 
 
-@given(draft=drafts(), greedy=st.booleans(), warped=st.booleans())
-def test_along_the_path_and_at_all_nodes_the_same_is_accepted(draft, greedy, warped):
+@given(draft=drafts(), greedy=st.booleans(), warped=st.booleans(), path=PATHS)
+def test_along_the_path_and_at_all_nodes_the_same_is_accepted(draft, greedy, warped, path):
     parents, tokens, steps, seed = draft
     topology = from_parents(parents, device=CPU)
     generator = torch.Generator().manual_seed(seed)
@@ -178,7 +182,8 @@ def test_along_the_path_and_at_all_nodes_the_same_is_accepted(draft, greedy, war
     noise = None if greedy else noise_at(steps, seed=seed)
     expected = at_all_nodes(logits, tokens, topology, chooser, noise)
     noise = None if greedy else noise_at(steps, seed=seed)
-    found = along_path(logits, tokens, topology, chooser, noise)
+    with path():
+        found = along_path(logits, tokens, topology, chooser, noise)
     assert found.paths == expected.paths
     assert found.emitted == expected.emitted
     width = found.path.shape[1]  # along the path, no more columns than needed
