@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from heapq import nlargest
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -27,7 +28,7 @@ def search(
     config: GrownTreeConfig,
     bounds: Sequence[int],
     leaf_tokens: frozenset[int],
-    min_growing: float = 0.0,
+    min_growing: float | None = None,
 ) -> list[GrownRow]:
     """Return the likeliest paths of each row.
 
@@ -37,17 +38,18 @@ def search(
         config: Size of the trees.
         bounds: Maximum levels of each row; 0 for a row that has ended.
         leaf_tokens: Tokens after which nothing follows.
-        min_growing: Where the host searches, no level is added when a smaller share of the rows
-            still grows.
+        min_growing: If each level costs a run of a network: no level is added when a smaller share
+            of the rows still grows.
     """
-    if is_host(roots.device):  # it chooses faster, and stops when the tree is complete
+    # A host chooses faster, and stops when the tree is complete: a level costs more than a wait.
+    if min_growing is not None or is_host(roots.device):
         return search_on_host(
             candidates,
             roots,
             config=config,
             bounds=bounds,
             leaf_tokens=leaf_tokens,
-            min_growing=min_growing,
+            min_growing=min_growing or 0.0,
         )
     return search_on_device(
         candidates, roots, config=config, bounds=bounds, leaf_tokens=leaf_tokens
@@ -111,13 +113,19 @@ def search_on_host(
             tokens, parents = torch.tensor(padded, device=roots.device, dtype=torch.long).unbind(1)
             nodes = tokens, parents
         scores, found = candidates(nodes, level)
-        for row, values, ids, bound in zip(
-            rows, scores.tolist(), found.tolist(), bounds, strict=True
-        ):
+        for row, values, ids, bound in zip(rows, *_read(scores, found), bounds, strict=True):
             row.grow(values, ids, config=config, leaf_tokens=leaf_tokens)
             if level + 1 >= bound:
                 row.expanded = []
     return [row.best_nodes(config.num_draft_tokens) for row in rows]
+
+
+def _read(scores: Tensor, tokens: Tensor) -> tuple[list[Any], list[Any]]:
+    """Return candidates on the host, in one transfer where reading waits."""
+    if is_host(scores.device):
+        return scores.tolist(), tokens.tolist()
+    values, ids = torch.stack([scores.float(), tokens.float()]).tolist()  # exact below 2^24
+    return values, [[list(map(int, node)) for node in row] for row in ids]
 
 
 @dataclass(slots=True)
