@@ -2,9 +2,9 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -22,6 +22,9 @@ from speclm.tree.static import RankPaths, normalize_paths
 CONFIG_NAME = "config.json"
 CARD_NAME = "README.md"
 WEIGHTS_NAME = "model.safetensors"
+
+_SHARED = {"embed_tokens.weight": "has_own_embeddings", "lm_head.weight": "has_own_lm_head"}
+"""Matrices that heads may share with the target, and the fields that say whether they do."""
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 # Some libraries read these instead of the weights.
@@ -54,6 +57,60 @@ class Destination:
             path.is_file() and GENERATED_MARK in path.read_text(encoding="utf-8", errors="replace")
         )
         return text if is_generated else None
+
+
+ConfigT = TypeVar("ConfigT")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HeadsCheckpoint(Generic[ConfigT]):
+    """Heads as a config and tensors.
+
+    Args:
+        config: Sizes and switches.
+        tensors: By the names of the network's state dict.
+        base_name_or_path: The model that the heads were trained on, if known.
+        choices: Static tree that was stored with the heads.
+    """
+
+    config: ConfigT
+    tensors: Mapping[str, Tensor]
+    base_name_or_path: str | None = None
+    choices: RankPaths | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the matrices; single tensors may have another."""
+        return self.tensors["fc.weight"].dtype
+
+    def share(
+        self,
+        *,
+        embeddings: Float[Tensor, "vocab hidden"] | None = None,
+        lm_weight: Float[Tensor, "vocab hidden"] | None = None,
+    ) -> Self:
+        """Return the checkpoint without copies of the target's embeddings and output matrix.
+
+        Published heads often have such copies, sometimes in another dtype.
+
+        Args:
+            embeddings: The target's embeddings, if they can be compared.
+            lm_weight: The target's output matrix, if it can be compared.
+        """
+        theirs = {"embed_tokens.weight": embeddings, "lm_head.weight": lm_weight}
+        copied = {
+            name
+            for name, matrix in theirs.items()
+            if (mine := self.tensors.get(name)) is not None
+            and matrix is not None
+            and not matrix.is_meta
+            and mine.shape == matrix.shape
+            and torch.equal(mine.to(matrix.device, matrix.dtype), matrix)
+        }
+        config: Any = self.config  # a dataclass
+        config = replace(config, **{_SHARED[name]: False for name in copied})
+        kept = {name: tensor for name, tensor in self.tensors.items() if name not in copied}
+        return replace(self, config=config, tensors=kept)
 
 
 def write_heads(
@@ -107,34 +164,6 @@ def read_choices(folder: Path, config: Mapping[str, Any]) -> RankPaths | None:
         raise CheckpointError(
             f"{folder / 'config.json'}: speclm.choices is no tree ({error}); remove it or pass tree"
         ) from error
-
-
-def copied_matrices(
-    tensors: Mapping[str, Tensor],
-    width: int,
-    *,
-    embeddings: Float[Tensor, "vocab hidden"] | None,
-    lm_weight: Float[Tensor, "vocab hidden"] | None,
-) -> set[str]:
-    """Return which tensors of heads are copies of the target's, perhaps in another dtype.
-
-    Args:
-        tensors: Tensors by our names.
-        width: Width of the target's hidden states.
-        embeddings: The target's embeddings, if they can be compared.
-        lm_weight: The target's output matrix, if it can be compared.
-    """
-    theirs = {"embed_tokens.weight": embeddings, "lm_head.weight": lm_weight}
-    return {
-        name
-        for name, matrix in theirs.items()
-        if (mine := tensors.get(name)) is not None
-        and matrix is not None
-        and not matrix.is_meta
-        and mine.shape == matrix.shape
-        and matrix.shape[1] == width
-        and torch.equal(mine.to(matrix.device, matrix.dtype), matrix)
-    }
 
 
 def read_columns(

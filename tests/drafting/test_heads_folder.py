@@ -1,5 +1,6 @@
 """What all folders of heads have in common; each method's own files are tested with it."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from safetensors.torch import save_file
 from speclm.cards import GENERATED_MARK
 from speclm.drafting.heads_folder import (
     Destination,
-    copied_matrices,
+    HeadsCheckpoint,
     draft_lists,
     hub_id,
     read_choices,
@@ -22,6 +23,12 @@ from speclm.drafting.heads_folder import (
 )
 from speclm.errors import CheckpointError
 from tests.models import shared_model
+
+
+@dataclass(frozen=True)
+class SharingConfig:
+    has_own_embeddings: bool
+    has_own_lm_head: bool
 
 
 def test_names_of_folders_are_not_published(tmp_path, monkeypatch):
@@ -89,11 +96,14 @@ def test_tensors_that_do_not_fit_their_config_are_named():
 
 def test_copies_of_the_targets_matrices_are_found_in_any_dtype():
     matrix = torch.arange(6.0).view(3, 2)
+    config = SharingConfig(has_own_embeddings=True, has_own_lm_head=True)
     tensors = {"embed_tokens.weight": matrix.bfloat16(), "lm_head.weight": matrix + 1}
-    copied = copied_matrices(tensors, 2, embeddings=matrix, lm_weight=matrix)
-    assert copied == {"embed_tokens.weight"}
-    assert not copied_matrices(tensors, 4, embeddings=matrix, lm_weight=None)
-    assert not copied_matrices(tensors, 2, embeddings=matrix.to("meta"), lm_weight=None)
+    checkpoint = HeadsCheckpoint(config, tensors)
+    shared = checkpoint.share(embeddings=matrix, lm_weight=matrix)
+    assert set(shared.tensors) == {"lm_head.weight"}
+    assert shared.config == SharingConfig(has_own_embeddings=False, has_own_lm_head=True)
+    for other in (matrix[:2], matrix.to("meta"), None):
+        assert checkpoint.share(embeddings=other).config == config
 
 
 COLUMNS = torch.tensor([0, 3, 4, 11, 19])

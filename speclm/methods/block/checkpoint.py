@@ -2,13 +2,11 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
 from torch import Tensor
 
 from speclm.drafting.decoder import read_rope
@@ -16,7 +14,7 @@ from speclm.drafting.heads_config import base_name, require_same_config
 from speclm.drafting.heads_folder import (
     CONFIG_NAME,
     WEIGHTS_NAME,
-    copied_matrices,
+    HeadsCheckpoint,
     draft_lists,
     read_choices,
     read_columns,
@@ -53,46 +51,11 @@ _SIGNS = {"fc.weight", "hidden_norm.weight", "layers.0.self_attn.q_proj.weight"}
 _QUANTISED = re.compile(
     r".*(?:_scale(?:_inv)?|_packed|_zero_point|qweight|qzeros|scales|absmax|g_idx)"
 )
-_SHARED = {"embed_tokens.weight": "has_own_embeddings", "lm_head.weight": "has_own_lm_head"}
 _CONFIDENCE = "confidence_head.proj.weight"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class BlockCheckpoint:
-    """Block heads as a config and tensors.
-
-    Args:
-        config: Sizes and switches.
-        tensors: By the names of the state dict of `BlockHeads`, which are z-lab's and DeepSpec's.
-        base_name_or_path: The model that the heads were trained on, if known.
-        choices: Static tree that was stored with the heads.
-    """
-
-    config: BlockConfig
-    tensors: Mapping[str, Tensor]
-    base_name_or_path: str | None = None
-    choices: RankPaths | None = None
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the matrices; single tensors may have another."""
-        return self.tensors["fc.weight"].dtype
-
-    def share(
-        self,
-        *,
-        embeddings: Float[Tensor, "vocab hidden"] | None = None,
-        lm_weight: Float[Tensor, "vocab hidden"] | None = None,
-    ) -> Self:
-        """Return the checkpoint without copies of the target's embeddings and output matrix.
-
-        DeepSpec's heads and older ones of speculators have such copies.
-        """
-        width = self.config.hidden_size
-        copied = copied_matrices(self.tensors, width, embeddings=embeddings, lm_weight=lm_weight)
-        flags: dict[str, Any] = {_SHARED[name]: False for name in copied}
-        kept = {name: tensor for name, tensor in self.tensors.items() if name not in copied}
-        return replace(self, config=replace(self.config, **flags), tensors=kept)
+class BlockCheckpoint(HeadsCheckpoint[BlockConfig]):
+    """Block heads; tensors have the names of z-lab and DeepSpec."""
 
 
 def block_checkpoint(

@@ -1,20 +1,16 @@
 """Read EAGLE heads in every published layout, and write them in one layout."""
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from speclm.drafting.heads_config import base_name
 from speclm.drafting.heads_folder import (
     CONFIG_NAME,
     WEIGHTS_NAME,
-    copied_matrices,
+    HeadsCheckpoint,
     draft_lists,
     read_choices,
     read_columns,
@@ -58,45 +54,10 @@ _FEATURE_NORM = re.compile(rf"fc_norm\.{INDEX}\.weight")
 # These can be computed, or are copies of the target's that speculators keeps while training.
 _UNUSED = re.compile(r".*rotary_emb\.inv_freq|verifier_(?:lm_head|norm)\.weight")
 _EAGLE3_SIGNS = {"layers.0.hidden_norm.weight", "norm.weight", "d2t", "t2d"}
-_SHARED = {"embed_tokens.weight": "has_own_embeddings", "lm_head.weight": "has_own_lm_head"}
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class EagleCheckpoint:
-    """EAGLE heads as a config and tensors.
-
-    Args:
-        config: Sizes and switches.
-        tensors: By the names of the state dict of `EagleHeads`.
-        base_name_or_path: The model that the heads were trained on, if known.
-        choices: Static tree that was stored with the heads.
-    """
-
-    config: EagleConfig
-    tensors: Mapping[str, Tensor]
-    base_name_or_path: str | None = None
-    choices: RankPaths | None = None
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the matrices; single tensors may have another."""
-        return self.tensors["fc.weight"].dtype
-
-    def share(
-        self,
-        *,
-        embeddings: Float[Tensor, "vocab hidden"] | None = None,
-        lm_weight: Float[Tensor, "vocab hidden"] | None = None,
-    ) -> Self:
-        """Return the checkpoint without copies of the target's embeddings and output matrix.
-
-        Published heads often have such copies, sometimes in another dtype.
-        """
-        width = self.config.target_hidden_size
-        copied = copied_matrices(self.tensors, width, embeddings=embeddings, lm_weight=lm_weight)
-        flags: dict[str, Any] = {_SHARED[name]: False for name in copied}
-        kept = {name: tensor for name, tensor in self.tensors.items() if name not in copied}
-        return replace(self, config=replace(self.config, **flags), tensors=kept)
+class EagleCheckpoint(HeadsCheckpoint[EagleConfig]):
+    """EAGLE heads."""
 
 
 def eagle_checkpoint(
@@ -244,7 +205,9 @@ def write_eagle(
     require_writable(folder)
     if num_target_layers is not None:
         config = without_usual_layers(checkpoint.config, num_target_layers)
-        checkpoint = replace(checkpoint, config=config)
+        checkpoint = EagleCheckpoint(
+            config, checkpoint.tensors, checkpoint.base_name_or_path, checkpoint.choices
+        )
     require_whole(folder, checkpoint.tensors, _expected_shapes(checkpoint.config))
 
     def check(aside: Path) -> None:
