@@ -1,7 +1,7 @@
 """Train the demo block heads on the base's own answers, and estimate what they are worth.
 
 `speclm train block` does the same from conversations; here the answers are token ids already, texts
-of like length share a batch of about equally many tokens, and the budget is wall-clock time: new
+of like length share a batch of about equally many tokens, and the budget is processor time: new
 shards of answers are taken up while it runs.
 """
 
@@ -137,10 +137,10 @@ def train(
     torch.manual_seed(options.seed)  # of the anchors
     parameters = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.0)
-    start, mean_loss, saved = time.monotonic(), 0.0, 0
+    start, mean_loss, saved = time.process_time(), 0.0, 0
     model.train()
     for step, batch in enumerate(answers.batches(), 1):
-        minutes = (time.monotonic() - start) / 60
+        minutes = (time.process_time() - start) / 60
         share = minutes / options.minutes
         if share >= 1:
             break
@@ -181,17 +181,17 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder for the heads")
     parser.add_argument("--kind", choices=KINDS, default="dspark")
     parser.add_argument("--start", type=Path, help="folder of heads to go on from")
-    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--minutes", type=float, default=60.0, help="of processor time")
     parser.add_argument("--num-layers", type=int, default=2)
     parser.add_argument("--block-size", type=int, default=8)
     parser.add_argument("--markov-rank", type=int, default=64)
-    parser.add_argument("--layers", type=int, nargs="+", default=[2, 5, 7], help="features")
+    parser.add_argument("--layers", type=int, nargs="+", default=[2, 5, 8], help="features")
     parser.add_argument("--anchors", type=int, default=16, help="blocks of a text in a step")
-    parser.add_argument("--token-weight", type=float, default=0.1)
+    parser.add_argument("--token-weight", type=float, default=0.5)
     parser.add_argument("--distribution-weight", type=float, default=0.5)
-    parser.add_argument("--distance-weight", type=float, default=0.5)
+    parser.add_argument("--distance-weight", type=float, default=0.0)
     parser.add_argument("--decay-length", type=float, default=4.0)
-    parser.add_argument("--batch-tokens", type=int, default=1600)
+    parser.add_argument("--batch-tokens", type=int, default=500)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--warmup-steps", type=int, default=50)
     parser.add_argument("--chunk", type=int, default=2048, help="rows before a look for shards")
