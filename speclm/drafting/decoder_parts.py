@@ -58,6 +58,8 @@ class CausalMasks:
     ) -> Bool[Tensor, "1 1 new kv_len"]:
         """Return which keys each new position sees."""
         made = self._mask
+        if made is not None and made.device != device:  # the network was moved
+            made = None
         if made is None or num_new > made.shape[2] or num_cached > self._num_cached:
             rows = max(num_new, 16 if made is None else made.shape[2])
             self._num_cached = max(256, 2 * num_cached)
@@ -81,6 +83,8 @@ class FixedNorm:
 
     def __call__(self, states: Tensor) -> Tensor:
         """Return states divided by their root mean square, times the weights."""
+        if self._root is None and self._weight.ndim == 1:
+            return F.rms_norm(states, (self._size,), self._weight, self._eps)
         if self._root is None:
             return F.rms_norm(states, (self._size,), eps=self._eps) * self._weight
         lengths = torch.linalg.vector_norm(states, dim=-1, keepdim=True)

@@ -72,23 +72,23 @@ class RunByLevelConfig(GrownTreeConfig):
 
 
 class LevelBounds:
-    """Follows how many levels the draft of each row may have: none once it has ended."""
+    """Follows how many levels the draft of each row may have: none while it emits nothing."""
 
     def __init__(self, prompt: Prefill) -> None:
         """Start a generation."""
         batch = len(prompt.first_tokens)
         self._room = [prompt.max_new_tokens - 1] * batch  # the bonus token needs no draft
-        self._has_ended = [False] * batch
+        self._is_idle = [False] * batch
 
     def commit(self, emitted: Sequence[Sequence[int]]) -> None:
-        """Count the tokens that each row emitted in a round; a row without any has ended."""
+        """Count the tokens that each row emitted; one without any has ended, or waits for others."""
         self._room = [room - len(new) for room, new in zip(self._room, emitted, strict=True)]
-        self._has_ended = [not new for new in emitted]
+        self._is_idle = [not new for new in emitted]
 
     def within(self, depth: int) -> list[int]:
         """Return the maximum levels of each row, at most `depth`."""
-        rows = zip(self._room, self._has_ended, strict=True)
-        return [0 if has_ended else max(min(room, depth), 0) for room, has_ended in rows]
+        rows = zip(self._room, self._is_idle, strict=True)
+        return [0 if is_idle else max(min(room, depth), 0) for room, is_idle in rows]
 
 
 ConfigT = TypeVar("ConfigT", bound=GrownTreeConfig)

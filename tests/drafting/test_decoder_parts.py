@@ -51,6 +51,16 @@ def test_fixed_norms_are_those_of_each_head(dtype):
     torch.testing.assert_close(found, torch.stack(expected, dim=2), rtol=0, atol=exact)
 
 
+def test_norm_in_half_precision_is_that_of_pytorch_bit_by_bit():
+    norm = Norm(8, eps=1e-5).to(torch.bfloat16)
+    with torch.no_grad():
+        norm.weight.copy_(draw(8))
+    states = draw(2, 5, 8, seed=1).to(torch.bfloat16)
+    expected = norm(states)
+    norm.fuse_()
+    assert torch.equal(norm(states), expected)
+
+
 @pytest.mark.parametrize("states", [torch.zeros(1, 4), torch.full((1, 4), 1e-20)])
 def test_norm_of_almost_nothing_is_finite(states):
     norm = Norm(4, eps=1e-6)
@@ -117,3 +127,5 @@ def test_causal_masks_are_cut_from_one_that_grows():
         found = masks.cut(num_new, num_cached=num_cached, device=device)
         seen = torch.ones(num_new, num_cached + num_new, dtype=torch.bool).tril(num_cached)
         assert torch.equal(found[0, 0], seen)
+    moved = masks.cut(2, num_cached=3, device=torch.device("meta"))
+    assert (moved.shape, moved.device.type) == ((1, 1, 2, 5), "meta")
