@@ -81,7 +81,7 @@ class LevelBounds:
         self._is_idle = [False] * batch
 
     def commit(self, emitted: Sequence[Sequence[int]]) -> None:
-        """Count the tokens that each row emitted; one without any has ended, or waits for others."""
+        """Count the tokens that each row emitted; one without any has ended, or waits."""
         self._room = [room - len(new) for room, new in zip(self._room, emitted, strict=True)]
         self._is_idle = [not new for new in emitted]
 
