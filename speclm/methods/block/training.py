@@ -145,7 +145,7 @@ def _is_rms_norm(norm: Any) -> bool:
     weight = getattr(norm, "weight", None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.is_meta:
         return False
-    states = torch.linspace(-1, 1, len(weight), device=weight.device, dtype=weight.dtype)[None]
+    states = torch.linspace(-1, 2, len(weight), device=weight.device, dtype=weight.dtype)[None]
     expected = torch.rms_norm(states.float(), states.shape[1:], weight.float(), eps=1e-6)
     return torch.allclose(norm(states).float(), expected, rtol=0.02, atol=0.02)
 
@@ -164,7 +164,9 @@ def _has_same_parts(mine: BlockLayer, theirs: Any) -> bool:
                 return False
     own = [getattr(theirs.self_attn, name, None) for name in ("q_norm", "k_norm")]
     head_dim = mine.self_attn.head_dim
-    return all(norm is None or norm.weight.shape == (head_dim,) for norm in own)
+    return all(
+        norm is None or (_is_rms_norm(norm) and norm.weight.shape == (head_dim,)) for norm in own
+    )
 
 
 def load_block_heads(

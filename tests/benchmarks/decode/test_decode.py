@@ -90,7 +90,8 @@ def test_eagle_heads_of_a_folder_are_measured_as_they_are_and_inflated(
 ):
     heads = write_eagle_folders(tmp_path / "heads")
     options = ["--heads", str(heads), "--methods"]
-    small = run(decode, monkeypatch, tmp_path / "small", *options, "eagle3")
+    small = run(decode, monkeypatch, tmp_path / "small", *options, "eagle,eagle3")
+    assert tuple(small) == ("eagle", "eagle3")
     wide = run(decode, monkeypatch, tmp_path / "wide", *options, "eagle3", "--shape", "tiny")
     record = wide["eagle3"]
     assert record["num_identical"] == 1

@@ -12,13 +12,16 @@ from speclm.bench import read_records
 ROOT = Path(__file__).parents[3]
 
 
-def test_dry_run_checks_identity_and_writes_records(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "families", [("mistral",), pytest.param(gpu.FAMILIES, marks=pytest.mark.slow)], ids=len
+)
+def test_dry_run_checks_identity_and_writes_records(families, tmp_path, monkeypatch, capsys):
     path = tmp_path / "gpu.jsonl"
-    monkeypatch.setattr(gpu, "FAMILIES", ("mistral",))
+    monkeypatch.setattr(gpu, "FAMILIES", families)
     assert gpu.main(["--tiny", "--out", str(path)]) == 0
     printed = capsys.readouterr().out
     assert printed.splitlines()[-1] == "0 failures, 0 left out"
-    for family in ("bundled", "mistral"):
+    for family in ("bundled", *families):
         assert f"identity {family}" in printed
     records = [json.loads(line) for line in path.read_text().splitlines()]
     assert {record["settings"]["method"] for record in records} == {

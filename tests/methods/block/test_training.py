@@ -230,3 +230,13 @@ def test_layers_are_not_copied_when_that_is_switched_off():
     heads = new_block_heads(small_base(), kind="dspark", num_layers=1, copies_layers=False)
     assert heads.norm.weight.eq(1).all()
     assert heads.layers[0].mlp.up_proj.weight.std() < 0.03
+
+
+@pytest.mark.parametrize("other", [torch.nn.Identity(), torch.nn.LayerNorm(12)])
+def test_heads_start_at_random_next_to_norms_of_heads_of_another_kind(other):
+    base = build_model("qwen3", num_hidden_layers=4)
+    for layer in base.get_decoder().layers:
+        layer.self_attn.k_norm = other
+    heads = new_block_heads(base, kind="dspark", num_layers=1, feature_layers=(2,))
+    assert heads.norm.weight.eq(1).all()
+    assert heads.layers[0].mlp.up_proj.weight.std() < 0.03
