@@ -105,5 +105,9 @@ class MissingAssetError(SpeclmError, FileNotFoundError):
     """A file of the installed package is missing."""
 
 
+class EngineError(SpeclmError, RuntimeError):
+    """A stage cannot be compiled, recorded or run by an engine."""
+
+
 class MeasurementError(SpeclmError, RuntimeError):
     """A measurement cannot be recorded, because it does not measure what it claims."""

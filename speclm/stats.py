@@ -111,6 +111,9 @@ class SpeculationStats:
         tree: The last tree drafted, if it did not follow from the proposer's own settings.
         num_regular_steps: Forwards that regular generation needs for the same tokens, prefill
             excluded; set when the call ends.
+        engine: Name of the engine that verified trees, or "eager", with the reason if one was asked
+            for.
+        engine_seconds: Time that the engine took to compile or record, not part of `seconds`.
         plain_round_seconds: Host time of the fastest round without a draft, in this call or an
             earlier one; None if there was none.
     """
@@ -128,6 +131,8 @@ class SpeculationStats:
     tree: str = ""
     num_regular_steps: int = 0
     plain_round_seconds: float | None = None
+    engine: str = "eager"
+    engine_seconds: float = 0.0
 
     @classmethod
     def merge(cls, parts: Iterable["SpeculationStats"]) -> "SpeculationStats":
@@ -148,6 +153,7 @@ class SpeculationStats:
                 is_lossy=merged.is_lossy or part.is_lossy,
                 num_plain_rounds=merged.num_plain_rounds + part.num_plain_rounds,
                 pauses=[*merged.pauses, *shifted],
+                engine_seconds=merged.engine_seconds + part.engine_seconds,
                 num_regular_steps=merged.num_regular_steps + part.num_regular_steps,
                 plain_round_seconds=min((time for time in known if time is not None), default=None),
             )
@@ -239,6 +245,12 @@ class SpeculationStats:
         last = self.pauses[-1]
         return f"{line}; {number}, after round {last.round}: {last.reason}"
 
+    @property
+    def engine_summary(self) -> str:
+        """One line on the engine; empty for eager rounds."""
+        took = f", {self.engine_seconds:.1f} s to prepare" if self.engine_seconds else ""
+        return "" if self.engine == "eager" else self.engine + took
+
     def __str__(self) -> str:
         if self.fallbacks and not self.rounds:
             return f"regular generation: {'; '.join(self.fallbacks)}"
@@ -260,6 +272,7 @@ class SpeculationStats:
             if speed_up is None
             else f"about {speed_up:.2f}, estimated from rounds without a draft",
             "tree": self.tree,
+            "engine": self.engine_summary,
             "pauses": self.pause_summary,
             "fallbacks": "; ".join(self.fallbacks),
         }
@@ -284,6 +297,8 @@ class SpeculationStats:
             "num_plain_rounds": self.num_plain_rounds,
             "pauses": [{"round": pause.round, "reason": pause.reason} for pause in self.pauses],
             "tree": self.tree,
+            "engine": self.engine,
+            "engine_seconds": self.engine_seconds,
             "rows": [row.to_dict() for row in self.rows],
         }
 

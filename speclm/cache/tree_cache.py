@@ -1,6 +1,6 @@
 """The key/value cache: its last slots hold a tree, of which one path is kept."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,13 +30,22 @@ class TreeCache(Cache):
     sequence. Layers of equal shape share one tensor, so that `keep` moves them in one operation.
     """
 
-    def __init__(self, *, num_layers: int, num_padding: Int[Tensor, " batch"]) -> None:
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_padding: Int[Tensor, " batch"],
+        allocate: Callable[[Tensor, tuple[int, ...]], Tensor] | None = None,
+    ) -> None:
         """Create an empty cache.
 
         Args:
             num_layers: Layers of the model that keep keys and values.
             num_padding: Padding slots at the start of each row.
+            allocate: Returns storage of a shape, of the type and device of a tensor; then capacity
+                doubles whenever it is full, so that few shapes occur.
         """
+        self._allocate = allocate
         self._rows: list[TreeLayer] = [TreeLayer(self) for _ in range(num_layers)]
         super().__init__(layers=list(self._rows))
         self.num_padding = num_padding
@@ -115,6 +124,15 @@ class TreeCache(Cache):
                 )
             self._grow(self.num_pending)
 
+    def storage(self) -> list[Tensor]:
+        """Return keys and values of each layer that has them, ``capacity`` slots long."""
+        return [
+            part
+            for layer in self._rows
+            if layer.keys is not None and layer.values is not None
+            for part in (layer.keys, layer.values)
+        ]
+
     def keep(self, paths: Sequence[Sequence[int]]) -> None:
         """Commit the pending nodes on each row's path and drop all others.
 
@@ -158,7 +176,10 @@ class TreeCache(Cache):
         self.num_pending = 0
 
     def _grow(self, needed: int) -> None:
-        capacity = -(-(needed + BLOCK // 2) // BLOCK) * BLOCK
+        num_blocks = -(-(needed + BLOCK // 2) // BLOCK)
+        if self._allocate is not None:
+            num_blocks = 1 << (num_blocks - 1).bit_length()
+        capacity = num_blocks * BLOCK
         used = self.tree_start + self.num_pending
         groups: dict[tuple[object, ...], list[TreeLayer]] = {}
         for layer in self._rows:
@@ -166,7 +187,8 @@ class TreeCache(Cache):
                 groups.setdefault(layer.signature(), []).append(layer)
         if not groups:
             return  # nothing has been written
-        arenas = [_build_arena(layers, used, capacity) for layers in groups.values()]
+        allocate = self._allocate or Tensor.new_empty
+        arenas = [_build_arena(layers, used, capacity, allocate) for layers in groups.values()]
         self._arenas = [(arena, pays(arena.device)) for arena in arenas]
         self.capacity = capacity
 
@@ -282,7 +304,12 @@ class TreeLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init
             self.keys, self.values = keys, values
 
 
-def _build_arena(layers: list[TreeLayer], used: int, capacity: int) -> Tensor:
+def _build_arena(
+    layers: list[TreeLayer],
+    used: int,
+    capacity: int,
+    allocate: Callable[[Tensor, tuple[int, ...]], Tensor],
+) -> Tensor:
     """Give layers of one signature a common storage of `capacity` slots.
 
     Returns:
@@ -295,11 +322,11 @@ def _build_arena(layers: list[TreeLayer], used: int, capacity: int) -> Tensor:
     batch, heads, _, key_dim = keys.shape
     value_dim = values.shape[3]
     if key_dim == value_dim:
-        arena = keys.new_empty(2 * len(layers), batch, heads, capacity, key_dim)
+        arena = allocate(keys, (2 * len(layers), batch, heads, capacity, key_dim))
         for index, layer in enumerate(layers):
             layer.adopt(arena[2 * index], arena[2 * index + 1], used=used)
     else:
-        arena = keys.new_empty(len(layers), batch, heads, capacity, key_dim + value_dim)
+        arena = allocate(keys, (len(layers), batch, heads, capacity, key_dim + value_dim))
         for index, layer in enumerate(layers):
             layer.adopt(arena[index, ..., :key_dim], arena[index, ..., key_dim:], used=used)
     return arena

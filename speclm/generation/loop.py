@@ -24,9 +24,9 @@ from speclm.config import MAX_MERGED_PROMPT
 from speclm.drafting.interface import Draft, Prefill
 from speclm.generation.drafts import Drafter, planned, root_only
 from speclm.generation.lockstep import Lockstep, nan_logits
-from speclm.generation.regular import open_session
 from speclm.generation.request import Request, Setup, resolve_request
 from speclm.generation.sequences import Listener, Sequences, StopStrings
+from speclm.generation.sessions import open_session
 from speclm.sampling.chooser import TokenChooser
 from speclm.sampling.draws import DraftSampler, DraftSampling, Draws, seeded_draws
 from speclm.sampling.noise import PositionNoise
@@ -100,15 +100,7 @@ class Generation:
         """Set up a call without computing anything; `stats` is filled during the call."""
         prompt, target = request.prompt, setup.target
         self.request, self.setup, self.stats, self.target = request, setup, stats, target
-        self.session = open_session(
-            target,
-            setup.verification,
-            prompt.model_inputs,
-            prompt.images,
-            prompt.num_padding,
-            cache=prompt.cache,
-            num_tokens=prompt.length,
-        )
+        self.session = open_session(prompt, setup)
         stop_strings = request.stop_strings
         self.sequences = Sequences(
             batch=len(prompt.input_ids),
@@ -138,8 +130,11 @@ class Generation:
         self.pausing = _begin_pausing(request, setup, stats)
         self.tuner = _begin_tuning(request, setup)
         # Forwards over any tree can be timed unless lockstep or a change of rotation forbids it.
+        # An engine would have to prepare every size.
         can_time = not self.session.needs_lockstep and target.rotary_switch is None
+        can_time = can_time and setup.static is None
         self.times_forwards = can_time and self.tuner is not None and self.tuner.timings is None
+        self.build_seconds = 0.0 if setup.static is None else setup.static.engine.build_seconds
         self.timings_key = fingerprint(target) if self.times_forwards else None
         stats.acceptance, stats.is_lossy = request.rule.name, request.rule.is_lossy
 
@@ -237,6 +232,7 @@ class Generation:
             logits = self.session.verify(
                 draft.tokens, draft.topology, max_length=self.request.total_length
             )
+        is_usual = not self._book_preparing()
         # What a proposer learns takes a few percent of a round: too much while drafts pause.
         observes = drafts or self.pausing is None or not self.pausing.is_paused
         taken = self._accept_and_commit(draft, logits, observes=observes)
@@ -244,18 +240,30 @@ class Generation:
             taken.paths, sizes=draft.topology.host_sizes, depths=draft.topology.host_depths
         )
         seconds = {name: stats.seconds[name] - past for name, past in before.items()}
-        if draft.topology.num_nodes == 1:
+        if draft.topology.num_nodes == 1 and is_usual:
             fastest = stats.plain_round_seconds or math.inf
             stats.plain_round_seconds = min(fastest, sum(seconds.values()))
         is_explored = drafts and self.tuner is not None and self.tuner.is_exploring
-        if drafts and self.tuner is not None:
+        if drafts and self.tuner is not None and is_usual:
             self.tuner.record(draft, taken.paths, is_whole=sequences.is_live, seconds=seconds)
         if self.pausing is not None:
             self.pausing.record(
                 tokens=_mean_length(taken, slowest),
                 drafted=drafts,
-                seconds=math.nan if is_explored else None,
+                seconds=math.nan if is_explored or not is_usual else None,
             )
+
+    def _book_preparing(self) -> bool:
+        """Return whether an engine has just prepared something, whose time is no round's."""
+        static, stats = self.setup.static, self.stats
+        if static is None:
+            return False
+        stats.engine = static.describe()
+        seconds = static.engine.build_seconds - self.build_seconds
+        self.build_seconds += seconds
+        stats.engine_seconds += seconds
+        stats.seconds["verify"] -= seconds
+        return seconds > 0
 
     def _accept_and_commit(
         self, draft: Draft, logits: Float[Tensor, "batch nodes vocab"], *, observes: bool = True

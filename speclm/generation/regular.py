@@ -8,13 +8,12 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import GenerationConfig
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.generation import logits_process as processors
 from transformers.generation.logits_process import LogitsProcessorList
 
 from speclm.acceptance.interface import AcceptanceRule
-from speclm.cache import import_cache, import_obstacle
-from speclm.errors import PromptError, UnsupportedModelError
+from speclm.errors import PromptError
 from speclm.generation.settings import (
     BY_NAME,
     LEFT_TO_THE_BASE,
@@ -25,10 +24,7 @@ from speclm.generation.settings import (
 )
 from speclm.sampling.chooser import TokenChooser, first_text_dependent
 from speclm.sampling.noise import generator_obstacle
-from speclm.self_check.verdict import Verification
-from speclm.target import Session, TargetView, images_obstacle, position_shift
-from speclm.target.chain_session import ChainSession
-from speclm.target.session import TreeSession
+from speclm.target import TargetView, images_obstacle
 
 KNOWN_INPUTS = frozenset(
     {
@@ -246,61 +242,3 @@ def meets_switch(
             "model reads it again"
         )
     return is_met
-
-
-def open_session(
-    target: TargetView,
-    verification: Verification,
-    inputs: dict[str, Any],
-    images: dict[str, Any],
-    num_padding: Int[Tensor, " batch"],
-    *,
-    cache: Any,
-    num_tokens: int,
-) -> Session:
-    """Return a session for that verification; it continues from the caller's cache, if any.
-
-    Raises:
-        NeedsRegularGeneration: If it cannot use that cache, or images shift the positions
-            of a model whose rotation depends on the length.
-    """
-    shift = position_shift(inputs.get("position_ids"), num_padding, num_tokens=num_tokens)
-    if shift is not None and target.rotary_switch is not None:
-        raise NeedsRegularGeneration("rope scaling by length, and positions that images shift")
-    if verification is Verification.CHAINS:
-        inputs = {
-            name: value
-            for name, value in inputs.items()
-            if name != "inputs_embeds" and name not in images
-        }
-        try:
-            return ChainSession(
-                target,
-                inputs,
-                images=images,
-                num_cached=cached_length(cache),
-                is_callers=cache is not None,
-            )
-        except UnsupportedModelError as error:
-            raise NeedsRegularGeneration(str(error)) from error
-    for made in inputs.values():
-        if cache is None and isinstance(made, Cache) and type(made) is not DynamicCache:
-            raise NeedsRegularGeneration(
-                f"the model makes itself a cache of type {type(made).__name__}"
-            )
-    tree_cache = target.new_cache(num_padding)
-    tree_cache.position_shift = shift
-    if cache is not None:
-        obstacle = import_obstacle(
-            cache, num_layers=target.num_layers, batch=len(num_padding), num_tokens=num_tokens
-        )
-        if obstacle is not None:
-            raise NeedsRegularGeneration(f"past_key_values {obstacle}")
-        import_cache(tree_cache, cache, room=num_tokens)
-    return TreeSession(
-        target,
-        tree_cache,
-        attention_mask=inputs.get("attention_mask"),
-        position_ids=inputs.get("position_ids"),
-        images=images,
-    )

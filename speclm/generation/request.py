@@ -38,7 +38,7 @@ from speclm.generation.settings import REFUSED_SETTINGS, first_active, resolve_s
 from speclm.sampling.chooser import first_text_dependent
 from speclm.sampling.draws import DraftSampling
 from speclm.self_check.verdict import Verification
-from speclm.target import Session, TargetView
+from speclm.target import Session, StaticForward, TargetView
 from speclm.tree.plan import TreePlan
 
 _OWN_CRITERIA = frozenset({EosTokenCriteria, MaxLengthCriteria, StopStringCriteria})
@@ -153,6 +153,7 @@ class Setup:
         isolates: Whether to undo what the proposer draws from the default generators.
         streamer: Receives the tokens; None without one.
         extends_cache: Whether to extend a cache that the caller passed in.
+        static: Verifies trees by an engine; None to verify eagerly.
     """
 
     target: TargetView
@@ -165,6 +166,7 @@ class Setup:
     isolates: bool = False
     streamer: BaseStreamer | None = None
     extends_cache: bool = False
+    static: StaticForward | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -15,6 +15,7 @@ from transformers.utils.generic import ModelOutput
 from speclm.acceptance import AcceptanceRule, resolve_acceptance_rule
 from speclm.adaptive.memory import Memory
 from speclm.drafting.interface import Proposer
+from speclm.engines import Engine
 from speclm.errors import OptionError
 from speclm.files.hub import with_base_options
 from speclm.generation.regular import NeedsRegularGeneration
@@ -31,6 +32,7 @@ from speclm.model.call import (
     slowdowns,
     with_counters,
 )
+from speclm.model.engines import Engines, normalize_engine
 from speclm.model.fitting import MissWatch, require_fits
 from speclm.model.heads import Heads, load_base, load_proposer, push_heads, save_heads, unwrap
 from speclm.model.report import describe_model, write_report
@@ -67,6 +69,7 @@ class SpecModel(KeepsCounters, Wrapper):
         *,
         adaptive: bool = True,
         tree: Tree | None = None,
+        engine: str | Engine = "auto",
     ) -> None:
         """Wrap a loaded model.
 
@@ -77,6 +80,7 @@ class SpecModel(KeepsCounters, Wrapper):
                 Tokens do not depend on it in float32; in half precision, rounds of different sizes
                 round differently.
             tree: Default of the option ``tree`` of `generate`.
+            engine: Default of the option ``engine`` of `generate`.
 
         Raises:
             UnsupportedModelError: If `base` is not a decoder-only language model.
@@ -86,7 +90,8 @@ class SpecModel(KeepsCounters, Wrapper):
         self._target = TargetView(unwrap(base, SpecModel))
         self.proposer = proposer
         self._watch = Watch(self._target)
-        self.adaptive, self.tree = adaptive, tree
+        self.adaptive, self.tree, self.engine = adaptive, tree, engine
+        self._engines = Engines()
         self.memory, self._misses = Memory(), MissWatch()
         self._plain_seconds: dict[int, float] = {}
         self._logged: set[str] = set()
@@ -101,6 +106,7 @@ class SpecModel(KeepsCounters, Wrapper):
         num_draft_tokens: int | None = None,
         adaptive: bool | None = None,
         tree: Tree | None = None,
+        engine: str | Engine = "auto",
         **kwargs: Any,
     ) -> Self:
         """Load a base model and a proposer.
@@ -116,6 +122,7 @@ class SpecModel(KeepsCounters, Wrapper):
             num_draft_tokens: Maximum draft tokens per round; by default the proposer's own choice.
             adaptive: As in the constructor; by default True, unless a static tree is given.
             tree: Default of the option ``tree`` of `generate`.
+            engine: Default of the option ``engine`` of `generate`.
             **kwargs: Arguments of the base's ``from_pretrained``. Those for the hub also apply to
                 heads in the base's own repository.
 
@@ -125,7 +132,7 @@ class SpecModel(KeepsCounters, Wrapper):
             VocabularyMismatchError: If a draft model has another vocabulary than the base.
             OptionError: If an argument is unknown, or would not affect an object already built.
         """
-        base = unwrap(base, SpecModel)
+        base, engine = unwrap(base, SpecModel), normalize_engine(engine)
         model = load_base(base, kwargs)
         heads_kwargs = with_base_options(heads_kwargs, kwargs, heads=heads, base=base)
         proposer = load_proposer(
@@ -134,7 +141,7 @@ class SpecModel(KeepsCounters, Wrapper):
         if adaptive is None:
             adaptive = (heads_kwargs or {}).get("tree") is None
         require_fillable(normalize_tree(tree), proposer)
-        return cls(model, proposer, adaptive=adaptive, tree=tree)
+        return cls(model, proposer, adaptive=adaptive, tree=tree, engine=engine)
 
     @property
     def proposer(self) -> Proposer | None:
@@ -162,6 +169,15 @@ class SpecModel(KeepsCounters, Wrapper):
         self._tree = normalize_tree(tree)
 
     @property
+    def engine(self) -> str | Engine:
+        """Default of the option ``engine`` of `generate`."""
+        return self._engine
+
+    @engine.setter
+    def engine(self, engine: str | Engine) -> None:
+        self._engine = normalize_engine(engine)
+
+    @property
     def self_check(self) -> SelfCheck:
         """How drafts are verified, and why, for the base as it was at the last call."""
         return self._watch.check
@@ -183,12 +199,13 @@ class SpecModel(KeepsCounters, Wrapper):
         *,
         acceptance: str | AcceptanceRule = "exact",
         tree: Tree | None = None,
+        engine: str | Engine | None = None,
         busy: str = "wait",
         **kwargs: Any,
     ) -> Tensor | ModelOutput:
         """Generate the tokens that ``base.generate`` generates, in fewer forwards.
 
-        Takes the arguments of ``base.generate``, and three options of its own. `acceptance` is the
+        Takes the arguments of ``base.generate``, and four options of its own. `acceptance` is the
         rule that decides which draft tokens are kept when sampling. ``"exact"`` gives the tokens
         of ``base.generate`` under the same seed, ``"rejection"`` other tokens from the same
         distribution, and ``"typical"`` is lossy. Greedy decoding is exact under every rule.
@@ -197,6 +214,11 @@ class SpecModel(KeepsCounters, Wrapper):
         measured times and acceptance; a static tree as a preset's name, widths, paths of ranks or
         a JSON file of these; a `TreePlan`. By default the proposer's own settings apply. A static
         tree or a plan is drafted in every round, even where it does not pay.
+
+        `engine` says how trees are verified: ``"eager"``; ``"compile"``, which compiles the base's
+        forward for each size of tree and cache; ``"graph"``, which records it as a CUDA graph; or
+        ``"auto"``, which at present is ``"eager"``. What an engine cannot run is verified eagerly,
+        and `SpeculationStats.engine` says why.
 
         `busy` says what to do while another thread's call uses the base or the proposer:
         ``"wait"`` or ``"raise"``.
@@ -238,6 +260,11 @@ class SpecModel(KeepsCounters, Wrapper):
         arguments.pop("custom_generate", None)  # it is None
         self._watch.look(self._target)
         check = self.self_check
+        static = self._engines.forward(
+            self.engine if engine is None else normalize_engine(engine),
+            self._target,
+            state=self._watch.state,
+        )
         stats = SpeculationStats(verification=check.verification.value, self_check=check.reason)
         try:
             require_speculation(self._watch, arguments, self.generation_config)
@@ -251,6 +278,7 @@ class SpecModel(KeepsCounters, Wrapper):
                 plan=plan if isinstance(plan, TreePlan) else None,
                 pauses=self.memory if self.adaptive and not isinstance(plan, TreePlan) else None,
                 trees=self.memory if plan == AUTO else None,
+                static=static,
             )
             output = decode(
                 self._base_generate,

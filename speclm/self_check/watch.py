@@ -86,6 +86,11 @@ class Watch:
         self.check = SelfCheck(Verification.REGULAR, "not checked yet")
         self.look(target)
 
+    @property
+    def state(self) -> object:
+        """Stands for the model as it was at the last look; another object after a change."""
+        return self._state
+
     def look(self, target: TargetView) -> None:
         """Check the model again if it has changed to a state without a verdict.
 

@@ -6,6 +6,7 @@ from speclm.target.features import TargetFeatures, is_tap
 from speclm.target.images import images_obstacle, position_shift
 from speclm.target.logits import output_matrix, replaced_forward, stored_matrices
 from speclm.target.session import Session, TreeSession
+from speclm.target.static_forward import StaticForward
 from speclm.target.view import TargetView
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "ChainSession",
     "NestedError",
     "Session",
+    "StaticForward",
     "TargetFeatures",
     "TargetView",
     "TreeSession",

@@ -1,7 +1,7 @@
 """Hidden states that a proposer requests, and hooks that read them during forwards."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from speclm.errors import UnsupportedModelError
 from speclm.forking import temporary
@@ -71,8 +72,11 @@ class FeatureTap:
             is_own: Returns whether the running forward is the owner's.
             take: Called with ``[batch, nodes, width]`` at the end of the decoder.
         """
-        self._features, self._is_own, self._take = features, is_own, take
+        self.features, self._is_own, self._take = features, is_own, take
         self._found: dict[int, Tensor] = {}
+        self._decoder: nn.Module | None = None
+        self._layers: Any = None
+        self._handles: list[RemovableHandle] = []
 
     @contextmanager
     def on(self, decoder: nn.Module, num_layers: int) -> Iterator[None]:
@@ -81,24 +85,39 @@ class FeatureTap:
         Raises:
             UnsupportedModelError: If the decoder has no such layer.
         """
-        indices = self._features.layers
+        indices = self.features.layers
         inner = [index for index in indices if index >= 0]
         if inner and max(inner) >= num_layers:
             raise UnsupportedModelError(
                 f"features of layer {max(inner)} are requested, the target has layers 0 to "
                 f"{num_layers - 1}; use heads that were made for this target"
             )
-        layers: Any = _layers(decoder, num_layers) if inner else None
-        with ExitStack() as hooks:
-            # No closures: a model may be copied or pickled while it runs.
-            for index in inner:
-                read = partial(self._read, index)
-                handle = layers[index].register_forward_pre_hook(read, with_kwargs=True)
-                hooks.enter_context(temporary(handle.remove))
-            if indices:
-                handle = decoder.register_forward_hook(self._end)
-                hooks.enter_context(temporary(handle.remove))
+        self._decoder, self._layers = decoder, _layers(decoder, num_layers) if inner else ()
+        with temporary(self._remove):
+            self._add()
             yield
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Have no hooks inside the block."""
+        self._remove()
+        try:
+            yield
+        finally:
+            self._add()
+
+    def _add(self) -> None:
+        # No closures: a model may be copied or pickled while it runs.
+        for index in self.features.layers:
+            if index >= 0:
+                layer, read = self._layers[index], partial(self._read, index)
+                self._handles.append(layer.register_forward_pre_hook(read, with_kwargs=True))
+        if self.features.layers and self._decoder is not None:
+            self._handles.append(self._decoder.register_forward_hook(self._end))
+
+    def _remove(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
 
     def _read(
         self,
@@ -113,7 +132,7 @@ class FeatureTap:
     def _end(self, module: nn.Module, arguments: object, output: Any) -> None:  # noqa: ARG002
         if self._is_own():
             self._found[-1] = output[0]
-            self._take(torch.cat([self._found[index] for index in self._features.layers], dim=-1))
+            self._take(torch.cat([self._found[index] for index in self.features.layers], dim=-1))
             self._found.clear()
 
 

@@ -11,6 +11,7 @@ from transformers import DynamicCache
 from typing_extensions import override
 
 from speclm.cache import TreeCache, export_cache
+from speclm.target.static_forward import StaticForward
 from speclm.target.view import TargetView
 from speclm.tree.topology import TreeTopology
 
@@ -112,6 +113,7 @@ class TreeSession(Session):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         images: Mapping[str, Any] | None = None,
+        static: StaticForward | None = None,
     ) -> None:
         """Start a generation.
 
@@ -121,8 +123,9 @@ class TreeSession(Session):
             attention_mask: Attention mask of the prompt; None without padding.
             position_ids: Position ids of the prompt; None to count tokens.
             images: Other inputs of the prompt.
+            static: Verifies drafts by an engine; None to verify eagerly.
         """
-        self._target, self._cache = target, cache
+        self._target, self._cache, self._static = target, cache, static
         self._attention_mask, self._position_ids = attention_mask, position_ids
         self._images = images
         self._num_cached = cache.tree_start
@@ -160,6 +163,11 @@ class TreeSession(Session):
         prompt: Int[Tensor, "batch seq"] | None = None,
         max_length: int | None = None,
     ) -> Float[Tensor, "batch nodes vocab"]:
+        logits = None
+        if self._static is not None and prompt is None:
+            logits = self._static.verify(tokens, topology, self._cache, max_length=max_length)
+        if logits is not None:
+            return logits
         return self._target.forward_tree(
             tokens, topology, self._cache, prompt=prompt, max_length=max_length
         )

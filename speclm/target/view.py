@@ -2,8 +2,8 @@
 
 import inspect
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -55,6 +55,9 @@ class TargetView:
         self._configs = attention_configs(model)
         self.features: Float[Tensor, "batch nodes hidden"] | None = None
         """Hidden states of the last forward, inside `decoding` with features."""
+        self.windows: set[int | None] = set()
+        """Windows of the masks that the model asked for in the last forward over nodes."""
+        self._tap: FeatureTap | None = None  # inside `decoding`
         self._running_thread: int | None = None  # of a forward of this view
 
     def refresh(self) -> None:
@@ -160,9 +163,14 @@ class TargetView:
                 f"{self.max_positions}; shorten the prompt, e.g. with truncation=True"
             )
 
-    def new_cache(self, num_padding: Int[Tensor, " batch"]) -> TreeCache:
-        """Return an empty cache for prompts with the given left padding."""
-        return TreeCache(num_layers=self.num_layers, num_padding=num_padding)
+    def new_cache(
+        self,
+        num_padding: Int[Tensor, " batch"],
+        *,
+        allocate: Callable[[Tensor, tuple[int, ...]], Tensor] | None = None,
+    ) -> TreeCache:
+        """Return an empty cache for prompts with the given left padding; see `TreeCache`."""
+        return TreeCache(num_layers=self.num_layers, num_padding=num_padding, allocate=allocate)
 
     def prefill(
         self,
@@ -292,6 +300,7 @@ class TargetView:
                 past_key_values=cache,
                 logits_to_keep=num_logits,
             )
+        self.windows = step.windows
         cache.append(num_nodes)
         return logits
 
@@ -323,8 +332,19 @@ class TargetView:
         """
         # Models may have no decoder apart from their head; without features none is needed.
         decoder = self.decoder if features.layers else self.model
-        tap = FeatureTap(features, is_own=self._is_running, take=self._take)
-        with temporary(self._forget), tap.on(decoder, self.num_layers):
+        self._tap = FeatureTap(features, is_own=self._is_running, take=self._take)
+        with temporary(self._forget), self._tap.on(decoder, self.num_layers):
+            yield
+
+    @property
+    def tapped(self) -> TargetFeatures:
+        """The features that forwards read at present."""
+        return TargetFeatures.NONE if self._tap is None else self._tap.features
+
+    @contextmanager
+    def untapped(self) -> Iterator[None]:
+        """Read no features inside the block, in which the model has no hooks of this view."""
+        with nullcontext() if self._tap is None else self._tap.off():
             yield
 
     @contextmanager
@@ -358,7 +378,7 @@ class TargetView:
         self.features = features
 
     def _forget(self) -> None:
-        self.features = None
+        self.features = self._tap = None
 
 
 def _below_prompt(

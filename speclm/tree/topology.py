@@ -67,6 +67,23 @@ class TreeTopology:
         """True at ``[i, j]`` if node j is node i or one of its ancestors."""
         return unpack_words(self.ancestor_words, num_bits=self.num_nodes)
 
+    def padded(
+        self, num_nodes: int
+    ) -> tuple[Int[Tensor, "rows num_nodes"], Bool[Tensor, "rows num_nodes num_nodes"]]:
+        """Return depths and ancestor mask of the same trees with more padding; made once."""
+        if num_nodes not in self._padded:
+            missing = num_nodes - self.num_nodes
+            mask = F.pad(self.ancestor_mask, (0, missing, 0, missing))
+            itself = torch.eye(num_nodes, dtype=torch.bool, device=mask.device)
+            # Copies, because stages are prepared for strides too.
+            depths = F.pad(self.depths, (0, missing)).clone(memory_format=torch.contiguous_format)
+            self._padded[num_nodes] = depths, mask | itself
+        return self._padded[num_nodes]
+
+    @cached_property
+    def _padded(self) -> dict[int, tuple[Tensor, Tensor]]:
+        return {}
+
     @cached_property
     def is_padding(self) -> Bool[Tensor, "rows nodes"]:
         """True at nodes that belong to no path."""

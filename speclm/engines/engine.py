@@ -1,0 +1,84 @@
+"""What an engine is: it runs the stages of a round, whose shapes repeat."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Sequence
+from time import perf_counter
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from speclm.errors import EngineError
+
+Outputs = tuple[Tensor, ...]
+Stage = Callable[..., Outputs]
+"""Computes tensors from tensors, given by position: inputs, then storage, which it may change in
+place. It reads nothing on the host."""
+Prepared = Callable[[Sequence[Tensor], Sequence[Tensor]], Outputs]
+"""A stage for some shapes, as a function of inputs and storage."""
+
+
+class Engine(ABC):
+    """Runs stages faster, once it has prepared them for the shapes of their inputs."""
+
+    name: ClassVar[str]
+    reuses_storage: ClassVar[bool]
+    """Whether a stage that was prepared only works on the same storage."""
+
+    def __init__(self) -> None:
+        """Start with nothing prepared."""
+        self.build_seconds = 0.0
+        """Time that preparing took so far."""
+        self._prepared: dict[Hashable, Prepared] = {}
+
+    @abstractmethod
+    def obstacle(self, device: torch.device) -> str | None:
+        """Return why no stage can run on a device; None if stages can."""
+
+    @abstractmethod
+    def prepare(
+        self, stage: Stage, inputs: Sequence[Tensor], storage: Sequence[Tensor]
+    ) -> Prepared:
+        """Prepare a stage for inputs and storage like these; it may run with them."""
+
+    def run(self, stage: Stage, inputs: Sequence[Tensor], storage: Sequence[Tensor]) -> Outputs:
+        """Run a stage, and prepare it first if it is new for these shapes.
+
+        Returns:
+            The outputs, which later runs do not change.
+
+        Raises:
+            EngineError: If the stage cannot be prepared or run. It may have changed the storage.
+        """
+        key = self._key(stage, inputs, storage)
+        try:
+            prepared = self._prepared.get(key)
+            return (
+                self._run_first(key, stage, inputs, storage)
+                if prepared is None
+                else prepared(inputs, storage)
+            )
+        except Exception as error:  # compilers raise errors of many kinds
+            sizes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs)
+            first_line = (str(error).strip().splitlines() or ["no message"])[0]
+            raise EngineError(
+                f"engine {self.name!r} cannot run a stage with inputs of {sizes}: "
+                f"{type(error).__name__}, {first_line}; decode with engine='eager'"
+            ) from error
+
+    def _run_first(
+        self, key: Hashable, stage: Stage, inputs: Sequence[Tensor], storage: Sequence[Tensor]
+    ) -> Outputs:
+        start = perf_counter()
+        try:
+            prepared = self.prepare(stage, inputs, storage)
+            outputs = prepared(inputs, storage)
+        finally:
+            self.build_seconds += perf_counter() - start
+        self._prepared[key] = prepared
+        return outputs
+
+    def _key(self, stage: Stage, inputs: Sequence[Tensor], storage: Sequence[Tensor]) -> Hashable:
+        shapes = [(tensor.shape, tensor.dtype, tensor.device) for tensor in (*inputs, *storage)]
+        addresses = [tensor.data_ptr() for tensor in storage] if self.reuses_storage else []
+        return stage, tuple(shapes), tuple(addresses)

@@ -1,0 +1,65 @@
+"""The option ``engine`` of a model: which engine verifies its drafts, and what it has prepared."""
+
+from typing import Any
+
+from speclm.engines import CompileEngine, Engine, GraphEngine
+from speclm.errors import OptionError, suggest
+from speclm.target import StaticForward, TargetView
+
+_EAGER = frozenset({"auto", "eager"})
+_KINDS: dict[str, type[Engine]] = {"compile": CompileEngine, "graph": GraphEngine}
+
+
+def normalize_engine(engine: Any) -> str | Engine:
+    """Return the option ``engine``, checked.
+
+    Raises:
+        OptionError: If no engine has that name.
+    """
+    known = sorted({*_EAGER, *_KINDS})
+    if isinstance(engine, Engine) or (isinstance(engine, str) and engine in known):
+        return engine
+    raise OptionError(
+        f"engine is {engine!r}, expected one of {known!r} or an Engine; "
+        f"{suggest(str(engine), known)}"
+    )
+
+
+class Engines:
+    """Keeps what the engines of a model have prepared, while the model stays the same."""
+
+    def __init__(self) -> None:
+        """Start with nothing prepared."""
+        self._forwards: dict[object, StaticForward] = {}
+        self._state: object = None
+
+    def forward(
+        self, engine: str | Engine, target: TargetView, *, state: object
+    ) -> StaticForward | None:
+        """Return what verifies drafts with an engine; None to verify eagerly.
+
+        Args:
+            engine: A normalised option.
+            target: The model.
+            state: Compared by identity; another one means that the model has changed.
+
+        Raises:
+            OptionError: If the engine was asked for by name and cannot run on the model's device.
+        """
+        if isinstance(engine, str) and engine in _EAGER:
+            return None
+        if state is not self._state:
+            self._forwards, self._state = {}, state
+        if engine not in self._forwards:
+            made = _KINDS[engine]() if isinstance(engine, str) else engine
+            obstacle = made.obstacle(target.device)
+            if obstacle is not None:
+                raise OptionError(
+                    f"engine {made.name!r} cannot be used: {obstacle}; pass engine='eager' or "
+                    "engine='compile'"
+                )
+            self._forwards[engine] = StaticForward(target, made)
+        return self._forwards[engine]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Engines, ()  # a copy belongs to another model object

@@ -1,0 +1,350 @@
+"""Verification as a stage of fixed shapes, which an engine can compile or record."""
+
+import logging
+from collections.abc import Sequence
+from functools import lru_cache
+from time import perf_counter
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+from typing_extensions import override
+
+from speclm.cache.tree_cache import TreeCache
+from speclm.engines import Engine
+from speclm.errors import EngineError, UnsupportedModelError
+from speclm.target.view import TargetView
+from speclm.tree.topology import TreeTopology
+
+BUCKETS = (1, 8, 16, 32, 64)
+"""Numbers of nodes that a stage is prepared for; larger trees are verified eagerly."""
+
+_ATTENTION_BY_MASK = {"eager", "sdpa"}
+"""Implementations of attention that take any mask."""
+_KINDS = {"full_attention", "sliding_attention"}
+_TOLERANCE = 1e-2
+"""Maximum difference between two forwards over the same tree, relative to the largest output: both
+round differently, and a wrong mask or position changes more in random models already."""
+
+_log = logging.getLogger("speclm")
+
+
+class StaticForward:
+    """Verifies drafts by an engine. Forwards that it cannot run are left to the target's view."""
+
+    def __init__(self, target: TargetView, engine: Engine) -> None:
+        """Prepare nothing yet."""
+        self.engine = engine
+        self.obstacle = engine.obstacle(target.device) or _obstacle(target.model)
+        """Why the engine verifies nothing; None if it does."""
+        self._target = target
+        self._stages: dict[tuple[int, ...], VerifyStage] = {}  # by the features that they return
+        self._storage: dict[object, Tensor] = {}
+
+    def describe(self) -> str:
+        """Return the engine's name, or why drafts are verified eagerly."""
+        if self.obstacle is None:
+            return self.engine.name
+        return f"eager, because {self.engine.name} cannot run: {self.obstacle}"
+
+    def allocate(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Return zeros as storage of a cache, because unused slots are read, with weight zero.
+
+        If the engine needs the same storage in every call, that of an earlier one is taken again.
+        """
+        if not self.engine.reuses_storage:
+            return like.new_zeros(shape)
+        key = shape, like.dtype, like.device
+        if key not in self._storage:
+            self._storage[key] = like.new_empty(shape)
+        return self._storage[key].zero_()
+
+    def verify(
+        self,
+        tokens: Int[Tensor, "batch nodes"],
+        topology: TreeTopology,
+        cache: TreeCache,
+        *,
+        max_length: int | None,
+    ) -> Float[Tensor, "batch nodes vocab"] | None:
+        """Run a tree through the model, as `TargetView.forward_tree` does.
+
+        The first tree also runs as usual, and both results must agree.
+
+        Returns:
+            Logits after every node; None if the engine cannot run this forward.
+        """
+        nodes = tokens.shape[1]
+        bucket = next((size for size in BUCKETS if size >= nodes), None)
+        is_static = cache.capacity > 0 and cache.num_pending == 0 and cache.position_shift is None
+        if self.obstacle is not None or bucket is None or not is_static:
+            return None
+        cache.reserve(bucket)
+        target, layers = self._target, self._target.tapped.layers
+        inputs = _inputs(tokens, topology, cache, bucket=bucket, max_length=max_length)
+        if layers not in self._stages:
+            logits = target.forward_tree(tokens, topology, cache, max_length=max_length)
+            expected = [logits] if target.features is None else [logits, target.features]
+            self._prove(layers, inputs, cache, expected)
+            return logits
+        try:
+            with target.untapped():
+                found = self.engine.run(self._stages[layers], inputs, cache.storage())
+        except EngineError as error:
+            self._give_up(str(error))
+            return None
+        cache.append(nodes)
+        if layers:
+            target.features = found[1][:, :nodes]
+        return found[0][:, :nodes]
+
+    def _prove(
+        self,
+        layers: tuple[int, ...],
+        inputs: Sequence[Tensor],
+        cache: TreeCache,
+        expected: Sequence[Tensor],
+    ) -> None:
+        """Keep a stage for some features if it computes what the usual forward has computed.
+
+        It writes to the slots of the nodes that the usual forward has left pending.
+        """
+        model, start = self._target.model, perf_counter()
+        try:
+            stage = VerifyStage(model, layers, _masks(model, self._target.windows))
+            found = stage(*inputs, *cache.storage())
+        except (UnsupportedModelError, RuntimeError, TypeError, ValueError, LookupError) as error:
+            self._give_up(f"a forward over fixed shapes fails: {type(error).__name__}, {error}")
+            return
+        if all(map(_agree, found, expected)):
+            self._stages[layers] = stage
+        else:
+            self._give_up("the model computes something else over fixed shapes")
+        self.engine.build_seconds += perf_counter() - start
+
+    def _give_up(self, reason: str) -> None:
+        self.obstacle = reason
+        _log.warning("engine %r is not used: %s", self.engine.name, reason)
+
+
+class VerifyStage(nn.Module):
+    """The target's forward over one tree per row, with keys and values in storage of fixed size."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: tuple[int, ...],
+        masks: dict[str, int | None],
+    ) -> None:
+        """Hold the model.
+
+        Args:
+            model: The target.
+            layers: Hidden states to return, see `TargetFeatures`.
+            masks: Windows of its layers by type; a single one for a model with one mask.
+        """
+        super().__init__()
+        self._model, self._layers, self._masks = model, layers, masks
+
+    @override
+    def forward(
+        self,
+        tokens: Int[Tensor, "batch nodes"],
+        depths: Int[Tensor, "batch nodes"],
+        ancestors: Bool[Tensor, "batch nodes nodes"],
+        lengths: Int[Tensor, " batch"],
+        num_padding: Int[Tensor, " batch"],
+        max_position: Int[Tensor, ""],
+        *storage: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Run the nodes, which are written after the longest row.
+
+        Args:
+            tokens: Token at each node.
+            depths: Depth of each node.
+            ancestors: True at ``[i, j]`` if node j is node i or one of its ancestors.
+            lengths: Committed slots of each row, padding included.
+            num_padding: Padding slots at the start of each row.
+            max_position: Maximum position, which deeper nodes get.
+            *storage: Keys and values of each layer, ``[batch, kv_heads, capacity, head_dim]``.
+
+        Returns:
+            Logits after every node, and the hidden states of `layers` if there are any.
+        """
+        positions = ((lengths - num_padding)[:, None] + depths).clamp(min=0)
+        start = lengths.amax()
+        slots = start + torch.arange(tokens.shape[1], device=tokens.device)
+        capacity, dtype = storage[0].shape[2], self._model.dtype
+        masks = {
+            kind: _bias(
+                _seen(depths, ancestors, lengths, num_padding, capacity=capacity, window=window),
+                dtype,
+            )
+            for kind, window in self._masks.items()
+        }
+        layers: list[Any] = [
+            _FixedLayer(keys, values, slots)
+            for keys, values in zip(storage[::2], storage[1::2], strict=True)
+        ]
+        output = self._model(
+            input_ids=tokens,
+            position_ids=torch.minimum(positions, max_position),
+            attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
+            past_key_values=Cache(layers=layers),
+            use_cache=True,
+            output_hidden_states=bool(self._layers),
+            return_dict=True,
+        )
+        if not self._layers:
+            return (output.logits,)
+        states = [output.hidden_states[layer] for layer in self._layers]
+        return output.logits, torch.cat(states, dim=-1)
+
+
+class _FixedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subclass__
+    """Keys and values of a layer, of which all slots are returned."""
+
+    is_compileable = True
+    is_sliding = False
+
+    def __init__(self, keys: Tensor, values: Tensor, slots: Int[Tensor, " nodes"]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # Transformers'
+        self.keys, self.values, self._slots = keys, values, slots
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Do nothing: the storage is given."""
+
+    def update(
+        self,
+        key_states: Float[Tensor, "batch kv_heads nodes head_dim"],
+        value_states: Float[Tensor, "batch kv_heads nodes value_dim"],
+        *args: Any,  # noqa: ARG002 - of other cache types
+        **kwargs: Any,  # noqa: ARG002
+    ) -> tuple[Tensor, Tensor]:
+        """Write the nodes' keys and values and return the storage."""
+        assert self.keys is not None
+        assert self.values is not None
+        self.keys.index_copy_(2, self._slots, key_states)
+        self.values.index_copy_(2, self._slots, value_states)
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        """Return 0: positions and masks are given."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002
+        """Return the length that a mask covers, and its offset."""
+        assert self.keys is not None
+        return self.keys.shape[2], 0
+
+    def get_max_length(self) -> int:
+        """Return the number of slots."""
+        assert self.keys is not None
+        return self.keys.shape[2]
+
+
+def _seen(
+    depths: Int[Tensor, "batch nodes"],
+    ancestors: Bool[Tensor, "batch nodes nodes"],
+    lengths: Int[Tensor, " batch"],
+    num_padding: Int[Tensor, " batch"],
+    *,
+    capacity: int,
+    window: int | None,
+) -> Bool[Tensor, "batch 1 nodes capacity"]:
+    """Return which slots each node sees."""
+    nodes, start = depths.shape[1], lengths.amax()
+    slots = torch.arange(capacity, device=depths.device)
+    is_committed = (slots >= num_padding[:, None]) & (slots < lengths[:, None])
+    node = (slots - start).clamp(min=0, max=nodes - 1)  # that is written to each slot
+    is_node = (slots >= start) & (slots < start + nodes)
+    seen = is_committed[:, None] | (is_node & ancestors[:, :, node])
+    if window is not None:
+        positions = torch.where(is_node, lengths[:, None] + depths[:, node], slots)
+        distance = (lengths[:, None] + depths)[:, :, None] - positions[:, None]
+        seen = seen & (distance < window)
+    return seen[:, None]
+
+
+def _bias(
+    seen: Bool[Tensor, "batch 1 nodes capacity"], dtype: torch.dtype
+) -> Float[Tensor, "batch 1 nodes capacity"]:
+    """Return numbers to add to scores."""
+    bias = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return bias.masked_fill(~seen, torch.finfo(dtype).min)
+
+
+def _inputs(
+    tokens: Int[Tensor, "batch nodes"],
+    topology: TreeTopology,
+    cache: TreeCache,
+    *,
+    bucket: int,
+    max_length: int | None,
+) -> list[Tensor]:
+    """Return the inputs of a `VerifyStage` over `bucket` nodes."""
+    batch, nodes = tokens.shape
+    depths, ancestors = topology.padded(bucket)
+    if len(depths) < batch:
+        depths = depths.expand(batch, -1).contiguous()
+        ancestors = ancestors.expand(batch, -1, -1).contiguous()
+    # The last token is emitted and never fed.
+    max_position = torch.iinfo(torch.int32).max if max_length is None else max(max_length - 2, 0)
+    padded = tokens.new_zeros(batch, bucket)
+    padded[:, :nodes] = tokens
+    return [
+        padded,
+        depths,
+        ancestors,
+        cache.lengths,
+        cache.num_padding,
+        _number(max_position, tokens.device),
+    ]
+
+
+@lru_cache(maxsize=16)
+def _number(value: int, device: torch.device) -> Tensor:
+    return torch.tensor(value, device=device, dtype=torch.long)
+
+
+def _agree(found: Tensor, expected: Tensor) -> bool:
+    """Return whether outputs are equal within rounding, node by node; `found` may have more."""
+    rows, nodes = expected.shape[:2]
+    if found.dtype != expected.dtype or found.shape[::2] != (rows, expected.shape[2]):
+        return False
+    difference = (found[:, :nodes].float() - expected.float()).abs().amax()
+    return bool(difference <= _TOLERANCE * expected.float().abs().amax())
+
+
+def _masks(model: PreTrainedModel, windows: set[int | None]) -> dict[str, int | None]:
+    """Return the windows of a model's layers by their type.
+
+    Raises:
+        UnsupportedModelError: If it uses several, by types that are not known.
+    """
+    if len(windows) == 1:
+        return {"every layer": next(iter(windows))}
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    if kinds != _KINDS or len(windows) != 2 or None not in windows:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} asks for masks of windows {sorted(map(str, windows))} by "
+            f"layers of type {sorted(kinds)}, expected one window, or full and sliding attention; "
+            "decode with engine='eager'"
+        )
+    window = next(iter(windows - {None}))
+    return {"full_attention": None, "sliding_attention": window}
+
+
+def _obstacle(model: PreTrainedModel) -> str | None:
+    """Return why no forward of a model has fixed shapes; None if it may."""
+    name = model.config._attn_implementation
+    if name not in _ATTENTION_BY_MASK:
+        return f"attention {name!r} takes no mask of a tree"
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        return "weights are moved between devices while it runs"
+    devices = {parameter.device for parameter in model.parameters()}
+    return None if len(devices) == 1 else f"weights are on {len(devices)} devices"
