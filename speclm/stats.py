@@ -168,6 +168,12 @@ class SpeculationStats:
         finally:
             self.seconds[name] += perf_counter() - start
 
+    def count_preparing(self, seconds: float) -> bool:
+        """Take the time that an engine took to prepare out of verification; return whether any."""
+        self.engine_seconds += seconds
+        self.seconds["verify"] -= seconds
+        return seconds > 0
+
     def count_round(
         self, paths: Sequence[Sequence[int]], *, sizes: Sequence[int], depths: Sequence[int]
     ) -> None:

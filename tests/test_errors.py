@@ -22,6 +22,7 @@ BUILTINS = {
     "CheckpointError": ValueError,
     "DataError": ValueError,
     "MissingAssetError": FileNotFoundError,
+    "EngineError": RuntimeError,
     "MeasurementError": RuntimeError,
 }
 CLASSES = {

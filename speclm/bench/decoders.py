@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from speclm.config import require_unicode
 from speclm.drafting.interface import Proposer
+from speclm.engines import Engine
 from speclm.errors import OptionError, PromptError
 from speclm.model import SpecModel
 from speclm.model.call import Tree
@@ -283,7 +284,12 @@ def assisted_decoder(base: PreTrainedModel, assistant: PreTrainedModel) -> Decod
 
 
 def speculative_decoder(
-    name: str, base: PreTrainedModel, heads: Proposer | None, *, tree: Tree | None = None
+    name: str,
+    base: PreTrainedModel,
+    heads: Proposer | None,
+    *,
+    tree: Tree | None = None,
+    engine: str | Engine = "auto",
 ) -> Decoder:
     """Return `SpecModel` with a proposer.
 
@@ -292,8 +298,9 @@ def speculative_decoder(
         base: The model.
         heads: The proposer; None for one token per round.
         tree: Passed to ``generate``; None for the proposer's own settings.
+        engine: Passed to ``generate``.
     """
-    model = SpecModel(base, heads)
+    model = SpecModel(base, heads, engine=engine)
 
     def generate(call: Call) -> Tensor:
         output = model.generate(**call.arguments, tree=tree)

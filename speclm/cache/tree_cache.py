@@ -15,6 +15,10 @@ BLOCK = 256
 """The storage grows by this many slots: few rounds copy it, and little memory is unused."""
 
 
+Allocate = Callable[[Tensor, tuple[int, ...]], Tensor]
+"""Returns storage of a shape, with the type and device of a tensor."""
+
+
 class TreeCache(Cache):
     """Keys and values of every layer, with a length per row.
 
@@ -35,15 +39,15 @@ class TreeCache(Cache):
         *,
         num_layers: int,
         num_padding: Int[Tensor, " batch"],
-        allocate: Callable[[Tensor, tuple[int, ...]], Tensor] | None = None,
+        allocate: Allocate | None = None,
     ) -> None:
         """Create an empty cache.
 
         Args:
             num_layers: Layers of the model that keep keys and values.
             num_padding: Padding slots at the start of each row.
-            allocate: Returns storage of a shape, of the type and device of a tensor; then capacity
-                doubles whenever it is full, so that few shapes occur.
+            allocate: Returns the storage; with it, capacity doubles whenever it is full, so that
+                few shapes occur.
         """
         self._allocate = allocate
         self._rows: list[TreeLayer] = [TreeLayer(self) for _ in range(num_layers)]
@@ -308,7 +312,7 @@ def _build_arena(
     layers: list[TreeLayer],
     used: int,
     capacity: int,
-    allocate: Callable[[Tensor, tuple[int, ...]], Tensor],
+    allocate: Allocate,
 ) -> Tensor:
     """Give layers of one signature a common storage of `capacity` slots.
 

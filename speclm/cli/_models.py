@@ -162,19 +162,19 @@ def _from_pretrained(name: str, arguments: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def _drafting(options: HeadsOptions) -> dict[str, Any]:
-    """Return the arguments that ``--tree``, ``--depth`` and ``--num-draft-tokens`` stand for."""
+    """Return the arguments that the options of trees and of engines stand for."""
     if not isinstance(options, DraftOptions):
         return {}
-    num_draft_tokens = options.num_draft_tokens
+    num_draft_tokens, engine = options.num_draft_tokens, {"engine": options.engine}
     if options.depth is None:
-        return {"tree": options.tree, "num_draft_tokens": num_draft_tokens}
+        return {"tree": options.tree, "num_draft_tokens": num_draft_tokens, **engine}
     if options.tree is not None:
         raise OptionError(
             f"--tree is {options.tree!r} and --depth {options.depth}, expected one of them; a "
             "tree has a depth of its own"
         )
     size = num_draft_tokens or max(_DEFAULT_NUM_DRAFT_TOKENS, options.depth)
-    return {"tree": TreePlan(depth=options.depth, num_draft_tokens=size)}
+    return {"tree": TreePlan(depth=options.depth, num_draft_tokens=size), **engine}
 
 
 def _method_options(options: HeadsOptions) -> dict[str, Any]:

@@ -86,6 +86,9 @@ class DraftOptions(HeadsOptions):
     depth: Annotated[
         int | None, typer.Option(min=1, help="Maximum levels of a draft tree; turns pauses off.")
     ] = None
+    engine: Annotated[
+        str, typer.Option(help="How trees are verified: auto, eager, compile or graph.")
+    ] = "auto"
     memory: Annotated[
         Path | None,
         typer.Option(help="File of the memory of look-ups, read and written; see speclm warm."),

@@ -32,7 +32,11 @@ def bench(options: BenchOptions) -> None:
         read_records(options.out)  # a file of another kind is reported before anything is measured
     loaded = load_with_heads(options)
     spec = loaded.spec
-    methods = [speculative_decoder("speclm", loaded.base, spec.proposer, tree=spec.tree)]
+    methods = [
+        speculative_decoder(
+            "speclm", loaded.base, spec.proposer, tree=spec.tree, engine=spec.engine
+        )
+    ]
     if options.prompt_lookup:
         methods.append(prompt_lookup_decoder(loaded.base))
     shared = {**_shared_settings(options, loaded), "num_prompts": len(texts)}
@@ -68,7 +72,7 @@ def bench(options: BenchOptions) -> None:
 
 def _shared_settings(options: BenchOptions, loaded: Loaded) -> dict[str, Any]:
     """Return the settings that all records of the run share."""
-    names = ("tree", "num_draft_tokens", "depth", "quantization", "memory", "corpus")
+    names = ("tree", "engine", "num_draft_tokens", "depth", "quantization", "memory", "corpus")
     drafting = {name: getattr(options, name) for name in names}
     drafting = {
         name: value.name if isinstance(value, Path) else value

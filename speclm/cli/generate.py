@@ -26,8 +26,11 @@ def generate(options: GenerateOptions) -> None:
         options=options.arguments(),
         seed=options.seed,
     )
+    spec = loaded.spec
     methods: list[Decoder] = [
-        speculative_decoder("speclm", loaded.base, loaded.spec.proposer, tree=loaded.spec.tree)
+        speculative_decoder(
+            "speclm", loaded.base, spec.proposer, tree=spec.tree, engine=spec.engine
+        )
     ]
     if options.compare:
         methods.append(plain_decoder(loaded.base))

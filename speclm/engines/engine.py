@@ -10,6 +10,7 @@ from torch import Tensor
 
 from speclm.errors import EngineError
 
+_MESSAGE = 300  # characters of another library's error
 Outputs = tuple[Tensor, ...]
 Stage = Callable[..., Outputs]
 """Computes tensors from tensors, given by position: inputs, then storage, which it may change in
@@ -60,10 +61,10 @@ class Engine(ABC):
             )
         except Exception as error:  # compilers raise errors of many kinds
             sizes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs)
-            first_line = (str(error).strip().splitlines() or ["no message"])[0]
+            message = " ".join(str(error).split())[:_MESSAGE]
             raise EngineError(
                 f"engine {self.name!r} cannot run a stage with inputs of {sizes}: "
-                f"{type(error).__name__}, {first_line}; decode with engine='eager'"
+                f"{type(error).__name__}, {message}; decode with engine='eager'"
             ) from error
 
     def _run_first(

@@ -129,12 +129,11 @@ class Generation:
         self.roots = prompt.num_padding  # until the prompt is read
         self.pausing = _begin_pausing(request, setup, stats)
         self.tuner = _begin_tuning(request, setup)
-        # Forwards over any tree can be timed unless lockstep or a change of rotation forbids it.
-        # An engine would have to prepare every size.
+        # Forwards over any tree can be timed unless lockstep or a change of rotation forbids it, or
+        # an engine would have to prepare every size.
         can_time = not self.session.needs_lockstep and target.rotary_switch is None
         can_time = can_time and setup.static is None
         self.times_forwards = can_time and self.tuner is not None and self.tuner.timings is None
-        self.build_seconds = 0.0 if setup.static is None else setup.static.engine.build_seconds
         self.timings_key = fingerprint(target) if self.times_forwards else None
         stats.acceptance, stats.is_lossy = request.rule.name, request.rule.is_lossy
 
@@ -236,11 +235,10 @@ class Generation:
         # What a proposer learns takes a few percent of a round: too much while drafts pause.
         observes = drafts or self.pausing is None or not self.pausing.is_paused
         taken = self._accept_and_commit(draft, logits, observes=observes)
-        stats.count_round(
-            taken.paths, sizes=draft.topology.host_sizes, depths=draft.topology.host_depths
-        )
+        topology = draft.topology
+        stats.count_round(taken.paths, sizes=topology.host_sizes, depths=topology.host_depths)
         seconds = {name: stats.seconds[name] - past for name, past in before.items()}
-        if draft.topology.num_nodes == 1 and is_usual:
+        if topology.num_nodes == 1 and is_usual:
             fastest = stats.plain_round_seconds or math.inf
             stats.plain_round_seconds = min(fastest, sum(seconds.values()))
         is_explored = drafts and self.tuner is not None and self.tuner.is_exploring
@@ -255,15 +253,10 @@ class Generation:
 
     def _book_preparing(self) -> bool:
         """Return whether an engine has just prepared something, whose time is no round's."""
-        static, stats = self.setup.static, self.stats
-        if static is None:
+        if self.setup.static is None:
             return False
-        stats.engine = static.describe()
-        seconds = static.engine.build_seconds - self.build_seconds
-        self.build_seconds += seconds
-        stats.engine_seconds += seconds
-        stats.seconds["verify"] -= seconds
-        return seconds > 0
+        self.stats.engine = self.setup.static.describe()
+        return self.stats.count_preparing(self.setup.static.take_seconds())
 
     def _accept_and_commit(
         self, draft: Draft, logits: Float[Tensor, "batch nodes vocab"], *, observes: bool = True

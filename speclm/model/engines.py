@@ -39,13 +39,14 @@ class Engines:
         """Return what verifies drafts with an engine; None to verify eagerly.
 
         Args:
-            engine: A normalised option.
+            engine: The option.
             target: The model.
             state: Compared by identity; another one means that the model has changed.
 
         Raises:
-            OptionError: If the engine was asked for by name and cannot run on the model's device.
+            OptionError: If no engine has that name, or it cannot run on the model's device.
         """
+        engine = normalize_engine(engine)
         if isinstance(engine, str) and engine in _EAGER:
             return None
         if state is not self._state:

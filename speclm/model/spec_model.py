@@ -90,8 +90,8 @@ class SpecModel(KeepsCounters, Wrapper):
         self._target = TargetView(unwrap(base, SpecModel))
         self.proposer = proposer
         self._watch = Watch(self._target)
-        self.adaptive, self.tree, self.engine = adaptive, tree, engine
-        self._engines = Engines()
+        self.adaptive, self.tree = adaptive, tree
+        self.engine, self._engines = normalize_engine(engine), Engines()
         self.memory, self._misses = Memory(), MissWatch()
         self._plain_seconds: dict[int, float] = {}
         self._logged: set[str] = set()
@@ -167,15 +167,6 @@ class SpecModel(KeepsCounters, Wrapper):
     @tree.setter
     def tree(self, tree: Tree | None) -> None:
         self._tree = normalize_tree(tree)
-
-    @property
-    def engine(self) -> str | Engine:
-        """Default of the option ``engine`` of `generate`."""
-        return self._engine
-
-    @engine.setter
-    def engine(self, engine: str | Engine) -> None:
-        self._engine = normalize_engine(engine)
 
     @property
     def self_check(self) -> SelfCheck:
@@ -261,9 +252,7 @@ class SpecModel(KeepsCounters, Wrapper):
         self._watch.look(self._target)
         check = self.self_check
         static = self._engines.forward(
-            self.engine if engine is None else normalize_engine(engine),
-            self._target,
-            state=self._watch.state,
+            self.engine if engine is None else engine, self._target, state=self._watch.state
         )
         stats = SpeculationStats(verification=check.verification.value, self_check=check.reason)
         try:

@@ -10,9 +10,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 from typing_extensions import override
 
+from speclm.cache.fixed import FixedLayer, seen_slots
 from speclm.cache.tree_cache import TreeCache
 from speclm.engines import Engine
 from speclm.errors import EngineError, UnsupportedModelError
@@ -43,6 +44,7 @@ class StaticForward:
         self._target = target
         self._stages: dict[tuple[int, ...], VerifyStage] = {}  # by the features that they return
         self._storage: dict[object, Tensor] = {}
+        self._booked_seconds = engine.build_seconds
 
     def describe(self) -> str:
         """Return the engine's name, or why drafts are verified eagerly."""
@@ -50,8 +52,14 @@ class StaticForward:
             return self.engine.name
         return f"eager, because {self.engine.name} cannot run: {self.obstacle}"
 
+    def take_seconds(self) -> float:
+        """Return the time that the engine took to prepare since the last time this was asked."""
+        seconds = self.engine.build_seconds - self._booked_seconds
+        self._booked_seconds += seconds
+        return seconds
+
     def allocate(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Return zeros as storage of a cache, because unused slots are read, with weight zero.
+        """Return zeros as storage of a cache, because all of it is read, with weight zero.
 
         If the engine needs the same storage in every call, that of an earlier one is taken again.
         """
@@ -110,7 +118,7 @@ class StaticForward:
     ) -> None:
         """Keep a stage for some features if it computes what the usual forward has computed.
 
-        It writes to the slots of the nodes that the usual forward has left pending.
+        It writes where the usual forward has left its nodes pending.
         """
         model, start = self._target.model, perf_counter()
         try:
@@ -180,13 +188,15 @@ class VerifyStage(nn.Module):
         capacity, dtype = storage[0].shape[2], self._model.dtype
         masks = {
             kind: _bias(
-                _seen(depths, ancestors, lengths, num_padding, capacity=capacity, window=window),
+                seen_slots(
+                    depths, ancestors, lengths, num_padding, capacity=capacity, window=window
+                ),
                 dtype,
             )
             for kind, window in self._masks.items()
         }
         layers: list[Any] = [
-            _FixedLayer(keys, values, slots)
+            FixedLayer(keys, values, slots)
             for keys, values in zip(storage[::2], storage[1::2], strict=True)
         ]
         output = self._model(
@@ -202,72 +212,6 @@ class VerifyStage(nn.Module):
             return (output.logits,)
         states = [output.hidden_states[layer] for layer in self._layers]
         return output.logits, torch.cat(states, dim=-1)
-
-
-class _FixedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]  # its __init_subclass__
-    """Keys and values of a layer, of which all slots are returned."""
-
-    is_compileable = True
-    is_sliding = False
-
-    def __init__(self, keys: Tensor, values: Tensor, slots: Int[Tensor, " nodes"]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # Transformers'
-        self.keys, self.values, self._slots = keys, values, slots
-        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Do nothing: the storage is given."""
-
-    def update(
-        self,
-        key_states: Float[Tensor, "batch kv_heads nodes head_dim"],
-        value_states: Float[Tensor, "batch kv_heads nodes value_dim"],
-        *args: Any,  # noqa: ARG002 - of other cache types
-        **kwargs: Any,  # noqa: ARG002
-    ) -> tuple[Tensor, Tensor]:
-        """Write the nodes' keys and values and return the storage."""
-        assert self.keys is not None
-        assert self.values is not None
-        self.keys.index_copy_(2, self._slots, key_states)
-        self.values.index_copy_(2, self._slots, value_states)
-        return self.keys, self.values
-
-    def get_seq_length(self) -> int:
-        """Return 0: positions and masks are given."""
-        return 0
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:  # noqa: ARG002
-        """Return the length that a mask covers, and its offset."""
-        assert self.keys is not None
-        return self.keys.shape[2], 0
-
-    def get_max_length(self) -> int:
-        """Return the number of slots."""
-        assert self.keys is not None
-        return self.keys.shape[2]
-
-
-def _seen(
-    depths: Int[Tensor, "batch nodes"],
-    ancestors: Bool[Tensor, "batch nodes nodes"],
-    lengths: Int[Tensor, " batch"],
-    num_padding: Int[Tensor, " batch"],
-    *,
-    capacity: int,
-    window: int | None,
-) -> Bool[Tensor, "batch 1 nodes capacity"]:
-    """Return which slots each node sees."""
-    nodes, start = depths.shape[1], lengths.amax()
-    slots = torch.arange(capacity, device=depths.device)
-    is_committed = (slots >= num_padding[:, None]) & (slots < lengths[:, None])
-    node = (slots - start).clamp(min=0, max=nodes - 1)  # that is written to each slot
-    is_node = (slots >= start) & (slots < start + nodes)
-    seen = is_committed[:, None] | (is_node & ancestors[:, :, node])
-    if window is not None:
-        positions = torch.where(is_node, lengths[:, None] + depths[:, node], slots)
-        distance = (lengths[:, None] + depths)[:, :, None] - positions[:, None]
-        seen = seen & (distance < window)
-    return seen[:, None]
 
 
 def _bias(

@@ -2,7 +2,7 @@
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from speclm.attention import TreeStep, attached, attention_configs, tree_step
-from speclm.cache.tree_cache import TreeCache
+from speclm.cache.tree_cache import Allocate, TreeCache
 from speclm.errors import PromptError, UnsupportedModelError
 from speclm.forking import temporary
 from speclm.kernels import pays
@@ -55,8 +55,7 @@ class TargetView:
         self._configs = attention_configs(model)
         self.features: Float[Tensor, "batch nodes hidden"] | None = None
         """Hidden states of the last forward, inside `decoding` with features."""
-        self.windows: set[int | None] = set()
-        """Windows of the masks that the model asked for in the last forward over nodes."""
+        self.windows: set[int | None] = set()  # of the masks asked for by the last nodes' forward
         self._tap: FeatureTap | None = None  # inside `decoding`
         self._running_thread: int | None = None  # of a forward of this view
 
@@ -164,10 +163,7 @@ class TargetView:
             )
 
     def new_cache(
-        self,
-        num_padding: Int[Tensor, " batch"],
-        *,
-        allocate: Callable[[Tensor, tuple[int, ...]], Tensor] | None = None,
+        self, num_padding: Int[Tensor, " batch"], *, allocate: Allocate | None = None
     ) -> TreeCache:
         """Return an empty cache for prompts with the given left padding; see `TreeCache`."""
         return TreeCache(num_layers=self.num_layers, num_padding=num_padding, allocate=allocate)
@@ -344,7 +340,7 @@ class TargetView:
     @contextmanager
     def untapped(self) -> Iterator[None]:
         """Read no features inside the block, in which the model has no hooks of this view."""
-        with nullcontext() if self._tap is None else self._tap.off():
+        with self._tap.off() if self._tap else nullcontext():
             yield
 
     @contextmanager

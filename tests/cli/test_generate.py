@@ -36,7 +36,7 @@ def test_generate_samples_from_a_file_without_chat_template(run, tmp_path):
 
 
 def test_generate_exits_with_1_when_the_output_differs(run, monkeypatch):
-    def wrong_method(name, base, proposer, tree):
+    def wrong_method(name, base, proposer, tree, engine):
         method = generate_module.plain_decoder(base)
         return replace(method, name=name, generate=lambda call: method.generate(call) + 1)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, GenerationConfig, StaticCache
+from transformers import GenerationConfig
 from transformers.generation import (
     LogitsProcessorList,
     MaxLengthCriteria,
@@ -25,16 +25,12 @@ from speclm.generation.regular import (
     NeedsRegularGeneration,
     left_padding,
     meets_switch,
-    open_session,
     prompt_length,
     require_left_padding,
     require_supported,
 )
 from speclm.methods.ngram.proposer import NgramProposer
-from speclm.self_check.verdict import Verification
 from speclm.target import TargetView
-from speclm.target.chain_session import ChainSession
-from speclm.target.session import TreeSession
 from tests.models import build_model, generate, prompts, shared_model
 
 SAMPLED = {"do_sample": True, "max_new_tokens": 8}
@@ -233,46 +229,6 @@ def test_right_padding_is_an_error_and_not_delegated():
         require_left_padding(torch.tensor([[1, 1], [1, 0]]))
     with pytest.raises(PromptError, match="padded on the right"):
         left_padding(torch.ones(1, 2, dtype=torch.long), torch.tensor([[1, 0]]), length=2)
-
-
-def opened(family, backend, *, cache, given=None, num_tokens=6):
-    inputs = {"past_key_values": cache, "use_cache": True}
-    view = TargetView(shared_model(family))
-    return open_session(
-        view, backend, inputs, {}, NOTHING_PADDED, cache=given, num_tokens=num_tokens
-    )
-
-
-def filled(family):
-    model = shared_model(family)
-    cache = DynamicCache(config=model.config)
-    with torch.no_grad():
-        model(**prompts(4), past_key_values=cache, use_cache=True)
-    return cache
-
-
-@pytest.mark.parametrize(
-    ("family", "backend", "kind"),
-    [
-        ("llama", Verification.TREES, TreeSession),
-        ("llama", Verification.CHAINS, ChainSession),
-        ("qwen3_next", Verification.CHAINS, ChainSession),
-    ],
-)
-def test_session_is_of_the_backend_and_knows_what_a_cache_holds(family, backend, kind):
-    empty = DynamicCache(config=shared_model(family).config)
-    session = opened(family, backend, cache=empty)
-    assert isinstance(session, kind)
-    assert session.num_cached == 0
-    cache = filled(family)
-    assert opened(family, backend, cache=cache, given=cache).num_cached == 4
-
-
-@pytest.mark.parametrize("backend", [Verification.TREES, Verification.CHAINS])
-def test_caches_of_other_kinds_are_left_to_plain_decoding(backend):
-    cache = StaticCache(config=shared_model("llama").config, max_cache_len=16)
-    with pytest.raises(NeedsRegularGeneration, match="StaticCache"):
-        opened("llama", backend, cache=cache, given=cache)
 
 
 def test_switch_is_met_by_positions_and_read_again_by_slots():

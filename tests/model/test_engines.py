@@ -1,0 +1,133 @@
+"""The option `engine`: what it may be, where it runs, and what happens when it cannot."""
+
+import pickle
+
+import pytest
+import torch
+
+from speclm import SpecModel
+from speclm.engines import CompileEngine, Engine
+from speclm.errors import OptionError
+from speclm.methods.draft_model.proposer import DraftModelProposer
+from speclm.model.engines import Engines, normalize_engine
+from speclm.target import TargetView
+from tests.models import build_model, generate, prompts, shared_model
+from tests.stand_ins import replaying
+
+GREEDY = {"do_sample": False, "max_new_tokens": 12}
+
+
+def spec_model(model=None, **options) -> SpecModel:
+    base = shared_model("llama") if model is None else model
+    draft = DraftModelProposer(shared_model("llama", 3), target=base, depth=3, min_probability=0.0)
+    return SpecModel(base, draft, adaptive=False, **options)
+
+
+@pytest.mark.parametrize("name", ["auto", "eager", "compile", "graph"])
+def test_names_of_engines_are_kept(name):
+    assert normalize_engine(name) == name
+    assert spec_model(engine=name).engine == name
+
+
+@pytest.mark.parametrize("engine", ["inductor", "Graph", None, 3, CompileEngine])
+def test_an_unknown_engine_is_an_error_that_lists_those_there_are(engine):
+    with pytest.raises(OptionError, match=r"expected one of \['auto', 'compile', 'eager', 'graph'"):
+        normalize_engine(engine)
+    if engine is not None:
+        with pytest.raises(OptionError, match="engine is"):
+            spec_model().generate(**prompts(3), engine=engine, **GREEDY)
+    with pytest.raises(OptionError, match="engine is"):
+        SpecModel.from_pretrained(shared_model("llama"), None, engine=engine)
+
+
+def test_graphs_on_a_cpu_are_an_error_and_the_model_stays_usable():
+    spec = spec_model(engine="graph")
+    with pytest.raises(OptionError, match=r"'graph' cannot be used: graphs need a CUDA device"):
+        spec.generate(**prompts(3), **GREEDY)
+    assert spec.generate(**prompts(3), engine="eager", **GREEDY).shape == (1, 15)
+    assert spec.last_speculation.engine == "eager"
+
+
+def test_automatic_choice_never_compiles(monkeypatch):
+    monkeypatch.setattr(torch, "compile", None)
+    spec = SpecModel.from_pretrained(shared_model("llama"), None)
+    spec.generate(**prompts(3), **GREEDY)
+    assert spec.last_speculation.engine == "eager"
+    assert spec.last_speculation.engine_summary == ""
+
+
+@pytest.mark.parametrize("lengths", [(7,), (6, 3)])
+@pytest.mark.parametrize("is_sampled", [False, True])
+def test_tokens_and_generator_are_the_same_by_replays(lengths, is_sampled):
+    spec, inputs = spec_model(engine=replaying()), prompts(*lengths)
+    options = {**GREEDY, "do_sample": is_sampled}
+    for _ in range(2):
+        found, expected = (generate(model, inputs, **options) for model in (spec, spec.base))
+        assert torch.equal(found[0], expected[0])
+        assert torch.equal(found[1], expected[1])
+    stats = spec.last_speculation
+    assert stats.engine == "graph"
+    assert stats.engine_seconds == 0  # all was recorded in the first call
+    assert "engine      graph" in str(stats)
+    assert stats.to_dict()["engine"] == "graph"
+
+
+def test_preparing_is_not_part_of_the_time_of_rounds():
+    spec = spec_model(engine=replaying())
+    spec.generate(**prompts(5), **GREEDY)
+    stats = spec.last_speculation
+    assert stats.engine_seconds > 0
+    assert "s to prepare" in str(stats)
+    assert all(seconds >= 0 for seconds in stats.seconds.values())
+
+
+def test_an_engine_that_fails_in_mid_call_is_replaced_by_eager_rounds(caplog):
+    class Failing(Engine):
+        name = "failing"
+        reuses_storage = False
+
+        def obstacle(self, device):
+            return None
+
+        def prepare(self, stage, inputs, storage):
+            if inputs[0].shape[1] > 1:
+                raise RuntimeError("too many nodes")
+            return lambda inputs, storage: stage(*inputs, *storage)
+
+    spec, inputs = spec_model(engine=Failing()), prompts(6, 4)
+    expected = generate(spec.base, inputs, **GREEDY)
+    for _ in range(2):
+        assert torch.equal(generate(spec, inputs, **GREEDY)[0], expected[0])
+        assert "too many nodes" in spec.last_speculation.engine
+    assert len([line for line in caplog.messages if "too many nodes" in line]) == 1
+
+
+def test_a_changed_model_is_prepared_anew():
+    engines, view = Engines(), TargetView(shared_model("llama"))
+    first, other = object(), object()
+    one = engines.forward("compile", view, state=first)
+    assert engines.forward("compile", view, state=first) is one
+    assert engines.forward("eager", view, state=first) is None
+    assert engines.forward("auto", view, state=first) is None
+    changed = engines.forward("compile", view, state=other)
+    assert changed is not one
+    assert changed.engine is not one.engine
+
+
+def test_a_change_of_the_base_between_calls_keeps_the_tokens():
+    model = build_model("llama")
+    spec, inputs = spec_model(model, engine=replaying()), prompts(6)
+    spec.generate(**inputs, **GREEDY)
+    with torch.no_grad():
+        model.lm_head.weight.neg_()
+    for _ in range(2):
+        assert torch.equal(
+            generate(spec, inputs, **GREEDY)[0], generate(model, inputs, **GREEDY)[0]
+        )
+        spec.to(torch.float64)
+
+
+def test_copies_prepare_by_themselves():
+    engines, view = Engines(), TargetView(shared_model("llama"))
+    engines.forward("compile", view, state=None)
+    assert pickle.loads(pickle.dumps(engines))._forwards == {}
