@@ -174,8 +174,8 @@ class VerifyStage(nn.Module):
             tokens: Token at each node.
             depths: Depth of each node.
             ancestors: True at ``[i, j]`` if node j is node i or one of its ancestors.
-            lengths: Committed slots of each row, padding included.
-            num_padding: Padding slots at the start of each row.
+            lengths: Length of each row in the cache, padding included.
+            num_padding: Padding at the start of each row.
             max_position: Maximum position, which deeper nodes get.
             *storage: Keys and values of each layer, ``[batch, kv_heads, capacity, head_dim]``.
 
@@ -186,13 +186,9 @@ class VerifyStage(nn.Module):
         start = lengths.amax()
         slots = start + torch.arange(tokens.shape[1], device=tokens.device)
         capacity, dtype = storage[0].shape[2], self._model.dtype
+        nodes = (depths, ancestors, lengths, num_padding)
         masks = {
-            kind: _bias(
-                seen_slots(
-                    depths, ancestors, lengths, num_padding, capacity=capacity, window=window
-                ),
-                dtype,
-            )
+            kind: _bias(seen_slots(*nodes, capacity=capacity, window=window), dtype)
             for kind, window in self._masks.items()
         }
         layers: list[Any] = [
