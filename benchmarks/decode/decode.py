@@ -6,6 +6,7 @@ the file of records already holds for this commit and these settings is not meas
     python benchmarks/decode/decode.py --set both --n 100 --settings greedy,t0.7,t1.0 --batch 1,4
     python benchmarks/decode/decode.py --shape 1b --dtype bfloat16 --methods plain,ngram,draft
     python benchmarks/decode/decode.py --methods eagle3 --batch 1,4,16 --tree auto
+    python benchmarks/decode/decode.py --methods eagle3 --batch 1 --engine compile
 """
 
 import argparse
@@ -47,6 +48,7 @@ from speclm.bench import (
 from speclm.demo.bundle import assets, load_prompts
 from speclm.drafting.combined import CombinedProposer
 from speclm.drafting.interface import Draft, Prefill, Proposer
+from speclm.engines import Engine
 from speclm.methods.block.proposer import BlockProposer
 from speclm.methods.eagle.proposer import EagleProposer
 from speclm.methods.lookup.proposer import LookupProposer
@@ -182,10 +184,11 @@ def build_methods(
     lookup_tokens: int,
     drafters: Drafters | None = None,
     tree: str | None = None,
+    engine: str | Engine = "auto",
 ) -> list[Decoder]:
     """Return the named methods; drafters that are not given are loaded.
 
-    `tree` is passed to our own `generate`; None for the proposers' own settings.
+    `tree` and `engine` are passed to our own `generate`.
     """
     loaded = drafters or load_drafters(names, base)
 
@@ -216,7 +219,7 @@ def build_methods(
         if name == "lookup call":
             heads[name] = LookupProposer(base, memory="call")
         proposer = load_proposer(heads[name], base, heads_kwargs={}, num_draft_tokens=None)
-        return speculative_decoder(name, base, proposer, tree=tree)
+        return speculative_decoder(name, base, proposer, tree=tree, engine=engine)
 
     return [build(name) for name in names]
 
@@ -322,6 +325,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         "--heads", type=Path, help="folder of folders eagle, eagle3 and block of heads"
     )
     parser.add_argument("--tree", help="passed to our own generate, such as auto")
+    parser.add_argument("--engine", default="auto", help="passed to our own generate")
     parser.add_argument("--lookup-tokens", type=int, default=10, help="prompt_lookup_num_tokens")
     parser.add_argument("--max-new-tokens", type=int, help="instead of 128 and 256")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/decode.jsonl"))
@@ -362,6 +366,7 @@ def main() -> None:
         lookup_tokens=options.lookup_tokens,
         drafters=drafters,
         tree=options.tree,
+        engine=options.engine,
     )
     cells = build_cells(
         base,
@@ -373,9 +378,9 @@ def main() -> None:
         max_new_tokens=options.max_new_tokens,
     )
     for cell, method in itertools.product(cells, methods):
-        here = cell
-        if options.tree is not None:
-            here = replace(cell, settings={**cell.settings, "tree": options.tree})
+        chosen = {"tree": options.tree} if options.tree is not None else {}
+        chosen |= {"engine": options.engine} if options.engine != "auto" else {}
+        here = replace(cell, settings={**cell.settings, **chosen})
         if shape is not None:
             here = with_shape(here, method, shape=options.shape, base=base, drafters=drafters)
         for result in measure_grid(

@@ -11,7 +11,7 @@ import argparse
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import monotonic
 
@@ -35,6 +35,7 @@ from benchmarks.kernels.rows import rows, tiny_rows
 from speclm.bench import Call, Decoder, make_calls, measure_grid, plain_decoder, setting_options
 from speclm.bench.pairs import explain
 from speclm.demo.bundle import assets, load_prompts
+from speclm.engines import Engine
 from speclm.errors import MeasurementError
 
 BUDGET_SECONDS = 8.5 * 60
@@ -44,6 +45,7 @@ FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 SETTINGS = ("greedy", "t0.7", "t1.0")
 SPECULATIVE = ("none", "ngram", "draft")
 BASELINES = ("prompt_lookup", "assisted")
+DRY_ENGINES: tuple[Engine, ...] = ()  # compiling takes too long, and graphs need a GPU
 
 
 @dataclass(slots=True)
@@ -56,6 +58,7 @@ class Plan:
         settings: Of the identity suite.
         batches: Rows of each call.
         speculative: Our methods.
+        engines: What verifies trees of the bundled models, besides eager forwards.
         num_prompts: Prompts of each set in the decode benchmark.
         max_new_tokens: Of the decode benchmark; None for its own.
         identity_tokens: New tokens in the identity suite.
@@ -69,6 +72,7 @@ class Plan:
     settings: tuple[str, ...]
     batches: tuple[int, ...]
     speculative: tuple[str, ...]
+    engines: tuple[str | Engine, ...]
     num_prompts: int
     max_new_tokens: int | None
     identity_tokens: int
@@ -144,11 +148,16 @@ def check_identity(plan: Plan, dtype: torch.dtype) -> None:
     """Compare tokens and the generator's state with regular generation."""
     tokenizer = AutoTokenizer.from_pretrained(assets()["base"])
     prompts = load_prompts("sql_tune", limit=2) + load_prompts("gsm8k_tune", limit=2)
-    for name, model in identity_models(plan, dtype):
-        methods = build_methods(plan.speculative, model, lookup_tokens=10)
+    kinds = [
+        (name, model, engine)
+        for name, model in identity_models(plan, dtype)
+        for engine in ("eager", *(plan.engines if name == "bundled" else ()))
+    ]
+    for name, model, engine in kinds:
+        methods = build_methods(plan.speculative, model, lookup_tokens=10, engine=engine)
         for setting in plan.settings:
             for batch in plan.batches:
-                what = f"identity {name} {dtype} {setting} batch {batch}"
+                what = f"identity {name} {dtype} {setting} batch {batch} {name_of(engine)}"
                 if not plan.has_time(what):
                     continue
                 options = {**setting_options(setting), "max_new_tokens": plan.identity_tokens}
@@ -158,6 +167,11 @@ def check_identity(plan: Plan, dtype: torch.dtype) -> None:
                     print(f"{what} {method.name:6s} {verdict}", flush=True)
                     if "FAILED" in verdict:
                         plan.failures.append(f"{what} {method.name}: {verdict}")
+
+
+def name_of(engine: str | Engine) -> str:
+    """Return the name of an engine for messages and records."""
+    return engine if isinstance(engine, str) else engine.name
 
 
 def compare_states(
@@ -171,6 +185,8 @@ def compare_states(
         outcome, state = method.run(call), generator_state(call)
         if outcome.stats is not None and outcome.stats.fallbacks:
             return f"FAILED: left to regular generation, {outcome.stats.fallbacks[0]}"
+        if outcome.stats is not None and "because" in outcome.stats.engine:
+            return f"FAILED: {outcome.stats.engine}"
         if outcome.tokens == expected.tokens:
             if not torch.equal(wanted, state):
                 return f"FAILED: call {index} leaves another generator state"
@@ -191,7 +207,14 @@ def generator_state(call: Call) -> torch.Tensor:
 def measure_decoding(plan: Plan, dtype: torch.dtype, path: Path) -> None:
     """Run the decode benchmark, cell by cell."""
     base = load_model("base", dtype=dtype, device=plan.device)
-    methods = build_methods((*BASELINES, *plan.speculative), base, lookup_tokens=10)
+    decoders = [
+        (method, "eager")
+        for method in build_methods((*BASELINES, *plan.speculative), base, lookup_tokens=10)
+    ] + [
+        (method, name_of(engine))
+        for engine in plan.engines
+        for method in build_methods(plan.speculative, base, lookup_tokens=10, engine=engine)
+    ]
     cells = build_cells(
         base,
         sets=("sql", "gsm8k"),
@@ -202,15 +225,19 @@ def measure_decoding(plan: Plan, dtype: torch.dtype, path: Path) -> None:
         max_new_tokens=plan.max_new_tokens,
     )
     for cell in cells:
-        settings = cell.settings
-        for method in methods:
+        for method, engine in decoders:
+            settings = {**cell.settings, "engine": engine}
             what = f"decode {dtype} {settings['prompts']} {settings['setting']} "
-            what += f"batch {settings['batch']} {method.name}"
+            what += f"batch {settings['batch']} {method.name} {engine}"
             if not plan.has_time(what):
                 continue
             try:
                 for measured in measure_grid(
-                    [cell], [method], base=base, benchmark="gpu_decode", path=path
+                    [replace(cell, settings=settings)],
+                    [method],
+                    base=base,
+                    benchmark="gpu_decode",
+                    path=path,
                 ):
                     print(describe(measured), flush=True)
             except MeasurementError as error:
@@ -225,6 +252,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
             settings=("greedy", "t1.0"),
             batches=(2,),
             speculative=("ngram",),
+            engines=DRY_ENGINES,
             num_prompts=1,
             max_new_tokens=4,
             identity_tokens=4,
@@ -238,6 +266,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
         settings=SETTINGS,
         batches=(1, 4),
         speculative=SPECULATIVE,
+        engines=("graph", "compile"),
         num_prompts=options.n,
         max_new_tokens=None,
         identity_tokens=64,

@@ -121,18 +121,20 @@ def test_block_heads_of_a_folder_are_measured_as_they_are_and_inflated(
     assert 0 < read["block"] < read["base"]
 
 
-def test_tree_is_passed_on_and_recorded(decode, monkeypatch, tmp_path):
-    trees = []
+def test_tree_and_engine_are_passed_on_and_recorded(decode, monkeypatch, tmp_path):
+    passed = []
     make = decode.speculative_decoder
 
-    def speculative_decoder(name, base, heads, *, tree):
-        trees.append(tree)
-        return make(name, base, heads, tree=tree)
+    def speculative_decoder(name, base, heads, **options):
+        passed.append(options)
+        return make(name, base, heads, **options)
 
     monkeypatch.setattr(decode, "speculative_decoder", speculative_decoder)
-    records = run(decode, monkeypatch, tmp_path / "auto", "--methods", "draft", "--tree", "auto")
+    options = ("--methods", "draft", "--tree", "auto", "--engine", "eager")
+    records = run(decode, monkeypatch, tmp_path / "auto", *options)
     assert records["draft"]["settings"]["tree"] == "auto"
-    assert trees == ["auto"]
+    assert records["draft"]["settings"]["engine"] == "eager"
+    assert passed == [{"tree": "auto", "engine": "eager"}]
 
 
 def test_shapes_that_are_not_known_are_refused(decode, capsys):
