@@ -102,6 +102,18 @@ def test_an_engine_that_fails_in_mid_call_is_replaced_by_eager_rounds(caplog):
     assert len([line for line in caplog.messages if "too many nodes" in line]) == 1
 
 
+def test_storage_that_is_full_in_mid_call_grows_and_is_recorded_again(monkeypatch):
+    monkeypatch.setattr("speclm.cache.tree_cache.BLOCK", 16)
+    spec, inputs = spec_model(engine=replaying()), prompts(9, 5)
+    options = {**GREEDY, "max_new_tokens": 60}
+    for _ in range(2):
+        found, expected = generate(spec, inputs, **options), generate(spec.base, inputs, **options)
+        assert torch.equal(found[0], expected[0])
+        assert spec.last_speculation.engine == "graph"
+    (static,) = spec._engines._forwards.values()
+    assert len(static._storage) >= 3  # of 16, 32, 64 and more
+
+
 def test_a_changed_model_is_prepared_anew():
     engines, view = Engines(), TargetView(shared_model("llama"))
     first, other = object(), object()
