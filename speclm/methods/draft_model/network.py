@@ -14,23 +14,12 @@ from typing_extensions import override
 from speclm.cache.tree_cache import TreeCache
 from speclm.drafting.decoder_parts import FixedNorm, Product, Rotation, rotated, signed
 
-LayerProducts = list[Product]
-"""Transposed weights and biases of a layer, in the order of `MAPS`."""
-
 MAPS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
+Weights = list[list[Product]]
+"""Transposed weights and biases of each layer, in the order of `MAPS`, and of the head.
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Weights:
-    """Views of a model's weights, for one draft: held longer, they would outlive a moved model.
-
-    Args:
-        layers: Products of each layer.
-        head: Product of the head.
-    """
-
-    layers: list[LayerProducts]
-    head: Product
+They are views for one draft: held longer, they would outlive a model that is moved."""
 
 
 class DraftNetwork:
@@ -51,6 +40,7 @@ class DraftNetwork:
         self._layers = [_Layer(layer) for layer in decoder.layers[: config.num_hidden_layers]]
         self._norm = fixed(decoder.norm)
         self._table: Rotation | None = None
+        self._buffer: _Buffer | None = None
         windows = [layer.window for layer in self._layers if layer.window is not None]
         self.window: int | None = min(windows, default=None)
         """Number of positions from which on a layer does not see all of them; None if all do."""
@@ -66,7 +56,8 @@ class DraftNetwork:
     @torch.no_grad()
     def weights(self) -> Weights:
         """Return views of the weights as they are now."""
-        return Weights([layer.products() for layer in self._layers], _product(self._head))
+        parts = [*(layer.maps for layer in self._layers), [self._head]]
+        return [[(part.weight.t(), part.bias) for part in layer] for layer in parts]
 
     @torch.no_grad()
     def rotation(self, num_positions: int) -> Rotation:
@@ -86,7 +77,7 @@ class DraftNetwork:
         rotation: Rotation,
         bias: Float[Tensor, "mask_rows 1 width kv_len"] | None,
         cache: TreeCache,
-    ) -> Float[Tensor, "batch width hidden"]:
+    ) -> Float[Tensor, "rows hidden"]:
         """Run tokens, which become pending in the cache.
 
         Args:
@@ -97,7 +88,7 @@ class DraftNetwork:
             cache: A cache that a forward of the model has written.
 
         Returns:
-            Hidden states after the final norm, see `logits`.
+            Hidden states after the final norm, all rows one after another; see `logits`.
         """
         batch, width = tokens.shape
         cache.reserve(width)
@@ -110,20 +101,32 @@ class DraftNetwork:
         if bias is not None and width > 1 and groups > 1:
             bias = bias.repeat(1, 1, groups, 1)
         states = F.embedding(tokens.flatten(), self._embedding.weight)
-        buffer = self._layers[0].buffer(states, batch=batch)
-        for index, (layer, products) in enumerate(zip(self._layers, weights.layers, strict=True)):
+        buffer = self._room(states, batch=batch)
+        for index, (layer, products) in enumerate(zip(self._layers, weights[:-1], strict=True)):
             own = slice(2 * index, 2 * index + 2)
             step = _Step(buffer, rotation, bias, written=written[own], seen=seen[own])
             states = layer(states, products, step)
         cache.append(width)
-        return self._norm(states).view(batch, width, -1)
+        return self._norm(states)
+
+    def _room(self, states: Float[Tensor, "rows hidden"], *, batch: int) -> "_Buffer":
+        """Return the buffer of the last call if the states have the same shape."""
+        layer, shape = self._layers[0], (batch, states.shape[0] // batch)
+        if self._buffer is None or self._buffer.by_head.shape[:2] != shape:
+            heads, size = (layer.num_heads, layer.num_kv_heads), layer.head_dim
+            with torch.inference_mode(mode=False):  # or it could not be written outside of one
+                both = states.new_empty(states.shape[0], sum(heads) * size)
+            queries, keys = torch.split(both, [count * size for count in heads], dim=1)
+            self._buffer = _Buffer(queries, keys, both.view(*shape, -1, size))
+        return self._buffer
 
     @torch.no_grad()
     def logits(
-        self, hidden: Float[Tensor, "batch width hidden"], weights: Weights
+        self, hidden: Float[Tensor, "rows hidden"], weights: Weights, *, batch: int
     ) -> Float[Tensor, "batch width vocab"]:
-        """Return the logits for results of `forward`."""
-        return _times(hidden.flatten(0, 1), weights.head).view(*hidden.shape[:2], -1)
+        """Return the logits for results of `forward`, or for some of their rows."""
+        logits = _times(hidden, weights[-1][0])
+        return logits.view(batch, -1, logits.shape[1])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -165,12 +168,13 @@ class _Layer:
 
     def __init__(self, layer: Any) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        self._maps = [getattr(attention, name) for name in MAPS[:4]]
-        self._maps += [getattr(mlp, name) for name in MAPS[4:]]
+        self.maps: list[nn.Linear] = [
+            getattr(mlp if name in mlp._modules else attention, name) for name in MAPS
+        ]
         self._activate = mlp.act_fn
-        self._scale, self._head_dim = float(attention.scaling), int(attention.head_dim)
-        self.num_heads = attention.q_proj.out_features // self._head_dim
-        self.num_kv_heads = attention.k_proj.out_features // self._head_dim
+        self._scale, self.head_dim = float(attention.scaling), int(attention.head_dim)
+        self.num_heads = attention.q_proj.out_features // self.head_dim
+        self.num_kv_heads = attention.k_proj.out_features // self.head_dim
         self.window: int | None = getattr(attention, "sliding_window", None)
         if not hasattr(attention, "sliding_window"):  # Mistral's reads it from the config
             self.window = getattr(attention.config, "sliding_window", None)
@@ -182,18 +186,8 @@ class _Layer:
             weights = [norm.weight.detach().expand(count, -1) for norm, count in parts]
             self._head_norm = FixedNorm(torch.cat(weights), attention.q_norm.variance_epsilon)
 
-    def products(self) -> LayerProducts:
-        return [_product(part) for part in self._maps]
-
-    def buffer(self, states: Float[Tensor, "rows hidden"], *, batch: int) -> _Buffer:
-        heads, size = self.num_heads + self.num_kv_heads, self._head_dim
-        both = states.new_empty(states.shape[0], heads * size)
-        sizes = [self.num_heads * size, self.num_kv_heads * size]
-        queries, keys = torch.split(both, sizes, dim=1)
-        return _Buffer(queries, keys, both.view(batch, -1, heads, size))
-
     def __call__(
-        self, states: Float[Tensor, "rows hidden"], products: LayerProducts, step: _Step
+        self, states: Float[Tensor, "rows hidden"], products: list[Product], step: _Step
     ) -> Float[Tensor, "rows hidden"]:
         to_queries, to_keys, to_values, from_heads, gate, up, down = products
         normed = self._input_norm(states)
@@ -217,9 +211,9 @@ class _Layer:
         """Attend; the query heads of a key head become further queries, which see the same."""
         (batch, width), kv_heads = queries.shape[:2], self.num_kv_heads
         if width == 1:
-            queries = queries.view(batch, kv_heads, -1, self._head_dim)
+            queries = queries.view(batch, kv_heads, -1, self.head_dim)
         else:
-            queries = queries.transpose(1, 2).reshape(batch, kv_heads, -1, self._head_dim)
+            queries = queries.transpose(1, 2).reshape(batch, kv_heads, -1, self.head_dim)
         keys, values = step.seen
         attended = F.scaled_dot_product_attention(
             queries, keys, values, attn_mask=step.bias, scale=self._scale
@@ -233,10 +227,6 @@ class _Layer:
 def fixed(norm: Any) -> FixedNorm:
     """Return the norm of a module."""
     return FixedNorm(norm.weight.detach(), float(norm.variance_epsilon))
-
-
-def _product(part: nn.Linear) -> Product:
-    return part.weight.t(), part.bias
 
 
 def _times(
@@ -328,36 +318,36 @@ class NetworkRun(LevelRun):
 
     @override
     def catch_up(self, tokens: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch 1 vocab"]:
-        hidden = self._run(tokens, self._causal_bias(tokens.shape[1]))
-        return self._network.logits(last_of(hidden, self._num_unseen), self._weights)
+        (batch, longest), bias = tokens.shape, self._causal_bias(tokens.shape[1])
+        hidden = self._run(tokens, bias)
+        if longest > 1:
+            hidden = last_of(hidden.view(batch, longest, -1), self._num_unseen)[:, 0]
+        return self._network.logits(hidden, self._weights, batch=batch)
 
     @override
     def below(
         self, tokens: Int[Tensor, "batch width"], parents: Int[Tensor, "batch width"]
     ) -> Float[Tensor, "batch width vocab"]:
         self._level += 1
-        return self._network.logits(self._run(tokens, self._bias(parents)), self._weights)
+        hidden = self._run(tokens, self._bias(parents))
+        return self._network.logits(hidden, self._weights, batch=len(tokens))
 
-    def _run(self, tokens: Tensor, bias: Tensor | None) -> Float[Tensor, "batch width hidden"]:
+    def _run(self, tokens: Tensor, bias: Tensor | None) -> Float[Tensor, "rows hidden"]:
+        rotation = self._rotations[self._level]
         return self._network.forward(
-            tokens,
-            self._weights,
-            rotation=self._rotations[self._level],
-            bias=bias,
-            cache=self._cache,
+            tokens, self._weights, rotation=rotation, bias=bias, cache=self._cache
         )
 
-    def _hidden(self, *shape: int) -> Tensor:
-        """Return an additive mask that hides everything."""
-        dtype = self._network.dtype
-        device = self._cache.lengths.device
+    def _nothing(self, *shape: int) -> Tensor:
+        """Return an additive mask under which nothing is seen."""
+        dtype, device = self._network.dtype, self._cache.lengths.device
         return torch.full(shape, torch.finfo(dtype).min, dtype=dtype, device=device)
 
     def _seen_by_root(
         self, num_unseen: Int[Tensor, " batch"], kv_len: int
     ) -> Float[Tensor, "batch 1 kv_len"]:
         cache, start = self._cache, self._cache.tree_start
-        seen = self._hidden(len(num_unseen), 1, kv_len)
+        seen = self._nothing(len(num_unseen), 1, kv_len)
         if self._sees_all:
             seen[:, :, : start + max(self._num_unseen)] = 0
             return seen
@@ -371,10 +361,10 @@ class NetworkRun(LevelRun):
             return None
         start = self._cache.tree_start
         if self._sees_all:
-            return self._hidden(1, 1, num_new, start + num_new).triu_(1 + start)
+            return self._nothing(1, 1, num_new, start + num_new).triu_(1 + start)
         assert self._seen is not None
         before = self._seen[:, :, :start].expand(-1, num_new, -1)
-        among = self._hidden(1, num_new, num_new).triu_(1).expand(len(before), -1, -1)
+        among = self._nothing(1, num_new, num_new).triu_(1).expand(len(before), -1, -1)
         return torch.cat([before, among], dim=2)[:, None]
 
     def _bias(

@@ -105,7 +105,7 @@ def computes_alike(view: TargetView) -> bool:
     hidden = network.forward(
         tokens[:, _NUM_BEFORE:], weights, rotation=rotation, bias=bias, cache=cache
     )
-    found = network.logits(hidden, weights)[0]
+    found = network.logits(hidden, weights, batch=1)[0]
     is_half = network.dtype.itemsize < torch.float32.itemsize
     return relative_difference(found, wanted) <= (_HALF_TOLERANCE if is_half else _TOLERANCE)
 
