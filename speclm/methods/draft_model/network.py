@@ -46,7 +46,7 @@ class DraftNetwork:
         """Number of positions from which on a layer does not see all of them; None if all do."""
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        return type(None), ()  # a copied proposer makes its own, for its own model
+        return type(None), ()  # a copied proposer makes one for its own model
 
     @property
     def dtype(self) -> torch.dtype:
