@@ -298,7 +298,6 @@ class NetworkRun(LevelRun):
         longest, start = max(num_unseen), cache.tree_start
         is_even = min(num_unseen) == longest
         self._sees_all = is_even and not cache.is_ragged and not cache.has_padding
-        cache.reserve(longest + max_nodes)
         counts = torch.tensor(num_unseen, device=cache.lengths.device, dtype=torch.long)
         cosines, sines = network.rotation(start + longest + depth)
         if self._sees_all:

@@ -129,7 +129,7 @@ class DraftModelProposer(Proposer):
         self.view = TargetView(model)
         self._current = CurrentNetwork(self.view)
         self.network: DraftNetwork | None = None
-        """Runs the draft model in place of its own forward, from `begin` on, if it can."""
+        """Runs levels in place of the draft model's own forward, if it can; set by `begin`."""
         wanted = TargetView(target)
         self._vocabulary = SharedVocabulary.of(self.view, wanted)
         self.needs = TargetNeeds(vocab_size=wanted.vocab_size)
@@ -144,6 +144,11 @@ class DraftModelProposer(Proposer):
         self._leaf_tokens: frozenset[int] = frozenset()  # tokens that end a row
         self._grown: list[GrownRow] = []
         self._offsets: list[int] = []
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why the draft model's own forward runs the levels; None if a network does."""
+        return self._current.obstacle
 
     @override
     def begin(self, prompt: Prefill) -> None:
@@ -312,11 +317,12 @@ class DraftModelProposer(Proposer):
 
     def _catch_up(self, run: LevelRun) -> Float[Tensor, "batch 1 vocab"]:
         """Feed committed tokens that the draft model has not seen; short rows end in padding."""
+        assert self._cache is not None
         if self._prompt_logits is not None:
             return self._prompt_logits
         longest = max(map(len, self._unseen))
         padded = [tokens + [0] * (longest - len(tokens)) for tokens in self._unseen]
-        tokens = torch.tensor(padded, device=self.view.device, dtype=torch.long)
+        tokens = torch.tensor(padded, device=self._cache.lengths.device, dtype=torch.long)
         return self._vocabulary.fit(run.catch_up(self._vocabulary.readable(tokens)))
 
     def _below(

@@ -1,5 +1,6 @@
 """Which draft models can be run as a `DraftNetwork`: their classes are read, logits compared."""
 
+import logging
 from typing import Any, cast
 
 import torch
@@ -11,6 +12,8 @@ from speclm.self_check.fingerprint import changes
 from speclm.self_check.verdict import distinct_tokens
 from speclm.self_check.watch import first_in_training
 from speclm.target import TargetView
+
+_log = logging.getLogger("speclm")
 
 _FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 """Model types of one pattern, and what the names of their classes start with."""
@@ -55,9 +58,11 @@ def find_obstacle(view: TargetView) -> str | None:
     changed = changes(model)
     if changed or vars(model).get("_compiled_call_impl") is not None:
         return changed[0] if changed else "the model is compiled"
-    layers = cast("Any", model).model.layers
-    if any(layer.self_attn.layer_idx != index for index, layer in enumerate(layers)):
+    attentions = [layer.self_attn for layer in cast("Any", model).model.layers]
+    if any(attention.layer_idx != index for index, attention in enumerate(attentions)):
         return "layers were removed or exchanged"
+    if len({(a.q_proj.out_features, a.k_proj.out_features) for a in attentions}) > 1:
+        return "layers have different numbers of heads"
     weights = {(weight.device, weight.dtype) for weight in model.parameters()}
     if len(weights) > 1 or any(device.type == "meta" for device, _ in weights):
         return "its weights have several devices or dtypes, or are not loaded"
@@ -144,11 +149,17 @@ class CurrentNetwork:
             self._state, self._network = state, None
             self.obstacle = find_obstacle(self._view)
             if self.obstacle is None and self._is_alike is None:
-                self._is_alike = computes_alike(self._view)
+                try:
+                    self._is_alike = computes_alike(self._view)
+                except RuntimeError as error:  # sizes that are not usual
+                    self._is_alike = False
+                    _log.debug("comparing %s failed: %s", self._view.name, error)
             if self.obstacle is None and not self._is_alike:
                 self.obstacle = "its logits are not those of the family's usual computation"
             if self.obstacle is None:
                 self._network = DraftNetwork(model)
+            else:
+                _log.debug("%s drafts by its own forward: %s", self._view.name, self.obstacle)
         # Casts of single operations are the model's own.
         return None if torch.is_autocast_enabled(self._view.device.type) else self._network
 
@@ -156,7 +167,8 @@ class CurrentNetwork:
 def _state(model: PreTrainedModel) -> list[object]:
     """Return marks of all modules and weights. Written for speed: each generation calls it."""
     modules: list[nn.Module] = [model]
-    marks: list[object] = [model.config.num_hidden_layers, model.config._attn_implementation]
+    config = model.config
+    marks: list[object] = [getattr(config, "num_hidden_layers", None), config._attn_implementation]
     for module in modules:  # grows in the loop
         state = module.__dict__
         modules += [child for child in state["_modules"].values() if child is not None]

@@ -75,6 +75,14 @@ def shortened(model):
     model.config.num_hidden_layers = 1
 
 
+def narrowed(model):
+    attention = model.model.layers[1].self_attn
+    for name in ("q_proj", "k_proj", "v_proj"):
+        part = getattr(attention, name)
+        setattr(attention, name, nn.Linear(40, part.out_features // 2).eval())
+    attention.o_proj = nn.Linear(40, 40).eval()
+
+
 def mixed(model):
     model.model.norm.double()
 
@@ -101,6 +109,7 @@ def activated(model):
         (parametrised, "up_proj' is a ParametrizedLinear"),
         (pruned, "q_proj' is a Linear"),
         (shortened, "layers were removed"),
+        (narrowed, "different numbers of heads"),
         (mixed, "several devices or dtypes"),
         (in_training, "'model.layers.0.mlp' is in training mode"),
         (compiled, "is compiled"),
@@ -129,11 +138,20 @@ def test_models_of_other_structure_are_left_to_their_own_forward():
     assert "embed_tokens" in find_obstacle(TargetView(model))
 
 
-def test_models_that_compute_otherwise_are_left_to_their_own_forward(monkeypatch):
-    logits = DraftNetwork.logits
-    monkeypatch.setattr(
-        DraftNetwork, "logits", lambda *args, **more: logits(*args, **more).roll(1, -1)
-    )
+def shifted(*args, **more):
+    return own_logits(*args, **more).roll(1, -1)
+
+
+def fails(*args, **more):
+    raise RuntimeError("sizes do not fit")
+
+
+own_logits = DraftNetwork.logits
+
+
+@pytest.mark.parametrize("logits", [shifted, fails])
+def test_models_that_compute_otherwise_are_left_to_their_own_forward(logits, monkeypatch):
+    monkeypatch.setattr(DraftNetwork, "logits", logits)
     current = CurrentNetwork(TargetView(shared_model("llama")))
     assert current.look() is None
     assert "not those of the family" in current.obstacle
