@@ -197,7 +197,7 @@ class _Layer:
         if self._head_norm is not None:
             both = self._head_norm(both)
         both = rotated(both, step.rotation)
-        queries, keys = torch.split(both, [self.num_heads, self.num_kv_heads], dim=2)
+        queries, keys = torch.split_with_sizes(both, [self.num_heads, self.num_kv_heads], dim=2)
         step.written[0].copy_(keys)
         step.written[1].copy_(_times(normed, to_values).view(keys.shape))
         states = _added(states, self._attended(queries, step), from_heads)
