@@ -184,7 +184,7 @@ def _has_mask_index(name: str, args: tuple[Any, ...]) -> bool:
 
 
 @contextmanager
-def counted(ledger: Ledger, base: PreTrainedModel, networks: Sequence[nn.Module]) -> Iterator[None]:
+def counted(ledger: Ledger, base: PreTrainedModel, networks: Sequence[Any]) -> Iterator[None]:
     """Count what the rounds of all calls inside the block do."""
     phase, run_round = SpeculationStats.phase, Generation._run_round
 
@@ -223,11 +223,14 @@ def _keep(ledger: Ledger) -> Callable[..., Any]:
     return count_keep
 
 
-def draft_networks(proposer: Proposer) -> list[nn.Module]:
-    """Return the networks that a proposer runs."""
+def draft_networks(proposer: Proposer) -> list[Any]:
+    """Return what a proposer runs by its `forward`, once it has drafted."""
     heads = getattr(proposer, "heads", None)
     if isinstance(heads, nn.Module):
         return [heads]
+    network = getattr(proposer, "network", None)
+    if network is not None:
+        return [network]
     view = getattr(proposer, "view", None)
     return [] if view is None else [view.model]
 

@@ -72,6 +72,12 @@ class TreeCache(Cache):
         """Whether a row is shorter than another, so that slots below `tree_start` are unused."""
         return any(length != self.tree_start for length in self._lengths)
 
+    @property
+    def storage(self) -> Float[Tensor, "keys_and_values batch kv_heads capacity head_dim"] | None:
+        """Keys and values of each layer in turn; None if layers differ, or nothing was written."""
+        arena = self._arenas[0][0] if len(self._arenas) == 1 else None
+        return None if arena is None or len(arena) != 2 * len(self._rows) else arena
+
     def load(
         self,
         states: Sequence[tuple[Tensor | None, Tensor | None]],
@@ -128,7 +134,7 @@ class TreeCache(Cache):
                 )
             self._grow(self.num_pending)
 
-    def storage(self) -> list[Tensor]:
+    def parts(self) -> list[Tensor]:
         """Return keys and values of each layer that has them, ``capacity`` slots long."""
         return [
             part

@@ -32,7 +32,9 @@ def load_causal_lm(
         CheckpointError: If a file is damaged.
     """
     dtype = options.get("dtype")
-    if isinstance(dtype, str) and dtype != "auto" and not hasattr(torch, dtype):
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    is_floating = isinstance(found, torch.dtype) and found.is_floating_point
+    if dtype not in (None, "auto") and not isinstance(dtype, dict) and not is_floating:
         raise OptionError(
             f"dtype of the {owner} is {dtype!r}, expected one such as 'bfloat16' or 'auto'; "
             "correct it"

@@ -100,7 +100,7 @@ class StaticForward:
             return logits
         try:
             with target.untapped():
-                found = self.engine.run(self._stages[layers], inputs, cache.storage())
+                found = self.engine.run(self._stages[layers], inputs, cache.parts())
         except EngineError as error:
             self._give_up(str(error))
             return None
@@ -123,7 +123,7 @@ class StaticForward:
         model, start = self._target.model, perf_counter()
         try:
             stage = VerifyStage(model, layers, _masks(model, self._target.windows))
-            found = stage(*inputs, *cache.storage())
+            found = stage(*inputs, *cache.parts())
         except (UnsupportedModelError, RuntimeError, TypeError, ValueError, LookupError) as error:
             self._give_up(f"a forward over fixed shapes fails: {type(error).__name__}, {error}")
             return

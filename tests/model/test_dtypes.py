@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from speclm import SpecModel
 from speclm.methods.eagle.proposer import EagleProposer
 from speclm.methods.medusa.proposer import MedusaProposer
+from speclm.model.fitting import proposer_modules
 from tests.models import build_model, prompts, shared_model
 from tests.outcomes import observe, require_same
 from tests.proposers import build_proposer, random_eagle, random_heads
@@ -126,3 +128,25 @@ def test_heads_and_base_are_converted_by_themselves_or_together(kind, convert, a
         require_same(found, observe(spec.base, inputs, arguments, base=spec.base))
     assert spec.last_speculation.fallbacks == []
     assert all(row.num_draft_tokens > 0 for row in spec.last_speculation.rows)
+
+
+def save(kind: str, base: PreTrainedModel, folder: Path) -> None:
+    if kind == "draft":
+        build_model("llama", seed=7, num_hidden_layers=1).save_pretrained(folder)
+    else:
+        spec_with_heads(kind, base).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", ["draft", "medusa", "eagle"])
+def test_what_drafts_may_be_loaded_in_another_dtype_than_the_base(kind, tmp_path):
+    base, inputs = shared_model("llama"), prompts(6, 9)
+    save(kind, base, tmp_path)
+    options = {"dtype": "bfloat16", "min_probability": 0.0}
+    spec = SpecModel.from_pretrained(base, tmp_path, heads_kwargs=options)
+    modules = (module for module in proposer_modules(spec.proposer) if module is not base)
+    assert {p.dtype for module in modules for p in module.parameters()} == {torch.bfloat16}
+    for do_sample in (False, True):
+        arguments = {"do_sample": do_sample, "max_new_tokens": 8}
+        expected = observe(base, inputs, arguments, base=base)
+        require_same(observe(spec, inputs, arguments, base=base), expected)
+        assert all(row.num_draft_tokens > 0 for row in spec.last_speculation.rows)

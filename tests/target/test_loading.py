@@ -1,6 +1,7 @@
 import re
 
 import pytest
+import torch
 
 from speclm import SpecModel
 from speclm.errors import CheckpointError, OptionError, suggest
@@ -36,11 +37,13 @@ def test_option_that_a_draft_model_does_not_take_is_named(folder):
 
 
 @pytest.mark.parametrize("as_draft", [False, True])
-def test_dtype_that_does_not_exist_is_named(folder, as_draft):
+@pytest.mark.parametrize("dtype", ["flaot16", "relu", torch.int8, 16])
+def test_dtype_that_is_none_for_weights_is_named(folder, as_draft, dtype):
     given = (shared_model("llama", 0), folder) if as_draft else (folder, "ngram")
-    options = {"dtype": "flaot16"}
+    options = {"dtype": dtype}
     options = {"heads_kwargs": options} if as_draft else options
-    with pytest.raises(OptionError, match=r"dtype of the .* is 'flaot16', expected one such as"):
+    words = rf"dtype of the .* is {re.escape(repr(dtype))}, expected one such as"
+    with pytest.raises(OptionError, match=words):
         SpecModel.from_pretrained(*given, **options)
 
 

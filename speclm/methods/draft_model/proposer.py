@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
@@ -24,6 +24,8 @@ from speclm.drafting.levels import (
 from speclm.drafting.ranking import LevelRanking, Nodes, path_expansions
 from speclm.drafting.search import search
 from speclm.errors import VocabularyMismatchError
+from speclm.methods.draft_model.network import DraftNetwork, LevelRun, NetworkRun, last_of
+from speclm.methods.draft_model.structure import CurrentNetwork
 from speclm.sampling.draws import DraftSampler, DraftSampling
 from speclm.sampling.noise import PositionNoise
 from speclm.target import TargetView
@@ -125,6 +127,9 @@ class DraftModelProposer(Proposer):
         require_known(DraftModelConfig, options, owner="DraftModelProposer")
         self.config = DraftModelConfig(**options)
         self.view = TargetView(model)
+        self._current = CurrentNetwork(self.view)
+        self.network: DraftNetwork | None = None
+        """Runs levels in place of the draft model's own forward, if it can; set by `begin`."""
         wanted = TargetView(target)
         self._vocabulary = SharedVocabulary.of(self.view, wanted)
         self.needs = TargetNeeds(vocab_size=wanted.vocab_size)
@@ -140,9 +145,15 @@ class DraftModelProposer(Proposer):
         self._grown: list[GrownRow] = []
         self._offsets: list[int] = []
 
+    @property
+    def obstacle(self) -> str | None:
+        """Why the draft model's own forward runs the levels; None if a network does."""
+        return self._current.obstacle
+
     @override
     def begin(self, prompt: Prefill) -> None:
         self._vocabulary = replace(self._vocabulary, num_draft=self.view.vocab_size)  # resized?
+        self.network = self._current.look()
         self._cache, self._prompt_logits = self.view.new_cache(prompt.num_padding), None
         length, bound = prompt.tokens.shape[1] + 1, self.view.max_positions
         self._is_silent = bound is not None and length > bound  # beyond the learned positions
@@ -177,8 +188,8 @@ class DraftModelProposer(Proposer):
                 num_nodes=config.num_draft_tokens,
             )
         if paths is not None:
-            return self._fill(roots, longest, paths, noise)
-        self._grown = self._grow(roots, longest, noise, config)
+            return self._fill(roots, paths, noise)
+        self._grown = self._grow(roots, noise, config)
         return assemble(self._grown, roots)
 
     @override
@@ -221,33 +232,21 @@ class DraftModelProposer(Proposer):
     def _grow(
         self,
         roots: Int[Tensor, " batch"],
-        longest: int,
         noise: PositionNoise | None,
         config: DraftModelConfig,
     ) -> list[GrownRow]:
         """Feed the unseen tokens, then one level after another."""
         assert self._cache is not None
         assert self._bounds is not None
-        cache, device = self._cache, roots.device
-        seen, kv_depths, unseen = self._seen_by_root(device, longest)
-        # In a chain, if all rows have equally many unseen tokens, every node sees all that is
-        # pending.
-        is_chain = config.width == 1 and min(map(len, self._unseen)) == longest
+        cache = self._cache
+        run = self._run(
+            config.depth, max_nodes=config.depth * config.width, is_chain=config.width == 1
+        )
         self._offsets = []
 
         def candidates(nodes: Nodes, level: int) -> tuple[Tensor, Tensor]:
             """Return log-probabilities and tokens, ``[batch, width, ranks]``, below some nodes."""
-            nonlocal seen, kv_depths
-            if level == 0:
-                logits = self._catch_up(device, longest)
-            else:
-                tokens, parents = nodes
-                if not is_chain:
-                    seen = seen_below(seen, parents)
-                depths = (unseen + level - 1)[:, None].expand_as(tokens)
-                kv_depths = torch.cat([kv_depths, depths], dim=1)
-                self._offsets.append(cache.num_pending)
-                logits = self._forward(tokens, None if is_chain else seen, kv_depths)
+            logits = self._catch_up(run) if level == 0 else self._below(run, *nodes)
             ranked = self._ranking.rank(logits, depth=level, noise=noise, nodes=nodes)
             found = ranked.topk(config.branches, dim=-1)
             return found.values, found.indices
@@ -264,22 +263,19 @@ class DraftModelProposer(Proposer):
         return grown
 
     def _fill(
-        self,
-        roots: Int[Tensor, " batch"],
-        longest: int,
-        paths: RankPaths,
-        noise: PositionNoise | None,
+        self, roots: Int[Tensor, " batch"], paths: RankPaths, noise: PositionNoise | None
     ) -> Draft:
         """Feed the unseen tokens, then fill the levels of a static tree one after another.
 
         Children are drawn if the rule needs drawn drafts; otherwise they go by rank.
         """
         assert self._cache is not None
-        device, batch, sampler = roots.device, len(roots), self._sampler
+        batch, sampler = len(roots), self._sampler
         tree = FilledTree(paths, roots=roots, are_drawn=sampler is not None)
+        widths = tree.widths[1:]
+        run = self._run(len(widths), max_nodes=sum(widths), is_chain=max(widths, default=1) == 1)
         self._offsets = []
-        seen, kv_depths, num_unseen = self._seen_by_root(device, longest)
-        logits = self._catch_up(device, longest)  # [batch, level, vocab]
+        logits = self._catch_up(run)  # [batch, level, vocab]
         distributions: Tensor | None = None
         while True:
             if sampler is not None:
@@ -297,49 +293,85 @@ class DraftModelProposer(Proposer):
                 tree.fill(ranked.topk(tree.num_ranks, dim=-1).indices)
             if tree.is_full:
                 break
-            seen = seen_below(seen, tree.expanded_parents)
-            depths = (num_unseen + tree.depth - 1)[:, None].expand(-1, len(tree.expanded_nodes))
-            kv_depths = torch.cat([kv_depths, depths], dim=1)
-            self._offsets.append(self._cache.num_pending)
-            logits = self._forward(tree.expanded_tokens, seen, kv_depths)
+            logits = self._below(run, tree.expanded_tokens, tree.expanded_parents)
         self._grown = [GrownRow([], [], tree.expansions, [])] * batch
         self._offsets = self._offsets or [self._cache.num_pending]
         return Draft(tokens=tree.tokens, topology=tree.topology, distributions=distributions)
 
-    def _seen_by_root(
-        self, device: torch.device, longest: int
-    ) -> tuple[Bool[Tensor, "batch 1 kv_len"], Int[Tensor, "batch kv_len"], Int[Tensor, " batch"]]:
-        """Return what level 0 sees, the depth of each key, and each row's unseen tokens.
-
-        A level-0 node sees its row's unseen tokens, the last of which is the root.
-        """
-        unseen = torch.tensor(
-            [len(tokens) for tokens in self._unseen], device=device, dtype=torch.long
+    def _run(self, depth: int, *, max_nodes: int, is_chain: bool) -> LevelRun:
+        """Return the run of a draft; a network that sees no window runs what fits into it."""
+        assert self._cache is not None
+        unseen, network = [len(tokens) for tokens in self._unseen], self.network
+        window = None if network is None else network.window
+        reach = self._cache.tree_start + max(unseen) + depth
+        if network is None or (window is not None and reach > window):
+            return ModelRun(self.view, self._cache, unseen, is_chain=is_chain)
+        return NetworkRun(
+            network,
+            self._cache,
+            unseen,
+            depth=depth,
+            max_nodes=max_nodes,
+            is_chain=is_chain,
         )
-        kv_depths = torch.arange(longest, device=device).expand(len(unseen), -1)
-        return (kv_depths < unseen[:, None])[:, None, :], kv_depths, unseen
 
-    def _catch_up(self, device: torch.device, longest: int) -> Float[Tensor, "batch 1 vocab"]:
+    def _catch_up(self, run: LevelRun) -> Float[Tensor, "batch 1 vocab"]:
         """Feed committed tokens that the draft model has not seen; short rows end in padding."""
         assert self._cache is not None
         if self._prompt_logits is not None:
             return self._prompt_logits
+        longest = max(map(len, self._unseen))
         padded = [tokens + [0] * (longest - len(tokens)) for tokens in self._unseen]
-        causal = torch.ones(1, longest, longest, dtype=torch.bool, device=device).tril()
-        depths = torch.arange(longest, device=device)[None]
-        logits = self._forward(
-            torch.tensor(padded, device=device, dtype=torch.long), causal, depths
-        )
-        last = [len(tokens) - 1 for tokens in self._unseen]
-        return logits[range(len(last)), last][:, None]
+        tokens = torch.tensor(padded, device=self._cache.lengths.device, dtype=torch.long)
+        return self._vocabulary.fit(run.catch_up(self._vocabulary.readable(tokens)))
 
-    def _forward(
-        self,
-        tokens: Int[Tensor, "batch width"],
-        seen: Bool[Tensor, "rows width kv_len"] | None,
-        kv_depths: Int[Tensor, "depth_rows kv_len"],
+    def _below(
+        self, run: LevelRun, tokens: Int[Tensor, "batch width"], parents: Int[Tensor, "batch width"]
     ) -> Float[Tensor, "batch width vocab"]:
-        """Run nodes through the draft model; their logits are over the target's vocabulary."""
+        """Feed a level; its logits are over the target's vocabulary."""
         assert self._cache is not None
-        fed = self._vocabulary.readable(tokens)
-        return self._vocabulary.fit(self.view.forward_nodes(fed, seen, kv_depths, self._cache))
+        self._offsets.append(self._cache.num_pending)
+        return self._vocabulary.fit(run.below(self._vocabulary.readable(tokens), parents))
+
+
+class ModelRun(LevelRun):
+    """Calls the model itself."""
+
+    def __init__(
+        self, view: TargetView, cache: TreeCache, num_unseen: list[int], *, is_chain: bool
+    ) -> None:
+        """Prepare a draft.
+
+        Args:
+            view: The draft model.
+            cache: Its cache; at most the roots are pending.
+            num_unseen: Number of each row's last tokens, the root among them, that are pending or
+                will be after `catch_up`.
+            is_chain: Whether no level has siblings.
+        """
+        device, longest = cache.lengths.device, max(num_unseen)
+        self._view, self._cache, self._num_unseen, self._level = view, cache, num_unseen, 0
+        # In a chain, if all rows have equally many unseen tokens, every node sees all that is
+        # pending.
+        self._is_chain = is_chain and min(num_unseen) == longest
+        self._counts = torch.tensor(num_unseen, device=device, dtype=torch.long)
+        self._depths = torch.arange(longest, device=device).expand(len(num_unseen), -1)
+        self._seen = (self._depths < self._counts[:, None])[:, None]  # by the root
+
+    @override
+    def catch_up(self, tokens: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch 1 vocab"]:
+        longest = tokens.shape[1]
+        causal = torch.ones(1, longest, longest, dtype=torch.bool, device=tokens.device).tril()
+        logits = self._view.forward_nodes(tokens, causal, self._depths[:1], self._cache)
+        return last_of(logits, self._num_unseen)
+
+    @override
+    def below(
+        self, tokens: Int[Tensor, "batch width"], parents: Int[Tensor, "batch width"]
+    ) -> Float[Tensor, "batch width vocab"]:
+        if not self._is_chain:
+            self._seen = seen_below(self._seen, parents)
+        depths = (self._counts + self._level)[:, None].expand_as(tokens)
+        self._depths, self._level = torch.cat([self._depths, depths], dim=1), self._level + 1
+        seen = None if self._is_chain else self._seen
+        return self._view.forward_nodes(tokens, seen, self._depths, self._cache)

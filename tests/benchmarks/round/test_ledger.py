@@ -11,6 +11,7 @@ from benchmarks.round.ledger import CallCounter, Ledger, ReadCounter
 
 BOUNDS = {
     "ngram": (24, 0, 7),
+    "draft": (50, 78, 24),
     "medusa": (90, 0, 11),
     "eagle3": (60, 80, 34),
     "block": (300, 0, 32),

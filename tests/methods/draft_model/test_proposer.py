@@ -14,8 +14,8 @@ from speclm import SpecModel
 from speclm.acceptance import Accepted
 from speclm.drafting.interface import Prefill
 from speclm.errors import OptionError, TreeBudgetError, VocabularyMismatchError
+from speclm.methods.draft_model.network import DraftNetwork
 from speclm.methods.draft_model.proposer import DraftModelConfig, DraftModelProposer
-from speclm.target import TargetView
 from tests.grids import turns
 from tests.models import (
     VOCAB_SIZE,
@@ -233,11 +233,9 @@ def test_no_confidence_means_no_draft_forward_beyond_the_prompt_or_the_roots(mon
     proposer = DraftModelProposer(model, target=model, min_confidence=1.0, min_probability=0.0)
     roots = begun(proposer, 6)
     forwards = []
-    original = type(proposer.view).forward_nodes
+    original = DraftNetwork.forward
     monkeypatch.setattr(
-        type(proposer.view),
-        "forward_nodes",
-        lambda *args: forwards.append(1) or original(*args),
+        DraftNetwork, "forward", lambda *args, **more: forwards.append(1) or original(*args, **more)
     )
     draft = proposer.propose(roots, noise=None)
     assert draft.topology.max_depth == 1
@@ -281,13 +279,13 @@ def test_nothing_is_fed_or_drafted_below_an_end_token(options, monkeypatch):
     end = free.tokens[0, free.topology.parents[0].tolist().index(1)].item()  # at depth 2
     roots = begun(proposer, 6, eos_token_ids=frozenset({end, 9999}))
     fed: list[int] = []
-    original = type(proposer.view).forward_nodes
+    original = DraftNetwork.forward
 
-    def forward_nodes(view: TargetView, tokens: Tensor, *args: Any) -> Tensor:
+    def forward(network: DraftNetwork, tokens: Tensor, *args: Any, **more: Any) -> Tensor:
         fed.extend(tokens.flatten().tolist())
-        return original(view, tokens, *args)
+        return original(network, tokens, *args, **more)
 
-    monkeypatch.setattr(type(proposer.view), "forward_nodes", forward_nodes)
+    monkeypatch.setattr(DraftNetwork, "forward", forward)
     draft = proposer.propose(roots, noise=None)
     tokens, parents = draft.tokens[0].tolist(), draft.topology.parents[0].tolist()
     ends = [node for node, token in enumerate(tokens) if token == end]
