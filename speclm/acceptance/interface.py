@@ -2,9 +2,10 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -88,7 +89,6 @@ class TargetCandidates:
         return [node for node in self.nodes[row][:num_columns] if node < num_nodes]
 
 
-@dataclass(frozen=True, eq=False)
 class Accepted:
     """The accepted path of every row and the tokens that the row emits.
 
@@ -96,29 +96,54 @@ class Accepted:
     If drafts of several proposers were joined, each proposer is given the part of the path that it
     drafted itself, which may be shorter than the emitted tokens.
 
-    Args:
-        path: Accepted nodes, the root first, padded with -1.
-        tokens: Token that the target chose after each node of `path`, padded with -1. The last
-            one is the bonus token, which becomes the next root.
-        features: Target features that each token was chosen from, if the proposer asks for them.
-        candidates: The target's likeliest tokens after every node of the draft, if the proposer
-            asks for them.
+    Tensors of a result that was built on the host are sent to the device when they are asked for.
     """
 
-    path: Int[Tensor, "batch path"]
-    tokens: Int[Tensor, "batch path"]
-    features: Float[Tensor, "batch path hidden"] | None = None
-    candidates: TargetCandidates | None = None
+    def __init__(self, path: Int[Tensor, "batch path"], tokens: Int[Tensor, "batch path"]) -> None:
+        """Store what was decided.
+
+        Args:
+            path: Accepted nodes, the root first, padded with -1.
+            tokens: Token that the target chose after each node of `path`, padded with -1. The last
+                one is the bonus token, which becomes the next root.
+        """
+        self._device = path.device
+        self._on_device: tuple[Tensor, Tensor] | None = (path, tokens)
+        self.features: Float[Tensor, "batch path hidden"] | None = None
+        """Target features that each token was chosen from, if the proposer asks for them."""
+        self.candidates: TargetCandidates | None = None
+        """The target's likeliest tokens after every node, if the proposer asks for them."""
 
     @classmethod
     def from_host(
         cls, paths: list[list[int]], emitted: list[list[int]], *, device: torch.device
     ) -> "Accepted":
         """Build from host lists, which become `paths` and `emitted`."""
-        width = max(map(len, paths))
-        both = [[row + [-1] * (width - len(row)) for row in rows] for rows in (paths, emitted)]
-        path, tokens = torch.tensor(both, dtype=torch.long, device=device)  # [2, batch, path]
-        return cls(path, tokens)._with_host(paths=paths, emitted=emitted)
+        made = cls.__new__(cls)
+        made._device, made._on_device = device, None
+        made.features = made.candidates = None
+        return made._with_host(paths=paths, emitted=emitted)
+
+    @property
+    def path(self) -> Int[Tensor, "batch path"]:
+        """Accepted nodes, the root first, padded with -1."""
+        return self._tensors()[0]
+
+    @property
+    def tokens(self) -> Int[Tensor, "batch path"]:
+        """Token that the target chose after each node of `path`, padded with -1."""
+        return self._tensors()[1]
+
+    def _tensors(self) -> tuple[Tensor, Tensor]:
+        if self._on_device is None:
+            width = max(map(len, self.emitted))
+            both = [
+                [row + [-1] * (width - len(row)) for row in rows]
+                for rows in (self.paths, self.emitted)
+            ]
+            path, tokens = torch.tensor(both, dtype=torch.long, device=self._device)
+            self._on_device = path, tokens  # each [batch, path]
+        return self._on_device
 
     @cached_property
     def paths(self) -> list[list[int]]:
@@ -153,32 +178,43 @@ class Accepted:
     def last_features(self) -> Float[Tensor, "batch hidden"]:
         """Features of each row's bonus token; meaningless in a row that emits nothing."""
         assert self.features is not None, "the proposer asked for no features"
-        last = (self.num_tokens - 1).clamp(min=0)
-        return self.features[torch.arange(len(last), device=last.device), last]
+        last = [max(len(row) - 1, 0) for row in self.emitted]
+        if len(set(last)) == 1:
+            return self.features[:, last[0]]
+        rows = torch.arange(len(last), device=self.features.device)
+        indices = torch.tensor(last, dtype=torch.long, device=self.features.device)
+        return self.features[rows, indices]
 
     def with_features(self, node_features: Float[Tensor, "batch nodes hidden"]) -> "Accepted":
-        """Return a copy with the features at the accepted nodes, given those at all nodes."""
+        """Return a copy with the features at the accepted nodes, given those at all nodes.
+
+        They may share the memory of the given ones.
+        """
+        width = max(map(len, self.paths))
+        if all(node == index for path in self.paths for index, node in enumerate(path)):
+            return self.with_path_features(node_features.narrow(1, 0, width))
+        if len(self.paths) == 1:
+            return self.with_path_features(node_features.index_select(1, self.path[0]))
         indices = self.path.clamp(min=0)[:, :, None].expand(-1, -1, node_features.shape[2])
         return self.with_path_features(node_features.gather(1, indices))
 
     def with_path_features(self, features: Float[Tensor, "batch path hidden"]) -> "Accepted":
         """Return a copy with features of each token."""
-        return self._replaced(features=features)
+        made = copy(self)
+        made.features = features
+        return made
 
     def with_candidates(self, candidates: TargetCandidates | None) -> "Accepted":
         """Return a copy with the target's likeliest tokens; without any for None."""
-        return self._replaced(candidates=candidates)
-
-    def _replaced(self, **changes: Any) -> "Accepted":
-        known = {name: vars(self)[name] for name in ("paths", "emitted") if name in vars(self)}
-        return replace(self, **changes)._with_host(**known)
+        made = copy(self)
+        made.candidates = candidates
+        return made
 
     def with_paths(self, paths: list[list[int]]) -> "Accepted":
         """Return a copy with the same tokens on other, possibly shorter paths."""
-        width, device = self.path.shape[1], self.path.device
-        padded = [path + [-1] * (width - len(path)) for path in paths]
-        found = replace(self, path=torch.tensor(padded, dtype=torch.long, device=device))
-        return found._with_host(paths=paths, emitted=self.emitted)
+        made = Accepted.from_host(paths, self.emitted, device=self._device)
+        made.features, made.candidates = self.features, self.candidates
+        return made
 
     def cut(self, limits: list[int]) -> "Accepted":
         """Keep at most ``limits[b]`` emitted tokens of row b."""
@@ -187,7 +223,7 @@ class Accepted:
         return Accepted.from_host(
             [path[:limit] for path, limit in zip(self.paths, limits, strict=True)],
             [row[:limit] for row, limit in zip(self.emitted, limits, strict=True)],
-            device=self.path.device,
+            device=self._device,
         )
 
     def _with_host(self, **known: list[list[int]]) -> "Accepted":

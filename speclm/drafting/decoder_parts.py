@@ -10,39 +10,71 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from typing_extensions import override
 
 Rotation = tuple[Tensor, Tensor]
-"""Cosines, and sines with the signs of the halves: ``[batch, seq, 1, head_dim]``."""
-
-Product = tuple[Tensor, Tensor | None]
-"""Weight and bias of a linear map."""
+"""Cosines, and sines with the signs of the halves: ``[batch, 1, seq, head_dim]``, or without the
+first two axes if all rows share them."""
 
 
 def signed(cosines: Tensor, sines: Tensor) -> Rotation:
     """Return a rotation from the cosines and sines of positions, ``[batch, seq, head_dim]``."""
     first, second = sines.chunk(2, dim=-1)
-    return cosines[:, :, None], torch.cat((-first, second), dim=-1)[:, :, None]
+    return cosines[:, None], torch.cat((-first, second), dim=-1)[:, None]
 
 
 def rotated(
-    states: Float[Tensor, "batch seq heads head_dim"], rotation: Rotation
-) -> Float[Tensor, "batch seq heads head_dim"]:
+    states: Float[Tensor, "*axes seq head_dim"], rotation: Rotation
+) -> Float[Tensor, "*axes seq head_dim"]:
     """Rotate the pairs (i, i + half) of every head."""
     cosines, sines = rotation
     return torch.addcmul(states * cosines, states.roll(states.shape[-1] // 2, -1), sines)
+
+
+def by_head(
+    states: Float[Tensor, "rows size"], *, batch: int, head_dim: int
+) -> Float[Tensor, "batch heads seq head_dim"]:
+    """Return the parts of each head; the rows of states are those of the batch, one by one."""
+    seq = len(states) // batch
+    if seq == 1:
+        return states.view(batch, -1, 1, head_dim)
+    return states.view(batch, seq, -1, head_dim).transpose(1, 2)
+
+
+class Product:
+    """A linear map of rows of states, in one call; its weights do not change."""
+
+    def __init__(self, weight: Float[Tensor, "output input"], bias: Tensor | None) -> None:
+        """Store a weight as `nn.Linear` has it, without a copy."""
+        self._weight, self._bias = weight.t(), bias
+
+    def __call__(
+        self, states: Float[Tensor, "rows input"], *, out: Tensor | None = None
+    ) -> Float[Tensor, "rows output"]:
+        """Return the result, in `out` if it is given."""
+        if self._bias is None:
+            return torch.mm(states, self._weight, out=out)
+        return torch.addmm(self._bias, states, self._weight, out=out)
+
+    def added(
+        self, residual: Float[Tensor, "rows output"], states: Float[Tensor, "rows input"]
+    ) -> Float[Tensor, "rows output"]:
+        """Return the result plus other states."""
+        if self._bias is not None:
+            residual = residual + self._bias
+        return torch.addmm(residual, states, self._weight)
 
 
 def joined(*parts: nn.Linear) -> Product:
     """Return a product that gives the parts' outputs one after another; one part is not copied."""
     biases = [part.bias.detach() for part in parts if cast("Tensor | None", part.bias) is not None]
     if len(parts) == 1:
-        return parts[0].weight.detach(), biases[0] if biases else None
+        return Product(parts[0].weight.detach(), biases[0] if biases else None)
     weight = torch.cat([part.weight.detach() for part in parts])
-    return weight, torch.cat(biases) if biases else None
+    return Product(weight, torch.cat(biases) if biases else None)
 
 
 class CausalMasks:
@@ -54,17 +86,24 @@ class CausalMasks:
         self._num_cached = 0  # columns before the diagonal
 
     def cut(
-        self, num_new: int, *, num_cached: int, device: torch.device
-    ) -> Bool[Tensor, "1 1 new kv_len"]:
-        """Return which keys each new position sees."""
+        self, num_new: int, *, num_cached: int, like: Tensor
+    ) -> Float[Tensor, "1 1 new kv_len"]:
+        """Return what is added to the scores of each new position: 0 where it sees a key.
+
+        Args:
+            num_new: Number of new positions.
+            num_cached: Number of positions before them.
+            like: A tensor whose dtype and device are those of the mask.
+        """
         made = self._mask
-        if made is not None and made.device != device:  # the network was moved
-            made = None
+        if made is not None and (made.device, made.dtype) != (like.device, like.dtype):
+            made = None  # the network was moved or cast
         if made is None or num_new > made.shape[2] or num_cached > self._num_cached:
             rows = max(num_new, 16 if made is None else made.shape[2])
             self._num_cached = max(256, 2 * num_cached)
-            made = torch.ones(1, 1, rows, self._num_cached + rows, dtype=torch.bool, device=device)
-            self._mask = made = made.tril_(self._num_cached)
+            shape = (1, 1, rows, self._num_cached + rows)
+            hidden = torch.full(shape, -torch.inf, dtype=like.dtype, device=like.device)
+            self._mask = made = hidden.triu_(self._num_cached + 1)
         return made[:, :, :num_new, self._num_cached - num_cached : self._num_cached + num_new]
 
 
@@ -72,7 +111,7 @@ class FixedNorm:
     """RMS norm over the last axis, with weights that do not change."""
 
     def __init__(self, weight: Float[Tensor, "*heads size"], eps: float) -> None:
-        """Prepare the weights; those of several heads are one after another."""
+        """Prepare the weights, whose other axes are broadcast."""
         size = weight.shape[-1]
         self._weight, self._eps, self._size = weight, eps, size
         self._root: Tensor | None = None
@@ -80,6 +119,11 @@ class FixedNorm:
             # PyTorch has one kernel on accelerators, and on a CPU six calls where four do.
             self._weight = weight * math.sqrt(size)
             self._root = weight.new_tensor(math.sqrt(size * eps))
+
+    @property
+    def is_for_cpu(self) -> bool:
+        """Whether this is the form for CPUs, which takes several weights as fast as one."""
+        return self._root is not None
 
     def __call__(self, states: Tensor) -> Tensor:
         """Return states divided by their root mean square, times the weights."""
@@ -174,8 +218,8 @@ class Projections(Fusable):
         self._output = joined(self.o_proj)
         if self.q_norm is not None and self.k_norm is not None:
             weights = (
-                self.q_norm.weight.detach().expand(self.num_heads, -1),
-                self.k_norm.weight.detach().expand(self.num_kv_heads, -1),
+                self.q_norm.weight.detach().expand(self.num_heads, 1, -1),
+                self.k_norm.weight.detach().expand(self.num_kv_heads, 1, -1),
             )
             self._norms = FixedNorm(torch.cat(weights), cast("float", self.q_norm.eps))
 
@@ -184,36 +228,48 @@ class Projections(Fusable):
         self._input = self._norms = None
 
     def project(
-        self, states: Float[Tensor, "batch seq input"], rotation: Rotation
+        self, states: Float[Tensor, "rows input"], rotation: Rotation, *, batch: int
     ) -> tuple[
         Float[Tensor, "batch heads seq head_dim"],
         Float[Tensor, "batch kv_heads seq head_dim"],
         Float[Tensor, "batch kv_heads seq head_dim"],
     ]:
-        """Return rotated queries and keys, and values."""
-        by_head, num_rotated = (*states.shape[:2], -1, self.head_dim), self.num_heads
-        num_rotated += self.num_kv_heads
-        if self._input is None:
-            queries, keys = self.q_proj(states).view(by_head), self.k_proj(states).view(by_head)
-            if self.q_norm is not None and self.k_norm is not None:
-                queries, keys = self.q_norm(queries), self.k_norm(keys)
-            both, values = torch.cat((queries, keys), dim=2), self.v_proj(states).view(by_head)
-        else:
-            everything = F.linear(states, *self._input).view(by_head)
-            both, values = everything[:, :, :num_rotated], everything[:, :, num_rotated:]
-            if self._norms is not None:
-                both = self._norms(both)
-        both = rotated(both, rotation).transpose(1, 2)
-        return both[:, : self.num_heads], both[:, self.num_heads :], values.transpose(1, 2)
+        """Return rotated queries and keys, and values.
 
-    def output(
-        self, attended: Float[Tensor, "batch heads seq head_dim"]
-    ) -> Float[Tensor, "batch seq hidden"]:
-        """Map what the heads read to hidden states."""
-        states = attended.transpose(1, 2).flatten(2)
+        Args:
+            states: States of all positions of each row of the batch, one row after another.
+            rotation: Rotation of the positions.
+            batch: Rows of the batch.
+        """
         if self._input is None:
-            return self.o_proj(states)  # type: ignore[no-any-return]  # a Linear's call is untyped
-        return F.linear(states, *self._output)
+            maps = (self.q_proj, self.k_proj, self.v_proj)
+            parts = torch.cat([part(states) for part in maps], dim=-1)
+        else:
+            parts = self._input(states)
+        num_heads, num_kv_heads = self.num_heads, self.num_kv_heads
+        heads = by_head(parts, batch=batch, head_dim=self.head_dim)
+        both, values = heads.split_with_sizes((num_heads + num_kv_heads, num_kv_heads), dim=1)
+        if self._norms is not None:
+            both = self._norms(both)
+        elif self.q_norm is not None and self.k_norm is not None:
+            queries, keys = both.split_with_sizes((num_heads, num_kv_heads), dim=1)
+            both = torch.cat((self.q_norm(queries), self.k_norm(keys)), dim=1)
+        both = rotated(both, rotation)
+        queries, keys = both.split_with_sizes((num_heads, num_kv_heads), dim=1)
+        return queries, keys, values
+
+    def add_output(
+        self,
+        residual: Float[Tensor, "rows hidden"],
+        attended: Float[Tensor, "batch heads seq head_dim"],
+    ) -> Float[Tensor, "rows hidden"]:
+        """Return states plus the map of what the heads read."""
+        if attended.shape[2] > 1:
+            attended = attended.transpose(1, 2)
+        states = attended.reshape(len(residual), -1)
+        if self._input is None:
+            return residual + self.o_proj(states)  # type: ignore[no-any-return]  # untyped call
+        return self._output.added(residual, states)
 
 
 class GatedMLP(Fusable):
@@ -238,10 +294,12 @@ class GatedMLP(Fusable):
     def separate_(self) -> None:
         self._input = None
 
-    def forward(self, states: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows hidden"]:
-        """Run the part."""
+    def forward(
+        self, residual: Float[Tensor, "rows hidden"], states: Float[Tensor, "rows hidden"]
+    ) -> Float[Tensor, "rows hidden"]:
+        """Return states plus the part's output for other states."""
         if self._input is None:
             gated = self.activate(self.gate_proj(states)) * self.up_proj(states)
-            return self.down_proj(gated)  # type: ignore[no-any-return]  # untyped call
-        gate, up = F.linear(states, *self._input).chunk(2, dim=-1)
-        return F.linear(self.activate(gate) * up, *self._output)
+            return residual + self.down_proj(gated)  # type: ignore[no-any-return]  # untyped call
+        gate, up = self._input(states).chunk(2, dim=-1)
+        return self._output.added(residual, self.activate(gate) * up)

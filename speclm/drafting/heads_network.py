@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from speclm.drafting.decoder import Rotated, make_rotary
-from speclm.drafting.decoder_parts import Fusable, Rotation, signed
+from speclm.drafting.decoder_parts import Fusable, Product, Rotation, joined, signed
 from speclm.errors import OptionError
 
 _INIT_STD = 0.02  # that of Llama and Qwen3
 _ABSENT = -1e4  # finite, because a processor may ban all tokens that a network can draft
+_TABLE_LENGTH = 1024
+_BY_LENGTH = ("dynamic", "longrope")  # rotations that depend on the longest text
 
 
 class HeadsSizes(Rotated, Protocol):
@@ -58,6 +60,11 @@ class HeadsNetwork(nn.Module, ABC):
     draft_columns: Int[Tensor, " draft_vocab"] | None
     """Target token of each column of the logits; None if the vocabularies are equal."""
     _is_fused = False
+    _input: Product | None = None  # second form of `fc`
+    _head: Product | None = None  # and of `lm_head`
+    _host_columns: list[int] | None = None
+    _table: Float[Tensor, "2 positions head_dim"] | None = None  # cosines and sines
+    _table_start = 0
 
     def __init__(
         self,
@@ -97,6 +104,21 @@ class HeadsNetwork(nn.Module, ABC):
         """Return the rotation of some positions."""
         return signed(*self.rotary(self.fc.weight, positions))  # it reads the dtype only
 
+    def rotation_from(self, start: int, num: int) -> Rotation:
+        """Return the rotation of `num` positions in a row, which all rows share."""
+        device, table = self.fc.weight.device, self._table
+        end = start + num
+        if self.config.rope_parameters.get("rope_type") in _BY_LENGTH:
+            return self.rotation(torch.arange(start, end, device=device)[None])
+        offset = start - self._table_start
+        if table is None or offset < 0 or offset + num > table.shape[1]:
+            positions = torch.arange(start, end + _TABLE_LENGTH, device=device)
+            cosines, sines = self.rotation(positions[None])
+            self._table = table = torch.cat((cosines[0], sines[0]))
+            self._table_start, offset = start, 0
+        cosines, sines = table.narrow(1, offset, num).unbind(0)
+        return cosines, sines
+
     @torch.no_grad()
     def fuse_(self) -> Self:
         """Give the parts a second form of their weights, with fewer calls in decoding.
@@ -108,13 +130,17 @@ class HeadsNetwork(nn.Module, ABC):
         for part in self.modules():
             if isinstance(part, Fusable):
                 part.fuse_()
+        self._input = joined(self.fc)
+        self._head = None if self.lm_head is None else joined(self.lm_head)
+        columns = self.draft_columns
+        self._host_columns = None if columns is None or columns.is_meta else columns.tolist()
         return self
 
     @override
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
         if mode and self._is_fused:  # the copies would not follow the weights
-            self._is_fused = False
+            self._is_fused, self._input, self._head = False, None, None
             for part in self.modules():
                 if isinstance(part, Fusable):
                     part.separate_()
@@ -125,6 +151,7 @@ class HeadsNetwork(nn.Module, ABC):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self._is_fused:
             self.fuse_()
+        self._table = None
         # Casting the weights rounds the frequencies too, and `to_empty` loses them.
         device = self.fc.weight.device
         self.rotary = make_rotary(self.config).train(self.training)
@@ -148,6 +175,24 @@ class HeadsNetwork(nn.Module, ABC):
                 if the network has no embeddings of its own.
         """
         return embedding(tokens) if self.embed_tokens is None else self.embed_tokens(tokens)
+
+    def _head_logits(
+        self, hidden: Float[Tensor, "*rows hidden"], lm_head: Callable[[Tensor], Tensor]
+    ) -> Float[Tensor, "*rows draft_vocab"]:
+        """Return logits by the output matrix, or by the target's, `lm_head`, if there is none."""
+        if self.lm_head is None:
+            return lm_head(hidden)
+        if self._head is None or hidden.ndim != 2:
+            return self.lm_head(hidden)  # type: ignore[no-any-return]  # untyped call
+        return self._head(hidden)
+
+    @property
+    def host_columns(self) -> list[int] | None:
+        """`draft_columns` on the host, read once in the second form of the weights."""
+        if self._is_fused or self.draft_columns is None:
+            return self._host_columns
+        found: list[int] = self.draft_columns.tolist()
+        return found
 
     def target_ids(self, draft_ids: Int[Tensor, "*rows"]) -> Int[Tensor, "*rows"]:
         """Return the target's ids for ids of the draft vocabulary."""
@@ -184,6 +229,7 @@ class HeadsNetwork(nn.Module, ABC):
                 f"increasing ids below {vocab_size}, each once; sort them"
             )
         mine.copy_(columns)
+        self._host_columns = mine.tolist()
 
     @torch.no_grad()
     def init_weights_(

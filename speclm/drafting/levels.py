@@ -153,7 +153,7 @@ def assemble(grown: list[GrownRow], roots: Int[Tensor, " batch"]) -> Draft:
     drafted = [row.tokens + [0] * (nodes - 1 - len(row.tokens)) for row in grown]
     tokens = torch.tensor(drafted, dtype=torch.long, device=roots.device)
     return Draft(
-        tokens=torch.cat([roots[:, None], tokens.view(len(drafted), -1)], dim=1),
+        tokens=torch.cat([roots[:, None], tokens], dim=1),
         topology=trees_of(parents, device=roots.device),
         node_probs=[
             [1.0, *row_probs(row), *[0.0] * (nodes - 1 - len(row.tokens))] for row in grown

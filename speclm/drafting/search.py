@@ -5,20 +5,38 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from heapq import nlargest
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from speclm.devices import is_host
 from speclm.drafting.levels import GrownTreeConfig
 from speclm.drafting.ranking import Nodes
 from speclm.tree.dynamic import GrowingTree, GrownRow
+from speclm.tree.static import likeliest_paths
 
 Candidates = Callable[[Nodes, int], tuple[Tensor, Tensor]]
-"""Log-probabilities and tokens, ``[batch, width, ranks]`` and best first, below the nodes of a
+"""Log-probabilities and columns, ``[batch, width, ranks]`` and best first, below the nodes of a
 level, counted from 0. To be asked level by level."""
+
+
+ChildTable = dict[int, tuple[int, list[float], list[int]]]
+"""Of the nodes that a level may expand, by token: index, and log-probabilities and tokens of its
+children, best first. The root counts as token 0."""
+
+
+@runtime_checkable
+class Vocabulary(Protocol):
+    """Which token of the target each column of a draft's logits is."""
+
+    @property
+    def host_columns(self) -> list[int] | None:
+        """The tokens; None if the columns are the target's."""
+
+    def target_ids(self, draft_ids: Int[Tensor, "*rows"]) -> Int[Tensor, "*rows"]:
+        """Return the tokens of some columns."""
 
 
 def search(
@@ -28,6 +46,7 @@ def search(
     config: GrownTreeConfig,
     bounds: Sequence[int],
     leaf_tokens: frozenset[int],
+    vocabulary: Vocabulary | None = None,
     min_growing: float | None = None,
 ) -> list[GrownRow]:
     """Return the likeliest paths of each row.
@@ -38,6 +57,7 @@ def search(
         config: Size of the trees.
         bounds: Maximum levels of each row; 0 for a row that has ended.
         leaf_tokens: Tokens after which nothing follows.
+        vocabulary: Tokens of the columns; None if they are the target's.
         min_growing: If each level costs a run of a network: no level is added when a smaller share
             of the rows still grows.
     """
@@ -49,10 +69,16 @@ def search(
             config=config,
             bounds=bounds,
             leaf_tokens=leaf_tokens,
+            vocabulary=vocabulary,
             min_growing=min_growing or 0.0,
         )
     return search_on_device(
-        candidates, roots, config=config, bounds=bounds, leaf_tokens=leaf_tokens
+        candidates,
+        roots,
+        config=config,
+        bounds=bounds,
+        leaf_tokens=leaf_tokens,
+        vocabulary=vocabulary,
     )
 
 
@@ -63,6 +89,7 @@ def search_on_device(
     config: GrownTreeConfig,
     bounds: Sequence[int],
     leaf_tokens: frozenset[int],
+    vocabulary: Vocabulary | None = None,
 ) -> list[GrownRow]:
     """Search level by level, see `search`; the host reads the chosen nodes, and nothing before.
 
@@ -83,7 +110,8 @@ def search_on_device(
             if config.min_confidence > config.min_probability:
                 tree.stop_rows(tree.expanded_scores[:, 0] < log_of(config.min_confidence))
             nodes = tree.expanded_tokens, tree.expanded_parents
-        tree.add(*candidates(nodes, level))
+        values, found = candidates(nodes, level)
+        tree.add(values, found if vocabulary is None else vocabulary.target_ids(found))
     return tree.best_nodes(config.num_draft_tokens, min_score=log_of(config.min_probability))
 
 
@@ -94,6 +122,7 @@ def search_on_host(
     config: GrownTreeConfig,
     bounds: Sequence[int],
     leaf_tokens: frozenset[int],
+    vocabulary: Vocabulary | None = None,
     min_growing: float = 0.0,
 ) -> list[GrownRow]:
     """Return the same as `search_on_device`, and expand only what may lead to a chosen node.
@@ -102,30 +131,120 @@ def search_on_host(
     """
     num_active = sum(bound > 0 for bound in bounds)
     rows = [_Row(expanded=[0] if bound > 0 else []) for bound in bounds]
-    nodes = roots[:, None], torch.zeros_like(roots)[:, None]
+    columns = None if vocabulary is None else vocabulary.host_columns
+    nodes = roots[:, None], roots.new_zeros(len(roots), 1)
     for level in range(max(bounds)):
         if level:
             width = max(len(row.expanded) for row in rows)
             num_growing = sum(bool(row.expanded) for row in rows)
             if width == 0 or num_growing < min_growing * num_active:
                 break
-            padded = [row.feed(level - 1, width) for row in rows]
-            tokens, parents = torch.tensor(padded, device=roots.device, dtype=torch.long).unbind(1)
-            nodes = tokens, parents
+            nodes = _sent([row.feed(level - 1, width) for row in rows], above=nodes[1])
         scores, found = candidates(nodes, level)
-        for row, values, ids, bound in zip(rows, *_read(scores, found), bounds, strict=True):
-            row.grow(values, ids, config=config, leaf_tokens=leaf_tokens)
+        for row, values, ids, bound in zip(
+            rows, *read_candidates(scores, found), bounds, strict=True
+        ):
+            row.grow(values, ids, config=config, leaf_tokens=leaf_tokens, columns=columns)
             if level + 1 >= bound:
                 row.expanded = []
     return [row.best_nodes(config.num_draft_tokens) for row in rows]
 
 
-def _read(scores: Tensor, tokens: Tensor) -> tuple[list[Any], list[Any]]:
+def search_tables(
+    tables: Sequence[Sequence[ChildTable]],
+    *,
+    config: GrownTreeConfig,
+    bounds: Sequence[int],
+    leaf_tokens: frozenset[int],
+) -> list[GrownRow]:
+    """Return the likeliest paths of each row whose tokens are in its tables; see `search`.
+
+    Args:
+        tables: A table for each row and level.
+        config: Size of the trees.
+        bounds: Maximum levels of each row.
+        leaf_tokens: Tokens after which nothing follows.
+    """
+    rows = []
+    for levels, bound in zip(tables, bounds, strict=True):
+        row = _Row(expanded=[0])
+        for level, table in enumerate(levels[:bound]):
+            row.expanded = [node for node in row.expanded if row.tokens[node] in table]
+            found = [table[row.tokens[node]] for node in row.expanded]
+            if level:
+                for node, (index, _, _) in zip(row.expanded, found, strict=True):
+                    row.expansions[node] = level - 1, index
+            scores, ids = [values for _, values, _ in found], [tokens for *_, tokens in found]
+            row.grow(scores, ids, config=config, leaf_tokens=leaf_tokens, columns=None)
+        rows.append(row.best_nodes(config.num_draft_tokens))
+    return rows
+
+
+def product_trees(
+    scores: Float[Tensor, "batch levels ranks"],
+    tokens: Int[Tensor, "batch levels ranks"],
+    *,
+    num_nodes: int,
+    min_score: float,
+    min_best: float,
+    levels: Sequence[int],
+) -> list[GrownRow]:
+    """Return the likeliest paths if the tokens of a block do not depend on each other.
+
+    Args:
+        scores: Log-probabilities of the best candidates of each level, best first.
+        tokens: The candidates.
+        num_nodes: Maximum nodes of a row.
+        min_score: Log-probability below which a path is left out.
+        min_best: A row ends with the level whose likeliest path is below this.
+        levels: Maximum levels of each row.
+
+    Source: Ringel et al. 2026 (DDTree).
+    """
+    found = scores.nan_to_num(nan=-torch.inf, posinf=0.0, neginf=-torch.inf).clamp_(max=0)
+    rows = zip(*read_candidates(found, tokens), levels, strict=True)  # the host builds the tree
+    return [
+        _product_row(
+            row[: _num_levels(row[:depth], min_best)],
+            ids,
+            num_nodes=num_nodes,
+            min_score=min_score,
+        )
+        for row, ids, depth in rows
+    ]
+
+
+def _num_levels(scores: list[list[float]], min_best: float) -> int:
+    best = 0.0
+    for level, ranks in enumerate(scores, start=1):
+        best += ranks[0]
+        if best < min_best:
+            return level
+    return len(scores)
+
+
+def read_candidates(scores: Tensor, tokens: Tensor) -> tuple[list[Any], list[Any]]:
     """Return candidates on the host, in one transfer where reading waits."""
     if is_host(scores.device):
         return scores.tolist(), tokens.tolist()
-    values, ids = torch.stack([scores.float(), tokens.float()]).tolist()  # exact below 2^24
+    values, ids = torch.stack([scores.float(), tokens]).tolist()  # float32: exact below 2^24
     return values, [[list(map(int, node)) for node in row] for row in ids]
+
+
+def _sent(
+    fed: list[tuple[list[int], list[int]]], *, above: Int[Tensor, "batch nodes_above"]
+) -> Nodes:
+    """Return the nodes of a level on the device.
+
+    Args:
+        fed: For each row the tokens, and the indices of their parents.
+        above: Indices of the parents of the level above.
+    """
+    tokens, parents = (list(part) for part in zip(*fed, strict=True))
+    if len(tokens[0]) == above.shape[1] == 1:  # the parents are the same again
+        return torch.tensor(tokens, device=above.device, dtype=torch.long), above
+    both = torch.tensor([tokens, parents], device=above.device, dtype=torch.long)
+    return both[0], both[1]
 
 
 @dataclass(slots=True)
@@ -163,6 +282,7 @@ class _Row:
         *,
         config: GrownTreeConfig,
         leaf_tokens: frozenset[int],
+        columns: list[int] | None,
     ) -> None:
         """Add the children of the expanded candidates, and choose which are expanded next."""
         first, floor = len(self.tokens), self._floor(config)
@@ -172,7 +292,7 @@ class _Row:
                 score = reached + min(value, 0.0)  # rounding may exceed probability 1
                 if not score >= floor:  # also true for NaN
                     break
-                self.tokens.append(token)
+                self.tokens.append(token if columns is None else columns[token])
                 self.parents.append(node)
                 self.scores.append(score)
                 self.expansions.append(None)
@@ -205,6 +325,21 @@ class _Row:
         if len(self.scores) <= config.num_draft_tokens:
             return floor
         return max(floor, nlargest(config.num_draft_tokens, self.scores[1:])[-1])
+
+
+def _product_row(
+    scores: list[list[float]], tokens: list[list[int]], *, num_nodes: int, min_score: float
+) -> GrownRow:
+    nodes = likeliest_paths(scores, num_nodes=num_nodes, min_score=min_score)
+    reached = [0.0]
+    for node in nodes:
+        reached.append(reached[node.parent] + scores[node.depth][node.rank])
+    return GrownRow(
+        tokens=[tokens[node.depth][node.rank] for node in nodes],
+        parents=[node.parent for node in nodes],
+        expansions=[(node.depth, 0) for node in nodes],
+        scores=reached[1:],
+    )
 
 
 def log_of(probability: float) -> float:

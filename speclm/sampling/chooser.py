@@ -69,12 +69,13 @@ def pick(
 
     Source: the Gumbel-max trick in its exponential form, as in ``torch.multinomial``.
     """
+    # Both prefer a NaN to any number, and the first of equals.
     if noise is None:
-        tokens = scores.argmax(-1)
+        chosen, tokens = scores.max(-1)
     else:
         scores = scores.softmax(-1)
         tokens = (scores / noise).argmax(-1)  # 0 / 0, which half precision has, wins there too
-    chosen = scores.gather(-1, tokens[:, None])[:, 0]  # argmax prefers a NaN to any number
+        chosen = scores.gather(-1, tokens[:, None])[:, 0]
     return tokens.masked_fill(chosen.isnan(), -1)
 
 

@@ -130,13 +130,13 @@ def from_parents(parents: Sequence[Sequence[int]], *, device: torch.device) -> T
         flat.append(line)
     # One tensor, so that a device is sent to once.
     values = torch.tensor(flat, device=device, dtype=torch.long)
-    path_start = (2 + count) * num_nodes
-    words, paths = values[:, 2 * num_nodes : path_start], values[:, path_start:]
+    sizes = (num_nodes, num_nodes, count * num_nodes, length * num_nodes)
+    parent_indices, depths, words, paths = values.split_with_sizes(sizes, dim=1)
     return TreeTopology(
-        parents=values[:, :num_nodes],
-        depths=values[:, num_nodes : 2 * num_nodes],
-        ancestor_words=words.reshape(-1, num_nodes, count),
-        path_indices=paths.reshape(-1, num_nodes, length),
+        parents=parent_indices,
+        depths=depths,
+        ancestor_words=words.view(-1, num_nodes, count),
+        path_indices=paths.view(-1, num_nodes, length),
         max_depth=max_depth,
         host_parents=[row.parents for row in rows],
         host_node_depths=[row.depths for row in rows],

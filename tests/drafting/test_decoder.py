@@ -61,8 +61,8 @@ def test_pairs_cannot_be_rotated_in_a_head_of_odd_width():
 
 def test_pairs_turn_by_the_angle_of_their_position():
     rotary = make_rotary(config_of(unscaled_rope(100.0)))
-    states = torch.tensor([1.0, 1.0, 0.0, 0.0]).expand(1, 2, 1, 4)
-    found = rotated(states, signed(*rotary(states, torch.tensor([[0, 3]]))))[0, :, 0]
+    states = torch.tensor([1.0, 1.0, 0.0, 0.0]).expand(1, 1, 2, 4)
+    found = rotated(states, signed(*rotary(states, torch.tensor([[0, 3]]))))[0, 0]
     angles = [3.0, 0.3]  # of pairs (0, 2) and (1, 3)
     turned = [*map(math.cos, angles), *map(math.sin, angles)]
     torch.testing.assert_close(found, torch.tensor([[1.0, 1.0, 0.0, 0.0], turned]))

@@ -33,8 +33,8 @@ def with_drawn_weights(part):
 
 
 def test_rotation_is_that_of_llama():
-    states, angles = draw(2, 5, 3, 8), draw(2, 5, 4, seed=1).repeat(1, 1, 2)
-    expected, _ = apply_rotary_pos_emb(states, states, angles.cos(), angles.sin(), unsqueeze_dim=2)
+    states, angles = draw(2, 3, 5, 8), draw(2, 5, 4, seed=1).repeat(1, 1, 2)
+    expected, _ = apply_rotary_pos_emb(states, states, angles.cos(), angles.sin())
     found = rotated(states, signed(angles.cos(), angles.sin()))
     torch.testing.assert_close(found, expected, rtol=0, atol=EXACT)
 
@@ -91,15 +91,17 @@ def attention(*, norm_eps, bias):
 
 
 def run(part):
-    states = draw(2, 5, 8, seed=9)
+    states = draw(10, 8, seed=9)
+    if isinstance(part, GatedMLP):
+        return part(draw(10, 8, seed=7), states)
     if not isinstance(part, Projections):
         return part(states)
     angles = draw(2, 5, 4, seed=8)
-    queries, keys, values = part.project(states, signed(angles.cos(), angles.sin()))
+    queries, keys, values = part.project(states, signed(angles.cos(), angles.sin()), batch=2)
     assert queries.shape == (2, 4, 5, 4)
     assert keys.shape == values.shape == (2, 2, 5, 4)
     mixed = queries + keys.repeat_interleave(2, 1) + values.repeat_interleave(2, 1)
-    return part.output(mixed)
+    return part.add_output(draw(10, 8, seed=7), mixed)
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -113,19 +115,29 @@ def test_the_second_form_changes_nothing_keeps_the_state_and_can_be_dropped(name
     torch.testing.assert_close(run(part), expected, rtol=0, atol=EXACT)
 
 
-def test_one_map_is_not_copied():
-    part = nn.Linear(4, 3)
-    weight, bias = joined(part)
-    assert weight.data_ptr() == part.weight.data_ptr()
-    assert bias is not None
-    assert bias.data_ptr() == part.bias.data_ptr()
+def test_products_are_those_of_the_maps_one_after_another_and_one_map_is_not_copied():
+    first, second = with_drawn_weights(nn.Linear(4, 3)), with_drawn_weights(nn.Linear(4, 2))
+    states, residual = draw(5, 4), draw(5, 5, seed=2)
+    expected = torch.cat((first(states), second(states)), dim=-1)
+    both = joined(first, second)
+    torch.testing.assert_close(both(states), expected, rtol=0, atol=EXACT)
+    torch.testing.assert_close(
+        both.added(residual, states), residual + expected, rtol=0, atol=EXACT
+    )
+    with torch.no_grad():
+        changed = joined(first)
+        first.weight.zero_()
+        first.bias.fill_(1.0)
+    assert changed(states).eq(1).all()
 
 
 def test_causal_masks_are_cut_from_one_that_grows():
-    masks, device = CausalMasks(), torch.device("cpu")
+    masks, like = CausalMasks(), torch.zeros(1, dtype=torch.float64)
     for num_new, num_cached in ((1, 0), (3, 5), (20, 2), (2, 700), (4, 0)):
-        found = masks.cut(num_new, num_cached=num_cached, device=device)
+        found = masks.cut(num_new, num_cached=num_cached, like=like)
         seen = torch.ones(num_new, num_cached + num_new, dtype=torch.bool).tril(num_cached)
-        assert torch.equal(found[0, 0], seen)
-    moved = masks.cut(2, num_cached=3, device=torch.device("meta"))
-    assert (moved.shape, moved.device.type) == ((1, 1, 2, 5), "meta")
+        expected = torch.zeros(seen.shape, dtype=torch.float64)
+        assert torch.equal(found[0, 0], expected.masked_fill(~seen, -torch.inf))
+    for moved in (torch.zeros(1, device="meta"), torch.zeros(1, dtype=torch.bfloat16)):
+        cut = masks.cut(2, num_cached=3, like=moved)
+        assert (cut.shape, cut.device, cut.dtype) == ((1, 1, 2, 5), moved.device, moved.dtype)

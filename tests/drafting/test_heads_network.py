@@ -78,3 +78,23 @@ def test_logits_are_spread_over_the_targets_tokens():
     made.set_draft_columns_(torch.tensor([1, 3, 5, 8]))
     found = made.spread(torch.ones(1, 1, 4)).softmax(-1)[0, 0]
     assert found.nonzero()[:, 0].tolist() == [1, 3, 5, 8]
+
+
+SCALED = {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 4.0}
+
+
+@pytest.mark.parametrize("rope", [unscaled_rope(), SCALED])
+def test_rotations_cut_from_a_table_are_those_of_the_positions(rope):
+    made = network(rope_parameters=rope, head_dim=4)
+    for start, num in ((5, 3), (900, 200), (2000, 1), (7, 2000), (0, 4)):
+        expected = made.rotation(torch.arange(start, start + num)[None])
+        for part, wanted in zip(made.rotation_from(start, num), expected, strict=True):
+            assert torch.equal(part.expand_as(wanted), wanted)
+    assert made.to(torch.bfloat16).rotation_from(1, 2)[0].dtype == torch.bfloat16
+
+
+def test_columns_are_on_the_host_in_either_form_of_the_weights():
+    made = network()
+    made.set_draft_columns_(torch.tensor([1, 3, 4, 8]))
+    assert made.host_columns == made.eval().fuse_().host_columns == [1, 3, 4, 8]
+    assert network(has_draft_vocab=False).host_columns is None

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from speclm.drafting.levels import GrownTreeConfig
-from speclm.drafting.search import search_on_device, search_on_host
+from speclm.drafting.search import product_trees, search_on_device, search_on_host
 
 VOCAB = 4
 DEPTH = 4
@@ -179,3 +179,28 @@ def test_only_nodes_that_were_fed_count_as_expanded():
     )
     assert long.expansions == [(0, 0), (1, 0), None]
     assert short.expansions == [None]
+
+
+def test_products_are_searched_best_first_within_the_levels_of_each_row():
+    scores = torch.tensor([[[0.6, 0.32], [0.5, 0.4], [0.9, 0.05]]]).log().expand(2, -1, -1)
+    tokens = torch.tensor([[[7, 5], [3, 4], [9, 2]]]).expand(2, -1, -1)
+    limits = {"num_nodes": 6, "min_score": -10.0, "min_best": -9.0}
+    whole, short = product_trees(scores, tokens, levels=[3, 1], **limits)
+    assert whole.tokens == [7, 5, 3, 9, 4, 9]
+    assert whole.parents == [0, 0, 1, 3, 1, 5]
+    expected = [0.6, 0.32, 0.3, 0.27, 0.24, 0.216]
+    assert [math.exp(score) for score in whole.scores] == pytest.approx(expected)
+    assert whole.expansions[2:4] == [(1, 0), (2, 0)]
+    assert short.tokens == [7, 5]
+    limits = {"num_nodes": 6, "min_score": math.log(0.28), "min_best": -9.0}
+    (few,) = product_trees(scores[:1], tokens[:1], levels=[3], **limits)
+    assert few.tokens == [7, 5, 3]
+
+
+def test_products_end_with_the_level_whose_best_path_is_too_unlikely():
+    scores = torch.tensor([[[0.6, 0.32], [0.5, 0.4], [0.9, 0.05]]]).log()
+    tokens = torch.tensor([[[7, 5], [3, 4], [9, 2]]])
+    for least, depth in ((0.7, 1), (0.5, 2), (0.2, 3)):
+        limits = {"num_nodes": 6, "min_score": -10.0, "min_best": math.log(least)}
+        (row,) = product_trees(scores, tokens, levels=[3], **limits)
+        assert max(level for level, _ in row.expansions) == depth - 1

@@ -1,10 +1,10 @@
 """Keys and values of committed tokens, which every block attends to."""
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from speclm.drafting.decoder_parts import CausalMasks
+from speclm.drafting.decoder_parts import CausalMasks, Rotation
 from speclm.methods.block.network import BlockHeads, block_masks
 
 CHUNK = 512
@@ -12,7 +12,8 @@ CHUNK = 512
 
 _LEAST_CAPACITY = 256
 
-Masks = tuple[Bool[Tensor, "mask_rows 1 positions seen"] | None, ...]
+Masks = tuple[Tensor | None, ...]
+"""For each layer ``[batch or 1, 1, positions, seen]``, as `BlockHeads.forward` takes them."""
 
 
 class BlockContext:
@@ -57,24 +58,38 @@ class BlockContext:
             counts: Number of tokens of each row.
         """
         for start in range(0, features.shape[1], CHUNK):
-            part = features[:, start : start + CHUNK]
-            num_new = part.shape[1]
-            keys, values = self._heads.context(part, self.positions(num_new))
-            self._reserve(max(self.lengths) + num_new, like=keys)
+            num_new = min(features.shape[1] - start, CHUNK)
+            part = features
+            if num_new < features.shape[1]:
+                part = features.narrow(1, start, num_new)
+            keys, values = self._heads.context(part, self.rotation(num_new))
+            self._reserve(max(self.lengths) + num_new)
             self._write(keys, values)
             self.lengths = [
                 length + min(max(count - start, 0), num_new)
                 for length, count in zip(self.lengths, counts, strict=True)
             ]
 
-    def positions(self, num: int) -> Int[Tensor, "rows num"]:
-        """Return the positions of the next tokens; a single row if all rows share them."""
-        device = self._heads.fc.weight.device
+    def with_room(
+        self, num: int
+    ) -> tuple[
+        Float[Tensor, "layers batch kv_heads kv_len head_dim"],
+        Float[Tensor, "layers batch kv_heads kv_len head_dim"],
+    ]:
+        """Return `keys` and `values`, followed by room for `num` positions of a block."""
+        longest = max(self.lengths) + num
+        self._reserve(longest)
+        assert self._keys is not None
+        assert self._values is not None
+        return self._keys.narrow(3, 0, longest), self._values.narrow(3, 0, longest)
+
+    def rotation(self, num: int) -> Rotation:
+        """Return the rotation of the next positions of each row."""
         starts = self._anchors()
         if starts[0] >= 0 and len(set(starts)) == 1:
-            return torch.arange(starts[0], starts[0] + num, device=device)[None]
-        ahead = torch.arange(num, device=device)
-        return (self._starts()[:, None] + ahead).clamp_(min=0)
+            return self._heads.rotation_from(starts[0], num)
+        ahead = torch.arange(num, device=self._heads.fc.weight.device)
+        return self._heads.rotation((self._starts()[:, None] + ahead).clamp_(min=0))
 
     def masks(self, num_positions: int) -> Masks:
         """Return for each layer what the positions of a block see, the context first.
@@ -83,15 +98,15 @@ class BlockContext:
             num_positions: Positions of the block, the anchor's included.
         """
         config, longest = self._heads.config, max(self.lengths)
-        device = self._heads.fc.weight.device
+        weight = self._heads.fc.weight
         is_whole = min(self.lengths) == longest and min(self._first) >= 0
         reach = longest + num_positions
         if is_whole and all(window is None or reach <= window for window in config.windows):
             mask = None
             if any(config.is_causal):
-                mask = self._causal.cut(num_positions, num_cached=longest, device=device)
+                mask = self._causal.cut(num_positions, num_cached=longest, like=weight)
             return tuple(mask if is_causal else None for is_causal in config.is_causal)
-        entries = torch.arange(longest, device=device)
+        entries = torch.arange(longest, device=weight.device)
         context_positions = entries + self._tensor(self._first)[:, None]  # [batch, kv_len]
         is_seen = (context_positions >= 0) & (entries < self._tensor(self.lengths)[:, None])
         return block_masks(
@@ -121,20 +136,21 @@ class BlockContext:
 
     def _stored(self, storage: Tensor | None) -> Tensor:
         if storage is None:  # the anchor is the first token of the text
-            config, weight = self._heads.config, self._heads.fc.weight
-            shape = (config.num_layers, len(self.lengths), config.num_kv_heads, 0, config.head_dim)
-            return weight.new_empty(shape)
+            return self._heads.fc.weight.new_empty(self._shape(0))
         return storage.narrow(3, 0, max(self.lengths))
 
-    def _reserve(self, needed: int, *, like: Tensor) -> None:
+    def _shape(self, capacity: int) -> tuple[int, int, int, int, int]:
+        config = self._heads.config
+        return config.num_layers, len(self.lengths), config.num_kv_heads, capacity, config.head_dim
+
+    def _reserve(self, needed: int) -> None:
         capacity = 0 if self._keys is None else self._keys.shape[3]
         if needed <= capacity:
             return
-        layers, batch, kv_heads, _, head_dim = like.shape
-        shape = (layers, batch, kv_heads, max(needed, 2 * capacity, _LEAST_CAPACITY), head_dim)
-        before = self._keys, self._values
+        weight, before = self._heads.fc.weight, (self._keys, self._values)
+        shape = self._shape(max(needed, 2 * capacity, _LEAST_CAPACITY))
         # Zeros, because NaN in entries that a mask hides would spread.
-        self._keys, self._values = like.new_zeros(shape), like.new_zeros(shape)
+        self._keys, self._values = weight.new_zeros(shape), weight.new_zeros(shape)
         for old, new in zip(before, (self._keys, self._values), strict=True):
             if old is not None:
                 new.narrow(3, 0, capacity).copy_(old)

@@ -5,11 +5,13 @@ The layers are Qwen3's, which also attend to injected keys and values.
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from speclm.drafting.decoder_parts import GatedMLP, Norm, Projections, Rotation
 from speclm.methods.block.config import BlockConfig
+
+_TERM_BYTES = 2**25
 
 Context = tuple[Tensor, Tensor]
 """Keys and values of one layer, each ``[batch, kv_heads, kv_len, head_dim]``."""
@@ -36,28 +38,37 @@ class BlockAttention(Projections):
 
     def forward(
         self,
-        states: Float[Tensor, "batch positions hidden"],
+        residual: Float[Tensor, "rows hidden"],
+        states: Float[Tensor, "rows hidden"],
         *,
         rotation: Rotation,
         context: Context,
-        mask: Bool[Tensor, "rows 1 positions seen"] | None,
+        room: Context | None,
+        mask: Tensor | None,
         num_blocks: int,
-    ) -> Float[Tensor, "batch positions hidden"]:
-        """Attend; see `BlockHeads.forward`."""
-        queries, keys, values = self.project(states, rotation)
-        if num_blocks == 1:
-            attended = _attend(queries, context, (keys, values), mask)
-        else:
+    ) -> Float[Tensor, "rows hidden"]:
+        """Return the residual plus what is read; see `BlockLayer.forward`."""
+        batch = context[0].shape[0]
+        queries, keys, values = self.project(states, rotation, batch=batch)
+        if num_blocks > 1:
             attended = _attend_blocks(queries, context, (keys, values), mask, num_blocks)
-        return self.output(attended)
-
-
-def _attend(queries: Tensor, context: Context, own: Context, mask: Tensor | None) -> Tensor:
-    keys, values = (torch.cat(pair, dim=2) for pair in zip(context, own, strict=True))
-    is_grouped = queries.shape[1] != keys.shape[1]
-    return F.scaled_dot_product_attention(
-        queries, keys, values, attn_mask=mask, enable_gqa=is_grouped
-    )
+            return self.add_output(residual, attended)
+        if room is None:
+            all_keys, all_values = (
+                torch.cat(pair, dim=2) for pair in zip(context, (keys, values), strict=True)
+            )
+        else:
+            room[0].copy_(keys)
+            room[1].copy_(values)
+            all_keys, all_values = context
+        attended = F.scaled_dot_product_attention(
+            queries,
+            all_keys,
+            all_values,
+            attn_mask=mask,
+            enable_gqa=self.num_heads != self.num_kv_heads,
+        )
+        return self.add_output(residual, attended)
 
 
 def _attend_blocks(
@@ -104,22 +115,34 @@ class BlockLayer(nn.Module):
 
     def forward(
         self,
-        hidden: Float[Tensor, "batch positions hidden"],
+        hidden: Float[Tensor, "rows hidden"],
         *,
         rotation: Rotation,
         context: Context,
-        mask: Bool[Tensor, "rows 1 positions seen"] | None,
+        room: Context | None,
+        mask: Tensor | None,
         num_blocks: int,
-    ) -> Float[Tensor, "batch positions hidden"]:
-        """Run the layer; see `BlockHeads.forward`."""
-        hidden = hidden + self.self_attn(
+    ) -> Float[Tensor, "rows hidden"]:
+        """Run the layer.
+
+        Args:
+            hidden: States of all positions of each row of the batch, one row after another.
+            rotation: Rotation of the positions.
+            context: Keys and values of the context.
+            room: The last entries of the context, if they are for the block's own keys and values.
+            mask: See `BlockHeads.forward`.
+            num_blocks: The same.
+        """
+        hidden = self.self_attn(
+            hidden,
             self.input_layernorm(hidden),
             rotation=rotation,
             context=context,
+            room=room,
             mask=mask,
             num_blocks=num_blocks,
         )
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))  # type: ignore[no-any-return]
+        return self.mlp(hidden, self.post_attention_layernorm(hidden))  # type: ignore[no-any-return]
 
 
 class MarkovHead(nn.Module):
@@ -182,6 +205,44 @@ class MarkovHead(nn.Module):
         """
         code, state = self.code(previous, hidden, state)
         return self.markov_w2(code), state
+
+
+class MarkovTerms:
+    """Terms of a vanilla Markov head, kept for the tokens that were asked for.
+
+    Texts repeat their tokens, and on a CPU the product for a token takes longer than anything else
+    at a level of a tree. Only for heads whose weights do not change.
+    """
+
+    def __init__(self, markov: MarkovHead) -> None:
+        """Start without any term."""
+        weight = markov.markov_w2.weight
+        num_rows = max(_TERM_BYTES // (weight.element_size() * len(weight)), 1)
+        self._markov = markov
+        self._rows = weight.new_empty(num_rows, 1, len(weight))
+        self._places: dict[int, int] = {}  # row of each token
+
+    def of(self, tokens: Int[Tensor, "batch width"]) -> Float[Tensor, "batch width draft_vocab"]:
+        """Return the terms after some tokens, ids of the target; reads them on the host."""
+        wanted = [token for row in tokens.tolist() for token in row]
+        new = list({token: None for token in wanted if token not in self._places})
+        if len(self._places) + len(new) > len(self._rows):  # start afresh
+            self._places.clear()
+            new = list(dict.fromkeys(wanted))
+        if len(new) > len(self._rows):
+            return self._compute(tokens)
+        if new:
+            first = len(self._places)
+            terms = self._compute(tokens.new_tensor(new))
+            self._rows.narrow(0, first, len(new)).copy_(terms[:, None])
+            self._places.update(zip(new, range(first, first + len(new)), strict=True))
+        places = [self._places[token] for token in wanted]
+        if len(places) == 1:
+            return self._rows.narrow(0, places[0], 1)
+        return self._rows[tokens.new_tensor(places)].view(*tokens.shape, -1)
+
+    def _compute(self, tokens: Int[Tensor, "*rows"]) -> Float[Tensor, "*rows draft_vocab"]:
+        return self._markov.markov_w2(self._markov.embed(tokens))  # type: ignore[no-any-return]
 
 
 class ConfidenceHead(nn.Module):

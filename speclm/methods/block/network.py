@@ -9,10 +9,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from typing_extensions import override
 
-from speclm.drafting.decoder_parts import FixedNorm, Norm, Product, joined, rotated
+from speclm.drafting.decoder_parts import FixedNorm, Norm, Product, Rotation, joined, rotated
 from speclm.drafting.heads_network import HeadsNetwork
 from speclm.methods.block.config import BlockConfig
-from speclm.methods.block.layer import BlockLayer, ConfidenceHead, MarkovHead
+from speclm.methods.block.layer import BlockLayer, ConfidenceHead, Context, MarkovHead
 
 
 class BlockHeads(HeadsNetwork):
@@ -63,12 +63,13 @@ class BlockHeads(HeadsNetwork):
     def _context_parts(self) -> list[nn.Linear]:
         return [part for layer in self._decoder_layers for part in layer.self_attn.context_parts]
 
-    def _key_scales(self) -> Float[Tensor, "layers 1 head_dim"]:
+    def _key_scales(self) -> Float[Tensor, "layers 1 1 1 head_dim"]:
         norms = [layer.self_attn.k_norm for layer in self._decoder_layers]
-        return torch.stack([norm.weight for norm in norms if norm is not None])[:, None]
+        scales = torch.stack([norm.weight for norm in norms if norm is not None])
+        return scales[:, None, None, None]
 
     def context(
-        self, features: Float[Tensor, "batch seq features"], positions: Int[Tensor, "rows seq"]
+        self, features: Float[Tensor, "batch seq features"], rotation: Rotation
     ) -> tuple[
         Float[Tensor, "layers batch kv_heads seq head_dim"],
         Float[Tensor, "layers batch kv_heads seq head_dim"],
@@ -77,58 +78,68 @@ class BlockHeads(HeadsNetwork):
 
         Args:
             features: Hidden states of the layers read, joined in their order.
-            positions: Position of each token; a single row if all rows share them.
+            rotation: Rotation of the position of each token.
         """
         config, (batch, seq) = self.config, features.shape[:2]
-        states = self.hidden_norm(self.fc(features.to(self.dtype)))
+        states = features.to(self.dtype).flatten(0, 1)
+        states = self.hidden_norm(self.fc(states) if self._input is None else self._input(states))
         if self._context_input is None:
             both = torch.cat([part(states) for part in self._context_parts()], dim=-1)
         else:
-            both = F.linear(states, *self._context_input)
+            both = self._context_input(states)
         both = both.view(batch, seq, config.num_layers, 2, -1, config.head_dim)
-        keys, values = both.unbind(3)  # [batch, seq, layers, kv_heads, head_dim]
+        keys, values = both.permute(3, 2, 0, 4, 1, 5).unbind(0)
         if self._context_input is None:
             keys = F.rms_norm(keys, (config.head_dim,), eps=config.rms_norm_eps)
             keys = keys * self._key_scales()
         else:
             keys = self._key_norms(keys)
-        keys = rotated(keys.flatten(2, 3), self.rotation(positions))
-        keys = keys.view(values.shape).permute(2, 0, 3, 1, 4)
-        return keys, values.permute(2, 0, 3, 1, 4)
+        return rotated(keys, rotation), values
 
     def forward(
         self,
         embeds: Float[Tensor, "batch positions hidden"],
-        positions: Int[Tensor, "rows positions"],
+        rotation: Rotation,
         keys: Float[Tensor, "layers batch kv_heads kv_len head_dim"],
         values: Float[Tensor, "layers batch kv_heads kv_len head_dim"],
-        masks: Sequence[Bool[Tensor, "mask_rows 1 positions seen"] | None],
+        masks: Sequence[Tensor | None],
         *,
         num_blocks: int = 1,
+        has_room: bool = False,
     ) -> Float[Tensor, "batch drafts hidden"]:
         """Return the normed states at the positions that draft.
 
         Args:
             embeds: Embeddings of the blocks' tokens, see `embed_blocks`; one block after another.
-            positions: Their positions; a single row if all rows share them.
+            rotation: Rotation of their positions.
             keys: Result of `context`, of any number of positions.
             values: Result of `context`.
-            masks: For each layer what each position sees, see `block_masks`; None for all.
+            masks: For each layer what each position sees, ``[batch or 1, 1, positions, seen]``,
+                see `block_masks`: boolean, or added to the scores; None for all.
             num_blocks: Blocks of each row, of equal lengths. A block does not see the others.
+            has_room: Whether the last entries of keys and values are for those of the only block,
+                which are written there.
         """
-        hidden, rotation = embeds.to(self.dtype), self.rotation(positions)
+        batch, length = embeds.shape[:2]
+        hidden = embeds.to(self.dtype).flatten(0, 1)
+        contexts = list(zip(keys.unbind(0), values.unbind(0), strict=True))
+        rooms: list[Context] | None = None
+        if has_room:
+            parts = (part.narrow(3, part.shape[3] - length, length) for part in (keys, values))
+            rooms = list(zip(*(part.unbind(0) for part in parts), strict=True))
         for index, layer in enumerate(self._decoder_layers):
             hidden = layer(
                 hidden,
                 rotation=rotation,
-                context=(keys[index], values[index]),
+                context=contexts[index],
+                room=None if rooms is None else rooms[index],
                 mask=masks[index],
                 num_blocks=num_blocks,
             )
         if not self.config.predicts_next:
-            by_block = hidden.view(len(hidden), num_blocks, -1, hidden.shape[-1])
-            hidden = by_block[:, :, 1:].flatten(1, 2)
-        return self.norm(hidden)  # type: ignore[no-any-return]  # a norm's call is untyped
+            by_block = hidden.view(batch * num_blocks, -1, hidden.shape[1])
+            hidden = by_block[:, 1:].flatten(0, 1)
+        return self.norm(hidden).view(batch, -1, hidden.shape[1])  # type: ignore[no-any-return]
 
     def embed_blocks(
         self,
@@ -145,11 +156,9 @@ class BlockHeads(HeadsNetwork):
             embedding: Looks up rows of the target's embedding matrix, as they are stored; called
                 if the heads have no embeddings of their own.
         """
-        shape = (*anchors.shape, num_positions)
-        tokens = anchors.new_full(shape, self.config.mask_token_id)
-        tokens[:, :, 0] = anchors
-        tokens = tokens.flatten(1)
-        return self.embed(tokens, embedding=embedding)
+        padding = (0, num_positions - 1)
+        tokens = F.pad(anchors.reshape(-1, 1), padding, value=self.config.mask_token_id)
+        return self.embed(tokens.reshape(len(anchors), -1), embedding=embedding)
 
     def logits(
         self, hidden: Float[Tensor, "*rows hidden"], *, lm_head: Callable[[Tensor], Tensor]
@@ -161,7 +170,7 @@ class BlockHeads(HeadsNetwork):
             lm_head: The target's map from hidden states to logits; called if the heads have no
                 output matrix of their own.
         """
-        return lm_head(hidden) if self.lm_head is None else self.lm_head(hidden)
+        return self._head_logits(hidden, lm_head)
 
     def confidence(
         self, hidden: Float[Tensor, "rows hidden"], previous: Int[Tensor, " rows"]

@@ -220,7 +220,7 @@ class BlockTrainingModel(TrainingModel):
         """
         heads, (batch, length) = self.heads, tokens.shape
         context_positions = torch.arange(length, device=tokens.device)[None]
-        keys, values = heads.context(features, context_positions)
+        keys, values = heads.context(features, heads.rotation(context_positions))
         run = partial(self._run, tokens, context_positions)
         num_positions = heads.config.block_size
         size = MAX_LOGITS // (batch * heads.config.num_heads * (length + num_positions))
@@ -252,7 +252,9 @@ class BlockTrainingModel(TrainingModel):
         )
         within = torch.arange(num_positions, device=tokens.device)
         positions = (anchors[:, :, None] + within).flatten(1)
-        hidden: Tensor = heads(embeds, positions, keys, values, masks, num_blocks=anchors.shape[1])
+        hidden: Tensor = heads(
+            embeds, heads.rotation(positions), keys, values, masks, num_blocks=anchors.shape[1]
+        )
         return hidden.view(*anchors.shape, heads.config.num_drafts, -1)
 
     def _grown(

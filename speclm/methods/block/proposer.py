@@ -27,11 +27,11 @@ from speclm.drafting.ranking import LevelRanking, path_expansions
 from speclm.errors import OptionError, VocabularyMismatchError
 from speclm.methods.block.config import BlockConfig
 from speclm.methods.block.context import BlockContext
+from speclm.methods.block.layer import MarkovTerms
 from speclm.methods.block.network import BlockHeads
 from speclm.methods.block.tree import (
     BlockLogits,
     BlockProposerConfig,
-    MarkovTerms,
     draw_tree,
     fill_tree,
     grow_trees,
@@ -184,7 +184,8 @@ class BlockProposer(Proposer):
         if longest == 0:
             return self._context
         if len(counts) == 1:
-            features = torch.cat(self._unseen[0])[None]
+            parts = self._unseen[0]
+            features = (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
         else:
             first = next(part for parts in self._unseen for part in parts)
             features = first.new_zeros(len(counts), longest, first.shape[1])
@@ -213,17 +214,21 @@ class BlockProposer(Proposer):
         num_positions = wanted.block_size
         if all(wanted.is_causal):
             num_positions -= wanted.num_drafts - num_drafts
+        keys, values = context.with_room(num_positions)
         hidden: Tensor = heads(
             heads.embed_blocks(
                 roots[:, None], num_positions=num_positions, embedding=self.view.stored_embeddings
             ),
-            context.positions(num_positions),
-            context.keys,
-            context.values,
+            context.rotation(num_positions),
+            keys,
+            values,
             context.masks(num_positions),
+            has_room=True,
         )
-        hidden = hidden[:, :num_drafts]
-        logits = heads.logits(hidden, lm_head=self.view.head_logits)
+        if num_drafts < hidden.shape[1]:
+            hidden = hidden[:, :num_drafts]
+        logits = heads.logits(hidden.flatten(0, 1), lm_head=self.view.head_logits)
+        logits = logits.view(len(roots), num_drafts, -1)
         return BlockLogits(heads, hidden, logits, terms=self._kept_terms(roots.device))
 
     def _kept_terms(self, device: torch.device) -> MarkovTerms | None:

@@ -2,23 +2,26 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from speclm.config import require_in_range
+from speclm.devices import is_host
 from speclm.drafting.levels import GrownTreeConfig
 from speclm.drafting.ranking import LevelRanking, Nodes
-from speclm.drafting.search import log_of, search
-from speclm.methods.block.layer import MarkovHead
+from speclm.drafting.search import ChildTable, log_of, product_trees, search, search_tables
+from speclm.methods.block.layer import MarkovTerms
 from speclm.methods.block.network import BlockHeads
 from speclm.sampling.draws import DraftSampler
 from speclm.sampling.noise import PositionNoise
 from speclm.tree.dynamic import FilledTree, GrownRow
-from speclm.tree.static import RankPaths, likeliest_paths
+from speclm.tree.static import RankPaths
 
-_TERM_BYTES = 2**25
+_MAX_TABLE = 2**26
+"""Most logits that are computed at once for the nodes that a tree may have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,41 +50,6 @@ class BlockProposerConfig(GrownTreeConfig):
         require_in_range("min_acceptance", self.min_acceptance, low=0.0, high=1.0)
 
 
-class MarkovTerms:
-    """Terms of a vanilla Markov head, kept for the tokens that were asked for.
-
-    Texts repeat their tokens, and on a CPU the product for a token takes longer than anything else
-    at a level of a tree. Only for heads whose weights do not change.
-    """
-
-    def __init__(self, markov: MarkovHead) -> None:
-        """Start without any term."""
-        weight = markov.markov_w2.weight
-        num_rows = max(_TERM_BYTES // (weight.element_size() * len(weight)), 1)
-        self._markov = markov
-        self._rows = weight.new_empty(num_rows, len(weight))
-        self._places: dict[int, int] = {}  # row of each token
-
-    def of(self, tokens: Int[Tensor, "batch width"]) -> Float[Tensor, "batch width draft_vocab"]:
-        """Return the terms after some tokens, ids of the target; reads them on the host."""
-        wanted = tokens.flatten().tolist()
-        new = list({token: None for token in wanted if token not in self._places})
-        if len(self._places) + len(new) > len(self._rows):  # start afresh
-            self._places.clear()
-            new = list(dict.fromkeys(wanted))
-        if len(new) > len(self._rows):
-            return self._compute(tokens)
-        if new:
-            first = len(self._places)
-            self._rows[first : first + len(new)] = self._compute(tokens.new_tensor(new))
-            self._places.update(zip(new, range(first, first + len(new)), strict=True))
-        found: Tensor = self._rows[tokens.new_tensor([self._places[token] for token in wanted])]
-        return found.view(*tokens.shape, -1)
-
-    def _compute(self, tokens: Int[Tensor, "*rows"]) -> Float[Tensor, "*rows draft_vocab"]:
-        return self._markov.markov_w2(self._markov.embed(tokens))  # type: ignore[no-any-return]
-
-
 class BlockLogits:
     """Logits after the nodes of a draft tree, asked for level by level.
 
@@ -107,6 +75,7 @@ class BlockLogits:
         """
         self.heads, self.hidden, self.without_markov = heads, hidden, logits
         self.num_levels = logits.shape[1]
+        self._by_level = logits[:, :, None].unbind(1)  # [batch, 1, draft_vocab] each
         self._terms = terms
         self._level = 0
         self._state: Float[Tensor, "batch width rank"] | None = None
@@ -122,7 +91,7 @@ class BlockLogits:
             parents: Index of each token's parent in the last level.
         """
         level, width, markov = self._level, tokens.shape[1], self.heads.markov_head
-        logits = self.without_markov[:, level, None]
+        logits = self._by_level[level]
         self._level += 1
         if markov is None:
             return logits.expand(-1, width, -1)
@@ -133,6 +102,25 @@ class BlockLogits:
             state = state.gather(1, parents[:, :, None].expand(-1, -1, state.shape[2]))
         term, self._state = markov.bias(tokens, self._hidden_at(level, width), state)
         return term + logits
+
+    def after_all(
+        self, tokens: Int[Tensor, "batch nodes"], levels: Int[Tensor, " nodes"]
+    ) -> Float[Tensor, "batch nodes draft_vocab"]:
+        """Return the logits after nodes of any levels, if the Markov head has no state.
+
+        Args:
+            tokens: The target's tokens.
+            levels: Level of each node; 0 for the root.
+        """
+        markov = self.heads.markov_head
+        assert markov is not None, "the heads have no Markov head"
+        if markov.kind == "gated":
+            code, _ = markov.code(tokens, self.hidden.index_select(1, levels))
+        else:
+            code = markov.embed(tokens)
+        terms: Tensor = markov.markov_w2(code.flatten(0, 1))
+        base = self.without_markov.index_select(1, levels)
+        return base + terms.view(base.shape)
 
     def is_doubtful(
         self,
@@ -206,9 +194,12 @@ def grow_trees(
     if logits.heads.markov_head is None:
         return _multiply(logits, roots, config, ranking, noise, bounds)
     num_ranks = min(config.branches, logits.heads.config.draft_vocab_size)
+    if _has_tables(logits, config, ranking):
+        tables = _tables(logits, roots, config, ranking, noise, max(bounds))
+        return search_tables(tables, config=config, bounds=bounds, leaf_tokens=leaf_tokens)
 
     def candidates(nodes: Nodes, level: int) -> tuple[Tensor, Tensor]:
-        """Return log-probabilities and tokens, ``[batch, width, ranks]``, below some nodes."""
+        """Return log-probabilities and columns, ``[batch, width, ranks]``, below some nodes."""
         ranked = ranking.rank(
             logits.after(*nodes),
             depth=level,
@@ -220,9 +211,86 @@ def grow_trees(
             doubtful = logits.is_doubtful(*nodes, min_acceptance=config.min_acceptance)
             ranked = ranked.masked_fill(doubtful[:, :, None], -torch.inf)
         found = ranked.topk(num_ranks, dim=-1)
-        return found.values, logits.heads.target_ids(found.indices)
+        return found.values, found.indices
 
-    return search(candidates, roots, config=config, bounds=bounds, leaf_tokens=leaf_tokens)
+    return search(
+        candidates,
+        roots,
+        config=config,
+        bounds=bounds,
+        leaf_tokens=leaf_tokens,
+        vocabulary=logits.heads,
+    )
+
+
+def _has_tables(logits: BlockLogits, config: BlockProposerConfig, ranking: LevelRanking) -> bool:
+    """Return whether the children of all likely nodes are computed at once, and read once.
+
+    They are where reading waits, unless they depend on more than the token before them, or are too
+    many.
+    """
+    markov, found = logits.heads.markov_head, logits.without_markov
+    if is_host(found.device) or ranking.changes_scores or config.min_acceptance > 0:
+        return False
+    is_recurrent = markov is not None and markov.kind == "rnn"
+    return not is_recurrent and 2 * config.width * found.numel() <= _MAX_TABLE
+
+
+def _tables(
+    logits: BlockLogits,
+    roots: Int[Tensor, " batch"],
+    config: BlockProposerConfig,
+    ranking: LevelRanking,
+    noise: PositionNoise | None,
+    depth: int,
+) -> list[list[ChildTable]]:
+    """Return the likeliest children of the likeliest tokens of each level, for every row.
+
+    These tokens are the likeliest without the term of the token before them, twice as many as may
+    be expanded.
+    """
+    heads, vocab_size = logits.heads, logits.without_markov.shape[2]
+    width, num_ranks = min(2 * config.width, vocab_size), min(config.branches, vocab_size)
+    above = logits.without_markov[:, : max(depth - 1, 0)].topk(width, dim=-1).indices.flatten(1)
+    tokens = torch.cat([roots[:, None], heads.target_ids(above)], dim=1)
+    after = logits.after_all(tokens, _level_indices(depth, width, roots.device))
+    levels: tuple[Tensor, ...] = (after,)
+    if noise is not None:  # which differs by level
+        levels = tuple(after.split_with_sizes([1] + [width] * (depth - 1), dim=1))
+    ranked = [
+        ranking.rank(part, depth=level, noise=noise, columns=heads.draft_columns)
+        for level, part in enumerate(levels)
+    ]
+    best = torch.cat(ranked, dim=1).topk(num_ranks, dim=-1)
+    # One transfer; as float32, which has all integers below 2^24.
+    packed = torch.cat([best.values.flatten(1), best.indices.flatten(1), above], dim=1).tolist()
+    return [
+        _tables_of(row, heads.host_columns, depth=depth, width=width, num_ranks=num_ranks)
+        for row in packed
+    ]
+
+
+def _tables_of(
+    packed: list[float], columns: list[int] | None, *, depth: int, width: int, num_ranks: int
+) -> list[ChildTable]:
+    num_nodes = 1 + width * (depth - 1)
+    num_children = num_nodes * num_ranks
+    ids = [int(column) for column in packed[num_children:]]
+    if columns is not None:
+        ids = [columns[column] for column in ids]
+    tables: list[ChildTable] = [{} for _ in range(depth)]
+    for node, token in enumerate([0, *ids[num_children:]]):  # a table has the root as token 0
+        level, index = divmod(node - 1, width) if node else (-1, 0)
+        children = slice(node * num_ranks, (node + 1) * num_ranks)
+        tables[level + 1][token] = index, packed[children], ids[children]
+    return tables
+
+
+@lru_cache(maxsize=64)
+def _level_indices(depth: int, width: int, device: torch.device) -> Int[Tensor, " nodes"]:
+    """Return the level of the root and of `width` nodes of each further level."""
+    levels = [0, *(level for level in range(1, depth) for _ in range(width))]
+    return torch.tensor(levels, device=device, dtype=torch.long)
 
 
 def _multiply(
@@ -257,49 +325,6 @@ def _multiply(
         min_best=log_of(config.min_confidence),
         levels=bounds,
     )
-
-
-def product_trees(
-    scores: Float[Tensor, "batch levels ranks"],
-    tokens: Int[Tensor, "batch levels ranks"],
-    *,
-    num_nodes: int,
-    min_score: float,
-    min_best: float,
-    levels: Sequence[int],
-) -> list[GrownRow]:
-    """Return the likeliest paths if the tokens of a block do not depend on each other.
-
-    Args:
-        scores: Log-probabilities of the best candidates of each level, best first.
-        tokens: The candidates.
-        num_nodes: Maximum nodes of a row.
-        min_score: Log-probability below which a path is left out.
-        min_best: A row ends with the level whose likeliest path is below this.
-        levels: Maximum levels of each row.
-
-    Source: Ringel et al. 2026 (DDTree).
-    """
-    found = scores.nan_to_num(nan=-torch.inf, posinf=0.0, neginf=-torch.inf).clamp_(max=0)
-    rows = zip(found.tolist(), tokens.tolist(), levels, strict=True)  # the host builds the tree
-    return [
-        _product_row(
-            row[: _num_levels(row[:depth], min_best)],
-            ids,
-            num_nodes=num_nodes,
-            min_score=min_score,
-        )
-        for row, ids, depth in rows
-    ]
-
-
-def _num_levels(scores: list[list[float]], min_best: float) -> int:
-    best = 0.0
-    for level, ranks in enumerate(scores, start=1):
-        best += ranks[0]
-        if best < min_best:
-            return level
-    return len(scores)
 
 
 def fill_tree(
@@ -344,18 +369,3 @@ def draw_tree(
         tree.fill(sampler.siblings(distribution, num=tree.num_ranks))
     assert distributions is not None, "a static tree has nodes"
     return tree, distributions
-
-
-def _product_row(
-    scores: list[list[float]], tokens: list[list[int]], *, num_nodes: int, min_score: float
-) -> GrownRow:
-    nodes = likeliest_paths(scores, num_nodes=num_nodes, min_score=min_score)
-    reached = [0.0]
-    for node in nodes:
-        reached.append(reached[node.parent] + scores[node.depth][node.rank])
-    return GrownRow(
-        tokens=[tokens[node.depth][node.rank] for node in nodes],
-        parents=[node.parent for node in nodes],
-        expansions=[(node.depth, 0) for node in nodes],
-        scores=reached[1:],
-    )

@@ -17,9 +17,9 @@ from speclm.drafting.decoder_parts import FixedNorm, Product, Rotation, rotated,
 MAPS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 Weights = list[list[Product]]
-"""Transposed weights and biases of each layer, in the order of `MAPS`, and of the head.
+"""Products of each layer, in the order of `MAPS`, and of the head.
 
-They are views for one draft: held longer, they would outlive a model that is moved."""
+They hold views for one draft: held longer, they would outlive a model that is moved."""
 
 
 class DraftNetwork:
@@ -57,7 +57,7 @@ class DraftNetwork:
     def weights(self) -> Weights:
         """Return views of the weights as they are now."""
         parts = [*(layer.maps for layer in self._layers), [self._head]]
-        return [[(part.weight.t(), part.bias) for part in layer] for layer in parts]
+        return [[Product(part.weight, part.bias) for part in layer] for layer in parts]
 
     @torch.no_grad()
     def rotation(self, num_positions: int) -> Rotation:
@@ -65,7 +65,8 @@ class DraftNetwork:
         if self._table is None or self._table[0].shape[1] < num_positions:
             weight = self._embedding.weight  # the rotary module reads its dtype and device only
             positions = torch.arange(max(256, 2 * num_positions), device=weight.device)
-            self._table = signed(*self._rotary(weight, positions[None]))
+            cosines, sines = signed(*self._rotary(weight, positions[None]))
+            self._table = cosines.transpose(1, 2), sines.transpose(1, 2)
         return self._table
 
     @torch.no_grad()
@@ -125,7 +126,7 @@ class DraftNetwork:
         self, hidden: Float[Tensor, "rows hidden"], weights: Weights, *, batch: int
     ) -> Float[Tensor, "batch width vocab"]:
         """Return the logits for results of `forward`, or for some of their rows."""
-        logits = _times(hidden, weights[-1][0])
+        logits = weights[-1][0](hidden)
         return logits.view(batch, -1, logits.shape[1])
 
 
@@ -191,19 +192,19 @@ class _Layer:
     ) -> Float[Tensor, "rows hidden"]:
         to_queries, to_keys, to_values, from_heads, gate, up, down = products
         normed = self._input_norm(states)
-        _times(normed, to_queries, out=step.buffer.queries)
-        _times(normed, to_keys, out=step.buffer.keys)
+        to_queries(normed, out=step.buffer.queries)
+        to_keys(normed, out=step.buffer.keys)
         both = step.buffer.by_head
         if self._head_norm is not None:
             both = self._head_norm(both)
         both = rotated(both, step.rotation)
         queries, keys = torch.split_with_sizes(both, [self.num_heads, self.num_kv_heads], dim=2)
         step.written[0].copy_(keys)
-        step.written[1].copy_(_times(normed, to_values).view(keys.shape))
-        states = _added(states, self._attended(queries, step), from_heads)
+        step.written[1].copy_(to_values(normed).view(keys.shape))
+        states = from_heads.added(states, self._attended(queries, step))
         normed = self._norm(states)
-        gated = self._activate(_times(normed, gate)).mul_(_times(normed, up))
-        return _added(states, gated, down)
+        gated = self._activate(gate(normed)).mul_(up(normed))
+        return down.added(states, gated)
 
     def _attended(
         self, queries: Float[Tensor, "batch width heads head_dim"], step: _Step
@@ -227,24 +228,6 @@ class _Layer:
 def fixed(norm: Any) -> FixedNorm:
     """Return the norm of a module."""
     return FixedNorm(norm.weight.detach(), float(norm.variance_epsilon))
-
-
-def _times(
-    states: Float[Tensor, "rows input"], product: Product, *, out: Tensor | None = None
-) -> Float[Tensor, "rows output"]:
-    weight, bias = product
-    if bias is None:
-        return torch.mm(states, weight, out=out)
-    return torch.addmm(bias, states, weight, out=out)
-
-
-def _added(
-    residual: Float[Tensor, "rows output"], states: Float[Tensor, "rows input"], product: Product
-) -> Float[Tensor, "rows output"]:
-    """Return the sum of the residual states and a product."""
-    weight, bias = product
-    found = torch.addmm(residual, states, weight)
-    return found if bias is None else found.add_(bias)
 
 
 class LevelRun(ABC):

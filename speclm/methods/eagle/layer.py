@@ -1,13 +1,21 @@
 """Decoder layers of EAGLE heads: Llama's, except for the input of the first one."""
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
+from typing_extensions import override
 
-from speclm.drafting.decoder_parts import GatedMLP, Norm, Projections, Rotation
+from speclm.drafting.decoder_parts import (
+    FixedNorm,
+    Fusable,
+    GatedMLP,
+    Norm,
+    Projections,
+    Rotation,
+)
 from speclm.methods.eagle.config import EagleConfig
 
 
@@ -39,17 +47,19 @@ class EagleAttention(Projections):
 
     def forward(
         self,
-        states: Float[Tensor, "batch seq input"],
+        residual: Float[Tensor, "rows hidden"],
+        states: Float[Tensor, "rows input"],
         *,
+        batch: int,
         rotation: Rotation,
         attention_mask: Tensor | None,
         past_key_values: KeyValueStore | None,
-    ) -> Float[Tensor, "batch seq hidden"]:
-        """Attend to earlier positions and to these."""
-        queries, keys, values = self.project(states, rotation)
+    ) -> Float[Tensor, "rows hidden"]:
+        """Return the residual plus what is read at earlier positions and at these."""
+        queries, keys, values = self.project(states, rotation, batch=batch)
         if past_key_values is not None:
             keys, values = past_key_values.update(keys, values, self.index)
-        seq = states.shape[1]
+        seq = queries.shape[2]
         is_simple = attention_mask is None and self.sliding_window is None and seq == keys.shape[2]
         if attention_mask is None and not is_simple:
             attention_mask = self._causal_mask(seq, keys)
@@ -63,7 +73,7 @@ class EagleAttention(Projections):
             is_causal=is_simple and seq > 1,
             enable_gqa=self.is_grouped,
         )
-        return self.output(attended)
+        return self.add_output(residual, attended)
 
     def _causal_mask(self, seq: int, keys: Tensor) -> Tensor | None:
         kv_len, window = keys.shape[2], self.sliding_window
@@ -75,12 +85,14 @@ class EagleAttention(Projections):
         return sees if window is None else sees & (distance < window)
 
 
-class EagleLayer(nn.Module):
+class EagleLayer(Fusable):
     """One decoder layer.
 
     The first layer of EAGLE-1 has no norm before attention. The first layer of EAGLE-3 attends to
     embeddings and hidden states, each normed, then concatenated. All others are Llama's.
     """
+
+    _both_norms: FixedNorm | None = None  # of embeddings and hidden states, one after the other
 
     def __init__(self, config: EagleConfig, *, index: int) -> None:
         super().__init__()
@@ -97,19 +109,35 @@ class EagleLayer(nn.Module):
         self.input_layernorm = Norm(hidden, eps=eps) if index or self.is_joining else None
         self.hidden_norm = Norm(hidden, eps=eps) if self.is_joining else None
 
+    @override
+    def fuse_(self) -> None:
+        if self.input_layernorm is not None and self.hidden_norm is not None:
+            weights = self.input_layernorm.weight, self.hidden_norm.weight
+            eps = cast("float", self.hidden_norm.eps)
+            norms = FixedNorm(torch.stack(weights).detach(), eps)
+            self._both_norms = norms if norms.is_for_cpu else None
+
+    @override
+    def separate_(self) -> None:
+        self._both_norms = None
+
     def forward(
         self,
-        hidden: Float[Tensor, "batch seq hidden"],
-        embeddings: Float[Tensor, "batch seq hidden"],
+        hidden: Float[Tensor, "rows hidden"],
+        embeddings: Float[Tensor, "rows hidden"],
         **attention: Any,
-    ) -> Float[Tensor, "batch seq hidden"]:
+    ) -> Float[Tensor, "rows hidden"]:
         """Run the layer; only the first layer of EAGLE-3 reads the embeddings."""
         states = residual = hidden
-        if self.input_layernorm is not None and self.hidden_norm is not None:
+        if self._both_norms is not None and not self.norm_before_residual:
+            both = torch.cat((embeddings, hidden), dim=-1)
+            by_part = both.view(len(both), 2, -1)
+            states = self._both_norms(by_part).view(both.shape)
+        elif self.input_layernorm is not None and self.hidden_norm is not None:
             states = self.hidden_norm(hidden)
             residual = states if self.norm_before_residual else hidden
             states = torch.cat((self.input_layernorm(embeddings), states), dim=-1)
         elif self.input_layernorm is not None:
             states = self.input_layernorm(hidden)
-        hidden = residual + self.self_attn(states, **attention)
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))  # type: ignore[no-any-return]
+        hidden = self.self_attn(residual, states, **attention)
+        return self.mlp(hidden, self.post_attention_layernorm(hidden))  # type: ignore[no-any-return]

@@ -1,7 +1,7 @@
 """EAGLE heads: a small decoder that continues the target's hidden states."""
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from typing_extensions import override
 
-from speclm.cache.tree_cache import TreeCache
+from speclm.cache.tree_cache import TreeCache, TreeLayer
 from speclm.drafting.decoder_parts import Norm, Rotation
 from speclm.drafting.heads_network import HeadsNetwork, copy_tensors
 from speclm.methods.eagle.config import EagleConfig
@@ -52,9 +52,7 @@ class EagleHeads(HeadsNetwork):
         self.norm = norm(hidden) if is_eagle3 else None
         self._add_output()
 
-    def fuse(
-        self, features: Float[Tensor, "batch seq features"]
-    ) -> Float[Tensor, "batch seq hidden"]:
+    def fuse(self, features: Float[Tensor, "*rows features"]) -> Float[Tensor, "*rows hidden"]:
         """Return the hidden states that replace the target's features as input.
 
         Args:
@@ -70,22 +68,33 @@ class EagleHeads(HeadsNetwork):
             features = torch.cat(normed, dim=-1)
         elif self.feature_norm is not None:
             features = self.feature_norm(features)
-        return F.linear(features, self.fc.weight, self.fc.bias)
+        if self._input is None or features.ndim != 2:
+            return F.linear(features, self.fc.weight, self.fc.bias)
+        return self._input(features)
+
+    def _joined(self, pairs: Float[Tensor, "rows pair"]) -> Float[Tensor, "rows hidden"]:
+        """Map embeddings and features to the input of EAGLE-1's first layer."""
+        if self._input is None:
+            return self.fc(pairs)  # type: ignore[no-any-return]  # a Linear's call is untyped
+        return self._input(pairs)
 
     def forward(
         self,
-        hidden: Float[Tensor, "batch seq hidden"],
-        embeddings: Float[Tensor, "batch seq hidden"],
+        hidden: Float[Tensor, "*rows hidden"],
+        embeddings: Float[Tensor, "*rows hidden"],
         *,
         position_ids: Int[Tensor, "rows seq"] | None = None,
         rotation: Rotation | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: KeyValueStore | None = None,
-    ) -> Float[Tensor, "batch seq hidden"]:
+        batch: int | None = None,
+    ) -> Float[Tensor, "*rows hidden"]:
         """Return the hidden states of the next position.
 
         Args:
-            hidden: Result of `fuse`, or of this method at the previous positions.
+            hidden: Result of `fuse`, or of this method at the previous positions:
+                ``[batch, seq, hidden]``, or the same states without the first axis, if `batch` is
+                given.
             embeddings: Embeddings of the token after each position, see `embed`.
             position_ids: Positions of the features, not of the tokens; a single row if all rows
                 share them.
@@ -94,10 +103,14 @@ class EagleHeads(HeadsNetwork):
                 where a position is seen; each position must see at least one. None if each sees all
                 earlier positions within the config's window and there is no padding.
             past_key_values: Cache of keys and values; None to attend to this call only.
+            batch: Rows of the batch, if the states of all rows follow one another.
         """
+        shape = hidden.shape
         hidden, embeddings = hidden.to(self.dtype), embeddings.to(self.dtype)
+        if batch is None:
+            batch, hidden, embeddings = shape[0], hidden.flatten(0, 1), embeddings.flatten(0, 1)
         if self.config.kind == "eagle":
-            hidden = self.fc(torch.cat((embeddings, hidden), dim=-1))
+            hidden = self._joined(torch.cat((embeddings, hidden), dim=-1))
         if rotation is None:
             assert position_ids is not None, "neither position_ids nor rotation is given"
             rotation = self.rotation(position_ids)
@@ -105,13 +118,14 @@ class EagleHeads(HeadsNetwork):
             hidden = layer(
                 hidden,
                 embeddings,
+                batch=batch,
                 rotation=rotation,
                 attention_mask=attention_mask,
                 past_key_values=past_key_values,
             )
         if self.config.norm_output and self.norm is not None:
             hidden = self.norm(hidden)
-        return hidden
+        return hidden if hidden.shape == shape else hidden.view(*shape[:-1], -1)
 
     def logits(
         self, hidden: Float[Tensor, "*rows hidden"], *, lm_head: Callable[[Tensor], Tensor]
@@ -125,7 +139,7 @@ class EagleHeads(HeadsNetwork):
         """
         if self.norm is not None and not self.config.norm_output:
             hidden = self.norm(hidden)
-        logits = lm_head(hidden) if self.lm_head is None else self.lm_head(hidden)
+        logits = self._head_logits(hidden, lm_head)
         scale = self.config.logit_scale
         return logits if scale == 1 else logits * scale
 
@@ -156,22 +170,21 @@ class LevelRun:
             embedding: See `EagleHeads.embed`.
         """
         self._heads, self._cache, self._embedding = heads, cache, embedding
-        self.hidden: Float[Tensor, "batch nodes hidden"] = hidden[:, None]
-        """Outputs of the last level; at first, of the position before the root."""
+        self._batch = len(hidden)
+        self.hidden: Float[Tensor, "nodes hidden"] = hidden
+        """Outputs of the last level, row by row; at first, of the position before the root."""
         self._level = 0
         self._seen = self._seen_by_root(widths)
         if widths:
             cache.reserve(sum(widths))
-            first = cache.lengths - cache.num_padding
-            depths = torch.arange(len(widths), device=first.device)
-            parts = heads.rotation((first[:, None] + depths).clamp(min=0))
-            self._rotations = list(
-                zip(*(torch.split(part, 1, dim=1) for part in parts), strict=True)
+            self._rotations = self._rotations_of(len(widths))
+            self._store: KeyValueStore = (
+                cache if max(widths) > 1 else _ChainStore(cache, len(widths))
             )
 
     def below(
         self, tokens: Int[Tensor, "batch width"], parents: Int[Tensor, "batch width"]
-    ) -> Float[Tensor, "batch width hidden"]:
+    ) -> Float[Tensor, "nodes hidden"]:
         """Feed the next level, whose nodes become pending.
 
         Args:
@@ -179,18 +192,33 @@ class LevelRun:
             parents: Index of each token's parent in the last level.
         """
         width, above = tokens.shape[1], self.hidden
-        if width > 1 or above.shape[1] > 1:
-            above = above.gather(1, parents[:, :, None].expand(-1, -1, above.shape[2]))
+        if width > 1 or len(above) > self._batch:
+            by_row = above.view(self._batch, -1, above.shape[1])
+            indices = parents[:, :, None].expand(-1, -1, above.shape[1])
+            above = by_row.gather(1, indices).flatten(0, 1)
         self.hidden = self._heads(
             above,
-            self._heads.embed(tokens, embedding=self._embedding),
+            self._heads.embed(tokens.reshape(-1), embedding=self._embedding),
             rotation=self._rotations[self._level],
             attention_mask=self._bias(parents),
-            past_key_values=self._cache,
+            past_key_values=self._store,
+            batch=self._batch,
         )
         self._cache.append(width)
         self._level += 1
         return self.hidden
+
+    def _rotations_of(self, num_levels: int) -> list[Rotation]:
+        cache = self._cache
+        if not cache.is_ragged and not cache.has_padding:
+            rotation = self._heads.rotation_from(cache.tree_start, num_levels)
+            return list(zip(*(part.unbind(-2) for part in rotation), strict=True))
+        first = cache.lengths - cache.num_padding
+        depths = torch.arange(num_levels, device=first.device)
+        rotation = self._heads.rotation((first[:, None] + depths).clamp(min=0))
+        return list(
+            zip(*(part.split_with_sizes([1] * num_levels, dim=2) for part in rotation), strict=True)
+        )
 
     def _seen_by_root(self, widths: list[int]) -> Float[Tensor, "batch 1 kv_len"] | None:
         """Return the root's additive mask over all keys; None for chains that see every key."""
@@ -224,6 +252,33 @@ class LevelRun:
             seen.masked_fill_((distance >= window)[:, None], torch.finfo(seen.dtype).min)
         self._seen = seen
         return seen.narrow(2, 0, own + width)[:, None]
+
+
+class _ChainStore:
+    """Writes keys and values of chains into a cache, at entries that are cut out beforehand."""
+
+    def __init__(self, cache: TreeCache, num_levels: int) -> None:
+        self._cache = cache
+        self._layers: list[tuple[Tensor, Tensor]] = []
+        self._slots: list[list[tuple[Tensor, Tensor]]] = []
+        for layer in cast("Iterable[TreeLayer]", cache.layers):
+            assert layer.keys is not None
+            assert layer.values is not None
+            both = layer.keys, layer.values
+            cut = (states.narrow(2, cache.tree_start, num_levels) for states in both)
+            slots = (part.split_with_sizes([1] * num_levels, dim=2) for part in cut)
+            self._layers.append(both)
+            self._slots.append(list(zip(*slots, strict=True)))
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, /) -> tuple[Tensor, Tensor]:
+        """Write the keys and values of a level, and return all of them."""
+        level = self._cache.num_pending
+        key_slot, value_slot = self._slots[layer_idx][level]
+        key_slot.copy_(keys)
+        value_slot.copy_(values)
+        all_keys, all_values = self._layers[layer_idx]
+        past = self._cache.tree_start + level + 1
+        return all_keys.narrow(2, 0, past), all_values.narrow(2, 0, past)
 
 
 def build_eagle(

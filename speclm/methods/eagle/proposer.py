@@ -196,7 +196,8 @@ class EagleProposer(Proposer):
         padded = [tokens + [0] * (longest - len(tokens)) for tokens in self._unseen_tokens]
         tokens = torch.tensor(padded, device=device, dtype=torch.long)
         if len(counts) == 1 and not self._cache.has_padding:
-            self._hidden = self._read_row(tokens, torch.cat(self._unseen_features[0])[None])
+            parts = self._unseen_features[0]
+            self._hidden = self._read_row(tokens, parts[0] if len(parts) == 1 else torch.cat(parts))
         else:
             self._hidden = self._read_rows(tokens, counts)
         self._cache.keep([range(count) for count in counts])
@@ -204,24 +205,25 @@ class EagleProposer(Proposer):
         self._unseen_features = [[] for _ in counts]
 
     def _read_row(
-        self, tokens: Int[Tensor, "1 new"], features: Float[Tensor, "1 new features"]
+        self, tokens: Int[Tensor, "1 new"], features: Float[Tensor, "new features"]
     ) -> Float[Tensor, "1 hidden"]:
         """Run the heads over new positions of the only row; return the last output."""
-        cache, num_new, mask = self._cache, tokens.shape[1], None
+        cache, num_new, mask = self._cache, len(features), None
         assert cache is not None
         start = cache.tree_start
         if self.heads.config.sliding_window is None and num_new > 1:
-            mask = self._causal.cut(num_new, num_cached=start, device=tokens.device)
+            mask = self._causal.cut(num_new, num_cached=start, like=self.heads.fc.weight)
         cache.reserve(num_new)
         hidden: Tensor = self.heads(
             self.heads.fuse(features),
-            self._embed(tokens),
-            position_ids=torch.arange(start, start + num_new, device=tokens.device)[None],
+            self._embed(tokens[0]),
+            rotation=self.heads.rotation_from(start, num_new),
             attention_mask=mask,
             past_key_values=cache,
+            batch=1,
         )
         cache.append(num_new)
-        return hidden[:, -1]
+        return hidden[-1:]
 
     def _read_rows(
         self, tokens: Int[Tensor, "batch new"], counts: list[int]
@@ -266,10 +268,10 @@ class EagleProposer(Proposer):
         run = self._start(widths[: max(max(bounds) - 1, 0)])
 
         def candidates(nodes: Nodes, level: int) -> tuple[Tensor, Tensor]:
-            """Return log-probabilities and tokens, ``[batch, width, ranks]``, below some nodes."""
+            """Return log-probabilities and columns, ``[batch, width, ranks]``, below some nodes."""
             hidden = run.below(*nodes) if level else run.hidden
             found = self._rank(hidden, level, noise, nodes).topk(num_ranks, dim=-1)
-            return found.values, self.heads.target_ids(found.indices)
+            return found.values, found.indices
 
         return search(
             candidates,
@@ -277,6 +279,7 @@ class EagleProposer(Proposer):
             config=config,
             bounds=bounds,
             leaf_tokens=self._leaf_tokens,
+            vocabulary=self.heads,
             min_growing=config.min_growing,
         )
 
@@ -309,20 +312,15 @@ class EagleProposer(Proposer):
         run = self._start(tree.widths[1:])
         distributions: Tensor | None = None
         while True:
-            distribution = sampler.distribution(
-                self.heads.spread(self._logits(run.hidden))
-            )  # [batch, width, vocab]
+            logits = self._logits(run.hidden, batch=len(roots))
+            distribution = sampler.distribution(self.heads.spread(logits))  # [batch, width, vocab]
             if distributions is None:
                 distributions = distribution.new_zeros(*tree.tokens.shape, distribution.shape[2])
             distributions.index_copy_(1, tree.expanded_nodes, distribution)
             tree.fill(sampler.siblings(distribution, num=tree.num_ranks))
             if tree.is_full:
                 self._grown = [GrownRow([], [], tree.expansions, [])] * len(roots)
-                return Draft(
-                    tokens=tree.tokens,
-                    topology=tree.topology,
-                    distributions=distributions,
-                )
+                return Draft(tree.tokens, tree.topology, distributions=distributions)
             run.below(tree.expanded_tokens, tree.expanded_parents)
 
     def _start(self, widths: list[int]) -> LevelRun:
@@ -361,23 +359,24 @@ class EagleProposer(Proposer):
         cache.append(num_nodes)
         return output
 
-    def _embed(self, tokens: Int[Tensor, "batch nodes"]) -> Float[Tensor, "batch nodes hidden"]:
+    def _embed(self, tokens: Int[Tensor, "*rows"]) -> Float[Tensor, "*rows hidden"]:
         return self.heads.embed(tokens, embedding=self.view.stored_embeddings)
 
     def _logits(
-        self, hidden: Float[Tensor, "batch nodes hidden"]
+        self, hidden: Float[Tensor, "rows hidden"], *, batch: int
     ) -> Float[Tensor, "batch nodes draft_vocab"]:
-        return self.heads.logits(hidden, lm_head=self.view.head_logits)
+        logits = self.heads.logits(hidden, lm_head=self.view.head_logits)
+        return logits.view(batch, -1, logits.shape[1])
 
     def _rank(
         self,
-        hidden: Float[Tensor, "batch nodes hidden"],
+        hidden: Float[Tensor, "rows hidden"],
         depth: int,
         noise: PositionNoise | None,
-        nodes: Nodes | None = None,
+        nodes: Nodes,
     ) -> Float[Tensor, "batch nodes draft_vocab"]:
         return self._ranking.rank(
-            self._logits(hidden),
+            self._logits(hidden, batch=len(nodes[0])),
             depth=depth,
             noise=noise,
             columns=self.heads.draft_columns,

@@ -120,20 +120,20 @@ class MedusaHeads(nn.Module):
                 output matrix of their own.
             num_heads: Heads to compute; None for all.
         """
-        used = slice(0, num_heads)
-        states = hidden.to(self.weight.dtype).expand(len(self.weight[0][used]), -1, -1)
-        for layer in range(self.config.num_layers):
-            weight = self.weight[layer, used].transpose(1, 2)  # [heads, hidden in, hidden out]
-            if self.bias is None:
+        used = self.num_heads if num_heads is None else min(num_heads, self.num_heads)
+        states = hidden.to(self.weight.dtype).expand(used, -1, -1)
+        # A view of all layers at once, [heads, hidden in, hidden out] each.
+        weights = self.weight[:, :used].transpose(2, 3).unbind(0)
+        biases = None if self.bias is None else self.bias[:, :used, None].unbind(0)
+        for layer, weight in enumerate(weights):
+            if biases is None:
                 change = torch.bmm(states, weight)
             else:
-                change = torch.baddbmm(self.bias[layer, used, None], states, weight)
+                change = torch.baddbmm(biases[layer], states, weight)
             states = states + F.silu(change)  # [heads, rows, hidden]
         if self.lm_weight is None:
-            logits = lm_head(states.transpose(0, 1))
-        else:
-            logits = torch.bmm(states, self.lm_weight[used].transpose(1, 2)).transpose(0, 1)
-        return logits
+            return lm_head(states.transpose(0, 1))
+        return torch.bmm(states, self.lm_weight[:used].transpose(1, 2)).transpose(0, 1)
 
 
 def build_medusa(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 from typing_extensions import override
@@ -18,6 +18,7 @@ from speclm.drafting.interface import Draft, Prefill, Proposer, TargetNeeds
 from speclm.drafting.levels import least_probability
 from speclm.drafting.mixture import Mixture, require_mixture
 from speclm.drafting.ranking import LevelRanking, chain_expansions
+from speclm.drafting.search import read_candidates
 from speclm.errors import OptionError, VocabularyMismatchError
 from speclm.methods.medusa.network import MedusaHeads
 from speclm.sampling.draws import DraftSampler, DraftSampling, Families
@@ -145,7 +146,7 @@ class MedusaProposer(Proposer):
                 mixture=mixture,
             )
         self._hidden: Float[Tensor, "batch hidden"] | None = None
-        self._is_idle: Bool[Tensor, " batch"] | None = None
+        self._is_idle: list[bool] = []
         self._ranking = LevelRanking(mixture)
         self._sampler: DraftSampler | None = None
 
@@ -176,11 +177,12 @@ class MedusaProposer(Proposer):
     def commit(self, accepted: Accepted) -> None:
         self._ranking.learn(accepted, chain_expansions(accepted))
         last = accepted.last_features
-        self._is_idle = accepted.num_tokens == 0
-        if self._hidden is None:
-            self._hidden = last.clone()
+        self._is_idle = [not emitted for emitted in accepted.emitted]
+        if self._hidden is None or not any(self._is_idle):
+            self._hidden = last
         else:  # a row without new tokens keeps its hidden state, as it keeps its root
-            self._hidden = torch.where(self._is_idle[:, None], self._hidden, last)
+            is_idle = torch.tensor(self._is_idle, device=last.device, dtype=torch.bool)
+            self._hidden = torch.where(is_idle[:, None], self._hidden, last)
 
     def _grow(
         self,
@@ -190,10 +192,12 @@ class MedusaProposer(Proposer):
     ) -> Draft:
         """Grow a dynamic tree of each row's most likely paths, on the host."""
         best = log_probs.topk(min(MAX_RANK, log_probs.shape[2]), dim=-1)
-        if self._is_idle is not None:  # nodes of ended rows would slow the others
-            best.values.masked_fill_(self._is_idle[:, None, None], float("-inf"))
-        candidates, scores = best.indices.tolist(), best.values.tolist()  # [batch, depth, rank]
-        num_rows = sum(row[0][0] > -math.inf for row in scores)
+        scores, candidates = read_candidates(best.values, best.indices)  # [batch, depth, rank]
+        # Nodes of ended rows would slow the others.
+        scores = [
+            [] if is_idle else row for row, is_idle in zip(scores, self._is_idle, strict=True)
+        ]
+        num_rows = sum(bool(row) and row[0][0] > -math.inf for row in scores)
         min_probability = config.min_probability
         if self.plan is None or self.plan.min_probability is None:
             min_probability = least_probability(min_probability, num_rows=num_rows)
@@ -213,7 +217,7 @@ class MedusaProposer(Proposer):
         ]
         found = torch.tensor(tokens, dtype=torch.long, device=roots.device)
         return Draft(
-            tokens=torch.cat([roots[:, None], found.view(len(rows), -1)], dim=1),
+            tokens=torch.cat([roots[:, None], found], dim=1),
             topology=trees_of(
                 [[0, *(node.parent for node in row)] for row in rows], device=roots.device
             ),

@@ -60,7 +60,7 @@ def states_at(model: PreTrainedModel, heads: BlockHeads, text: Tensor) -> Tensor
     states = model(input_ids=text[None], output_hidden_states=True).hidden_states
     features = torch.cat([states[layer] for layer in heads.config.feature_layers], dim=-1)
     positions, size = torch.arange(len(text)), heads.config.block_size
-    keys, values = heads.context(features, positions[None])
+    keys, values = heads.context(features, heads.rotation(positions[None]))
     masks = block_masks(
         heads.config,
         (positions < positions[:, None])[None],
@@ -72,7 +72,7 @@ def states_at(model: PreTrainedModel, heads: BlockHeads, text: Tensor) -> Tensor
         text[None], num_positions=size, embedding=model.get_input_embeddings()
     )
     blocks = (positions[:, None] + torch.arange(size)).flatten()[None]
-    hidden = heads(embeds, blocks, keys, values, masks, num_blocks=len(text))
+    hidden = heads(embeds, heads.rotation(blocks), keys, values, masks, num_blocks=len(text))
     return hidden[0].unflatten(0, (len(text), -1))
 
 

@@ -112,8 +112,9 @@ def test_saved_heads_load_back_with_equal_outputs(tmp_path, case):
     outputs = []
     for network in (made, loaded):
         positions = torch.arange(6)[None]
-        keys, values = network.context(features, positions)
-        hidden = network(embeds, positions[:, :4] + 6, keys, values, [None, None])[0]
+        keys, values = network.context(features, network.rotation(positions))
+        rotation = network.rotation(positions[:, :4] + 6)
+        hidden = network(embeds, rotation, keys, values, [None, None])[0]
         parts = [hidden, network.logits(hidden, lm_head=torch.nn.Identity())]
         if network.markov_head is not None:
             parts.append(network.markov_head.bias(tokens, hidden)[0])

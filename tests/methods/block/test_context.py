@@ -19,7 +19,7 @@ def features_of(batch: int, seq: int, seed: int = 0) -> torch.Tensor:
 
 def test_chunks_and_single_tokens_leave_what_one_pass_leaves(monkeypatch):
     heads, features = make_heads(), features_of(1, 23)
-    keys, values = heads.context(features, torch.arange(23)[None])
+    keys, values = heads.context(features, heads.rotation(torch.arange(23)[None]))
     monkeypatch.setattr(context, "CHUNK", 5)
     monkeypatch.setattr(context, "_LEAST_CAPACITY", 4)
     found = BlockContext(heads, first_positions=[0])
@@ -46,7 +46,7 @@ def test_rows_keep_their_own_lengths_and_positions(monkeypatch):
             for row, (text, count) in enumerate(zip(texts, counts, strict=True))
         ]
         for row, text in enumerate(texts):
-            keys, values = heads.context(text[None], torch.arange(len(text))[None])
+            keys, values = heads.context(text[None], heads.rotation(torch.arange(len(text))[None]))
             past = found.lengths[row]
             torch.testing.assert_close(
                 found.keys[:, row, :, padding[row] : past], keys[:, 0], **CLOSE
@@ -54,7 +54,9 @@ def test_rows_keep_their_own_lengths_and_positions(monkeypatch):
             torch.testing.assert_close(
                 found.values[:, row, :, padding[row] : past], values[:, 0], **CLOSE
             )
-            assert found.positions(2)[row].tolist() == [len(text), len(text) + 1]
+            following = heads.rotation(torch.arange(len(text), len(text) + 2)[None])
+            for part, wanted in zip(found.rotation(2), following, strict=True):
+                assert torch.equal(part.expand(3, -1, -1, -1)[row], wanted[0])
     assert found.keys.isfinite().all()
 
 
@@ -80,9 +82,11 @@ def test_blocks_see_the_text_before_them(first, counts, windows, is_causal):
             num_positions=size,
         )
         for mask, exact in zip(found.masks(size), expected, strict=True):
-            assert exact.all() if mask is None else torch.equal(mask.expand_as(exact), exact)
-        positions = found.positions(size).expand(len(first), -1)
-        assert torch.equal(positions, anchors[:, None] + torch.arange(size))
+            sees = mask if mask is None or mask.dtype == torch.bool else mask == 0
+            assert exact.all() if sees is None else torch.equal(sees.expand_as(exact), exact)
+        following = heads.rotation(anchors[:, None] + torch.arange(size))
+        for part, wanted in zip(found.rotation(size), following, strict=True):
+            assert torch.equal(part.expand_as(wanted), wanted)
 
 
 def test_ragged_rows_copy_their_lengths_once_a_round(monkeypatch):
@@ -95,6 +99,6 @@ def test_ragged_rows_copy_their_lengths_once_a_round(monkeypatch):
     )
     for counts in ([2, 1], [1, 3]):
         found.append(features_of(2, max(counts)), counts)
-        found.positions(4)
+        found.rotation(4)
         found.masks(4)
     assert copied == [[11, 8], [12, 11]]

@@ -1,24 +1,30 @@
 import pytest
 import torch
 
-from speclm.methods.block.layer import BlockAttention, BlockLayer
+from speclm.methods.block import layer
+from speclm.methods.block.layer import BlockAttention, BlockLayer, MarkovTerms
 from tests.methods.block.block_heads import MARKOV, make_heads
 from tests.methods.block.loss_reference import markov_terms
 
 EXACT = 1e-12  # float64, another order of sums
 
 
-def run(layer: BlockLayer, *, num_blocks=1, mask=None):
+def run(block_layer: BlockLayer, *, num_blocks=1, mask=None):
     generator = torch.Generator().manual_seed(3)
 
     def draw(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    ones = torch.ones(1, 6, 1, 4, dtype=torch.float64)
+    ones = torch.ones(1, 1, 6, 4, dtype=torch.float64)
     rotation = ones, torch.zeros_like(ones)
     context = draw(2, 2, 5, 4), draw(2, 2, 5, 4)
-    return layer(
-        draw(2, 6, 8), rotation=rotation, context=context, mask=mask, num_blocks=num_blocks
+    return block_layer(
+        draw(12, 8),
+        rotation=rotation,
+        context=context,
+        room=None,
+        mask=mask,
+        num_blocks=num_blocks,
     )
 
 
@@ -73,3 +79,15 @@ def test_confidence_reads_the_state_and_the_embedding_of_the_token_before(markov
     expected = 1 / (1 + torch.exp(-(read @ proj.weight[0] + proj.bias)))
     found = heads.confidence(hidden, previous)
     torch.testing.assert_close(found, expected, rtol=0, atol=EXACT)
+
+
+def test_kept_terms_are_those_of_the_markov_head(monkeypatch):
+    markov = make_heads(**MARKOV).markov_head
+    monkeypatch.setattr(layer, "_TERM_BYTES", 3 * 20 * 8)  # three rows
+    terms, counted = MarkovTerms(markov), []
+    embed = markov.embed
+    monkeypatch.setattr(markov, "embed", lambda ids: counted.append(ids.numel()) or embed(ids))
+    for tokens in ([[4], [7]], [[7], [4]], [[4, 9], [9, 7]], [[5, 4]], [[1, 2, 3, 4]], [[4, 4]]):
+        found = terms.of(torch.tensor(tokens))
+        torch.testing.assert_close(found, markov.markov_w2(embed(torch.tensor(tokens))))
+    assert counted == [2, 1, 2, 4, 1]

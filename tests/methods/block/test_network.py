@@ -25,12 +25,12 @@ def inputs(*, num_context=6, num_positions=4, batch=1, seed=1):
     return features, embeds
 
 
-def run(heads, features, embeds, *, anchor=None):
+def run(heads, features, embeds, *, anchor=None, has_room=False):
     """Draft one block after all of the context."""
     kv_len, num_positions = features.shape[1], embeds.shape[1]
     anchor = kv_len if anchor is None else anchor
     positions = torch.arange(kv_len)[None]
-    keys, values = heads.context(features, positions)
+    keys, values = heads.context(features, heads.rotation(positions))
     masks = block_masks(
         heads.config,
         (positions < anchor).expand(len(features), -1)[:, None],
@@ -39,7 +39,10 @@ def run(heads, features, embeds, *, anchor=None):
         num_positions=num_positions,
     )
     block = anchor + torch.arange(num_positions)[None]
-    return heads(embeds, block, keys, values, masks)
+    if has_room:
+        shape = (*keys.shape[:3], num_positions, keys.shape[4])
+        keys, values = (torch.cat((part, part.new_zeros(shape)), dim=3) for part in (keys, values))
+    return heads(embeds, heads.rotation(block), keys, values, masks, has_room=has_room)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -49,8 +52,9 @@ def test_states_are_those_of_a_loop_over_positions_heads_and_keys(setting):
     expected = draft_by_loop(heads, features[0], embeds[0], anchor=6)
     found = run(heads, features, embeds)
     torch.testing.assert_close(found[0], expected, rtol=0, atol=CLOSE)
-    joined = run(heads.fuse_(), features, embeds)
-    torch.testing.assert_close(joined[0], expected, rtol=0, atol=CLOSE)
+    for has_room in (False, True):
+        joined = run(heads.fuse_(), features, embeds, has_room=has_room)
+        torch.testing.assert_close(joined[0], expected, rtol=0, atol=CLOSE)
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
@@ -67,7 +71,8 @@ def test_blocks_of_one_row_give_what_each_gives_by_itself(setting):
         num_positions=4,
     )
     at = (anchors[:, :, None] + torch.arange(4)).flatten(1)
-    found = heads(embeds, at, *heads.context(features, positions), masks, num_blocks=3)
+    context = heads.context(features, heads.rotation(positions))
+    found = heads(embeds, heads.rotation(at), *context, masks, num_blocks=3)
     num_drafts = heads.config.num_drafts
     for row in range(2):
         for block, anchor in enumerate(anchors[row].tolist()):
@@ -82,9 +87,10 @@ def test_context_in_pieces_is_the_context_of_the_whole():
     heads = make_heads()
     features, _ = inputs(num_context=7, batch=2)
     positions = torch.arange(7)[None]
-    whole = heads.context(features, positions)
+    whole = heads.context(features, heads.rotation(positions))
     pieces = [
-        heads.context(features[:, i:j], positions[:, i:j]) for i, j in ((0, 3), (3, 4), (4, 7))
+        heads.context(features[:, i:j], heads.rotation(positions[:, i:j]))
+        for i, j in ((0, 3), (3, 4), (4, 7))
     ]
     for part, wanted in zip(zip(*pieces, strict=True), whole, strict=True):
         torch.testing.assert_close(torch.cat(part, dim=3), wanted, rtol=0, atol=EXACT)

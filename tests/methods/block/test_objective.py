@@ -207,12 +207,12 @@ def test_training_reads_and_computes_what_decoding_does(kind):
     heads = model.heads.double().eval()
     drafted, read, context = {}, [], heads.context
 
-    def watch_context(features, positions):
+    def watch_context(features, rotation):
         read.append(features[0])
-        return context(features, positions)
+        return context(features, rotation)
 
     def watch_draft(heads, arguments, hidden):
-        drafted[int(arguments[1][0, 0])] = hidden[0]
+        drafted[sum(map(len, read))] = hidden[0]  # the anchor follows what was read
 
     heads.context = watch_context
     handle = heads.register_forward_hook(watch_draft)

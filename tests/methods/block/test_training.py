@@ -210,7 +210,9 @@ def test_new_heads_start_as_layers_of_the_base_whose_keys_they_give(family):
     tokens = prompts(6)["input_ids"]
     output = base(tokens, output_hidden_states=True, use_cache=True)
     states = output.hidden_states
-    keys, values = heads.context(torch.cat((states[1], states[3]), -1), torch.arange(6)[None])
+    keys, values = heads.context(
+        torch.cat((states[1], states[3]), -1), heads.rotation(torch.arange(6)[None])
+    )
     wanted = output.past_key_values.layers[3]
     near = torch.nn.functional.cosine_similarity
     assert near(keys[0], wanted.keys, dim=-1).mean() > 0.95

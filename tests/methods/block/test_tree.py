@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import product
 from typing import Any
 
@@ -10,11 +11,13 @@ import pytest
 import torch
 
 from speclm import SpecModel
-from speclm.drafting.interface import Draft, Proposer
+from speclm.devices import device_path
+from speclm.drafting.interface import Draft, Prefill, Proposer
+from speclm.drafting.ranking import LevelRanking
 from speclm.errors import OptionError, TopologyError, UnknownNameError
-from speclm.methods.block import tree
 from speclm.methods.block.proposer import BlockProposer
-from speclm.methods.block.tree import MarkovTerms, product_trees
+from speclm.methods.block.tree import BlockLogits, BlockProposerConfig, grow_trees
+from speclm.sampling.noise import PositionNoise
 from speclm.tree.plan import TreePlan
 from tests.grids import turns
 from tests.methods.block.block_heads import MARKOV, make_heads
@@ -119,34 +122,6 @@ def test_grown_trees_hold_the_likeliest_paths_of_all(kind):
     assert {tuple(tokens[place] for place in path if place > 0) for path in paths} == set(best)
 
 
-def test_products_are_searched_best_first_within_the_levels_of_each_row():
-    scores = torch.tensor([[[0.6, 0.32], [0.5, 0.4], [0.9, 0.05]]]).log().expand(2, -1, -1)
-    tokens = torch.tensor([[[7, 5], [3, 4], [9, 2]]]).expand(2, -1, -1)
-    limits = {"num_nodes": 6, "min_score": -10.0, "min_best": -9.0}
-    whole, short = product_trees(scores, tokens, levels=[3, 1], **limits)
-    assert whole.tokens == [7, 5, 3, 9, 4, 9]
-    assert whole.parents == [0, 0, 1, 3, 1, 5]
-    expected = [0.6, 0.32, 0.3, 0.27, 0.24, 0.216]
-    assert [math.exp(score) for score in whole.scores] == pytest.approx(expected)
-    assert whole.expansions[2:4] == [(1, 0), (2, 0)]
-    assert short.tokens == [7, 5]
-    limits = {"num_nodes": 6, "min_score": math.log(0.28), "min_best": -9.0}
-    (few,) = product_trees(scores[:1], tokens[:1], levels=[3], **limits)
-    assert few.tokens == [7, 5, 3]
-
-
-def test_kept_terms_are_those_of_the_markov_head(monkeypatch):
-    markov = make_heads(**MARKOV).markov_head
-    monkeypatch.setattr(tree, "_TERM_BYTES", 3 * 20 * 8)  # three rows
-    terms, counted = MarkovTerms(markov), []
-    embed = markov.embed
-    monkeypatch.setattr(markov, "embed", lambda ids: counted.append(ids.numel()) or embed(ids))
-    for tokens in ([[4], [7]], [[7], [4]], [[4, 9], [9, 7]], [[5, 4]], [[1, 2, 3, 4]], [[4, 4]]):
-        found = terms.of(torch.tensor(tokens))
-        torch.testing.assert_close(found, markov.markov_w2(embed(torch.tensor(tokens))))
-    assert counted == [2, 1, 2, 4, 1]
-
-
 @pytest.mark.parametrize("kind", ["vanilla", "both ways"])
 def test_plan_goes_before_the_options(kind):
     model = build_model("llama", num_hidden_layers=3)
@@ -219,15 +194,6 @@ def test_trees_are_checked(caplog):
     assert "deeper than the 5 tokens of a block; 2 of its 7 nodes" in caplog.text
 
 
-def test_products_end_with_the_level_whose_best_path_is_too_unlikely():
-    scores = torch.tensor([[[0.6, 0.32], [0.5, 0.4], [0.9, 0.05]]]).log()
-    tokens = torch.tensor([[[7, 5], [3, 4], [9, 2]]])
-    for least, depth in ((0.7, 1), (0.5, 2), (0.2, 3)):
-        limits = {"num_nodes": 6, "min_score": -10.0, "min_best": math.log(least)}
-        (row,) = product_trees(scores, tokens, levels=[3], **limits)
-        assert max(level for level, _ in row.expansions) == depth - 1
-
-
 def test_min_confidence_ends_rows_of_every_kind_of_heads():
     model = build_model("llama", num_hidden_layers=3)
     for kind in ("vanilla", "both ways"):
@@ -238,3 +204,53 @@ def test_min_confidence_ends_rows_of_every_kind_of_heads():
         watched = Watching(proposer, lambda _, draft, d=depths: d.append(draft.topology.max_depth))
         generate(SpecModel(model, watched), prompts(5), max_new_tokens=8, do_sample=False)
         assert max(depths) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "sampled"), [("vanilla", False), ("gated", False), ("vanilla", True)]
+)
+def test_children_computed_at_once_make_the_trees_of_those_computed_level_by_level(kind, sampled):
+    heads = make_heads(**{**MARKOV, "markov": kind}, draft_vocab_size=7, has_own_lm_head=True)
+    heads.set_draft_columns_(torch.tensor([1, 3, 4, 9, 12, 13, 19]))
+    generator = torch.Generator().manual_seed(4)
+    hidden = torch.randn(2, 4, 8, generator=generator, dtype=torch.float64)
+    base = torch.randn(2, 4, 7, generator=generator, dtype=torch.float64)
+    roots, grown, rankings = torch.tensor([2, 0]), [], []
+    for path in (nullcontext, device_path):
+        ranking = LevelRanking(vocab_size=20)
+        prompt = Prefill(
+            roots[:, None], torch.zeros_like(roots), roots, temperature=0.8, max_new_tokens=9
+        )
+        ranking.begin(prompt)
+        noise = None
+        if sampled:
+            noise = PositionNoise(batch=2, vocab_size=20, device=roots.device)
+            torch.manual_seed(0)
+            noise.seek([0, 0], live=[True, True])
+        with path():
+            grown.append(
+                grow_trees(
+                    BlockLogits(heads, hidden, base),
+                    roots,
+                    config=BlockProposerConfig(depth=4, branches=3, min_probability=0.001),
+                    ranking=ranking,
+                    noise=noise,
+                    levels=[4, 2],
+                    leaf_tokens=frozenset({9}),
+                )
+            )
+        rankings.append(ranking)
+    for one, other in zip(*grown, strict=True):
+        assert len(one.tokens) > 4
+        assert (one.tokens, one.parents) == (other.tokens, other.parents)
+        assert one.scores == pytest.approx(other.scores, abs=CLOSE)
+    if sampled:
+        for row, pair in enumerate(zip(*grown, strict=True)):
+            for places in zip(*(tree.expansions for tree in pair), strict=True):
+                assert (places[0] is None) == (places[1] is None)
+                if places[0] is not None:
+                    seen = [
+                        ranking._levels[level + 1].log_probs[row, index]
+                        for ranking, (level, index) in zip(rankings, places, strict=True)
+                    ]
+                    torch.testing.assert_close(*seen)

@@ -231,7 +231,7 @@ class Watcher:
         del self.heads.fuse, self.heads.logits
 
     def fuse(self, features):
-        self.pending = features[0]
+        self.pending = features.flatten(0, -2)  # of one row
         return self._fuse(features)
 
     def after(self, heads, arguments, output):
