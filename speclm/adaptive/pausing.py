@@ -24,6 +24,8 @@ _FRESH_ROUNDS = 16  # an older plain time is measured again before drafts pause 
 _VALID_ROUNDS = 256  # ... and one older than this always, unless drafts obviously pay
 _OBVIOUS_TAU = 2.5
 
+_OBSERVED = 4  # a proposer learns from one of so many rounds while drafts pause
+
 _NUM_PLAIN_TIMES = 9
 _NUM_ROUNDS = 8
 _NUM_FIRST_ROUNDS = 5
@@ -271,6 +273,14 @@ class Pausing:
         self._start = self._clock()
         return self._ledger.wants_draft()
 
+    def observes(self, index: int) -> bool:
+        """Return whether the proposer should learn from round `index`, which has no draft.
+
+        What it learns takes a few percent of a round, which is too much while drafts pause. But
+        then a proposer that learns nothing may never draft better.
+        """
+        return not self.is_paused or index % _OBSERVED == 0
+
     def restart_clock(self) -> None:
         """Do not count the time since `wants_draft`."""
         self._start = self._clock()
@@ -293,7 +303,8 @@ class Pausing:
         Args:
             tokens: Tokens that the round emitted in the shortest rows, which decide when the call
                 ends.
-            drafted: Whether the proposer was called, even if it drafted nothing.
+            drafted: Whether the proposer was called, even if it drafted nothing, or the target read
+                again what rejected drafts have made it forget.
             seconds: Wall time of the round, NaN if it is not usable; None for the time since
                 `wants_draft`.
         """

@@ -107,8 +107,8 @@ class Proposer(ABC):
             the nodes, and return the distributions in `Draft.distributions`. Whether a node exists
             may depend on the tokens above it, not on its own token or a sibling's.
         num_observed: How many of the target's likeliest tokens after each node of the verified
-            draft it is given with every `commit`, in ``accepted.candidates``; none while drafts
-            pause. A part of a list that drafts by itself is given none.
+            draft it is given with every `commit`, in ``accepted.candidates``, and with one of four
+            while drafts pause. A part of a list that drafts by itself is given none.
         remembers: Whether drafts may depend on earlier generations and on other rows of a batch.
         fills_static_trees: Whether it fills static trees of ranks, such as ``plan.paths``.
         num_ranks: Candidates that it can rank below a node; None for ``needs.vocab_size``.

@@ -221,7 +221,8 @@ class Generation:
         slowest = sequences.slowest()
         if self.noise is not None:
             self.noise.seek(sequences.num_tokens, live=sequences.is_live)
-        drafts = self._wants_draft() and not self.session.is_behind and sequences.most_remaining > 1
+        wants, is_behind = self._wants_draft(), self.session.is_behind
+        drafts = wants and not is_behind and sequences.most_remaining > 1
         if drafts and self.tuner is not None:
             self._plan_round(self.tuner)
         before = dict(stats.seconds)
@@ -232,8 +233,7 @@ class Generation:
                 draft.tokens, draft.topology, max_length=self.request.total_length
             )
         is_usual = not self._book_preparing()
-        # What a proposer learns takes a few percent of a round: too much while drafts pause.
-        observes = drafts or self.pausing is None or not self.pausing.is_paused
+        observes = drafts or self.pausing is None or self.pausing.observes(stats.rounds)
         taken = self._accept_and_commit(draft, logits, observes=observes)
         topology = draft.topology
         stats.count_round(taken.paths, sizes=topology.host_sizes, depths=topology.host_depths)
@@ -244,10 +244,10 @@ class Generation:
         is_explored = drafts and self.tuner is not None and self.tuner.is_exploring
         if drafts and self.tuner is not None and is_usual:
             self.tuner.record(draft, taken.paths, is_whole=sequences.is_live, seconds=seconds)
-        if self.pausing is not None:
+        if self.pausing is not None:  # rejected drafts have made it necessary to catch up
             self.pausing.record(
                 tokens=_mean_length(taken, slowest),
-                drafted=drafts,
+                drafted=drafts or (wants and is_behind),
                 seconds=math.nan if is_explored or not is_usual else None,
             )
 

@@ -266,7 +266,7 @@ def test_rounds_of_the_useless_in_order():
     assert stats.num_plain_rounds == text.count(".")
 
 
-def test_round_that_catches_up_has_its_own_time():
+def test_every_round_has_its_own_time():
     now = [0.0]
     memory = Memory()
     pausing = Pausing(memory, batch=1, num_prompt_tokens=0, clock=lambda: now[0])

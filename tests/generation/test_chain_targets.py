@@ -144,6 +144,8 @@ def test_forwards_are_as_few_as_the_draft_allows(name, lengths):
 def test_rounds_to_catch_up_are_forwards_that_count_and_draft_nothing(name, monkeypatch):
     asked: list[int] = []  # which starts the clock of a round, whether it drafts or not
     monkeypatch.setattr(Pausing, "wants_draft", lambda _: not asked.append(1))
+    booked: list[bool] = []  # catching up is a cost of drafts, and no round of regular generation
+    monkeypatch.setattr(Pausing, "record", lambda _, *, drafted, **others: booked.append(drafted))
     base, spec, inputs = target(name), spec_of(name), prompts(9)
     plain = base.generate(**inputs, **GREEDY, max_new_tokens=40)[0, 9:].tolist()
     # One token is right and the next one wrong, so that a recurrent model reads most tokens twice.
@@ -163,6 +165,7 @@ def test_rounds_to_catch_up_are_forwards_that_count_and_draft_nothing(name, monk
     assert max(fed[1:]) <= MAX_UNREAD + 1 + 2 + 1  # owed, the root, the draft
     drafted = stats.rounds - stats.rows[0].offered[0]
     assert drafted <= num_behind + 1
+    assert booked.count(False) <= 1  # the last one, which has no room for a draft
 
 
 @pytest.mark.parametrize("name", FAMILIES)
