@@ -92,7 +92,7 @@ def ours(
 ) -> dict[str, Tensor]:
     """Return states, logits and confidences of blocks in a text, with its own tokens."""
     config, positions = heads.config, torch.arange(LENGTH)[None]
-    keys, values = heads.context(features, positions)
+    keys, values = heads.context(features, heads.rotation(positions))
     block = (anchors[:, :, None] + torch.arange(BLOCK)).flatten(1)
     embeds = heads.embed_blocks(
         tokens.gather(1, anchors), num_positions=BLOCK, embedding=lambda ids: table[ids]
@@ -105,7 +105,8 @@ def ours(
         num_positions=BLOCK,
     )
     num_blocks = anchors.shape[1]
-    hidden = heads(embeds, block, keys, values, masks, num_blocks=num_blocks)[0]
+    rotation = heads.rotation(block)
+    hidden = heads(embeds, rotation, keys, values, masks, num_blocks=num_blocks)[0]
     logits = heads.logits(hidden, lm_head=lambda states: states @ table.T)
     found = {"hidden": hidden}
     # The token before the one that is drafted.

@@ -43,12 +43,12 @@ def outputs(heads, base, features):
     """Return logits and confidences of one block after a text."""
     view, positions = TargetView(base), torch.arange(features.shape[1])[None]
     size = heads.config.block_size
-    keys, values = heads.context(features, positions)
+    keys, values = heads.context(features, heads.rotation(positions))
     embeds = heads.embed_blocks(
         torch.tensor([[7]]), num_positions=size, embedding=view.stored_embeddings
     )
     block = features.shape[1] + torch.arange(size)[None]
-    hidden = heads(embeds, block, keys, values, [None] * len(heads.layers))[0]
+    hidden = heads(embeds, heads.rotation(block), keys, values, [None] * len(heads.layers))[0]
     logits = heads.logits(hidden, lm_head=view.head_logits)
     tokens = torch.arange(3, 3 + len(hidden))
     if heads.markov_head is not None:
