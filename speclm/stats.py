@@ -168,10 +168,10 @@ class SpeculationStats:
         finally:
             self.seconds[name] += perf_counter() - start
 
-    def count_preparing(self, seconds: float) -> bool:
-        """Take the time that an engine took to prepare out of verification; return whether any."""
+    def count_preparing(self, seconds: float, *, phase: str) -> bool:
+        """Take the time that an engine took to prepare out of a phase; return whether any."""
         self.engine_seconds += seconds
-        self.seconds["verify"] -= seconds
+        self.seconds[phase] -= seconds
         return seconds > 0
 
     def count_round(

@@ -1,9 +1,9 @@
 """What an engine is: it runs the stages of a round, whose shapes repeat."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from time import perf_counter
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ Outputs = tuple[Tensor, ...]
 Stage = Callable[..., Outputs]
 """Computes tensors from tensors, given by position: inputs, then storage, which it may change in
 place. It reads nothing on the host."""
+_Key = tuple[Stage, tuple[object, ...], tuple[int, ...]]
+"""A stage, shapes of inputs and storage, and addresses of the storage if they matter."""
 Prepared = Callable[[Sequence[Tensor], Sequence[Tensor]], Outputs]
 """A stage for some shapes, as a function of inputs and storage."""
 
@@ -30,7 +32,7 @@ class Engine(ABC):
         """Start with nothing prepared."""
         self.build_seconds = 0.0
         """Time that preparing took so far."""
-        self._prepared: dict[Hashable, Prepared] = {}
+        self._prepared: dict[_Key, Prepared] = {}
 
     @abstractmethod
     def obstacle(self, device: torch.device) -> str | None:
@@ -67,8 +69,16 @@ class Engine(ABC):
                 f"{type(error).__name__}, {message}; decode with engine='eager'"
             ) from error
 
+    def forget(self, stage: Stage) -> None:
+        """Drop what was prepared for a stage."""
+        for key in [key for key in self._prepared if key[0] is stage]:
+            del self._prepared[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_prepared": {}}  # a copy prepares for its own model
+
     def _run_first(
-        self, key: Hashable, stage: Stage, inputs: Sequence[Tensor], storage: Sequence[Tensor]
+        self, key: _Key, stage: Stage, inputs: Sequence[Tensor], storage: Sequence[Tensor]
     ) -> Outputs:
         start = perf_counter()
         try:
@@ -79,7 +89,7 @@ class Engine(ABC):
         self._prepared[key] = prepared
         return outputs
 
-    def _key(self, stage: Stage, inputs: Sequence[Tensor], storage: Sequence[Tensor]) -> Hashable:
+    def _key(self, stage: Stage, inputs: Sequence[Tensor], storage: Sequence[Tensor]) -> _Key:
         shapes = [(tensor.shape, tensor.dtype, tensor.device) for tensor in (*inputs, *storage)]
         addresses = [tensor.data_ptr() for tensor in storage] if self.reuses_storage else []
         return stage, tuple(shapes), tuple(addresses)

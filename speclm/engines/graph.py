@@ -26,8 +26,8 @@ class Captured:
     outputs: Outputs
 
 
-Capture = Callable[[Callable[[], Outputs]], Captured]
-"""Records a computation."""
+Capture = Callable[[Callable[[], Outputs], torch.device], Captured]
+"""Records a computation on a device."""
 
 
 class CudaGraphs:
@@ -40,20 +40,28 @@ class CudaGraphs:
         """Start without memory."""
         self._pool: Any = None  # a handle
 
-    def __call__(self, compute: Callable[[], Outputs]) -> Captured:
+    def __call__(self, compute: Callable[[], Outputs], device: torch.device) -> Captured:
         """Run a computation a few times, then record it."""
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UPS):
-                compute()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            outputs = compute()
-        return Captured(graph.replay, outputs)
+        with torch.cuda.device(device):
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(_WARM_UPS):
+                    compute()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            # Other threads may use the device meanwhile.
+            mode = "thread_local"
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode=mode):
+                outputs = compute()
+
+        def replay() -> None:
+            with torch.cuda.device(device):
+                graph.replay()
+
+        return Captured(replay, outputs)
 
 
 class GraphEngine(Engine):
@@ -81,8 +89,10 @@ class GraphEngine(Engine):
     def prepare(
         self, stage: Stage, inputs: Sequence[Tensor], storage: Sequence[Tensor]
     ) -> Prepared:
-        fixed = [tensor.clone() for tensor in inputs]
-        captured = self._capture(lambda: stage(*fixed, *storage))
+        # Tensors made in inference mode could not be written to outside of it.
+        with torch.inference_mode(mode=False), torch.no_grad():
+            fixed = [tensor.clone() for tensor in inputs]
+            captured = self._capture(lambda: stage(*fixed, *storage), fixed[0].device)
 
         def run(inputs: Sequence[Tensor], storage: Sequence[Tensor]) -> Outputs:  # noqa: ARG001
             for tensor, value in zip(fixed, inputs, strict=True):

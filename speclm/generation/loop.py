@@ -131,8 +131,7 @@ class Generation:
         self.tuner = _begin_tuning(request, setup)
         # Forwards over any tree can be timed unless lockstep or a change of rotation forbids it, or
         # an engine would have to prepare every size.
-        can_time = not self.session.needs_lockstep and target.rotary_switch is None
-        can_time = can_time and setup.static is None
+        can_time = not (self.session.needs_lockstep or target.rotary_switch or setup.static)
         self.times_forwards = can_time and self.tuner is not None and self.tuner.timings is None
         self.timings_key = fingerprint(target) if self.times_forwards else None
         stats.acceptance, stats.is_lossy = request.rule.name, request.rule.is_lossy
@@ -209,6 +208,7 @@ class Generation:
                 features = self.target.features[:, :-1]
                 first = max(features.shape[1] - prefill.tokens.shape[1], 0)  # only of embeddings
                 self.drafter.begin(replace(prefill, features=features[:, first:]), self.noise)
+        self._book_preparing("prefill")
         taken = self._accept_and_commit(draft, logits)
         for row, emitted in zip(stats.rows, taken.emitted, strict=True):
             row.prefill_tokens = len(emitted)
@@ -232,7 +232,7 @@ class Generation:
             logits = self.session.verify(
                 draft.tokens, draft.topology, max_length=self.request.total_length
             )
-        is_usual = not self._book_preparing()
+        is_usual = not self._book_preparing("verify")
         observes = drafts or self.pausing is None or self.pausing.observes(stats.rounds)
         taken = self._accept_and_commit(draft, logits, observes=observes)
         topology = draft.topology
@@ -251,12 +251,12 @@ class Generation:
                 seconds=math.nan if is_explored or not is_usual else None,
             )
 
-    def _book_preparing(self) -> bool:
-        """Return whether an engine has just prepared something, whose time is no round's."""
-        if self.setup.static is None:
+    def _book_preparing(self, phase: str) -> bool:
+        """Return whether an engine has prepared something in a phase, whose time is no round's."""
+        if (static := self.setup.static) is None:
             return False
-        self.stats.engine = self.setup.static.describe()
-        return self.stats.count_preparing(self.setup.static.take_seconds())
+        self.stats.engine = static.describe(is_used=self.session.static is not None)
+        return self.stats.count_preparing(static.take_seconds(), phase=phase)
 
     def _accept_and_commit(
         self, draft: Draft, logits: Float[Tensor, "batch nodes vocab"], *, observes: bool = True

@@ -40,7 +40,9 @@ def open_session(prompt: Prompt, setup: Setup) -> Session:
             raise NeedsRegularGeneration(
                 f"the model makes itself a cache of type {type(made).__name__}"
             )
-    static = None if setup.static is None or setup.static.obstacle else setup.static
+    static = setup.static
+    if static is not None and (static.obstacle is not None or shift is not None):
+        static = None
     tree_cache = target.new_cache(
         prompt.num_padding, allocate=None if static is None else static.allocate
     )

@@ -2,10 +2,13 @@
 
 from typing import Any
 
+from torch import Tensor
+
 from speclm.engines import CompileEngine, Engine, GraphEngine
 from speclm.errors import OptionError, suggest
 from speclm.target import StaticForward, TargetView
 
+_MAX_ENGINES = 4  # that are kept for a model
 _EAGER = frozenset({"auto", "eager"})
 _KINDS: dict[str, type[Engine]] = {"compile": CompileEngine, "graph": GraphEngine}
 
@@ -30,8 +33,8 @@ class Engines:
 
     def __init__(self) -> None:
         """Start with nothing prepared."""
-        self._forwards: dict[object, StaticForward] = {}
-        self._state: object = None
+        self._forwards: dict[str | Engine, StaticForward] = {}  # in the order of first use
+        self._state: list[object] = []
 
     def forward(
         self, engine: str | Engine, target: TargetView, *, state: object
@@ -41,16 +44,18 @@ class Engines:
         Args:
             engine: The option.
             target: The model.
-            state: Compared by identity; another one means that the model has changed.
+            state: Stands for the model; another object means that it has changed.
 
         Raises:
             OptionError: If no engine has that name, or it cannot run on the model's device.
         """
-        engine = normalize_engine(engine)
+        engine, model = normalize_engine(engine), target.model
         if isinstance(engine, str) and engine in _EAGER:
             return None
-        if state is not self._state:
-            self._forwards, self._state = {}, state
+        found = [state, *map(Tensor.data_ptr, (*model.parameters(), *model.buffers()))]
+        if found != self._state:  # recorded graphs read weights by their addresses
+            self._keep(0)
+            self._state = found
         if engine not in self._forwards:
             made = _KINDS[engine]() if isinstance(engine, str) else engine
             obstacle = made.obstacle(target.device)
@@ -59,8 +64,14 @@ class Engines:
                     f"engine {made.name!r} cannot be used: {obstacle}; pass engine='eager' or "
                     "engine='compile'"
                 )
+            self._keep(_MAX_ENGINES - 1)
             self._forwards[engine] = StaticForward(target, made)
         return self._forwards[engine]
+
+    def _keep(self, num: int) -> None:
+        """Keep what the last `num` engines have prepared."""
+        while len(self._forwards) > num:
+            self._forwards.pop(next(iter(self._forwards))).close()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Engines, ()  # a copy belongs to another model object

@@ -27,6 +27,8 @@ class Session(ABC):
     """
 
     needs_lockstep: ClassVar[bool]
+    static: StaticForward | None = None
+    """Verifies trees by an engine; None if all drafts are verified eagerly."""
 
     @property
     @abstractmethod
@@ -125,7 +127,7 @@ class TreeSession(Session):
             images: Other inputs of the prompt.
             static: Verifies drafts by an engine; None to verify eagerly.
         """
-        self._target, self._cache, self._static = target, cache, static
+        self._target, self._cache, self.static = target, cache, static
         self._attention_mask, self._position_ids = attention_mask, position_ids
         self._images = images
         self._num_cached = cache.tree_start
@@ -164,8 +166,8 @@ class TreeSession(Session):
         max_length: int | None = None,
     ) -> Float[Tensor, "batch nodes vocab"]:
         logits = None
-        if self._static is not None and prompt is None:
-            logits = self._static.verify(tokens, topology, self._cache, max_length=max_length)
+        if self.static is not None and prompt is None:
+            logits = self.static.verify(tokens, topology, self._cache, max_length=max_length)
         if logits is not None:
             return logits
         return self._target.forward_tree(

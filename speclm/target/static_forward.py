@@ -30,6 +30,8 @@ _TOLERANCE = 1e-2
 """Maximum difference between two forwards over the same tree, relative to the largest output: both
 round differently, and a wrong mask or position changes more in random models already."""
 
+_MAX_STORAGE = 8  # different batch sizes and capacities
+
 _log = logging.getLogger("speclm")
 
 
@@ -46,11 +48,17 @@ class StaticForward:
         self._storage: dict[object, Tensor] = {}
         self._booked_seconds = engine.build_seconds
 
-    def describe(self) -> str:
-        """Return the engine's name, or why drafts are verified eagerly."""
-        if self.obstacle is None:
+    def describe(self, *, is_used: bool = True) -> str:
+        """Return the engine's name, or why drafts are verified eagerly.
+
+        Args:
+            is_used: Whether the session verifies with it.
+        """
+        other = None if is_used else "drafts are chains, or images shift positions"
+        reason = self.obstacle or other
+        if reason is None:
             return self.engine.name
-        return f"eager, because {self.engine.name} cannot run: {self.obstacle}"
+        return f"eager, because {self.engine.name} cannot run: {reason}"
 
     def take_seconds(self) -> float:
         """Return the time that the engine took to prepare since the last time this was asked."""
@@ -65,10 +73,19 @@ class StaticForward:
         """
         if not self.engine.reuses_storage:
             return like.new_zeros(shape)
-        key = shape, like.dtype, like.device
+        key = shape, like.shape[-1], like.dtype, like.device
         if key not in self._storage:
-            self._storage[key] = like.new_empty(shape)
+            if len(self._storage) == _MAX_STORAGE:
+                self.close()
+            with torch.inference_mode(mode=False):  # or it could not be written outside of one
+                self._storage[key] = like.new_empty(shape)
         return self._storage[key].zero_()
+
+    def close(self) -> None:
+        """Drop all storage, and what the engine has prepared for it."""
+        self._storage.clear()
+        for stage in self._stages.values():
+            self.engine.forget(stage)
 
     def verify(
         self,
@@ -89,6 +106,8 @@ class StaticForward:
         bucket = next((size for size in BUCKETS if size >= nodes), None)
         is_static = cache.capacity > 0 and cache.num_pending == 0 and cache.position_shift is None
         if self.obstacle is not None or bucket is None or not is_static:
+            return None
+        if torch.is_autocast_enabled(tokens.device.type):  # it chooses types by operation
             return None
         cache.reserve(bucket)
         target, layers = self._target, self._target.tapped.layers
@@ -124,7 +143,7 @@ class StaticForward:
         try:
             stage = VerifyStage(model, layers, _masks(model, self._target.windows))
             found = stage(*inputs, *cache.parts())
-        except (UnsupportedModelError, RuntimeError, TypeError, ValueError, LookupError) as error:
+        except Exception as error:  # noqa: BLE001 - whatever the model's own code raises
             self._give_up(f"a forward over fixed shapes fails: {type(error).__name__}, {error}")
             return
         if all(map(_agree, found, expected)):
@@ -282,6 +301,7 @@ def _masks(model: PreTrainedModel, windows: set[int | None]) -> dict[str, int | 
 def _obstacle(model: PreTrainedModel) -> str | None:
     """Return why no forward of a model has fixed shapes; None if it may."""
     name = model.config._attn_implementation
+    name = getattr(name, "previous", name)  # a forward in another thread
     if name not in _ATTENTION_BY_MASK:
         return f"attention {name!r} takes no mask of a tree"
     if any(hasattr(module, "_hf_hook") for module in model.modules()):

@@ -1,11 +1,12 @@
 """The option `engine`: what it may be, where it runs, and what happens when it cannot."""
 
-import pickle
+import copy
 
 import pytest
 import torch
 
 from speclm import SpecModel
+from speclm.attention import attached, attention_configs
 from speclm.engines import CompileEngine, Engine
 from speclm.errors import OptionError
 from speclm.methods.draft_model.proposer import DraftModelProposer
@@ -139,7 +140,92 @@ def test_a_change_of_the_base_between_calls_keeps_the_tokens():
         spec.to(torch.float64)
 
 
-def test_copies_prepare_by_themselves():
+def negate_data(model):
+    model.lm_head.weight.data = -model.lm_head.weight.data
+
+
+def replace_parameter(model):
+    down = model.model.layers[0].mlp.down_proj
+    down.weight = torch.nn.Parameter(-down.weight.detach())
+
+
+def assign_state(model):
+    state = {name: -weight for name, weight in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+
+
+def go_and_return(model):
+    model.to(torch.float64).to(torch.float32)
+    with torch.no_grad():
+        model.lm_head.weight.neg_()
+
+
+@pytest.mark.parametrize("change", [negate_data, replace_parameter, assign_state, go_and_return])
+def test_weights_at_other_addresses_are_recorded_anew(change):
+    model, inputs = build_model("llama"), prompts(6)
+    spec = spec_model(model, engine=replaying())
+    spec.generate(**inputs, **GREEDY)
+    change(model)
+    for _ in range(2):
+        found, expected = spec.generate(**inputs, **GREEDY), model.generate(**inputs, **GREEDY)
+        assert torch.equal(found, expected)
+        assert spec.last_speculation.engine == "graph"
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_autocast_is_left_to_eager_forwards(is_first):
+    spec, inputs = spec_model(engine=replaying()), prompts(6)
+    if not is_first:
+        spec.generate(**inputs, **GREEDY)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = spec.generate(**inputs, **GREEDY)
+        assert torch.equal(found, spec.generate(**inputs, engine="eager", **GREEDY))
+    for _ in range(2):
+        found, expected = spec.generate(**inputs, **GREEDY), spec.base.generate(**inputs, **GREEDY)
+        assert torch.equal(found, expected)
+    assert spec.last_speculation.engine == "graph"
+
+
+def test_calls_in_and_out_of_inference_mode_use_the_same_storage():
+    spec, inputs = spec_model(engine=replaying()), prompts(6, 4)
+    expected = spec.base.generate(**inputs, **GREEDY)
+    for _ in range(2):
+        with torch.inference_mode():
+            assert torch.equal(spec.generate(**inputs, **GREEDY), expected)
+        assert torch.equal(spec.generate(**inputs, **GREEDY), expected)
+    assert spec.last_speculation.engine == "graph"
+
+
+def test_a_name_that_another_thread_has_attached_is_no_obstacle():
+    view, engines = TargetView(build_model("llama")), Engines()
+    with attached(attention_configs(view.model)):
+        assert engines.forward(replaying(), view, state=None).obstacle is None
+
+
+def test_chains_name_a_reason():
+    spec = SpecModel(shared_model("qwen3_next"), None, engine=replaying())
+    spec.generate(**prompts(4), **GREEDY)
+    assert "chains" in spec.last_speculation.engine
+
+
+def test_only_the_last_engines_are_kept_and_storage_is_bounded():
     engines, view = Engines(), TargetView(shared_model("llama"))
-    engines.forward("compile", view, state=None)
-    assert pickle.loads(pickle.dumps(engines))._forwards == {}
+    first = last = engines.forward(replaying(), view, state=None)
+    for _ in range(4):
+        last = engines.forward(replaying(), view, state=None)
+    assert len(engines._forwards) == 4
+    assert first not in engines._forwards.values()
+    for size in range(1, 12):
+        last.allocate(torch.ones(1), (size,))
+    assert len(last._storage) <= 8
+
+
+def test_copies_prepare_by_themselves():
+    engine, inputs = replaying(), prompts(5)
+    spec = spec_model(engine=engine)
+    expected = spec.generate(**inputs, **GREEDY)
+    assert engine._prepared
+    copied = copy.deepcopy(spec)
+    assert copied._engines._forwards == {}
+    assert copied.engine._prepared == {}
+    assert torch.equal(copied.generate(**inputs, **GREEDY), expected)

@@ -167,5 +167,6 @@ class BlockContext:
         ahead = torch.arange(num_new, device=keys.device)
         entries = self._tensor(self.lengths)[:, None] + ahead  # [batch, seq]
         rows = torch.arange(len(self.lengths), device=keys.device)[:, None]
+        keys, values = keys.to(self._keys.dtype), values.to(self._keys.dtype)  # under autocast
         self._keys[:, rows, :, entries] = keys.permute(1, 3, 0, 2, 4)
         self._values[:, rows, :, entries] = values.permute(1, 3, 0, 2, 4)

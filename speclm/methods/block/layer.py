@@ -211,38 +211,51 @@ class MarkovTerms:
     """Terms of a vanilla Markov head, kept for the tokens that were asked for.
 
     Texts repeat their tokens, and on a CPU the product for a token takes longer than anything else
-    at a level of a tree. Only for heads whose weights do not change.
+    at a level of a tree.
     """
 
     def __init__(self, markov: MarkovHead) -> None:
         """Start without any term."""
         weight = markov.markov_w2.weight
         num_rows = max(_TERM_BYTES // (weight.element_size() * len(weight)), 1)
-        self._markov = markov
-        self._rows = weight.new_empty(num_rows, 1, len(weight))
-        self._places: dict[int, int] = {}  # row of each token
+        self._markov, self._marks = markov, _marks(markov)
+        with torch.inference_mode(mode=False):  # or they could not be written outside of one
+            self._rows = weight.new_empty(num_rows, 1, len(weight))
+        self._indices: dict[int, int] = {}  # row of each token
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the head's weights are those of the terms."""
+        return self._marks == _marks(self._markov)
 
     def of(self, tokens: Int[Tensor, "batch width"]) -> Float[Tensor, "batch width draft_vocab"]:
         """Return the terms after some tokens, ids of the target; reads them on the host."""
         wanted = [token for row in tokens.tolist() for token in row]
-        new = list({token: None for token in wanted if token not in self._places})
-        if len(self._places) + len(new) > len(self._rows):  # start afresh
-            self._places.clear()
+        new = list({token: None for token in wanted if token not in self._indices})
+        if len(self._indices) + len(new) > len(self._rows):  # start afresh
+            self._indices.clear()
             new = list(dict.fromkeys(wanted))
         if len(new) > len(self._rows):
             return self._compute(tokens)
         if new:
-            first = len(self._places)
+            first = len(self._indices)
             terms = self._compute(tokens.new_tensor(new))
             self._rows.narrow(0, first, len(new)).copy_(terms[:, None])
-            self._places.update(zip(new, range(first, first + len(new)), strict=True))
-        places = [self._places[token] for token in wanted]
-        if len(places) == 1:
-            return self._rows.narrow(0, places[0], 1)
-        return self._rows[tokens.new_tensor(places)].view(*tokens.shape, -1)
+            self._indices.update(zip(new, range(first, first + len(new)), strict=True))
+        indices = [self._indices[token] for token in wanted]
+        if len(indices) == 1:
+            return self._rows.narrow(0, indices[0], 1)
+        return self._rows[tokens.new_tensor(indices)].view(*tokens.shape, -1)
 
     def _compute(self, tokens: Int[Tensor, "*rows"]) -> Float[Tensor, "*rows draft_vocab"]:
         return self._markov.markov_w2(self._markov.embed(tokens))  # type: ignore[no-any-return]
+
+
+def _marks(module: nn.Module) -> list[object]:
+    return [
+        (weight.data_ptr(), weight.dtype, None if weight.is_inference() else weight._version)
+        for weight in module.parameters()
+    ]
 
 
 class ConfidenceHead(nn.Module):

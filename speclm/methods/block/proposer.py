@@ -236,7 +236,7 @@ class BlockProposer(Proposer):
         markov = self.heads.markov_head
         if markov is None or markov.kind != "vanilla" or not is_host(device):
             return None
-        if self._terms is None:
+        if self._terms is None or not self._terms.is_current:
             self._terms = MarkovTerms(markov)
         return self._terms
 

@@ -141,7 +141,7 @@ class CurrentNetwork:
     def look(self) -> DraftNetwork | None:
         """Return the network; None if there is an obstacle. Cheap if nothing has changed.
 
-        Everything but the numbers in weights is compared; of those, changes in place are noticed.
+        Of weights and buffers, changes in place are noticed, but not those by way of ``.data``.
         """
         model = self._view.model
         state = _state(model)
@@ -168,13 +168,15 @@ def _state(model: PreTrainedModel) -> list[object]:
     """Return marks of all modules and weights. Written for speed: each generation calls it."""
     modules: list[nn.Module] = [model]
     config = model.config
-    marks: list[object] = [getattr(config, "num_hidden_layers", None), config._attn_implementation]
+    names = ("num_hidden_layers", "sliding_window", "_attn_implementation")
+    marks: list[object] = [getattr(config, name, None) for name in names]
     for module in modules:  # grows in the loop
         state = module.__dict__
         modules += [child for child in state["_modules"].values() if child is not None]
         hooks = len(state["_forward_hooks"]), len(state["_forward_pre_hooks"])
         marks += (id(module), len(state), hooks, state["training"], type(module).forward)
-        for weight in state["_parameters"].values():
+        marks += (state.get("scaling"), state.get("variance_epsilon"))
+        for weight in (*state["_parameters"].values(), *state["_buffers"].values()):
             if weight is not None:
                 version = None if weight.is_inference() else weight._version
                 marks += (id(weight), weight.data_ptr(), weight.dtype, version)

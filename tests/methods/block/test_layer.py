@@ -91,3 +91,15 @@ def test_kept_terms_are_those_of_the_markov_head(monkeypatch):
         found = terms.of(torch.tensor(tokens))
         torch.testing.assert_close(found, markov.markov_w2(embed(torch.tensor(tokens))))
     assert counted == [2, 1, 2, 4, 1]
+
+
+def test_terms_are_current_until_a_weight_changes():
+    markov = make_heads(**MARKOV).markov_head
+    terms = MarkovTerms(markov)
+    assert terms.is_current
+    with torch.no_grad():
+        markov.markov_w2.weight.mul_(2)
+    assert not terms.is_current
+    terms = MarkovTerms(markov)
+    markov.to(torch.float32)
+    assert not terms.is_current
