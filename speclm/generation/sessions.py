@@ -1,5 +1,6 @@
 """The target's side of a call, from its prompt and the way that drafts are verified."""
 
+import torch
 from transformers.cache_utils import Cache, DynamicCache
 
 from speclm.cache import import_cache, import_obstacle
@@ -41,7 +42,9 @@ def open_session(prompt: Prompt, setup: Setup) -> Session:
                 f"the model makes itself a cache of type {type(made).__name__}"
             )
     static = setup.static
-    if static is not None and (static.obstacle is not None or shift is not None):
+    # Autocast chooses types by operation, and storage has one.
+    is_cast = torch.is_autocast_enabled(prompt.num_padding.device.type)
+    if static is not None and (static.obstacle is not None or shift is not None or is_cast):
         static = None
     tree_cache = target.new_cache(
         prompt.num_padding, allocate=None if static is None else static.allocate

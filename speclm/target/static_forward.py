@@ -54,8 +54,8 @@ class StaticForward:
         Args:
             is_used: Whether the session verifies with it.
         """
-        other = None if is_used else "drafts are chains, or images shift positions"
-        reason = self.obstacle or other
+        other = "drafts are chains, images shift positions, or autocast is on"
+        reason = self.obstacle or (None if is_used else other)
         if reason is None:
             return self.engine.name
         return f"eager, because {self.engine.name} cannot run: {reason}"
@@ -106,8 +106,6 @@ class StaticForward:
         bucket = next((size for size in BUCKETS if size >= nodes), None)
         is_static = cache.capacity > 0 and cache.num_pending == 0 and cache.position_shift is None
         if self.obstacle is not None or bucket is None or not is_static:
-            return None
-        if torch.is_autocast_enabled(tokens.device.type):  # it chooses types by operation
             return None
         cache.reserve(bucket)
         target, layers = self._target, self._target.tapped.layers

@@ -179,6 +179,7 @@ def test_autocast_is_left_to_eager_forwards(is_first):
         spec.generate(**inputs, **GREEDY)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = spec.generate(**inputs, **GREEDY)
+        assert "autocast" in spec.last_speculation.engine
         assert torch.equal(found, spec.generate(**inputs, engine="eager", **GREEDY))
     for _ in range(2):
         found, expected = spec.generate(**inputs, **GREEDY), spec.base.generate(**inputs, **GREEDY)
