@@ -16,7 +16,7 @@ Stage = Callable[..., Outputs]
 """Computes tensors from tensors, given by position: inputs, then storage, which it may change in
 place. It reads nothing on the host."""
 _Key = tuple[Stage, tuple[object, ...], tuple[int, ...]]
-"""A stage, shapes of inputs and storage, and addresses of the storage if they matter."""
+"""A stage, shapes of inputs and of a part of the storage, and its addresses if they matter."""
 Prepared = Callable[[Sequence[Tensor], Sequence[Tensor]], Outputs]
 """A stage for some shapes, as a function of inputs and storage."""
 
@@ -90,6 +90,7 @@ class Engine(ABC):
         return outputs
 
     def _key(self, stage: Stage, inputs: Sequence[Tensor], storage: Sequence[Tensor]) -> _Key:
-        shapes = [(tensor.shape, tensor.dtype, tensor.device) for tensor in (*inputs, *storage)]
-        addresses = [tensor.data_ptr() for tensor in storage] if self.reuses_storage else []
+        # Every round asks, so only one part of the storage: the others follow from stage and part.
+        shapes = [(tensor.shape, tensor.dtype, tensor.device) for tensor in (*inputs, *storage[:1])]
+        addresses = map(Tensor.data_ptr, storage) if self.reuses_storage else ()
         return stage, tuple(shapes), tuple(addresses)
