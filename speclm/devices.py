@@ -1,10 +1,13 @@
 """The one choice between work that Python guides value by value and work that stays on a device."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 _stays_on_device: ContextVar[bool] = ContextVar("stays_on_device", default=False)
 
@@ -26,3 +29,18 @@ def device_path() -> Iterator[None]:
         yield
     finally:
         _stays_on_device.reset(token)
+
+
+def upload(values: Sequence[Any], device: torch.device) -> Tensor:
+    """Return integers of the host on a device, which the host does not wait for.
+
+    Args:
+        values: Numbers, or lists of equal length of them, at any depth.
+        device: Where the tensor is put.
+    """
+    tensor = torch.from_numpy(np.array(values, dtype=np.int64))
+    if device.type == "cpu":
+        return tensor
+    if device.type == "cuda":  # only from pinned memory does a copy run next to the host's work
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -72,7 +72,8 @@ class Ledger:
         calls_by_round: ATen calls of each round outside the target's forward.
         runs: Number of times that the draft network ran.
         calls: ATen calls of each stage.
-        reads: Values that the host waited for, or sent to the device, in each stage.
+        reads: Values that the host waited for, or sent from lists, in each stage.
+        uploads: Copies to the device that the host did not wait for, in each stage.
         allocated: Bytes of new tensors of each stage.
     """
 
@@ -81,6 +82,7 @@ class Ledger:
         self.calls_by_round: list[int] = []
         self.calls: Counter[str] = Counter()
         self.reads: Counter[str] = Counter()
+        self.uploads: Counter[str] = Counter()
         self.allocated: Counter[str] = Counter()
         self._stages: list[str] = []  # the innermost last; empty outside rounds
 
@@ -165,6 +167,16 @@ class ReadCounter(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def _upload(ledger: Ledger) -> Callable[..., Tensor]:
+    def count_upload(values: Any) -> Tensor:
+        if ledger.stage is not None:
+            ledger.uploads[ledger.stage] += 1
+        return from_numpy(values)
+
+    from_numpy = torch.from_numpy
+    return count_upload
+
+
 def _is_plain(leaf: object) -> bool:
     return isinstance(leaf, Tensor) and leaf.layout == torch.strided
 
@@ -203,6 +215,7 @@ def counted(ledger: Ledger, base: PreTrainedModel, networks: Sequence[Any]) -> I
         stack.enter_context(patch.object(SpeculationStats, "phase", count_phase))
         stack.enter_context(patch.object(Generation, "_run_round", count_round))
         stack.enter_context(patch.object(TreeCache, "keep", _keep(ledger)))
+        stack.enter_context(patch.object(torch, "from_numpy", _upload(ledger)))
         for stage, modules in ((TARGET, [base]), (NETWORK, networks)):
             for module in modules:
                 forward = ledger.wrapped(stage, module.forward)
@@ -279,6 +292,7 @@ def measure(
         "calls_in_target": ledger.a_round([TARGET], ledger.calls),
         "calls_in_draft_network": ledger.a_round([NETWORK], ledger.calls),
         "host_reads": ledger.a_round(outside, ledger.reads),
+        "uploads": ledger.a_round(outside, ledger.uploads),
         "levels": round(ledger.runs / max(ledger.rounds, 1), 2),
         "megabytes": round(ledger.a_round(outside, ledger.allocated) / 1e6, 3),
         "rounds": ledger.rounds,
@@ -315,7 +329,8 @@ def show(found: dict[str, Any]) -> None:
         print(f"{stage:14} {found['calls'][stage]:8} {found['reads'][stage]:11} {shown:>8}")
     print(
         f"outside the target {found['calls_outside_target']} calls, {found['host_reads']} host "
-        f"reads, {found['megabytes']} MB, {found['levels']} runs of the draft network a round"
+        f"reads, {found['uploads']} uploads, {found['megabytes']} MB, {found['levels']} runs of "
+        "the draft network a round"
     )
 
 

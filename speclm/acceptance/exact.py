@@ -56,15 +56,27 @@ def accept_exact(
 
     Source: Daliri, Musco, Suresh 2024 (drafter-invariant speculative decoding by shared noise).
     """
-    batch, nodes = draft_tokens.shape
-    parents = topology.parents.expand(batch, -1)
-    agrees = draft_tokens == target_tokens.gather(1, parents)  # [batch, nodes]
-    is_accepted = nodes_of_accepted_paths(agrees, topology)
-    order = torch.arange(nodes, device=draft_tokens.device)
-    score = (topology.depths + 1) * nodes - order  # deepest first, then the first sibling
-    path = topology.paths_to(score.masked_fill(~is_accepted, 0).argmax(1))  # [batch, path]
+    best = _deepest_agreeing(draft_tokens, target_tokens, topology)
+    path = topology.paths_to(best)  # [batch, path]
     tokens = target_tokens.gather(1, path.clamp(min=0)).masked_fill(path < 0, -1)
     return Accepted(path=path, tokens=tokens)
+
+
+def _deepest_agreeing(
+    draft_tokens: Int[Tensor, "batch nodes"],
+    target_tokens: Int[Tensor, "batch nodes"],
+    topology: TreeTopology,
+) -> Int[Tensor, " batch"]:
+    """Return the deepest node of each row that agrees with the target, with all nodes above it.
+
+    The first one, if several are equally deep.
+    """
+    parents = topology.parents
+    if len(parents) < len(draft_tokens):
+        parents = parents.expand(len(draft_tokens), -1)
+    differs = draft_tokens != target_tokens.gather(1, parents)  # [batch, nodes]
+    is_rejected = (topology.inner_mask & differs[:, None]).any(2)
+    return topology.deepest_first.masked_fill(is_rejected, 0).argmax(1)
 
 
 def nodes_of_accepted_paths(
@@ -98,21 +110,20 @@ def choose_at_all_nodes(verified: Verified) -> Int[Tensor, "batch nodes"]:
 
 
 def accept_along_paths(verified: Verified) -> Accepted:
-    """Follow the accepted path of each row on the host; the result is that of `accept_exact`.
+    """Follow the accepted path of each row; the result is that of `accept_exact`.
 
-    The target's choices are made at all nodes and read with the draft tokens in one transfer. Only
-    when sampling where reading costs nothing are they made level by level, at the nodes of the
+    Where reading costs nothing, sampled tokens are chosen level by level, at the nodes of the
     accepted path: sorting and normalising a row of the vocabulary costs more than a step of this
-    loop.
+    loop. Elsewhere all is decided on the device, and the host reads the result once.
     """
     topology, noise, logits = verified.topology, verified.noise, verified.logits
+    if not is_host(logits.device):
+        return _accept_on_device(verified)
     batch, lengths = len(logits), verified.lengths
     known: list[list[int]] | None = None
-    if noise is None or not is_host(logits.device):
-        both = torch.stack([verified.draft_tokens, choose_at_all_nodes(verified)])
-        tokens, known = both.tolist()
-    else:
-        tokens = verified.draft_tokens.tolist()
+    if noise is None:
+        known = choose_at_all_nodes(verified).tolist()
+    tokens: list[list[int]] = verified.draft_tokens.tolist()
     paths: list[list[int]] = [[0] for _ in range(batch)]
     emitted: list[list[int]] = [[] for _ in range(batch)]
     going = list(range(batch))  # rows whose path may continue
@@ -137,6 +148,37 @@ def accept_along_paths(verified: Verified) -> Accepted:
             break
         going = following
     return Accepted.from_host(paths, emitted, device=logits.device)
+
+
+def _accept_on_device(verified: Verified) -> Accepted:
+    """Return what `accept_exact` does, known to the host as well; syncs once.
+
+    The host also learns the parents of trees that it does not know.
+    """
+    topology, draft_tokens = verified.topology, verified.draft_tokens
+    chosen = choose_at_all_nodes(verified)
+    path = topology.path_ends_of(_deepest_agreeing(draft_tokens, chosen, topology))
+    tokens = chosen.gather(1, path)  # [batch, path and end]
+    read = [path, tokens]
+    if not topology.is_on_host:
+        read.append(topology.parents)
+    rows: list[list[int]] = torch.cat(read, dim=1).tolist()
+    width = path.shape[1]
+    if not topology.is_on_host:
+        topology.tell_host([row[2 * width :] for row in rows])
+    lengths = [_path_length(row[:width]) for row in rows]
+    return Accepted.from_both(
+        path,
+        tokens,
+        roots=tokens[:, -1],
+        paths=[row[:length] for row, length in zip(rows, lengths, strict=True)],
+        emitted=[row[width : width + length] for row, length in zip(rows, lengths, strict=True)],
+    )
+
+
+def _path_length(path_and_end: list[int]) -> int:
+    """Return the number of nodes on a path that is padded with 0, with its last node at the end."""
+    return path_and_end.index(path_and_end[-1]) + 1
 
 
 def _child(

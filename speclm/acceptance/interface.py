@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from speclm.devices import upload
 from speclm.errors import OptionError, UnknownNameError
 from speclm.sampling.chooser import TokenChooser
 from speclm.sampling.draws import DraftSampling, Draws
@@ -109,6 +110,7 @@ class Accepted:
         """
         self._device = path.device
         self._on_device: tuple[Tensor, Tensor] | None = (path, tokens)
+        self._roots: Tensor | None = None
         self.features: Float[Tensor, "batch path hidden"] | None = None
         """Target features that each token was chosen from, if the proposer asks for them."""
         self.candidates: TargetCandidates | None = None
@@ -121,18 +123,55 @@ class Accepted:
         """Build from host lists, which become `paths` and `emitted`."""
         made = cls.__new__(cls)
         made._device, made._on_device = device, None
-        made.features = made.candidates = None
+        made.features = made.candidates = made._roots = None
         return made._with_host(paths=paths, emitted=emitted)
+
+    @classmethod
+    def from_both(
+        cls,
+        path: Int[Tensor, "batch path"],
+        tokens: Int[Tensor, "batch path"],
+        *,
+        roots: Int[Tensor, " batch"],
+        paths: list[list[int]],
+        emitted: list[list[int]],
+    ) -> "Accepted":
+        """Build from tensors that the host has read.
+
+        Args:
+            path: Accepted nodes, the root first, and then anything.
+            tokens: Token after each node of `path`, and then anything.
+            roots: Last token of each row.
+            paths: Accepted nodes on the host.
+            emitted: Tokens on the host.
+        """
+        made = cls.from_host(paths, emitted, device=path.device)
+        counts = list(map(len, emitted))
+        if min(counts) < max(counts):
+            levels = torch.arange(path.shape[1], device=path.device)
+            is_beyond = levels >= upload([[count] for count in counts], path.device)
+            path, tokens = path.masked_fill(is_beyond, -1), tokens.masked_fill(is_beyond, -1)
+        made._on_device, made._roots = (path, tokens), roots
+        return made
 
     @property
     def path(self) -> Int[Tensor, "batch path"]:
         """Accepted nodes, the root first, padded with -1."""
-        return self._tensors()[0]
+        return self._cut(self._tensors()[0])
 
     @property
     def tokens(self) -> Int[Tensor, "batch path"]:
         """Token that the target chose after each node of `path`, padded with -1."""
-        return self._tensors()[1]
+        return self._cut(self._tensors()[1])
+
+    @property
+    def sent_path(self) -> Int[Tensor, "batch path"] | None:
+        """`path`, if the device has it already; there may be anything after the longest one."""
+        return None if self._on_device is None else self._on_device[0]
+
+    def _cut(self, part: Tensor) -> Tensor:
+        """Drop what follows the longest row, if the device decided without knowing that."""
+        return part if self._roots is None else part[:, : max(map(len, self.emitted))]
 
     def _tensors(self) -> tuple[Tensor, Tensor]:
         if self._on_device is None:
@@ -141,7 +180,7 @@ class Accepted:
                 [row + [-1] * (width - len(row)) for row in rows]
                 for rows in (self.paths, self.emitted)
             ]
-            path, tokens = torch.tensor(both, dtype=torch.long, device=self._device)
+            path, tokens = upload(both, self._device)
             self._on_device = path, tokens  # each [batch, path]
         return self._on_device
 
@@ -157,6 +196,10 @@ class Accepted:
             row[: len(path)] for row, path in zip(self.tokens.tolist(), self.paths, strict=True)
         ]
 
+    def roots_or_sent(self, last_tokens: list[int]) -> Int[Tensor, " batch"]:
+        """Return the last token of each row; it is sent if the device has not decided on it."""
+        return upload(last_tokens, self._device) if self._roots is None else self._roots
+
     @property
     def num_tokens(self) -> Int[Tensor, " batch"]:
         """Number of tokens that each row emits."""
@@ -170,6 +213,8 @@ class Accepted:
     @property
     def bonus(self) -> Int[Tensor, " batch"]:
         """Last token emitted by each row; -1 in a row that emits nothing."""
+        if self._roots is not None:
+            return self._roots
         if self.path.shape[1] == 0:
             return self.path.new_full((len(self.path),), -1)
         return self.tokens.gather(1, (self.num_tokens - 1).clamp(min=0)[:, None])[:, 0]
@@ -182,7 +227,7 @@ class Accepted:
         if len(set(last)) == 1:
             return self.features[:, last[0]]
         rows = torch.arange(len(last), device=self.features.device)
-        indices = torch.tensor(last, dtype=torch.long, device=self.features.device)
+        indices = upload(last, self.features.device)
         return self.features[rows, indices]
 
     def with_features(self, node_features: Float[Tensor, "batch nodes hidden"]) -> "Accepted":

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from speclm.devices import upload
 from speclm.errors import CacheError
 from speclm.kernels import keep_path_, pays
 
@@ -143,12 +144,19 @@ class TreeCache(Cache):
             for part in (layer.keys, layer.values)
         ]
 
-    def keep(self, paths: Sequence[Sequence[int]]) -> None:
+    def keep(
+        self,
+        paths: Sequence[Sequence[int]],
+        *,
+        device_paths: Int[Tensor, "batch path"] | None = None,
+    ) -> None:
         """Commit the pending nodes on each row's path and drop all others.
 
         Args:
             paths: For each row the pending slots to keep, counted from `tree_start`, ascending;
                 empty for a row that does not change.
+            device_paths: The same on the device, short ones padded with -1, with anything after the
+                longest one; None to send them there.
         """
         moves = [
             (row, self.tree_start + slot, length + offset)
@@ -159,12 +167,17 @@ class TreeCache(Cache):
         if moves:
             for arena, has_kernel in self._arenas:
                 if has_kernel:
-                    self._move_in_one_launch(arena, paths)
+                    self._move_in_one_launch(arena, paths, device_paths)
                 else:
-                    self._move(arena, moves)
-        self._set_lengths(
-            [length + len(path) for length, path in zip(self._lengths, paths, strict=True)]
-        )
+                    self._move(arena, moves, device_paths)
+        lengths = [length + len(path) for length, path in zip(self._lengths, paths, strict=True)]
+        if device_paths is None:
+            self._set_lengths(lengths)
+        else:
+            added = set(map(len, paths))
+            is_kept = device_paths[:, : max(added)] >= 0 if len(added) > 1 else None
+            counts = added.pop() if is_kept is None else is_kept.sum(1)
+            self._set_lengths(lengths, on_device=self.lengths + counts)
 
     def crop(self, max_length: int) -> None:
         """Drop the last slots, as Transformers' caches do.
@@ -179,9 +192,11 @@ class TreeCache(Cache):
         ]
         self._set_lengths([min(pair) for pair in zip(self._lengths, bounds, strict=True)])
 
-    def _set_lengths(self, lengths: list[int]) -> None:
+    def _set_lengths(self, lengths: list[int], *, on_device: Tensor | None = None) -> None:
         self._lengths = lengths
-        self.lengths = torch.tensor(lengths, device=self.num_padding.device, dtype=torch.long)
+        if on_device is None:
+            on_device = upload(lengths, self.num_padding.device)
+        self.lengths = on_device
         self.tree_start = max(lengths)
         self.num_pending = 0
 
@@ -202,24 +217,37 @@ class TreeCache(Cache):
         self._arenas = [(arena, pays(arena.device)) for arena in arenas]
         self.capacity = capacity
 
-    def _move(self, arena: Tensor, moves: list[tuple[int, int, int]]) -> None:
-        rows, sources, targets = torch.tensor(moves, device=arena.device, dtype=torch.long).T
-        if len(self._lengths) == 1:
-            first, past = moves[0][2], moves[-1][2] + 1
-            arena[..., first:past, :] = arena.index_select(-2, sources)
-        else:
+    def _move(
+        self, arena: Tensor, moves: list[tuple[int, int, int]], device_paths: Tensor | None
+    ) -> None:
+        if len(self._lengths) > 1:
+            rows, sources, targets = upload(moves, arena.device).T
             arena[:, rows, :, targets] = arena[:, rows, :, sources]
+            return
+        first, past = moves[0][2], moves[-1][2] + 1
+        if device_paths is None:
+            indices = upload([source for _, source, _ in moves], arena.device)
+        else:
+            start = self._lengths[0]
+            indices = device_paths[0, first - start : past - start] + self.tree_start
+        arena[..., first:past, :] = arena.index_select(-2, indices)
 
-    def _move_in_one_launch(self, arena: Tensor, paths: Sequence[Sequence[int]]) -> None:
+    def _move_in_one_launch(
+        self, arena: Tensor, paths: Sequence[Sequence[int]], device_paths: Tensor | None
+    ) -> None:
         longest = max(map(len, paths))
-        counted_from_lengths = [
-            [self.tree_start - length + slot for slot in path] + [-1] * (longest - len(path))
-            for length, path in zip(self._lengths, paths, strict=True)
-        ]
+        if device_paths is None:
+            padded = [[*path, *[-1] * (longest - len(path))] for path in paths]
+            device_paths = upload(padded, arena.device)
+        device_paths = device_paths[:, :longest].to(arena.device)
+        starts = None
+        if self.is_ragged:
+            starts = torch.full_like(self.lengths, self.tree_start)
         keep_path_(
             arena,
-            torch.tensor(counted_from_lengths, device=arena.device, dtype=torch.long),
+            device_paths,
             prefix_lengths=self.lengths.to(arena.device),
+            tree_starts=None if starts is None else starts.to(arena.device),
             check_values=False,
         )
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from heapq import heappop, heappush
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 from typing_extensions import override
@@ -19,6 +18,7 @@ from speclm.config import (
     require_depth,
     require_in_range,
 )
+from speclm.devices import upload
 from speclm.drafting.hit_rates import NOISE_BOUNDS, HitRates
 from speclm.drafting.interface import Draft, Prefill, Proposer
 from speclm.drafting.levels import least_probability
@@ -184,7 +184,7 @@ class TreeGrower:
         num_nodes = max(len(tree.tokens) for tree in trees)
         tokens = [tree.tokens + [0] * (num_nodes - len(tree.tokens)) for tree in trees]
         return Draft(
-            tokens=torch.tensor(tokens, device=roots.device, dtype=torch.long),
+            tokens=upload(tokens, roots.device),
             topology=trees_of([tree.parents for tree in trees], device=roots.device),
             node_probs=[tree.probs + [0.0] * (num_nodes - len(tree.probs)) for tree in trees],
         )

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from speclm.config import MAX_NODES, ProposerConfig, require_count, require_depth, require_in_range
+from speclm.devices import upload
 from speclm.drafting.interface import Draft, Prefill
 from speclm.drafting.mixture import Mixture, require_mixture
 from speclm.errors import OptionError
@@ -151,7 +152,7 @@ def assemble(grown: list[GrownRow], roots: Int[Tensor, " batch"]) -> Draft:
     parents = [[0, *row.parents] for row in grown]
     nodes = max(map(len, parents))
     drafted = [row.tokens + [0] * (nodes - 1 - len(row.tokens)) for row in grown]
-    tokens = torch.tensor(drafted, dtype=torch.long, device=roots.device)
+    tokens = upload(drafted, roots.device)
     return Draft(
         tokens=torch.cat([roots[:, None], tokens], dim=1),
         topology=trees_of(parents, device=roots.device),

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from speclm.devices import is_host
+from speclm.devices import is_host, upload
 from speclm.drafting.levels import GrownTreeConfig
 from speclm.drafting.ranking import Nodes
 from speclm.tree.dynamic import GrowingTree, GrownRow
@@ -242,8 +242,8 @@ def _sent(
     """
     tokens, parents = (list(part) for part in zip(*fed, strict=True))
     if len(tokens[0]) == above.shape[1] == 1:  # the parents are the same again
-        return torch.tensor(tokens, device=above.device, dtype=torch.long), above
-    both = torch.tensor([tokens, parents], device=above.device, dtype=torch.long)
+        return upload(tokens, above.device), above
+    both = upload([tokens, parents], above.device)
     return both[0], both[1]
 
 

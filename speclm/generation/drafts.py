@@ -11,6 +11,7 @@ from torch import Tensor
 
 from speclm.acceptance import Accepted
 from speclm.config import MAX_DEPTH, MAX_NODES
+from speclm.devices import upload
 from speclm.drafting.interface import Draft, Prefill, Proposer
 from speclm.errors import DraftError, TreeBudgetError
 from speclm.forking import temporary
@@ -169,7 +170,7 @@ def with_padding(
         pad_token_id: The padding token.
     """
     topology, tokens = draft.topology, draft.tokens.clone()
-    parents, depth = topology.host_parents, topology.max_depth
+    parents, depth = topology.host_parents, max(topology.host_depths)
     if len(parents) == 1:  # one tree for all: padding along its longest path, nowhere else
         node = topology.host_node_depths[0].index(depth)
         path = [node]
@@ -255,9 +256,7 @@ def _at_nodes(draft: Draft, nodes: list[list[int]], parents: list[list[int]]) ->
         ]
     # A node that is its own parent is padding: it is fed and never accepted.
     rows = [[*row, *range(len(row), length)] for row in parents]
-    indices = torch.tensor(
-        [row + [0] * (length - len(row)) for row in nodes], device=device, dtype=torch.long
-    )
+    indices = upload([row + [0] * (length - len(row)) for row in nodes], device)
     indices = indices.expand(len(draft.tokens), -1)
     distributions = draft.distributions
     if distributions is not None:

@@ -273,17 +273,16 @@ class Generation:
             if self.target.features is not None:
                 nodes = draft.topology.num_nodes
                 taken = taken.with_features(self.target.features[:, -nodes:])
-            num_observed = self.drafter.num_observed
-            if num_observed and observes:
-                taken = taken.with_candidates(TargetCandidates.best(logits, num=num_observed))
+            if observes and (num := self.drafter.num_observed):
+                taken = taken.with_candidates(TargetCandidates.best(logits, num=num))
         with self.stats.phase("commit"):
             is_live = self.sequences.any_live
             if is_live or self.request.prompt.cache is not None:
-                self.session.keep(kept)
+                self.session.keep(kept, device_paths=None if self.lockstep else taken.sent_path)
             if is_live or self.drafter.remembers:  # the last round is worth remembering too
                 self.drafter.commit(taken, self.noise)
             if is_live:
-                self.roots = self.roots.new_tensor(self.sequences.last_tokens)  # cut on the host
+                self.roots = taken.roots_or_sent(self.sequences.last_tokens)
         return taken
 
     def _accept(self, draft: Draft, logits: Float[Tensor, "batch nodes vocab"]) -> Accepted:

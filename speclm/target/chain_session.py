@@ -248,7 +248,12 @@ class ChainSession(Session):
         return self._reader.feed(tokens)
 
     @override
-    def keep(self, paths: Sequence[Sequence[int]]) -> None:
+    def keep(
+        self,
+        paths: Sequence[Sequence[int]],
+        *,
+        device_paths: Int[Tensor, "batch path"] | None = None,
+    ) -> None:
         assert len({len(path) for path in paths}) == 1, "rows of a chain advance together"
         self._reader.keep(len(paths[0]))
 

@@ -80,11 +80,17 @@ class Session(ABC):
         """
 
     @abstractmethod
-    def keep(self, paths: Sequence[Sequence[int]]) -> None:
+    def keep(
+        self,
+        paths: Sequence[Sequence[int]],
+        *,
+        device_paths: Int[Tensor, "batch path"] | None = None,
+    ) -> None:
         """Commit the pending nodes on each row's path, and drop the others.
 
         Args:
             paths: Nodes to keep in each row, ascending; empty for a row that does not change.
+            device_paths: The same on the device, padded with -1, if they are there already.
         """
 
     @abstractmethod
@@ -175,8 +181,13 @@ class TreeSession(Session):
         )
 
     @override
-    def keep(self, paths: Sequence[Sequence[int]]) -> None:
-        self._cache.keep(paths)
+    def keep(
+        self,
+        paths: Sequence[Sequence[int]],
+        *,
+        device_paths: Int[Tensor, "batch path"] | None = None,
+    ) -> None:
+        self._cache.keep(paths, device_paths=device_paths)
 
     @override
     def hand_over(self, into: DynamicCache, sequences: Int[Tensor, "batch length"]) -> None:

@@ -26,7 +26,7 @@ def require_sound_draft(
 def _require_tensors(draft: Draft, roots: Tensor, name: str) -> None:
     topology = draft.topology
     tensors = {"tokens": draft.tokens}
-    for field in ("parents", "depths", "ancestor_words", "path_indices"):
+    for field in ("parents", "depths", "ancestor_words", "path_ends"):
         tensors[f"topology.{field}"] = getattr(topology, field)
     for field, tensor in tensors.items():
         if tensor.dtype != torch.long:
@@ -87,8 +87,10 @@ def _require_topology(topology: TreeTopology, name: str) -> None:
         raise ProposerContractError(
             f"{name}: {error}, expected at most {MAX_NODES} nodes on {MAX_DEPTH} levels"
         ) from error
-    compared = ("depths", "ancestor_words", "path_indices", "max_depth")
-    for field in (*compared, "host_parents", "host_node_depths"):
+    compared = ["depths", "ancestor_words"]
+    if topology.is_on_host:  # else the depth is a bound
+        compared += ["path_ends", "deepest_first", "max_depth", "host_parents", "host_node_depths"]
+    for field in compared:
         found, expected = getattr(topology, field), getattr(rebuilt, field)
         is_same = torch.equal(found, expected) if isinstance(found, Tensor) else found == expected
         if not is_same:

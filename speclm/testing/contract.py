@@ -182,7 +182,7 @@ class _Watch:
             )
         require_sound_draft(draft, roots=roots, vocab_size=vocab_size, name=self._name)
         topology = draft.topology
-        tensors = [draft.tokens, topology.parents, topology.depths, topology.path_indices]
+        tensors = [draft.tokens, topology.parents, topology.depths, topology.path_ends]
         tensors.append(topology.ancestor_words)
         self._kept += [(tensor, tensor.clone()) for tensor in tensors]
         return draft

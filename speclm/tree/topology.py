@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,13 +11,13 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from speclm.config import MAX_DEPTH, MAX_NODES
+from speclm.devices import upload
 from speclm.errors import TopologyError, TreeBudgetError
 
 _WORD_BITS = 64
 _LARGEST_WORD = 2 ** (_WORD_BITS - 1)
 
 
-@dataclass(frozen=True, eq=False)
 class TreeTopology:
     """Parents, depths and ancestors of the nodes of one tree per row.
 
@@ -24,31 +25,54 @@ class TreeTopology:
     belongs to no path, sees only itself, and makes rows of unequal size rectangular. A parent
     comes before its children. ``rows`` is 1 if all rows of the batch share the tree.
 
-    Build one with `from_parents` or `chain`.
-
-    Args:
-        parents: Index of each node's parent.
-        depths: Distance from the root; 0 for the root and for padding.
-        ancestor_words: Bit ``j % 64`` of word ``j // 64`` is set if node j is node i or one of its
-            ancestors; int64.
-        path_indices: Path from the root to each node, padded with -1; all -1 for padding nodes.
-        max_depth: Largest depth in any row.
-        host_parents: `parents` on the host.
-        host_node_depths: `depths` on the host.
+    Build one with `from_parents` or `chain` from lists on the host, or with `on_device` from a
+    tensor that the host has not read. What is not given is computed when it is first asked for.
     """
 
-    parents: Int[Tensor, "rows nodes"]
-    depths: Int[Tensor, "rows nodes"]
-    ancestor_words: Int[Tensor, "rows nodes words"]
-    path_indices: Int[Tensor, "rows nodes path"]
-    max_depth: int
-    host_parents: list[list[int]]
-    host_node_depths: list[list[int]]
+    def __init__(
+        self,
+        parents: Int[Tensor, "rows nodes"],
+        depths: Int[Tensor, "rows nodes"],
+        *,
+        max_depth: int,
+        **known: Any,
+    ) -> None:
+        """Store what is known.
+
+        Args:
+            parents: Index of each node's parent.
+            depths: Distance from the root; 0 for the root and for padding.
+            max_depth: A depth that no node exceeds; of trees known to the host, the largest depth.
+            **known: Values of the other properties, of which `ancestor_mask` or `ancestor_words` is
+                needed.
+        """
+        self.parents, self.depths, self.max_depth = parents, depths, max_depth
+        vars(self).update(known)  # where cached_property looks
 
     @property
     def num_nodes(self) -> int:
         """Nodes per row, root and padding included."""
         return self.parents.shape[1]
+
+    @property
+    def is_on_host(self) -> bool:
+        """Whether the host knows the parents, so that reading them does not sync."""
+        return "host_parents" in vars(self)
+
+    @cached_property
+    def host_parents(self) -> list[list[int]]:
+        """`parents` on the host; syncs if the host does not know them."""
+        found: list[list[int]] = self.parents.tolist()
+        return found
+
+    def tell_host(self, parents: list[list[int]]) -> None:
+        """Take the parents that the host has read together with something else."""
+        vars(self)["host_parents"] = parents
+
+    @cached_property
+    def host_node_depths(self) -> list[list[int]]:
+        """`depths` on the host."""
+        return [_depths_of(row) for row in self.host_parents]
 
     @property
     def host_depths(self) -> list[int]:
@@ -63,9 +87,50 @@ class TreeTopology:
         ]
 
     @cached_property
+    def ancestor_words(self) -> Int[Tensor, "rows nodes words"]:
+        """Bit ``j % 64`` of word ``j // 64`` is set if node j is node i or one of its ancestors."""
+        return pack_words(self.ancestor_mask)
+
+    @cached_property
     def ancestor_mask(self) -> Bool[Tensor, "rows nodes nodes"]:
         """True at ``[i, j]`` if node j is node i or one of its ancestors."""
         return unpack_words(self.ancestor_words, num_bits=self.num_nodes)
+
+    @cached_property
+    def path_indices(self) -> Int[Tensor, "rows nodes path"]:
+        """Path from the root to each node, padded with -1; all -1 for padding nodes."""
+        levels = _counted(self.path_ends.shape[2] - 1, self.parents.device)
+        is_beyond = (levels > self.depths[:, :, None]) | (self.deepest_first == 0)[:, :, None]
+        return self.path_ends[:, :, :-1].masked_fill(is_beyond, -1)
+
+    @cached_property
+    def path_ends(self) -> Int[Tensor, "rows nodes path_and_end"]:
+        """Path from the root to each node, padded with 0, and the node itself at the end."""
+        nodes = self.num_nodes
+        order = _counted(nodes, self.parents.device)
+        # Ancestors in their order are the path, because parents come before their children.
+        paths = (
+            order.where(self.ancestor_mask, nodes).sort(dim=2).values[:, :, : self.max_depth + 1]
+        )
+        ends = order[:, None].expand(len(paths), -1, -1)
+        return torch.cat([paths.where(paths < nodes, 0), ends], dim=2)
+
+    @cached_property
+    def inner_mask(self) -> Bool[Tensor, "rows nodes nodes"]:
+        """`ancestor_mask` without the root."""
+        inner = self.ancestor_mask.clone()
+        inner[:, :, 0] = False
+        return inner
+
+    @cached_property
+    def deepest_first(self) -> Int[Tensor, "rows nodes"]:
+        """Numbers that are larger for deeper nodes, and among equals for earlier ones.
+
+        Positive, and 0 for padding.
+        """
+        order = _counted(self.num_nodes, self.parents.device)
+        rated = (self.depths + 1) * self.num_nodes - order
+        return rated.masked_fill((self.parents == order) & (order > 0), 0)
 
     def padded(
         self, num_nodes: int
@@ -91,8 +156,20 @@ class TreeTopology:
 
     def paths_to(self, nodes: Int[Tensor, " batch"]) -> Int[Tensor, "batch path"]:
         """Return the path from the root to one node of each row, padded with -1."""
-        paths = self.path_indices.expand(len(nodes), -1, -1)
-        return paths[torch.arange(len(nodes), device=nodes.device), nodes]
+        return _row_of_each(self.path_indices, nodes)
+
+    def path_ends_of(self, nodes: Int[Tensor, " batch"]) -> Int[Tensor, "batch path_and_end"]:
+        """Return the path to one node of each row, padded with 0, and the node at the end."""
+        return _row_of_each(self.path_ends, nodes)
+
+
+def _row_of_each(
+    values: Int[Tensor, "rows nodes path"], nodes: Int[Tensor, " batch"]
+) -> Int[Tensor, "batch path"]:
+    """Return what belongs to one node of each row of the batch."""
+    if len(values) == 1:
+        return values[0].index_select(0, nodes)
+    return values[_counted(len(nodes), nodes.device), nodes]
 
 
 def from_parents(parents: Sequence[Sequence[int]], *, device: torch.device) -> TreeTopology:
@@ -121,26 +198,55 @@ def from_parents(parents: Sequence[Sequence[int]], *, device: torch.device) -> T
     count, length = num_words(num_nodes), max_depth + 1
     flat = []
     for row in rows:
-        line = [*row.parents, *row.depths]
+        line = [*row.parents, *row.depths, *row.rated()]
         for bits in row.ancestors:
             line += _signed_words(bits, count)
-        for path in row.paths:
+        for node, path in enumerate(row.paths):
             line += path
-            line += [-1] * (length - len(path))
+            line += [0] * (length - len(path))
+            line.append(node)
         flat.append(line)
     # One tensor, so that a device is sent to once.
-    values = torch.tensor(flat, device=device, dtype=torch.long)
-    sizes = (num_nodes, num_nodes, count * num_nodes, length * num_nodes)
-    parent_indices, depths, words, paths = values.split_with_sizes(sizes, dim=1)
+    values = upload(flat, device)
+    sizes = (num_nodes, num_nodes, num_nodes, count * num_nodes, (length + 1) * num_nodes)
+    parent_indices, depths, rated, words, paths = values.split_with_sizes(sizes, dim=1)
     return TreeTopology(
-        parents=parent_indices,
-        depths=depths,
-        ancestor_words=words.view(-1, num_nodes, count),
-        path_indices=paths.view(-1, num_nodes, length),
+        parent_indices,
+        depths,
         max_depth=max_depth,
+        deepest_first=rated,
+        ancestor_words=words.view(-1, num_nodes, count),
+        path_ends=paths.view(-1, num_nodes, length + 1),
         host_parents=[row.parents for row in rows],
         host_node_depths=[row.depths for row in rows],
     )
+
+
+def on_device(parents: Int[Tensor, "rows nodes"], *, max_depth: int) -> TreeTopology:
+    """Build the topology of trees that the host does not know; does not sync.
+
+    Args:
+        parents: For each row the parent of each node, which comes before it; 0 at node 0, and the
+            node itself at padding. Not checked.
+        max_depth: A depth that no node exceeds.
+
+    Raises:
+        TreeBudgetError: If there are more than `MAX_NODES` nodes or `MAX_DEPTH` levels.
+    """
+    rows, nodes = parents.shape
+    if nodes > MAX_NODES or max_depth > MAX_DEPTH:
+        raise TreeBudgetError(
+            f"tree has {nodes} nodes on {max_depth} levels, a round holds at most {MAX_NODES} and "
+            f"{MAX_DEPTH}; draft fewer tokens"
+        )
+    steps = torch.eye(nodes, device=parents.device, dtype=torch.float32).repeat(rows, 1, 1)
+    steps.scatter_(2, parents[:, :, None], 1.0)  # to the node itself, and to its parent
+    reach = 1
+    while reach < max_depth:
+        steps, reach = steps @ steps, 2 * reach  # positive where some steps lead from i to j
+    mask = steps > 0
+    depths = mask.sum(2).sub_(1)
+    return TreeTopology(parents, depths, max_depth=max_depth, ancestor_mask=mask)
 
 
 def trees_of(parents: Sequence[Sequence[int]], *, device: torch.device) -> TreeTopology:
@@ -197,6 +303,18 @@ def _bit_positions(num_bits: int, device: torch.device) -> tuple[Tensor, Tensor]
     return bits // _WORD_BITS, bits % _WORD_BITS
 
 
+@lru_cache(maxsize=MAX_NODES)
+def _counted(num: int, device: torch.device) -> Int[Tensor, " num"]:
+    return torch.arange(num, device=device)
+
+
+def _depths_of(parents: list[int]) -> list[int]:
+    depths: list[int] = []
+    for node, parent in enumerate(parents):
+        depths.append(0 if parent == node else depths[parent] + 1)
+    return depths
+
+
 @dataclass(frozen=True, slots=True)
 class _Row:
     """One row of a topology while it is built, on the host."""
@@ -235,6 +353,14 @@ class _Row:
         ancestors += [1 << node for node in padding]
         paths += [[] for _ in padding]
         return cls([*parents, *padding], depths, ancestors, paths)
+
+    def rated(self) -> list[int]:
+        """Return `TreeTopology.deepest_first`."""
+        num_nodes = len(self.parents)
+        return [
+            (depth + 1) * num_nodes - node if path else 0
+            for node, (depth, path) in enumerate(zip(self.depths, self.paths, strict=True))
+        ]
 
 
 def _signed_words(bits: int, count: int) -> list[int]:

@@ -37,8 +37,13 @@ class Reference:
         for row, new in zip(self.pending, numbers, strict=True):
             row.extend(new)
 
-    def keep(self, paths: list[list[int]]) -> None:
-        self.cache.keep(paths)
+    def keep(self, paths: list[list[int]], *, is_sent: bool = False) -> None:
+        sent = None
+        if is_sent:  # with any numbers after the longest path
+            width = max(map(len, paths))
+            rows = [path + [-1] * (width - len(path)) + [7] for path in paths]
+            sent = torch.tensor(rows)
+        self.cache.keep(paths, device_paths=sent)
         for row, (path, pending) in enumerate(zip(paths, self.pending, strict=True)):
             self.rows[row] += [pending[node] for node in path]
             pending.clear()
@@ -85,21 +90,21 @@ def rounds(draw: st.DrawFn) -> tuple[int, int, list[tuple[list[int], list[list[i
     return batch, prompt, plan
 
 
-@given(case=rounds(), widths=st.sampled_from([(3, 3), (4, 2), (1, 5)]))
-def test_keep_equals_a_gather_of_each_rows_path(case, widths):
+@given(case=rounds(), widths=st.sampled_from([(3, 3), (4, 2), (1, 5)]), is_sent=st.booleans())
+def test_keep_equals_a_gather_of_each_rows_path(case, widths, is_sent):
     batch, prompt, plan = case
     reference = Reference(batch, prompt, widths=widths)
     for forwards, paths in plan:
         for nodes in forwards:
             reference.append(nodes)
-        reference.keep(paths)
+        reference.keep(paths, is_sent=is_sent)
         reference.require_equal()
 
 
-@given(case=rounds(), widths=st.sampled_from([(3, 3), (4, 2), (1, 5)]))
-def test_keep_through_the_op_equals_a_gather_of_each_rows_path(case, widths):
+@given(case=rounds(), widths=st.sampled_from([(3, 3), (4, 2), (1, 5)]), is_sent=st.booleans())
+def test_keep_through_the_op_equals_a_gather_of_each_rows_path(case, widths, is_sent):
     with mock.patch.dict(os.environ, {VARIABLE: "reference"}):
-        test_keep_equals_a_gather_of_each_rows_path.hypothesis.inner_test(case, widths)
+        test_keep_equals_a_gather_of_each_rows_path.hypothesis.inner_test(case, widths, is_sent)
 
 
 @pytest.mark.parametrize(
@@ -122,8 +127,9 @@ def test_slots_move_through_the_op_where_the_environment_asks_for_it(backend, is
     for call in op.call_args_list:
         arena, paths = call.args
         assert arena.shape == (2, 2, HEADS, BLOCK, 6)  # values next to keys
-        assert paths.tolist() == [[1, 3], [4, -1]]  # counted from each row's own length
+        assert paths.tolist() == [[1, 3], [2, -1]]
         assert call.kwargs["prefix_lengths"].tolist() == [6, 4]
+        assert call.kwargs["tree_starts"].tolist() == [6, 6]
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -24,8 +24,8 @@ class Snapshots:
         self.rounds: list[tuple[list[int], list[Tensor], list[Tensor]]] = []
         original = TreeCache.keep
 
-        def keep(cache: TreeCache, *args: Any) -> None:
-            original(cache, *args)
+        def keep(cache: TreeCache, *args: Any, **kwargs: Any) -> None:
+            original(cache, *args, **kwargs)
             assert cache.num_pending == 0
             assert cache.tree_start == max(cache.host_lengths)
             assert cache.lengths.tolist() == cache.host_lengths

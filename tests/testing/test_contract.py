@@ -64,7 +64,8 @@ def refuses(match, make):
 
 
 def with_topology(draft, **changes):
-    return replace(draft, topology=replace(draft.topology, **changes))
+    known = vars(draft.topology) | changes
+    return replace(draft, topology=TreeTopology(**known))
 
 
 def test_honest_factory_passes():
@@ -128,7 +129,7 @@ def test_child_before_parent_is_refused():
     refuses("parents do not describe a tree.*before", lambda: Planted(RepeatProposer, spoil=spoil))
 
 
-@pytest.mark.parametrize("field", ["depths", "ancestor_words", "path_indices"])
+@pytest.mark.parametrize("field", ["depths", "ancestor_words", "path_ends"])
 def test_derived_fields_that_do_not_fit_the_parents_are_refused(field):
     def spoil(draft):
         wrong = getattr(draft.topology, field).clone()
@@ -156,8 +157,9 @@ def test_tree_beyond_the_budget_is_refused():
     class Huge(RepeatProposer):
         def propose(self, roots, *, noise):
             parents = torch.tensor([[0, *range(70)]])
+            column = parents[..., None]
             topology = TreeTopology(
-                parents, parents, parents[..., None], parents[..., None], 70, [[0]], [[0]]
+                parents, parents, max_depth=70, ancestor_words=column, path_ends=column
             )
             return Draft(roots[:, None].expand(-1, 71), topology, None)
 

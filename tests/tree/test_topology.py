@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from speclm.config import MAX_DEPTH, MAX_NODES
 from speclm.errors import TopologyError, TreeBudgetError
 from speclm.tree import chain, from_parents
-from speclm.tree.topology import num_words, pack_words, unpack_words
+from speclm.tree.topology import num_words, on_device, pack_words, unpack_words
 
 CPU = torch.device("cpu")
 
@@ -34,6 +34,33 @@ def path_to(parents, node):
             return []
         path.insert(0, parents[path[0]])
     return path
+
+
+@given(parent_rows(max_nodes=64))
+def test_trees_that_the_host_does_not_know_have_the_same_fields(rows):
+    known = from_parents(rows, device=CPU)
+    found = on_device(known.parents, max_depth=known.max_depth)
+    assert not found.is_on_host
+    for field in ("depths", "ancestor_mask", "ancestor_words", "deepest_first", "inner_mask"):
+        assert torch.equal(getattr(found, field), getattr(known, field)), field
+    is_node = ~known.is_padding
+    assert torch.equal(found.path_ends[is_node], known.path_ends[is_node])
+    assert torch.equal(found.path_indices, known.path_indices)
+    assert found.host_node_depths == known.host_node_depths
+    assert found.is_on_host
+
+
+def test_a_depth_that_is_not_reached_is_only_a_bound():
+    found = on_device(torch.tensor([[0, 0, 1, 3]]), max_depth=7)
+    assert found.path_indices[0, 2].tolist() == [0, 1, 2, -1]
+    assert found.path_indices[0, 3].tolist() == [-1] * 4  # padding
+    assert found.host_depths == [2]
+
+
+@pytest.mark.parametrize(("nodes", "depth"), [(MAX_NODES + 1, 3), (8, MAX_DEPTH + 1)])
+def test_trees_of_the_device_keep_within_the_budget(nodes, depth):
+    with pytest.raises(TreeBudgetError, match=rf"{nodes} nodes on {depth} levels"):
+        on_device(torch.zeros(1, nodes, dtype=torch.long), max_depth=depth)
 
 
 @given(parent_rows())
