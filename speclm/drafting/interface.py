@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from speclm.acceptance import Accepted
 from speclm.config import ProposerConfig
+from speclm.engines import Engine
 from speclm.sampling.chooser import TokenChooser
 from speclm.sampling.draws import DraftSampler, DraftSampling
 from speclm.sampling.noise import PositionNoise
@@ -56,6 +57,7 @@ class Prefill:
         sampler: Draws the draft tokens, if the acceptance rule needs drawn ones. Only proposers
             that set `Proposer.draft_sampling` are given one.
         chooser: How the target turns logits into tokens; None if unknown.
+        engine: Runs stages of fixed shapes, also of the proposer; None to draft eagerly.
     """
 
     tokens: Int[Tensor, "batch seq"]
@@ -67,6 +69,7 @@ class Prefill:
     features: Float[Tensor, "batch seq hidden"] | None = None
     sampler: DraftSampler | None = None
     chooser: TokenChooser | None = None
+    engine: Engine | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -3,5 +3,6 @@
 from speclm.engines.compiled import CompileEngine
 from speclm.engines.engine import Engine, Stage
 from speclm.engines.graph import Capture, Captured, GraphEngine
+from speclm.engines.runner import StageRunner
 
-__all__ = ["Capture", "Captured", "CompileEngine", "Engine", "GraphEngine", "Stage"]
+__all__ = ["Capture", "Captured", "CompileEngine", "Engine", "GraphEngine", "Stage", "StageRunner"]

@@ -118,11 +118,7 @@ class Generation:
         elif request.foreign_criteria or setup.streamer is not None:
             self.listener = Listener(request, self.sequences, setup.streamer)
         self.drafter = Drafter(
-            request,
-            setup,
-            self.sequences,
-            self.lockstep,
-            needs_chains=self.session.needs_lockstep,
+            request, setup, self.sequences, self.lockstep, needs_chains=self.session.needs_lockstep
         )
         self.noise: PositionNoise | None = None
         self.draws: Draws | None = None
@@ -228,11 +224,12 @@ class Generation:
         before = dict(stats.seconds)
         with stats.phase("draft"):
             draft = self.drafter.propose(self.roots, self.noise, drafts=drafts)
+        has_prepared = self._book_preparing("draft")
         with stats.phase("verify"):
             logits = self.session.verify(
                 draft.tokens, draft.topology, max_length=self.request.total_length
             )
-        is_usual = not self._book_preparing("verify")
+        is_usual = not self._book_preparing("verify") and not has_prepared
         observes = drafts or self.pausing is None or self.pausing.observes(stats.rounds)
         taken = self._accept_and_commit(draft, logits, observes=observes)
         topology = draft.topology
@@ -338,6 +335,7 @@ class Generation:
             eos_token_ids=request.eos_token_ids,
             sampler=DraftSampler(self.chooser, self.draws) if draws_drafts and self.draws else None,
             chooser=self.chooser,
+            engine=None if (static := self.session.static) is None else static.engine,
         )
 
     def _wants_draft(self) -> bool:

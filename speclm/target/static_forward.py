@@ -1,6 +1,5 @@
 """Verification as a stage of fixed shapes, which an engine can compile or record."""
 
-import logging
 from collections.abc import Sequence
 from functools import lru_cache
 from time import perf_counter
@@ -15,8 +14,8 @@ from typing_extensions import override
 
 from speclm.cache.fixed import FixedLayer, seen_slots
 from speclm.cache.tree_cache import TreeCache
-from speclm.engines import Engine
-from speclm.errors import EngineError, UnsupportedModelError
+from speclm.engines import Engine, StageRunner
+from speclm.errors import UnsupportedModelError
 from speclm.target.view import TargetView
 from speclm.tree.topology import TreeTopology
 
@@ -30,22 +29,15 @@ _TOLERANCE = 1e-2
 """Maximum difference between two forwards over the same tree, relative to the largest output: both
 round differently, and a wrong mask or position changes more in random models already."""
 
-_MAX_STORAGE = 8  # different batch sizes and capacities
 
-_log = logging.getLogger("speclm")
-
-
-class StaticForward:
+class StaticForward(StageRunner):
     """Verifies drafts by an engine. Forwards that it cannot run are left to the target's view."""
 
     def __init__(self, target: TargetView, engine: Engine) -> None:
         """Prepare nothing yet."""
-        self.engine = engine
-        self.obstacle = engine.obstacle(target.device) or _obstacle(target.model)
-        """Why the engine verifies nothing; None if it does."""
+        super().__init__(engine, obstacle=engine.obstacle(target.device) or _obstacle(target.model))
         self._target = target
-        self._stages: dict[tuple[int, ...], VerifyStage] = {}  # by the features that they return
-        self._storage: dict[object, Tensor] = {}
+        self._by_layers: dict[tuple[int, ...], VerifyStage] = {}  # features that they return
         self._booked_seconds = engine.build_seconds
 
     def describe(self, *, is_used: bool = True) -> str:
@@ -65,27 +57,6 @@ class StaticForward:
         seconds = self.engine.build_seconds - self._booked_seconds
         self._booked_seconds += seconds
         return seconds
-
-    def allocate(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Return zeros as storage of a cache, because all of it is read, with weight zero.
-
-        If the engine needs the same storage in every call, that of an earlier one is taken again.
-        """
-        if not self.engine.reuses_storage:
-            return like.new_zeros(shape)
-        key = shape, like.shape[-1], like.dtype, like.device
-        if key not in self._storage:
-            if len(self._storage) == _MAX_STORAGE:
-                self.close()
-            with torch.inference_mode(mode=False):  # or it could not be written outside of one
-                self._storage[key] = like.new_empty(shape)
-        return self._storage[key].zero_()
-
-    def close(self) -> None:
-        """Drop all storage, and what the engine has prepared for it."""
-        self._storage.clear()
-        for stage in self._stages.values():
-            self.engine.forget(stage)
 
     def verify(
         self,
@@ -110,16 +81,14 @@ class StaticForward:
         cache.reserve(bucket)
         target, layers = self._target, self._target.tapped.layers
         inputs = _inputs(tokens, topology, cache, bucket=bucket, max_length=max_length)
-        if layers not in self._stages:
+        if layers not in self._by_layers:
             logits = target.forward_tree(tokens, topology, cache, max_length=max_length)
             expected = [logits] if target.features is None else [logits, target.features]
             self._prove(layers, inputs, cache, expected)
             return logits
-        try:
-            with target.untapped():
-                found = self.engine.run(self._stages[layers], inputs, cache.parts())
-        except EngineError as error:
-            self._give_up(str(error))
+        with target.untapped():
+            found = self.run(self._by_layers[layers], inputs, cache.parts())
+        if found is None:
             return None
         cache.append(nodes)
         if layers:
@@ -142,17 +111,13 @@ class StaticForward:
             stage = VerifyStage(model, layers, _masks(model, self._target.windows))
             found = stage(*inputs, *cache.parts())
         except Exception as error:  # noqa: BLE001 - whatever the model's own code raises
-            self._give_up(f"a forward over fixed shapes fails: {type(error).__name__}, {error}")
+            self.give_up(f"a forward over fixed shapes fails: {type(error).__name__}, {error}")
             return
         if all(map(_agree, found, expected)):
-            self._stages[layers] = stage
+            self._by_layers[layers] = stage
         else:
-            self._give_up("the model computes something else over fixed shapes")
+            self.give_up("the model computes something else over fixed shapes")
         self.engine.build_seconds += perf_counter() - start
-
-    def _give_up(self, reason: str) -> None:
-        self.obstacle = reason
-        _log.warning("engine %r is not used: %s", self.engine.name, reason)
 
 
 class VerifyStage(nn.Module):

@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from speclm.engines import CompileEngine, Engine
+from speclm.engines import Engine
 from speclm.errors import EngineError
 from speclm.target import StaticForward, TargetFeatures, TargetView
 from speclm.target.static_forward import BUCKETS
@@ -169,19 +169,6 @@ def test_a_stage_reads_nothing_on_the_host(family):
     assert verifying.static.obstacle is None
     with pytest.raises(AssertionError, match="host reads"), unread():
         bool(torch.ones(1))
-
-
-def test_storage_is_zero_and_graphs_take_the_same_again():
-    view = TargetView(shared_model("llama"))
-    like = torch.ones(1)
-    graphs = StaticForward(view, replaying())
-    first = graphs.allocate(like, (2, 3))
-    first.fill_(float("nan"))
-    assert graphs.allocate(like, (2, 3)) is first
-    assert first.tolist() == [[0.0] * 3] * 2
-    assert graphs.allocate(like, (3, 2)).shape == (3, 2)
-    compiled = StaticForward(view, CompileEngine())
-    assert compiled.allocate(like, (2,)) is not compiled.allocate(like, (2,))
 
 
 @torch.no_grad()
