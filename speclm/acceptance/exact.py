@@ -159,12 +159,10 @@ def _accept_on_device(verified: Verified) -> Accepted:
     chosen = choose_at_all_nodes(verified)
     path = topology.path_ends_of(_deepest_agreeing(draft_tokens, chosen, topology))
     tokens = chosen.gather(1, path)  # [batch, path and end]
-    read = [path, tokens]
-    if not topology.is_on_host:
-        read.append(topology.parents)
-    rows: list[list[int]] = torch.cat(read, dim=1).tolist()
+    unread = topology.unread
+    rows: list[list[int]] = torch.cat([path, tokens, *unread], dim=1).tolist()
     width = path.shape[1]
-    if not topology.is_on_host:
+    if unread:
         topology.tell_host([row[2 * width :] for row in rows])
     lengths = [_path_length(row[:width]) for row in rows]
     return Accepted.from_both(

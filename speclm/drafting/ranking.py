@@ -20,7 +20,7 @@ from speclm.sampling.chooser import (
     first_text_dependent,
 )
 from speclm.sampling.noise import PositionNoise
-from speclm.tree.dynamic import GrownRow
+from speclm.tree.dynamic import GrownRows
 
 _NUM_SORTED = 64  # more than the 50 that Transformers keeps by default
 
@@ -214,9 +214,7 @@ def chain_expansions(accepted: Accepted) -> list[list[tuple[int, int] | None]]:
     return [[(depth, 0) for depth in range(len(path) - 1)] for path in accepted.paths]
 
 
-def path_expansions(
-    accepted: Accepted, grown: Sequence[GrownRow]
-) -> list[list[tuple[int, int] | None]]:
+def path_expansions(accepted: Accepted, grown: GrownRows) -> list[list[tuple[int, int] | None]]:
     """Return the `expansions` for `LevelRanking.learn` if each row has a grown tree."""
     return [
         [grown[row].expansions[node - 1] for node in path[1:]]

@@ -13,23 +13,22 @@ from typing_extensions import override
 from speclm.acceptance import Accepted
 from speclm.cache.tree_cache import TreeCache
 from speclm.config import require_known
+from speclm.drafting.beam import grow, reads_levels
 from speclm.drafting.interface import Draft, Prefill, Proposer, TargetNeeds
 from speclm.drafting.levels import (
     LevelBounds,
     RunByLevelConfig,
-    assemble,
     planned,
     seen_below,
 )
 from speclm.drafting.ranking import LevelRanking, Nodes, path_expansions
-from speclm.drafting.search import search
 from speclm.errors import VocabularyMismatchError
 from speclm.methods.draft_model.network import DraftNetwork, LevelRun, NetworkRun, last_of
 from speclm.methods.draft_model.structure import CurrentNetwork
 from speclm.sampling.draws import DraftSampler, DraftSampling
 from speclm.sampling.noise import PositionNoise
 from speclm.target import TargetView
-from speclm.tree.dynamic import FilledTree, GrownRow, drawn_paths
+from speclm.tree.dynamic import FilledTree, GrownRow, GrownRows, drawn_paths
 from speclm.tree.static import RankPaths
 from speclm.tree.topology import chain
 
@@ -142,7 +141,7 @@ class DraftModelProposer(Proposer):
         self._ranking = LevelRanking(self.config.mixture)
         self._sampler: DraftSampler | None = None
         self._leaf_tokens: frozenset[int] = frozenset()  # tokens that end a row
-        self._grown: list[GrownRow] = []
+        self._grown: GrownRows = list[GrownRow]()
         self._offsets: list[int] = []
 
     @property
@@ -189,8 +188,8 @@ class DraftModelProposer(Proposer):
             )
         if paths is not None:
             return self._fill(roots, paths, noise)
-        self._grown = self._grow(roots, noise, config)
-        return assemble(self._grown, roots)
+        draft, self._grown = self._grow(roots, noise, config)
+        return draft
 
     @override
     def commit(self, accepted: Accepted) -> None:
@@ -234,11 +233,13 @@ class DraftModelProposer(Proposer):
         roots: Int[Tensor, " batch"],
         noise: PositionNoise | None,
         config: DraftModelConfig,
-    ) -> list[GrownRow]:
+    ) -> tuple[Draft, GrownRows]:
         """Feed the unseen tokens, then one level after another."""
         assert self._cache is not None
         assert self._bounds is not None
-        cache = self._cache
+        cache, depth = self._cache, min(config.depth, config.num_draft_tokens)
+        reads = reads_levels(self.plan, roots.device)
+        bounds = self._bounds.levels(depth, reads=reads, least=config.min_confidence)
         run = self._run(
             config.depth, max_nodes=config.depth * config.width, is_chain=config.width == 1
         )
@@ -251,16 +252,16 @@ class DraftModelProposer(Proposer):
             found = ranked.topk(config.branches, dim=-1)
             return found.values, found.indices
 
-        grown = search(
+        draft, grown = grow(
             candidates,
             roots,
             config=config,
-            bounds=self._bounds.within(min(config.depth, config.num_draft_tokens)),
+            bounds=bounds,
+            reads=reads,
             leaf_tokens=self._leaf_tokens,
-            min_growing=config.min_growing,
         )
         self._offsets.append(cache.num_pending)  # the last level is not fed
-        return grown
+        return draft, grown
 
     def _fill(
         self, roots: Int[Tensor, " batch"], paths: RankPaths, noise: PositionNoise | None

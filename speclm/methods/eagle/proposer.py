@@ -16,25 +16,24 @@ from speclm.acceptance import Accepted
 from speclm.attention import TreeStep
 from speclm.cache.tree_cache import TreeCache
 from speclm.config import require_known
+from speclm.drafting.beam import grow, reads_levels
 from speclm.drafting.decoder_parts import CausalMasks
 from speclm.drafting.interface import Draft, Prefill, Proposer, TargetNeeds
 from speclm.drafting.levels import (
     LevelBounds,
     RunByLevelConfig,
-    assemble,
     options_with_tree,
     planned,
     require_ranks,
 )
 from speclm.drafting.ranking import LevelRanking, Nodes, path_expansions
-from speclm.drafting.search import search
 from speclm.errors import OptionError, VocabularyMismatchError
 from speclm.methods.eagle.config import EagleConfig
 from speclm.methods.eagle.network import EagleHeads, LevelRun
 from speclm.sampling.draws import DraftSampler, DraftSampling
 from speclm.sampling.noise import PositionNoise
 from speclm.target import TargetFeatures, TargetView
-from speclm.tree.dynamic import FilledTree, GrownRow, drawn_paths
+from speclm.tree.dynamic import FilledTree, GrownRow, GrownRows, drawn_paths
 from speclm.tree.static import RankPaths
 
 
@@ -115,7 +114,7 @@ class EagleProposer(Proposer):
         )
         self._ranking = LevelRanking(self.config.mixture, vocab_size=wanted.vocab_size)
         self._causal = CausalMasks()
-        self._grown: list[GrownRow] = []
+        self._grown: GrownRows = list[GrownRow]()
         self._prompt: Prefill | None = None
         self._cache: TreeCache | None = None
         self._unseen_tokens: list[list[int]] = []
@@ -150,8 +149,8 @@ class EagleProposer(Proposer):
             return self._draw(roots, config, self._prompt.sampler)
         if config.paths is not None:
             return self._fill(roots, config.paths, noise)
-        self._grown = self._grow(roots, config, noise)
-        return assemble(self._grown, roots)
+        draft, self._grown = self._grow(roots, config, noise)
+        return draft
 
     @override
     def commit(self, accepted: Accepted) -> None:
@@ -257,10 +256,11 @@ class EagleProposer(Proposer):
         roots: Int[Tensor, " batch"],
         config: EagleProposerConfig,
         noise: PositionNoise | None,
-    ) -> list[GrownRow]:
+    ) -> tuple[Draft, GrownRows]:
         """Draft level by level from the most likely nodes; tokens are the target's ids."""
         assert self._bounds is not None
-        bounds = self._bounds.within(config.depth)
+        reads = reads_levels(self.plan, roots.device)
+        bounds = self._bounds.levels(config.depth, reads=reads, least=config.min_confidence)
         num_ranks = min(config.branches, self.heads.config.draft_vocab_size)
         widths = [min(config.width, num_ranks)]
         while len(widths) < max(bounds):
@@ -273,14 +273,14 @@ class EagleProposer(Proposer):
             found = self._rank(hidden, level, noise, nodes).topk(num_ranks, dim=-1)
             return found.values, found.indices
 
-        return search(
+        return grow(
             candidates,
             roots,
             config=config,
             bounds=bounds,
+            reads=reads,
             leaf_tokens=self._leaf_tokens,
             vocabulary=self.heads,
-            min_growing=config.min_growing,
         )
 
     def _fill(
