@@ -27,11 +27,12 @@ def signed(cosines: Tensor, sines: Tensor) -> Rotation:
 
 
 def rotated(
-    states: Float[Tensor, "*axes seq head_dim"], rotation: Rotation
+    states: Float[Tensor, "*axes seq head_dim"], rotation: Rotation, *, out: Tensor | None = None
 ) -> Float[Tensor, "*axes seq head_dim"]:
-    """Rotate the pairs (i, i + half) of every head."""
+    """Rotate the pairs (i, i + half) of every head; the result is put in `out` if it is given."""
     cosines, sines = rotation
-    return torch.addcmul(states * cosines, states.roll(states.shape[-1] // 2, -1), sines)
+    swapped = states.roll(states.shape[-1] // 2, -1)
+    return torch.addcmul(states * cosines, swapped, sines, out=out)
 
 
 def by_head(

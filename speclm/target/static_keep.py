@@ -23,9 +23,9 @@ def accept_and_keep(
     lengths: Int[Tensor, " batch"],
     *storage: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Follow the accepted path of each row, and move its slots to the end of the row.
+    """Follow the accepted path of each row, and move its keys and values to the end of the row.
 
-    Slots after that end may hold anything.
+    Anything may come after that end.
 
     Args:
         logits: The target's logits after every node.
