@@ -12,7 +12,7 @@ from benchmarks.round.ledger import CallCounter, Ledger, ReadCounter
 BOUNDS = {
     "ngram": (20, 0, 5),
     "draft": (46, 64, 18),
-    "draft on the device": (62, 64, 8),
+    "draft on the device": (70, 64, 1),
     "medusa": (58, 0, 10),
     "eagle3": (66, 42, 33),
     "block": (200, 0, 31),
