@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.generation import logits_process as processors
 
 from speclm.acceptance import Accepted
+from speclm.devices import upload
 from speclm.drafting.interface import Prefill
 from speclm.drafting.mixture import Mixture, MixtureEstimator
 from speclm.sampling.chooser import (
@@ -197,9 +198,7 @@ class LevelRanking:
                     visits[at[0]].append((row, at[1], token))
         for depth, (level, visited) in enumerate(zip(levels, visits, strict=True)):
             if visited:
-                rows, indices, tokens = torch.tensor(
-                    visited, device=level.noise.device, dtype=torch.long
-                ).T
+                rows, indices, tokens = upload(visited, level.noise.device).T
                 self.estimator.observe(
                     level.log_probs[rows, indices],
                     level.noise[rows],

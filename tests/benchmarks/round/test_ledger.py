@@ -13,7 +13,8 @@ BOUNDS = {
     "ngram": (20, 0, 5),
     "draft": (50, 78, 24),
     "medusa": (58, 0, 10),
-    "eagle3": (66, 42, 33),
+    "eagle3": (72, 36, 33),
+    "eagle3 on the device": (89, 36, 10),
     "block": (200, 0, 31),
     "block on the device": (185, 0, 9),
 }
@@ -30,7 +31,8 @@ def found():
         patched.setattr("builtins.print", lines.append)
         options = ["--n", "1", "--counts", "--json"]
         ledger.main(["--method", "all", *options])
-        ledger.main(["--method", "block", "--device-path", *options])
+        for name in (name for name in BOUNDS if " " in name):
+            ledger.main(["--method", name.split()[0], "--device-path", *options])
     records = [json.loads(line) for line in lines]
     names = {"host": "{}", "device": "{} on the device"}
     return {names[record["path"]].format(record["method"]): record for record in records}
