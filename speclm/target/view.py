@@ -233,12 +233,13 @@ class TargetView:
         # The last token is emitted and never fed.
         max_position = None if max_length is None else max(max_length - 2, 0)
         if prompt is None:
+            has_kernels = pays(depths.device)  # which read the words
             return self.forward_nodes(
                 tokens,
-                None if pays(depths.device) else topology.ancestor_mask,  # kernels read the words
+                None if has_kernels else topology.ancestor_mask,
                 depths,
                 cache,
-                words=topology.ancestor_words,
+                words=topology.ancestor_words if has_kernels or topology.is_on_host else None,
                 max_position=max_position,
             )
         cached, start = cache.tree_start, prompt.shape[1]

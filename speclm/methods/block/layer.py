@@ -206,6 +206,15 @@ class MarkovHead(nn.Module):
         code, state = self.code(previous, hidden, state)
         return self.markov_w2(code), state
 
+    def added(
+        self, logits: Float[Tensor, "batch 1 draft_vocab"], code: Float[Tensor, "batch width rank"]
+    ) -> Float[Tensor, "batch width draft_vocab"]:
+        """Return logits plus the term of each code."""
+        weight = self.markov_w2.weight
+        if logits.dtype != weight.dtype:  # logits may be the target's
+            return self.markov_w2(code) + logits  # type: ignore[no-any-return]  # untyped call
+        return torch.baddbmm(logits, code, weight.t().expand(len(code), -1, -1))
+
 
 class MarkovTerms:
     """Terms of a vanilla Markov head, kept for the tokens that were asked for.

@@ -32,7 +32,9 @@ from speclm.methods.block.network import BlockHeads
 from speclm.methods.block.tree import (
     BlockLogits,
     BlockProposerConfig,
+    choose_nodes,
     draw_tree,
+    enclosing_tree_of,
     fill_tree,
     grow_trees,
 )
@@ -40,6 +42,7 @@ from speclm.sampling.draws import DraftSampler, DraftSampling
 from speclm.sampling.noise import PositionNoise
 from speclm.target import TargetFeatures, TargetView
 from speclm.tree.dynamic import FilledTree, GrownRow, drawn_paths
+from speclm.tree.enclosing import ChosenNodes, EnclosingTree
 from speclm.tree.plan import TreePlan
 from speclm.tree.static import RankPaths, normalize_paths, trim_paths
 from speclm.tree.topology import chain
@@ -106,6 +109,7 @@ class BlockProposer(Proposer):
         self._ranking = LevelRanking(self.config.mixture, vocab_size=wanted.vocab_size)
         self._terms: MarkovTerms | None = None
         self._grown: list[GrownRow] = []
+        self._choice: tuple[Tensor, EnclosingTree] | None = None  # nodes of the last draft
         self._prompt: Prefill | None = None  # until its features are read
         self._context: BlockContext | None = None
         self._unseen: list[list[Tensor]] = []  # features of committed tokens
@@ -122,7 +126,7 @@ class BlockProposer(Proposer):
     def begin(self, prompt: Prefill) -> None:
         self._prompt, self._context, self._sampler = prompt, None, prompt.sampler
         self._ranking.begin(prompt)
-        self._grown = []
+        self._grown, self._choice = [], None
         self._unseen = [[] for _ in prompt.first_tokens]
         self._bounds = LevelBounds(prompt)
         self._leaf_tokens = prompt.eos_token_ids
@@ -152,6 +156,15 @@ class BlockProposer(Proposer):
         if config.paths is not None:
             paths = trim_paths(config.paths, max_depth=depth)
             return self._static(fill_tree(logits, roots, paths, ranking=self._ranking, noise=noise))
+        if not is_host(roots.device):
+            tree = enclosing_tree_of(config, self.heads, depth=depth, device=roots.device)
+            return self._chosen(
+                choose_nodes(
+                    logits, roots, tree, config=config, ranking=self._ranking, noise=noise
+                ),
+                tree,
+                is_ranked_by_noise=noise is not None,
+            )
         self._grown = grow_trees(
             logits,
             roots,
@@ -165,7 +178,9 @@ class BlockProposer(Proposer):
 
     @override
     def commit(self, accepted: Accepted) -> None:
-        self._ranking.learn(accepted, path_expansions(accepted, self._grown))
+        self._read_choice()
+        expansions = path_expansions(accepted, self._grown) if self._grown else []
+        self._ranking.learn(accepted, expansions)
         assert self._bounds is not None, "commit before begin"
         assert accepted.features is not None
         for row, emitted in enumerate(accepted.emitted):
@@ -239,6 +254,23 @@ class BlockProposer(Proposer):
         if self._terms is None or not self._terms.is_current:
             self._terms = MarkovTerms(markov)
         return self._terms
+
+    def _chosen(
+        self, chosen: ChosenNodes, tree: EnclosingTree, *, is_ranked_by_noise: bool
+    ) -> Draft:
+        self._grown = []
+        self._choice = (chosen.nodes, tree) if is_ranked_by_noise else None
+        return Draft(chosen.tokens, chosen.topology)
+
+    def _read_choice(self) -> None:
+        """Learn where the nodes of a draft were expanded, if the ranking learns from it."""
+        if self._choice is None:
+            return
+        nodes, tree = self._choice
+        self._choice = None
+        # Only noise makes the ranking learn, and the round's result was just waited for.
+        rows = [[tree.expansions[node - 1] for node in row[1:]] for row in nodes.tolist()]
+        self._grown = [GrownRow([], [], expansions, []) for expansions in rows]
 
     def _static(self, tree: FilledTree, distributions: Tensor | None = None) -> Draft:
         self._grown = [GrownRow([], [], tree.expansions, [])] * len(tree.tokens)

@@ -2,26 +2,26 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from speclm.config import require_in_range
-from speclm.devices import is_host
 from speclm.drafting.levels import GrownTreeConfig
 from speclm.drafting.ranking import LevelRanking, Nodes
-from speclm.drafting.search import ChildTable, log_of, product_trees, search, search_tables
+from speclm.drafting.search import log_of, product_trees, search
 from speclm.methods.block.layer import MarkovTerms
 from speclm.methods.block.network import BlockHeads
 from speclm.sampling.draws import DraftSampler
 from speclm.sampling.noise import PositionNoise
 from speclm.tree.dynamic import FilledTree, GrownRow
+from speclm.tree.enclosing import ChosenNodes, EnclosingTree, enclosing_tree
 from speclm.tree.static import RankPaths
 
-_MAX_TABLE = 2**26
-"""Most logits that are computed at once for the nodes that a tree may have."""
+_PRODUCT_WIDTH = 8
+"""Nodes of a level with children among which a device chooses, if tokens do not depend on each
+other: scoring more costs little, and few others are chosen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,27 +100,8 @@ class BlockLogits:
         state = self._state
         if state is not None:
             state = state.gather(1, parents[:, :, None].expand(-1, -1, state.shape[2]))
-        term, self._state = markov.bias(tokens, self._hidden_at(level, width), state)
-        return term + logits
-
-    def after_all(
-        self, tokens: Int[Tensor, "batch nodes"], levels: Int[Tensor, " nodes"]
-    ) -> Float[Tensor, "batch nodes draft_vocab"]:
-        """Return the logits after nodes of any levels, if the Markov head has no state.
-
-        Args:
-            tokens: The target's tokens.
-            levels: Level of each node; 0 for the root.
-        """
-        markov = self.heads.markov_head
-        assert markov is not None, "the heads have no Markov head"
-        if markov.kind == "gated":
-            code, _ = markov.code(tokens, self.hidden.index_select(1, levels))
-        else:
-            code = markov.embed(tokens)
-        terms: Tensor = markov.markov_w2(code.flatten(0, 1))
-        base = self.without_markov.index_select(1, levels)
-        return base + terms.view(base.shape)
+        code, self._state = markov.code(tokens, self._hidden_at(level, width), state)
+        return markov.added(logits, code)
 
     def is_doubtful(
         self,
@@ -193,28 +174,10 @@ def grow_trees(
     bounds = [depth] * len(roots) if levels is None else [min(bound, depth) for bound in levels]
     if logits.heads.markov_head is None:
         return _multiply(logits, roots, config, ranking, noise, bounds)
-    num_ranks = min(config.branches, logits.heads.config.draft_vocab_size)
-    if _has_tables(logits, config, ranking):
-        tables = _tables(logits, roots, config, ranking, noise, max(bounds))
-        return search_tables(tables, config=config, bounds=bounds, leaf_tokens=leaf_tokens)
-
-    def candidates(nodes: Nodes, level: int) -> tuple[Tensor, Tensor]:
-        """Return log-probabilities and columns, ``[batch, width, ranks]``, below some nodes."""
-        ranked = ranking.rank(
-            logits.after(*nodes),
-            depth=level,
-            noise=noise,
-            columns=logits.heads.draft_columns,
-            nodes=nodes,
-        )
-        if config.min_acceptance > 0 and logits.heads.config.has_confidence:
-            doubtful = logits.is_doubtful(*nodes, min_acceptance=config.min_acceptance)
-            ranked = ranked.masked_fill(doubtful[:, :, None], -torch.inf)
-        found = ranked.topk(num_ranks, dim=-1)
-        return found.values, found.indices
-
     return search(
-        candidates,
+        lambda nodes, level: _best_below(
+            logits, nodes, level, config=config, ranking=ranking, noise=noise
+        ),
         roots,
         config=config,
         bounds=bounds,
@@ -223,74 +186,117 @@ def grow_trees(
     )
 
 
-def _has_tables(logits: BlockLogits, config: BlockProposerConfig, ranking: LevelRanking) -> bool:
-    """Return whether the children of all likely nodes are computed at once, and read once.
+def _best_below(
+    logits: BlockLogits,
+    nodes: Nodes,
+    level: int,
+    *,
+    config: BlockProposerConfig,
+    ranking: LevelRanking,
+    noise: PositionNoise | None,
+) -> tuple[Float[Tensor, "batch width ranks"], Int[Tensor, "batch width ranks"]]:
+    """Return log-probabilities and columns of the likeliest children of the nodes of a level."""
+    heads = logits.heads
+    ranked = ranking.rank(
+        logits.after(*nodes), depth=level, noise=noise, columns=heads.draft_columns, nodes=nodes
+    )
+    if config.min_acceptance > 0 and heads.config.has_confidence:
+        doubtful = logits.is_doubtful(*nodes, min_acceptance=config.min_acceptance)
+        ranked = ranked.masked_fill(doubtful[:, :, None], -torch.inf)
+    found = ranked.topk(min(config.branches, heads.config.draft_vocab_size), dim=-1)
+    return found.values, found.indices
 
-    They are where reading waits, unless they depend on more than the token before them, or are too
-    many.
-    """
-    markov, found = logits.heads.markov_head, logits.without_markov
-    if is_host(found.device) or ranking.changes_scores or config.min_acceptance > 0:
-        return False
-    is_recurrent = markov is not None and markov.kind == "rnn"
-    return not is_recurrent and 2 * config.width * found.numel() <= _MAX_TABLE
 
-
-def _tables(
+def _best_of_levels(
     logits: BlockLogits,
     roots: Int[Tensor, " batch"],
+    *,
     config: BlockProposerConfig,
     ranking: LevelRanking,
     noise: PositionNoise | None,
     depth: int,
-) -> list[list[ChildTable]]:
-    """Return the likeliest children of the likeliest tokens of each level, for every row.
+) -> tuple[Float[Tensor, "batch levels ranks"], Int[Tensor, "batch levels ranks"]]:
+    """Return log-probabilities and tokens of the likeliest candidates of each level.
 
-    These tokens are the likeliest without the term of the token before them, twice as many as may
-    be expanded.
+    Only if tokens do not depend on each other.
     """
-    heads, vocab_size = logits.heads, logits.without_markov.shape[2]
-    width, num_ranks = min(2 * config.width, vocab_size), min(config.branches, vocab_size)
-    above = logits.without_markov[:, : max(depth - 1, 0)].topk(width, dim=-1).indices.flatten(1)
-    tokens = torch.cat([roots[:, None], heads.target_ids(above)], dim=1)
-    after = logits.after_all(tokens, _level_indices(depth, width, roots.device))
-    levels: tuple[Tensor, ...] = (after,)
-    if noise is not None:  # which differs by level
-        levels = tuple(after.split_with_sizes([1] + [width] * (depth - 1), dim=1))
+    heads, found = logits.heads, logits.without_markov[:, :depth]
+    levels: tuple[Tensor, ...] = (found,)
+    if noise is not None or ranking.changes_scores:  # both differ by level
+        levels = found[:, None].unbind(2)
     ranked = [
         ranking.rank(part, depth=level, noise=noise, columns=heads.draft_columns)
         for level, part in enumerate(levels)
     ]
-    best = torch.cat(ranked, dim=1).topk(num_ranks, dim=-1)
-    # One transfer; as float32, which has all integers below 2^24.
-    packed = torch.cat([best.values.flatten(1), best.indices.flatten(1), above], dim=1).tolist()
-    return [
-        _tables_of(row, heads.host_columns, depth=depth, width=width, num_ranks=num_ranks)
-        for row in packed
-    ]
+    best = torch.cat(ranked, dim=1).topk(
+        min(config.branches, heads.config.draft_vocab_size), dim=-1
+    )
+    scores, tokens = best.values, heads.target_ids(best.indices)
+    if config.min_acceptance > 0 and heads.config.has_confidence:
+        doubtful = logits.are_doubtful(roots, tokens[:, :, 0], min_acceptance=config.min_acceptance)
+        scores = scores.masked_fill(doubtful, -torch.inf)
+    return scores, tokens
 
 
-def _tables_of(
-    packed: list[float], columns: list[int] | None, *, depth: int, width: int, num_ranks: int
-) -> list[ChildTable]:
-    num_nodes = 1 + width * (depth - 1)
-    num_children = num_nodes * num_ranks
-    ids = [int(column) for column in packed[num_children:]]
-    if columns is not None:
-        ids = [columns[column] for column in ids]
-    tables: list[ChildTable] = [{} for _ in range(depth)]
-    for node, token in enumerate([0, *ids[num_children:]]):  # a table has the root as token 0
-        level, index = divmod(node - 1, width) if node else (-1, 0)
-        children = slice(node * num_ranks, (node + 1) * num_ranks)
-        tables[level + 1][token] = index, packed[children], ids[children]
-    return tables
+def enclosing_tree_of(
+    config: BlockProposerConfig, heads: BlockHeads, *, depth: int, device: torch.device
+) -> EnclosingTree:
+    """Return the tree among whose nodes `choose_nodes` chooses."""
+    is_chained = heads.config.markov is not None
+    return enclosing_tree(
+        depth=depth,
+        # Which nodes have children is decided before their scores are known, so twice as many do.
+        width=2 * config.width if is_chained else _PRODUCT_WIDTH,
+        num_ranks=min(config.branches, heads.config.draft_vocab_size),
+        is_chained=is_chained,
+        device=device,
+    )
 
 
-@lru_cache(maxsize=64)
-def _level_indices(depth: int, width: int, device: torch.device) -> Int[Tensor, " nodes"]:
-    """Return the level of the root and of `width` nodes of each further level."""
-    levels = [0, *(level for level in range(1, depth) for _ in range(width))]
-    return torch.tensor(levels, device=device, dtype=torch.long)
+def choose_nodes(
+    logits: BlockLogits,
+    roots: Int[Tensor, " batch"],
+    tree: EnclosingTree,
+    *,
+    config: BlockProposerConfig,
+    ranking: LevelRanking,
+    noise: PositionNoise | None = None,
+) -> ChosenNodes:
+    """Return the likeliest nodes of each row; reads nothing on the host.
+
+    They are always as many, because trees of fixed shape would be padded with others.
+
+    Args:
+        logits: Logits of a pass over the blocks of all rows.
+        roots: Token at the root of each row.
+        tree: Result of `enclosing_tree_of` for these heads.
+        config: Size of the trees.
+        ranking: Ranks the candidates of each level.
+        noise: Noise of the positions; None if the target decodes greedily.
+    """
+    heads, depth = logits.heads, len(tree.expanded) + 1
+    scores: list[Tensor] = []
+    found: list[Tensor] = [roots[:, None]]
+    if heads.markov_head is None:
+        best = _best_of_levels(
+            logits, roots, config=config, ranking=ranking, noise=noise, depth=depth
+        )
+        scores.append(best[0].flatten(1))
+        found.append(best[1].flatten(1))
+    else:
+        nodes = roots[:, None], torch.zeros_like(roots)[:, None]
+        for level in range(depth):
+            if level:
+                expanded = found[level].index_select(1, tree.expanded[level - 1])
+                nodes = expanded, tree.parents[level - 1].expand(len(roots), -1)
+            values, columns = _best_below(
+                logits, nodes, level, config=config, ranking=ranking, noise=noise
+            )
+            scores.append(values.flatten(1))
+            found.append(heads.target_ids(columns.flatten(1)))
+    return tree.choose(
+        torch.cat(scores, dim=1), torch.cat(found, dim=1), num_nodes=config.num_draft_tokens + 1
+    )
 
 
 def _multiply(
@@ -302,21 +308,9 @@ def _multiply(
     bounds: list[int],
 ) -> list[GrownRow]:
     """Return the likeliest paths if tokens do not depend on each other."""
-    heads, found = logits.heads, logits.without_markov[:, : max(bounds)]
-    levels: tuple[Tensor, ...] = (found,)
-    if noise is not None or ranking.changes_scores:  # both differ by level
-        levels = found[:, None].unbind(2)
-    ranked = [
-        ranking.rank(part, depth=depth, noise=noise, columns=heads.draft_columns)
-        for depth, part in enumerate(levels)
-    ]
-    best = torch.cat(ranked, dim=1).topk(
-        min(config.branches, heads.config.draft_vocab_size), dim=-1
+    scores, tokens = _best_of_levels(
+        logits, roots, config=config, ranking=ranking, noise=noise, depth=max(bounds)
     )
-    scores, tokens = best.values, heads.target_ids(best.indices)
-    if config.min_acceptance > 0 and heads.config.has_confidence:
-        doubtful = logits.are_doubtful(roots, tokens[:, :, 0], min_acceptance=config.min_acceptance)
-        scores = scores.masked_fill(doubtful, -torch.inf)
     return product_trees(
         scores,
         tokens,

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from speclm.acceptance import Accepted
 from speclm.config import MAX_NODES, ProposerConfig, require_count, require_depth, require_in_range
+from speclm.devices import is_host, upload
 from speclm.drafting.interface import Draft, Prefill, Proposer, TargetNeeds
 from speclm.drafting.levels import least_probability
 from speclm.drafting.mixture import Mixture, require_mixture
@@ -24,6 +25,7 @@ from speclm.methods.medusa.network import MedusaHeads
 from speclm.sampling.draws import DraftSampler, DraftSampling, Families
 from speclm.sampling.noise import PositionNoise
 from speclm.target import TargetFeatures, TargetView
+from speclm.tree.enclosing import enclosing_tree
 from speclm.tree.plan import TreePlan
 from speclm.tree.static import (
     RankPaths,
@@ -39,6 +41,9 @@ _log = logging.getLogger("speclm")
 
 MAX_RANK = 8
 """Maximum candidates of one head in a dynamic tree."""
+
+_WIDTH = 16
+"""Nodes of a level with children among which a device chooses."""
 
 STATIC_TREE: RankPaths = ((0,), (1,), (0, 0), (0, 1), (0, 0, 0), (0, 0, 1), (0, 0, 0, 0))
 """Default static tree, for drawn drafts and in training."""
@@ -181,8 +186,8 @@ class MedusaProposer(Proposer):
         if self._hidden is None or not any(self._is_idle):
             self._hidden = last
         else:  # a row without new tokens keeps its hidden state, as it keeps its root
-            is_idle = torch.tensor(self._is_idle, device=last.device, dtype=torch.bool)
-            self._hidden = torch.where(is_idle[:, None], self._hidden, last)
+            is_idle = upload([[idle] for idle in self._is_idle], last.device) > 0
+            self._hidden = torch.where(is_idle, self._hidden, last)
 
     def _grow(
         self,
@@ -190,8 +195,10 @@ class MedusaProposer(Proposer):
         log_probs: Float[Tensor, "batch depth vocab"],
         config: MedusaConfig,
     ) -> Draft:
-        """Grow a dynamic tree of each row's most likely paths, on the host."""
+        """Grow a dynamic tree of each row's most likely paths."""
         best = log_probs.topk(min(MAX_RANK, log_probs.shape[2]), dim=-1)
+        if not is_host(roots.device):
+            return _choose(roots, best.values, best.indices, num_nodes=config.num_draft_tokens)
         scores, candidates = read_candidates(best.values, best.indices)  # [batch, depth, rank]
         # Nodes of ended rows would slow the others.
         scores = [
@@ -215,7 +222,7 @@ class MedusaProposer(Proposer):
             [1.0, *(math.exp(own[n.depth][n.rank]) for n in row), *[0.0] * (longest - len(row))]
             for row, own in zip(rows, scores, strict=True)
         ]
-        found = torch.tensor(tokens, dtype=torch.long, device=roots.device)
+        found = upload(tokens, roots.device)
         return Draft(
             tokens=torch.cat([roots[:, None], found], dim=1),
             topology=trees_of(
@@ -255,6 +262,29 @@ class MedusaProposer(Proposer):
             for level in range(depth)
         ]
         return torch.cat(levels, dim=1)
+
+
+def _choose(
+    roots: Int[Tensor, " batch"],
+    log_probs: Float[Tensor, "batch depth ranks"],
+    candidates: Int[Tensor, "batch depth ranks"],
+    *,
+    num_nodes: int,
+) -> Draft:
+    """Return the likeliest paths of each row, chosen on the device.
+
+    They are always as many, because trees of fixed shape would be padded with others.
+    """
+    tree = enclosing_tree(
+        depth=log_probs.shape[1],
+        width=_WIDTH,
+        num_ranks=log_probs.shape[2],
+        is_chained=False,
+        device=roots.device,
+    )
+    tokens = torch.cat([roots[:, None], candidates.flatten(1)], dim=1)
+    chosen = tree.choose(log_probs.flatten(1), tokens, num_nodes=num_nodes + 1)
+    return Draft(tokens=chosen.tokens, topology=chosen.topology)
 
 
 @lru_cache(maxsize=64)
