@@ -145,4 +145,4 @@ def _run_command(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    _serve()
+    _end_after(_serve)
