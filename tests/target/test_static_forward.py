@@ -15,15 +15,16 @@ from transformers import (
     PreTrainedModel,
 )
 
-from speclm.engines import Engine
+from speclm.engines import Engine, GraphEngine
 from speclm.errors import EngineError
+from speclm.kernels.backends import VARIABLE
 from speclm.target import StaticForward, TargetFeatures, TargetView
 from speclm.target.static_forward import BUCKETS
 from speclm.tree.topology import TreeTopology, chain, from_parents
 from tests.exactness import tiny
 from tests.grids import grid, turns
 from tests.models import prompts, shared_model
-from tests.stand_ins import replaying
+from tests.stand_ins import record, replaying
 
 TOLERANCE = 1e-4  # of logits, in float32
 READING = {"_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "_unique2"}
@@ -98,6 +99,32 @@ def test_trees_of_changing_shapes_and_lengths_have_the_usual_logits_and_features
         assert verifying.compare(TREES[shape], paths=paths, layers=LAYERS[layers])
         assert verifying.fixed.host_lengths == verifying.usual.host_lengths
     assert verifying.static.describe() == "graph"
+
+
+@pytest.mark.parametrize(
+    ("family", "lengths"), [("llama", "padded rows"), ("gemma3", "one row"), ("qwen3", "one row")]
+)
+def test_graphs_contain_the_tree_attention_kernel_where_it_pays(family, lengths, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "reference")
+    asked = []
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            asked.append(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    def capture(compute, device):
+        with Counting():
+            return record(compute, device)
+
+    verifying = Verifying(build(family), GraphEngine(capture), LENGTHS[lengths])
+    for shape, kept in (("tree", 2), ("chain", 3), ("chain", 2), ("tree", 1)):
+        paths = [[0, 1, 3][: max(kept - row, 1)] for row in range(verifying.batch)]
+        assert verifying.compare(TREES[shape], paths=paths)
+    num_layers = verifying.view.num_layers
+    num_sizes = len(verifying.static.engine._prepared)
+    assert asked.count("speclm::tree_attention") == num_layers * num_sizes
+    assert verifying.static.obstacle is None
 
 
 def test_rows_of_different_trees_are_padded_to_one_bucket():
