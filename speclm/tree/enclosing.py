@@ -78,7 +78,7 @@ class EnclosingTree:
     num_nodes: int
     expansions: tuple[tuple[int, int] | None, ...]
     expanded: tuple[Int[Tensor, " width"], ...]
-    parents: tuple[Int[Tensor, " width"], ...]
+    parents: tuple[Int[Tensor, "1 width"], ...]
     steps: Int[Tensor, "nodes depth"]
     values: Int[Tensor, "nodes three"]
     lines: Int[Tensor, "nodes line"]
@@ -160,7 +160,7 @@ def enclosing_tree(
             (len(path) - 1, index_of[path]) if path in index_of else None for path in candidates
         ),
         expanded=tuple(tensor([candidates[path] for path in level]) for level in levels[1:]),
-        parents=tuple(tensor([index_of[path[:-1]] for path in level]) for level in levels[1:]),
+        parents=tuple(tensor([[index_of[path[:-1]] for path in level]]) for level in levels[1:]),
         steps=tensor(steps),
         values=tensor(values),
         lines=tensor(lines),
