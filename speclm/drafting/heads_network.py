@@ -187,9 +187,11 @@ class HeadsNetwork(nn.Module, ABC):
         """Return logits by the output matrix, or by the target's, `lm_head`, if there is none."""
         if self.lm_head is None:
             return lm_head(hidden)
-        if self._head is None or hidden.ndim != 2:
+        if self._head is None:
             return self.lm_head(hidden)  # type: ignore[no-any-return]  # untyped call
-        return self._head(hidden)
+        if hidden.ndim == 2:
+            return self._head(hidden)
+        return self._head(hidden.flatten(0, -2)).view(*hidden.shape[:-1], -1)
 
     @property
     def host_columns(self) -> list[int] | None:

@@ -156,8 +156,10 @@ class BlockHeads(HeadsNetwork):
             embedding: Looks up rows of the target's embedding matrix, as they are stored; called
                 if the heads have no embeddings of their own.
         """
-        padding = (0, num_positions - 1)
-        tokens = F.pad(anchors.reshape(-1, 1), padding, value=self.config.mask_token_id)
+        padding, mask = (0, num_positions - 1), self.config.mask_token_id
+        if anchors.shape[1] == 1:
+            return self.embed(F.pad(anchors, padding, value=mask), embedding=embedding)
+        tokens = F.pad(anchors.reshape(-1, 1), padding, value=mask)
         return self.embed(tokens.reshape(len(anchors), -1), embedding=embedding)
 
     def logits(

@@ -282,8 +282,7 @@ class BlockProposer(Proposer):
         )
         if num_drafts < hidden.shape[1]:
             hidden = hidden[:, :num_drafts]
-        logits = heads.logits(hidden.flatten(0, 1), lm_head=self.view.head_logits)
-        logits = logits.view(len(roots), num_drafts, -1)
+        logits = heads.logits(hidden, lm_head=self.view.head_logits)
         return BlockLogits(heads, hidden, logits, terms=self._kept_terms(roots.device))
 
     def _kept_terms(self, device: torch.device) -> MarkovTerms | None:

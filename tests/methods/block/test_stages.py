@@ -65,7 +65,7 @@ class Drafting:
         return self.block._stages
 
     def drafts(self, engine: Engine | str, **settings: Any) -> list[tuple[Any, Any]]:
-        """Return tokens and parents of all drafts of a call, whose tokens must be the usual ones."""
+        """Return tokens and parents of the drafts of a call, whose tokens are checked."""
         start = self.inputs["input_ids"].shape[1]
         hitting = HittingProposer(self.block, self.expected[:, start:].tolist())
         found, propose = [], BlockProposer.propose
