@@ -27,8 +27,9 @@ import hypothesis
 import jaxtyping
 import pytest
 import torch
-import transformers.generation.utils  # noqa: F401 - under the hook it would be compiled anew
 from beartype import BeartypeConf, FrozenDict, beartype
+from coverage.tracer import CTracer
+from transformers.generation.utils import GenerationMixin  # under the hook, compiled anew
 
 from tests.network_guard import refused_network
 
@@ -39,10 +40,24 @@ atexit.register(shutil.rmtree, os.environ["SPECLM_CACHE"], ignore_errors=True)
 check_types = beartype(conf=BeartypeConf(hint_overrides=FrozenDict({Self: Any})))
 
 IS_DEEP = os.environ.get("HYPOTHESIS_PROFILE") == "deep"
-# Folders whose tests run for long what others trace.
-UNTRACED = ("benchmarks", "chat", "demo", "docs", "model")
+# Tests that run for long what others trace; those of the folders have no shape checks either.
+UNTRACED_FOLDERS = ("benchmarks", "chat", "demo", "docs", "model")
+UNTRACED_FILES = (
+    "generation/test_chain_targets.py",
+    "generation/test_loop.py",
+    "generation/test_streaming.py",
+    "kernels/test_tree_attention.py",
+    "methods/block/test_training.py",
+    "methods/draft_model/test_proposer.py",
+    "methods/eagle/test_estimated_tau.py",
+    "methods/eagle/test_proposer.py",
+    "methods/eagle/test_training.py",
+    "methods/recycling/test_proposer.py",
+    "target/test_static_forward.py",
+)
 CHECKED_CASES = 1  # of a parametrised test
 CHECKED_CALLS = 4  # of a function in one test
+is_checked = pytest.StashKey[bool]()  # whether a test checks shapes
 num_calls: Counter[Any] = Counter()  # by code, as functions may hold objects
 
 
@@ -85,6 +100,26 @@ if os.environ.get("SPECLM_TYPECHECK") != "0":
     jaxtyping.jaxtyped = check_first_calls  # the hook writes this name into modules
     jaxtyping.install_import_hook("speclm", f"{__name__}.check_types")
 
+
+def untraced(generate: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `generate` that does not trace regular generation, where no line of speclm runs."""
+
+    @wraps(generate)
+    def call(model: Any, *args: Any, **kwargs: Any) -> Any:
+        tracer = sys.gettrace()
+        if not isinstance(tracer, CTracer) or kwargs.get("custom_generate") is not None:
+            return generate(model, *args, **kwargs)
+        tracer.stop()
+        try:
+            return generate(model, *args, **kwargs)
+        finally:
+            tracer.start()
+
+    return call
+
+
+GenerationMixin.generate = untraced(GenerationMixin.generate)
+
 torch.set_num_threads(1)  # sums in one order; several test runs share few cores
 
 hypothesis.settings.register_profile("dev", max_examples=25, deadline=None)
@@ -102,7 +137,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         test = item.nodeid.partition("[")[0]
         num_cases[test] += 1
-        if num_cases[test] > CHECKED_CASES or test.split("/")[1] in UNTRACED:
+        file = test.partition("::")[0].removeprefix("tests/")
+        is_first = num_cases[test] <= CHECKED_CASES and file.split("/")[0] not in UNTRACED_FOLDERS
+        item.stash[is_checked] = is_first and not item.get_closest_marker("no_cover")
+        if not is_first or file in UNTRACED_FILES:
             item.add_marker("no_cover")
 
 
@@ -114,9 +152,9 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True)
 def _shape_checks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Switch the shape checks off where coverage is not measured, except in `make deep`."""
+    """Switch the shape checks off in all but the first cases of tests, except in `make deep`."""
     num_calls.clear()
-    if request.node.get_closest_marker("no_cover") and not IS_DEEP:
+    if not request.node.stash[is_checked] and not IS_DEEP:
         monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 

@@ -7,8 +7,9 @@ import sys
 import jaxtyping
 import pytest
 import torch
+from coverage.tracer import CTracer
 
-from tests.conftest import CHECKED_CASES, IS_DEEP
+from tests.conftest import CHECKED_CASES, IS_DEEP, untraced
 from tests.network_guard import refused_network
 
 IS_CHECKED = os.environ.get("SPECLM_TYPECHECK") != "0"
@@ -19,6 +20,25 @@ IS_CHECKED = os.environ.get("SPECLM_TYPECHECK") != "0"
 def test_shapes_are_checked_in_the_first_cases_of_a_test(case):
     assert any(type(finder).__name__ == "_JaxtypingFinder" for finder in sys.meta_path)
     assert jaxtyping.config.jaxtyping_disable == (case >= CHECKED_CASES and not IS_DEEP)
+
+
+def test_coverage_is_not_measured_while_a_model_generates_by_itself():
+    assert not isinstance(traced_by(None), CTracer)
+    assert traced_by(lambda *_, **__: None) is sys.gettrace()
+
+
+def traced_by(custom_generate):
+    """Return what traces the forwards of a call, and check that it goes on afterwards."""
+    before, found = sys.gettrace(), []
+
+    def generate(_, *, custom_generate):
+        found.append(sys.gettrace())
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        untraced(generate)(None, custom_generate=custom_generate)
+    assert sys.gettrace() is before
+    return found[0]
 
 
 def test_one_thread_is_used():

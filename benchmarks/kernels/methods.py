@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import eager_attention_forward
 from benchmarks.kernels.cases import random_parents, relative_error
 from benchmarks.kernels.timing import num_buffers
 from speclm.kernels import tree_attention, tree_words
-from speclm.tree.topology import unpack_words
+from speclm.tree.words import unpack_words
 
 BLOCK = 128
 """Slots of a block of FlexAttention's masks; caches are a multiple of it."""

@@ -56,27 +56,43 @@ def accept_exact(
 
     Source: Daliri, Musco, Suresh 2024 (drafter-invariant speculative decoding by shared noise).
     """
-    best = _deepest_agreeing(draft_tokens, target_tokens, topology)
+    best = _deepest_in(topology, draft_tokens, target_tokens)
     path = topology.paths_to(best)  # [batch, path]
     tokens = target_tokens.gather(1, path.clamp(min=0)).masked_fill(path < 0, -1)
     return Accepted(path=path, tokens=tokens)
 
 
-def _deepest_agreeing(
+def deepest_agreeing(
     draft_tokens: Int[Tensor, "batch nodes"],
     target_tokens: Int[Tensor, "batch nodes"],
-    topology: TreeTopology,
+    *,
+    parents: Int[Tensor, "rows nodes"],
+    inner_mask: Bool[Tensor, "rows nodes nodes"],
+    deepest_first: Int[Tensor, "rows nodes"],
 ) -> Int[Tensor, " batch"]:
     """Return the deepest node of each row that agrees with the target, with all nodes above it.
 
-    The first one, if several are equally deep.
+    The first one, if several are equally deep. The other arguments are those of a `TreeTopology`.
     """
-    parents = topology.parents
     if len(parents) < len(draft_tokens):
         parents = parents.expand(len(draft_tokens), -1)
     differs = draft_tokens != target_tokens.gather(1, parents)  # [batch, nodes]
-    is_rejected = (topology.inner_mask & differs[:, None]).any(2)
-    return topology.deepest_first.masked_fill(is_rejected, 0).argmax(1)
+    is_rejected = (inner_mask & differs[:, None]).any(2)
+    return deepest_first.masked_fill(is_rejected, 0).argmax(1)
+
+
+def _deepest_in(
+    topology: TreeTopology,
+    draft_tokens: Int[Tensor, "batch nodes"],
+    target_tokens: Int[Tensor, "batch nodes"],
+) -> Int[Tensor, " batch"]:
+    return deepest_agreeing(
+        draft_tokens,
+        target_tokens,
+        parents=topology.parents,
+        inner_mask=topology.inner_mask,
+        deepest_first=topology.deepest_first,
+    )
 
 
 def nodes_of_accepted_paths(
@@ -151,20 +167,29 @@ def accept_along_paths(verified: Verified) -> Accepted:
 
 
 def _accept_on_device(verified: Verified) -> Accepted:
-    """Return what `accept_exact` does, known to the host as well; syncs once.
+    """Return what `accept_exact` does, known to the host as well; syncs once."""
+    topology, chosen = verified.topology, choose_at_all_nodes(verified)
+    path = topology.path_ends_of(_deepest_in(topology, verified.draft_tokens, chosen))
+    return read_accepted(path, chosen.gather(1, path), topology)
+
+
+def read_accepted(
+    path: Int[Tensor, "batch path_and_end"],
+    tokens: Int[Tensor, "batch path_and_end"],
+    topology: TreeTopology,
+) -> Accepted:
+    """Read what the device has decided, in one transfer.
 
     The host also learns the parents of trees that it does not know.
+
+    Args:
+        path: Accepted path of each row, padded with 0, with its last node at the end.
+        tokens: Token that the target chose after each of these nodes.
+        topology: Shape of the trees.
     """
-    topology, draft_tokens = verified.topology, verified.draft_tokens
-    chosen = choose_at_all_nodes(verified)
-    path = topology.path_ends_of(_deepest_agreeing(draft_tokens, chosen, topology))
-    tokens = chosen.gather(1, path)  # [batch, path and end]
-    read = [path, tokens]
-    if not topology.is_on_host:
-        read.append(topology.parents)
-    rows: list[list[int]] = torch.cat(read, dim=1).tolist()
-    width = path.shape[1]
-    if not topology.is_on_host:
+    unread, width = topology.unread, path.shape[1]
+    rows: list[list[int]] = torch.cat([path, tokens, *unread], dim=1).tolist()
+    if unread:
         topology.tell_host([row[2 * width :] for row in rows])
     lengths = [_path_length(row[:width]) for row in rows]
     return Accepted.from_both(

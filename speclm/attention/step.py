@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 from speclm.cache.tree_cache import TreeCache
 from speclm.kernels import pays
 from speclm.kernels.inputs import MAX_SLOTS
-from speclm.tree.topology import pack_words, unpack_words
+from speclm.tree.words import pack_words, unpack_words
 
 
 @dataclass(slots=True)

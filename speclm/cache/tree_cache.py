@@ -135,6 +135,11 @@ class TreeCache(Cache):
                 )
             self._grow(self.num_pending)
 
+    @property
+    def arenas(self) -> list[Float[Tensor, "layers batch kv_heads capacity head_dim"]]:
+        """The storage: keys and values of all layers, in as few tensors as possible."""
+        return [arena for arena, _ in self._arenas]
+
     def parts(self) -> list[Tensor]:
         """Return keys and values of each layer that has them, ``capacity`` slots long."""
         return [
@@ -149,6 +154,7 @@ class TreeCache(Cache):
         paths: Sequence[Sequence[int]],
         *,
         device_paths: Int[Tensor, "batch path"] | None = None,
+        have_moved: bool = False,
     ) -> None:
         """Commit the pending nodes on each row's path and drop all others.
 
@@ -157,8 +163,9 @@ class TreeCache(Cache):
                 empty for a row that does not change.
             device_paths: The same on the device, short ones padded with -1, with anything after the
                 longest one; None to send them there.
+            have_moved: Whether the nodes are at the end of their row already.
         """
-        moves = [
+        moves = not have_moved and [
             (row, self.tree_start + slot, length + offset)
             for row, (length, path) in enumerate(zip(self._lengths, paths, strict=True))
             for offset, slot in enumerate(path)

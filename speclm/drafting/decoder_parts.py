@@ -27,11 +27,12 @@ def signed(cosines: Tensor, sines: Tensor) -> Rotation:
 
 
 def rotated(
-    states: Float[Tensor, "*axes seq head_dim"], rotation: Rotation
+    states: Float[Tensor, "*axes seq head_dim"], rotation: Rotation, *, out: Tensor | None = None
 ) -> Float[Tensor, "*axes seq head_dim"]:
-    """Rotate the pairs (i, i + half) of every head."""
+    """Rotate the pairs (i, i + half) of every head; the result is put in `out` if it is given."""
     cosines, sines = rotation
-    return torch.addcmul(states * cosines, states.roll(states.shape[-1] // 2, -1), sines)
+    swapped = states.roll(states.shape[-1] // 2, -1)
+    return torch.addcmul(states * cosines, swapped, sines, out=out)
 
 
 def by_head(
@@ -66,6 +67,10 @@ class Product:
         if self._bias is not None:
             residual = residual + self._bias
         return torch.addmm(residual, states, self._weight)
+
+    def scaled(self, factors: Float[Tensor, " input"]) -> "Product":
+        """Return a product that multiplies its input by some factors first."""
+        return Product((self._weight * factors[:, None]).t(), self._bias)
 
 
 def joined(*parts: nn.Linear) -> Product:
@@ -113,7 +118,8 @@ class FixedNorm:
     def __init__(self, weight: Float[Tensor, "*heads size"], eps: float) -> None:
         """Prepare the weights, whose other axes are broadcast."""
         size = weight.shape[-1]
-        self._weight, self._eps, self._size = weight, eps, size
+        self._weight: Tensor | None = weight
+        self._eps, self._size = eps, size
         self._root: Tensor | None = None
         if weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.float64):
             # PyTorch has one kernel on accelerators, and on a CPU six calls where four do.
@@ -125,14 +131,28 @@ class FixedNorm:
         """Whether this is the form for CPUs, which takes several weights as fast as one."""
         return self._root is not None
 
+    def fold_(self) -> Tensor | None:
+        """Leave out the weights from now on, which saves a call, and return them.
+
+        What reads the norm's result has to be multiplied by them. None if they stay, because they
+        cost no call of their own.
+        """
+        if self._root is None:
+            return None
+        weight, self._weight = self._weight, None
+        return weight
+
     def __call__(self, states: Tensor) -> Tensor:
         """Return states divided by their root mean square, times the weights."""
-        if self._root is None and self._weight.ndim == 1:
-            return F.rms_norm(states, (self._size,), self._weight, self._eps)
-        if self._root is None:
-            return F.rms_norm(states, (self._size,), eps=self._eps) * self._weight
-        lengths = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
-        return states / torch.hypot(lengths, self._root) * self._weight
+        weight = self._weight
+        if self._root is not None:
+            lengths = torch.linalg.vector_norm(states, dim=-1, keepdim=True)
+            normed = states / torch.hypot(lengths, self._root)
+            return normed if weight is None else normed * weight
+        assert weight is not None, "only the form for CPUs leaves out the weights"
+        if weight.ndim == 1:
+            return F.rms_norm(states, (self._size,), weight, self._eps)
+        return F.rms_norm(states, (self._size,), eps=self._eps) * weight
 
 
 class Fusable(nn.Module):
@@ -159,6 +179,10 @@ class Norm(nn.RMSNorm, Fusable):
     @override
     def separate_(self) -> None:
         self._fixed = None
+
+    def fold_(self) -> Tensor | None:
+        """Leave out the weights of the second form, see `FixedNorm.fold_`."""
+        return None if self._fixed is None else self._fixed.fold_()
 
     @override
     def forward(self, x: Tensor) -> Tensor:
@@ -227,6 +251,11 @@ class Projections(Fusable):
     def separate_(self) -> None:
         self._input = self._norms = None
 
+    def scale_input_(self, factors: Float[Tensor, " input"]) -> None:
+        """Multiply the input by some factors from now on, in the second form."""
+        assert self._input is not None, "the second form is not made"
+        self._input = self._input.scaled(factors)
+
     def project(
         self, states: Float[Tensor, "rows input"], rotation: Rotation, *, batch: int
     ) -> tuple[
@@ -293,6 +322,11 @@ class GatedMLP(Fusable):
     @override
     def separate_(self) -> None:
         self._input = None
+
+    def scale_input_(self, factors: Float[Tensor, " hidden"]) -> None:
+        """Multiply the input by some factors from now on, in the second form."""
+        assert self._input is not None, "the second form is not made"
+        self._input = self._input.scaled(factors)
 
     def forward(
         self, residual: Float[Tensor, "rows hidden"], states: Float[Tensor, "rows hidden"]

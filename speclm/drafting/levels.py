@@ -72,19 +72,76 @@ class RunByLevelConfig(GrownTreeConfig):
         require_in_range("min_growing", self.min_growing, low=0.0, high=1.0)
 
 
+_KEPT_SHARE = 0.95  # of what is known of a level, with every new observation
+
+
+class _LevelRate:
+    """Estimates how often a level is accepted if the one above it is."""
+
+    def __init__(self) -> None:
+        self._num_hits, self._num_tries = 1.7, 2.0  # as if a few rounds had been observed
+
+    @property
+    def value(self) -> float:
+        return self._num_hits / self._num_tries
+
+    def observe(self, *, is_hit: bool) -> None:
+        self._num_hits = _KEPT_SHARE * self._num_hits + is_hit
+        self._num_tries = _KEPT_SHARE * self._num_tries + 1
+
+    def forget(self) -> None:
+        """Move towards the first estimate, so that a level that was left out is tried again."""
+        new = _LevelRate()
+        self._num_hits += (1 - _KEPT_SHARE) * (new._num_hits - self._num_hits)
+        self._num_tries += (1 - _KEPT_SHARE) * (new._num_tries - self._num_tries)
+
+
 class LevelBounds:
-    """Follows how many levels the draft of each row may have: none while it emits nothing."""
+    """Follows how many levels the draft of each row may have: none while it emits nothing.
+
+    Where nothing is read during a draft, it also says how many levels pay, from how many of the
+    last drafts were accepted.
+    """
 
     def __init__(self, prompt: Prefill) -> None:
         """Start a generation."""
         batch = len(prompt.first_tokens)
         self._room = [prompt.max_new_tokens - 1] * batch  # the bonus token needs no draft
         self._is_idle = [False] * batch
+        self._rates: list[_LevelRate] = []
+        self._num_drafted = 0  # levels of the last draft, if `expected` decided that
 
     def commit(self, emitted: Sequence[Sequence[int]]) -> None:
         """Count the tokens that each row emitted; one without any has ended, or waits."""
         self._room = [room - len(new) for room, new in zip(self._room, emitted, strict=True)]
         self._is_idle = [not new for new in emitted]
+        rates, num_drafted = self._rates, self._num_drafted
+        for accepted in [len(new) - 1 for new in emitted if new]:
+            for level in range(min(accepted + 1, num_drafted)):
+                rates[level].observe(is_hit=accepted > level)
+        for rate in rates[num_drafted:]:
+            rate.forget()
+        self._num_drafted = 0
+
+    def levels(self, depth: int, *, reads: bool, least: float) -> list[int]:
+        """Return the maximum levels of the next draft of each row.
+
+        Args:
+            depth: Maximum levels of any draft.
+            reads: Whether the host reads every level, and stops a draft by its probabilities.
+            least: If not: a level is drafted if the one above it is accepted at least with this
+                probability, estimated from the last drafts.
+        """
+        if reads:
+            return self.within(depth)
+        bound, reached, num_levels = max(self.within(depth)), 1.0, 0
+        while num_levels < bound and reached >= least:
+            if num_levels == len(self._rates):
+                self._rates.append(_LevelRate())
+            reached *= self._rates[num_levels].value
+            num_levels += 1
+        self._num_drafted = num_levels
+        return [num_levels] * len(self._room)
 
     def within(self, depth: int) -> list[int]:
         """Return the maximum levels of each row, at most `depth`."""

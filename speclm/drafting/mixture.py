@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from speclm.config import require_in_range
+from speclm.devices import upload
 from speclm.errors import OptionError
 
 NUM_LEVELS = 4
@@ -239,7 +240,7 @@ class _Estimate:
         log_probs, noise, tokens = (torch.cat(part) for part in zip(*parts, strict=True))
         device = log_probs.device
         level_of_rows = [rows.level for rows in self.pending for _ in range(len(rows.tokens))]
-        levels = torch.tensor(level_of_rows, device=device, dtype=torch.long)
+        levels = upload(level_of_rows, device)
         self.pending = []
         parameters = torch.tensor(
             [astuple(mixture) for mixture in self.mixtures], device=device, dtype=torch.float32

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.generation import logits_process as processors
 
 from speclm.acceptance import Accepted
+from speclm.devices import upload
 from speclm.drafting.interface import Prefill
 from speclm.drafting.mixture import Mixture, MixtureEstimator
 from speclm.sampling.chooser import (
@@ -20,7 +21,7 @@ from speclm.sampling.chooser import (
     first_text_dependent,
 )
 from speclm.sampling.noise import PositionNoise
-from speclm.tree.dynamic import GrownRow
+from speclm.tree.dynamic import GrownRows
 
 _NUM_SORTED = 64  # more than the 50 that Transformers keeps by default
 
@@ -175,6 +176,19 @@ class LevelRanking:
         self._levels.append(_RankedLevel(log_q, level_noise, columns))
         return mixture_log_probs(log_q, level_noise[:, None], self.estimator.at(depth))
 
+    def order(
+        self,
+        logits: Float[Tensor, "batch nodes columns"],
+        *,
+        depth: int,
+        noise: PositionNoise | None,
+        nodes: Nodes | None = None,
+    ) -> Float[Tensor, "batch nodes columns"]:
+        """Return scores in the order of `rank`, without its sums if it needs none of them."""
+        if noise is None:
+            return self._adjuster.adjust(logits, depth=depth, nodes=nodes, columns=None)
+        return self.rank(logits, depth=depth, noise=noise, nodes=nodes)
+
     def learn(
         self, accepted: Accepted, expansions: Sequence[Sequence[tuple[int, int] | None]]
     ) -> None:
@@ -197,9 +211,7 @@ class LevelRanking:
                     visits[at[0]].append((row, at[1], token))
         for depth, (level, visited) in enumerate(zip(levels, visits, strict=True)):
             if visited:
-                rows, indices, tokens = torch.tensor(
-                    visited, device=level.noise.device, dtype=torch.long
-                ).T
+                rows, indices, tokens = upload(visited, level.noise.device).T
                 self.estimator.observe(
                     level.log_probs[rows, indices],
                     level.noise[rows],
@@ -214,9 +226,7 @@ def chain_expansions(accepted: Accepted) -> list[list[tuple[int, int] | None]]:
     return [[(depth, 0) for depth in range(len(path) - 1)] for path in accepted.paths]
 
 
-def path_expansions(
-    accepted: Accepted, grown: Sequence[GrownRow]
-) -> list[list[tuple[int, int] | None]]:
+def path_expansions(accepted: Accepted, grown: GrownRows) -> list[list[tuple[int, int] | None]]:
     """Return the `expansions` for `LevelRanking.learn` if each row has a grown tree."""
     return [
         [grown[row].expansions[node - 1] for node in path[1:]]
@@ -273,7 +283,7 @@ class ScoreAdjuster:
             # Processors that read text make rows advance in lockstep; ended rows do not matter.
             width = max(map(len, emitted))
             padded = [new + [0] * (width - len(new)) for new in emitted]
-            self._text = torch.cat([self._text, self._text.new_tensor(padded)], dim=1)
+            self._text = torch.cat([self._text, upload(padded, self._text.device)], dim=1)
 
     def adjust(
         self,

@@ -44,8 +44,22 @@ class Engine(ABC):
     ) -> Prepared:
         """Prepare a stage for inputs and storage like these; it may run with them."""
 
-    def run(self, stage: Stage, inputs: Sequence[Tensor], storage: Sequence[Tensor]) -> Outputs:
+    def run(
+        self,
+        stage: Stage,
+        inputs: Sequence[Tensor],
+        storage: Sequence[Tensor],
+        *,
+        is_repeatable: bool = True,
+    ) -> Outputs:
         """Run a stage, and prepare it first if it is new for these shapes.
+
+        Args:
+            stage: The stage.
+            inputs: Its inputs.
+            storage: What it reads and writes.
+            is_repeatable: Whether running it again changes nothing. Otherwise the storage is put
+                back after it was prepared, for which there must be memory.
 
         Returns:
             The outputs, which later runs do not change.
@@ -57,7 +71,7 @@ class Engine(ABC):
         try:
             prepared = self._prepared.get(key)
             return (
-                self._run_first(key, stage, inputs, storage)
+                self._run_first(key, stage, inputs, storage, is_repeatable=is_repeatable)
                 if prepared is None
                 else prepared(inputs, storage)
             )
@@ -78,11 +92,20 @@ class Engine(ABC):
         return vars(self) | {"_prepared": {}}  # a copy prepares for its own model
 
     def _run_first(
-        self, key: _Key, stage: Stage, inputs: Sequence[Tensor], storage: Sequence[Tensor]
+        self,
+        key: _Key,
+        stage: Stage,
+        inputs: Sequence[Tensor],
+        storage: Sequence[Tensor],
+        *,
+        is_repeatable: bool,
     ) -> Outputs:
         start = perf_counter()
         try:
+            saved = [] if is_repeatable else [part.clone() for part in storage]
             prepared = self.prepare(stage, inputs, storage)
+            for part, before in zip(storage, saved, strict=False):
+                part.copy_(before)
             outputs = prepared(inputs, storage)
         finally:
             self.build_seconds += perf_counter() - start

@@ -29,7 +29,12 @@ class StageRunner:
         self._storage: dict[object, Tensor] = {}
 
     def run(
-        self, stage: Stage, inputs: Sequence[Tensor], storage: Sequence[Tensor]
+        self,
+        stage: Stage,
+        inputs: Sequence[Tensor],
+        storage: Sequence[Tensor],
+        *,
+        is_repeatable: bool = True,
     ) -> Outputs | None:
         """Run a stage, see `Engine.run`.
 
@@ -41,7 +46,7 @@ class StageRunner:
         if all(known is not stage for known in self._stages):
             self._stages.append(stage)
         try:
-            return self.engine.run(stage, inputs, storage)
+            return self.engine.run(stage, inputs, storage, is_repeatable=is_repeatable)
         except EngineError as error:
             self.give_up(str(error))
             return None

@@ -285,7 +285,9 @@ class Generation:
     def _accept(self, draft: Draft, logits: Float[Tensor, "batch nodes vocab"]) -> Accepted:
         """Apply the acceptance rule."""
         num_prompt_tokens = self.request.prompt.input_ids.shape[1]
-        accepted = self.request.rule.accept(
+        is_plain = self.chooser.takes_maxima
+        by_stage = self.session.accept_greedily(draft.topology) if is_plain else None
+        accepted = by_stage or self.request.rule.accept(
             Verified(
                 draft_tokens=draft.tokens,
                 topology=draft.topology,

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from speclm.kernels.launch import Launch
-from speclm.tree.topology import num_words
+from speclm.tree.words import num_words
 
 _BLOCK_PATH = 16
 _BLOCK_DIM = 128

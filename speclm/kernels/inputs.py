@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from speclm.errors import KernelError
-from speclm.tree.topology import num_words, unpack_words
+from speclm.tree.words import num_words, unpack_words
 
 MAX_SLOTS = 256
 """Maximum number of tree slots of one call: the nodes and their ancestors."""

@@ -34,7 +34,7 @@ from speclm.kernels.launch_table import (
     read_table_once,
     write_table,
 )
-from speclm.tree.topology import num_words
+from speclm.tree.words import num_words
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 128, 160, 192, 256)
 """Head widths that the Triton kernel supports: one power of two, or the sum of two."""

@@ -5,7 +5,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from speclm.kernels.inputs import TreeAttentionInputs
-from speclm.tree.topology import pack_words, unpack_words
+from speclm.tree.words import pack_words, unpack_words
 
 _BLOCK = 512
 """Keys that are read in one step."""

@@ -11,7 +11,7 @@ from speclm.errors import KernelError
 from speclm.kernels.backends import choose, is_recording, require_backend_name, triton_obstacle
 from speclm.kernels.inputs import INTEGERS, MAX_SLOTS, require_readable, require_tensors
 from speclm.kernels.reference import keep_path_reference, tree_words_reference
-from speclm.tree.topology import num_words
+from speclm.tree.words import num_words
 
 _KEEP_PATH_SCHEMA = (
     "(Tensor(a!) storage, Tensor paths, Tensor prefix_lengths, Tensor? tree_starts, str backend) "

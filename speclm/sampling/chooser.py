@@ -120,6 +120,11 @@ class TokenChooser:
         self.is_greedy = is_greedy
 
     @property
+    def takes_maxima(self) -> bool:
+        """Whether each token is the one with the largest logit."""
+        return self.is_greedy and not self.processors
+
+    @property
     def key(self) -> Hashable:
         """Class and plain options of each processor, to distinguish settings."""
         return tuple(
@@ -162,6 +167,8 @@ class TokenChooser:
         Returns:
             Token ids; -1 if the winning score is NaN. Does not sync.
         """
+        if noise is None and self.takes_maxima:
+            return pick(logits, None)  # their order is the same in float32
         return pick(self.process(logits.float(), lengths), noise)
 
     def distribution(self, logits: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows vocab"]:

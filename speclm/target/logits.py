@@ -69,6 +69,18 @@ def _has_plain_head(model: PreTrainedModel) -> bool:
     return all(getattr(config, name, None) in {None, 1.0} for name in _HEAD_SETTINGS)
 
 
+def product_weight(model: PreTrainedModel) -> Float[Tensor, "vocab hidden"] | None:
+    """Return the matrix with which a head only multiplies hidden states; None if it does more."""
+    head = _head(model)
+    if type(head) is not nn.Linear or type(head.weight) is not nn.Parameter:
+        return None
+    if head._forward_hooks or head._forward_pre_hooks or replaced_forward(head):
+        return None
+    has_bias = cast("Tensor | None", head.bias) is not None
+    is_product = not has_bias and not head.weight.is_meta and _has_plain_head(model)
+    return head.weight.detach() if is_product else None
+
+
 def replaced_forward(module: nn.Module) -> object:
     """Return the `forward` that was set on a module object, if any."""
     found = module.__dict__.get("forward")

@@ -10,7 +10,9 @@ from torch import Tensor
 from transformers import DynamicCache
 from typing_extensions import override
 
+from speclm.acceptance import Accepted
 from speclm.cache import TreeCache, export_cache
+from speclm.devices import is_host
 from speclm.target.static_forward import StaticForward
 from speclm.target.view import TargetView
 from speclm.tree.topology import TreeTopology
@@ -79,6 +81,16 @@ class Session(ABC):
             Logits after every node.
         """
 
+    def accept_greedily(self, topology: TreeTopology) -> Accepted | None:  # noqa: ARG002
+        """Decide on the draft that was verified last by an engine, if the target only takes maxima.
+
+        `keep` is still called with the result.
+
+        Returns:
+            None if there is no engine for that.
+        """
+        return None
+
     @abstractmethod
     def keep(
         self,
@@ -137,6 +149,8 @@ class TreeSession(Session):
         self._attention_mask, self._position_ids = attention_mask, position_ids
         self._images = images
         self._num_cached = cache.tree_start
+        self._is_by_engine = False  # the last forward
+        self._have_moved = False  # the nodes that `keep` is called for
 
     @property
     @override
@@ -174,11 +188,22 @@ class TreeSession(Session):
         logits = None
         if self.static is not None and prompt is None:
             logits = self.static.verify(tokens, topology, self._cache, max_length=max_length)
+        self._is_by_engine = logits is not None
         if logits is not None:
             return logits
         return self._target.forward_tree(
             tokens, topology, self._cache, prompt=prompt, max_length=max_length
         )
+
+    @override
+    def accept_greedily(self, topology: TreeTopology) -> Accepted | None:
+        # On a CPU, acceptance on the host costs less.
+        is_open = self._is_by_engine and not is_host(self._cache.num_padding.device)
+        if self.static is None or not is_open:
+            return None
+        accepted = self.static.accept_greedily(topology, self._cache)
+        self._have_moved = accepted is not None
+        return accepted
 
     @override
     def keep(
@@ -187,7 +212,8 @@ class TreeSession(Session):
         *,
         device_paths: Int[Tensor, "batch path"] | None = None,
     ) -> None:
-        self._cache.keep(paths, device_paths=device_paths)
+        self._cache.keep(paths, device_paths=device_paths, have_moved=self._have_moved)
+        self._have_moved = False
 
     @override
     def hand_over(self, into: DynamicCache, sequences: Int[Tensor, "batch length"]) -> None:

@@ -12,10 +12,13 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from typing_extensions import override
 
+from speclm.acceptance import Accepted
+from speclm.acceptance.exact import read_accepted
 from speclm.cache.fixed import FixedLayer, seen_slots
 from speclm.cache.tree_cache import TreeCache
 from speclm.engines import Engine, StageRunner
 from speclm.errors import UnsupportedModelError
+from speclm.target.static_keep import accept_and_keep, padded_parts
 from speclm.target.view import TargetView
 from speclm.tree.topology import TreeTopology
 
@@ -38,6 +41,7 @@ class StaticForward(StageRunner):
         super().__init__(engine, obstacle=engine.obstacle(target.device) or _obstacle(target.model))
         self._target = target
         self._by_layers: dict[tuple[int, ...], VerifyStage] = {}  # features that they return
+        self._verified: tuple[Tensor, Tensor] | None = None  # logits and tokens of a whole bucket
         self._booked_seconds = engine.build_seconds
 
     def describe(self, *, is_used: bool = True) -> str:
@@ -73,7 +77,7 @@ class StaticForward(StageRunner):
         Returns:
             Logits after every node; None if the engine cannot run this forward.
         """
-        nodes = tokens.shape[1]
+        self._verified, nodes = None, tokens.shape[1]
         bucket = next((size for size in BUCKETS if size >= nodes), None)
         is_static = cache.capacity > 0 and cache.num_pending == 0 and cache.position_shift is None
         if self.obstacle is not None or bucket is None or not is_static:
@@ -91,9 +95,24 @@ class StaticForward(StageRunner):
         if found is None:
             return None
         cache.append(nodes)
+        self._verified = found[0], inputs[0]
         if layers:
             target.features = found[1][:, :nodes]
         return found[0][:, :nodes]
+
+    def accept_greedily(self, topology: TreeTopology, cache: TreeCache) -> Accepted | None:
+        """Accept the tree that was verified last, and move its nodes; the host reads once.
+
+        Returns:
+            What is accepted, of which the cache does not know; None if the engine cannot run this.
+        """
+        if self._verified is None:
+            return None
+        logits, tokens = self._verified
+        parts = padded_parts(topology, logits.shape[1], batch=len(tokens))
+        inputs = [logits, tokens, *parts, cache.lengths]
+        found = self.run(accept_and_keep, inputs, cache.arenas, is_repeatable=False)
+        return None if found is None else read_accepted(found[0], found[1], topology)
 
     def _prove(
         self,

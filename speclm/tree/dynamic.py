@@ -4,6 +4,7 @@ from bisect import bisect_left, bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -40,6 +41,15 @@ class GrownRow:
     parents: list[int]
     expansions: list[tuple[int, int] | None]
     scores: list[float]
+
+
+@runtime_checkable
+class GrownRows(Protocol):
+    """Grown trees by row, such as a list of them."""
+
+    def __getitem__(self, row: int, /) -> GrownRow:
+        """Return the tree of a row."""
+        ...
 
 
 class GrowingTree:

@@ -13,9 +13,7 @@ from torch import Tensor
 from speclm.config import MAX_DEPTH, MAX_NODES
 from speclm.devices import upload
 from speclm.errors import TopologyError, TreeBudgetError
-
-_WORD_BITS = 64
-_LARGEST_WORD = 2 ** (_WORD_BITS - 1)
+from speclm.tree.words import num_words, pack_words, signed_words, unpack_words
 
 
 class TreeTopology:
@@ -35,6 +33,7 @@ class TreeTopology:
         depths: Int[Tensor, "rows nodes"],
         *,
         max_depth: int,
+        labels: Int[Tensor, "rows nodes"] | None = None,
         **known: Any,
     ) -> None:
         """Store what is known.
@@ -43,10 +42,12 @@ class TreeTopology:
             parents: Index of each node's parent.
             depths: Distance from the root; 0 for the root and for padding.
             max_depth: A depth that no node exceeds; of trees known to the host, the largest depth.
+            labels: Numbers of the proposer's own for each node.
             **known: Values of the other properties, of which `ancestor_mask` or `ancestor_words` is
                 needed.
         """
         self.parents, self.depths, self.max_depth = parents, depths, max_depth
+        self.labels = labels
         vars(self).update(known)  # where cached_property looks
 
     @property
@@ -65,9 +66,25 @@ class TreeTopology:
         found: list[list[int]] = self.parents.tolist()
         return found
 
-    def tell_host(self, parents: list[list[int]]) -> None:
-        """Take the parents that the host has read together with something else."""
-        vars(self)["host_parents"] = parents
+    @cached_property
+    def host_labels(self) -> list[list[int]]:
+        """`labels` on the host; syncs if the host does not know them."""
+        assert self.labels is not None
+        found: list[list[int]] = self.labels.tolist()
+        return found
+
+    @property
+    def unread(self) -> list[Int[Tensor, "rows nodes"]]:
+        """What the host does not know: `parents` and `labels`, or nothing."""
+        if self.is_on_host:
+            return []
+        return [self.parents] if self.labels is None else [self.parents, self.labels]
+
+    def tell_host(self, rows: list[list[int]]) -> None:
+        """Take the values of `unread`, joined in each row, that the host has read."""
+        nodes = self.num_nodes
+        vars(self)["host_parents"] = [row[:nodes] for row in rows]
+        vars(self)["host_labels"] = [row[nodes:] for row in rows]
 
     @cached_property
     def host_node_depths(self) -> list[list[int]]:
@@ -118,9 +135,7 @@ class TreeTopology:
     @cached_property
     def inner_mask(self) -> Bool[Tensor, "rows nodes nodes"]:
         """`ancestor_mask` without the root."""
-        inner = self.ancestor_mask.clone()
-        inner[:, :, 0] = False
-        return inner
+        return self.ancestor_mask & (_counted(self.num_nodes, self.parents.device) > 0)
 
     @cached_property
     def deepest_first(self) -> Int[Tensor, "rows nodes"]:
@@ -200,7 +215,7 @@ def from_parents(parents: Sequence[Sequence[int]], *, device: torch.device) -> T
     for row in rows:
         line = [*row.parents, *row.depths, *row.rated()]
         for bits in row.ancestors:
-            line += _signed_words(bits, count)
+            line += signed_words(bits, count)
         for node, path in enumerate(row.paths):
             line += path
             line += [0] * (length - len(path))
@@ -222,13 +237,19 @@ def from_parents(parents: Sequence[Sequence[int]], *, device: torch.device) -> T
     )
 
 
-def on_device(parents: Int[Tensor, "rows nodes"], *, max_depth: int) -> TreeTopology:
+def on_device(
+    parents: Int[Tensor, "rows nodes"],
+    *,
+    max_depth: int,
+    labels: Int[Tensor, "rows nodes"] | None = None,
+) -> TreeTopology:
     """Build the topology of trees that the host does not know; does not sync.
 
     Args:
         parents: For each row the parent of each node, which comes before it; 0 at node 0, and the
             node itself at padding. Not checked.
         max_depth: A depth that no node exceeds.
+        labels: Numbers of the proposer's own for each node, which the host is told with the rest.
 
     Raises:
         TreeBudgetError: If there are more than `MAX_NODES` nodes or `MAX_DEPTH` levels.
@@ -246,7 +267,7 @@ def on_device(parents: Int[Tensor, "rows nodes"], *, max_depth: int) -> TreeTopo
         steps, reach = steps @ steps, 2 * reach  # positive where some steps lead from i to j
     mask = steps > 0
     depths = mask.sum(2).sub_(1)
-    return TreeTopology(parents, depths, max_depth=max_depth, ancestor_mask=mask)
+    return TreeTopology(parents, depths, max_depth=max_depth, labels=labels, ancestor_mask=mask)
 
 
 def trees_of(parents: Sequence[Sequence[int]], *, device: torch.device) -> TreeTopology:
@@ -271,36 +292,6 @@ def chain(depth: int, *, device: torch.device | None = None) -> TreeTopology:
     """Return the topology of one path of `depth` draft tokens below the root."""
     parents = [0, *range(depth)]
     return from_parents([parents], device=device or torch.device("cpu"))
-
-
-def num_words(num_bits: int) -> int:
-    """Return the number of int64 words that hold `num_bits` bits."""
-    return -(-num_bits // _WORD_BITS)
-
-
-def pack_words(bits: Bool[Tensor, "*axes num_bits"]) -> Int[Tensor, "*axes words"]:
-    """Pack booleans into int64 words, the first into the lowest bit of the first word."""
-    words = num_words(bits.shape[-1])
-    padded = F.pad(bits, (0, words * _WORD_BITS - bits.shape[-1]))
-    by_word = padded.view(*bits.shape[:-1], words, _WORD_BITS).long()
-    shifts = torch.arange(_WORD_BITS, device=bits.device)
-    # Bits do not overlap, so their sum is their union; that of the last one is negative.
-    return (by_word << shifts).sum(-1)
-
-
-def unpack_words(
-    words: Int[Tensor, "*axes words"], *, num_bits: int
-) -> Bool[Tensor, "*axes num_bits"]:
-    """Spread packed int64 words into one boolean per bit."""
-    word, shift = _bit_positions(num_bits, words.device)
-    return (words[..., word] >> shift).bitwise_and_(1).bool()
-
-
-@lru_cache(maxsize=MAX_NODES)
-def _bit_positions(num_bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the word and the shift of each bit."""
-    bits = torch.arange(num_bits, device=device)
-    return bits // _WORD_BITS, bits % _WORD_BITS
 
 
 @lru_cache(maxsize=MAX_NODES)
@@ -361,13 +352,6 @@ class _Row:
             (depth + 1) * num_nodes - node if path else 0
             for node, (depth, path) in enumerate(zip(self.depths, self.paths, strict=True))
         ]
-
-
-def _signed_words(bits: int, count: int) -> list[int]:
-    if count == 1 and bits < _LARGEST_WORD:
-        return [bits]  # most trees
-    words = [bits >> (_WORD_BITS * word) & (2**_WORD_BITS - 1) for word in range(count)]
-    return [word - 2**_WORD_BITS if word >> (_WORD_BITS - 1) else word for word in words]
 
 
 def path_products(parents: list[int], node_probs: list[float]) -> list[float]:

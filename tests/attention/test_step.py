@@ -13,7 +13,8 @@ from torch import Tensor
 from speclm.attention import TreeMask, TreeStep, active_step, tree_step
 from speclm.cache import TreeCache
 from speclm.kernels.inputs import MAX_SLOTS
-from speclm.tree.topology import chain, from_parents, unpack_words
+from speclm.tree.topology import chain, from_parents
+from speclm.tree.words import unpack_words
 from tests.attention.tree_models import CPU, cache_of
 
 

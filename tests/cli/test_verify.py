@@ -49,7 +49,8 @@ def test_tokenizer_without_padding_is_given_some(run, folder):
     settings = json.loads(path.read_text())
     settings.pop("pad_token")
     path.write_text(json.dumps(settings))
-    assert run("verify", "--base", str(folder), *FEW).exit_code == 0
+    few = ("--num-prompts", "2", "--max-new-tokens", "2", "--batch", "2")
+    assert run("verify", "--base", str(folder), *few).exit_code == 0
 
 
 @pytest.mark.parametrize("folder", ["llama"], indirect=True)
@@ -63,9 +64,10 @@ def test_wrong_tokens_are_shown_and_end_with_exit_code_1(run, folder, monkeypatc
         return logits
 
     monkeypatch.setattr(TargetView, "forward_tree", wrong)
-    result = run("verify", "--base", str(folder), *FEW)
+    few = ("--num-prompts", "1", "--max-new-tokens", "6", "--batch", "1")
+    result = run("verify", "--base", str(folder), *few)
     assert result.exit_code == 1
-    assert "NO, 0/2" in result.output
+    assert "NO, 0/1" in result.output
 
 
 def test_unknown_model_is_refused(run):

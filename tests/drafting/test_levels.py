@@ -87,3 +87,54 @@ def test_levels_of_a_row_are_bounded_by_what_it_may_still_emit_and_end_with_it()
     assert bounds.within(4) == [2, 4]
     bounds.commit([[1, 2, 3], []])
     assert bounds.within(4) == [0, 0]
+
+
+def bounds_of(*, batch, max_new_tokens):
+    return LevelBounds(
+        Prefill(
+            tokens=torch.zeros(batch, 1, dtype=torch.long),
+            num_padding=torch.zeros(batch, dtype=torch.long),
+            first_tokens=torch.zeros(batch, dtype=torch.long),
+            temperature=0.0,
+            max_new_tokens=max_new_tokens,
+        )
+    )
+
+
+def levels(bounds, depth=9, least=0.3):
+    return bounds.levels(depth, reads=False, least=least)
+
+
+def test_levels_that_are_not_read_follow_from_the_last_drafts():
+    bounds = bounds_of(batch=2, max_new_tokens=1000)
+    first = levels(bounds)
+    assert first[0] == first[1] > 3
+    for _ in range(20):
+        bounds.commit([[1], [1]])  # nothing accepted
+        few = levels(bounds)
+    assert few == [1, 1]
+    for _ in range(40):
+        bounds.commit([[1] * (1 + few[0])] * 2)  # everything
+        few = levels(bounds)
+    assert few == [9, 9]
+    assert levels(bounds, depth=4) == [4, 4]
+    assert bounds.levels(4, reads=True, least=1.0) == [4, 4]
+
+
+def test_a_level_that_was_left_out_is_tried_again():
+    bounds = bounds_of(batch=1, max_new_tokens=10_000)
+    drafted = []
+    for _ in range(300):
+        drafted.append(levels(bounds)[0])
+        bounds.commit([[1, 1]])  # the first level and no other
+    assert max(drafted[50:]) == 2
+    assert set(drafted[50:]) <= {1, 2}
+
+
+def test_near_the_end_no_more_levels_are_drafted_than_fit():
+    bounds = bounds_of(batch=1, max_new_tokens=4)
+    assert levels(bounds) == [3]
+    bounds.commit([[1, 2]])
+    assert levels(bounds) == [1]
+    bounds.commit([[1, 2]])
+    assert levels(bounds) == [0]

@@ -60,6 +60,13 @@ def test_greedy_ranks_by_the_drafts_own_distribution_in_single_precision():
     assert ranking.rank(LOGITS.bfloat16(), depth=0, noise=None).dtype == torch.float32
 
 
+def test_the_order_is_that_of_the_ranks_and_needs_no_sums_without_noise():
+    ranking, noise = begun(), position_noise()
+    assert ranking.order(LOGITS, depth=0, noise=None) is LOGITS
+    ranks = ranking.rank(LOGITS, depth=0, noise=noise)
+    assert torch.equal(ranking.order(LOGITS, depth=0, noise=noise), ranks)
+
+
 @given(mixture=mixtures, temperature=st.floats(0.3, 2.0))
 def test_sampled_ranking_is_a_distribution(mixture, temperature):
     ranked = rank_log_probs(LOGITS, temperature=temperature, noise=NOISE, mixture=mixture)

@@ -42,6 +42,14 @@ def test_a_stage_is_prepared_once_for_each_shape():
 
 
 @pytest.mark.parametrize("make", [Preparing, replaying])
+def test_preparing_does_not_count_for_a_stage_that_must_not_run_twice(make):
+    engine, storage = make(), torch.zeros(3)
+    for _ in range(3):
+        engine.run(doubled, [torch.ones(2)], [storage], is_repeatable=False)
+    assert storage.tolist() == [3.0] * 3
+
+
+@pytest.mark.parametrize("make", [Preparing, replaying])
 def test_storage_at_another_address_is_prepared_for_where_it_matters(make):
     engine = make()
     for storage in (torch.zeros(1), torch.zeros(1)):

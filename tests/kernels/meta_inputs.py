@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from speclm.kernels.inputs import TreeAttentionInputs
-from speclm.tree.topology import num_words
+from speclm.tree.words import num_words
 
 
 def meta_inputs(

@@ -12,7 +12,7 @@ from speclm.kernels import tree_attention
 from speclm.kernels.backends import VARIABLE
 from speclm.kernels.inputs import TreeAttentionInputs
 from speclm.kernels.tree_attention import attention_backend
-from speclm.tree.topology import num_words
+from speclm.tree.words import num_words
 from tests.grids import turns
 from tests.kernels.tree_cases import (
     EPSILON,

@@ -12,7 +12,8 @@ from torch.library import opcheck
 from speclm.errors import KernelError
 from speclm.kernels import keep_path_, tree_words
 from speclm.kernels.backends import VARIABLE
-from speclm.tree.topology import from_parents, num_words
+from speclm.tree.topology import from_parents
+from speclm.tree.words import num_words
 from tests.kernels import parent_cases
 from tests.kernels.parent_cases import SIZES, chain, scattered, star, trees
 from tests.kernels.path_cases import (

@@ -13,6 +13,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
+POLL_SECONDS = 0.01  # how long a server may take to notice that it is to end
 SHA = "0123456789abcdef0123456789abcdef01234567"
 SHAS = {"main": SHA, "v2": "2" * 40}
 NAMES = {sha: name for name, sha in SHAS.items()}
@@ -131,7 +132,7 @@ def running_hub(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(POLL_SECONDS,), daemon=True)
     thread.start()
     hub.endpoint = f"http://127.0.0.1:{server.server_port}"
     template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"

@@ -4,17 +4,21 @@ import copy
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from speclm import SpecModel
 from speclm.attention import attached, attention_configs
+from speclm.devices import device_path
 from speclm.engines import CompileEngine, Engine
 from speclm.errors import OptionError
 from speclm.methods.draft_model.proposer import DraftModelProposer
 from speclm.model.engines import Engines, normalize_engine
 from speclm.target import TargetView
+from speclm.target.static_keep import accept_and_keep
 from tests.models import build_model, generate, prompts, shared_model
 from tests.stand_ins import replaying
 
+ROUNDING = 1e-4  # of states of random models, up to 10
 GREEDY = {"do_sample": False, "max_new_tokens": 12}
 
 
@@ -71,6 +75,31 @@ def test_tokens_and_generator_are_the_same_by_replays(lengths, is_sampled):
     assert stats.engine_seconds == 0  # all was recorded in the first call
     assert "engine      graph" in str(stats)
     assert stats.to_dict()["engine"] == "graph"
+
+
+@pytest.mark.parametrize(("lengths", "eos"), [((7,), None), ((6, 3, 5), [3, 9, 11])])
+def test_tokens_are_the_same_where_acceptance_is_a_stage_too(lengths, eos):
+    spec, inputs = spec_model(engine=replaying()), prompts(*lengths)
+    options = {**GREEDY, "eos_token_id": eos}
+    expected = spec.base.generate(**inputs, **options)
+    with device_path():
+        for _ in range(2):
+            assert torch.equal(spec.generate(**inputs, **options), expected)
+    assert spec.last_speculation.engine == "graph"
+    assert any(key[0] is accept_and_keep for key in spec.engine._prepared)
+
+
+def test_the_cache_is_right_after_moves_by_a_stage():
+    spec, inputs = spec_model(engine=replaying()), prompts(6)
+    options = {**GREEDY, "return_dict_in_generate": True}
+    found, expected = DynamicCache(), DynamicCache()
+    spec.base.generate(**inputs, past_key_values=expected, **options)
+    with device_path():
+        spec.generate(**inputs, past_key_values=found, **options)
+    for one, other in zip(found.layers, expected.layers, strict=True):
+        assert one.keys.shape == other.keys.shape
+        assert torch.allclose(one.keys, other.keys, atol=ROUNDING)
+        assert torch.allclose(one.values, other.values, atol=ROUNDING)
 
 
 def test_preparing_is_not_part_of_the_time_of_rounds():

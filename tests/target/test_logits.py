@@ -16,6 +16,7 @@ from speclm.target.logits import (
     head_shape,
     logits_from,
     output_matrix,
+    product_weight,
     stored_matrices,
 )
 from tests.families import FAMILIES, build_type, shared_family
@@ -38,6 +39,28 @@ def require_own_logits(model: PreTrainedModel) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logits_from_the_decoders_output_are_the_models(name):
     require_own_logits(shared_family(name))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_where_a_head_only_multiplies_the_product_has_its_logits(name):
+    model = shared_family(name)
+    weight = product_weight(model)
+    if weight is not None:
+        hidden = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(0))
+        product = hidden.to(weight.dtype) @ weight.T
+        assert torch.allclose(product, logits_from(model, hidden), atol=TOLERANCE)
+
+
+def test_heads_that_do_more_than_multiply_have_no_product():
+    assert product_weight(build_type("llama", {})) is not None
+    assert product_weight(build_type("gemma2", {})) is None  # it caps its logits
+    watched, replaced, biased, wrapped = (build_model("llama") for _ in range(4))
+    watched.lm_head.register_forward_hook(lambda *_: None)
+    replaced.lm_head.forward = lambda hidden: hidden
+    biased.lm_head.bias = nn.Parameter(torch.zeros(VOCAB_SIZE))
+    wrapped.lm_head = nn.Sequential(wrapped.lm_head)
+    assert [product_weight(model) for model in (watched, replaced, biased, wrapped)] == [None] * 4
 
 
 def test_decoder_is_found_where_the_head_has_its_name():

@@ -21,7 +21,7 @@ from speclm.target import StaticForward, TargetFeatures, TargetView
 from speclm.target.static_forward import BUCKETS
 from speclm.tree.topology import TreeTopology, chain, from_parents
 from tests.exactness import tiny
-from tests.grids import turns
+from tests.grids import grid, turns
 from tests.models import prompts, shared_model
 from tests.stand_ins import replaying
 
@@ -122,7 +122,11 @@ class FullGraph(Engine):
 
 
 @pytest.mark.parametrize(
-    ("family", "layers"), [("llama", ""), ("qwen3", "none"), ("gemma3", ""), ("mixtral", "none")]
+    ("family", "layers"),
+    grid(
+        [("gemma3", ""), ("mixtral", "none"), ("llama", ""), ("qwen3", "none")],
+        runs=lambda family, layers: family in {"gemma3", "mixtral"},  # windows, and experts
+    ),
 )
 def test_a_forward_is_one_graph_without_breaks(family, layers):
     engine, chosen = FullGraph(), LAYERS.get(layers, LAYERS["one and the last"])

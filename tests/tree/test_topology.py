@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from speclm.config import MAX_DEPTH, MAX_NODES
 from speclm.errors import TopologyError, TreeBudgetError
 from speclm.tree import chain, from_parents
-from speclm.tree.topology import num_words, on_device, pack_words, unpack_words
+from speclm.tree.topology import on_device
+from speclm.tree.words import pack_words
 
 CPU = torch.device("cpu")
 
@@ -99,11 +100,6 @@ def test_ancestor_words_hold_the_sign_bit_and_further_words():
     assert topology.ancestor_words[0, 129].tolist() == [1, 0, 2]
 
 
-def test_unpacked_words_are_cut_to_the_number_of_bits():
-    words = torch.tensor([[5, 1]])
-    assert unpack_words(words, num_bits=65)[0].nonzero().flatten().tolist() == [0, 2, 64]
-
-
 def test_chain_is_one_path_and_cached():
     topology = chain(3)
     assert topology.parents.tolist() == [[0, 0, 1, 2]]
@@ -137,18 +133,6 @@ def test_trees_beyond_the_budget_are_refused():
         from_parents([[0] * (MAX_NODES + 1)], device=CPU)
     with pytest.raises(TreeBudgetError, match=f"{MAX_DEPTH + 1} levels deep"):
         chain(MAX_DEPTH + 1)
-
-
-@given(num_bits=st.integers(1, 200), seed=st.integers(0, 9))
-def test_words_hold_the_bits_that_were_packed(num_bits, seed):
-    generator = torch.Generator().manual_seed(seed)
-    bits = torch.rand(2, 3, num_bits, generator=generator) < 0.5
-    bits[0, 0] = True  # the last bit of a word is its sign
-    words = pack_words(bits)
-    assert words.shape == (2, 3, num_words(num_bits))
-    assert torch.equal(unpack_words(words, num_bits=num_bits), bits)
-    padding = unpack_words(words, num_bits=64 * num_words(num_bits))[..., num_bits:]
-    assert not padding.any()
 
 
 def test_packed_masks_are_the_words_of_the_topology():

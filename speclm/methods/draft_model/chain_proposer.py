@@ -20,6 +20,7 @@ from speclm.config import (
     require_in_range,
     require_known,
 )
+from speclm.devices import upload
 from speclm.drafting.interface import Draft, Prefill, Proposer, TargetNeeds
 from speclm.drafting.mixture import Mixture, require_mixture
 from speclm.drafting.ranking import LevelRanking, chain_expansions
@@ -119,16 +120,12 @@ class ChainDraftProposer(Proposer):
         logits = self._catch_up(self._prompt)
         if self._prompt.sampler is not None:
             return self._draw(roots, logits, self._prompt.sampler, longest=longest)
-        ends = torch.tensor(
-            sorted(self._prompt.eos_token_ids), device=roots.device, dtype=torch.long
-        )
+        ends = upload(sorted(self._prompt.eos_token_ids), roots.device)
         floor = math.log(max(config.min_confidence, 1e-30))
         scores = torch.zeros(len(roots), device=roots.device, dtype=torch.float32)
         node_probs = [[1.0] * len(roots)]  # [depth, batch]
-        grows = torch.tensor(
-            [not idle for idle in self._is_idle], device=roots.device, dtype=torch.bool
-        )
-        num_live, tokens = max(int(grows.sum()), 1), [roots]
+        grows = upload([not idle for idle in self._is_idle], roots.device).bool()
+        num_live, tokens = max(self._is_idle.count(False), 1), [roots]
         while True:
             nodes = (tokens[-1][:, None], torch.zeros_like(roots)[:, None])
             depth = len(tokens) - 1
@@ -157,9 +154,7 @@ class ChainDraftProposer(Proposer):
         self._is_idle = [not going for going in goes_on]
         # Rows that have ended may be fed any token.
         rows = [tokens + [0] * (num_new - len(tokens)) for tokens in accepted.emitted]
-        new = torch.tensor(rows, device=self._unseen.device, dtype=torch.long).view(
-            len(rows), num_new
-        )
+        new = upload(rows, self._unseen.device).view(len(rows), num_new)
         self._length += num_new
         if not self._is_open:
             self._unseen = torch.cat([self._unseen, new], dim=1)

@@ -13,23 +13,23 @@ from typing_extensions import override
 from speclm.acceptance import Accepted
 from speclm.cache.tree_cache import TreeCache
 from speclm.config import require_known
+from speclm.devices import upload
+from speclm.drafting.beam import grow, reads_levels
 from speclm.drafting.interface import Draft, Prefill, Proposer, TargetNeeds
 from speclm.drafting.levels import (
     LevelBounds,
     RunByLevelConfig,
-    assemble,
     planned,
-    seen_below,
 )
 from speclm.drafting.ranking import LevelRanking, Nodes, path_expansions
-from speclm.drafting.search import search
 from speclm.errors import VocabularyMismatchError
-from speclm.methods.draft_model.network import DraftNetwork, LevelRun, NetworkRun, last_of
+from speclm.methods.draft_model.network import DraftNetwork
+from speclm.methods.draft_model.runs import LevelRun, ModelRun, NetworkRun
 from speclm.methods.draft_model.structure import CurrentNetwork
 from speclm.sampling.draws import DraftSampler, DraftSampling
 from speclm.sampling.noise import PositionNoise
 from speclm.target import TargetView
-from speclm.tree.dynamic import FilledTree, GrownRow, drawn_paths
+from speclm.tree.dynamic import FilledTree, GrownRow, GrownRows, drawn_paths
 from speclm.tree.static import RankPaths
 from speclm.tree.topology import chain
 
@@ -142,7 +142,7 @@ class DraftModelProposer(Proposer):
         self._ranking = LevelRanking(self.config.mixture)
         self._sampler: DraftSampler | None = None
         self._leaf_tokens: frozenset[int] = frozenset()  # tokens that end a row
-        self._grown: list[GrownRow] = []
+        self._grown: GrownRows = list[GrownRow]()
         self._offsets: list[int] = []
 
     @property
@@ -189,8 +189,8 @@ class DraftModelProposer(Proposer):
             )
         if paths is not None:
             return self._fill(roots, paths, noise)
-        self._grown = self._grow(roots, noise, config)
-        return assemble(self._grown, roots)
+        draft, self._grown = self._grow(roots, noise, config)
+        return draft
 
     @override
     def commit(self, accepted: Accepted) -> None:
@@ -234,11 +234,13 @@ class DraftModelProposer(Proposer):
         roots: Int[Tensor, " batch"],
         noise: PositionNoise | None,
         config: DraftModelConfig,
-    ) -> list[GrownRow]:
+    ) -> tuple[Draft, GrownRows]:
         """Feed the unseen tokens, then one level after another."""
         assert self._cache is not None
         assert self._bounds is not None
-        cache = self._cache
+        cache, depth = self._cache, min(config.depth, config.num_draft_tokens)
+        reads = reads_levels(self.plan, roots.device)
+        bounds = self._bounds.levels(depth, reads=reads, least=config.min_confidence)
         run = self._run(
             config.depth, max_nodes=config.depth * config.width, is_chain=config.width == 1
         )
@@ -246,21 +248,21 @@ class DraftModelProposer(Proposer):
 
         def candidates(nodes: Nodes, level: int) -> tuple[Tensor, Tensor]:
             """Return log-probabilities and tokens, ``[batch, width, ranks]``, below some nodes."""
-            logits = self._catch_up(run) if level == 0 else self._below(run, *nodes)
+            logits = self._below(run, *nodes) if level else self._catch_up(run, roots)
             ranked = self._ranking.rank(logits, depth=level, noise=noise, nodes=nodes)
             found = ranked.topk(config.branches, dim=-1)
             return found.values, found.indices
 
-        grown = search(
+        draft, grown = grow(
             candidates,
             roots,
             config=config,
-            bounds=self._bounds.within(min(config.depth, config.num_draft_tokens)),
+            bounds=bounds,
+            reads=reads,
             leaf_tokens=self._leaf_tokens,
-            min_growing=config.min_growing,
         )
         self._offsets.append(cache.num_pending)  # the last level is not fed
-        return grown
+        return draft, grown
 
     def _fill(
         self, roots: Int[Tensor, " batch"], paths: RankPaths, noise: PositionNoise | None
@@ -275,7 +277,7 @@ class DraftModelProposer(Proposer):
         widths = tree.widths[1:]
         run = self._run(len(widths), max_nodes=sum(widths), is_chain=max(widths, default=1) == 1)
         self._offsets = []
-        logits = self._catch_up(run)  # [batch, level, vocab]
+        logits = self._catch_up(run, roots)  # [batch, level, vocab]
         distributions: Tensor | None = None
         while True:
             if sampler is not None:
@@ -289,8 +291,8 @@ class DraftModelProposer(Proposer):
                 tree.fill(sampler.siblings(distribution, num=tree.num_ranks))
             else:
                 nodes = (tree.expanded_tokens, tree.expanded_parents)
-                ranked = self._ranking.rank(logits, depth=tree.depth, noise=noise, nodes=nodes)
-                tree.fill(ranked.topk(tree.num_ranks, dim=-1).indices)
+                scores = self._ranking.order(logits, depth=tree.depth, noise=noise, nodes=nodes)
+                tree.fill(scores.topk(tree.num_ranks, dim=-1).indices)
             if tree.is_full:
                 break
             logits = self._below(run, tree.expanded_tokens, tree.expanded_parents)
@@ -315,14 +317,16 @@ class DraftModelProposer(Proposer):
             is_chain=is_chain,
         )
 
-    def _catch_up(self, run: LevelRun) -> Float[Tensor, "batch 1 vocab"]:
+    def _catch_up(
+        self, run: LevelRun, roots: Int[Tensor, " batch"]
+    ) -> Float[Tensor, "batch 1 vocab"]:
         """Feed committed tokens that the draft model has not seen; short rows end in padding."""
-        assert self._cache is not None
         if self._prompt_logits is not None:
             return self._prompt_logits
-        longest = max(map(len, self._unseen))
-        padded = [tokens + [0] * (longest - len(tokens)) for tokens in self._unseen]
-        tokens = torch.tensor(padded, device=self._cache.lengths.device, dtype=torch.long)
+        longest, tokens = max(map(len, self._unseen)), roots[:, None]
+        if longest > 1:
+            padded = [tokens + [0] * (longest - len(tokens)) for tokens in self._unseen]
+            tokens = upload(padded, roots.device)
         return self._vocabulary.fit(run.catch_up(self._vocabulary.readable(tokens)))
 
     def _below(
@@ -332,46 +336,3 @@ class DraftModelProposer(Proposer):
         assert self._cache is not None
         self._offsets.append(self._cache.num_pending)
         return self._vocabulary.fit(run.below(self._vocabulary.readable(tokens), parents))
-
-
-class ModelRun(LevelRun):
-    """Calls the model itself."""
-
-    def __init__(
-        self, view: TargetView, cache: TreeCache, num_unseen: list[int], *, is_chain: bool
-    ) -> None:
-        """Prepare a draft.
-
-        Args:
-            view: The draft model.
-            cache: Its cache; at most the roots are pending.
-            num_unseen: Number of each row's last tokens, the root among them, that are pending or
-                will be after `catch_up`.
-            is_chain: Whether no level has siblings.
-        """
-        device, longest = cache.lengths.device, max(num_unseen)
-        self._view, self._cache, self._num_unseen, self._level = view, cache, num_unseen, 0
-        # In a chain, if all rows have equally many unseen tokens, every node sees all that is
-        # pending.
-        self._is_chain = is_chain and min(num_unseen) == longest
-        self._counts = torch.tensor(num_unseen, device=device, dtype=torch.long)
-        self._depths = torch.arange(longest, device=device).expand(len(num_unseen), -1)
-        self._seen = (self._depths < self._counts[:, None])[:, None]  # by the root
-
-    @override
-    def catch_up(self, tokens: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch 1 vocab"]:
-        longest = tokens.shape[1]
-        causal = torch.ones(1, longest, longest, dtype=torch.bool, device=tokens.device).tril()
-        logits = self._view.forward_nodes(tokens, causal, self._depths[:1], self._cache)
-        return last_of(logits, self._num_unseen)
-
-    @override
-    def below(
-        self, tokens: Int[Tensor, "batch width"], parents: Int[Tensor, "batch width"]
-    ) -> Float[Tensor, "batch width vocab"]:
-        if not self._is_chain:
-            self._seen = seen_below(self._seen, parents)
-        depths = (self._counts + self._level)[:, None].expand_as(tokens)
-        self._depths, self._level = torch.cat([self._depths, depths], dim=1), self._level + 1
-        seen = None if self._is_chain else self._seen
-        return self._view.forward_nodes(tokens, seen, self._depths, self._cache)

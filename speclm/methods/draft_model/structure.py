@@ -105,15 +105,16 @@ def computes_alike(view: TargetView) -> bool:
     cache.split(_NUM_BEFORE, num_pending=0)  # the others are written again
     bias = torch.zeros(causal.shape, dtype=network.dtype, device=device)
     bias = bias.masked_fill_(~causal, torch.finfo(bias.dtype).min)[None, :, _NUM_BEFORE:]
-    weights, rotation = network.weights(), network.rotation(_NUM_COMPARED)
+    views = network.views(cache, num_slots=_NUM_COMPARED - _NUM_BEFORE)
+    rotation = network.rotation(_NUM_COMPARED)
     rotation = (
         rotation[0][:, _NUM_BEFORE:_NUM_COMPARED],
         rotation[1][:, _NUM_BEFORE:_NUM_COMPARED],
     )
     hidden = network.forward(
-        tokens[:, _NUM_BEFORE:], weights, rotation=rotation, bias=bias, cache=cache
+        tokens[:, _NUM_BEFORE:], views, rotation=rotation, bias=bias, cache=cache
     )
-    found, wanted = network.logits(hidden, weights, batch=1)[0].float(), wanted.float()
+    found, wanted = network.logits(hidden, views, batch=1)[0].float(), wanted.float()
     bound = _HALF_TOLERANCE if network.dtype.itemsize < 4 else _TOLERANCE
     difference = (found - wanted).square().mean(1).sqrt()  # by position
     return bool((difference <= bound * wanted.std(1, correction=0)).all())  # false for NaN

@@ -121,6 +121,22 @@ class EagleLayer(Fusable):
     def separate_(self) -> None:
         self._both_norms = None
 
+    def fold_(self) -> None:
+        """Move weights of norms into the maps that read their results, where that saves calls.
+
+        To be called once all parts have their second form.
+        """
+        factors = self.post_attention_layernorm.fold_()
+        if factors is not None:
+            self.mlp.scale_input_(factors)
+        factors = None
+        if self._both_norms is not None and not self.norm_before_residual:
+            factors = self._both_norms.fold_()
+        elif self.input_layernorm is not None and not self.is_joining:
+            factors = self.input_layernorm.fold_()
+        if factors is not None:
+            self.self_attn.scale_input_(factors.flatten())
+
     def forward(
         self,
         hidden: Float[Tensor, "rows hidden"],
@@ -130,9 +146,8 @@ class EagleLayer(Fusable):
         """Run the layer; only the first layer of EAGLE-3 reads the embeddings."""
         states = residual = hidden
         if self._both_norms is not None and not self.norm_before_residual:
-            both = torch.cat((embeddings, hidden), dim=-1)
-            by_part = both.view(len(both), 2, -1)
-            states = self._both_norms(by_part).view(both.shape)
+            both = self._both_norms(torch.stack((embeddings, hidden), dim=1))
+            states = both.view(len(both), -1)
         elif self.input_layernorm is not None and self.hidden_norm is not None:
             states = self.hidden_norm(hidden)
             residual = states if self.norm_before_residual else hidden

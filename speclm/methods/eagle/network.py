@@ -1,7 +1,7 @@
 """EAGLE heads: a small decoder that continues the target's hidden states."""
 
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, cast
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from typing_extensions import override
 
-from speclm.cache.tree_cache import TreeCache, TreeLayer
 from speclm.drafting.decoder_parts import Norm, Rotation
 from speclm.drafting.heads_network import HeadsNetwork, copy_tensors
 from speclm.methods.eagle.config import EagleConfig
@@ -51,6 +50,13 @@ class EagleHeads(HeadsNetwork):
         )
         self.norm = norm(hidden) if is_eagle3 else None
         self._add_output()
+
+    @override
+    def fuse_(self) -> Self:
+        super().fuse_()
+        for layer in self.layers:
+            cast("EagleLayer", layer).fold_()
+        return self
 
     def fuse(self, features: Float[Tensor, "*rows features"]) -> Float[Tensor, "*rows hidden"]:
         """Return the hidden states that replace the target's features as input.
@@ -142,143 +148,6 @@ class EagleHeads(HeadsNetwork):
         logits = self._head_logits(hidden, lm_head)
         scale = self.config.logit_scale
         return logits if scale == 1 else logits * scale
-
-
-class LevelRun:
-    """Runs heads over the levels of a draft, one after another.
-
-    Rotations of all levels are computed once. The mask of a level is made of its parents' rows in
-    the mask of the level above.
-    """
-
-    def __init__(
-        self,
-        heads: EagleHeads,
-        cache: TreeCache,
-        *,
-        hidden: Float[Tensor, "batch hidden"],
-        widths: list[int],
-        embedding: Callable[[Tensor], Tensor],
-    ) -> None:
-        """Start at the roots.
-
-        Args:
-            heads: The network.
-            cache: Cache of the heads; no node may be pending.
-            hidden: Output at the position before each root.
-            widths: Maximum nodes of each level.
-            embedding: See `EagleHeads.embed`.
-        """
-        self._heads, self._cache, self._embedding = heads, cache, embedding
-        self._batch = len(hidden)
-        self.hidden: Float[Tensor, "nodes hidden"] = hidden
-        """Outputs of the last level, row by row; at first, of the position before the root."""
-        self._level = 0
-        self._seen = self._seen_by_root(widths)
-        if widths:
-            cache.reserve(sum(widths))
-            self._rotations = self._rotations_of(len(widths))
-            self._store: KeyValueStore = (
-                cache if max(widths) > 1 else _ChainStore(cache, len(widths))
-            )
-
-    def below(
-        self, tokens: Int[Tensor, "batch width"], parents: Int[Tensor, "batch width"]
-    ) -> Float[Tensor, "nodes hidden"]:
-        """Feed the next level, whose nodes become pending.
-
-        Args:
-            tokens: The target's tokens.
-            parents: Index of each token's parent in the last level.
-        """
-        width, above = tokens.shape[1], self.hidden
-        if width > 1 or len(above) > self._batch:
-            by_row = above.view(self._batch, -1, above.shape[1])
-            indices = parents[:, :, None].expand(-1, -1, above.shape[1])
-            above = by_row.gather(1, indices).flatten(0, 1)
-        self.hidden = self._heads(
-            above,
-            self._heads.embed(tokens.reshape(-1), embedding=self._embedding),
-            rotation=self._rotations[self._level],
-            attention_mask=self._bias(parents),
-            past_key_values=self._store,
-            batch=self._batch,
-        )
-        self._cache.append(width)
-        self._level += 1
-        return self.hidden
-
-    def _rotations_of(self, num_levels: int) -> list[Rotation]:
-        cache = self._cache
-        if not cache.is_ragged and not cache.has_padding:
-            rotation = self._heads.rotation_from(cache.tree_start, num_levels)
-            return list(zip(*(part.unbind(-2) for part in rotation), strict=True))
-        first = cache.lengths - cache.num_padding
-        depths = torch.arange(num_levels, device=first.device)
-        rotation = self._heads.rotation((first[:, None] + depths).clamp(min=0))
-        return list(
-            zip(*(part.split_with_sizes([1] * num_levels, dim=2) for part in rotation), strict=True)
-        )
-
-    def _seen_by_root(self, widths: list[int]) -> Float[Tensor, "batch 1 kv_len"] | None:
-        """Return the root's additive mask over all keys; None for chains that see every key."""
-        cache, window = self._cache, self._heads.config.sliding_window
-        reach = cache.tree_start + len(widths)
-        is_whole = not cache.is_ragged and not cache.has_padding
-        if is_whole and max(widths, default=1) == 1 and (window is None or reach <= window):
-            return None
-        lengths = cache.lengths[:, None]
-        kv_indices = torch.arange(cache.tree_start + sum(widths), device=lengths.device)
-        sees = (kv_indices >= cache.num_padding[:, None]) & (kv_indices < lengths)
-        if window is not None:  # positions in a row, padding included; those of nodes come later
-            self._positions = kv_indices.repeat(len(lengths), 1)
-        seen = torch.zeros(sees.shape, dtype=self._heads.dtype, device=sees.device)
-        return seen.masked_fill_(~sees, torch.finfo(seen.dtype).min)[:, None]
-
-    def _bias(
-        self, parents: Int[Tensor, "batch width"]
-    ) -> Float[Tensor, "batch 1 width kv_len"] | None:
-        if self._seen is None:
-            return None
-        cache, width = self._cache, parents.shape[1]
-        own = cache.tree_start + cache.num_pending
-        seen = self._seen.gather(1, parents[:, :, None].expand(-1, -1, self._seen.shape[2]))
-        seen.narrow(2, own, width).diagonal(dim1=1, dim2=2).zero_()
-        window = self._heads.config.sliding_window
-        if window is not None:
-            position = cache.lengths[:, None] + self._level
-            self._positions[:, own : own + width] = position
-            distance = position - self._positions
-            seen.masked_fill_((distance >= window)[:, None], torch.finfo(seen.dtype).min)
-        self._seen = seen
-        return seen.narrow(2, 0, own + width)[:, None]
-
-
-class _ChainStore:
-    """Writes keys and values of chains into a cache, at entries that are cut out beforehand."""
-
-    def __init__(self, cache: TreeCache, num_levels: int) -> None:
-        self._cache = cache
-        self._layers: list[tuple[Tensor, Tensor]] = []
-        self._slots: list[list[tuple[Tensor, Tensor]]] = []
-        for layer in cast("Iterable[TreeLayer]", cache.layers):
-            assert layer.keys is not None
-            assert layer.values is not None
-            both = layer.keys, layer.values
-            cut = (states.narrow(2, cache.tree_start, num_levels) for states in both)
-            slots = (part.split_with_sizes([1] * num_levels, dim=2) for part in cut)
-            self._layers.append(both)
-            self._slots.append(list(zip(*slots, strict=True)))
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, /) -> tuple[Tensor, Tensor]:
-        """Write the keys and values of a level, and return all of them."""
-        level = self._cache.num_pending
-        key_slot, value_slot = self._slots[layer_idx][level]
-        key_slot.copy_(keys)
-        value_slot.copy_(values)
-        all_keys, all_values = self._layers[layer_idx]
-        past = self._cache.tree_start + level + 1
-        return all_keys.narrow(2, 0, past), all_values.narrow(2, 0, past)
 
 
 def build_eagle(
