@@ -39,13 +39,17 @@ class ChosenNodes(NamedTuple):
     mask: Bool[Tensor, "batch nodes nodes"]
     inner_mask: Bool[Tensor, "batch nodes nodes"]
 
-    @property
-    def topology(self) -> TreeTopology:
-        """The shape of the trees, which the host does not know."""
+    def topology(self, *, is_labelled: bool = False) -> TreeTopology:
+        """Return the shape of the trees, which the host does not know.
+
+        Args:
+            is_labelled: Whether the host will need to know `nodes`.
+        """
         return TreeTopology(
             self.lines[:, :, 0],
             self.depths,
             max_depth=self.lines.shape[2] - 3,
+            labels=self.nodes if is_labelled else None,
             ancestor_mask=self.mask,
             inner_mask=self.inner_mask,
             path_ends=self.lines[:, :, 1:],

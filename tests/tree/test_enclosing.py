@@ -81,7 +81,7 @@ def test_the_chosen_nodes_are_the_likeliest_and_their_topology_is_that_of_their_
         assert found[0] == 0
         wanted = [tokens[row, tree.values[node, 0]].item() for node in found]
         assert chosen.tokens[row].tolist() == wanted
-    topology = chosen.topology
+    topology = chosen.topology()
     rebuilt = from_parents(topology.parents.tolist(), device=CPU)
     assert not topology.is_on_host
     for name in ("depths", "ancestor_mask", "inner_mask", "ancestor_words", "path_indices"):
@@ -109,8 +109,8 @@ def test_probabilities_of_any_kind_leave_every_node_with_its_parent(value):
         for found in chosen.nodes.tolist():
             assert {parents[node] for node in found} <= set(found)
             assert len(found) == min(num_nodes, tree.num_nodes)
-        rebuilt = from_parents(chosen.topology.parents.tolist(), device=CPU)
-        assert torch.equal(chosen.topology.depths, rebuilt.depths)
+        rebuilt = from_parents(chosen.topology().parents.tolist(), device=CPU)
+        assert torch.equal(chosen.topology().depths, rebuilt.depths)
 
 
 def test_a_tree_of_one_level_has_no_expanded_nodes():
@@ -120,7 +120,7 @@ def test_a_tree_of_one_level_has_no_expanded_nodes():
         torch.tensor([[-0.5, -1.0, -2.0]]), torch.tensor([[7, 1, 2, 3]]), num_nodes=3
     )
     assert chosen.tokens.tolist() == [[7, 1, 2]]
-    assert chosen.topology.parents.tolist() == [[0, 0, 0]]
+    assert chosen.topology().parents.tolist() == [[0, 0, 0]]
 
 
 def test_trees_are_built_once():

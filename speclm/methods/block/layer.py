@@ -113,6 +113,14 @@ class BlockLayer(nn.Module):
             hidden_size=hidden, inner_size=config.intermediate_size, activation=config.hidden_act
         )
 
+    @property
+    def norms_and_parts(self) -> tuple[tuple[Norm, BlockAttention | GatedMLP], ...]:
+        """The norms, and what reads them."""
+        return (
+            (self.input_layernorm, self.self_attn),
+            (self.post_attention_layernorm, self.mlp),
+        )
+
     def forward(
         self,
         hidden: Float[Tensor, "rows hidden"],

@@ -52,7 +52,15 @@ class BlockHeads(HeadsNetwork):
     @override
     def fuse_(self) -> Self:
         super().fuse_()
+        for layer in self._decoder_layers:
+            for norm, part in layer.norms_and_parts:
+                factors = norm.fold_()
+                if factors is not None:
+                    part.scale_input_(factors)
         self._context_input = joined(*self._context_parts())
+        factors = self.hidden_norm.fold_()
+        if factors is not None:
+            self._context_input = self._context_input.scaled(factors)
         self._key_norms = FixedNorm(self._key_scales().detach(), self.config.rms_norm_eps)
         return self
 

@@ -46,7 +46,7 @@ from speclm.tree.dynamic import FilledTree, GrownRow, drawn_paths
 from speclm.tree.enclosing import EnclosingTree
 from speclm.tree.plan import TreePlan
 from speclm.tree.static import RankPaths, normalize_paths, trim_paths
-from speclm.tree.topology import chain
+from speclm.tree.topology import TreeTopology, chain
 
 _log = logging.getLogger("speclm")
 
@@ -110,7 +110,7 @@ class BlockProposer(Proposer):
         self._ranking = LevelRanking(self.config.mixture, vocab_size=wanted.vocab_size)
         self._terms: MarkovTerms | None = None
         self._grown: list[GrownRow] = []
-        self._choice: tuple[Tensor, EnclosingTree] | None = None  # nodes of the last draft
+        self._choice: tuple[TreeTopology, EnclosingTree] | None = None  # the last draft
         self._prompt: Prefill | None = None  # until its features are read
         self._context: BlockContext | None = None
         self._unseen: list[tuple[Tensor, list[int]]] = []  # features of rounds, and their numbers
@@ -183,7 +183,7 @@ class BlockProposer(Proposer):
 
     @override
     def commit(self, accepted: Accepted) -> None:
-        self._read_choice()
+        self._know_choice()
         expansions = path_expansions(accepted, self._grown) if self._grown else []
         self._ranking.learn(accepted, expansions)
         assert self._bounds is not None, "commit before begin"
@@ -242,7 +242,7 @@ class BlockProposer(Proposer):
             if chosen is not None:
                 context.advance(counts)
                 self._grown, self._choice = [], None
-                return Draft(chosen.tokens, chosen.topology)
+                return Draft(chosen.tokens, chosen.topology())
         if features is not None:
             context.append(features, counts)
         logits = self._run(roots, context, config.depth)
@@ -306,19 +306,21 @@ class BlockProposer(Proposer):
         chosen = choose_nodes(
             logits, roots, tree, config=config, ranking=self._ranking, noise=noise
         )
+        topology = chosen.topology(is_labelled=noise is not None)
         # Only with noise does the ranking learn.
-        self._grown, self._choice = [], None if noise is None else (chosen.nodes, tree)
-        return Draft(chosen.tokens, chosen.topology)
+        self._grown, self._choice = [], None if noise is None else (topology, tree)
+        return Draft(chosen.tokens, topology)
 
-    def _read_choice(self) -> None:
-        """Learn where the nodes of a draft were expanded, if the ranking learns from it."""
+    def _know_choice(self) -> None:
+        """Note where the nodes of a draft were expanded, if the ranking learns from it."""
         if self._choice is None:
             return
-        nodes, tree = self._choice
+        topology, tree = self._choice
         self._choice = None
-        # Only noise makes the ranking learn, and the round's result was just waited for.
-        rows = [[tree.expansions[node - 1] for node in row[1:]] for row in nodes.tolist()]
-        self._grown = [GrownRow([], [], expansions, []) for expansions in rows]
+        # The host was told them together with the round's result.
+        for nodes in topology.host_labels:
+            expansions = [tree.expansions[node - 1] for node in nodes[1:]]
+            self._grown.append(GrownRow([], [], expansions, []))
 
     def _static(self, tree: FilledTree, distributions: Tensor | None = None) -> Draft:
         self._grown = [GrownRow([], [], tree.expansions, [])] * len(tree.tokens)

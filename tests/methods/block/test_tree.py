@@ -275,7 +275,7 @@ def _grown_paths(row: GrownRow) -> dict[tuple[int, ...], Any]:
 def _chosen_paths(chosen: ChosenNodes, tree: EnclosingTree) -> list[dict[tuple[int, ...], Any]]:
     rows = zip(
         chosen.tokens.tolist(),
-        chosen.topology.host_parents,
+        chosen.topology().host_parents,
         chosen.nodes.tolist(),
         strict=True,
     )
