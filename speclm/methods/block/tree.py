@@ -97,6 +97,8 @@ class BlockLogits:
             return logits.expand(-1, width, -1)
         if self._terms is not None:
             return self._terms.of(tokens) + logits
+        if markov.kind == "vanilla":
+            return markov.added(logits, markov.embed(tokens))
         state = self._state
         if state is not None:
             state = state.gather(1, parents[:, :, None].expand(-1, -1, state.shape[2]))
@@ -275,28 +277,29 @@ def choose_nodes(
         noise: Noise of the positions; None if the target decodes greedily.
     """
     heads, depth = logits.heads, len(tree.expanded) + 1
+    batch = len(roots)
     scores: list[Tensor] = []
     found: list[Tensor] = [roots[:, None]]
     if heads.markov_head is None:
         best = _best_of_levels(
             logits, roots, config=config, ranking=ranking, noise=noise, depth=depth
         )
-        scores.append(best[0].flatten(1))
+        scores.append(best[0])
         found.append(best[1].flatten(1))
     else:
-        nodes = roots[:, None], torch.zeros_like(roots)[:, None]
+        nodes = found[0], torch.zeros_like(found[0])
         for level in range(depth):
             if level:
+                parents = tree.parents[level - 1]
                 expanded = found[level].index_select(1, tree.expanded[level - 1])
-                nodes = expanded, tree.parents[level - 1].expand(len(roots), -1)
+                nodes = expanded, parents if batch == 1 else parents.expand(batch, -1)
             values, columns = _best_below(
                 logits, nodes, level, config=config, ranking=ranking, noise=noise
             )
-            scores.append(values.flatten(1))
+            scores.append(values)
             found.append(heads.target_ids(columns.flatten(1)))
-    return tree.choose(
-        torch.cat(scores, dim=1), torch.cat(found, dim=1), num_nodes=config.num_draft_tokens + 1
-    )
+    log_probs = torch.cat(scores, dim=1).flatten(1)
+    return tree.choose(log_probs, torch.cat(found, dim=1), num_nodes=config.num_draft_tokens + 1)
 
 
 def _multiply(
