@@ -24,20 +24,16 @@ class ChosenNodes(NamedTuple):
     Args:
         tokens: Token at each node.
         nodes: Its index in the enclosing tree.
-        depths: Its depth.
-        deepest_first: See `TreeTopology.deepest_first`.
+        values: See `EnclosingTree.values`.
         lines: Its parent, the path to it, padded with 0, and the node itself.
-        mask: See `TreeTopology.ancestor_mask`.
-        inner_mask: See `TreeTopology.inner_mask`.
+        masks: See `EnclosingTree.masks`.
     """
 
     tokens: Int[Tensor, "batch nodes"]
     nodes: Int[Tensor, "batch nodes"]
-    depths: Int[Tensor, "batch nodes"]
-    deepest_first: Int[Tensor, "batch nodes"]
+    values: Int[Tensor, "batch nodes three"]
     lines: Int[Tensor, "batch nodes line"]
-    mask: Bool[Tensor, "batch nodes nodes"]
-    inner_mask: Bool[Tensor, "batch nodes nodes"]
+    masks: Bool[Tensor, "batch nodes nodes two"]
 
     def topology(self, *, is_labelled: bool = False) -> TreeTopology:
         """Return the shape of the trees, which the host does not know.
@@ -45,15 +41,17 @@ class ChosenNodes(NamedTuple):
         Args:
             is_labelled: Whether the host will need to know `nodes`.
         """
+        _, depths, deepest_first = self.values.unbind(2)
+        mask, inner_mask = self.masks.unbind(3)
         return TreeTopology(
             self.lines[:, :, 0],
-            self.depths,
+            depths,
             max_depth=self.lines.shape[2] - 3,
             labels=self.nodes if is_labelled else None,
-            ancestor_mask=self.mask,
-            inner_mask=self.inner_mask,
+            ancestor_mask=mask,
+            inner_mask=inner_mask,
             path_ends=self.lines[:, :, 1:],
-            deepest_first=self.deepest_first,
+            deepest_first=deepest_first,
         )
 
 
@@ -110,12 +108,14 @@ class EnclosingTree:
         scores = known[:, self.steps].sum(2)  # [batch, nodes of this tree]
         # No child scores as much as its parent, so the best nodes form a tree.
         nodes = scores.topk(min(num_nodes, self.num_nodes), dim=1).indices.sort(dim=1).values
-        candidates, depths, deepest_first = self.values[nodes].unbind(2)
-        lines = self.lines[nodes]
-        lines = torch.searchsorted(nodes, lines.flatten(1)).view(lines.shape)
-        mask, inner_mask = self.masks[nodes[:, :, None], nodes[:, None]].unbind(3)
-        tokens = tokens.gather(1, candidates)
-        return ChosenNodes(tokens, nodes, depths, deepest_first, lines, mask, inner_mask)
+        values, lines = self.values[nodes], self.lines[nodes]
+        return ChosenNodes(
+            tokens=tokens.gather(1, values[:, :, 0]),
+            nodes=nodes,
+            values=values,
+            lines=torch.searchsorted(nodes, lines.flatten(1)).view(lines.shape),
+            masks=self.masks[nodes[:, :, None], nodes[:, None]],
+        )
 
 
 @lru_cache(maxsize=64)

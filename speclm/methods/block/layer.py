@@ -204,16 +204,20 @@ class MarkovHead(nn.Module):
         gate = gate.sigmoid()
         return output.tanh(), gate * state + (1 - gate) * candidate.tanh()
 
+    def matrix(self, batch: int) -> Float[Tensor, "batch rank draft_vocab"]:
+        """Return a view of the output matrix for `added`."""
+        return self.markov_w2.weight.t().expand(batch, -1, -1)
+
     def added(
-        self, logits: Float[Tensor, "batch 1 draft_vocab"], code: Float[Tensor, "batch width rank"]
+        self,
+        logits: Float[Tensor, "batch 1 draft_vocab"],
+        code: Float[Tensor, "batch width rank"],
+        matrix: Float[Tensor, "batch rank draft_vocab"],
     ) -> Float[Tensor, "batch width draft_vocab"]:
-        """Return logits plus the term of each code."""
-        weight = self.markov_w2.weight
-        if logits.dtype != weight.dtype:  # logits may be the target's
-            return self.markov_w2(code) + logits  # type: ignore[no-any-return]  # untyped call
-        if len(code) > 1:
-            return torch.baddbmm(logits, code, weight.t().expand(len(code), -1, -1))
-        return torch.baddbmm(logits, code, weight.t()[None])
+        """Return logits plus the term of each code, in one call if their dtypes agree."""
+        if logits.dtype != matrix.dtype:  # logits may be the target's
+            return code @ matrix + logits
+        return torch.baddbmm(logits, code, matrix)
 
 
 class MarkovTerms:

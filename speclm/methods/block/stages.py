@@ -56,8 +56,18 @@ class BlockStage(nn.Module):
         roots: Int[Tensor, " batch"],
         sizes: Int[Tensor, "3 batch"],
         storage: Float[Tensor, "2 layers batch kv_heads capacity head_dim"],
-    ) -> tuple[Tensor, ...]:
-        """Draft for every row.
+    ) -> ChosenNodes:
+        """Draft for every row, see `compute`."""
+        return self.compute(features, roots, sizes, storage)[1]
+
+    def compute(
+        self,
+        features: Float[Tensor, "batch path features"],
+        roots: Int[Tensor, " batch"],
+        sizes: Int[Tensor, "3 batch"],
+        storage: Float[Tensor, "2 layers batch kv_heads capacity head_dim"],
+    ) -> tuple[Float[Tensor, "batch drafts hidden"], ChosenNodes]:
+        """Return the states at the positions that draft, and the nodes.
 
         Args:
             features: Features of the tokens since the last draft; those after a row's count may be
@@ -66,9 +76,6 @@ class BlockStage(nn.Module):
             sizes: For each row the position of its first entry, the number of its entries in the
                 context, and of its new features.
             storage: Keys and values of the context. The last entries are room for a block.
-
-        Returns:
-            The states at the positions that draft, and `ChosenNodes`.
         """
         heads, (keys, values) = self._heads, storage.unbind(0)
         first, lengths, counts = sizes[:, :, None].unbind(0)  # [batch, 1] each
@@ -106,7 +113,7 @@ class BlockStage(nn.Module):
             config=self._config,
             ranking=self._ranking,
         )
-        return hidden, *chosen
+        return hidden, chosen
 
 
 class BlockStages(StageRunner):
@@ -180,7 +187,8 @@ class BlockStages(StageRunner):
             return
         try:
             stage = BlockStage(self._heads, self._view, config, depth=depth)
-            hidden, *_ = stage(*inputs, context.storage)
+            features, roots, sizes = inputs
+            hidden, _ = stage.compute(features, roots, sizes, context.storage)
         except Exception as error:  # noqa: BLE001 - also the target's own code runs
             self.give_up(f"a draft over fixed shapes fails: {type(error).__name__}, {error}")
             return
@@ -198,7 +206,7 @@ class BlockStages(StageRunner):
     ) -> ChosenNodes | None:
         """Return a draft; None if the engine cannot run it."""
         found = self.run(stage, inputs, [context.storage])
-        return None if found is None else ChosenNodes(*found[1:])
+        return None if found is None else ChosenNodes(*found)
 
     def _addresses(self) -> tuple[int, ...]:
         weights = [*self._heads.parameters(), self._view.embedding_weight]

@@ -78,6 +78,7 @@ class BlockLogits:
         self._by_level = logits[:, :, None].unbind(1)  # [batch, 1, draft_vocab] each
         self._terms = terms
         self._level = 0
+        self._matrix: Float[Tensor, "batch rank draft_vocab"] | None = None
         self._state: Float[Tensor, "batch width rank"] | None = None
         self._acceptance: Float[Tensor, "batch width"] | None = None
 
@@ -97,13 +98,15 @@ class BlockLogits:
             return logits.expand(-1, width, -1)
         if self._terms is not None:
             return self._terms.of(tokens) + logits
+        if self._matrix is None:
+            self._matrix = markov.matrix(len(tokens))
         if markov.kind == "vanilla":
-            return markov.added(logits, markov.embed(tokens))
+            return markov.added(logits, markov.embed(tokens), self._matrix)
         state = self._state
         if state is not None:
             state = state.gather(1, parents[:, :, None].expand(-1, -1, state.shape[2]))
         code, self._state = markov.code(tokens, self._hidden_at(level, width), state)
-        return markov.added(logits, code)
+        return markov.added(logits, code, self._matrix)
 
     def is_doubtful(
         self,

@@ -67,9 +67,11 @@ def test_term_of_the_vanilla_head_is_a_product_of_low_rank():
     code, _ = head.code(tokens, torch.zeros(2, 2, 8, dtype=torch.float64))
     for batch in (1, 2):
         logits = torch.randn(batch, 1, len(table), dtype=torch.float64)
-        found = head.added(logits, code[:batch])
+        found = head.added(logits, code[:batch], head.matrix(batch))
         torch.testing.assert_close(found, logits + table[tokens[:batch]], rtol=0, atol=EXACT)
-    found = head.added(logits.float(), code)  # logits of a target in another precision
+    found = head.added(
+        logits.float(), code, head.matrix(2)
+    )  # logits of a target in another precision
     torch.testing.assert_close(found, logits.float() + table[tokens], rtol=0, atol=EXACT)
 
 

@@ -176,8 +176,8 @@ def test_a_stage_that_does_not_compute_the_usual_states_is_found_at_once(
 ):
     drafting = Drafting("vanilla", 9, patch=monkeypatch)
     expected = drafting.drafts("eager")
-    forward = BlockStage.forward
-    monkeypatch.setattr(BlockStage, "forward", lambda *given: (change(), *forward(*given)[1:]))
+    compute = BlockStage.compute
+    monkeypatch.setattr(BlockStage, "compute", lambda *given: (change(), compute(*given)[1]))
     assert drafting.drafts(replaying()) == expected
     assert reason in drafting.stages.obstacle
 
@@ -215,9 +215,8 @@ def test_few_sizes_of_drafts_are_kept(monkeypatch):
     with torch.no_grad():
         for depth in (2, 3):
             inputs = stages.inputs(context, None, [0], torch.tensor([5]), depth=depth)
-            hidden, *_ = BlockStage(heads, block.view, block.config, depth=depth)(
-                *inputs, context.storage
-            )
+            stage = BlockStage(heads, block.view, block.config, depth=depth)
+            hidden, _ = stage.compute(*inputs, context.storage)
             stages.prove(block.config, inputs, context, hidden)
             assert stages.stage_of(block.config, depth=depth) is not None
     assert stages.stage_of(block.config, depth=2) is None
