@@ -10,13 +10,14 @@ from benchmarks.round import ledger
 from benchmarks.round.ledger import CallCounter, Ledger, ReadCounter
 
 BOUNDS = {
-    "ngram": (20, 0, 5),
+    "ngram": (16, 0, 2),
+    "ngram on the device": (28, 0, 1),
     "draft": (46, 64, 18),
     "draft on the device": (70, 64, 1),
     "medusa": (48, 0, 6),
     "medusa on the device": (82, 0, 1),
     "eagle3": (72, 36, 33),
-    "eagle3 on the device": (80, 36, 1),
+    "eagle3 on the device": (98, 36, 1.5),
     "block": (190, 0, 31),
     "block on the device": (225, 0, 1.5),  # and the padding, in the first round
 }
