@@ -125,9 +125,11 @@ class StaticForward(StageRunner):
     ) -> None:
         """Keep a stage for some features if it computes what the usual forward has computed.
 
-        It writes where the usual forward has left its nodes pending.
+        It writes where the usual forward has left its nodes pending; what that wrote is put back.
         """
         model, start = self._target.model, perf_counter()
+        nodes = [part.narrow(2, cache.tree_start, cache.num_pending) for part in cache.parts()]
+        written = [part.clone() for part in nodes]
         try:
             masks = _masks(model, self._target.windows)
             # A compiler cannot follow the hooks that put the kernel into the model.
@@ -137,6 +139,9 @@ class StaticForward(StageRunner):
         except Exception as error:  # noqa: BLE001 - whatever the model's own code raises
             self.give_up(f"a forward over fixed shapes fails: {type(error).__name__}, {error}")
             return
+        finally:
+            for part, before in zip(nodes, written, strict=True):
+                part.copy_(before)
         if all(map(_agree, found, expected)):
             self._by_layers[layers] = stage
         else:

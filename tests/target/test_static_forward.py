@@ -187,6 +187,9 @@ def test_a_model_that_computes_otherwise_over_fixed_shapes_is_found_at_once(monk
     assert verifying.compare(TREES["tree"], paths=[[0, 1]])
     assert "something else" in verifying.static.obstacle
     assert not verifying.compare(TREES["tree"], paths=[[0, 1]])
+    length = verifying.usual.host_lengths[0]
+    for usual, fixed in zip(verifying.usual.layers, verifying.fixed.layers, strict=True):
+        assert torch.equal(usual.keys[:, :, :length], fixed.keys[:, :, :length])
 
 
 def _all_seen(depths, ancestors, lengths, num_padding, *, capacity, window):
