@@ -1,6 +1,7 @@
-"""Stands in for CUDA graphs: runs the tensor calls that were recorded, on the same tensors."""
+"""Engines for tests: one of graphs that needs no GPU, and some that check or fail."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -8,7 +9,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from speclm.engines import Captured, GraphEngine
+from speclm.engines import Captured, Engine, GraphEngine
+
+READING = {"_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "_unique2"}
 
 
 class Recording(TorchDispatchMode):
@@ -45,3 +48,62 @@ def record(compute: Callable[[], tuple[Tensor, ...]], device: torch.device) -> C
 def replaying() -> GraphEngine:
     """Return an engine of graphs that needs no GPU."""
     return GraphEngine(record)
+
+
+class FullGraph(Engine):
+    """Traces stages as a compiler does, without breaks, and runs what was traced eagerly."""
+
+    name = "traced"
+    reuses_storage = False
+
+    def obstacle(self, device: torch.device) -> None:
+        return None
+
+    def prepare(self, stage: Any, inputs: Any, storage: Any) -> Any:
+        torch._dynamo.reset()
+        traced = torch.compile(stage, fullgraph=True, dynamic=False, backend="eager")
+        return lambda inputs, storage: traced(*inputs, *storage)
+
+
+@contextmanager
+def unread() -> Iterator[None]:
+    """Fail where the host reads a value."""
+
+    class Unread(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func._schema.name.removeprefix("aten::")
+            assert name not in READING, f"the host reads by {name}"
+            return func(*args, **(kwargs or {}))
+
+    with Unread():
+        yield
+
+
+class Unreading(Engine):
+    """Fails where the host reads a value inside a stage."""
+
+    name = "unreading"
+    reuses_storage = False
+
+    def obstacle(self, device):
+        return None
+
+    def prepare(self, stage, inputs, storage):
+        def run(inputs, storage):
+            with unread():
+                return stage(*inputs, *storage)
+
+        return run
+
+
+class Failing(Engine):
+    """Prepares nothing."""
+
+    name = "failing"
+    reuses_storage = False
+
+    def obstacle(self, device):
+        return None
+
+    def prepare(self, stage, inputs, storage):
+        raise torch.OutOfMemoryError("no memory")

@@ -16,7 +16,8 @@ from speclm.errors import OptionError
 _INIT_STD = 0.02  # that of Llama and Qwen3
 _ABSENT = -1e4  # finite, because a processor may ban all tokens that a network can draft
 _TABLE_LENGTH = 1024
-_BY_LENGTH = ("dynamic", "longrope")  # rotations that depend on the longest text
+ROTATIONS_BY_LENGTH = ("dynamic", "longrope")
+"""Types of rotation that depend on the longest text."""
 
 
 class HeadsSizes(Rotated, Protocol):
@@ -108,7 +109,7 @@ class HeadsNetwork(nn.Module, ABC):
         """Return the rotation of `num` positions in a row, which all rows share."""
         device, table = self.fc.weight.device, self._table
         end = start + num
-        if self.config.rope_parameters.get("rope_type") in _BY_LENGTH:
+        if self.config.rope_parameters.get("rope_type") in ROTATIONS_BY_LENGTH:
             return self.rotation(torch.arange(start, end, device=device)[None])
         offset = start - self._table_start
         if table is None or offset < 0 or offset + num > table.shape[1]:
