@@ -16,7 +16,8 @@ from speclm.errors import OptionError
 _INIT_STD = 0.02  # that of Llama and Qwen3
 _ABSENT = -1e4  # finite, because a processor may ban all tokens that a network can draft
 _TABLE_LENGTH = 1024
-_BY_LENGTH = ("dynamic", "longrope")  # rotations that depend on the longest text
+_BY_LENGTH = ("dynamic", "longrope")
+"""Types of rotation that depend on the longest text."""
 
 
 class HeadsSizes(Rotated, Protocol):

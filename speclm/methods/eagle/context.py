@@ -1,8 +1,9 @@
-"""The outputs of EAGLE heads at committed positions, and below them at the nodes of a draft."""
+"""The outputs of EAGLE heads at committed positions, from which drafts start."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,14 +12,25 @@ from torch import Tensor
 
 from speclm.acceptance import Accepted
 from speclm.attention import TreeStep
-from speclm.cache.fixed import seen_slots
 from speclm.cache.tree_cache import TreeCache
 from speclm.devices import upload
-from speclm.drafting.decoder_parts import CausalMasks, Rotation
+from speclm.drafting.decoder_parts import CausalMasks
 from speclm.drafting.interface import Prefill
-from speclm.methods.eagle.layer import KeyValueStore
-from speclm.methods.eagle.network import EagleHeads
+from speclm.engines import Engine
+from speclm.engines.engine import Outputs
+from speclm.methods.eagle.network import EagleHeads, LevelRun
+from speclm.methods.eagle.stages import (
+    EagleStages,
+    ReadStage,
+    StagedRun,
+    laid_out,
+    padded,
+    weights_of,
+)
 from speclm.target import TargetView, product_weight
+
+COUNTS = (2, 4, 8, 16)
+"""Numbers of new positions that a stage is prepared for; more are read eagerly."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -57,6 +69,9 @@ class EagleContext:
         self._causal = CausalMasks()
         self._prompt: Prefill | None = None  # until it is read
         self._rounds: list[_Round] = []  # since the last draft
+        self._kept: EagleStages | None = None  # for the next call with its engine
+        self._stages: EagleStages | None = None
+        self._at_roots: Outputs = ()  # what a stage has computed of their children
         self.cache: TreeCache | None = None
         self.hidden: Float[Tensor, "batch hidden"] | None = None
         """Outputs at the position before each root."""
@@ -64,7 +79,8 @@ class EagleContext:
     def begin(self, prompt: Prefill) -> None:
         """Start a generation; its prompt is read by the first draft."""
         self._prompt, self.cache, self.hidden = prompt, None, None
-        self._rounds = []
+        self._rounds, self._at_roots = [], ()
+        self._stages = self._staged(prompt.engine)
 
     def commit(self, accepted: Accepted) -> None:
         """Drop the nodes of the draft, and keep what was committed for the next one."""
@@ -75,8 +91,12 @@ class EagleContext:
             tokens = None if accepted.sent_path is None else accepted.tokens
             self._rounds.append(_Round(accepted.emitted, tokens, accepted.features))
 
-    def catch_up(self) -> None:
-        """Run the heads over the features of what was committed since the last draft."""
+    def catch_up(self, *, num_ranks: int | None = None) -> None:
+        """Run the heads over the features of what was committed since the last draft.
+
+        Args:
+            num_ranks: See `start`.
+        """
         if self.cache is None:
             assert self._prompt is not None, "propose before begin"
             self.cache, self._prompt = self._read_prompt(self._prompt), None
@@ -85,24 +105,100 @@ class EagleContext:
         rounds, self._rounds = self._rounds, []
         counts = [sum(map(len, parts)) for parts in zip(*(r.emitted for r in rounds), strict=True)]
         tokens, features = _joined(rounds, counts)
-        if len(counts) == 1 and not self.cache.has_padding:
-            self.hidden = self._read_row(tokens[0], features[0])
-        else:
-            self.hidden = self._read_rows(tokens, features, counts)
+        if not self._read_by_engine(tokens, features, counts, num_ranks):
+            self.hidden = self._read(tokens, features, counts)
         self.cache.keep([range(count) for count in counts])
 
-    def start(self, widths: list[int]) -> "LevelRun":
-        """Return a run of the heads from the roots, over levels of these widths."""
-        assert self.cache is not None
-        assert self.hidden is not None
-        return LevelRun(
-            self._heads,
-            self.cache,
-            hidden=self.hidden,
-            widths=widths,
-            maps=(self._embedding(), self._lm_head()),
-            causal=self._causal,
+    def start(
+        self, widths: list[int], *, width: int = 0, num_ranks: int | None = None
+    ) -> LevelRun | StagedRun:
+        """Return a run of the heads from the roots.
+
+        Args:
+            widths: Maximum nodes of each level.
+            width: Maximum nodes of any level, if they may be padded to it; 0 if not.
+            num_ranks: Children that are ranked by the heads' probabilities; None if more decides.
+        """
+        cache, hidden = self.cache, self.hidden
+        assert cache is not None
+        assert hidden is not None
+        maps = self._embedding(), self._lm_head()
+
+        def eager() -> LevelRun:
+            return LevelRun(
+                self._heads, cache, hidden=hidden, widths=widths, maps=maps, causal=self._causal
+            )
+
+        stages = self._stages
+        if stages is None or stages.obstacle is not None or not (widths and width):
+            return eager()
+        return StagedRun(
+            stages,
+            cache,
+            roots=(hidden, *self._at_roots),
+            shape=(len(widths), width),
+            num_ranks=num_ranks,
+            eager=eager,
         )
+
+    def _staged(self, engine: Engine | None) -> EagleStages | None:
+        """Return the stages of an engine; new ones if weights are others than before."""
+        if engine is None:
+            return None
+        before = self._kept
+        if before is not None:
+            if before.engine is engine and before.state == weights_of(self._heads, self._view):
+                return before
+            before.close()
+        self._kept = EagleStages(self._heads, self._view, engine)
+        return self._kept
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_stages": None, "_kept": None}  # of another object
+
+    def _read_by_engine(
+        self,
+        tokens: Int[Tensor, "batch new"],
+        features: Float[Tensor, "batch new features"],
+        counts: list[int],
+        num_ranks: int | None,
+    ) -> bool:
+        """Run the heads over new positions by a stage; return whether it could."""
+        self._at_roots = ()
+        stages, cache, hidden = self._stages, self.cache, self.hidden
+        bucket = next((size for size in COUNTS if size >= tokens.shape[1]), None)
+        if stages is None or stages.obstacle is not None or bucket is None:
+            return False
+        if cache is None or cache.capacity == 0 or hidden is None:
+            return False
+        cache.reserve(bucket)
+        new = padded(tokens, bucket), padded(features, bucket), upload(counts, tokens.device)
+        inputs = [*new, laid_out(hidden), cache.lengths, cache.num_padding]
+        stage, parts = stages.pair(num_ranks)[0], cache.parts()
+        if ReadStage in stages.unproven:
+            found = stages.tried(stage, inputs, parts)
+            self.hidden = self._read(tokens, features, counts)  # overwrites what was written
+            if found is not None:
+                stages.compare(stage, found[0], self.hidden)
+            return True
+        found = stages.run(stage, inputs, parts)
+        if found is None:
+            return False
+        self.hidden, self._at_roots = found[0], found[1:]
+        cache.append(tokens.shape[1])
+        return True
+
+    def _read(
+        self,
+        tokens: Int[Tensor, "batch new"],
+        features: Float[Tensor, "batch new features"],
+        counts: list[int],
+    ) -> Float[Tensor, "batch hidden"]:
+        """Run the heads over new positions; return the last output of each row."""
+        assert self.cache is not None
+        if len(counts) == 1 and not self.cache.has_padding:
+            return self._read_row(tokens[0], features[0])
+        return self._read_rows(tokens, features, counts)
 
     def _embedding(self) -> Callable[[Tensor], Tensor]:
         """Return the look-up in the target's embeddings, without finding them every time."""
@@ -127,7 +223,12 @@ class EagleContext:
         following = torch.cat([prompt.tokens[:, 1:], prompt.first_tokens[:, None]], dim=1)
         length = features.shape[1]  # only the last positions if a cache held the first ones
         padding = (prompt.num_padding - (prompt.tokens.shape[1] - length)).clamp(min=0)
-        cache = TreeCache(num_layers=self._heads.config.num_layers, num_padding=padding)
+        stages = self._stages
+        cache = TreeCache(
+            num_layers=self._heads.config.num_layers,
+            num_padding=padding,
+            allocate=None if stages is None or stages.obstacle is not None else stages.allocate,
+        )
         if length > 0:
             indices = torch.arange(length, device=padding.device)
             visible = (indices[:, None] >= indices) & (indices >= padding[:, None])[:, None]
@@ -230,158 +331,3 @@ def _joined(
     indices = upload([row + [0] * (longest - len(row)) for row in rows], all_tokens.device)
     of_features = indices[:, :, None].expand(-1, -1, all_features.shape[2])
     return all_tokens.gather(1, indices), all_features.gather(1, of_features)
-
-
-class LevelRun:
-    """Runs heads over the levels of a draft, one after another.
-
-    What is known of all levels beforehand is computed once: their rotations, and the masks of
-    chains. The mask of a level of a tree is made of its parents' rows in that of the level above.
-    """
-
-    def __init__(
-        self,
-        heads: EagleHeads,
-        cache: TreeCache,
-        *,
-        hidden: Float[Tensor, "batch hidden"],
-        widths: list[int],
-        maps: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]],
-        causal: CausalMasks,
-    ) -> None:
-        """Start at the roots.
-
-        Args:
-            heads: The network.
-            cache: Cache of the heads; no node may be pending.
-            hidden: Output at the position before each root.
-            widths: Maximum nodes of each level.
-            maps: The target's embeddings and output, see `EagleHeads.embed` and `logits`.
-            causal: Masks of chains.
-        """
-        self._heads, self._cache, self._causal = heads, cache, causal
-        self._embedding, self._lm_head = maps
-        self._batch = len(hidden)
-        self.hidden: Float[Tensor, "nodes hidden"] = hidden
-        """Outputs of the last level, row by row; at first, of the position before the root."""
-        self._level = 0
-        self._is_chain = max(widths, default=1) == 1
-        self._masks: Sequence[Tensor] = ()  # of each level of a chain
-        if widths:
-            cache.reserve(sum(widths))
-            self._rotations = self._rotations_of(len(widths))
-            self._store: KeyValueStore = cache
-            if self._is_chain:
-                self._store = _ChainStore(cache, len(widths))
-                self._masks = self._chain_masks(len(widths))
-            else:
-                self._seen = self._seen_by_root(sum(widths))
-
-    @property
-    def logits(self) -> Float[Tensor, "batch width draft_vocab"]:
-        """Logits after every node of the last level, computed anew."""
-        logits = self._heads.logits(self.hidden, lm_head=self._lm_head)
-        return logits.view(self._batch, -1, logits.shape[1])
-
-    def below(
-        self, tokens: Int[Tensor, "batch width"], parents: Int[Tensor, "batch width"]
-    ) -> None:
-        """Feed the next level, whose nodes become pending.
-
-        Args:
-            tokens: The target's tokens.
-            parents: Index of each token's parent in the last level.
-        """
-        width, above = tokens.shape[1], self.hidden
-        if width > 1 or len(above) > self._batch:
-            by_row = above.view(self._batch, -1, above.shape[1])
-            indices = parents[:, :, None].expand(-1, -1, above.shape[1])
-            above = by_row.gather(1, indices).flatten(0, 1)
-        self.hidden = self._heads(
-            above,
-            self._heads.embed(tokens.reshape(-1), embedding=self._embedding),
-            rotation=self._rotations[self._level],
-            attention_mask=self._masks[self._level] if self._is_chain else self._bias(parents),
-            past_key_values=self._store,
-            batch=self._batch,
-        )
-        self._cache.append(width)
-        self._level += 1
-
-    def _rotations_of(self, num_levels: int) -> list[Rotation]:
-        cache = self._cache
-        if not cache.is_ragged and not cache.has_padding:
-            rotation = self._heads.rotation_from(cache.tree_start, num_levels)
-            return list(zip(*(part.unbind(-2) for part in rotation), strict=True))
-        first = cache.lengths - cache.num_padding
-        depths = torch.arange(num_levels, device=first.device)
-        rotation = self._heads.rotation((first[:, None] + depths).clamp(min=0))
-        return list(
-            zip(*(part.split_with_sizes([1] * num_levels, dim=2) for part in rotation), strict=True)
-        )
-
-    def _chain_masks(self, num_levels: int) -> Sequence[Float[Tensor, "rows 1 1 kv_len"]]:
-        """Return the additive mask of each level over the keys of all levels."""
-        cache, window = self._cache, self._heads.config.sliding_window
-        reach = cache.tree_start + num_levels
-        is_whole = not cache.is_ragged and not cache.has_padding
-        if is_whole and (window is None or reach <= window):
-            weight = self._heads.fc.weight
-            mask = self._causal.cut(num_levels, num_cached=cache.tree_start, like=weight)
-        else:
-            levels = torch.arange(num_levels, device=cache.lengths.device)
-            above = levels[:, None] >= levels
-            nodes = levels[None], above[None], cache.lengths, cache.num_padding
-            mask = self._additive(seen_slots(*nodes, capacity=reach, window=window))
-        return mask.split_with_sizes([1] * num_levels, dim=2)
-
-    def _seen_by_root(self, num_nodes: int) -> Float[Tensor, "batch 1 kv_len"]:
-        """Return the root's additive mask over all keys."""
-        cache, window = self._cache, self._heads.config.sliding_window
-        lengths = cache.lengths[:, None]
-        kv_indices = torch.arange(cache.tree_start + num_nodes, device=lengths.device)
-        sees = (kv_indices >= cache.num_padding[:, None]) & (kv_indices < lengths)
-        if window is not None:  # positions in a row, padding included; those of nodes come later
-            self._positions = kv_indices.repeat(len(lengths), 1)
-        return self._additive(sees)[:, None]
-
-    def _additive(self, sees: Bool[Tensor, "*rows kv_len"]) -> Float[Tensor, "*rows kv_len"]:
-        mask = torch.zeros(sees.shape, dtype=self._heads.dtype, device=sees.device)
-        return mask.masked_fill_(~sees, torch.finfo(mask.dtype).min)
-
-    def _bias(self, parents: Int[Tensor, "batch width"]) -> Float[Tensor, "batch 1 width kv_len"]:
-        """Return the mask of the next level of a tree."""
-        cache, width = self._cache, parents.shape[1]
-        own = cache.tree_start + cache.num_pending
-        seen = self._seen.gather(1, parents[:, :, None].expand(-1, -1, self._seen.shape[2]))
-        seen.narrow(2, own, width).diagonal(dim1=1, dim2=2).zero_()
-        window = self._heads.config.sliding_window
-        if window is not None:
-            position = cache.lengths[:, None] + self._level
-            self._positions[:, own : own + width] = position
-            distance = position - self._positions
-            seen.masked_fill_((distance >= window)[:, None], torch.finfo(seen.dtype).min)
-        self._seen = seen
-        return seen.narrow(2, 0, own + width)[:, None]
-
-
-class _ChainStore:
-    """Writes keys and values of chains into a cache, at entries that are cut out beforehand.
-
-    All levels read the entries of all levels, of which a mask hides the later ones.
-    """
-
-    def __init__(self, cache: TreeCache, num_levels: int) -> None:
-        storage, start = cache.storage, cache.tree_start
-        assert storage is not None, "a chain starts after the first position"
-        slots = storage.narrow(3, start, num_levels).zero_()  # NaN under a mask would spread
-        self._level_of = cache
-        self._parts = storage.narrow(3, 0, start + num_levels).unbind(0)
-        self._slots = [part.split_with_sizes([1] * num_levels, 2) for part in slots.unbind(0)]
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, /) -> tuple[Tensor, Tensor]:
-        """Write the keys and values of a level, and return those of all levels."""
-        level, first = self._level_of.num_pending, 2 * layer_idx
-        self._slots[first][level].copy_(keys)
-        self._slots[first + 1][level].copy_(values)
-        return self._parts[first], self._parts[first + 1]

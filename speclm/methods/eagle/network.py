@@ -1,15 +1,17 @@
 """EAGLE heads: a small decoder that continues the target's hidden states."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Self, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from typing_extensions import override
 
-from speclm.drafting.decoder_parts import Norm, Rotation
+from speclm.cache.fixed import seen_slots
+from speclm.cache.tree_cache import TreeCache
+from speclm.drafting.decoder_parts import CausalMasks, Norm, Rotation
 from speclm.drafting.heads_network import HeadsNetwork, copy_tensors
 from speclm.methods.eagle.config import EagleConfig
 from speclm.methods.eagle.layer import EagleLayer, KeyValueStore
@@ -30,6 +32,8 @@ class EagleHeads(HeadsNetwork):
     """
 
     config: EagleConfig
+    form: object = None
+    """Stands for the second form of the weights; another object whenever it is made."""
 
     @override
     def _add_parts(self) -> None:
@@ -56,6 +60,7 @@ class EagleHeads(HeadsNetwork):
         super().fuse_()
         for layer in self.layers:
             cast("EagleLayer", layer).fold_()
+        self.form = object()
         return self
 
     def fuse(self, features: Float[Tensor, "*rows features"]) -> Float[Tensor, "*rows hidden"]:
@@ -148,6 +153,166 @@ class EagleHeads(HeadsNetwork):
         logits = self._head_logits(hidden, lm_head)
         scale = self.config.logit_scale
         return logits if scale == 1 else logits * scale
+
+
+class LevelRun:
+    """Runs heads over the levels of a draft, one after another.
+
+    What is known of all levels beforehand is computed once: their rotations, and the masks of
+    chains. The mask of a level of a tree is made of its parents' rows in that of the level above.
+    """
+
+    def __init__(
+        self,
+        heads: EagleHeads,
+        cache: TreeCache,
+        *,
+        hidden: Float[Tensor, "batch hidden"],
+        widths: list[int],
+        maps: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]],
+        causal: CausalMasks,
+    ) -> None:
+        """Start at the roots.
+
+        Args:
+            heads: The network.
+            cache: Cache of the heads; no node may be pending.
+            hidden: Output at the position before each root.
+            widths: Maximum nodes of each level.
+            maps: The target's embeddings and output, see `EagleHeads.embed` and `logits`.
+            causal: Masks of chains.
+        """
+        self._heads, self._cache, self._causal = heads, cache, causal
+        self._embedding, self._lm_head = maps
+        self._batch = len(hidden)
+        self.hidden: Float[Tensor, "nodes hidden"] = hidden
+        """Outputs of the last level, row by row; at first, of the position before the root."""
+        self._level = 0
+        self._is_chain = max(widths, default=1) == 1
+        self._masks: Sequence[Tensor] = ()  # of each level of a chain
+        if widths:
+            cache.reserve(sum(widths))
+            self._rotations = self._rotations_of(len(widths))
+            self._store: KeyValueStore = cache
+            if self._is_chain:
+                self._store = _ChainStore(cache, len(widths))
+                self._masks = self._chain_masks(len(widths))
+            else:
+                self._seen = self._seen_by_root(sum(widths))
+
+    @property
+    def logits(self) -> Float[Tensor, "batch width draft_vocab"]:
+        """Logits after every node of the last level, computed anew."""
+        logits = self._heads.logits(self.hidden, lm_head=self._lm_head)
+        return logits.view(self._batch, -1, logits.shape[1])
+
+    def best(self, num: int) -> tuple[Tensor, Tensor]:
+        """Return log-probabilities and columns of the best children, ``[batch, width, num]``."""
+        found = self.logits.float().log_softmax(-1).topk(num, dim=-1)
+        return found.values, found.indices
+
+    def below(
+        self, tokens: Int[Tensor, "batch width"], parents: Int[Tensor, "batch width"]
+    ) -> None:
+        """Feed the next level, whose nodes become pending.
+
+        Args:
+            tokens: The target's tokens.
+            parents: Index of each token's parent in the last level.
+        """
+        width, above = tokens.shape[1], self.hidden
+        if width > 1 or len(above) > self._batch:
+            by_row = above.view(self._batch, -1, above.shape[1])
+            indices = parents[:, :, None].expand(-1, -1, above.shape[1])
+            above = by_row.gather(1, indices).flatten(0, 1)
+        self.hidden = self._heads(
+            above,
+            self._heads.embed(tokens.reshape(-1), embedding=self._embedding),
+            rotation=self._rotations[self._level],
+            attention_mask=self._masks[self._level] if self._is_chain else self._bias(parents),
+            past_key_values=self._store,
+            batch=self._batch,
+        )
+        self._cache.append(width)
+        self._level += 1
+
+    def _rotations_of(self, num_levels: int) -> list[Rotation]:
+        cache = self._cache
+        if not cache.is_ragged and not cache.has_padding:
+            rotation = self._heads.rotation_from(cache.tree_start, num_levels)
+            return list(zip(*(part.unbind(-2) for part in rotation), strict=True))
+        first = cache.lengths - cache.num_padding
+        depths = torch.arange(num_levels, device=first.device)
+        rotation = self._heads.rotation((first[:, None] + depths).clamp(min=0))
+        return list(
+            zip(*(part.split_with_sizes([1] * num_levels, dim=2) for part in rotation), strict=True)
+        )
+
+    def _chain_masks(self, num_levels: int) -> Sequence[Float[Tensor, "rows 1 1 kv_len"]]:
+        """Return the additive mask of each level over the keys of all levels."""
+        cache, window = self._cache, self._heads.config.sliding_window
+        reach = cache.tree_start + num_levels
+        is_whole = not cache.is_ragged and not cache.has_padding
+        if is_whole and (window is None or reach <= window):
+            weight = self._heads.fc.weight
+            mask = self._causal.cut(num_levels, num_cached=cache.tree_start, like=weight)
+        else:
+            levels = torch.arange(num_levels, device=cache.lengths.device)
+            above = levels[:, None] >= levels
+            nodes = levels[None], above[None], cache.lengths, cache.num_padding
+            mask = self._additive(seen_slots(*nodes, capacity=reach, window=window))
+        return mask.split_with_sizes([1] * num_levels, dim=2)
+
+    def _seen_by_root(self, num_nodes: int) -> Float[Tensor, "batch 1 kv_len"]:
+        """Return the root's additive mask over all keys."""
+        cache, window = self._cache, self._heads.config.sliding_window
+        lengths = cache.lengths[:, None]
+        kv_indices = torch.arange(cache.tree_start + num_nodes, device=lengths.device)
+        sees = (kv_indices >= cache.num_padding[:, None]) & (kv_indices < lengths)
+        if window is not None:  # positions in a row, padding included; those of nodes come later
+            self._positions = kv_indices.repeat(len(lengths), 1)
+        return self._additive(sees)[:, None]
+
+    def _additive(self, sees: Bool[Tensor, "*rows kv_len"]) -> Float[Tensor, "*rows kv_len"]:
+        mask = torch.zeros(sees.shape, dtype=self._heads.dtype, device=sees.device)
+        return mask.masked_fill_(~sees, torch.finfo(mask.dtype).min)
+
+    def _bias(self, parents: Int[Tensor, "batch width"]) -> Float[Tensor, "batch 1 width kv_len"]:
+        """Return the mask of the next level of a tree."""
+        cache, width = self._cache, parents.shape[1]
+        own = cache.tree_start + cache.num_pending
+        seen = self._seen.gather(1, parents[:, :, None].expand(-1, -1, self._seen.shape[2]))
+        seen.narrow(2, own, width).diagonal(dim1=1, dim2=2).zero_()
+        window = self._heads.config.sliding_window
+        if window is not None:
+            position = cache.lengths[:, None] + self._level
+            self._positions[:, own : own + width] = position
+            distance = position - self._positions
+            seen.masked_fill_((distance >= window)[:, None], torch.finfo(seen.dtype).min)
+        self._seen = seen
+        return seen.narrow(2, 0, own + width)[:, None]
+
+
+class _ChainStore:
+    """Writes keys and values of chains into a cache, at entries that are cut out beforehand.
+
+    All levels read the entries of all levels, of which a mask hides the later ones.
+    """
+
+    def __init__(self, cache: TreeCache, num_levels: int) -> None:
+        storage, start = cache.storage, cache.tree_start
+        assert storage is not None, "a chain starts after the first position"
+        slots = storage.narrow(3, start, num_levels).zero_()  # NaN under a mask would spread
+        self._level_of = cache
+        self._parts = storage.narrow(3, 0, start + num_levels).unbind(0)
+        self._slots = [part.split_with_sizes([1] * num_levels, 2) for part in slots.unbind(0)]
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, /) -> tuple[Tensor, Tensor]:
+        """Write the keys and values of a level, and return those of all levels."""
+        level, first = self._level_of.num_pending, 2 * layer_idx
+        self._slots[first][level].copy_(keys)
+        self._slots[first + 1][level].copy_(values)
+        return self._parts[first], self._parts[first + 1]
 
 
 def build_eagle(

@@ -23,8 +23,9 @@ from speclm.drafting.levels import (
 from speclm.drafting.ranking import LevelRanking, Nodes, path_expansions
 from speclm.errors import OptionError, VocabularyMismatchError
 from speclm.methods.eagle.config import EagleConfig
-from speclm.methods.eagle.context import EagleContext, LevelRun
-from speclm.methods.eagle.network import EagleHeads
+from speclm.methods.eagle.context import EagleContext
+from speclm.methods.eagle.network import EagleHeads, LevelRun
+from speclm.methods.eagle.stages import StagedRun
 from speclm.sampling.draws import DraftSampler, DraftSampling
 from speclm.sampling.noise import PositionNoise
 from speclm.target import TargetFeatures, TargetView
@@ -129,14 +130,21 @@ class EagleProposer(Proposer):
 
     @override
     def propose(self, roots: Int[Tensor, " batch"], *, noise: PositionNoise | None) -> Draft:
-        self._context.catch_up()
+        num_ranks = None
+        if noise is None and self._sampler is None and not self._ranking.changes_scores:
+            num_ranks = self._num_branches
+        self._context.catch_up(num_ranks=num_ranks)
         config = self.config if self.plan is None else planned(self.config, self.plan)
         if self._sampler is not None:
             return self._draw(roots, config, self._sampler)
         if config.paths is not None:
             return self._fill(roots, config.paths, noise)
-        draft, self._grown = self._grow(roots, config, noise)
+        draft, self._grown = self._grow(roots, config, noise, num_ranks=num_ranks)
         return draft
+
+    @property
+    def _num_branches(self) -> int:
+        return min(self.config.branches, self.heads.config.draft_vocab_size)
 
     @override
     def commit(self, accepted: Accepted) -> None:
@@ -150,22 +158,35 @@ class EagleProposer(Proposer):
         roots: Int[Tensor, " batch"],
         config: EagleProposerConfig,
         noise: PositionNoise | None,
+        *,
+        num_ranks: int | None,
     ) -> tuple[Draft, GrownRows]:
-        """Draft level by level from the most likely nodes; tokens are the target's ids."""
+        """Draft level by level from the most likely nodes; tokens are the target's ids.
+
+        Args:
+            roots: Root of each row.
+            config: Size of the trees.
+            noise: Noise of the positions.
+            num_ranks: Children that are ranked by the heads' probabilities; None if more decides.
+        """
         assert self._bounds is not None
         reads = reads_levels(self.plan, roots.device)
         bounds = self._bounds.levels(config.depth, reads=reads, least=config.min_confidence)
-        num_ranks = min(config.branches, self.heads.config.draft_vocab_size)
-        widths = [min(config.width, num_ranks)]
+        num_children = self._num_branches
+        widths = [min(config.width, num_children)]
         while len(widths) < max(bounds):
-            widths.append(min(config.width, widths[-1] * num_ranks))
-        run = self._context.start(widths[: max(max(bounds) - 1, 0)])
+            widths.append(min(config.width, widths[-1] * num_children))
+        run = self._context.start(
+            widths[: max(max(bounds) - 1, 0)], width=config.width, num_ranks=num_ranks
+        )
 
         def candidates(nodes: Nodes, level: int) -> tuple[Tensor, Tensor]:
             """Return log-probabilities and columns, ``[batch, width, ranks]``, below some nodes."""
             if level:
                 run.below(*nodes)
-            found = self._rank(run, level, noise, nodes).topk(num_ranks, dim=-1)
+            if num_ranks is not None:
+                return run.best(num_ranks)
+            found = self._rank(run, level, noise, nodes).topk(num_children, dim=-1)
             return found.values, found.indices
 
         return grow(
@@ -220,7 +241,7 @@ class EagleProposer(Proposer):
 
     def _rank(
         self,
-        run: LevelRun,
+        run: LevelRun | StagedRun,
         depth: int,
         noise: PositionNoise | None,
         nodes: Nodes,

@@ -40,8 +40,8 @@ def test_accepted_paths_of_all_lengths_leave_the_features_that_training_sees(
     seen: list[int] = []
     original = EagleContext.catch_up
 
-    def checked(self: EagleContext) -> None:
-        original(self)
+    def checked(self: EagleContext, **options: int | None) -> None:
+        original(self, **options)
         for row, start in enumerate(padding):
             length = self.cache.host_lengths[row] + 1  # tokens whose features are joined
             wanted = last_output(model, heads, expected[row, start:length])
