@@ -258,9 +258,9 @@ class LevelRun:
             mask = self._causal.cut(num_levels, num_cached=cache.tree_start, like=weight)
         else:
             levels = torch.arange(num_levels, device=cache.lengths.device)
-            above = levels[:, None] >= levels
-            nodes = levels[None], above[None], cache.lengths, cache.num_padding
-            mask = self._additive(seen_slots(*nodes, capacity=reach, window=window))
+            above = (levels[:, None] >= levels).expand(self._batch, -1, -1)
+            rows = levels.expand(self._batch, -1), above, cache.lengths, cache.num_padding
+            mask = self._additive(seen_slots(*rows, capacity=reach, window=window))
         return mask.split_with_sizes([1] * num_levels, dim=2)
 
     def _seen_by_root(self, num_nodes: int) -> Float[Tensor, "batch 1 kv_len"]:

@@ -288,8 +288,8 @@ class ReadStage(_Stage):
         """
         config, order = self._heads.config, torch.arange(tokens.shape[1], device=tokens.device)
         sees = seen_slots(
-            order[None],
-            (order[:, None] >= order)[None],
+            order.expand(len(tokens), -1),
+            (order[:, None] >= order).expand(len(tokens), -1, -1),
             lengths,
             num_padding,
             capacity=storage[0].shape[2],
