@@ -143,7 +143,8 @@ class CallCounter(TorchDispatchMode):
         if stage is not None:
             self._ledger.calls[stage] += 1
             name = func._schema.name.removeprefix("aten::")
-            self._ledger.reads[stage] += name in _READING_CALLS or _has_mask_index(name, args)
+            is_read = name in _READING_CALLS and not _is_of_generators(name, args)
+            self._ledger.reads[stage] += is_read or _has_mask_index(name, args)
             given = {_storage(leaf) for leaf in tree_leaves((args, kwargs)) if _is_plain(leaf)}
             made = {_storage(leaf) for leaf in tree_leaves(result) if _is_plain(leaf)} - given
             self._ledger.allocated[stage] += sum(size for _, size in made)
@@ -186,6 +187,11 @@ def _storage(tensor: Tensor) -> tuple[int, int]:
     return storage.data_ptr(), storage.nbytes()
 
 
+def _is_of_generators(name: str, args: tuple[Any, ...]) -> bool:
+    """Return whether states of generators are compared, which the host has on every device."""
+    return name == "equal" and args[0].dtype == torch.uint8
+
+
 def _has_mask_index(name: str, args: tuple[Any, ...]) -> bool:
     """Return whether a call selects by a mask, so that the size of its result has to be read."""
     if name not in ("index", "index_put_", "_index_put_impl_"):
@@ -216,6 +222,8 @@ def counted(ledger: Ledger, base: PreTrainedModel, networks: Sequence[Any]) -> I
         stack.enter_context(patch.object(Generation, "_run_round", count_round))
         stack.enter_context(patch.object(TreeCache, "keep", _keep(ledger)))
         stack.enter_context(patch.object(torch, "from_numpy", _upload(ledger)))
+        # The wrapped forwards look like hooks, after which random generators would be compared.
+        stack.enter_context(patch("speclm.model.call.may_draw", return_value=False))
         for stage, modules in ((TARGET, [base]), (NETWORK, networks)):
             for module in modules:
                 forward = ledger.wrapped(stage, module.forward)

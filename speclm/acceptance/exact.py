@@ -14,6 +14,7 @@ from speclm.acceptance.interface import (
     register_acceptance_rule,
 )
 from speclm.devices import is_host
+from speclm.sampling.chooser import pick
 from speclm.tree.topology import TreeTopology
 
 
@@ -106,6 +107,8 @@ def nodes_of_accepted_paths(
 def choose_at_all_nodes(verified: Verified) -> Int[Tensor, "batch nodes"]:
     """Return the token that the target chooses after every node; does not sync."""
     logits, topology, noise = verified.logits, verified.topology, verified.noise
+    if noise is None and verified.chooser.takes_maxima:
+        return pick(logits, None)
     batch, nodes, vocab = logits.shape
     rows = logits.reshape(batch * nodes, vocab)
     node_noise, lengths = None, None

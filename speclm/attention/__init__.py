@@ -6,7 +6,16 @@ Where the kernel computes the same result, it replaces attention, and the mask i
 Outside a tree step nothing changes. No modeling code is replaced.
 """
 
+from speclm.attention.fixed_step import FixedStep
 from speclm.attention.registration import attached, attention_configs
 from speclm.attention.step import TreeMask, TreeStep, active_step, tree_step
 
-__all__ = ["TreeMask", "TreeStep", "active_step", "attached", "attention_configs", "tree_step"]
+__all__ = [
+    "FixedStep",
+    "TreeMask",
+    "TreeStep",
+    "active_step",
+    "attached",
+    "attention_configs",
+    "tree_step",
+]

@@ -28,6 +28,7 @@ _IGNORED_ARGUMENTS = {
     "position_ids",
     "use_cache",
     "output_attentions",
+    "output_hidden_states",
     "output_router_logits",
 }
 """Arguments of attention that have no effect if there is a mask; others are the model's own."""

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from speclm.attention.step import TreeMask, TreeStep
+from speclm.attention.step import Step, TreeMask
 from speclm.kernels import attention_obstacle, tree_attention
 
 _LIKE_EAGER: dict[str, frozenset[str]] = {
@@ -33,7 +33,7 @@ _log = logging.getLogger("speclm")
 
 def attend_by_kernel(
     mask: TreeMask,
-    step: TreeStep,
+    step: Step,
     states: tuple[
         Float[Tensor, "batch q_heads nodes head_dim"],
         Float[Tensor, "batch kv_heads kv_len head_dim"],

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -284,11 +284,31 @@ class TreeStep:
         return torch.cat([prefix, visible.expand(batch, -1, -1)], dim=2)[:, None]
 
 
-_STEP: ContextVar[TreeStep | None] = ContextVar("speclm_tree_step", default=None)
+@runtime_checkable
+class Step(Protocol):
+    """What attention asks of a step."""
+
+    is_regular: bool
+    windows: set[int | None]
+
+    def lazy_bias(self, window: int | None, dtype: torch.dtype, /) -> Tensor | None:
+        """Return the additive mask of layers with a window."""
+        ...
+
+    def kernel_mask(self, device: torch.device, /) -> KernelMask:
+        """Return the mask for kernels on a device."""
+        ...
+
+    def repeated(self, bias: Tensor, groups: int, /) -> Tensor:
+        """Return a mask repeated along its nodes."""
+        ...
+
+
+_STEP: ContextVar[Step | None] = ContextVar("speclm_tree_step", default=None)
 
 
 @contextmanager
-def tree_step(step: TreeStep) -> Iterator[None]:
+def tree_step(step: Step) -> Iterator[None]:
     """Make `step` the active tree step."""
     token = _STEP.set(step)
     try:
@@ -297,6 +317,6 @@ def tree_step(step: TreeStep) -> Iterator[None]:
         _STEP.reset(token)
 
 
-def active_step() -> TreeStep | None:
+def active_step() -> Step | None:
     """Return the tree step of the running forward; None outside of one."""
     return _STEP.get()

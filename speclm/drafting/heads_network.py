@@ -16,7 +16,7 @@ from speclm.errors import OptionError
 _INIT_STD = 0.02  # that of Llama and Qwen3
 _ABSENT = -1e4  # finite, because a processor may ban all tokens that a network can draft
 _TABLE_LENGTH = 1024
-ROTATIONS_BY_LENGTH = ("dynamic", "longrope")
+_BY_LENGTH = ("dynamic", "longrope")
 """Types of rotation that depend on the longest text."""
 
 
@@ -105,11 +105,16 @@ class HeadsNetwork(nn.Module, ABC):
         """Return the rotation of some positions."""
         return signed(*self.rotary(self.fc.weight, positions))  # it reads the dtype only
 
+    @property
+    def rotates_by_length(self) -> bool:
+        """Whether rotations depend on the longest text, which is read on the host."""
+        return self.config.rope_parameters.get("rope_type") in _BY_LENGTH
+
     def rotation_from(self, start: int, num: int) -> Rotation:
         """Return the rotation of `num` positions in a row, which all rows share."""
         device, table = self.fc.weight.device, self._table
         end = start + num
-        if self.config.rope_parameters.get("rope_type") in ROTATIONS_BY_LENGTH:
+        if self.rotates_by_length:
             return self.rotation(torch.arange(start, end, device=device)[None])
         offset = start - self._table_start
         if table is None or offset < 0 or offset + num > table.shape[1]:
@@ -183,9 +188,11 @@ class HeadsNetwork(nn.Module, ABC):
         """Return logits by the output matrix, or by the target's, `lm_head`, if there is none."""
         if self.lm_head is None:
             return lm_head(hidden)
-        if self._head is None or hidden.ndim != 2:
+        if self._head is None:
             return self.lm_head(hidden)  # type: ignore[no-any-return]  # untyped call
-        return self._head(hidden)
+        if hidden.ndim == 2:
+            return self._head(hidden)
+        return self._head(hidden.flatten(0, -2)).view(*hidden.shape[:-1], -1)
 
     @property
     def host_columns(self) -> list[int] | None:

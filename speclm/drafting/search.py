@@ -22,11 +22,6 @@ Candidates = Callable[[Nodes, int], tuple[Tensor, Tensor]]
 level, counted from 0. To be asked level by level."""
 
 
-ChildTable = dict[int, tuple[int, list[float], list[int]]]
-"""Of the nodes that a level may expand, by token: index, and log-probabilities and tokens of its
-children, best first. The root counts as token 0."""
-
-
 @runtime_checkable
 class Vocabulary(Protocol):
     """Which token of the target each column of a draft's logits is."""
@@ -148,36 +143,6 @@ def search_on_host(
             if level + 1 >= bound:
                 row.expanded = []
     return [row.best_nodes(config.num_draft_tokens) for row in rows]
-
-
-def search_tables(
-    tables: Sequence[Sequence[ChildTable]],
-    *,
-    config: GrownTreeConfig,
-    bounds: Sequence[int],
-    leaf_tokens: frozenset[int],
-) -> list[GrownRow]:
-    """Return the likeliest paths of each row whose tokens are in its tables; see `search`.
-
-    Args:
-        tables: A table for each row and level.
-        config: Size of the trees.
-        bounds: Maximum levels of each row.
-        leaf_tokens: Tokens after which nothing follows.
-    """
-    rows = []
-    for levels, bound in zip(tables, bounds, strict=True):
-        row = _Row(expanded=[0])
-        for level, table in enumerate(levels[:bound]):
-            row.expanded = [node for node in row.expanded if row.tokens[node] in table]
-            found = [table[row.tokens[node]] for node in row.expanded]
-            if level:
-                for node, (index, _, _) in zip(row.expanded, found, strict=True):
-                    row.expansions[node] = level - 1, index
-            scores, ids = [values for _, values, _ in found], [tokens for *_, tokens in found]
-            row.grow(scores, ids, config=config, leaf_tokens=leaf_tokens, columns=None)
-        rows.append(row.best_nodes(config.num_draft_tokens))
-    return rows
 
 
 def product_trees(

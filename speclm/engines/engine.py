@@ -27,6 +27,8 @@ class Engine(ABC):
     name: ClassVar[str]
     reuses_storage: ClassVar[bool]
     """Whether a stage that was prepared only works on the same storage."""
+    records_calls: ClassVar[bool] = False
+    """Whether it records the tensor calls that a stage makes, whatever its code is."""
 
     def __init__(self) -> None:
         """Start with nothing prepared."""

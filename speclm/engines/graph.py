@@ -69,6 +69,7 @@ class GraphEngine(Engine):
 
     name: ClassVar[str] = "graph"
     reuses_storage: ClassVar[bool] = True
+    records_calls: ClassVar[bool] = True
 
     def __init__(self, capture: Capture | None = None) -> None:
         """Start with nothing recorded.

@@ -56,8 +56,8 @@ def first_text_dependent(
 
 
 def pick(
-    scores: Float[Tensor, "rows vocab"], noise: Float[Tensor, "rows vocab"] | None
-) -> Int[Tensor, " rows"]:
+    scores: Float[Tensor, "*rows vocab"], noise: Float[Tensor, "*rows vocab"] | None
+) -> Int[Tensor, "*rows"]:
     """Return the token that regular generation takes from the processed scores of each row.
 
     Args:
@@ -75,7 +75,7 @@ def pick(
     else:
         scores = scores.softmax(-1)
         tokens = (scores / noise).argmax(-1)  # 0 / 0, which half precision has, wins there too
-        chosen = scores.gather(-1, tokens[:, None])[:, 0]
+        chosen = scores.gather(-1, tokens[..., None])[..., 0]
     return tokens.masked_fill(chosen.isnan(), -1)
 
 
@@ -167,8 +167,8 @@ class TokenChooser:
         Returns:
             Token ids; -1 if the winning score is NaN. Does not sync.
         """
-        if noise is None and self.takes_maxima:
-            return pick(logits, None)  # their order is the same in float32
+        if self.takes_maxima:
+            return pick(logits, None)  # the order is the same in float32
         return pick(self.process(logits.float(), lengths), noise)
 
     def distribution(self, logits: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows vocab"]:

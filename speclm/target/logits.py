@@ -53,15 +53,13 @@ def logits_from(
     The hidden states may have another dtype than the model's.
     """
     weight = stored_matrix(model.get_output_embeddings())  # type: ignore[no-untyped-call]
-    flat = hidden.reshape(1, -1, hidden.shape[-1]).to(
-        model.dtype if weight is None else weight.dtype
-    )
+    flat = hidden.reshape(-1, hidden.shape[-1]).to(model.dtype if weight is None else weight.dtype)
     if _has_plain_head(model):
         head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
         logits: Tensor = head(flat)
     else:  # the model's own code applies its softcap or scale
-        with _stubbed(find_decoder(model), flat):
-            logits = model(input_ids=flat.new_zeros(flat.shape[:2], dtype=torch.long)).logits
+        with _stubbed(find_decoder(model), flat[None]):
+            logits = model(input_ids=flat.new_zeros(1, len(flat), dtype=torch.long)).logits
     return logits.view(*hidden.shape[:-1], logits.shape[-1])  # there may be no rows
 
 

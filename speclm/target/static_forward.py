@@ -14,10 +14,12 @@ from typing_extensions import override
 
 from speclm.acceptance import Accepted
 from speclm.acceptance.exact import read_accepted
+from speclm.attention import FixedStep, attached, attention_configs, tree_step
 from speclm.cache.fixed import FixedLayer, seen_slots
 from speclm.cache.tree_cache import TreeCache
 from speclm.engines import Engine, StageRunner
 from speclm.errors import UnsupportedModelError
+from speclm.kernels import pays
 from speclm.target.static_keep import accept_and_keep, padded_parts
 from speclm.target.view import TargetView
 from speclm.tree.topology import TreeTopology
@@ -123,15 +125,23 @@ class StaticForward(StageRunner):
     ) -> None:
         """Keep a stage for some features if it computes what the usual forward has computed.
 
-        It writes where the usual forward has left its nodes pending.
+        It writes where the usual forward has left its nodes pending; what that wrote is put back.
         """
         model, start = self._target.model, perf_counter()
+        nodes = [part.narrow(2, cache.tree_start, cache.num_pending) for part in cache.parts()]
+        written = [part.clone() for part in nodes]
         try:
-            stage = VerifyStage(model, layers, _masks(model, self._target.windows))
+            masks = _masks(model, self._target.windows)
+            # A compiler cannot follow the hooks that put the kernel into the model.
+            takes_kernel = self.engine.records_calls and pays(self._target.device)
+            stage = VerifyStage(model, layers, masks, takes_kernel=takes_kernel)
             found = stage(*inputs, *cache.parts())
         except Exception as error:  # noqa: BLE001 - whatever the model's own code raises
             self.give_up(f"a forward over fixed shapes fails: {type(error).__name__}, {error}")
             return
+        finally:
+            for part, before in zip(nodes, written, strict=True):
+                part.copy_(before)
         if all(map(_agree, found, expected)):
             self._by_layers[layers] = stage
         else:
@@ -147,6 +157,8 @@ class VerifyStage(nn.Module):
         model: PreTrainedModel,
         layers: tuple[int, ...],
         masks: dict[str, int | None],
+        *,
+        takes_kernel: bool = False,
     ) -> None:
         """Hold the model.
 
@@ -154,9 +166,11 @@ class VerifyStage(nn.Module):
             model: The target.
             layers: Hidden states to return, see `TargetFeatures`.
             masks: Windows of its layers by type; a single one for a model with one mask.
+            takes_kernel: Whether the tree-attention kernel replaces its attention, where it can.
         """
         super().__init__()
         self._model, self._layers, self._masks = model, layers, masks
+        self._configs = attention_configs(model) if takes_kernel else None
 
     @override
     def forward(
@@ -186,25 +200,32 @@ class VerifyStage(nn.Module):
         positions = ((lengths - num_padding)[:, None] + depths).clamp(min=0)
         start = lengths.amax()
         slots = start + torch.arange(tokens.shape[1], device=tokens.device)
-        capacity, dtype = storage[0].shape[2], self._model.dtype
-        nodes = (depths, ancestors, lengths, num_padding)
-        masks = {
-            kind: _bias(seen_slots(*nodes, capacity=capacity, window=window), dtype)
-            for kind, window in self._masks.items()
-        }
+        nodes, capacity = (depths, ancestors, lengths, num_padding), storage[0].shape[2]
+
+        def bias(window: int | None, dtype: torch.dtype) -> Tensor:
+            return _bias(seen_slots(*nodes, capacity=capacity, window=window), dtype)
+
         layers: list[Any] = [
             FixedLayer(keys, values, slots)
             for keys, values in zip(storage[::2], storage[1::2], strict=True)
         ]
-        output = self._model(
-            input_ids=tokens,
-            position_ids=torch.minimum(positions, max_position),
-            attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
-            past_key_values=Cache(layers=layers),
-            use_cache=True,
-            output_hidden_states=bool(self._layers),
-            return_dict=True,
-        )
+        inputs = {
+            "input_ids": tokens,
+            "position_ids": torch.minimum(positions, max_position),
+            "past_key_values": Cache(layers=layers),
+            "use_cache": True,
+            "output_hidden_states": bool(self._layers),
+            "return_dict": True,
+        }
+        if self._configs is None:
+            dtype = self._model.dtype
+            masks = {kind: bias(window, dtype) for kind, window in self._masks.items()}
+            mask = masks if len(masks) > 1 else next(iter(masks.values()))
+            output = self._model(attention_mask=mask, **inputs)
+        else:
+            step = FixedStep(*nodes, capacity=capacity, bias=bias)
+            with attached(self._configs), tree_step(step):
+                output = self._model(**inputs)
         if not self._layers:
             return (output.logits,)
         states = [output.hidden_states[layer] for layer in self._layers]

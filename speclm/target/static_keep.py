@@ -41,8 +41,7 @@ def accept_and_keep(
         The accepted path, padded with 0, with its last node at the end; the target's token after
         each of these nodes.
     """
-    batch, nodes, vocab = logits.shape
-    chosen = pick(logits.reshape(batch * nodes, vocab), None).view(batch, nodes)
+    chosen = pick(logits, None)
     best = deepest_agreeing(
         tokens, chosen, parents=parents, inner_mask=inner_mask, deepest_first=deepest_first
     )

@@ -13,7 +13,7 @@ from speclm.tree.static import RankPath
 from speclm.tree.topology import TreeTopology
 
 _LEAST_LOG_PROB = -50.0
-"""Log-probabilities below this count as this, and so does NaN: their sums stay exact enough."""
+"""Sums of log-probabilities that are not smaller are exact enough."""
 _LEVEL_COST = 0.01
 """What a level costs a node: more than sums are rounded by, so that no child ties its parent."""
 
@@ -24,32 +24,34 @@ class ChosenNodes(NamedTuple):
     Args:
         tokens: Token at each node.
         nodes: Its index in the enclosing tree.
-        depths: Its depth.
-        deepest_first: See `TreeTopology.deepest_first`.
+        values: See `EnclosingTree.values`.
         lines: Its parent, the path to it, padded with 0, and the node itself.
-        mask: See `TreeTopology.ancestor_mask`.
-        inner_mask: See `TreeTopology.inner_mask`.
+        masks: See `EnclosingTree.masks`.
     """
 
     tokens: Int[Tensor, "batch nodes"]
     nodes: Int[Tensor, "batch nodes"]
-    depths: Int[Tensor, "batch nodes"]
-    deepest_first: Int[Tensor, "batch nodes"]
+    values: Int[Tensor, "batch nodes three"]
     lines: Int[Tensor, "batch nodes line"]
-    mask: Bool[Tensor, "batch nodes nodes"]
-    inner_mask: Bool[Tensor, "batch nodes nodes"]
+    masks: Bool[Tensor, "batch nodes nodes two"]
 
-    @property
-    def topology(self) -> TreeTopology:
-        """The shape of the trees, which the host does not know."""
+    def topology(self, *, is_labelled: bool = False) -> TreeTopology:
+        """Return the shape of the trees, which the host does not know.
+
+        Args:
+            is_labelled: Whether the host will need to know `nodes`.
+        """
+        _, depths, deepest_first = self.values.unbind(2)
+        mask, inner_mask = self.masks.unbind(3)
         return TreeTopology(
             self.lines[:, :, 0],
-            self.depths,
+            depths,
             max_depth=self.lines.shape[2] - 3,
-            ancestor_mask=self.mask,
-            inner_mask=self.inner_mask,
+            labels=self.nodes if is_labelled else None,
+            ancestor_mask=mask,
+            inner_mask=inner_mask,
             path_ends=self.lines[:, :, 1:],
-            deepest_first=self.deepest_first,
+            deepest_first=deepest_first,
         )
 
 
@@ -73,16 +75,18 @@ class EnclosingTree:
         lines: See `ChosenNodes`.
         masks: At ``[i, j]`` whether node j is node i or one of its ancestors, and the same without
             the root.
+        least: Log-probability that smaller ones, and NaN, count as.
     """
 
     num_nodes: int
     expansions: tuple[tuple[int, int] | None, ...]
-    expanded: tuple[Int[Tensor, " width"], ...]
-    parents: tuple[Int[Tensor, " width"], ...]
+    expanded: tuple[Int[Tensor, " _"], ...]
+    parents: tuple[Int[Tensor, "1 _"], ...]
     steps: Int[Tensor, "nodes depth"]
     values: Int[Tensor, "nodes three"]
     lines: Int[Tensor, "nodes line"]
     masks: Bool[Tensor, "nodes nodes two"]
+    least: Float[Tensor, ""]
 
     def choose(
         self,
@@ -99,18 +103,19 @@ class EnclosingTree:
             tokens: Token at the root, and of each candidate.
             num_nodes: Nodes to choose, root included, if there are as many.
         """
-        least = _number(_LEAST_LOG_PROB, log_probs.device)
         # A level that a node does not reach adds to its score.
-        known = F.pad(torch.fmax(log_probs, least), (0, 1), value=_LEVEL_COST)
+        known = F.pad(torch.fmax(log_probs, self.least), (0, 1), value=_LEVEL_COST)
         scores = known[:, self.steps].sum(2)  # [batch, nodes of this tree]
         # No child scores as much as its parent, so the best nodes form a tree.
         nodes = scores.topk(min(num_nodes, self.num_nodes), dim=1).indices.sort(dim=1).values
-        candidates, depths, deepest_first = self.values[nodes].unbind(2)
-        lines = self.lines[nodes]
-        lines = torch.searchsorted(nodes, lines.flatten(1)).view(lines.shape)
-        mask, inner_mask = self.masks[nodes[:, :, None], nodes[:, None]].unbind(3)
-        tokens = tokens.gather(1, candidates)
-        return ChosenNodes(tokens, nodes, depths, deepest_first, lines, mask, inner_mask)
+        values, lines = self.values[nodes], self.lines[nodes]
+        return ChosenNodes(
+            tokens=tokens.gather(1, values[:, :, 0]),
+            nodes=nodes,
+            values=values,
+            lines=torch.searchsorted(nodes, lines.flatten(1)).view(lines.shape),
+            masks=self.masks[nodes[:, :, None], nodes[:, None]],
+        )
 
 
 @lru_cache(maxsize=64)
@@ -160,11 +165,12 @@ def enclosing_tree(
             (len(path) - 1, index_of[path]) if path in index_of else None for path in candidates
         ),
         expanded=tuple(tensor([candidates[path] for path in level]) for level in levels[1:]),
-        parents=tuple(tensor([index_of[path[:-1]] for path in level]) for level in levels[1:]),
+        parents=tuple(tensor([[index_of[path[:-1]] for path in level]]) for level in levels[1:]),
         steps=tensor(steps),
         values=tensor(values),
         lines=tensor(lines),
         masks=masks.to(device),
+        least=torch.tensor(_LEAST_LOG_PROB, device=device, dtype=torch.float32),
     )
 
 
@@ -181,8 +187,3 @@ def _expanded_paths(depth: int, width: int, num_ranks: int) -> list[list[RankPat
         }
         levels.append(sorted(sorted(costs, key=lambda path: (costs[path], path))[:width]))
     return levels
-
-
-@lru_cache(maxsize=16)
-def _number(value: float, device: torch.device) -> Float[Tensor, ""]:
-    return torch.tensor(value, device=device, dtype=torch.float32)

@@ -11,7 +11,7 @@ from speclm.drafting.levels import GrownTreeConfig, RunByLevelConfig
 from speclm.drafting.search import search_on_host
 from speclm.tree.plan import TreePlan
 from tests.drafting.test_search import DEPTH, ROOTS, VOCAB, Table, paths_of
-from tests.target.test_static_forward import unread
+from tests.stand_ins import unread
 
 CPU = torch.device("cpu")
 CONFIG = {"min_probability": 0.0, "min_confidence": 0.0}

@@ -1,12 +1,7 @@
 """Verification over fixed shapes computes what a usual forward does."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -15,18 +10,18 @@ from transformers import (
     PreTrainedModel,
 )
 
-from speclm.engines import Engine
+from speclm.engines import Engine, GraphEngine
 from speclm.errors import EngineError
+from speclm.kernels.backends import VARIABLE
 from speclm.target import StaticForward, TargetFeatures, TargetView
 from speclm.target.static_forward import BUCKETS
 from speclm.tree.topology import TreeTopology, chain, from_parents
 from tests.exactness import tiny
 from tests.grids import grid, turns
 from tests.models import prompts, shared_model
-from tests.stand_ins import replaying
+from tests.stand_ins import Failing, FullGraph, Unreading, record, replaying, unread
 
 TOLERANCE = 1e-4  # of logits, in float32
-READING = {"_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "_unique2"}
 LAYERS = {"none": (), "one and the last": (1, -1)}
 LENGTHS = {"one row": (9,), "padded rows": (11, 4, 7)}
 TREES = {
@@ -100,25 +95,36 @@ def test_trees_of_changing_shapes_and_lengths_have_the_usual_logits_and_features
     assert verifying.static.describe() == "graph"
 
 
+@pytest.mark.parametrize(
+    ("family", "lengths"), [("llama", "padded rows"), ("gemma3", "one row"), ("qwen3", "one row")]
+)
+def test_graphs_contain_the_tree_attention_kernel_where_it_pays(family, lengths, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "reference")
+    asked = []
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            asked.append(func._schema.name)
+            return func(*args, **(kwargs or {}))
+
+    def capture(compute, device):
+        with Counting():
+            return record(compute, device)
+
+    verifying = Verifying(build(family), GraphEngine(capture), LENGTHS[lengths])
+    for shape, kept in (("tree", 2), ("chain", 3), ("chain", 2), ("tree", 1)):
+        paths = [[0, 1, 3][: max(kept - row, 1)] for row in range(verifying.batch)]
+        assert verifying.compare(TREES[shape], paths=paths)
+    num_layers = verifying.view.num_layers
+    num_sizes = len(verifying.static.engine._prepared)
+    assert asked.count("speclm::tree_attention") == num_layers * num_sizes
+    assert verifying.static.obstacle is None
+
+
 def test_rows_of_different_trees_are_padded_to_one_bucket():
     verifying = Verifying(shared_model("llama"), replaying(), (5, 8))
     assert verifying.compare([[0, 0, 0], [0, 0, 1, 2]], paths=[[0, 2], [0, 1, 2, 3]])
     assert verifying.compare([[0], [0, 0]], paths=[[0], [0, 1]])
-
-
-class FullGraph(Engine):
-    """Traces stages as a compiler does, and runs what was traced eagerly."""
-
-    name = "traced"
-    reuses_storage = False
-
-    def obstacle(self, device: torch.device) -> None:
-        return None
-
-    def prepare(self, stage: Any, inputs: Any, storage: Any) -> Any:
-        torch._dynamo.reset()
-        traced = torch.compile(stage, fullgraph=True, dynamic=False, backend="eager")
-        return lambda inputs, storage: traced(*inputs, *storage)
 
 
 @pytest.mark.parametrize(
@@ -137,36 +143,8 @@ def test_a_forward_is_one_graph_without_breaks(family, layers):
     assert len(engine._prepared) == 1
 
 
-@contextmanager
-def unread() -> Iterator[None]:
-    """Fail where the host reads a value."""
-
-    class Unread(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            name = func._schema.name.removeprefix("aten::")
-            assert name not in READING, f"the host reads by {name}"
-            return func(*args, **(kwargs or {}))
-
-    with Unread():
-        yield
-
-
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
 def test_a_stage_reads_nothing_on_the_host(family):
-    class Unreading(Engine):
-        name = "unreading"
-        reuses_storage = False
-
-        def obstacle(self, device):
-            return None
-
-        def prepare(self, stage, inputs, storage):
-            def run(inputs, storage):
-                with unread():
-                    return stage(*inputs, *storage)
-
-            return run
-
     verifying = Verifying(build(family), Unreading(), (7, 4))
     for _ in range(2):
         assert verifying.compare(TREES["tree"], paths=[[0, 1], [0]], layers=(1, -1))
@@ -193,17 +171,6 @@ def test_what_has_no_fixed_shape_is_left_to_the_usual_forward():
     assert static.obstacle is None
 
 
-class Failing(Engine):
-    name = "failing"
-    reuses_storage = False
-
-    def obstacle(self, device):
-        return None
-
-    def prepare(self, stage, inputs, storage):
-        raise torch.OutOfMemoryError("no memory")
-
-
 def test_an_engine_that_fails_is_given_up_with_one_reason(caplog):
     verifying = Verifying(shared_model("llama"), Failing(), (5,))
     assert verifying.compare(TREES["chain"], paths=[[0, 1]])  # by the usual forward, as a proof
@@ -220,6 +187,9 @@ def test_a_model_that_computes_otherwise_over_fixed_shapes_is_found_at_once(monk
     assert verifying.compare(TREES["tree"], paths=[[0, 1]])
     assert "something else" in verifying.static.obstacle
     assert not verifying.compare(TREES["tree"], paths=[[0, 1]])
+    length = verifying.usual.host_lengths[0]
+    for usual, fixed in zip(verifying.usual.layers, verifying.fixed.layers, strict=True):
+        assert torch.equal(usual.keys[:, :, :length], fixed.keys[:, :, :length])
 
 
 def _all_seen(depths, ancestors, lengths, num_padding, *, capacity, window):

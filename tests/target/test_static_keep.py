@@ -9,8 +9,7 @@ from speclm.acceptance.exact import accept_exact, read_accepted
 from speclm.cache import TreeCache
 from speclm.target.static_keep import accept_and_keep, padded_parts
 from speclm.tree import from_parents
-from tests.stand_ins import replaying
-from tests.target.test_static_forward import unread
+from tests.stand_ins import replaying, unread
 
 VOCAB, BUCKET = 4, 8
 CPU = torch.device("cpu")

@@ -1,9 +1,12 @@
 """Keys and values of committed tokens, which every block attends to."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from speclm.devices import upload
 from speclm.drafting.decoder_parts import CausalMasks, Rotation
 from speclm.methods.block.network import BlockHeads, block_masks
 
@@ -11,6 +14,9 @@ CHUNK = 512
 """Most tokens whose features are projected at once, which bounds the memory for a prompt."""
 
 _LEAST_CAPACITY = 256
+
+Allocate = Callable[[Tensor, tuple[int, ...]], Tensor]
+"""Returns zeros of a shape, with dtype and device of a tensor."""
 
 Masks = tuple[Tensor | None, ...]
 """For each layer ``[batch or 1, 1, positions, seen]``, as `BlockHeads.forward` takes them."""
@@ -24,31 +30,38 @@ class BlockContext:
     full.
     """
 
-    def __init__(self, heads: BlockHeads, *, first_positions: list[int]) -> None:
+    def __init__(
+        self,
+        heads: BlockHeads,
+        *,
+        first_positions: list[int],
+        allocate: Allocate | None = None,
+    ) -> None:
         """Create an empty context.
 
         Args:
             heads: The network.
             first_positions: For each row the position of its first entry; below 0 by the number of
                 padding entries.
+            allocate: Returns the storage; None for new memory.
         """
         self._heads = heads
-        self._first = first_positions
+        self.first_positions = self._first = first_positions
+        self._allocate = allocate or Tensor.new_zeros
         self.lengths = [0] * len(first_positions)
-        self._keys: Tensor | None = None
-        self._values: Tensor | None = None
+        self._storage: Tensor | None = None  # keys and values
         self._causal = CausalMasks()
         self._copies: dict[tuple[int, ...], Tensor] = {}  # on the device, of numbers of each row
 
     @property
     def keys(self) -> Float[Tensor, "layers batch kv_heads kv_len head_dim"]:
         """Keys of all layers, up to the end of the longest row."""
-        return self._stored(self._keys)
+        return self._stored(0)
 
     @property
     def values(self) -> Float[Tensor, "layers batch kv_heads kv_len head_dim"]:
         """Values of all layers, up to the end of the longest row."""
-        return self._stored(self._values)
+        return self._stored(1)
 
     def append(self, features: Float[Tensor, "batch seq features"], counts: list[int]) -> None:
         """Project the features of committed tokens and keep the keys and values.
@@ -63,12 +76,19 @@ class BlockContext:
             if num_new < features.shape[1]:
                 part = features.narrow(1, start, num_new)
             keys, values = self._heads.context(part, self.rotation(num_new))
-            self._reserve(max(self.lengths) + num_new)
+            self.reserve(num_new)
             self._write(keys, values)
-            self.lengths = [
-                length + min(max(count - start, 0), num_new)
-                for length, count in zip(self.lengths, counts, strict=True)
-            ]
+            self.advance([min(max(count - start, 0), num_new) for count in counts])
+
+    def advance(self, counts: Sequence[int]) -> None:
+        """Count entries of each row that were written to `storage`."""
+        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+
+    @property
+    def storage(self) -> Float[Tensor, "2 layers batch kv_heads capacity head_dim"]:
+        """Keys and values of all layers, with room after them."""
+        assert self._storage is not None, "reserve before storage"
+        return self._storage
 
     def with_room(
         self, num: int
@@ -77,11 +97,9 @@ class BlockContext:
         Float[Tensor, "layers batch kv_heads kv_len head_dim"],
     ]:
         """Return `keys` and `values`, followed by room for `num` positions of a block."""
-        longest = max(self.lengths) + num
-        self._reserve(longest)
-        assert self._keys is not None
-        assert self._values is not None
-        return self._keys.narrow(3, 0, longest), self._values.narrow(3, 0, longest)
+        self.reserve(num)
+        keys, values = self.storage.narrow(4, 0, max(self.lengths) + num).unbind(0)
+        return keys, values
 
     def rotation(self, num: int) -> Rotation:
         """Return the rotation of the next positions of each row."""
@@ -131,42 +149,44 @@ class BlockContext:
         if key not in self._copies:
             kept = tuple(self._first)
             self._copies = {k: copy for k, copy in self._copies.items() if k == kept}
-            self._copies[key] = torch.tensor(values, device=device, dtype=torch.long)
+            self._copies[key] = upload(values, device)
         return self._copies[key]
 
-    def _stored(self, storage: Tensor | None) -> Tensor:
-        if storage is None:  # the anchor is the first token of the text
-            return self._heads.fc.weight.new_empty(self._shape(0))
-        return storage.narrow(3, 0, max(self.lengths))
+    def _stored(self, part: int) -> Tensor:
+        if self._storage is None:  # the anchor is the first token of the text
+            return self._heads.fc.weight.new_empty(self._shape(0)[1:])
+        return self._storage[part].narrow(3, 0, max(self.lengths))
 
-    def _shape(self, capacity: int) -> tuple[int, int, int, int, int]:
-        config = self._heads.config
-        return config.num_layers, len(self.lengths), config.num_kv_heads, capacity, config.head_dim
+    def _shape(self, capacity: int) -> tuple[int, ...]:
+        config, batch = self._heads.config, len(self.lengths)
+        return 2, config.num_layers, batch, config.num_kv_heads, capacity, config.head_dim
 
-    def _reserve(self, needed: int) -> None:
-        capacity = 0 if self._keys is None else self._keys.shape[3]
+    def reserve(self, num: int) -> None:
+        """Make room for some entries after the longest row; the storage may become another."""
+        needed = max(self.lengths) + num
+        before = self._storage
+        capacity = 0 if before is None else before.shape[4]
         if needed <= capacity:
             return
-        weight, before = self._heads.fc.weight, (self._keys, self._values)
-        shape = self._shape(max(needed, 2 * capacity, _LEAST_CAPACITY))
+        # Few sizes, because stages are prepared for each.
+        doublings = max(-(-needed // _LEAST_CAPACITY) - 1, 0).bit_length()
+        shape = self._shape(_LEAST_CAPACITY << doublings)
         # Zeros, because NaN in entries that a mask hides would spread.
-        self._keys, self._values = weight.new_zeros(shape), weight.new_zeros(shape)
-        for old, new in zip(before, (self._keys, self._values), strict=True):
-            if old is not None:
-                new.narrow(3, 0, capacity).copy_(old)
+        self._storage = self._allocate(self._heads.fc.weight, shape)
+        if before is not None:
+            self._storage.narrow(4, 0, capacity).copy_(before)
 
     def _write(self, keys: Tensor, values: Tensor) -> None:
         """Write keys and values after the entries of each row; padding is overwritten later."""
-        assert self._keys is not None
-        assert self._values is not None
         num_new, first = keys.shape[3], self.lengths[0]
         if len(set(self.lengths)) == 1:
-            self._keys.narrow(3, first, num_new).copy_(keys)
-            self._values.narrow(3, first, num_new).copy_(values)
+            to_keys, to_values = self.storage.narrow(4, first, num_new).unbind(0)
+            to_keys.copy_(keys)
+            to_values.copy_(values)
             return
         ahead = torch.arange(num_new, device=keys.device)
         entries = self._tensor(self.lengths)[:, None] + ahead  # [batch, seq]
         rows = torch.arange(len(self.lengths), device=keys.device)[:, None]
-        keys, values = keys.to(self._keys.dtype), values.to(self._keys.dtype)  # under autocast
-        self._keys[:, rows, :, entries] = keys.permute(1, 3, 0, 2, 4)
-        self._values[:, rows, :, entries] = values.permute(1, 3, 0, 2, 4)
+        for stored, new in zip(self.storage.unbind(0), (keys, values), strict=True):
+            # Under autocast the dtypes differ.
+            stored[:, rows, :, entries] = new.to(stored.dtype).permute(1, 3, 0, 2, 4)

@@ -113,6 +113,14 @@ class BlockLayer(nn.Module):
             hidden_size=hidden, inner_size=config.intermediate_size, activation=config.hidden_act
         )
 
+    @property
+    def norms_and_parts(self) -> tuple[tuple[Norm, BlockAttention | GatedMLP], ...]:
+        """The norms, and what reads them."""
+        return (
+            (self.input_layernorm, self.self_attn),
+            (self.post_attention_layernorm, self.mlp),
+        )
+
     def forward(
         self,
         hidden: Float[Tensor, "rows hidden"],
@@ -176,7 +184,13 @@ class MarkovHead(nn.Module):
         hidden: Float[Tensor, "*rows hidden"],
         state: Float[Tensor, "*rows rank"] | None = None,
     ) -> tuple[Float[Tensor, "*rows rank"], Float[Tensor, "*rows rank"] | None]:
-        """Return what `markov_w2` maps to the term, and the next state; see `bias`."""
+        """Return what `markov_w2` maps to the term, and the next state.
+
+        Args:
+            previous: The token before each position, an id of the target.
+            hidden: Result of `BlockHeads.forward` there; the vanilla head does not read it.
+            state: State after the position before, of an rnn; None at the first of a block.
+        """
         embedded = self.embed(previous)
         if self.kind == "vanilla":
             return embedded, None
@@ -190,30 +204,20 @@ class MarkovHead(nn.Module):
         gate = gate.sigmoid()
         return output.tanh(), gate * state + (1 - gate) * candidate.tanh()
 
-    def bias(
-        self,
-        previous: Int[Tensor, "*rows"],
-        hidden: Float[Tensor, "*rows hidden"],
-        state: Float[Tensor, "*rows rank"] | None = None,
-    ) -> tuple[Float[Tensor, "*rows draft_vocab"], Float[Tensor, "*rows rank"] | None]:
-        """Return the term of some positions, and the state for those after them.
-
-        Args:
-            previous: The token before each, an id of the target.
-            hidden: Result of `BlockHeads.forward` there; the vanilla head does not read it.
-            state: State after the position before, of an rnn; None at the first of a block.
-        """
-        code, state = self.code(previous, hidden, state)
-        return self.markov_w2(code), state
+    def matrix(self, batch: int) -> Float[Tensor, "batch rank draft_vocab"]:
+        """Return a view of the output matrix for `added`."""
+        return self.markov_w2.weight.t().expand(batch, -1, -1)
 
     def added(
-        self, logits: Float[Tensor, "batch 1 draft_vocab"], code: Float[Tensor, "batch width rank"]
+        self,
+        logits: Float[Tensor, "batch 1 draft_vocab"],
+        code: Float[Tensor, "batch width rank"],
+        matrix: Float[Tensor, "batch rank draft_vocab"],
     ) -> Float[Tensor, "batch width draft_vocab"]:
-        """Return logits plus the term of each code."""
-        weight = self.markov_w2.weight
-        if logits.dtype != weight.dtype:  # logits may be the target's
-            return self.markov_w2(code) + logits  # type: ignore[no-any-return]  # untyped call
-        return torch.baddbmm(logits, code, weight.t().expand(len(code), -1, -1))
+        """Return logits plus the term of each code, in one call if their dtypes agree."""
+        if logits.dtype != matrix.dtype:  # logits may be the target's
+            return code @ matrix + logits
+        return torch.baddbmm(logits, code, matrix)
 
 
 class MarkovTerms:

@@ -52,7 +52,15 @@ class BlockHeads(HeadsNetwork):
     @override
     def fuse_(self) -> Self:
         super().fuse_()
+        for layer in self._decoder_layers:
+            for norm, part in layer.norms_and_parts:
+                factors = norm.fold_()
+                if factors is not None:
+                    part.scale_input_(factors)
         self._context_input = joined(*self._context_parts())
+        factors = self.hidden_norm.fold_()
+        if factors is not None:
+            self._context_input = self._context_input.scaled(factors)
         self._key_norms = FixedNorm(self._key_scales().detach(), self.config.rms_norm_eps)
         return self
 
@@ -156,8 +164,10 @@ class BlockHeads(HeadsNetwork):
             embedding: Looks up rows of the target's embedding matrix, as they are stored; called
                 if the heads have no embeddings of their own.
         """
-        padding = (0, num_positions - 1)
-        tokens = F.pad(anchors.reshape(-1, 1), padding, value=self.config.mask_token_id)
+        padding, mask = (0, num_positions - 1), self.config.mask_token_id
+        if anchors.shape[1] == 1:
+            return self.embed(F.pad(anchors, padding, value=mask), embedding=embedding)
+        tokens = F.pad(anchors.reshape(-1, 1), padding, value=mask)
         return self.embed(tokens.reshape(len(anchors), -1), embedding=embedding)
 
     def logits(

@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 from typing_extensions import override
@@ -29,6 +29,7 @@ from speclm.methods.block.config import BlockConfig
 from speclm.methods.block.context import BlockContext
 from speclm.methods.block.layer import MarkovTerms
 from speclm.methods.block.network import BlockHeads
+from speclm.methods.block.stages import BlockStages, positions_of
 from speclm.methods.block.tree import (
     BlockLogits,
     BlockProposerConfig,
@@ -42,10 +43,10 @@ from speclm.sampling.draws import DraftSampler, DraftSampling
 from speclm.sampling.noise import PositionNoise
 from speclm.target import TargetFeatures, TargetView
 from speclm.tree.dynamic import FilledTree, GrownRow, drawn_paths
-from speclm.tree.enclosing import ChosenNodes, EnclosingTree
+from speclm.tree.enclosing import EnclosingTree
 from speclm.tree.plan import TreePlan
 from speclm.tree.static import RankPaths, normalize_paths, trim_paths
-from speclm.tree.topology import chain
+from speclm.tree.topology import TreeTopology, chain
 
 _log = logging.getLogger("speclm")
 
@@ -109,10 +110,12 @@ class BlockProposer(Proposer):
         self._ranking = LevelRanking(self.config.mixture, vocab_size=wanted.vocab_size)
         self._terms: MarkovTerms | None = None
         self._grown: list[GrownRow] = []
-        self._choice: tuple[Tensor, EnclosingTree] | None = None  # nodes of the last draft
+        self._choice: tuple[TreeTopology, EnclosingTree] | None = None  # the last draft
         self._prompt: Prefill | None = None  # until its features are read
         self._context: BlockContext | None = None
-        self._unseen: list[list[Tensor]] = []  # features of committed tokens
+        self._unseen: list[tuple[Tensor, list[int]]] = []  # features of rounds, and their numbers
+        self._batch = 0
+        self._stages: BlockStages | None = None
         self._bounds: LevelBounds | None = None
         self._leaf_tokens: frozenset[int] = frozenset()  # tokens that end a row
         self._sampler: DraftSampler | None = None
@@ -127,21 +130,32 @@ class BlockProposer(Proposer):
         self._prompt, self._context, self._sampler = prompt, None, prompt.sampler
         self._ranking.begin(prompt)
         self._grown, self._choice = [], None
-        self._unseen = [[] for _ in prompt.first_tokens]
+        self._unseen, self._batch = [], len(prompt.first_tokens)
+        if prompt.engine is None or is_host(prompt.tokens.device):
+            self._stages = None
+        elif self._stages is None or not self._stages.serves(prompt.engine):
+            self._stages = BlockStages(self.heads, self.view, prompt.engine)
         self._bounds = LevelBounds(prompt)
         self._leaf_tokens = prompt.eos_token_ids
 
     @override
     def propose(self, roots: Int[Tensor, " batch"], *, noise: PositionNoise | None) -> Draft:
-        context = self._catch_up()
         config = _planned(self.config, self.plan, max_depth=self.heads.config.num_drafts)
         assert self._bounds is not None, "propose before begin"
         levels = self._bounds.within(config.depth)
         depth = max(levels)
         if depth < 1:
+            self._catch_up()
             self._grown = [GrownRow([], [], [], [])] * len(roots)
             return Draft(roots[:, None], chain(0, device=roots.device))
-        logits = self._run(roots, context, depth)
+        is_chosen = not is_host(roots.device) and config.paths is None and self._sampler is None
+        if is_chosen and noise is None and self._stages is not None:
+            draft = self._run_stage(roots, config, self._stages)
+            if draft is not None:
+                return draft
+        logits = self._run(roots, self._catch_up(), config.depth if is_chosen else depth)
+        if is_chosen:
+            return self._choose(logits, roots, config, noise)
         if self._sampler is not None:
             paths = config.paths or drawn_paths(
                 width=config.width,
@@ -156,15 +170,6 @@ class BlockProposer(Proposer):
         if config.paths is not None:
             paths = trim_paths(config.paths, max_depth=depth)
             return self._static(fill_tree(logits, roots, paths, ranking=self._ranking, noise=noise))
-        if not is_host(roots.device):
-            tree = enclosing_tree_of(config, self.heads, depth=depth, device=roots.device)
-            return self._chosen(
-                choose_nodes(
-                    logits, roots, tree, config=config, ranking=self._ranking, noise=noise
-                ),
-                tree,
-                is_ranked_by_noise=noise is not None,
-            )
         self._grown = grow_trees(
             logits,
             roots,
@@ -178,38 +183,72 @@ class BlockProposer(Proposer):
 
     @override
     def commit(self, accepted: Accepted) -> None:
-        self._read_choice()
+        self._know_choice()
         expansions = path_expansions(accepted, self._grown) if self._grown else []
         self._ranking.learn(accepted, expansions)
         assert self._bounds is not None, "commit before begin"
         assert accepted.features is not None
-        for row, emitted in enumerate(accepted.emitted):
-            if emitted:
-                self._unseen[row].append(accepted.features[row, : len(emitted)])
+        counts = [len(emitted) for emitted in accepted.emitted]
+        if any(counts):
+            self._unseen.append((accepted.features, counts))
         self._bounds.commit(accepted.emitted)
 
     def _catch_up(self) -> BlockContext:
         """Add what was committed since the last draft to the context, at first the prompt."""
+        context = self._begun()
+        features, counts = self._take_unseen()
+        if features is not None:
+            context.append(features, counts)
+        return context
+
+    def _begun(self) -> BlockContext:
+        """Return the context, which has the prompt but not what was committed since."""
         if self._context is None:
             assert self._prompt is not None, "propose before begin"
             self._context = self._read(self._prompt)
             self._prompt = None
-        counts = [sum(map(len, parts)) for parts in self._unseen]
-        longest = max(counts)
-        if longest == 0:
-            return self._context
-        if len(counts) == 1:
-            parts = self._unseen[0]
-            features = (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
-        else:
-            first = next(part for parts in self._unseen for part in parts)
-            features = first.new_zeros(len(counts), longest, first.shape[1])
-            for row, parts in enumerate(self._unseen):
-                if parts:
-                    features[row, : counts[row]] = torch.cat(parts)
-        self._context.append(features, counts)
-        self._unseen = [[] for _ in counts]
         return self._context
+
+    def _take_unseen(self) -> tuple[Float[Tensor, "batch seq features"] | None, list[int]]:
+        """Return the features since the last draft, and how many each row has."""
+        rounds, self._unseen = self._unseen, []
+        if not rounds:
+            return None, [0] * self._batch
+        if len(rounds) == 1:
+            return rounds[0]
+        counts = [sum(own) for own in zip(*(own for _, own in rounds), strict=True)]
+        joined = rounds[0][0].new_zeros(len(counts), max(counts), rounds[0][0].shape[2])
+        for row, count in enumerate(counts):
+            parts = [features[row, : own[row]] for features, own in rounds]
+            joined[row, :count] = torch.cat(parts)
+        return joined, counts
+
+    def _run_stage(
+        self, roots: Int[Tensor, " batch"], config: BlockProposerConfig, stages: BlockStages
+    ) -> Draft | None:
+        """Return a draft by the engine of the call; None if it cannot be run."""
+        if config.min_acceptance > 0 or self._ranking.changes_scores:
+            return None
+        if stages.obstacle is not None:
+            return None
+        context, (features, counts) = self._begun(), self._take_unseen()
+        if features is not None and features.shape[1] > config.depth + 1:  # of several rounds
+            context.append(features, counts)
+            features, counts = None, [0] * len(counts)
+        inputs = stages.inputs(context, features, counts, roots, depth=config.depth)
+        stage = stages.stage_of(config, depth=config.depth)
+        if stage is not None:
+            chosen = stages.draft(stage, inputs, context)
+            if chosen is not None:
+                context.advance(counts)
+                self._grown, self._choice = [], None
+                return Draft(chosen.tokens, chosen.topology())
+        if features is not None:
+            context.append(features, counts)
+        logits = self._run(roots, context, config.depth)
+        if stage is None:
+            stages.prove(config, inputs, context, logits.hidden)
+        return self._choose(logits, roots, config, None)
 
     def _read(self, prompt: Prefill) -> BlockContext:
         features = prompt.features
@@ -217,7 +256,11 @@ class BlockProposer(Proposer):
         length = features.shape[1]  # only the last positions if a cache held the first ones
         first = prompt.tokens.shape[1] - length - prompt.num_padding
         # Once a generation: the context is addressed from the host.
-        context = BlockContext(self.heads, first_positions=first.tolist())
+        context = BlockContext(
+            self.heads,
+            first_positions=first.tolist(),
+            allocate=None if self._stages is None else self._stages.allocate,
+        )
         context.append(features, [length] * len(first))
         return context
 
@@ -225,10 +268,7 @@ class BlockProposer(Proposer):
         self, roots: Int[Tensor, " batch"], context: BlockContext, num_drafts: int
     ) -> BlockLogits:
         """Run the heads over a block; if it is causal, only as far as it is needed."""
-        heads, wanted = self.heads, self.heads.config
-        num_positions = wanted.block_size
-        if all(wanted.is_causal):
-            num_positions -= wanted.num_drafts - num_drafts
+        heads, num_positions = self.heads, positions_of(self.heads, num_drafts)
         keys, values = context.with_room(num_positions)
         hidden: Tensor = heads(
             heads.embed_blocks(
@@ -242,8 +282,7 @@ class BlockProposer(Proposer):
         )
         if num_drafts < hidden.shape[1]:
             hidden = hidden[:, :num_drafts]
-        logits = heads.logits(hidden.flatten(0, 1), lm_head=self.view.head_logits)
-        logits = logits.view(len(roots), num_drafts, -1)
+        logits = heads.logits(hidden, lm_head=self.view.head_logits)
         return BlockLogits(heads, hidden, logits, terms=self._kept_terms(roots.device))
 
     def _kept_terms(self, device: torch.device) -> MarkovTerms | None:
@@ -255,22 +294,33 @@ class BlockProposer(Proposer):
             self._terms = MarkovTerms(markov)
         return self._terms
 
-    def _chosen(
-        self, chosen: ChosenNodes, tree: EnclosingTree, *, is_ranked_by_noise: bool
+    def _choose(
+        self,
+        logits: BlockLogits,
+        roots: Int[Tensor, " batch"],
+        config: BlockProposerConfig,
+        noise: PositionNoise | None,
     ) -> Draft:
-        self._grown = []
-        self._choice = (chosen.nodes, tree) if is_ranked_by_noise else None
-        return Draft(chosen.tokens, chosen.topology)
+        """Return the likeliest nodes, chosen on the device."""
+        tree = enclosing_tree_of(config, self.heads, depth=config.depth, device=roots.device)
+        chosen = choose_nodes(
+            logits, roots, tree, config=config, ranking=self._ranking, noise=noise
+        )
+        topology = chosen.topology(is_labelled=noise is not None)
+        # Only with noise does the ranking learn.
+        self._grown, self._choice = [], None if noise is None else (topology, tree)
+        return Draft(chosen.tokens, topology)
 
-    def _read_choice(self) -> None:
-        """Learn where the nodes of a draft were expanded, if the ranking learns from it."""
+    def _know_choice(self) -> None:
+        """Note where the nodes of a draft were expanded, if the ranking learns from it."""
         if self._choice is None:
             return
-        nodes, tree = self._choice
+        topology, tree = self._choice
         self._choice = None
-        # Only noise makes the ranking learn, and the round's result was just waited for.
-        rows = [[tree.expansions[node - 1] for node in row[1:]] for row in nodes.tolist()]
-        self._grown = [GrownRow([], [], expansions, []) for expansions in rows]
+        # The host was told them together with the round's result.
+        for nodes in topology.host_labels:
+            expansions = [tree.expansions[node - 1] for node in nodes[1:]]
+            self._grown.append(GrownRow([], [], expansions, []))
 
     def _static(self, tree: FilledTree, distributions: Tensor | None = None) -> Draft:
         self._grown = [GrownRow([], [], tree.expansions, [])] * len(tree.tokens)

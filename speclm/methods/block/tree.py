@@ -78,6 +78,7 @@ class BlockLogits:
         self._by_level = logits[:, :, None].unbind(1)  # [batch, 1, draft_vocab] each
         self._terms = terms
         self._level = 0
+        self._matrix: Float[Tensor, "batch rank draft_vocab"] | None = None
         self._state: Float[Tensor, "batch width rank"] | None = None
         self._acceptance: Float[Tensor, "batch width"] | None = None
 
@@ -97,11 +98,15 @@ class BlockLogits:
             return logits.expand(-1, width, -1)
         if self._terms is not None:
             return self._terms.of(tokens) + logits
+        if self._matrix is None:
+            self._matrix = markov.matrix(len(tokens))
+        if markov.kind == "vanilla":
+            return markov.added(logits, markov.embed(tokens), self._matrix)
         state = self._state
         if state is not None:
             state = state.gather(1, parents[:, :, None].expand(-1, -1, state.shape[2]))
         code, self._state = markov.code(tokens, self._hidden_at(level, width), state)
-        return markov.added(logits, code)
+        return markov.added(logits, code, self._matrix)
 
     def is_doubtful(
         self,
@@ -275,28 +280,29 @@ def choose_nodes(
         noise: Noise of the positions; None if the target decodes greedily.
     """
     heads, depth = logits.heads, len(tree.expanded) + 1
+    batch = len(roots)
     scores: list[Tensor] = []
     found: list[Tensor] = [roots[:, None]]
     if heads.markov_head is None:
         best = _best_of_levels(
             logits, roots, config=config, ranking=ranking, noise=noise, depth=depth
         )
-        scores.append(best[0].flatten(1))
+        scores.append(best[0])
         found.append(best[1].flatten(1))
     else:
-        nodes = roots[:, None], torch.zeros_like(roots)[:, None]
+        nodes = found[0], torch.zeros_like(found[0])
         for level in range(depth):
             if level:
+                parents = tree.parents[level - 1]
                 expanded = found[level].index_select(1, tree.expanded[level - 1])
-                nodes = expanded, tree.parents[level - 1].expand(len(roots), -1)
+                nodes = expanded, parents if batch == 1 else parents.expand(batch, -1)
             values, columns = _best_below(
                 logits, nodes, level, config=config, ranking=ranking, noise=noise
             )
-            scores.append(values.flatten(1))
+            scores.append(values)
             found.append(heads.target_ids(columns.flatten(1)))
-    return tree.choose(
-        torch.cat(scores, dim=1), torch.cat(found, dim=1), num_nodes=config.num_draft_tokens + 1
-    )
+    log_probs = torch.cat(scores, dim=1).flatten(1)
+    return tree.choose(log_probs, torch.cat(found, dim=1), num_nodes=config.num_draft_tokens + 1)
 
 
 def _multiply(

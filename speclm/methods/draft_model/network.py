@@ -1,11 +1,12 @@
 """Draft models like Llama, run on their own weights with few calls."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -58,19 +59,24 @@ class DraftNetwork:
         return type(None), ()  # a copied proposer makes one for its own model
 
     @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self._embedding.weight.device
+
+    @property
     def dtype(self) -> torch.dtype:
         """Type of the weights and of all outputs."""
         return self._embedding.weight.dtype
 
     @torch.no_grad()
-    def views(self, cache: TreeCache, *, num_slots: int) -> DraftViews:
+    def views(self, cache: TreeCache, *, num_new: int) -> DraftViews:
         """Return views of the weights as they are now, and of a cache.
 
         Args:
             cache: A cache that a forward of the model has written.
-            num_slots: Slots to reserve; the views are valid until more are written.
+            num_new: Tokens to make room for; the views are valid until more are written.
         """
-        cache.reserve(num_slots)
+        cache.reserve(num_new)
         storage = cache.storage
         assert storage is not None, "a draft before the prompt"
         parts = [*(layer.maps for layer in self._layers), [self._head]]
@@ -125,6 +131,44 @@ class DraftNetwork:
             states = layer(states, views.products[index], step)
         cache.append(width)
         return self._norm(states)
+
+    @torch.no_grad()
+    def over_storage(
+        self,
+        tokens: Int[Tensor, "batch width"],
+        positions: Int[Tensor, "batch width"],
+        seen: Bool[Tensor, "batch width capacity"],
+        *,
+        at: Int[Tensor, " width"],
+        storage: Sequence[Tensor],
+    ) -> Float[Tensor, "batch width hidden"]:
+        """Return what `forward` does, with storage of fixed size and nothing read by the host.
+
+        Args:
+            tokens: Tokens of the model.
+            positions: Their positions.
+            seen: Which keys of the storage each of them sees.
+            at: Where in the storage their keys and values are written.
+            storage: Keys and values of each layer, and cosines and sines of all positions.
+        """
+        batch, width = tokens.shape
+        *parts, cosines, sines = storage
+        rotation = cosines[0, positions], sines[0, positions]
+        bias = torch.zeros(seen.shape, dtype=self.dtype, device=seen.device)
+        bias = bias.masked_fill(~seen, torch.finfo(self.dtype).min)[:, None]
+        groups = self._layers[0].num_heads // self._layers[0].num_kv_heads
+        if width > 1 and groups > 1:
+            bias = bias.repeat(1, 1, groups, 1)
+        states = F.embedding(tokens.flatten(), self._embedding.weight)
+        for layer, keys, values in zip(self._layers, parts[::2], parts[1::2], strict=True):
+            step = _FixedStep(rotation, bias, at, seen=(keys, values))
+            states = layer.over_storage(states, step, batch=batch)
+        return self._norm(states).view(batch, width, -1)
+
+    @torch.no_grad()
+    def head(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows vocab"]:
+        """Return the logits for hidden states."""
+        return F.linear(hidden, self._head.weight, self._head.bias)
 
     def _room(self, states: Float[Tensor, "rows hidden"], *, batch: int) -> "_Buffer":
         """Return a buffer for states, that of an earlier call if their shape was the same."""
@@ -199,6 +243,23 @@ class _Step:
     seen: tuple[Tensor, ...]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _FixedStep:
+    """What a layer needs next to the states if its storage has a fixed size.
+
+    Args:
+        rotation: Rotation of the positions.
+        bias: Added to the scores.
+        at: Where keys and values go.
+        seen: The storage, ``[batch, kv_heads, capacity, head_dim]`` each.
+    """
+
+    rotation: Rotation
+    bias: Tensor
+    at: Tensor
+    seen: tuple[Tensor, Tensor]
+
+
 class _Layer:
     """A decoder layer."""
 
@@ -234,24 +295,53 @@ class _Layer:
             both = self._head_norm(both)
         rotated(both, step.rotation, out=buffer.rotated)
         step.written.copy_(buffer.stored)
-        states = from_heads.added(states, self._attended(step))
+        (batch, width), queries = buffer.rotated.shape[:2], buffer.asked
+        if width > 1:
+            queries = queries.reshape(batch, self.num_kv_heads, -1, self.head_dim)
+        states = from_heads.added(states, self._attended(queries, step, width=width))
         normed = self._norm(states)
         gated = self._activate(gate(normed)).mul_(up(normed))
         return down.added(states, gated)
 
-    def _attended(self, step: _Step) -> Float[Tensor, "rows heads_times_dim"]:
-        """Attend; the query heads of a key head become further queries, which see the same."""
-        (batch, width), queries = step.buffer.rotated.shape[:2], step.buffer.asked
-        if width > 1:
-            queries = queries.reshape(batch, self.num_kv_heads, -1, self.head_dim)
+    def over_storage(
+        self, states: Float[Tensor, "rows hidden"], step: _FixedStep, *, batch: int
+    ) -> Float[Tensor, "rows hidden"]:
+        """Compute the same over storage of a fixed size, which is written in place."""
+        width = len(states) // batch
+        normed = self._input_norm(states)
+        *projected, values = (F.linear(normed, m.weight, m.bias) for m in self.maps[:3])
+        both = torch.cat(projected, dim=1).view(batch, width, -1, self.head_dim)
+        if self._head_norm is not None:
+            both = self._head_norm(both)
+        both = rotated(both, step.rotation)
+        queries, keys = torch.split_with_sizes(both, [self.num_heads, self.num_kv_heads], dim=2)
+        for part, new in zip(step.seen, (keys, values.view_as(keys)), strict=True):
+            part.index_copy_(2, step.at, new.transpose(1, 2))
+        queries = queries.transpose(1, 2).reshape(batch, self.num_kv_heads, -1, self.head_dim)
+        attended = self._attended(queries, step, width=width)
+        from_heads, gate, up, down = self.maps[3:]
+        states = states + F.linear(attended, from_heads.weight, from_heads.bias)
+        normed = self._norm(states)
+        gated = self._activate(F.linear(normed, gate.weight, gate.bias))
+        gated = gated * F.linear(normed, up.weight, up.bias)
+        return states + F.linear(gated, down.weight, down.bias)
+
+    def _attended(
+        self,
+        queries: Float[Tensor, "batch kv_heads queries head_dim"],
+        step: _Step | _FixedStep,
+        *,
+        width: int,
+    ) -> Float[Tensor, "rows heads_times_dim"]:
+        """Attend; the query heads of a key head are further queries, which see the same."""
         keys, values = step.seen
         attended = F.scaled_dot_product_attention(
             queries, keys, values, attn_mask=step.bias, scale=self._scale
         )
         if width == 1:
-            return attended.reshape(batch, -1)
-        by_head = attended.reshape(batch, self.num_heads, width, -1)
-        return by_head.transpose(1, 2).reshape(batch * width, -1)
+            return attended.reshape(len(queries), -1)
+        by_head = attended.reshape(len(queries), self.num_heads, width, -1)
+        return by_head.transpose(1, 2).reshape(len(queries) * width, -1)
 
 
 def fixed(norm: Any) -> FixedNorm:

@@ -22,9 +22,11 @@ from speclm.drafting.levels import (
     planned,
 )
 from speclm.drafting.ranking import LevelRanking, Nodes, path_expansions
+from speclm.engines import Engine
 from speclm.errors import VocabularyMismatchError
 from speclm.methods.draft_model.network import DraftNetwork
 from speclm.methods.draft_model.runs import LevelRun, ModelRun, NetworkRun
+from speclm.methods.draft_model.stages import WIDTHS, Best, DraftStages, StagedRun
 from speclm.methods.draft_model.structure import CurrentNetwork
 from speclm.sampling.draws import DraftSampler, DraftSampling
 from speclm.sampling.noise import PositionNoise
@@ -130,6 +132,8 @@ class DraftModelProposer(Proposer):
         self._current = CurrentNetwork(self.view)
         self.network: DraftNetwork | None = None
         """Runs levels in place of the draft model's own forward, if it can; set by `begin`."""
+        self._stages: DraftStages | None = None  # kept between generations
+        self._staged: DraftStages | None = None  # those of this generation
         wanted = TargetView(target)
         self._vocabulary = SharedVocabulary.of(self.view, wanted)
         self.needs = TargetNeeds(vocab_size=wanted.vocab_size)
@@ -154,7 +158,10 @@ class DraftModelProposer(Proposer):
     def begin(self, prompt: Prefill) -> None:
         self._vocabulary = replace(self._vocabulary, num_draft=self.view.vocab_size)  # resized?
         self.network = self._current.look()
-        self._cache, self._prompt_logits = self.view.new_cache(prompt.num_padding), None
+        self._staged = self._prepare(prompt.engine)
+        allocate = None if self._staged is None else self._staged.allocate
+        self._cache = self.view.new_cache(prompt.num_padding, allocate=allocate)
+        self._prompt_logits = None
         length, bound = prompt.tokens.shape[1] + 1, self.view.max_positions
         self._is_silent = bound is not None and length > bound  # beyond the learned positions
         self._prompt = None if self._is_silent else prompt  # read by the first draft, if any
@@ -213,6 +220,19 @@ class DraftModelProposer(Proposer):
         self._prompt_logits, self._offsets = None, []
         self._ranking.learn(accepted, expansions)
 
+    def _prepare(self, engine: Engine | None) -> DraftStages | None:
+        """Return the stages of a generation, if it has some; drop those of another network."""
+        stages, network = self._stages, self.network
+        is_other = stages is not None and engine is not None and stages.engine is not engine
+        if stages is not None and (stages.network is not network or is_other):
+            stages.close()
+            self._stages = stages = None
+        if engine is None or network is None:
+            return None
+        if stages is None:
+            self._stages = stages = DraftStages(network, engine)
+        return stages if stages.obstacle is None else None
+
     def _read(self, prompt: Prefill, cache: TreeCache) -> None:
         """Run the prompt, whose last tokens are the first roots."""
         tokens = torch.cat([prompt.tokens, prompt.first_tokens[:, None]], dim=1)
@@ -241,14 +261,15 @@ class DraftModelProposer(Proposer):
         cache, depth = self._cache, min(config.depth, config.num_draft_tokens)
         reads = reads_levels(self.plan, roots.device)
         bounds = self._bounds.levels(depth, reads=reads, least=config.min_confidence)
-        run = self._run(
-            config.depth, max_nodes=config.depth * config.width, is_chain=config.width == 1
-        )
+        best = self._best(noise, num_ranks=config.branches)
+        run = self._run(depth, width=config.width, max_nodes=depth * config.width, best=best)
         self._offsets = []
 
         def candidates(nodes: Nodes, level: int) -> tuple[Tensor, Tensor]:
             """Return log-probabilities and tokens, ``[batch, width, ranks]``, below some nodes."""
             logits = self._below(run, *nodes) if level else self._catch_up(run, roots)
+            if run.best is not None:
+                return run.best
             ranked = self._ranking.rank(logits, depth=level, noise=noise, nodes=nodes)
             found = ranked.topk(config.branches, dim=-1)
             return found.values, found.indices
@@ -275,7 +296,8 @@ class DraftModelProposer(Proposer):
         batch, sampler = len(roots), self._sampler
         tree = FilledTree(paths, roots=roots, are_drawn=sampler is not None)
         widths = tree.widths[1:]
-        run = self._run(len(widths), max_nodes=sum(widths), is_chain=max(widths, default=1) == 1)
+        best = self._best(noise, num_ranks=1 + max(map(max, paths)))
+        run = self._run(len(widths), width=max(widths, default=1), max_nodes=sum(widths), best=best)
         self._offsets = []
         logits = self._catch_up(run, roots)  # [batch, level, vocab]
         distributions: Tensor | None = None
@@ -289,6 +311,8 @@ class DraftModelProposer(Proposer):
                 )
                 distributions[:, tree.expanded_nodes] = distribution
                 tree.fill(sampler.siblings(distribution, num=tree.num_ranks))
+            elif run.best is not None:
+                tree.fill(run.best[1])
             else:
                 nodes = (tree.expanded_tokens, tree.expanded_parents)
                 scores = self._ranking.order(logits, depth=tree.depth, noise=noise, nodes=nodes)
@@ -300,21 +324,29 @@ class DraftModelProposer(Proposer):
         self._offsets = self._offsets or [self._cache.num_pending]
         return Draft(tokens=tree.tokens, topology=tree.topology, distributions=distributions)
 
-    def _run(self, depth: int, *, max_nodes: int, is_chain: bool) -> LevelRun:
+    def _best(self, noise: PositionNoise | None, *, num_ranks: int) -> Best | None:
+        """Return which children a stage ranks by itself; None if more than logits decides."""
+        num_columns = self._vocabulary.num_shared
+        is_decided = noise is None and self._sampler is None and not self._ranking.changes_scores
+        return Best(num_ranks, num_columns) if is_decided and num_ranks <= num_columns else None
+
+    def _run(self, depth: int, *, width: int, max_nodes: int, best: Best | None) -> LevelRun:
         """Return the run of a draft; a network that sees no window runs what fits into it."""
         assert self._cache is not None
         unseen, network = [len(tokens) for tokens in self._unseen], self.network
         window = None if network is None else network.window
         reach = self._cache.tree_start + max(unseen) + depth
         if network is None or (window is not None and reach > window):
-            return ModelRun(self.view, self._cache, unseen, is_chain=is_chain)
+            return ModelRun(self.view, self._cache, unseen, is_chain=width == 1)
+        if self._staged is not None and self._staged.obstacle is None and width <= WIDTHS[-1]:
+            return StagedRun(self._staged, self._cache, unseen, depth=depth, width=width, best=best)
         return NetworkRun(
             network,
             self._cache,
             unseen,
             depth=depth,
             max_nodes=max_nodes,
-            is_chain=is_chain,
+            is_chain=width == 1,
         )
 
     def _catch_up(

@@ -15,7 +15,14 @@ from speclm.target import TargetView
 
 
 class LevelRun(ABC):
-    """Runs a draft model in one draft."""
+    """Runs a draft model in one draft.
+
+    Attributes:
+        best: Log-probabilities and tokens of the best children of the nodes that were fed last, if
+            the run ranks them.
+    """
+
+    best: tuple[Float[Tensor, "batch width ranks"], Int[Tensor, "batch width ranks"]] | None = None
 
     @abstractmethod
     def catch_up(self, tokens: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch 1 vocab"]:
@@ -63,7 +70,7 @@ class NetworkRun(LevelRun):
         self._network, self._cache = network, cache
         self._num_unseen, self._level = num_unseen, 0
         longest, start = max(num_unseen), cache.tree_start
-        self._views = network.views(cache, num_slots=longest - cache.num_pending + max_nodes)
+        self._views = network.views(cache, num_new=longest - cache.num_pending + max_nodes)
         is_even = min(num_unseen) == longest
         self._sees_all = is_even and not cache.is_ragged and not cache.has_padding
         cosines, sines = network.rotation(start + longest + depth)

@@ -4,7 +4,8 @@ import logging
 from typing import Any, cast
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from speclm.methods.draft_model.network import MAPS, DraftNetwork
@@ -105,7 +106,7 @@ def computes_alike(view: TargetView) -> bool:
     cache.split(_NUM_BEFORE, num_pending=0)  # the others are written again
     bias = torch.zeros(causal.shape, dtype=network.dtype, device=device)
     bias = bias.masked_fill_(~causal, torch.finfo(bias.dtype).min)[None, :, _NUM_BEFORE:]
-    views = network.views(cache, num_slots=_NUM_COMPARED - _NUM_BEFORE)
+    views = network.views(cache, num_new=_NUM_COMPARED - _NUM_BEFORE)
     rotation = network.rotation(_NUM_COMPARED)
     rotation = (
         rotation[0][:, _NUM_BEFORE:_NUM_COMPARED],
@@ -114,9 +115,14 @@ def computes_alike(view: TargetView) -> bool:
     hidden = network.forward(
         tokens[:, _NUM_BEFORE:], views, rotation=rotation, bias=bias, cache=cache
     )
-    found, wanted = network.logits(hidden, views, batch=1)[0].float(), wanted.float()
-    bound = _HALF_TOLERANCE if network.dtype.itemsize < 4 else _TOLERANCE
-    difference = (found - wanted).square().mean(1).sqrt()  # by position
+    return are_alike(network.logits(hidden, views, batch=1)[0], wanted)
+
+
+def are_alike(found: Float[Tensor, "rows vocab"], wanted: Float[Tensor, "rows vocab"]) -> bool:
+    """Return whether logits are equal within rounding; a sync."""
+    bound = _HALF_TOLERANCE if found.dtype.itemsize < 4 else _TOLERANCE
+    found, wanted = found.float(), wanted.float()
+    difference = (found - wanted).square().mean(1).sqrt()
     return bool((difference <= bound * wanted.std(1, correction=0)).all())  # false for NaN
 
 

@@ -58,7 +58,7 @@ class _Round:
 
 
 class EagleContext:
-    """Keeps the heads' keys, values and last outputs for the committed tokens.
+    """Keeps the heads' keys, values and last outputs at the committed tokens.
 
     Positions computed from draft tokens are dropped in every round.
     """

@@ -14,7 +14,6 @@ from typing_extensions import override
 
 from speclm.cache.fixed import seen_slots
 from speclm.cache.tree_cache import TreeCache
-from speclm.drafting.heads_network import ROTATIONS_BY_LENGTH
 from speclm.engines import Engine, StageRunner
 from speclm.engines.engine import Outputs
 from speclm.methods.eagle.network import EagleHeads, LevelRun
@@ -198,7 +197,7 @@ def _matrices(heads: EagleHeads, view: TargetView) -> tuple[Tensor, Tensor]:
 
 def _obstacle(heads: EagleHeads, view: TargetView) -> str | None:
     """Return why heads have no stages; None if they may."""
-    if heads.config.rope_parameters.get("rope_type") in ROTATIONS_BY_LENGTH:
+    if heads.rotates_by_length:
         return "rotations of the heads depend on the length of the text"
     if heads.lm_head is None and product_weight(view.model) is None:
         return "the target's head does more than multiply"

@@ -1,7 +1,7 @@
 """Medusa heads: each drafts one later token from one hidden state of the target."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,9 @@ from speclm.config import MAX_DEPTH, require_count, require_size
 from speclm.methods.medusa.checkpoint import MedusaCheckpoint
 from speclm.target import TargetView
 from speclm.tree.static import RankPaths
+
+Layer = tuple[Tensor, Tensor | None]
+"""Weight ``[heads, hidden in, hidden out]`` and bias of a layer."""
 
 MAX_HEADS = MAX_DEPTH
 """Maximum number of heads; a tree is not deeper."""
@@ -75,6 +78,7 @@ class MedusaHeads(nn.Module):
         self.weight = zeros(layers, heads, hidden, hidden)
         self.bias = zeros(layers, heads, hidden) if config.has_bias else None
         self.lm_weight = zeros(heads, config.vocab_size, hidden) if config.has_own_lm_head else None
+        self._views: tuple[tuple[object, ...], list[Layer]] | None = None
 
     @property
     def num_heads(self) -> int:
@@ -122,18 +126,28 @@ class MedusaHeads(nn.Module):
         """
         used = self.num_heads if num_heads is None else min(num_heads, self.num_heads)
         states = hidden.to(self.weight.dtype).expand(used, -1, -1)
-        # A view of all layers at once, [heads, hidden in, hidden out] each.
-        weights = self.weight[:, :used].transpose(2, 3).unbind(0)
-        biases = None if self.bias is None else self.bias[:, :used, None].unbind(0)
-        for layer, weight in enumerate(weights):
-            if biases is None:
+        for weight, bias in self._layers(used):
+            if bias is None:
                 change = torch.bmm(states, weight)
             else:
-                change = torch.baddbmm(biases[layer], states, weight)
+                change = torch.baddbmm(bias, states, weight)
             states = states + F.silu(change)  # [heads, rows, hidden]
         if self.lm_weight is None:
             return lm_head(states.transpose(0, 1))
         return torch.bmm(states, self.lm_weight[:used].transpose(1, 2)).transpose(0, 1)
+
+    def _layers(self, num_heads: int) -> list[Layer]:
+        """Return the layers of the first heads. Without gradients, the views are made once."""
+        key = num_heads, self.weight.data_ptr(), self.weight.dtype
+        if self._views is not None and self._views[0] == key and not self.weight.requires_grad:
+            return self._views[1]
+        weights = self.weight[:, :num_heads].transpose(2, 3).unbind(0)
+        biases: Sequence[Tensor | None] = [None] * len(weights)
+        if self.bias is not None:
+            biases = self.bias[:, :num_heads, None].unbind(0)
+        layers = list(zip(weights, biases, strict=True))
+        self._views = None if self.weight.requires_grad else (key, layers)
+        return layers
 
 
 def build_medusa(

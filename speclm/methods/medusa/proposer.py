@@ -284,7 +284,7 @@ def _choose(
     )
     tokens = torch.cat([roots[:, None], candidates.flatten(1)], dim=1)
     chosen = tree.choose(log_probs.flatten(1), tokens, num_nodes=num_nodes + 1)
-    return Draft(tokens=chosen.tokens, topology=chosen.topology)
+    return Draft(tokens=chosen.tokens, topology=chosen.topology())
 
 
 @lru_cache(maxsize=64)

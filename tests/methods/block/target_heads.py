@@ -93,6 +93,6 @@ def logits_along(
     state = None
     if heads.markov_head is not None:
         for hidden, token in zip(states, [root, *path], strict=False):
-            term, state = heads.markov_head.bias(torch.tensor([token]), hidden[None], state)
-        logits = logits + term[0]
+            code, state = heads.markov_head.code(torch.tensor([token]), hidden[None], state)
+        logits = logits + heads.markov_head.markov_w2(code)[0]
     return logits

@@ -117,7 +117,7 @@ def test_saved_heads_load_back_with_equal_outputs(tmp_path, case):
         hidden = network(embeds, rotation, keys, values, [None, None])[0]
         parts = [hidden, network.logits(hidden, lm_head=torch.nn.Identity())]
         if network.markov_head is not None:
-            parts.append(network.markov_head.bias(tokens, hidden)[0])
+            parts.append(network.markov_head.code(tokens, hidden)[0])
         if network.confidence_head is not None:
             parts.append(network.confidence(hidden, tokens))
         outputs.append(parts)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from speclm.devices import upload
 from speclm.methods.block import context
 from speclm.methods.block.context import BlockContext
 from speclm.methods.block.network import block_masks
@@ -93,9 +94,10 @@ def test_ragged_rows_copy_their_lengths_once_a_round(monkeypatch):
     found = BlockContext(make_heads(windows=(5, 12)), first_positions=[-2, 0])
     found.append(features_of(2, 9), [9, 7])
     found.masks(4)
-    copied, original = [], torch.tensor
+    copied = []
     monkeypatch.setattr(
-        torch, "tensor", lambda values, **given: copied.append(values) or original(values, **given)
+        "speclm.methods.block.context.upload",
+        lambda values, device: copied.append(values) or upload(values, device),
     )
     for counts in ([2, 1], [1, 3]):
         found.append(features_of(2, max(counts)), counts)

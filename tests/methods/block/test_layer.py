@@ -53,8 +53,8 @@ def test_terms_are_those_of_a_loop_over_positions(kind):
     expected = markov_terms(heads, previous.tolist(), hidden)
     state, found = None, []
     for token, vector in zip(previous, hidden, strict=True):
-        term, state = heads.markov_head.bias(token[None], vector[None], state)
-        found.append(term[0])
+        code, state = heads.markov_head.code(token[None], vector[None], state)
+        found.append(heads.markov_head.markov_w2(code)[0])
     assert (state is not None) == (kind == "rnn")
     torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=0, atol=EXACT)
 
@@ -63,8 +63,16 @@ def test_term_of_the_vanilla_head_is_a_product_of_low_rank():
     heads = make_heads(**MARKOV)
     head = heads.markov_head
     table = head.markov_w1.weight @ head.markov_w2.weight.T  # [previous, next]
-    term, _ = head.bias(torch.tensor([[2, 5]]), torch.zeros(1, 2, 8, dtype=torch.float64))
-    torch.testing.assert_close(term[0], table[[2, 5]], rtol=0, atol=EXACT)
+    tokens = torch.tensor([[2, 5], [0, 2]])
+    code, _ = head.code(tokens, torch.zeros(2, 2, 8, dtype=torch.float64))
+    for batch in (1, 2):
+        logits = torch.randn(batch, 1, len(table), dtype=torch.float64)
+        found = head.added(logits, code[:batch], head.matrix(batch))
+        torch.testing.assert_close(found, logits + table[tokens[:batch]], rtol=0, atol=EXACT)
+    found = head.added(
+        logits.float(), code, head.matrix(2)
+    )  # logits of a target in another precision
+    torch.testing.assert_close(found, logits.float() + table[tokens], rtol=0, atol=EXACT)
 
 
 @pytest.mark.parametrize("markov", [MARKOV, {"has_confidence": True}])

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from speclm import SpecModel
+from speclm.devices import device_path
 from speclm.drafting.interface import Prefill
 from speclm.errors import OptionError, VocabularyMismatchError
 from speclm.methods.block.context import BlockContext
@@ -48,6 +49,19 @@ def test_tokens_are_those_of_plain_decoding(kind, cell, lengths):
     model = base_of()
     proposer = BlockProposer(heads_for(model, kind), target=model, **FULL)
     require_equal(SpecModel(model, proposer), prompts(*lengths), max_new_tokens=14, **cell)
+
+
+@pytest.mark.parametrize(
+    ("kind", "do_sample"),
+    [("vanilla", True), ("rnn", True), ("gated in place", False), ("window", True)],
+)
+def test_tokens_on_the_path_of_a_device_are_those_of_plain_decoding(kind, do_sample):
+    model = base_of()
+    inputs, settings = prompts(7, 3, 10), {"max_new_tokens": 14, "do_sample": do_sample}
+    expected = generate(model, inputs, **settings)[0][:, 10:].tolist()
+    proposer = HittingProposer(BlockProposer(heads_for(model, kind), target=model), expected)
+    with device_path():
+        require_equal(SpecModel(model, proposer), inputs, **settings)
 
 
 @pytest.mark.parametrize("kind", HEADS)

@@ -3,7 +3,6 @@
 import logging
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from itertools import product
 from typing import Any
 
@@ -11,13 +10,20 @@ import pytest
 import torch
 
 from speclm import SpecModel
-from speclm.devices import device_path
 from speclm.drafting.interface import Draft, Prefill, Proposer
 from speclm.drafting.ranking import LevelRanking
 from speclm.errors import OptionError, TopologyError, UnknownNameError
 from speclm.methods.block.proposer import BlockProposer
-from speclm.methods.block.tree import BlockLogits, BlockProposerConfig, grow_trees
+from speclm.methods.block.tree import (
+    BlockLogits,
+    BlockProposerConfig,
+    choose_nodes,
+    enclosing_tree_of,
+    grow_trees,
+)
 from speclm.sampling.noise import PositionNoise
+from speclm.tree.dynamic import GrownRow
+from speclm.tree.enclosing import ChosenNodes, EnclosingTree
 from speclm.tree.plan import TreePlan
 from tests.grids import turns
 from tests.methods.block.block_heads import MARKOV, make_heads
@@ -207,16 +213,23 @@ def test_min_confidence_ends_rows_of_every_kind_of_heads():
 
 
 @pytest.mark.parametrize(
-    ("kind", "sampled"), [("vanilla", False), ("gated", False), ("vanilla", True)]
+    ("markov", "sampled"),
+    [("vanilla", False), ("gated", False), ("rnn", True), ("vanilla", True), (None, True)],
 )
-def test_children_computed_at_once_make_the_trees_of_those_computed_level_by_level(kind, sampled):
-    heads = make_heads(**{**MARKOV, "markov": kind}, draft_vocab_size=7, has_own_lm_head=True)
+def test_the_nodes_that_a_device_chooses_are_those_of_a_search_on_the_host(markov, sampled):
+    settings = MARKOV if markov else {"has_confidence": True}
+    heads = make_heads(**{**settings, "markov": markov}, draft_vocab_size=7, has_own_lm_head=True)
     heads.set_draft_columns_(torch.tensor([1, 3, 4, 9, 12, 13, 19]))
     generator = torch.Generator().manual_seed(4)
-    hidden = torch.randn(2, 4, 8, generator=generator, dtype=torch.float64)
-    base = torch.randn(2, 4, 7, generator=generator, dtype=torch.float64)
-    roots, grown, rankings = torch.tensor([2, 0]), [], []
-    for path in (nullcontext, device_path):
+    hidden = torch.randn(2, 3, 8, generator=generator, dtype=torch.float64)
+    base = torch.randn(2, 3, 7, generator=generator, dtype=torch.float64)
+    roots, rankings, found = torch.tensor([2, 0]), [], []
+    # Wide enough that both have all paths.
+    config = BlockProposerConfig(
+        depth=3, width=9, branches=3, num_draft_tokens=7, min_probability=0.0
+    )
+    tree = enclosing_tree_of(config, heads, depth=3, device=roots.device)
+    for is_chosen in (False, True):
         ranking = LevelRanking(vocab_size=20)
         prompt = Prefill(
             roots[:, None], torch.zeros_like(roots), roots, temperature=0.8, max_new_tokens=9
@@ -227,30 +240,48 @@ def test_children_computed_at_once_make_the_trees_of_those_computed_level_by_lev
             noise = PositionNoise(batch=2, vocab_size=20, device=roots.device)
             torch.manual_seed(0)
             noise.seek([0, 0], live=[True, True])
-        with path():
-            grown.append(
-                grow_trees(
-                    BlockLogits(heads, hidden, base),
-                    roots,
-                    config=BlockProposerConfig(depth=4, branches=3, min_probability=0.001),
-                    ranking=ranking,
-                    noise=noise,
-                    levels=[4, 2],
-                    leaf_tokens=frozenset({9}),
-                )
+        logits, options = BlockLogits(heads, hidden, base), {"ranking": ranking, "noise": noise}
+        if is_chosen:
+            chosen = choose_nodes(logits, roots, tree, config=config, **options)
+            found.append(_chosen_paths(chosen, tree))
+        else:
+            found.append(
+                [_grown_paths(row) for row in grow_trees(logits, roots, config=config, **options)]
             )
         rankings.append(ranking)
-    for one, other in zip(*grown, strict=True):
-        assert len(one.tokens) > 4
-        assert (one.tokens, one.parents) == (other.tokens, other.parents)
-        assert one.scores == pytest.approx(other.scores, abs=CLOSE)
-    if sampled:
-        for row, pair in enumerate(zip(*grown, strict=True)):
-            for places in zip(*(tree.expansions for tree in pair), strict=True):
-                assert (places[0] is None) == (places[1] is None)
-                if places[0] is not None:
-                    seen = [
-                        ranking._levels[level + 1].log_probs[row, index]
-                        for ranking, (level, index) in zip(rankings, places, strict=True)
-                    ]
+    for row, (grown, chosen) in enumerate(zip(*found, strict=True)):
+        assert grown.keys() == chosen.keys()
+        assert len(grown) == 7
+        # What the ranking learns from is where the nodes were expanded.
+        for path in grown.keys() if sampled else ():
+            places = grown[path], chosen[path]
+            if None not in places:
+                seen = [
+                    own._levels[level + 1].log_probs[row, 0 if markov is None else index]
+                    for own, (level, index) in zip(rankings, places, strict=True)
+                    if level + 1 < 3
+                ]
+                if seen:
                     torch.testing.assert_close(*seen)
+
+
+def _grown_paths(row: GrownRow) -> dict[tuple[int, ...], Any]:
+    paths: list[tuple[int, ...]] = [()]
+    for token, parent in zip(row.tokens, row.parents, strict=True):
+        paths.append((*paths[parent], token))
+    return dict(zip(paths[1:], row.expansions, strict=True))
+
+
+def _chosen_paths(chosen: ChosenNodes, tree: EnclosingTree) -> list[dict[tuple[int, ...], Any]]:
+    rows = zip(
+        chosen.tokens.tolist(),
+        chosen.topology().host_parents,
+        chosen.nodes.tolist(),
+        strict=True,
+    )
+    return [
+        _grown_paths(
+            GrownRow(tokens[1:], parents[1:], [tree.expansions[n - 1] for n in nodes[1:]], [])
+        )
+        for tokens, parents, nodes in rows
+    ]

@@ -15,7 +15,7 @@ def logits_of(network: DraftNetwork, view: TargetView, tokens: Tensor) -> Tensor
     """Return logits after the last of some tokens, which are fed together after a prompt."""
     cache, (batch, width) = view.new_cache(torch.zeros(len(tokens), dtype=torch.long)), tokens.shape
     view.prefill(prompts(*[5] * batch)["input_ids"], cache)
-    views = network.views(cache, num_slots=width)
+    views = network.views(cache, num_new=width)
     rotation = tuple(part.narrow(1, 5, width) for part in network.rotation(5 + width))
     bias = torch.full((1, 1, width, 5 + width), -torch.inf).triu_(6)
     hidden = network.forward(tokens, views, rotation=rotation, bias=bias, cache=cache)
