@@ -204,7 +204,7 @@ class _Beam:
 
 
 def _labels(
-    kept: Int[Tensor, "batch nodes"], expanded: list[Int[Tensor, "batch width"]]
+    kept: Int[Tensor, "batch nodes"], expanded: list[Int[Tensor, "batch _"]]
 ) -> Int[Tensor, "batch nodes"]:
     """Return the index of each node among those expanded at its level; -1 if it was not."""
     if not expanded:

@@ -13,7 +13,7 @@ from torch import Tensor
 from speclm.acceptance import Accepted
 from speclm.attention import TreeStep
 from speclm.cache.tree_cache import TreeCache
-from speclm.devices import upload
+from speclm.devices import is_host, upload
 from speclm.drafting.decoder_parts import CausalMasks
 from speclm.drafting.interface import Prefill
 from speclm.engines import Engine
@@ -142,8 +142,9 @@ class EagleContext:
         )
 
     def _staged(self, engine: Engine | None) -> EagleStages | None:
-        """Return the stages of an engine; new ones if weights are others than before."""
-        if engine is None:
+        """Return the stages of an engine, new ones for other weights; None to run eagerly."""
+        # On a CPU, a call of compiled code takes longer than the calls of such small heads.
+        if engine is None or is_host(self._heads.fc.weight.device):
             return None
         before = self._kept
         if before is not None:

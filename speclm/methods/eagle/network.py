@@ -258,9 +258,9 @@ class LevelRun:
             mask = self._causal.cut(num_levels, num_cached=cache.tree_start, like=weight)
         else:
             levels = torch.arange(num_levels, device=cache.lengths.device)
-            above = levels[:, None] >= levels
-            nodes = levels[None], above[None], cache.lengths, cache.num_padding
-            mask = self._additive(seen_slots(*nodes, capacity=reach, window=window))
+            above = (levels[:, None] >= levels).expand(self._batch, -1, -1)
+            rows = levels.expand(self._batch, -1), above, cache.lengths, cache.num_padding
+            mask = self._additive(seen_slots(*rows, capacity=reach, window=window))
         return mask.split_with_sizes([1] * num_levels, dim=2)
 
     def _seen_by_root(self, num_nodes: int) -> Float[Tensor, "batch 1 kv_len"]:
@@ -302,16 +302,16 @@ class _ChainStore:
     def __init__(self, cache: TreeCache, num_levels: int) -> None:
         storage, start = cache.storage, cache.tree_start
         assert storage is not None, "a chain starts after the first position"
-        slots = storage.narrow(3, start, num_levels).zero_()  # NaN under a mask would spread
+        entries = storage.narrow(3, start, num_levels).zero_()  # NaN under a mask would spread
         self._level_of = cache
         self._parts = storage.narrow(3, 0, start + num_levels).unbind(0)
-        self._slots = [part.split_with_sizes([1] * num_levels, 2) for part in slots.unbind(0)]
+        self._entries = [part.split_with_sizes([1] * num_levels, 2) for part in entries.unbind(0)]
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, /) -> tuple[Tensor, Tensor]:
         """Write the keys and values of a level, and return those of all levels."""
         level, first = self._level_of.num_pending, 2 * layer_idx
-        self._slots[first][level].copy_(keys)
-        self._slots[first + 1][level].copy_(values)
+        self._entries[first][level].copy_(keys)
+        self._entries[first + 1][level].copy_(values)
         return self._parts[first], self._parts[first + 1]
 
 

@@ -19,7 +19,7 @@ from speclm.engines.engine import Outputs
 from speclm.methods.eagle.network import EagleHeads, LevelRun
 from speclm.target import TargetView, product_weight
 
-_LEVELS = 16  # the slots of a draft are those of a multiple of this
+_LEVELS = 16  # the entries of a draft are those of a multiple of this
 _TOLERANCE = 1e-2
 """Maximum difference of two runs, relative to the largest output: both round differently, and a
 wrong mask or position changes more."""
@@ -107,11 +107,11 @@ class StagedRun:
         self._stage = stages.pair(num_ranks)[1]
         hidden, self._scores = roots[0], roots[1:]
         (num_levels, self._width), batch = shape, len(hidden)
-        slots = num_slots(num_levels, self._width)
-        cache.reserve(slots)
+        entries = room_for(num_levels, self._width)
+        cache.reserve(entries)
         self._storage = cache.parts()
         self._above = hidden[:, None].expand(-1, self._width, -1).contiguous()
-        self._seen = nothing_seen(batch, self._width, slots, hidden.device)
+        self._seen = nothing_seen(batch, self._width, entries, hidden.device)
         self._used = 1  # nodes of the last level that are no padding
         self._fed: list[tuple[Tensor, Tensor]] = []
         self._is_compared = LevelStage in stages.unproven
@@ -119,7 +119,7 @@ class StagedRun:
         self._eager: LevelRun | None = None
         if self._is_compared or not self._scores:  # the roots may have been read eagerly
             self._eager = eager()
-        if self._is_compared:  # both write to other slots
+        if self._is_compared:  # both write to other entries
             self._storage = [part.clone() for part in self._storage]
 
     @property
@@ -204,8 +204,8 @@ def _obstacle(heads: EagleHeads, view: TargetView) -> str | None:
     return None
 
 
-def num_slots(num_levels: int, width: int) -> int:
-    """Return the slots that the stages of a draft use."""
+def room_for(num_levels: int, width: int) -> int:
+    """Return the number of entries of the cache that a draft takes."""
     return -(-num_levels // _LEVELS) * _LEVELS * width
 
 
@@ -287,8 +287,8 @@ class ReadStage(_Stage):
         """
         config, order = self._heads.config, torch.arange(tokens.shape[1], device=tokens.device)
         sees = seen_slots(
-            order[None],
-            (order[:, None] >= order)[None],
+            order.expand(len(tokens), -1),
+            (order[:, None] >= order).expand(len(tokens), -1, -1),
             lengths,
             num_padding,
             capacity=storage[0].shape[2],
@@ -315,33 +315,33 @@ class LevelStage(_Stage):
         tokens: Int[Tensor, "batch width"],
         parents: Int[Tensor, "batch width"],
         above: Float[Tensor, "batch width hidden"],
-        seen: Bool[Tensor, "batch width slots"],
+        seen: Bool[Tensor, "batch width entries"],
         level: Int[Tensor, ""],
         lengths: Int[Tensor, " batch"],
         num_padding: Int[Tensor, " batch"],
         *storage: Tensor,
     ) -> Outputs:
-        """Return outputs, which slots of the draft each node sees, and what `_scores` does.
+        """Return outputs, which entries of the draft each node sees, and what `_scores` does.
 
         Args:
             tokens: Token at each node.
             parents: Index of its parent in the level above.
             above: Outputs of that level.
-            seen: The slots that its nodes see.
+            seen: The entries that its nodes see.
             level: Levels before this one.
             lengths: Length of each row in the cache, padding included.
             num_padding: Padding at the start of each row.
             *storage: Keys and values of each layer, ``[batch, kv_heads, capacity, head_dim]``.
         """
-        width, slots, window = tokens.shape[1], seen.shape[2], self._heads.config.sliding_window
-        of_draft = torch.arange(slots, device=tokens.device)
+        width, entries, window = tokens.shape[1], seen.shape[2], self._heads.config.sliding_window
+        of_draft = torch.arange(entries, device=tokens.device)
         own = level * width + torch.arange(width, device=tokens.device)
-        seen = seen.gather(1, parents[:, :, None].expand(-1, -1, slots))
+        seen = seen.gather(1, parents[:, :, None].expand(-1, -1, entries))
         seen = seen | (own[:, None] == of_draft)
         indices = parents[:, :, None].expand(-1, -1, above.shape[2])
         start, in_cache = lengths.amax(), torch.arange(storage[0].shape[2], device=tokens.device)
-        node = (in_cache - start).clamp(min=0, max=slots - 1)  # in each slot
-        is_node = (in_cache >= start) & (in_cache < start + slots)
+        node = (in_cache - start).clamp(min=0, max=entries - 1)  # in each entry
+        is_node = (in_cache >= start) & (in_cache < start + entries)
         is_committed = (in_cache >= num_padding[:, None]) & (in_cache < lengths[:, None])
         sees = is_committed[:, None] | (is_node & seen[:, :, node])
         depth = lengths[:, None] + level
@@ -359,16 +359,16 @@ class LevelStage(_Stage):
 
 
 class _Storage:
-    """Writes keys and values to some slots of storage of fixed size, and returns all of it."""
+    """Writes keys and values to some entries of storage of fixed size, and returns all of it."""
 
-    def __init__(self, storage: Sequence[Tensor], slots: Int[Tensor, " nodes"]) -> None:
-        self._storage, self._slots = storage, slots
+    def __init__(self, storage: Sequence[Tensor], entries: Int[Tensor, " nodes"]) -> None:
+        self._storage, self._entries = storage, entries
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, /) -> tuple[Tensor, Tensor]:
         """Write the keys and values of a layer's nodes."""
         all_keys, all_values = self._storage[2 * layer_idx], self._storage[2 * layer_idx + 1]
-        all_keys.index_copy_(2, self._slots, keys)
-        all_values.index_copy_(2, self._slots, values)
+        all_keys.index_copy_(2, self._entries, keys)
+        all_values.index_copy_(2, self._entries, values)
         return all_keys, all_values
 
 
@@ -393,6 +393,6 @@ def number(value: int, device: torch.device) -> Int[Tensor, ""]:
 
 
 @lru_cache(maxsize=64)
-def nothing_seen(batch: int, width: int, slots: int, device: torch.device) -> Tensor:
+def nothing_seen(batch: int, width: int, entries: int, device: torch.device) -> Tensor:
     """Return the `seen` of the roots, which are no nodes of a draft."""
-    return torch.zeros(batch, width, slots, dtype=torch.bool, device=device)
+    return torch.zeros(batch, width, entries, dtype=torch.bool, device=device)

@@ -1,6 +1,7 @@
 """EAGLE heads as stages of an engine draft what they draft without one."""
 
 import logging
+from contextlib import nullcontext
 from copy import deepcopy
 from typing import Any
 
@@ -14,7 +15,7 @@ from speclm.engines import Engine
 from speclm.methods.eagle.network import EagleHeads, LevelRun
 from speclm.methods.eagle.proposer import EagleProposer
 from speclm.methods.eagle.stages import LevelStage, ReadStage, laid_out, padded
-from tests.grids import turns
+from tests.grids import grid, turns
 from tests.methods.eagle.eagle_heads import heads_for
 from tests.models import build_model, generate, prompts
 from tests.proposers import HittingProposer
@@ -31,12 +32,6 @@ HEADS: dict[str, dict[str, Any]] = {
     "eagle3": {"draft_vocab_size": 40},
     "eagle3 window": {"sliding_window": 6},
 }
-CELLS = {
-    "chain on the host": ("chain", (9,), False),
-    "trees on the device": ("tree", (7, 3), True),
-    "trees on the host": ("tree", (7, 3), False),
-    "chains on the device": ("chain", (7, 3), True),
-}
 GREEDY = {"max_new_tokens": 20, "do_sample": False}
 
 
@@ -46,7 +41,7 @@ class Drafting:
     def __init__(self, kind: str, shape: str, *, lengths: tuple[int, ...] = (9,)) -> None:
         self.model = build_model("llama", num_hidden_layers=4)
         self.heads = heads_for(self.model, kind.split()[0], layers=LAYERS, **HEADS[kind])
-        self.inputs = prompts(*lengths)
+        self.inputs, self.on_host = prompts(*lengths), False
         self.reference = generate(self.model, self.inputs, **GREEDY)[0]
         self.eagle = EagleProposer(self.heads, target=self.model, **SHAPES[shape])
         self.hitting = HittingProposer(self.eagle, self.reference[:, max(lengths) :].tolist())
@@ -66,7 +61,8 @@ class Drafting:
         self.drafts.clear()
         self.hitting._generator.manual_seed(0)
         settings = {**GREEDY, **options}
-        tokens = generate(self.spec, self.inputs, engine=engine, **settings)[0]
+        with nullcontext() if self.on_host else device_path():
+            tokens = generate(self.spec, self.inputs, engine=engine, **settings)[0]
         if not settings["do_sample"] and len(settings) == len(GREEDY):
             assert torch.equal(tokens, self.reference)
         return deepcopy(self.drafts), self.spec.last_speculation.tau, tokens.tolist()
@@ -76,22 +72,22 @@ class Drafting:
         return self.eagle._context._kept
 
 
-@pytest.mark.parametrize(("kind", "cell"), turns(HEADS, CELLS))
-def test_recorded_stages_draft_what_the_heads_do(kind, cell, monkeypatch):
-    shape, lengths, on_device = CELLS[cell]
+@pytest.mark.parametrize(("kind", "shape", "lengths"), turns(HEADS, SHAPES, [(9,), (7, 3)]))
+def test_recorded_stages_draft_what_the_heads_do(kind, shape, lengths, monkeypatch):
     drafting, engine = Drafting(kind, shape, lengths=lengths), replaying()
-    if on_device:
-        with device_path():
-            expected = drafting("eager")
-            assert drafting(engine) == drafting(engine) == expected
-    else:
-        expected = drafting("eager")
-        assert drafting(engine) == drafting(engine) == expected
+    expected = drafting("eager")
+    assert drafting(engine) == drafting(engine) == expected
     assert drafting.stages.obstacle is None
     assert drafting.stages.unproven == set()
     monkeypatch.setattr(LevelRun, "below", None)  # all is proven
-    with device_path() if on_device else torch.no_grad():
-        assert drafting(engine) == expected
+    assert drafting(engine) == expected
+
+
+def test_where_the_host_reads_every_level_the_heads_run_eagerly():
+    drafting = Drafting("eagle3", "chain")
+    drafting.on_host = True
+    assert drafting(replaying()) == drafting("eager")
+    assert drafting.stages is None
 
 
 @pytest.mark.parametrize("options", [{"do_sample": True}, {"repetition_penalty": 1.3}])
@@ -110,7 +106,7 @@ def test_drafts_stay_equal_while_the_storage_grows():
     assert drafting.eagle._context.cache.capacity == 512
 
 
-@pytest.mark.parametrize("kind", ["eagle", "eagle3"])
+@pytest.mark.parametrize("kind", grid(["eagle", "eagle3"], runs=lambda kind: kind == "eagle3"))
 def test_stages_are_graphs_without_breaks(kind):
     class OnlyHeads(FullGraph):
         def prepare(self, stage, inputs, storage):
@@ -120,7 +116,7 @@ def test_stages_are_graphs_without_breaks(kind):
 
     drafting, engine = Drafting(kind, "tree", lengths=(7, 4)), OnlyHeads()
     expected = drafting("eager")
-    assert drafting(engine) == drafting(engine) == expected
+    assert drafting(engine) == expected
     assert drafting.stages.obstacle is None
     assert drafting.stages.unproven == set()
 
@@ -155,7 +151,7 @@ def test_heads_that_compute_otherwise_over_fixed_shapes_are_found_at_once(monkey
     expected = drafting("eager")
     forward = LevelStage.forward
     monkeypatch.setattr(
-        LevelStage, "forward", lambda *given: [2 * part for part in forward(*given)]
+        LevelStage, "forward", lambda *given: tuple(2 * part for part in forward(*given))
     )
     assert drafting(replaying()) == expected
     assert "something else over fixed shapes" in drafting.stages.obstacle
