@@ -13,7 +13,7 @@ from typing_extensions import override
 from speclm.acceptance import Accepted
 from speclm.cache.tree_cache import TreeCache
 from speclm.config import require_known
-from speclm.devices import upload
+from speclm.devices import is_host, upload
 from speclm.drafting.beam import grow, reads_levels
 from speclm.drafting.interface import Draft, Prefill, Proposer, TargetNeeds
 from speclm.drafting.levels import (
@@ -158,7 +158,9 @@ class DraftModelProposer(Proposer):
     def begin(self, prompt: Prefill) -> None:
         self._vocabulary = replace(self._vocabulary, num_draft=self.view.vocab_size)  # resized?
         self.network = self._current.look()
-        self._staged = self._prepare(prompt.engine)
+        # On a CPU, calling compiled code takes longer than a small model's calls.
+        on_host = is_host(prompt.tokens.device)
+        self._staged = self._prepare(None if on_host else prompt.engine)
         allocate = None if self._staged is None else self._staged.allocate
         self._cache = self.view.new_cache(prompt.num_padding, allocate=allocate)
         self._prompt_logits = None

@@ -1,5 +1,6 @@
 """Levels run as stages give the drafts of the network, and an engine that cannot run is left."""
 
+from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
 
@@ -9,6 +10,7 @@ from transformers import PreTrainedModel
 
 from speclm import SpecModel
 from speclm.acceptance import Accepted
+from speclm.devices import device_path
 from speclm.drafting.interface import Prefill
 from speclm.engines import Engine
 from speclm.methods.draft_model.network import DraftNetwork
@@ -26,6 +28,13 @@ SHAPES = {
 }
 ROUNDS = ([1, 1], [3, 1], [0, 2], [2, 2], [3, 3], [1, 0])  # accepted tokens of each row
 Drafts = list[tuple[list[list[int]], list[list[int]]]]
+
+
+@pytest.fixture(autouse=True)
+def on_a_device() -> Iterator[None]:
+    """Draft as where stages run: on accelerators."""
+    with device_path():
+        yield
 
 
 def model_of(family: str) -> PreTrainedModel:
