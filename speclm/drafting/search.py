@@ -1,9 +1,8 @@
-"""Searches for the likeliest paths of a draft, level by level, on the host or on the device."""
+"""Searches for the likeliest paths of a draft, level by level, on the host."""
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from heapq import nlargest
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from speclm.devices import is_host, upload
 from speclm.drafting.levels import GrownTreeConfig
 from speclm.drafting.ranking import Nodes
-from speclm.tree.dynamic import GrowingTree, GrownRow
+from speclm.tree.dynamic import GrownRow
 from speclm.tree.static import likeliest_paths
 
 Candidates = Callable[[Nodes, int], tuple[Tensor, Tensor]]
@@ -34,82 +33,6 @@ class Vocabulary(Protocol):
         """Return the tokens of some columns."""
 
 
-def search(
-    candidates: Candidates,
-    roots: Int[Tensor, " batch"],
-    *,
-    config: GrownTreeConfig,
-    bounds: Sequence[int],
-    leaf_tokens: frozenset[int],
-    vocabulary: Vocabulary | None = None,
-    min_growing: float | None = None,
-) -> list[GrownRow]:
-    """Return the likeliest paths of each row.
-
-    Args:
-        candidates: What may follow some nodes.
-        roots: Token at the root of each row.
-        config: Size of the trees.
-        bounds: Maximum levels of each row; 0 for a row that has ended.
-        leaf_tokens: Tokens after which nothing follows.
-        vocabulary: Tokens of the columns; None if they are the target's.
-        min_growing: If each level costs a run of a network: no level is added when a smaller share
-            of the rows still grows.
-    """
-    # A host chooses faster, and stops when the tree is complete: a level costs more than a wait.
-    if min_growing is not None or is_host(roots.device):
-        return search_on_host(
-            candidates,
-            roots,
-            config=config,
-            bounds=bounds,
-            leaf_tokens=leaf_tokens,
-            vocabulary=vocabulary,
-            min_growing=min_growing or 0.0,
-        )
-    return search_on_device(
-        candidates,
-        roots,
-        config=config,
-        bounds=bounds,
-        leaf_tokens=leaf_tokens,
-        vocabulary=vocabulary,
-    )
-
-
-def search_on_device(
-    candidates: Candidates,
-    roots: Int[Tensor, " batch"],
-    *,
-    config: GrownTreeConfig,
-    bounds: Sequence[int],
-    leaf_tokens: frozenset[int],
-    vocabulary: Vocabulary | None = None,
-) -> list[GrownRow]:
-    """Search level by level, see `search`; the host reads the chosen nodes, and nothing before.
-
-    Every level expands `width` nodes.
-    """
-    device = roots.device
-    tree = GrowingTree(
-        width=config.width,
-        leaf_tokens=_leaves(leaf_tokens, device),
-        is_idle=_are_over(bounds, 0, device),
-    )
-    nodes = roots[:, None], torch.zeros_like(roots)[:, None]
-    for level in range(max(bounds)):
-        if level:
-            over = _are_over(bounds, level, device)
-            if over is not None:
-                tree.stop_rows(over)
-            if config.min_confidence > config.min_probability:
-                tree.stop_rows(tree.expanded_scores[:, 0] < log_of(config.min_confidence))
-            nodes = tree.expanded_tokens, tree.expanded_parents
-        values, found = candidates(nodes, level)
-        tree.add(values, found if vocabulary is None else vocabulary.target_ids(found))
-    return tree.best_nodes(config.num_draft_tokens, min_score=log_of(config.min_probability))
-
-
 def search_on_host(
     candidates: Candidates,
     roots: Int[Tensor, " batch"],
@@ -120,9 +43,18 @@ def search_on_host(
     vocabulary: Vocabulary | None = None,
     min_growing: float = 0.0,
 ) -> list[GrownRow]:
-    """Return the same as `search_on_device`, and expand only what may lead to a chosen node.
+    """Return the likeliest paths of each row; the host reads the candidates of every level.
 
-    Reads the candidates of every level.
+    Only what may lead to a chosen node is expanded.
+
+    Args:
+        candidates: What may follow some nodes.
+        roots: Token at the root of each row.
+        config: Size of the trees.
+        bounds: Maximum levels of each row; 0 for a row that has ended.
+        leaf_tokens: Tokens after which nothing follows.
+        vocabulary: Tokens of the columns; None if they are the target's.
+        min_growing: No level is added when a smaller share of the rows still grows.
     """
     num_active = sum(bound > 0 for bound in bounds)
     rows = [_Row(expanded=[0] if bound > 0 else []) for bound in bounds]
@@ -310,15 +242,3 @@ def _product_row(
 def log_of(probability: float) -> float:
     """Return the logarithm of a threshold, which may be 0."""
     return math.log(max(probability, 1e-30))
-
-
-@lru_cache(maxsize=16)
-def _leaves(tokens: frozenset[int], device: torch.device) -> Tensor | None:
-    return torch.tensor(sorted(tokens), device=device, dtype=torch.long) if tokens else None
-
-
-def _are_over(bounds: Sequence[int], level: int, device: torch.device) -> Tensor | None:
-    """Return which rows have no nodes at a level; None if all may have some."""
-    if min(bounds) > level:
-        return None
-    return torch.tensor([bound <= level for bound in bounds], device=device, dtype=torch.bool)

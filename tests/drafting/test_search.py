@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from speclm.drafting.levels import GrownTreeConfig
-from speclm.drafting.search import product_trees, search_on_device, search_on_host
+from speclm.drafting.search import product_trees, search_on_host
 
 VOCAB = 4
 DEPTH = 4
@@ -67,7 +67,6 @@ def paths_of(row, root: int) -> list[tuple[int, ...]]:
     return paths[1:]
 
 
-@pytest.mark.parametrize("search", [search_on_device, search_on_host])
 @given(
     seed=st.integers(0, 10**6),
     num_nodes=st.integers(1, 12),
@@ -75,12 +74,12 @@ def paths_of(row, root: int) -> list[tuple[int, ...]]:
     bounds=st.tuples(st.integers(0, DEPTH), st.integers(1, DEPTH)),
     leaves=st.sampled_from([frozenset(), frozenset({1}), frozenset({1, 3})]),
 )
-def test_the_best_paths_of_all_are_found(search, seed, num_nodes, least, bounds, leaves):
+def test_the_best_paths_of_all_are_found(seed, num_nodes, least, bounds, leaves):
     config = GrownTreeConfig(
         width=200, num_draft_tokens=num_nodes, min_probability=least, min_confidence=0.0
     )
     table = Table(seed)
-    rows = search(table, ROOTS, config=config, bounds=bounds, leaf_tokens=leaves)
+    rows = search_on_host(table, ROOTS, config=config, bounds=bounds, leaf_tokens=leaves)
     for row, found in enumerate(rows):
         scores = table.scores(row, levels=bounds[row], leaves=leaves)
         best = sorted(scores, key=lambda path: -scores[path])[:num_nodes]
@@ -90,30 +89,7 @@ def test_the_best_paths_of_all_are_found(search, seed, num_nodes, least, bounds,
         assert found.scores == pytest.approx([scores[path] for path in paths], abs=1e-5)
 
 
-@given(
-    seed=st.integers(0, 10**6),
-    width=st.integers(1, 3),
-    branches=st.integers(1, VOCAB),
-    num_nodes=st.integers(1, 12),
-    confidence=st.sampled_from([0.0, 0.3, 0.6]),
-    bounds=st.tuples(st.integers(1, DEPTH), st.integers(0, DEPTH)),
-)
-def test_both_searches_find_the_same(seed, width, branches, num_nodes, confidence, bounds):
-    config = GrownTreeConfig(
-        width=width, num_draft_tokens=num_nodes, min_probability=0.02, min_confidence=confidence
-    )
-    options = {"config": config, "bounds": bounds, "leaf_tokens": frozenset({1})}
-    host = search_on_host(Table(seed, branches=branches), ROOTS, **options)
-    device = search_on_device(Table(seed, branches=branches), ROOTS, **options)
-    for one, other in zip(host, device, strict=True):
-        assert sorted(zip(paths_of(one, 0), one.scores, strict=True)) == [
-            (path, pytest.approx(score, abs=1e-5))
-            for path, score in sorted(zip(paths_of(other, 0), other.scores, strict=True))
-        ]
-
-
-@pytest.mark.parametrize("search", [search_on_device, search_on_host])
-def test_expansions_say_where_the_children_of_a_node_were_asked_for(search):
+def test_expansions_say_where_the_children_of_a_node_were_asked_for():
     asked: list[list[list[tuple[int, ...]]]] = []
     table = Table(3, branches=2)
 
@@ -123,7 +99,7 @@ def test_expansions_say_where_the_children_of_a_node_were_asked_for(search):
         return found
 
     config = GrownTreeConfig(width=2, num_draft_tokens=14, min_probability=0.0, min_confidence=0.0)
-    rows = search(watched, ROOTS, config=config, bounds=[DEPTH, 2], leaf_tokens=frozenset())
+    rows = search_on_host(watched, ROOTS, config=config, bounds=[DEPTH, 2], leaf_tokens=frozenset())
     for row, found in enumerate(rows):
         paths, root = paths_of(found, int(ROOTS[row])), int(ROOTS[row])
         parents = {path[:-1] for path in paths} - {(root,)}
@@ -133,8 +109,7 @@ def test_expansions_say_where_the_children_of_a_node_were_asked_for(search):
                 assert asked[level + 1][row][index] == path
 
 
-@pytest.mark.parametrize("search", [search_on_device, search_on_host])
-def test_candidates_whose_probability_is_no_number_are_left_out(search):
+def test_candidates_whose_probability_is_no_number_are_left_out():
     def candidates(nodes, level):
         values = torch.tensor([[[-0.5, -1.0]], [[math.nan, math.nan]]]).expand(
             -1, nodes[0].shape[1], -1
@@ -142,7 +117,9 @@ def test_candidates_whose_probability_is_no_number_are_left_out(search):
         return values, torch.zeros_like(values, dtype=torch.long)
 
     config = GrownTreeConfig(width=1, num_draft_tokens=8, min_probability=0.0, min_confidence=0.0)
-    good, bad = search(candidates, ROOTS, config=config, bounds=[2, 2], leaf_tokens=frozenset())
+    good, bad = search_on_host(
+        candidates, ROOTS, config=config, bounds=[2, 2], leaf_tokens=frozenset()
+    )
     assert len(good.tokens) == 4
     assert bad.tokens == []
 

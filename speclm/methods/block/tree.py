@@ -10,7 +10,7 @@ from torch import Tensor
 from speclm.config import require_in_range
 from speclm.drafting.levels import GrownTreeConfig
 from speclm.drafting.ranking import LevelRanking, Nodes
-from speclm.drafting.search import log_of, product_trees, search
+from speclm.drafting.search import log_of, product_trees, search_on_host
 from speclm.methods.block.layer import MarkovTerms
 from speclm.methods.block.network import BlockHeads
 from speclm.sampling.draws import DraftSampler
@@ -179,7 +179,7 @@ def grow_trees(
     bounds = [depth] * len(roots) if levels is None else [min(bound, depth) for bound in levels]
     if logits.heads.markov_head is None:
         return _multiply(logits, roots, config, ranking, noise, bounds)
-    return search(
+    return search_on_host(
         lambda nodes, level: _best_below(
             logits, nodes, level, config=config, ranking=ranking, noise=noise
         ),
