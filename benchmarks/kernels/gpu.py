@@ -44,6 +44,7 @@ CHECK_SECONDS = 2 * 60  # of these, for checks
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral")
 SETTINGS = ("greedy", "t0.7", "t1.0")
 SPECULATIVE = ("none", "ngram", "draft")
+HEADS = ("eagle3", "block")
 BASELINES = ("prompt_lookup", "assisted")
 DRY_ENGINES: tuple[Engine, ...] = ()  # compiling takes too long, and graphs need a GPU
 
@@ -58,6 +59,7 @@ class Plan:
         settings: Of the identity suite.
         batches: Rows of each call.
         speculative: Our methods.
+        heads: Further ones, which only the bundled base has.
         engines: What verifies trees of the bundled models, besides eager forwards.
         num_prompts: Prompts of each set in the decode benchmark.
         max_new_tokens: Of the decode benchmark; None for its own.
@@ -72,6 +74,7 @@ class Plan:
     settings: tuple[str, ...]
     batches: tuple[int, ...]
     speculative: tuple[str, ...]
+    heads: tuple[str, ...]
     engines: tuple[str | Engine, ...]
     num_prompts: int
     max_new_tokens: int | None
@@ -154,7 +157,8 @@ def check_identity(plan: Plan, dtype: torch.dtype) -> None:
         for engine in ("eager", *(plan.engines if name == "bundled" else ()))
     ]
     for name, model, engine in kinds:
-        methods = build_methods(plan.speculative, model, lookup_tokens=10, engine=engine)
+        names = plan.speculative + (plan.heads if name == "bundled" else ())
+        methods = build_methods(names, model, lookup_tokens=10, engine=engine)
         for setting in plan.settings:
             for batch in plan.batches:
                 what = f"identity {name} {dtype} {setting} batch {batch} {name_of(engine)}"
@@ -207,13 +211,13 @@ def generator_state(call: Call) -> torch.Tensor:
 def measure_decoding(plan: Plan, dtype: torch.dtype, path: Path) -> None:
     """Run the decode benchmark, cell by cell."""
     base = load_model("base", dtype=dtype, device=plan.device)
+    ours = plan.speculative + (() if plan.device == "cpu" else plan.heads)
     decoders = [
-        (method, "eager")
-        for method in build_methods((*BASELINES, *plan.speculative), base, lookup_tokens=10)
+        (method, "eager") for method in build_methods((*BASELINES, *ours), base, lookup_tokens=10)
     ] + [
         (method, name_of(engine))
         for engine in plan.engines
-        for method in build_methods(plan.speculative, base, lookup_tokens=10, engine=engine)
+        for method in build_methods(ours, base, lookup_tokens=10, engine=engine)
     ]
     cells = build_cells(
         base,
@@ -252,6 +256,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
             settings=("greedy", "t1.0"),
             batches=(2,),
             speculative=("ngram",),
+            heads=("eagle3",),
             engines=DRY_ENGINES,
             num_prompts=1,
             max_new_tokens=4,
@@ -266,6 +271,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
         settings=SETTINGS,
         batches=(1, 4),
         speculative=SPECULATIVE,
+        heads=HEADS,
         engines=("graph", "compile"),
         num_prompts=options.n,
         max_new_tokens=None,

@@ -8,6 +8,7 @@ import torch
 
 from benchmarks.kernels import gpu
 from speclm.bench import read_records
+from speclm.devices import device_path
 from tests.stand_ins import replaying
 
 ROOT = Path(__file__).parents[3]
@@ -20,7 +21,8 @@ def test_dry_run_checks_identity_and_writes_records(families, tmp_path, monkeypa
     path = tmp_path / "gpu.jsonl"
     monkeypatch.setattr(gpu, "FAMILIES", families)
     monkeypatch.setattr(gpu, "DRY_ENGINES", (replaying(),))
-    assert gpu.main(["--tiny", "--out", str(path)]) == 0
+    with device_path():
+        assert gpu.main(["--tiny", "--out", str(path)]) == 0
     printed = capsys.readouterr().out
     assert printed.splitlines()[-1] == "0 failures, 0 left out"
     for family in ("bundled", *families):
@@ -33,6 +35,7 @@ def test_dry_run_checks_identity_and_writes_records(families, tmp_path, monkeypa
     }
     assert {record["settings"]["engine"] for record in records} == {"eager", "graph"}
     assert "batch 2 graph ngram  identical" in printed
+    assert "batch 2 graph eagle3 identical" in printed
     assert "kernels: 7 checks passed" in printed
     records = read_records(tmp_path / "kernels.jsonl")
     methods = [r["settings"]["method"] for r in records if r["benchmark"] == "tree_attention"]
