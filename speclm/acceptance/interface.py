@@ -239,7 +239,7 @@ class Accepted:
         if all(node == index for path in self.paths for index, node in enumerate(path)):
             return self.with_path_features(node_features.narrow(1, 0, width))
         if len(self.paths) == 1:
-            return self.with_path_features(node_features.index_select(1, self.path[0]))
+            return self.with_path_features(node_features.index_select(1, self.path[0, :width]))
         indices = self.path.clamp(min=0)[:, :, None].expand(-1, -1, node_features.shape[2])
         return self.with_path_features(node_features.gather(1, indices))
 

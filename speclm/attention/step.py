@@ -228,11 +228,11 @@ class TreeStep:
         if device not in self._kernel_masks:
             cache = self._cache
             begins = torch.full_like(cache.lengths, cache.tree_start) if cache.is_ragged else None
-            words = self._words
+            words = pack_words(self._visible_slots()) if self._words is None else self._words
             self._kernel_masks[device] = KernelMask(
                 prefix_lengths=cache.lengths,
-                ancestor_words=pack_words(self._visible_slots()) if words is None else words,
-                depths=self._slot_depths,
+                ancestor_words=words.contiguous(),  # a row's part of what was sent, or of a table
+                depths=self._slot_depths.contiguous(),
                 prefix_starts=self._prefix_starts(),
                 tree_starts=begins,
             ).to(device)

@@ -60,6 +60,8 @@ class HeadsNetwork(nn.Module, ABC):
     lm_head: nn.Linear | None
     draft_columns: Int[Tensor, " draft_vocab"] | None
     """Target token of each column of the logits; None if the vocabularies are equal."""
+    form: object = None
+    """Stands for the second form of the weights; another object whenever it is made."""
     _is_fused = False
     _input: Product | None = None  # second form of `fc`
     _head: Product | None = None  # and of `lm_head`
@@ -132,7 +134,7 @@ class HeadsNetwork(nn.Module, ABC):
         Some weights are copied: call it again after changing them; `train` drops the copies. The
         state stays that of the parts.
         """
-        self._is_fused = True
+        self._is_fused, self.form = True, object()
         for part in self.modules():
             if isinstance(part, Fusable):
                 part.fuse_()
@@ -147,6 +149,7 @@ class HeadsNetwork(nn.Module, ABC):
         super().train(mode)
         if mode and self._is_fused:  # the copies would not follow the weights
             self._is_fused, self._input, self._head = False, None, None
+            self.form = None
             for part in self.modules():
                 if isinstance(part, Fusable):
                     part.separate_()

@@ -59,14 +59,16 @@ def search_on_host(
     num_active = sum(bound > 0 for bound in bounds)
     rows = [_Row(expanded=[0] if bound > 0 else []) for bound in bounds]
     columns = None if vocabulary is None else vocabulary.host_columns
-    nodes = roots[:, None], roots.new_zeros(len(roots), 1)
+    below_first = roots.new_zeros(len(roots), 1)
+    nodes = roots[:, None], below_first
     for level in range(max(bounds)):
         if level:
             width = max(len(row.expanded) for row in rows)
             num_growing = sum(bool(row.expanded) for row in rows)
             if width == 0 or num_growing < min_growing * num_active:
                 break
-            nodes = _sent([row.feed(level - 1, width) for row in rows], above=nodes[1])
+            fed = [row.feed(level - 1, width) for row in rows]
+            nodes = _sent(fed, below_first=below_first)
         scores, found = candidates(nodes, level)
         for row, values, ids, bound in zip(
             rows, *read_candidates(scores, found), bounds, strict=True
@@ -128,19 +130,17 @@ def read_candidates(scores: Tensor, tokens: Tensor) -> tuple[list[Any], list[Any
     return values, [[list(map(int, node)) for node in row] for row in ids]
 
 
-def _sent(
-    fed: list[tuple[list[int], list[int]]], *, above: Int[Tensor, "batch nodes_above"]
-) -> Nodes:
+def _sent(fed: list[tuple[list[int], list[int]]], *, below_first: Int[Tensor, "batch 1"]) -> Nodes:
     """Return the nodes of a level on the device.
 
     Args:
         fed: For each row the tokens, and the indices of their parents.
-        above: Indices of the parents of the level above.
+        below_first: Parents of a level with one node a row, below the first node of the last one.
     """
     tokens, parents = (list(part) for part in zip(*fed, strict=True))
-    if len(tokens[0]) == above.shape[1] == 1:  # the parents are the same again
-        return upload(tokens, above.device), above
-    both = upload([tokens, parents], above.device)
+    if len(tokens[0]) == 1 and not any(map(any, parents)):
+        return upload(tokens, below_first.device), below_first
+    both = upload([tokens, parents], below_first.device)
     return both[0], both[1]
 
 

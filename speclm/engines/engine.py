@@ -61,7 +61,7 @@ class Engine(ABC):
             inputs: Its inputs.
             storage: What it reads and writes.
             is_repeatable: Whether running it again changes nothing. Otherwise the storage is put
-                back after it was prepared, for which there must be memory.
+                back after it was prepared, also if that fails; for this there must be memory.
 
         Returns:
             The outputs, which later runs do not change.
@@ -103,12 +103,14 @@ class Engine(ABC):
         is_repeatable: bool,
     ) -> Outputs:
         start = perf_counter()
+        saved = [] if is_repeatable else [part.clone() for part in storage]
         try:
-            saved = [] if is_repeatable else [part.clone() for part in storage]
             prepared = self.prepare(stage, inputs, storage)
-            for part, before in zip(storage, saved, strict=False):
-                part.copy_(before)
+            _put_back(storage, saved)
             outputs = prepared(inputs, storage)
+        except Exception:
+            _put_back(storage, saved)  # the caller computes the same in another way
+            raise
         finally:
             self.build_seconds += perf_counter() - start
         self._prepared[key] = prepared
@@ -119,3 +121,8 @@ class Engine(ABC):
         shapes = [(tensor.shape, tensor.dtype, tensor.device) for tensor in (*inputs, *storage[:1])]
         addresses = map(Tensor.data_ptr, storage) if self.reuses_storage else ()
         return stage, tuple(shapes), tuple(addresses)
+
+
+def _put_back(storage: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
+    for part, before in zip(storage, saved, strict=False):  # nothing may have been saved
+        part.copy_(before)

@@ -181,3 +181,9 @@ def test_unknown_names_are_refused_with_the_known_ones():
 def test_other_objects_are_refused(acceptance):
     with pytest.raises(OptionError, match="or an AcceptanceRule; pass an instance"):
         resolve_acceptance_rule(acceptance)
+
+
+def test_features_of_a_single_path_end_with_its_tokens():
+    found = Accepted(torch.tensor([[0, 2, -1]]), torch.tensor([[5, 6, -1]]))
+    taken = found.with_features(torch.arange(4.0)[None, :, None])
+    assert taken.features.flatten().tolist() == [0.0, 2.0]

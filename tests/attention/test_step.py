@@ -13,6 +13,7 @@ from torch import Tensor
 from speclm.attention import TreeMask, TreeStep, active_step, tree_step
 from speclm.cache import TreeCache
 from speclm.kernels.inputs import MAX_SLOTS
+from speclm.tree.enclosing import enclosing_tree
 from speclm.tree.topology import chain, from_parents
 from speclm.tree.words import unpack_words
 from tests.attention.tree_models import CPU, cache_of
@@ -153,6 +154,19 @@ def test_single_node_sees_every_pending_slot():
     step = TreeStep(None, torch.arange(4)[None], cache_of([5, 3], [0, 0], pending=3))
     words = step.kernel_mask(CPU).ancestor_words
     assert unpack_words(words, num_bits=64)[0, 0].int().tolist() == [1] * 4 + [0] * 60
+
+
+def test_kernels_are_given_contiguous_words_and_depths_of_any_topology():
+    rows = from_parents([[0, 0, 1], [0, 0, 0]], device=CPU)  # parts of what was sent
+    tree = enclosing_tree(depth=2, width=1, num_ranks=2, is_chained=False, device=CPU)
+    chosen = tree.choose(torch.zeros(2, 4), torch.zeros(2, 5, dtype=torch.long), num_nodes=3)
+    for topology in (rows, chosen.topology()):
+        step = TreeStep(
+            None, topology.depths, cache_of([5, 3], [0, 0]), words=topology.ancestor_words
+        )
+        mask = step.kernel_mask(CPU)
+        assert mask.ancestor_words.is_contiguous()
+        assert mask.depths.is_contiguous()
 
 
 def test_mask_stays_uncomputed_where_kernels_do_not_need_it(monkeypatch):

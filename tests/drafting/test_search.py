@@ -124,6 +124,24 @@ def test_candidates_whose_probability_is_no_number_are_left_out():
     assert bad.tokens == []
 
 
+def test_a_single_node_below_a_level_of_one_has_the_parent_0():
+    parents = []
+
+    def candidates(nodes, level):
+        parents.append(nodes[1].tolist())
+        width = nodes[0].shape[1]
+        values = torch.full((1, width, 2), -1.0)
+        if level == 1:  # only the second node goes on, with one child
+            values = torch.tensor([[[-9.0, -9.0], [-0.1, -9.0]]])
+        elif level > 1:
+            values[..., 1] = -9.0
+        return values, torch.arange(2).expand(1, width, 2)
+
+    config = GrownTreeConfig(width=2, min_probability=0.01, min_confidence=0.0)
+    search_on_host(candidates, ROOTS[:1], config=config, bounds=[4], leaf_tokens=frozenset())
+    assert parents == [[[0]], [[0, 0]], [[1]], [[0]]]
+
+
 def test_a_level_is_added_only_while_enough_rows_grow():
     config = GrownTreeConfig(
         width=1, branches=1, num_draft_tokens=8, min_probability=0.0, min_confidence=0.0

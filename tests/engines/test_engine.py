@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from speclm.engines import Engine
+from speclm.engines import Engine, GraphEngine
 from speclm.errors import EngineError, SpeclmError
 from tests.stand_ins import replaying
 
@@ -47,6 +47,17 @@ def test_preparing_does_not_count_for_a_stage_that_must_not_run_twice(make):
     for _ in range(3):
         engine.run(doubled, [torch.ones(2)], [storage], is_repeatable=False)
     assert storage.tolist() == [3.0] * 3
+
+
+def test_a_recording_that_fails_after_a_run_leaves_the_storage_as_it_was():
+    def fail(compute, device):
+        compute()  # as warm-ups do
+        raise torch.OutOfMemoryError("no memory")
+
+    engine, storage = GraphEngine(fail), torch.zeros(3)
+    with pytest.raises(EngineError, match="no memory"):
+        engine.run(doubled, [torch.ones(2)], [storage], is_repeatable=False)
+    assert storage.tolist() == [0.0] * 3
 
 
 @pytest.mark.parametrize("make", [Preparing, replaying])

@@ -24,6 +24,7 @@ from speclm.drafting.levels import (
     require_ranks,
 )
 from speclm.drafting.ranking import LevelRanking, path_expansions
+from speclm.engines import Engine
 from speclm.errors import OptionError, VocabularyMismatchError
 from speclm.methods.block.config import BlockConfig
 from speclm.methods.block.context import BlockContext
@@ -115,7 +116,8 @@ class BlockProposer(Proposer):
         self._context: BlockContext | None = None
         self._unseen: list[tuple[Tensor, list[int]]] = []  # features of rounds, and their numbers
         self._batch = 0
-        self._stages: BlockStages | None = None
+        self._kept: BlockStages | None = None  # for the next call with its engine
+        self._stages: BlockStages | None = None  # those of this call
         self._bounds: LevelBounds | None = None
         self._leaf_tokens: frozenset[int] = frozenset()  # tokens that end a row
         self._sampler: DraftSampler | None = None
@@ -131,10 +133,8 @@ class BlockProposer(Proposer):
         self._ranking.begin(prompt)
         self._grown, self._choice = [], None
         self._unseen, self._batch = [], len(prompt.first_tokens)
-        if prompt.engine is None or is_host(prompt.tokens.device):
-            self._stages = None
-        elif self._stages is None or not self._stages.serves(prompt.engine):
-            self._stages = BlockStages(self.heads, self.view, prompt.engine)
+        engine = None if is_host(prompt.tokens.device) else prompt.engine
+        self._stages = None if engine is None else self._staged(engine)
         self._bounds = LevelBounds(prompt)
         self._leaf_tokens = prompt.eos_token_ids
 
@@ -192,6 +192,16 @@ class BlockProposer(Proposer):
         if any(counts):
             self._unseen.append((accepted.features, counts))
         self._bounds.commit(accepted.emitted)
+
+    def _staged(self, engine: Engine) -> BlockStages:
+        """Return the stages of an engine, new ones for other weights."""
+        before = self._kept
+        if before is not None:
+            if before.serves(engine):
+                return before
+            before.close()
+        self._kept = BlockStages(self.heads, self.view, engine)
+        return self._kept
 
     def _catch_up(self) -> BlockContext:
         """Add what was committed since the last draft to the context, at first the prompt."""

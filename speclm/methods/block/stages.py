@@ -126,12 +126,12 @@ class BlockStages(StageRunner):
             obstacle = "rotations of the block heads depend on the longest text"
         super().__init__(engine, obstacle=obstacle)
         self._heads, self._view = heads, view
-        self._weights = self._addresses()
+        self._state = self._weights()
         self._by_size: dict[tuple[int, ...], BlockStage] = {}
 
     def serves(self, engine: Engine) -> bool:
         """Return whether what was prepared is for an engine and the weights as they are now."""
-        return self.engine is engine and self._weights == self._addresses()
+        return self.engine is engine and self._state == self._weights()
 
     def stage_of(self, config: BlockProposerConfig, *, depth: int) -> BlockStage | None:
         """Return the stage for drafts of a size; None before `prove`."""
@@ -208,9 +208,15 @@ class BlockStages(StageRunner):
         found = self.run(stage, inputs, [context.storage])
         return None if found is None else ChosenNodes(*found)
 
-    def _addresses(self) -> tuple[int, ...]:
-        weights = [*self._heads.parameters(), self._view.embedding_weight]
-        return tuple(weight.data_ptr() for weight in weights)
+    def _weights(self) -> list[object]:
+        """Return the second form of the weights, and the addresses that stages may read."""
+        heads, target = self._heads, self._view.model
+        weights = [*heads.parameters(), *heads.buffers()]
+        if heads.embed_tokens is None:
+            weights.append(self._view.embedding_weight)
+        if heads.lm_head is None:
+            weights += target.get_output_embeddings().parameters()  # type: ignore[no-untyped-call]
+        return [heads.form, *map(Tensor.data_ptr, weights)]
 
 
 def positions_of(heads: BlockHeads, depth: int) -> int:

@@ -32,8 +32,6 @@ class EagleHeads(HeadsNetwork):
     """
 
     config: EagleConfig
-    form: object = None
-    """Stands for the second form of the weights; another object whenever it is made."""
 
     @override
     def _add_parts(self) -> None:
@@ -60,7 +58,6 @@ class EagleHeads(HeadsNetwork):
         super().fuse_()
         for layer in self.layers:
             cast("EagleLayer", layer).fold_()
-        self.form = object()
         return self
 
     def fuse(self, features: Float[Tensor, "*rows features"]) -> Float[Tensor, "*rows hidden"]:

@@ -197,6 +197,35 @@ def test_other_weights_are_prepared_anew(monkeypatch):
     assert drafting.stages is not before
 
 
+def test_a_second_form_that_is_made_again_is_recorded_anew(monkeypatch):
+    drafting, engine = Drafting("vanilla", 9, patch=monkeypatch), replaying()
+    drafting.drafts(engine)
+    before = drafting.stages
+    drafting.heads.fuse_()  # as another proposer with the same heads does
+    assert drafting.drafts(engine) == drafting.drafts("eager")
+    drafting.drafts(engine)
+    assert drafting.stages is not before
+
+
+def test_eager_calls_in_between_leave_the_stages_as_they_are(monkeypatch):
+    drafting, engine = Drafting("vanilla", 9, patch=monkeypatch), replaying()
+    drafting.drafts(engine)
+    before = drafting.stages
+    drafting.drafts("eager")
+    drafting.drafts(engine)
+    assert drafting.stages is before
+    drafting.drafts(replaying())
+    assert not any(isinstance(key[0], BlockStage) for key in engine._prepared)
+
+
+def test_the_targets_embeddings_are_not_read_if_heads_have_their_own():
+    model = build_model("llama", num_hidden_layers=3)
+    heads = heads_for(model, "vanilla", has_own_embeddings=True)
+    block = BlockProposer(heads, target=model)
+    model.get_input_embeddings().to("meta")  # as if offloaded
+    assert BlockStages(heads, block.view, replaying()).serves(replaying()) is False
+
+
 def test_rotations_by_length_are_named():
     model = build_model("llama", num_hidden_layers=3)
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
