@@ -115,7 +115,8 @@ def ours(
         state, terms = None, []
         by_block = hidden.view(num_blocks, config.num_drafts, -1)
         for index in range(config.num_drafts):
-            term, state = heads.markov_head.bias(previous[:, index], by_block[:, index], state)
+            code, state = heads.markov_head.code(previous[:, index], by_block[:, index], state)
+            term = heads.markov_head.markov_w2(code)
             terms.append(term)
         logits = logits + torch.stack(terms, 1).flatten(0, 1)
     if heads.confidence_head is not None:

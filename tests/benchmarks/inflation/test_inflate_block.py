@@ -52,7 +52,8 @@ def outputs(heads, base, features):
     logits = heads.logits(hidden, lm_head=view.head_logits)
     tokens = torch.arange(3, 3 + len(hidden))
     if heads.markov_head is not None:
-        logits = logits + heads.markov_head.bias(tokens, hidden)[0]
+        code, _ = heads.markov_head.code(tokens, hidden)
+        logits = logits + heads.markov_head.markov_w2(code)
     confidence = None if heads.confidence_head is None else heads.confidence(hidden, tokens)
     return logits, confidence
 
