@@ -208,10 +208,10 @@ class _Row:
         """Return the best candidates."""
         order = sorted(range(1, len(self.scores)), key=lambda node: -self.scores[node])
         chosen = sorted(order[:num_nodes])
-        places = {0: 0} | {node: place for place, node in enumerate(chosen, start=1)}
+        indices = {0: 0} | {node: index for index, node in enumerate(chosen, start=1)}
         return GrownRow(
             tokens=[self.tokens[node] for node in chosen],
-            parents=[places[self.parents[node]] for node in chosen],
+            parents=[indices[self.parents[node]] for node in chosen],
             expansions=[self.expansions[node] for node in chosen],
             scores=[self.scores[node] for node in chosen],
         )

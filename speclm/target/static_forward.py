@@ -17,6 +17,7 @@ from speclm.acceptance.exact import read_accepted
 from speclm.attention import FixedStep, attached, attention_configs, tree_step
 from speclm.cache.fixed import FixedLayer, seen_slots
 from speclm.cache.tree_cache import TreeCache
+from speclm.devices import is_host
 from speclm.engines import Engine, StageRunner
 from speclm.errors import UnsupportedModelError
 from speclm.kernels import pays
@@ -97,7 +98,8 @@ class StaticForward(StageRunner):
         if found is None:
             return None
         cache.append(nodes)
-        self._verified = found[0], inputs[0]
+        if not is_host(tokens.device):
+            self._verified = found[0], inputs[0]
         if layers:
             target.features = found[1][:, :nodes]
         return found[0][:, :nodes]
@@ -110,7 +112,7 @@ class StaticForward(StageRunner):
         """
         if self._verified is None:
             return None
-        logits, tokens = self._verified
+        (logits, tokens), self._verified = self._verified, None  # logits are large
         parts = padded_parts(topology, logits.shape[1], batch=len(tokens))
         inputs = [logits, tokens, *parts, cache.lengths]
         found = self.run(accept_and_keep, inputs, cache.arenas, is_repeatable=False)

@@ -146,11 +146,11 @@ def enclosing_tree(
     masks = torch.zeros(len(nodes), len(nodes), 2, device="cpu", dtype=torch.bool)
     for node, path in enumerate(nodes):
         above = [path[:length] for length in range(1, len(path) + 1)]
-        places = [first[len(own) - 1] + candidates[own] for own in above]
+        on_path = [first[len(own) - 1] + candidates[own] for own in above]
         line = [0, *(nodes[own] for own in above)]
-        steps.append(places + [first[-1]] * (depth - len(path)))
+        steps.append(on_path + [first[-1]] * (depth - len(path)))
         values.append(
-            [places[-1] + 1 if path else 0, len(path), (len(path) + 1) * len(nodes) - node]
+            [on_path[-1] + 1 if path else 0, len(path), (len(path) + 1) * len(nodes) - node]
         )
         lines.append([line[max(len(path) - 1, 0)], *line, *[0] * (depth - len(path)), node])
         masks[node, line, 0] = True
