@@ -13,6 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks.round.overhead import report
+from speclm.files.atomic import CACHE_VARIABLE
 from speclm.self_check.check import check_model
 from speclm.self_check.fingerprint import fingerprint
 from speclm.self_check.verdict import Verification
@@ -33,7 +34,7 @@ def main() -> None:
     settings = {name: getattr(options, name) for name in ("layers", "width", "vocab", "threads")}
     with tempfile.TemporaryDirectory() as folder:
         for setting, cache in (("anew", ""), ("known", folder)):
-            os.environ[VARIABLE] = cache
+            os.environ[CACHE_VARIABLE] = cache
             check_model(TargetView(model))  # warms up, and makes it known
             seconds = [check_seconds(model) for _ in range(options.runs)]
             record = {**settings, "setting": setting, "minimum": 1e3 * min(seconds)}
