@@ -30,8 +30,10 @@ class GrownTreeConfig(ProposerConfig):
         num_draft_tokens: Maximum nodes drafted per round.
         width: Nodes expanded at each level; 1 with one branch makes a chain.
         branches: Children considered for each expanded node.
-        min_probability: Nodes whose path is less likely than this are left out.
-        min_confidence: A row stops growing when its most likely path is less likely than this.
+        min_probability: Nodes whose path is less likely than this are left out; of no effect on
+            accelerators, where a node costs little, except in a `TreePlan`.
+        min_confidence: A row stops growing when its most likely path is less likely than this. On
+            accelerators: no level is drafted below one that is accepted less often than this.
         paths: Static tree as paths of ranks; None for trees that grow by probability.
         mixture: Parameters of the distribution that ranks candidates under sampling; None
             estimates them from what the target chooses.

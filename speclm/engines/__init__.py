@@ -3,6 +3,15 @@
 from speclm.engines.compiled import CompileEngine
 from speclm.engines.engine import Engine, Stage
 from speclm.engines.graph import Capture, Captured, GraphEngine
-from speclm.engines.runner import StageRunner
+from speclm.engines.runner import StageRunner, agree
 
-__all__ = ["Capture", "Captured", "CompileEngine", "Engine", "GraphEngine", "Stage", "StageRunner"]
+__all__ = [
+    "Capture",
+    "Captured",
+    "CompileEngine",
+    "Engine",
+    "GraphEngine",
+    "Stage",
+    "StageRunner",
+    "agree",
+]

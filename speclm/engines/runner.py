@@ -10,6 +10,9 @@ from speclm.engines.engine import Engine, Outputs, Stage
 from speclm.errors import EngineError
 
 _MAX_STORAGE = 8  # different batch sizes and capacities
+_TOLERANCE = 1e-2
+"""Maximum difference between two computations of the same, relative to the largest output: both
+round differently, and a wrong mask or position changes more in random models already."""
 
 _log = logging.getLogger("speclm")
 
@@ -71,8 +74,19 @@ class StageRunner:
                 self._storage[key] = like.new_empty(shape)
         return self._storage[key].zero_()
 
+    def forget(self, stage: Stage) -> None:
+        """Drop what the engine has prepared for a stage."""
+        self._stages = [known for known in self._stages if known is not stage]
+        self.engine.forget(stage)
+
     def close(self) -> None:
         """Drop all storage, and what the engine has prepared for it."""
         self._storage.clear()
         for stage in self._stages:
             self.engine.forget(stage)
+
+
+def agree(found: Tensor, expected: Tensor) -> bool:
+    """Return whether outputs of a stage are equal to what they should be within rounding; syncs."""
+    difference = (found.float() - expected.float()).abs().amax()
+    return bool(difference <= _TOLERANCE * expected.float().abs().amax())  # false for NaN

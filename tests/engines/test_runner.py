@@ -2,7 +2,7 @@
 
 import torch
 
-from speclm.engines import CompileEngine, StageRunner
+from speclm.engines import CompileEngine, StageRunner, agree
 from tests.engines.test_engine import Preparing, doubled
 from tests.stand_ins import replaying
 
@@ -37,3 +37,25 @@ def test_what_was_prepared_is_dropped_with_the_storage():
     runner.close()
     assert not runner.engine._prepared
     assert runner.allocate(torch.ones(1), (1,)) is not storage
+
+
+def test_a_stage_that_is_forgotten_is_prepared_anew_and_others_are_not():
+    engine = Preparing()
+    runner = StageRunner(engine)
+
+    def other(values, storage):
+        return (values,)
+
+    for stage in (doubled, other):
+        runner.run(stage, [torch.ones(2)], [torch.zeros(1)])
+    runner.forget(doubled)
+    for stage in (doubled, other):
+        runner.run(stage, [torch.ones(2)], [torch.zeros(1)])
+    assert len(engine.shapes) == 3
+
+
+def test_outputs_agree_within_rounding_and_never_with_what_is_no_number():
+    expected = torch.tensor([1.0, 100.0])
+    assert agree(expected + 0.5, expected)
+    assert not agree(expected + 2.0, expected)
+    assert not agree(expected * torch.nan, expected)

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from speclm.devices import upload
 from speclm.drafting.ranking import LevelRanking
-from speclm.engines import Engine, StageRunner
+from speclm.engines import Engine, StageRunner, agree
 from speclm.methods.block.context import BlockContext
 from speclm.methods.block.network import BlockHeads, block_masks
 from speclm.methods.block.tree import (
@@ -23,9 +23,6 @@ from speclm.target import TargetView
 from speclm.tree.enclosing import ChosenNodes
 
 _MAX_STAGES = 16  # sizes of drafts
-_TOLERANCE = 1e-2
-"""Maximum difference between the states of two passes, relative to the largest: both round
-differently, and a wrong mask or position changes more."""
 
 
 class BlockStage(nn.Module):
@@ -192,13 +189,11 @@ class BlockStages(StageRunner):
         except Exception as error:  # noqa: BLE001 - also the target's own code runs
             self.give_up(f"a draft over fixed shapes fails: {type(error).__name__}, {error}")
             return
-        difference = (hidden.float() - expected.float()).abs().amax()
-        # Read once for each size.
-        if not difference <= _TOLERANCE * expected.float().abs().amax():
+        if not agree(hidden, expected):  # read once for each size
             self.give_up("block heads compute something else over fixed shapes")
             return
         if len(self._by_size) == _MAX_STAGES:
-            self._by_size.clear()
+            self.forget(self._by_size.pop(next(iter(self._by_size))))
         self._by_size[_size(config, depth)] = stage
 
     def draft(

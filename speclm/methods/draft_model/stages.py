@@ -198,13 +198,17 @@ def _feed(run: NetworkRun, fed: tuple[Tensor, ...]) -> Float[Tensor, "batch widt
     return run.catch_up(*fed) if len(fed) == 1 else run.below(*fed)
 
 
-class ReadStage(nn.Module):
-    """Feeds the unseen tokens of each row, padded at their end."""
+class _Stage(nn.Module):
+    """What both stages share."""
 
     def __init__(self, network: DraftNetwork, best: Best | None) -> None:
         """Hold the network, and which children are ranked."""
         super().__init__()
         self._network, self._best = network, best
+
+
+class ReadStage(_Stage):
+    """Feeds the unseen tokens of each row, padded at their end."""
 
     @override
     def forward(
@@ -236,13 +240,8 @@ class ReadStage(nn.Module):
         return _scores(self._network.head(hidden.gather(1, last)), self._best)
 
 
-class LevelStage(nn.Module):
+class LevelStage(_Stage):
     """Feeds a level of a draft."""
-
-    def __init__(self, network: DraftNetwork, best: Best | None) -> None:
-        """Hold the network, and which children are ranked."""
-        super().__init__()
-        self._network, self._best = network, best
 
     @override
     def forward(

@@ -14,15 +14,12 @@ from typing_extensions import override
 
 from speclm.cache.fixed import seen_slots
 from speclm.cache.tree_cache import TreeCache
-from speclm.engines import Engine, StageRunner
+from speclm.engines import Engine, StageRunner, agree
 from speclm.engines.engine import Outputs
 from speclm.methods.eagle.network import EagleHeads, LevelRun
 from speclm.target import TargetView, product_weight
 
 _LEVELS = 16  # the entries of a draft are those of a multiple of this
-_TOLERANCE = 1e-2
-"""Maximum difference of two runs, relative to the largest output: both round differently, and a
-wrong mask or position changes more."""
 
 
 class EagleStages(StageRunner):
@@ -70,8 +67,7 @@ class EagleStages(StageRunner):
         """Count a stage as proven if outputs agree, and give up if they do not."""
         if self.obstacle is not None:
             return
-        difference = (found.float() - expected.float()).abs().amax()
-        if bool(difference <= _TOLERANCE * expected.float().abs().amax()):
+        if agree(found, expected):
             self.unproven.discard(type(stage))
         else:
             self.give_up("the heads compute something else over fixed shapes")
