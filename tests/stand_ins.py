@@ -1,7 +1,7 @@
 """Engines for tests: one of graphs that needs no GPU, and some that check or fail."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -80,17 +80,21 @@ def unread() -> Iterator[None]:
 
 
 class Unreading(Engine):
-    """Fails where the host reads a value inside a stage."""
+    """Fails where the host reads a value inside a stage, or inside those of one class."""
 
     name = "unreading"
     reuses_storage = False
+
+    def __init__(self, kind: type = object) -> None:
+        super().__init__()
+        self.kind = kind
 
     def obstacle(self, device):
         return None
 
     def prepare(self, stage, inputs, storage):
         def run(inputs, storage):
-            with unread():
+            with unread() if isinstance(stage, self.kind) else nullcontext():
                 return stage(*inputs, *storage)
 
         return run

@@ -1,6 +1,5 @@
 """Drafts over fixed shapes are those of a usual draft, and what an engine cannot run is left."""
 
-from contextlib import nullcontext
 from copy import deepcopy
 from typing import Any
 
@@ -16,27 +15,9 @@ from speclm.methods.block.stages import BlockStage, BlockStages
 from tests.methods.block.target_heads import HEADS, heads_for
 from tests.models import build_model, generate, prompts
 from tests.proposers import HittingProposer
-from tests.stand_ins import replaying
-from tests.target.test_static_forward import Failing, FullGraph, unread
+from tests.stand_ins import Failing, FullGraph, Unreading, replaying
 
 GREEDY = {"max_new_tokens": 24, "do_sample": False}
-
-
-class Unreading(Engine):
-    """Runs stages of block heads so that they fail where the host reads a value."""
-
-    name = "unreading"
-    reuses_storage = False
-
-    def obstacle(self, device):
-        return None
-
-    def prepare(self, stage, inputs, storage):
-        def run(inputs, storage):
-            with unread() if isinstance(stage, BlockStage) else nullcontext():
-                return stage(*inputs, *storage)
-
-        return run
 
 
 class OnlyTargets(Failing):
@@ -110,7 +91,7 @@ def test_drafts_of_changing_lengths_are_those_without_an_engine(kind, lengths, m
 def test_a_draft_is_one_graph_without_breaks_that_reads_nothing(monkeypatch):
     drafting = Drafting("vanilla", 7, 4, patch=monkeypatch)
     expected = drafting.drafts("eager")
-    for engine in (FullGraph(), Unreading()):
+    for engine in (FullGraph(), Unreading(BlockStage)):
         assert drafting.drafts(engine) == expected
         assert drafting.stages.obstacle is None
 
