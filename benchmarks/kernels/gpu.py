@@ -28,10 +28,12 @@ from transformers import (
 from transformers.utils import logging
 
 from benchmarks.decode.decode import build_cells, build_methods, describe, load_model
+from benchmarks.inflation.shapes import SHAPES, InflatedShape
 from benchmarks.kernels import checks, speed
 from benchmarks.kernels.bench import Bench
 from benchmarks.kernels.findings import Findings
 from benchmarks.kernels.rows import rows, tiny_rows
+from benchmarks.round import large
 from speclm.bench import Call, Decoder, make_calls, measure_grid, plain_decoder, setting_options
 from speclm.bench.pairs import explain
 from speclm.demo.bundle import assets, load_prompts
@@ -46,6 +48,7 @@ SETTINGS = ("greedy", "t0.7", "t1.0")
 SPECULATIVE = ("none", "ngram", "draft")
 HEADS = ("eagle3", "block")
 BASELINES = ("prompt_lookup", "assisted")
+LARGE_SECONDS = 100  # for rounds at the shape of a large model
 DRY_ENGINES: tuple[Engine, ...] = ()  # compiling takes too long, and graphs need a GPU
 
 
@@ -64,6 +67,7 @@ class Plan:
         num_prompts: Prompts of each set in the decode benchmark.
         max_new_tokens: Of the decode benchmark; None for its own.
         identity_tokens: New tokens in the identity suite.
+        large: Shape of the large model; None for that of the bundled base with one more layer.
         deadline: On the monotonic clock.
         left_out: What there was no time for.
         failures: What went wrong.
@@ -79,6 +83,7 @@ class Plan:
     num_prompts: int
     max_new_tokens: int | None
     identity_tokens: int
+    large: str | None
     deadline: float
     left_out: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
@@ -248,6 +253,31 @@ def measure_decoding(plan: Plan, dtype: torch.dtype, path: Path) -> None:
                 plan.failures.append(f"{what}: {error}")
 
 
+def measure_large_rounds(plan: Plan, path: Path) -> None:
+    """Measure rounds of a large model, by stage."""
+    if not plan.has_time(f"rounds {plan.large or 'tiny'}"):
+        return
+    shape = SHAPES.get(plan.large or "")
+    if shape is None:
+        small = InflatedShape.of(load_model("base", dtype=torch.float32, device="cpu"))
+        shape = replace(small, num_layers=small.num_layers + 1)
+    models = large.Large.of(
+        plan.large or "tiny",
+        shape,
+        (*(name for name in plan.speculative if name != "none"), *plan.heads),
+        dtype=plan.dtypes[-1],
+        device=plan.device,
+    )
+    given = {} if plan.large is not None else {"max_new_tokens": 4}
+    plan.left_out += large.measure(
+        models,
+        large.large_cell(models.base, num_prompts=min(plan.num_prompts, 4), **given),
+        engines=("eager", *(engine for engine in plan.engines if engine != "compile")),
+        until=min(plan.deadline, monotonic() + LARGE_SECONDS),
+        path=path,
+    )
+
+
 def make_plan(options: argparse.Namespace) -> Plan:
     if options.tiny:
         return Plan(
@@ -261,6 +291,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
             num_prompts=1,
             max_new_tokens=4,
             identity_tokens=4,
+            large=None,
             deadline=monotonic() + options.seconds,
         )
     if not torch.cuda.is_available():
@@ -276,6 +307,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
         num_prompts=options.n,
         max_new_tokens=None,
         identity_tokens=64,
+        large="8b",
         deadline=monotonic() + options.seconds,
     )
 
@@ -296,6 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     measure_kernels(plan, options.out.with_name("kernels.jsonl"), deadline=kernels_until)
     for dtype in plan.dtypes:
         check_identity(plan, dtype)
+    measure_large_rounds(plan, options.out)
     for dtype in plan.dtypes:
         measure_decoding(plan, dtype, options.out)
     for name in plan.left_out:

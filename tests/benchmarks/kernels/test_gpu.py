@@ -28,12 +28,15 @@ def test_dry_run_checks_identity_and_writes_records(families, tmp_path, monkeypa
     for family in ("bundled", *families):
         assert f"identity {family}" in printed
     records = [json.loads(line) for line in path.read_text().splitlines()]
-    assert {record["settings"]["method"] for record in records} == {
-        "ngram",
-        "prompt_lookup",
-        "assisted",
-    }
+    methods = {"gpu_decode": set(), "large_rounds": set()}
+    for record in records:
+        methods[record["benchmark"]].add(record["settings"]["method"])
+        assert record["num_identical"] == record["n"]
+    assert methods["gpu_decode"] == {"ngram", "prompt_lookup", "assisted"}
+    assert methods["large_rounds"] == {"static", "ngram", "eagle3"}
     assert {record["settings"]["engine"] for record in records} == {"eager", "graph"}
+    by_stage = [r["settings"].get("stage_milliseconds") for r in records]
+    assert any(stages and stages["verify"] > 0 and stages["draft"] > 0 for stages in by_stage)
     assert "batch 2 graph ngram  identical" in printed
     assert "batch 2 graph eagle3 identical" in printed
     assert "kernels: 7 checks passed" in printed
@@ -54,8 +57,9 @@ def test_what_there_is_no_time_for_is_named(capsys):
     gpu.check_identity(plan, torch.float32)
     gpu.measure_decoding(plan, torch.float32, Path("not written"))
     gpu.measure_kernels(plan, Path("not written"), deadline=0.0)
+    gpu.measure_large_rounds(plan, Path("not written"))
     names = {name.split()[0] for name in plan.left_out}
-    assert names == {"identity", "decode", "t5-n120:", "t5-n120-b3:"}
+    assert names == {"identity", "decode", "rounds", "t5-n120:", "t5-n120-b3:"}
     assert all(name.endswith(": no time") for name in plan.left_out)
     assert not Path("not written").exists()
     assert plan.failures == []
