@@ -42,7 +42,7 @@ def convert(
 ) -> ConversionReport:
     """Convert conversations to JSON lines, ``{"id": ..., "messages": [...]}``.
 
-    Memory does not grow with the files, but for 16 bytes a row. A row that cannot be used is
+    Memory does not grow with the files, but for up to 40 bytes a row. A row that cannot be used is
     counted in the report and left out.
 
     Args:
@@ -134,7 +134,7 @@ def _prepared(
             except RowError as error:
                 if strict:
                     raise DataError(_refusal(row, error)) from error
-                tally.count(error.reason, where=row.where, excerpt=row.excerpt, detail=error.detail)
+                tally.count(error.reason, row, detail=error.detail)
                 has_schema |= error.reason not in ("unknown_schema", *_UNREAD)
                 if error.reason == "unknown_schema":
                     unknown += 1
@@ -196,12 +196,12 @@ def _write(batch: list[_Prepared], namer: Namer, tally: Tally, file: BinaryIO) -
     names = namer.name([each.content for each in batch])
     for each, name in zip(batch, names, strict=True):
         if name is None:
-            tally.count("duplicate", where=each.row.where, excerpt=each.row.excerpt)
+            tally.count("duplicate", each.row)
             continue
         tally.num_kept += 1
         tally.num_repaired += bool(each.repairs)
         for reason in each.repairs:
-            tally.count(reason, where=each.row.where, excerpt=each.row.excerpt, is_dropped=False)
+            tally.count(reason, each.row, is_dropped=False)
         file.write(
             b'{"id": %b, "messages": %b%b}\n'
             % (_encode(name).encode(), each.content.text, each.tools)

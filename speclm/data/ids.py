@@ -96,7 +96,8 @@ class HashSet:
             self._runs.append(values[~is_known])
         while len(self._runs) > 1 and len(self._runs[-2]) < 2 * len(self._runs[-1]):
             newest = self._runs.pop()
-            self._runs[-1] = np.sort(np.concatenate([self._runs[-1], newest]), kind="stable")
+            self._runs[-1] = np.concatenate([self._runs[-1], newest])
+            self._runs[-1].sort(kind="stable")  # quick for two sorted parts
         found: list[bool] = is_new.tolist()
         return found
 

@@ -1,7 +1,7 @@
 """What became of the rows of a conversion, counted by reason."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 REASONS = {
     "broken_json": "the line is not JSON",
@@ -83,6 +83,18 @@ class ConversionReport:
         return {**asdict(self), "num_dropped": self.num_dropped, "outcomes": outcomes}
 
 
+class Found(Protocol):
+    """A row, whether it could be parsed or not."""
+
+    @property
+    def where(self) -> str:
+        """File, and line or row number."""
+
+    @property
+    def excerpt(self) -> str:
+        """The start of the row."""
+
+
 class Tally:
     """Counts rows while they are converted."""
 
@@ -92,13 +104,12 @@ class Tally:
         self._counts: dict[tuple[bool, str], int] = {}
         self._first: dict[tuple[bool, str], tuple[str, str, str]] = {}
 
-    def count(
-        self, reason: str, *, where: str, excerpt: str, detail: str = "", is_dropped: bool = True
-    ) -> None:
+    def count(self, reason: str, row: Found, *, detail: str = "", is_dropped: bool = True) -> None:
         """Count a row; the first one with its reason is remembered."""
         key = (is_dropped, reason)
         self._counts[key] = self._counts.get(key, 0) + 1
-        self._first.setdefault(key, (where, detail, excerpt))
+        if key not in self._first:
+            self._first[key] = (row.where, detail, row.excerpt)
 
     def report(self) -> ConversionReport:
         """Return what was counted."""

@@ -4,6 +4,7 @@ import codecs
 import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader, FileIO
 from itertools import count
@@ -85,23 +86,15 @@ def read_rows(
             array; the message names the line.
     """
     name, num_rows = str(path), 0
-    try:
-        with _Counted(name, progress) as raw, BufferedReader(raw, _CHUNK_BYTES) as file:
-            head = file.peek()
-            _require_text(head, name)
-            if head.startswith(_MARK):
-                file.read(len(_MARK))
-            is_array = head.removeprefix(_MARK).lstrip().startswith(b"[")
-            for row in _elements(file, name) if is_array else _lines(file, name):
-                num_rows += 1
-                yield row
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
-        if isinstance(error, DataError):
-            raise
-        raise DataError(
-            f"{name} cannot be read ({error}); name a JSON file with an array of objects or one "
-            "object a line"
-        ) from error
+    with BufferedReader(_Counted(name, progress), _CHUNK_BYTES) as file:
+        head = file.peek()
+        _require_text(head, name)
+        if head.startswith(_MARK):
+            file.read(len(_MARK))
+        is_array = head.removeprefix(_MARK).lstrip().startswith(b"[")
+        for row in _elements(file, name) if is_array else _lines(file, name):
+            num_rows += 1
+            yield row
     if not num_rows:
         raise DataError(
             f"{name} has no rows, expected an array of JSON objects or one object a line; name "
@@ -110,17 +103,30 @@ def read_rows(
 
 
 class _Counted(FileIO):
-    """A file that reports how much of it is read."""
+    """A file that reports how much of it is read, and names itself when it cannot be."""
 
     def __init__(self, name: str, progress: Callable[[int], object]) -> None:
-        super().__init__(name)
-        self._progress = progress
+        self._called, self._progress = name, progress
+        with _unreadable(name):
+            super().__init__(name)
 
     @override
     def readinto(self, buffer: Any) -> int:
-        num_bytes = super().readinto(buffer) or 0
+        with _unreadable(self._called):
+            num_bytes = super().readinto(buffer) or 0
         self._progress(num_bytes)
         return num_bytes
+
+
+@contextmanager
+def _unreadable(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        raise DataError(
+            f"{name} cannot be read ({error}); name a JSON file with an array of objects or one "
+            "object a line"
+        ) from error
 
 
 def _require_text(head: bytes, name: str) -> None:

@@ -76,7 +76,7 @@ def tools_of(row: Row) -> list[Any] | None:
     """
     tools = row.get("tools")
     if isinstance(tools, str):
-        tools = _parsed(tools, "bad_tool_call", "tools") if tools.strip() else None
+        tools = _parsed(tools, "tools") if tools.strip() else None
     if tools is not None and not isinstance(tools, list):
         raise RowError("bad_tool_call", f"tools is {shown(tools)}, expected a list")
     return tools or None
@@ -133,21 +133,21 @@ def _message(turn: Any, role_key: str, text_key: str) -> Message:
     role = _ROLES.get(name.strip().lower()) if isinstance(name, str) else None
     if role is None:
         raise RowError("unknown_role", f"{role_key!r} is {shown(name)}, expected {_role_names()}")
-    content = turn.get(text_key)
+    content, calls = turn.get(text_key), None
     if role == _TOOL_CALL:
-        calls = _parsed(content, "bad_tool_call", "a tool call")
-        return {"role": "assistant", "content": None, "tool_calls": _tool_calls(calls)}
-    if len(turn) == 2 and isinstance(content, str):
+        role, content, calls = "assistant", None, _tool_calls(content)
+    elif len(turn) == 2 and isinstance(content, str):
         return {"role": role, "content": content}
-    given = turn.get("tool_calls") or turn.get(_TOOL_CALL)
-    message: Message = {"role": role, "content": _text(content, text_key, may_lack=bool(given))}
+    elif role == "assistant" and (given := turn.get("tool_calls") or turn.get(_TOOL_CALL)):
+        calls = _tool_calls(given)
+    message: Message = {"role": role, "content": _text(content, text_key, may_lack=bool(calls))}
     for key in _KEPT:
         if turn.get(key) not in (None, ""):
             message[key] = _text(turn[key], key)
     if turn.get("reasoning") not in (None, "") and "reasoning_content" not in message:
         message["reasoning_content"] = _text(turn["reasoning"], "reasoning")
-    if given:
-        message["tool_calls"] = _tool_calls(given)
+    if calls is not None:
+        message["tool_calls"] = calls
     return message
 
 
@@ -171,7 +171,10 @@ def _part(part: Any, key: str) -> str:
 
 def _tool_calls(found: Any) -> list[Any]:
     """Return tool calls in the form of Transformers: each a function with a name and arguments."""
+    found = _parsed(found, "tool_calls")
     calls = found if isinstance(found, list) else [found]
+    if not calls:
+        raise RowError("bad_tool_call", "a turn has an empty list of tool calls")
     return [_tool_call(call) for call in calls]
 
 
@@ -185,21 +188,22 @@ def _tool_call(call: Any) -> dict[str, Any]:
             raise RowError("bad_tool_call", f"a tool call is {shown(call)}, expected its name")
     arguments = function.get("arguments", function.get("parameters"))
     if isinstance(arguments, str):
-        arguments = _parsed(arguments, "bad_tool_call", "arguments") if arguments.strip() else {}
+        arguments = _parsed(arguments, "arguments") if arguments.strip() else {}
     if not isinstance(arguments, dict | None):
         raise RowError("bad_tool_call", f"arguments are {shown(arguments)}, expected an object")
     named = {"name": function["name"], "arguments": arguments or {}}
     return {**call, "type": "function", "function": named}
 
 
-def _parsed(text: Any, reason: str, what: str) -> Any:
-    """Return the value of JSON inside a string; of anything else itself."""
+def _parsed(text: Any, key: str) -> Any:
+    """Return the value of JSON in a string, and anything else as it is."""
     if not isinstance(text, str):
         return text
     try:
         return load_json(text)
     except ValueError as error:
-        raise RowError(reason, f"{what} is {shown(text)}, expected JSON ({error})") from error
+        problem = f"{key!r} is {shown(text)}, expected JSON ({error})"
+        raise RowError("bad_tool_call", problem) from error
 
 
 def _is_alpaca(row: Row) -> bool:
@@ -219,6 +223,8 @@ def _from_alpaca(row: Row) -> list[Message]:
 
 def _history(history: Any) -> list[Message]:
     messages: list[Message] = []
+    if not isinstance(history, list | None):
+        raise RowError("wrong_type", f"'history' is {shown(history)}, expected a list")
     for earlier in history or []:
         if not isinstance(earlier, list) or len(earlier) != 2:
             raise RowError(
