@@ -153,9 +153,13 @@ def _lines(file: BinaryIO, name: str) -> Iterator[Row | BrokenLine]:
         if text.isspace():
             continue
         try:
-            yield Row(_DECODER.decode(text), where)
+            row: Row | BrokenLine = Row(_DECODER.decode(text), where)
+        except JSONDecodeError as error:
+            detail = f"{error.msg} at character {error.pos + 1}"
+            row = BrokenLine(excerpt(text.strip()), where, "broken_json", detail)
         except _UNREADABLE as error:
-            yield BrokenLine(excerpt(text.strip()), where, "broken_json", reason_of(error))
+            row = BrokenLine(excerpt(text.strip()), where, "broken_json", reason_of(error))
+        yield row
 
 
 class _Window:
