@@ -96,6 +96,8 @@ def _check(paths: Sequence[str | Path], out: Path, *, schema: str | None, overwr
             f"schema is {shown(schema)}, expected one of {', '.join(SCHEMAS)}; "
             f"{suggest(schema, SCHEMAS)}"
         )
+    if "\0" in str(out):
+        raise OptionError(f"the output {str(out)!r} has a null byte, expected none; drop it")
     try:
         if any(Path(path).exists() and out.exists() and out.samefile(path) for path in paths):
             raise OptionError(f"the output {str(out)!r} is also a source; name another file")
@@ -107,9 +109,7 @@ def _check(paths: Sequence[str | Path], out: Path, *, schema: str | None, overwr
             raise OptionError(
                 f"the output {str(out)!r} exists; name another file, or allow to overwrite it"
             )
-    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
-        if isinstance(error, OptionError):
-            raise
+    except OSError as error:
         raise OptionError(
             f"the output {str(out)!r} or a source cannot be looked at ({error}); name another file"
         ) from error

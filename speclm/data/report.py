@@ -1,7 +1,9 @@
 """What became of the rows of a conversion, counted by reason."""
 
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
+
+from speclm.data.rows import BrokenLine, Row
 
 REASONS = {
     "broken_json": "the line is not JSON",
@@ -83,18 +85,6 @@ class ConversionReport:
         return {**asdict(self), "num_dropped": self.num_dropped, "outcomes": outcomes}
 
 
-class Found(Protocol):
-    """A row, whether it could be parsed or not."""
-
-    @property
-    def where(self) -> str:
-        """File, and line or row number."""
-
-    @property
-    def excerpt(self) -> str:
-        """The start of the row."""
-
-
 class Tally:
     """Counts rows while they are converted."""
 
@@ -104,7 +94,9 @@ class Tally:
         self._counts: dict[tuple[bool, str], int] = {}
         self._first: dict[tuple[bool, str], tuple[str, str, str]] = {}
 
-    def count(self, reason: str, row: Found, *, detail: str = "", is_dropped: bool = True) -> None:
+    def count(
+        self, reason: str, row: Row | BrokenLine, *, detail: str = "", is_dropped: bool = True
+    ) -> None:
         """Count a row; the first one with its reason is remembered."""
         key = (is_dropped, reason)
         self._counts[key] = self._counts.get(key, 0) + 1

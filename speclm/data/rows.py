@@ -20,6 +20,7 @@ MAX_ROW_LENGTH = 1 << 24
 """Longest row: bytes of a line, characters of an array's element."""
 
 _CHUNK_BYTES = 1 << 16  # small, because one character outside of Latin-1 makes a whole chunk slower
+_BUFFER_BYTES = 1 << 16  # the start of a file that decides its form, too
 _LONGEST_TOKEN = 16  # characters before the end of a chunk where an error may come from the cut
 _SPACE = re.compile(r"[ \t\n\r]+")
 _MARK = codecs.BOM_UTF8
@@ -86,7 +87,7 @@ def read_rows(
             array; the message names the line.
     """
     name, num_rows = str(path), 0
-    with BufferedReader(_Counted(name, progress), _CHUNK_BYTES) as file:
+    with BufferedReader(_Counted(name, progress), _BUFFER_BYTES) as file:
         head = file.peek()
         _require_text(head, name)
         if head.startswith(_MARK):
@@ -196,7 +197,7 @@ class _Window:
             value, problem = None, ""
             try:
                 value, end = _DECODER.raw_decode(self.text, self.position)
-                is_cut = end == len(self.text)  # a number may go on
+                is_cut = end >= len(self.text) - _LONGEST_TOKEN  # a number may go on
             except JSONDecodeError as error:
                 end, problem = error.pos, error.msg
                 is_cut = end >= len(self.text) - _LONGEST_TOKEN or problem.startswith("Untermin")

@@ -35,7 +35,8 @@ def test_convert_writes_messages_and_shows_what_became_of_the_rows(convert, chat
     report = tmp_path / "report.json"
     out, result = convert("--report", report)
     assert result.exit_code == 0
-    assert [json.loads(line)["messages"][1]["content"] for line in out.open()] == ["a", "a"]
+    answers = [json.loads(line)["messages"][1] for line in out.read_text().splitlines()]
+    assert [answer["content"] for answer in answers] == ["a", "a"]
     shown = " ".join(result.output.split())
     assert "1 dropped no turn of the assistant follows one of the user first" in shown
     assert "2 of 3 rows are in" in shown

@@ -5,7 +5,7 @@ import pytest
 from speclm.data import convert
 from speclm.errors import DataError, OptionError
 from speclm.training.conversations import read_conversations, tokenize_conversation
-from tests.training.alphabet import TAGGED, WORDS, word_tokenizer
+from tests.training.alphabet import WORDS, word_tokenizer
 
 PAIR = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 DEEP = '{"name": "f", "arguments": ' + '{"x": ' * 98 + "1" + "}" * 99
@@ -176,8 +176,10 @@ def test_outputs_that_cannot_be_written_are_named(write, out, tmp_path):
         convert(source, tmp_path, overwrite=True)
     with pytest.raises(OptionError, match=r"cannot be written .*No such file"):
         convert(source, tmp_path / "none" / "a.jsonl")
-    with pytest.raises(OptionError, match="cannot be looked at"):
+    with pytest.raises(OptionError, match="has a null byte"):
         convert(source, "a\0b")
+    with pytest.raises(OptionError, match="cannot be looked at"):
+        convert(source, "a" * 999)
     with pytest.raises(DataError, match=r"none\.json cannot be read"):
         convert([source, tmp_path / "none.json"], out)
     assert not out.exists()
@@ -202,6 +204,3 @@ def test_tools_and_reasoning_are_trained_on(write, out):
     assert [WORDS[token] for token in row["input_ids"]] == words.split()
     trained = [WORDS[t] for t, m in zip(row["input_ids"], row["loss_mask"], strict=True) if m]
     assert trained == ["b", "f", "<end>", "c", "a", "<end>"]
-    adding = TAGGED.replace("m['content']", "m['content'] + ''")
-    with pytest.raises(DataError, match=r"the chat template refuses .*TypeError.*None"):
-        tokenize_conversation(conversation, word_tokenizer(adding))

@@ -1,25 +1,19 @@
 import ast
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import speclm.data
 from speclm.data.report import REASONS, Tally
-
-
-@dataclass
-class Found:
-    where: str
-    excerpt: str = "{"
+from speclm.data.rows import Row
 
 
 def test_dropped_rows_come_first_and_frequent_reasons_before_rare_ones():
     tally = Tally()
     tally.num_rows, tally.num_kept, tally.num_repaired = 5, 2, 1
-    tally.count("unanswered_end", Found("f:1"), is_dropped=False)
-    tally.count("no_answer", Found("f:2"), detail="none")
-    tally.count("not_text", Found("f:3"))
-    tally.count("not_text", Found("f:4"))
+    tally.count("unanswered_end", Row({}, "f:1"), is_dropped=False)
+    tally.count("no_answer", Row({}, "f:2"), detail="none")
+    tally.count("not_text", Row({}, "f:3"))
+    tally.count("not_text", Row({}, "f:4"))
     report = tally.report()
     found = [(each.reason, each.count, each.where, each.detail) for each in report.outcomes]
     assert found == [

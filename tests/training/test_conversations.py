@@ -150,6 +150,8 @@ def test_assistant_turn_without_prompt_needs_tags():
 def test_template_that_refuses_a_row_names_it():
     with pytest.raises(DataError, match=r"row 1: the chat template refuses .*roles must alternate"):
         tokenize_conversation(conversation("a", "b"), word_tokenizer(REFUSING))
+    with pytest.raises(DataError, match=r"row 1: the chat template refuses .*TypeError: can only"):
+        tokenize_conversation(conversation("a", "b"), word_tokenizer("{{ messages + 1 }}"))
 
 
 def test_tokenizer_without_template_is_refused():
