@@ -10,7 +10,14 @@ from speclm.data.ids import Content, Namer, given_id
 from speclm.data.repairs import repair
 from speclm.data.report import REASONS, ConversionReport, Tally
 from speclm.data.rows import BrokenLine, Row, read_rows
-from speclm.data.schemas import SCHEMAS, RowError, find_schema, known_schemas, tools_of
+from speclm.data.schemas import (
+    SCHEMAS,
+    Message,
+    RowError,
+    find_schema,
+    known_schemas,
+    tools_of,
+)
 from speclm.errors import DataError, OptionError, shown, suggest
 from speclm.files.atomic import require_shallow, written_whole
 
@@ -18,6 +25,8 @@ _PROBED_ROWS = 100  # of a file, after which one of them must have had a known s
 _BATCH_ROWS, _BATCH_BYTES = 512, 1 << 22
 _UNREAD = ("broken_json", "too_long", "not_an_object")
 _encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
+_ESCAPED = ((b"\\", b"\\\\"), (b'"', b'\\"'), (b"\n", b"\\n"), (b"\r", b"\\r"), (b"\t", b"\\t"))
+_RARE = bytes(code for code in range(0x20) if chr(code) not in "\n\r\t")
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +178,7 @@ def _prepare(row: Row | BrokenLine, schema: str | None, tally: Tally) -> _Prepar
     try:
         if tools or any("tool_calls" in message for message in messages):
             require_shallow({"messages": messages, "tools": tools})
-        text = _encode(messages).encode()
+        text = b"[%b]" % b", ".join(map(_message, messages))
         described = b"" if tools is None else b', "tools": ' + _encode(tools).encode()
         (given or "").encode()
     except UnicodeEncodeError as error:
@@ -177,6 +186,19 @@ def _prepare(row: Row | BrokenLine, schema: str | None, tally: Tally) -> _Prepar
     except ValueError as error:  # nested too deeply, or a number that JSON lacks
         raise RowError("bad_tool_call", str(error)) from error
     return _Prepared(Content(text, given, tally.num_rows), described, row, repairs)
+
+
+def _message(message: Message) -> bytes:
+    """Return a message as JSON; usual ones take half the time that the json module takes."""
+    content = message["content"]
+    if len(message) > 2 or content is None:
+        return _encode(message).encode()
+    text: bytes = content.encode()
+    if len(text.translate(None, _RARE)) < len(text):
+        return _encode(message).encode()
+    for character, escaped in _ESCAPED:
+        text = text.replace(character, escaped)
+    return b'{"role": "%b", "content": "%b"}' % (message["role"].encode(), text)
 
 
 def _batches(rows: Iterable[_Prepared]) -> Iterator[list[_Prepared]]:

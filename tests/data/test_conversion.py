@@ -1,6 +1,8 @@
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from speclm.data import convert
 from speclm.errors import DataError, OptionError
@@ -63,6 +65,23 @@ def test_files_of_all_forms_become_one_file_of_messages(write, out):
     assert "好".encode() in first
     convert(sources, out, overwrite=True)
     assert out.read_bytes() == first
+
+
+@given(st.lists(st.tuples(st.text(min_size=1), st.text(min_size=1)), min_size=1, max_size=3))
+def test_every_text_is_written_as_the_json_module_does(tmp_path_factory, pairs):
+    folder = tmp_path_factory.mktemp("texts")
+    rows = [sharegpt(f"q{asked}", f"a{answered}") for asked, answered in pairs]
+    (folder / "chats.json").write_text(json.dumps(rows))
+    convert(folder / "chats.json", folder / "out.jsonl")
+    for line, (asked, answered) in zip(
+        (folder / "out.jsonl").read_text("utf-8").split("\n"), pairs, strict=False
+    ):
+        messages = [
+            {"role": "user", "content": f"q{asked}"},
+            {"role": "assistant", "content": f"a{answered}"},
+        ]
+        row = {"id": json.loads(line)["id"], "messages": messages}
+        assert line == json.dumps(row, ensure_ascii=False)
 
 
 OUTCOMES = [
