@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader, FileIO
-from itertools import count
+from itertools import count, islice
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -245,12 +245,5 @@ def _elements(file: BinaryIO, name: str) -> Iterator[Row]:
 
 def _short_json(value: Any) -> str:
     """Return a value as JSON of which only the start is needed."""
-    parts: list[str] = []
-    try:
-        for part in json.JSONEncoder(ensure_ascii=False).iterencode(value):
-            parts.append(part[:100])
-            if len(parts) > 50:
-                break
-    except _UNREADABLE:
-        return shown(value)
-    return "".join(parts)
+    parts = islice(json.JSONEncoder(ensure_ascii=False).iterencode(value), 50)
+    return "".join(part[:100] for part in parts)

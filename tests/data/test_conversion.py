@@ -50,7 +50,7 @@ def lines(path):
 
 def test_files_of_all_forms_become_one_file_of_messages(write, out):
     sources = [
-        write(sharegpt("q", "好\u2028"), name="chats.json"),
+        write(sharegpt("q", "好\u2028\x01"), name="chats.json"),
         write({"id": 7, "instruction": "q", "output": "a"}),
         write({"messages": PAIR, "id": "x"}, {"prompt": "q", "completion": "a"}, name="b.jsonl"),
     ]
@@ -59,7 +59,7 @@ def test_files_of_all_forms_become_one_file_of_messages(write, out):
     assert report.schemas == {"alpaca": 1, "messages": 1, "pairs": 1, "sharegpt": 1}
     written = lines(out)
     assert [row["messages"] for row in written[1:]] == [PAIR] * 3
-    assert written[0]["messages"][1] == {"role": "assistant", "content": "好\u2028"}
+    assert written[0]["messages"][1] == {"role": "assistant", "content": "好\u2028\x01"}
     assert [row["id"] for row in written[1:3]] == ["7", "x"]
     first = out.read_bytes()
     assert "好".encode() in first
@@ -150,6 +150,17 @@ def test_repeated_conversations_are_dropped_on_request(write, out):
     (duplicates,) = report.outcomes
     assert (duplicates.reason, duplicates.count) == ("duplicate", 2)
     assert duplicates.where == f"{source}, row 2"
+
+
+def test_ids_and_order_do_not_depend_on_batches(monkeypatch, write, out):
+    rows = [sharegpt("q", f"a{at % 5}", id=at % 7) for at in range(30)]
+    source = write(*rows, name="chats.json")
+    convert(source, out)
+    expected = out.read_bytes()
+    monkeypatch.setattr("speclm.data.conversion._BATCH_ROWS", 4)
+    convert(source, out, overwrite=True)
+    assert out.read_bytes() == expected
+    assert len({row["id"] for row in lines(out)}) == 30
 
 
 def test_rows_of_no_known_schema_are_an_error_with_the_keys(monkeypatch, write, out):

@@ -37,10 +37,10 @@ KNOWN = [
 ]
 
 
-@pytest.mark.parametrize(("name", "row", "messages"), KNOWN)
-def test_a_row_becomes_messages_by_its_keys(name, row, messages):
-    assert find_schema(row) == name
-    assert SCHEMAS[name].messages(row) == messages
+def test_a_row_becomes_messages_by_its_keys():
+    for name, row, messages in KNOWN:
+        assert find_schema(row) == name
+        assert SCHEMAS[name].messages(row) == messages
 
 
 def test_text_parts_are_joined_and_other_keys_of_a_turn_are_dropped():
@@ -51,22 +51,22 @@ def test_text_parts_are_joined_and_other_keys_of_a_turn_are_dropped():
     ]
 
 
-@pytest.mark.parametrize(
-    "call",
-    [
-        {"tool_calls": [CALL]},
-        {"tool_calls": '[{"name": "f", "arguments": {"x": 1}}]', "content": None},
-        {"function_call": {"name": "f", "arguments": '{"x": 1}'}},
-        {"tool_calls": [{"name": "f", "parameters": {"x": 1}}], "content": None},
-    ],
-)
-def test_tool_calls_and_reasoning_are_kept_in_the_form_of_transformers(call):
-    turn = {"role": "assistant", "reasoning_content": "r", **call}
+CALLING = [
+    {"tool_calls": [CALL]},
+    {"tool_calls": '[{"name": "f", "arguments": {"x": 1}}]', "content": None},
+    {"function_call": {"name": "f", "arguments": '{"x": 1}'}},
+    {"tool_calls": [{"name": "f", "parameters": {"x": 1}}], "reasoning": "r", "content": None},
+]
+
+
+def test_tool_calls_and_reasoning_are_kept_in_the_form_of_transformers():
     answer = {"role": "function", "name": "f", "content": "", "tool_call_id": "7"}
-    assert SCHEMAS["messages"].messages({"messages": [turn, answer]}) == [
-        {"role": "assistant", "content": None, "reasoning_content": "r", "tool_calls": [CALL]},
-        {"role": "tool", "content": "", "name": "f", "tool_call_id": "7"},
-    ]
+    for keys in CALLING:
+        turn = {"role": "assistant", "reasoning_content": "r", **keys}
+        assert SCHEMAS["messages"].messages({"messages": [turn, answer]}) == [
+            {"role": "assistant", "content": None, "reasoning_content": "r", "tool_calls": [CALL]},
+            {"role": "tool", "content": "", "name": "f", "tool_call_id": "7"},
+        ]
 
 
 def test_calls_of_sharegpt_become_tool_calls_with_their_ids():
@@ -84,82 +84,77 @@ def test_calls_of_sharegpt_become_tool_calls_with_their_ids():
     ]
 
 
-@pytest.mark.parametrize(
-    ("tools", "expected"),
-    [(None, None), ("", None), ([], None), ('[{"name": "f"}]', [{"name": "f"}])],
-)
-def test_tools_may_be_json_in_a_string(tools, expected):
-    assert tools_of({"tools": tools}) == expected
+def test_tools_may_be_json_in_a_string():
+    found = [tools_of({"tools": tools}) for tools in (None, "", [], '[{"name": "f"}]')]
+    assert found == [None, None, None, [{"name": "f"}]]
 
 
 def turn(**keys):
     return {"messages": [{"role": "assistant", "content": "a", **keys}]}
 
 
-@pytest.mark.parametrize(
-    ("name", "row", "reason", "detail"),
-    [
-        ("messages", {"messages": "x"}, "wrong_type", "'messages' is 'x', expected a list"),
-        ("messages", {"messages": [*PAIR, 3]}, "wrong_type", "a turn is 3, expected an object"),
-        ("messages", turn(role="narrator"), "unknown_role", "'role' is 'narrator', expected sys"),
-        ("messages", turn(role=["user"]), "unknown_role", "'role' is \\['user'\\]"),
-        ("messages", turn(content=3), "not_text", "'content' is 3, expected a string"),
-        ("messages", turn(content=None), "not_text", "'content' is None"),
-        ("messages", turn(role="user", content=None, tool_calls=[CALL]), "not_text", "is None"),
-        ("messages", turn(content=[{"type": "image"}]), "not_text", "a part of 'content' is"),
-        ("messages", turn(name=3), "not_text", "'name' is 3"),
-        ("messages", turn(tool_calls=[3]), "bad_tool_call", "a tool call is 3, expected its name"),
-        ("messages", turn(tool_calls="[]"), "bad_tool_call", "an empty list"),
-        (
-            "messages",
-            turn(tool_calls=[{"name": "f", "arguments": "nonsense"}]),
-            "bad_tool_call",
-            "'arguments' is 'nonsense', expected JSON",
-        ),
-        (
-            "messages",
-            turn(tool_calls=[{"name": "f", "arguments": [1]}]),
-            "bad_tool_call",
-            "arguments are \\[1\\], expected an object",
-        ),
-        (
-            "sharegpt",
-            {"conversations": [{"from": "function_call", "value": "f()"}]},
-            "bad_tool_call",
-            "expected JSON",
-        ),
-        ("sharegpt", {"conversations": []}, None, None),
-        ("sharegpt", {"messages": PAIR}, "missing_column", "a list of turns with 'from'"),
-        ("alpaca", {"question": "q"}, "missing_column", "expected 'instruction' and 'output'"),
-        ("pairs", {"question": "q"}, "missing_column", "expected one of prompt"),
-        ("pairs", {"question": 1, "answer": "a"}, "not_text", "'question' is 1"),
-        ("pairs", {"question": "q", "answer": 42}, "not_text", "'answer' is 42"),
-        (
-            "pairs",
-            {"conversation": [{"human": "q", "assistant": "a"}, {"human": "q"}]},
-            "wrong_type",
-            "expected 'human' and 'assistant'",
-        ),
-        ("alpaca", {**ALPACA, "history": 3}, "wrong_type", "'history' is"),
-        ("alpaca", {**ALPACA, "history": [3]}, "wrong_type", "has 3"),
-    ],
-)
-def test_rows_that_break_their_schema_say_how(name, row, reason, detail):
-    if reason is None:
-        assert SCHEMAS[name].messages(row) == []
-        return
-    with pytest.raises(RowError, match=detail) as raised:
-        SCHEMAS[name].messages(row)
-    assert raised.value.reason == reason
+BROKEN = [
+    ("messages", {"messages": "x"}, "wrong_type", "'messages' is 'x', expected a list"),
+    ("messages", {"messages": [*PAIR, 3]}, "wrong_type", "a turn is 3, expected an object"),
+    ("messages", turn(role="narrator"), "unknown_role", "'role' is 'narrator', expected sys"),
+    ("messages", turn(role=["user"]), "unknown_role", "'role' is \\['user'\\]"),
+    ("messages", turn(content=3), "not_text", "'content' is 3, expected a string"),
+    ("messages", turn(content=None), "not_text", "'content' is None"),
+    ("messages", turn(role="user", content=None, tool_calls=[CALL]), "not_text", "is None"),
+    ("messages", turn(content=[{"type": "image"}]), "not_text", "a part of 'content' is"),
+    ("messages", turn(name=3), "not_text", "'name' is 3"),
+    ("messages", turn(tool_calls=[3]), "bad_tool_call", "a tool call is 3, expected its name"),
+    ("messages", turn(tool_calls="[]"), "bad_tool_call", "an empty list"),
+    (
+        "messages",
+        turn(tool_calls=[{"name": "f", "arguments": "nonsense"}]),
+        "bad_tool_call",
+        "'arguments' is 'nonsense', expected JSON",
+    ),
+    (
+        "messages",
+        turn(tool_calls=[{"name": "f", "arguments": [1]}]),
+        "bad_tool_call",
+        "arguments are \\[1\\], expected an object",
+    ),
+    (
+        "sharegpt",
+        {"conversations": [{"from": "function_call", "value": "f()"}]},
+        "bad_tool_call",
+        "expected JSON",
+    ),
+    ("sharegpt", {"messages": PAIR}, "missing_column", "a list of turns with 'from'"),
+    ("alpaca", {"question": "q"}, "missing_column", "expected 'instruction' and 'output'"),
+    ("pairs", {"question": "q"}, "missing_column", "expected one of prompt"),
+    ("pairs", {"question": 1, "answer": "a"}, "not_text", "'question' is 1"),
+    ("pairs", {"question": "q", "answer": 42}, "not_text", "'answer' is 42"),
+    (
+        "pairs",
+        {"conversation": [{"human": "q", "assistant": "a"}, {"human": "q"}]},
+        "wrong_type",
+        "expected 'human' and 'assistant'",
+    ),
+    ("alpaca", {**ALPACA, "history": 3}, "wrong_type", "'history' is"),
+    ("alpaca", {**ALPACA, "history": [3]}, "wrong_type", "has 3"),
+]
 
 
-@pytest.mark.parametrize("tools", [3, "nonsense", {}, '{"name": "f"}'])
-def test_tools_that_are_no_list_are_named(tools):
-    with pytest.raises(RowError, match="tools") as raised:
-        tools_of({"tools": tools})
-    assert raised.value.reason == "bad_tool_call"
+def test_rows_that_break_their_schema_say_how():
+    for name, row, reason, detail in BROKEN:
+        with pytest.raises(RowError, match=detail) as raised:
+            SCHEMAS[name].messages(row)
+        assert raised.value.reason == reason
+
+
+def test_tools_that_are_no_list_are_named():
+    for tools in (3, "nonsense", {}, '{"name": "f"}'):
+        with pytest.raises(RowError, match="tools") as raised:
+            tools_of({"tools": tools})
+        assert raised.value.reason == "bad_tool_call"
 
 
 def test_keys_of_no_schema_are_not_taken_for_one():
     assert find_schema({"text": "a", "chosen": "b"}) is None
+    assert find_schema({"conversations": []}) == "sharegpt"
+    assert SCHEMAS["sharegpt"].messages({"conversations": []}) == []
     assert all(name in known_schemas() for name in SCHEMAS)
