@@ -36,13 +36,21 @@ COMMANDS: dict[str, tuple[type, str]] = {
 """Options of each command, and the module of speclm.cli with its function."""
 
 
-class _Train(TyperCommand):
-    """The group of trainings; imported only when a training or its help is requested."""
+GROUPS = {
+    "data": "Prepare the data to train heads with.",
+    "train": "Train heads for a base.",
+}
+"""Help of each group of commands: function ``NAME_app`` of module ``speclm.cli.NAME``."""
+
+
+class _Group(TyperCommand):
+    """A group of commands; imported only when one of them or its help is requested."""
 
     @override
     def make_context(self, info_name: str | None, args: list[str], *rest: Any, **extra: Any) -> Any:
-        trainings: Any = import_module("speclm.cli.train").train_app()
-        return typer.main.get_group(trainings).make_context(info_name, args, *rest, **extra)
+        module = import_module(f"speclm.cli.{self.name}")
+        group = typer.main.get_group(getattr(module, f"{self.name}_app")())
+        return group.make_context(info_name, args, *rest, **extra)
 
 
 class _Commands(TyperGroup):
@@ -50,7 +58,8 @@ class _Commands(TyperGroup):
 
     def __init__(self, **attributes: Any) -> None:
         super().__init__(**attributes)
-        self.add_command(_Train(name="train", callback=None, help="Train heads for a base."))
+        for name, text in GROUPS.items():
+            self.add_command(_Group(name=name, callback=None, help=text))
 
     @override
     def make_context(self, *args: Any, **kwargs: Any) -> Any:

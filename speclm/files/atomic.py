@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
-from typing import Any
+from typing import Any, BinaryIO
 
 CACHE_VARIABLE = "SPECLM_CACHE"
 """Environment variable that names the cache folder; if it is empty, nothing is cached."""
@@ -47,7 +47,7 @@ def load_json(text: str) -> Any:
         found = json.loads(text)
     except (RecursionError, MemoryError) as error:
         raise ValueError(f"it is too large or nested too deeply: {error}") from error
-    _require_shallow(found)
+    require_shallow(found)
     if "\\ud" in text or "\\uD" in text:  # half a character cannot be written out again
         json.dumps(found, ensure_ascii=False).encode()
     return found
@@ -72,13 +72,25 @@ def write_file(path: Path, content: str | bytes) -> None:
     Raises:
         OSError: If it cannot be written, or its folder does not exist; an old file stays.
     """
+    with written_whole(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file to write into, which appears as `write_file` says when the block ends.
+
+    Raises:
+        OSError: If it cannot be written, or its folder does not exist. An old file stays then, and
+            also if the block raises.
+    """
     path = path.resolve()
     if path.exists() and not path.is_file():
         raise OSError(f"found a folder or a device, expected a file: {str(path)!r}")
     written = _free_name(path.parent)
     try:
         with written.open("xb") as file:  # its permissions are those of any new file
-            file.write(content.encode() if isinstance(content, str) else content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         _copy_permissions(path, written)
@@ -151,7 +163,12 @@ def written_together(folder: Path, *, last: str) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _require_shallow(found: Any) -> None:
+def require_shallow(found: Any) -> None:
+    """Check that JSON can be read again and traversed.
+
+    Raises:
+        ValueError: If it is nested deeper than `MAX_LEVELS`.
+    """
     level = [found]
     for _ in range(MAX_LEVELS + 1):
         nested = [value for value in level if isinstance(value, dict | list)]

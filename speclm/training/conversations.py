@@ -9,7 +9,7 @@ from typing import Any, TypedDict, cast
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from speclm.errors import DataError, OptionError
+from speclm.errors import DataError, OptionError, reason_of, shown
 from speclm.files.json_lines import JsonLine, read_json_lines
 
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -25,10 +25,12 @@ class Conversation:
     Args:
         messages: Turns in order; at least one is the assistant's.
         where: File and line, for messages.
+        tools: Descriptions of the functions that the assistant may call, for the chat template.
     """
 
     messages: list[Message]
     where: str
+    tools: list[Any] | None = None
 
 
 class Example(TypedDict):
@@ -44,7 +46,8 @@ def read_conversations(
     """Read conversations from a file with one JSON object per line.
 
     Args:
-        path: Each object has ``messages``, a list of ``{"role": ..., "content": ...}``.
+        path: Each object has ``messages``, a list of ``{"role": ..., "content": ...}``, and may
+            have ``tools``, a list of functions. Turns with ``tool_calls`` need no content.
         limit: Conversations to keep, drawn at random and left in the file's order; None for all.
         seed: Decides which are drawn.
 
@@ -70,24 +73,34 @@ def parse_conversation(line: JsonLine) -> Conversation:
     Raises:
         DataError: If it is not a conversation, or has no assistant turn.
     """
-    messages = line.parse().get("messages")
+    parsed = line.parse()
+    messages, tools = parsed.get("messages"), parsed.get("tools")
     if not isinstance(messages, list) or not all(map(_is_message, messages)):
         raise DataError(
             f'{line.where}: expected "messages", a list of objects with the strings "role" and '
-            f'"content", found {line.excerpt}'
+            f'"content", of which turns with "tool_calls" need only "role", found {line.excerpt}; '
+            "correct the line, or convert the file with speclm data convert"
+        )
+    if not isinstance(tools, list | None):
+        raise DataError(
+            f'{line.where}: expected "tools", a list of functions, found {shown(tools)}; correct '
+            "or drop them"
         )
     if not any(message["role"] == "assistant" for message in messages):
         raise DataError(
             f"{line.where}: no turn has the role 'assistant', so there is nothing to learn; drop "
             "the line or add the answer"
         )
-    return Conversation(messages, line.where)
+    return Conversation(messages, line.where, tools or None)
 
 
 def _is_message(value: object) -> bool:
-    return isinstance(value, dict) and all(
-        isinstance(value.get(key), str) for key in ("role", "content")
-    )
+    match value:
+        case {"role": str(), "content": str()}:
+            return True
+        case {"role": "assistant", "tool_calls": [_, *_], **rest}:
+            return rest.get("content") is None
+    return False
 
 
 def tokenize_conversation(
@@ -203,10 +216,12 @@ def _apply(
     **options: Any,
 ) -> Any:
     """Render the first turns of a conversation; None renders all."""
+    turns = conversation.messages[:num_turns]
     try:
-        return tokenizer.apply_chat_template(conversation.messages[:num_turns], **options)
-    except TemplateError as error:
+        return tokenizer.apply_chat_template(turns, tools=conversation.tools, **options)
+    except Exception as error:  # a template is a program, and may for example add None to a text
+        problem = str(error) if isinstance(error, TemplateError) else reason_of(error)
         raise DataError(
-            f"{conversation.where}: the chat template refuses the conversation ({error}); drop the "
-            "example or change its turns"
+            f"{conversation.where}: the chat template refuses the conversation ({problem}); drop "
+            "the example or change its turns"
         ) from error

@@ -57,7 +57,10 @@ BAD_LINES = [
     ('{"a": ' + "9" * 5000 + "}", "7: .*digits"),
     ('{"messages": [{"role": "assistant", "content": "\\ud800"}]}', "7: .*surrogates"),
     ('{"messages": "hello"}', 'expected "messages"'),
-    ('{"messages": [{"role": "user"}]}', 'strings "role" and "content"'),
+    ('{"messages": [{"role": "user"}]}', 'strings "role" and "content".*speclm data convert'),
+    ('{"messages": [{"role": "assistant", "content": null, "tool_calls": []}]}', 'and "content"'),
+    ('{"messages": [{"role": "assistant", "content": 3, "tool_calls": [1]}]}', 'and "content"'),
+    ('{"messages": [{"role": "assistant", "content": "a"}], "tools": {}}', r'expected "tools".*{}'),
     ('{"messages": []}', "no turn has the role 'assistant'"),
     (
         json.dumps({"messages": [{"role": "user", "content": "a"}]}),
@@ -70,6 +73,13 @@ def test_bad_lines_are_named():
     for line, message in BAD_LINES:
         with pytest.raises(DataError, match=message):
             parse_conversation(JsonLine(line.encode(), "row 7"))
+
+
+def test_a_turn_that_calls_tools_needs_no_content():
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}
+    for turn in (call, {**call, "content": None}):
+        line = JsonLine(json.dumps({"messages": [turn], "tools": None}).encode(), "row 7")
+        assert parse_conversation(line).messages == [turn]
 
 
 def test_missing_and_empty_files_are_named(tmp_path):
@@ -140,6 +150,8 @@ def test_assistant_turn_without_prompt_needs_tags():
 def test_template_that_refuses_a_row_names_it():
     with pytest.raises(DataError, match=r"row 1: the chat template refuses .*roles must alternate"):
         tokenize_conversation(conversation("a", "b"), word_tokenizer(REFUSING))
+    with pytest.raises(DataError, match=r"row 1: the chat template refuses .*TypeError: can only"):
+        tokenize_conversation(conversation("a", "b"), word_tokenizer("{{ messages + 1 }}"))
 
 
 def test_tokenizer_without_template_is_refused():
