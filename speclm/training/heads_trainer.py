@@ -163,7 +163,8 @@ class HeadsTrainer(Trainer):
                 "number; lower the learning rate, or train in float32 or bf16 instead of fp16"
             )
         self._meters[model.training].add(
-            **{name: outputs[name] for name in ("loss_sums", "counts", "ranks")},
+            **{name: outputs[name] for name in ("loss_sums", "counts", "ranks", "base_tokens")},
+            tokens=inputs["input_ids"].to(outputs["base_tokens"].device),
             loss_mask=outputs.get("loss_mask", inputs["loss_mask"]),
             tree_lengths=outputs.get("tree_lengths"),
         )
