@@ -27,7 +27,7 @@ MAX_EXAMPLES = 64
 """Maximum examples of which the agreement is measured."""
 
 _MAX_SECONDS = 20.0
-_GIGABYTE = 1e9
+_GIGABYTE, _MEGABYTE = 1e9, 1e6
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,8 @@ def summarize(
         dataset: Examples; those of a dataset with a length are all read.
         num_steps: Optimizer steps.
     """
-    base = model.view.model
+    base: Any = model.view.model
+    optimizer: Any = args.optim  # a string only before it is checked
     num_own = sum(parameter.numel() for parameter in model.parameters())
     trained = [
         *(parameter for parameter in model.parameters() if parameter.requires_grad),
@@ -93,18 +94,19 @@ def summarize(
     ]
     num_trained = sum(parameter.numel() for parameter in trained)
     trained_bytes = _bytes(trained)
+    num_examples = len(dataset) if isinstance(dataset, Sized) else None
     num_tokens = None
-    if isinstance(dataset, Sized):
-        num_tokens = sum(sum(dataset[index]["loss_mask"]) for index in range(len(dataset)))
+    if num_examples is not None:
+        num_tokens = sum(sum(dataset[index]["loss_mask"]) for index in range(num_examples))
     return RunSummary(
         num_frozen=base.num_parameters() + num_own - num_trained,
         num_trained=num_trained,
-        num_examples=len(dataset) if isinstance(dataset, Sized) else None,
+        num_examples=num_examples,
         num_tokens=num_tokens,
         num_steps=num_steps,
         weight_bytes=base.get_memory_footprint() + _bytes(model.parameters()),
         gradient_bytes=trained_bytes,
-        optimizer_bytes=_optimizer_bytes(str(args.optim.value), num_trained, trained_bytes),
+        optimizer_bytes=_optimizer_bytes(optimizer.value, num_trained, trained_bytes),
     )
 
 
@@ -120,7 +122,9 @@ def _optimizer_bytes(name: str, num_trained: int, trained_bytes: int) -> int | N
 
 
 def _size(num_bytes: int) -> str:
-    return f"{num_bytes / _GIGABYTE:.2f} GB"
+    if num_bytes >= _GIGABYTE:
+        return f"{num_bytes / _GIGABYTE:.2f} GB"
+    return f"{num_bytes / _MEGABYTE:.1f} MB"
 
 
 @torch.no_grad()
@@ -142,15 +146,13 @@ def measure_agreement(
     Returns:
         None for a stream, or if no token counts.
     """
-    if not isinstance(dataset, Sized):
-        return None
-    size, getter = len(dataset), dataset.__getitem__  # type: ignore[attr-defined]
+    size = len(dataset) if isinstance(dataset, Sized) else 0
     num_sampled = min(size, MAX_EXAMPLES)
     chosen = [size * index // num_sampled for index in range(num_sampled)]
     num_agreeing = num_known = 0
     until = clock() + _MAX_SECONDS
     for start in range(0, num_sampled, batch_size):
-        examples: list[Example] = [getter(index) for index in chosen[start : start + batch_size]]
+        examples: list[Example] = [dataset[index] for index in chosen[start : start + batch_size]]
         batch = collate_examples(examples)
         _, last = model.read_base(batch["input_ids"], batch["attention_mask"], (-1,))
         base_tokens = model.base_tokens(last, batch["loss_mask"])

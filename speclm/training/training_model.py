@@ -162,7 +162,9 @@ class TrainingModel(nn.Module, ABC):
         ).to(last.device)
         size = max(1, MAX_LOGITS // self.view.vocab_size)
         states = last.flatten(0, 1)[needed]
-        chosen = [self.view.head_logits(part).float().argmax(-1) for part in states.split(size)]
+        chosen = [
+            self.view.head_logits(part).float().argmax(-1) for part in torch.split(states, size)
+        ]
         return place_after(torch.cat(chosen), needed, loss_mask)
 
     def lm_head(self, states: Tensor) -> Tensor:

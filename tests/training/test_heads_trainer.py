@@ -225,9 +225,9 @@ def test_training_says_what_it_trains_before_the_first_step(make, alphabet, capl
     with caplog.at_level(logging.INFO, "speclm"):
         trainer.train()
     lines = caplog.messages
-    assert lines[0].startswith("trained: 544 parameters; frozen: ")
+    assert lines[0].startswith("trained: 3,280 parameters; frozen: ")
     assert lines[1] == "data: 12 examples, 132 tokens that count; 1 optimizer steps"
-    assert lines[2].startswith("memory: 0.00 GB (weights ")
+    assert lines[2].startswith("memory: 0.2 MB (weights 0.1 MB, gradients ")
     assert "expected 70% or more" in lines[3]
     assert "speclm data distill" in lines[3]
     said = []

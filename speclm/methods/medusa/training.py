@@ -94,7 +94,7 @@ class MedusaTrainingModel(TrainingModel):
     ) -> dict[str, Tensor]:
         targets = shifted_targets(input_ids, loss_mask, num_drafted=self.heads.num_heads)
         hidden = self._base_hidden(input_ids, attention_mask)
-        base_tokens = self.base_tokens(hidden.unflatten(0, input_ids.shape), loss_mask)
+        base_tokens = self.base_tokens(hidden.view(*input_ids.shape, -1), loss_mask)
         wanted = shifted_targets(base_tokens, loss_mask, num_drafted=self.heads.num_heads)
         sources = (targets != IGNORED).any(-1).flatten().nonzero()[:, 0]
         targets = targets.flatten(0, 1)
