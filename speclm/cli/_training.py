@@ -103,7 +103,9 @@ class _Interruption(TrainerCallback):
 
     @override
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._is_requested:
+        # Processes that end at different steps would wait for each other.
+        if self._trainer.any_process(is_true=self._is_requested):
+            self._is_requested = True
             control.should_training_stop = control.should_save = True
 
     def exit_if_unfinished(self, console: Console) -> None:

@@ -35,6 +35,7 @@ from speclm.training.dataset import (
     require_trainable,
 )
 from speclm.training.run_summary import (
+    Agreement,
     RunSummary,
     announce_agreement,
     measure_agreement,
@@ -154,8 +155,8 @@ class HeadsTrainer(Trainer):
             num_steps=self.state.max_steps,
         )
 
-    def agreement(self) -> float | None:
-        """Return the share of tokens of a sample that the base would write too, if there is one.
+    def agreement(self) -> Agreement | None:
+        """Return how far a sample of the data agrees with the base; None for a stream.
 
         It takes a few forwards of the base, and at most about twenty seconds.
         """
@@ -251,6 +252,13 @@ class HeadsTrainer(Trainer):
             return total
 
         return self._meters[is_training].drain(add_processes)
+
+    def any_process(self, *, is_true: bool) -> bool:
+        """Return whether something is true in any process of the training; all must call it."""
+        if self.args.world_size == 1:
+            return is_true
+        told = torch.tensor(float(is_true), dtype=torch.float32, device=self.args.device)
+        return bool(self.accelerator.reduce(told, reduction="sum") > 0)
 
     @override
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Any, cast
 
 from jinja2 import TemplateError
@@ -232,7 +232,7 @@ class _Renderer:
                 return_assistant_tokens_mask=True,
                 tokenizer_kwargs={"return_offsets_mapping": True},
             )
-            first = group[0].start
+            tokens, first = list(encoded["input_ids"]), group[0].start
             mask = [
                 int(is_marked and end > first)
                 for is_marked, (_, end) in zip(
@@ -240,17 +240,43 @@ class _Renderer:
                 )
             ]
         else:
-            # The rendering contains the special tokens already.
-            encode: Any = self._tokenizer
-            encoded = encode(last.text, add_special_tokens=False, return_offsets_mapping=True)
-            is_written = [0] * (len(last.text) + 1)
+            tokens, spans = self._tokenize(last.text, [turn.start for turn in group])
+            is_written = [0] * len(last.text)
             for turn in group:
                 is_written[turn.start : len(turn.text)] = [1] * (len(turn.text) - turn.start)
             mask = [
-                int(start < end and is_written[start]) for start, end in encoded["offset_mapping"]
+                int(start < end and (is_written[start] or is_written[end - 1]))
+                for start, end in spans
             ]
-        tokens = list(encoded["input_ids"])
         return tokens, _until_end(tokens, mask, end=self._tokenizer.eos_token_id)
+
+    def _tokenize(self, text: str, starts: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return tokens of a rendering and their spans, split where answers start if that works.
+
+        A prompt is tokenized without its answer. Where one token covers the end of a prompt and the
+        start of the answer, as a space and a word, generation sees other tokens.
+        """
+        tokens, spans = self._encode(text)
+        crossed = [at for at in starts if any(start < at < end for start, end in spans)]
+        if not crossed:
+            return tokens, spans
+        split_tokens: list[int] = []
+        split_spans: list[tuple[int, int]] = []
+        for first, last in pairwise([0, *crossed, len(text)]):
+            part, inside = self._encode(text[first:last])
+            split_tokens += part
+            split_spans += [(first + start, first + end) for start, end in inside]
+        # Some tokenizers put a space before whatever they are given; the word then counts whole.
+        decode: Any = self._tokenizer.decode
+        if decode(split_tokens) != decode(tokens):
+            return tokens, spans
+        return split_tokens, split_spans
+
+    def _encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        encode: Any = self._tokenizer
+        # The rendering contains the special tokens already.
+        found = encode(text, add_special_tokens=False, return_offsets_mapping=True)
+        return list(found["input_ids"]), list(found["offset_mapping"])
 
     def _apply(self, num_turns: int, **options: Any) -> Any:
         """Render the first turns."""

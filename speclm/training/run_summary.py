@@ -64,8 +64,7 @@ class RunSummary:
             optimizer, known = _size(self.optimizer_bytes), known + self.optimizer_bytes
         memory = (
             f"memory: {_size(known)} (weights {_size(self.weight_bytes)}, gradients "
-            f"{_size(self.gradient_bytes)}, optimizer {optimizer}), without hidden states and "
-            "logits, which grow with batch size and length"
+            f"{_size(self.gradient_bytes)}, optimizer {optimizer}), plus hidden states and logits"
         )
         return [
             f"trained: {self.num_trained:,} parameters; frozen: {self.num_frozen:,}",
@@ -127,6 +126,27 @@ def _size(num_bytes: int) -> str:
     return f"{num_bytes / _MEGABYTE:.1f} MB"
 
 
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """How far data agrees with the base.
+
+    Args:
+        share: Share of the assistant's tokens that are the base's most likely ones.
+        num_examples: Examples of which it was measured.
+    """
+
+    share: float
+    num_examples: int
+
+    def __str__(self) -> str:
+        """Return the line that is announced."""
+        noun = "example" if self.num_examples == 1 else "examples"
+        return (
+            f"the base itself would write {self.share:.0%} of the answers' tokens "
+            f"({self.num_examples} {noun})"
+        )
+
+
 @torch.no_grad()
 def measure_agreement(
     model: TrainingModel,
@@ -134,8 +154,8 @@ def measure_agreement(
     *,
     batch_size: int,
     clock: Callable[[], float] = time.monotonic,
-) -> float | None:
-    """Return the share of the assistant's tokens that are the base's most likely ones.
+) -> Agreement | None:
+    """Return how far data agrees with the base.
 
     Args:
         model: Heads and base.
@@ -149,7 +169,7 @@ def measure_agreement(
     size = len(dataset) if isinstance(dataset, Sized) else 0
     num_sampled = min(size, MAX_EXAMPLES)
     chosen = [size * index // num_sampled for index in range(num_sampled)]
-    num_agreeing = num_known = 0
+    num_agreeing = num_known = num_read = 0
     until = clock() + _MAX_SECONDS
     for start in range(0, num_sampled, batch_size):
         examples: list[Example] = [dataset[index] for index in chosen[start : start + batch_size]]
@@ -159,23 +179,23 @@ def measure_agreement(
         is_known = base_tokens >= 0
         num_agreeing += int((is_known & (base_tokens == batch["input_ids"])).sum())
         num_known += int(is_known.sum())
+        num_read += len(examples)
         if clock() > until:
             break
-    return num_agreeing / num_known if num_known else None
+    return Agreement(num_agreeing / num_known, num_read) if num_known else None
 
 
-def announce_agreement(share: float | None, announce: Callable[[str], None]) -> None:
+def announce_agreement(agreement: Agreement | None, announce: Callable[[str], None]) -> None:
     """Say how far the data agrees with the base; log a warning if it does not."""
-    if share is None:
+    if agreement is None:
         return
-    said = f"the base itself would write {share:.0%} of the answers' tokens"
-    if share >= MIN_AGREEMENT:
-        announce(said)
+    if agreement.share >= MIN_AGREEMENT:
+        announce(str(agreement))
         return
     _log.warning(
         "%s, expected %.0f%% or more: heads learn to draft what the base writes, and these answers "
         "are somebody else's, so decoding will accept few draft tokens; let the base answer the "
         "prompts with: speclm data distill",
-        said,
+        agreement,
         100 * MIN_AGREEMENT,
     )

@@ -234,7 +234,7 @@ def test_training_says_what_it_trains_before_the_first_step(make, alphabet, capl
     trainer.announce = said.append
     trainer.train_dataset = own_texts(trainer.model.view.model)
     trainer.train()
-    assert said[-1] == "the base itself would write 100% of the answers' tokens"
+    assert said[-1] == "the base itself would write 100% of the answers' tokens (4 examples)"
 
 
 def test_resume_without_checkpoint_starts_anew_and_says_so(make, caplog):

@@ -1,7 +1,12 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Metaspace
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from speclm.demo.bundle import assets
 from speclm.errors import DataError, OptionError
 from speclm.training.conversations import Conversation
 from speclm.training.loss_masks import (
@@ -147,6 +152,28 @@ def test_white_space_that_a_template_trims_is_what_generation_sees():
         "<user>a<end><assistant> [b<end>]",
         "<user>a<end><assistant>b<end><user>c<end><assistant> [d<end>]",
     ]
+
+
+def test_prompt_that_ends_within_a_token_is_tokenized_as_generation_sees_it():
+    tokenizer = AutoTokenizer.from_pretrained(assets()["base"])
+    row = Conversation(conversation("a", "SELECT x").messages, "row 1")
+    tokenizer.chat_template = (
+        "{{ messages | map(attribute='content') | join(' : ') }}"
+        "{% if add_generation_prompt %} : {% endif %}"
+    )
+    ((ids, mask),) = (example.values() for example in tokenize_conversation(row, tokenizer))
+    prompt = tokenizer("a : ", add_special_tokens=False)["input_ids"]
+    assert ids[: len(prompt)] == prompt
+    assert mask == [0] * len(prompt) + [1] * (len(ids) - len(prompt))
+    assert tokenizer.decode(ids[len(prompt) :]) == "SELECT x"
+    assert tokenizer("a : SELECT x", add_special_tokens=False)["input_ids"] != ids
+    # A tokenizer that begins every text with a space cannot split there.
+    inner = Tokenizer(WordLevel({"▁a": 0, "▁:": 1, "▁SELECT": 2, "▁x": 3, "▁": 4}, unk_token="▁"))
+    inner.pre_tokenizer, inner.decoder = Metaspace(), decoders.Metaspace()
+    spaced = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="▁")
+    spaced.chat_template = tokenizer.chat_template
+    (example,) = tokenize_conversation(row, spaced)
+    assert example == {"input_ids": [0, 1, 2, 3], "loss_mask": [0, 0, 1, 1]}
 
 
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES.keys())

@@ -6,7 +6,7 @@ import torch
 from speclm.methods.medusa.training import MedusaTrainingModel, new_medusa_heads
 from speclm.training.arguments import training_arguments
 from speclm.training.conversations import Example
-from speclm.training.run_summary import announce_agreement, measure_agreement, summarize
+from speclm.training.run_summary import Agreement, announce_agreement, measure_agreement, summarize
 from tests.training.alphabet import tiny_base
 from tests.training.runs import SETTINGS
 
@@ -46,10 +46,10 @@ def test_summary_counts_parameters_tokens_and_bytes(model, tmp_path):
 
 def test_agreement_is_the_share_of_tokens_that_the_base_would_write(model, said):
     own = Example(input_ids=said, loss_mask=MASK)
-    assert measure_agreement(model, [own] * 3, batch_size=2) == 1.0
+    assert measure_agreement(model, [own] * 3, batch_size=2) == Agreement(1.0, 3)
     last = said[-1]
     changed = Example(input_ids=[*said[:-1], (last + 1) % 30], loss_mask=MASK)
-    assert measure_agreement(model, [own, changed], batch_size=1) == pytest.approx(11 / 12)
+    assert measure_agreement(model, [own, changed], batch_size=1) == Agreement(11 / 12, 2)
     assert measure_agreement(model, iter([own]), batch_size=1) is None
 
 
@@ -63,7 +63,7 @@ def test_agreement_is_measured_on_a_sample_and_ends_in_time(model, said):
             return super().__getitem__(index)
 
     found = measure_agreement(model, Counted(rows), batch_size=2, clock=lambda: next(seconds))
-    assert found == 1.0
+    assert found == Agreement(1.0, 4)
     assert asked == [0, 3, 6, 9]  # two forwards, spread over all rows
 
 
@@ -71,7 +71,7 @@ def test_low_agreement_warns_and_no_agreement_says_nothing(caplog):
     said = []
     announce_agreement(None, said.append)
     assert (said, caplog.messages) == ([], [])
-    announce_agreement(0.7, said.append)
-    assert said == ["the base itself would write 70% of the answers' tokens"]
-    announce_agreement(0.69, said.append)
-    assert "would write 69% of the answers' tokens, expected 70% or more" in caplog.text
+    announce_agreement(Agreement(0.7, 9), said.append)
+    assert said == ["the base itself would write 70% of the answers' tokens (9 examples)"]
+    announce_agreement(Agreement(0.69, 1), said.append)
+    assert "69% of the answers' tokens (1 example), expected 70% or more" in caplog.text
