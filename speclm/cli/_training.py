@@ -112,10 +112,11 @@ class _Interruption(TrainerCallback):
         """Exit with `INTERRUPTED` if the training ended early."""
         state = self._trainer.state
         if self._is_requested and state.global_step < state.max_steps:
-            console.print(
-                f"interrupted after step {state.global_step} of {state.max_steps}; to go on, run "
-                "the same command with --resume"
-            )
+            if self._trainer.is_world_process_zero():
+                console.print(
+                    f"interrupted after step {state.global_step} of {state.max_steps}; to go on, "
+                    "run the same command with --resume"
+                )
             raise typer.Exit(INTERRUPTED)
 
 

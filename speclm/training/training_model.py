@@ -156,10 +156,8 @@ class TrainingModel(nn.Module, ABC):
             The base's most likely token after the text before the position; `IGNORED` where no
             token counts and at the start of a text. On the device of `loss_mask`.
         """
-        needed = (
-            loss_mask[:, 1:].nonzero()
-            @ loss_mask.new_tensor([loss_mask.shape[1], 1], dtype=torch.long)
-        ).to(last.device)
+        rows, before = loss_mask[:, 1:].nonzero(as_tuple=True)
+        needed = (rows * loss_mask.shape[1] + before).to(last.device)
         size = max(1, MAX_LOGITS // self.view.vocab_size)
         states = last.flatten(0, 1)[needed]
         chosen = [

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.utils.data import Dataset, IterableDataset
 
 from speclm.errors import CheckpointError, DataError, NumericalError
@@ -107,6 +108,7 @@ def test_best_checkpoint_can_be_chosen_by_estimated_tau(make, alphabet):
     trainer = make(
         alphabet,
         eval_dataset=alphabet,
+        max_steps=3,
         eval_strategy="steps",
         eval_steps=1,
         load_best_model_at_end=True,
@@ -116,6 +118,8 @@ def test_best_checkpoint_can_be_chosen_by_estimated_tau(make, alphabet):
     )
     trainer.train()
     assert trainer.state.best_metric >= 1.0
+    best = load_file(Path(trainer.state.best_model_checkpoint, "model.safetensors"))
+    assert torch.equal(trainer.heads.weight, best["heads.weight"])
 
 
 def test_one_progress_bar_shows_loss_estimated_tau_and_evaluation(make, alphabet, capsys):
