@@ -284,7 +284,9 @@ class _Renderer:
         tools: Any = self._conversation.tools
         try:
             return self._tokenizer.apply_chat_template(messages, tools=tools, **options)
-        except Exception as error:  # a template is a program, and may for example add None to a text
+        except (
+            Exception
+        ) as error:  # a template is a program, and may for example add None to a text
             problem = str(error) if isinstance(error, TemplateError) else reason_of(error)
             raise self._unusable(
                 REFUSED,

@@ -58,9 +58,10 @@ def test_bad_lines_are_named():
             parse_conversation(JsonLine(line.encode(), "row 7"))
 
 
-def test_a_turn_that_calls_tools_needs_no_content():
+def test_a_turn_that_calls_tools_or_reasons_needs_no_content():
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}
-    for turn in (call, {**call, "content": None}):
+    thought = {"role": "assistant", "reasoning_content": "abc"}
+    for turn in (call, {**call, "content": None}, {**thought, "content": None}):
         line = JsonLine(json.dumps({"messages": [turn], "tools": None}).encode(), "row 7")
         assert parse_conversation(line).messages == [turn]
 
