@@ -20,11 +20,14 @@ class Conversation:
         messages: Turns in order; at least one is the assistant's.
         where: File and line, for messages.
         tools: Descriptions of the functions that the assistant may call, for the chat template.
+        template_options: Further values for the chat template, such as ``enable_thinking``; None
+            for none.
     """
 
     messages: list[Message]
     where: str
     tools: list[Any] | None = None
+    template_options: dict[str, Any] | None = None
 
 
 class Example(TypedDict):
@@ -41,7 +44,8 @@ def read_conversations(
 
     Args:
         path: Each object has ``messages``, a list of ``{"role": ..., "content": ...}``, and may
-            have ``tools``, a list of functions. Turns with ``tool_calls`` need no content.
+            have ``tools``, a list of functions, and ``chat_template_kwargs``, an object. Turns with
+            ``tool_calls`` or ``reasoning_content`` need no content.
         limit: Conversations to keep, drawn at random and left in the file's order; None for all.
         seed: Decides which are drawn.
 
@@ -80,12 +84,18 @@ def parse_conversation(line: JsonLine) -> Conversation:
             f'{line.where}: expected "tools", a list of functions, found {shown(tools)}; correct '
             "or drop them"
         )
+    options = parsed.get("chat_template_kwargs")
+    if not isinstance(options, dict | None):
+        raise DataError(
+            f'{line.where}: expected "chat_template_kwargs", an object, found {shown(options)}; '
+            "correct or drop it"
+        )
     if not any(message["role"] == "assistant" for message in messages):
         raise DataError(
             f"{line.where}: no turn has the role 'assistant', so there is nothing to learn; drop "
             "the line or add the answer"
         )
-    return Conversation(messages, line.where, tools or None)
+    return Conversation(messages, line.where, tools or None, options or None)
 
 
 def _is_message(value: object) -> bool:

@@ -282,8 +282,9 @@ class _Renderer:
         """Render the first turns."""
         messages = self._conversation.messages[:num_turns]
         tools: Any = self._conversation.tools
+        wanted = self._conversation.template_options or {}
         try:
-            return self._tokenizer.apply_chat_template(messages, tools=tools, **options)
+            return self._tokenizer.apply_chat_template(messages, tools=tools, **options, **wanted)
         except (
             Exception
         ) as error:  # a template is a program, and may for example add None to a text

@@ -43,6 +43,10 @@ BAD_LINES = [
     ('{"messages": [{"role": "user"}]}', 'strings "role" and "content".*speclm data convert'),
     ('{"messages": [{"role": "assistant", "content": null, "tool_calls": []}]}', 'and "content"'),
     ('{"messages": [{"role": "assistant", "content": 3, "tool_calls": [1]}]}', 'and "content"'),
+    (
+        '{"messages": [{"role": "assistant", "content": "a"}], "chat_template_kwargs": []}',
+        r'expected "chat_template_kwargs".*\[\]',
+    ),
     ('{"messages": [{"role": "assistant", "content": "a"}], "tools": {}}', r'expected "tools".*{}'),
     ('{"messages": []}', "no turn has the role 'assistant'"),
     (
@@ -62,8 +66,14 @@ def test_a_turn_that_calls_tools_or_reasons_needs_no_content():
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}
     thought = {"role": "assistant", "reasoning_content": "abc"}
     for turn in (call, {**call, "content": None}, {**thought, "content": None}):
-        line = JsonLine(json.dumps({"messages": [turn], "tools": None}).encode(), "row 7")
-        assert parse_conversation(line).messages == [turn]
+        row = {
+            "messages": [turn],
+            "tools": None,
+            "chat_template_kwargs": {"enable_thinking": False},
+        }
+        parsed = parse_conversation(JsonLine(json.dumps(row).encode(), "row 7"))
+        assert parsed.messages == [turn]
+        assert parsed.template_options == {"enable_thinking": False}
 
 
 def test_missing_and_empty_files_are_named(tmp_path):

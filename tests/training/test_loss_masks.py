@@ -18,7 +18,7 @@ from speclm.training.loss_masks import (
     marked_excerpts,
     tokenize_conversation,
 )
-from tests.training.alphabet import TAGGED, UNTAGGED, conversation, word_tokenizer
+from tests.training.alphabet import TAGGED, TURN, UNTAGGED, conversation, word_tokenizer
 
 SHIFTING = "{{ messages | length }}" + UNTAGGED  # what comes later changes what comes first
 REFUSING = "{{ raise_exception('roles must alternate') }}"
@@ -132,6 +132,26 @@ def test_tools_of_a_row_are_rendered():
     tokenizer = word_tokenizer("{{ tools[0]['name'] }}" + UNTAGGED)
     row = Conversation(conversation("a", "b").messages, "row 1", [{"name": "f"}])
     assert texts(tokenize_conversation(row, tokenizer), tokenizer)[0].startswith("f<user>")
+
+
+def test_options_of_a_row_reach_the_template():
+    closed = "{% if thinks is false %}<think><answer>{% endif %}"
+    template = UNTAGGED.replace("<assistant>{% endif %}", "<assistant>" + closed + "{% endif %}")
+    template = template.replace(
+        TURN, TURN + "{% if m['role'] == 'assistant' %}" + closed + "{% endif %}"
+    )
+    tokenizer = word_tokenizer(template, extra=EXTRA)
+    messages = conversation("a", "b").messages
+    for options, text in (
+        (None, "<user>a<end><assistant>[b<end>]"),
+        ({"thinks": False}, "<user>a<end><assistant><think><answer>[b<end>]"),
+    ):
+        row = Conversation(messages, "row 1", template_options=options)
+        assert texts(tokenize_conversation(row, tokenizer), tokenizer) == [text]
+    with pytest.raises(DataError, match=r"refuses the conversation .*multiple values.*'tokenize'"):
+        tokenize_conversation(
+            Conversation(messages, "row 1", template_options={"tokenize": True}), tokenizer
+        )
 
 
 def test_answer_that_lacks_what_the_generation_prompt_begins_is_refused():
