@@ -113,9 +113,10 @@ def report(name: str, model: BlockTrainingModel, rows: list[Example]) -> None:
         measured.eval()
         meter = measured.new_meter()
         for row in rows:
-            outputs = measured(**collate_examples([row]))
+            batch = collate_examples([row])
+            outputs = measured(**batch)
             outputs.pop("loss")
-            meter.add(**outputs)
+            meter.add(tokens=batch["input_ids"], **outputs)
         figures.append(meter.drain())
     model.train()
     best = " ".join(f"{value:.3f}" for key, value in figures[0].items() if key.endswith("_top1"))

@@ -1,11 +1,18 @@
 """The work of ``speclm train``: checks, loading, the training and its final table."""
 
-from collections.abc import Mapping
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
+from threading import current_thread, main_thread
 from typing import Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
-from transformers import TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
+from typing_extensions import override
 
 from speclm.cli._files import require_folder_to_write
 from speclm.cli._models import load
@@ -17,6 +24,10 @@ from speclm.training.acceptance_meter import MAX_TOP
 from speclm.training.arguments import parse_settings, training_arguments
 from speclm.training.dataset import ExampleDataset, load_examples
 from speclm.training.heads_trainer import HeadsTrainer
+from speclm.training.loss_masks import marked_excerpts
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells report it."""
 
 _EVALUATION = "eval_"
 
@@ -32,8 +43,11 @@ def train(method: Method, recipe: Recipe, own: Any, options: TrainOptions) -> No
 
     Raises:
         OptionError: If an option is out of range, or the folder belongs to another training.
-        CheckpointError: If the folder holds another model.
+        CheckpointError: If the folder holds another model, or the checkpoints in it are of a
+            training with other data or options.
+        typer.Exit: With `INTERRUPTED`, if Ctrl-C ended the training; a checkpoint is saved.
     """
+    console = Console(soft_wrap=True)
     arguments = _check(method, recipe, options)
     loaded = load(options)
     known: int | None = getattr(loaded.base.config, "max_position_embeddings", None)
@@ -49,7 +63,15 @@ def train(method: Method, recipe: Recipe, own: Any, options: TrainOptions) -> No
         trainer = recipe.trainer(
             loaded.base, arguments, options=own, train_dataset=dataset, eval_dataset=eval_dataset
         )
-        trainer.train(resume_from_checkpoint=options.resume)
+        trainer.options = asdict(own)
+        if options.patience is not None:
+            trainer.add_callback(EarlyStoppingCallback(options.patience))
+        if trainer.is_world_process_zero():
+            trainer.announce = partial(console.print, markup=False, highlight=False)
+            first, last = marked_excerpts(dataset[0], loaded.tokenizer)
+            trainer.announce(f"marked in the first example: {first!r} to {last!r}")
+        with _stops_at_interrupt(trainer) as interruption:
+            trainer.train(resume_from_checkpoint=options.resume)
     except (SpeclmError, MemoryError):
         raise
     except Exception as error:
@@ -62,7 +84,54 @@ def train(method: Method, recipe: Recipe, own: Any, options: TrainOptions) -> No
             f"--report-to {options.report_to!r} ({type(error).__name__}: {error}); correct or drop "
             "the one that this is about"
         ) from error
-    _finish(trainer, options, eval_dataset)
+    interruption.exit_if_unfinished(console)
+    _finish(trainer, options, eval_dataset, console)
+
+
+class _Interruption(TrainerCallback):
+    """Ends a training after the step in which Ctrl-C was pressed; a second one ends it at once."""
+
+    def __init__(self, trainer: HeadsTrainer) -> None:
+        self._trainer, self._is_requested = trainer, False
+
+    def request(self, *_: Any) -> None:
+        """Handle the signal."""
+        if self._is_requested:
+            raise KeyboardInterrupt
+        self._is_requested = True
+        Console(stderr=True).print("stopping after this step; press Ctrl-C again to stop at once")
+
+    @override
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Processes that end at different steps would wait for each other.
+        if self._trainer.any_process(is_true=self._is_requested):
+            self._is_requested = True
+            control.should_training_stop = control.should_save = True
+
+    def exit_if_unfinished(self, console: Console) -> None:
+        """Exit with `INTERRUPTED` if the training ended early."""
+        state = self._trainer.state
+        if self._is_requested and state.global_step < state.max_steps:
+            if self._trainer.is_world_process_zero():
+                console.print(
+                    f"interrupted after step {state.global_step} of {state.max_steps}; to go on, "
+                    "run the same command with --resume"
+                )
+            raise typer.Exit(INTERRUPTED)
+
+
+@contextmanager
+def _stops_at_interrupt(trainer: HeadsTrainer) -> Iterator[_Interruption]:
+    interruption = _Interruption(trainer)
+    trainer.add_callback(interruption)
+    if current_thread() is not main_thread():  # only the main thread gets signals
+        yield interruption
+        return
+    previous = signal.signal(signal.SIGINT, interruption.request)
+    try:
+        yield interruption
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def _check(method: Method, recipe: Recipe, options: TrainOptions) -> TrainingArguments:
@@ -81,7 +150,18 @@ def _check(method: Method, recipe: Recipe, options: TrainOptions) -> TrainingArg
             f"--device is {options.device!r}, expected a kind of device such as cpu or cuda; "
             "choose one of several with CUDA_VISIBLE_DEVICES"
         )
+    if options.patience is not None and options.eval_data is None:
+        raise OptionError(
+            f"--patience is {options.patience} without --eval-data; name data to evaluate on"
+        )
     require_folder_to_write("--out", out)
+    early_stopping = {
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "estimated_tau",
+        "greater_is_better": True,
+        "save_strategy": "epoch",  # as evaluation, so that the best heads are saved
+        "restore_callback_states_from_checkpoint": True,  # the evaluations so far
+    }
     settings = {
         "num_train_epochs": options.epochs,
         "learning_rate": options.learning_rate,
@@ -91,13 +171,17 @@ def _check(method: Method, recipe: Recipe, options: TrainOptions) -> TrainingArg
         "seed": options.seed,
         "report_to": options.report_to.split(","),
         "use_cpu": options.device == "cpu",
+        **(early_stopping if options.patience is not None else {}),
         **parse_settings(options.training_arg or []),
     }
     return training_arguments(out, settings, defaults=recipe.defaults)
 
 
 def _finish(
-    trainer: HeadsTrainer, options: TrainOptions, eval_dataset: ExampleDataset | None
+    trainer: HeadsTrainer,
+    options: TrainOptions,
+    eval_dataset: ExampleDataset | None,
+    console: Console,
 ) -> None:
     """Evaluate the heads unless the last step did, write them and print their figures."""
     state = trainer.state
@@ -110,7 +194,6 @@ def _finish(
     trainer.save_model()
     if not trainer.is_world_process_zero():
         return
-    console = Console(soft_wrap=True)
     prefix = "" if eval_dataset is None else _EVALUATION
     logs = [log for log in state.log_history if _names(log, prefix)]
     if logs:

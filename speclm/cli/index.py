@@ -15,7 +15,8 @@ from speclm.errors import DataError, OptionError, UnknownNameError, reason_of
 from speclm.files.json_lines import JsonLine
 from speclm.methods.ngram.corpus import PROMPT_TAIL, vocabulary_fingerprint
 from speclm.methods.ngram.suffix_index import SuffixIndex
-from speclm.training.conversations import parse_conversation, tokenize_conversation
+from speclm.training.conversations import parse_conversation
+from speclm.training.loss_masks import tokenize_conversation
 
 
 def index(options: IndexOptions) -> None:
@@ -67,13 +68,13 @@ def _tokenize(line: JsonLine, tokenizer: PreTrainedTokenizerBase) -> Iterator[li
     """Yield the tokens of a text, or of each answer of a conversation."""
     match line.parse():
         case {"messages": _}:
-            example = tokenize_conversation(parse_conversation(line), tokenizer)
-            tokens, start = example["input_ids"], 0
-            for is_answer, marks in groupby(example["loss_mask"]):
-                end = start + len(list(marks))
-                if is_answer:
-                    yield tokens[max(start - PROMPT_TAIL, 0) : end]
-                start = end
+            for example in tokenize_conversation(parse_conversation(line), tokenizer):
+                tokens, start = example["input_ids"], 0
+                for is_answer, marks in groupby(example["loss_mask"]):
+                    end = start + len(list(marks))
+                    if is_answer:
+                        yield tokens[max(start - PROMPT_TAIL, 0) : end]
+                    start = end
         case {"text": str(text)} if text:
             encoded: Any = tokenizer(text, add_special_tokens=False)
             yield list(encoded["input_ids"])

@@ -35,6 +35,14 @@ class TrainOptions(ModelOptions):
     eval_data: Annotated[
         Path | None, typer.Option(help="JSON lines to evaluate on after each epoch.")
     ] = None
+    patience: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Evaluations without a better estimated tau before the training ends; "
+            "the best heads are kept.",
+        ),
+    ] = None
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 2.0
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3
     batch_size: Annotated[int, typer.Option(min=1, help="Examples per step and device.")] = 8

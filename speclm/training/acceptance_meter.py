@@ -17,10 +17,16 @@ MAX_TOP = 3
 class AcceptanceMeter:
     """Accumulates batches until the figures are read.
 
-    The rank of a target, given that all draft tokens before it are right, shows which nodes of a
-    tree would have been accepted. With these ranks the meter replays rounds over each assistant
-    turn of the data. A round emits every token of a turn but the first, which the prefill emits;
-    the number of these tokens per round is the tau of generating the same text.
+    A draft token is right if it is the token that the base itself would write there; the token of
+    the data does not matter. The rank of the base's token, given that all draft tokens before it
+    are right, shows which nodes of a tree would have been accepted. This is known as far as the
+    data agrees with the base: what follows a token that the base would not have written is the
+    continuation of another text, so a chain of draft tokens ends there at the latest.
+
+    With these ranks the meter replays rounds over each assistant turn of the data. Rounds emit
+    every token of a turn but the first, which the prefill emits; the number of these tokens per
+    round is the tau of generating the same text. It is that of decoding if the base wrote the data,
+    and lower the less the data agrees with it.
     """
 
     def __init__(self, choices: RankPaths, *, num_drafted: int, name: str) -> None:
@@ -42,6 +48,8 @@ class AcceptanceMeter:
         loss_sums: Float[Tensor, " trained"],
         counts: Int[Tensor, " trained"],
         ranks: Int[Tensor, "batch seq drafted"],
+        tokens: Int[Tensor, "batch seq"],
+        base_tokens: Int[Tensor, "batch seq"],
         loss_mask: Bool[Tensor, "batch seq"],
         tree_lengths: Int[Tensor, "batch seq"] | None = None,
     ) -> None:
@@ -50,21 +58,27 @@ class AcceptanceMeter:
         Args:
             loss_sums: Sum of the losses of each draft token; the last ones may have none.
             counts: Number of losses in each sum.
-            ranks: Rank of each target among the candidates, drafted from the hidden state at each
-                position; -1 if there is no target.
+            ranks: Rank of the base's token among the candidates, drafted from the hidden state at
+                each position: candidate i is for the token i + 2 positions later. -1 if that token
+                does not count.
+            tokens: The texts.
+            base_tokens: The base's own tokens, see `TrainingModel.base_tokens`.
             loss_mask: True at tokens that the heads learn to draft.
             tree_lengths: Draft tokens that would be accepted from a tree that was grown from the
                 hidden state at each position; None if no trees were grown.
         """
-        ranks = ranks.cpu()
-        flat = ranks.flatten(0, 1)
+        agrees = tokens == base_tokens
+        is_known = base_tokens >= 0
+        agreement = torch.stack(((agrees & is_known).sum(), is_known.sum())).cpu().double()
+        reached = ranks.masked_fill(~_is_reached(agrees, ranks.shape[-1]), -1).cpu()
+        flat = ranks.cpu().flatten(0, 1)
         num_targets = (flat >= 0).sum(0)
         hits = [((flat >= 0) & (flat < top)).sum(0) for top in range(1, MAX_TOP + 1)]
         num_untrained = self._num_drafted - len(counts)
         losses = [F.pad(sums.cpu().double(), (0, num_untrained)) for sums in (loss_sums, counts)]
         replayed = [
             (len(turn), len(replay_rounds(turn, self._choices)))
-            for turn in turns(ranks, loss_mask.cpu())
+            for turn in turns(reached, loss_mask.cpu())
         ]
         grown = []
         if tree_lengths is not None:
@@ -75,7 +89,7 @@ class AcceptanceMeter:
             for pairs in (replayed, grown)
         ]
         sums = torch.stack([*losses, num_targets.double(), *(hit.double() for hit in hits)])
-        self._sums = self._sums + torch.cat([sums.flatten(), *emitted])
+        self._sums = self._sums + torch.cat([sums.flatten(), *emitted, agreement])
 
     def drain(self, reduce: Callable[[Tensor], Tensor] = lambda sums: sums) -> dict[str, float]:
         """Return the figures since the last call, and reset them.
@@ -84,10 +98,11 @@ class AcceptanceMeter:
             reduce: Adds up the sums of all processes.
 
         Returns:
-            With the name "head" ``head0_loss``, ``head0_top1``, ..., ``estimated_tau``, and
-            ``estimated_tree_tau`` of the grown trees; figures without any count are left out.
+            With the name "head" ``head0_loss``, ``head0_top1``, ..., ``estimated_tau``,
+            ``estimated_tree_tau`` of the grown trees, and ``base_agreement``: the share of tokens
+            that the base would write too. Figures without any count are left out.
         """
-        *sums, num_tokens, num_rounds, tree_tokens, tree_rounds = reduce(
+        *sums, num_tokens, num_rounds, tree_tokens, tree_rounds, num_agreeing, num_known = reduce(
             self._sums.float()
         ).tolist()
         self._sums = self._zeros()
@@ -105,11 +120,25 @@ class AcceptanceMeter:
             figures["estimated_tau"] = num_tokens / num_rounds
         if tree_rounds:
             figures["estimated_tree_tau"] = tree_tokens / tree_rounds
+        if num_known:
+            figures["base_agreement"] = num_agreeing / num_known
         return figures
 
     def _zeros(self) -> Tensor:
-        size = (3 + MAX_TOP) * self._num_drafted + 4
+        size = (3 + MAX_TOP) * self._num_drafted + 6
         return torch.zeros(size, dtype=torch.float64, device="cpu")
+
+
+def _is_reached(
+    agrees: Bool[Tensor, "batch seq"], num_drafted: int
+) -> Bool[Tensor, "batch seq drafted"]:
+    """Return whether the text follows the base up to the token before each draft token.
+
+    Draft token i from position t stands at ``t + 2 + i``; the first is always reached.
+    """
+    windows = F.pad(agrees, (0, num_drafted + 1)).unfold(1, num_drafted, 1)[:, 2:]
+    before = F.pad(windows[..., :-1], (1, 0), value=True)
+    return before.long().cumprod(-1).bool()
 
 
 def _count_rounds(lengths: Ranks) -> int:

@@ -1,6 +1,8 @@
 """The training set: tokenized conversations, their tokens, their order and their batches."""
 
+import logging
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,10 @@ from transformers import PreTrainedTokenizerBase
 
 from speclm.config import require_count
 from speclm.errors import DataError, OptionError
-from speclm.training.conversations import (
-    Conversation,
-    Example,
-    is_trainable,
-    read_conversations,
-    tokenize_conversation,
-)
+from speclm.training.conversations import Conversation, Example, read_conversations
+from speclm.training.loss_masks import is_trainable, mark_turns
+
+_log = logging.getLogger("speclm")
 
 EvalDataset = Dataset[Example] | dict[str, Dataset[Example]]
 """Examples to evaluate on, or several sets of them by name."""
@@ -28,11 +27,32 @@ _POOL_BATCHES = 50  # enough for batches of similar lengths, few enough that epo
 _PROGRESS_DELAY = 3.0  # seconds until reading shows its progress
 
 
-class ExampleDataset(Dataset[Example]):
-    """Tokenized conversations, all in memory."""
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """Examples that were left out for one reason.
 
-    def __init__(self, examples: Sequence[Example]) -> None:
+    Args:
+        reason: The reason in a few words.
+        count: Number of examples.
+        first: What is wrong with the first of them, with its file and line.
+    """
+
+    reason: str
+    count: int
+    first: str
+
+    def __str__(self) -> str:
+        """Return the line that is logged."""
+        noun = "example" if self.count == 1 else "examples"
+        return f"{self.count} {noun} dropped, {self.reason}; first {self.first}"
+
+
+class ExampleDataset(Dataset[Example]):
+    """Tokenized conversations, all in memory; `dropped` says what was left out."""
+
+    def __init__(self, examples: Sequence[Example], *, dropped: Sequence[Dropped] = ()) -> None:
         self._examples = list(examples)
+        self.dropped = tuple(dropped)
         _require_examples(len(self._examples))
 
     def __len__(self) -> int:
@@ -57,8 +77,12 @@ def load_examples(
     limit: int | None = None,
     seed: int = 0,
     max_length: int | None = None,
+    is_strict: bool = False,
 ) -> ExampleDataset:
     """Read and tokenize conversations; show the progress at a terminal after three seconds.
+
+    A conversation, or an assistant turn of it, that heads cannot learn from is dropped. A log line
+    for each reason says how many there are and what is wrong with the first.
 
     Args:
         data: File of JSON lines, see `read_conversations`, or the conversations themselves.
@@ -66,9 +90,11 @@ def load_examples(
         limit: Conversations drawn from a file; None for all.
         seed: Decides which are drawn.
         max_length: Tokens to keep of each; None for all.
+        is_strict: Whether the first turn that would be dropped is an error instead.
 
     Raises:
-        DataError: If the data or a conversation cannot be trained on; the message names it.
+        DataError: If the file cannot be read, no example is left, or, with `is_strict`, one would
+            be dropped; the message names the row.
         OptionError: If an option is out of range or the tokenizer cannot be used.
     """
     if max_length is not None and max_length < 1:
@@ -76,9 +102,21 @@ def load_examples(
     if isinstance(data, (str, Path)):
         data = read_conversations(data, limit=limit, seed=seed)
     shown = tqdm(data, desc="tokenizing", delay=_PROGRESS_DELAY, disable=None, leave=False)
-    return ExampleDataset(
-        [tokenize_conversation(each, tokenizer, max_length=max_length) for each in shown]
-    )
+    examples: list[Example] = []
+    dropped: dict[str, Dropped] = {}
+    for conversation in shown:
+        marked, unusable = mark_turns(conversation, tokenizer, max_length=max_length)
+        if unusable and is_strict:
+            raise unusable[0]
+        examples += marked
+        for error in unusable:
+            known = dropped.setdefault(error.reason, Dropped(error.reason, 0, str(error)))
+            dropped[error.reason] = replace(known, count=known.count + 1)
+    if dropped and not examples:
+        raise DataError("no example can be trained on: " + ". ".join(map(str, dropped.values())))
+    for part in dropped.values():
+        _log.warning("%s", part)
+    return ExampleDataset(examples, dropped=tuple(dropped.values()))
 
 
 def require_trainable(dataset: Any, *, max_length: int | None) -> None:

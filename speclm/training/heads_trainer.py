@@ -1,9 +1,7 @@
 """The trainer of all heads: Transformers' `Trainer` around a `TrainingModel`."""
 
 import logging
-import re
-from collections.abc import Iterator, Sequence, Sized
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +12,20 @@ from transformers import (
     PreTrainedModel,
     Trainer,
     TrainerCallback,
-    TrainerState,
     TrainingArguments,
 )
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 from typing_extensions import override
 
-from speclm.errors import CheckpointError, NumericalError, SpeclmError, reason_of, shown
-from speclm.files.atomic import read_json
+from speclm.errors import NumericalError
+from speclm.training.checkpoints import (
+    RunRecord,
+    last_complete_checkpoint,
+    other_heads,
+    reading_checkpoint,
+    require_state,
+)
 from speclm.training.conversations import Example
 from speclm.training.dataset import (
     EvalDataset,
@@ -31,22 +34,35 @@ from speclm.training.dataset import (
     collate_examples,
     require_trainable,
 )
+from speclm.training.run_summary import (
+    Agreement,
+    RunSummary,
+    announce_agreement,
+    measure_agreement,
+    summarize,
+)
 from speclm.training.training_model import TrainingModel
 
 _log = logging.getLogger("speclm")
-
-_CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
-_WRITTEN_LAST = "trainer_state.json"
-_MAX_STEPS = 2**31 - 1
 
 
 class HeadsTrainer(Trainer):
     """A `Trainer` whose model is heads on a frozen base.
 
-    Logs the loss and the top-1, 2 and 3 accuracy of each draft token, and ``estimated_tau``: the
-    tokens per target forward when generating texts like the data. Resumes from the newest complete
-    checkpoint, and stops with an error if the loss is not a number.
+    Before the first step it announces what is trained, on what, and how far the data agrees with
+    the base. It logs the loss and the top-1, 2 and 3 accuracy of each draft token, and
+    ``estimated_tau``: the tokens per target forward when generating texts like the data. It resumes
+    from the newest complete checkpoint of the same training, and stops with an error if the loss is
+    not a number.
+
+    Attributes:
+        announce: Takes each line of what is said before the first step; logs it by default.
+        options: Options of the recipe that a resumed training must have too, by name.
+        heads: The heads in training.
     """
+
+    announce: Callable[[str], None]
+    options: Mapping[str, Any]
 
     def __init__(
         self,
@@ -77,6 +93,7 @@ class HeadsTrainer(Trainer):
             if isinstance(dataset, Sized):  # a stream cannot be checked in advance
                 require_trainable(dataset, max_length=model.max_length)
         _place_base(model.view.model, args)
+        self.announce, self.options = _log.info, {}
         self.heads = model.heads
         self._training_model = model
         self._meters = {is_training: model.new_meter() for is_training in (False, True)}
@@ -86,7 +103,7 @@ class HeadsTrainer(Trainer):
             data_collator=collate_examples,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            callbacks=list(callbacks),
+            callbacks=[_Announcement(self), *callbacks],
         )
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(_TauProgress())
@@ -108,7 +125,8 @@ class HeadsTrainer(Trainer):
 
         Raises:
             NumericalError: If the loss is not a number.
-            CheckpointError: If the checkpoint holds other heads, or cannot be read.
+            CheckpointError: If the checkpoint holds other heads or is of a training with other
+                data, options or base, or cannot be read.
         """
         if resume_from_checkpoint is True:
             found = last_complete_checkpoint(str(self.args.output_dir))
@@ -116,7 +134,37 @@ class HeadsTrainer(Trainer):
             resume_from_checkpoint = None if found is None else str(found)
         if isinstance(resume_from_checkpoint, str):
             require_state(resume_from_checkpoint)
+            self.record().require_same(Path(resume_from_checkpoint).parent)
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def record(self) -> RunRecord:
+        """Return what decides the result of this training, except the heads' first weights."""
+        return RunRecord.of(
+            self._training_model.view.model,
+            self.args,
+            dataset=self.train_dataset,
+            options=self.options,
+        )
+
+    def summary(self) -> RunSummary:
+        """Return what is trained and on what; the number of steps is known in `train`."""
+        return summarize(
+            self._training_model,
+            self.args,
+            dataset=self.train_dataset,
+            num_steps=self.state.max_steps,
+        )
+
+    def agreement(self) -> Agreement | None:
+        """Return how far a sample of the data agrees with the base; None for a stream.
+
+        It takes a few forwards of the base, and at most about twenty seconds.
+        """
+        return measure_agreement(
+            self._training_model,
+            self.train_dataset,
+            batch_size=self.args.per_device_train_batch_size,
+        )
 
     @override
     def _load_from_checkpoint(
@@ -129,7 +177,7 @@ class HeadsTrainer(Trainer):
                 if "Error(s) in loading state_dict" not in str(error):
                     raise
                 difference = " ".join(str(error).split())
-                raise _other_heads(resume_from_checkpoint, difference) from error
+                raise other_heads(resume_from_checkpoint, difference) from error
 
     @override
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -145,7 +193,7 @@ class HeadsTrainer(Trainer):
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         differing = [*load_result.missing_keys, *load_result.unexpected_keys]
         if differing:
-            raise _other_heads(str(self.args.output_dir), f"only one has {differing[0]!r}")
+            raise other_heads(str(self.args.output_dir), f"only one has {differing[0]!r}")
 
     @override
     def compute_loss(
@@ -163,7 +211,8 @@ class HeadsTrainer(Trainer):
                 "number; lower the learning rate, or train in float32 or bf16 instead of fp16"
             )
         self._meters[model.training].add(
-            **{name: outputs[name] for name in ("loss_sums", "counts", "ranks")},
+            **{name: outputs[name] for name in ("loss_sums", "counts", "ranks", "base_tokens")},
+            tokens=inputs["input_ids"].to(outputs["base_tokens"].device),
             loss_mask=outputs.get("loss_mask", inputs["loss_mask"]),
             tree_lengths=outputs.get("tree_lengths"),
         )
@@ -203,6 +252,13 @@ class HeadsTrainer(Trainer):
             return total
 
         return self._meters[is_training].drain(add_processes)
+
+    def any_process(self, *, is_true: bool) -> bool:
+        """Return whether something is true in any process of the training; all must call it."""
+        if self.args.world_size == 1:
+            return is_true
+        told = torch.tensor(float(is_true), dtype=torch.float32, device=self.args.device)
+        return bool(self.accelerator.reduce(told, reduction="sum") > 0)
 
     @override
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
@@ -249,6 +305,22 @@ def _place_base(base: PreTrainedModel, args: TrainingArguments) -> None:
         base.to(args.device)  # type: ignore[arg-type]  # Transformers' decorator
 
 
+class _Announcement(TrainerCallback):
+    """Says what is trained before the first step, and leaves a record for resuming."""
+
+    def __init__(self, trainer: HeadsTrainer) -> None:
+        self._trainer = trainer
+
+    @override
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        trainer = self._trainer
+        if trainer.is_world_process_zero():
+            trainer.record().write(Path(str(trainer.args.output_dir)))
+            for line in trainer.summary().lines():
+                trainer.announce(line)
+            announce_agreement(trainer.agreement(), trainer.announce)
+
+
 class _TauProgress(ProgressCallback):
     """One progress bar with count and time left, loss and estimated tau; evaluation shares it."""
 
@@ -281,73 +353,3 @@ class _TauProgress(ProgressCallback):
         bar: Any = self.training_bar  # None before training and in all processes but one
         if bar is not None:
             bar.set_postfix_str(text)
-
-
-def last_complete_checkpoint(folder: str | Path) -> Path | None:
-    """Return the newest complete checkpoint in the output folder of a training, if any.
-
-    `Trainer` writes its state last. A checkpoint whose state is missing, truncated or of another
-    step was being written when the process ended, and is skipped with a log line.
-    """
-    found = {
-        int(match[1]): path
-        for path in Path(folder).glob("checkpoint-*")
-        if (match := _CHECKPOINT_NAME.fullmatch(path.name))
-    }
-    for step in sorted(found, reverse=True):
-        if _is_complete(found[step], step):
-            return found[step]
-        _log.warning("%s is incomplete; resuming from an older checkpoint", found[step])
-    return None
-
-
-def _is_complete(checkpoint: Path, step: int) -> bool:
-    try:
-        state = read_json(checkpoint / _WRITTEN_LAST)
-    except (OSError, ValueError):
-        return False
-    return isinstance(state, dict) and state.get("global_step") == step
-
-
-@contextmanager
-def reading_checkpoint(folder: str | Path) -> Iterator[None]:
-    """Turn Python's errors while `Trainer` reads a checkpoint into a `CheckpointError`."""
-    try:
-        yield
-    except (SpeclmError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise CheckpointError(
-            f"{folder}: the checkpoint cannot be read ({reason_of(error)}), expected one as the "
-            "training wrote it; resume from an older one, or start anew"
-        ) from error
-
-
-def require_state(folder: str | Path) -> None:
-    """Check the saved state of a checkpoint before `Trainer` reads it.
-
-    Raises:
-        CheckpointError: If it is missing or not in the form that `Trainer` writes.
-    """
-    path = Path(folder) / _WRITTEN_LAST
-    with reading_checkpoint(folder):
-        state: Any = TrainerState(**read_json(path))
-    is_usable = (
-        type(state.global_step) is int
-        and 0 <= state.global_step <= _MAX_STEPS
-        and isinstance(state.best_model_checkpoint, str | None)
-        and isinstance(state.stateful_callbacks, dict)
-    )
-    if not is_usable:
-        raise CheckpointError(
-            f"{path}: global_step is {shown(state.global_step)} and best_model_checkpoint "
-            f"{shown(state.best_model_checkpoint)}, expected a number of steps and a folder or "
-            "null; resume from an older checkpoint"
-        )
-
-
-def _other_heads(folder: str, difference: str) -> CheckpointError:
-    return CheckpointError(
-        f"{folder}: the checkpoint holds other heads than those in training ({difference}); resume "
-        "with the options that the training began with, or train in another folder"
-    )

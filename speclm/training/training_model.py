@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -60,9 +61,9 @@ class TrainingModel(nn.Module, ABC):
             loss_mask: True at tokens that the heads learn to draft.
 
         Returns:
-            ``loss``, and ``loss_sums``, ``counts`` and ``ranks`` as `AcceptanceMeter.add` takes
-            them; where they differ from the batch's or exist, also ``loss_mask`` and
-            ``tree_lengths``.
+            ``loss``, and ``loss_sums``, ``counts``, ``ranks`` and ``base_tokens`` as
+            `AcceptanceMeter.add` takes them; where they differ from the batch's or exist, also
+            ``loss_mask`` and ``tree_lengths``.
         """
 
     @abstractmethod
@@ -106,10 +107,87 @@ class TrainingModel(nn.Module, ABC):
         last = states[..., -(states.shape[-1] // len(wanted)) :]
         return last if wanted == (-1,) else states[..., : -last.shape[-1]], last
 
+    @torch.no_grad()
+    def base_goals(
+        self,
+        last: Float[Tensor, "batch seq hidden"],
+        positions: Int[Tensor, "batch rows drafted"],
+        loss_mask: Bool[Tensor, "batch seq"],
+        *,
+        columns: Int[Tensor, " draft_vocab"] | None,
+    ) -> tuple[Float[Tensor, "positions draft_vocab"], "BaseGoals"]:
+        """Return what the base says after some positions.
+
+        Args:
+            last: Input of the base's output matrix, see `read_base`.
+            positions: Positions before the targets; those beyond a text count as its last.
+            loss_mask: True at tokens that count.
+            columns: Draft vocabulary, see `rank_columns`.
+
+        Returns:
+            The base's logits over the draft vocabulary, in float32, and the rest.
+        """
+        length, device = last.shape[1], positions.device
+        rows = torch.arange(len(last), device=device)[:, None, None]
+        needed, indices = torch.unique(
+            positions.clamp(max=length - 1) + rows * length, return_inverse=True
+        )
+        hidden = last.flatten(0, 1)[needed.to(last.device)]
+        logits = self.view.head_logits(hidden).float().to(device)
+        chosen = logits.argmax(-1)
+        is_draftable = logits.new_ones(len(logits))
+        if columns is not None:
+            is_draftable = torch.isin(chosen, columns).float()
+            logits = logits[:, columns]
+        base_tokens = place_after(chosen, needed, loss_mask)
+        return logits, BaseGoals(hidden, is_draftable, indices, chosen, base_tokens)
+
+    @torch.no_grad()
+    def base_tokens(
+        self, last: Float[Tensor, "batch seq hidden"], loss_mask: Bool[Tensor, "batch seq"]
+    ) -> Int[Tensor, "batch seq"]:
+        """Return the token that the base itself would write, at each position that counts.
+
+        Args:
+            last: Input of the base's output matrix, see `read_base`.
+            loss_mask: True at tokens that count.
+
+        Returns:
+            The base's most likely token after the text before the position; `IGNORED` where no
+            token counts and at the start of a text. On the device of `loss_mask`.
+        """
+        rows, before = loss_mask[:, 1:].nonzero(as_tuple=True)
+        needed = (rows * loss_mask.shape[1] + before).to(last.device)
+        size = max(1, MAX_LOGITS // self.view.vocab_size)
+        states = last.flatten(0, 1)[needed]
+        chosen = [
+            self.view.head_logits(part).float().argmax(-1) for part in torch.split(states, size)
+        ]
+        return place_after(torch.cat(chosen), needed, loss_mask)
+
     def lm_head(self, states: Tensor) -> Tensor:
         """Return the base's logits for hidden states that may have another dtype or device."""
         view = self.view
         return view.head_logits(states.to(view.device, view.model.dtype)).to(states.device)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BaseGoals:
+    """The base's results at the positions before the targets.
+
+    Args:
+        hidden: Its last hidden states.
+        is_draftable: 1 if the base's most likely token is in the draft vocabulary, else 0.
+        indices: Index of the position for each target.
+        chosen: The most likely token itself.
+        base_tokens: The same tokens in the texts, see `TrainingModel.base_tokens`.
+    """
+
+    hidden: Float[Tensor, "positions hidden"]
+    is_draftable: Float[Tensor, " positions"]
+    indices: Int[Tensor, "batch rows drafted"]
+    chosen: Int[Tensor, " positions"]
+    base_tokens: Int[Tensor, "batch seq"]
 
 
 def shifted_targets(
@@ -138,6 +216,48 @@ def shifted_targets(
     counted = tokens.masked_fill(~loss_mask, IGNORED)
     padded = F.pad(counted, (0, num_drafted + 1), value=IGNORED)
     return padded.unfold(1, num_drafted, 1)[:, 2:]  # window t + 2 holds the targets of t
+
+
+def place_after(
+    chosen: Int[Tensor, " positions"],
+    positions: Int[Tensor, " positions"],
+    loss_mask: Bool[Tensor, "batch seq"],
+) -> Int[Tensor, "batch seq"]:
+    """Return tokens that were chosen after some positions, each at the position after it.
+
+    Args:
+        chosen: The token after each position.
+        positions: Indices into the flattened batch.
+        loss_mask: True at tokens that count.
+
+    Returns:
+        The tokens; `IGNORED` where nothing was chosen or counts, and at the start of each text.
+
+    Example:
+        >>> mask = torch.tensor([[True, True, False, True]])
+        >>> place_after(torch.tensor([7, 8, 9]), torch.tensor([0, 1, 2]), mask).tolist()
+        [[-100, 7, -100, 9]]
+    """
+    placed = chosen.new_full((loss_mask.numel() + 1,), IGNORED)
+    placed[positions + 1] = chosen
+    tokens = placed[:-1].view_as(loss_mask).to(loss_mask.device).masked_fill(~loss_mask, IGNORED)
+    tokens[:, 0] = IGNORED  # what follows the text before it
+    return tokens
+
+
+def until_first_difference(
+    base_tokens: Int[Tensor, "*rows drafted"], tokens: Int[Tensor, "*rows drafted"]
+) -> Int[Tensor, "*rows drafted"]:
+    """Return the tokens of the base up to the first that differs from the text's.
+
+    What the base would write after that is unknown: its later tokens continue another text.
+
+    Example:
+        >>> until_first_difference(torch.tensor([5, 6, 7, 8]), torch.tensor([5, 6, 9, 8])).tolist()
+        [5, 6, 7, -100]
+    """
+    agrees = F.pad(base_tokens == tokens, (1, 0), value=True)[..., :-1]
+    return base_tokens.masked_fill(~agrees.cumprod(-1).bool(), IGNORED)
 
 
 def soft_cross_entropy(

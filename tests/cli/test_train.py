@@ -1,8 +1,12 @@
+import re
+import signal
+
 import pytest
 
 from speclm.errors import CheckpointError, OptionError
 from speclm.methods.block.checkpoint import read_block
 from speclm.methods.eagle.checkpoint import read_eagle
+from speclm.training.heads_trainer import HeadsTrainer
 from tests.models import build_model
 from tests.training.alphabet import TAGGED, WORDS, word_tokenizer, write_alphabet
 
@@ -49,6 +53,10 @@ def test_heads_are_trained_and_their_figures_printed(train, options):
     result = train("medusa", *flags, settings=settings, **changes)
     assert result.exit_code == 0
     assert "estimated tau (tokens per target forward) on the evaluation data" in result.output
+    marked = r"marked in the first example: '[b-z ]+' to '[b-z ]+ <end>'"
+    assert re.search(marked, result.output)
+    assert "trained: " in result.output
+    assert "8 examples, 88 tokens that count; 2 optimizer steps" in result.output
     assert "top-3" in result.output
     assert "step 2" in result.output
     assert any(options["--out"].glob("*.safetensors"))
@@ -109,12 +117,35 @@ def test_block_heads_are_trained_new_and_from_saved_ones(train, options, tmp_pat
     assert not second.tensors["fc.weight"].equal(first.tensors["fc.weight"])
 
 
-def test_resume_goes_on_where_a_training_ended(train, options):
-    train("medusa")
-    settings = ("use_cpu=true", "logging_steps=1", "max_steps=3")
+def test_interrupted_training_saves_a_checkpoint_and_goes_on_from_it(train, options, monkeypatch):
+    settings = ("use_cpu=true", "logging_steps=1", "max_steps=3", "save_steps=3")
+    log = HeadsTrainer.log
+
+    def log_and_interrupt(trainer, logs, *rest):
+        log(trainer, logs, *rest)
+        if trainer.state.global_step == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HeadsTrainer, "log", log_and_interrupt)
+        result = train("medusa", settings=settings)
+    assert result.exit_code == 130
+    assert "interrupted after step 2 of 3; to go on, run the same command with" in result.output
+    assert not any(options["--out"].glob("*.safetensors"))
+    with pytest.raises(CheckpointError, match=r"differs: decay was 0\.8 and is 0\.5; resume with"):
+        train("medusa", "--resume", settings=settings, decay=0.5)
     result = train("medusa", "--resume", settings=settings)
+    assert result.exit_code == 0
     assert "step 3" in result.output
     assert any(options["--out"].glob("checkpoint-3"))
+
+
+def test_patience_ends_a_training_that_no_longer_improves(train, options):
+    settings = ("use_cpu=true", "logging_steps=1")
+    changes = {"epochs": 9, "patience": 1, "learning_rate": 1e-12, "eval_data": options["--data"]}
+    result = train("medusa", settings=settings, num_heads=1, **changes)
+    assert "step 6" in result.output  # of 27; the second epoch was no better
+    assert any(options["--out"].glob("*.safetensors"))
 
 
 def test_folders_of_others_are_not_overwritten(train, options):
@@ -132,6 +163,7 @@ REFUSED = {
         ({"epochs": "0"}, "--epochs is 0.0, expected a finite number above 0"),
         ({"num_heads": "0"}, "--num-heads is 0, expected 1 to 64"),
         ({"num_layers": "0"}, "--num-layers is 0, expected 1 to"),
+        ({"patience": "1"}, "--patience is 1 without --eval-data"),
         ({"decay": "nan"}, "decay is nan, expected 0.0 to 1.0"),
         ({"soft_weight": "2"}, "soft_weight is 2.0, expected 0.0 to 1.0"),
         ({"device": "cuda:1"}, "--device is 'cuda:1', expected a kind of device"),

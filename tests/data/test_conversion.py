@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from speclm.data import convert
 from speclm.errors import DataError, OptionError
-from speclm.training.conversations import read_conversations, tokenize_conversation
+from speclm.training.conversations import read_conversations
+from speclm.training.loss_masks import tokenize_conversation
 from tests.training.alphabet import WORDS, word_tokenizer
 
 PAIR = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -229,7 +230,7 @@ def test_tools_and_reasoning_are_trained_on(write, out):
     tools = '[{"name": "t"}]'
     convert(write({"conversations": turns, "tools": tools}), out)
     (conversation,) = read_conversations(out)
-    row = tokenize_conversation(conversation, word_tokenizer(CALLS))
+    (row,) = tokenize_conversation(conversation, word_tokenizer(CALLS))
     words = "<system> t <user> q <assistant> b f <end> <end> o <assistant> c a <end>"
     assert [WORDS[token] for token in row["input_ids"]] == words.split()
     trained = [WORDS[t] for t, m in zip(row["input_ids"], row["loss_mask"], strict=True) if m]

@@ -17,8 +17,8 @@ from speclm.methods.eagle.checkpoint import find_eagle, read_eagle
 from speclm.methods.eagle.network import build_eagle
 from speclm.methods.medusa.checkpoint import find_medusa, read_medusa
 from speclm.model.call import read_tree
+from speclm.training.checkpoints import last_complete_checkpoint
 from speclm.training.conversations import read_conversations
-from speclm.training.heads_trainer import last_complete_checkpoint
 from tests import block_tables
 from tests.eagle_tables import EAGLE1, EAGLE1_CONFIG, EAGLE3, EAGLE3_CONFIG, tensors
 from tests.eagle_tables import save as write

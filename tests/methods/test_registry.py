@@ -38,7 +38,7 @@ from speclm.training.acceptance_meter import AcceptanceMeter
 from speclm.training.arguments import training_arguments
 from speclm.training.dataset import load_examples
 from speclm.training.heads_trainer import HeadsTrainer
-from speclm.training.training_model import TrainingModel
+from speclm.training.training_model import TrainingModel, rank_targets
 from speclm.tree.topology import chain
 from tests.model.hub import running_hub
 from tests.models import generate, prompts, shared_model
@@ -77,20 +77,23 @@ class ToyProposer(Proposer):
 
 class ToyTrainingModel(TrainingModel):
     def forward(self, input_ids, attention_mask, loss_mask):
+        _, last = self.read_base(input_ids, attention_mask, (-1,))
+        base_tokens = self.base_tokens(last, loss_mask)
         logits, targets = self.heads.table[input_ids[:, :-1]], input_ids[:, 1:]
         losses = nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
         ranks = torch.full((*input_ids.shape, 1), -1)
-        scores = logits.gather(2, targets[..., None])
-        ranks[:, :-1] = (logits > scores).sum(-1, keepdim=True)
+        # The token at t + 1 drafts the one after it, from the hidden state at t.
+        wanted = base_tokens[:, 2:, None]
+        ranks[:, :-2] = rank_targets(logits[:, 1:, None], wanted)
         mask = loss_mask[:, 1:]
         count = mask.sum()
         total = (losses * mask).sum()
-        ranks[:, :-1][~mask] = -1
         return {
             "loss": total / count,
             "loss_sums": total.detach()[None],
             "counts": count[None],
             "ranks": ranks,
+            "base_tokens": base_tokens,
         }
 
     def new_meter(self):

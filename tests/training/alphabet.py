@@ -25,9 +25,9 @@ MARKS = ["<end>", "<user>", "<assistant>", "<system>"]
 WORDS = [*MARKS, *"abcdefghijklmnopqrstuvwxyz"]
 
 
-def word_tokenizer(template):
+def word_tokenizer(template, *, extra=()):
     """Return a tokenizer of one token a letter and a mark; the padding is the end of a turn."""
-    vocabulary = {word: index for index, word in enumerate(WORDS)}
+    vocabulary = {word: index for index, word in enumerate([*WORDS, *extra])}
     inner = Tokenizer(WordLevel(vocabulary, unk_token="<end>"))
     inner.pre_tokenizer = Split(Regex("<[a-z]+>|[a-z]"), behavior="isolated")
     tokenizer = PreTrainedTokenizerFast(

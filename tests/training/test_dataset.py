@@ -13,6 +13,7 @@ from speclm.training.dataset import (
     count_tokens,
     load_examples,
 )
+from speclm.training.loss_masks import ALL_ZERO, CUT_OFF
 from tests.training.alphabet import TAGGED, conversation, word_tokenizer, write_alphabet
 
 
@@ -27,6 +28,27 @@ def test_rows_are_taken_from_conversations():
     rows = load_examples([conversation("a", "b"), conversation("a", "bcd")], word_tokenizer(TAGGED))
     assert (len(rows), rows.lengths) == (2, [6, 8])
     assert rows[1]["loss_mask"] == [0, 0, 0, 0, 1, 1, 1, 1]
+
+
+def test_examples_that_cannot_be_learned_are_dropped_and_counted_by_reason(caplog):
+    rows = [
+        conversation("a", "b"),
+        conversation("a", "", where="row 2"),
+        *(conversation("abcdef", "g", where=f"row {number}") for number in (3, 4)),
+    ]
+    tokenizer = word_tokenizer(
+        TAGGED.replace("{{ m['content'] }}<end>{% endg", "{{ m['content'] }}{% endg")
+    )
+    with caplog.at_level("WARNING", "speclm"):
+        dataset = load_examples(rows, tokenizer, max_length=7)
+    assert len(dataset) == 1
+    assert [(part.reason, part.count) for part in dataset.dropped] == [(ALL_ZERO, 1), (CUT_OFF, 2)]
+    assert "2 examples dropped, max_length cuts off the answer; first row 3: max_l" in caplog.text
+    assert "1 example dropped, no token of the assistant is marked; first row 2" in caplog.text
+    with pytest.raises(DataError, match="row 2: the loss mask of 4 tokens is all zero"):
+        load_examples(rows, tokenizer, max_length=7, is_strict=True)
+    with pytest.raises(DataError, match=r"no example can .* on: 1 example dropped.*\. 2 examples"):
+        load_examples(rows[1:], tokenizer, max_length=7)
 
 
 def test_padding_is_on_the_right_and_hides_no_token():

@@ -84,13 +84,13 @@ def accepted_lengths(
     lm_head: Callable[[Tensor], Tensor],
     end_ids: Sequence[int],
 ) -> Int[Tensor, " blocks"]:
-    """Return how many tokens of each block's tree agree with the text, if the target is greedy.
+    """Return how many tokens of each block's tree a greedy target would accept.
 
     Args:
         heads: The network.
         hidden: Its results.
         roots: Token at each anchor.
-        targets: Tokens after it, negative where none counts.
+        targets: Tokens of the target after it, negative where none is known.
         config: How trees are grown.
         lm_head: See `BlockHeads.logits`.
         end_ids: Tokens after which nothing follows.
@@ -115,7 +115,7 @@ def accepted_lengths(
 
 
 def _accepted_length(grown: GrownRow, targets: list[int]) -> int:
-    """Return the length of the path of a tree that agrees with a text."""
+    """Return the length of the path of a tree that agrees with the target."""
     nodes = {
         pair: node
         for node, pair in enumerate(zip(grown.parents, grown.tokens, strict=True), start=1)

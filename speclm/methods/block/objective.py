@@ -25,12 +25,15 @@ from speclm.methods.block.tree import BlockProposerConfig
 from speclm.target import stored_matrices
 from speclm.training.acceptance_meter import AcceptanceMeter
 from speclm.training.training_model import (
+    IGNORED,
     MAX_LOGITS,
+    BaseGoals,
     TrainingModel,
     rank_columns,
     score_in_chunks,
     soft_cross_entropy,
     token_cross_entropy,
+    until_first_difference,
 )
 
 MAX_ANCHORS = 512
@@ -187,7 +190,11 @@ class BlockTrainingModel(TrainingModel):
             max_anchors=self.objective.max_anchors if self.training else None,
         )
         hidden = self.draft(features.to(device), tokens, blocks)
-        sums, ranks = self._score_blocks(hidden, blocks, self._goals(last, blocks))
+        ahead = torch.arange(num_drafts, device=device)
+        logits, goals = self.base_goals(
+            last, blocks.anchors[:, :, None] + ahead, loss_mask, columns=self.heads.draft_columns
+        )
+        sums, ranks = self._score_blocks(hidden, blocks, goals, logits)
         losses, counts = sums
         weights = self._weights.to(losses)
         total = (weights * losses).sum() / (weights * counts).sum().clamp(min=1e-6)
@@ -196,13 +203,14 @@ class BlockTrainingModel(TrainingModel):
         measured = torch.full(shape, -1, device=device, dtype=torch.long)
         before = (blocks.anchors - 1).clamp(min=0)[:, :, None].expand(-1, -1, num_drafts)
         measured.scatter_reduce_(1, before, ranks, reduce="amax")
-        grown = {} if self.training else self._grown(hidden, tokens, blocks)
+        grown = {} if self.training else self._grown(hidden, tokens, blocks, goals)
         return {
             **grown,
             "loss": total,
             "loss_sums": losses.detach(),
             "counts": counts.long(),
             "ranks": measured,
+            "base_tokens": goals.base_tokens,
             # Rounds cannot be replayed over a text of which only some blocks were drafted.
             "loss_mask": loss_mask & blocks.is_complete[:, None],
         }
@@ -262,14 +270,17 @@ class BlockTrainingModel(TrainingModel):
         hidden: Float[Tensor, "batch blocks drafts hidden"],
         tokens: Int[Tensor, "batch seq"],
         blocks: Blocks,
+        goals: BaseGoals,
     ) -> dict[str, Tensor]:
         """Return how much of the tree of each block would be accepted."""
         is_block = (blocks.targets >= 0).any(-1)
+        wanted = until_first_difference(goals.chosen[goals.indices], blocks.targets)
+        wanted = wanted.masked_fill(blocks.targets < 0, IGNORED)
         found = accepted_lengths(
             self.heads,
             hidden[is_block],
             tokens.gather(1, blocks.anchors)[is_block],
-            blocks.targets[is_block],
+            wanted[is_block],
             config=self._tree,
             lm_head=self.lm_head,
             end_ids=self._ends,
@@ -283,37 +294,22 @@ class BlockTrainingModel(TrainingModel):
     def _embed(self, tokens: Tensor) -> Tensor:
         return self.view.stored_embeddings(tokens.to(self.view.device)).to(tokens.device)
 
-    @torch.no_grad()
-    def _goals(self, last: Float[Tensor, "batch seq hidden"], blocks: Blocks) -> "_Goals":
-        """Return the base's logits before each target."""
-        batch, length = last.shape[:2]
-        device = blocks.anchors.device
-        ahead = torch.arange(blocks.targets.shape[2], device=device)
-        positions = (blocks.anchors[:, :, None] + ahead).clamp(max=length - 1)
-        rows = torch.arange(batch, device=device)[:, None, None]
-        needed, indices = torch.unique(positions + rows * length, return_inverse=True)
-        hidden = last.flatten(0, 1)[needed.to(last.device)]
-        logits = self.view.head_logits(hidden).float().to(device)
-        columns = self.heads.draft_columns
-        if columns is None:
-            return _Goals(logits, logits.new_ones(len(logits)), indices)
-        is_draftable = torch.isin(logits.argmax(-1), columns).float()
-        return _Goals(logits[:, columns], is_draftable, indices)
-
     def _score_blocks(
         self,
         hidden: Float[Tensor, "batch blocks drafts hidden"],
         blocks: Blocks,
-        goals: "_Goals",
+        goals: BaseGoals,
+        base_logits: Float[Tensor, "positions draft_vocab"],
     ) -> tuple[Float[Tensor, "2 drafts"], Int[Tensor, "batch blocks drafts"]]:
         """Return sum and number of the losses at each position of a block, and the ranks."""
         targets, previous = blocks.targets, blocks.previous
         is_target = targets >= 0
         depths = torch.arange(targets.shape[2], device=targets.device).expand_as(targets)
         codes = self._codes(previous, hidden)
-        rows = (part[is_target] for part in (hidden, codes, targets, previous, depths))
+        pairs = torch.stack((previous, targets), dim=-1)
+        rows = (part[is_target] for part in (hidden, codes, pairs, depths))
         sums, found = score_in_chunks(
-            partial(self._score, goals),
+            partial(self._score, goals, base_logits),
             *rows,
             goals.indices[is_target],
             logits_per_row=4 * self.heads.config.draft_vocab_size,
@@ -339,21 +335,22 @@ class BlockTrainingModel(TrainingModel):
 
     def _score(
         self,
-        goals: "_Goals",
+        goals: BaseGoals,
+        all_logits: Float[Tensor, "positions draft_vocab"],
         hidden: Float[Tensor, "rows hidden"],
         codes: Float[Tensor, "rows rank"],
-        targets: Int[Tensor, " rows"],
-        previous: Int[Tensor, " rows"],
+        tokens: Int[Tensor, "rows 2"],
         depths: Int[Tensor, " rows"],
         indices: Int[Tensor, " rows"],
     ) -> tuple[Float[Tensor, "2 drafts"], Int[Tensor, " rows"]]:
         heads, objective = self.heads, self.objective
+        previous, targets = tokens.T.contiguous()
         logits = heads.logits(hidden, lm_head=self.lm_head)
         if heads.markov_head is not None:
             logits = logits + heads.markov_head.markov_w2(codes)
         logits = logits.float()
-        base_logits, is_draftable = goals.logits[indices], goals.is_draftable[indices]
-        ranks = rank_columns(logits, targets, heads.draft_columns)
+        base_logits, is_draftable = all_logits[indices], goals.is_draftable[indices]
+        ranks = rank_columns(logits, goals.chosen[indices], heads.draft_columns)
         losses = logits.new_zeros(len(logits))
         if objective.token_weight:
             losses = losses + objective.token_weight * token_cross_entropy(
@@ -378,18 +375,3 @@ class BlockTrainingModel(TrainingModel):
         pairs = torch.stack((losses * is_draftable, is_draftable))
         sums = pairs.new_zeros(2, heads.config.num_drafts)
         return sums.index_add(1, depths, pairs), ranks
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Goals:
-    """The base's results at the positions before the targets.
-
-    Args:
-        logits: Its logits over the draft vocabulary.
-        is_draftable: 1 if the base's most likely token is in that vocabulary, else 0.
-        indices: Index of the position for each target.
-    """
-
-    logits: Float[Tensor, "positions draft_vocab"]
-    is_draftable: Float[Tensor, " positions"]
-    indices: Int[Tensor, "batch blocks drafts"]

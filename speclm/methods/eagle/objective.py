@@ -23,6 +23,7 @@ from speclm.methods.eagle.rollout import roll_out
 from speclm.training.acceptance_meter import AcceptanceMeter
 from speclm.training.training_model import (
     IGNORED,
+    BaseGoals,
     TrainingModel,
     rank_columns,
     score_in_chunks,
@@ -143,7 +144,12 @@ class EagleTrainingModel(TrainingModel):
         features, last = self.read_base(input_ids, attention_mask, self._layers)
         tokens, loss_mask = input_ids.to(device), loss_mask.to(device)
         sources = find_sources(tokens, loss_mask, num_steps=objective.num_measured)
-        goals = self._goals(last, sources)
+        ahead = 1 + torch.arange(objective.num_measured, device=device)
+        logits, goals = self.base_goals(
+            last, sources.indices[:, :, None] + ahead, loss_mask, columns=self.heads.draft_columns
+        )
+        probs = logits.softmax(-1)
+        del logits  # as large
         outputs = roll_out(
             self.heads,
             self._with_noise(features.to(device)),
@@ -160,7 +166,9 @@ class EagleTrainingModel(TrainingModel):
         for step in range(objective.num_measured):
             is_trained = step < objective.num_steps
             with torch.set_grad_enabled(torch.is_grad_enabled() and is_trained):
-                loss_sum, count, found = self._score_step(next(outputs), goals, sources, step)
+                loss_sum, count, found = self._score_step(
+                    next(outputs), goals, probs, sources, step
+                )
             ranks[:, :, step].scatter_reduce_(1, sources.indices, found, reduce="amax")
             if is_trained:
                 sums.append(loss_sum)
@@ -171,6 +179,7 @@ class EagleTrainingModel(TrainingModel):
             "loss_sums": loss_sums.detach(),
             "counts": counted,
             "ranks": ranks,
+            "base_tokens": goals.base_tokens,
         }
 
     def _with_noise(
@@ -184,58 +193,41 @@ class EagleTrainingModel(TrainingModel):
     def _embed(self, tokens: Tensor) -> Tensor:
         return self.view.stored_embeddings(tokens.to(self.view.device)).to(tokens.device)
 
-    @torch.no_grad()
-    def _goals(self, last: Float[Tensor, "batch seq hidden"], sources: "Sources") -> "_Goals":
-        """Return the base's results before each target."""
-        ahead = 1 + torch.arange(sources.targets.shape[2], device=sources.indices.device)
-        batch, length = last.shape[:2]
-        positions = (sources.indices[:, :, None] + ahead).clamp(max=length - 1)
-        rows = torch.arange(batch, device=positions.device)[:, None, None]
-        needed, indices = torch.unique(positions + rows * length, return_inverse=True)
-        hidden = last.flatten(0, 1)[needed.to(last.device)]
-        logits = self.view.head_logits(hidden).float().to(indices.device)
-        columns = self.heads.draft_columns
-        if columns is None:
-            return _Goals(logits.softmax(-1), logits.new_ones(len(logits)), hidden, indices)
-        is_draftable = torch.isin(logits.argmax(-1), columns).float()
-        return _Goals(logits[:, columns].softmax(-1), is_draftable, hidden, indices)
-
     def _score_step(
         self,
         hidden: Float[Tensor, "batch sources hidden"],
-        goals: "_Goals",
+        goals: BaseGoals,
+        probs: Float[Tensor, "positions draft_vocab"],
         sources: "Sources",
         step: int,
     ) -> tuple[Float[Tensor, ""], Int[Tensor, ""], Int[Tensor, "batch sources"]]:
-        """Return the sum of a step's losses, their number, and the rank of each target."""
-        targets = sources.targets[:, :, step]
-        is_target = targets >= 0
+        """Return the sum of a step's losses, their number, and the ranks of the base's tokens."""
+        is_target = sources.targets[:, :, step] >= 0
         indices = goals.indices[:, :, step][is_target]
         loss_sum, found = score_in_chunks(
-            partial(self._score, goals),
+            partial(self._score, goals, probs),
             hidden[is_target],
-            targets[is_target],
             indices,
             logits_per_row=self.heads.config.draft_vocab_size * self.objective.num_steps,
         )
-        ranks = torch.full_like(targets, -1)
+        ranks = torch.full_like(sources.indices, -1)
         ranks[is_target] = found
         return loss_sum, goals.is_draftable[indices].sum().long(), ranks
 
     def _score(
         self,
-        goals: "_Goals",
+        goals: BaseGoals,
+        probs: Float[Tensor, "positions draft_vocab"],
         hidden: Float[Tensor, "rows hidden"],
-        targets: Int[Tensor, " rows"],
         indices: Int[Tensor, " rows"],
     ) -> tuple[Float[Tensor, ""], Int[Tensor, " rows"]]:
         objective = self.objective
         logits = self.heads.logits(hidden, lm_head=self.lm_head)
-        losses = objective.distribution_weight * soft_cross_entropy(logits, goals.probs[indices])
+        losses = objective.distribution_weight * soft_cross_entropy(logits, probs[indices])
         if objective.feature_weight:
             wanted = goals.hidden[indices.to(goals.hidden.device)].to(hidden.device)
             losses = losses + objective.feature_weight * feature_loss(hidden, wanted)
-        ranks = rank_columns(logits, targets, self.heads.draft_columns)
+        ranks = rank_columns(logits, goals.chosen[indices], self.heads.draft_columns)
         return (losses * goals.is_draftable[indices]).sum(), ranks
 
 
@@ -250,23 +242,6 @@ class Sources:
 
     indices: Int[Tensor, "batch sources"]
     targets: Int[Tensor, "batch sources steps"]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Goals:
-    """The base's results at the positions before the targets.
-
-    Args:
-        probs: Its distribution over the draft vocabulary.
-        is_draftable: 1 if the base's most likely token is in that vocabulary, else 0.
-        hidden: Its last hidden states.
-        indices: Index of the position for each step of each source.
-    """
-
-    probs: Float[Tensor, "positions draft_vocab"]
-    is_draftable: Float[Tensor, " positions"]
-    hidden: Float[Tensor, "positions hidden"]
-    indices: Int[Tensor, "batch sources steps"]
 
 
 def find_sources(

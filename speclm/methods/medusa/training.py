@@ -94,12 +94,15 @@ class MedusaTrainingModel(TrainingModel):
     ) -> dict[str, Tensor]:
         targets = shifted_targets(input_ids, loss_mask, num_drafted=self.heads.num_heads)
         hidden = self._base_hidden(input_ids, attention_mask)
+        base_tokens = self.base_tokens(hidden.view(*input_ids.shape, -1), loss_mask)
+        wanted = shifted_targets(base_tokens, loss_mask, num_drafted=self.heads.num_heads)
         sources = (targets != IGNORED).any(-1).flatten().nonzero()[:, 0]
         targets = targets.flatten(0, 1)
         loss_sums, source_ranks = score_in_chunks(
             partial(self._score, hidden),
             sources,
             targets[sources],
+            wanted.flatten(0, 1)[sources],
             logits_per_row=targets.shape[1] * self.view.vocab_size,
         )
         counts = (targets != IGNORED).sum(0)
@@ -110,6 +113,7 @@ class MedusaTrainingModel(TrainingModel):
             "loss_sums": loss_sums.detach(),
             "counts": counts,
             "ranks": ranks.view(*input_ids.shape, -1),
+            "base_tokens": base_tokens,
         }
 
     @torch.no_grad()
@@ -131,13 +135,15 @@ class MedusaTrainingModel(TrainingModel):
         hidden: Float[Tensor, "tokens hidden"],
         sources: Int[Tensor, " rows"],
         targets: Int[Tensor, "rows heads"],
+        wanted: Int[Tensor, "rows heads"],
     ) -> tuple[Float[Tensor, " heads"], Int[Tensor, "rows heads"]]:
-        """Return the sum of the losses of each head, and the rank of each target.
+        """Return the sum of the losses of each head, and the rank of each token of the base.
 
         Args:
             hidden: Hidden states of all positions.
             sources: Positions to draft from.
-            targets: Tokens to draft there.
+            targets: Tokens to learn there.
+            wanted: Tokens that the base would write there.
         """
         device = self.heads.weight.device
         logits = self.heads(hidden[sources.to(hidden.device)].to(device), lm_head=self.lm_head)
@@ -149,7 +155,7 @@ class MedusaTrainingModel(TrainingModel):
             target_probs = self._base_probs(hidden, sources, targets).to(device)
             soft = soft_cross_entropy(logits, target_probs).masked_fill(targets == IGNORED, 0.0)
             losses = (1 - soft_weight) * losses + soft_weight * soft
-        return losses.sum(0), rank_targets(logits, targets)
+        return losses.sum(0), rank_targets(logits, wanted)
 
     @torch.no_grad()
     def _base_probs(

@@ -80,10 +80,10 @@ def reference(heads, base, rows, objective):
 
 def _loss(heads, objective, logits, wanted, target, columns):
     rank = len(columns)
-    if target in columns:
-        rank = int((logits > logits[columns.index(target)]).sum())
-    if int(wanted.argmax()) not in columns:
+    chosen = int(wanted.argmax())
+    if chosen not in columns:
         return None, rank
+    rank = int((logits > logits[columns.index(chosen)]).sum())
     drafted, base = logits.log_softmax(0), wanted[columns].log_softmax(0)
     loss = objective.distance_weight * (drafted.exp() - base.exp()).abs().sum()
     if target in columns:

@@ -124,9 +124,10 @@ def reference(heads, base, rows, objective):
                     logits = linear(p, "lm_head", states)
                 else:
                     logits = base.get_output_embeddings().weight @ hidden
-                wanted = tokens[target] if columns is None else index_of(columns, tokens[target])
-                found[t, k] = rank(logits, wanted)
                 distribution = distributions[target - 1]
+                chosen = int(distribution.argmax())
+                wanted = chosen if columns is None else index_of(columns, chosen)
+                found[t, k] = rank(logits, wanted)
                 if columns is not None and int(distribution.argmax()) not in columns:
                     continue
                 distribution = torch.stack(
