@@ -162,11 +162,19 @@ class BenchOptions(DraftOptions):
     prompt_lookup: Annotated[
         bool, typer.Option("--prompt-lookup", help="Measure Transformers' prompt lookup too.")
     ] = False
+    no_pauses: Annotated[
+        bool,
+        typer.Option("--no-pauses", help="Draft in every round, so that tau is that of the heads."),
+    ] = False
     seed: Seed = 0
     out: Annotated[Path | None, typer.Option(help="Append records to this file.")] = None
     make_folders: Annotated[
         bool, typer.Option("--make-folders", help="Make the folders of --out without asking.")
     ] = False
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Write figures, a page and charts into this folder; needs matplotlib."),
+    ] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
