@@ -178,6 +178,35 @@ class BenchOptions(DraftOptions):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PushOptions:
+    """Upload heads to the hub, with a model card that has their recipe and figures."""
+
+    folder: Annotated[Path, typer.Argument(help="Folder of the heads.")]
+    repository: Annotated[
+        str, typer.Argument(help="Hub id such as org/my-heads; made if it does not exist.")
+    ]
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Report of speclm bench; by default FOLDER/report, if there is one."),
+    ] = None
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = (
+        False
+    )
+    revision: Annotated[
+        str | None, typer.Option(help="Branch to upload to; made if it does not exist.")
+    ] = None
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="Open a pull request in place of a commit.")
+    ] = False
+    commit_message: Annotated[str, typer.Option(help="Summary of the commit.")] = (
+        "Upload draft heads"
+    )
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the files and the card, and upload nothing.")
+    ] = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TuneOptions(HeadsOptions):
     """Measure which draft trees give the most tokens per second on this machine.
 

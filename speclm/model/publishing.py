@@ -1,0 +1,223 @@
+"""Publish a folder of heads on the hub: checked files, a card with recipe and figures, charts."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from speclm.cards import GENERATED_MARK, HeadsCard
+from speclm.drafting.heads_folder import CARD_NAME, CONFIG_NAME
+from speclm.errors import CheckpointError, DataError, OptionError, shown
+from speclm.files.atomic import read_json
+from speclm.files.hub import UploadOptions, fetch_existing, is_hub_id, upload
+from speclm.files.weights import read_text
+from speclm.methods.registry import Method, find_heads
+from speclm.training.history import CURVES_NAME, read_history
+
+REPORT_FOLDER = "report"
+"""Folder of a report inside a folder of heads, and of its charts in a repository."""
+
+_REPORT_NAME = "report.json"
+_CHARTS = {"Speed-up": "speed.png", "Latency": "latency.png", "Acceptance": "acceptance.png"}
+_SAFE = ".safetensors"
+_TIMES = ("latency", "plain_latency")
+
+
+@dataclass(frozen=True, slots=True)
+class Publication:
+    """What is uploaded for a folder of heads.
+
+    Args:
+        repository: Hub id.
+        method: Method of the heads.
+        files: Path or content of each file, by its name in the repository.
+        is_own_card: Whether the card is one that a user has written.
+    """
+
+    repository: str
+    method: Method
+    files: Mapping[str, Path | bytes]
+    is_own_card: bool
+
+    @property
+    def card(self) -> str:
+        """Text of the card."""
+        return self._content(CARD_NAME).decode("utf-8", errors="replace")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file."""
+        return {
+            name: len(content) if isinstance(content, bytes) else content.stat().st_size
+            for name, content in self.files.items()
+        }
+
+    def _content(self, name: str) -> bytes:
+        content = self.files[name]
+        return content if isinstance(content, bytes) else content.read_bytes()
+
+
+def prepare_publication(
+    folder: Path, repository: str, *, report: Path | None = None
+) -> Publication:
+    """Check a folder of heads by reading them completely, and collect what is uploaded.
+
+    These are the config, the weights, the card, the curves of the training and the charts of a
+    report; nothing else of the folder.
+
+    Args:
+        folder: Folder of heads, as a training or ``save_pretrained`` writes it.
+        repository: Hub id of the repository.
+        report: Folder of a report of ``speclm bench --report``; by default `REPORT_FOLDER` inside
+            the heads' folder, if there is one.
+
+    Raises:
+        OptionError: If the repository has an impossible name, the folder has no heads, or the
+            report is of other heads.
+        CheckpointError: If the heads or the history of the training are damaged, or the weights
+            are pickled.
+        DataError: If the report cannot be read.
+    """
+    if not is_hub_id(repository) or "/" not in repository:
+        raise OptionError(
+            f"repository is {shown(repository)}, expected a hub id such as 'org/my-heads'"
+        )
+    if not folder.is_dir():
+        raise OptionError(f"{str(folder)!r} is no folder, expected one of heads; correct the path")
+    method = find_heads(folder).method
+    files = _weights(folder, method)
+    card = replace(method.card(folder), repo_id=repository)
+    history = read_history(folder)
+    if history is not None:
+        card = replace(card, recipe=history.facts, base=card.base or history.base)
+    if (folder / CURVES_NAME).is_file():
+        files[CURVES_NAME] = folder / CURVES_NAME
+        card = replace(card, curves=CURVES_NAME)
+    estimates = {} if history is None else history.estimated_tau
+    figures = {f"estimated tau, {data}": f"{tau:.2f}" for data, tau in estimates.items()}
+    found = report or folder / REPORT_FOLDER
+    if report is not None or (found / _REPORT_NAME).is_file():
+        figures |= _read_report(found, heads_digest(folder))
+        charts = {name: f"{REPORT_FOLDER}/{file}" for name, file in _CHARTS.items()}
+        files |= {charts[name]: found / file for name, file in _CHARTS.items()}
+        card = replace(card, charts=charts)
+    return _with_card(folder, repository, method, files, replace(card, figures=figures))
+
+
+def publish(publication: Publication, options: UploadOptions) -> str:
+    """Upload a publication in one commit, and return the address of it or of the pull request.
+
+    A card that a user has changed in the repository is kept.
+
+    Raises:
+        OptionError: If the repository holds another model.
+        UploadError: If the upload fails; the message says what to do.
+    """
+    name, method, files = publication.repository, publication.method, dict(publication.files)
+    existing = fetch_existing(name, options, (CARD_NAME, CONFIG_NAME, "*.index.json"))
+    if existing is not None:
+        if (existing / CONFIG_NAME).is_file() and not method.is_likely(existing):
+            raise OptionError(
+                f"{name!r} on the hub holds another model than heads of {method.name}; choose "
+                "another repository, or a branch with --revision"
+            )
+        theirs = read_text(existing / CARD_NAME)
+        if theirs and GENERATED_MARK not in theirs and not publication.is_own_card:
+            del files[CARD_NAME]
+    return upload(name, files, options)
+
+
+def heads_digest(folder: Path) -> str:
+    """Return a hash of the weight files of the heads in a folder.
+
+    Raises:
+        OptionError: If the folder has no heads.
+    """
+    digest = hashlib.sha256()
+    for path in _weights(folder, find_heads(folder).method).values():
+        if path.suffix == _SAFE:
+            with path.open("rb") as file:
+                while part := file.read(2**24):
+                    digest.update(part)
+    return digest.hexdigest()
+
+
+def _weights(folder: Path, method: Method) -> dict[str, Any]:
+    """Return config and weight files by name."""
+    source = method.find_weights(folder)
+    if source is None:
+        raise OptionError(
+            f"{str(folder)!r} holds no heads, expected the folder of speclm train or "
+            "save_pretrained; a draft model is uploaded with its own push_to_hub"
+        )
+    paths = {source.path, *source.files.values()}
+    pickled = sorted(path.name for path in source.files.values() if path.suffix != _SAFE)
+    if pickled:
+        raise CheckpointError(
+            f"{folder / pickled[0]}: found pickled weights, expected safetensors, because pickles "
+            "can run code; load the heads and write them anew with save_pretrained"
+        )
+    if not (folder / CONFIG_NAME).is_file():
+        raise CheckpointError(
+            f"{folder}: found no {CONFIG_NAME}, expected one next to the weights; load the heads "
+            "and write them anew with save_pretrained"
+        )
+    return {path.name: path for path in sorted({folder / CONFIG_NAME, *paths})}
+
+
+def _with_card(
+    folder: Path, repository: str, method: Method, files: dict[str, Any], card: HeadsCard
+) -> Publication:
+    """Add the card, or that of the folder if a user has written it."""
+    own = read_text(folder / CARD_NAME)
+    is_own = bool(own) and GENERATED_MARK not in own
+    files[CARD_NAME] = folder / CARD_NAME if is_own else card.render().encode()
+    return Publication(repository, method, dict(sorted(files.items())), is_own)
+
+
+def _read_report(folder: Path, digest: str) -> dict[str, str]:
+    """Return the figures of a report, without dates and paths."""
+    path = folder / _REPORT_NAME
+    try:
+        report = read_json(path)
+        records = report["records"]
+        found = [record for record in records if record["settings"]["method"] == "speclm"]
+        figures = [figure for record in found for figure in _figures(record).items()]
+        measured = {record["settings"].get("heads_sha256") for record in found}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{path}: cannot be read as a report ({type(error).__name__}: {error}), expected one "
+            "of speclm bench --report; write it again"
+        ) from error
+    if measured != {digest}:
+        raise OptionError(
+            f"{path}: the report is of other heads, or of these before they were trained again; "
+            "measure the heads with speclm bench --heads FOLDER --report FOLDER/report"
+        )
+    missing = [file for file in _CHARTS.values() if not (folder / file).is_file()]
+    if missing:
+        raise DataError(f"{folder / missing[0]}: found no chart; write the report again")
+    return dict(figures)
+
+
+def _figures(record: Mapping[str, Any]) -> dict[str, str]:
+    """Return what a record says about heads, by the settings that it was measured with."""
+    settings, machine = record["settings"], record["machine"]
+    device = ", ".join(machine["gpus"]) if settings["device"] != "cpu" else machine["cpu"]
+    where = f"{settings['setting']}, batch {settings['batch']}"
+    fixed = (
+        f"{settings['num_prompts']} prompts of {settings['prompts']}, at most "
+        f"{settings['max_new_tokens']} new tokens, {settings['dtype']}, {device}"
+    )
+    times = [1e3 * record[name][part] for name in _TIMES for part in ("mean", "p90")]
+    spread = f"{record['lower_quartile']:.2f} to {record['upper_quartile']:.2f}"
+    return {
+        "measured on": fixed,
+        f"tau as decoded, {where}": f"{record['tau']:.2f}",
+        f"speed-up, {where}": f"{record['median']:.2f} (quartiles {spread})",
+        f"ms of a call, {where}": f"mean {times[0]:.0f}, P90 {times[1]:.0f}; regular generation "
+        f"mean {times[2]:.0f}, P90 {times[3]:.0f}",
+        f"same tokens as regular generation, {where}": f"{record['num_identical']} of "
+        f"{record['n']} calls",
+    }
