@@ -210,7 +210,8 @@ class PushOptions:
 class TuneOptions(HeadsOptions):
     """Measure which draft trees give the most tokens per second on this machine.
 
-    Methods that rank their candidates also get a static tree, which --save writes.
+    Methods that rank their candidates also get a static tree, found on every other prompt and
+    compared with the default on the rest; --save writes it.
     """
 
     prompts: Annotated[
@@ -230,7 +231,11 @@ class TuneOptions(HeadsOptions):
         int | None, typer.Option(min=1, help="Size of the static tree; by default the fastest.")
     ] = None
     save: Annotated[
-        Path | None, typer.Option(help="Write the static tree here, for --tree and generate().")
+        Path | None,
+        typer.Option(
+            help="Write the static tree to this JSON file, for --tree and generate(); or into the "
+            "folder of --heads, which is then loaded with it."
+        ),
     ] = None
 
 
