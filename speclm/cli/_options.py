@@ -185,6 +185,9 @@ class PushOptions:
     repository: Annotated[
         str, typer.Argument(help="Hub id such as org/my-heads; made if it does not exist.")
     ]
+    base: Annotated[
+        str | None, typer.Option(help="Hub id of the base, for heads that do not record it.")
+    ] = None
     report: Annotated[
         Path | None,
         typer.Option(help="Report of speclm bench; by default FOLDER/report, if there is one."),

@@ -11,7 +11,9 @@ from speclm.model.publishing import Publication, prepare_publication, publish
 
 def push(options: PushOptions) -> None:
     """Check heads, and upload them with a model card; or print what would be uploaded."""
-    found = prepare_publication(options.folder, options.repository, report=options.report)
+    found = prepare_publication(
+        options.folder, options.repository, base=options.base, report=options.report
+    )
     console = Console(soft_wrap=True)
     console.print(_listing(found))
     if found.is_own_card:

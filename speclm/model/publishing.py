@@ -59,7 +59,7 @@ class Publication:
 
 
 def prepare_publication(
-    folder: Path, repository: str, *, report: Path | None = None
+    folder: Path, repository: str, *, base: str | None = None, report: Path | None = None
 ) -> Publication:
     """Check a folder of heads by reading them completely, and collect what is uploaded.
 
@@ -69,33 +69,41 @@ def prepare_publication(
     Args:
         folder: Folder of heads, as a training or ``save_pretrained`` writes it.
         repository: Hub id of the repository.
+        base: Hub id of the base model, for heads that do not record it.
         report: Folder of a report of ``speclm bench --report``; by default `REPORT_FOLDER` inside
             the heads' folder, if there is one.
 
     Raises:
-        OptionError: If the repository has an impossible name, the folder has no heads, or the
-            report is of other heads.
+        OptionError: If the repository or the base has an impossible name, the heads record
+            another base, the folder has no heads, or the report is of other heads.
         CheckpointError: If the heads or the history of the training are damaged, or the weights
             are pickled.
         DataError: If the report cannot be read.
     """
-    if not is_hub_id(repository) or "/" not in repository:
-        raise OptionError(
-            f"repository is {shown(repository)}, expected a hub id such as 'org/my-heads'"
-        )
+    for option, name in (("repository", repository), ("base", base)):
+        if name is not None and not (is_hub_id(name) and "/" in name):
+            raise OptionError(
+                f"{option} is {shown(name)}, expected a hub id such as 'org/name'; correct it"
+            )
     if not folder.is_dir():
         raise OptionError(f"{str(folder)!r} is no folder, expected one of heads; correct the path")
     method = find_heads(folder).method
     files = _weights(folder, method)
     card = replace(method.card(folder), repo_id=repository)
+    if base is not None and card.base not in {None, base}:
+        raise OptionError(
+            f"base is {base!r}, and the heads in {str(folder)!r} record {card.base!r}; leave it out"
+        )
     history = read_history(folder)
+    card = replace(card, base=card.base or base or (history and history.base))
     if history is not None:
-        card = replace(card, recipe=history.facts, base=card.base or history.base)
+        card = replace(card, recipe=history.facts)
     if (folder / CURVES_NAME).is_file():
         files[CURVES_NAME] = folder / CURVES_NAME
         card = replace(card, curves=CURVES_NAME)
     estimates = {} if history is None else history.estimated_tau
     figures = {f"estimated tau, {data}": f"{tau:.2f}" for data, tau in estimates.items()}
+    figures |= _calibration(folder)
     found = report or folder / REPORT_FOLDER
     if report is not None or (found / _REPORT_NAME).is_file():
         figures |= _read_report(found, heads_digest(folder))
@@ -174,6 +182,18 @@ def _with_card(
     is_own = bool(own) and GENERATED_MARK not in own
     files[CARD_NAME] = folder / CARD_NAME if is_own else card.render().encode()
     return Publication(repository, method, dict(sorted(files.items())), is_own)
+
+
+def _calibration(folder: Path) -> dict[str, str]:
+    """Return the tau of the stored tree and of the trees without it, as speclm tune found them."""
+    own = read_json(folder / CONFIG_NAME).get("speclm") or {}
+    match own.get("calibration"):
+        case {"tau": float(tau), "default_tau": float(default), "setting": str(setting)}:
+            return {
+                f"tau of the stored tree, {setting}": f"{tau:.2f}, as decoded when it was chosen",
+                f"tau of the default trees, {setting}": f"{default:.2f}, on the same prompts",
+            }
+    return {}
 
 
 def _read_report(folder: Path, digest: str) -> dict[str, str]:
