@@ -129,7 +129,7 @@ def test_report_needs_matplotlib_and_a_folder_before_anything_is_loaded(
     bench, tmp_path, monkeypatch
 ):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OptionError, match="--report .* cannot be written"):
+    with pytest.raises(OptionError, match=r"--report .* cannot be written"):
         bench("--report", str(tmp_path / "file"))
     monkeypatch.setattr("speclm.plots.find_spec", lambda _: None)
     with pytest.raises(OptionError, match=r"--report draws .*'speclm\[plots\]'"):
