@@ -1,6 +1,5 @@
 """Publish a folder of heads on the hub: checked files, a card with recipe and figures, charts."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,9 +10,9 @@ from speclm.drafting.heads_folder import CARD_NAME, CONFIG_NAME
 from speclm.errors import CheckpointError, DataError, OptionError, shown
 from speclm.files.atomic import read_json
 from speclm.files.hub import UploadOptions, fetch_existing, is_hub_id, upload
-from speclm.files.weights import read_text
+from speclm.files.weights import read_text, weights_digest
 from speclm.methods.registry import Method, find_heads
-from speclm.training.history import CURVES_NAME, read_history
+from speclm.training.history import CURVES_NAME, HISTORY_NAME, read_history
 
 REPORT_FOLDER = "report"
 """Folder of a report inside a folder of heads, and of its charts in a repository."""
@@ -94,19 +93,12 @@ def prepare_publication(
         raise OptionError(
             f"base is {base!r}, and the heads in {str(folder)!r} record {card.base!r}; leave it out"
         )
-    history = read_history(folder)
-    card = replace(card, base=card.base or base or (history and history.base))
-    if history is not None:
-        card = replace(card, recipe=history.facts)
-    if (folder / CURVES_NAME).is_file():
-        files[CURVES_NAME] = folder / CURVES_NAME
-        card = replace(card, curves=CURVES_NAME)
-    estimates = {} if history is None else history.estimated_tau
-    figures = {f"estimated tau, {data}": f"{tau:.2f}" for data, tau in estimates.items()}
+    digest = weights_digest(folder)
+    card, figures = _with_history(folder, files, replace(card, base=card.base or base), digest)
     figures |= _calibration(folder)
     found = report or folder / REPORT_FOLDER
     if report is not None or (found / _REPORT_NAME).is_file():
-        figures |= _read_report(found, heads_digest(folder))
+        figures |= _read_report(found, digest)
         charts = {name: f"{REPORT_FOLDER}/{file}" for name, file in _CHARTS.items()}
         files |= {charts[name]: found / file for name, file in _CHARTS.items()}
         card = replace(card, charts=charts)
@@ -136,21 +128,6 @@ def publish(publication: Publication, options: UploadOptions) -> str:
     return upload(name, files, options)
 
 
-def heads_digest(folder: Path) -> str:
-    """Return a hash of the weight files of the heads in a folder.
-
-    Raises:
-        OptionError: If the folder has no heads.
-    """
-    digest = hashlib.sha256()
-    for path in _weights(folder, find_heads(folder).method).values():
-        if path.suffix == _SAFE:
-            with path.open("rb") as file:
-                while part := file.read(2**24):
-                    digest.update(part)
-    return digest.hexdigest()
-
-
 def _weights(folder: Path, method: Method) -> dict[str, Any]:
     """Return config and weight files by name."""
     source = method.find_weights(folder)
@@ -172,6 +149,32 @@ def _weights(folder: Path, method: Method) -> dict[str, Any]:
             "and write them anew with save_pretrained"
         )
     return {path.name: path for path in sorted({folder / CONFIG_NAME, *paths})}
+
+
+def _with_history(
+    folder: Path, files: dict[str, Any], card: HeadsCard, digest: str | None
+) -> tuple[HeadsCard, dict[str, str]]:
+    """Add recipe and curves of the training that wrote the heads; return its figures too.
+
+    Raises:
+        CheckpointError: If the history is damaged, or of other heads.
+    """
+    history = read_history(folder)
+    if history is None:
+        return card, {}
+    if history.weights != digest:
+        raise CheckpointError(
+            f"{folder / HISTORY_NAME}: the history is of other weights than those in the folder, "
+            f"expected that of their training; remove it and {CURVES_NAME}"
+        )
+    card = replace(card, recipe=history.facts, base=card.base or history.base)
+    if (folder / CURVES_NAME).is_file():
+        files[CURVES_NAME] = folder / CURVES_NAME
+        card = replace(card, curves=CURVES_NAME)
+    figures = {
+        f"estimated tau, {kind}": f"{tau:.2f}" for kind, tau in history.estimated_tau.items()
+    }
+    return card, figures
 
 
 def _with_card(
@@ -196,7 +199,7 @@ def _calibration(folder: Path) -> dict[str, str]:
     return {}
 
 
-def _read_report(folder: Path, digest: str) -> dict[str, str]:
+def _read_report(folder: Path, digest: str | None) -> dict[str, str]:
     """Return the figures of a report, without dates and paths."""
     path = folder / _REPORT_NAME
     try:

@@ -14,6 +14,7 @@ from speclm._version import __version__
 from speclm.drafting.heads_folder import hub_id
 from speclm.errors import CheckpointError, reason_of, shown
 from speclm.files.atomic import read_json, write_file, write_json
+from speclm.files.weights import weights_digest
 from speclm.plots import Line, Panel, draw_panels, has_plots
 from speclm.training.heads_trainer import HeadsTrainer
 
@@ -41,6 +42,7 @@ class TrainingHistory:
         base: Hub id of the base; None for a local one.
         data: Number of examples under ``examples``, and the hash of their tokens and masks under
             ``sha256``; None where the data is a stream.
+        weights: Hash of the files of the heads, see `weights_digest`.
         arguments: The training arguments that matter for the result.
         steps: Steps of the optimizer.
         log: What `Trainer` logged, in order.
@@ -51,6 +53,7 @@ class TrainingHistory:
     version: str
     base: str | None
     data: Mapping[str, Any]
+    weights: str
     arguments: Mapping[str, Any]
     steps: int
     log: Sequence[Mapping[str, Any]]
@@ -95,7 +98,7 @@ def write_history(
     Only the first of several processes writes.
 
     Args:
-        trainer: A trainer that has trained.
+        trainer: A trainer that has trained, and written its heads.
         base: The model that the heads draft for; the path of a local one is not written.
         recipe: Name of the recipe.
         options: Options of the recipe, a dataclass.
@@ -117,6 +120,7 @@ def write_history(
             "version": __version__,
             "base": hub_id(base.config.name_or_path),
             "data": describe_data(trainer.train_dataset),
+            "weights": weights_digest(folder),
             "arguments": arguments,
             "steps": trainer.state.global_step,
             "log": log,
@@ -144,7 +148,8 @@ def read_history(folder: Path) -> TrainingHistory | None:
             f"{path}: cannot be read ({reason_of(error)}), expected the history of a training; "
             "remove it, or train again"
         ) from error
-    kinds: dict[str, type] = {"recipe": str, "version": str, "steps": int, "log": list}
+    kinds: dict[str, type] = dict.fromkeys(("recipe", "version", "weights"), str)
+    kinds |= {"steps": int, "log": list}
     kinds |= dict.fromkeys(("options", "data", "arguments"), dict)
     if not isinstance(found, dict) or found.get("kind") != _KIND:
         raise CheckpointError(

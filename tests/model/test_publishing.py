@@ -13,10 +13,11 @@ from speclm.cards import GENERATED_MARK
 from speclm.errors import CheckpointError, DataError, OptionError, UploadError
 from speclm.files.atomic import write_json
 from speclm.files.hub import UploadOptions
+from speclm.files.weights import weights_digest
 from speclm.methods.medusa.proposer import MedusaProposer
 from speclm.methods.medusa.training import new_medusa_heads
 from speclm.model import publishing
-from speclm.model.publishing import heads_digest, prepare_publication, publish
+from speclm.model.publishing import prepare_publication, publish
 from tests.model.hub import running_hub
 from tests.model.test_saving import with_eagle, with_heads
 from tests.models import build_model
@@ -68,7 +69,7 @@ def folder(tmp_path):
     """A folder as a training leaves it: heads, history, curves, and much that is not uploaded."""
     folder = tmp_path / "heads"
     with_heads(build_model("llama"), tree=None).save_pretrained(folder)
-    write_json(folder / "training.json", HISTORY)
+    write_json(folder / "training.json", {**HISTORY, "weights": weights_digest(folder)})
     (folder / "curves.png").write_bytes(b"curves")
     for name in ("optimizer.pt", "trainer_state.json", "training_args.bin", "evil.py"):
         (folder / name).write_text("")
@@ -86,7 +87,7 @@ def write_report(folder, *, digest, **settings):
 
 
 def test_heads_are_uploaded_with_a_card_of_recipe_figures_and_charts(hub, folder):
-    write_report(folder / "report", digest=heads_digest(folder))
+    write_report(folder / "report", digest=weights_digest(folder))
     address = publish(prepare_publication(folder, "me/heads"), PLAIN)
     assert address.startswith(f"{hub.endpoint}/me/heads/commit/")
     files = hub.commits["me/heads"]
@@ -234,10 +235,16 @@ def test_report_of_other_heads_is_refused(folder, tmp_path):
     report = tmp_path / "elsewhere"
     with pytest.raises(DataError, match=r"report\.json: cannot be read as a report"):
         prepare_publication(folder, "me/heads", report=report)
-    write_report(report, digest=heads_digest(folder))
+    write_report(report, digest=weights_digest(folder))
     (report / "speed.png").unlink()
     with pytest.raises(DataError, match=r"speed\.png: found no chart"):
         prepare_publication(folder, "me/heads", report=report)
+
+
+def test_history_of_other_heads_is_refused(folder):
+    write_json(folder / "training.json", {**HISTORY, "weights": "of others"})
+    with pytest.raises(CheckpointError, match=r"training\.json: the history is of other weights"):
+        prepare_publication(folder, "me/heads")
 
 
 def test_what_is_no_folder_of_safe_heads_is_refused(folder, tmp_path):

@@ -41,6 +41,7 @@ def trainer(tmp_path_factory):
         eval_dataset=examples,
     )
     trained.train()
+    trained.save_model()
     write_history(trained, base=base, recipe="medusa", options=Options())
     return trained
 
@@ -114,6 +115,7 @@ def test_folder_without_a_history_has_none(tmp_path):
 )
 def test_damaged_history_is_named(tmp_path, content, words):
     whole = {"kind": "speclm training", "recipe": "medusa", "version": "1", "steps": 2}
+    whole |= {"weights": "0a"}
     whole |= {"log": [], "options": {}, "data": {}, "arguments": {}}
     path = tmp_path / "training.json"
     if isinstance(content, dict):
