@@ -7,6 +7,12 @@ from dataclasses import dataclass, field
 GENERATED_MARK = "<!-- written by speclm: remove this line to keep your own changes -->"
 """Marks a generated card. A card without it was written by a user and is kept."""
 
+REPORT_NAME = "report.json"
+"""File of a report that holds the records of its measurements."""
+
+CHARTS = {"Speed-up": "speed.png", "Latency": "latency.png", "Acceptance": "acceptance.png"}
+"""Files of the charts of a report, by what they show."""
+
 _CARD = """\
 ---
 {front}

@@ -7,15 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from speclm.bench.records import Record, find_record
-from speclm.cards import markdown_table
+from speclm.cards import CHARTS, REPORT_NAME, markdown_table
 from speclm.errors import DataError, OptionError, reason_of
 from speclm.files.atomic import write_file, written_together
 from speclm.plots import Bars, Line, Panel, draw_bars, draw_panels
 
-REPORT_NAME = "report.json"
 PAGE_NAME = "report.md"
-CHARTS = {"acceptance": "acceptance.png", "speed": "speed.png", "latency": "latency.png"}
-"""File name of each chart."""
 
 _DISTINGUISHING = ("setting", "batch", "method")
 _PAGE = """\
@@ -70,9 +67,9 @@ def write_report(folder: Path, records: Sequence[Mapping[str, Any]]) -> None:
             "into a new file"
         )
     charts = {
-        "acceptance": draw_panels([_acceptance_panel(records)]),
-        "speed": _speed_chart(records),
-        "latency": _latency_chart(records),
+        "Speed-up": _speed_chart(records),
+        "Latency": _latency_chart(records),
+        "Acceptance": draw_panels([_acceptance_panel(records)]),
     }
     try:
         with written_together(folder, last=REPORT_NAME) as aside:

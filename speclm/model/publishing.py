@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from speclm.cards import GENERATED_MARK, HeadsCard
+from speclm.cards import CHARTS, GENERATED_MARK, REPORT_NAME, HeadsCard
 from speclm.drafting.heads_folder import CARD_NAME, CONFIG_NAME
 from speclm.errors import CheckpointError, DataError, OptionError, shown
 from speclm.files.atomic import read_json
@@ -17,8 +17,6 @@ from speclm.training.history import CURVES_NAME, HISTORY_NAME, read_history
 REPORT_FOLDER = "report"
 """Folder of a report inside a folder of heads, and of its charts in a repository."""
 
-_REPORT_NAME = "report.json"
-_CHARTS = {"Speed-up": "speed.png", "Latency": "latency.png", "Acceptance": "acceptance.png"}
 _SAFE = ".safetensors"
 _TIMES = ("latency", "plain_latency")
 
@@ -97,10 +95,10 @@ def prepare_publication(
     card, figures = _with_history(folder, files, replace(card, base=card.base or base), digest)
     figures |= _calibration(folder)
     found = report or folder / REPORT_FOLDER
-    if report is not None or (found / _REPORT_NAME).is_file():
+    if report is not None or (found / REPORT_NAME).is_file():
         figures |= _read_report(found, digest)
-        charts = {name: f"{REPORT_FOLDER}/{file}" for name, file in _CHARTS.items()}
-        files |= {charts[name]: found / file for name, file in _CHARTS.items()}
+        charts = {name: f"{REPORT_FOLDER}/{file}" for name, file in CHARTS.items()}
+        files |= {charts[name]: found / file for name, file in CHARTS.items()}
         card = replace(card, charts=charts)
     return _with_card(folder, repository, method, files, replace(card, figures=figures))
 
@@ -171,10 +169,8 @@ def _with_history(
     if (folder / CURVES_NAME).is_file():
         files[CURVES_NAME] = folder / CURVES_NAME
         card = replace(card, curves=CURVES_NAME)
-    figures = {
-        f"estimated tau, {kind}": f"{tau:.2f}" for kind, tau in history.estimated_tau.items()
-    }
-    return card, figures
+    estimates = history.estimated_tau.items()
+    return card, {f"estimated tau, {kind}": f"{tau:.2f}" for kind, tau in estimates}
 
 
 def _with_card(
@@ -201,7 +197,7 @@ def _calibration(folder: Path) -> dict[str, str]:
 
 def _read_report(folder: Path, digest: str | None) -> dict[str, str]:
     """Return the figures of a report, without dates and paths."""
-    path = folder / _REPORT_NAME
+    path = folder / REPORT_NAME
     try:
         report = read_json(path)
         records = report["records"]
@@ -218,7 +214,7 @@ def _read_report(folder: Path, digest: str | None) -> dict[str, str]:
             f"{path}: the report is of other heads, or of these before they were trained again; "
             "measure the heads with speclm bench --heads FOLDER --report FOLDER/report"
         )
-    missing = [file for file in _CHARTS.values() if not (folder / file).is_file()]
+    missing = [file for file in CHARTS.values() if not (folder / file).is_file()]
     if missing:
         raise DataError(f"{folder / missing[0]}: found no chart; write the report again")
     return dict(figures)

@@ -8,8 +8,7 @@ import torch
 from huggingface_hub import constants
 
 from speclm import SpecModel
-from speclm.bench.report import REPORT_NAME
-from speclm.cards import GENERATED_MARK
+from speclm.cards import GENERATED_MARK, REPORT_NAME
 from speclm.errors import CheckpointError, DataError, OptionError, UploadError
 from speclm.files.atomic import write_json
 from speclm.files.hub import UploadOptions
