@@ -8,7 +8,9 @@ from speclm.errors import OptionError
 from speclm.plots import Bars, Line, Panel, draw_bars, draw_panels
 
 PANELS = [
-    Panel("Loss in $", "step", [Line("a", [(1, 2.0), (2, 1.0)]), Line("b", [(1, 3.0)], True)]),
+    Panel(
+        "Loss in $", "step", [Line("a", [(1.0, 2.0), (2.0, 1.0)]), Line("b", [(1.0, 3.0)], True)]
+    ),
     Panel("Nothing yet", "step", []),
 ]
 

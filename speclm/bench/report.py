@@ -205,7 +205,7 @@ def _acceptance_table(records: Sequence[Mapping[str, Any]]) -> str:
 
 def _acceptance_panel(records: Sequence[Mapping[str, Any]]) -> Panel:
     lines = [
-        Line(_label(record), list(enumerate(record["kept_by_depth"], start=1)))
+        Line(_label(record), [(float(i), s) for i, s in enumerate(record["kept_by_depth"], 1)])
         for record in records
         if record["kept_by_depth"]
     ]

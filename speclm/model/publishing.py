@@ -56,7 +56,11 @@ class Publication:
 
 
 def prepare_publication(
-    folder: Path, repository: str, *, base: str | None = None, report: Path | None = None
+    folder: str | Path,
+    repository: str,
+    *,
+    base: str | None = None,
+    report: str | Path | None = None,
 ) -> Publication:
     """Check a folder of heads by reading them completely, and collect what is uploaded.
 
@@ -82,6 +86,7 @@ def prepare_publication(
             raise OptionError(
                 f"{option} is {shown(name)}, expected a hub id such as 'org/name'; correct it"
             )
+    folder = Path(folder)
     if not folder.is_dir():
         raise OptionError(f"{str(folder)!r} is no folder, expected one of heads; correct the path")
     method = find_heads(folder).method
@@ -94,7 +99,7 @@ def prepare_publication(
     digest = weights_digest(folder)
     card, figures = _with_history(folder, files, replace(card, base=card.base or base), digest)
     figures |= _calibration(folder)
-    found = report or folder / REPORT_FOLDER
+    found = folder / REPORT_FOLDER if report is None else Path(report)
     if report is not None or (found / REPORT_NAME).is_file():
         figures |= _read_report(found, digest)
         charts = {name: f"{REPORT_FOLDER}/{file}" for name, file in CHARTS.items()}

@@ -226,7 +226,7 @@ def _both(log: Sequence[Mapping[str, Any]], name: str) -> list[Line]:
 
 def _points(log: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
     return [
-        (entry["step"], entry[name])
+        (float(entry["step"]), entry[name])
         for entry in log
         if isinstance(entry.get(name), float) and isinstance(entry.get("step"), int)
     ]
