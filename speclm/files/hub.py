@@ -293,8 +293,8 @@ def _explain_upload(error: Exception, repository: str) -> str:
             )
         case None:
             return (
-                f"the hub cannot be reached for {repository!r} ({reason}): check the network and "
-                "try again; no commit was made"
+                f"the upload to {repository!r} failed ({reason}): check the network and try again; "
+                "no commit was made"
             )
         case _:
             return (

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from speclm.bench import Cell, measure_grid, plain_decoder, speculative_decoder
+from speclm.bench import Cell, measure_grid, plain_decoder, report, speculative_decoder
 from speclm.bench.report import as_dictionary, recorded, write_report
 from speclm.errors import DataError, OptionError
 from speclm.methods.ngram.proposer import NgramProposer
@@ -33,6 +33,12 @@ def records(records_of, tiny_base, calls_of):
     return records_of(tiny_base, calls_of(batch=2, max_new_tokens=24))
 
 
+@pytest.fixture
+def draws_nothing(monkeypatch):
+    for name in ("draw_panels", "draw_bars"):
+        monkeypatch.setattr(report, name, lambda *_, **__: b"")
+
+
 def test_report_has_the_records_a_page_and_charts(tmp_path, records):
     write_report(tmp_path / "report", records)
     files = {path.name for path in (tmp_path / "report").iterdir()}
@@ -51,6 +57,7 @@ def test_report_has_the_records_a_page_and_charts(tmp_path, records):
     assert "2 of 2 |" in page
 
 
+@pytest.mark.usefixtures("draws_nothing")
 def test_pauses_and_differences_are_stated(tmp_path, records):
     ours = records[0]
     ours |= {"pause_summary": "3 of 9 rounds without a draft", "kept_by_depth": []}
@@ -64,6 +71,7 @@ def test_pauses_and_differences_are_stated(tmp_path, records):
     assert "No draft token was accepted." in page
 
 
+@pytest.mark.usefixtures("draws_nothing")
 def test_what_cannot_be_reported_is_named(tmp_path, records):
     with pytest.raises(OptionError, match="no measurement to report"):
         write_report(tmp_path, [])

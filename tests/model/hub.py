@@ -31,7 +31,7 @@ class FakeHub:
         self.tokens: set[str | None] = set()
         self.asked: list[str] = []
         self.gated: dict[str, str] = {}  # token by repository
-        self.refused: int | None = None  # status of every POST
+        self.refused: dict[str, int] = {}  # status of a POST by a part of its path
         self.branches: list[str] = []  # that were made
 
     def folder(self, repo_id: str, revision: str) -> Path:
@@ -72,8 +72,9 @@ class FakeHub:
 
     def accept(self, path: str, body: bytes, query: str) -> object:
         """Return the answer to a POST, or the status of an error."""
-        if self.refused is not None:
-            return self.refused
+        for part, status in self.refused.items():
+            if part in path:
+                return status
         if path == "/api/repos/create":
             self.created.append(request := json.loads(body))
             name = f"{request['organization']}/{request['name']}"

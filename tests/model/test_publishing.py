@@ -169,9 +169,10 @@ def test_card_of_a_user_is_kept_here_and_there(hub, folder):
     publish(prepare_publication(folder, "me/heads"), PLAIN)
     assert "README.md" not in hub.commits["me/heads"]
 
-    (hub.root / "me/heads/README.md").write_text(GENERATED_MARK)
-    publish(prepare_publication(folder, "me/heads"), UploadOptions(message="Again"))
-    assert "README.md" in hub.commits["me/heads"]
+    (hub.root / "me/others").mkdir()
+    (hub.root / "me/others/README.md").write_text(GENERATED_MARK)
+    publish(prepare_publication(folder, "me/others"), PLAIN)
+    assert "README.md" in hub.commits["me/others"]
 
 
 def test_branch_is_made_and_pull_request_opened(hub, folder):
@@ -204,7 +205,7 @@ def test_another_model_in_the_repository_is_not_overwritten(hub, folder):
     ],
 )
 def test_refusals_say_what_to_do(hub, folder, status, words):
-    hub.refused = status
+    hub.refused = {"/commit/" if status == 409 else "/api/": status}
     with pytest.raises(UploadError, match=words):
         publish(prepare_publication(folder, "me/heads"), PLAIN)
 
@@ -213,7 +214,7 @@ def test_hub_that_cannot_be_reached_is_named(hub, folder, monkeypatch):
     found = prepare_publication(folder, "me/heads")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(publishing, "fetch_existing", lambda *_: None)
-    with pytest.raises(UploadError, match=r"cannot be reached.*check the network"):
+    with pytest.raises(UploadError, match=r"upload to 'me/heads' failed.*check the network"):
         publish(found, PLAIN)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UploadError, match="HF_HUB_OFFLINE forbids an upload"):

@@ -1,7 +1,6 @@
 """What a training leaves next to its heads, and what is read back."""
 
 import io
-import json
 from dataclasses import dataclass
 
 import pytest
@@ -73,11 +72,9 @@ def test_last_estimates_are_told_apart_by_their_data(folder, trainer):
     )
 
 
-def test_curves_are_drawn_of_any_history(folder, trainer):
-    state = json.loads(json.dumps({"log_history": trainer.state.log_history}))
-    for chart in ((folder / "curves.png").read_bytes(), draw_curves(state["log_history"])):
+def test_curves_are_drawn_of_any_history(folder):
+    for chart in ((folder / "curves.png").read_bytes(), draw_curves([])):
         assert Image.open(io.BytesIO(chart)).format == "PNG"
-    assert draw_curves([])
 
 
 def test_without_matplotlib_the_history_is_written_without_curves(trainer, folder, monkeypatch):
