@@ -107,7 +107,10 @@ def _require_place(save: Path, heads: str | None) -> None:
 
 def _saved(save: Path) -> str:
     if save.is_dir():
-        return f"written into {save}, whose heads are loaded with it"
+        return (
+            f"written into {save}, whose heads are loaded with it; heads_kwargs={{'tree': None}} "
+            "loads them without"
+        )
     return f"written to {save}; use generate(tree={str(save)!r})"
 
 
@@ -194,6 +197,8 @@ def _calibrate(
         highlight=False,
     )
     console.print(_comparison_table(own, best, num_calls=len(held_out)))
+    if best.tokens_per_second < own.tokens_per_second:
+        console.print("the default trees were faster on these prompts")
     return own, best
 
 
