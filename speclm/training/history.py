@@ -6,9 +6,7 @@ from array import array
 from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from speclm._version import __version__
 from speclm.drafting.heads_folder import hub_id
@@ -16,7 +14,11 @@ from speclm.errors import CheckpointError, reason_of, shown
 from speclm.files.atomic import read_json, write_file, write_json
 from speclm.files.weights import weights_digest
 from speclm.plots import Line, Panel, draw_panels, has_plots
-from speclm.training.heads_trainer import HeadsTrainer
+
+if TYPE_CHECKING:  # it imports Transformers' Trainer, which readers of a history do not need
+    from transformers import PreTrainedModel
+
+    from speclm.training.heads_trainer import HeadsTrainer
 
 HISTORY_NAME = "training.json"
 CURVES_NAME = "curves.png"
@@ -91,7 +93,7 @@ class TrainingHistory:
 
 
 def write_history(
-    trainer: HeadsTrainer, *, base: PreTrainedModel, recipe: str, options: Any
+    trainer: "HeadsTrainer", *, base: "PreTrainedModel", recipe: str, options: Any
 ) -> None:
     """Write `HISTORY_NAME` next to the heads, and `CURVES_NAME` if matplotlib is installed.
 
@@ -232,7 +234,7 @@ def _points(log: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, fl
     ]
 
 
-def _log_of(trainer: HeadsTrainer) -> list[dict[str, Any]]:
+def _log_of(trainer: "HeadsTrainer") -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = trainer.state.log_history
     return found
 
