@@ -17,6 +17,7 @@ from speclm.training.history import CURVES_NAME, HISTORY_NAME, read_history
 REPORT_FOLDER = "report"
 """Folder of a report inside a folder of heads, and of its charts in a repository."""
 
+_ADAPTER = "adapter/adapter_config.json"  # of a training that changes the base too
 _SAFE = ".safetensors"
 _TIMES = ("latency", "plain_latency")
 
@@ -137,7 +138,14 @@ def _weights(folder: Path, method: Method) -> dict[str, Any]:
     if source is None:
         raise OptionError(
             f"{str(folder)!r} holds no heads, expected the folder of speclm train or "
-            "save_pretrained; a draft model is uploaded with its own push_to_hub"
+            "save_pretrained; upload a draft model with: hf upload"
+        )
+    adapter = folder / _ADAPTER
+    if adapter.is_file():
+        raise OptionError(
+            f"{adapter}: found an adapter of the base, which the heads draft for, expected heads "
+            "for the base as it is; merge the adapter into the base and upload both together with: "
+            "hf upload"
         )
     paths = {source.path, *source.files.values()}
     pickled = sorted(path.name for path in source.files.values() if path.suffix != _SAFE)

@@ -74,7 +74,7 @@ class TrainingHistory:
             "examples": found.get("examples"),
             "SHA-256 of their tokens": found.get("sha256"),
             "steps": self.steps,
-            "epochs": given.get("num_train_epochs"),
+            "epochs": next((log["epoch"] for log in reversed(self.log) if "epoch" in log), None),
             "examples of a step": batch[0] * batch[1] * batch[2],
             "learning rate": f"{given.get('learning_rate')}, {given.get('lr_scheduler_type')}",
             "seed": given.get("seed"),

@@ -267,6 +267,13 @@ def test_what_is_no_folder_of_safe_heads_is_refused(folder, tmp_path):
         prepare_publication(pickled, "me/heads")
 
 
+def test_heads_for_an_adapted_base_are_refused(folder):
+    (folder / "adapter").mkdir()
+    (folder / "adapter/adapter_config.json").write_text("{}")
+    with pytest.raises(OptionError, match=r"found an adapter of the base.*merge the adapter"):
+        prepare_publication(folder, "me/heads")
+
+
 def test_damaged_heads_are_not_uploaded(folder):
     path = folder / "medusa_lm_head.safetensors"
     path.write_bytes(path.read_bytes()[:-8])

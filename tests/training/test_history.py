@@ -56,6 +56,7 @@ def test_recipe_is_written_without_paths_of_this_machine(folder, trainer):
     assert found.options == {"num_heads": 2, "init": None, "other": "org/heads"}
     assert found.facts["options"] == "num_heads=2, other=org/heads"
     assert (found.facts["examples"], found.facts["examples of a step"]) == (12, 4)
+    assert found.facts["epochs"] == pytest.approx(2 / 3, abs=0.01)
     assert found.facts["learning rate"] == "0.001, cosine"
     assert found.log == trainer.state.log_history
     assert "/home" not in (folder / "training.json").read_text()
