@@ -87,7 +87,7 @@ def train(method: Method, recipe: Recipe, own: Any, options: TrainOptions) -> No
         ) from error
     interruption.exit_if_unfinished(console)
     _finish(trainer, options, eval_dataset, console)
-    write_history(trainer, base=loaded.base, recipe=recipe.name, options=own)
+    write_history(trainer, base=loaded.base, recipe=recipe.name)
 
 
 class _Interruption(TrainerCallback):

@@ -1,14 +1,11 @@
 """What a training leaves next to its heads: its recipe, its log, and curves of the log."""
 
-import hashlib
 import logging
-from array import array
-from collections.abc import Mapping, Sequence, Sized
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from speclm._version import __version__
 from speclm.drafting.heads_folder import hub_id
 from speclm.errors import CheckpointError, reason_of, shown
 from speclm.files.atomic import read_json, write_file, write_json
@@ -27,10 +24,7 @@ _log = logging.getLogger("speclm")
 
 _KIND = "speclm training"
 _EVALUATION, _TAU, _TOP1 = "eval_", "estimated_tau", "_top1"
-_ARGUMENTS = (
-    *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "num_train_epochs"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "world_size", "seed", "bf16"),
-)
+_BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +61,7 @@ class TrainingHistory:
         options = ", ".join(
             f"{name}={value}" for name, value in self.options.items() if value is not None
         )
-        batch = [given.get(name) or 1 for name in _ARGUMENTS[5:8]]
+        batch = [given.get(name) or 1 for name in _BATCH]
         facts = {
             "command": f"`speclm train {self.recipe}`, speclm {self.version}",
             "options": options or "the defaults",
@@ -92,9 +86,7 @@ class TrainingHistory:
         return {kind: values[-1] for kind, values in found.items() if values}
 
 
-def write_history(
-    trainer: "HeadsTrainer", *, base: "PreTrainedModel", recipe: str, options: Any
-) -> None:
+def write_history(trainer: "HeadsTrainer", *, base: "PreTrainedModel", recipe: str) -> None:
     """Write `HISTORY_NAME` next to the heads, and `CURVES_NAME` if matplotlib is installed.
 
     Only the first of several processes writes.
@@ -103,27 +95,25 @@ def write_history(
         trainer: A trainer that has trained, and written its heads.
         base: The model that the heads draft for; the path of a local one is not written.
         recipe: Name of the recipe.
-        options: Options of the recipe, a dataclass.
 
     Raises:
         OSError: If a file cannot be written.
     """
     if not trainer.is_world_process_zero():
         return
-    folder, args = Path(str(trainer.args.output_dir)), trainer.args
-    arguments = {name: _plain(getattr(args, name, None)) for name in _ARGUMENTS}
+    folder, record = Path(str(trainer.args.output_dir)), trainer.record()
     log = [{name: _plain(value) for name, value in entry.items()} for entry in _log_of(trainer)]
     write_json(
         folder / HISTORY_NAME,
         {
             "kind": _KIND,
             "recipe": recipe,
-            "options": {field.name: _public(options, field.name) for field in fields(options)},
-            "version": __version__,
+            "options": {name: _public(value) for name, value in record.options.items()},
+            "version": record.version,
             "base": hub_id(base.config.name_or_path),
-            "data": describe_data(trainer.train_dataset),
+            "data": {"examples": record.num_examples, "sha256": record.data},
             "weights": weights_digest(folder),
-            "arguments": arguments,
+            "arguments": record.arguments,
             "steps": trainer.state.global_step,
             "log": log,
         },
@@ -169,19 +159,6 @@ def read_history(folder: Path) -> TrainingHistory | None:
         )
     base = found.get("base")
     return TrainingHistory(**named, base=base if isinstance(base, str) else None)  # type: ignore[arg-type]  # checked above
-
-
-def describe_data(dataset: object) -> dict[str, Any]:
-    """Return the number of examples, and a hash of their tokens and masks; empty for a stream."""
-    if not isinstance(dataset, Sized):
-        return {}
-    examples: Any = dataset
-    digest = hashlib.sha256()
-    for index in range(len(examples)):
-        example = examples[index]
-        digest.update(array("q", [len(example["input_ids"]), *example["input_ids"]]).tobytes())
-        digest.update(bytes(map(bool, example["loss_mask"])))
-    return {"examples": len(examples), "sha256": digest.hexdigest()}
 
 
 def draw_curves(log: Sequence[Mapping[str, Any]]) -> bytes:
@@ -240,15 +217,10 @@ def _log_of(trainer: "HeadsTrainer") -> list[dict[str, Any]]:
 
 
 def _plain(value: Any) -> Any:
-    """Return a value that JSON has; an enumeration becomes its value."""
-    value = getattr(value, "value", value)
     return value if isinstance(value, str | int | float | None) else str(value)
 
 
-def _public(options: Any, name: str) -> Any:
+def _public(value: Any) -> Any:
     """Return an option for others to read: a path of this machine is left out."""
-    value = getattr(options, name)
-    is_path = isinstance(value, Path) or (
-        isinstance(value, str) and ("/" in value or "\\" in value)
-    )
-    return hub_id(str(value)) if is_path else _plain(value)
+    is_path = isinstance(value, str) and {*value} & {*"/\\"}
+    return hub_id(value) if is_path else value

@@ -1,7 +1,6 @@
 """What a training leaves next to its heads, and what is read back."""
 
 import io
-from dataclasses import dataclass
 
 import pytest
 from PIL import Image
@@ -11,19 +10,13 @@ from speclm.files.atomic import write_json
 from speclm.methods.medusa.training import MedusaTrainingModel, new_medusa_heads
 from speclm.training import history
 from speclm.training.arguments import training_arguments
-from speclm.training.conversations import Example
-from speclm.training.dataset import ExampleDataset, load_examples
+from speclm.training.dataset import load_examples
 from speclm.training.heads_trainer import HeadsTrainer
-from speclm.training.history import describe_data, draw_curves, read_history, write_history
+from speclm.training.history import draw_curves, read_history, write_history
 from tests.training.alphabet import TAGGED, tiny_base, word_tokenizer, write_alphabet
 from tests.training.runs import SETTINGS
 
-
-@dataclass(frozen=True)
-class Options:
-    num_heads: int = 2
-    init: str | None = "/home/me/heads"
-    other: str | None = "org/heads"
+OPTIONS = {"num_heads": 2, "init": "/home/me/heads", "other": "org/heads"}
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +32,10 @@ def trainer(tmp_path_factory):
         train_dataset=examples,
         eval_dataset=examples,
     )
+    trained.options = OPTIONS
     trained.train()
     trained.save_model()
-    write_history(trained, base=base, recipe="medusa", options=Options())
+    write_history(trained, base=base, recipe="medusa")
     return trained
 
 
@@ -81,20 +75,9 @@ def test_curves_are_drawn_of_any_history(folder):
 def test_without_matplotlib_the_history_is_written_without_curves(trainer, folder, monkeypatch):
     (folder / "curves.png").unlink()
     monkeypatch.setattr(history, "has_plots", lambda: False)
-    write_history(trainer, base=tiny_base(), recipe="medusa", options=Options())
+    write_history(trainer, base=tiny_base(), recipe="medusa")
     assert not (folder / "curves.png").exists()
     assert read_history(folder).base is None  # it has no name
-
-
-def test_hash_of_the_data_is_that_of_tokens_and_masks():
-    def digest(tokens, mask):
-        examples = ExampleDataset([Example(input_ids=tokens, loss_mask=mask)] * 2)
-        return describe_data(examples)["sha256"]
-
-    first = digest([5, 6, 7], [0, 1, 1])
-    assert first == digest([5, 6, 7], [0, 1, 1])
-    assert len({first, digest([5, 6, 8], [0, 1, 1]), digest([5, 6, 7], [0, 0, 1])}) == 3
-    assert describe_data(iter([])) == {}
 
 
 def test_folder_without_a_history_has_none(tmp_path):
