@@ -5,17 +5,15 @@ import re
 
 import pytest
 import torch
-from huggingface_hub import constants
 
 from speclm import SpecModel
 from speclm.cards import GENERATED_MARK, REPORT_NAME
-from speclm.errors import CheckpointError, DataError, OptionError, UploadError
+from speclm.errors import CheckpointError, DataError, OptionError
 from speclm.files.atomic import write_json
 from speclm.files.hub import UploadOptions
 from speclm.files.weights import weights_digest
 from speclm.methods.medusa.proposer import MedusaProposer
 from speclm.methods.medusa.training import new_medusa_heads
-from speclm.model import publishing
 from speclm.model.publishing import prepare_publication, publish
 from tests.model.hub import running_hub
 from tests.model.test_saving import with_eagle, with_heads
@@ -175,16 +173,6 @@ def test_card_of_a_user_is_kept_here_and_there(hub, folder):
     assert "README.md" in hub.commits["me/others"]
 
 
-def test_branch_is_made_and_pull_request_opened(hub, folder):
-    found = prepare_publication(folder, "me/heads")
-    publish(found, UploadOptions(message="New", revision="dev", private=True))
-    assert hub.branches == ["dev"]
-    (created,) = hub.created
-    assert created.get("visibility", created.get("private")) in {"private", True}
-    address = publish(found, UploadOptions(message="New", create_pr=True))
-    assert address == f"{hub.endpoint}/me/heads/discussions/1"
-
-
 def test_another_model_in_the_repository_is_not_overwritten(hub, folder):
     theirs = hub.root / "me/model"
     theirs.mkdir(parents=True)
@@ -192,40 +180,6 @@ def test_another_model_in_the_repository_is_not_overwritten(hub, folder):
     with pytest.raises(OptionError, match=r"'me/model' on the hub holds another model.*medusa"):
         publish(prepare_publication(folder, "me/model"), PLAIN)
     assert hub.commits == {}
-
-
-@pytest.mark.parametrize(
-    ("status", "words"),
-    [
-        (401, "the hub does not know you .*hf auth login.*HF_TOKEN"),
-        (403, "you may not write to 'me/heads'.*repository of your own.*--create-pr"),
-        (404, "has no repository 'me/heads' that you may see"),
-        (409, "has changed, or the name is taken"),
-        (400, "refuses the upload.*correct what it names"),
-    ],
-)
-def test_refusals_say_what_to_do(hub, folder, status, words):
-    hub.refused = {"/commit/" if status == 409 else "/api/": status}
-    with pytest.raises(UploadError, match=words):
-        publish(prepare_publication(folder, "me/heads"), PLAIN)
-
-
-def test_hub_that_cannot_be_reached_is_named(hub, folder, monkeypatch):
-    found = prepare_publication(folder, "me/heads")
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(publishing, "fetch_existing", lambda *_: None)
-    with pytest.raises(UploadError, match=r"upload to 'me/heads' failed.*check the network"):
-        publish(found, PLAIN)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(UploadError, match="HF_HUB_OFFLINE forbids an upload"):
-        publish(found, PLAIN)
-
-
-def test_repository_that_may_not_be_read_is_named_before_an_upload(hub, folder):
-    (hub.root / "me/heads").mkdir(parents=True)
-    hub.gated["me/heads"] = "Bearer another"
-    with pytest.raises(UploadError, match="you may not write to 'me/heads'"):
-        publish(prepare_publication(folder, "me/heads"), PLAIN)
 
 
 def test_report_of_other_heads_is_refused(folder, tmp_path):
