@@ -29,9 +29,11 @@ from speclm.cli._files import (
 from speclm.cli._models import Loaded, load_with_heads
 from speclm.cli._options import TuneOptions
 from speclm.demo.bundle import load_prompts
-from speclm.drafting.heads_folder import store_choices
+from speclm.drafting.heads_folder import CONFIG_NAME, read_choices, store_choices
 from speclm.errors import OptionError
 from speclm.files.atomic import write_file
+from speclm.files.hub import path_exists
+from speclm.files.weights import read_json
 from speclm.methods.registry import find_heads
 from speclm.model import SpecModel
 from speclm.stats import SpeculationStats
@@ -67,7 +69,8 @@ def tune(options: TuneOptions) -> None:
     texts = given[: options.num_prompts]
     sizes = positive_numbers(options.batch)
     arguments = {**setting_options(options.setting), "max_new_tokens": options.max_new_tokens}
-    loaded, console = load_with_heads(options), Console()
+    loaded = load_with_heads(options, heads_kwargs=_without_tree(options.heads))
+    console = Console()
     proposer = loaded.spec.proposer
     if proposer is None:
         raise OptionError("--heads is 'none', expected a method; drop it, or pass lookup")
@@ -93,16 +96,31 @@ def _require_place(save: Path, heads: str | None) -> None:
 
     Raises:
         OptionError: If it is neither.
+        CheckpointError: If the heads in the folder are damaged, or have no config.
     """
     if save.suffix == ".json" and not save.is_dir():
         return
     if save.is_dir() and heads is not None and Path(heads).resolve() == save.resolve():
         require_folder_to_write("--save", save)
+        read_json(save / CONFIG_NAME)
+        find_heads(save).method.card(save)
         return
     raise OptionError(
         f"--save is {str(save)!r}, expected a file named *.json, or the folder of --heads, whose "
         "heads are then loaded with the tree; rename it, or pass the folder as --heads too"
     )
+
+
+def _without_tree(heads: str | None) -> dict[str, Any]:
+    """Return the options that load heads in a folder without the tree that they were saved with.
+
+    It would bound the trees that are tried.
+    """
+    folder = Path(heads or "")
+    if heads is None or not path_exists(folder / CONFIG_NAME):
+        return {}
+    is_stored = read_choices(folder, read_json(folder / CONFIG_NAME)) is not None
+    return {"tree": None} if is_stored else {}
 
 
 def _saved(save: Path) -> str:

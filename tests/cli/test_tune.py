@@ -4,8 +4,9 @@ import shutil
 import pytest
 
 from speclm import SpecModel
+from speclm.cli.tune import _without_tree
 from speclm.demo.bundle import assets, load_prompts
-from speclm.errors import OptionError
+from speclm.errors import OptionError, SpeclmError
 from speclm.model.call import normalize_tree
 
 QUICK = ("--num-prompts", "2", "--max-new-tokens", "16", "--threads", "1")
@@ -40,8 +41,20 @@ def test_tree_is_stored_with_the_heads_that_are_then_loaded_with_it(run, tmp_pat
     calibration = json.loads((heads / "config.json").read_text())["speclm"]["calibration"]
     assert calibration["tau"] == pytest.approx(taus["calibrated"], abs=0.01)
     assert calibration["default_tau"] == pytest.approx(taus["default"], abs=0.01)
-    loaded = SpecModel.from_pretrained(assets()["base"], heads, dtype="float32")
-    assert len(loaded.proposer.config.paths) == 3
+    base = SpecModel.from_pretrained(assets()["base"], heads, dtype="float32").base
+    assert len(SpecModel.from_pretrained(base, heads).proposer.config.paths) == 3
+    again = _without_tree(str(heads))  # another calibration is not bound by it
+    assert SpecModel.from_pretrained(base, heads, heads_kwargs=again).proposer.config.paths is None
+
+
+def test_folder_that_cannot_store_a_tree_is_named_before_anything_is_measured(run, tmp_path):
+    for name, words in (("draft", "found no heads"), ("medusa", "no JSON can be read")):
+        heads = tmp_path / name
+        shutil.copytree(assets()[name], heads)
+        if name == "medusa":
+            (heads / "config.json").unlink()
+        with pytest.raises(SpeclmError, match=words):
+            run("tune", "--heads", str(heads), "--save", str(heads), *QUICK)
 
 
 def test_tune_takes_batches_and_any_proposer(run, tmp_path):
