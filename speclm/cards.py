@@ -1,11 +1,17 @@
 """Model cards of heads."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 GENERATED_MARK = "<!-- written by speclm: remove this line to keep your own changes -->"
 """Marks a generated card. A card without it was written by a user and is kept."""
+
+REPORT_NAME = "report.json"
+"""File of a report that holds the records of its measurements."""
+
+CHARTS = {"Speed-up": "speed.png", "Latency": "latency.png", "Acceptance": "acceptance.png"}
+"""Files of the charts of a report, by what they show."""
 
 _CARD = """\
 ---
@@ -18,16 +24,20 @@ _CARD = """\
 
 {summary}
 
-| | |
-| --- | --- |
 {facts}
-{figures}
+{figures}{recipe}
 ## Load
 
 ```python
 from speclm import SpecModel
+from transformers import AutoTokenizer
 
+tokenizer = AutoTokenizer.from_pretrained({base_code})
 model = SpecModel.from_pretrained({base_code}, {heads_code})
+prompt = tokenizer("How many singers are there?", return_tensors="pt").to(model.device)
+output = model.generate(**prompt, max_new_tokens=64)
+print(tokenizer.decode(output[0]))
+print(model.last_speculation)
 ```
 
 `model.generate` takes what the base model's `generate` takes.
@@ -63,6 +73,9 @@ class HeadsCard:
         dtype: Name of their dtype.
         num_nodes: Nodes of the stored tree, root included; None if none is stored.
         figures: Measured figures by name; empty if there are none.
+        charts: Files of charts of the figures, by what they show.
+        recipe: How the heads were trained, by name; empty if that is not recorded.
+        curves: File of the curves of the training, if there is one.
         base: Hub id of the base model, if it has one.
         repo_id: Where the heads will be found, if known.
         license: Identifier of the licence, if known.
@@ -77,6 +90,9 @@ class HeadsCard:
     dtype: str
     num_nodes: int | None = None
     figures: Mapping[str, str] = field(default_factory=dict, hash=False)
+    charts: Mapping[str, str] = field(default_factory=dict, hash=False)
+    recipe: Mapping[str, object] = field(default_factory=dict, hash=False)
+    curves: str | None = None
     base: str | None = None
     repo_id: str | None = None
     license: str | None = None
@@ -90,7 +106,7 @@ class HeadsCard:
             "dtype": self.dtype,
             "tree": f"{self.num_nodes} nodes" if self.num_nodes else "chosen when they are loaded",
         }
-        measured = f"\n## Measured\n\n| | |\n| --- | --- |\n{_rows(self.figures)}\n"
+        curves = {} if self.curves is None else {"Curves of the training": self.curves}
         return _CARD.format(
             front=self._header(),
             mark=GENERATED_MARK,
@@ -98,7 +114,8 @@ class HeadsCard:
             for_base=f" for {self.base}" if self.base else "",
             summary=self.summary.strip(),
             facts=_rows(facts),
-            figures=measured if self.figures else "",
+            figures=_section("Measured", self.figures, self.charts),
+            recipe=_section("Training", self.recipe, curves),
             base_code=json.dumps(self.base or "path/to/base"),
             heads_code=json.dumps(self.repo_id or "path/to/this/folder"),
             software=self.software.strip(),
@@ -115,5 +132,28 @@ class HeadsCard:
         return "\n".join([*lines, "tags:", *(f"- {tag}" for tag in tags)])
 
 
+def markdown_table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
+    """Return a table of Markdown, without a newline at its end.
+
+    Args:
+        header: Names of the columns.
+        rows: Cells of each row; line breaks become spaces.
+    """
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("|" + "".join(map(_cell, line)) for line in lines)
+
+
+def _cell(value: object) -> str:
+    text = " ".join(str(value).replace("|", "\\|").split())
+    return f" {text} |" if text else " |"
+
+
 def _rows(facts: Mapping[str, object]) -> str:
-    return "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    return markdown_table(("", ""), list(facts.items()))
+
+
+def _section(title: str, facts: Mapping[str, object], charts: Mapping[str, str]) -> str:
+    """Return a section with a table and charts; nothing if there are neither."""
+    images = [f"![{name}]({file})" for name, file in charts.items()]
+    parts = [f"\n## {title}", *([_rows(facts)] if facts else []), *images]
+    return "\n\n".join(parts) + "\n" if len(parts) > 1 else ""

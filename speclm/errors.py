@@ -101,6 +101,10 @@ class CheckpointError(SpeclmError, ValueError):
     """A file of weights is damaged, incomplete or of another kind than expected."""
 
 
+class UploadError(SpeclmError, OSError):
+    """Files cannot be uploaded to the hub."""
+
+
 class MissingAssetError(SpeclmError, FileNotFoundError):
     """A file of the installed package is missing."""
 

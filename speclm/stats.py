@@ -223,6 +223,15 @@ class SpeculationStats:
         return [kept / tried for kept, tried in zip(accepted, total.offered, strict=True)]
 
     @property
+    def kept_by_depth(self) -> list[float]:
+        """Share of all rounds that kept a draft token at depth 1, 2, ...
+
+        `tau` is one more than their sum.
+        """
+        total = self.total
+        return [kept / len(total.accepted_lengths) for kept in total.accepted]
+
+    @property
     def milliseconds_per_round(self) -> dict[str, float]:
         """Host milliseconds per round, by phase; the prefill is not part of a round."""
         rounds = max(self.rounds, 1)

@@ -1,6 +1,6 @@
 import yaml
 
-from speclm.cards import GENERATED_MARK, HeadsCard
+from speclm.cards import GENERATED_MARK, HeadsCard, markdown_table
 
 NUMBERS = {
     "kind": "eagle3",
@@ -49,6 +49,23 @@ def test_text_gives_facts_loading_and_promises():
         assert part in card
     assert 'SpecModel.from_pretrained("org/base", "me/heads")' in card
     assert GENERATED_MARK in card
+
+
+def test_recipe_and_charts_come_after_the_figures():
+    card = HeadsCard(
+        **NUMBERS,
+        figures={"tau": "2.9"},
+        charts={"Speed-up": "report/speed.png"},
+        recipe={"steps": 13},
+        curves="curves.png",
+    ).render()
+    assert "| tau | 2.9 |\n\n![Speed-up](report/speed.png)\n\n## Training\n\n| | |\n" in card
+    assert "| steps | 13 |\n\n![Curves of the training](curves.png)\n\n## Load" in card
+
+
+def test_cells_of_a_table_are_one_line_each():
+    table = markdown_table(("a", ""), [("x | y", "two\nlines"), (1, "")])
+    assert table == "| a | |\n| --- | --- |\n| x \\| y | two lines |\n| 1 | |"
 
 
 def test_figures_are_listed_if_there_are_any():

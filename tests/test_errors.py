@@ -22,6 +22,7 @@ BUILTINS = {
     "CheckpointError": ValueError,
     "DataError": ValueError,
     "MissingAssetError": FileNotFoundError,
+    "UploadError": OSError,
     "EngineError": RuntimeError,
     "MeasurementError": RuntimeError,
 }

@@ -34,6 +34,8 @@ def test_total_is_over_all_rows(stats):
     assert stats.total.offered == [4, 3, 3]
     assert stats.total.accepted == [3, 2, 1]
     assert stats.acceptance_by_depth == pytest.approx([3 / 4, 2 / 3, 1 / 3])
+    assert stats.kept_by_depth == pytest.approx([3 / 4, 2 / 4, 1 / 4])
+    assert stats.tau == pytest.approx(1 + sum(stats.kept_by_depth))
     assert stats.total.num_draft_tokens == 12
 
 
@@ -47,7 +49,7 @@ def test_no_round_at_all():
     stats = SpeculationStats(rows=[RowStats()])
     assert stats.tau == 1.0
     assert stats.accepted_length_histogram == []
-    assert stats.acceptance_by_depth == []
+    assert stats.acceptance_by_depth == stats.kept_by_depth == []
     assert stats.to_dict()["draft_acceptance_rate"] == 0.0
     assert SpeculationStats().tau == 1.0
 

@@ -290,6 +290,7 @@ def speculative_decoder(
     *,
     tree: Tree | None = None,
     engine: str | Engine = "auto",
+    adaptive: bool = True,
 ) -> Decoder:
     """Return `SpecModel` with a proposer.
 
@@ -299,8 +300,9 @@ def speculative_decoder(
         heads: The proposer; None for one token per round.
         tree: Passed to ``generate``; None for the proposer's own settings.
         engine: Passed to ``generate``.
+        adaptive: Whether speculation pauses while it does not pay.
     """
-    model = SpecModel(base, heads, engine=engine)
+    model = SpecModel(base, heads, engine=engine, adaptive=adaptive)
 
     def generate(call: Call) -> Tensor:
         output = model.generate(**call.arguments, tree=tree)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from statistics import quantiles
+from statistics import fmean, quantiles
 from time import monotonic
 from typing import Any
 
@@ -219,6 +219,26 @@ class Spread:
 
 
 @dataclass(frozen=True, slots=True)
+class Latency:
+    """Seconds of a call, prefill included.
+
+    Args:
+        mean: Mean over the calls.
+        p90: 90th percentile, interpolated between calls.
+    """
+
+    mean: float
+    p90: float
+
+    @classmethod
+    def of(cls, outcomes: Sequence[Outcome]) -> "Latency":
+        """Summarise at least one call."""
+        seconds = [outcome.seconds for outcome in outcomes]
+        many = seconds if len(seconds) > 1 else seconds * 2
+        return cls(mean=fmean(seconds), p90=quantiles(many, n=10, method="inclusive")[-1])
+
+
+@dataclass(frozen=True, slots=True)
 class Pair:
     """One call run by regular generation and by a method."""
 
@@ -266,6 +286,16 @@ class Comparison:
     def plain_tokens_per_second(self) -> float:
         """Tokens of all runs of regular generation over their time."""
         return _rate([pair.plain for pair in self.pairs])
+
+    @property
+    def latency(self) -> Latency:
+        """Seconds of a call by the method."""
+        return Latency.of([pair.method for pair in self.pairs])
+
+    @property
+    def plain_latency(self) -> Latency:
+        """Seconds of a call by regular generation."""
+        return Latency.of([pair.plain for pair in self.pairs])
 
     @property
     def num_identical(self) -> int:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from speclm._version import __version__
 from speclm.bench.decoders import Call, Decoder, plain_decoder
-from speclm.bench.pairs import Comparison, Divergence, Pair, Spread, compare
+from speclm.bench.pairs import Comparison, Divergence, Latency, Pair, Spread, compare
 from speclm.errors import DataError, MeasurementError, OptionError
 from speclm.files.atomic import append_line
 from speclm.files.json_lines import JsonLine, read_json_lines
@@ -105,6 +105,10 @@ class Record:
         plain_tokens_per_second: The same for regular generation in the same pairs.
         tau: Tokens per row and target forward, prefill excluded.
         acceptance_by_depth: Acceptance rate by position in the draft: accepted over drafted.
+        pause_summary: Rounds without a draft, and why; None without any.
+        kept_by_depth: Share of all rounds that kept the draft token at each position.
+        latency: Seconds of a call by the method.
+        plain_latency: Seconds of a call by regular generation in the same pairs.
         milliseconds_per_round: Host time by phase.
         fallbacks: Why calls were left to regular generation.
         machine: The machine.
@@ -127,6 +131,10 @@ class Record:
     plain_tokens_per_second: float | None = None
     tau: float | None = None
     acceptance_by_depth: list[float] = field(default_factory=list)
+    pause_summary: str | None = None
+    kept_by_depth: list[float] = field(default_factory=list)
+    latency: Latency | None = None
+    plain_latency: Latency | None = None
     milliseconds_per_round: dict[str, float] = field(default_factory=dict)
     fallbacks: list[str] = field(default_factory=list)
     machine: Machine = field(default_factory=describe_machine)
@@ -158,6 +166,10 @@ def decode_record(comparison: Comparison, *, benchmark: str, settings: dict[str,
         plain_tokens_per_second=comparison.plain_tokens_per_second,
         tau=None if stats is None else stats.tau,
         acceptance_by_depth=[] if stats is None else stats.acceptance_by_depth,
+        pause_summary=None if stats is None else stats.pause_summary,
+        kept_by_depth=[] if stats is None else stats.kept_by_depth,
+        latency=comparison.latency,
+        plain_latency=comparison.plain_latency,
         milliseconds_per_round={} if stats is None else stats.milliseconds_per_round,
         fallbacks=[] if stats is None else stats.fallbacks,
     )
@@ -203,15 +215,24 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return [_parse(line) for line in lines]
 
 
-def is_recorded(path: Path, *, benchmark: str, settings: dict[str, Any]) -> bool:
-    """Return whether a measurement with these settings was made at this commit."""
+def find_record(path: Path, *, benchmark: str, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the measurement with these settings that was made at this commit, if any."""
     sha = describe_commit().sha
     wanted = json.loads(json.dumps(settings))
-    return any(
-        (record["benchmark"], record["settings"], record["commit"]["sha"])
-        == (benchmark, wanted, sha)
-        for record in read_records(path)
+    return next(
+        (
+            record
+            for record in read_records(path)
+            if (record["benchmark"], record["settings"], record["commit"]["sha"])
+            == (benchmark, wanted, sha)
+        ),
+        None,
     )
+
+
+def is_recorded(path: Path, *, benchmark: str, settings: dict[str, Any]) -> bool:
+    """Return whether a measurement with these settings was made at this commit."""
+    return find_record(path, benchmark=benchmark, settings=settings) is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -85,11 +86,17 @@ def load(options: ModelOptions) -> Loaded:
     return Loaded(SpecModel(model, None), tokenizer)
 
 
-def load_with_heads(options: HeadsOptions) -> Loaded:
+def load_with_heads(
+    options: HeadsOptions, *, heads_kwargs: Mapping[str, Any] | None = None
+) -> Loaded:
     """Load the base model, its tokenizer and its proposer.
 
     The default of ``--heads`` is the bundled draft model for the bundled base, and ``"lookup"`` for
     any other base.
+
+    Args:
+        options: Options of the command.
+        heads_kwargs: Further options of the method.
 
     Raises:
         OptionError: If an option has an unusable value, or options exclude each other.
@@ -106,7 +113,7 @@ def load_with_heads(options: HeadsOptions) -> Loaded:
     spec = SpecModel.from_pretrained(
         loaded.base,
         given,
-        heads_kwargs=_method_options(options),
+        heads_kwargs={**_method_options(options), **(heads_kwargs or {})},
         **_drafting(options),
     )
     return Loaded(spec, loaded.tokenizer)

@@ -162,10 +162,50 @@ class BenchOptions(DraftOptions):
     prompt_lookup: Annotated[
         bool, typer.Option("--prompt-lookup", help="Measure Transformers' prompt lookup too.")
     ] = False
+    no_pauses: Annotated[
+        bool,
+        typer.Option("--no-pauses", help="Draft in every round, so that tau is that of the heads."),
+    ] = False
     seed: Seed = 0
     out: Annotated[Path | None, typer.Option(help="Append records to this file.")] = None
     make_folders: Annotated[
         bool, typer.Option("--make-folders", help="Make the folders of --out without asking.")
+    ] = False
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Write figures, a page and charts into this folder; needs matplotlib."),
+    ] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PushOptions:
+    """Upload heads to the hub, with a model card that has their recipe and figures."""
+
+    folder: Annotated[Path, typer.Argument(help="Folder of the heads.")]
+    repository: Annotated[
+        str, typer.Argument(help="Hub id such as org/my-heads; made if it does not exist.")
+    ]
+    base: Annotated[
+        str | None, typer.Option(help="Hub id of the base, for heads that do not record it.")
+    ] = None
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Report of speclm bench; by default FOLDER/report, if there is one."),
+    ] = None
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = (
+        False
+    )
+    revision: Annotated[
+        str | None, typer.Option(help="Branch to upload to; made if it does not exist.")
+    ] = None
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="Open a pull request in place of a commit.")
+    ] = False
+    commit_message: Annotated[str, typer.Option(help="Summary of the commit.")] = (
+        "Upload draft heads"
+    )
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the files and the card, and upload nothing.")
     ] = False
 
 
@@ -173,7 +213,8 @@ class BenchOptions(DraftOptions):
 class TuneOptions(HeadsOptions):
     """Measure which draft trees give the most tokens per second on this machine.
 
-    Methods that rank their candidates also get a static tree, which --save writes.
+    Methods that rank their candidates also get a static tree, found on every other prompt and
+    compared with the default on the rest; --save writes it.
     """
 
     prompts: Annotated[
@@ -193,7 +234,11 @@ class TuneOptions(HeadsOptions):
         int | None, typer.Option(min=1, help="Size of the static tree; by default the fastest.")
     ] = None
     save: Annotated[
-        Path | None, typer.Option(help="Write the static tree here, for --tree and generate().")
+        Path | None,
+        typer.Option(
+            help="Write the static tree to this JSON file, for --tree and generate(); or into the "
+            "folder of --heads, which is then loaded with it."
+        ),
     ] = None
 
 

@@ -24,6 +24,7 @@ from speclm.training.acceptance_meter import MAX_TOP
 from speclm.training.arguments import parse_settings, training_arguments
 from speclm.training.dataset import ExampleDataset, load_examples
 from speclm.training.heads_trainer import HeadsTrainer
+from speclm.training.history import write_history
 from speclm.training.loss_masks import marked_excerpts
 
 INTERRUPTED = 130
@@ -86,6 +87,7 @@ def train(method: Method, recipe: Recipe, own: Any, options: TrainOptions) -> No
         ) from error
     interruption.exit_if_unfinished(console)
     _finish(trainer, options, eval_dataset, console)
+    write_history(trainer, base=loaded.base, recipe=recipe.name)
 
 
 class _Interruption(TrainerCallback):

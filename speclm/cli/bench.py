@@ -9,6 +9,7 @@ from rich.console import Console
 
 from speclm.bench import (
     Cell,
+    Decoder,
     make_calls,
     measure_grid,
     prompt_lookup_decoder,
@@ -16,10 +17,19 @@ from speclm.bench import (
     setting_options,
     speculative_decoder,
 )
+from speclm.bench.report import as_dictionary, recorded, write_report
 from speclm.cli._display import add_comparison, comparison_table, progress
-from speclm.cli._files import positive_numbers, prepare_file, read_prompts
+from speclm.cli._files import (
+    positive_numbers,
+    prepare_file,
+    read_prompts,
+    require_folder_to_write,
+)
 from speclm.cli._models import Loaded, load_with_heads
 from speclm.cli._options import BenchOptions
+from speclm.files.hub import path_exists
+from speclm.files.weights import weights_digest
+from speclm.plots import require_plots
 
 
 def bench(options: BenchOptions) -> None:
@@ -27,14 +37,17 @@ def bench(options: BenchOptions) -> None:
     texts = read_prompts(options.prompts)[: options.num_prompts]
     batches = positive_numbers(options.batch)
     settings = {name: setting_options(name) for name in options.setting.split(",")}
-    if options.out is not None:
-        prepare_file("--out", options.out, flag="--make-folders", makes=options.make_folders)
-        read_records(options.out)  # a file of another kind is reported before anything is measured
+    _prepare(options)
     loaded = load_with_heads(options)
     spec = loaded.spec
     methods = [
         speculative_decoder(
-            "speclm", loaded.base, spec.proposer, tree=spec.tree, engine=spec.engine
+            "speclm",
+            loaded.base,
+            spec.proposer,
+            tree=spec.tree,
+            engine=spec.engine,
+            adaptive=not options.no_pauses,
         )
     ]
     if options.prompt_lookup:
@@ -55,8 +68,27 @@ def bench(options: BenchOptions) -> None:
         for name, arguments in settings.items()
         for size in batches
     ]
+    is_honest = _measure(cells, methods, loaded, options)
+    if not is_honest:
+        raise typer.Exit(1)
+
+
+def _prepare(options: BenchOptions) -> None:
+    """Check the files that are to be written, before anything is loaded."""
+    if options.report is not None:
+        require_plots("--report")
+        require_folder_to_write("--report", options.report)
+    if options.out is not None:
+        prepare_file("--out", options.out, flag="--make-folders", makes=options.make_folders)
+        read_records(options.out)  # a file of another kind is reported before anything is measured
+
+
+def _measure(
+    cells: list[Cell], methods: list[Decoder], loaded: Loaded, options: BenchOptions
+) -> bool:
+    """Measure, print the table and write the report; return whether all outputs are explained."""
     table = comparison_table(("setting", "batch"))
-    is_honest = True
+    is_honest, records = True, []
     num_pairs = sum(len(cell.calls) for cell in cells) * len(methods)
     with progress("measuring", total=num_pairs) as count:
         for result in measure_grid(
@@ -65,9 +97,16 @@ def bench(options: BenchOptions) -> None:
             keys = (result.cell.settings["setting"], str(result.cell.settings["batch"]))
             add_comparison(table, keys, result.comparison)
             is_honest = is_honest and result.comparison.is_honest
-    Console().print(table)
-    if not is_honest:
-        raise typer.Exit(1)
+            records.append(as_dictionary(result.record))
+    console = Console()
+    console.print(table)
+    if options.report is not None:
+        if options.out is not None:  # it may hold measurements of an earlier, interrupted run
+            wanted = [{**c.settings, "method": m.name} for c in cells for m in methods]
+            records = recorded(options.out, benchmark="bench", settings=wanted)
+        write_report(options.report, records)
+        console.print(f"report is in {options.report}", markup=False, soft_wrap=True)
+    return is_honest
 
 
 def _shared_settings(options: BenchOptions, loaded: Loaded) -> dict[str, Any]:
@@ -88,5 +127,15 @@ def _shared_settings(options: BenchOptions, loaded: Loaded) -> dict[str, Any]:
         "num_threads": torch.get_num_threads(),
         "max_new_tokens": options.max_new_tokens,
         "seed": options.seed,
+        **_identity_of_heads(options),
+        **({"pauses": False} if options.no_pauses else {}),
         **drafting,
     }
+
+
+def _identity_of_heads(options: BenchOptions) -> dict[str, str]:
+    """Return a hash of the heads in a folder that a report is about, for ``speclm push``."""
+    if options.report is None or options.heads is None or not path_exists(options.heads):
+        return {}
+    digest = weights_digest(Path(options.heads))
+    return {} if digest is None else {"heads_sha256": digest}

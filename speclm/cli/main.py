@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "tune": (_options.TuneOptions, "tune"),
     "warm": (_options.WarmOptions, "warm"),
     "index": (_options.IndexOptions, "index"),
+    "push": (_options.PushOptions, "push"),
     "verify": (_options.VerifyOptions, "verify"),
     "kernels": (_options.KernelsOptions, "machine"),
     "env": (_options.EnvOptions, "machine"),

@@ -16,7 +16,7 @@ from speclm.cards import GENERATED_MARK
 from speclm.errors import CheckpointError, TopologyError, TreeBudgetError, UnknownNameError
 from speclm.files.atomic import write_file, written_together
 from speclm.files.hub import is_hub_id, path_exists
-from speclm.files.weights import FLOATS, WeightFiles, weight_files
+from speclm.files.weights import FLOATS, WeightFiles, read_json, weight_files
 from speclm.tree.static import RankPaths, normalize_paths
 
 CONFIG_NAME = "config.json"
@@ -164,6 +164,32 @@ def read_choices(folder: Path, config: Mapping[str, Any]) -> RankPaths | None:
         raise CheckpointError(
             f"{folder / 'config.json'}: speclm.choices is no tree ({error}); remove it or pass tree"
         ) from error
+
+
+def store_choices(
+    folder: Path, choices: RankPaths, *, notes: Mapping[str, Any], check: Callable[[Path], object]
+) -> None:
+    """Write a static tree into the config of saved heads, which are loaded with it from then on.
+
+    Args:
+        folder: Folder of the heads.
+        choices: The tree.
+        notes: Further entries next to it, such as how it was found.
+        check: Reads the folder, and raises if the heads cannot be read with the tree.
+
+    Raises:
+        CheckpointError: If there is no config, or the check fails; the old config stays then.
+        OSError: If the config cannot be written.
+    """
+    path = folder / CONFIG_NAME
+    config, before = read_json(path), path.read_bytes()
+    own = {**(config.get("speclm") or {}), "choices": [list(each) for each in choices], **notes}
+    write_file(path, json.dumps({**config, "speclm": own}, indent=2) + "\n")
+    try:
+        check(folder)
+    except BaseException:
+        write_file(path, before)
+        raise
 
 
 def read_columns(

@@ -1,4 +1,4 @@
-"""Download parts of repositories from the hub, and explain failures."""
+"""Download parts of repositories from the hub, upload files, and explain failures."""
 
 import glob
 import re
@@ -7,16 +7,17 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import CommitOperationAdd, HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
-from speclm.errors import OptionError, UnknownNameError, reason_of
+from speclm.errors import OptionError, UnknownNameError, UploadError, reason_of
 
 # Files that a training leaves next to heads; its checkpoints are folders.
 _LEFTOVERS = (
@@ -182,3 +183,121 @@ def _explain(error: Exception, repository: str, hub: HubOptions) -> str:
             )
         case _:
             return f"{repository!r} cannot be downloaded from the hub ({reason_of(error)})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UploadOptions:
+    """How files are uploaded.
+
+    Args:
+        message: Summary of the commit.
+        private: Whether a new repository is private; None for the account's default.
+        revision: Branch, made if it does not exist; None for the main branch.
+        create_pr: Whether to open a pull request in place of a commit on the branch.
+        token: Access token; None for the stored one.
+    """
+
+    message: str
+    private: bool | None = None
+    revision: str | None = None
+    create_pr: bool = False
+    token: str | None = field(default=None, repr=False)
+
+
+def fetch_existing(
+    repository: str, options: UploadOptions, patterns: tuple[str, ...]
+) -> Path | None:
+    """Return a folder with some files of a repository before an upload; None if it is new.
+
+    Raises:
+        UploadError: If the hub denies access or cannot be reached.
+    """
+    hub = HubOptions(revision=options.revision, token=options.token)
+    try:
+        return download(repository, hub, patterns)
+    except UnknownNameError as error:
+        cause: Any = error.__cause__
+        is_gated = isinstance(cause, GatedRepoError)
+        if isinstance(cause, RepositoryNotFoundError | RevisionNotFoundError) and not is_gated:
+            return None
+        raise UploadError(_explain_upload(cause, repository)) from cause
+
+
+def upload(repository: str, files: Mapping[str, Path | bytes], options: UploadOptions) -> str:
+    """Upload files in one commit; make the repository and the branch if they do not exist.
+
+    Args:
+        repository: Hub id.
+        files: Path or content of each file, by its name in the repository.
+        options: How they are uploaded.
+
+    Returns:
+        The address of the commit or the pull request.
+
+    Raises:
+        UploadError: If the upload fails, and no commit was made; the message says what to do.
+    """
+    api = HfApi(token=options.token)
+    try:
+        made = api.create_repo(repository, private=options.private, exist_ok=True).repo_id
+        if options.revision is not None and not options.create_pr:
+            _make_branch(api, made, options.revision)
+        commit = api.create_commit(
+            made,
+            [
+                CommitOperationAdd(name, content if isinstance(content, bytes) else str(content))
+                for name, content in files.items()
+            ],
+            commit_message=options.message,
+            revision=options.revision,
+            create_pr=options.create_pr,
+        )
+    except Exception as error:
+        raise UploadError(_explain_upload(error, repository)) from error
+    return str(commit.pr_url or commit.commit_url)
+
+
+def _make_branch(api: HfApi, repository: str, branch: str) -> None:
+    try:
+        api.repo_info(repository, revision=branch)
+    except RevisionNotFoundError:
+        api.create_branch(repository, branch=branch, exist_ok=True)
+
+
+def _explain_upload(error: Exception, repository: str) -> str:
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    reason = reason_of(error)
+    if isinstance(error, OfflineModeIsEnabled) or constants.HF_HUB_OFFLINE:
+        return f"HF_HUB_OFFLINE forbids an upload to {repository!r}: unset it"
+    match status:
+        case 401:
+            return (
+                f"the hub does not know you ({reason}): run hf auth login, or set HF_TOKEN to an "
+                "access token with the permission to write"
+            )
+        case 403:
+            return (
+                f"you may not write to {repository!r} on the hub ({reason}): name a repository of "
+                "your own or of your organisation, use a token with the permission to write, or "
+                "open a pull request with --create-pr"
+            )
+        case 404:
+            return (
+                f"the hub has no repository {repository!r} that you may see ({reason}): check the "
+                "spelling, and log in with hf auth login"
+            )
+        case 409 | 412:
+            return (
+                f"{repository!r} on the hub has changed, or the name is taken ({reason}): try "
+                "again, or choose another name"
+            )
+        case None:
+            return (
+                f"the upload to {repository!r} failed ({reason}): check the network and try again; "
+                "no commit was made"
+            )
+        case _:
+            return (
+                f"the hub refuses the upload to {repository!r} ({reason}): correct what it names, "
+                "or try again later; no commit was made"
+            )

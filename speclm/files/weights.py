@@ -1,5 +1,6 @@
 """Weight files of a folder: which file holds which key, and their tensors, with typed errors."""
 
+import hashlib
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ INDEX = "(0|[1-9][0-9]{0,4})"
 MAX_COUNT = 2**31 - 1
 """Largest whole number accepted in a config."""
 
+_PART = 2**24  # bytes read at a time
 _MAX_SHARING = 2
 """Maximum bytes of tensors per byte of their file; an output matrix may share the embeddings."""
 
@@ -98,6 +100,16 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_text(path: Path) -> str:
     """Return the text of a file as far as it is text; empty if there is no such file."""
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def weights_digest(folder: Path) -> str | None:
+    """Return a hash of the safetensors files in a folder, which are read; None without any."""
+    digest, paths = hashlib.sha256(), sorted(folder.glob("*.safetensors"))
+    for path in paths:
+        with path.open("rb") as file:
+            while part := file.read(_PART):
+                digest.update(part)
+    return digest.hexdigest() if paths else None
 
 
 def floating_dtype(dtype: object) -> torch.dtype:

@@ -22,6 +22,7 @@ from speclm.files.hub import HubOptions, download, is_hub_id, path_exists
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
 
+    from speclm.cards import HeadsCard
     from speclm.drafting.heads_folder import Destination
     from speclm.drafting.interface import Proposer
     from speclm.files.weights import WeightFiles
@@ -155,6 +156,10 @@ class Method(ABC):
         del destination
         raise no_heads(proposer)
 
+    def card(self, folder: Path) -> "HeadsCard":
+        """Return the card of the heads in a folder, which are read completely; see `save`."""
+        raise OptionError(f"{folder}: found no heads, expected those of a method that saves them")
+
 
 class ProposerMethod(Method):
     """A proposer class that ``heads=name`` builds from its options.
@@ -241,12 +246,6 @@ def register_proposer(name: str) -> Callable[[ProposerType], ProposerType]:
 
     Raises:
         OptionError: If the class is no `Proposer`, or the name that of a method with files.
-
-    Example:
-        ```python
-        @register_proposer("mine")
-        class MyProposer(Proposer): ...
-        ```
     """
     if not isinstance(name, str):
         raise OptionError(f"proposer name is {shown(name)}, expected a string; pass one")

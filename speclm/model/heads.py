@@ -5,7 +5,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import HfApi
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -13,6 +12,7 @@ from speclm.drafting.combined import CombinedProposer
 from speclm.drafting.heads_folder import Destination
 from speclm.drafting.interface import Proposer
 from speclm.errors import OptionError, UnsupportedModelError, suggest
+from speclm.files.hub import UploadOptions, upload
 from speclm.methods.registry import find_heads, method_of, no_heads
 from speclm.target.loading import load_causal_lm, without_adapter
 
@@ -143,15 +143,13 @@ def push_heads(
 
     Raises:
         OptionError: If the proposer has no heads; nothing is sent then.
+        UploadError: If the upload fails; the message says what to do.
     """
     with TemporaryDirectory() as folder:
         _save(proposer, Destination(Path(folder), base, repo_id))
-        api = HfApi(token=token)
-        repo = api.create_repo(repo_id, private=private, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repo.repo_id, folder_path=folder, commit_message="Upload draft heads"
-        )
-    return commit.commit_url
+        files: dict[str, Path | bytes] = {path.name: path for path in Path(folder).iterdir()}
+        options = UploadOptions(message="Upload draft heads", private=private, token=token)
+        return upload(repo_id, files, options)
 
 
 def _save(proposer: Proposer | None, destination: Destination) -> None:

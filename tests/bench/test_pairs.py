@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 
 from speclm.bench import Outcome, Pair, Spread, compare, plain_decoder, speculative_decoder
+from speclm.bench.pairs import Latency
 from speclm.errors import MeasurementError
 from speclm.methods.lookup.proposer import LookupProposer
 from speclm.methods.ngram.proposer import NgramProposer
@@ -29,6 +30,12 @@ def wrong_method(base, *, promises_identity=True):
 def test_spread_is_median_and_quartiles():
     assert Spread.of([4.0, 1.0, 3.0, 2.0, 5.0]) == Spread(2.0, 3.0, 4.0)
     assert Spread.of([2.0]) == Spread(2.0, 2.0, 2.0)
+
+
+def test_latency_is_mean_and_90th_percentile_of_the_calls():
+    calls = [Outcome([[1]], float(seconds), None) for seconds in range(11)]
+    assert Latency.of(calls) == Latency(mean=5.0, p90=9.0)
+    assert Latency.of(calls[3:4]) == Latency(mean=3.0, p90=3.0)
 
 
 def test_ratio_is_of_seconds_for_equal_outputs_and_of_time_per_token_otherwise():

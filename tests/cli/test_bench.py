@@ -2,10 +2,13 @@ import gc
 import importlib
 import json
 import re
+import shutil
 
 import pytest
 
+from speclm.demo.bundle import assets
 from speclm.errors import OptionError, SpeclmError
+from speclm.model.publishing import prepare_publication
 
 bench_module = importlib.import_module("speclm.cli.bench")
 
@@ -98,3 +101,37 @@ def test_memory_is_read_and_named_in_the_record(run, prompts, tmp_path):
     assert record["settings"]["memory"] == "m.safetensors"
     gc.collect()
     assert memory.exists()
+
+
+def test_report_is_written_also_for_what_an_earlier_run_measured(run, prompts, tmp_path):
+    out, report = tmp_path / "out.jsonl", tmp_path / "report"
+    options = ("--prompts", str(prompts), "--max-new-tokens", "4", "--heads", "ngram")
+    files = ("--out", str(out), "--report", str(report))
+    for setting in ("greedy", "greedy,t1.0"):
+        result = run("bench", *options, "--setting", setting, "--no-pauses", *files)
+        assert f"report is in {report}" in result.output
+    records = json.loads((report / "report.json").read_text())["records"]
+    assert [record["settings"]["setting"] for record in records] == ["greedy", "t1.0"]
+    assert [record["settings"]["pauses"] for record in records] == [False, False]
+    assert records == [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def test_report_of_heads_in_a_folder_names_their_weights(run, prompts, tmp_path):
+    heads = tmp_path / "heads"
+    shutil.copytree(assets()["medusa"], heads)
+    options = ("--num-prompts", "1", "--max-new-tokens", "4", "--setting", "greedy")
+    files = ("--heads", str(heads), "--report", str(heads / "report"))
+    run("bench", "--prompts", str(prompts), *options, *files)
+    assert "| tau as decoded, greedy, batch 1 |" in prepare_publication(heads, "me/heads").card
+
+
+def test_report_needs_matplotlib_and_a_folder_before_anything_is_loaded(
+    bench, tmp_path, monkeypatch
+):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OptionError, match=r"--report .* cannot be written"):
+        bench("--report", str(tmp_path / "file"))
+    monkeypatch.setattr("speclm.plots.find_spec", lambda _: None)
+    with pytest.raises(OptionError, match=r"--report draws .*'speclm\[plots\]'"):
+        bench("--report", str(tmp_path / "report"))
+    assert not (tmp_path / "report").exists()

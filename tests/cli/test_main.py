@@ -13,7 +13,13 @@ from typer.testing import CliRunner
 from speclm import __version__
 from speclm.cli import app, main
 from speclm.cli._console import print_error, printable
-from speclm.cli._options import DemoOptions, HeadsOptions, IndexOptions, ModelOptions
+from speclm.cli._options import (
+    DemoOptions,
+    HeadsOptions,
+    IndexOptions,
+    ModelOptions,
+    PushOptions,
+)
 from speclm.cli.main import COMMANDS, GROUPS
 from speclm.errors import OptionError
 
@@ -48,7 +54,7 @@ def test_options_of_one_idea_are_spelled_alike():
         assert not names & {"n", "nodes", "data", "prompts_file", "num"} - conversations
         for group in (ModelOptions, HeadsOptions):
             own = set(group.__annotations__)
-            loads_no_base = options in (DemoOptions, IndexOptions)  # of the user's, or no weights
+            loads_no_base = options in (DemoOptions, IndexOptions, PushOptions)
             assert not names & own or names >= own or loads_no_base
 
 

@@ -7,6 +7,7 @@ from speclm.errors import CheckpointError, OptionError
 from speclm.methods.block.checkpoint import read_block
 from speclm.methods.eagle.checkpoint import read_eagle
 from speclm.training.heads_trainer import HeadsTrainer
+from speclm.training.history import read_history
 from tests.models import build_model
 from tests.training.alphabet import TAGGED, WORDS, word_tokenizer, write_alphabet
 
@@ -38,6 +39,18 @@ def train(run, options):
     return run_train
 
 
+@pytest.fixture(autouse=True)
+def draws_nothing(request, monkeypatch):
+    """Draw no curves, which takes a while, except where they are looked at."""
+    if "draws" not in request.fixturenames:
+        monkeypatch.setattr("speclm.training.history.has_plots", lambda: False)
+
+
+@pytest.fixture
+def draws():
+    """Let the trainings of a test draw their curves."""
+
+
 @pytest.fixture
 def loads_nothing(monkeypatch):
     def load(_):
@@ -46,6 +59,7 @@ def loads_nothing(monkeypatch):
     monkeypatch.setattr("speclm.cli._training.load", load)
 
 
+@pytest.mark.usefixtures("draws")
 def test_heads_are_trained_and_their_figures_printed(train, options):
     flags = ("--own-lm-head", "--device", "cpu")
     settings = ("logging_steps=1",)
@@ -61,6 +75,9 @@ def test_heads_are_trained_and_their_figures_printed(train, options):
     assert "step 2" in result.output
     assert any(options["--out"].glob("*.safetensors"))
     assert any(options["--out"].glob("checkpoint-2"))
+    history = read_history(options["--out"])
+    assert (history.recipe, history.steps, history.data["examples"]) == ("medusa", 2, 8)
+    assert (options["--out"] / "curves.png").is_file()
 
 
 def test_training_that_is_shorter_than_every_interval_prints_its_table(train, options, tmp_path):

@@ -1,5 +1,6 @@
 """What all folders of heads have in common; each method's own files are tested with it."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from speclm.drafting.heads_folder import (
     require_same_tensors,
     require_shapes,
     require_whole,
+    store_choices,
 )
 from speclm.errors import CheckpointError
 from tests.models import shared_model
@@ -132,3 +134,26 @@ def test_lists_that_contradict_are_refused(offsets, is_drafted, words):
     drafted = None if is_drafted is None else torch.tensor(is_drafted)
     with pytest.raises(CheckpointError, match=words):
         read_columns(Path("m"), torch.tensor(offsets), drafted, vocab_size=20, num_columns=5)
+
+
+def test_stored_tree_replaces_the_old_one_and_keeps_the_rest(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"a": 1, "speclm": {"choices": [[0]], "b": 2}}')
+    store_choices(tmp_path, ((0,), (1,)), notes={"tau": 2.5}, check=lambda _: None)
+    own = {"choices": [[0], [1]], "b": 2, "tau": 2.5}
+    assert json.loads(path.read_text()) == {"a": 1, "speclm": own}
+
+
+def test_tree_that_cannot_be_read_back_leaves_the_config_as_it_was(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"a": 1}')
+
+    def check(_):
+        raise CheckpointError("no such heads")
+
+    with pytest.raises(CheckpointError, match="no such heads"):
+        store_choices(tmp_path, ((0,),), notes={}, check=check)
+    assert path.read_text() == '{"a": 1}'
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json: no JSON can be read"):
+        store_choices(tmp_path, ((0,),), notes={}, check=check)

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from speclm import SpecModel
 from speclm.demo.bundle import assets
-from speclm.errors import OptionError, SpeclmError, UnknownNameError
-from speclm.files.hub import HubOptions
+from speclm.errors import OptionError, SpeclmError, UnknownNameError, UploadError
+from speclm.files.hub import HubOptions, UploadOptions, fetch_existing, upload
 from speclm.methods.draft_model.proposer import DraftModelProposer
 from speclm.methods.eagle.proposer import EagleProposer
 from speclm.methods.medusa.proposer import MedusaProposer
@@ -220,3 +220,55 @@ def test_configs_that_are_none_say_nothing(tmp_path, text):
 def test_missing_subfolder_of_a_local_folder_is_named():
     with pytest.raises(UnknownNameError, match="has no subfolder 'a'"):
         find_heads(assets()["medusa"], {"subfolder": "a"})
+
+
+FILES = {"a.txt": b"content"}
+PLAIN = UploadOptions(message="Upload heads")
+
+
+def test_files_are_uploaded_to_a_branch_or_as_a_pull_request(hub, tmp_path):
+    (tmp_path / "b.txt").write_text("more")
+    files = {**FILES, "b.txt": tmp_path / "b.txt"}
+    options = UploadOptions(message="New", revision="dev", private=True, token="hf_me")
+    assert "/me/heads/commit/" in upload("me/heads", files, options)
+    assert hub.commits["me/heads"] == {"a.txt": b"content", "b.txt": b"more"}
+    assert (hub.branches, hub.tokens) == (["dev"], {"Bearer hf_me"})
+    (created,) = hub.created
+    assert created.get("visibility", created.get("private")) in {"private", True}
+    address = upload("me/heads", FILES, UploadOptions(message="New", create_pr=True))
+    assert address == f"{hub.endpoint}/me/heads/discussions/1"
+
+
+def test_refused_uploads_say_what_to_do(hub):
+    for status, words in {
+        401: "the hub does not know you .*hf auth login.*HF_TOKEN",
+        403: "you may not write to 'me/heads'.*repository of your own.*--create-pr",
+        404: "has no repository 'me/heads' that you may see",
+        409: "has changed, or the name is taken",
+        400: "refuses the upload.*correct what it names",
+    }.items():
+        hub.refused = {"/commit/" if status == 409 else "/api/": status}
+        with pytest.raises(UploadError, match=words):
+            upload("me/heads", FILES, PLAIN)
+
+
+def test_hub_that_cannot_be_reached_is_named(hub, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UploadError, match=r"upload to 'me/heads' failed.*check the network"):
+        upload("me/heads", FILES, PLAIN)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UploadError, match="HF_HUB_OFFLINE forbids an upload"):
+        upload("me/heads", FILES, PLAIN)
+
+
+def test_what_a_repository_holds_is_read_before_an_upload(hub, tmp_path):
+    assert fetch_existing("me/new", PLAIN, ("*.json",)) is None
+    write_medusa(tmp_path / "me/heads")
+    found = fetch_existing("me/heads", PLAIN, ("*.json",))
+    assert [path.name for path in found.iterdir()] == ["config.json"]
+    branch = UploadOptions(message="New", revision="dev")
+    assert fetch_existing("me/heads", branch, ("*.json",)) is None
+    (tmp_path / "me/gated").mkdir()
+    hub.gated["me/gated"] = "Bearer another"
+    with pytest.raises(UploadError, match="you may not write to 'me/gated'"):
+        fetch_existing("me/gated", PLAIN, ("*.json",))

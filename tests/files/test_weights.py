@@ -5,7 +5,13 @@ import torch
 from safetensors.torch import save_file
 
 from speclm.errors import CheckpointError, OptionError
-from speclm.files.weights import floating_dtype, read_json, read_text, weight_files
+from speclm.files.weights import (
+    floating_dtype,
+    read_json,
+    read_text,
+    weight_files,
+    weights_digest,
+)
 
 
 def test_named_files_come_first_then_the_models_own_and_pickles_only_alone(tmp_path):
@@ -19,6 +25,16 @@ def test_named_files_come_first_then_the_models_own_and_pickles_only_alone(tmp_p
         file.unlink()
     (source,) = weight_files(tmp_path)
     assert torch.equal(source.load(["p"])["p"], torch.ones(1))
+
+
+def test_digest_is_that_of_all_safetensors_files(tmp_path):
+    assert weights_digest(tmp_path) is None
+    save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
+    first = weights_digest(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    assert weights_digest(tmp_path) == first
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    assert weights_digest(tmp_path) != first
 
 
 def test_dtypes_are_named_or_given_and_floating():

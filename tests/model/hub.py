@@ -31,6 +31,8 @@ class FakeHub:
         self.tokens: set[str | None] = set()
         self.asked: list[str] = []
         self.gated: dict[str, str] = {}  # token by repository
+        self.refused: dict[str, int] = {}  # status of a POST by a part of its path
+        self.branches: list[str] = []  # that were made
 
     def folder(self, repo_id: str, revision: str) -> Path:
         """Return the files of a revision: main lies under its name, v2 under ``name@v2``."""
@@ -68,11 +70,19 @@ class FakeHub:
         siblings = [{"rfilename": name} for name in names]
         return {"id": repo_id, "sha": SHAS.get(revision, revision), "siblings": siblings}
 
-    def accept(self, path: str, body: bytes) -> object:
-        """Return the answer to a POST."""
+    def accept(self, path: str, body: bytes, query: str) -> object:
+        """Return the answer to a POST, or the status of an error."""
+        for part, status in self.refused.items():
+            if part in path:
+                return status
         if path == "/api/repos/create":
             self.created.append(request := json.loads(body))
-            return {"url": f"{self.endpoint}/{request['organization']}/{request['name']}"}
+            name = f"{request['organization']}/{request['name']}"
+            (self.root / name).mkdir(parents=True, exist_ok=True)
+            return {"url": f"{self.endpoint}/{name}"}
+        if "/branch/" in path:
+            self.branches.append(path.split("/", 6)[6])
+            return {}
         if "/preupload/" in path:
             files = [file["path"] for file in json.loads(body)["files"]]
             regular = {"uploadMode": "regular", "shouldIgnore": False}
@@ -81,7 +91,9 @@ class FakeHub:
             lines = [json.loads(line)["value"] for line in body.splitlines()][1:]
             repo_id = "/".join(path.split("/")[3:5])
             self.commits[repo_id] = {v["path"]: base64.b64decode(v["content"]) for v in lines}
-            return {"commitUrl": f"{self.endpoint}/{repo_id}/commit/{SHA}", "commitOid": SHA}
+            answer = {"commitUrl": f"{self.endpoint}/{repo_id}/commit/{SHA}", "commitOid": SHA}
+            request = {"pullRequestUrl": f"{self.endpoint}/{repo_id}/discussions/1"}
+            return {**answer, **(request if "create_pr=1" in query else {})}
         return {} if path == "/api/validate-yaml" else None
 
 
@@ -95,8 +107,10 @@ def running_hub(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub
 
         def reply(self, content):
             code = content if isinstance(content, str) else "RepoNotFound"
-            is_error = content is None or isinstance(content, str)
+            is_error = content is None or isinstance(content, str | int)
             status = (403 if code == "GatedRepo" else 404) if is_error else 200
+            if isinstance(content, int):
+                status, code = content, ""
             body = {"error": "not here"} if is_error else content
             if not isinstance(body, bytes):
                 body = json.dumps(body).encode()
@@ -125,7 +139,8 @@ def running_hub(root: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub
         def do_POST(self):
             hub.tokens.add(self.headers.get("Authorization"))
             body = self.rfile.read(int(self.headers["Content-Length"]))
-            self.reply(hub.accept(unquote(urlsplit(self.path).path), body))
+            address = urlsplit(self.path)
+            self.reply(hub.accept(unquote(address.path), body, address.query))
 
         def log_message(self, *args):
             pass

@@ -277,6 +277,12 @@ class BlockMethod(Method):
             card=destination.card(card.render()),
         )
 
+    @override
+    def card(self, folder: Path) -> HeadsCard:
+        from speclm.methods.block.checkpoint import read_block
+
+        return block_card(read_block(folder))
+
 
 def _usual_dtype(target: "PreTrainedModel") -> "torch.dtype":
     """Return the target's dtype, but bfloat16 for float16, whose range the heads' states exceed."""

@@ -264,16 +264,34 @@ class EagleMethod(Method):
             card=destination.card(card.render()),
         )
 
+    @override
+    def card(self, folder: Path) -> HeadsCard:
+        from speclm.methods.eagle.checkpoint import read_eagle
+
+        return eagle_card(read_eagle(folder))
+
 
 def eagle_card(
-    checkpoint: "EagleCheckpoint", *, num_target_layers: int, repo_id: str | None = None
+    checkpoint: "EagleCheckpoint",
+    *,
+    num_target_layers: int | None = None,
+    repo_id: str | None = None,
 ) -> HeadsCard:
-    """Return the model card of EAGLE heads."""
+    """Return the model card of EAGLE heads.
+
+    Args:
+        checkpoint: The heads.
+        num_target_layers: Decoder layers of the base; None if they are not known.
+        repo_id: Where the heads will be found, if known.
+    """
     config, choices = checkpoint.config, checkpoint.choices
     is_eagle3 = config.kind == "eagle3"
+    read = config.feature_layers
+    if num_target_layers is not None:
+        read = config.layers_to_read(num_target_layers)
     layers = "the last"
     if is_eagle3:
-        named = ", ".join(map(str, config.layers_to_read(num_target_layers)))
+        named = "2, n // 2 and n - 3 of n layers" if read is None else ", ".join(map(str, read))
         layers = f"{named} (0 is the embeddings)"
     drafted = f"{config.draft_vocab_size:,} of {config.vocab_size:,}"
     tensors = checkpoint.tensors.values()

@@ -162,6 +162,18 @@ class MedusaMethod(Method):
         card = medusa_card(checkpoint, repo_id=destination.repo_id).render()
         write_medusa(destination.folder, checkpoint, card=destination.card(card))
 
+    @override
+    def card(self, folder: Path) -> HeadsCard:
+        from speclm.methods.medusa.checkpoint import read_medusa
+
+        checkpoint = read_medusa(folder)
+        if checkpoint.is_merged:
+            raise OptionError(
+                f"{folder}: found a whole model merged with its heads, expected heads; upload it "
+                "with: hf upload"
+            )
+        return medusa_card(checkpoint)
+
 
 def medusa_card(checkpoint: "MedusaCheckpoint", *, repo_id: str | None = None) -> HeadsCard:
     """Return the model card of Medusa heads."""
