@@ -21,13 +21,13 @@ from speclm.cli._files import prepare_file
 from speclm.cli._models import load_with_heads
 from speclm.cli._options import DistillOptions, DraftOptions
 from speclm.data.dialogues import AnswerSource, DistillSettings
-from speclm.data.distill import (
+from speclm.data.distillation import (
     DistillProgress,
     DistillReport,
     ModelSource,
     require_other_file,
 )
-from speclm.data.distill import distill as run_distillation
+from speclm.data.distillation import distill as run_distillation
 from speclm.data.row_plan import RowPlan, Shard
 from speclm.data.server import ServerSource
 from speclm.errors import OptionError

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from speclm.config import require_count
 from speclm.data.dialogues import Message, NumberedRow, parse_row
+from speclm.data.ids import HashSet
 from speclm.errors import DataError, shown
 from speclm.files.json_lines import JsonLine
 
@@ -16,6 +19,7 @@ MAX_SHARDS = 256
 """Maximum shards of one data set: their files are open together when they are merged."""
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_CHECKED_TOGETHER = 1024
 _POOL_BATCHES = 64  # batches of similar lengths are cut from so many at a time
 
 
@@ -56,16 +60,10 @@ class RowPlan:
         self.path = path
         self._offsets, self._lines = array("q"), array("q")
         self._turns, self._answers, self._lengths = array("i"), array("q"), array("q")
-        digest, ids = hashlib.sha256(), set[int]()
+        digest, ids = hashlib.sha256(), _Ids()
         for row, (offset, number, line) in enumerate(_read_lines(path, digest.update)):
             parsed = parse_row(line, row)
-            name = int.from_bytes(hashlib.sha256(parsed.id.encode()).digest()[:8], "big")
-            if name in ids:
-                raise DataError(
-                    f"{line.where}: found the id {shown(parsed.id)} of an earlier row, expected "
-                    "one of its own; rename or drop it"
-                )
-            ids.add(name)
+            ids.add(parsed)
             answers = [
                 _length(message)
                 for message in parsed.content["messages"]
@@ -76,6 +74,7 @@ class RowPlan:
             self._turns.append(len(answers))
             self._answers.append(sum(answers))
             self._lengths.append(sum(map(_length, parsed.content["messages"])))
+        ids.check()
         if not len(self):
             raise DataError(f'{path}: no rows, expected one {{"messages": [...]}} a line')
         self._digest = digest.hexdigest()
@@ -128,6 +127,31 @@ class RowPlan:
 
     def _where(self, row: int) -> str:
         return f"{self.path}:{self._lines[row]}"
+
+
+class _Ids:
+    """Checks that ids differ, many at a time; 8 bytes stay in memory for each."""
+
+    def __init__(self) -> None:
+        self._known, self._pending = HashSet(), list[tuple[str, str]]()
+
+    def add(self, row: NumberedRow) -> None:
+        self._pending.append((row.id, row.where))
+        if len(self._pending) >= _CHECKED_TOGETHER:
+            self.check()
+
+    def check(self) -> None:
+        if not self._pending:
+            return
+        hashes = [hashlib.sha256(name.encode()).digest()[:8] for name, _ in self._pending]
+        are_new = self._known.add(np.frombuffer(b"".join(hashes), dtype="<u8"))
+        for (name, where), is_new in zip(self._pending, are_new, strict=True):
+            if not is_new:
+                raise DataError(
+                    f"{where}: found the id {shown(name)} of an earlier row, expected one of its "
+                    "own; rename or drop it"
+                )
+        self._pending.clear()
 
 
 def _length(message: Message) -> int:

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, Self
 from speclm.data.dialogues import Finished
 from speclm.data.row_plan import Shard
 from speclm.errors import BusyError, DataError, OptionError, shown
-from speclm.files.atomic import load_json, read_json, write_json, written_together
+from speclm.files.atomic import load_json, read_json, write_json, written_whole
 
 MANIFEST = "manifest.json"
 
@@ -306,10 +306,7 @@ def _write_merged(
     sources: "array[int]",
 ) -> None:
     try:
-        with (
-            written_together(out.parent, last=out.name) as aside,
-            (aside / out.name).open("wb") as merged,
-        ):
+        with written_whole(out) as merged:
             for offset, source in zip(offsets, sources, strict=True):
                 files[source].seek(offset)
                 row = _parse(files[source].readline(), str(paths[source])).row

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -233,9 +233,9 @@ class DistillReport:
     """
 
     out: Path | None
-    totals: Totals = field(default_factory=Totals)
-    progress: DistillProgress = field(default_factory=lambda: DistillProgress(0, 0, 0, 0, 0.0))
-    tau: float | None = None
+    totals: Totals
+    progress: DistillProgress
+    tau: float | None
 
 
 def distill(
