@@ -280,6 +280,11 @@ class AnswerSource(ABC):
     def tau(self) -> float | None:
         """Tokens per target forward, prefill excluded; None if there are no counters."""
 
+    @property
+    @abstractmethod
+    def answers_together(self) -> bool:
+        """Whether an answer depends on the other rows of its batch."""
+
     @abstractmethod
     def identity(self) -> dict[str, Any]:
         """Return, ready for JSON, what its answers depend on apart from the settings."""

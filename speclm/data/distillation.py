@@ -72,6 +72,11 @@ class ModelSource(AnswerSource):
     def tau(self) -> float | None:
         return 1.0 + self._num_accepted / self._num_rounds if self._num_rounds else None
 
+    @property
+    @override
+    def answers_together(self) -> bool:
+        return True
+
     @override
     def identity(self) -> dict[str, Any]:
         base = self.spec.base
@@ -322,8 +327,11 @@ def _run(
     """Answer the rows that are not finished, and keep them."""
     batches = list(plan.batches(settings.batch_size, shard))
     num_total, num_resumed = sum(map(len, batches)), len(file.finished)
-    # A batch that was finished in part is answered again as a whole: its rows are the same then.
-    left = (batch for batch in batches if not file.finished.issuperset(batch))
+    left: list[list[int]] = []
+    for batch in batches:
+        rows = [row for row in batch if row not in file.finished]
+        if rows:  # a batch that was finished in part has to be answered as a whole
+            left.append(batch if source.answers_together else rows)
     start, num_new_tokens = perf_counter(), 0
 
     def report() -> DistillProgress:

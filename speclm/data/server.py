@@ -122,6 +122,11 @@ class ServerSource(AnswerSource):
     def tau(self) -> float | None:
         return None
 
+    @property
+    @override
+    def answers_together(self) -> bool:
+        return False
+
     @override
     def identity(self) -> dict[str, Any]:
         return {"server_model": self.model}  # its address may change
@@ -334,11 +339,12 @@ def _is_local(host: str) -> bool:
 
 
 def _require_address(url: str) -> None:
-    parts = None
-    with suppress(ValueError):  # brackets of an address that do not match, or a wrong port
+    try:
         parts = urlsplit(url)
         _ = parts.port
-    if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
+    except ValueError:  # brackets that do not match, or a port that is no number
+        parts = urlsplit("")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
         raise OptionError(
             f"the server's address is {url!r}, expected one such as http://localhost:8000/v1"
         )

@@ -132,7 +132,6 @@ def test_the_last_shard_writes_the_file(run, data, tmp_path, monkeypatch):
             "names 'NO_SUCH_KEY', which is not set",
         ),
         (("--shard", "1"), OptionError, "shard is 1, expected 0 to 0"),
-        (("--top-p", "nan"), OptionError, "top_p is nan"),
         (("--data", "none.jsonl"), DataError, "none.jsonl cannot be read"),
         (("--out", "no/such/out"), OptionError, "--out is .* make .* first"),
     ],

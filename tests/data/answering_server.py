@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock, Thread
@@ -59,8 +59,9 @@ def serving(reply: Callable[[dict[str, Any]], Reply]) -> Iterator[AnsweringServe
             self.send_response(found.status)
             for name, value in {"Content-Length": str(len(body)), **found.headers}.items():
                 self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(body[: len(body) - found.cut])
+            with suppress(ConnectionError):  # who asked may have left
+                self.end_headers()
+                self.wfile.write(body[: len(body) - found.cut])
 
         def log_message(self, *_: Any) -> None:
             pass

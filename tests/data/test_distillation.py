@@ -69,7 +69,10 @@ def test_every_answer_is_what_the_base_generates_after_the_new_ones(data, source
     heads = ModelSource(SpecModel.from_pretrained(base, "lookup"), byte_tokenizer())
     out, report = run(data, heads)
     tokenizer, found = byte_tokenizer(), rows_of(out)
-    assert [row["id"] for row in found] == [f"row {n}" for n in range(NUM_ROWS)]
+    ids = [int(row["id"].removeprefix("row ")) for row in found]
+    assert ids == sorted(ids)
+    assert num_finished(report) == NUM_ROWS
+    assert len(found) == report.totals.num_rows >= NUM_ROWS - 2  # some say nothing
     num_tokens = 0
     for row in found:
         for turn, message in enumerate(row["messages"]):
@@ -86,13 +89,16 @@ def test_every_answer_is_what_the_base_generates_after_the_new_ones(data, source
             text = tokenizer.decode(new if is_cut else new[:-1], skip_special_tokens=True)
             assert message["content"] == text
             is_last = turn == len(row["messages"]) - 1
-            assert row["finish_reason"] == "stop" or is_last
-            assert (row["finish_reason"] == "length") == is_cut or not is_last
+            assert is_cut == (is_last and row["finish_reason"] == "length")
     assert {row["finish_reason"] for row in found} == {"stop", "length"}
-    assert (report.out, report.totals.num_rows) == (out, NUM_ROWS)
-    assert report.totals.num_tokens == report.progress.num_new_tokens == num_tokens
+    assert report.out == out
+    assert report.totals.num_tokens == report.progress.num_new_tokens >= num_tokens
     assert report.tau >= 1.0
     assert not out.with_name("out.jsonl.shards").exists()
+
+
+def num_finished(report):
+    return report.totals.num_rows + report.totals.dropped.total()
 
 
 class StoppedError(Exception):
@@ -128,7 +134,7 @@ def test_sampled_rows_depend_on_neither_shards_nor_interruptions(data, source):
     assert out.read_bytes() == whole
     assert (seen[0].num_done, seen[-1].num_done) == (5, NUM_ROWS)
     assert report.progress.num_resumed == 5
-    assert report.totals.num_rows == NUM_ROWS
+    assert num_finished(report) == NUM_ROWS
 
     out, _ = run(data, source, name="d", settings=DistillSettings(**SETTINGS, temperature=1.5))
     assert out.read_bytes() != whole
@@ -154,7 +160,7 @@ def test_rows_without_an_answer_of_use_are_dropped_and_counted(data, base, tmp_p
     assert "tokens, 512 positions" in totals.examples[Drop.TOO_LONG]
     assert totals.dropped[Drop.CUT] >= 1
     assert totals.num_rows == len(rows_of(out)) >= 1
-    assert totals.num_rows + totals.dropped.total() == len(rows)
+    assert num_finished(report) == len(rows)
 
 
 def test_the_last_positions_of_a_model_bound_the_answer(data, base):
@@ -190,7 +196,7 @@ def test_a_run_with_other_settings_data_or_model_is_refused(data, source, tmp_pa
     with pytest.raises(OptionError, match=r"data rows \(14 there, 15 here\); data sha256"):
         run(data, source)
     _, report = run(data, source, overwrite=True)
-    assert report.totals.num_rows == 15
+    assert num_finished(report) == 15
 
 
 def test_what_cannot_be_written_or_answered_is_named_at_once(data, source, base, tmp_path):

@@ -144,7 +144,7 @@ def test_answers_that_cannot_be_used_drop_the_row():
         "1": (completion(None), Drop.EMPTY),
         "2": (completion("a", finish="content_filter"), Drop.FILTERED),
         "3": (completion(None, tool_calls=[{"id": "1"}]), Drop.CALLED),
-        "4": (Reply("too many tokens", status=400), Drop.REFUSED),
+        "4": (Reply(b"too many tokens", status=400), Drop.REFUSED),
     }
     asked = rows(5)
     for row in asked:
