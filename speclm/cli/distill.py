@@ -75,6 +75,7 @@ def distill(options: DistillOptions) -> None:
             f"interrupted: {done} of {total} rows are finished and kept; run the same command "
             "again to go on",
             highlight=False,
+            soft_wrap=True,
         )
         raise typer.Exit(INTERRUPTED) from None
     _print(console, report, options)
