@@ -15,6 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from speclm.cli._console import printable
 from speclm.cli._files import prepare_file
@@ -30,6 +31,7 @@ from speclm.data.distillation import (
 from speclm.data.distillation import distill as run_distillation
 from speclm.data.row_plan import RowPlan, Shard
 from speclm.data.server import ServerSource
+from speclm.data.shards import require_free
 from speclm.errors import OptionError
 
 INTERRUPTED = 130
@@ -46,6 +48,7 @@ def distill(options: DistillOptions) -> None:
     shard = Shard(options.shard, options.num_shards)
     server = _server(options)
     prepare_file("--out", options.out)
+    require_free(options.out, overwrite=options.overwrite)
     console, errors = Console(soft_wrap=True, highlight=False), Console(stderr=True)
     with errors.status(f"reading {options.data.name}"):
         plan = RowPlan(options.data)
@@ -156,8 +159,8 @@ def _print(console: Console, report: DistillReport, options: DistillOptions) -> 
     if totals.dropped:
         table = Table("dropped because", "rows", "first", box=None, pad_edge=False)
         for reason, count in totals.dropped.most_common():
-            table.add_row(reason, str(count), printable(totals.examples[reason]))
-        console.print(table, markup=False)
+            table.add_row(reason, str(count), Text(printable(totals.examples[reason])))
+        console.print(table)
     line = (
         f"this run: {progress.num_done - progress.num_resumed} rows, {progress.num_new_tokens} "
         f"tokens, {progress.tokens_per_second:.0f} tokens/s"

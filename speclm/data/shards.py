@@ -61,7 +61,7 @@ def open_folder(out: Path, manifest: Mapping[str, Any], *, overwrite: bool) -> P
             and `overwrite` is not set; or if the folder cannot be written.
         DataError: If the folder is not one of these, or its manifest is damaged.
     """
-    folder = out.with_name(f"{out.name}.shards")
+    folder = _folder_of(out)
     wanted = json.loads(json.dumps(manifest))
     try:
         found = _read_manifest(folder)
@@ -78,10 +78,7 @@ def open_folder(out: Path, manifest: Mapping[str, Any], *, overwrite: bool) -> P
                     path.unlink()
                 write_json(folder / MANIFEST, wanted)
             return folder
-        if out.exists() and not overwrite:
-            raise OptionError(
-                f"{str(out)!r} exists; name another file, or pass --overwrite (overwrite=True)"
-            )
+        require_free(out, overwrite=overwrite)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / MANIFEST, wanted)
     except OSError as error:
@@ -92,8 +89,27 @@ def open_folder(out: Path, manifest: Mapping[str, Any], *, overwrite: bool) -> P
     return folder
 
 
+def require_free(out: Path, *, overwrite: bool) -> None:
+    """Check that a file may be written: that it does not exist, or a run for it has begun.
+
+    Raises:
+        OptionError: If it may not, and `overwrite` is not set.
+    """
+    if out.exists() and not overwrite and not (_folder_of(out) / MANIFEST).exists():
+        raise OptionError(
+            f"{str(out)!r} exists; name another file, or pass --overwrite (overwrite=True)"
+        )
+
+
+def _folder_of(out: Path) -> Path:
+    return out.with_name(f"{out.name}.shards")
+
+
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not folder.exists():
+        return None
+    # Another process may be writing the manifest at this moment, under a hidden name.
+    if folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir()):
         return None
     try:
         found = read_json(folder / MANIFEST)

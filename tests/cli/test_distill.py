@@ -133,6 +133,7 @@ def test_the_last_shard_writes_the_file(run, data, tmp_path, monkeypatch):
         ),
         (("--shard", "1"), OptionError, "shard is 1, expected 0 to 0"),
         (("--data", "none.jsonl"), DataError, "none.jsonl cannot be read"),
+        (("--out", __file__), OptionError, "exists; name another file, or pass --overwrite"),
         (("--out", "no/such/out"), OptionError, "--out is .* make .* first"),
     ],
 )

@@ -127,6 +127,12 @@ def test_an_existing_file_is_replaced_only_on_request(out):
     assert not folder.exists()
 
 
+def test_a_folder_that_another_shard_is_making_is_shared(out, folder):
+    (folder / MANIFEST).rename(folder / ".writing-1")  # as before the other one has renamed it
+    assert open_folder(out, ABOUT, overwrite=False) == folder
+    assert json.loads((folder / MANIFEST).read_text()) == ABOUT
+
+
 def test_folders_of_somebody_else_are_left_untouched(out):
     folder = out.with_name("out.jsonl.shards")
     folder.mkdir()
