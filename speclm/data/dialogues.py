@@ -111,20 +111,25 @@ def parse_row(line: JsonLine, position: int) -> NumberedRow:
 
     Raises:
         DataError: If it is not a conversation with text as content, its id is neither a text nor a
-            whole number, or its tools are not a list.
+            whole number, or what its chat template reads has another type.
     """
     content = line.parse()
     messages = content.get("messages")
     if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
         raise DataError(
             f'{line.where}: expected "messages", a list of objects with the strings "role" and '
-            f'"content" (turns with "tool_calls" may lack content), found {line.excerpt}; {_REMEDY}'
+            f'"content" (turns with "tool_calls" or "reasoning_content" may lack content), found '
+            f"{line.excerpt}; {_REMEDY}"
         )
-    if not isinstance(content.get("tools"), list | None):
-        raise DataError(
-            f'{line.where}: expected "tools" to be a list of functions, found '
-            f"{shown(content['tools'])}; correct or drop it"
-        )
+    for key, kind, words in (
+        ("tools", list, "a list of functions"),
+        ("chat_template_kwargs", dict, "an object"),
+    ):
+        if not isinstance(content.get(key), kind | None):
+            raise DataError(
+                f'{line.where}: expected "{key}" to be {words}, found {shown(content[key])}; '
+                "correct or drop it"
+            )
     given = content.get("id")
     if given is not None and (isinstance(given, bool) or not isinstance(given, str | int)):
         raise DataError(
@@ -139,7 +144,8 @@ def _is_message(value: object) -> bool:
     if not isinstance(value, dict) or not isinstance(value.get("role"), str):
         return False
     text, calls = value.get("content"), value.get("tool_calls")
-    return isinstance(text, str) or (text is None and isinstance(calls, list) and bool(calls))
+    has_more = (isinstance(calls, list) and bool(calls)) or value.get("reasoning_content")
+    return isinstance(text, str) or (text is None and bool(has_more))
 
 
 def _derive_id(messages: list[Message], position: int) -> str:
@@ -215,6 +221,11 @@ class Dialogue:
     def tools(self) -> list[Any] | None:
         """Functions that the assistant may call, for chat templates."""
         return self.row.content.get("tools") or None
+
+    @property
+    def template_options(self) -> dict[str, Any]:
+        """Further values for the chat template, such as ``enable_thinking``."""
+        return self.row.content.get("chat_template_kwargs") or {}
 
     @property
     def messages(self) -> list[Message]:

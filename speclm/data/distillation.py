@@ -124,7 +124,11 @@ class ModelSource(AnswerSource):
         """Return the prompt; drop the row if the template refuses it."""
         try:
             text: Any = self._tokenizer.apply_chat_template(
-                dialogue.messages, tools=dialogue.tools, add_generation_prompt=True, tokenize=False
+                dialogue.messages,
+                tools=dialogue.tools,
+                add_generation_prompt=True,
+                tokenize=False,
+                **dialogue.template_options,
             )
         except Exception as error:  # noqa: BLE001 - a template is a program, and may fail anyhow
             dialogue.drop(Drop.REFUSED, reason_of(error))

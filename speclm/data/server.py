@@ -237,6 +237,8 @@ class ServerSource(AnswerSource):
         }
         if dialogue.tools:
             request["tools"] = dialogue.tools
+        if dialogue.template_options:
+            request["chat_template_kwargs"] = dialogue.template_options  # of vLLM and SGLang
         if settings.is_sampled:
             request["seed"] = settings.seed_of(dialogue.num_answers, [dialogue.row.id])
             request["top_p"] = settings.top_p

@@ -57,6 +57,7 @@ def test_every_answer_is_asked_for_given_the_new_ones_before_it():
         ([USER, OLD, USER], [USER, new("a"), USER, new("b")]),
         ([OLD, USER, OLD], [OLD, USER, new("a")]),  # a greeting answers nothing
         ([USER, CALL, RESULT, OLD], [USER, CALL, RESULT, new("a")]),
+        ([USER, {"role": "assistant", "reasoning_content": "t"}], [USER, new("a")]),
         ([USER, CALL, RESULT], [USER, CALL, RESULT, new("a")]),
     ],
 )
@@ -113,6 +114,7 @@ def test_derived_ids_depend_on_content_and_position_only():
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, 'expected "messages"'),
         ({"messages": [{"role": "assistant", "tool_calls": []}]}, 'expected "messages"'),
         ({"messages": [USER], "id": 1.5}, 'f:7: expected "id" to be .*found 1.5; drop it'),
+        ({"messages": [USER], "chat_template_kwargs": [1]}, "to be an object, found"),
         ({"messages": [USER], "tools": "t"}, "f:7: expected \"tools\" to be a list .*found 't'"),
     ],
 )

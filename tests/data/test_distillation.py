@@ -148,14 +148,16 @@ def test_rows_without_an_answer_of_use_are_dropped_and_counted(data, base, tmp_p
         {"messages": [*long]},
         {"messages": [{"role": "assistant", "content": "hello"}]},
         *({"messages": messages(f"{n}?")} for n in range(6)),
+        {"messages": messages("r"), "chat_template_kwargs": {"refuses": True}},
     ]
+    template = "{% if refuses %}{{ raise_exception('as told') }}{% endif %}" + STRICT_TEMPLATE
     data.write_text("\n".join(map(json.dumps, rows)))
-    source = ModelSource(SpecModel(base, None), byte_tokenizer(STRICT_TEMPLATE))
+    source = ModelSource(SpecModel(base, None), byte_tokenizer(template))
     settings = DistillSettings(max_new_tokens=12, batch_size=4)
     out, report = run(data, source, settings=settings)
     totals = report.totals
-    assert totals.dropped[Drop.REFUSED] == totals.dropped[Drop.NO_QUESTION] == 1
-    assert totals.dropped[Drop.TOO_LONG] == 1
+    assert totals.dropped[Drop.REFUSED] == 2
+    assert totals.dropped[Drop.NO_QUESTION] == totals.dropped[Drop.TOO_LONG] == 1
     assert totals.examples[Drop.REFUSED] == "row 1: TemplateError: no system role"
     assert "tokens, 512 positions" in totals.examples[Drop.TOO_LONG]
     assert totals.dropped[Drop.CUT] >= 1

@@ -12,6 +12,7 @@ from speclm.errors import OptionError, ServerError
 from speclm.files.json_lines import JsonLine
 from tests.data.answering_server import Reply, completion, serving
 
+TEMPLATE = {"tools": [{"t": 1}], "chat_template_kwargs": {"enable_thinking": False}}
 OVERLOADED = Reply("busy", status=503)
 
 
@@ -44,7 +45,7 @@ def in_order(*replies):
 def test_turns_are_asked_for_one_after_the_other():
     with serving(lambda request: completion(f"a{len(request['messages'])}")) as server:
         settings = DistillSettings(max_new_tokens=7)
-        (finished,) = answered(server, rows(turns=2, tools=[{"t": 1}]), settings=settings).values()
+        (finished,) = answered(server, rows(turns=2, **TEMPLATE), settings=settings).values()
     assert texts(finished) == ["a1", "a3"]
     assert finished.num_tokens == 6
     first, second = server.requests
@@ -54,7 +55,7 @@ def test_turns_are_asked_for_one_after_the_other():
         "messages": [{"role": "user", "content": "q"}],
         "max_tokens": 7,
         "temperature": 0.0,
-        "tools": [{"t": 1}],
+        **TEMPLATE,
     }
     assert second["messages"][1] == {"role": "assistant", "content": "a1"}
     assert "Authorization" not in server.headers[0]
