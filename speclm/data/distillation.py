@@ -1,7 +1,7 @@
 """Self-distillation: generate the answers of conversations anew, with the base itself."""
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -329,13 +329,9 @@ def _run(
     on_progress: Callable[[DistillProgress], object],
 ) -> DistillProgress:
     """Answer the rows that are not finished, and keep them."""
-    batches = list(plan.batches(settings.batch_size, shard))
-    num_total, num_resumed = sum(map(len, batches)), len(file.finished)
-    left: list[list[int]] = []
-    for batch in batches:
-        rows = [row for row in batch if row not in file.finished]
-        if rows:  # a batch that was finished in part has to be answered as a whole
-            left.append(batch if source.answers_together else rows)
+    num_total = sum(map(len, plan.batches(settings.batch_size, shard)))
+    num_resumed = len(file.finished)
+    left = _left(plan.batches(settings.batch_size, shard), file.finished, source)
     start, num_new_tokens = perf_counter(), 0
 
     def report() -> DistillProgress:
@@ -352,3 +348,15 @@ def _run(
         num_new_tokens += sum(row.num_tokens for row in new)
         progress = report()
     return progress
+
+
+def _left(
+    batches: Iterable[list[int]], finished: Set[int], source: AnswerSource
+) -> Iterator[list[int]]:
+    """Yield the batches that are not finished; those finished in part as a whole if they must be.
+
+    What is finished in the meantime makes no difference, as its batches have been yielded.
+    """
+    for batch in batches:
+        if rows := [row for row in batch if row not in finished]:
+            yield batch if source.answers_together else rows

@@ -8,6 +8,7 @@ from speclm.data import DistillSettings, ModelSource, Shard, distill
 from speclm.data.dialogues import Drop
 from speclm.data.shards import shard_path
 from speclm.errors import DataError, OptionError
+from speclm.training.conversations import read_conversations
 from tests.byte_tokenizer import STRICT_TEMPLATE, VOCAB_SIZE, byte_tokenizer
 from tests.models import build_model
 
@@ -91,6 +92,7 @@ def test_every_answer_is_what_the_base_generates_after_the_new_ones(data, source
             is_last = turn == len(row["messages"]) - 1
             assert is_cut == (is_last and row["finish_reason"] == "length")
     assert {row["finish_reason"] for row in found} == {"stop", "length"}
+    assert [each.messages for each in read_conversations(out)] == [row["messages"] for row in found]
     assert report.out == out
     assert report.totals.num_tokens == report.progress.num_new_tokens >= num_tokens
     assert report.tau >= 1.0
