@@ -85,6 +85,10 @@ class BusyError(SpeclmError, RuntimeError):
     """A model or a proposer is in use by another generation."""
 
 
+class ServerError(SpeclmError, RuntimeError):
+    """A server cannot be reached, refuses all requests, or fails again and again."""
+
+
 class PatchError(SpeclmError, RuntimeError):
     """A base is already patched, or its patch is not the one to be undone."""
 

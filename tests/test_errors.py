@@ -17,6 +17,7 @@ BUILTINS = {
     "KernelError": ValueError,
     "BusyError": RuntimeError,
     "PatchError": RuntimeError,
+    "ServerError": RuntimeError,
     "NumericalError": ArithmeticError,
     "UnsupportedModelError": TypeError,
     "CheckpointError": ValueError,

@@ -296,6 +296,48 @@ class VerifyOptions(ModelOptions):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DistillOptions(SamplingOptions):
+    """Generate the answers of conversations anew, with the base or a server.
+
+    Heads learn to draft what the base writes. Finished rows are kept next to --out, and the same
+    command goes on where an interrupted one ended.
+    """
+
+    data: Annotated[Path, typer.Option(help='JSON lines with "messages".')]
+    out: Annotated[Path, typer.Option(help="File of JSON lines to write.")]
+    max_new_tokens: MaxNewTokens = 512
+    system: Annotated[
+        str | None, typer.Option(help="System message of conversations without one.")
+    ] = None
+    keep_cut: Annotated[
+        bool,
+        typer.Option("--keep-cut", help="Keep answers cut at --max-new-tokens, marked as such."),
+    ] = False
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Conversations that the base answers together.")
+    ] = 8
+    num_shards: Annotated[
+        int, typer.Option(min=1, help="Processes that share the rows, each with its --shard.")
+    ] = 1
+    shard: Annotated[int, typer.Option(min=0, help="Number of this process, from 0.")] = 0
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace --out, and rows of other data or options."),
+    ] = False
+    server: Annotated[
+        str | None,
+        typer.Option(help="Ask an OpenAI-compatible server, such as http://localhost:8000/v1."),
+    ] = None
+    model: Annotated[str | None, typer.Option(help="The server's name of the model.")] = None
+    api_key_env: Annotated[
+        str | None, typer.Option(help="Environment variable with the server's key.")
+    ] = None
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests to the server at a time.")] = 8
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for the server.")] = 600.0
+    retries: Annotated[int, typer.Option(min=0, help="How often a request is sent again.")] = 6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DemoOptions:
     """Decode bundled text-to-SQL and maths prompts with and without drafts, and compare."""
 

@@ -13,6 +13,8 @@ from rich.text import Text
 
 from speclm.cli._console import printable
 from speclm.cli._files import prepare_file
+from speclm.cli._options import DistillOptions
+from speclm.cli.main import command
 from speclm.data import ConversionReport, convert
 from speclm.errors import OptionError
 from speclm.files.atomic import write_json
@@ -22,6 +24,7 @@ def data_app() -> typer.Typer:
     """Return the group of commands."""
     app = typer.Typer(help="Prepare the data to train heads with.", no_args_is_help=True)
     app.command("convert")(_convert)
+    app.command("distill")(command("distill", DistillOptions, "distill"))
     return app
 
 

@@ -98,7 +98,7 @@ def _root(
     """Exact speculative decoding: the tokens of generate, faster."""
 
 
-def _command(name: str, options: type, module: str) -> Callable[..., None]:
+def command(name: str, options: type, module: str) -> Callable[..., None]:
     """Return a function whose parameters are the fields of an options class, its own first.
 
     The module that does the work imports PyTorch, which takes seconds. It is imported when the
@@ -118,7 +118,7 @@ def _command(name: str, options: type, module: str) -> Callable[..., None]:
 
 
 for _name, (_class, _module) in COMMANDS.items():
-    app.command(_name)(_command(_name, _class, _module))
+    app.command(_name)(command(_name, _class, _module))
 
 
 def main() -> None:
