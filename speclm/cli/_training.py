@@ -14,6 +14,7 @@ from rich.table import Table
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments
 from typing_extensions import override
 
+from speclm.cli._answers import answer_data, digest
 from speclm.cli._files import require_folder_to_write
 from speclm.cli._models import load
 from speclm.cli.train import MAX_LENGTH, TrainOptions
@@ -53,18 +54,23 @@ def train(method: Method, recipe: Recipe, own: Any, options: TrainOptions) -> No
     loaded = load(options)
     known: int | None = getattr(loaded.base.config, "max_position_embeddings", None)
     length = options.max_length or min(known or MAX_LENGTH, MAX_LENGTH)
+    data, eval_data, limit = options.data, options.eval_data, options.limit
+    if options.distill:
+        with arguments.main_process_first(desc="answering"):
+            data, eval_data = answer_data(options, loaded, is_main=arguments.process_index == 0)
+        limit = None
     dataset = load_examples(
-        options.data, loaded.tokenizer, limit=options.limit, seed=options.seed, max_length=length
+        data, loaded.tokenizer, limit=limit, seed=options.seed, max_length=length
     )
     eval_dataset = None
-    if options.eval_data is not None:
-        eval_dataset = load_examples(options.eval_data, loaded.tokenizer, max_length=length)
+    if eval_data is not None:
+        eval_dataset = load_examples(eval_data, loaded.tokenizer, max_length=length)
     trainer: HeadsTrainer | None = None
     try:
         trainer = recipe.trainer(
             loaded.base, arguments, options=own, train_dataset=dataset, eval_dataset=eval_dataset
         )
-        trainer.options = asdict(own)
+        trainer.options = asdict(own) | ({"distilled": digest(options)} if options.distill else {})
         if options.patience is not None:
             trainer.add_callback(EarlyStoppingCallback(options.patience))
         if trainer.is_world_process_zero():

@@ -56,7 +56,7 @@ def distill(options: DistillOptions) -> None:
     source: AnswerSource = server or _model(options)
     last: DistillProgress | None = None
     try:
-        with _bar(errors) as show:
+        with answering_bar(errors) as show:
 
             def on_progress(progress: DistillProgress) -> None:
                 nonlocal last
@@ -129,7 +129,7 @@ def _model(options: DistillOptions) -> ModelSource:
 
 
 @contextmanager
-def _bar(console: Console) -> Iterator[Callable[[DistillProgress], None]]:
+def answering_bar(console: Console) -> Iterator[Callable[[DistillProgress], None]]:
     """Show rows, tokens per second and the time left."""
     columns = (
         TextColumn("answering"),

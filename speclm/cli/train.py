@@ -35,6 +35,13 @@ class TrainOptions(ModelOptions):
     eval_data: Annotated[
         Path | None, typer.Option(help="JSON lines to evaluate on after each epoch.")
     ] = None
+    distill: Annotated[
+        bool,
+        typer.Option("--distill", help="Let the base answer all data anew first, into --out."),
+    ] = False
+    distill_tokens: Annotated[
+        int, typer.Option(min=1, help="Maximum new tokens of an answer of --distill.")
+    ] = 512
     patience: Annotated[
         int | None,
         typer.Option(

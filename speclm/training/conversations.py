@@ -54,6 +54,11 @@ def read_conversations(
             with an assistant turn.
         OptionError: If `limit` is below 1.
     """
+    return [parse_conversation(line) for line in draw_lines(path, limit=limit, seed=seed)]
+
+
+def draw_lines(path: str | Path, *, limit: int | None, seed: int) -> list[JsonLine]:
+    """Return lines of a file, as `read_conversations` draws them."""
     if limit is not None and limit < 1:
         raise OptionError(f"limit is {limit!r}, expected at least 1; pass None to keep all")
     lines = read_json_lines(path)
@@ -62,7 +67,7 @@ def read_conversations(
     if limit is not None and limit < len(lines):
         kept = sorted(Random(seed).sample(range(len(lines)), limit))
         lines = [lines[index] for index in kept]
-    return [parse_conversation(line) for line in lines]
+    return lines
 
 
 def parse_conversation(line: JsonLine) -> Conversation:

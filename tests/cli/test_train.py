@@ -1,8 +1,10 @@
+import json
 import re
 import signal
 
 import pytest
 
+from speclm.demo.bundle import load_prompts
 from speclm.errors import CheckpointError, OptionError
 from speclm.methods.block.checkpoint import read_block
 from speclm.methods.eagle.checkpoint import read_eagle
@@ -246,3 +248,29 @@ def test_help_shows_the_options_that_a_recipe_declares(run):
         assert "--no-" not in result.output
         assert ("0.0001" in result.output) == recipe.startswith("eagle")
     assert "eagle3" in run("train").output
+
+
+def test_the_base_answers_the_data_before_the_training(run, tmp_path):
+    data, out = tmp_path / "rows.jsonl", tmp_path / "heads"
+    rows = [
+        {"messages": [*messages, {"role": "assistant", "content": "somebody else's answer"}]}
+        for messages in load_prompts("sql_tune", limit=3)
+    ]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    command = ["train", "medusa", "--data", str(data), "--out", str(out), "--distill"]
+    command += ["--limit", "2", "--eval-data", str(data), "--distill-tokens", "48"]
+    command += ["--num-heads", "1", "--device", "cpu", "--threads", "1"]
+    limits = ["--training-arg", "max_steps=1", "--training-arg", "save_steps=1"]
+    result = run(*command, *limits)
+    assert result.exit_code == 0, result.output
+    assert "the base itself would write 100% of the answers' tokens (2 examples)" in result.output
+    answers = (out / "distilled.jsonl").read_bytes()
+    assert answers.count(b"SELECT") >= 2 > answers.count(b"somebody")
+    assert (out / "distilled_eval.jsonl").read_bytes().count(b'"finish_reason": "stop"') == 3
+    (out / "distilled.jsonl").write_bytes(answers.replace(b"SELECT", b"select"))
+    with pytest.raises(CheckpointError, match="data"):
+        run(*command, *limits, "--resume")  # answers are kept, and are those of the checkpoint
+    (out / "distilled.jsonl").write_bytes(answers)
+    data.write_text(data.read_text() + "\n" + json.dumps(rows[0]))
+    with pytest.raises(CheckpointError, match="distilled"):
+        run(*command, *limits, "--resume")
