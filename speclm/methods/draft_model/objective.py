@@ -19,13 +19,11 @@ from speclm.methods.draft_model.proposer import SharedVocabulary
 from speclm.methods.draft_model.training import write_draft_model
 from speclm.target import TargetView
 from speclm.training.acceptance_meter import AcceptanceMeter
+from speclm.training.targets import IGNORED, count_shifted, next_targets
 from speclm.training.training_model import (
-    IGNORED,
     TrainingModel,
     base_logits,
-    count_shifted,
     last_hidden,
-    next_targets,
     rank_targets,
     recompute_activations,
     score_in_chunks,
@@ -136,12 +134,15 @@ class DraftTrainingModel(TrainingModel):
             wanted = last_hidden(self.view, input_ids, attention_mask)
         hidden = last_hidden(self.draft_view, self._vocabulary.readable(input_ids), attention_mask)
         device = hidden.device
+        base_tokens = self.base_tokens(wanted.view(*input_ids.shape, -1), loss_mask)
+        chosen = next_targets(base_tokens, loss_mask).to(device)
         targets = next_targets(input_ids, loss_mask).to(device)
         rows = (targets.flatten() >= 0).nonzero()[:, 0]
         loss_sum, found = score_in_chunks(
             partial(self._score, hidden, wanted),
             rows,
             targets.flatten()[rows],
+            chosen.flatten()[rows],
             logits_per_row=4 * self.view.vocab_size,
         )
         counts = torch.full((1,), len(rows), dtype=torch.long, device=device)
@@ -152,6 +153,7 @@ class DraftTrainingModel(TrainingModel):
             "loss_sums": loss_sum.detach(),
             "counts": counts,
             "ranks": chain_ranks(ranks.view(targets.shape), num_drafted=NUM_MEASURED),
+            "base_tokens": base_tokens,
         }
 
     def _score(
@@ -160,8 +162,9 @@ class DraftTrainingModel(TrainingModel):
         wanted: Float[Tensor, "tokens hidden"],
         rows: Int[Tensor, " rows"],
         targets: Int[Tensor, " rows"],
+        chosen: Int[Tensor, " rows"],
     ) -> tuple[Float[Tensor, "1"], Int[Tensor, " rows"]]:
-        """Return the sum of the losses, and the rank of each target."""
+        """Return the sum of the losses, and the rank of each token that the base chose."""
         heat, num_shared = self.objective.temperature, self._vocabulary.num_shared
         logits = self.draft_view.head_logits(hidden[rows]).float()[:, :num_shared]
         with torch.no_grad():
@@ -169,12 +172,13 @@ class DraftTrainingModel(TrainingModel):
             target_probs = (theirs.to(hidden.device).float()[:, :num_shared] / heat).softmax(-1)
             entropy = -torch.xlogy(target_probs, target_probs).sum(-1)
         losses = heat**2 * (soft_cross_entropy(logits / heat, target_probs) - entropy)
-        is_padding = targets >= num_shared  # one of them lacks the id
-        known = targets.masked_fill(is_padding, IGNORED)
         if weight := self.objective.token_weight:
+            known = targets.masked_fill(targets >= num_shared, IGNORED)  # one lacks the id
             tokens = F.cross_entropy(logits, known, ignore_index=IGNORED, reduction="none")
             losses = (1 - weight) * losses + weight * tokens
-        ranks = rank_targets(logits, known).masked_fill(is_padding, num_shared)
+        is_padding = chosen >= num_shared
+        ranks = rank_targets(logits, chosen.masked_fill(is_padding, IGNORED))
+        ranks = ranks.masked_fill(is_padding, num_shared)
         return losses.sum()[None], ranks
 
 

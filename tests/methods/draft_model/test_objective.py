@@ -34,7 +34,7 @@ def build(*, vocab_size=30, **objective):
 
 @torch.no_grad()
 def losses_one_by_one(model, *, heat, weight, num_shared):
-    """Return the mean loss and the ranks of the tokens that count, row by row without padding."""
+    """Return the mean loss and the ranks of the base's tokens, row by row without padding."""
     losses, ranks = [], []
     for row in ROWS:
         tokens = torch.tensor([row["input_ids"]])
@@ -48,7 +48,8 @@ def losses_one_by_one(model, *, heat, weight, num_shared):
                 divergence = F.kl_div(log_probs, wanted, log_target=True, reduction="sum")
                 own = F.cross_entropy(ours[position - 1][None], torch.tensor([token]))
                 losses.append((1 - weight) * heat**2 * divergence + weight * own)
-                ranks.append(int((ours[position - 1] > ours[position - 1][token]).sum()))
+                chosen = theirs[position - 1].argmax()
+                ranks.append(int((ours[position - 1] > ours[position - 1][chosen]).sum()))
     return torch.stack(losses).mean(), ranks
 
 
