@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+from transformers import AutoModelForCausalLM, QuantoConfig
 
 from speclm import SpecModel
 from speclm.errors import OptionError
@@ -129,6 +130,19 @@ def test_adapter_of_a_base_in_16_bits_is_trained_in_32():
     assert output["loss"].dtype == torch.float32
     assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
     assert any(parameter.grad.any() for parameter in model.adapter.values())
+
+
+def test_quantised_base_is_tuned_but_not_merged(tmp_path):
+    tiny_base().save_pretrained(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=QuantoConfig(weights="int8"), device_map={"": "cpu"}
+    )
+    heads = new_medusa_heads(base, num_heads=2)
+    adapter = Adapter(base, rank=4)
+    with pytest.raises(OptionError, match=r"output is 'merged' and base .* is quantised"):
+        MedusaTuningModel(base, heads, adapter, output="merged")
+    MedusaTuningModel(base, heads, adapter)(**collate_examples(ROWS))["loss"].backward()
+    assert any(parameter.grad.any() for parameter in adapter.parameters.values())
 
 
 @pytest.fixture
