@@ -160,7 +160,7 @@ def test_base_is_tuned_with_its_heads_and_its_loss_printed(train, options):
     changes = {"num_heads": 2, "rank": 4, "heads_warmup": 1, "output": "merged"}
     result = train("medusa2", eval_data=options["--data"], **changes)
     assert "loss of the base on the same data: " in result.output
-    assert f"the merged base is in {options['--out'] / 'base'}" in result.output
+    assert f"draft for the merged base in {options['--out'] / 'base'}" in result.output
     assert (options["--out"] / "base" / "tokenizer.json").is_file()
     assert read_medusa(options["--out"]).num_heads == 2
 

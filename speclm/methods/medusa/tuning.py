@@ -279,9 +279,9 @@ class MedusaTuningModel(TrainingModel):
                 f"loss of the base on the same data: {old:.4f} before, {new:.4f} after "
                 f"({new / old - 1:+.1%})"
             )
-        what = "merged base" if self.output == "merged" else "adapter of the base"
+        what = "merged base" if self.output == "merged" else "base with the adapter"
         part = folder / FOLDERS[self.output]
-        return [*lines, f"heads are in {folder}", f"the {what} is in {part}; draft for it only"]
+        return [*lines, f"heads are in {folder}, and draft for the {what} in {part}"]
 
 
 class Stages(TrainerCallback):

@@ -193,9 +193,8 @@ def test_saved_parts_decode_as_the_tuned_base_does(make, tmp_path, output):
         tmp_path / "out", {"base_loss_before": 2.0, "base_loss": 1.98}
     )
     assert lines[0] == "loss of the base on the same data: 2.0000 before, 1.9800 after (-1.0%)"
-    assert (
-        f"the {'adapter of the base' if output == 'adapter' else 'merged base'} is in" in lines[2]
-    )
+    part = {"adapter": "base with the adapter", "merged": "merged base"}[output]
+    assert f"draft for the {part} in" in lines[1]
 
 
 def test_resumed_training_ends_where_an_unbroken_one_does(make):
