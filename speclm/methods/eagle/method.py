@@ -283,7 +283,7 @@ def eagle_card(
     config, choices = checkpoint.config, checkpoint.choices
     is_eagle3 = config.kind == "eagle3"
     read = config.feature_layers
-    if num_target_layers is not None:
+    if is_eagle3 and num_target_layers is not None:
         read = config.layers_to_read(num_target_layers)
     layers = "the last"
     if is_eagle3:
