@@ -1,4 +1,4 @@
-"""Model cards of heads."""
+"""Model cards of heads and draft models."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -44,14 +44,14 @@ print(model.last_speculation)
 
 ## What is promised
 
-The heads only draft. With the default rule, `exact`, the tokens are those of the base model's own
+The base model verifies every draft. With the default rule, `exact`, the tokens are those of its own
 `generate`, greedy and sampled under the same seed, up to the rounding of floating-point sums: two
 tokens of almost the same score may change places, in 16 bits more often than in 32. The rule
 `rejection` keeps the base model's output distribution. The rule `typical` is **lossy**: it accepts
 draft tokens that the base model would not have drawn, and its output follows another distribution.
 
-Use the heads with the base model that they were trained on. With another one the output stays
-right and becomes slower, and heads of another vocabulary or width are refused.
+Use these files with the base model that they were trained on. With another one the output stays
+right and becomes slower, and files for another vocabulary or width are refused.
 
 ## Other software
 
@@ -61,7 +61,7 @@ right and becomes slower, and heads of another vocabulary or width are refused.
 
 @dataclass(frozen=True, slots=True)
 class HeadsCard:
-    """Content of a model card for heads.
+    """Content of a model card for heads or a draft model.
 
     Args:
         kind: Tag of the kind of heads.

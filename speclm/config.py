@@ -1,7 +1,7 @@
 """Limits of a round and the settings of the built-in proposers, as frozen dataclasses."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any, cast
@@ -85,6 +85,34 @@ def require_size(name: str, value: object) -> None:
     if cast("int", value) < 1:
         raise OptionError(
             f"{name} is {value!r}, expected at least 1; take it from the model's config"
+        )
+
+
+def require_one_start(
+    init: str | None, revision: str | None, sizes: Mapping[str, object], *, owner: str = "heads"
+) -> None:
+    """Check that options of new heads are not given next to heads to start from.
+
+    Args:
+        init: Value of ``--init``.
+        revision: Value of ``--init-revision``.
+        sizes: Values of the options that only new heads have, by their names; None and False stand
+            for those that were not given.
+        owner: What is trained, for messages.
+
+    Raises:
+        OptionError: If both are given, or a revision without a start.
+    """
+    if init is None and revision is not None:
+        raise OptionError(
+            f"--init-revision is {revision!r} without --init, expected {owner} on the hub to go on "
+            "from; name them, or leave it out"
+        )
+    given = [name for name, value in sizes.items() if value is not None and value is not False]
+    if init is not None and given:
+        raise OptionError(
+            f"{given[0]} is {sizes[given[0]]} next to --init {init!r}, whose {owner} keep their "
+            "numbers and their vocabulary; leave one of them out"
         )
 
 

@@ -204,13 +204,15 @@ def _finish(
         return
     prefix = "" if eval_dataset is None else _EVALUATION
     logs = [log for log in state.log_history if _names(log, prefix)]
+    figures = {name.removeprefix(prefix): value for name, value in logs[-1].items()} if logs else {}
     if logs:
         console.print(_figures_table(logs[-1], prefix))
         data = "the evaluation data" if eval_dataset is not None else "the last batches"
         tau = logs[-1].get(f"{prefix}estimated_tau")
         if tau is not None:
             console.print(f"estimated tau (tokens per target forward) on {data}: {tau:.2f}")
-    console.print(f"heads are in {options.out}", markup=False)
+    for line in trainer.training_model.closing_lines(options.out, figures):
+        console.print(line, markup=False)
 
 
 def _names(log: Mapping[str, Any], prefix: str) -> list[str]:

@@ -17,7 +17,14 @@ from speclm.training.history import CURVES_NAME, HISTORY_NAME, read_history
 REPORT_FOLDER = "report"
 """Folder of a report inside a folder of heads, and of its charts in a repository."""
 
-_ADAPTER = "adapter/adapter_config.json"  # of a training that changes the base too
+# What a training that changes the base too writes next to the heads.
+_TUNED = {
+    "adapter/adapter_config.json": (
+        "an adapter of the base",
+        "merge the adapter into the base and ",
+    ),
+    "base/config.json": ("a tuned base", ""),
+}
 _SAFE = ".safetensors"
 _TIMES = ("latency", "plain_latency")
 
@@ -140,13 +147,12 @@ def _weights(folder: Path, method: Method) -> dict[str, Any]:
             f"{str(folder)!r} holds no heads, expected the folder of speclm train or "
             "save_pretrained; upload a draft model with: hf upload"
         )
-    adapter = folder / _ADAPTER
-    if adapter.is_file():
-        raise OptionError(
-            f"{adapter}: found an adapter of the base, which the heads draft for, expected heads "
-            "for the base as it is; merge the adapter into the base and upload both together with: "
-            "hf upload"
-        )
+    for name, (found, remedy) in _TUNED.items():
+        if (folder / name).is_file():
+            raise OptionError(
+                f"{folder / name}: found {found}, which the heads draft for, expected heads for "
+                f"the base as it is; {remedy}upload both together with: hf upload"
+            )
     paths = {source.path, *source.files.values()}
     pickled = sorted(path.name for path in source.files.values() if path.suffix != _SAFE)
     if pickled:

@@ -29,17 +29,21 @@ class AcceptanceMeter:
     and lower the less the data agrees with it.
     """
 
-    def __init__(self, choices: RankPaths, *, num_drafted: int, name: str) -> None:
+    def __init__(
+        self, choices: RankPaths, *, num_drafted: int, name: str, num_named: int | None = None
+    ) -> None:
         """Start at zero.
 
         Args:
             choices: Paths of the static tree whose tau is estimated.
             num_drafted: Draft tokens at every position: heads, or steps of the same heads.
             name: Name of one of them in the figures, followed by its number.
+            num_named: How many of them have figures of their own; None for all.
         """
         self._choices = choices
         self._num_drafted = num_drafted
         self._name = name
+        self._num_named = num_drafted if num_named is None else num_named
         self._sums = self._zeros()
 
     def add(
@@ -109,7 +113,8 @@ class AcceptanceMeter:
         size = self._num_drafted
         parts = [sums[i : i + size] for i in range(0, len(sums), size)]
         figures = {}
-        for index, (loss, count, num_targets, *hits) in enumerate(zip(*parts, strict=True)):
+        rows = list(zip(*parts, strict=True))[: self._num_named]
+        for index, (loss, count, num_targets, *hits) in enumerate(rows):
             name = f"{self._name}{index}"
             if count:
                 figures[f"{name}_loss"] = loss / count

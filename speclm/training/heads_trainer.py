@@ -1,7 +1,7 @@
 """The trainer of all heads: Transformers' `Trainer` around a `TrainingModel`."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ from speclm.training.run_summary import (
     measure_agreement,
     summarize,
 )
-from speclm.training.training_model import TrainingModel
+from speclm.training.training_model import TrainingModel, split_groups_
 
 _log = logging.getLogger("speclm")
 
@@ -95,8 +95,9 @@ class HeadsTrainer(Trainer):
         _place_base(model.view.model, args)
         self.announce, self.options = _log.info, {}
         self.heads = model.heads
-        self._training_model = model
+        self.training_model = model
         self._meters = {is_training: model.new_meter() for is_training in (False, True)}
+        self._figures: dict[bool, dict[str, Tensor]] = {False: {}, True: {}}  # sums and counts
         super().__init__(
             model=model,
             args=args,
@@ -140,7 +141,7 @@ class HeadsTrainer(Trainer):
     def record(self) -> RunRecord:
         """Return what decides the result of this training, except the heads' first weights."""
         return RunRecord.of(
-            self._training_model.view.model,
+            self.training_model.view.model,
             self.args,
             dataset=self.train_dataset,
             options=self.options,
@@ -149,7 +150,7 @@ class HeadsTrainer(Trainer):
     def summary(self) -> RunSummary:
         """Return what is trained and on what; the number of steps is known in `train`."""
         return summarize(
-            self._training_model,
+            self.training_model,
             self.args,
             dataset=self.train_dataset,
             num_steps=self.state.max_steps,
@@ -161,7 +162,7 @@ class HeadsTrainer(Trainer):
         It takes a few forwards of the base, and at most about twenty seconds.
         """
         return measure_agreement(
-            self._training_model,
+            self.training_model,
             self.train_dataset,
             batch_size=self.args.per_device_train_batch_size,
         )
@@ -196,6 +197,31 @@ class HeadsTrainer(Trainer):
             raise other_heads(str(self.args.output_dir), f"only one has {differing[0]!r}")
 
     @override
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        factors = self.training_model.rate_factors
+        if is_new and factors:
+            split_groups_(optimizer, factors, self.training_model)
+        return optimizer
+
+    @override
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """Return the batches of an optimizer step, and the number of targets in them.
+
+        The number is that of all processes divided by their number, because they average.
+        """
+        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = [self.training_model.count_targets(batch["loss_mask"]) for batch in samples]
+        found = [count for count in counts if count is not None]
+        if not found or len(found) < len(samples):
+            return samples, None
+        total = torch.stack(found).sum(0).to(device)
+        return samples, self.accelerator.reduce(total, reduction="mean")
+
+    @override
     def compute_loss(
         self,
         model: nn.Module,
@@ -203,6 +229,10 @@ class HeadsTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
+        if isinstance(num_items_in_batch, Tensor):
+            counts = self.training_model.count_targets(inputs["loss_mask"])
+            assert counts is not None
+            inputs = {**inputs, "shares": counts / num_items_in_batch.clamp(min=1).to(counts)}
         outputs = model(**inputs)
         loss: Tensor = outputs["loss"]
         if not loss.isfinite():  # Trainer reads the loss of every step too
@@ -216,6 +246,9 @@ class HeadsTrainer(Trainer):
             loss_mask=outputs.get("loss_mask", inputs["loss_mask"]),
             tree_lengths=outputs.get("tree_lengths"),
         )
+        figures = self._figures[model.training]
+        for name, pair in outputs.get("figures", {}).items():
+            figures[name] = figures.get(name, 0.0) + pair.detach().cpu().double()
         return (loss, outputs) if return_outputs else loss
 
     @override
@@ -251,7 +284,13 @@ class HeadsTrainer(Trainer):
             total: Tensor = self.accelerator.reduce(sums.to(self.args.device), reduction="sum")
             return total
 
-        return self._meters[is_training].drain(add_processes)
+        figures = self._meters[is_training].drain(add_processes)
+        for name, pair in self._figures[is_training].items():
+            total, count = add_processes(pair.float()).tolist()
+            if count:
+                figures[name] = total / count
+        self._figures[is_training] = {}
+        return figures
 
     def any_process(self, *, is_true: bool) -> bool:
         """Return whether something is true in any process of the training; all must call it."""
@@ -291,7 +330,7 @@ class HeadsTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
             return
         if self.args.should_save:
-            self._training_model.write(Path(output_dir or str(self.args.output_dir)))
+            self.training_model.write(Path(output_dir or str(self.args.output_dir)))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Upload heads")
 

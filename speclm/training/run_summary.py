@@ -86,11 +86,10 @@ def summarize(
     """
     base: Any = model.view.model
     optimizer: Any = args.optim  # a string only before it is checked
-    num_own = sum(parameter.numel() for parameter in model.parameters())
-    trained = [
-        *(parameter for parameter in model.parameters() if parameter.requires_grad),
-        *(parameter for parameter in base.parameters() if parameter.requires_grad),
-    ]
+    in_base = {id(parameter) for parameter in base.parameters()}  # an adapter is in both
+    own = [parameter for parameter in model.parameters() if id(parameter) not in in_base]
+    num_own = sum(parameter.numel() for parameter in own)
+    trained = [p for p in (*own, *base.parameters()) if p.requires_grad]
     num_trained = sum(parameter.numel() for parameter in trained)
     trained_bytes = _bytes(trained)
     num_examples = len(dataset) if isinstance(dataset, Sized) else None
@@ -103,7 +102,7 @@ def summarize(
         num_examples=num_examples,
         num_tokens=num_tokens,
         num_steps=num_steps,
-        weight_bytes=base.get_memory_footprint() + _bytes(model.parameters()),
+        weight_bytes=base.get_memory_footprint() + _bytes(own),
         gradient_bytes=trained_bytes,
         optimizer_bytes=_optimizer_bytes(optimizer.value, num_trained, trained_bytes),
     )

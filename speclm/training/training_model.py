@@ -1,23 +1,23 @@
 """The model that is trained: heads on a frozen base, and parts that their losses share."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from speclm.errors import OptionError, UnknownNameError
 from speclm.target import TargetFeatures, TargetView
 from speclm.target.features import FeatureTap
 from speclm.training.acceptance_meter import AcceptanceMeter
-
-IGNORED = -100
-"""Marks a missing target: the token is beyond the text or not the assistant's."""
+from speclm.training.targets import IGNORED, place_after
 
 MAX_LOGITS = 2**27
 """Maximum logits kept for the backward pass, half a gigabyte; more are recomputed."""
@@ -28,7 +28,14 @@ class TrainingModel(nn.Module, ABC):
 
     The base is put into eval mode and kept outside the module tree, so parameters and state are
     those of the heads only, and wrappers for several devices do not touch the base.
+
+    Attributes:
+        rate_factors: Factors of the learning rate, by the beginning of a parameter's name; 1 for
+            all others.
     """
+
+    accepts_loss_kwargs = True
+    """Shows `Trainer` that losses are scaled here if `count_targets` counts."""
 
     def __init__(self, base: PreTrainedModel, heads: nn.Module) -> None:
         """Freeze the base.
@@ -45,6 +52,7 @@ class TrainingModel(nn.Module, ABC):
         base.requires_grad_(requires_grad=False)
         base.train(mode=False)
         self.heads = heads
+        self.rate_factors: Mapping[str, float] = {}
 
     @abstractmethod
     def forward(
@@ -52,18 +60,23 @@ class TrainingModel(nn.Module, ABC):
         input_ids: Int[Tensor, "batch seq"],
         attention_mask: Int[Tensor, "batch seq"],
         loss_mask: Bool[Tensor, "batch seq"],
-    ) -> dict[str, Tensor]:
+        shares: Float[Tensor, " parts"] | None = None,
+    ) -> dict[str, Any]:
         """Return the loss of a batch and the numbers that an `AcceptanceMeter` adds up.
 
         Args:
             input_ids: Texts, padded on the right.
             attention_mask: 1 at tokens, 0 at padding.
             loss_mask: True at tokens that the heads learn to draft.
+            shares: Factor of the mean loss of each part of `count_targets`: the share of the
+                optimizer step's targets that this batch has. None for 1. The losses of a step's
+                batches then add up to that of one large batch.
 
         Returns:
             ``loss``, and ``loss_sums``, ``counts``, ``ranks`` and ``base_tokens`` as
             `AcceptanceMeter.add` takes them; where they differ from the batch's or exist, also
-            ``loss_mask`` and ``tree_lengths``.
+            ``loss_mask`` and ``tree_lengths``. ``figures`` may hold further ones to log: sum and
+            count by name.
         """
 
     @abstractmethod
@@ -73,6 +86,41 @@ class TrainingModel(nn.Module, ABC):
     @abstractmethod
     def write(self, folder: Path) -> None:
         """Write the heads into a folder that ``SpecModel.from_pretrained`` loads."""
+
+    def count_targets(self, loss_mask: Bool[Tensor, "batch seq"]) -> Float[Tensor, " parts"] | None:
+        """Return how many targets a batch has for each part of the loss that has its own mean.
+
+        None if that is not known; the losses of accumulated batches are then averaged, whatever
+        their numbers of targets.
+        """
+        del loss_mask
+        return None
+
+    def closing_lines(self, folder: Path, figures: Mapping[str, float]) -> list[str]:
+        """Return what the command line prints at the end of a training.
+
+        Args:
+            folder: Where the heads were written.
+            figures: Last figures by name, of the evaluation data if there are any.
+        """
+        del figures
+        return [f"heads are in {folder}"]
+
+    def activation_checkpointing_enable(self, **options: Any) -> None:
+        """Recompute activations in the backward pass, as ``gradient_checkpointing`` requests.
+
+        Raises:
+            OptionError: If there is nothing to save, because the base is frozen.
+        """
+        del options
+        raise OptionError(
+            "gradient_checkpointing is true, expected false for heads on a frozen base: no "
+            "activations of the base are kept, and large logits are recomputed anyway; leave it out"
+        )
+
+    def gradient_checkpointing_enable(self, **options: Any) -> None:
+        """Do the same; its name in older versions of Transformers."""
+        self.activation_checkpointing_enable(**options)
 
     @property
     def max_length(self) -> int | None:
@@ -167,8 +215,51 @@ class TrainingModel(nn.Module, ABC):
 
     def lm_head(self, states: Tensor) -> Tensor:
         """Return the base's logits for hidden states that may have another dtype or device."""
-        view = self.view
-        return view.head_logits(states.to(view.device, view.model.dtype)).to(states.device)
+        return base_logits(self.view, states)
+
+
+def base_logits(view: TargetView, states: Tensor) -> Tensor:
+    """Return a base's logits for hidden states that may have another dtype or device."""
+    return view.head_logits(states.to(view.device, view.model.dtype)).to(states.device)
+
+
+def last_hidden(
+    view: TargetView,
+    input_ids: Int[Tensor, "batch seq"],
+    attention_mask: Int[Tensor, "batch seq"],
+) -> Float[Tensor, "tokens hidden"]:
+    """Return the input of a model's output matrix, without computing logits."""
+    output = view.decoder(
+        input_ids=input_ids.to(view.device),
+        attention_mask=attention_mask.to(view.device),
+        use_cache=False,
+    )
+    hidden: Tensor = output[0]
+    return hidden.flatten(0, 1)
+
+
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Let a model recompute the activations of its layers in the backward pass."""
+    # The second is its name in older versions of Transformers.
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    next(getattr(model, name) for name in names if hasattr(model, name))()
+
+
+def tokenizer_of(base: PreTrainedModel) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that a base was saved with.
+
+    Raises:
+        UnknownNameError: If it has none.
+    """
+    name = base.config.name_or_path
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UnknownNameError(
+            f"base {name!r} has no tokenizer that can be loaded ({error}), expected one to write "
+            "next to the weights; save it into the base's folder"
+        ) from error
+    return tokenizer
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -188,76 +279,6 @@ class BaseGoals:
     indices: Int[Tensor, "batch rows drafted"]
     chosen: Int[Tensor, " positions"]
     base_tokens: Int[Tensor, "batch seq"]
-
-
-def shifted_targets(
-    tokens: Int[Tensor, "batch seq"], loss_mask: Bool[Tensor, "batch seq"], *, num_drafted: int
-) -> Int[Tensor, "batch seq drafted"]:
-    """Return the tokens to draft from each position.
-
-    From the hidden state at position t the target itself predicts token t + 1. Draft token i is
-    token ``t + 2 + i``. The mask moves with the token: a target counts if its token is the
-    assistant's.
-
-    Args:
-        tokens: Texts, padded on the right.
-        loss_mask: True at tokens that count.
-        num_drafted: Draft tokens at each position.
-
-    Returns:
-        Targets, `IGNORED` if none counts.
-
-    Example:
-        >>> tokens = torch.tensor([[5, 6, 7, 8]])
-        >>> mask = torch.tensor([[False, False, True, True]])
-        >>> shifted_targets(tokens, mask, num_drafted=2).tolist()
-        [[[7, 8], [8, -100], [-100, -100], [-100, -100]]]
-    """
-    counted = tokens.masked_fill(~loss_mask, IGNORED)
-    padded = F.pad(counted, (0, num_drafted + 1), value=IGNORED)
-    return padded.unfold(1, num_drafted, 1)[:, 2:]  # window t + 2 holds the targets of t
-
-
-def place_after(
-    chosen: Int[Tensor, " positions"],
-    positions: Int[Tensor, " positions"],
-    loss_mask: Bool[Tensor, "batch seq"],
-) -> Int[Tensor, "batch seq"]:
-    """Return tokens that were chosen after some positions, each at the position after it.
-
-    Args:
-        chosen: The token after each position.
-        positions: Indices into the flattened batch.
-        loss_mask: True at tokens that count.
-
-    Returns:
-        The tokens; `IGNORED` where nothing was chosen or counts, and at the start of each text.
-
-    Example:
-        >>> mask = torch.tensor([[True, True, False, True]])
-        >>> place_after(torch.tensor([7, 8, 9]), torch.tensor([0, 1, 2]), mask).tolist()
-        [[-100, 7, -100, 9]]
-    """
-    placed = chosen.new_full((loss_mask.numel() + 1,), IGNORED)
-    placed[positions + 1] = chosen
-    tokens = placed[:-1].view_as(loss_mask).to(loss_mask.device).masked_fill(~loss_mask, IGNORED)
-    tokens[:, 0] = IGNORED  # what follows the text before it
-    return tokens
-
-
-def until_first_difference(
-    base_tokens: Int[Tensor, "*rows drafted"], tokens: Int[Tensor, "*rows drafted"]
-) -> Int[Tensor, "*rows drafted"]:
-    """Return the tokens of the base up to the first that differs from the text's.
-
-    What the base would write after that is unknown: its later tokens continue another text.
-
-    Example:
-        >>> until_first_difference(torch.tensor([5, 6, 7, 8]), torch.tensor([5, 6, 9, 8])).tolist()
-        [5, 6, 7, -100]
-    """
-    agrees = F.pad(base_tokens == tokens, (1, 0), value=True)[..., :-1]
-    return base_tokens.masked_fill(~agrees.cumprod(-1).bool(), IGNORED)
 
 
 def soft_cross_entropy(
@@ -315,7 +336,11 @@ def rank_columns(
 
 
 def weighted_loss(
-    loss_sums: Float[Tensor, " drafted"], counts: Int[Tensor, " drafted"], *, decay: float
+    loss_sums: Float[Tensor, " drafted"],
+    counts: Int[Tensor, " drafted"],
+    *,
+    decay: float,
+    shares: Float[Tensor, " drafted"] | None = None,
 ) -> Float[Tensor, ""]:
     """Return the sum over draft tokens of ``decay ** i`` times the mean loss of draft token i.
 
@@ -323,8 +348,11 @@ def weighted_loss(
         loss_sums: Sum of the losses of each draft token.
         counts: Number of its targets; a draft token without targets adds nothing.
         decay: Weight of a draft token relative to the one before it.
+        shares: Further factors, see `TrainingModel.forward`; None for 1.
     """
     means = loss_sums / counts.clamp(min=1)
+    if shares is not None:
+        means = means * shares.to(means.device)
     weights = decay ** torch.arange(len(means), device=means.device)
     return (weights * means).sum()
 
@@ -346,3 +374,26 @@ def score_in_chunks(
     scored = [checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks]
     loss_sums, ranks = zip(*scored, strict=True)
     return torch.stack(loss_sums).sum(0), torch.cat(ranks)
+
+
+def split_groups_(
+    optimizer: torch.optim.Optimizer, factors: Mapping[str, float], model: nn.Module
+) -> None:
+    """Give parameters learning rates of their own, in groups that take the other options along.
+
+    Args:
+        optimizer: A new one, changed in place.
+        factors: See `TrainingModel.rate_factors`.
+        model: Its parameters are those of the optimizer.
+    """
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups, optimizer.param_groups = optimizer.param_groups, []
+    for group in groups:
+        by_factor: dict[float, list[Tensor]] = {}
+        for parameter in group["params"]:
+            name = names[parameter]
+            fitting = (factor for start, factor in factors.items() if name.startswith(start))
+            by_factor.setdefault(next(fitting, 1.0), []).append(parameter)
+        for factor, parameters in by_factor.items():
+            changed = {**group, "params": parameters, "lr": group["lr"] * factor}
+            optimizer.add_param_group(changed)

@@ -8,6 +8,7 @@ from speclm.demo.bundle import load_prompts
 from speclm.errors import CheckpointError, OptionError
 from speclm.methods.block.checkpoint import read_block
 from speclm.methods.eagle.checkpoint import read_eagle
+from speclm.methods.medusa.checkpoint import read_medusa
 from speclm.training.heads_trainer import HeadsTrainer
 from speclm.training.history import read_history
 from tests.models import build_model
@@ -136,6 +137,34 @@ def test_block_heads_are_trained_new_and_from_saved_ones(train, options, tmp_pat
     assert not second.tensors["fc.weight"].equal(first.tensors["fc.weight"])
 
 
+def test_medusa_heads_are_trained_from_saved_ones(train, options, tmp_path):
+    train("medusa", num_heads=2)
+    train("medusa", init=options["--out"], out=tmp_path / "more")
+    first, second = read_medusa(options["--out"]), read_medusa(tmp_path / "more")
+    assert second.num_heads == 2
+    assert not second.weight.equal(first.weight)
+
+
+def test_draft_models_are_distilled_new_and_from_saved_ones(train, options, tmp_path):
+    changes = {"hidden_size": 32, "num_heads": 2, "num_layers": 1}
+    result = train("draft", eval_data=options["--data"], **changes)
+    assert "estimated tau (tokens per target forward) on the evaluation data" in result.output
+    assert f"the draft model is in {options['--out']}" in result.output
+    train("draft", init=options["--out"], out=tmp_path / "more", token_weight=0.5)
+    config = json.loads((tmp_path / "more" / "config.json").read_text())
+    assert (config["hidden_size"], config["num_hidden_layers"]) == (32, 1)
+    assert (tmp_path / "more" / "tokenizer.json").is_file()
+
+
+def test_base_is_tuned_with_its_heads_and_its_loss_printed(train, options):
+    changes = {"num_heads": 2, "rank": 4, "heads_warmup": 1, "output": "merged"}
+    result = train("medusa2", eval_data=options["--data"], **changes)
+    assert "loss of the base on the same data: " in result.output
+    assert f"draft for the merged base in {options['--out'] / 'base'}" in result.output
+    assert (options["--out"] / "base" / "tokenizer.json").is_file()
+    assert read_medusa(options["--out"]).num_heads == 2
+
+
 def test_interrupted_training_saves_a_checkpoint_and_goes_on_from_it(train, options, monkeypatch):
     settings = ("use_cpu=true", "logging_steps=1", "max_steps=3", "save_steps=3")
     log = HeadsTrainer.log
@@ -190,6 +219,20 @@ REFUSED = {
         ({"settings": ["max_steps"]}, "expected key=value"),
         ({"settings": ["bf16=maybe"]}, "bf16 is 'maybe', expected true or false"),
         ({"settings": ["report_to=wandbb"]}, "'wandb'"),
+        ({"init": "heads", "num_heads": 3}, "--num-heads is 3 next to --init 'heads'"),
+        ({"init_revision": "v2"}, "--init-revision is .v2. without --init"),
+    ],
+    "medusa2": [
+        ({"rank": 0}, "--rank is 0, expected 1 to 1024"),
+        ({"output": "whole"}, "--output is 'whole', expected one of"),
+        ({"distillation": 2}, "--distillation is 2.0, expected 0.0 to 1.0"),
+        ({"soft_weight": "2"}, "soft_weight is 2.0, expected 0.0 to 1.0"),
+    ],
+    "draft": [
+        ({"temperature": 0}, "--temperature is 0.0, expected a finite number above 0"),
+        ({"token_weight": -1}, "--token-weight is -1.0, expected 0.0 to 1.0"),
+        ({"hidden_size": 0}, "--hidden-size is 0, expected at least 1"),
+        ({"init": "small", "num_layers": 2}, "--num-layers is 2 next to --init 'small'"),
     ],
     "block": [
         ({"kind": "eagle"}, "--kind is 'eagle', expected one of"),
@@ -238,6 +281,8 @@ def test_what_only_the_trainer_or_the_base_refuses_is_named(train):
 def test_help_shows_the_options_that_a_recipe_declares(run):
     for recipe, own in (
         ("medusa", "--own-lm-head"),
+        ("medusa2", "--heads-warmup"),
+        ("draft", "--token-weight"),
         ("block", "--block-size"),
         ("eagle", "--noise"),
         ("eagle3", "--draft-v"),

@@ -221,10 +221,17 @@ def test_what_is_no_folder_of_safe_heads_is_refused(folder, tmp_path):
         prepare_publication(pickled, "me/heads")
 
 
-def test_heads_for_an_adapted_base_are_refused(folder):
-    (folder / "adapter").mkdir()
-    (folder / "adapter/adapter_config.json").write_text("{}")
-    with pytest.raises(OptionError, match=r"found an adapter of the base.*merge the adapter"):
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("adapter/adapter_config.json", "found an adapter of the base.*merge the adapter"),
+        ("base/config.json", "found a tuned base.*as it is; upload both together"),
+    ],
+)
+def test_heads_for_a_tuned_base_are_refused(folder, name, words):
+    (folder / name).parent.mkdir()
+    (folder / name).write_text("{}")
+    with pytest.raises(OptionError, match=words):
         prepare_publication(folder, "me/heads")
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from speclm.training.acceptance_meter import AcceptanceMeter, turns
-from speclm.training.training_model import IGNORED
+from speclm.training.targets import IGNORED
 
 CHAIN = ((0,), (0, 0))
 
@@ -126,3 +126,18 @@ def test_estimated_tau_of_trees_replays_their_accepted_lengths():
     # Roots 1, 4 and 5 emit 3, 1 and 1 tokens, and the one root of the other turn emits 1.
     assert meter.drain()["estimated_tree_tau"] == pytest.approx(6 / 4)
     assert meter.drain() == {}
+
+
+def test_figures_may_be_those_of_the_first_draft_tokens_only():
+    meter = AcceptanceMeter(CHAIN, num_drafted=2, name="token", num_named=1)
+    meter.add(
+        loss_sums=torch.ones(1),
+        counts=torch.tensor([1]),
+        ranks=torch.zeros(1, 4, 2, dtype=torch.long),
+        tokens=torch.ones(1, 4, dtype=torch.long),
+        base_tokens=torch.tensor([[IGNORED, 1, 1, 1]]),
+        loss_mask=torch.tensor([[False, True, True, True]]),
+    )
+    figures = meter.drain()
+    assert {"estimated_tau", "token0_loss", "token0_top1"} <= set(figures)
+    assert "token1_top1" not in figures

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import Dataset, IterableDataset
 
-from speclm.errors import CheckpointError, DataError, NumericalError
+from speclm.errors import CheckpointError, DataError, NumericalError, OptionError
 from speclm.methods.medusa.training import MedusaTrainingModel, new_medusa_heads
 from speclm.training.arguments import training_arguments
 from speclm.training.conversations import Example
@@ -21,6 +21,7 @@ from tests.training.runs import SETTINGS, StopAt
 GOOD = Example(input_ids=[5, 6, 7, 8], loss_mask=[0, 0, 1, 1])
 SILENT = Example(input_ids=[5, 6, 7, 8], loss_mask=[1, 1, 0, 0])  # nothing is drafted so early
 LONG = Example(input_ids=[5] * 17, loss_mask=[1] * 17)
+NEAR = 1e-5  # float32 sums in another order
 EVERY_STEP = {"save_strategy": "steps", "save_steps": 1}
 
 
@@ -73,6 +74,42 @@ def own_texts(base):
     prompt = torch.tensor([[5, 6, 7]])
     (said,) = base.generate(prompt, max_new_tokens=9, do_sample=False, pad_token_id=0).tolist()
     return ExampleDataset([Example(input_ids=said, loss_mask=[0] * 3 + [1] * (len(said) - 3))] * 4)
+
+
+def test_accumulated_batches_train_as_one_large_batch(make):
+    lengths = (3, 12, 4, 9)  # texts of 1 to 10 targets
+    rows = [
+        Example(input_ids=list(range(length)), loss_mask=[0, 0] + [1] * (length - 2))
+        for length in lengths
+    ]
+    settings = {"optim": "sgd", "learning_rate": 1.0, "warmup_steps": 0}
+    settings["train_sampling_strategy"] = "random"
+    large = make(ExampleDataset(rows), **settings)
+    large.train()
+    parts = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    small = make(ExampleDataset(rows), **settings, **parts)
+    small.train()
+    assert large.heads.weight.abs().max() > 0.01
+    for name, value in large.heads.state_dict().items():
+        torch.testing.assert_close(small.heads.state_dict()[name], value, atol=NEAR, rtol=0)
+    losses = [trainer.state.log_history[0]["loss"] for trainer in (large, small)]
+    assert losses[0] == pytest.approx(losses[1], abs=NEAR)
+
+
+def test_parameters_may_have_learning_rates_of_their_own(make):
+    trainer = make(learning_rate=0.5)
+    trainer.training_model.rate_factors = {"heads.bias": 4.0}
+    groups = trainer.create_optimizer().param_groups
+    names = {p: name for name, p in trainer.model.named_parameters()}
+    rates = {names[p]: group["lr"] for group in groups for p in group["params"]}
+    assert rates == {"heads.weight": 0.5, "heads.bias": 2.0}
+    assert trainer.create_optimizer().param_groups == groups  # it is made once
+
+
+def test_checkpointing_of_a_frozen_base_is_refused(make):
+    for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
+        with pytest.raises(OptionError, match="gradient_checkpointing is true, expected false"):
+            getattr(make().training_model, name)()
 
 
 def test_every_log_has_the_figures_of_each_draft_token(make, alphabet):

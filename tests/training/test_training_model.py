@@ -3,16 +3,18 @@ import math
 import pytest
 import torch
 
+from speclm.errors import UnknownNameError
+from speclm.training.targets import IGNORED
 from speclm.training.training_model import (
-    IGNORED,
     TrainingModel,
     rank_columns,
     rank_targets,
-    shifted_targets,
     soft_cross_entropy,
     token_cross_entropy,
+    tokenizer_of,
     weighted_loss,
 )
+from tests.models import build_model
 
 CLOSE = 1e-6  # one float32 sum of two terms
 
@@ -22,33 +24,11 @@ def test_model_without_a_writer_cannot_be_made():
         TrainingModel()
 
 
-def test_targets_of_a_hand_made_row():
-    # positions:           0  1  2  3  4  5   and one of padding
-    tokens = torch.tensor([[5, 6, 7, 8, 9, 1, 0]])
-    mask = torch.tensor([[0, 0, 0, 1, 0, 1, 0]]).bool()
-    targets = shifted_targets(tokens, mask, num_drafted=3)[0].tolist()
-    none = IGNORED
-    assert targets == [
-        [none, 8, none],  # tokens 2, 3, 4; of these the assistant wrote token 3
-        [8, none, 1],  # tokens 3, 4, 5
-        [none, 1, none],
-        [1, none, none],
-        [none, none, none],
-        [none, none, none],
-        [none, none, none],
-    ]
-
-
-@pytest.mark.parametrize("num_drafted", [1, 4, 9])
-def test_target_of_draft_token_i_at_t_is_token_t_plus_2_plus_i(num_drafted):
-    tokens = torch.randint(1, 50, (3, 6), generator=torch.Generator().manual_seed(0))
-    targets = shifted_targets(tokens, torch.ones_like(tokens).bool(), num_drafted=num_drafted)
-    assert targets.shape == (3, 6, num_drafted)
-    for t in range(6):
-        for index in range(num_drafted):
-            inside = t + 2 + index < 6
-            expected = tokens[:, t + 2 + index] if inside else torch.full((3,), IGNORED)
-            assert torch.equal(targets[:, t, index], expected)
+def test_base_without_a_tokenizer_is_named(tmp_path):
+    base = build_model("llama")
+    base.config.name_or_path = str(tmp_path)
+    with pytest.raises(UnknownNameError, match=r"(?s)has no tokenizer that can be loaded.*save it"):
+        tokenizer_of(base)
 
 
 def test_rank_of_a_target_is_the_number_of_larger_logits():

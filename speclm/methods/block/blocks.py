@@ -11,7 +11,8 @@ from torch import Tensor
 from speclm.drafting.ranking import LevelRanking
 from speclm.methods.block.network import BlockHeads
 from speclm.methods.block.tree import BlockLogits, BlockProposerConfig, grow_trees
-from speclm.training.training_model import IGNORED, MAX_LOGITS
+from speclm.training.targets import IGNORED
+from speclm.training.training_model import MAX_LOGITS
 from speclm.tree.dynamic import GrownRow
 
 
@@ -71,6 +72,31 @@ def find_blocks(
     targets = tokens.gather(1, at).view(shape)
     previous = torch.cat((tokens.gather(1, anchors)[:, :, None], targets[:, :, :-1]), dim=-1)
     return Blocks(anchors, targets.masked_fill(~is_inside, IGNORED), previous, counts <= num_blocks)
+
+
+def count_blocks(
+    loss_mask: Bool[Tensor, "batch seq"],
+    weights: Float[Tensor, " drafts"],
+    *,
+    max_anchors: int,
+) -> Float[Tensor, "1"]:
+    """Return the sum of the weights of all targets that `find_blocks` has in the mean.
+
+    It is exact where all blocks are drafted.
+
+    Args:
+        loss_mask: True at tokens that count.
+        weights: Weight of each position of a block.
+        max_anchors: Blocks that are drawn from each text if it has more.
+    """
+    reaches = loss_mask[:, 1:]  # whether the assistant wrote the anchor and all after it
+    num_blocks = (reaches[:, :-1] & loss_mask[:, 2:]).sum(1)
+    total = torch.zeros(len(loss_mask), dtype=torch.float32, device=loss_mask.device)
+    for depth, weight in enumerate(weights.to(loss_mask.device)):
+        reaches = reaches[:, :-1] & loss_mask[:, 2 + depth :]
+        total = total + weight * reaches.sum(1)
+    drawn = (max_anchors / num_blocks.clamp(min=1)).clamp(max=1.0)
+    return (total * drawn).sum()[None]
 
 
 @torch.no_grad()

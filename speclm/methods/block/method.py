@@ -14,6 +14,7 @@ from speclm.cards import HeadsCard
 from speclm.config import (
     require_count,
     require_in_range,
+    require_one_start,
     require_options,
     require_positive,
     require_size,
@@ -111,18 +112,9 @@ class BlockTrainingOptions:
         for name, check in _CHECKS.items():
             if getattr(self, name) is not None:
                 check(f"--{name.replace('_', '-')}", getattr(self, name))
-        if self.init is None and self.init_revision is not None:
-            raise OptionError(
-                f"--init-revision is {self.init_revision!r} without --init, expected heads on the "
-                "hub to go on from; name them, or leave it out"
-            )
-        for name in ("num_layers", "block_size", "draft_vocab_size"):
-            if self.init is not None and getattr(self, name) is not None:
-                raise OptionError(
-                    f"--{name.replace('_', '-')} is {getattr(self, name)} next to --init "
-                    f"{self.init!r}, whose heads keep their numbers and their vocabulary; leave "
-                    "one of them out"
-                )
+        sizes = ("num_layers", "block_size", "draft_vocab_size")
+        named = {f"--{name.replace('_', '-')}": getattr(self, name) for name in sizes}
+        require_one_start(self.init, self.init_revision, named)
 
     @property
     def losses(self) -> dict[str, Any]:

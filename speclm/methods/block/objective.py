@@ -16,7 +16,7 @@ from typing_extensions import override
 from speclm.config import require_count, require_in_range, require_positive
 from speclm.drafting.heads_folder import hub_id
 from speclm.errors import OptionError
-from speclm.methods.block.blocks import Blocks, accepted_lengths, find_blocks
+from speclm.methods.block.blocks import Blocks, accepted_lengths, count_blocks, find_blocks
 from speclm.methods.block.checkpoint import block_checkpoint, write_block
 from speclm.methods.block.config import KINDS
 from speclm.methods.block.network import BlockHeads, block_masks
@@ -24,8 +24,8 @@ from speclm.methods.block.proposer import BlockProposer
 from speclm.methods.block.tree import BlockProposerConfig
 from speclm.target import stored_matrices
 from speclm.training.acceptance_meter import AcceptanceMeter
+from speclm.training.targets import IGNORED, until_first_difference
 from speclm.training.training_model import (
-    IGNORED,
     MAX_LOGITS,
     BaseGoals,
     TrainingModel,
@@ -33,7 +33,6 @@ from speclm.training.training_model import (
     score_in_chunks,
     soft_cross_entropy,
     token_cross_entropy,
-    until_first_difference,
 )
 
 MAX_ANCHORS = 512
@@ -157,6 +156,10 @@ class BlockTrainingModel(TrainingModel):
         return min(bound for bound in bounds if bound is not None)
 
     @override
+    def count_targets(self, loss_mask: Bool[Tensor, "batch seq"]) -> Float[Tensor, "1"]:
+        return count_blocks(loss_mask, self._weights, max_anchors=self.objective.max_anchors)
+
+    @override
     def new_meter(self) -> AcceptanceMeter:
         num_drafted = self.heads.config.num_drafts
         chain = tuple((0,) * depth for depth in range(1, num_drafted + 1))
@@ -167,11 +170,8 @@ class BlockTrainingModel(TrainingModel):
         base = self.view.model
         base_id = hub_id(base.config.name_or_path)  # paths are not written
         checkpoint = block_checkpoint(self.heads, base_name_or_path=base_id)
-        write_block(
-            folder,
-            checkpoint.share(**stored_matrices(base)),
-            num_target_layers=self.view.num_layers,
-        )
+        checkpoint = checkpoint.share(**stored_matrices(base))
+        write_block(folder, checkpoint, num_target_layers=self.view.num_layers)
 
     @override
     def forward(
@@ -179,6 +179,7 @@ class BlockTrainingModel(TrainingModel):
         input_ids: Int[Tensor, "batch seq"],
         attention_mask: Int[Tensor, "batch seq"],
         loss_mask: Bool[Tensor, "batch seq"],
+        shares: Float[Tensor, " parts"] | None = None,
     ) -> dict[str, Tensor]:
         device, num_drafts = self.heads.fc.weight.device, self.heads.config.num_drafts
         features, last = self.read_base(input_ids, attention_mask, self._layers)
@@ -198,6 +199,8 @@ class BlockTrainingModel(TrainingModel):
         losses, counts = sums
         weights = self._weights.to(losses)
         total = (weights * losses).sum() / (weights * counts).sum().clamp(min=1e-6)
+        if shares is not None:
+            total = total * shares.to(total.device).squeeze()
         # The draft from anchor p is measured as one from the hidden state before it.
         shape = (*tokens.shape, num_drafts)
         measured = torch.full(shape, -1, device=device, dtype=torch.long)

@@ -1,17 +1,26 @@
 """Draft models as a method: any language model that shares the target's vocabulary."""
 
-from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typing_extensions import override
 
+from speclm.config import (
+    require_count,
+    require_in_range,
+    require_one_start,
+    require_positive,
+    require_size,
+)
 from speclm.errors import CheckpointError, OptionError, UnknownNameError, UnsupportedModelError
-from speclm.methods.registry import HeadsSource, Method, heads_names
+from speclm.methods.registry import HeadsSource, Method, Recipe, heads_names
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, TrainingArguments
 
     from speclm.drafting.interface import Proposer
+    from speclm.training.heads_trainer import HeadsTrainer
 
 _OPTIONS = (
     "dtype",
@@ -22,6 +31,95 @@ _OPTIONS = (
 )
 """Options of ``from_pretrained`` that messages suggest; it takes others too."""
 
+_MAX_SIZE = 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class DraftTrainingOptions:
+    """Options of ``speclm train draft``."""
+
+    hidden_size: Annotated[
+        int | None, "Width of a new draft model; a quarter of the base's by default."
+    ] = None
+    num_layers: Annotated[int | None, "Decoder layers of a new draft model; 2 by default."] = None
+    num_heads: Annotated[
+        int | None, "Attention heads of a new draft model; one for each 64 of the width by default."
+    ] = None
+    untied: Annotated[bool, "Give a new draft model an output matrix next to the embeddings."] = (
+        False
+    )
+    temperature: Annotated[
+        float, "Temperature of both distributions in the divergence from the base."
+    ] = 1.0
+    token_weight: Annotated[
+        float, "Share of the loss on the texts' tokens; the rest is the divergence."
+    ] = 0.0
+    init: Annotated[
+        str | None,
+        "Folder or hub id of a language model of the same vocabulary to start from; its files are "
+        "not changed.",
+    ] = None
+    init_revision: Annotated[str | None, "Branch, tag or commit of --init on the hub."] = None
+
+    def __post_init__(self) -> None:
+        sizes: dict[str, object] = {
+            "--hidden-size": self.hidden_size,
+            "--num-layers": self.num_layers,
+            "--num-heads": self.num_heads,
+        }
+        for name, size in sizes.items():
+            if size is not None:
+                require_size(name, size)
+                require_count(name, size, low=1, high=_MAX_SIZE)
+        require_positive("--temperature", self.temperature)
+        require_in_range("--token-weight", self.token_weight, low=0.0, high=1.0)
+        sizes["--untied"] = self.untied
+        require_one_start(self.init, self.init_revision, sizes, owner="weights")
+
+
+class DraftRecipe(Recipe):
+    """Distils a new or loaded draft model from the base."""
+
+    name = "draft"
+    summary = "Distil a draft model, a small language model; the base stays as it is."
+    options = DraftTrainingOptions
+
+    @override
+    def trainer(
+        self,
+        base: "PreTrainedModel",
+        args: "TrainingArguments",
+        *,
+        options: DraftTrainingOptions,
+        train_dataset: Any,
+        eval_dataset: Any = None,
+    ) -> "HeadsTrainer":
+        from speclm.methods.draft_model.objective import DraftObjective, DraftTrainingModel
+        from speclm.methods.draft_model.training import load_draft_model, new_draft_model
+        from speclm.training.heads_trainer import HeadsTrainer
+        from speclm.training.training_model import tokenizer_of
+
+        if options.init is not None:
+            draft = load_draft_model(options.init, revision=options.init_revision)
+        else:
+            draft = new_draft_model(
+                base,
+                hidden_size=options.hidden_size,
+                num_layers=options.num_layers or 2,
+                num_heads=options.num_heads,
+                is_tied=not options.untied,
+                seed=args.seed,
+            )
+        objective = DraftObjective(
+            temperature=options.temperature, token_weight=options.token_weight
+        )
+        return HeadsTrainer(
+            DraftTrainingModel(base, draft, tokenizer=tokenizer_of(base), objective=objective),
+            args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+        )
+
 
 class DraftModelMethod(Method):
     """A smaller language model with the target's vocabulary; loads any model folder."""
@@ -29,6 +127,7 @@ class DraftModelMethod(Method):
     name = "draft_model"
     summary = "a smaller language model with the target's vocabulary"
     aliases = ("draft",)
+    recipes = (DraftRecipe(),)
 
     @override
     def takes(self, heads: object) -> bool:
@@ -81,6 +180,12 @@ class DraftModelMethod(Method):
         from speclm.methods.draft_model.proposer import DraftModelProposer
 
         return isinstance(proposer, DraftModelProposer | ChainDraftProposer)
+
+    @override
+    def require_writable(self, folder: Path) -> None:
+        from speclm.methods.draft_model.training import require_writable
+
+        require_writable(folder)
 
 
 def wrap_draft_model(

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from typing_extensions import override
 
 from speclm.cards import HeadsCard
-from speclm.config import require_count, require_in_range, require_options, require_size
+from speclm.config import (
+    require_count,
+    require_in_range,
+    require_one_start,
+    require_options,
+    require_size,
+)
 from speclm.errors import OptionError
 from speclm.methods.registry import HeadsSource, Method, Recipe
 
@@ -61,24 +67,14 @@ class _TrainingOptions:
     def __post_init__(self) -> None:
         require_count("num_steps", self.num_steps, low=1, high=MAX_STEPS)
         require_in_range("decay", self.decay, low=0.0, high=1.0)
-        sizes = {"--num-layers": self.num_layers}
+        sizes: dict[str, object] = {"--num-layers": self.num_layers}
         if isinstance(self, Eagle3TrainingOptions):
             sizes["--draft-vocab-size"] = self.draft_vocab_size
             if self.draft_vocab_size is not None:
                 require_size("--draft-vocab-size", self.draft_vocab_size)
         if self.num_layers is not None:
             require_count("--num-layers", self.num_layers, low=1, high=_MAX_LAYERS)
-        if self.init is None and self.init_revision is not None:
-            raise OptionError(
-                f"--init-revision is {self.init_revision!r} without --init, expected heads on the "
-                "hub to go on from; name them, or leave it out"
-            )
-        for name, value in sizes.items():
-            if self.init is not None and value is not None:
-                raise OptionError(
-                    f"{name} is {value} next to --init {self.init!r}, whose heads keep their "
-                    "numbers and their vocabulary; leave one of them out"
-                )
+        require_one_start(self.init, self.init_revision, sizes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,7 +283,7 @@ def eagle_card(
     config, choices = checkpoint.config, checkpoint.choices
     is_eagle3 = config.kind == "eagle3"
     read = config.feature_layers
-    if num_target_layers is not None:
+    if is_eagle3 and num_target_layers is not None:
         read = config.layers_to_read(num_target_layers)
     layers = "the last"
     if is_eagle3:

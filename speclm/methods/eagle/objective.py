@@ -21,13 +21,12 @@ from speclm.methods.eagle.network import EagleHeads
 from speclm.methods.eagle.proposer import EagleProposer
 from speclm.methods.eagle.rollout import roll_out
 from speclm.training.acceptance_meter import AcceptanceMeter
+from speclm.training.targets import IGNORED, count_shifted, shifted_targets
 from speclm.training.training_model import (
-    IGNORED,
     BaseGoals,
     TrainingModel,
     rank_columns,
     score_in_chunks,
-    shifted_targets,
     soft_cross_entropy,
     weighted_loss,
 )
@@ -122,6 +121,10 @@ class EagleTrainingModel(TrainingModel):
         return min(bound for bound in bounds if bound is not None)
 
     @override
+    def count_targets(self, loss_mask: Bool[Tensor, "batch seq"]) -> Float[Tensor, " steps"]:
+        return count_shifted(loss_mask, num_drafted=self.objective.num_steps)
+
+    @override
     def new_meter(self) -> AcceptanceMeter:
         num_drafted = self.objective.num_measured
         chain = tuple((0,) * depth for depth in range(1, num_drafted + 1))
@@ -139,6 +142,7 @@ class EagleTrainingModel(TrainingModel):
         input_ids: Int[Tensor, "batch seq"],
         attention_mask: Int[Tensor, "batch seq"],
         loss_mask: Bool[Tensor, "batch seq"],
+        shares: Float[Tensor, " parts"] | None = None,
     ) -> dict[str, Tensor]:
         objective, device = self.objective, self.heads.fc.weight.device
         features, last = self.read_base(input_ids, attention_mask, self._layers)
@@ -175,7 +179,7 @@ class EagleTrainingModel(TrainingModel):
                 counts.append(count)
         loss_sums, counted = torch.stack(sums), torch.stack(counts)
         return {
-            "loss": weighted_loss(loss_sums, counted, decay=objective.decay),
+            "loss": weighted_loss(loss_sums, counted, decay=objective.decay, shares=shares),
             "loss_sums": loss_sums.detach(),
             "counts": counted,
             "ranks": ranks,

@@ -1,13 +1,21 @@
 """Medusa as a method: how its heads are recognised, loaded, saved and trained."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from typing_extensions import override
 
 from speclm.cards import HeadsCard
-from speclm.config import MAX_DEPTH, require_count, require_in_range, require_options
+from speclm.config import (
+    MAX_DEPTH,
+    require_count,
+    require_in_range,
+    require_one_start,
+    require_options,
+    require_positive,
+)
 from speclm.errors import OptionError
 from speclm.methods.registry import HeadsSource, Method, Recipe
 
@@ -18,7 +26,14 @@ if TYPE_CHECKING:
     from speclm.drafting.interface import Proposer
     from speclm.files.weights import WeightFiles
     from speclm.methods.medusa.checkpoint import MedusaCheckpoint
+    from speclm.methods.medusa.network import MedusaHeads
     from speclm.training.heads_trainer import HeadsTrainer
+
+OUTPUTS = ("adapter", "merged")
+"""What a training writes of a base that it tunes: its adapter, or the base merged with it."""
+
+MAX_RANK = 1024
+"""Maximum rank of an adapter."""
 
 _MAX_LAYERS = 64
 _OPTIONS = ("dtype", "min_probability", "mixture", "num_draft_tokens", "tree")
@@ -33,24 +48,94 @@ expect them; heads without an output matrix are read by TGI and speclm only.
 
 
 @dataclass(frozen=True, slots=True)
-class MedusaTrainingOptions:
-    """Options of ``speclm train medusa``."""
-
-    num_heads: Annotated[int, "Heads: tokens that are drafted ahead."] = 5
-    num_layers: Annotated[int, "Residual layers of each head."] = 1
+class _TrainingOptions:
+    num_heads: Annotated[int | None, "New heads: tokens that are drafted ahead; 5 by default."] = (
+        None
+    )
+    num_layers: Annotated[int | None, "Residual layers of each new head; 1 by default."] = None
     own_lm_head: Annotated[bool, "Give each head an output matrix of its own."] = False
     decay: Annotated[float, "Weight of a head relative to the one before it."] = 0.8
     soft_weight: Annotated[float, "Share of the loss against the base's own distribution."] = 0.0
+    init: Annotated[
+        str | None, "Folder or hub id of heads to start from; its files are not changed."
+    ] = None
+    init_revision: Annotated[str | None, "Branch, tag or commit of --init on the hub."] = None
 
     def __post_init__(self) -> None:
-        require_count("--num-heads", self.num_heads, low=1, high=MAX_DEPTH)
-        require_count("--num-layers", self.num_layers, low=1, high=_MAX_LAYERS)
+        if self.num_heads is not None:
+            require_count("--num-heads", self.num_heads, low=1, high=MAX_DEPTH)
+        if self.num_layers is not None:
+            require_count("--num-layers", self.num_layers, low=1, high=_MAX_LAYERS)
         require_in_range("decay", self.decay, low=0.0, high=1.0)
         require_in_range("soft_weight", self.soft_weight, low=0.0, high=1.0)
+        sizes = {
+            "--num-heads": self.num_heads,
+            "--num-layers": self.num_layers,
+            "--own-lm-head": self.own_lm_head,
+        }
+        require_one_start(self.init, self.init_revision, sizes)
+
+
+@dataclass(frozen=True, slots=True)
+class MedusaTrainingOptions(_TrainingOptions):
+    """Options of ``speclm train medusa``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Medusa2TrainingOptions(_TrainingOptions):
+    """Options of ``speclm train medusa2``."""
+
+    rank: Annotated[int, "Rank of the base's adapter."] = 32
+    alpha: Annotated[float, "Factor of the adapter, multiplied by the rank."] = 16.0
+    heads_warmup: Annotated[
+        float, "Steps in which only the heads are trained; below 1, a share of all steps."
+    ] = 0.4
+    heads_weight: Annotated[
+        float, "Weight of the heads' loss for the base, which it grows to during the training."
+    ] = 0.2
+    heads_rate: Annotated[
+        float, "Learning rate of the heads relative to that of the base's adapter."
+    ] = 4.0
+    distillation: Annotated[
+        float,
+        "Share of the divergence from the base as it was in the loss of the base; the rest is on "
+        "the texts' tokens.",
+    ] = 1.0
+    output: Annotated[
+        str, "What is written of the base: adapter, or merged for the whole base."
+    ] = "adapter"
+
+    def __post_init__(self) -> None:
+        _TrainingOptions.__post_init__(self)  # super() does not work in a slotted dataclass
+        require_count("--rank", self.rank, low=1, high=MAX_RANK)
+        require_positive("--alpha", self.alpha)
+        require_in_range("--heads-warmup", self.heads_warmup, low=0.0, high=2**31)
+        require_in_range("--heads-weight", self.heads_weight, low=0.0, high=1e6)
+        require_positive("--heads-rate", self.heads_rate)
+        require_in_range("--distillation", self.distillation, low=0.0, high=1.0)
+        if self.output not in OUTPUTS:
+            raise OptionError(
+                f"--output is {self.output!r}, expected one of {OUTPUTS!r}; choose one"
+            )
+
+
+def _heads(base: "PreTrainedModel", options: _TrainingOptions, *, seed: int) -> "MedusaHeads":
+    """Return loaded or new heads."""
+    from speclm.methods.medusa.training import load_medusa_heads, new_medusa_heads
+
+    if options.init is not None:
+        return load_medusa_heads(base, options.init, revision=options.init_revision)
+    return new_medusa_heads(
+        base,
+        num_heads=options.num_heads or 5,
+        num_layers=options.num_layers or 1,
+        has_own_lm_head=options.own_lm_head,
+        seed=seed,
+    )
 
 
 class MedusaRecipe(Recipe):
-    """Trains new Medusa heads."""
+    """Trains new or loaded Medusa heads."""
 
     name = "medusa"
     summary = "Train Medusa heads; the base stays as it is."
@@ -66,20 +151,10 @@ class MedusaRecipe(Recipe):
         train_dataset: Any,
         eval_dataset: Any = None,
     ) -> "HeadsTrainer":
-        from speclm.methods.medusa.training import (
-            MedusaObjective,
-            MedusaTrainingModel,
-            new_medusa_heads,
-        )
+        from speclm.methods.medusa.training import MedusaObjective, MedusaTrainingModel
         from speclm.training.heads_trainer import HeadsTrainer
 
-        heads = new_medusa_heads(
-            base,
-            num_heads=options.num_heads,
-            num_layers=options.num_layers,
-            has_own_lm_head=options.own_lm_head,
-            seed=args.seed,
-        )
+        heads = _heads(base, options, seed=args.seed)
         objective = MedusaObjective(decay=options.decay, soft_weight=options.soft_weight)
         return HeadsTrainer(
             MedusaTrainingModel(base, heads, objective=objective),
@@ -89,13 +164,68 @@ class MedusaRecipe(Recipe):
         )
 
 
+class Medusa2Recipe(Recipe):
+    """Trains new or loaded Medusa heads together with an adapter of the base."""
+
+    name = "medusa2"
+    summary = "Train Medusa heads together with an adapter of the base, which changes the base."
+    options = Medusa2TrainingOptions
+    # The heads then have the usual learning rate, and the adapter a quarter of it.
+    defaults: ClassVar[Mapping[str, Any]] = {"learning_rate": 2.5e-4}
+
+    @override
+    def trainer(
+        self,
+        base: "PreTrainedModel",
+        args: "TrainingArguments",
+        *,
+        options: Medusa2TrainingOptions,
+        train_dataset: Any,
+        eval_dataset: Any = None,
+    ) -> "HeadsTrainer":
+        from speclm.methods.medusa.training import MedusaObjective
+        from speclm.methods.medusa.tuning import (
+            MedusaTuningModel,
+            Stages,
+            TuningObjective,
+        )
+        from speclm.training.adapter import Adapter, require_part
+        from speclm.training.heads_trainer import HeadsTrainer
+        from speclm.training.training_model import tokenizer_of
+
+        require_part(Path(str(args.output_dir)), options.output)
+        objective = TuningObjective(
+            heads=MedusaObjective(decay=options.decay, soft_weight=options.soft_weight),
+            heads_weight=options.heads_weight,
+            heads_warmup=options.heads_warmup,
+            distillation=options.distillation,
+            heads_rate=options.heads_rate,
+        )
+        heads = _heads(base, options, seed=args.seed)  # before the adapter changes the base
+        model = MedusaTuningModel(
+            base,
+            heads,
+            Adapter(base, rank=options.rank, alpha=options.alpha, seed=args.seed),
+            objective=objective,
+            output=options.output,
+            tokenizer=tokenizer_of(base),
+        )
+        return HeadsTrainer(
+            model,
+            args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=[Stages(model)],
+        )
+
+
 class MedusaMethod(Method):
     """Heads that each draft one later token from one hidden state of the target."""
 
     name = "medusa"
     summary = "heads on the target's last hidden state, one for each position ahead"
     hints = ("medusa_lm_head.*",)
-    recipes = (MedusaRecipe(),)
+    recipes = (MedusaRecipe(), Medusa2Recipe())
 
     @override
     def find_weights(self, folder: Path) -> "WeightFiles | None":

@@ -1,8 +1,9 @@
 """Train Medusa heads: their objective, and new heads to start from."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,17 +14,20 @@ from typing_extensions import override
 
 from speclm.config import require_in_range
 from speclm.drafting.heads_folder import hub_id
+from speclm.errors import OptionError
 from speclm.methods.medusa.checkpoint import write_medusa
 from speclm.methods.medusa.network import MedusaHeads, MedusaHeadsConfig, medusa_checkpoint
 from speclm.methods.medusa.proposer import STATIC_TREE, MedusaProposer
+from speclm.methods.registry import find_heads
 from speclm.target import TargetView, output_matrix
 from speclm.training.acceptance_meter import AcceptanceMeter
+from speclm.training.targets import IGNORED, count_shifted, shifted_targets
 from speclm.training.training_model import (
-    IGNORED,
     TrainingModel,
+    base_logits,
+    last_hidden,
     rank_targets,
     score_in_chunks,
-    shifted_targets,
     soft_cross_entropy,
     weighted_loss,
 )
@@ -74,11 +78,12 @@ class MedusaTrainingModel(TrainingModel):
         self.objective = objective or MedusaObjective()
 
     @override
+    def count_targets(self, loss_mask: Bool[Tensor, "batch seq"]) -> Float[Tensor, " heads"]:
+        return count_shifted(loss_mask, num_drafted=self.heads.num_heads)
+
+    @override
     def new_meter(self) -> AcceptanceMeter:
-        # The same tree for any number of heads, so that estimates can be compared.
-        num_heads = self.heads.num_heads
-        choices = trim_paths(STATIC_TREE, max_depth=num_heads)
-        return AcceptanceMeter(choices, num_drafted=num_heads, name="head")
+        return medusa_meter(self.heads)
 
     @override
     def write(self, folder: Path) -> None:
@@ -91,85 +96,116 @@ class MedusaTrainingModel(TrainingModel):
         input_ids: Int[Tensor, "batch seq"],
         attention_mask: Int[Tensor, "batch seq"],
         loss_mask: Bool[Tensor, "batch seq"],
-    ) -> dict[str, Tensor]:
-        targets = shifted_targets(input_ids, loss_mask, num_drafted=self.heads.num_heads)
-        hidden = self._base_hidden(input_ids, attention_mask)
+        shares: Float[Tensor, " heads"] | None = None,
+    ) -> dict[str, Any]:
+        with torch.no_grad():
+            hidden = last_hidden(self.view, input_ids, attention_mask)
         base_tokens = self.base_tokens(hidden.view(*input_ids.shape, -1), loss_mask)
-        wanted = shifted_targets(base_tokens, loss_mask, num_drafted=self.heads.num_heads)
-        sources = (targets != IGNORED).any(-1).flatten().nonzero()[:, 0]
-        targets = targets.flatten(0, 1)
-        loss_sums, source_ranks = score_in_chunks(
-            partial(self._score, hidden),
-            sources,
-            targets[sources],
-            wanted.flatten(0, 1)[sources],
-            logits_per_row=targets.shape[1] * self.view.vocab_size,
+        outputs = score_heads(
+            self.heads,
+            hidden,
+            shifted_targets(input_ids, loss_mask, num_drafted=self.heads.num_heads),
+            shifted_targets(base_tokens, loss_mask, num_drafted=self.heads.num_heads),
+            view=self.view,
+            objective=self.objective,
+            shares=shares,
         )
-        counts = (targets != IGNORED).sum(0)
-        ranks = torch.full_like(targets, -1)
-        ranks[sources] = source_ranks
-        return {
-            "loss": weighted_loss(loss_sums, counts, decay=self.objective.decay),
-            "loss_sums": loss_sums.detach(),
-            "counts": counts,
-            "ranks": ranks.view(*input_ids.shape, -1),
-            "base_tokens": base_tokens,
-        }
+        return {**outputs, "base_tokens": base_tokens}
 
-    @torch.no_grad()
-    def _base_hidden(
-        self, input_ids: Int[Tensor, "batch seq"], attention_mask: Int[Tensor, "batch seq"]
-    ) -> Float[Tensor, "tokens hidden"]:
-        """Return the input of the base's output matrix, without computing logits."""
-        device = self.view.device
-        output = self.view.decoder(
-            input_ids=input_ids.to(device),
-            attention_mask=attention_mask.to(device),
-            use_cache=False,
-        )
-        hidden: Tensor = output[0]
-        return hidden.flatten(0, 1)
 
-    def _score(
-        self,
-        hidden: Float[Tensor, "tokens hidden"],
-        sources: Int[Tensor, " rows"],
-        targets: Int[Tensor, "rows heads"],
-        wanted: Int[Tensor, "rows heads"],
-    ) -> tuple[Float[Tensor, " heads"], Int[Tensor, "rows heads"]]:
-        """Return the sum of the losses of each head, and the rank of each token of the base.
+def medusa_meter(heads: MedusaHeads) -> AcceptanceMeter:
+    """Return a meter with the same tree for any number of heads, to compare their estimates."""
+    choices = trim_paths(STATIC_TREE, max_depth=heads.num_heads)
+    return AcceptanceMeter(choices, num_drafted=heads.num_heads, name="head")
 
-        Args:
-            hidden: Hidden states of all positions.
-            sources: Positions to draft from.
-            targets: Tokens to learn there.
-            wanted: Tokens that the base would write there.
-        """
-        device = self.heads.weight.device
-        logits = self.heads(hidden[sources.to(hidden.device)].to(device), lm_head=self.lm_head)
-        logits = logits.float()
-        losses = F.cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
-        ).view_as(targets)
-        if soft_weight := self.objective.soft_weight:
-            target_probs = self._base_probs(hidden, sources, targets).to(device)
-            soft = soft_cross_entropy(logits, target_probs).masked_fill(targets == IGNORED, 0.0)
-            losses = (1 - soft_weight) * losses + soft_weight * soft
-        return losses.sum(0), rank_targets(logits, wanted)
 
-    @torch.no_grad()
-    def _base_probs(
-        self,
-        hidden: Float[Tensor, "tokens hidden"],
-        sources: Int[Tensor, " rows"],
-        targets: Int[Tensor, "rows heads"],
-    ) -> Float[Tensor, "rows heads vocab"]:
-        """Return the base's distribution at each target, from the hidden state before it."""
-        ahead = 1 + torch.arange(targets.shape[1], device=sources.device)
-        # Without a target the position may not exist; any other position will do.
-        positions = (sources[:, None] + ahead).where(targets != IGNORED, sources[:, None])
-        needed, indices = torch.unique(positions.to(hidden.device), return_inverse=True)
-        return self.view.head_logits(hidden[needed]).float().softmax(-1)[indices]
+def score_heads(
+    heads: MedusaHeads,
+    hidden: Float[Tensor, "tokens hidden"],
+    targets: Int[Tensor, "batch seq heads"],
+    wanted: Int[Tensor, "batch seq heads"],
+    *,
+    view: TargetView,
+    objective: MedusaObjective,
+    shares: Float[Tensor, " heads"] | None = None,
+) -> dict[str, Any]:
+    """Return the loss of heads from the base's hidden states; see `TrainingModel.forward`.
+
+    Args:
+        heads: The heads.
+        hidden: Hidden states of all positions, from `last_hidden`.
+        targets: Result of `shifted_targets` for the texts.
+        wanted: The same for the base's own tokens.
+        view: The base.
+        objective: Settings of the loss.
+        shares: As in `TrainingModel.forward`.
+    """
+    sources = (targets != IGNORED).any(-1).flatten().nonzero()[:, 0]
+    flat = targets.flatten(0, 1)
+    loss_sums, source_ranks = score_in_chunks(
+        partial(_score, heads, view, objective, hidden),
+        sources,
+        flat[sources],
+        wanted.flatten(0, 1)[sources],
+        logits_per_row=flat.shape[1] * view.vocab_size,
+    )
+    counts = (flat != IGNORED).sum(0)
+    ranks = torch.full_like(flat, -1)
+    ranks[sources] = source_ranks
+    return {
+        "loss": weighted_loss(loss_sums, counts, decay=objective.decay, shares=shares),
+        "loss_sums": loss_sums.detach(),
+        "counts": counts,
+        "ranks": ranks.view(targets.shape),
+    }
+
+
+def _score(
+    heads: MedusaHeads,
+    view: TargetView,
+    objective: MedusaObjective,
+    hidden: Float[Tensor, "tokens hidden"],
+    sources: Int[Tensor, " rows"],
+    targets: Int[Tensor, "rows heads"],
+    wanted: Int[Tensor, "rows heads"],
+) -> tuple[Float[Tensor, " heads"], Int[Tensor, "rows heads"]]:
+    """Return the sum of the losses of each head, and the rank of each token of the base.
+
+    Args:
+        heads: The heads.
+        view: The base.
+        objective: Settings of the loss.
+        hidden: Hidden states of all positions.
+        sources: Positions to draft from.
+        targets: Tokens to learn there.
+        wanted: Tokens that the base would write there.
+    """
+    device = heads.weight.device
+    rows = hidden[sources.to(hidden.device)].to(device)
+    logits = heads(rows, lm_head=partial(base_logits, view)).float()
+    losses = F.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
+    ).view_as(targets)
+    if soft_weight := objective.soft_weight:
+        target_probs = _base_probs(view, hidden, sources, targets).to(device)
+        soft = soft_cross_entropy(logits, target_probs).masked_fill(targets == IGNORED, 0.0)
+        losses = (1 - soft_weight) * losses + soft_weight * soft
+    return losses.sum(0), rank_targets(logits, wanted)
+
+
+@torch.no_grad()
+def _base_probs(
+    view: TargetView,
+    hidden: Float[Tensor, "tokens hidden"],
+    sources: Int[Tensor, " rows"],
+    targets: Int[Tensor, "rows heads"],
+) -> Float[Tensor, "rows heads vocab"]:
+    """Return the base's distribution at each target, from the hidden state before it."""
+    ahead = 1 + torch.arange(targets.shape[1], device=sources.device)
+    # Without a target the position may not exist; any other position will do.
+    positions = (sources[:, None] + ahead).where(targets != IGNORED, sources[:, None])
+    needed, indices = torch.unique(positions.to(hidden.device), return_inverse=True)
+    return view.head_logits(hidden[needed]).float().softmax(-1)[indices]
 
 
 def new_medusa_heads(
@@ -208,3 +244,35 @@ def new_medusa_heads(
         generator=torch.Generator().manual_seed(seed),
     )
     return heads
+
+
+def load_medusa_heads(
+    base: PreTrainedModel, heads: str | Path, *, revision: str | None = None
+) -> MedusaHeads:
+    """Load saved heads for further training, in float32 and on the base's device.
+
+    They may be in any layout that `read_medusa` reads. They keep their sizes; a static tree that
+    was stored with them is not kept.
+
+    Args:
+        base: The target.
+        heads: Folder or hub id.
+        revision: Branch, tag or commit on the hub; None for the main branch.
+
+    Raises:
+        OptionError: If they are not Medusa heads, have another width than the base, or are part
+            of another model.
+        VocabularyMismatchError: If they were made for another vocabulary.
+        CheckpointError: If they are damaged or incomplete.
+    """
+    options: dict[str, Any] = {} if revision is None else {"revision": revision}
+    source = find_heads(heads, options)
+    if source.method.name != "medusa":
+        raise OptionError(
+            f"heads {str(heads)!r} are those of the method {source.method.name!r}, expected Medusa "
+            "heads; name a folder or hub id of such"
+        )
+    source = replace(source, options={"dtype": torch.float32})
+    proposer = source.method.load(source, base)
+    assert isinstance(proposer, MedusaProposer)
+    return proposer.heads.requires_grad_(requires_grad=True)

@@ -9,7 +9,7 @@ import torch
 from speclm import SpecModel
 from speclm.errors import OptionError
 from speclm.methods.block import objective as objective_module
-from speclm.methods.block.blocks import find_blocks
+from speclm.methods.block.blocks import count_blocks, find_blocks
 from speclm.methods.block.objective import BlockObjective, BlockTrainingModel
 from speclm.methods.block.proposer import BlockProposer
 from speclm.methods.block.training import new_block_heads
@@ -17,6 +17,7 @@ from speclm.training import training_model
 from speclm.training.dataset import collate_examples
 from tests.methods.block.loss_reference import reference
 from tests.models import build_model, prompts
+from tests.training.runs import require_sum_of_parts
 
 CLOSE = 1e-5  # losses of float32 logits, on float64 weights
 VOCAB = 24
@@ -234,3 +235,16 @@ def test_training_reads_and_computes_what_decoding_does(kind):
         if anchor in drafted:
             seen = drafted[anchor]  # the last ones may be shorter
             torch.testing.assert_close(seen, hidden[block, : len(seen)], atol=CLOSE, rtol=0)
+
+
+def test_losses_of_accumulated_batches_add_up():
+    model = build("dspark", objective=ALL, markov_rank=5)
+    require_sum_of_parts(model, [{"input_ids": row, "loss_mask": mask} for row, mask in ROWS])
+
+
+def test_texts_with_too_many_blocks_count_as_often_as_blocks_are_drawn():
+    mask = torch.tensor([[0, 1, 1, 1, 1, 1]]).bool()  # four anchors: 3, 2, 2 and 1 targets
+    weights = torch.tensor([1.0, 0.5, 0.25])
+    total = 4 * 1.0 + 3 * 0.5 + 2 * 0.25
+    assert count_blocks(mask, weights, max_anchors=4).tolist() == [total]
+    assert count_blocks(mask, weights, max_anchors=1).tolist() == [total / 4]

@@ -22,6 +22,7 @@ from speclm.training import training_model
 from speclm.training.dataset import collate_examples
 from tests.methods.eagle.loss_reference import reference
 from tests.models import build_model, prompts
+from tests.training.runs import require_sum_of_parts
 
 CLOSE = 1e-5  # losses of float32 logits, on float64 weights
 KINDS = ("eagle", "eagle3")
@@ -315,3 +316,9 @@ def test_batch_without_any_counted_token_has_one_source_without_target():
 def test_feature_loss_is_square_near_zero_and_linear_beyond_one():
     found = feature_loss(torch.tensor([[0.5, 3.0]]), torch.zeros(1, 2))
     assert found.item() == pytest.approx((0.125 + 2.5) / 2, abs=CLOSE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_of_accumulated_batches_add_up(kind):
+    model = build(kind, num_steps=2, num_measured=2)
+    require_sum_of_parts(model, [{"input_ids": row, "loss_mask": mask} for row, mask in ROWS])

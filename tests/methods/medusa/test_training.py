@@ -2,13 +2,16 @@ import pytest
 import torch
 
 from speclm import SpecModel
-from speclm.errors import OptionError, VocabularyMismatchError
-from speclm.methods.medusa.checkpoint import read_medusa
-from speclm.methods.medusa.network import MedusaHeads, MedusaHeadsConfig
+from speclm.errors import CheckpointError, OptionError, VocabularyMismatchError
+from speclm.methods.eagle.proposer import EagleProposer
+from speclm.methods.eagle.training import new_eagle_heads
+from speclm.methods.medusa.checkpoint import read_medusa, write_medusa
+from speclm.methods.medusa.network import MedusaHeads, MedusaHeadsConfig, medusa_checkpoint
 from speclm.methods.medusa.proposer import STATIC_TREE
 from speclm.methods.medusa.training import (
     MedusaObjective,
     MedusaTrainingModel,
+    load_medusa_heads,
     new_medusa_heads,
 )
 from speclm.training import training_model
@@ -16,11 +19,11 @@ from speclm.training.arguments import training_arguments
 from speclm.training.conversations import Example
 from speclm.training.dataset import ExampleDataset, collate_examples, load_examples
 from speclm.training.heads_trainer import HeadsTrainer
-from speclm.training.training_model import IGNORED, shifted_targets
+from speclm.training.targets import IGNORED, shifted_targets
 from speclm.tree.static import trim_paths
-from tests.models import prompts, shared_model
+from tests.models import build_model, prompts, shared_model
 from tests.training.alphabet import TAGGED, WORDS, tiny_base, word_tokenizer, write_alphabet
-from tests.training.runs import SETTINGS
+from tests.training.runs import SETTINGS, require_sum_of_parts
 
 NEAR = 1e-4  # float32, logits of about 30
 LENGTHS = (9, 14)
@@ -102,6 +105,45 @@ def test_heads_of_another_base_are_refused():
         MedusaTrainingModel(tiny_base(), narrow)
 
 
+def test_training_goes_on_from_saved_heads_of_any_layout(tmp_path, make):
+    trainer = make(max_steps=2, num_layers=2, has_own_lm_head=True)
+    trainer.train()
+    trainer.save_model()
+    state = read_medusa(tmp_path / "out").tensors
+    legacy = {  # FasterDecoding's, in 16 bits and without a config
+        f"{head}.{layer}.linear.{part}": state[part][layer, head].bfloat16()
+        for head in range(2)
+        for layer in range(2)
+        for part in ("weight", "bias")
+    } | {f"{head}.2.weight": state["lm_weight"][head].bfloat16() for head in range(2)}
+    (tmp_path / "legacy").mkdir()
+    torch.save(legacy, tmp_path / "legacy" / "medusa_lm_head.pt")
+    for folder, close in (("out", 0.0), ("legacy", 0.01)):
+        heads = load_medusa_heads(tiny_base(), tmp_path / folder)
+        assert heads.config == trainer.heads.config
+        for name, tensor in trainer.heads.state_dict().items():
+            torch.testing.assert_close(heads.state_dict()[name], tensor, atol=close, rtol=close)
+        assert all(p.dtype == torch.float32 and p.requires_grad for p in heads.parameters())
+
+
+def test_heads_to_start_from_have_to_fit_the_base(tmp_path):
+    for name, width, vocab_size in (("narrow", 8, len(WORDS)), ("other", 40, 99)):
+        config = MedusaHeadsConfig(hidden_size=width, vocab_size=vocab_size)
+        write_medusa(tmp_path / name, medusa_checkpoint(MedusaHeads(config)))
+    with pytest.raises(OptionError, match="heads are 8 wide"):
+        load_medusa_heads(tiny_base(), tmp_path / "narrow")
+    with pytest.raises(VocabularyMismatchError, match="heads are for a vocabulary of 99"):
+        load_medusa_heads(tiny_base(), tmp_path / "other")
+    base = build_model("llama", vocab_size=len(WORDS), num_hidden_layers=4)
+    heads = new_eagle_heads(base, kind="eagle")
+    SpecModel(base, EagleProposer(heads, target=base)).save_pretrained(tmp_path / "eagle")
+    with pytest.raises(OptionError, match=r"of the method 'eagle', expected Medusa heads"):
+        load_medusa_heads(base, tmp_path / "eagle")
+    (tmp_path / "narrow" / "medusa_lm_head.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError):
+        load_medusa_heads(tiny_base(), tmp_path / "narrow")
+
+
 @pytest.fixture
 def batch():
     generator = torch.Generator().manual_seed(0)
@@ -168,6 +210,15 @@ def test_chunks_change_neither_loss_nor_gradient(batch, monkeypatch):
     torch.testing.assert_close(model.heads.weight.grad, gradient, atol=NEAR, rtol=0)
     assert torch.equal(chunked["ranks"], whole["ranks"])
     assert torch.equal(chunked["base_tokens"], whole["base_tokens"])
+
+
+def test_losses_of_accumulated_batches_add_up():
+    examples = [
+        Example(input_ids=[1, 2, 3, 4, 5, 6, 7, 8], loss_mask=[0, 0, 1, 1, 1, 1, 1, 1]),
+        Example(input_ids=[9, 8, 7, 6], loss_mask=[0, 0, 0, 1]),
+        Example(input_ids=[3, 1, 4, 1, 5, 9], loss_mask=[0, 1, 0, 1, 1, 0]),
+    ]
+    require_sum_of_parts(build(soft_weight=0.3), examples)
 
 
 def test_ranks_stand_at_the_positions_of_their_hidden_states(batch):
