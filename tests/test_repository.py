@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.no_cover  # it reads the library and runs none of it
+pytestmark = pytest.mark.untraced  # it reads the library and runs none of it
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "speclm"
