@@ -52,15 +52,24 @@ def replaying() -> GraphEngine:
 
 
 class FullGraph(Engine):
-    """Traces stages as a compiler does, without breaks, and runs what was traced eagerly."""
+    """Traces stages as a compiler does, without breaks, and runs what was traced eagerly.
+
+    Stages of other classes than `kind` run as they are.
+    """
 
     name = "traced"
     reuses_storage = False
+
+    def __init__(self, kind: Any = object) -> None:
+        super().__init__()
+        self.kind = kind
 
     def obstacle(self, device: torch.device) -> None:
         return None
 
     def prepare(self, stage: Any, inputs: Any, storage: Any) -> Any:
+        if not isinstance(stage, self.kind):
+            return lambda inputs, storage: stage(*inputs, *storage)
         torch._dynamo.reset()
         traced = torch.compile(stage, fullgraph=True, dynamic=False, backend="eager")
 
