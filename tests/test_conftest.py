@@ -16,6 +16,7 @@ from tests.tracing import (
     TRACED_EXAMPLES,
     TRACED_GENERATIONS,
     generation_traced,
+    is_traced,
     trace_few_examples,
 )
 
@@ -63,6 +64,17 @@ def test_coverage_is_measured_in_the_first_examples_of_a_property():
     every()
     assert found[:TRACED_EXAMPLES] == [sys.gettrace()] * TRACED_EXAMPLES
     assert set(found[TRACED_EXAMPLES:]) == {None}
+
+
+@pytest.fixture
+def is_traced_in_setup():
+    return is_traced()
+
+
+@pytest.mark.untraced
+def test_coverage_is_measured_neither_in_a_marked_test_nor_in_its_fixtures(is_traced_in_setup):
+    assert not is_traced_in_setup
+    assert not is_traced()
 
 
 def test_one_thread_is_used():
