@@ -144,6 +144,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         trace_few_examples(getattr(item, "function", None))
 
 
+@pytest.hookimpl(wrapper=True, trylast=True)  # inside of that of pytest-cov
+def pytest_runtestloop(session: pytest.Session) -> Generator[None, Any, Any]:
+    """Measure no coverage in the process that only tells others which tests to run."""
+    is_spread = session.config.getoption("dist", "no") != "no"
+    is_worker = hasattr(session.config, "workerinput")
+    with untraced() if is_spread and not is_worker else nullcontext():
+        return (yield)
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
     """Measure no coverage of some tests and their fixtures."""
