@@ -2,15 +2,22 @@
 
 PYTHON ?= python3
 export HYPOTHESIS_PROFILE ?= ci
+# The many processes share what the first of them compiled, whatever the environment asks for.
+export PYTHONDONTWRITEBYTECODE :=
 
 BIN := .venv/bin
 FLOOR := .venv-floor/bin
 CROSS ?= .venv-cross
-PIP_INSTALL := -m pip install -qq --disable-pip-version-check
+PIP_INSTALL := -m pip install -qq --disable-pip-version-check --no-compile
+# On all cores, where pip compiles on one, and without the packages' own tests. A few files are no
+# Python of this version.
+COMPILE := -m compileall -qq -j 0 -x '/tests/'
 # A worker a core. Each takes a stretch of the files, whose cached models stay with it, and from
 # the longer stretch when its own is done.
 SPREAD := --numprocesses logical --maxprocesses 8 --dist worksteal
 UNIT := $(BIN)/python -m pytest --quiet $(SPREAD)
+# Starting workers takes longer than they save.
+ALONE := $(BIN)/python -m pytest --quiet -p no:xdist
 # Triton reads the variable when a kernel is defined; the shape checks would wrap what it compiles.
 INTERPRETER := TRITON_INTERPRET=1 SPECLM_TYPECHECK=0
 CORE := --ignore=tests/docs --ignore=tests/cli --ignore=tests/demo --ignore=tests/test_repository.py
@@ -25,9 +32,10 @@ help: ## Show this list
 demo: .venv/.runtime ## Watch the bundled model decode, plain and speculative
 	@$(BIN)/speclm demo
 
-# What uses one core runs next to something else; the suite has both cores for itself.
+# What uses one core runs next to something else, the longest first; the suite has both cores for
+# itself.
 test: .venv/.dev ## Run every check a change must pass
-	@$(MAKE) --no-print-directory --jobs=2 lint layers types docs untyped interpreted
+	@$(MAKE) --no-print-directory --jobs=2 lint interpreted types untyped docs layers
 	@$(MAKE) --no-print-directory unit
 
 test-floor: .venv-floor/.ready ## Run the core suite on the oldest supported Transformers
@@ -64,13 +72,13 @@ unit: .venv/.dev ## Run the test suite with shape checks and coverage
 	$(UNIT) --cov --cov-report=term
 
 untyped: .venv/.dev ## Run calls without shape checks, as users do, and those of `aot`
-	SPECLM_TYPECHECK=0 $(UNIT) tests/generation/test_untyped.py tests/kernels/aot
+	SPECLM_TYPECHECK=0 $(ALONE) tests/generation/test_untyped.py tests/kernels/aot
 
 aot: .venv/.dev ## Compile the kernels for GPUs ahead of time, and look at the machine code
-	SPECLM_TYPECHECK=0 $(UNIT) tests/kernels/aot
+	SPECLM_TYPECHECK=0 $(ALONE) tests/kernels/aot
 
-interpreted: .venv/.dev ## Run the kernels in Triton's interpreter, in processes of its own
-	$(INTERPRETER) $(UNIT) tests/kernels/interpreted
+interpreted: .venv/.dev ## Run the kernels in Triton's interpreter, in a process of its own
+	$(INTERPRETER) $(ALONE) tests/kernels/interpreted
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -78,11 +86,13 @@ interpreted: .venv/.dev ## Run the kernels in Triton's interpreter, in processes
 .venv/.runtime: pyproject.toml constraints.txt | .venv/bin/python
 	@echo "Installing speclm into .venv (once, a few minutes)"
 	$(BIN)/python $(PIP_INSTALL) --constraint constraints.txt --editable .
+	@$(BIN)/python $(COMPILE) .venv/lib || true
 	@touch $@
 
 .venv/.dev: pyproject.toml constraints.txt | .venv/bin/python
 	@echo "Installing speclm and its development tools into .venv (once, a few minutes)"
 	$(BIN)/python $(PIP_INSTALL) --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/python $(COMPILE) .venv/lib || true
 	@touch .venv/.runtime $@
 
 # In a folder of its own: Transformers imports it wherever it is found, which takes seconds and
@@ -95,6 +105,7 @@ interpreted: .venv/.dev ## Run the kernels in Triton's interpreter, in processes
 	@echo "Installing speclm with the oldest supported Transformers into .venv-floor (once)"
 	$(PYTHON) -m venv .venv-floor
 	$(FLOOR)/python $(PIP_INSTALL) --constraint constraints-floor.txt --editable '.[test]'
+	@$(FLOOR)/python $(COMPILE) .venv-floor/lib || true
 	@touch $@
 
 # They ask for an older Transformers, and speculators for packages that fail next to a torch without

@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import nullcontext
 from dataclasses import is_dataclass
 from functools import wraps
@@ -23,15 +23,23 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # tests start subprocesses
 # Only self-checks of this run, subprocesses included: nothing old is read, no home is written to.
 os.environ["SPECLM_CACHE"] = tempfile.mkdtemp(prefix="speclm-tests-")
 
-import hypothesis
-import jaxtyping
-import pytest
-import torch
-from beartype import BeartypeConf, FrozenDict, beartype
-from coverage.tracer import CTracer
-from transformers.generation.utils import GenerationMixin  # under the hook, compiled anew
+from tests.tracing import (
+    generation_traced,
+    import_library,
+    num_calls,
+    trace_few_examples,
+    untraced,
+)
 
-from tests.network_guard import refused_network
+with untraced():
+    import hypothesis
+    import jaxtyping
+    import pytest
+    import torch
+    from beartype import BeartypeConf, FrozenDict, beartype
+    from transformers.generation.utils import GenerationMixin  # under the hook, compiled anew
+
+    from tests.network_guard import refused_network
 
 gc.disable()  # until all tests are collected: what is imported stays
 atexit.register(shutil.rmtree, os.environ["SPECLM_CACHE"], ignore_errors=True)
@@ -40,7 +48,8 @@ atexit.register(shutil.rmtree, os.environ["SPECLM_CACHE"], ignore_errors=True)
 check_types = beartype(conf=BeartypeConf(hint_overrides=FrozenDict({Self: Any})))
 
 IS_DEEP = os.environ.get("HYPOTHESIS_PROFILE") == "deep"
-# Tests that run for long what others trace; those of the folders have no shape checks either.
+# Tests that run for long what others trace; those of the folders have no shape checks either, nor
+# have those that are marked.
 UNTRACED_FOLDERS = ("benchmarks", "chat", "demo", "docs", "model")
 UNTRACED_FILES = (
     "generation/test_chain_targets.py",
@@ -58,7 +67,7 @@ UNTRACED_FILES = (
 CHECKED_CASES = 1  # of a parametrised test
 CHECKED_CALLS = 4  # of a function in one test
 is_checked = pytest.StashKey[bool]()  # whether a test checks shapes
-num_calls: Counter[Any] = Counter()  # by code, as functions may hold objects
+is_traced = pytest.StashKey[bool]()  # whether it measures coverage
 
 
 def check_first_calls(*, typechecker: Any, check: Any = jaxtyping.jaxtyped) -> Callable[[Any], Any]:
@@ -88,7 +97,8 @@ def check_first_calls(*, typechecker: Any, check: Any = jaxtyping.jaxtyped) -> C
             if num_calls[key] > CHECKED_CALLS and not IS_DEEP:
                 return function(*args, **kwargs)
             if checked is None:
-                checked = check(function, typechecker=typechecker)
+                with untraced():
+                    checked = check(function, typechecker=typechecker)
             return checked(*args, **kwargs)
 
         return call
@@ -100,25 +110,7 @@ if os.environ.get("SPECLM_TYPECHECK") != "0":
     jaxtyping.jaxtyped = check_first_calls  # the hook writes this name into modules
     jaxtyping.install_import_hook("speclm", f"{__name__}.check_types")
 
-
-def untraced(generate: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `generate` that does not trace regular generation, where no line of speclm runs."""
-
-    @wraps(generate)
-    def call(model: Any, *args: Any, **kwargs: Any) -> Any:
-        tracer = sys.gettrace()
-        if not isinstance(tracer, CTracer) or kwargs.get("custom_generate") is not None:
-            return generate(model, *args, **kwargs)
-        tracer.stop()
-        try:
-            return generate(model, *args, **kwargs)
-        finally:
-            tracer.start()
-
-    return call
-
-
-GenerationMixin.generate = untraced(GenerationMixin.generate)
+GenerationMixin.generate = generation_traced(GenerationMixin.generate)
 
 torch.set_num_threads(1)  # sums in one order; several test runs share few cores
 
@@ -130,6 +122,14 @@ hypothesis.settings.register_profile("deep", max_examples=5000, deadline=None)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, Any, Any]:
+    """Trace the imports of our modules and no others, nor how assertions are rewritten."""
+    import_library()
+    with untraced():
+        return (yield)
+
+
 @pytest.hookimpl(trylast=True)  # after the cases that are not to run have been taken out
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Measure coverage and check shapes only in the first cases of tests, as both are slow."""
@@ -139,9 +139,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         num_cases[test] += 1
         file = test.partition("::")[0].removeprefix("tests/")
         is_first = num_cases[test] <= CHECKED_CASES and file.split("/")[0] not in UNTRACED_FOLDERS
-        item.stash[is_checked] = is_first and not item.get_closest_marker("no_cover")
-        if not is_first or file in UNTRACED_FILES:
-            item.add_marker("no_cover")
+        item.stash[is_checked] = is_first and not item.get_closest_marker("untraced")
+        item.stash[is_traced] = item.stash[is_checked] and file not in UNTRACED_FILES
+        trace_few_examples(getattr(item, "function", None))
+
+
+@pytest.hookimpl(wrapper=True, trylast=True)  # inside of that of pytest-cov
+def pytest_runtestloop(session: pytest.Session) -> Generator[None, Any, Any]:
+    """Measure no coverage in the process that only tells others which tests to run."""
+    is_spread = session.config.getoption("dist", "no") != "no"
+    is_worker = hasattr(session.config, "workerinput")
+    with untraced() if is_spread and not is_worker else nullcontext():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Measure no coverage of some tests and their fixtures."""
+    with nullcontext() if item.stash[is_traced] else untraced():
+        return (yield)
 
 
 def pytest_collection_finish() -> None:

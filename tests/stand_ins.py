@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from speclm.engines import Captured, Engine, GraphEngine
+from tests.tracing import untraced
 
 READING = {"_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "_unique2"}
 
@@ -51,18 +52,32 @@ def replaying() -> GraphEngine:
 
 
 class FullGraph(Engine):
-    """Traces stages as a compiler does, without breaks, and runs what was traced eagerly."""
+    """Traces stages as a compiler does, without breaks, and runs what was traced eagerly.
+
+    Stages of other classes than `kind` run as they are.
+    """
 
     name = "traced"
     reuses_storage = False
+
+    def __init__(self, kind: Any = object) -> None:
+        super().__init__()
+        self.kind = kind
 
     def obstacle(self, device: torch.device) -> None:
         return None
 
     def prepare(self, stage: Any, inputs: Any, storage: Any) -> Any:
+        if not isinstance(stage, self.kind):
+            return lambda inputs, storage: stage(*inputs, *storage)
         torch._dynamo.reset()
         traced = torch.compile(stage, fullgraph=True, dynamic=False, backend="eager")
-        return lambda inputs, storage: traced(*inputs, *storage)
+
+        def run(inputs: Any, storage: Any) -> Any:
+            with untraced():  # coverage would be measured of the compiler
+                return traced(*inputs, *storage)
+
+        return run
 
 
 @contextmanager

@@ -7,10 +7,18 @@ import sys
 import jaxtyping
 import pytest
 import torch
-from coverage.tracer import CTracer
+from hypothesis import given
+from hypothesis import strategies as st
 
-from tests.conftest import CHECKED_CASES, IS_DEEP, untraced
+from tests.conftest import CHECKED_CASES, IS_DEEP
 from tests.network_guard import refused_network
+from tests.tracing import (
+    TRACED_EXAMPLES,
+    TRACED_GENERATIONS,
+    generation_traced,
+    is_traced,
+    trace_few_examples,
+)
 
 IS_CHECKED = os.environ.get("SPECLM_TYPECHECK") != "0"
 
@@ -22,23 +30,51 @@ def test_shapes_are_checked_in_the_first_cases_of_a_test(case):
     assert jaxtyping.config.jaxtyping_disable == (case >= CHECKED_CASES and not IS_DEEP)
 
 
-def test_coverage_is_not_measured_while_a_model_generates_by_itself():
-    assert not isinstance(traced_by(None), CTracer)
-    assert traced_by(lambda *_, **__: None) is sys.gettrace()
-
-
-def traced_by(custom_generate):
-    """Return what traces the forwards of a call, and check that it goes on afterwards."""
+def tracers(function, *, num_calls, **given):
+    """Return what traces each of some calls, all of which raise, and that it goes on afterwards."""
     before, found = sys.gettrace(), []
 
-    def generate(_, *, custom_generate):
+    def traced(**_):
         found.append(sys.gettrace())
         raise KeyError
 
-    with pytest.raises(KeyError):
-        untraced(generate)(None, custom_generate=custom_generate)
-    assert sys.gettrace() is before
-    return found[0]
+    wrapped = function(traced)
+    for _ in range(num_calls):
+        with pytest.raises(KeyError):
+            wrapped(**given)
+        assert sys.gettrace() is before
+    return found
+
+
+def test_coverage_is_measured_in_the_first_calls_of_our_decoding_only():
+    assert tracers(generation_traced, num_calls=2) == [None, None]
+    found = tracers(generation_traced, num_calls=5, custom_generate=print)
+    assert found == [sys.gettrace()] * TRACED_GENERATIONS + [None] * (5 - TRACED_GENERATIONS)
+
+
+def test_coverage_is_measured_in_the_first_examples_of_a_property():
+    found = []
+
+    @given(st.integers())
+    def every(_):
+        found.append(sys.gettrace())
+
+    trace_few_examples(every)
+    trace_few_examples(every)  # of the next case
+    every()
+    assert found[:TRACED_EXAMPLES] == [sys.gettrace()] * TRACED_EXAMPLES
+    assert set(found[TRACED_EXAMPLES:]) == {None}
+
+
+@pytest.fixture
+def is_traced_in_setup():
+    return is_traced()
+
+
+@pytest.mark.untraced
+def test_coverage_is_measured_neither_in_a_marked_test_nor_in_its_fixtures(is_traced_in_setup):
+    assert not is_traced_in_setup
+    assert not is_traced()
 
 
 def test_one_thread_is_used():

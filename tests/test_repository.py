@@ -1,18 +1,19 @@
 """Claims about the repository as a whole."""
 
 import ast
+import io
 import re
 import subprocess
 import sys
 import tokenize
 import tomllib
-from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.no_cover  # it reads the library and runs none of it
+pytestmark = pytest.mark.untraced  # it reads the library and runs none of it
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "speclm"
@@ -79,10 +80,45 @@ def relative(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
+@dataclass
+class Contents:
+    """What these tests ask of a module.
+
+    Args:
+        allocations: Lines that make a tensor from nothing, and the keywords that are missing there.
+        functions: Names of functions, and the number of their lines less one.
+        imports: Modules and the names that are imported from them.
+    """
+
+    allocations: list[tuple[str, set[str]]] = field(default_factory=list)
+    functions: list[tuple[str, int]] = field(default_factory=list)
+    imports: list[tuple[str | None, str]] = field(default_factory=list)
+
+
 @cache
-def nodes(module: Path) -> list[ast.AST]:
-    """Return all nodes of a module's syntax tree."""
-    return list(ast.walk(ast.parse(module.read_bytes())))
+def contents(module: Path) -> Contents:
+    found = Contents()
+    for node in ast.walk(ast.parse(module.read_bytes())):
+        if isinstance(node, ast.Call):
+            missing = missing_keywords(node)
+            if missing is not None:
+                found.allocations.append((f"{relative(module)}:{node.lineno}", missing))
+        elif isinstance(node, ast.FunctionDef):
+            found.functions.append((node.name, node.end_lineno - node.lineno))
+        elif isinstance(node, ast.ImportFrom):
+            found.imports += [(node.module, alias.name) for alias in node.names]
+    return found
+
+
+def missing_keywords(node: ast.Call) -> set[str] | None:
+    """Return the keywords that a call lacks, None if it makes no tensor from nothing."""
+    made = node.func
+    if not (isinstance(made, ast.Attribute) and isinstance(made.value, ast.Name)):
+        return None
+    if made.value.id != "torch" or made.attr not in MAKE_ANY_DTYPE | MAKE_INTEGERS:
+        return None
+    needed = {"device"} | ({"dtype"} if made.attr in MAKE_ANY_DTYPE else set())
+    return needed - {keyword.arg for keyword in node.keywords}
 
 
 def is_public(module: Path) -> bool:
@@ -118,20 +154,8 @@ def test_no_file_names_what_lies_outside_the_repository():
     assert not found
 
 
-def allocations(module: Path) -> Iterator[tuple[str, set[str]]]:
-    """Yield where tensors are made from nothing, and the keywords that are missing there."""
-    for node in nodes(module):
-        made = node.func if isinstance(node, ast.Call) else None
-        if not (isinstance(made, ast.Attribute) and ast.unparse(made.value) == "torch"):
-            continue
-        needed = {"device"} | ({"dtype"} if made.attr in MAKE_ANY_DTYPE else set())
-        if made.attr in MAKE_ANY_DTYPE | MAKE_INTEGERS:
-            missing = needed - {keyword.arg for keyword in node.keywords}
-            yield f"{relative(module)}:{node.lineno}", missing
-
-
 def test_tensors_made_from_nothing_have_a_stated_dtype_and_device():
-    found = [place for module in MODULES for place in allocations(module)]
+    found = [place for module in MODULES for place in contents(module).allocations]
     assert len(found) > 100
     assert [place for place in found if place[1]] == []
 
@@ -152,44 +176,40 @@ def test_few_functions_outside_kernels_are_long():
         is_kernel = relative(module).startswith("speclm/kernels/")
         limit = MAX_KERNEL_FUNCTION_LINES if is_kernel else MAX_FUNCTION_LINES
         long_functions += [
-            f"{relative(module)}: {node.name}"
-            for node in nodes(module)
-            if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno >= limit
+            f"{relative(module)}: {name}"
+            for name, num_lines in contents(module).functions
+            if num_lines >= limit
         ]
     in_kernels = {name for name in long_functions if name.startswith("speclm/kernels/")}
     assert in_kernels <= LONG_KERNELS
     assert len(long_functions) - len(in_kernels) <= MAX_LONG_FUNCTIONS, long_functions
 
 
-@cache
-def prose(path: Path) -> str:
-    """Return a page, or the docstrings and comments of a module."""
-    if path.suffix != ".py":
-        return path.read_text(encoding="utf-8")
-    with path.open("rb") as source:
-        return "\n".join(
+def found_in_prose(words: re.Pattern[str], path: Path) -> list[str]:
+    """Return words of a page, or of the docstrings and comments of a module."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".py" and words.search(text):  # few are parsed, which takes long
+        text = "\n".join(
             token.string
-            for token in tokenize.tokenize(source.readline)
+            for token in tokenize.generate_tokens(io.StringIO(text).readline)
             if token.type == tokenize.COMMENT
             or (token.type == tokenize.STRING and token.string.startswith(('"""', 'r"""')))
         )
+    return [match[0] for match in words.finditer(text)]
 
 
 def test_words_that_have_a_plainer_one_are_not_used():
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
-    found = [
-        (relative(path), match[0])
-        for path in [*pages, *MODULES]
-        for words in AVOIDED
-        for match in re.finditer(words, prose(path), re.IGNORECASE | re.MULTILINE)
-    ]
-    assert found == []
+    words = re.compile("|".join(AVOIDED), re.IGNORECASE | re.MULTILINE)
+    found = {relative(path): found_in_prose(words, path) for path in [*pages, *MODULES]}
+    assert {path: words for path, words in found.items() if words} == {}
 
 
 def test_slots_are_only_those_of_caches_and_kernels():
     parts = ("speclm/cache/", "speclm/kernels/")
     others = [module for module in MODULES if not relative(module).startswith(parts)]
-    assert sum(len(re.findall(r"\bslots?\b", prose(module))) for module in others) <= MAX_SLOTS
+    words = re.compile(r"\bslots?\b")
+    assert sum(len(found_in_prose(words, module)) for module in others) <= MAX_SLOTS
 
 
 def test_bundled_assets_fit_in_a_small_wheel():
@@ -214,9 +234,8 @@ def test_import_needs_neither_triton_nor_the_command_line():
 def test_shape_annotations_are_not_postponed():
     postponed = []
     for module in MODULES:
-        imports = [node for node in nodes(module) if isinstance(node, ast.ImportFrom)]
-        names = {(node.module, alias.name) for node in imports for alias in node.names}
-        is_shaped = any(node.module == "jaxtyping" for node in imports)
+        names = contents(module).imports
+        is_shaped = any(imported == "jaxtyping" for imported, _ in names)
         if is_shaped and ("__future__", "annotations") in names:
             postponed.append(relative(module))
     assert postponed == []

@@ -6,13 +6,23 @@ import torch
 from speclm.engines import CompileEngine
 from speclm.errors import EngineError
 
+# A C++ compiler takes 10 seconds for vectors of each instruction set, and for all headers.
+FEW_COMPILATIONS = {
+    "compile_threads": 1,
+    "cpp.vec_isa_ok": False,
+    "cpp_cache_precompile_headers": False,
+}
+
 
 def stored(values, slots, storage):
     storage.index_copy_(1, slots, values)
     return (storage.sum(1) * 2,)
 
 
-def test_a_compiled_stage_computes_the_same_and_writes_to_storage():
+@pytest.mark.untraced  # most of its time is PyTorch's
+def test_a_compiled_stage_computes_the_same_and_writes_to_storage(monkeypatch):
+    for name, value in FEW_COMPILATIONS.items():
+        monkeypatch.setattr(f"torch._inductor.config.{name}", value)
     engine = CompileEngine()
     assert engine.obstacle(torch.device("cpu")) is None
     for first in (0, 2):

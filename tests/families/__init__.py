@@ -7,6 +7,7 @@ come from `tests.models.SHAPE`; what a config does not know is left out.
 
 from tests.families.building import (
     FAMILIES,
+    ONCE,
     ROWS,
     build_family,
     build_type,
@@ -17,6 +18,7 @@ from tests.families.family import Family
 
 __all__ = [
     "FAMILIES",
+    "ONCE",
     "ROWS",
     "Family",
     "build_family",

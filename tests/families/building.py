@@ -21,6 +21,8 @@ def is_known(model_type: str) -> bool:
 
 FAMILIES = {row.name: row for row in ROWS if is_known(row.model_type)}
 """Rows whose models the installed Transformers can build."""
+ONCE = "session"
+"""Scope of a parameter that is a family: tests of one run in a row, and so in one process."""
 
 
 def build_family(name: str) -> PreTrainedModel:

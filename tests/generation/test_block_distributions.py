@@ -14,7 +14,7 @@ from tests.generation.test_rule_distributions import distribution_of, tables
 from tests.methods.block.block_heads import make_heads
 from tests.models import build_model
 
-pytestmark = pytest.mark.no_cover  # what it runs is traced elsewhere, at half the speed
+pytestmark = pytest.mark.untraced  # what it runs is traced elsewhere, at half the speed
 
 OWN = {
     "hidden_size": HIDDEN,

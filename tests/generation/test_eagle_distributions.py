@@ -18,7 +18,7 @@ from tests.enumeration import EXACT, LENGTH, VOCAB, TableTarget, distance, targe
 from tests.generation.test_rule_distributions import SettledError, distribution_of, tables
 from tests.models import build_model
 
-pytestmark = pytest.mark.no_cover  # what it runs is traced elsewhere, at half the speed
+pytestmark = pytest.mark.untraced  # what it runs is traced elsewhere, at half the speed
 
 HIDDEN = 8
 

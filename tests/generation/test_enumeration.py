@@ -38,7 +38,7 @@ from tests.enumeration import (
 )
 from tests.grids import grid
 
-pytestmark = pytest.mark.no_cover  # what it runs is traced elsewhere, at half the speed
+pytestmark = pytest.mark.untraced  # what it runs is traced elsewhere, at half the speed
 
 FAVOUR = 2.0**-60  # noise of a favoured token; times 2 a step, so that it names its step
 DRAFT_PROBS = (0.5, 0.3, 0.2)

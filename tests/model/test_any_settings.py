@@ -36,7 +36,7 @@ from tests.settings import (
     tokenizer,
 )
 
-pytestmark = pytest.mark.no_cover  # what it runs is traced elsewhere, at half the speed
+pytestmark = pytest.mark.untraced  # what it runs is traced elsewhere, at half the speed
 
 PROFILE_EXAMPLES = hypothesis.settings.default.max_examples
 MAX_EXAMPLES = min(PROFILE_EXAMPLES // 2, 2000)  # a case is two calls

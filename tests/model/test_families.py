@@ -12,7 +12,7 @@ from packaging.version import Version
 from speclm import SpecModel
 from speclm.methods.ngram.proposer import NgramProposer
 from speclm.self_check.verdict import Verification
-from tests.families import FAMILIES, ROWS, build_family, is_known
+from tests.families import FAMILIES, ONCE, ROWS, build_family, is_known
 from tests.families.attention_rows import ATTENTION_ROWS
 from tests.families.cells import (
     CELLS,
@@ -87,7 +87,7 @@ def require_varied(name: str, cells: Collection[str]) -> None:
 
 
 # One test, so that a family is built and checked once.
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FAMILIES, scope=ONCE)
 def test_family_is_verified_as_the_table_says_and_keeps_its_tokens(name):
     row, check = FAMILIES[name], shared_spec(name).self_check
     assert check.verification is row.backend, check.reason

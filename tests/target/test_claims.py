@@ -195,7 +195,7 @@ def _interrupted(call: Callable[[], object], *, at: int) -> bool:
     return False
 
 
-@pytest.mark.no_cover
+@pytest.mark.untraced
 def test_interrupt_at_any_instruction_frees_the_object_and_wakes_the_next():
     claimed, at = object(), 0
 

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from speclm.self_check.verdict import Verification
 from speclm.target import TargetFeatures, TargetView
 from speclm.tree.topology import from_parents
-from tests.families import FAMILIES, shared_family
+from tests.families import FAMILIES, ONCE, shared_family
 from tests.models import VOCAB_SIZE, prompts
 
 TOLERANCE = 1e-4  # of a spread, in float32: experts amplify rounding, an error would give 1
@@ -103,7 +103,7 @@ def require_equal(pairs: list[tuple[Tensor, Tensor]]) -> None:
 
 
 # One test, so that the rounds of a family are computed once.
-@pytest.mark.parametrize("name", WITH_TREES)
+@pytest.mark.parametrize("name", WITH_TREES, scope=ONCE)
 def test_logits_hidden_states_and_cache_of_a_tree_are_those_of_its_paths(name):
     for one in rounds(name):
         require_equal(one.logits)

@@ -19,7 +19,7 @@ from speclm.target.logits import (
     product_weight,
     stored_matrices,
 )
-from tests.families import FAMILIES, build_type, shared_family
+from tests.families import FAMILIES, ONCE, build_type, shared_family
 from tests.models import VOCAB_SIZE, build_model, prompts, shared_model
 
 TOLERANCE = 1e-4  # of logits whose spread is about 3, in float32
@@ -36,13 +36,13 @@ def require_own_logits(model: PreTrainedModel) -> None:
     assert torch.allclose(logits_from(model, read[0]), expected, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FAMILIES, scope=ONCE)
 def test_logits_from_the_decoders_output_are_the_models(name):
     require_own_logits(shared_family(name))
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FAMILIES, scope=ONCE)
 def test_where_a_head_only_multiplies_the_product_has_its_logits(name):
     model = shared_family(name)
     weight = product_weight(model)

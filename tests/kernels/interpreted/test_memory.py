@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from speclm.kernels._triton_attention import tree_attention_triton
+from tests.grids import turns
 from tests.kernels.interpreted.distant import (
     FAR_AXES,
     FAR_CASE,
@@ -38,8 +39,7 @@ BUSY = TreeCase(
 )
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("integers", [torch.int32, torch.int64])
+@pytest.mark.parametrize(("layout", "integers"), turns(LAYOUTS, [torch.int32, torch.int64]))
 def test_any_layout_is_read_where_it_lies(layout, integers):
     case = replace(BUSY, layout=layout, integers=integers)
     assert_right(case, attend(case, plan(2, block_rows=64)))
@@ -66,8 +66,7 @@ def test_inputs_are_left_as_they_were():
         )
 
 
-@pytest.mark.parametrize("num_splits", [1, 3])
-@pytest.mark.parametrize("head_dim", [16, 80])
+@pytest.mark.parametrize(("num_splits", "head_dim"), turns([1, 3], [16, 80]))
 def test_nothing_is_written_beside_results_and_workspace(num_splits, head_dim, monkeypatch):
     guarded = []
 

@@ -91,7 +91,7 @@ def test_drafts_of_changing_lengths_are_those_without_an_engine(kind, lengths, m
 def test_a_draft_is_one_graph_without_breaks_that_reads_nothing(monkeypatch):
     drafting = Drafting("vanilla", 7, 4, patch=monkeypatch)
     expected = drafting.drafts("eager")
-    for engine in (FullGraph(), Unreading(BlockStage)):
+    for engine in (FullGraph(BlockStage), Unreading(BlockStage)):
         assert drafting.drafts(engine) == expected
         assert drafting.stages.obstacle is None
 
