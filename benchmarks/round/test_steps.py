@@ -1,4 +1,4 @@
-"""Times of single steps: `pytest benchmarks`."""
+"""Times of single steps: `pytest -p benchmark benchmarks`."""
 
 import pytest
 import torch
