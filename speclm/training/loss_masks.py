@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from inspect import signature
 from itertools import groupby, pairwise
 from typing import Any, cast
 
@@ -283,8 +284,15 @@ class _Renderer:
         messages = self._conversation.messages[:num_turns]
         tools: Any = self._conversation.tools
         wanted = self._conversation.template_options or {}
+        apply = self._tokenizer.apply_chat_template
+        if taken := sorted(wanted.keys() & signature(apply).parameters.keys()):
+            raise self._unusable(
+                REFUSED,
+                f"chat_template_kwargs has {taken[0]!r}, which apply_chat_template takes itself; "
+                "drop it",
+            )
         try:
-            return self._tokenizer.apply_chat_template(messages, tools=tools, **options, **wanted)
+            return apply(messages, tools=tools, **options, **wanted)
         except (
             Exception
         ) as error:  # a template is a program, and may for example add None to a text

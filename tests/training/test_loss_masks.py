@@ -148,7 +148,7 @@ def test_options_of_a_row_reach_the_template():
     ):
         row = Conversation(messages, "row 1", template_options=options)
         assert texts(tokenize_conversation(row, tokenizer), tokenizer) == [text]
-    with pytest.raises(DataError, match=r"refuses the conversation .*multiple values.*'tokenize'"):
+    with pytest.raises(DataError, match=r"chat_template_kwargs has 'tokenize'"):
         tokenize_conversation(
             Conversation(messages, "row 1", template_options={"tokenize": True}), tokenizer
         )
