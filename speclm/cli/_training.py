@@ -15,6 +15,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArgumen
 from typing_extensions import override
 
 from speclm.cli._answers import answer_data, digest
+from speclm.cli._features import use_features
 from speclm.cli._files import require_folder_to_write
 from speclm.cli._models import load
 from speclm.cli.train import MAX_LENGTH, TrainOptions
@@ -77,6 +78,8 @@ def train(method: Method, recipe: Recipe, own: Any, options: TrainOptions) -> No
             trainer.announce = partial(console.print, markup=False, highlight=False)
             first, last = marked_excerpts(dataset[0], loaded.tokenizer)
             trainer.announce(f"marked in the first example: {first!r} to {last!r}")
+        if options.cache_features is not None:
+            use_features(trainer, options.cache_features, is_confirmed=options.yes)
         with _stops_at_interrupt(trainer) as interruption:
             trainer.train(resume_from_checkpoint=options.resume)
     except (SpeclmError, MemoryError):
@@ -163,6 +166,13 @@ def _check(method: Method, recipe: Recipe, options: TrainOptions) -> TrainingArg
             f"--patience is {options.patience} without --eval-data; name data to evaluate on"
         )
     require_folder_to_write("--out", out)
+    if options.cache_features is not None:
+        require_folder_to_write("--cache-features", options.cache_features)
+        if options.cache_features.absolute() == out.absolute():
+            raise OptionError(
+                f"--cache-features and --out are both {str(out)!r}, expected a folder for each; "
+                "name another"
+            )
     early_stopping = {
         "load_best_model_at_end": True,
         "metric_for_best_model": "estimated_tau",

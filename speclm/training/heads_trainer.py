@@ -18,7 +18,7 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 from typing_extensions import override
 
-from speclm.errors import NumericalError
+from speclm.errors import FeatureError, NumericalError
 from speclm.training.checkpoints import (
     RunRecord,
     last_complete_checkpoint,
@@ -34,6 +34,7 @@ from speclm.training.dataset import (
     collate_examples,
     require_trainable,
 )
+from speclm.training.feature_cache import STATES, FeatureCache, distinct_texts
 from speclm.training.run_summary import (
     Agreement,
     RunSummary,
@@ -95,6 +96,7 @@ class HeadsTrainer(Trainer):
         _place_base(model.view.model, args)
         self.announce, self.options = _log.info, {}
         self.heads = model.heads
+        self._collate: Callable[[Sequence[Example]], dict[str, Tensor]] = collate_examples
         self.training_model = model
         self._meters = {is_training: model.new_meter() for is_training in (False, True)}
         self._figures: dict[bool, dict[str, Tensor]] = {False: {}, True: {}}  # sums and counts
@@ -165,7 +167,32 @@ class HeadsTrainer(Trainer):
             self.training_model,
             self.train_dataset,
             batch_size=self.args.per_device_train_batch_size,
+            collate=self._collate,
         )
+
+    def use_features(self, cache: FeatureCache) -> None:
+        """Read hidden states from a cache instead of running the base.
+
+        Args:
+            cache: The features of all data of this training, see `plan_features`.
+
+        Raises:
+            FeatureError: If the cache has other hidden states, or lacks a text of the data.
+        """
+        layers = self.training_model.layers_read
+        if cache.manifest.layers != layers:
+            raise FeatureError(
+                f"the cached features are the hidden states {cache.manifest.layers}, expected "
+                f"{layers}, which these heads read; cache them in another folder"
+            )
+        cache.require(distinct_texts(self.cacheable_datasets()))
+        self.data_collator = self._collate = cache.collate
+
+    def cacheable_datasets(self) -> list[Any]:
+        """Return all sets of examples of this training."""
+        named = self.eval_dataset
+        evaluated = [*named.values()] if isinstance(named, dict) else [named]
+        return [dataset for dataset in (self.train_dataset, *evaluated) if dataset is not None]
 
     @override
     def _load_from_checkpoint(
@@ -233,7 +260,10 @@ class HeadsTrainer(Trainer):
             counts = self.training_model.count_targets(inputs["loss_mask"])
             assert counts is not None
             inputs = {**inputs, "shares": counts / num_items_in_batch.clamp(min=1).to(counts)}
-        outputs = model(**inputs)
+        states = inputs.get(STATES)
+        inputs = {name: value for name, value in inputs.items() if name != STATES}
+        with self.training_model.given_states(states):
+            outputs = model(**inputs)
         loss: Tensor = outputs["loss"]
         if not loss.isfinite():  # Trainer reads the loss of every step too
             raise NumericalError(

@@ -1,7 +1,8 @@
 """The model that is trained: heads on a frozen base, and parts that their losses share."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from speclm.errors import OptionError, UnknownNameError
+from speclm.errors import FeatureError, OptionError, UnknownNameError
 from speclm.target import TargetFeatures, TargetView
-from speclm.target.features import FeatureTap
+from speclm.target.features import FeatureTap, decoder_layers
 from speclm.training.acceptance_meter import AcceptanceMeter
 from speclm.training.targets import IGNORED, place_after
 
@@ -53,6 +54,7 @@ class TrainingModel(nn.Module, ABC):
         base.train(mode=False)
         self.heads = heads
         self.rate_factors: Mapping[str, float] = {}
+        self._given: Tensor | None = None
 
     @abstractmethod
     def forward(
@@ -127,6 +129,14 @@ class TrainingModel(nn.Module, ABC):
         """Maximum tokens of an example; None for any number."""
         return self.view.max_positions
 
+    @property
+    def layers_read(self) -> tuple[int, ...] | None:
+        """Hidden states that `read_base` is asked for, -1 last; None if they may not be cached.
+
+        They may if they are all that the loss needs of the decoder of a frozen base.
+        """
+        return None
+
     @torch.no_grad()
     def read_base(
         self,
@@ -136,15 +146,42 @@ class TrainingModel(nn.Module, ABC):
     ) -> tuple[Float[Tensor, "batch seq features"], Float[Tensor, "batch seq hidden"]]:
         """Return hidden states of the base on its device, and the input of its output matrix.
 
+        Inside `given_states` they are those that are given, and the base does not run.
+
         Args:
             input_ids: Texts, padded on the right.
             attention_mask: 1 at tokens, 0 at padding.
             layers: The hidden states wanted, joined in this order, see `TargetFeatures`.
         """
+        wanted = layers if layers == (-1,) else (*layers, -1)
+        if self._given is None:
+            states = self.run_base(input_ids, attention_mask, wanted)
+        else:
+            known = TargetFeatures(self.layers_read or ())
+            states = known.select(self._given.to(self.view.device), TargetFeatures(wanted))
+        last = states[..., -(states.shape[-1] // len(wanted)) :]
+        return last if wanted == (-1,) else states[..., : -last.shape[-1]], last
+
+    @torch.no_grad()
+    def run_base(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Int[Tensor, "batch seq"],
+        layers: tuple[int, ...],
+    ) -> Float[Tensor, "batch seq features"]:
+        """Run the decoder of the base, and return hidden states of it, joined, on its device.
+
+        Args:
+            input_ids: Texts, padded on the right.
+            attention_mask: 1 at tokens, 0 at padding.
+            layers: The hidden states wanted, see `TargetFeatures`.
+
+        Raises:
+            FeatureError: If `release_decoder` was called.
+        """
         device = self.view.device
         taken: list[Tensor] = []
-        wanted = layers if layers == (-1,) else (*layers, -1)
-        tap = FeatureTap(TargetFeatures(wanted), is_own=lambda: True, take=taken.append)
+        tap = FeatureTap(TargetFeatures(layers), is_own=lambda: True, take=taken.append)
         with tap.on(self.view.decoder, self.view.num_layers):
             self.view.decoder(
                 input_ids=input_ids.to(device),
@@ -152,8 +189,32 @@ class TrainingModel(nn.Module, ABC):
                 use_cache=False,
             )
         (states,) = taken
-        last = states[..., -(states.shape[-1] // len(wanted)) :]
-        return last if wanted == (-1,) else states[..., : -last.shape[-1]], last
+        return states
+
+    @contextmanager
+    def given_states(self, states: Float[Tensor, "batch seq features"] | None) -> Iterator[None]:
+        """Inside the block, `read_base` returns these hidden states of `layers_read`.
+
+        Args:
+            states: Those of the batch, see `FeatureCache.collate`; None to run the base.
+        """
+        self._given = states
+        try:
+            yield
+        finally:
+            self._given = None
+
+    def release_decoder(self) -> None:
+        """Free the memory of the base's decoder layers; embeddings and head stay.
+
+        The base cannot run any more: every batch needs its hidden states from a cache.
+
+        Raises:
+            UnsupportedModelError: If the decoder has no list of layers.
+        """
+        layers = decoder_layers(self.view.decoder, self.view.num_layers)
+        for index in range(len(layers)):
+            layers[index] = _Released()
 
     @torch.no_grad()
     def base_goals(
@@ -260,6 +321,16 @@ def tokenizer_of(base: PreTrainedModel) -> PreTrainedTokenizerBase:
             "next to the weights; save it into the base's folder"
         ) from error
     return tokenizer
+
+
+class _Released(nn.Module):
+    """Stands where a layer of the base was."""
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:  # noqa: ARG002
+        raise FeatureError(
+            "the base is asked to run and its layers were released, expected a batch with cached "
+            "features; load the base again, or make batches with FeatureCache.collate"
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -77,6 +77,11 @@ class MedusaTrainingModel(TrainingModel):
         super().__init__(base, heads)
         self.objective = objective or MedusaObjective()
 
+    @property
+    @override
+    def layers_read(self) -> tuple[int, ...]:
+        return (-1,)
+
     @override
     def count_targets(self, loss_mask: Bool[Tensor, "batch seq"]) -> Float[Tensor, " heads"]:
         return count_shifted(loss_mask, num_drafted=self.heads.num_heads)
@@ -98,12 +103,11 @@ class MedusaTrainingModel(TrainingModel):
         loss_mask: Bool[Tensor, "batch seq"],
         shares: Float[Tensor, " heads"] | None = None,
     ) -> dict[str, Any]:
-        with torch.no_grad():
-            hidden = last_hidden(self.view, input_ids, attention_mask)
-        base_tokens = self.base_tokens(hidden.view(*input_ids.shape, -1), loss_mask)
+        _, last = self.read_base(input_ids, attention_mask, (-1,))
+        base_tokens = self.base_tokens(last, loss_mask)
         outputs = score_heads(
             self.heads,
-            hidden,
+            last.flatten(0, 1),
             shifted_targets(input_ids, loss_mask, num_drafted=self.heads.num_heads),
             shifted_targets(base_tokens, loss_mask, num_drafted=self.heads.num_heads),
             view=self.view,
