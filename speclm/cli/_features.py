@@ -9,7 +9,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from speclm.errors import OptionError, UnsupportedModelError
 from speclm.training.feature_cache import FeatureCache
-from speclm.training.feature_writer import FeaturePlan, plan_features
+from speclm.training.feature_writer import FeaturePlan, plan_features, release_decoder
 from speclm.training.heads_trainer import HeadsTrainer
 from speclm.training.run_summary import size_text
 
@@ -47,7 +47,7 @@ def use_features(trainer: HeadsTrainer, folder: Path, *, is_confirmed: bool) -> 
         trainer.accelerator.wait_for_everyone()
     trainer.use_features(FeatureCache(folder))
     with suppress(UnsupportedModelError):  # a decoder of unknown parts stays in memory
-        model.release_decoder()
+        release_decoder(model)
 
 
 def _line(plan: FeaturePlan) -> str:

@@ -82,7 +82,7 @@ def train(method: Method, recipe: Recipe, own: Any, options: TrainOptions) -> No
             use_features(trainer, options.cache_features, is_confirmed=options.yes)
         with _stops_at_interrupt(trainer) as interruption:
             trainer.train(resume_from_checkpoint=options.resume)
-    except (SpeclmError, MemoryError):
+    except (SpeclmError, MemoryError, typer.Abort):
         raise
     except Exception as error:
         has_begun = trainer is not None and trainer.state.global_step > 0

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from safetensors.torch import save
-from torch import Tensor
+from torch import Tensor, nn
 
 from speclm.config import require_count
 from speclm.errors import FeatureError, OptionError, reason_of
 from speclm.files.atomic import write_file
+from speclm.target.features import decoder_layers
 from speclm.training.conversations import Example
 from speclm.training.dataset import collate_examples
 from speclm.training.feature_cache import (
@@ -208,6 +209,32 @@ def plan_features(
     plan = FeaturePlan(folder, wanted, texts, ())
     missing = [index for index in range(len(wanted.shards)) if not _is_written(plan, index)]
     return replace(plan, missing=tuple(missing))
+
+
+def release_decoder(model: TrainingModel) -> None:
+    """Free the memory of the decoder layers of a base; embeddings and head stay.
+
+    The base cannot run any more: every batch needs its hidden states from a cache.
+
+    Args:
+        model: Heads and base.
+
+    Raises:
+        UnsupportedModelError: If the decoder has no list of layers.
+    """
+    layers = decoder_layers(model.view.decoder, model.view.num_layers)
+    for index in range(len(layers)):
+        layers[index] = _Released()
+
+
+class _Released(nn.Module):
+    """Stands where a layer of the base was."""
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:  # noqa: ARG002
+        raise FeatureError(
+            "the base is asked to run and its layers were released, expected a batch with cached "
+            "features; load the base again, or make batches with FeatureCache.collate"
+        )
 
 
 def _is_written(plan: FeaturePlan, index: int) -> bool:

@@ -15,10 +15,11 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from typing_extensions import override
 
 from speclm.errors import FeatureError, NumericalError
+from speclm.training._progress import Announcement, TauProgress
 from speclm.training.checkpoints import (
     RunRecord,
     last_complete_checkpoint,
@@ -38,7 +39,6 @@ from speclm.training.feature_cache import STATES, FeatureCache, distinct_texts
 from speclm.training.run_summary import (
     Agreement,
     RunSummary,
-    announce_agreement,
     measure_agreement,
     summarize,
 )
@@ -106,10 +106,10 @@ class HeadsTrainer(Trainer):
             data_collator=collate_examples,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            callbacks=[_Announcement(self), *callbacks],
+            callbacks=[Announcement(self), *callbacks],
         )
         if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(_TauProgress())
+            self.add_callback(TauProgress())
 
     @override
     def train(
@@ -372,53 +372,3 @@ def _place_base(base: PreTrainedModel, args: TrainingArguments) -> None:
         args._n_gpu = 1  # as Trainer does for a model spread over devices
     if getattr(base, "hf_device_map", None) is None and base.device != args.device:
         base.to(args.device)  # type: ignore[arg-type]  # Transformers' decorator
-
-
-class _Announcement(TrainerCallback):
-    """Says what is trained before the first step, and leaves a record for resuming."""
-
-    def __init__(self, trainer: HeadsTrainer) -> None:
-        self._trainer = trainer
-
-    @override
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        trainer = self._trainer
-        if trainer.is_world_process_zero():
-            trainer.record().write(Path(str(trainer.args.output_dir)))
-            for line in trainer.summary().lines():
-                trainer.announce(line)
-            announce_agreement(trainer.agreement(), trainer.announce)
-
-
-class _TauProgress(ProgressCallback):
-    """One progress bar with count and time left, loss and estimated tau; evaluation shares it."""
-
-    _num_evaluated = 0
-
-    @override
-    def on_log(self, *args: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if logs and "loss" in logs:
-            tau = logs.get("estimated_tau")
-            estimate = "" if tau is None else f", estimated tau {tau:.2f}"
-            self._show(f"loss {logs['loss']:.3f}{estimate}")
-
-    @override
-    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
-        bar: Any = self.training_bar
-        if bar is None:
-            super().on_prediction_step(*args, **kwargs)  # type: ignore[no-untyped-call]
-            return
-        batches = kwargs.get("eval_dataloader")
-        self._num_evaluated += 1
-        num_batches = len(batches) if has_length(batches) else "?"
-        self._show(f"evaluating {self._num_evaluated}/{num_batches}")
-
-    @override
-    def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        self._num_evaluated = 0
-        super().on_evaluate(*args, **kwargs)  # type: ignore[no-untyped-call]
-
-    def _show(self, text: str) -> None:
-        bar: Any = self.training_bar  # None before training and in all processes but one
-        if bar is not None:
-            bar.set_postfix_str(text)

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from speclm.errors import FeatureError, OptionError, UnknownNameError
+from speclm.errors import OptionError, UnknownNameError
 from speclm.target import TargetFeatures, TargetView
-from speclm.target.features import FeatureTap, decoder_layers
 from speclm.training.acceptance_meter import AcceptanceMeter
+from speclm.training.base_forward import base_logits, run_decoder
 from speclm.training.targets import IGNORED, place_after
 
 MAX_LOGITS = 2**27
@@ -131,10 +131,7 @@ class TrainingModel(nn.Module, ABC):
 
     @property
     def layers_read(self) -> tuple[int, ...] | None:
-        """Hidden states that `read_base` is asked for, -1 last; None if they may not be cached.
-
-        They may if they are all that the loss needs of the decoder of a frozen base.
-        """
+        """Hidden states that `read_base` is asked for, -1 last; None if the decoder does more."""
         return None
 
     @torch.no_grad()
@@ -146,7 +143,7 @@ class TrainingModel(nn.Module, ABC):
     ) -> tuple[Float[Tensor, "batch seq features"], Float[Tensor, "batch seq hidden"]]:
         """Return hidden states of the base on its device, and the input of its output matrix.
 
-        Inside `given_states` they are those that are given, and the base does not run.
+        The base does not run inside `given_states`.
 
         Args:
             input_ids: Texts, padded on the right.
@@ -162,34 +159,14 @@ class TrainingModel(nn.Module, ABC):
         last = states[..., -(states.shape[-1] // len(wanted)) :]
         return last if wanted == (-1,) else states[..., : -last.shape[-1]], last
 
-    @torch.no_grad()
     def run_base(
         self,
         input_ids: Int[Tensor, "batch seq"],
         attention_mask: Int[Tensor, "batch seq"],
         layers: tuple[int, ...],
     ) -> Float[Tensor, "batch seq features"]:
-        """Run the decoder of the base, and return hidden states of it, joined, on its device.
-
-        Args:
-            input_ids: Texts, padded on the right.
-            attention_mask: 1 at tokens, 0 at padding.
-            layers: The hidden states wanted, see `TargetFeatures`.
-
-        Raises:
-            FeatureError: If `release_decoder` was called.
-        """
-        device = self.view.device
-        taken: list[Tensor] = []
-        tap = FeatureTap(TargetFeatures(layers), is_own=lambda: True, take=taken.append)
-        with tap.on(self.view.decoder, self.view.num_layers):
-            self.view.decoder(
-                input_ids=input_ids.to(device),
-                attention_mask=attention_mask.to(device),
-                use_cache=False,
-            )
-        (states,) = taken
-        return states
+        """Run the decoder of the base; see `run_decoder`."""
+        return run_decoder(self.view, input_ids, attention_mask, layers)
 
     @contextmanager
     def given_states(self, states: Float[Tensor, "batch seq features"] | None) -> Iterator[None]:
@@ -203,18 +180,6 @@ class TrainingModel(nn.Module, ABC):
             yield
         finally:
             self._given = None
-
-    def release_decoder(self) -> None:
-        """Free the memory of the base's decoder layers; embeddings and head stay.
-
-        The base cannot run any more: every batch needs its hidden states from a cache.
-
-        Raises:
-            UnsupportedModelError: If the decoder has no list of layers.
-        """
-        layers = decoder_layers(self.view.decoder, self.view.num_layers)
-        for index in range(len(layers)):
-            layers[index] = _Released()
 
     @torch.no_grad()
     def base_goals(
@@ -279,33 +244,6 @@ class TrainingModel(nn.Module, ABC):
         return base_logits(self.view, states)
 
 
-def base_logits(view: TargetView, states: Tensor) -> Tensor:
-    """Return a base's logits for hidden states that may have another dtype or device."""
-    return view.head_logits(states.to(view.device, view.model.dtype)).to(states.device)
-
-
-def last_hidden(
-    view: TargetView,
-    input_ids: Int[Tensor, "batch seq"],
-    attention_mask: Int[Tensor, "batch seq"],
-) -> Float[Tensor, "tokens hidden"]:
-    """Return the input of a model's output matrix, without computing logits."""
-    output = view.decoder(
-        input_ids=input_ids.to(view.device),
-        attention_mask=attention_mask.to(view.device),
-        use_cache=False,
-    )
-    hidden: Tensor = output[0]
-    return hidden.flatten(0, 1)
-
-
-def recompute_activations(model: PreTrainedModel) -> None:
-    """Let a model recompute the activations of its layers in the backward pass."""
-    # The second is its name in older versions of Transformers.
-    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
-    next(getattr(model, name) for name in names if hasattr(model, name))()
-
-
 def tokenizer_of(base: PreTrainedModel) -> PreTrainedTokenizerBase:
     """Load the tokenizer that a base was saved with.
 
@@ -321,16 +259,6 @@ def tokenizer_of(base: PreTrainedModel) -> PreTrainedTokenizerBase:
             "next to the weights; save it into the base's folder"
         ) from error
     return tokenizer
-
-
-class _Released(nn.Module):
-    """Stands where a layer of the base was."""
-
-    def forward(self, *arguments: Any, **named: Any) -> Any:  # noqa: ARG002
-        raise FeatureError(
-            "the base is asked to run and its layers were released, expected a batch with cached "
-            "features; load the base again, or make batches with FeatureCache.collate"
-        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

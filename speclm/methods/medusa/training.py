@@ -21,11 +21,10 @@ from speclm.methods.medusa.proposer import STATIC_TREE, MedusaProposer
 from speclm.methods.registry import find_heads
 from speclm.target import TargetView, output_matrix
 from speclm.training.acceptance_meter import AcceptanceMeter
+from speclm.training.base_forward import base_logits
 from speclm.training.targets import IGNORED, count_shifted, shifted_targets
 from speclm.training.training_model import (
     TrainingModel,
-    base_logits,
-    last_hidden,
     rank_targets,
     score_in_chunks,
     soft_cross_entropy,
@@ -137,7 +136,7 @@ def score_heads(
 
     Args:
         heads: The heads.
-        hidden: Hidden states of all positions, from `last_hidden`.
+        hidden: Hidden states of all positions, see `TrainingModel.read_base`.
         targets: Result of `shifted_targets` for the texts.
         wanted: The same for the base's own tokens.
         view: The base.
