@@ -34,6 +34,7 @@ def use_features(trainer: HeadsTrainer, folder: Path, *, is_confirmed: bool) -> 
         trainer.announce(_line(plan))
     if plan.missing:
         _confirm(plan, is_confirmed=is_confirmed, is_single=args.world_size == 1)
+        trainer.accelerator.wait_for_everyone()  # all have looked at the folder
         if trainer.is_world_process_zero():
             plan.prepare()
         trainer.accelerator.wait_for_everyone()

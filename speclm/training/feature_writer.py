@@ -78,7 +78,7 @@ class FeaturePlan:
         """
         with _writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            for remnant in self.folder.glob(".writing-*"):  # of a process that was killed
+            for remnant in _remnants(self.folder):
                 remnant.unlink()
             free = shutil.disk_usage(self.folder).free
             if self.num_bytes > free:
@@ -201,7 +201,7 @@ def plan_features(
         found = FeatureManifest.read(folder)
         found.require_same(wanted, folder)
         wanted = replace(wanted, shards=found.shards)
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or set(folder.iterdir()) != _remnants(folder)):
         raise FeatureError(
             f"{folder} is a file or holds other files, expected an empty folder or one of cached "
             "features; name another"
@@ -209,6 +209,11 @@ def plan_features(
     plan = FeaturePlan(folder, wanted, texts, ())
     missing = [index for index in range(len(wanted.shards)) if not _is_written(plan, index)]
     return replace(plan, missing=tuple(missing))
+
+
+def _remnants(folder: Path) -> set[Path]:
+    """Return the unfinished files of processes that were killed."""
+    return set(folder.glob(".writing-*"))
 
 
 def release_decoder(model: TrainingModel) -> None:

@@ -3,23 +3,18 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
-from transformers import (
-    PreTrainedModel,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from typing_extensions import override
 
 from speclm.errors import FeatureError, NumericalError
-from speclm.training._progress import Announcement, TauProgress
+from speclm.training._callbacks import Announcement, EpochOrder, TauProgress
 from speclm.training.checkpoints import (
     RunRecord,
     last_complete_checkpoint,
@@ -30,10 +25,11 @@ from speclm.training.checkpoints import (
 from speclm.training.conversations import Example
 from speclm.training.dataset import (
     EvalDataset,
-    ExampleDataset,
-    LengthSampler,
+    PaddedExamples,
     collate_examples,
+    eval_sampler,
     require_trainable,
+    train_sampler,
 )
 from speclm.training.feature_cache import STATES, FeatureCache, distinct_texts
 from speclm.training.run_summary import (
@@ -98,6 +94,7 @@ class HeadsTrainer(Trainer):
         self.heads = model.heads
         self._collate: Callable[[Sequence[Example]], dict[str, Tensor]] = collate_examples
         self.training_model = model
+        self._order = EpochOrder()
         self._meters = {is_training: model.new_meter() for is_training in (False, True)}
         self._figures: dict[bool, dict[str, Tensor]] = {False: {}, True: {}}  # sums and counts
         super().__init__(
@@ -106,7 +103,7 @@ class HeadsTrainer(Trainer):
             data_collator=collate_examples,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            callbacks=[Announcement(self), *callbacks],
+            callbacks=[Announcement(self), self._order, *callbacks],
         )
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(TauProgress())
@@ -241,12 +238,15 @@ class HeadsTrainer(Trainer):
         The number is that of all processes divided by their number, because they average.
         """
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counts = [self.training_model.count_targets(batch["loss_mask"]) for batch in samples]
+        return samples, self._count_targets(samples)
+
+    def _count_targets(self, batches: Sequence[dict[str, Any]]) -> Tensor | None:
+        counts = [self.training_model.count_targets(batch["loss_mask"]) for batch in batches]
         found = [count for count in counts if count is not None]
-        if not found or len(found) < len(samples):
-            return samples, None
-        total = torch.stack(found).sum(0).to(device)
-        return samples, self.accelerator.reduce(total, reduction="mean")
+        if not found or len(found) < len(batches):
+            return None
+        total = torch.stack(found).sum(0).to(self.args.device)
+        return cast("Tensor", self.accelerator.reduce(total, reduction="mean"))
 
     @override
     def compute_loss(
@@ -259,7 +259,8 @@ class HeadsTrainer(Trainer):
         if isinstance(num_items_in_batch, Tensor):
             counts = self.training_model.count_targets(inputs["loss_mask"])
             assert counts is not None
-            inputs = {**inputs, "shares": counts / num_items_in_batch.clamp(min=1).to(counts)}
+            total = num_items_in_batch.clamp(min=1 / self.args.world_size)
+            inputs = {**inputs, "shares": counts / total.to(counts)}
         states = inputs.get(STATES)
         inputs = {name: value for name, value in inputs.items() if name != STATES}
         with self.training_model.given_states(states):
@@ -289,8 +290,13 @@ class HeadsTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        num_targets = self._count_targets([inputs]) if self.args.world_size > 1 else None
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss: Tensor = self.compute_loss(model, self._prepare_inputs(inputs))
+            loss: Tensor = self.compute_loss(
+                model, self._prepare_inputs(inputs), num_items_in_batch=num_targets
+            )
+        if self.args.world_size > 1:  # that of the batches of all processes
+            loss = self.accelerator.reduce(loss, reduction="mean")
         return loss, None, None  # the logits of all draft tokens would fill the memory
 
     @override
@@ -330,19 +336,35 @@ class HeadsTrainer(Trainer):
         return bool(self.accelerator.reduce(told, reduction="sum") > 0)
 
     @override
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        own: Any = self.train_dataset
+        self.train_dataset = self._padded(own)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset = own
+
+    @override
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        named: Any = self.eval_dataset
+        chosen = named if eval_dataset is None else eval_dataset
+        padded = self._padded(named[chosen] if isinstance(chosen, str) else chosen)
+        return super().get_eval_dataloader(padded)
+
+    def _padded(self, dataset: Any) -> Any:
+        is_padded = self.args.world_size > 1 and isinstance(dataset, Sized)
+        return PaddedExamples(dataset) if is_padded else dataset
+
+    @override
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        # Transformers' own sampler draws an epoch from the global generator, whose state differs
-        # in a resumed training.
-        if self.args.train_sampling_strategy != "group_by_length":
-            sampler: Sampler[int] | None = super()._get_train_sampler(dataset)
-            return sampler
-        if isinstance(dataset, ExampleDataset):
-            lengths = dataset.lengths
-        else:
-            lengths = [len(dataset[index]["input_ids"]) for index in range(len(dataset))]
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return LengthSampler(lengths, batch_size=self.args.train_batch_size, seed=seed)
+        sampler = train_sampler(dataset, self.args, usual=super()._get_train_sampler)
+        self._order.sampler = sampler
+        return sampler
+
+    @override
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int] | None:
+        return eval_sampler(eval_dataset, self.args)
 
     @override
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

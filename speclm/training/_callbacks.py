@@ -1,4 +1,4 @@
-"""What a training shows: its first lines, and a progress bar."""
+"""Callbacks of every training: its first lines, its progress bar, and the order of an epoch."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,21 @@ class Announcement(TrainerCallback):
             for line in trainer.summary().lines():
                 trainer.announce(line)
             announce_agreement(trainer.agreement(), trainer.announce)
+
+
+class EpochOrder(TrainerCallback):
+    """Chooses the order of each epoch.
+
+    Accelerate does so too, except in the first epoch of a resumed training of several processes.
+    """
+
+    def __init__(self) -> None:
+        self.sampler: Any = None  # of the training in progress
+
+    @override
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(int(state.epoch))
 
 
 class TauProgress(ProgressCallback):
