@@ -28,6 +28,7 @@ from speclm.training.dataset import ExampleDataset, load_examples
 from speclm.training.heads_trainer import HeadsTrainer
 from speclm.training.history import write_history
 from speclm.training.loss_masks import marked_excerpts
+from speclm.training.partitions import loading_whole
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells report it."""
@@ -52,7 +53,8 @@ def train(method: Method, recipe: Recipe, own: Any, options: TrainOptions) -> No
     """
     console = Console(soft_wrap=True)
     arguments = _check(method, recipe, options)
-    loaded = load(options)
+    with loading_whole():
+        loaded = load(options)
     known: int | None = getattr(loaded.base.config, "max_position_embeddings", None)
     length = options.max_length or min(known or MAX_LENGTH, MAX_LENGTH)
     data, eval_data, limit = options.data, options.eval_data, options.limit
@@ -97,6 +99,9 @@ def train(method: Method, recipe: Recipe, own: Any, options: TrainOptions) -> No
     interruption.exit_if_unfinished(console)
     _finish(trainer, options, eval_dataset, console)
     write_history(trainer, base=loaded.base, recipe=recipe.name)
+    if trainer.args.world_size > 1:
+        trainer.accelerator.wait_for_everyone()
+        trainer.accelerator.end_training()  # or else the processes end with an error
 
 
 class _Interruption(TrainerCallback):
@@ -165,14 +170,12 @@ def _check(method: Method, recipe: Recipe, options: TrainOptions) -> TrainingArg
         raise OptionError(
             f"--patience is {options.patience} without --eval-data; name data to evaluate on"
         )
-    require_folder_to_write("--out", out)
-    if options.cache_features is not None:
-        require_folder_to_write("--cache-features", options.cache_features)
-        if options.cache_features.absolute() == out.absolute():
-            raise OptionError(
-                f"--cache-features and --out are both {str(out)!r}, expected a folder for each; "
-                "name another"
-            )
+    cache = options.cache_features
+    if cache is not None and cache.absolute() == out.absolute():
+        raise OptionError(
+            f"--cache-features and --out are both {str(out)!r}, expected a folder for each; name "
+            "another"
+        )
     early_stopping = {
         "load_best_model_at_end": True,
         "metric_for_best_model": "estimated_tau",
@@ -192,7 +195,12 @@ def _check(method: Method, recipe: Recipe, options: TrainOptions) -> TrainingArg
         **(early_stopping if options.patience is not None else {}),
         **parse_settings(options.training_arg or []),
     }
-    return training_arguments(out, settings, defaults=recipe.defaults)
+    arguments = training_arguments(out, settings, defaults=recipe.defaults)
+    if arguments.process_index == 0:  # the check of one process would disturb that of another
+        require_folder_to_write("--out", out)
+        if cache is not None:
+            require_folder_to_write("--cache-features", cache)
+    return arguments
 
 
 def _finish(

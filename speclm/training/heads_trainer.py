@@ -32,6 +32,7 @@ from speclm.training.dataset import (
     train_sampler,
 )
 from speclm.training.feature_cache import STATES, FeatureCache, distinct_texts
+from speclm.training.partitions import require_no_fsdp, require_whole, whole_parameters
 from speclm.training.run_summary import (
     Agreement,
     RunSummary,
@@ -89,6 +90,7 @@ class HeadsTrainer(Trainer):
         for dataset in datasets:
             if isinstance(dataset, Sized):  # a stream cannot be checked in advance
                 require_trainable(dataset, max_length=model.max_length)
+        require_whole(model.view.model)
         _place_base(model.view.model, args)
         self.announce, self.options = _log.info, {}
         self.heads = model.heads
@@ -105,6 +107,7 @@ class HeadsTrainer(Trainer):
             eval_dataset=eval_dataset,
             callbacks=[Announcement(self), self._order, *callbacks],
         )
+        require_no_fsdp(is_on=self.is_fsdp_enabled)
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(TauProgress())
 
@@ -381,8 +384,9 @@ class HeadsTrainer(Trainer):
         if _internal_call and output_dir is not None:
             super().save_model(output_dir, _internal_call)
             return
-        if self.args.should_save:
-            self.training_model.write(Path(output_dir or str(self.args.output_dir)))
+        with whole_parameters(self.training_model):
+            if self.args.should_save:
+                self.training_model.write(Path(output_dir or str(self.args.output_dir)))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Upload heads")
 

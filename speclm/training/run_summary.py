@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from speclm.training.conversations import Example
 from speclm.training.dataset import collate_examples
 from speclm.training.feature_cache import STATES
+from speclm.training.partitions import num_elements
 from speclm.training.training_model import TrainingModel
 
 _log = logging.getLogger("speclm")
@@ -91,9 +92,9 @@ def summarize(
     optimizer: Any = args.optim  # a string only before it is checked
     in_base = {id(parameter) for parameter in base.parameters()}  # an adapter is in both
     own = [parameter for parameter in model.parameters() if id(parameter) not in in_base]
-    num_own = sum(parameter.numel() for parameter in own)
+    num_own = sum(num_elements(parameter) for parameter in own)
     trained = [p for p in (*own, *base.parameters()) if p.requires_grad]
-    num_trained = sum(parameter.numel() for parameter in trained)
+    num_trained = sum(num_elements(parameter) for parameter in trained)
     trained_bytes = _bytes(trained)
     num_examples = len(dataset) if isinstance(dataset, Sized) else None
     num_tokens = None
@@ -112,7 +113,7 @@ def summarize(
 
 
 def _bytes(parameters: Any) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    return sum(num_elements(parameter) * parameter.element_size() for parameter in parameters)
 
 
 def _optimizer_bytes(name: str, num_trained: int, trained_bytes: int) -> int | None:
