@@ -14,12 +14,12 @@ from speclm.training.heads_trainer import HeadsTrainer
 from speclm.training.run_summary import size_text
 
 
-def use_features(trainer: HeadsTrainer, folder: Path, *, is_confirmed: bool) -> None:
+def use_features(trainer: HeadsTrainer, folder: Path | None, *, is_confirmed: bool) -> None:
     """Write the features of a training as far as they are missing, and let it read them.
 
     Args:
         trainer: The trainer, whose base cannot run afterwards.
-        folder: Folder of the features.
+        folder: Folder of the features; None to run the base in every epoch.
         is_confirmed: Whether the disk may be used without a question.
 
     Raises:
@@ -28,6 +28,8 @@ def use_features(trainer: HeadsTrainer, folder: Path, *, is_confirmed: bool) -> 
             features do not fit on the disk.
         typer.Abort: If the user declines.
     """
+    if folder is None:
+        return
     args, model = trainer.args, trainer.training_model
     plan = plan_features(model, trainer.cacheable_datasets(), folder)
     if trainer.is_world_process_zero():

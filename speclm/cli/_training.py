@@ -55,8 +55,7 @@ def train(method: Method, recipe: Recipe, own: Any, options: TrainOptions) -> No
     arguments = _check(method, recipe, options)
     with loading_whole():
         loaded = load(options)
-    known: int | None = getattr(loaded.base.config, "max_position_embeddings", None)
-    length = options.max_length or min(known or MAX_LENGTH, MAX_LENGTH)
+    length = options.max_length or _usual_length(loaded.base.config)
     data, eval_data, limit = options.data, options.eval_data, options.limit
     if options.distill:
         with arguments.main_process_first(desc="answering"):
@@ -77,11 +76,8 @@ def train(method: Method, recipe: Recipe, own: Any, options: TrainOptions) -> No
         if options.patience is not None:
             trainer.add_callback(EarlyStoppingCallback(options.patience))
         if trainer.is_world_process_zero():
-            trainer.announce = partial(console.print, markup=False, highlight=False)
-            first, last = marked_excerpts(dataset[0], loaded.tokenizer)
-            trainer.announce(f"marked in the first example: {first!r} to {last!r}")
-        if options.cache_features is not None:
-            use_features(trainer, options.cache_features, is_confirmed=options.yes)
+            _announce(trainer, marked_excerpts(dataset[0], loaded.tokenizer), console)
+        use_features(trainer, options.cache_features, is_confirmed=options.yes)
         with _stops_at_interrupt(trainer) as interruption:
             trainer.train(resume_from_checkpoint=options.resume)
     except (SpeclmError, MemoryError, typer.Abort):
@@ -99,9 +95,19 @@ def train(method: Method, recipe: Recipe, own: Any, options: TrainOptions) -> No
     interruption.exit_if_unfinished(console)
     _finish(trainer, options, eval_dataset, console)
     write_history(trainer, base=loaded.base, recipe=recipe.name)
-    if trainer.args.world_size > 1:
-        trainer.accelerator.wait_for_everyone()
-        trainer.accelerator.end_training()  # or else the processes end with an error
+    _part(trainer)
+
+
+def _usual_length(config: Any) -> int:
+    known: int | None = getattr(config, "max_position_embeddings", None)
+    return min(known or MAX_LENGTH, MAX_LENGTH)
+
+
+def _announce(trainer: HeadsTrainer, excerpts: tuple[str, str], console: Console) -> None:
+    """Let a trainer say what it does on the console, which parts of the text count first."""
+    trainer.announce = partial(console.print, markup=False, highlight=False)
+    first, last = excerpts
+    trainer.announce(f"marked in the first example: {first!r} to {last!r}")
 
 
 class _Interruption(TrainerCallback):
@@ -231,6 +237,13 @@ def _finish(
             console.print(f"estimated tau (tokens per target forward) on {data}: {tau:.2f}")
     for line in trainer.training_model.closing_lines(options.out, figures):
         console.print(line, markup=False)
+
+
+def _part(trainer: HeadsTrainer) -> None:
+    """End the connection of several processes, which otherwise end with an error."""
+    if trainer.args.world_size > 1:
+        trainer.accelerator.wait_for_everyone()
+        trainer.accelerator.end_training()
 
 
 def _names(log: Mapping[str, Any], prefix: str) -> list[str]:
