@@ -46,29 +46,21 @@ class FeaturePlan:
     Args:
         folder: Where the files are or will be.
         manifest: What they belong to.
-        texts: Texts by their keys, in the order of the files.
+        texts: Key and tokens of each text, file by file.
         missing: Indices of the files that have to be written.
     """
 
     folder: Path
     manifest: FeatureManifest
-    texts: dict[bytes, list[int]]
+    texts: tuple[list[tuple[bytes, list[int]]], ...]
     missing: tuple[int, ...]
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the features in the files that have to be written."""
-        parts = [self.texts_of(index) for index in self.missing]
-        return sum(len(tokens) for part in parts for _, tokens in part) * self._token_bytes
-
-    @property
-    def _token_bytes(self) -> int:
-        return self.manifest.width * self.manifest.torch_dtype.itemsize
-
-    def texts_of(self, index: int) -> list[tuple[bytes, list[int]]]:
-        """Return the texts of a file and their keys."""
-        start, end = [*pairwise(accumulate(self.manifest.shards, initial=0))][index]
-        return list(self.texts.items())[start:end]
+        token_bytes = self.manifest.width * self.manifest.torch_dtype.itemsize
+        parts = (self.texts[index] for index in self.missing)
+        return sum(len(tokens) for part in parts for _, tokens in part) * token_bytes
 
     def prepare(self) -> None:
         """Check that the features fit on the disk, and write the manifest.
@@ -119,7 +111,7 @@ class FeaturePlan:
     def _write_shard(
         self, model: TrainingModel, index: int, batch_size: int, progress: Callable[[int], object]
     ) -> None:
-        texts = self.texts_of(index)
+        texts = self.texts[index]
         starts = [0, *accumulate(len(tokens) for _, tokens in texts)]
         shape = (starts[-1], self.manifest.width)
         states = torch.empty(shape, dtype=self.manifest.torch_dtype, device="cpu")
@@ -206,7 +198,9 @@ def plan_features(
             f"{folder} is a file or holds other files, expected an empty folder or one of cached "
             "features; name another"
         )
-    plan = FeaturePlan(folder, wanted, texts, ())
+    bounds, items = accumulate(wanted.shards, initial=0), [*texts.items()]
+    parts = tuple(items[start:end] for start, end in pairwise(bounds))
+    plan = FeaturePlan(folder, wanted, parts, ())
     missing = [index for index in range(len(wanted.shards)) if not _is_written(plan, index)]
     return replace(plan, missing=tuple(missing))
 
@@ -252,7 +246,7 @@ def _is_written(plan: FeaturePlan, index: int) -> bool:
     except FeatureError as error:
         _log.warning("%s", error)
         return False
-    return shard.keys == [key for key, _ in plan.texts_of(index)]
+    return shard.keys == [key for key, _ in plan.texts[index]]
 
 
 def _read(
