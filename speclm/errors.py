@@ -109,6 +109,10 @@ class UploadError(SpeclmError, OSError):
     """Files cannot be uploaded to the hub."""
 
 
+class FeatureError(SpeclmError, ValueError):
+    """Cached features of a training belong to another one, are damaged or cannot be written."""
+
+
 class MissingAssetError(SpeclmError, FileNotFoundError):
     """A file of the installed package is missing."""
 

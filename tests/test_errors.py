@@ -22,6 +22,7 @@ BUILTINS = {
     "UnsupportedModelError": TypeError,
     "CheckpointError": ValueError,
     "DataError": ValueError,
+    "FeatureError": ValueError,
     "MissingAssetError": FileNotFoundError,
     "UploadError": OSError,
     "EngineError": RuntimeError,

@@ -15,6 +15,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArgumen
 from typing_extensions import override
 
 from speclm.cli._answers import answer_data, digest
+from speclm.cli._features import use_features
 from speclm.cli._files import require_folder_to_write
 from speclm.cli._models import load
 from speclm.cli.train import MAX_LENGTH, TrainOptions
@@ -27,6 +28,7 @@ from speclm.training.dataset import ExampleDataset, load_examples
 from speclm.training.heads_trainer import HeadsTrainer
 from speclm.training.history import write_history
 from speclm.training.loss_masks import marked_excerpts
+from speclm.training.partitions import loading_whole
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C, as shells report it."""
@@ -51,9 +53,9 @@ def train(method: Method, recipe: Recipe, own: Any, options: TrainOptions) -> No
     """
     console = Console(soft_wrap=True)
     arguments = _check(method, recipe, options)
-    loaded = load(options)
-    known: int | None = getattr(loaded.base.config, "max_position_embeddings", None)
-    length = options.max_length or min(known or MAX_LENGTH, MAX_LENGTH)
+    with loading_whole():
+        loaded = load(options)
+    length = options.max_length or _usual_length(loaded.base.config)
     data, eval_data, limit = options.data, options.eval_data, options.limit
     if options.distill:
         with arguments.main_process_first(desc="answering"):
@@ -74,12 +76,11 @@ def train(method: Method, recipe: Recipe, own: Any, options: TrainOptions) -> No
         if options.patience is not None:
             trainer.add_callback(EarlyStoppingCallback(options.patience))
         if trainer.is_world_process_zero():
-            trainer.announce = partial(console.print, markup=False, highlight=False)
-            first, last = marked_excerpts(dataset[0], loaded.tokenizer)
-            trainer.announce(f"marked in the first example: {first!r} to {last!r}")
+            _announce(trainer, marked_excerpts(dataset[0], loaded.tokenizer), console)
+        use_features(trainer, options.cache_features, is_confirmed=options.yes)
         with _stops_at_interrupt(trainer) as interruption:
             trainer.train(resume_from_checkpoint=options.resume)
-    except (SpeclmError, MemoryError):
+    except (SpeclmError, MemoryError, typer.Abort):
         raise
     except Exception as error:
         has_begun = trainer is not None and trainer.state.global_step > 0
@@ -94,6 +95,19 @@ def train(method: Method, recipe: Recipe, own: Any, options: TrainOptions) -> No
     interruption.exit_if_unfinished(console)
     _finish(trainer, options, eval_dataset, console)
     write_history(trainer, base=loaded.base, recipe=recipe.name)
+    _part(trainer)
+
+
+def _usual_length(config: Any) -> int:
+    known: int | None = getattr(config, "max_position_embeddings", None)
+    return min(known or MAX_LENGTH, MAX_LENGTH)
+
+
+def _announce(trainer: HeadsTrainer, excerpts: tuple[str, str], console: Console) -> None:
+    """Let a trainer say what it does on the console, which parts of the text count first."""
+    trainer.announce = partial(console.print, markup=False, highlight=False)
+    first, last = excerpts
+    trainer.announce(f"marked in the first example: {first!r} to {last!r}")
 
 
 class _Interruption(TrainerCallback):
@@ -162,7 +176,12 @@ def _check(method: Method, recipe: Recipe, options: TrainOptions) -> TrainingArg
         raise OptionError(
             f"--patience is {options.patience} without --eval-data; name data to evaluate on"
         )
-    require_folder_to_write("--out", out)
+    cache = options.cache_features
+    if cache is not None and cache.absolute() == out.absolute():
+        raise OptionError(
+            f"--cache-features and --out are both {str(out)!r}, expected a folder for each; name "
+            "another"
+        )
     early_stopping = {
         "load_best_model_at_end": True,
         "metric_for_best_model": "estimated_tau",
@@ -182,7 +201,12 @@ def _check(method: Method, recipe: Recipe, options: TrainOptions) -> TrainingArg
         **(early_stopping if options.patience is not None else {}),
         **parse_settings(options.training_arg or []),
     }
-    return training_arguments(out, settings, defaults=recipe.defaults)
+    arguments = training_arguments(out, settings, defaults=recipe.defaults)
+    if arguments.process_index == 0:  # the check of one process would disturb that of another
+        require_folder_to_write("--out", out)
+        if cache is not None:
+            require_folder_to_write("--cache-features", cache)
+    return arguments
 
 
 def _finish(
@@ -213,6 +237,13 @@ def _finish(
             console.print(f"estimated tau (tokens per target forward) on {data}: {tau:.2f}")
     for line in trainer.training_model.closing_lines(options.out, figures):
         console.print(line, markup=False)
+
+
+def _part(trainer: HeadsTrainer) -> None:
+    """End the connection of several processes, which otherwise end with an error."""
+    if trainer.args.world_size > 1:
+        trainer.accelerator.wait_for_everyone()
+        trainer.accelerator.end_training()
 
 
 def _names(log: Mapping[str, Any], prefix: str) -> list[str]:

@@ -68,6 +68,16 @@ class TrainOptions(ModelOptions):
     resume: Annotated[
         bool, typer.Option("--resume", help="Resume from the newest checkpoint in --out.")
     ] = False
+    cache_features: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the base's hidden states, which are written once and then read in "
+            "every epoch."
+        ),
+    ] = None
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Write what --cache-features needs without asking.")
+    ] = False
     report_to: Annotated[str, typer.Option(help="tensorboard, wandb, ... or none.")] = "none"
     training_arg: Annotated[
         list[str] | None,

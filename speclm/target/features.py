@@ -92,7 +92,9 @@ class FeatureTap:
                 f"features of layer {max(inner)} are requested, the target has layers 0 to "
                 f"{num_layers - 1}; use heads that were made for this target"
             )
-        self._decoder, self._layers = decoder, _layers(decoder, num_layers) if inner else ()
+        self._decoder, self._layers = decoder, ()
+        if inner:
+            self._layers = decoder_layers(decoder, num_layers)
         with temporary(self._remove):
             self._add()
             yield
@@ -142,8 +144,12 @@ def is_tap(hook: object) -> bool:
     return isinstance(getattr(method, "__self__", None), FeatureTap)
 
 
-def _layers(decoder: nn.Module, num_layers: int) -> nn.ModuleList:
-    """Return the decoder's layers: the outermost list of as many modules."""
+def decoder_layers(decoder: nn.Module, num_layers: int) -> nn.ModuleList:
+    """Return the decoder's layers: the outermost list of as many modules.
+
+    Raises:
+        UnsupportedModelError: If there is no such list.
+    """
     for module in decoder.modules():
         if isinstance(module, nn.ModuleList) and len(module) == num_layers:
             return module

@@ -1,17 +1,18 @@
 """The training set: tokenized conversations, their tokens, their order and their batches."""
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from jaxtyping import Int
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, RandomSampler, Sampler
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from speclm.config import require_count
 from speclm.errors import DataError, OptionError
@@ -258,3 +259,104 @@ class LengthSampler(Sampler[int]):
         order = torch.randperm(len(full), generator=generator, device="cpu").tolist()
         for batch in [*(full[i] for i in order), *(b for b in batches if len(b) < size)]:
             yield from batch
+
+
+class PaddedExamples(Dataset[Example]):
+    """Examples, followed by padding from which nothing is learned.
+
+    Processes of a training need equally many rows. Without padding, Accelerate repeats some, which
+    then count twice.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        """Wrap a dataset, whose length stays.
+
+        Args:
+            dataset: Examples with a length.
+        """
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Example:
+        if index < len(self._dataset):
+            example: Example = self._dataset[index]
+            return example
+        tokens = self._dataset[0]["input_ids"]  # cached features may have no other text
+        return Example(input_ids=tokens, loss_mask=[0] * len(tokens))
+
+
+class PaddedSampler(Sampler[int]):
+    """Draws the rows of another sampler, and then padding up to a multiple of the batch size."""
+
+    def __init__(self, rows: Any, *, num_rows: int, batch_size: int) -> None:
+        """Wrap a sampler.
+
+        Args:
+            rows: Yields each row once.
+            num_rows: Number of rows; this index stands for padding, see `PaddedExamples`.
+            batch_size: Rows of a batch of all processes; 1 for no padding.
+        """
+        self._rows, self._num_rows, self._batch_size = rows, num_rows, batch_size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of an epoch; Accelerate calls this before each."""
+        if hasattr(self._rows, "set_epoch"):
+            self._rows.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return -(-self._num_rows // self._batch_size) * self._batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        yield from self._rows
+        yield from [self._num_rows] * (len(self) - self._num_rows)
+
+
+def train_sampler(
+    dataset: Any, args: TrainingArguments, *, usual: Callable[[Any], Any]
+) -> Sampler[int] | None:
+    """Return the order in which a training reads its rows.
+
+    Args:
+        dataset: Examples, in `PaddedExamples` if several processes read them.
+        args: Arguments of the training.
+        usual: Returns the sampler of `Trainer`.
+    """
+    batch_size = args.train_batch_size * args.world_size
+    # Transformers' own sampler draws an epoch from the global generator, whose state differs in a
+    # resumed training.
+    if args.train_sampling_strategy == "group_by_length":
+        seed = args.seed if args.data_seed is None else args.data_seed
+        sampler: Any = LengthSampler(_lengths(dataset), batch_size=batch_size, seed=seed)
+    else:
+        sampler = usual(dataset)
+        if type(sampler) is RandomSampler and args.world_size > 1:
+            # Accelerate would make this one, which draws the same rows in every process.
+            sampler = SeedableRandomSampler(dataset, data_seed=args.data_seed)
+    if isinstance(dataset, PaddedExamples) and not args.dataloader_drop_last:
+        return PaddedSampler(sampler, num_rows=len(dataset), batch_size=batch_size)
+    return cast("Sampler[int] | None", sampler)
+
+
+def eval_sampler(dataset: Any, args: TrainingArguments) -> Sampler[int] | None:
+    """Return the order in which an evaluation reads its rows, the same for any number of processes.
+
+    Args:
+        dataset: Examples, in `PaddedExamples` if several processes read them.
+        args: Arguments of the training.
+    """
+    if not isinstance(dataset, Sized):
+        return None
+    rows: Any = range(len(dataset))
+    if args.train_sampling_strategy == "group_by_length":
+        rows = sorted(rows, key=_lengths(dataset).__getitem__, reverse=True)
+    is_padded = isinstance(dataset, PaddedExamples) and not args.dataloader_drop_last
+    batch_size = args.eval_batch_size * args.world_size if is_padded else 1
+    return PaddedSampler(rows, num_rows=len(dataset), batch_size=batch_size)
+
+
+def _lengths(dataset: Any) -> list[int]:
+    if isinstance(dataset, ExampleDataset):
+        return dataset.lengths
+    return [len(dataset[index]["input_ids"]) for index in range(len(dataset))]

@@ -3,22 +3,18 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
-from transformers import (
-    PreTrainedModel,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from typing_extensions import override
 
-from speclm.errors import NumericalError
+from speclm.errors import FeatureError, NumericalError
+from speclm.training._callbacks import Announcement, EpochOrder, TauProgress
 from speclm.training.checkpoints import (
     RunRecord,
     last_complete_checkpoint,
@@ -29,15 +25,17 @@ from speclm.training.checkpoints import (
 from speclm.training.conversations import Example
 from speclm.training.dataset import (
     EvalDataset,
-    ExampleDataset,
-    LengthSampler,
+    PaddedExamples,
     collate_examples,
+    eval_sampler,
     require_trainable,
+    train_sampler,
 )
+from speclm.training.feature_cache import STATES, FeatureCache, distinct_texts
+from speclm.training.partitions import require_no_fsdp, require_whole, whole_parameters
 from speclm.training.run_summary import (
     Agreement,
     RunSummary,
-    announce_agreement,
     measure_agreement,
     summarize,
 )
@@ -92,10 +90,13 @@ class HeadsTrainer(Trainer):
         for dataset in datasets:
             if isinstance(dataset, Sized):  # a stream cannot be checked in advance
                 require_trainable(dataset, max_length=model.max_length)
+        require_whole(model.view.model)
         _place_base(model.view.model, args)
         self.announce, self.options = _log.info, {}
         self.heads = model.heads
+        self._collate: Callable[[Sequence[Example]], dict[str, Tensor]] = collate_examples
         self.training_model = model
+        self._order = EpochOrder()
         self._meters = {is_training: model.new_meter() for is_training in (False, True)}
         self._figures: dict[bool, dict[str, Tensor]] = {False: {}, True: {}}  # sums and counts
         super().__init__(
@@ -104,10 +105,11 @@ class HeadsTrainer(Trainer):
             data_collator=collate_examples,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            callbacks=[_Announcement(self), *callbacks],
+            callbacks=[Announcement(self), self._order, *callbacks],
         )
+        require_no_fsdp(is_on=self.is_fsdp_enabled)
         if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(_TauProgress())
+            self.add_callback(TauProgress())
 
     @override
     def train(
@@ -165,7 +167,32 @@ class HeadsTrainer(Trainer):
             self.training_model,
             self.train_dataset,
             batch_size=self.args.per_device_train_batch_size,
+            collate=self._collate,
         )
+
+    def use_features(self, cache: FeatureCache) -> None:
+        """Read hidden states from a cache instead of running the base.
+
+        Args:
+            cache: The features of all data of this training, see `plan_features`.
+
+        Raises:
+            FeatureError: If the cache has other hidden states, or lacks a text of the data.
+        """
+        layers = self.training_model.layers_read
+        if cache.manifest.layers != layers:
+            raise FeatureError(
+                f"the cached features are the hidden states {cache.manifest.layers}, expected "
+                f"{layers}, which these heads read; cache them in another folder"
+            )
+        cache.require(distinct_texts(self.cacheable_datasets()))
+        self.data_collator = self._collate = cache.collate
+
+    def cacheable_datasets(self) -> list[Any]:
+        """Return all sets of examples of this training."""
+        named = self.eval_dataset
+        evaluated = [*named.values()] if isinstance(named, dict) else [named]
+        return [dataset for dataset in (self.train_dataset, *evaluated) if dataset is not None]
 
     @override
     def _load_from_checkpoint(
@@ -214,12 +241,15 @@ class HeadsTrainer(Trainer):
         The number is that of all processes divided by their number, because they average.
         """
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counts = [self.training_model.count_targets(batch["loss_mask"]) for batch in samples]
+        return samples, self._count_targets(samples)
+
+    def _count_targets(self, batches: Sequence[dict[str, Any]]) -> Tensor | None:
+        counts = [self.training_model.count_targets(batch["loss_mask"]) for batch in batches]
         found = [count for count in counts if count is not None]
-        if not found or len(found) < len(samples):
-            return samples, None
-        total = torch.stack(found).sum(0).to(device)
-        return samples, self.accelerator.reduce(total, reduction="mean")
+        if not found or len(found) < len(batches):
+            return None
+        total = torch.stack(found).sum(0).to(self.args.device)
+        return cast("Tensor", self.accelerator.reduce(total, reduction="mean"))
 
     @override
     def compute_loss(
@@ -232,8 +262,12 @@ class HeadsTrainer(Trainer):
         if isinstance(num_items_in_batch, Tensor):
             counts = self.training_model.count_targets(inputs["loss_mask"])
             assert counts is not None
-            inputs = {**inputs, "shares": counts / num_items_in_batch.clamp(min=1).to(counts)}
-        outputs = model(**inputs)
+            total = num_items_in_batch.clamp(min=1 / self.args.world_size)
+            inputs = {**inputs, "shares": counts / total.to(counts)}
+        states = inputs.get(STATES)
+        inputs = {name: value for name, value in inputs.items() if name != STATES}
+        with self.training_model.given_states(states):
+            outputs = model(**inputs)
         loss: Tensor = outputs["loss"]
         if not loss.isfinite():  # Trainer reads the loss of every step too
             raise NumericalError(
@@ -259,8 +293,13 @@ class HeadsTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        num_targets = self._count_targets([inputs]) if self.args.world_size > 1 else None
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss: Tensor = self.compute_loss(model, self._prepare_inputs(inputs))
+            loss: Tensor = self.compute_loss(
+                model, self._prepare_inputs(inputs), num_items_in_batch=num_targets
+            )
+        if self.args.world_size > 1:  # that of the batches of all processes
+            loss = self.accelerator.reduce(loss, reduction="mean")
         return loss, None, None  # the logits of all draft tokens would fill the memory
 
     @override
@@ -300,19 +339,35 @@ class HeadsTrainer(Trainer):
         return bool(self.accelerator.reduce(told, reduction="sum") > 0)
 
     @override
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        own: Any = self.train_dataset
+        self.train_dataset = self._padded(own)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset = own
+
+    @override
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        named: Any = self.eval_dataset
+        chosen = named if eval_dataset is None else eval_dataset
+        padded = self._padded(named[chosen] if isinstance(chosen, str) else chosen)
+        return super().get_eval_dataloader(padded)
+
+    def _padded(self, dataset: Any) -> Any:
+        is_padded = self.args.world_size > 1 and isinstance(dataset, Sized)
+        return PaddedExamples(dataset) if is_padded else dataset
+
+    @override
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        # Transformers' own sampler draws an epoch from the global generator, whose state differs
-        # in a resumed training.
-        if self.args.train_sampling_strategy != "group_by_length":
-            sampler: Sampler[int] | None = super()._get_train_sampler(dataset)
-            return sampler
-        if isinstance(dataset, ExampleDataset):
-            lengths = dataset.lengths
-        else:
-            lengths = [len(dataset[index]["input_ids"]) for index in range(len(dataset))]
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return LengthSampler(lengths, batch_size=self.args.train_batch_size, seed=seed)
+        sampler = train_sampler(dataset, self.args, usual=super()._get_train_sampler)
+        self._order.sampler = sampler
+        return sampler
+
+    @override
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler[int] | None:
+        return eval_sampler(eval_dataset, self.args)
 
     @override
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -329,8 +384,9 @@ class HeadsTrainer(Trainer):
         if _internal_call and output_dir is not None:
             super().save_model(output_dir, _internal_call)
             return
-        if self.args.should_save:
-            self.training_model.write(Path(output_dir or str(self.args.output_dir)))
+        with whole_parameters(self.training_model):
+            if self.args.should_save:
+                self.training_model.write(Path(output_dir or str(self.args.output_dir)))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Upload heads")
 
@@ -342,53 +398,3 @@ def _place_base(base: PreTrainedModel, args: TrainingArguments) -> None:
         args._n_gpu = 1  # as Trainer does for a model spread over devices
     if getattr(base, "hf_device_map", None) is None and base.device != args.device:
         base.to(args.device)  # type: ignore[arg-type]  # Transformers' decorator
-
-
-class _Announcement(TrainerCallback):
-    """Says what is trained before the first step, and leaves a record for resuming."""
-
-    def __init__(self, trainer: HeadsTrainer) -> None:
-        self._trainer = trainer
-
-    @override
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        trainer = self._trainer
-        if trainer.is_world_process_zero():
-            trainer.record().write(Path(str(trainer.args.output_dir)))
-            for line in trainer.summary().lines():
-                trainer.announce(line)
-            announce_agreement(trainer.agreement(), trainer.announce)
-
-
-class _TauProgress(ProgressCallback):
-    """One progress bar with count and time left, loss and estimated tau; evaluation shares it."""
-
-    _num_evaluated = 0
-
-    @override
-    def on_log(self, *args: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if logs and "loss" in logs:
-            tau = logs.get("estimated_tau")
-            estimate = "" if tau is None else f", estimated tau {tau:.2f}"
-            self._show(f"loss {logs['loss']:.3f}{estimate}")
-
-    @override
-    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
-        bar: Any = self.training_bar
-        if bar is None:
-            super().on_prediction_step(*args, **kwargs)  # type: ignore[no-untyped-call]
-            return
-        batches = kwargs.get("eval_dataloader")
-        self._num_evaluated += 1
-        num_batches = len(batches) if has_length(batches) else "?"
-        self._show(f"evaluating {self._num_evaluated}/{num_batches}")
-
-    @override
-    def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        self._num_evaluated = 0
-        super().on_evaluate(*args, **kwargs)  # type: ignore[no-untyped-call]
-
-    def _show(self, text: str) -> None:
-        bar: Any = self.training_bar  # None before training and in all processes but one
-        if bar is not None:
-            bar.set_postfix_str(text)

@@ -2,15 +2,18 @@
 
 import logging
 import time
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import TrainingArguments
 
 from speclm.training.conversations import Example
 from speclm.training.dataset import collate_examples
+from speclm.training.feature_cache import STATES
+from speclm.training.partitions import num_elements
 from speclm.training.training_model import TrainingModel
 
 _log = logging.getLogger("speclm")
@@ -61,10 +64,11 @@ class RunSummary:
             examples = f"{self.num_examples:,} examples, {self.num_tokens:,} tokens that count"
         optimizer, known = "unknown", self.weight_bytes + self.gradient_bytes
         if self.optimizer_bytes is not None:
-            optimizer, known = _size(self.optimizer_bytes), known + self.optimizer_bytes
+            optimizer, known = size_text(self.optimizer_bytes), known + self.optimizer_bytes
         memory = (
-            f"memory: {_size(known)} (weights {_size(self.weight_bytes)}, gradients "
-            f"{_size(self.gradient_bytes)}, optimizer {optimizer}), plus hidden states and logits"
+            f"memory: {size_text(known)} (weights {size_text(self.weight_bytes)}, "
+            f"gradients {size_text(self.gradient_bytes)}, optimizer {optimizer}), plus hidden "
+            "states and logits"
         )
         return [
             f"trained: {self.num_trained:,} parameters; frozen: {self.num_frozen:,}",
@@ -88,9 +92,9 @@ def summarize(
     optimizer: Any = args.optim  # a string only before it is checked
     in_base = {id(parameter) for parameter in base.parameters()}  # an adapter is in both
     own = [parameter for parameter in model.parameters() if id(parameter) not in in_base]
-    num_own = sum(parameter.numel() for parameter in own)
+    num_own = sum(num_elements(parameter) for parameter in own)
     trained = [p for p in (*own, *base.parameters()) if p.requires_grad]
-    num_trained = sum(parameter.numel() for parameter in trained)
+    num_trained = sum(num_elements(parameter) for parameter in trained)
     trained_bytes = _bytes(trained)
     num_examples = len(dataset) if isinstance(dataset, Sized) else None
     num_tokens = None
@@ -109,7 +113,7 @@ def summarize(
 
 
 def _bytes(parameters: Any) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    return sum(num_elements(parameter) * parameter.element_size() for parameter in parameters)
 
 
 def _optimizer_bytes(name: str, num_trained: int, trained_bytes: int) -> int | None:
@@ -119,7 +123,8 @@ def _optimizer_bytes(name: str, num_trained: int, trained_bytes: int) -> int | N
     return 2 * num_trained if "8bit" in name else 2 * trained_bytes
 
 
-def _size(num_bytes: int) -> str:
+def size_text(num_bytes: int) -> str:
+    """Return a size in megabytes or gigabytes for messages."""
     if num_bytes >= _GIGABYTE:
         return f"{num_bytes / _GIGABYTE:.2f} GB"
     return f"{num_bytes / _MEGABYTE:.1f} MB"
@@ -152,6 +157,7 @@ def measure_agreement(
     dataset: Any,
     *,
     batch_size: int,
+    collate: Callable[[Sequence[Example]], dict[str, Tensor]] = collate_examples,
     clock: Callable[[], float] = time.monotonic,
 ) -> Agreement | None:
     """Return how far data agrees with the base.
@@ -160,6 +166,7 @@ def measure_agreement(
         model: Heads and base.
         dataset: Examples; `MAX_EXAMPLES` of them are read, evenly spread over the dataset.
         batch_size: Examples of a forward.
+        collate: Makes a batch, with cached features or without.
         clock: Returns seconds; after twenty of them no further forward is run.
 
     Returns:
@@ -172,8 +179,9 @@ def measure_agreement(
     until = clock() + _MAX_SECONDS
     for start in range(0, num_sampled, batch_size):
         examples: list[Example] = [dataset[index] for index in chosen[start : start + batch_size]]
-        batch = collate_examples(examples)
-        _, last = model.read_base(batch["input_ids"], batch["attention_mask"], (-1,))
+        batch = collate(examples)
+        with model.given_states(batch.pop(STATES, None)):
+            _, last = model.read_base(batch["input_ids"], batch["attention_mask"], (-1,))
         base_tokens = model.base_tokens(last, batch["loss_mask"])
         is_known = base_tokens >= 0
         num_agreeing += int((is_known & (base_tokens == batch["input_ids"])).sum())

@@ -1,7 +1,8 @@
 """The model that is trained: heads on a frozen base, and parts that their losses share."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from speclm.errors import OptionError, UnknownNameError
 from speclm.target import TargetFeatures, TargetView
-from speclm.target.features import FeatureTap
 from speclm.training.acceptance_meter import AcceptanceMeter
+from speclm.training.base_forward import base_logits, run_decoder
 from speclm.training.targets import IGNORED, place_after
 
 MAX_LOGITS = 2**27
@@ -53,6 +54,7 @@ class TrainingModel(nn.Module, ABC):
         base.train(mode=False)
         self.heads = heads
         self.rate_factors: Mapping[str, float] = {}
+        self._given: Tensor | None = None
 
     @abstractmethod
     def forward(
@@ -127,6 +129,11 @@ class TrainingModel(nn.Module, ABC):
         """Maximum tokens of an example; None for any number."""
         return self.view.max_positions
 
+    @property
+    def layers_read(self) -> tuple[int, ...] | None:
+        """Hidden states that `read_base` is asked for, -1 last; None if the decoder does more."""
+        return None
+
     @torch.no_grad()
     def read_base(
         self,
@@ -136,24 +143,43 @@ class TrainingModel(nn.Module, ABC):
     ) -> tuple[Float[Tensor, "batch seq features"], Float[Tensor, "batch seq hidden"]]:
         """Return hidden states of the base on its device, and the input of its output matrix.
 
+        The base does not run inside `given_states`.
+
         Args:
             input_ids: Texts, padded on the right.
             attention_mask: 1 at tokens, 0 at padding.
             layers: The hidden states wanted, joined in this order, see `TargetFeatures`.
         """
-        device = self.view.device
-        taken: list[Tensor] = []
         wanted = layers if layers == (-1,) else (*layers, -1)
-        tap = FeatureTap(TargetFeatures(wanted), is_own=lambda: True, take=taken.append)
-        with tap.on(self.view.decoder, self.view.num_layers):
-            self.view.decoder(
-                input_ids=input_ids.to(device),
-                attention_mask=attention_mask.to(device),
-                use_cache=False,
-            )
-        (states,) = taken
+        if self._given is None:
+            states = self.run_base(input_ids, attention_mask, wanted)
+        else:
+            known = TargetFeatures(self.layers_read or ())
+            states = known.select(self._given.to(self.view.device), TargetFeatures(wanted))
         last = states[..., -(states.shape[-1] // len(wanted)) :]
         return last if wanted == (-1,) else states[..., : -last.shape[-1]], last
+
+    def run_base(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Int[Tensor, "batch seq"],
+        layers: tuple[int, ...],
+    ) -> Float[Tensor, "batch seq features"]:
+        """Run the decoder of the base; see `run_decoder`."""
+        return run_decoder(self.view, input_ids, attention_mask, layers)
+
+    @contextmanager
+    def given_states(self, states: Float[Tensor, "batch seq features"] | None) -> Iterator[None]:
+        """Inside the block, `read_base` returns these hidden states of `layers_read`.
+
+        Args:
+            states: Those of the batch, see `FeatureCache.collate`; None to run the base.
+        """
+        self._given = states
+        try:
+            yield
+        finally:
+            self._given = None
 
     @torch.no_grad()
     def base_goals(
@@ -216,33 +242,6 @@ class TrainingModel(nn.Module, ABC):
     def lm_head(self, states: Tensor) -> Tensor:
         """Return the base's logits for hidden states that may have another dtype or device."""
         return base_logits(self.view, states)
-
-
-def base_logits(view: TargetView, states: Tensor) -> Tensor:
-    """Return a base's logits for hidden states that may have another dtype or device."""
-    return view.head_logits(states.to(view.device, view.model.dtype)).to(states.device)
-
-
-def last_hidden(
-    view: TargetView,
-    input_ids: Int[Tensor, "batch seq"],
-    attention_mask: Int[Tensor, "batch seq"],
-) -> Float[Tensor, "tokens hidden"]:
-    """Return the input of a model's output matrix, without computing logits."""
-    output = view.decoder(
-        input_ids=input_ids.to(view.device),
-        attention_mask=attention_mask.to(view.device),
-        use_cache=False,
-    )
-    hidden: Tensor = output[0]
-    return hidden.flatten(0, 1)
-
-
-def recompute_activations(model: PreTrainedModel) -> None:
-    """Let a model recompute the activations of its layers in the backward pass."""
-    # The second is its name in older versions of Transformers.
-    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
-    next(getattr(model, name) for name in names if hasattr(model, name))()
 
 
 def tokenizer_of(base: PreTrainedModel) -> PreTrainedTokenizerBase:

@@ -1,11 +1,12 @@
 import json
 import re
 import signal
+from types import SimpleNamespace
 
 import pytest
 
 from speclm.demo.bundle import load_prompts
-from speclm.errors import CheckpointError, OptionError
+from speclm.errors import CheckpointError, FeatureError, OptionError
 from speclm.methods.block.checkpoint import read_block
 from speclm.methods.eagle.checkpoint import read_eagle
 from speclm.methods.medusa.checkpoint import read_medusa
@@ -194,6 +195,30 @@ def test_patience_ends_a_training_that_no_longer_improves(train, options):
     result = train("medusa", settings=settings, num_heads=1, **changes)
     assert "step 6" in result.output  # of 27; the second epoch was no better
     assert any(options["--out"].glob("*.safetensors"))
+
+
+def test_features_are_cached_after_a_confirmation_and_read_again(
+    train, options, tmp_path, monkeypatch
+):
+    cached = {"cache_features": tmp_path / "features", "num_steps": 2}
+    with pytest.raises(OptionError, match=r"would write 0\.1 MB to .* no terminal.*pass --yes"):
+        train("eagle3", **cached)
+    terminal = SimpleNamespace(stdin=SimpleNamespace(isatty=lambda: True))
+    with monkeypatch.context() as patch:
+        patch.setattr("speclm.cli._features.sys", terminal)
+        result = train("eagle3", **cached)
+    assert "write 0.1 MB? [y/N]" in result.output
+    assert result.exit_code == 1
+    assert not list((tmp_path / "features").glob("*"))
+    result = train("eagle3", "--yes", **cached)
+    assert "cached features: 0.1 MB are to be written to" in result.output
+    assert "step1" in result.output
+    result = train("eagle3", **cached, out=tmp_path / "second")
+    assert "cached features: all 1 files are in" in result.output
+    with pytest.raises(FeatureError, match="the data was 12 texts with the hash"):
+        train("eagle3", **cached, out=tmp_path / "third", limit=8)
+    with pytest.raises(OptionError, match="--cache-features and --out are both"):
+        train("eagle3", cache_features=tmp_path / "fourth", out=tmp_path / "fourth")
 
 
 def test_folders_of_others_are_not_overwritten(train, options):

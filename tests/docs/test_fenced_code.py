@@ -60,6 +60,10 @@ def check_form(words: list[str]) -> None:
     match words:
         case ["speclm", *arguments]:
             check_options(arguments)
+        case ["torchrun" | "accelerate", *rest] if "-m" in rest:
+            _, module, *arguments = rest[rest.index("-m") :]
+            assert module == "speclm", f"not speclm: {module}"
+            check_options(arguments)
         case ["make", target]:
             subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True)
         case ["git", "clone", url] | ["git", "clone", url, _]:
@@ -189,6 +193,8 @@ REFUSED = (
     ("bash", "make no-such-target"),
     ("sh", "speclm bench --prompts a.jsonl --no-such-option"),
     ("sh", "speclm train medusa --no-such-option"),
+    ("sh", "torchrun --nproc-per-node 2 -m speclm train medusa --no-such-option"),
+    ("sh", "torchrun -m other"),
     ("bash", "pip install something-else"),
     ("bash", "pip install 'speclm[nosuch]'"),
     ("bash", "make \\"),

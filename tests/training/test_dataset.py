@@ -4,14 +4,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from speclm.errors import DataError, OptionError
+from speclm.training.arguments import training_arguments
 from speclm.training.conversations import Example
 from speclm.training.dataset import (
     ExampleDataset,
     LengthSampler,
+    PaddedExamples,
     choose_columns,
     collate_examples,
     count_tokens,
+    eval_sampler,
     load_examples,
+    train_sampler,
 )
 from speclm.training.loss_masks import ALL_ZERO, CUT_OFF
 from tests.training.alphabet import TAGGED, conversation, word_tokenizer, write_alphabet
@@ -128,3 +132,31 @@ def test_columns_are_the_most_frequent_tokens_in_order_of_their_ids(counts, data
 
 def test_lowest_other_tokens_fill_up():
     assert choose_columns(torch.tensor([0, 0, 4, 0]), 3).tolist() == [0, 1, 2]
+
+
+def test_rows_of_several_processes_are_read_once_and_padded(tmp_path):
+    rows = [Example(input_ids=[5] * length, loss_mask=[0, 0, 1]) for length in (3, 5, 4, 6, 3)]
+    padded = PaddedExamples(ExampleDataset(rows))
+    assert len(padded) == 5
+    assert padded[3] == rows[3]
+    assert padded[5] == {"input_ids": [5] * 3, "loss_mask": [0] * 3}
+    settings = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 4, "use_cpu": True}
+    args = training_arguments(tmp_path, settings)
+    sampler = train_sampler(padded, args, usual=list)
+    alone = train_sampler(ExampleDataset(rows), args, usual=list)
+    orders = []
+    for epoch in range(3):
+        for each in (sampler, alone):
+            each.set_epoch(epoch)
+        orders.append(list(alone))
+        assert list(sampler) == [*alone, 5]
+        assert sorted(alone) == [0, 1, 2, 3, 4]
+    assert len(sampler) == 6
+    assert orders[0] != orders[1] or orders[1] != orders[2]
+    assert list(eval_sampler(padded, args)) == [3, 1, 2, 0, 4, 5, 5, 5]  # longest first
+    assert list(eval_sampler(ExampleDataset(rows), args)) == [3, 1, 2, 0, 4]
+    args.dataloader_drop_last = True
+    assert len(train_sampler(padded, args, usual=list)) == 5
+    args.train_sampling_strategy = "sequential"
+    assert list(eval_sampler(padded, args)) == [0, 1, 2, 3, 4]
+    assert eval_sampler(iter(rows), args) is None

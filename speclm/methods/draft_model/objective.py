@@ -19,13 +19,11 @@ from speclm.methods.draft_model.proposer import SharedVocabulary
 from speclm.methods.draft_model.training import write_draft_model
 from speclm.target import TargetView
 from speclm.training.acceptance_meter import AcceptanceMeter
+from speclm.training.base_forward import base_logits, last_hidden, recompute_activations
 from speclm.training.targets import IGNORED, count_shifted, next_targets
 from speclm.training.training_model import (
     TrainingModel,
-    base_logits,
-    last_hidden,
     rank_targets,
-    recompute_activations,
     score_in_chunks,
     soft_cross_entropy,
     weighted_loss,

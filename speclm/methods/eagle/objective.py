@@ -116,6 +116,11 @@ class EagleTrainingModel(TrainingModel):
 
     @property
     @override
+    def layers_read(self) -> tuple[int, ...]:
+        return self._layers if self._layers == (-1,) else (*self._layers, -1)
+
+    @property
+    @override
     def max_length(self) -> int | None:
         bounds = (self.view.max_positions, self.heads.config.max_position_embeddings)
         return min(bound for bound in bounds if bound is not None)

@@ -21,11 +21,10 @@ from speclm.methods.medusa.proposer import STATIC_TREE, MedusaProposer
 from speclm.methods.registry import find_heads
 from speclm.target import TargetView, output_matrix
 from speclm.training.acceptance_meter import AcceptanceMeter
+from speclm.training.base_forward import base_logits
 from speclm.training.targets import IGNORED, count_shifted, shifted_targets
 from speclm.training.training_model import (
     TrainingModel,
-    base_logits,
-    last_hidden,
     rank_targets,
     score_in_chunks,
     soft_cross_entropy,
@@ -77,6 +76,11 @@ class MedusaTrainingModel(TrainingModel):
         super().__init__(base, heads)
         self.objective = objective or MedusaObjective()
 
+    @property
+    @override
+    def layers_read(self) -> tuple[int, ...]:
+        return (-1,)
+
     @override
     def count_targets(self, loss_mask: Bool[Tensor, "batch seq"]) -> Float[Tensor, " heads"]:
         return count_shifted(loss_mask, num_drafted=self.heads.num_heads)
@@ -98,12 +102,11 @@ class MedusaTrainingModel(TrainingModel):
         loss_mask: Bool[Tensor, "batch seq"],
         shares: Float[Tensor, " heads"] | None = None,
     ) -> dict[str, Any]:
-        with torch.no_grad():
-            hidden = last_hidden(self.view, input_ids, attention_mask)
-        base_tokens = self.base_tokens(hidden.view(*input_ids.shape, -1), loss_mask)
+        _, last = self.read_base(input_ids, attention_mask, (-1,))
+        base_tokens = self.base_tokens(last, loss_mask)
         outputs = score_heads(
             self.heads,
-            hidden,
+            last.flatten(0, 1),
             shifted_targets(input_ids, loss_mask, num_drafted=self.heads.num_heads),
             shifted_targets(base_tokens, loss_mask, num_drafted=self.heads.num_heads),
             view=self.view,
@@ -133,7 +136,7 @@ def score_heads(
 
     Args:
         heads: The heads.
-        hidden: Hidden states of all positions, from `last_hidden`.
+        hidden: Hidden states of all positions, see `TrainingModel.read_base`.
         targets: Result of `shifted_targets` for the texts.
         wanted: The same for the base's own tokens.
         view: The base.

@@ -30,12 +30,10 @@ from speclm.methods.medusa.proposer import MedusaProposer
 from speclm.methods.medusa.training import MedusaObjective, medusa_meter, score_heads
 from speclm.training.acceptance_meter import AcceptanceMeter
 from speclm.training.adapter import FOLDERS, Adapter, require_output
+from speclm.training.base_forward import base_logits, last_hidden, recompute_activations
 from speclm.training.targets import count_shifted, next_targets, shifted_targets
 from speclm.training.training_model import (
     TrainingModel,
-    base_logits,
-    last_hidden,
-    recompute_activations,
     score_in_chunks,
     soft_cross_entropy,
 )
