@@ -10,6 +10,7 @@ from speclm.cli.distill import answering_bar
 from speclm.cli.train import TrainOptions
 from speclm.data.dialogues import DistillSettings
 from speclm.data.distillation import ModelSource, distill
+from speclm.errors import CheckpointError
 from speclm.files.atomic import write_file
 from speclm.model import SpecModel
 from speclm.training.conversations import draw_lines
@@ -32,11 +33,13 @@ def answer_data(
 
     Raises:
         DataError: If the data cannot be used, or no answer can be kept.
+        CheckpointError: If a training is resumed whose answers are those to other data.
     """
     out = options.out
     data, eval_data = out / "distilled.jsonl", out / "distilled_eval.jsonl"
     if is_main:
         out.mkdir(parents=True, exist_ok=True)
+        _begin(out / "distilled.sha256", options, (data, eval_data))
         source = options.data
         if options.limit is not None:
             lines = draw_lines(source, limit=options.limit, seed=options.seed)
@@ -56,6 +59,22 @@ def digest(options: TrainOptions) -> str:
         with path.open("rb") as file:
             parts.append(hashlib.file_digest(file, "sha256"))
     return hashlib.sha256(b"".join(part.digest() for part in parts)).hexdigest()[:16]
+
+
+def _begin(record: Path, options: TrainOptions, files: tuple[Path, ...]) -> None:
+    """Record what the answers are made from; check that it is the same if they are resumed."""
+    wanted = digest(options)
+    if options.resume and record.is_file():
+        if record.read_text("utf-8", errors="replace") != wanted:
+            raise CheckpointError(
+                f"{record}: the data or its options (--limit, --seed, --distill-tokens) differ "
+                "from those that the base answered, expected the same; resume with these, or train "
+                "in another folder"
+            )
+    elif not options.resume:
+        for path in files:  # of an earlier training
+            path.unlink(missing_ok=True)
+    write_file(record, wanted)
 
 
 def _answer(source: Path, out: Path, options: TrainOptions, loaded: Loaded) -> None:

@@ -116,7 +116,8 @@ def _check(paths: Sequence[str | Path], out: Path, *, schema: str | None, overwr
             )
         if out.exists() and not overwrite:
             raise OptionError(
-                f"the output {str(out)!r} exists; name another file, or allow to overwrite it"
+                f"the output {str(out)!r} exists; name another file, or pass --overwrite "
+                "(overwrite=True)"
             )
     except OSError as error:
         raise OptionError(
@@ -233,7 +234,7 @@ def _write(batch: list[_Prepared], namer: Namer, tally: Tally, file: BinaryIO) -
 def _refusal(row: Row | BrokenLine, error: RowError) -> str:
     return (
         f"{row.where}: {REASONS[error.reason]} ({error.detail}), found {row.excerpt!r}; correct or "
-        "drop the row, or convert without strict"
+        "drop the row, or convert without --strict (strict=False)"
     )
 
 

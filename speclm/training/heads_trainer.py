@@ -93,9 +93,8 @@ class HeadsTrainer(Trainer):
         require_whole(model.view.model)
         _place_base(model.view.model, args)
         self.announce, self.options = _log.info, {}
-        self.heads = model.heads
+        self.heads, self.training_model = model.heads, model
         self._collate: Callable[[Sequence[Example]], dict[str, Tensor]] = collate_examples
-        self.training_model = model
         self._order = EpochOrder()
         self._meters = {is_training: model.new_meter() for is_training in (False, True)}
         self._figures: dict[bool, dict[str, Tensor]] = {False: {}, True: {}}  # sums and counts
@@ -240,7 +239,8 @@ class HeadsTrainer(Trainer):
 
         The number is that of all processes divided by their number, because they average.
         """
-        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        is_open = self.state.global_step < self.state.max_steps  # else it was resumed at its end
+        samples, _ = super().get_batch_samples(epoch_iterator, num_batches * is_open, device)
         return samples, self._count_targets(samples)
 
     def _count_targets(self, batches: Sequence[dict[str, Any]]) -> Tensor | None:

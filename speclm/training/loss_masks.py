@@ -226,30 +226,30 @@ class _Renderer:
     def encode(self, group: list[_Turn]) -> tuple[list[int], list[int]]:
         """Return tokens and loss mask of the last turn of a group; the mask has all its turns."""
         last = group[-1]
-        if self._is_tagged:
-            encoded = self._apply(
-                last.index + 1,
-                return_dict=True,
-                return_assistant_tokens_mask=True,
-                tokenizer_kwargs={"return_offsets_mapping": True},
-            )
-            tokens, first = list(encoded["input_ids"]), group[0].start
-            mask = [
-                int(is_marked and end > first)
-                for is_marked, (_, end) in zip(
-                    encoded["assistant_masks"], encoded["offset_mapping"], strict=True
-                )
-            ]
-        else:
-            tokens, spans = self._tokenize(last.text, [turn.start for turn in group])
-            is_written = [0] * len(last.text)
-            for turn in group:
-                is_written[turn.start : len(turn.text)] = [1] * (len(turn.text) - turn.start)
-            mask = [
-                int(start < end and (is_written[start] or is_written[end - 1]))
-                for start, end in spans
-            ]
+        tokens, spans = self._tokenize(last.text, [turn.start for turn in group])
+        counts = self._tagged(last) if self._is_tagged else [1] * len(last.text)
+        is_written = [0] * len(last.text)
+        for turn in group:
+            part = slice(turn.start, len(turn.text))
+            is_written[part] = counts[part]
+        mask = [
+            int(start < end and (is_written[start] or is_written[end - 1])) for start, end in spans
+        ]
         return tokens, _until_end(tokens, mask, end=self._tokenizer.eos_token_id)
+
+    def _tagged(self, turn: _Turn) -> list[int]:
+        """Return for each character of a rendering whether it lies between generation tags."""
+        encoded = self._apply(
+            turn.index + 1,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"return_offsets_mapping": True},
+        )
+        marks = [0] * len(turn.text)
+        pairs = zip(encoded["assistant_masks"], encoded["offset_mapping"], strict=True)
+        for start, end in (span for is_marked, span in pairs if is_marked):
+            marks[start:end] = [1] * (end - start)
+        return marks
 
     def _tokenize(self, text: str, starts: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
         """Return tokens of a rendering and their spans, split where answers start if that works.

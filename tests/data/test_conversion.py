@@ -215,7 +215,7 @@ def test_outputs_that_cannot_be_written_are_named(write, out, tmp_path):
         convert([source, tmp_path / "none.json"], out)
     assert not out.exists()
     out.write_text("old")
-    with pytest.raises(OptionError, match=r"exists; name another file, or allow to overwrite"):
+    with pytest.raises(OptionError, match=r"exists; name another file, or pass --overwrite"):
         convert(source, out)
     assert out.read_text() == "old"
 

@@ -229,6 +229,9 @@ def test_resumed_training_is_the_unbroken_one_bit_for_bit(make, alphabet, strate
     resumed = make(alphabet, folder="broken", **settings)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 7
+    resumed = make(alphabet, folder="broken", **settings)
+    resumed.train(resume_from_checkpoint=True)  # finished: no step is added
+    assert resumed.state.global_step == 7
     for name, value in whole.heads.state_dict().items():
         assert torch.equal(resumed.heads.state_dict()[name], value)
     for expected, log in zip(whole.state.log_history, resumed.state.log_history, strict=True):

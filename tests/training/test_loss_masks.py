@@ -178,10 +178,17 @@ def test_prompt_that_ends_within_a_token_is_tokenized_as_generation_sees_it():
     tokenizer = AutoTokenizer.from_pretrained(assets()["base"])
     row = Conversation(conversation("a", "SELECT x").messages, "row 1")
     tokenizer.chat_template = (
+        "{{ messages[0]['content'] }}{% if messages | length > 1 %} : {% generation %}"
+        "{{ messages[1]['content'] }}{% endgeneration %}{% endif %}"
+        "{% if add_generation_prompt %} : {% endif %}"
+    )
+    tagged = tokenize_conversation(row, tokenizer)
+    tokenizer.chat_template = (
         "{{ messages | map(attribute='content') | join(' : ') }}"
         "{% if add_generation_prompt %} : {% endif %}"
     )
     ((ids, mask),) = (example.values() for example in tokenize_conversation(row, tokenizer))
+    assert tagged == [{"input_ids": ids, "loss_mask": mask}]
     prompt = tokenizer("a : ", add_special_tokens=False)["input_ids"]
     assert ids[: len(prompt)] == prompt
     assert mask == [0] * len(prompt) + [1] * (len(ids) - len(prompt))
