@@ -28,7 +28,7 @@ from speclm.cli._files import (
 from speclm.cli._models import Loaded, load_with_heads
 from speclm.cli._options import BenchOptions
 from speclm.files.hub import path_exists
-from speclm.files.weights import weights_digest
+from speclm.model.publishing import drafting_digest
 from speclm.plots import require_plots
 
 
@@ -137,5 +137,5 @@ def _identity_of_heads(options: BenchOptions) -> dict[str, str]:
     """Return a hash of the heads in a folder that a report is about, for ``speclm push``."""
     if options.report is None or options.heads is None or not path_exists(options.heads):
         return {}
-    digest = weights_digest(Path(options.heads))
+    digest = drafting_digest(Path(options.heads))
     return {} if digest is None else {"heads_sha256": digest}

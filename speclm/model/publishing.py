@@ -1,12 +1,13 @@
 """Publish a folder of heads on the hub: checked files, a card with recipe and figures, charts."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from speclm.cards import CHARTS, GENERATED_MARK, REPORT_NAME, HeadsCard
-from speclm.drafting.heads_folder import CARD_NAME, CONFIG_NAME
+from speclm.drafting.heads_folder import CARD_NAME, CONFIG_NAME, read_choices
 from speclm.errors import CheckpointError, DataError, OptionError, shown
 from speclm.files.atomic import read_json
 from speclm.files.hub import UploadOptions, fetch_existing, is_hub_id, upload
@@ -109,11 +110,24 @@ def prepare_publication(
     figures |= _calibration(folder)
     found = folder / REPORT_FOLDER if report is None else Path(report)
     if report is not None or (found / REPORT_NAME).is_file():
-        figures |= _read_report(found, digest)
+        figures |= _read_report(found, drafting_digest(folder))
         charts = {name: f"{REPORT_FOLDER}/{file}" for name, file in CHARTS.items()}
         files |= {charts[name]: found / file for name, file in CHARTS.items()}
         card = replace(card, charts=charts)
     return _with_card(folder, repository, method, files, replace(card, figures=figures))
+
+
+def drafting_digest(folder: Path) -> str | None:
+    """Return a hash of how heads in a folder draft: weights, and the stored tree if there is one.
+
+    Returns:
+        None without weights in safetensors.
+    """
+    digest, path = weights_digest(folder), folder / CONFIG_NAME
+    choices = read_choices(folder, read_json(path)) if path.is_file() else None
+    if digest is None or choices is None:
+        return digest
+    return hashlib.sha256(f"{digest} {choices}".encode()).hexdigest()
 
 
 def publish(publication: Publication, options: UploadOptions) -> str:
@@ -230,8 +244,8 @@ def _read_report(folder: Path, digest: str | None) -> dict[str, str]:
         ) from error
     if measured != {digest}:
         raise OptionError(
-            f"{path}: the report is of other heads, or of these before they were trained again; "
-            "measure the heads with speclm bench --heads FOLDER --report FOLDER/report"
+            f"{path}: the report is of other heads, or of these before they were trained or tuned "
+            "again; measure the heads with speclm bench --heads FOLDER --report FOLDER/report"
         )
     missing = [file for file in CHARTS.values() if not (folder / file).is_file()]
     if missing:

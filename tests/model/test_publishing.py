@@ -8,13 +8,14 @@ import torch
 
 from speclm import SpecModel
 from speclm.cards import GENERATED_MARK, REPORT_NAME
+from speclm.drafting.heads_folder import store_choices
 from speclm.errors import CheckpointError, DataError, OptionError
 from speclm.files.atomic import write_json
 from speclm.files.hub import UploadOptions
 from speclm.files.weights import weights_digest
 from speclm.methods.medusa.proposer import MedusaProposer
 from speclm.methods.medusa.training import new_medusa_heads
-from speclm.model.publishing import prepare_publication, publish
+from speclm.model.publishing import drafting_digest, prepare_publication, publish
 from tests.model.hub import running_hub
 from tests.model.test_saving import with_eagle, with_heads
 from tests.models import build_model
@@ -193,6 +194,16 @@ def test_report_of_other_heads_is_refused(folder, tmp_path):
     (report / "speed.png").unlink()
     with pytest.raises(DataError, match=r"speed\.png: found no chart"):
         prepare_publication(folder, "me/heads", report=report)
+
+
+def test_report_of_heads_without_their_stored_tree_is_refused(folder):
+    write_report(folder / "report", digest=drafting_digest(folder))
+    assert "1.55" in prepare_publication(folder, "me/heads").card
+    store_choices(folder, ((0,), (0, 0)), notes={}, check=lambda _: None)
+    with pytest.raises(OptionError, match=r"report is of .*tuned again"):
+        prepare_publication(folder, "me/heads")
+    write_report(folder / "report", digest=drafting_digest(folder))
+    assert "1.55" in prepare_publication(folder, "me/heads").card
 
 
 def test_history_of_other_heads_is_refused(folder):
