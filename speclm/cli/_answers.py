@@ -53,7 +53,7 @@ def answer_data(
 
 def digest(options: TrainOptions) -> str:
     """Return a hash of what decides the answers, which a resumed training must share."""
-    settings = f"{options.distill_tokens} {options.limit} {options.seed}"
+    settings = f"{options.base} {options.distill_tokens} {options.limit} {options.seed}"
     parts = [hashlib.sha256(settings.encode())]
     for path in filter(None, (options.data, options.eval_data)):
         with path.open("rb") as file:
