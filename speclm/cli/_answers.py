@@ -67,9 +67,9 @@ def _begin(record: Path, options: TrainOptions, files: tuple[Path, ...]) -> None
     if options.resume and record.is_file():
         if record.read_text("utf-8", errors="replace") != wanted:
             raise CheckpointError(
-                f"{record}: the data or its options (--limit, --seed, --distill-tokens) differ "
-                "from those that the base answered, expected the same; resume with these, or train "
-                "in another folder"
+                f"{record}: the data or an option (--base, --limit, --seed, --distill-tokens) "
+                "differs from what was answered, expected the same; resume with that, or train in "
+                "another folder"
             )
     elif not options.resume:
         for path in files:  # of an earlier training

@@ -344,6 +344,6 @@ def test_the_base_answers_the_data_before_the_training(run, tmp_path):
     (out / "distilled.jsonl").write_bytes(answers)
     data.write_text(data.read_text() + "\n" + json.dumps(rows[0]))
     shutil.rmtree(out / "checkpoint-1")
-    with pytest.raises(CheckpointError, match="differ from those that the base answered"):
+    with pytest.raises(CheckpointError, match="differs from what was answered"):
         run(*command, *limits, "--resume")
     assert (out / "distilled.jsonl").read_bytes() == answers
