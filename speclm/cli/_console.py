@@ -12,6 +12,8 @@ from rich.text import Text
 
 USAGE_ERROR = 2
 """Exit code of wrong options and files, and of an unsuitable environment."""
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells report it."""
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 _BIDI = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))  # overrides, embeddings and isolates

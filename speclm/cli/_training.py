@@ -15,6 +15,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArgumen
 from typing_extensions import override
 
 from speclm.cli._answers import answer_data, digest
+from speclm.cli._console import INTERRUPTED
 from speclm.cli._features import use_features
 from speclm.cli._files import require_folder_to_write
 from speclm.cli._models import load
@@ -29,9 +30,6 @@ from speclm.training.heads_trainer import HeadsTrainer
 from speclm.training.history import write_history
 from speclm.training.loss_masks import marked_excerpts
 from speclm.training.partitions import loading_whole
-
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells report it."""
 
 _EVALUATION = "eval_"
 

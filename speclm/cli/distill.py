@@ -17,7 +17,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from speclm.cli._console import printable
+from speclm.cli._console import INTERRUPTED, printable
 from speclm.cli._files import prepare_file
 from speclm.cli._models import load_with_heads
 from speclm.cli._options import DistillOptions, DraftOptions
@@ -33,9 +33,6 @@ from speclm.data.row_plan import RowPlan, Shard
 from speclm.data.server import ServerSource
 from speclm.data.shards import require_free
 from speclm.errors import OptionError
-
-INTERRUPTED = 130
-"""Exit code after Ctrl-C."""
 
 _SERVER_ONLY = ("model", "api_key_env", "concurrency", "timeout", "retries")
 
