@@ -178,6 +178,28 @@ class BenchOptions(DraftOptions):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ConvertOptions:
+    """Write heads in the checkpoint format of other software; needs no GPU."""
+
+    heads: Annotated[str, typer.Argument(help="Folder or hub id of the heads, in any format.")]
+    to: Annotated[
+        str,
+        typer.Option(
+            help="Format to write: speclm, medusa, eagle, vllm, vllm-legacy, sglang, tgi, "
+            "speculators, specforge, modelopt or rtp-llm."
+        ),
+    ]
+    out: Annotated[Path, typer.Option(help="New folder to write.")]
+    base: Annotated[
+        str | None,
+        typer.Option(help="Folder or hub id of the base, for formats that embed its matrices."),
+    ] = None
+    heads_revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of the heads on the hub.")
+    ] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PushOptions:
     """Upload heads to the hub, with a model card that has their recipe and figures."""
 

@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "tune": (_options.TuneOptions, "tune"),
     "warm": (_options.WarmOptions, "warm"),
     "index": (_options.IndexOptions, "index"),
+    "convert": (_options.ConvertOptions, "convert"),
     "push": (_options.PushOptions, "push"),
     "verify": (_options.VerifyOptions, "verify"),
     "kernels": (_options.KernelsOptions, "machine"),

@@ -8,13 +8,12 @@ from typing import Any, Generic, Self, TypeVar
 
 import torch
 from jaxtyping import Float, Int
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from speclm.cards import GENERATED_MARK
 from speclm.errors import CheckpointError, TopologyError, TreeBudgetError, UnknownNameError
-from speclm.files.atomic import write_file, written_together
+from speclm.files.atomic import write_file
 from speclm.files.hub import is_hub_id, path_exists
 from speclm.files.weights import FLOATS, WeightFiles, read_json, weight_files
 from speclm.tree.static import RankPaths, normalize_paths
@@ -111,37 +110,6 @@ class HeadsCheckpoint(Generic[ConfigT]):
         config = replace(config, **{_SHARED[name]: False for name in copied})
         kept = {name: tensor for name, tensor in self.tensors.items() if name not in copied}
         return replace(self, config=config, tensors=kept)
-
-
-def write_heads(
-    folder: Path,
-    *,
-    weights_name: str,
-    tensors: Mapping[str, Tensor],
-    config: Mapping[str, Any],
-    card: str | None,
-    check: Callable[[Path], None],
-) -> None:
-    """Write all files to a temporary folder, check them, then move them; the config comes last.
-
-    Args:
-        folder: Created if it does not exist.
-        weights_name: File name of the weights.
-        tensors: Tensors by key; they may share memory.
-        config: Content of the config.
-        card: Text of the model card; None for none.
-        check: Reads the temporary folder, and raises if it differs from what was meant.
-    """
-    with written_together(folder, last=CONFIG_NAME) as aside:
-        own = {
-            key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-            for key, tensor in tensors.items()
-        }
-        save_file(own, aside / weights_name, metadata={"format": "pt"})
-        write_file(aside / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
-        if card is not None:
-            write_file(aside / CARD_NAME, card)
-        check(aside)
 
 
 def hub_id(name: str | None) -> str | None:
@@ -358,31 +326,3 @@ def require_whole(
             f"{folder}: tensor {name!r} has shape {found.get(name)}, expected {expected.get(name)} "
             "as the numbers of the heads say; pass the numbers that the tensors were made with"
         )
-
-
-def require_same_tensors(
-    path: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]
-) -> None:
-    """Check that the tensors read back equal the written ones, bit by bit.
-
-    Raises:
-        CheckpointError: If a tensor differs or is missing on one side.
-    """
-    differing = [
-        name
-        for name in sorted({*expected, *found})
-        if name not in expected
-        or name not in found
-        or not _are_same_bits(expected[name].detach().cpu(), found[name])
-    ]
-    if differing:
-        raise CheckpointError(
-            f"{path}: {differing!r} read back differ from what was written, the old files are "
-            "kept; check the disk and save again"
-        )
-
-
-def _are_same_bits(first: Tensor, second: Tensor) -> bool:
-    if first.shape != second.shape or first.dtype != second.dtype:
-        return False
-    return torch.equal(first.contiguous().view(torch.uint8), second.contiguous().view(torch.uint8))

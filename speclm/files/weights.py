@@ -161,6 +161,16 @@ def weight_files(folder: Path, *, first: str = "model.safetensors") -> Iterator[
         yield WeightFiles(file, dict.fromkeys(_load_pickle(file), file))
 
 
+def weights_of(file: Path) -> WeightFiles:
+    """Return the state dict in one file: safetensors, or pickled for any other name.
+
+    Raises:
+        CheckpointError: If the file is missing or damaged.
+    """
+    keys = _safetensors_keys(file) if file.suffix == ".safetensors" else _load_pickle(file)
+    return WeightFiles(file, dict.fromkeys(keys, file))
+
+
 def _indexed_files(index: Path) -> dict[str, Path] | None:
     content = read_json(index)
     if "weight_map" not in content:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
 
     from speclm.cards import HeadsCard
+    from speclm.drafting.formats import CheckpointFormat
     from speclm.drafting.heads_folder import Destination
     from speclm.drafting.interface import Proposer
     from speclm.files.weights import WeightFiles
@@ -155,6 +156,10 @@ class Method(ABC):
         """
         del destination
         raise no_heads(proposer)
+
+    def formats(self) -> "tuple[CheckpointFormat[Any], ...]":
+        """Return the checkpoint formats of this method's heads, that of `save` first."""
+        return ()
 
     def card(self, folder: Path) -> "HeadsCard":
         """Return the card of the heads in a folder, which are read completely; see `save`."""

@@ -14,6 +14,7 @@ from speclm import __version__
 from speclm.cli import app, main
 from speclm.cli._console import print_error, printable
 from speclm.cli._options import (
+    ConvertOptions,
     DemoOptions,
     HeadsOptions,
     IndexOptions,
@@ -54,7 +55,7 @@ def test_options_of_one_idea_are_spelled_alike():
         assert not names & {"n", "nodes", "data", "prompts_file", "num"} - conversations
         for group in (ModelOptions, HeadsOptions):
             own = set(group.__annotations__)
-            loads_no_base = options in (DemoOptions, IndexOptions, PushOptions)
+            loads_no_base = options in (ConvertOptions, DemoOptions, IndexOptions, PushOptions)
             assert not names & own or names >= own or loads_no_base
 
 

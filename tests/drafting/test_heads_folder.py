@@ -18,11 +18,11 @@ from speclm.drafting.heads_folder import (
     read_columns,
     require_folder,
     require_replaceable,
-    require_same_tensors,
     require_shapes,
     require_whole,
     store_choices,
 )
+from speclm.drafting.package import require_same_tensors
 from speclm.errors import CheckpointError
 from tests.models import shared_model
 

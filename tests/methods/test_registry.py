@@ -10,14 +10,13 @@ from typing import Annotated
 import jaxtyping
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from speclm import SpecModel
 from speclm.cards import GENERATED_MARK, HeadsCard
 from speclm.config import require_options
-from speclm.drafting.heads_folder import require_same_tensors, write_heads
 from speclm.drafting.interface import Draft, Proposer, TargetNeeds
+from speclm.drafting.package import Package, write_package
 from speclm.errors import CheckpointError, OptionError, UnknownNameError
 from speclm.files.weights import read_text, weight_files
 from speclm.methods import registry
@@ -125,18 +124,8 @@ class ToyRecipe(Recipe):
 def write_toy(folder, heads, *, card):
     tensors = {"toy.table": heads.table.detach()}
 
-    def check(aside):
-        require_same_tensors(folder, tensors, load_file(aside / "toy.safetensors"))
-
-    config = {"toy_size": len(heads.table)}
-    write_heads(
-        folder,
-        weights_name="toy.safetensors",
-        tensors=tensors,
-        config=config,
-        card=card,
-        check=check,
-    )
+    package = Package({"toy_size": len(heads.table)}, {"toy.safetensors": tensors})
+    write_package(folder, package, card=card, check=lambda aside: None)
 
 
 class ToyMethod(Method):

@@ -19,12 +19,11 @@ from speclm.drafting.heads_folder import (
     read_choices,
     read_columns,
     require_replaceable,
-    require_same_tensors,
     require_shapes,
     require_whole,
-    write_heads,
 )
 from speclm.drafting.heads_network import copy_tensors
+from speclm.drafting.package import Package, write_package
 from speclm.errors import CheckpointError, shown
 from speclm.files.weights import INDEX, WeightFiles, reading, weight_files
 from speclm.methods.block.config import BlockConfig
@@ -282,27 +281,20 @@ def write_block(
 
     def check(aside: Path) -> None:
         found = read_block(aside, num_target_layers=num_target_layers)
-        require_same_tensors(folder / WEIGHTS_NAME, checkpoint.tensors, found.tensors)
         _require_written(folder / CONFIG_NAME, config, found.config)
 
     named = {name: t for name, t in checkpoint.tensors.items() if name != "draft_columns"}
     if config.has_draft_vocab:
         columns = checkpoint.tensors["draft_columns"]
         named |= draft_lists(columns, vocab_size=config.vocab_size)
-    write_heads(
-        folder,
-        weights_name=WEIGHTS_NAME,
-        tensors=named,
-        config=describe(
-            config,
-            dtype=checkpoint.dtype,
-            num_target_layers=num_target_layers,
-            base_name_or_path=checkpoint.base_name_or_path,
-            choices=checkpoint.choices,
-        ),
-        card=card,
-        check=check,
+    described = describe(
+        config,
+        dtype=checkpoint.dtype,
+        num_target_layers=num_target_layers,
+        base_name_or_path=checkpoint.base_name_or_path,
+        choices=checkpoint.choices,
     )
+    write_package(folder, Package(described, {WEIGHTS_NAME: named}), card=card, check=check)
 
 
 def require_writable(folder: Path) -> None:

@@ -24,8 +24,8 @@ from speclm.drafting.heads_folder import (
     WEIGHTS_NAME,
     Destination,
     require_replaceable,
-    require_same_tensors,
 )
+from speclm.drafting.package import require_same_tensors
 from speclm.errors import CheckpointError, OptionError, UnknownNameError
 from speclm.files.atomic import read_json, write_file, written_together
 from speclm.target import TargetView, stored_matrices

@@ -15,11 +15,10 @@ from speclm.drafting.heads_folder import (
     read_choices,
     read_columns,
     require_replaceable,
-    require_same_tensors,
     require_shapes,
     require_whole,
-    write_heads,
 )
+from speclm.drafting.package import Package, write_package
 from speclm.errors import CheckpointError, shown
 from speclm.files.weights import INDEX, WeightFiles, reading, weight_files
 from speclm.methods.eagle.checkpoint_config import (
@@ -203,31 +202,25 @@ def write_eagle(
     """
     folder = Path(folder)
     require_writable(folder)
-    if num_target_layers is not None:
-        config = without_usual_layers(checkpoint.config, num_target_layers)
-        checkpoint = EagleCheckpoint(
-            config, checkpoint.tensors, checkpoint.base_name_or_path, checkpoint.choices
-        )
     require_whole(folder, checkpoint.tensors, _expected_shapes(checkpoint.config))
+    config = without_usual_layers(checkpoint.config, num_target_layers)
 
     def check(aside: Path) -> None:
-        found, path = read_eagle(aside), folder / WEIGHTS_NAME
-        require_same_tensors(path, checkpoint.tensors, found.tensors)
-        require_written(folder / CONFIG_NAME, checkpoint.config, found.config)
+        require_written(folder / CONFIG_NAME, config, read_eagle(aside).config)
 
-    write_heads(
-        folder,
-        weights_name=WEIGHTS_NAME,
-        tensors=_named_tensors(checkpoint),
-        config=describe(
-            checkpoint.config,
-            dtype=checkpoint.dtype,
-            base_name_or_path=checkpoint.base_name_or_path,
-            choices=checkpoint.choices,
-        ),
-        card=card,
-        check=check,
+    package = pack_eagle(checkpoint, num_target_layers=num_target_layers)
+    write_package(folder, package, card=card, check=check)
+
+
+def pack_eagle(checkpoint: EagleCheckpoint, *, num_target_layers: int | None = None) -> Package:
+    """Return the files of EAGLE heads as `write_eagle` writes them."""
+    config = describe(
+        without_usual_layers(checkpoint.config, num_target_layers),
+        dtype=checkpoint.dtype,
+        base_name_or_path=checkpoint.base_name_or_path,
+        choices=checkpoint.choices,
     )
+    return Package(config, {WEIGHTS_NAME: named_tensors(checkpoint)})
 
 
 def require_writable(folder: Path) -> None:
@@ -239,7 +232,7 @@ def require_writable(folder: Path) -> None:
     require_replaceable(folder, is_mine=_is_eagle, owner="EAGLE heads")
 
 
-def _named_tensors(checkpoint: EagleCheckpoint) -> dict[str, Tensor]:
+def named_tensors(checkpoint: EagleCheckpoint) -> dict[str, Tensor]:
     """Return the tensors by the names that SafeAILab's code uses."""
     config, named = checkpoint.config, {}
     for name, tensor in checkpoint.tensors.items():

@@ -200,10 +200,11 @@ def _sliding_window(hints: Mapping[str, Any]) -> int | None:
     return hints.get("sliding_window") if is_used else None
 
 
-def without_usual_layers(config: EagleConfig, num_target_layers: int) -> EagleConfig:
-    """Return a config that leaves out the feature layers if they are the usual ones."""
-    is_named = config.kind == "eagle3" and config.feature_layers is not None
-    if is_named and config.layers_to_read(num_target_layers) == usual_layers(num_target_layers):
+def without_usual_layers(config: EagleConfig, num_target_layers: int | None) -> EagleConfig:
+    """Return a config that leaves out the feature layers if they are the usual ones of a base."""
+    if num_target_layers is None or config.kind != "eagle3" or config.feature_layers is None:
+        return config
+    if config.layers_to_read(num_target_layers) == usual_layers(num_target_layers):
         return replace(config, feature_layers=None)
     return config
 

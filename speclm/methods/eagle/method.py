@@ -22,6 +22,7 @@ from speclm.methods.registry import HeadsSource, Method, Recipe
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
 
+    from speclm.drafting.formats import CheckpointFormat
     from speclm.drafting.heads_folder import Destination
     from speclm.drafting.interface import Proposer
     from speclm.files.weights import WeightFiles
@@ -259,6 +260,12 @@ class EagleMethod(Method):
             num_target_layers=num_layers,
             card=destination.card(card.render()),
         )
+
+    @override
+    def formats(self) -> "tuple[CheckpointFormat[Any], ...]":
+        from speclm.methods.eagle.checkpoint_formats import EAGLE_FORMATS
+
+        return EAGLE_FORMATS
 
     @override
     def card(self, folder: Path) -> HeadsCard:

@@ -15,9 +15,8 @@ from speclm.drafting.heads_folder import (
     CONFIG_NAME,
     read_choices,
     require_folder,
-    require_same_tensors,
-    write_heads,
 )
+from speclm.drafting.package import Package, write_package
 from speclm.errors import CheckpointError, shown
 from speclm.files.weights import (
     FLOATS,
@@ -337,18 +336,8 @@ def write_medusa(
     folder = Path(folder)
     require_writable(folder)
 
-    def check(aside: Path) -> None:
-        found = read_medusa(aside)
-        require_same_tensors(folder / WEIGHTS_NAME, checkpoint.tensors, found.tensors)
-
-    write_heads(
-        folder,
-        weights_name=WEIGHTS_NAME,
-        tensors=_named_tensors(checkpoint),
-        config=_config(checkpoint),
-        card=card,
-        check=check,
-    )
+    package = Package(_config(checkpoint), {WEIGHTS_NAME: _named_tensors(checkpoint)})
+    write_package(folder, package, card=card, check=read_medusa)
 
 
 def require_writable(folder: Path) -> None:

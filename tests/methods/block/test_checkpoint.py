@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from speclm.drafting import heads_folder
+from speclm.drafting import package
 from speclm.errors import CheckpointError, SpeclmError
 from speclm.methods.block.checkpoint import (
     block_checkpoint,
@@ -359,8 +359,8 @@ def test_failed_writing_keeps_the_old_files(tmp_path, monkeypatch):
         first = next(iter(state))
         save_file({**state, first: state[first] + 1}, path, **options)
 
-    save_file = heads_folder.save_file
-    monkeypatch.setattr(heads_folder, "save_file", save_other)
+    save_file = package.save_file
+    monkeypatch.setattr(package, "save_file", save_other)
     with pytest.raises(CheckpointError, match="read back differ from what was written"):
         write_block(tmp_path, block_checkpoint(heads("JetSpec")))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

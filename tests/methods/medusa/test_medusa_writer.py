@@ -1,5 +1,4 @@
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -7,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from speclm.drafting import heads_folder as _heads_files
+from speclm.drafting import package
 from speclm.errors import CheckpointError
 from speclm.files import atomic as files
 from speclm.methods.medusa import checkpoint as medusa_writer
@@ -94,7 +93,7 @@ def test_shared_and_transposed_and_odd_values_are_written(tmp_path):
     assert "vocab_size" not in config
 
 
-STEPS = [(_heads_files, "save_file"), (files, "_sync"), (medusa_writer, "read_medusa")]
+STEPS = [(package, "save_file"), (files, "_sync"), (medusa_writer, "read_medusa")]
 
 
 @pytest.mark.parametrize(("module", "step"), STEPS)
@@ -112,10 +111,13 @@ def test_failure_leaves_the_old_files(tmp_path, monkeypatch, module, step):
 
 
 def test_a_bit_that_changed_on_disk_is_an_error(tmp_path, monkeypatch):
+    save = package.save_file
+    changed = {"1.0.linear.bias": torch.ones(4)}
     monkeypatch.setattr(
-        medusa_writer, "read_medusa", lambda folder: replace(checkpoint(), bias=None)
+        package, "save_file", lambda tensors, *rest, **kw: save({**tensors, **changed}, *rest, **kw)
     )
-    with pytest.raises(CheckpointError, match=r"\['bias'\] read back differ.*old files are kept"):
+    words = r"\['1.0.linear.bias'\] read back differ.*old files are kept"
+    with pytest.raises(CheckpointError, match=words):
         write_medusa(tmp_path, checkpoint())
     assert list(tmp_path.iterdir()) == []
 

@@ -1,0 +1,88 @@
+"""Checkpoint formats: how heads are laid out for other software, and who loads them."""
+
+import shlex
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+from typing import Any, ClassVar, Generic, TypeVar
+
+from speclm.cards import HeadsCard
+from speclm.drafting.base_parts import BaseParts
+from speclm.drafting.package import Package
+from speclm.files.weights import WeightFiles
+
+CheckpointT = TypeVar("CheckpointT")
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """Software that loads heads in a format.
+
+    Args:
+        name: Its name.
+        versions: Versions that load the heads, as a phrase such as ``"0.33 and later"``.
+        command: Shell command that serves base and heads; ``$base`` and ``$heads`` stand for
+            their places. Empty if the software has none.
+        note: What a user has to know before the command works, in one sentence.
+    """
+
+    name: str
+    versions: str
+    command: str = ""
+    note: str = ""
+
+    def command_for(self, *, base: str, heads: str) -> str:
+        """Return the command for a base and heads; places are quoted for the shell."""
+        return Template(self.command).substitute(base=shlex.quote(base), heads=heads)
+
+
+class CheckpointFormat(ABC, Generic[CheckpointT]):
+    """A layout of heads on disk, for one method.
+
+    Attributes:
+        name: Name for ``speclm convert --to``; several methods may have a format of one name.
+        title: Whose layout it is, in a few words.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+
+    @abstractmethod
+    def detect(self, source: WeightFiles, config: Mapping[str, Any]) -> bool:
+        """Return whether weights with these keys and this config.json are in this format.
+
+        Args:
+            source: Weight files whose keys are those of the method's heads.
+            config: Content of config.json; empty without one.
+        """
+
+    @abstractmethod
+    def read(self, folder: Path) -> CheckpointT:
+        """Return the heads in a folder of this format; large tensors stay on the disk.
+
+        Raises:
+            CheckpointError: If they are damaged, incomplete or of another method.
+        """
+
+    @abstractmethod
+    def pack(self, checkpoint: CheckpointT, base: BaseParts | None) -> Package:
+        """Return the files of heads in this format.
+
+        Args:
+            checkpoint: The heads.
+            base: The model that they draft for, if it is known.
+
+        Raises:
+            CheckpointError: If the format cannot hold the heads, or needs the base; the message
+                says what to do.
+        """
+
+    @abstractmethod
+    def engines(self, checkpoint: CheckpointT) -> tuple[Engine, ...]:
+        """Return the software that loads these heads in this format, the usual one first."""
+
+    @abstractmethod
+    def card(self, checkpoint: CheckpointT) -> HeadsCard:
+        """Return the model card of heads."""

@@ -1,0 +1,216 @@
+"""Convert heads from one checkpoint format to another, with a card and their provenance."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from speclm._version import __version__
+from speclm.cards import HeadsCard
+from speclm.drafting.base_parts import BaseParts
+from speclm.drafting.formats import CheckpointFormat, Engine
+from speclm.drafting.heads_folder import CONFIG_NAME, hub_id, require_folder
+from speclm.drafting.package import EXPORT_NAME, Package, write_package
+from speclm.errors import CheckpointError, OptionError, UnknownNameError, suggest
+from speclm.files.weights import read_json
+from speclm.methods.registry import Method, find_heads, registered_methods
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What `convert_heads` wrote.
+
+    Args:
+        folder: Folder of the converted heads.
+        method: Name of their method.
+        source: Format that they were in.
+        format: Format that they are in.
+        engines: Software that loads them.
+        notes: What the user should know about the result.
+        num_bytes: Size of all files.
+    """
+
+    folder: Path
+    method: str
+    source: str
+    format: str
+    engines: tuple[Engine, ...]
+    notes: tuple[str, ...]
+    num_bytes: int
+
+
+def convert_heads(
+    heads: str | Path,
+    out: str | Path,
+    *,
+    to: str,
+    base: str | Path | BaseParts | None = None,
+    heads_kwargs: Mapping[str, Any] | None = None,
+) -> Conversion:
+    """Write heads in another checkpoint format; needs neither a GPU nor, usually, the base.
+
+    Tensors are copied one after the other, so heads may be larger than the memory.
+
+    Args:
+        heads: Folder or hub id, in any format that is read.
+        out: Folder to write: a new or empty one, or one with heads in the same format.
+        to: Name of the format; see `format_names`.
+        base: Folder or hub id of the base, for formats that embed its matrices. Only those are
+            read.
+        heads_kwargs: Options for the hub, such as ``revision``.
+
+    Raises:
+        UnknownNameError: If there are no such heads, or the method has no such format.
+        CheckpointError: If the heads are damaged, or the format cannot hold them; the message says
+            which part, and what to do.
+        OptionError: If they are no heads but a draft model.
+        OSError: If the files cannot be written; nothing is changed then.
+
+    Example:
+        ```python
+        from speclm.demo.bundle import assets
+        from speclm.model.exporting import convert_heads
+
+        done = convert_heads(assets()["eagle3"], "for-vllm", to="vllm")
+        print(done.engines[0].versions)
+        ```
+    """
+    source = find_heads(heads, heads_kwargs)
+    if source.folder is None or not source.method.formats():
+        raise OptionError(
+            f"heads {str(heads)!r} are of {source.method.name}, which has no formats; expected "
+            "heads such as those of speclm train; a draft model needs no conversion, other "
+            "software loads it as it is"
+        )
+    target = find_format(source.method, to)
+    found = detect_formats(source.folder, source.method)[0]
+    checkpoint = found.read(source.folder)
+    parts = base if base is None or isinstance(base, BaseParts) else BaseParts.find(base)
+    made_of = {"name": hub_id(str(heads)), "format": found.name}
+    return write_format(
+        Path(out), checkpoint, target, method=source.method, base=parts, source=made_of
+    )
+
+
+def write_format(
+    folder: Path,
+    checkpoint: Any,
+    target: CheckpointFormat[Any],
+    *,
+    method: Method,
+    base: BaseParts | None,
+    source: Mapping[str, Any],
+    repo_id: str | None = None,
+) -> Conversion:
+    """Write heads in a format, with a model card and their provenance; see `convert_heads`.
+
+    Args:
+        folder: Folder to write.
+        checkpoint: The heads, as the format's `read` returns them.
+        target: The format.
+        method: Their method.
+        base: Their base, if it is known.
+        source: Where they come from, as it is recorded.
+        repo_id: Repository on the hub that the folder is uploaded to, if any.
+    """
+    _require_free(folder, target)
+    package = target.pack(checkpoint, base)
+    engines = target.engines(checkpoint)
+    base_id = hub_id(base.name) if base else checkpoint.base_name_or_path
+    provenance = {
+        "speclm_version": __version__,
+        "method": method.name,
+        "format": target.name,
+        "source": dict(source),
+        "base": {"name": base_id, "commit": base.commit if base else None},
+        "engines": [asdict(engine) for engine in engines],
+        "notes": list(package.notes),
+        **package.facts,
+    }
+    text = json.dumps(provenance, indent=2) + "\n"
+    files = {**package.files, EXPORT_NAME: text}
+    card = target.card(checkpoint)
+    card = replace(card, base=base_id or card.base, repo_id=repo_id)
+    card = replace(card, software=_software(card, target, engines, package))
+
+    def check(aside: Path) -> None:
+        if target not in detect_formats(aside, method):
+            raise CheckpointError(
+                f"{folder}: the files read back in another format than {target.name!r}; report "
+                "this with the config of the heads"
+            )
+        target.read(aside)
+
+    write_package(folder, replace(package, files=files), card=card.render(), check=check)
+    written = [folder / name for name in (*package.weights, *files, CONFIG_NAME)]
+    num_bytes = sum(path.stat().st_size for path in written)
+    return Conversion(
+        folder, method.name, str(source["format"]), target.name, engines, package.notes, num_bytes
+    )
+
+
+def format_names() -> dict[str, list[str]]:
+    """Return the names of all formats that can be written, by method."""
+    methods = registered_methods().values()
+    return {m.name: [each.name for each in m.formats()] for m in methods if m.formats()}
+
+
+def find_format(method: Method, name: str) -> CheckpointFormat[Any]:
+    """Return a format of a method by name.
+
+    Raises:
+        UnknownNameError: If it has none of that name.
+    """
+    formats = {each.name: each for each in method.formats()}
+    if name not in formats:
+        raise UnknownNameError(
+            f"heads of {method.name} have no format {name!r}, expected one of "
+            f"{sorted(formats)!r}; {suggest(name, formats)}"
+        )
+    return formats[name]
+
+
+def detect_formats(folder: Path, method: Method) -> list[CheckpointFormat[Any]]:
+    """Return the formats of the heads in a folder, found by their keys and config.
+
+    Raises:
+        CheckpointError: If the folder holds no heads of the method.
+    """
+    source, path = method.find_weights(folder), folder / CONFIG_NAME
+    config = read_json(path) if path.is_file() else {}
+    formats = method.formats()
+    found = [] if source is None else [each for each in formats if each.detect(source, config)]
+    if not found:
+        raise CheckpointError(
+            f"{folder}: found no heads of {method.name} in a known format, expected those of "
+            f"{[each.name for each in formats]!r}; download them again"
+        )
+    return found
+
+
+def _require_free(folder: Path, target: CheckpointFormat[Any]) -> None:
+    """Check that a folder is new or empty, or holds heads in the same format."""
+    require_folder(folder)
+    path = folder / EXPORT_NAME
+    if path.is_file() and read_json(path).get("format") == target.name:
+        return
+    names = sorted(each.name for each in folder.iterdir()) if folder.is_dir() else []
+    if names:
+        raise CheckpointError(
+            f"{folder}: found {names[:8]!r}, expected a new or empty folder, or one with heads in "
+            f"the format {target.name!r}; choose another folder"
+        )
+
+
+def _software(
+    card: HeadsCard, target: CheckpointFormat[Any], engines: tuple[Engine, ...], package: Package
+) -> str:
+    """Return the part of a card that says what loads the files, and how."""
+    base, heads = card.base or "path/to/base", card.repo_id or "path/to/this/folder"
+    lines = [f"The files are in the layout of {target.title}.", *package.notes]
+    for engine in engines:
+        lines += [f"### {engine.name}", f"Versions: {engine.versions}. {engine.note}".strip()]
+        if engine.command:
+            lines.append(f"```bash\n{engine.command_for(base=base, heads=heads)}\n```")
+    return "\n\n".join(lines)
