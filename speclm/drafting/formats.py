@@ -1,5 +1,6 @@
 """Checkpoint formats: how heads are laid out for other software, and who loads them."""
 
+import json
 import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -24,7 +25,8 @@ class Engine:
         name: Its name.
         versions: Versions that load the heads, as a phrase such as ``"0.33 and later"``.
         command: Shell command that serves base and heads; ``$base`` and ``$heads`` stand for
-            their places. Empty if the software has none.
+            their places, ``$heads_in_json`` for that of the heads within JSON in single quotes.
+            Empty if the software has none.
         note: What a user has to know before the command works, in one sentence.
     """
 
@@ -34,8 +36,10 @@ class Engine:
     note: str = ""
 
     def command_for(self, *, base: str, heads: str) -> str:
-        """Return the command for a base and heads; places are quoted for the shell."""
-        return Template(self.command).substitute(base=shlex.quote(base), heads=heads)
+        """Return the command for a base and heads, quoted for the shell."""
+        in_json = json.dumps(heads)[1:-1].replace("'", "'\\''")
+        places = {"base": shlex.quote(base), "heads": shlex.quote(heads), "heads_in_json": in_json}
+        return Template(self.command).substitute(places)
 
 
 class CheckpointFormat(ABC, Generic[CheckpointT]):

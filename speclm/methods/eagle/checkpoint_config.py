@@ -21,6 +21,7 @@ from speclm.drafting.heads_config import (
     width_of_heads,
 )
 from speclm.drafting.heads_folder import CONFIG_NAME
+from speclm.drafting.package import EXPORT_NAME
 from speclm.errors import CheckpointError, OptionError, shown
 from speclm.files.weights import read_json
 from speclm.methods.eagle.config import NUM_FEATURES, EagleConfig, usual_layers
@@ -73,6 +74,10 @@ def read_hints(folder: Path) -> dict[str, Any]:
         return {}
     parts = ("eagle_config", None, "model", "transformer_layer_config")
     hints = merge_objects(path, read_json(path), parts)
+    export = folder / EXPORT_NAME
+    layers = read_json(export).get("feature_layers") if export.is_file() else None
+    if layers is not None:  # the config counts them as its software does
+        hints[_LAYER_IDS[0]] = layers
     require_types(path, hints, _TYPES)
     return hints
 

@@ -1,25 +1,53 @@
-"""EAGLE heads in the layouts of other software."""
+"""EAGLE heads in the layouts of other software: the keys and config of each."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from typing_extensions import override
 
 from speclm.cards import HeadsCard
 from speclm.drafting.base_parts import BaseParts
 from speclm.drafting.formats import CheckpointFormat, Engine
+from speclm.drafting.heads_folder import WEIGHTS_NAME
 from speclm.drafting.package import Package
 from speclm.files.weights import WeightFiles
-from speclm.methods.eagle.checkpoint import EagleCheckpoint, pack_eagle, read_eagle
+from speclm.methods.eagle.checkpoint import (
+    EagleCheckpoint,
+    named_tensors,
+    pack_eagle,
+    read_eagle,
+)
+from speclm.methods.eagle.checkpoint_config import describe
+from speclm.methods.eagle.checkpoint_limits import LIMITS, Fitted, fit
+
+_NUM_DRAFT_TOKENS = 3  # that engines recommend
+_VLLM = """\
+vllm serve $base --speculative-config '{"method": "METHOD", "model": "$heads_in_json", \
+"num_speculative_tokens": 3}'"""
+_SGLANG = """\
+python -m sglang.launch_server --model-path $base --speculative-algorithm METHOD \
+--speculative-draft-model-path $heads --speculative-num-steps 3 --speculative-eagle-topk 1 \
+--speculative-num-draft-tokens 4"""
+_OF_VLLM = {
+    *("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "Eagle3Qwen3ForCausalLM"),
+    "LlamaForCausalLM",
+}
 
 
 class _EagleFormat(CheckpointFormat[EagleCheckpoint]):
-    """What all formats of EAGLE heads share: they are read by `read_eagle`."""
+    """What the formats of EAGLE heads share."""
 
     @override
     def read(self, folder: Path) -> EagleCheckpoint:
         return read_eagle(folder)
+
+    @override
+    def pack(self, checkpoint: EagleCheckpoint, base: BaseParts | None) -> Package:
+        fitted = _fit(self.name, checkpoint, base)
+        return _package(fitted, _describe(self.name, fitted.checkpoint))
 
     @override
     def card(self, checkpoint: EagleCheckpoint) -> HeadsCard:
@@ -28,9 +56,58 @@ class _EagleFormat(CheckpointFormat[EagleCheckpoint]):
         return eagle_card(checkpoint)
 
 
+def _fit(name: str, checkpoint: EagleCheckpoint, base: BaseParts | None) -> Fitted:
+    return fit(checkpoint, base, name)
+
+
+def _package(
+    fitted: Fitted, config: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None
+) -> Package:
+    layers = fitted.checkpoint.config.feature_layers
+    return Package(
+        config,
+        {WEIGHTS_NAME: named_tensors(fitted.checkpoint) if tensors is None else tensors},
+        notes=fitted.notes,
+        facts={} if layers is None else {"feature_layers": list(layers)},
+    )
+
+
+def _describe(name: str, checkpoint: EagleCheckpoint) -> dict[str, Any]:
+    """Return the usual config, with the hidden states counted as the software counts them."""
+    config = checkpoint.config
+    if config.feature_layers is not None:
+        first = LIMITS[name][config.kind].ids_from
+        config = replace(config, feature_layers=tuple(i + first for i in config.feature_layers))
+    base = checkpoint.base_name_or_path
+    return describe(config, dtype=checkpoint.dtype, base_name_or_path=base, choices=None)
+
+
+def _in_layers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors with the first layer named as the others are."""
+    return {key.replace("midlayer.", "layers.0."): tensor for key, tensor in tensors.items()}
+
+
+def _is_wrapped(config: Mapping[str, Any]) -> bool:
+    return isinstance(config.get("model"), Mapping)
+
+
+def _architecture(config: Mapping[str, Any]) -> str | None:
+    names = config.get("architectures")
+    first = names[0] if isinstance(names, list) and names else None
+    return first if isinstance(first, str) else None
+
+
+def _is_eagle3(source: WeightFiles) -> bool:
+    return any(key.endswith("hidden_norm.weight") for key in source.files)
+
+
+def _has(source: WeightFiles, *keys: str) -> bool:
+    return source.files.keys() >= {*keys}
+
+
 class _Own(_EagleFormat):
     name = "speclm"
-    title = "speclm, which is that of SafeAILab's EAGLE, with the tree in config.json"
+    title = "speclm: SafeAILab's names, and the tree in config.json"
 
     @override
     def detect(self, source: WeightFiles, config: Mapping[str, Any]) -> bool:
@@ -45,4 +122,250 @@ class _Own(_EagleFormat):
         return (Engine("speclm", "all", "speclm chat --base $base --heads $heads"),)
 
 
-EAGLE_FORMATS = (_Own(),)
+class _SafeAILab(_EagleFormat):
+    name = "eagle"
+    title = "SafeAILab's EAGLE"
+
+    @override
+    def detect(self, source: WeightFiles, config: Mapping[str, Any]) -> bool:
+        if _is_eagle3(source):
+            return _has(source, "midlayer.hidden_norm.weight", "lm_head.weight", "d2t", "t2d")
+        is_whole = _has(source, "fc.weight", "layers.0.self_attn.q_proj.weight")
+        return is_whole and not _has(source, "lm_head.weight") and not _is_wrapped(config)
+
+    @override
+    def engines(self, checkpoint: EagleCheckpoint) -> tuple[Engine, ...]:
+        note = "Load them with EaModel.from_pretrained(base_model_path=..., ea_model_path=...)."
+        return (Engine("SafeAILab/EAGLE", "its code of March 2025 and later", note=note),)
+
+
+class _Vllm(_EagleFormat):
+    name = "vllm"
+    title = "vLLM"
+
+    @override
+    def detect(self, source: WeightFiles, config: Mapping[str, Any]) -> bool:
+        if _is_wrapped(config) or config.get("speculators_model_type"):
+            return False
+        if _is_eagle3(source):
+            return _architecture(config) in _OF_VLLM
+        return not {"lm_head.weight", "fc.bias"} & source.files.keys()
+
+    @override
+    def engines(self, checkpoint: EagleCheckpoint) -> tuple[Engine, ...]:
+        kind = checkpoint.config.kind
+        versions = "0.33, the newest that was checked, and later"
+        found = [Engine("vLLM", versions, _VLLM.replace("METHOD", kind))]
+        is_shared = kind == "eagle3" and LIMITS["sglang"][kind].hold(checkpoint.config)
+        if is_shared and checkpoint.config.feature_layers is None:
+            found.append(_sglang_engine(kind))
+        return tuple(found)
+
+
+class _VllmLegacy(_EagleFormat):
+    name = "vllm-legacy"
+    title = "vLLM before 0.7, and the Ascend packages that are based on it"
+
+    @override
+    def detect(self, source: WeightFiles, config: Mapping[str, Any]) -> bool:
+        return _is_wrapped(config) and _has(source, "lm_head.weight", "embed_tokens.weight")
+
+    @override
+    def pack(self, checkpoint: EagleCheckpoint, base: BaseParts | None) -> Package:
+        fitted = _fit(self.name, checkpoint, base)
+        inner = _describe(self.name, fitted.checkpoint)
+        has_bias = fitted.checkpoint.config.fc_bias
+        wrapper = {"architectures": ["EAGLEModel"], "model_type": "eagle", "model": inner}
+        return _package(fitted, {**wrapper, "eagle_fc_bias": has_bias})
+
+    @override
+    def engines(self, checkpoint: EagleCheckpoint) -> tuple[Engine, ...]:
+        command = "vllm serve $base --speculative-model $heads --num-speculative-tokens 3"
+        return (Engine("vLLM", "0.6", command),)
+
+
+class _Sglang(_EagleFormat):
+    name = "sglang"
+    title = "SGLang"
+
+    @override
+    def detect(self, source: WeightFiles, config: Mapping[str, Any]) -> bool:
+        if not _is_eagle3(source):
+            return _architecture(config) == "LlamaForCausalLMEagle"
+        return _architecture(config) == "LlamaForCausalLMEagle3" and "draft_vocab_size" in config
+
+    @override
+    def pack(self, checkpoint: EagleCheckpoint, base: BaseParts | None) -> Package:
+        fitted = _fit(self.name, checkpoint, base)
+        heads, notes = fitted.checkpoint, fitted.notes
+        described = _describe(self.name, heads)
+        if heads.config.kind == "eagle":
+            # SGLang takes `bias` for that of attention, and always has one after the joined inputs.
+            described["architectures"] = ["LlamaForCausalLMEagle"]
+            described = {k: v for k, v in described.items() if k not in ("bias", "qkv_bias")}
+            if not heads.config.fc_bias:
+                zeros = heads.tensors["fc.weight"].new_zeros(heads.config.hidden_size)
+                tensors = {**heads.tensors, "fc.bias": zeros}
+                config = replace(heads.config, fc_bias=True)
+                heads = EagleCheckpoint(config, tensors, heads.base_name_or_path)
+                notes = (*notes, "A zero bias after the joined inputs was added.")
+        return _package(Fitted(heads, notes), described)
+
+    @override
+    def engines(self, checkpoint: EagleCheckpoint) -> tuple[Engine, ...]:
+        return (_sglang_engine(checkpoint.config.kind),)
+
+
+def _sglang_engine(kind: str) -> Engine:
+    method = "EAGLE3" if kind == "eagle3" else "EAGLE"
+    return Engine(
+        "SGLang", "0.5.23, the newest that was checked", _SGLANG.replace("METHOD", method)
+    )
+
+
+class _SpecForge(_EagleFormat):
+    name = "specforge"
+    title = "SpecForge"
+
+    @override
+    def detect(self, source: WeightFiles, config: Mapping[str, Any]) -> bool:
+        is_its = _architecture(config) == "LlamaForCausalLMEagle3"
+        keys = ("midlayer.hidden_norm.weight", "lm_head.weight", "norm.weight", "d2t", "t2d")
+        return is_its and _has(source, *keys)
+
+    @override
+    def engines(self, checkpoint: EagleCheckpoint) -> tuple[Engine, ...]:
+        note = "It trains them on from there."
+        return (Engine("SpecForge", "0.2.0", note=note), _sglang_engine("eagle3"))
+
+
+class _Speculators(_EagleFormat):
+    name = "speculators"
+    title = "vLLM's speculators"
+
+    @override
+    def detect(self, source: WeightFiles, config: Mapping[str, Any]) -> bool:
+        return config.get("speculators_model_type") == "eagle3"
+
+    @override
+    def pack(self, checkpoint: EagleCheckpoint, base: BaseParts | None) -> Package:
+        fitted = _fit(self.name, checkpoint, base)
+        heads = fitted.checkpoint
+        config, layer = heads.config, _describe(self.name, heads)
+        nested = {key: value for key, value in layer.items() if key not in _NOT_OF_LAYERS}
+        method = {"proposal_type": "greedy", "speculative_tokens": _NUM_DRAFT_TOKENS}
+        verifier = {
+            "name_or_path": heads.base_name_or_path or (base.name if base else None),
+            "architectures": base.architectures if base else [],
+        }
+        described: dict[str, Any] = {
+            "architectures": ["Eagle3Speculator"],
+            "speculators_model_type": "eagle3",
+            "speculators_version": "0.9.0",
+            "speculators_config": {
+                "algorithm": "eagle3",
+                "default_proposal_method": "greedy",
+                "proposal_methods": [method | {"verifier_accept_k": 1, "accept_tolerance": 0.0}],
+                "verifier": verifier,
+            },
+            "draft_vocab_size": config.draft_vocab_size,
+            # vLLM takes it for true if it is absent, speculators for false.
+            "norm_before_residual": config.norm_before_residual,
+            "norm_before_fc": config.norm_before_fc,
+            "fc_norm": config.fc_norm,
+            "norm_output": config.norm_output,
+            "tie_word_embeddings": False,
+            "dtype": layer["torch_dtype"],
+            "transformer_layer_config": nested,
+        }
+        if config.target_hidden_size != config.hidden_size:
+            described["target_hidden_size"] = config.target_hidden_size
+        if config.feature_layers is not None:
+            described["eagle_aux_hidden_state_layer_ids"] = list(config.feature_layers)
+        return _package(fitted, described, _in_layers(named_tensors(heads)))
+
+    @override
+    def engines(self, checkpoint: EagleCheckpoint) -> tuple[Engine, ...]:
+        note = "vllm serve with the folder alone works if the base is recorded by its hub id."
+        versions = "0.33, the newest that was checked, and later"
+        command = _VLLM.replace("METHOD", "eagle3")
+        return (Engine("vLLM", versions, command, note), Engine("speculators", "0.9"))
+
+
+_NOT_OF_LAYERS = {
+    *("architectures", "base_model_name_or_path", "draft_vocab_size", "eagle_config", "fc_norm"),
+    *("norm_before_residual", "norm_before_fc", "norm_output", "num_aux_hidden_states", "bias"),
+    *("target_hidden_size", "tie_word_embeddings", "torch_dtype"),
+}
+
+
+class _ModelOpt(_EagleFormat):
+    name = "modelopt"
+    title = "NVIDIA ModelOpt"
+
+    @override
+    def detect(self, source: WeightFiles, config: Mapping[str, Any]) -> bool:
+        has_layers = _has(source, "layers.0.hidden_norm.weight", "fc.weight", "norm.weight")
+        is_bare = not {"t2d", "embed_tokens.weight"} & source.files.keys()
+        return has_layers and is_bare and isinstance(config.get("eagle_config"), Mapping)
+
+    @override
+    def pack(self, checkpoint: EagleCheckpoint, base: BaseParts | None) -> Package:
+        fitted = _fit(self.name, checkpoint, base)
+        heads = fitted.checkpoint
+        described = _describe(self.name, heads)
+        ids = described.get("eagle_config", {}).get("eagle_aux_hidden_state_layer_ids")
+        eagle = {"use_aux_hidden_state": True, "use_input_layernorm_in_first_layer": True}
+        eagle |= {"use_last_layernorm": True, "use_mtp_layernorm": False}
+        described |= {"eagle_config": eagle | {"next_layer_regular": True}}
+        if ids is not None:
+            described["eagle_config"]["eagle_aux_hidden_state_layer_ids"] = ids
+        dropped = ("base_model_name_or_path", "num_aux_hidden_states")
+        described = {key: value for key, value in described.items() if key not in dropped}
+        tensors = _in_layers(named_tensors(heads))
+        return _package(fitted, described, {k: v for k, v in tensors.items() if k != "t2d"})
+
+    @override
+    def engines(self, checkpoint: EagleCheckpoint) -> tuple[Engine, ...]:
+        note = (
+            "Name this folder as speculative_model_dir in the speculative_config of decoding_type "
+            "Eagle in the options of trtllm-serve."
+        )
+        return (Engine("TensorRT-LLM", "with its PyTorch backend", note=note),)
+
+
+class _RtpLlm(_EagleFormat):
+    name = "rtp-llm"
+    title = "RTP-LLM, for bases of Qwen3-MoE; experimental"
+
+    @override
+    def detect(self, source: WeightFiles, config: Mapping[str, Any]) -> bool:
+        return _architecture(config) == "Qwen3MoeForCausalLMEagle"
+
+    @override
+    def pack(self, checkpoint: EagleCheckpoint, base: BaseParts | None) -> Package:
+        fitted = _fit(self.name, checkpoint, base)
+        described = _describe(self.name, fitted.checkpoint)
+        described |= {"architectures": ["Qwen3MoeForCausalLMEagle"], "model_type": "qwen3_moe"}
+        del described["draft_vocab_size"]
+        named = _in_layers(named_tensors(fitted.checkpoint))
+        tensors = {
+            key if key in ("fc.weight", "lm_head.weight") else f"model.{key}": tensor
+            for key, tensor in named.items()
+            if key not in ("d2t", "t2d")
+        }
+        return _package(fitted, described, tensors)
+
+    @override
+    def engines(self, checkpoint: EagleCheckpoint) -> tuple[Engine, ...]:
+        note = (
+            "Start its server for the base with --sp_type eagle --sp_model_type qwen_3_moe_eagle3 "
+            "--sp_checkpoint_path and the place of this folder."
+        )
+        return (Engine("RTP-LLM", "its code of August 2026; not run by us", note=note),)
+
+
+EAGLE_FORMATS: tuple[_EagleFormat, ...] = (
+    *(_Own(), _SafeAILab(), _Vllm(), _VllmLegacy(), _Sglang(), _SpecForge(), _Speculators()),
+    *(_ModelOpt(), _RtpLlm()),
+)
