@@ -71,7 +71,7 @@ class HeadsCard:
         software: Names of the files, and what else reads them.
         num_parameters: Number of parameters in all tensors.
         dtype: Name of their dtype.
-        num_nodes: Nodes of the stored tree, root included; None if none is stored.
+        num_nodes: Nodes of the stored tree, its root not counted; None if none is stored.
         figures: Measured figures by name; empty if there are none.
         charts: Files of charts of the figures, by what they show.
         recipe: How the heads were trained, by name; empty if that is not recorded.
@@ -99,12 +99,15 @@ class HeadsCard:
 
     def render(self) -> str:
         """Return the card as Markdown with a YAML header."""
+        tree = "chosen when they are loaded"
+        if self.num_nodes:
+            tree = f"{self.num_nodes} nodes, not counting the root"
         facts = {
             "base model": self.base or "not recorded",
             **self.facts,
             "parameters": f"{self.num_parameters:,}",
             "dtype": self.dtype,
-            "tree": f"{self.num_nodes} nodes" if self.num_nodes else "chosen when they are loaded",
+            "tree": tree,
         }
         curves = {} if self.curves is None else {"Curves of the training": self.curves}
         return _CARD.format(

@@ -41,7 +41,7 @@ def test_text_gives_facts_loading_and_promises():
     for part in ("# Heads for org/base", "| layers | 1 |", "| parameters | 1,234,567 |"):
         assert part in card
     for part in (
-        "| tree | 8 nodes |\n\n## Load",
+        "| tree | 8 nodes, not counting the root |\n\n## Load",
         "`typical` is **lossy**",
         "`exact`",
         "Nothing else",

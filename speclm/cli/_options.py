@@ -201,9 +201,9 @@ class ConvertOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PushOptions:
-    """Upload heads to the hub, with a model card that has their recipe and figures."""
+    """Upload heads or a trained draft model to the hub, with a card of their recipe and figures."""
 
-    folder: Annotated[Path, typer.Argument(help="Folder of the heads.")]
+    folder: Annotated[Path, typer.Argument(help="Folder of the heads, or of the draft model.")]
     repository: Annotated[
         str, typer.Argument(help="Hub id such as org/my-heads; made if it does not exist.")
     ]

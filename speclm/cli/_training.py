@@ -175,6 +175,12 @@ def _check(method: Method, recipe: Recipe, options: TrainOptions) -> TrainingArg
             f"--patience is {options.patience} without --eval-data; name data to evaluate on"
         )
     cache = options.cache_features
+    if cache is not None and not recipe.trains_heads_only:
+        raise OptionError(
+            f"--cache-features is {str(cache)!r}, and {recipe.name!r} needs more of the base than "
+            "cached hidden states, expected a training of heads on a base that stays as it is; "
+            "drop the option"
+        )
     if cache is not None and cache.absolute() == out.absolute():
         raise OptionError(
             f"--cache-features and --out are both {str(out)!r}, expected a folder for each; name "

@@ -10,7 +10,7 @@ from speclm.model.publishing import Publication, prepare_publication, publish
 
 
 def push(options: PushOptions) -> None:
-    """Check heads, and upload them with a model card; or print what would be uploaded."""
+    """Check heads or a draft model, and upload them with a card; or print what would be."""
     found = prepare_publication(
         options.folder, options.repository, base=options.base, report=options.report
     )

@@ -41,6 +41,9 @@ from speclm.tree.static import RankPaths
 
 _SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48)
 _SHORTLIST = 3  # static trees that are decoded
+# Half are held out. Two equally fast trees differ in the same direction in all of five calls with a
+# probability of 2 / 2**5 = 6%, and in fewer calls more often.
+_MIN_CALLS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +90,22 @@ def tune(options: TuneOptions) -> None:
         if size == sizes[0] and proposer.fills_static_trees:
             own, best = _calibrate(loaded, calls, costs, options.num_draft_tokens, console)
             if save is not None:
+                _warn_of_few(len(calls), size)
                 _write(save, own, best, loaded, options)
                 console.print(_saved(save), markup=False)
+
+
+def _warn_of_few(num_calls: int, batch: int) -> None:
+    """Warn on standard error if the calls are too few to say that a tree is better."""
+    if num_calls < _MIN_CALLS:
+        Console(stderr=True, soft_wrap=True).print(
+            f"warning: the stored tree rests on {num_calls} calls, expected at least {_MIN_CALLS}: "
+            "of so few, it may be fitted to these prompts only; pass at least "
+            f"--num-prompts {_MIN_CALLS * batch}, and --prompts with as many",
+            style="yellow",
+            highlight=False,
+            markup=False,
+        )
 
 
 def _require_place(save: Path, heads: str | None) -> None:
@@ -103,7 +120,14 @@ def _require_place(save: Path, heads: str | None) -> None:
     if save.is_dir() and heads is not None and Path(heads).resolve() == save.resolve():
         require_folder_to_write("--save", save)
         read_json(save / CONFIG_NAME)
-        find_heads(save).method.card(save)
+        method = find_heads(save).method
+        if not method.stores_trees:
+            raise OptionError(
+                f"--save is {str(save)!r}, which holds {method.summary}, expected heads of Medusa, "
+                "EAGLE or block drafting, whose config holds a tree; drop --save and pass "
+                "tree='auto' to generate, which chooses trees while it decodes"
+            )
+        method.card(save)
         return
     raise OptionError(
         f"--save is {str(save)!r}, expected a file named *.json, or the folder of --heads, whose "
@@ -210,7 +234,8 @@ def _calibrate(
     best = max(tried, key=lambda each: rate(each.paths or (), each.tau))
     paths = best.paths or ()
     console.print(
-        f"static tree of {len(paths)} nodes on {max(map(len, paths))} levels, estimated tau "
+        f"static tree of {len(paths)} nodes, not counting the root, on {max(map(len, paths))} "
+        "levels, estimated tau "
         f"{expected_tau(acceptance, paths):.2f}",
         highlight=False,
     )

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from speclm.data.ids import Content, Namer, given_id
 from speclm.data.repairs import repair
@@ -171,7 +171,8 @@ def _prepare(row: Row | BrokenLine, schema: str | None, tally: Tally) -> _Prepar
         raise RowError("not_an_object", f"found {shown(value)}, expected an object")
     name = find_schema(value) if schema is None else schema
     if name is None:
-        raise RowError("unknown_schema", f"the keys are {', '.join(map(shown, value)) or 'none'}")
+        keys = f"the keys are {', '.join(map(shown, value)) or 'none'}"
+        raise RowError("unknown_schema", keys + _wrapped(value))
     tally.schemas[name] = tally.schemas.get(name, 0) + 1
     messages, repairs = repair(SCHEMAS[name].messages(value))
     tools = tools_of(value)
@@ -187,6 +188,17 @@ def _prepare(row: Row | BrokenLine, schema: str | None, tally: Tally) -> _Prepar
     except ValueError as error:  # nested too deeply, or a number that JSON lacks
         raise RowError("bad_tool_call", str(error)) from error
     return _Prepared(Content(text, given, tally.num_rows), described, row, repairs)
+
+
+def _wrapped(value: dict[str, Any]) -> str:
+    """Return, for messages, where in an object the rows seem to be: a list of rows under a key."""
+    for key, rows in value.items():
+        if isinstance(rows, list) and rows and isinstance(rows[0], dict) and find_schema(rows[0]):
+            return (
+                f" (the rows are the list under {shown(key)}: write its elements to a file of "
+                f"their own, such as with: jq -c '.[{json.dumps(key)[:80]}][]' FILE)"
+            )
+    return ""
 
 
 def _message(message: Message) -> bytes:

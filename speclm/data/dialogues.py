@@ -36,7 +36,7 @@ class Drop(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class DistillSettings:
-    """How answers are generated; all of it decides what is written.
+    """How answers are generated; `deciding` returns what decides the rows.
 
     Args:
         system: Text of a system message for conversations without one; None adds none.
@@ -74,9 +74,20 @@ class DistillSettings:
         """Whether answers are sampled."""
         return self.temperature > 0.0
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the settings, ready for JSON."""
-        return asdict(self)
+    def deciding(self, *, together: bool, num_shards: int) -> dict[str, Any]:
+        """Return the settings that decide which rows are written where, ready for JSON.
+
+        Greedy answers depend on no option of sampling, and on the batch only by rounding. Sampled
+        ones depend on the batch if a model draws for all of its rows. Shards are made of batches.
+
+        Args:
+            together: Whether a model answers all rows of a batch in one call.
+            num_shards: Number of shards.
+        """
+        unused = [] if self.is_sampled else ["top_p", "top_k", "seed"]
+        if num_shards == 1 and not (together and self.is_sampled):
+            unused.append("batch_size")
+        return {name: value for name, value in asdict(self).items() if name not in unused}
 
     def seed_of(self, turn: int, ids: Iterable[str]) -> int:
         """Return the seed of a call: 31 bits, equal for equal rows on every machine.

@@ -167,6 +167,10 @@ class ModelSource(AnswerSource):
                 pad_token_id=padding,
                 **arguments,
             )
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            raise OptionError(_out_of_memory(error, asked[0][0].row.where, settings)) from error
         finally:
             states.restore()
         self._count()
@@ -195,6 +199,24 @@ def _pad_left(
     return (
         torch.tensor(rows, dtype=torch.long, device="cpu"),
         torch.tensor(masks, dtype=torch.long, device="cpu"),
+    )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return "DefaultCPUAllocator" in str(error)  # a RuntimeError without a type of its own
+
+
+def _out_of_memory(error: Exception, where: str, settings: DistillSettings) -> str:
+    remedy = "a smaller --batch-size (batch_size), or fewer --max-new-tokens (max_new_tokens)"
+    if settings.batch_size == 1:
+        remedy = "fewer --max-new-tokens (max_new_tokens), or without long rows"
+    consequence = ", to which sampled answers are tied: pass --overwrite (overwrite=True) too"
+    return (
+        f"{where}: memory does not suffice for the batch of {settings.batch_size} conversations "
+        f"that begins there ({reason_of(error)}); finished rows are kept: run again with {remedy}"
+        f"{consequence if settings.is_sampled else ''}"
     )
 
 
@@ -259,10 +281,10 @@ def distill(
 ) -> DistillReport:
     """Generate every answer of the conversations in a file anew, so that heads learn the base's.
 
-    Finished rows are kept in a folder next to `out`, named as it with ``.shards`` appended, until
-    all are there. A call with the same data, model and settings goes on where an earlier one ended,
-    however it ended, and `out` is the same: what is generated depends on neither shards nor
-    interruptions. In half precision, this holds up to rounding.
+    Finished rows are kept in the folder ``OUT.shards`` until all are there. A call with the same
+    data, model and settings goes on where an earlier one ended, and `out` is the same: what is
+    generated depends on neither shards nor interruptions, in half precision up to rounding. Heads
+    may change in between, and without sampling and shards the `batch_size`.
 
     Args:
         data: JSON lines with ``messages`` and an optional ``id``, or a plan that has read them.
@@ -281,7 +303,7 @@ def distill(
     Raises:
         DataError: If the data or a finished row cannot be used, or all rows are dropped.
         OptionError: If `out` exists, is the data, cannot be written, or has finished rows of other
-            data or settings.
+            data or settings; or if a batch needs too much memory.
         BusyError: If another process answers the same shard.
         ServerError: If a server cannot be reached, or rows failed again and again.
     """
@@ -292,7 +314,7 @@ def distill(
         "speclm": __version__,
         "data": plan.identity(),
         "model": source.identity(),
-        "settings": settings.to_dict(),
+        "settings": settings.deciding(together=source.answers_together, num_shards=shard.count),
         "num_shards": shard.count,
     }
     folder = open_folder(out, manifest, overwrite=overwrite)
@@ -331,7 +353,8 @@ def _run(
     """Answer the rows that are not finished, and keep them."""
     num_total = sum(map(len, plan.batches(settings.batch_size, shard)))
     num_resumed = len(file.finished)
-    left = _left(plan.batches(settings.batch_size, shard), file.finished, source)
+    whole = source.answers_together and settings.is_sampled
+    left = _left(plan.batches(settings.batch_size, shard), file.finished, whole=whole)
     start, num_new_tokens = perf_counter(), 0
 
     def report() -> DistillProgress:
@@ -350,13 +373,11 @@ def _run(
     return progress
 
 
-def _left(
-    batches: Iterable[list[int]], finished: Set[int], source: AnswerSource
-) -> Iterator[list[int]]:
-    """Yield the batches that are not finished; those finished in part as a whole if they must be.
+def _left(batches: Iterable[list[int]], finished: Set[int], *, whole: bool) -> Iterator[list[int]]:
+    """Yield the rows of each batch that are not finished; if `whole`, all of one with such rows.
 
     What is finished in the meantime makes no difference, as its batches have been yielded.
     """
     for batch in batches:
         if rows := [row for row in batch if row not in finished]:
-            yield batch if source.answers_together else rows
+            yield batch if whole else rows

@@ -18,6 +18,7 @@ from speclm.files.atomic import load_json, read_json, write_json, written_whole
 MANIFEST = "manifest.json"
 
 _MISSING = -1
+_EFFECTS = {"batch_size": ", which decides sampled answers and shards,"}
 
 
 @dataclass(slots=True)
@@ -134,7 +135,8 @@ def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[st
         if isinstance(there, dict) and isinstance(here, dict):
             parts += [f"{name} {part}" for part in _differences(there, here)]
         elif there != here:
-            parts.append(f"{name} ({shown(there)} there, {shown(here)} here)")
+            effect = _EFFECTS.get(name, "")
+            parts.append(f"{name}{effect} ({shown(there)} there, {shown(here)} here)")
     return parts
 
 

@@ -3,11 +3,10 @@
 Imports no PyTorch, so the command line can list methods and their training options quickly.
 """
 
-import difflib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -17,7 +16,8 @@ from typing_extensions import override
 
 from speclm.config import require_options
 from speclm.errors import OptionError, UnknownNameError, shown
-from speclm.files.hub import HubOptions, download, is_hub_id, path_exists
+from speclm.files.hub import HubOptions, path_exists
+from speclm.methods._hub_search import find_on_hub
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
@@ -31,10 +31,6 @@ if TYPE_CHECKING:
 
 ProposerType = TypeVar("ProposerType", bound=type)
 
-_HINTS = ("config.json", "*.index.json")
-_HEAD_FILES = ("*.json", "*.safetensors")
-_PICKLES = ("*.pt", "pytorch_model*.bin")
-_SIMILAR = 0.75  # similarity from which a name without an organisation counts as a typo
 _FALLBACK = "draft_model"  # loads what no other method recognises
 
 
@@ -44,6 +40,8 @@ class Recipe(ABC):
     Attributes:
         name: Name of the command.
         summary: Help line of the command.
+        trains_heads_only: Whether it reads nothing of the base but hidden states, which can then be
+            cached.
         options: Frozen dataclass of its options; fields are ``Annotated[type, help]`` with
             defaults, and bad values raise an `OptionError`.
         defaults: `TrainingArguments` that differ from those of `speclm.training.arguments`.
@@ -51,6 +49,7 @@ class Recipe(ABC):
 
     name: str
     summary: str
+    trains_heads_only: ClassVar[bool] = True
     options: type
     defaults: ClassVar[Mapping[str, Any]] = {}
 
@@ -95,6 +94,7 @@ class Method(ABC):
         aliases: Other names of its heads.
         is_named: Whether ``heads=name`` makes a proposer without files.
         hints: Patterns of small files, next to configs, by which it recognises a repository.
+        stores_trees: Whether the config of its heads can hold a static tree.
         recipes: How its heads are trained.
     """
 
@@ -103,6 +103,7 @@ class Method(ABC):
     aliases: ClassVar[tuple[str, ...]] = ()
     is_named: ClassVar[bool] = False
     hints: ClassVar[tuple[str, ...]] = ()
+    stores_trees: ClassVar[bool] = False
     recipes: ClassVar[tuple[Recipe, ...]] = ()
 
     def takes(self, heads: object) -> bool:  # noqa: ARG002
@@ -163,7 +164,14 @@ class Method(ABC):
 
     def card(self, folder: Path) -> "HeadsCard":
         """Return the card of the heads in a folder, which are read completely; see `save`."""
-        raise OptionError(f"{folder}: found no heads, expected those of a method that saves them")
+        raise OptionError(
+            f"{folder}: found no heads, expected those of a method that saves them; train some "
+            "with speclm train, or name another folder"
+        )
+
+    def companions(self, folder: Path) -> list[Path]:  # noqa: ARG002
+        """Return the files of a folder that belong to it besides config, weights and card."""
+        return []
 
 
 class ProposerMethod(Method):
@@ -319,7 +327,8 @@ def find_heads(heads: object, options: Mapping[str, Any] | None = None) -> Heads
     if path_exists(heads):
         method, folder = _find_in_folder(Path(heads), hub)
     else:
-        method, folder = _find_on_hub(str(heads), hub)
+        known, folder = find_on_hub(str(heads), hub, methods)
+        method = known or methods[_FALLBACK]
     return HeadsSource(method, heads, folder, hub.given, options)
 
 
@@ -344,61 +353,3 @@ def _find_in_folder(heads: Path, hub: HubOptions) -> tuple[Method, Path]:
         if method.is_declared(folder) or method.find_weights(folder) is not None:
             return method, folder
     return methods[_FALLBACK], folder
-
-
-def _find_on_hub(repository: str, hub: HubOptions) -> tuple[Method, Path]:
-    _require_repository(repository)
-    methods = registered_methods()
-    patterns = (*_HINTS, *(hint for method in methods.values() for hint in method.hints))
-    hints = _download(repository, replace(hub, force_download=False), patterns)
-    for method in methods.values():
-        if not method.is_likely(hints):
-            continue
-        folder = _download(repository, hub, _HEAD_FILES)
-        source = method.find_weights(folder)
-        if source is None or not all(file.exists() for file in source.files.values()):
-            folder = _download(repository, hub, (*_HEAD_FILES, *_PICKLES))
-        if method.find_weights(folder) is not None:
-            return method, folder
-    return methods[_FALLBACK], hints
-
-
-def _download(repository: str, hub: HubOptions, patterns: tuple[str, ...]) -> Path:
-    try:
-        return download(repository, hub, patterns)
-    except UnknownNameError as error:
-        raise UnknownNameError(
-            f"heads {repository!r} is not a registered proposer nor a folder, and {error}; "
-            f"registered are {heads_names()!r}"
-        ) from error.__cause__
-
-
-def _require_repository(name: str) -> None:
-    """Check a name without asking the hub, which is slow to answer no.
-
-    Raises:
-        UnknownNameError: If it is not a hub id, is a kind of heads, or is almost a registered name.
-    """
-    registered = heads_names()
-    known = f"registered are {registered!r}"
-    if not is_hub_id(name):
-        raise UnknownNameError(
-            f"heads {shown(name)} is not a registered proposer, nor a folder that exists, nor a "
-            f"hub id such as 'org/name'; {known}"
-        )
-    if "/" in name:
-        return
-    methods = registered_methods().values()
-    kinds = ["base", *(kind for method in methods for kind in (method.name, *method.aliases))]
-    if name in kinds:
-        raise UnknownNameError(
-            f"heads {name!r} is a kind of heads, expected the folder or hub id of some; those that "
-            f"are bundled for the bundled base are in speclm.demo.assets(); {known}"
-        )
-    near = difflib.get_close_matches(name, registered, n=1)
-    near = near or difflib.get_close_matches(name, kinds, n=1, cutoff=_SIMILAR)
-    if near:
-        raise UnknownNameError(
-            f"heads {name!r} is not a registered proposer nor a folder; did you mean {near[0]!r}? "
-            f"{known}"
-        )

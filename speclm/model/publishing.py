@@ -1,4 +1,4 @@
-"""Publish a folder of heads on the hub: checked files, a card with recipe and figures, charts."""
+"""Publish heads or a trained draft model on the hub: checked files, a card, charts."""
 
 import hashlib
 from collections.abc import Mapping
@@ -74,10 +74,10 @@ def prepare_publication(
     """Check a folder of heads by reading them completely, and collect what is uploaded.
 
     These are the config, the weights, the card, the curves of the training and the charts of a
-    report; nothing else of the folder.
+    report, and of a draft model its tokenizer; nothing else of the folder.
 
     Args:
-        folder: Folder of heads, as a training or ``save_pretrained`` writes it.
+        folder: Folder of heads or of a draft model, as a training or ``save_pretrained`` writes it.
         repository: Hub id of the repository.
         base: Hub id of the base model, for heads that do not record it.
         report: Folder of a report of ``speclm bench --report``; by default `REPORT_FOLDER` inside
@@ -158,8 +158,8 @@ def _weights(folder: Path, method: Method) -> dict[str, Any]:
     source = method.find_weights(folder)
     if source is None:
         raise OptionError(
-            f"{str(folder)!r} holds no heads, expected the folder of speclm train or "
-            "save_pretrained; upload a draft model with: hf upload"
+            f"{str(folder)!r} holds no heads and no draft model that was trained here, expected "
+            "the folder of speclm train or save_pretrained; upload another model with: hf upload"
         )
     for name, (found, remedy) in _TUNED.items():
         if (folder / name).is_file():
@@ -179,7 +179,8 @@ def _weights(folder: Path, method: Method) -> dict[str, Any]:
             f"{folder}: found no {CONFIG_NAME}, expected one next to the weights; load the heads "
             "and write them anew with save_pretrained"
         )
-    return {path.name: path for path in sorted({folder / CONFIG_NAME, *paths})}
+    paths |= {folder / CONFIG_NAME, *method.companions(folder)}
+    return {path.name: path for path in sorted(paths)}
 
 
 def _with_history(

@@ -291,6 +291,13 @@ def test_bad_options_are_named_before_anything_is_loaded(train, options, recipe)
 
 
 @pytest.mark.usefixtures("loads_nothing")
+def test_features_are_not_cached_for_trainings_that_need_more(train, tmp_path):
+    for recipe in ("draft", "medusa2"):
+        with pytest.raises(OptionError, match=f"--cache-features is .*'{recipe}' needs more"):
+            train(recipe, cache_features=tmp_path / "features")
+
+
+@pytest.mark.usefixtures("loads_nothing")
 def test_folder_that_cannot_be_written_to_is_named_before_anything_is_loaded(train, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OptionError, match=r"--out '.*/file/heads' cannot be written to"):

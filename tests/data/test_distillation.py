@@ -138,6 +138,10 @@ def test_sampled_rows_depend_on_neither_shards_nor_interruptions(data, source):
     assert report.progress.num_resumed == 5
     assert num_finished(report) == NUM_ROWS
 
+    other = DistillSettings(**{**SETTINGS, "batch_size": 2}, temperature=1.5, seed=3)
+    with pytest.raises(OptionError, match=r"batch_size, which decides sampled .*\(3 there, 2 he"):
+        run(data, source, name="b", settings=other, shard=Shard(0, 3))
+
     out, _ = run(data, source, name="d", settings=DistillSettings(**SETTINGS, temperature=1.5))
     assert out.read_bytes() != whole
 
@@ -196,11 +200,27 @@ def test_a_run_with_other_settings_data_or_model_is_refused(data, source, tmp_pa
     for message, options in changed.items():
         with pytest.raises(OptionError, match=rf"holds rows of another run.*{message}"):
             run(data, **{"source": source, **options})
+    faster = DistillSettings(**{**SETTINGS, "batch_size": 2}, seed=5)  # not what greedy rows are of
+    with pytest.raises(StoppedError):
+        run(data, source, settings=faster, on_progress=stop)
     data.write_text(data.read_text() + "\n" + json.dumps({"messages": messages("new")}))
     with pytest.raises(OptionError, match=r"data rows \(14 there, 15 here\); data sha256"):
         run(data, source)
     _, report = run(data, source, overwrite=True)
     assert num_finished(report) == 15
+
+
+def test_batch_that_does_not_fit_in_memory_is_named_with_what_to_do(data, source, monkeypatch):
+    def fail(**_):
+        raise torch.OutOfMemoryError("tried to allocate 2 GiB")
+
+    monkeypatch.setattr(source.spec, "generate", fail)
+    for settings, words in (
+        (DistillSettings(**SETTINGS), r"batch of 3 conv.*2 GiB.*smaller --batch-size.*max_new_tok"),
+        (SAMPLED, r"smaller --batch-size.*pass --overwrite"),
+    ):
+        with pytest.raises(OptionError, match=words):
+            run(data, source, settings=settings, overwrite=True)
 
 
 def test_what_cannot_be_written_or_answered_is_named_at_once(data, source, base, tmp_path):

@@ -101,7 +101,7 @@ def test_static_tree_is_saved_with_eagle_heads(deep_base, tmp_path):
     spec.save_pretrained(tmp_path)
     loaded = SpecModel.from_pretrained(deep_base, tmp_path)
     assert loaded.proposer.config.paths == ((0,), (1,), (0, 0), (1, 0))
-    assert "| tree | 5 nodes |" in (tmp_path / "README.md").read_text()
+    assert "| tree | 4 nodes, not counting the root |" in (tmp_path / "README.md").read_text()
     other = SpecModel.from_pretrained(deep_base, tmp_path, heads_kwargs={"tree": [3]})
     assert other.proposer.config.paths == ((0,), (1,), (2,))
 

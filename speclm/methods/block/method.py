@@ -191,6 +191,7 @@ class BlockMethod(Method):
     name = "block"
     summary = "a small decoder that drafts a block in one pass: DFlash, DSpark, JetSpec"
     aliases = _KINDS
+    stores_trees = True
     recipes = (BlockRecipe(),)
 
     @override
@@ -340,7 +341,7 @@ def block_card(checkpoint: "BlockCheckpoint", *, repo_id: str | None = None) -> 
         ),
         num_parameters=sum(tensor.numel() for tensor in tensors if tensor.is_floating_point()),
         dtype=str(checkpoint.dtype).removeprefix("torch."),
-        num_nodes=None if choices is None else 1 + len(choices),
+        num_nodes=None if choices is None else len(choices),
         base=checkpoint.base_name_or_path,
         repo_id=repo_id,
     )

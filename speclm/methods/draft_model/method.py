@@ -19,7 +19,9 @@ from speclm.methods.registry import HeadsSource, Method, Recipe, heads_names
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
 
+    from speclm.cards import HeadsCard
     from speclm.drafting.interface import Proposer
+    from speclm.files.weights import WeightFiles
     from speclm.training.heads_trainer import HeadsTrainer
 
 _OPTIONS = (
@@ -32,6 +34,19 @@ _OPTIONS = (
 """Options of ``from_pretrained`` that messages suggest; it takes others too."""
 
 _MAX_SIZE = 2**20
+_COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+)
+"""Files that a training writes with a draft model, as far as its tokenizer has them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +96,7 @@ class DraftRecipe(Recipe):
     """Distils a new or loaded draft model from the base."""
 
     name = "draft"
+    trains_heads_only = False
     summary = "Distil a draft model, a small language model; the base stays as it is."
     options = DraftTrainingOptions
 
@@ -128,6 +144,29 @@ class DraftModelMethod(Method):
     summary = "a smaller language model with the target's vocabulary"
     aliases = ("draft",)
     recipes = (DraftRecipe(),)
+
+    @override
+    def find_weights(self, folder: Path) -> "WeightFiles | None":
+        from speclm.files.weights import weight_files
+        from speclm.methods.draft_model.training import is_trained_here
+
+        return next(iter(weight_files(folder)), None) if is_trained_here(folder) else None
+
+    @override
+    def is_likely(self, folder: Path) -> bool:
+        from speclm.methods.draft_model.training import is_trained_here
+
+        return is_trained_here(folder)
+
+    @override
+    def card(self, folder: Path) -> "HeadsCard":
+        from speclm.methods.draft_model.training import read_card
+
+        return read_card(folder)
+
+    @override
+    def companions(self, folder: Path) -> list[Path]:
+        return [folder / name for name in _COMPANIONS if (folder / name).is_file()]
 
     @override
     def takes(self, heads: object) -> bool:

@@ -26,8 +26,15 @@ from speclm.drafting.heads_folder import (
     require_replaceable,
 )
 from speclm.drafting.package import require_same_tensors
-from speclm.errors import CheckpointError, OptionError, UnknownNameError
+from speclm.errors import (
+    CheckpointError,
+    OptionError,
+    SpeclmError,
+    UnknownNameError,
+    reason_of,
+)
 from speclm.files.atomic import read_json, write_file, written_together
+from speclm.files.hub import path_exists
 from speclm.target import TargetView, stored_matrices
 from speclm.target.loading import load_causal_lm
 
@@ -165,9 +172,22 @@ def load_draft_model(name: str | Path, *, revision: str | None = None) -> PreTra
         raise
     except (OSError, ValueError) as error:
         raise UnknownNameError(
-            f"draft model {str(name)!r} is not a folder or hub id of a causal language model "
-            f"({error}); name one that has the base's vocabulary"
+            f"draft model {str(name)!r} (--init) is not a folder or hub id of a causal language "
+            f"model{_found(name, error)}; name one that has the base's vocabulary"
         ) from error
+
+
+def _found(name: str | Path, error: Exception) -> str:
+    """Return in a few words what there is instead of a model, with a comma before it."""
+    path = Path(name)
+    if not path_exists(path):
+        said = str(error).strip().split("\n")[0][:160]
+        return f": there is no such folder, and on the hub: {said}"
+    if not path.is_dir():
+        return ", but a file; pass the folder that it lies in"
+    if not (path / CONFIG_NAME).is_file():
+        return f": the folder has no {CONFIG_NAME}"
+    return f" ({reason_of(error)})"
 
 
 def write_draft_model(
@@ -220,14 +240,42 @@ def require_writable(folder: Path) -> None:
     Raises:
         CheckpointError: If it is a file, or holds a model that no training of drafts has written.
     """
+    require_replaceable(
+        folder,
+        is_mine=lambda _: is_trained_here(folder),
+        owner="a draft model that was trained here",
+    )
 
-    def is_mine(_: object) -> bool:
-        try:
-            return bool(read_json(folder / CONFIG_NAME)[_MARK]["kind"] == _KIND)
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
 
-    require_replaceable(folder, is_mine=is_mine, owner="a draft model that was trained here")
+def is_trained_here(folder: Path) -> bool:
+    """Return whether a folder's config is that of a draft model which `write_draft_model` wrote."""
+    try:
+        return bool(read_json(folder / CONFIG_NAME)[_MARK]["kind"] == _KIND)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def read_card(folder: Path) -> HeadsCard:
+    """Return the card of the draft model in a folder, which is read completely.
+
+    Raises:
+        CheckpointError: If it is damaged, or was not written by `write_draft_model`.
+    """
+    if not is_trained_here(folder):
+        raise CheckpointError(
+            f"{folder}: found no draft model of speclm train draft, expected one; name its folder"
+        )
+    try:
+        draft = load_causal_lm(folder, {"dtype": "auto"}, owner="draft model")
+    except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, SpeclmError):
+            raise
+        raise CheckpointError(
+            f"{folder}: the draft model cannot be loaded ({reason_of(error)}), expected the files "
+            "of speclm train draft; train or copy it again"
+        ) from error
+    base = read_json(folder / CONFIG_NAME)[_MARK].get("base")
+    return draft_card(draft, base=base if isinstance(base, str) else None)
 
 
 def draft_card(draft: PreTrainedModel, *, base: str | None = None) -> HeadsCard:

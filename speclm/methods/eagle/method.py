@@ -175,6 +175,7 @@ class EagleMethod(Method):
     name = "eagle"
     summary = "a small decoder on the target's hidden states: EAGLE-1, EAGLE-2, EAGLE-3"
     aliases = ("eagle2", "eagle3")
+    stores_trees = True
     recipes = (
         EagleRecipe(
             "eagle",
@@ -313,7 +314,7 @@ def eagle_card(
         software=_SOFTWARE[config.kind],
         num_parameters=sum(tensor.numel() for tensor in tensors if tensor.is_floating_point()),
         dtype=str(checkpoint.dtype).removeprefix("torch."),
-        num_nodes=None if choices is None else 1 + len(choices),
+        num_nodes=None if choices is None else len(choices),
         base=checkpoint.base_name_or_path,
         repo_id=repo_id,
     )

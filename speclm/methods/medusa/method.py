@@ -168,6 +168,7 @@ class Medusa2Recipe(Recipe):
     """Trains new or loaded Medusa heads together with an adapter of the base."""
 
     name = "medusa2"
+    trains_heads_only = False
     summary = "Train Medusa heads together with an adapter of the base, which changes the base."
     options = Medusa2TrainingOptions
     # The heads then have the usual learning rate, and the adapter a quarter of it.
@@ -225,6 +226,7 @@ class MedusaMethod(Method):
     name = "medusa"
     summary = "heads on the target's last hidden state, one for each position ahead"
     hints = ("medusa_lm_head.*",)
+    stores_trees = True
     recipes = (MedusaRecipe(), Medusa2Recipe())
 
     @override
@@ -322,7 +324,7 @@ def medusa_card(checkpoint: "MedusaCheckpoint", *, repo_id: str | None = None) -
         software=_SOFTWARE,
         num_parameters=sum(tensor.numel() for tensor in checkpoint.tensors.values()),
         dtype=str(checkpoint.dtype).removeprefix("torch."),
-        num_nodes=None if choices is None else 1 + len(choices),
+        num_nodes=None if choices is None else len(choices),
         base=checkpoint.base_name_or_path,
         repo_id=repo_id,
     )

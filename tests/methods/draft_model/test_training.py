@@ -14,6 +14,7 @@ from speclm.methods.draft_model.training import (
     require_writable,
     write_draft_model,
 )
+from speclm.model.publishing import prepare_publication
 from tests.models import build_model, shared_model
 from tests.training.alphabet import TAGGED, tiny_base, word_tokenizer
 
@@ -75,6 +76,9 @@ def test_written_folder_is_that_of_an_ordinary_model(tmp_path):
     assert "draft-model" in card
     assert "| architecture | LlamaForCausalLM |" in card
     assert "| base model | not recorded |" in card  # a path of this machine
+    found = prepare_publication(folder, "me/draft", base="org/base")
+    assert {"tokenizer.json", "generation_config.json", "model.safetensors"} <= found.sizes.keys()
+    assert 'from_pretrained("org/base", "me/draft")' in found.card
     again = load_draft_model(folder)
     assert again.dtype == torch.float32
     write_draft_model(folder, again, base=base)  # its own folder may be replaced
@@ -93,5 +97,7 @@ def test_folders_of_other_models_are_not_replaced(tmp_path):
 
 
 def test_what_is_no_language_model_is_named(tmp_path):
-    with pytest.raises(UnknownNameError, match="is not a folder or hub id of a causal language"):
-        load_draft_model(tmp_path)
+    (tmp_path / "file").write_text("")
+    for name, words in ((tmp_path, "the folder has no config.json"), ("file", "but a file; pass")):
+        with pytest.raises(UnknownNameError, match=f"--init.*of a causal language model.*{words}"):
+            load_draft_model(tmp_path / name)
