@@ -174,7 +174,12 @@ def _prepare(row: Row | BrokenLine, schema: str | None, tally: Tally) -> _Prepar
         keys = f"the keys are {', '.join(map(shown, value)) or 'none'}"
         raise RowError("unknown_schema", keys + _wrapped(value))
     tally.schemas[name] = tally.schemas.get(name, 0) + 1
-    messages, repairs = repair(SCHEMAS[name].messages(value))
+    try:
+        messages, repairs = repair(SCHEMAS[name].messages(value))
+    except RowError as error:
+        if hint := _wrapped(value):
+            raise RowError(error.reason, error.detail + hint) from error
+        raise
     tools = tools_of(value)
     given = given_id(value)
     try:

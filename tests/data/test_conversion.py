@@ -170,6 +170,8 @@ def test_rows_of_no_known_schema_are_an_error_with_the_keys(monkeypatch, write, 
     for rows in ([{"text": "a", "n": 1}], [{"text": "a", "n": 1}] * 4 + [sharegpt("q", "a")]):
         with pytest.raises(DataError, match=words):
             convert(write(*rows), out)
+    with pytest.raises(DataError, match=r"under 'conversations'.*jq"):
+        convert(write({"conversations": [sharegpt("q", "a")]}), out, strict=True)
     with pytest.raises(DataError, match=r"the keys are 'data' \(the rows are .* under 'data'.*jq"):
         convert(write({"data": [sharegpt("q", "a")]}), out)
     report = convert(write("nonsense", {"text": "a"}, {}, sharegpt("q", "a")), out)
