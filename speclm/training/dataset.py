@@ -102,6 +102,7 @@ def load_examples(
         raise OptionError(f"max_length is {max_length!r}, expected at least 1; pass None for all")
     if isinstance(data, (str, Path)):
         data = read_conversations(data, limit=limit, seed=seed)
+    _warn_of_lost_reasoning(data, tokenizer)
     shown = tqdm(data, desc="tokenizing", delay=_PROGRESS_DELAY, disable=None, leave=False)
     examples: list[Example] = []
     dropped: dict[str, Dropped] = {}
@@ -118,6 +119,38 @@ def load_examples(
     for part in dropped.values():
         _log.warning("%s", part)
     return ExampleDataset(examples, dropped=tuple(dropped.values()))
+
+
+def _warn_of_lost_reasoning(
+    data: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Log a warning if the chat template writes none of the reasoning of a conversation.
+
+    The first conversation with reasoning in its last answer decides: templates may leave out that
+    of earlier answers on purpose.
+    """
+
+    def is_reasoned(conversation: Conversation) -> bool:
+        return bool(conversation.messages[-1].get("reasoning_content"))
+
+    found = next(filter(is_reasoned, data), None)
+    if found is None:
+        return
+    last = {key: text for key, text in found.messages[-1].items() if key != "reasoning_content"}
+    last.setdefault("content", "")
+    render: Any = tokenizer.apply_chat_template
+    options = {"tools": found.tools, "tokenize": False, **(found.template_options or {})}
+    try:
+        without = render([*found.messages[:-1], last], **options)
+        is_lost = render(found.messages, **options) == without
+    except Exception:  # noqa: BLE001 - a template is a program; its refusal is reported per row
+        return
+    if is_lost:
+        _log.warning(
+            "%s: the chat template leaves out the reasoning_content, so heads do not learn to "
+            "draft it; use the template of a model that thinks, or put the reasoning into content",
+            found.where,
+        )
 
 
 def require_trainable(dataset: Any, *, max_length: int | None) -> None:

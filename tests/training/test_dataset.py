@@ -55,6 +55,17 @@ def test_examples_that_cannot_be_learned_are_dropped_and_counted_by_reason(caplo
         load_examples(rows[1:], tokenizer, max_length=7)
 
 
+def test_reasoning_that_the_template_leaves_out_is_named(caplog):
+    thinking = conversation("a", "b")
+    thinking.messages[-1]["reasoning_content"] = "c"
+    written = TAGGED.replace("{{ m['content'] }}", "{{ m['reasoning_content'] }}{{ m['content'] }}")
+    for template, is_lost in ((TAGGED, True), (written, False)):
+        caplog.clear()
+        with caplog.at_level("WARNING", "speclm"):
+            load_examples([conversation("a", "b"), thinking], word_tokenizer(template))
+        assert ("template leaves out the reasoning_content" in caplog.text) == is_lost
+
+
 def test_padding_is_on_the_right_and_hides_no_token():
     rows = load_examples([conversation("a", "b"), conversation("a", "bcd")], word_tokenizer(TAGGED))
     batch = collate_examples([rows[0], rows[1]])
