@@ -72,13 +72,14 @@ def load(options: ModelOptions) -> Loaded:
         raise OptionError(f"--dtype is {dtype!r}, expected one of {list(_DTYPES)!r}")
     device = _device(options)
     arguments = {"dtype": dtype, **_quantization(options.quantization)}
+    revision = {} if options.revision is None else {"revision": options.revision}
     if options.device_map is not None:
         arguments["device_map"] = options.device_map
     elif options.quantization is not None:
         arguments["device_map"] = {"": device}  # quantised weights are not moved afterwards
     disable_progress_bar()  # type: ignore[no-untyped-call]  # Transformers' own
     with Console(stderr=True).status(f"loading {Path(name).name}"):
-        tokenizer, model = _from_pretrained(name, arguments)
+        tokenizer, model = _from_pretrained(name, arguments, revision)
         if "device_map" not in arguments:
             model = model.to(device)
     if tokenizer.pad_token is None:  # it is masked, so any token will do
@@ -152,10 +153,12 @@ def _quantization(name: str | None) -> dict[str, Any]:
         ) from error
 
 
-def _from_pretrained(name: str, arguments: dict[str, Any]) -> tuple[Any, Any]:
+def _from_pretrained(
+    name: str, arguments: dict[str, Any], revision: dict[str, str]
+) -> tuple[Any, Any]:
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(name)
-        model: Any = AutoModelForCausalLM.from_pretrained(name, **arguments)
+        tokenizer: Any = AutoTokenizer.from_pretrained(name, **revision)
+        model: Any = AutoModelForCausalLM.from_pretrained(name, **arguments, **revision)
     except Exception as error:
         if "quantization_config" in arguments and isinstance(error, ImportError):
             raise OptionError(

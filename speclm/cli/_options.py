@@ -32,6 +32,9 @@ class ModelOptions:
     base: Annotated[
         str | None, typer.Option(help="Folder or hub id; by default the bundled model.")
     ] = None
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of the base on the hub.")
+    ] = None
     dtype: Annotated[
         str | None, typer.Option(help="Dtype of the weights: float32, bfloat16, float16 or auto.")
     ] = None

@@ -34,7 +34,7 @@ from speclm.errors import OptionError
 from speclm.files.atomic import write_file
 from speclm.files.hub import path_exists
 from speclm.files.weights import read_json
-from speclm.methods.registry import find_heads
+from speclm.methods.finding import find_heads
 from speclm.model import SpecModel
 from speclm.stats import SpeculationStats
 from speclm.tree.static import RankPaths

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from speclm.errors import CheckpointError, UnknownNameError, shown
-from speclm.files.hub import HubOptions, download, is_hub_id, path_exists
+from speclm.files.hub import HubOptions, commit_of, download, is_hub_id, path_exists
 from speclm.files.weights import WeightFiles, read_json, reading, weight_files
 from speclm.target.logits import stored_matrices
 
@@ -58,10 +58,9 @@ class BaseParts:
         """
         options = hub or HubOptions()
         if path_exists(name):
-            folder, commit = Path(name) / options.subfolder, None
+            folder = Path(name) / options.subfolder
         elif is_hub_id(str(name)):
             folder = download(str(name), options, _NAMES)
-            commit = folder.parent.name if options.subfolder else folder.name
         else:
             raise UnknownNameError(
                 f"base {str(name)!r} is no folder and no hub id such as 'org/name'; correct it"
@@ -71,7 +70,7 @@ class BaseParts:
             raise CheckpointError(
                 f"{path}: found no config, expected that of the base model; correct the path"
             )
-        return cls(str(name), read_json(path), folder, commit, options)
+        return cls(str(name), read_json(path), folder, commit_of(folder), options)
 
     @property
     def num_layers(self) -> int | None:

@@ -118,6 +118,7 @@ class Proposer(ABC):
         plan: Size of the next drafts, set by the loop before `begin` and every `propose`; None
             follows `config`. The loop cuts larger trees.
         parts: Proposers that it calls itself, whose needs are checked too.
+        hub_commit: Commit on the hub that its files are of, for reports; None without one.
 
     Example:
         Draft the last token again, as a chain of two:
@@ -152,6 +153,7 @@ class Proposer(ABC):
     num_ranks: int | None = None
     plan: TreePlan | None = None
     parts: Sequence["Proposer"] = ()
+    hub_commit: str | None = None
 
     @abstractmethod
     def begin(self, prompt: Prefill) -> None:

@@ -4,10 +4,17 @@ import glob
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants, snapshot_download
+from huggingface_hub import (
+    CommitOperationAdd,
+    HfApi,
+    constants,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -26,6 +33,9 @@ _LEFTOVERS = (
 )
 _REPOSITORY = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*", re.ASCII)
 _MAX_NAME = 96  # characters; the hub has no longer names
+
+_COMMIT = re.compile("[0-9a-f]{40}")
+_OF_USERS = ("token", "cache_dir", "local_files_only", "force_download")
 
 _TYPES: dict[str, Any] = {
     "revision": str | None,
@@ -96,7 +106,10 @@ class HubOptions:
 def with_base_options(
     heads_kwargs: Any, kwargs: Mapping[str, Any], *, heads: Any, base: Any
 ) -> Any:
-    """Add the base's hub options to `heads_kwargs` if base and heads are in one repository.
+    """Add the base's hub options to those of heads on the hub.
+
+    Token and cache are the user's, so they hold for both; revision and subfolder are those of one
+    repository, so they hold for heads in the base's own repository only.
 
     Args:
         heads_kwargs: Options as the user gave them; they take precedence.
@@ -105,10 +118,39 @@ def with_base_options(
         base: Base as the user gave it.
     """
     are_names = isinstance(heads, str | Path) and isinstance(base, str | Path)
-    is_same = are_names and str(heads) == str(base) and not path_exists(base)
-    if not is_same or not isinstance(heads_kwargs, dict | None):
+    is_on_hub = are_names and is_hub_id(str(heads)) and "/" in str(heads) and not path_exists(heads)
+    if not is_on_hub or not isinstance(heads_kwargs, dict | None):
         return heads_kwargs
-    return {**{name: kwargs[name] for name in _TYPES if name in kwargs}, **(heads_kwargs or {})}
+    names = _TYPES.keys() if str(heads) == str(base) else _OF_USERS
+    return {**{name: kwargs[name] for name in names if name in kwargs}, **(heads_kwargs or {})}
+
+
+def commit_of(folder: Path) -> str | None:
+    """Return the commit that a folder in the hub's cache is of; None for any other folder."""
+    parts = folder.parts
+    return next(
+        (
+            after
+            for part, after in pairwise(parts)
+            if part == "snapshots" and _COMMIT.fullmatch(after)
+        ),
+        None,
+    )
+
+
+def cached_commit(name: object, options: Mapping[str, Any]) -> str | None:
+    """Return the commit of a model that was just loaded from the hub by its name; None otherwise.
+
+    Args:
+        name: What it was loaded from.
+        options: Arguments of its ``from_pretrained``.
+    """
+    if not isinstance(name, str) or path_exists(name) or not is_hub_id(name):
+        return None
+    known = {key: options[key] for key in ("cache_dir", "revision") if options.get(key) is not None}
+    path = "/".join(filter(None, (options.get("subfolder"), "config.json")))
+    found = try_to_load_from_cache(name, path, **known)
+    return commit_of(Path(found)) if isinstance(found, str) else None
 
 
 def path_exists(name: str | Path) -> bool:

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from typing_extensions import override
 
 from speclm.config import require_options
-from speclm.errors import OptionError, UnknownNameError, shown
-from speclm.files.hub import HubOptions, path_exists
-from speclm.methods._hub_search import find_on_hub
+from speclm.errors import OptionError, shown
+from speclm.files.hub import commit_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
@@ -30,8 +29,6 @@ if TYPE_CHECKING:
     from speclm.training.heads_trainer import HeadsTrainer
 
 ProposerType = TypeVar("ProposerType", bound=type)
-
-_FALLBACK = "draft_model"  # loads what no other method recognises
 
 
 class Recipe(ABC):
@@ -83,6 +80,11 @@ class HeadsSource:
     folder: Path | None = None
     hub: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def commit(self) -> str | None:
+        """Commit on the hub that the files are of; None for a folder of one's own."""
+        return None if self.folder is None else commit_of(self.folder)
 
 
 class Method(ABC):
@@ -298,58 +300,3 @@ def no_heads(proposer: object) -> OptionError:
         f"proposer is {found}, which has no heads to save; a draft model is saved with its own "
         "save_pretrained"
     )
-
-
-def find_heads(heads: object, options: Mapping[str, Any] | None = None) -> HeadsSource:
-    """Recognise a `heads` argument, and download its files if necessary.
-
-    Only the config of a language model on the hub is downloaded here.
-
-    Raises:
-        UnknownNameError: If it is neither a name nor a folder and cannot be downloaded.
-        OptionError: If no method takes the object, or a folder comes with options for the hub.
-        CheckpointError: If a file that has to be opened cannot be read.
-    """
-    options = dict(options or {})
-    methods = registered_methods()
-    taker = next((method for method in methods.values() if method.takes(heads)), None)
-    if taker is not None:
-        return HeadsSource(taker, heads, options=options)
-    if not isinstance(heads, str | Path):
-        raise OptionError(
-            f"heads is a {type(heads).__name__}, expected a name, folder, hub id, draft model, "
-            "Proposer, list of these or None; a network of heads goes into its proposer"
-        )
-    named = methods.get(str(heads))
-    if named is not None and named.is_named:
-        return HeadsSource(named, heads, options=options)
-    hub, options = HubOptions.split(options)
-    if path_exists(heads):
-        method, folder = _find_in_folder(Path(heads), hub)
-    else:
-        known, folder = find_on_hub(str(heads), hub, methods)
-        method = known or methods[_FALLBACK]
-    return HeadsSource(method, heads, folder, hub.given, options)
-
-
-def _find_in_folder(heads: Path, hub: HubOptions) -> tuple[Method, Path]:
-    unused = sorted(hub.given.keys() & {"revision", "force_download"})
-    if unused:
-        raise OptionError(
-            f"heads {str(heads)!r} is a folder and {unused!r} in heads_kwargs would have no "
-            "effect; leave them out, or pass a hub id"
-        )
-    folder = heads / hub.subfolder
-    if not folder.is_dir():
-        raise UnknownNameError(
-            f"heads {str(heads)!r} has no subfolder {hub.subfolder!r}, expected that of heads or a "
-            "draft model; correct subfolder in heads_kwargs"
-            if hub.subfolder
-            else f"heads {str(heads)!r} is a file, expected a folder, hub id or registered name; "
-            "pass the folder that it lies in"
-        )
-    methods = registered_methods()
-    for method in methods.values():
-        if method.is_declared(folder) or method.find_weights(folder) is not None:
-            return method, folder
-    return methods[_FALLBACK], folder

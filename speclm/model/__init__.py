@@ -1,6 +1,7 @@
 """The public surface: `SpecModel` and `patch`."""
 
 from speclm.model.call import SpeculativeOutput
-from speclm.model.spec_model import SpecModel, patch
+from speclm.model.patching import patch
+from speclm.model.spec_model import SpecModel
 
 __all__ = ["SpecModel", "SpeculativeOutput", "patch"]

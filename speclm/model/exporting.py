@@ -14,7 +14,8 @@ from speclm.drafting.heads_folder import CONFIG_NAME, hub_id, require_folder
 from speclm.drafting.package import EXPORT_NAME, Package, write_package
 from speclm.errors import CheckpointError, OptionError, UnknownNameError, suggest
 from speclm.files.weights import read_json
-from speclm.methods.registry import Method, find_heads, registered_methods
+from speclm.methods.finding import find_heads
+from speclm.methods.registry import Method, registered_methods
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,10 +13,13 @@ from speclm.drafting.heads_folder import Destination
 from speclm.drafting.interface import Proposer
 from speclm.errors import OptionError, UnsupportedModelError, suggest
 from speclm.files.hub import UploadOptions, upload
-from speclm.methods.registry import find_heads, method_of, no_heads
+from speclm.methods.finding import find_heads
+from speclm.methods.registry import method_of, no_heads
 from speclm.target.loading import load_causal_lm, without_adapter
 
-OPTIONS_OF_LOADING = ("heads", "heads_kwargs", "num_draft_tokens", "adaptive", "tree")
+OPTIONS_OF_LOADING = (
+    *("heads", "heads_revision", "heads_kwargs", "num_draft_tokens", "adaptive", "tree"),
+)
 """Parameters of `SpecModel.from_pretrained` itself."""
 
 Heads = str | Path | nn.Module | Proposer
@@ -104,7 +107,9 @@ def load_proposer(
             )
         return heads
     source = find_heads(heads, options)
-    return source.method.load(source, base)
+    proposer = source.method.load(source, base)
+    proposer.hub_commit = source.commit
+    return proposer
 
 
 def save_heads(folder: str | Path, proposer: Proposer | None, base: PreTrainedModel) -> None:

@@ -12,7 +12,8 @@ from speclm.errors import CheckpointError, DataError, OptionError, shown
 from speclm.files.atomic import read_json
 from speclm.files.hub import UploadOptions, fetch_existing, is_hub_id, upload
 from speclm.files.weights import read_text, weights_digest
-from speclm.methods.registry import Method, find_heads
+from speclm.methods.finding import find_heads
+from speclm.methods.registry import Method
 from speclm.training.history import CURVES_NAME, HISTORY_NAME, read_history
 
 REPORT_FOLDER = "report"

@@ -56,6 +56,7 @@ def write_report(
     check: SelfCheck,
     stats: SpeculationStats | None,
     *,
+    commit: str | None,
     write: Callable[[str], object],
 ) -> None:
     """Write what is wrapped, how drafts are verified and why, and the last call's counters."""
@@ -67,8 +68,10 @@ def write_report(
     kernel = preferred(target.device)
     lines = [
         ("base", f"{target.name}, {type(model).__name__}"),
+        *([("", f"commit {commit}")] if commit else []),
         ("", f"{size}, {model.dtype}, {model.device}"),
         ("proposer", describe_proposer(proposer) if proposer else "none"),
+        *([("", f"commit {proposer.hub_commit}")] if proposer and proposer.hub_commit else []),
         ("verified", f"{check.verification.value}: {check.reason}"),
         ("", f"{source} in {check.milliseconds:.1f} ms"),
         ("kernels", f"{kernel.backend}: {kernel.reason}"),

@@ -17,7 +17,7 @@ from speclm.adaptive.memory import Memory
 from speclm.drafting.interface import Proposer
 from speclm.engines import Engine
 from speclm.errors import OptionError
-from speclm.files.hub import with_base_options
+from speclm.files.hub import cached_commit, with_base_options
 from speclm.generation.regular import NeedsRegularGeneration
 from speclm.generation.request import Setup, require_acceptable
 from speclm.model.call import (
@@ -95,13 +95,15 @@ class SpecModel(KeepsCounters, Wrapper):
         self.memory, self._misses = Memory(), MissWatch()
         self._plain_seconds: dict[int, float] = {}
         self._logged: set[str] = set()
+        self._commit: str | None = None  # of the base on the hub
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # noqa: PLR0913 - its options are keywords
         cls,
         base: str | Path | nn.Module,
         heads: Heads | list[Heads] | tuple[Heads, ...] | None = "lookup",
         *,
+        heads_revision: str | None = None,
         heads_kwargs: dict[str, Any] | None = None,
         num_draft_tokens: int | None = None,
         adaptive: bool | None = None,
@@ -116,15 +118,17 @@ class SpecModel(KeepsCounters, Wrapper):
             heads: Name of a registered proposer, folder or hub id of heads or of a draft model, a
                 loaded draft model, a `Proposer`, or None for no drafts. The drafts of a list of
                 these are merged. By default ``"lookup"``, which needs no weights.
-            heads_kwargs: For the hub: revision, token, cache_dir, subfolder, local_files_only and
+            heads_revision: Branch, tag or commit of heads or a draft model on the hub.
+            heads_kwargs: For the hub: token, cache_dir, subfolder, local_files_only and
                 force_download. For a draft model: arguments of its ``from_pretrained``, by default
                 the base's dtype and device. For heads and proposers: their options.
             num_draft_tokens: Maximum draft tokens per round; by default the proposer's own choice.
             adaptive: As in the constructor; by default True, unless a static tree is given.
             tree: Default of the option ``tree`` of `generate`.
             engine: Default of the option ``engine`` of `generate`.
-            **kwargs: Arguments of the base's ``from_pretrained``. Those for the hub also apply to
-                heads in the base's own repository.
+            **kwargs: Arguments of the base's ``from_pretrained``. Of those for the hub, token,
+                cache_dir, local_files_only and force_download apply to heads on the hub too, and
+                the others to heads in the base's own repository.
 
         Raises:
             UnknownNameError: If `heads` is a string that names nothing.
@@ -135,13 +139,17 @@ class SpecModel(KeepsCounters, Wrapper):
         base, engine = unwrap(base, SpecModel), normalize_engine(engine)
         model = load_base(base, kwargs)
         heads_kwargs = with_base_options(heads_kwargs, kwargs, heads=heads, base=base)
+        if heads_revision is not None:
+            heads_kwargs = {**(heads_kwargs or {}), "revision": heads_revision}
         proposer = load_proposer(
             heads, model, heads_kwargs=heads_kwargs, num_draft_tokens=num_draft_tokens
         )
         if adaptive is None:
             adaptive = (heads_kwargs or {}).get("tree") is None
         require_fillable(normalize_tree(tree), proposer)
-        return cls(model, proposer, adaptive=adaptive, tree=tree, engine=engine)
+        spec = cls(model, proposer, adaptive=adaptive, tree=tree, engine=engine)
+        spec._commit = cached_commit(base, kwargs)
+        return spec
 
     @property
     def proposer(self) -> Proposer | None:
@@ -342,7 +350,12 @@ class SpecModel(KeepsCounters, Wrapper):
     def print_report(self, *, write: Callable[[str], object] = print) -> None:
         """Print what is wrapped, how drafts are verified and why, and the last call's counters."""
         write_report(
-            self._target, self.proposer, self.self_check, self.last_speculation, write=write
+            self._target,
+            self.proposer,
+            self.self_check,
+            self.last_speculation,
+            commit=self._commit,
+            write=write,
         )
 
     def _base_generate(self, **arguments: Any) -> Any:
@@ -354,42 +367,3 @@ class SpecModel(KeepsCounters, Wrapper):
         if reason not in self._logged:
             self._logged.add(reason)
             _log.warning(message, type(self.base).__name__, reason)
-
-
-def patch(
-    base: nn.Module,
-    heads: Heads | list[Heads] | tuple[Heads, ...] | None = "lookup",
-    *,
-    heads_kwargs: dict[str, Any] | None = None,
-    num_draft_tokens: int | None = None,
-) -> SpecModel:
-    """Make ``base.generate`` speculative, until ``detach`` is called or the ``with`` block ends.
-
-    The patch takes effect at once, and only on this model object: copies of it are not patched.
-    The arguments are those of `SpecModel.from_pretrained`.
-
-    Returns:
-        The model that answers ``base.generate``. Its ``detach`` restores the base's own; its
-        ``attach`` patches again.
-
-    Raises:
-        PatchError: If the base is patched already.
-        SpeclmError: Whatever `SpecModel.from_pretrained` raises; nothing is patched then.
-
-    Example:
-        ```python
-        import speclm
-        from speclm.demo.bundle import assets
-        from transformers import AutoModelForCausalLM
-
-        base = AutoModelForCausalLM.from_pretrained(assets()["base"], dtype="float32")
-        with speclm.patch(base) as spec:
-            base.generate(max_new_tokens=8)
-        print(spec.last_speculation.tau)
-        ```
-    """
-    model = SpecModel.from_pretrained(
-        base, heads, heads_kwargs=heads_kwargs, num_draft_tokens=num_draft_tokens
-    )
-    model.attach()
-    return model

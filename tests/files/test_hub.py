@@ -13,10 +13,10 @@ from speclm.errors import OptionError, SpeclmError, UnknownNameError, UploadErro
 from speclm.files.hub import HubOptions, UploadOptions, fetch_existing, upload
 from speclm.methods.draft_model.proposer import DraftModelProposer
 from speclm.methods.eagle.proposer import EagleProposer
+from speclm.methods.finding import find_heads
 from speclm.methods.medusa.proposer import MedusaProposer
-from speclm.methods.registry import find_heads
 from speclm.model.heads import load_proposer
-from tests.model.hub import running_hub
+from tests.model.hub import SHAS, running_hub
 from tests.model.test_loading_eagle import write as write_eagle
 from tests.models import build_model, shared_model
 
@@ -101,6 +101,28 @@ def test_heads_in_the_bases_repository_are_of_its_revision_unless_another_is_giv
         "me/merged", "me/merged", heads_kwargs={"revision": "main"}, revision="v2"
     )
     assert float(main.proposer.heads.weight[0, 0, 0, 0]) == 1.0
+
+
+def test_base_and_heads_have_their_own_revisions_and_share_token_and_cache(hub, tmp_path):
+    build_model("llama").save_pretrained(tmp_path / "me/base@v2")
+    (tmp_path / "me/base").mkdir()
+    write_medusa(tmp_path / "me/heads")
+    write_medusa(tmp_path / "me/heads@v2", value=2.0)
+    hub.gated |= dict.fromkeys(("me/base", "me/heads"), "Bearer hf_me")
+    shared = {"token": "hf_me", "cache_dir": tmp_path / "mine", "dtype": torch.float32}
+    revisions = {"revision": "v2", "heads_revision": "main"}
+    spec = SpecModel.from_pretrained("me/base", "me/heads", **revisions, **shared)
+    assert float(spec.proposer.heads.weight[0, 0, 0, 0]) == 0.0
+    lines = []
+    spec.print_report(write=lines.append)
+    assert [line.split()[-1] for line in lines if " commit " in line] == [SHAS["v2"], SHAS["main"]]
+    assert list((tmp_path / "cache").rglob("*.safetensors")) == []
+    hub.asked.clear()
+    offline = SpecModel.from_pretrained(
+        "me/base", "me/heads", local_files_only=True, **revisions, **shared
+    )
+    assert hub.asked == []
+    assert offline.proposer.hub_commit == SHAS["main"]
 
 
 @pytest.mark.parametrize("kind", ["medusa", "eagle", "pickled"])

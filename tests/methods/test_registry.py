@@ -20,11 +20,11 @@ from speclm.drafting.package import Package, write_package
 from speclm.errors import CheckpointError, OptionError, UnknownNameError
 from speclm.files.weights import read_text, weight_files
 from speclm.methods import registry
+from speclm.methods.finding import find_heads
 from speclm.methods.ngram.proposer import NgramProposer
 from speclm.methods.registry import (
     Method,
     Recipe,
-    find_heads,
     heads_names,
     method_of,
     register_method,

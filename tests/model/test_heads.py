@@ -20,11 +20,11 @@ from speclm.errors import (
     VocabularyMismatchError,
 )
 from speclm.methods.draft_model.proposer import DraftModelProposer
+from speclm.methods.finding import find_heads
 from speclm.methods.lookup.proposer import LookupProposer
 from speclm.methods.medusa.checkpoint import read_medusa
 from speclm.methods.medusa.proposer import MedusaProposer
 from speclm.methods.ngram.proposer import NgramProposer
-from speclm.methods.registry import find_heads
 from speclm.model.heads import load_proposer
 from tests.model.hub import running_hub
 from tests.models import VOCAB_SIZE, build_model, generate, prompts, shared_model

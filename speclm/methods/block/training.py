@@ -15,7 +15,7 @@ from speclm.methods.block.checkpoint import build_block, read_block
 from speclm.methods.block.config import BlockConfig
 from speclm.methods.block.layer import BlockLayer
 from speclm.methods.block.network import BlockHeads
-from speclm.methods.registry import find_heads
+from speclm.methods.finding import find_heads
 from speclm.target import TargetView, output_matrix, stored_matrices
 
 _log = logging.getLogger("speclm")

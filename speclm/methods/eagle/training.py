@@ -12,7 +12,7 @@ from speclm.errors import OptionError
 from speclm.methods.eagle.config import EagleConfig
 from speclm.methods.eagle.network import EagleHeads
 from speclm.methods.eagle.proposer import EagleProposer
-from speclm.methods.registry import find_heads
+from speclm.methods.finding import find_heads
 from speclm.target import TargetView, output_matrix
 
 

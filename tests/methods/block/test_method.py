@@ -20,7 +20,7 @@ from speclm.methods.block.method import (
 )
 from speclm.methods.block.network import BlockHeads
 from speclm.methods.block.proposer import BlockProposer
-from speclm.methods.registry import find_heads
+from speclm.methods.finding import find_heads
 from speclm.training.arguments import training_arguments
 from tests.block_tables import DFLASH, LAYOUTS, ZLAB_CONFIG, save, tensors
 from tests.eagle_tables import EAGLE3, EAGLE3_CONFIG

@@ -5,8 +5,8 @@ import pytest
 from speclm.errors import OptionError, UnsupportedModelError
 from speclm.methods.draft_model.method import DraftModelMethod
 from speclm.methods.draft_model.proposer import DraftModelProposer
+from speclm.methods.finding import find_heads
 from speclm.methods.ngram.proposer import NgramProposer
-from speclm.methods.registry import find_heads
 from speclm.self_check.verdict import SelfCheck, Verification
 from tests.models import build_model, shared_model
 
