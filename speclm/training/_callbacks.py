@@ -27,7 +27,10 @@ class Announcement(TrainerCallback):
             trainer.record().write(Path(str(trainer.args.output_dir)))
             for line in trainer.summary().lines():
                 trainer.announce(line)
-            announce_agreement(trainer.agreement(), trainer.announce)
+        if trainer.is_world_process_zero() or trainer.has_divided_base:
+            agreement = trainer.agreement()
+            if trainer.is_world_process_zero():
+                announce_agreement(agreement, trainer.announce)
 
 
 class EpochOrder(TrainerCallback):

@@ -31,6 +31,7 @@ from speclm.training.feature_cache import (
     hash_base,
 )
 from speclm.training.run_summary import size_text
+from speclm.training.partitions import is_divided
 from speclm.training.training_model import TrainingModel
 
 _log = logging.getLogger("speclm")
@@ -154,8 +155,8 @@ def plan_features(
         shard_bytes: Bytes of a file, as far as texts allow.
 
     Raises:
-        OptionError: If the model trains the base too, a dataset is a stream, or `shard_bytes` is
-            below 1.
+        OptionError: If the model trains the base too or its layers are divided, a dataset is a
+            stream, or `shard_bytes` is below 1.
         FeatureError: If the folder has features of another base, data, layers or type, or other
             files.
         UnsupportedModelError: If a weight of the base is not in memory.
@@ -166,6 +167,11 @@ def plan_features(
         raise OptionError(
             f"{type(model).__name__} does not learn from hidden states of a frozen base, expected "
             "Medusa, EAGLE or block heads; train without cached features"
+        )
+    if is_divided(model.view.model):
+        raise OptionError(
+            "the base's layers are divided by FSDP or ZeRO-3, expected a whole base to read its "
+            "features; leave one of the two out: with cached features the layers are released"
         )
     for dataset in datasets:
         if not hasattr(dataset, "__len__"):

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from typing_extensions import override
@@ -32,7 +32,7 @@ from speclm.training.dataset import (
     train_sampler,
 )
 from speclm.training.feature_cache import STATES, FeatureCache, distinct_texts
-from speclm.training.partitions import require_no_fsdp, require_whole, whole_parameters
+from speclm.training.partitions import heads_whole, is_divided, place_base, whole_parameters
 from speclm.training.run_summary import (
     Agreement,
     RunSummary,
@@ -90,23 +90,22 @@ class HeadsTrainer(Trainer):
         for dataset in datasets:
             if isinstance(dataset, Sized):  # a stream cannot be checked in advance
                 require_trainable(dataset, max_length=model.max_length)
-        require_whole(model.view.model)
-        _place_base(model.view.model, args)
+        place_base(model.view, args)
         self.announce, self.options = _log.info, {}
         self.heads, self.training_model = model.heads, model
         self._collate: Callable[[Sequence[Example]], dict[str, Tensor]] = collate_examples
         self._order = EpochOrder()
         self._meters = {is_training: model.new_meter() for is_training in (False, True)}
         self._figures: dict[bool, dict[str, Tensor]] = {False: {}, True: {}}  # sums and counts
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=collate_examples,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            callbacks=[Announcement(self), self._order, *callbacks],
-        )
-        require_no_fsdp(is_on=self.is_fsdp_enabled)
+        with heads_whole(args):
+            super().__init__(
+                model=model,
+                args=args,
+                data_collator=collate_examples,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                callbacks=[Announcement(self), self._order, *callbacks],
+            )
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(TauProgress())
 
@@ -137,7 +136,8 @@ class HeadsTrainer(Trainer):
         if isinstance(resume_from_checkpoint, str):
             require_state(resume_from_checkpoint)
             self.record().require_same(Path(resume_from_checkpoint).parent)
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        with heads_whole(self.args):
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
 
     def record(self) -> RunRecord:
         """Return what decides the result of this training, except the heads' first weights."""
@@ -160,14 +160,22 @@ class HeadsTrainer(Trainer):
     def agreement(self) -> Agreement | None:
         """Return how far a sample of the data agrees with the base; None for a stream.
 
-        It takes a few forwards of the base, and at most about twenty seconds.
+        It takes a few forwards of the base, and at most about twenty seconds, except of a divided
+        base, which all processes must run together.
         """
+        limit = {"clock": lambda: 0.0} if self.has_divided_base else {}
         return measure_agreement(
             self.training_model,
             self.train_dataset,
             batch_size=self.args.per_device_train_batch_size,
             collate=self._collate,
+            **limit,
         )
+
+    @property
+    def has_divided_base(self) -> bool:
+        """Whether all processes run the base together, see `place_base`."""
+        return is_divided(self.training_model.view.model)
 
     def use_features(self, cache: FeatureCache) -> None:
         """Read hidden states from a cache instead of running the base.
@@ -389,12 +397,3 @@ class HeadsTrainer(Trainer):
                 self.training_model.write(Path(output_dir or str(self.args.output_dir)))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Upload heads")
-
-
-def _place_base(base: PreTrainedModel, args: TrainingArguments) -> None:
-    """Move a base to the one device of training, unless it was loaded with a device map."""
-    if args.n_gpu > 1:
-        _log.warning("using one of %d devices; start with torchrun to use all", args.n_gpu)
-        args._n_gpu = 1  # as Trainer does for a model spread over devices
-    if getattr(base, "hf_device_map", None) is None and base.device != args.device:
-        base.to(args.device)  # type: ignore[arg-type]  # Transformers' decorator

@@ -1,48 +1,85 @@
-"""Weights that DeepSpeed ZeRO-3 divides among the processes of a training."""
+"""Weights that FSDP or DeepSpeed ZeRO-3 divide among the processes of a training.
 
+The layers of a frozen base are divided by PyTorch's ``fully_shard`` in both cases: a layer is whole
+only while it runs. Embeddings, last norm and output matrix, which losses read outside the base's
+forward, stay whole in every process. ZeRO-3 divides the heads too; FSDP leaves them whole.
+"""
+
+import logging
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations import deepspeed as integration
 
 from speclm.errors import OptionError, UnsupportedModelError
+from speclm.target import TargetView
+from speclm.target.features import decoder_layers
+
+_log = logging.getLogger("speclm")
+_FSDP, _OFFLOADS = "ACCELERATE_USE_FSDP", "FSDP_OFFLOAD_PARAMS"
 
 
-def require_whole(base: PreTrainedModel) -> None:
-    """Check that every process has all weights of a base.
+def place_base(view: TargetView, args: TrainingArguments) -> None:
+    """Move a base to the device of training, and divide its layers if FSDP or ZeRO-3 is on.
 
-    Raises:
-        UnsupportedModelError: If they are divided: the base is not part of the model that DeepSpeed
-            runs, which therefore does not collect them.
-    """
-    name = next((name for name, weight in base.named_parameters() if _is_divided(weight)), None)
-    if name is not None:
-        raise UnsupportedModelError(
-            f"{name} of {base.config.name_or_path} is divided among processes, expected a base "
-            "that each process has as a whole; load it before the TrainingArguments are made"
-        )
+    A base that was loaded with a device map stays where it is. Dividing is for several processes,
+    each of which must then run the base as often as the others.
 
-
-def require_no_fsdp(*, is_on: bool) -> None:
-    """Check that heads are not divided by FSDP.
+    Args:
+        view: The base, which each process has loaded as a whole.
+        args: The arguments of training.
 
     Raises:
-        OptionError: If they are.
+        OptionError: If FSDP is on for a base that is trained too, or with offloading.
+        UnsupportedModelError: If the base is divided already by DeepSpeed, or if dividing is wanted
+            and it is quantised, spread by a device map, or has no list of layers.
     """
-    if is_on:
-        raise OptionError(
-            "FSDP is on, expected distributed data parallel or DeepSpeed ZeRO: heads that FSDP "
-            "divides cannot be written; start with torchrun, or configure accelerate without FSDP"
-        )
+    base = view.model
+    _require_whole(base)
+    if args.n_gpu > 1:
+        _log.warning("using one of %d devices; start with torchrun to use all", args.n_gpu)
+        args._n_gpu = 1  # as Trainer does for a model spread over devices
+    if args.world_size > 1 and (_has_fsdp(args) or _has_zero3(args, base)):
+        _divide_layers_(view, args)
+    if getattr(base, "hf_device_map", None) is None and base.device != args.device:
+        base.to(args.device)  # type: ignore[arg-type]  # Transformers' decorator
+
+
+def is_divided(base: PreTrainedModel) -> bool:
+    """Return whether the layers of a base are divided, so that all processes run it together."""
+    return any(isinstance(weight, DTensor) for weight in base.parameters())
+
+
+@contextmanager
+def heads_whole(args: TrainingArguments | None = None) -> Iterator[None]:
+    """Inside the block, Accelerate and Transformers apply no FSDP of their own.
+
+    Args:
+        args: Training arguments that may switch it on too.
+    """
+    is_on, plugin = os.environ.pop(_FSDP, None), args and args.fsdp_plugin_args
+    if args is not None:
+        args.fsdp_plugin_args = None
+    try:
+        yield
+    finally:
+        if is_on is not None:
+            os.environ[_FSDP] = is_on
+        if args is not None:
+            args.fsdp_plugin_args = plugin
 
 
 def whole_parameters(module: nn.Module) -> AbstractContextManager[Any]:
     """Return a context in which every process has all parameters; all processes must enter it."""
-    divided = [parameter for parameter in module.parameters() if _is_divided(parameter)]
+    divided = [parameter for parameter in module.parameters() if _is_partition(parameter)]
     if not divided:
         return nullcontext()
     deepspeed: Any = import_module("deepspeed")
@@ -60,15 +97,63 @@ def loading_whole() -> Iterator[None]:
     """Inside the block, models are loaded whole, whatever training arguments were made before."""
     found: Any = integration  # whose functions have no types
     config = found._hf_deepspeed_config_weak_ref and found._hf_deepspeed_config_weak_ref()
-    if config is None:
-        yield
-        return
-    found.unset_hf_deepspeed_config()
+    if config is not None:
+        found.unset_hf_deepspeed_config()
     try:
-        yield
+        with heads_whole():
+            yield
     finally:
-        found.set_hf_deepspeed_config(config)
+        if config is not None:
+            found.set_hf_deepspeed_config(config)
 
 
-def _is_divided(parameter: nn.Parameter) -> bool:
+def _require_whole(base: PreTrainedModel) -> None:
+    name = next((name for name, weight in base.named_parameters() if _is_partition(weight)), None)
+    if name is not None:
+        raise UnsupportedModelError(
+            f"{name} of {base.config.name_or_path} is divided among processes, expected a base "
+            "that each process has as a whole; load it before the TrainingArguments are made"
+        )
+
+
+def _has_fsdp(args: TrainingArguments) -> bool:
+    return args.fsdp_plugin_args is not None or _is_set(_FSDP)
+
+
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() in {"true", "1"}
+
+
+def _has_zero3(args: TrainingArguments, base: PreTrainedModel) -> bool:
+    config: Any = getattr(args, "hf_deepspeed_config", None)
+    is_frozen = not any(weight.requires_grad for weight in base.parameters())
+    return config is not None and config.is_zero3() and is_frozen
+
+
+def _divide_layers_(view: TargetView, args: TrainingArguments) -> None:
+    """Divide each layer of a base, on the devices of training."""
+    base, name = view.model, view.model.config.name_or_path
+    if any(weight.requires_grad for weight in base.parameters()):
+        raise OptionError(
+            f"FSDP is on and {name} is trained too, expected a frozen base: the layers that FSDP "
+            "divides get no gradients; leave FSDP out, or train heads only"
+        )
+    if _is_set(_OFFLOADS) or (args.fsdp_plugin_args or {}).get("cpu_offload"):
+        raise OptionError(
+            "FSDP offloads weights to the CPU, expected layers that stay on the devices; set "
+            "fsdp_offload_params to false"
+        )
+    if getattr(base, "hf_device_map", None) is not None or base.config.to_dict().get(
+        "quantization_config"
+    ):
+        raise UnsupportedModelError(
+            f"{name} is quantised or spread by a device map, expected plain weights in one place "
+            "to divide among processes; load it without, or leave FSDP and ZeRO-3 out"
+        )
+    mesh = init_device_mesh(args.device.type, (args.world_size,))
+    for layer in decoder_layers(view.decoder, view.num_layers):
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+
+
+def _is_partition(parameter: nn.Parameter) -> bool:
     return hasattr(parameter, "ds_id")

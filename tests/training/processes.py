@@ -1,4 +1,4 @@
-"""Trainings that two processes share, as a program: it imports the libraries once, then forks.
+"""Trainings that two processes share, as a program that ``accelerate launch`` starts in each.
 
 Its argument is a folder, into which each process writes what it logged, read and learned.
 """
@@ -9,6 +9,8 @@ import sys
 from functools import wraps
 from pathlib import Path
 
+import torch
+
 from speclm.cli._features import use_features
 from speclm.training.arguments import training_arguments
 from speclm.training.dataset import ExampleDataset
@@ -16,7 +18,6 @@ from speclm.training.heads_trainer import HeadsTrainer
 from tests.training.cached import deep_base, random_texts, training_model
 from tests.training.runs import SETTINGS, StopAt
 
-NUM_PROCESSES = 2
 NUM_ROWS = 9  # one is left for the last batch of an epoch
 NUM_STEPS = 6  # two epochs
 BROKEN_AT = 4  # within an epoch
@@ -25,6 +26,7 @@ RUNS = {
     "medusa": {"broken_at": BROKEN_AT},
     "random": {"method": "medusa", "train_sampling_strategy": "random"},
     "eagle3": {"is_cached": True},
+    "divided": {"method": "eagle3", "broken_at": BROKEN_AT, "fsdp": True},
 }
 
 
@@ -63,8 +65,9 @@ def train(folder, name, batch_size, *, broken_at=0, method=None, is_cached=False
             use_features(trainer, folder / "features", is_confirmed=True)
         note_rows(trainer.training_model, read)
         trainer.train(resume_from_checkpoint=end != broken_at and bool(broken_at))
+    divided = trainer.has_divided_base
     heads = {name: value.tolist() for name, value in trainer.heads.state_dict().items()}
-    return {"logs": trainer.state.log_history, "read": read, "heads": heads}
+    return {"logs": trainer.state.log_history, "read": read, "heads": heads, "divided": divided}
 
 
 def note_rows(model, read):
@@ -83,25 +86,12 @@ def note_rows(model, read):
     model.forward = noted
 
 
-def main(folder: Path, port: str) -> None:
-    """Run all trainings in two forked processes, and fail if one of them does."""
-    children = []
-    for rank in range(NUM_PROCESSES):
-        child = os.fork()
-        if child == 0:
-            os.environ |= {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(NUM_PROCESSES),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-            }
-            found = {name: train(folder, name, 2, **options) for name, options in RUNS.items()}
-            (folder / f"process{rank}.json").write_text(json.dumps(found))
-            sys.exit()
-        children.append(child)
-    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+def main(folder: Path) -> None:
+    """Run all trainings, and write what this process found."""
+    found = {name: train(folder, name, 2, **options) for name, options in RUNS.items()}
+    (folder / f"process{os.environ['RANK']}.json").write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]))

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections import Counter
@@ -24,11 +23,11 @@ COMPARED = ("loss", "eval_loss", "grad_norm", "learning_rate", "estimated_tau", 
 def shared(tmp_path_factory):
     """Return what each of two processes logged, read and learned."""
     folder = tmp_path_factory.mktemp("shared")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-W", "error", processes.__file__, str(folder), str(port)]
+    launcher = [sys.executable, "-W", "error", "-m", "accelerate.commands.accelerate_cli", "launch"]
+    config = ROOT / "examples" / "accelerate-cpu.yaml"
+    command = [*launcher, "--config_file", str(config), processes.__file__, str(folder)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment["PYTHONWARNINGS"] = "error"
     done = subprocess.run(
         command, capture_output=True, text=True, env=environment, timeout=300, check=False
     )
@@ -38,8 +37,9 @@ def shared(tmp_path_factory):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_two_processes_compute_the_losses_of_one_with_twice_the_batch(name, shared, tmp_path):
-    single = train(tmp_path, name, 4, **{**RUNS[name], "broken_at": 0})
+    single = train(tmp_path, name, 4, **{**RUNS[name], "broken_at": 0, "fsdp": False})
     first, second = (process[name] for process in shared)
+    assert first["divided"] == second["divided"] == (name == "divided")
     assert len(first["logs"]) == len(single["logs"])
     for found, expected in zip(first["logs"], single["logs"], strict=True):
         for key in COMPARED:
