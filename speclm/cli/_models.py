@@ -57,8 +57,12 @@ class Loaded:
         return self.spec.base
 
 
-def load(options: ModelOptions) -> Loaded:
+def load(options: ModelOptions, *, is_placed: bool = True) -> Loaded:
     """Load the base model and its tokenizer, without a proposer.
+
+    Args:
+        options: Options of the command.
+        is_placed: Whether the base is moved to its device; otherwise it stays on the CPU.
 
     Raises:
         OptionError: If an option has an unusable value, or options exclude each other.
@@ -80,7 +84,7 @@ def load(options: ModelOptions) -> Loaded:
     disable_progress_bar()  # type: ignore[no-untyped-call]  # Transformers' own
     with Console(stderr=True).status(f"loading {Path(name).name}"):
         tokenizer, model = _from_pretrained(name, arguments, revision)
-        if "device_map" not in arguments:
+        if is_placed and "device_map" not in arguments:
             model = model.to(device)
     if tokenizer.pad_token is None:  # it is masked, so any token will do
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)

@@ -29,7 +29,7 @@ from speclm.training.dataset import ExampleDataset, load_examples
 from speclm.training.heads_trainer import HeadsTrainer
 from speclm.training.history import write_history
 from speclm.training.loss_masks import marked_excerpts
-from speclm.training.partitions import loading_whole
+from speclm.training.partitions import divides_base, loading_whole
 
 _EVALUATION = "eval_"
 
@@ -52,7 +52,8 @@ def train(method: Method, recipe: Recipe, own: Any, options: TrainOptions) -> No
     console = Console(soft_wrap=True)
     arguments = _check(method, recipe, options)
     with loading_whole():
-        loaded = load(options)
+        # A base to divide may be too large for one device.
+        loaded = load(options, is_placed=options.distill or not divides_base(arguments))
     length = options.max_length or _usual_length(loaded.base.config)
     data, eval_data, limit = options.data, options.eval_data, options.limit
     if options.distill:

@@ -30,8 +30,8 @@ from speclm.training.feature_cache import (
     distinct_texts,
     hash_base,
 )
-from speclm.training.run_summary import size_text
 from speclm.training.partitions import is_divided
+from speclm.training.run_summary import size_text
 from speclm.training.training_model import TrainingModel
 
 _log = logging.getLogger("speclm")

@@ -38,19 +38,26 @@ def place_base(view: TargetView, args: TrainingArguments) -> None:
         args: The arguments of training.
 
     Raises:
-        OptionError: If FSDP is on for a base that is trained too, or with offloading.
-        UnsupportedModelError: If the base is divided already by DeepSpeed, or if dividing is wanted
-            and it is quantised, spread by a device map, or has no list of layers.
+        OptionError: If FSDP is on for a base that is trained too, quantised or spread by a device
+            map, which stays whole under ZeRO-3; or if it offloads weights.
+        UnsupportedModelError: If the base is divided already by DeepSpeed, or has no layers.
     """
     base = view.model
     _require_whole(base)
     if args.n_gpu > 1:
         _log.warning("using one of %d devices; start with torchrun to use all", args.n_gpu)
         args._n_gpu = 1  # as Trainer does for a model spread over devices
-    if args.world_size > 1 and (_has_fsdp(args) or _has_zero3(args, base)):
+    if divides_base(args):
         _divide_layers_(view, args)
     if getattr(base, "hf_device_map", None) is None and base.device != args.device:
         base.to(args.device)  # type: ignore[arg-type]  # Transformers' decorator
+
+
+def divides_base(args: TrainingArguments) -> bool:
+    """Return whether FSDP or ZeRO-3 is on and several processes train."""
+    config: Any = getattr(args, "hf_deepspeed_config", None)
+    has_zero3 = config is not None and config.is_zero3()
+    return args.world_size > 1 and (_has_fsdp(args) or has_zero3)
 
 
 def is_divided(base: PreTrainedModel) -> bool:
@@ -124,31 +131,29 @@ def _is_set(variable: str) -> bool:
     return os.environ.get(variable, "").lower() in {"true", "1"}
 
 
-def _has_zero3(args: TrainingArguments, base: PreTrainedModel) -> bool:
-    config: Any = getattr(args, "hf_deepspeed_config", None)
-    is_frozen = not any(weight.requires_grad for weight in base.parameters())
-    return config is not None and config.is_zero3() and is_frozen
-
-
 def _divide_layers_(view: TargetView, args: TrainingArguments) -> None:
     """Divide each layer of a base, on the devices of training."""
-    base, name = view.model, view.model.config.name_or_path
+    base: Any = view.model
+    name = base.config.name_or_path
+    has_map = getattr(base, "hf_device_map", None) is not None
     if any(weight.requires_grad for weight in base.parameters()):
+        obstacle = "is trained too"
+    elif has_map or getattr(base, "hf_quantizer", None) is not None:
+        obstacle = "is quantised or spread by a device map"
+    else:
+        obstacle = ""
+    if obstacle and not _has_fsdp(args):
+        _log.warning("%s %s: ZeRO-3 leaves it whole in each process", name, obstacle)
+        return
+    if obstacle:
         raise OptionError(
-            f"FSDP is on and {name} is trained too, expected a frozen base: the layers that FSDP "
-            "divides get no gradients; leave FSDP out, or train heads only"
+            f"FSDP is on and {name} {obstacle}, expected a frozen base with plain weights in one "
+            "place, whose layers can be divided; load it so, or leave FSDP out"
         )
     if _is_set(_OFFLOADS) or (args.fsdp_plugin_args or {}).get("cpu_offload"):
         raise OptionError(
             "FSDP offloads weights to the CPU, expected layers that stay on the devices; set "
             "fsdp_offload_params to false"
-        )
-    if getattr(base, "hf_device_map", None) is not None or base.config.to_dict().get(
-        "quantization_config"
-    ):
-        raise UnsupportedModelError(
-            f"{name} is quantised or spread by a device map, expected plain weights in one place "
-            "to divide among processes; load it without, or leave FSDP and ZeRO-3 out"
         )
     mesh = init_device_mesh(args.device.type, (args.world_size,))
     for layer in decoder_layers(view.decoder, view.num_layers):
