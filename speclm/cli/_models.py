@@ -62,7 +62,7 @@ def load(options: ModelOptions, *, is_placed: bool = True) -> Loaded:
 
     Args:
         options: Options of the command.
-        is_placed: Whether the base is moved to its device; otherwise it stays on the CPU.
+        is_placed: Whether the base is moved to its device; one to divide may be too large for it.
 
     Raises:
         OptionError: If an option has an unusable value, or options exclude each other.

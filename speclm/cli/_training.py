@@ -52,7 +52,6 @@ def train(method: Method, recipe: Recipe, own: Any, options: TrainOptions) -> No
     console = Console(soft_wrap=True)
     arguments = _check(method, recipe, options)
     with loading_whole():
-        # A base to divide may be too large for one device.
         loaded = load(options, is_placed=options.distill or not divides_base(arguments))
     length = options.max_length or _usual_length(loaded.base.config)
     data, eval_data, limit = options.data, options.eval_data, options.limit
