@@ -158,7 +158,7 @@ def medusa_maker(base: PreTrainedModel, folder: Path) -> Maker:
         has_bias=stored.has_bias,
     )
     heads = MedusaHeads(config, dtype=base.dtype)
-    heads.load_state_dict(stored.tensors)
+    heads.load_state_dict(stored.stacked())
 
     def make(num_nodes: int | None) -> Proposer:
         tree = [1] * stored.num_heads if num_nodes is None else MEDUSA_WIDTHS[num_nodes]

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from speclm.adaptive.acceptance_rates import Ranks, replay_rounds
 from speclm.files.json_lines import parse_json_lines
-from speclm.methods.medusa.checkpoint import MedusaCheckpoint, write_medusa
-from speclm.methods.medusa.network import MedusaHeads, MedusaHeadsConfig
+from speclm.methods.medusa.checkpoint_writing import write_medusa
+from speclm.methods.medusa.network import MedusaHeads, MedusaHeadsConfig, medusa_checkpoint
 from speclm.methods.medusa.proposer import STATIC_TREE
 from speclm.target import TargetView
 from speclm.tree.static import RankPaths, trim_paths
@@ -195,14 +195,7 @@ def main() -> None:
     for shard in sorted(options.held_out.glob("*.jsonl")):
         report(shard.stem, rank_answers(heads, view, read_answers(base, [shard])), paths)
     heads.bfloat16()
-    write_medusa(
-        options.out,
-        MedusaCheckpoint(
-            weight=heads.weight.detach(),
-            bias=None if heads.bias is None else heads.bias.detach(),
-            vocab_size=view.vocab_size,
-        ),
-    )
+    write_medusa(options.out, medusa_checkpoint(heads))
 
 
 if __name__ == "__main__":

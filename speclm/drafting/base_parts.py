@@ -20,6 +20,9 @@ _EMBEDDINGS = (
     *("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight"),
     *("tok_embeddings.weight", "embeddings.weight"),
 )
+_SMALL = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
+"""Files of a model next to its weights: its tokenizer, its code and its licence."""
+
 _NAMES = ("config.json", "generation_config.json", "*.safetensors.index.json")
 
 
@@ -98,6 +101,44 @@ class BaseParts:
             return self._stored("lm_weight")
         # Tied matrices are stored once, under the name of the embeddings.
         return self._matrix("output matrix", (*_OUTPUTS, *_EMBEDDINGS))
+
+    def has_output_bias(self) -> bool:
+        """Return whether the output matrix comes with a bias, which few families have."""
+        if self.model is not None:
+            head: object = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+            return getattr(head, "bias", None) is not None
+        assert self.folder is not None
+        ends = tuple(f".{end.removesuffix('weight')}bias" for end in _OUTPUTS)
+        with reading(self.folder):
+            return any(f".{key}".endswith(ends) for key in self._source().files)
+
+    def whole(self) -> tuple[WeightFiles, list[Path]]:
+        """Return the weights, and the small files next to them; downloads all of them.
+
+        Raises:
+            CheckpointError: If there are no safetensors, one is missing, or the model is loaded.
+        """
+        if self.folder is None:
+            raise CheckpointError(
+                f"the base {self.name!r} is loaded, expected its files, which are copied; name its "
+                "folder or hub id, as with: speclm convert --base"
+            )
+        with reading(self.folder):
+            source, folder = self._source(), self.folder
+            names = sorted({file.name for file in source.files.values()})
+            if self.hub is not None and not path_exists(self.name):
+                folder = download(self.name, self.hub, (*names, *_SMALL))
+            wrong = [
+                n for n in names if not n.endswith(".safetensors") or not (folder / n).exists()
+            ]
+        if wrong:
+            raise CheckpointError(
+                f"{folder / wrong[0]}: the base's weights are missing or pickled, expected "
+                "safetensors; save the base with its save_pretrained, and name that folder"
+            )
+        skipped = {"config.json", *(path.name for path in folder.glob("*.index.json"))}
+        small = {path for pattern in _SMALL for path in folder.glob(pattern) if path.is_file()}
+        return source, sorted(path for path in small if path.name not in skipped)
 
     def embeddings(self) -> Float[Tensor, "vocab hidden"]:
         """Return the embeddings; they stay on the disk until used.

@@ -149,6 +149,8 @@ def written_together(folder: Path, *, last: str) -> Iterator[Path]:
         ordinary = stat.S_IMODE(aside.stat().st_mode) & 0o666
         files = sorted(aside.iterdir(), key=lambda path: (path.name == last, path.name))
         for file in files:
+            if file.stat().st_nlink > 1:
+                continue  # a link to a file that belongs to somebody else, and is stored
             file.chmod(ordinary)  # some libraries write files that only their owner reads
             _copy_permissions(folder / file.name, file)
             _sync(file)

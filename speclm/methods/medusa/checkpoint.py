@@ -1,9 +1,10 @@
-"""Read Medusa heads in every published layout, and write them in one layout."""
+"""Medusa heads as tensors, and how they are read in every published layout."""
 
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,12 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from speclm.drafting.heads_folder import (
-    CONFIG_NAME,
-    read_choices,
-    require_folder,
-)
-from speclm.drafting.package import Package, write_package
+from speclm.drafting.heads_folder import CONFIG_NAME, hub_id, read_choices
 from speclm.errors import CheckpointError, shown
 from speclm.files.weights import (
     FLOATS,
@@ -38,72 +34,131 @@ _LM_HEAD = re.compile(rf"{INDEX}\.{INDEX}\.weight")
 _VLLM_LAYER = re.compile(rf"blocks\.{INDEX}\.layers\.{INDEX}\.(weight|bias)")
 _VLLM_LM_HEAD = re.compile(rf"lm_heads\.{INDEX}\.weight")
 _PREFIX = re.compile(r"medusa_heads?\.")
+_CONFIG_TYPES = (
+    *(("vocab_size", int), ("base_model_name_or_path", str)),
+    *(("speclm", dict), ("medusa_config", dict)),
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MedusaCheckpoint:
-    """Medusa heads as stacked tensors.
-
-    The tensors have the names and shapes of the state dict of `MedusaHeads`.
+    """Medusa heads as single tensors, which stay on the disk until they are used.
 
     Args:
-        weight: Matrix of each residual layer.
-        bias: Bias of each residual layer; None if the layers have none.
-        lm_weight: Output matrix of each head; None if the target's is used.
+        parts: Tensors by the names of FasterDecoding's Medusa: ``{head}.{layer}.linear.weight`` of
+            shape [hidden, hidden], ``{head}.{layer}.linear.bias`` of shape [hidden], and the output
+            matrix after the last layer, ``{head}.{num_layers}.weight`` of shape [vocab, hidden].
+            Heads may all lack biases, and may all lack output matrices: they use the target's.
         vocab_size: Width of the logits; None if neither a tensor nor the config shows it.
         base_name_or_path: The model that the heads were trained on, if known.
         choices: Static tree that was stored with the heads.
         is_merged: Whether they were part of a whole model that was trained with them.
     """
 
-    weight: Float[Tensor, "layers heads hidden hidden"]
-    bias: Float[Tensor, "layers heads hidden"] | None = None
-    lm_weight: Float[Tensor, "heads vocab hidden"] | None = None
+    parts: Mapping[str, Tensor]
     vocab_size: int | None = None
     base_name_or_path: str | None = None
     choices: RankPaths | None = None
     is_merged: bool = False
 
+    @classmethod
+    def of_stacked(
+        cls,
+        weight: Float[Tensor, "layers heads hidden hidden"],
+        bias: Float[Tensor, "layers heads hidden"] | None = None,
+        lm_weight: Float[Tensor, "heads vocab hidden"] | None = None,
+        **others: Any,
+    ) -> Self:
+        """Return heads that share the memory of tensors as `MedusaHeads` names them."""
+        parts: dict[str, Tensor] = {}
+        num_layers, num_heads = weight.shape[:2]
+        for head, layer in product(range(num_heads), range(num_layers)):
+            parts[f"{head}.{layer}.linear.weight"] = weight[layer, head].detach()
+            if bias is not None:
+                parts[f"{head}.{layer}.linear.bias"] = bias[layer, head].detach()
+        for head in range(0 if lm_weight is None else num_heads):
+            assert lm_weight is not None
+            parts[f"{head}.{num_layers}.weight"] = lm_weight[head].detach()
+        return cls(parts, **others)
+
     @property
     def num_layers(self) -> int:
         """Residual layers of each head."""
-        return self.weight.shape[0]
+        return 1 + max(int(key.split(".")[1]) for key in self.parts if ".linear." in key)
 
     @property
     def num_heads(self) -> int:
         """Heads."""
-        return self.weight.shape[1]
+        return 1 + max(int(key.split(".")[0]) for key in self.parts)
 
     @property
     def hidden_size(self) -> int:
         """Width of the target's hidden states."""
-        return self.weight.shape[2]
+        return self.parts["0.0.linear.weight"].shape[0]
 
     @property
     def has_own_lm_head(self) -> bool:
         """Whether each head ends in an output matrix of its own."""
-        return self.lm_weight is not None
+        return f"0.{self.num_layers}.weight" in self.parts
 
     @property
     def has_bias(self) -> bool:
         """Whether the residual layers have a bias."""
-        return self.bias is not None
+        return "0.0.linear.bias" in self.parts
 
     @property
     def dtype(self) -> torch.dtype:
         """Type of all tensors."""
-        return self.weight.dtype
+        return self.parts["0.0.linear.weight"].dtype
 
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors by name, without absent ones."""
-        named = {"weight": self.weight, "bias": self.bias, "lm_weight": self.lm_weight}
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
+    def stacked(
+        self, *, dtype: torch.dtype | None = None, device: torch.device | None = None
+    ) -> dict[str, Tensor]:
+        """Return copies of all tensors as the state dict of `MedusaHeads`.
+
+        Args:
+            dtype: Their type; None for that of the heads.
+            device: Where they go; None for the CPU.
+        """
+        heads, layers, hidden = self.num_heads, self.num_layers, self.hidden_size
+        names = {"weight": "{1}.{0}.linear.weight"}
+        shapes: dict[str, tuple[int, ...]] = {"weight": (layers, heads, hidden, hidden)}
+        if self.has_bias:
+            names["bias"], shapes["bias"] = "{1}.{0}.linear.bias", (layers, heads, hidden)
+        if self.has_own_lm_head:
+            names["lm_weight"] = f"{{0}}.{layers}.weight"
+            shapes["lm_weight"] = (heads, *self.parts[f"0.{layers}.weight"].shape)
+        found = {}
+        for name, shape in shapes.items():
+            found[name] = torch.empty(shape, dtype=dtype or self.dtype, device=device or "cpu")
+            axes = 1 if name == "lm_weight" else 2
+            for indices in product(*map(range, shape[:axes])):
+                found[name][indices].copy_(self.parts[names[name].format(*indices)])
+        return found
+
+    def share(self, lm_weight: Float[Tensor, "vocab hidden"] | None) -> Self:
+        """Return the heads without output matrices if these are copies of the target's.
+
+        Other software needs such copies. They make heads larger and no better.
+
+        Args:
+            lm_weight: The target's output matrix, if it can be compared.
+        """
+        layers = self.num_layers
+        if lm_weight is None or lm_weight.is_meta or not self.has_own_lm_head:
+            return self
+        for head in range(self.num_heads):
+            mine = self.parts[f"{head}.{layers}.weight"]
+            if mine.shape != lm_weight.shape or not torch.equal(
+                mine.to(lm_weight.device, lm_weight.dtype), lm_weight
+            ):
+                return self
+        return replace(self, parts={k: t for k, t in self.parts.items() if ".linear." in k})
 
 
 @dataclass(frozen=True, slots=True)
-class _Keys:
-    """The key of each part, by head and layer."""
+class HeadKeys:
+    """The key of each part of heads in a file, by head and layer."""
 
     layers: dict[tuple[int, int], str]
     biases: dict[tuple[int, int], str]
@@ -138,12 +193,47 @@ class _Keys:
                 )
         return parts
 
+    def by_part(self, source: WeightFiles, *, is_shared: bool) -> dict[str, str]:
+        """Return the key of each part by its name in `MedusaCheckpoint`, layer by layer.
+
+        Args:
+            source: The file, for messages.
+            is_shared: Whether all heads use the output matrix of the first one.
+
+        Raises:
+            CheckpointError: If a key is missing.
+        """
+        named: dict[str, str] = {}
+        lm_heads = {(head, self.num_layers): key for head, key in self.lm_heads.items()}
+        if is_shared and [*self.lm_heads] == [0]:
+            first = self.lm_heads[0]
+            lm_heads = {(head, self.num_layers): first for head in range(self.num_heads)}
+        roles = (
+            (self.layers, "{}.{}.linear.weight", range(max(1, self.num_layers))),
+            (self.biases, "{}.{}.linear.bias", range(self.num_layers)),
+            (lm_heads, "{}.{}.weight", range(self.num_layers, self.num_layers + 1)),
+        )
+        for role, name, layers in roles:
+            if not role and role is not self.layers:
+                continue
+            for head, layer in product(range(self.num_heads), layers):
+                if (head, layer) not in role:
+                    raise CheckpointError(
+                        f"{source.path}: key {name.format(head, layer)!r} is missing, found parts "
+                        f"of {self.num_heads} heads; every head needs the same tensors, download "
+                        "the file again"
+                    )
+                named[name.format(head, layer)] = role[head, layer]
+        return named
+
     @property
     def num_heads(self) -> int:
+        """Heads, from the highest number in a key."""
         return 1 + max([*(head for head, _ in self.layers), *self.lm_heads], default=-1)
 
     @property
     def num_layers(self) -> int:
+        """Residual layers of each head, from the highest number in a key."""
         return 1 + max((layer for _, layer in self.layers), default=-1)
 
 
@@ -155,7 +245,7 @@ def find_medusa(folder: Path) -> WeightFiles | None:
     """
     with reading(folder):
         sources = weight_files(folder, first="medusa")
-        return next((source for source in sources if _head_keys(source)), None)
+        return next((source for source in sources if head_keys(source)), None)
 
 
 def read_medusa(folder: str | Path) -> MedusaCheckpoint:
@@ -182,45 +272,39 @@ def _read(folder: Path) -> MedusaCheckpoint:
             f"{folder}: no file has the keys of Medusa heads, found {found!r}; expected for "
             "example medusa_lm_head.safetensors with '0.0.linear.weight'"
         )
-    keys = _head_keys(source)
-    parts, tensors = _Keys.of(source, keys), source.load(keys)
-    numbers = range(parts.num_heads), range(parts.num_layers)
-    weight = _stack(source, tensors, parts.layers, numbers, "{0}.{1}.linear.weight", 2)
-    if weight.shape[-1] != weight.shape[-2]:
-        raise CheckpointError(
-            f"{source.path}: {parts.layers[0, 0]!r} has shape {list(weight.shape[-2:])}, expected "
-            "a square matrix; the file holds other heads, export them again"
-        )
-    bias = lm_weight = None
-    if parts.biases:
-        bias = _stack(source, tensors, parts.biases, numbers, "{0}.{1}.linear.bias", 1)
-        _require_width(source, parts.biases[0, 0], bias, weight)
-    if parts.lm_heads:
-        by_layer = {(head, 0): key for head, key in parts.lm_heads.items()}
-        layout = f"{{0}}.{parts.num_layers}.weight"
-        lm_weight = _stack(source, tensors, by_layer, (numbers[0], range(1)), layout, 2)[0]
-        _require_width(source, parts.lm_heads[0], lm_weight, weight)
-    dtypes = {str(tensor.dtype) for tensor in tensors.values()}
-    if len(dtypes) > 1 or weight.dtype not in FLOATS:
-        raise CheckpointError(
-            f"{source.path}: found tensors of {sorted(dtypes)!r}, expected one floating dtype "
-            "such as float32 or bfloat16; convert them to one"
-        )
     config = _read_config(folder)
-    _compare_with_config(source, config, parts)
+    keys = head_keys(source)
+    by_role, loaded = HeadKeys.of(source, keys), source.load(keys)
+    named = by_role.by_part(source, is_shared=config.get("original_lm_head") is True)
+    parts = {name: loaded[key] for name, key in named.items()}
+    _require_equal_shapes(source, parts, named)
+    _compare_with_config(source, config, by_role)
     vocab_size = config.get("vocab_size")
+    lm_weight = parts.get(f"0.{by_role.num_layers}.weight")
     return MedusaCheckpoint(
-        weight=weight,
-        bias=bias,
-        lm_weight=lm_weight,
-        vocab_size=vocab_size if lm_weight is None else lm_weight.shape[1],
-        base_name_or_path=config.get("base_model_name_or_path"),
-        choices=read_choices(folder, config),
-        is_merged=len(keys) < len(source.files),
+        parts,
+        vocab_size=vocab_size if lm_weight is None else lm_weight.shape[0],
+        base_name_or_path=hub_id(config.get("base_model_name_or_path")),
+        choices=_read_choices(folder, config),
+        # RTP-LLM reads any heads from the folder of their base.
+        is_merged=len(keys) < len(source.files) and "medusa_config" not in config,
     )
 
 
-def _head_keys(source: WeightFiles) -> list[str]:
+def naming(source: WeightFiles) -> str | None:
+    """Return whose names the heads have: FasterDecoding's, the same in a model, or vLLM's."""
+    keys = head_keys(source)
+    if all(_LAYER.fullmatch(key) or _LM_HEAD.fullmatch(key) for key in keys):
+        return "medusa"
+    if all(key.startswith("medusa_head.") for key in keys):
+        return "model"
+    names = [key.removeprefix("medusa_heads.") for key in keys]
+    if all(_VLLM_LAYER.fullmatch(name) or _VLLM_LM_HEAD.fullmatch(name) for name in names):
+        return "vllm"
+    return None
+
+
+def head_keys(source: WeightFiles) -> list[str]:
     """Return the keys that must be parts of heads: all except those of a merged model itself."""
     prefixed = [key for key in source.files if _PREFIX.match(key)]
     if prefixed:
@@ -237,57 +321,49 @@ def _put(source: WeightFiles, role: dict[Any, str], part: Any, key: str) -> None
     role[part] = key
 
 
-def _stack(
-    source: WeightFiles,
-    tensors: Mapping[str, Tensor],
-    keys: Mapping[tuple[int, int], str],
-    numbers: tuple[range, range],
-    layout: str,
-    num_axes: int,
-) -> Tensor:
-    """Stack the tensors of one part, over layers, then heads."""
-    (heads, layers), rows = numbers, []
-    expected: torch.Size | None = None
-    for layer in layers:
-        row = []
-        for head in heads:
-            key = keys.get((head, layer))
-            if key is None:
-                raise CheckpointError(
-                    f"{source.path}: key {layout.format(head, layer)!r} is missing, found parts of "
-                    f"{len(heads)} heads; every head needs the same tensors, download the file "
-                    "again"
-                )
-            shape = tensors[key].shape
-            expected = shape if expected is None else expected
-            if shape != expected or len(shape) != num_axes:
-                raise CheckpointError(
-                    f"{source.path}: {key!r} has shape {list(shape)}, expected {list(expected)} "
-                    f"with {num_axes} axes as in the first head; heads have to be of equal shape, "
-                    "export them again"
-                )
-            row.append(tensors[key])
-        rows.append(torch.stack(row))
-    if not rows or not expected or 0 in expected:
+def _require_equal_shapes(
+    source: WeightFiles, parts: Mapping[str, Tensor], keys: Mapping[str, str]
+) -> None:
+    """Check that all heads have the same shapes and one floating dtype."""
+    width = parts["0.0.linear.weight"].shape[-1] if parts["0.0.linear.weight"].ndim else 0
+    expected: dict[str, torch.Size] = {}
+    for name, tensor in parts.items():
+        role = "lm_weight" if ".linear." not in name else name.rpartition(".")[2]
+        num_axes = 1 if role == "bias" else 2
+        first = expected.setdefault(role, tensor.shape)
+        if tensor.shape != first or tensor.ndim != num_axes:
+            raise CheckpointError(
+                f"{source.path}: {keys[name]!r} has shape {list(tensor.shape)}, expected "
+                f"{list(first)} with {num_axes} axes as in the first head; heads have to be of "
+                "equal shape, export them again"
+            )
+        if 0 in first:
+            raise CheckpointError(
+                f"{source.path}: found no values in {keys[name]!r}, expected a matrix or a vector; "
+                "export the heads again"
+            )
+        if role == "weight" and first[0] != first[1]:
+            raise CheckpointError(
+                f"{source.path}: {keys[name]!r} has shape {list(first)}, expected a square matrix; "
+                "the file holds other heads, export them again"
+            )
+        if first[-1] != width:
+            raise CheckpointError(
+                f"{source.path}: {keys[name]!r} is {first[-1]} wide, expected {width} as the "
+                "layers are; export the heads again"
+            )
+    dtypes = {tensor.dtype for tensor in parts.values()}
+    if len(dtypes) > 1 or not dtypes <= {*FLOATS}:
         raise CheckpointError(
-            f"{source.path}: found no values in {layout.format(0, 0)!r}, expected a matrix or a "
-            "vector; export the heads again"
-        )
-    return torch.stack(rows)
-
-
-def _require_width(source: WeightFiles, key: str, tensor: Tensor, weight: Tensor) -> None:
-    if tensor.shape[-1] != weight.shape[-1]:
-        raise CheckpointError(
-            f"{source.path}: {key!r} is {tensor.shape[-1]} wide, expected {weight.shape[-1]} as "
-            "the layers are; export the heads again"
+            f"{source.path}: found tensors of {sorted(map(str, dtypes))!r}, expected one floating "
+            "dtype such as float32 or bfloat16; convert them to one"
         )
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
     config = read_json(path) if path.is_file() else {}
-    for name, kind in (("vocab_size", int), ("base_model_name_or_path", str), ("speclm", dict)):
+    for name, kind in _CONFIG_TYPES:
         value, expected = config.get(name), None
         if value is not None and not isinstance(value, kind):
             expected = kind.__name__
@@ -300,7 +376,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _compare_with_config(source: WeightFiles, config: dict[str, Any], parts: _Keys) -> None:
+def _compare_with_config(source: WeightFiles, config: dict[str, Any], parts: HeadKeys) -> None:
     """Log the values of the config that differ from the tensors."""
     found = {"medusa_num_heads": parts.num_heads, "medusa_num_layers": parts.num_layers}
     wrong = [
@@ -312,77 +388,7 @@ def _compare_with_config(source: WeightFiles, config: dict[str, Any], parts: _Ke
         _log.warning("%s goes by its tensors; config.json says %s", source.path, ", ".join(wrong))
 
 
-WEIGHTS_NAME = "medusa_lm_head.safetensors"
-
-
-def write_medusa(
-    folder: str | Path, checkpoint: MedusaCheckpoint, *, card: str | None = None
-) -> None:
-    """Write Medusa heads into a folder, next to whatever else it holds.
-
-    TGI and vLLM up to 0.32 read them; heads without output matrices are read by TGI only, if they
-    have one layer. The files are written to a temporary folder, read back and compared bit by bit;
-    then they appear together and replace older ones.
-
-    Args:
-        folder: Created if it does not exist.
-        checkpoint: The heads.
-        card: Text of the model card; None keeps an existing one.
-
-    Raises:
-        CheckpointError: If the folder is a file or holds another model's config, or the files read
-            back differently.
-    """
-    folder = Path(folder)
-    require_writable(folder)
-
-    package = Package(_config(checkpoint), {WEIGHTS_NAME: _named_tensors(checkpoint)})
-    write_package(folder, package, card=card, check=read_medusa)
-
-
-def require_writable(folder: Path) -> None:
-    """Check that Medusa heads can be written into a folder without destroying anything.
-
-    Raises:
-        CheckpointError: If it is a file, or holds the config of another model.
-    """
-    require_folder(folder)
-    config = folder / CONFIG_NAME
-    if config.is_file() and "medusa_num_heads" not in read_json(config):
-        raise CheckpointError(
-            f"{config}: found the config of another model, expected none or that of Medusa heads; "
-            "save the heads into a folder of their own"
-        )
-
-
-def _named_tensors(checkpoint: MedusaCheckpoint) -> dict[str, Tensor]:
-    named = {}
-    for head in range(checkpoint.num_heads):
-        for layer in range(checkpoint.num_layers):
-            named[f"{head}.{layer}.linear.weight"] = checkpoint.weight[layer, head]
-            if checkpoint.bias is not None:
-                named[f"{head}.{layer}.linear.bias"] = checkpoint.bias[layer, head]
-        if checkpoint.lm_weight is not None:
-            named[f"{head}.{checkpoint.num_layers}.weight"] = checkpoint.lm_weight[head]
-    return named
-
-
-def _config(checkpoint: MedusaCheckpoint) -> dict[str, Any]:
-    """Return the config that TGI and vLLM read.
-
-    A key `architectures` would switch TGI's speculation off, and vLLM would take a key with "num"
-    and "heads" in it for the number of heads; neither may be added.
-    """
-    config: dict[str, Any] = {
-        "medusa_num_heads": checkpoint.num_heads,
-        "medusa_num_layers": checkpoint.num_layers,
-        "base_model_name_or_path": checkpoint.base_name_or_path,
-        "model_type": "medusa",
-        "hidden_size": checkpoint.hidden_size,
-        "vocab_size": checkpoint.vocab_size,
-        "medusa_fc_bias": checkpoint.has_bias,
-        "version": "1" if checkpoint.has_own_lm_head else "2",
-    }
-    if checkpoint.choices is not None:
-        config["speclm"] = {"choices": [list(path) for path in checkpoint.choices]}
-    return {name: value for name, value in config.items() if value is not None}
+def _read_choices(folder: Path, config: Mapping[str, Any]) -> RankPaths | None:
+    """Return the static tree of a config, under our name for it or that of RTP-LLM."""
+    theirs = (config.get("medusa_config") or {}).get("medusa_choices")
+    return read_choices(folder, config if theirs is None else {"speclm": {"choices": theirs}})

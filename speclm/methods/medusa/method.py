@@ -22,6 +22,7 @@ from speclm.methods.registry import HeadsSource, Method, Recipe
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, TrainingArguments
 
+    from speclm.drafting.formats import CheckpointFormat
     from speclm.drafting.heads_folder import Destination
     from speclm.drafting.interface import Proposer
     from speclm.files.weights import WeightFiles
@@ -42,8 +43,8 @@ _SUMMARY = """\
 hidden state that it sees; the base model verifies all draft tokens in one forward.
 """
 _SOFTWARE = """\
-The files are `medusa_lm_head.safetensors` and `config.json`, named as TGI and vLLM up to 0.32
-expect them; heads without an output matrix are read by TGI and speclm only.
+The files are `medusa_lm_head.safetensors` and `config.json`. For TGI, vLLM up to 0.32, RTP-LLM and
+FasterDecoding's Medusa they are converted with `speclm convert`.
 """
 
 
@@ -251,7 +252,7 @@ class MedusaMethod(Method):
         from speclm.methods.medusa.checkpoint import read_medusa
         from speclm.methods.medusa.network import build_medusa
         from speclm.methods.medusa.proposer import MedusaProposer
-        from speclm.target import TargetView
+        from speclm.target import TargetView, stored_matrices
 
         require_options(source.options, _OPTIONS, owner="Medusa heads")
         assert source.folder is not None
@@ -264,6 +265,7 @@ class MedusaMethod(Method):
             )
         options = {"tree": checkpoint.choices, **source.options}
         dtype = floating_dtype(options.pop("dtype", target.dtype))
+        checkpoint = checkpoint.share(stored_matrices(target)["lm_weight"])
         heads = build_medusa(checkpoint, TargetView(target), dtype=dtype)
         return MedusaProposer(heads, target=target, **options)
 
@@ -275,13 +277,13 @@ class MedusaMethod(Method):
 
     @override
     def require_writable(self, folder: Path) -> None:
-        from speclm.methods.medusa.checkpoint import require_writable
+        from speclm.methods.medusa.checkpoint_writing import require_writable
 
         require_writable(folder)
 
     @override
     def save(self, proposer: "Proposer", destination: "Destination") -> None:
-        from speclm.methods.medusa.checkpoint import write_medusa
+        from speclm.methods.medusa.checkpoint_writing import write_medusa
         from speclm.methods.medusa.network import medusa_checkpoint
         from speclm.methods.medusa.proposer import MedusaProposer
 
@@ -293,6 +295,12 @@ class MedusaMethod(Method):
         )
         card = medusa_card(checkpoint, repo_id=destination.repo_id).render()
         write_medusa(destination.folder, checkpoint, card=destination.card(card))
+
+    @override
+    def formats(self) -> "tuple[CheckpointFormat[Any], ...]":
+        from speclm.methods.medusa.checkpoint_formats import MEDUSA_FORMATS
+
+        return MEDUSA_FORMATS
 
     @override
     def card(self, folder: Path) -> HeadsCard:
@@ -322,7 +330,7 @@ def medusa_card(checkpoint: "MedusaCheckpoint", *, repo_id: str | None = None) -
             else "the base model's",
         },
         software=_SOFTWARE,
-        num_parameters=sum(tensor.numel() for tensor in checkpoint.tensors.values()),
+        num_parameters=sum(tensor.numel() for tensor in checkpoint.parts.values()),
         dtype=str(checkpoint.dtype).removeprefix("torch."),
         num_nodes=None if choices is None else len(choices),
         base=checkpoint.base_name_or_path,

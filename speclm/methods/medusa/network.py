@@ -163,8 +163,7 @@ def build_medusa(
         has_bias=checkpoint.has_bias,
     )
     heads = MedusaHeads(config, device=torch.device("meta"))
-    state = {name: tensor.to(target.device, dtype) for name, tensor in checkpoint.tensors.items()}
-    heads.load_state_dict(state, assign=True)
+    heads.load_state_dict(checkpoint.stacked(dtype=dtype, device=target.device), assign=True)
     return heads.eval().requires_grad_(requires_grad=False)
 
 
@@ -178,7 +177,7 @@ def medusa_checkpoint(
         base_name_or_path: The model that they were trained on, if it is to be recorded.
         choices: Static tree that is to be stored with them.
     """
-    return MedusaCheckpoint(
+    return MedusaCheckpoint.of_stacked(
         **heads.state_dict(),
         vocab_size=heads.config.vocab_size,
         base_name_or_path=base_name_or_path,

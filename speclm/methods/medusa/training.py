@@ -16,7 +16,7 @@ from speclm.config import require_in_range
 from speclm.drafting.heads_folder import hub_id
 from speclm.errors import OptionError
 from speclm.methods.finding import find_heads
-from speclm.methods.medusa.checkpoint import write_medusa
+from speclm.methods.medusa.checkpoint_writing import write_medusa
 from speclm.methods.medusa.network import MedusaHeads, MedusaHeadsConfig, medusa_checkpoint
 from speclm.methods.medusa.proposer import STATIC_TREE, MedusaProposer
 from speclm.target import TargetView, output_matrix

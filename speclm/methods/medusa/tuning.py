@@ -24,7 +24,7 @@ from typing_extensions import override
 
 from speclm.config import require_in_range, require_positive
 from speclm.drafting.heads_folder import hub_id
-from speclm.methods.medusa.checkpoint import require_writable, write_medusa
+from speclm.methods.medusa.checkpoint_writing import require_writable, write_medusa
 from speclm.methods.medusa.network import MedusaHeads, medusa_checkpoint
 from speclm.methods.medusa.proposer import MedusaProposer
 from speclm.methods.medusa.training import MedusaObjective, medusa_meter, score_heads
