@@ -14,13 +14,13 @@ from speclm.drafting.formats import Engine
 from speclm.drafting.heads_folder import WEIGHTS_NAME
 from speclm.drafting.package import Package
 from speclm.files.weights import WeightFiles
+from speclm.methods.medusa._rtp_llm import RtpLlm
 from speclm.methods.medusa.checkpoint import (
     HeadKeys,
     MedusaCheckpoint,
     head_keys,
     naming,
 )
-from speclm.methods.medusa.checkpoint_rtp_llm import RtpLlm
 from speclm.methods.medusa.checkpoint_writing import WEIGHTS_NAME as OWN_WEIGHTS_NAME
 from speclm.methods.medusa.checkpoint_writing import (
     MedusaFormat,

@@ -254,8 +254,8 @@ def load_medusa_heads(
 ) -> MedusaHeads:
     """Load saved heads for further training, in float32 and on the base's device.
 
-    They may be in any layout that `read_medusa` reads. They keep their sizes; a static tree that
-    was stored with them is not kept.
+    They may be in any layout that `read_medusa` reads. They keep their sizes, but copies
+    of the base's output matrix are left out. A static tree that was stored with them is not kept.
 
     Args:
         base: The target.

@@ -125,7 +125,7 @@ def test_logits_are_those_of_plain_modules(tmp_path, table, has_bias, name):
             has_bias=has_bias,
         )
     )
-    heads.load_state_dict(read.tensors)
+    heads.load_state_dict(read.stacked())
     lm_head = torch.nn.Linear(HIDDEN, VOCAB, bias=False)
     hidden = torch.randn(4, HIDDEN, generator=torch.Generator().manual_seed(1))
     found = heads(hidden, lm_head=lm_head)
@@ -136,9 +136,9 @@ def test_parts_stand_where_their_keys_say(tmp_path):
     state = tensors(A2, torch.bfloat16)
     read = read_medusa(save(tmp_path, state))
     assert read.dtype == torch.bfloat16
-    assert torch.equal(read.weight[1, 0], state["0.1.linear.weight"])
-    assert torch.equal(read.bias[0, 1], state["1.0.linear.bias"])
-    assert torch.equal(read.lm_weight[1], state["1.2.weight"])
+    assert torch.equal(read.parts["0.1.linear.weight"], state["0.1.linear.weight"])
+    assert torch.equal(read.parts["1.0.linear.bias"], state["1.0.linear.bias"])
+    assert torch.equal(read.parts["1.2.weight"], state["1.2.weight"])
 
 
 @pytest.mark.parametrize("prefix", ["", "medusa_heads."])
@@ -146,8 +146,8 @@ def test_names_of_vllm_are_read(tmp_path, prefix):
     state = tensors(A1)
     renamed = {prefix + VLLM[key]: tensor for key, tensor in state.items()}
     read = read_medusa(save(tmp_path, renamed, name="model.safetensors"))
-    assert torch.equal(read.weight[0, 1], state["1.0.linear.weight"])
-    assert torch.equal(read.lm_weight[0], state["0.1.weight"])
+    assert torch.equal(read.parts["1.0.linear.weight"], state["1.0.linear.weight"])
+    assert torch.equal(read.parts["0.1.weight"], state["0.1.weight"])
 
 
 @pytest.mark.parametrize("is_sharded", [True, False])
@@ -166,7 +166,7 @@ def test_merged_model_yields_its_heads_alone(tmp_path, is_sharded):
         save(tmp_path, state, name="model.safetensors")
     read = read_medusa(tmp_path)
     assert read.is_merged
-    assert torch.equal(read.lm_weight[1], state["medusa_head.1.1.weight"])
+    assert torch.equal(read.parts["1.1.weight"], state["medusa_head.1.1.weight"])
     if is_sharded:
         (tmp_path / "model-00001-of-00002.safetensors").unlink()
         with pytest.raises(CheckpointError, match=r"file is missing.*index says.*medusa_head"):
@@ -213,9 +213,10 @@ def test_pickled_merged_model_yields_its_heads_alone(tmp_path, kind):
     read = read_medusa(tmp_path)
     assert read.is_merged
     assert (read.num_heads, read.num_layers, read.hidden_size, read.vocab_size) == (2, 1, 2, 3)
-    assert read.weight.tolist() == [[[[1, 2], [3, 4]], [[5, 6], [7, 8]]]]
-    assert read.bias.tolist() == [[[0.5, -0.5], [0.25, -0.25]]]
-    assert read.lm_weight.tolist() == [[[1, 0], [0, 1], [2, 2]], [[0, 1], [1, 0], [3, 3]]]
+    stacked = read.stacked()
+    assert stacked["weight"].tolist() == [[[[1, 2], [3, 4]], [[5, 6], [7, 8]]]]
+    assert stacked["bias"].tolist() == [[[0.5, -0.5], [0.25, -0.25]]]
+    assert stacked["lm_weight"].tolist() == [[[1, 0], [0, 1], [2, 2]], [[0, 1], [1, 0], [3, 3]]]
 
 
 def test_pickled_models_without_heads_are_none(tmp_path):
@@ -253,14 +254,16 @@ def test_layer_listed_under_several_keys_is_read_as_equal_copies(tmp_path):
         for part in ("weight", "bias"):
             state[f"{head}.1.linear.{part}"] = state[f"{head}.0.linear.{part}"]
     read = read_medusa(save(tmp_path, state, name="medusa_lm_head.pt"))
-    assert torch.equal(read.weight[0], read.weight[1])
-    read.weight[0].zero_()
-    assert read.weight[1].any()
+    weight = read.stacked()["weight"]
+    assert torch.equal(weight[0], weight[1])
+    weight[0].zero_()
+    assert weight[1].any()
 
 
 def test_parameters_in_a_pickle_are_read_without_gradients(tmp_path):
     state = {k: torch.nn.Parameter(t) for k, t in tensors(B1).items()}
-    assert not read_medusa(save(tmp_path, state, name="x.pt")).weight.requires_grad
+    parts = read_medusa(save(tmp_path, state, name="x.pt")).parts
+    assert not any(part.requires_grad for part in parts.values())
 
 
 class Evil:

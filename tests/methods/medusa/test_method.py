@@ -12,7 +12,7 @@ from speclm.methods.medusa.method import MedusaTrainingOptions, medusa_card
 
 def checkpoint(**changes):
     weight = torch.zeros(2, 3, 4, 4, dtype=torch.bfloat16)
-    return MedusaCheckpoint(**{"weight": weight, **changes})
+    return MedusaCheckpoint.of_stacked(**{"weight": weight, **changes})
 
 
 def test_card_gives_numbers_and_loading():

@@ -5,7 +5,8 @@ from speclm import SpecModel
 from speclm.errors import CheckpointError, OptionError, VocabularyMismatchError
 from speclm.methods.eagle.proposer import EagleProposer
 from speclm.methods.eagle.training import new_eagle_heads
-from speclm.methods.medusa.checkpoint import read_medusa, write_medusa
+from speclm.methods.medusa.checkpoint import read_medusa
+from speclm.methods.medusa.checkpoint_writing import write_medusa
 from speclm.methods.medusa.network import MedusaHeads, MedusaHeadsConfig, medusa_checkpoint
 from speclm.methods.medusa.proposer import STATIC_TREE
 from speclm.methods.medusa.training import (
@@ -82,9 +83,10 @@ def test_saved_heads_are_those_that_were_trained(tmp_path, make, has_own_lm_head
     trainer.train()
     trainer.save_model()
     trained, saved = trainer.heads.state_dict(), read_medusa(tmp_path / "out")
+    stacked = saved.stacked()
     assert trained["weight"].any()
-    assert set(saved.tensors) == set(trained)
-    assert all(torch.equal(saved.tensors[name], value) for name, value in trained.items())
+    assert set(stacked) == set(trained)
+    assert all(torch.equal(stacked[name], value) for name, value in trained.items())
     assert saved.vocab_size == len(WORDS)
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
@@ -109,7 +111,7 @@ def test_training_goes_on_from_saved_heads_of_any_layout(tmp_path, make):
     trainer = make(max_steps=2, num_layers=2, has_own_lm_head=True)
     trainer.train()
     trainer.save_model()
-    state = read_medusa(tmp_path / "out").tensors
+    state = read_medusa(tmp_path / "out").stacked()
     legacy = {  # FasterDecoding's, in 16 bits and without a config
         f"{head}.{layer}.linear.{part}": state[part][layer, head].bfloat16()
         for head in range(2)

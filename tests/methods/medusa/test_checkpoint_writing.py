@@ -9,8 +9,9 @@ from safetensors import safe_open
 from speclm.drafting import package
 from speclm.errors import CheckpointError
 from speclm.files import atomic as files
-from speclm.methods.medusa import checkpoint as medusa_writer
-from speclm.methods.medusa.checkpoint import MedusaCheckpoint, read_medusa, write_medusa
+from speclm.methods.medusa import checkpoint_writing as medusa_writer
+from speclm.methods.medusa.checkpoint import MedusaCheckpoint, read_medusa
+from speclm.methods.medusa.checkpoint_writing import write_medusa
 
 
 def checkpoint(*, layers=1, heads=2, own=True, bias=True, dtype=torch.float32, choices=None):
@@ -19,7 +20,7 @@ def checkpoint(*, layers=1, heads=2, own=True, bias=True, dtype=torch.float32, c
     def draw(*shape):
         return torch.randn(shape, generator=generator).to(dtype)
 
-    return MedusaCheckpoint(
+    return MedusaCheckpoint.of_stacked(
         weight=draw(layers, heads, 4, 4),
         bias=draw(layers, heads, 4) if bias else None,
         lm_weight=draw(heads, 7, 4) if own else None,
@@ -72,8 +73,8 @@ def test_what_is_written_is_read_bit_by_bit(tmp_path_factory, **numbers):
     written = checkpoint(**numbers)
     write_medusa(folder, written)
     found = read_medusa(folder)
-    assert found.tensors.keys() == written.tensors.keys()
-    assert all(torch.equal(found.tensors[n], t) for n, t in written.tensors.items())
+    assert found.parts.keys() == written.parts.keys()
+    assert all(torch.equal(found.parts[n], t) for n, t in written.parts.items())
     assert found.dtype == written.dtype
     assert (found.choices, found.vocab_size) == (written.choices, 7)
     assert found.base_name_or_path == "org/base"
@@ -81,12 +82,12 @@ def test_what_is_written_is_read_bit_by_bit(tmp_path_factory, **numbers):
 
 def test_shared_and_transposed_and_odd_values_are_written(tmp_path):
     layer = torch.tensor([[float("nan"), -0.0], [float("inf"), 1.0]]).T
-    written = MedusaCheckpoint(weight=layer.expand(2, 3, 2, 2))
+    written = MedusaCheckpoint.of_stacked(layer.expand(2, 3, 2, 2))
     write_medusa(tmp_path, written)
     found = read_medusa(tmp_path)
-    assert torch.equal(
-        found.weight.view(torch.int32), written.weight.contiguous().view(torch.int32)
-    )
+    for name, part in written.parts.items():
+        bits = part.contiguous().view(torch.int32)
+        assert torch.equal(found.parts[name].view(torch.int32), bits)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["version"] == "2"
     assert config["medusa_fc_bias"] is False
