@@ -176,9 +176,10 @@ class BaseParts:
     def _source(self) -> WeightFiles:
         assert self.folder is not None
         found = next(weight_files(self.folder), None)
-        if found is None and self.hub is not None and not path_exists(self.name):
-            folder = download(self.name, self.hub, ("*.safetensors",))  # a model without shards
-            found = next(weight_files(folder), None)
+        if self.hub is not None and not path_exists(self.name):
+            for pattern in ("model.safetensors", "*.safetensors"):  # a model without an index
+                if found is None:
+                    found = next(weight_files(download(self.name, self.hub, (pattern,))), None)
         if found is None:
             raise CheckpointError(
                 f"{self.folder}: found no weights of the base, expected safetensors; name a folder "

@@ -92,8 +92,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     if path.suffix == ".safetensors":
         save_file(own, path, metadata={"format": "pt"})
     else:
-        # Views would be pickled with the whole of what they are views of.
-        torch.save({key: tensor.clone() for key, tensor in own.items()}, path)
+        torch.save({key: _without_rest(tensor) for key, tensor in own.items()}, path)
 
 
 def require_same_tensors(
@@ -114,6 +113,12 @@ def require_same_tensors(
             f"{path}: {differing!r} read back differ from what was written, the old files are "
             "kept; check the disk and save again"
         )
+
+
+def _without_rest(tensor: Tensor) -> Tensor:
+    """Return a view whose storage is not larger: pickled views bring all of their storage along."""
+    numbers = torch.from_numpy(tensor.reshape(-1).view(torch.uint8).numpy())
+    return numbers.view(tensor.dtype).view(tensor.shape)
 
 
 def _same_bits(first: Tensor, second: Tensor) -> bool:

@@ -34,7 +34,7 @@ from speclm.methods.medusa.checkpoint_writing import (
 )
 
 _VLLM_COMMAND = (
-    'vllm serve $base --speculative-config \'{"method": "medusa", "model": "$heads", '
+    'vllm serve $base --speculative-config \'{"method": "medusa", "model": "$heads_in_json", '
     '"num_speculative_tokens": %d}\''
 )
 _VLLM_NOTE = "vLLM drafts a chain with the first choice of each head, and 0.33 dropped Medusa."

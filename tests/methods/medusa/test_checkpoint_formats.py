@@ -18,6 +18,7 @@ from speclm.methods.medusa.checkpoint_formats import MEDUSA_FORMATS
 from speclm.methods.medusa.proposer import MedusaProposer
 from speclm.methods.registry import registered_methods
 from speclm.model.exporting import convert_heads, detect_formats, write_format
+from tests.model.hub import running_hub
 from tests.models import shared_model
 
 HIDDEN, VOCAB = 4, 7
@@ -107,6 +108,7 @@ def test_faster_decoding_gets_a_pickle_of_tensors_and_three_values(tmp_path):
     done = write(tmp_path / "out", draw_heads(heads=5), "medusa")
     state = torch.load(tmp_path / "out/medusa_lm_head.pt", weights_only=True)
     assert {key: list(t.shape) for key, t in state.items() if key[0] in "01"} == FASTER
+    assert all(t.untyped_storage().nbytes() == t.nbytes for t in state.values())
     assert config_of(tmp_path / "out") == {
         "medusa_num_heads": 5,
         "medusa_num_layers": 1,
@@ -296,6 +298,17 @@ def test_a_base_without_a_hub_id_is_named_by_its_path(tmp_path, base):
     assert config_of(tmp_path / "out")["base_model_name_or_path"] == str(base.folder.resolve())
     assert any("before you publish" in note for note in done.notes)
     assert read_medusa(tmp_path / "out").base_name_or_path is None
+
+
+def test_files_of_a_base_on_the_hub_are_downloaded_and_no_others(tmp_path, monkeypatch):
+    folder = write_base(tmp_path / "me" / "base")
+    for name in ("optimizer.pt", "other.safetensors", "README.md"):
+        (folder / name).write_text("not needed")
+    with running_hub(tmp_path, monkeypatch) as hub:
+        write(tmp_path / "out", draw_heads(), "rtp-llm", base=BaseParts.find("me/base"))
+        assert {*hub.sent} == {"config.json", "model.safetensors", "tokenizer.json"}
+    assert (tmp_path / "out/tokenizer.json").read_text() == "{}"
+    require_same(read_medusa(tmp_path / "out").parts, draw_heads().parts)
 
 
 def test_a_base_whose_files_cannot_be_copied_is_refused(tmp_path):
