@@ -91,13 +91,15 @@ class _FasterDecoding(MedusaFormat):
                 "its output stays right."
             )
             notes = (*notes, shared)
-        config = {
+        config: dict[str, Any] = {
             "medusa_num_heads": checkpoint.num_heads,
             "medusa_num_layers": checkpoint.num_layers,
             "base_model_name_or_path": place,
         }
         if not checkpoint.has_own_lm_head:
             config["version"] = "2"
+            if checkpoint.vocab_size is not None:  # no tensor shows it; their code ignores it
+                config["vocab_size"] = checkpoint.vocab_size
         return Package(config, {"medusa_lm_head.pt": parts}, notes=notes)
 
     @override
