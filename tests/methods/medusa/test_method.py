@@ -23,7 +23,11 @@ def test_card_gives_numbers_and_loading():
     assert 'SpecModel.from_pretrained("org/base", "me/heads")' in card
     for row in ("heads | 3", "residual layers of each head | 2", "parameters | 180"):
         assert f"| {row} |" in card
-    for row in ("dtype | bfloat16", "tree | 3 nodes", "output matrix | one in each head"):
+    for row in (
+        "dtype | bfloat16",
+        "tree | 2 nodes, not counting the root",
+        "output matrix | one in each head",
+    ):
         assert f"| {row} |" in card
     assert GENERATED_MARK in card
 
