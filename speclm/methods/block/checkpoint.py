@@ -283,18 +283,29 @@ def write_block(
         found = read_block(aside, num_target_layers=num_target_layers)
         _require_written(folder / CONFIG_NAME, config, found.config)
 
-    named = {name: t for name, t in checkpoint.tensors.items() if name != "draft_columns"}
-    if config.has_draft_vocab:
-        columns = checkpoint.tensors["draft_columns"]
-        named |= draft_lists(columns, vocab_size=config.vocab_size)
+    package = pack_block(checkpoint, num_target_layers=num_target_layers)
+    write_package(folder, package, card=card, check=check)
+
+
+def pack_block(checkpoint: BlockCheckpoint, *, num_target_layers: int | None = None) -> Package:
+    """Return the files of block heads as `write_block` writes them."""
     described = describe(
-        config,
+        checkpoint.config,
         dtype=checkpoint.dtype,
         num_target_layers=num_target_layers,
         base_name_or_path=checkpoint.base_name_or_path,
         choices=checkpoint.choices,
     )
-    write_package(folder, Package(described, {WEIGHTS_NAME: named}), card=card, check=check)
+    return Package(described, {WEIGHTS_NAME: named_tensors(checkpoint)})
+
+
+def named_tensors(checkpoint: BlockCheckpoint) -> dict[str, Tensor]:
+    """Return the tensors by the names of z-lab and DeepSpec."""
+    named = {name: t for name, t in checkpoint.tensors.items() if name != "draft_columns"}
+    if checkpoint.config.has_draft_vocab:
+        columns = checkpoint.tensors["draft_columns"]
+        named |= draft_lists(columns, vocab_size=checkpoint.config.vocab_size)
+    return named
 
 
 def require_writable(folder: Path) -> None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, TrainingArguments
 
+    from speclm.drafting.formats import CheckpointFormat
     from speclm.drafting.heads_folder import Destination
     from speclm.drafting.interface import Proposer
     from speclm.files.weights import WeightFiles
@@ -269,6 +270,12 @@ class BlockMethod(Method):
             num_target_layers=proposer.view.num_layers,
             card=destination.card(card.render()),
         )
+
+    @override
+    def formats(self) -> "tuple[CheckpointFormat[Any], ...]":
+        from speclm.methods.block.checkpoint_formats import BLOCK_FORMATS
+
+        return BLOCK_FORMATS
 
     @override
     def card(self, folder: Path) -> HeadsCard:

@@ -1,0 +1,80 @@
+"""Block heads in the layouts of other software, by tables typed from what that software reads."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from speclm.errors import CheckpointError
+from speclm.methods.block.checkpoint import block_checkpoint, read_block
+from speclm.methods.block.checkpoint_formats import BLOCK_FORMATS, HOLDS, unusual_parts
+from speclm.methods.registry import registered_methods
+from speclm.model.exporting import detect_formats, write_format
+from tests.methods.block.block_heads import MARKOV, make_heads
+from tests.methods.block.test_checkpoint import SAVED, heads
+
+FORMATS = {each.name: each for each in BLOCK_FORMATS}
+METHOD = registered_methods()["block"]
+
+
+def write(folder, checkpoint, name):
+    source = {"name": None, "format": "speclm"}
+    return write_format(folder, checkpoint, FORMATS[name], method=METHOD, base=None, source=source)
+
+
+def config_of(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+@pytest.mark.parametrize("case", SAVED)
+def test_heads_come_back_from_every_format_that_can_hold_them(tmp_path, case):
+    made = block_checkpoint(heads(case))
+    parts, found = unusual_parts(made.config), made
+    for name in FORMATS:
+        if not parts <= HOLDS[name]:
+            with pytest.raises(CheckpointError, match=f"format '{name}' cannot hold"):
+                write(tmp_path / name, made, name)
+            assert not (tmp_path / name).exists()
+            continue
+        write(tmp_path / name, found, name)  # each from the one before it
+        assert FORMATS[name] in detect_formats(tmp_path / name, METHOD)
+        found = read_block(tmp_path / name)
+        assert found.config == made.config
+        assert found.tensors.keys() == made.tensors.keys()
+        assert all(torch.equal(found.tensors[key], made.tensors[key]) for key in made.tensors)
+
+
+def test_specforge_gets_the_values_of_dspark_where_it_reads_them(tmp_path):
+    made = make_heads(**MARKOV, is_causal=(False, False)).to(torch.bfloat16)
+    write(tmp_path / "out", block_checkpoint(made), "specforge")
+    config = config_of(tmp_path / "out")
+    assert config["architectures"] == ["DSparkDraftModel"]
+    nested = config["dflash_config"]
+    assert (nested["projector_type"], nested["markov_rank"]) == ("dspark", 3)
+    assert not {"markov_rank", "target_layer_ids", "mask_token_id"} & config.keys()
+
+
+def test_speculators_counts_hidden_states_where_others_count_layers(tmp_path):
+    made = block_checkpoint(heads("DFlash"))
+    for name in ("vllm", "speculators"):
+        write(tmp_path / name, made, name)
+    ids = config_of(tmp_path / "vllm")["dflash_config"]["target_layer_ids"]
+    config = config_of(tmp_path / "speculators")
+    assert config["aux_hidden_state_layer_ids"] == [i + 1 for i in ids]
+    assert config["speculators_config"]["algorithm"] == "dflash"
+    assert config["sample_from_anchor"] is False
+    assert config["sliding_window_non_causal"] is True
+    assert "model_type" not in config
+    keys = load_file(tmp_path / "speculators/model.safetensors").keys()
+    assert keys == load_file(tmp_path / "vllm/model.safetensors").keys()
+
+
+def test_commands_draft_as_many_tokens_as_a_block_has(tmp_path):
+    for case, method, algorithm in (("DSpark", "dspark", "DSPARK"), ("DFlash", "dflash", "DFLASH")):
+        made = block_checkpoint(heads(case))
+        (vllm,) = write(tmp_path / f"{case}-vllm", made, "vllm").engines
+        assert f'"method": "{method}"' in vllm.command
+        assert f'"num_speculative_tokens": {made.config.num_drafts}' in vllm.command
+        sglang = write(tmp_path / f"{case}-sglang", made, "sglang").engines[0]
+        assert f"--speculative-algorithm {algorithm}" in sglang.command
