@@ -9,12 +9,26 @@ from pathlib import Path
 from string import Template
 from typing import Any, ClassVar, Generic, TypeVar
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
 from speclm.cards import HeadsCard
 from speclm.drafting.base_parts import BaseParts
 from speclm.drafting.package import Package
 from speclm.files.weights import WeightFiles
 
 CheckpointT = TypeVar("CheckpointT")
+NUM_PROBED = 8
+"""Positions whose logits `CheckpointFormat.logits` returns."""
+
+_SEED = 0  # of the inputs of `CheckpointFormat.logits`
+
+
+def random_inputs(*shapes: tuple[int, ...]) -> list[Float[Tensor, "..."]]:
+    """Return the same normal numbers of these shapes at every call, on the CPU."""
+    generator = torch.Generator("cpu").manual_seed(_SEED)
+    return [torch.randn(shape, generator=generator, dtype=torch.float32) for shape in shapes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +100,22 @@ class CheckpointFormat(ABC, Generic[CheckpointT]):
     @abstractmethod
     def engines(self, checkpoint: CheckpointT) -> tuple[Engine, ...]:
         """Return the software that loads these heads in this format, the usual one first."""
+
+    @abstractmethod
+    def logits(
+        self,
+        checkpoint: CheckpointT,
+        *,
+        embeddings: Float[Tensor, "vocab hidden"] | None,
+        lm_weight: Float[Tensor, "vocab hidden"] | None,
+    ) -> Float[Tensor, "*rows vocab"]:
+        """Return the logits of some fixed random inputs in float32, to compare heads with others.
+
+        Args:
+            checkpoint: The heads.
+            embeddings: The base's embeddings, for heads that share them; None for random ones.
+            lm_weight: The base's output matrix, likewise.
+        """
 
     @abstractmethod
     def card(self, checkpoint: CheckpointT) -> HeadsCard:

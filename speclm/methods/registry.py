@@ -160,6 +160,15 @@ class Method(ABC):
         del destination
         raise no_heads(proposer)
 
+    def checkpoint(self, proposer: "Proposer", destination: "Destination") -> Any:
+        """Return heads as a checkpoint that shares their memory, for the formats of this method.
+
+        Raises:
+            OptionError: If the proposer has no heads.
+        """
+        del destination
+        raise no_heads(proposer)
+
     def formats(self) -> "tuple[CheckpointFormat[Any], ...]":
         """Return the checkpoint formats of this method's heads, that of `save` first."""
         return ()

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from speclm.drafting.base_parts import BaseParts
 from speclm.drafting.combined import CombinedProposer
 from speclm.drafting.heads_folder import Destination
 from speclm.drafting.interface import Proposer
@@ -15,6 +16,7 @@ from speclm.errors import OptionError, UnsupportedModelError, suggest
 from speclm.files.hub import UploadOptions, upload
 from speclm.methods.finding import find_heads
 from speclm.methods.registry import method_of, no_heads
+from speclm.model.exporting import find_format, write_format
 from speclm.target.loading import load_causal_lm, without_adapter
 
 OPTIONS_OF_LOADING = (
@@ -112,18 +114,23 @@ def load_proposer(
     return proposer
 
 
-def save_heads(folder: str | Path, proposer: Proposer | None, base: PreTrainedModel) -> None:
+def save_heads(
+    folder: str | Path, proposer: Proposer | None, base: PreTrainedModel, *, to: str | None
+) -> None:
     """Write the heads of a proposer, its tree and a model card into a folder.
 
     Args:
         folder: Created if it does not exist. A card that somebody has written is kept.
         proposer: What to save.
         base: The model that it drafts for; the path of a local one is not written.
+        to: Checkpoint format of other software; None for our own, with the tree.
 
     Raises:
         OptionError: If the proposer has no heads.
+        UnknownNameError: If the method has no such format.
+        CheckpointError: If the folder holds something else, or the format cannot hold the heads.
     """
-    _save(proposer, Destination(Path(folder), base))
+    _save(proposer, Destination(Path(folder), base), to)
 
 
 def push_heads(
@@ -131,6 +138,7 @@ def push_heads(
     proposer: Proposer | None,
     base: PreTrainedModel,
     *,
+    to: str | None,
     private: bool | None,
     token: str | None,
 ) -> str:
@@ -140,6 +148,7 @@ def push_heads(
         repo_id: Repository; created if it does not exist.
         proposer: What to upload.
         base: The model that it drafts for; the path of a local one is not published.
+        to: Checkpoint format of other software; None for our own, with the tree.
         private: Whether a new repository is private; None for the account's default.
         token: Access token; None for the stored one.
 
@@ -151,14 +160,25 @@ def push_heads(
         UploadError: If the upload fails; the message says what to do.
     """
     with TemporaryDirectory() as folder:
-        _save(proposer, Destination(Path(folder), base, repo_id))
+        _save(proposer, Destination(Path(folder), base, repo_id), to)
         files: dict[str, Path | bytes] = {path.name: path for path in Path(folder).iterdir()}
         options = UploadOptions(message="Upload draft heads", private=private, token=token)
         return upload(repo_id, files, options)
 
 
-def _save(proposer: Proposer | None, destination: Destination) -> None:
+def _save(proposer: Proposer | None, destination: Destination, to: str | None) -> None:
     method = None if proposer is None else method_of(proposer)
     if proposer is None or method is None:
         raise no_heads(proposer)
-    method.save(proposer, destination)
+    if to is None:
+        method.save(proposer, destination)
+        return
+    write_format(
+        destination.folder,
+        method.checkpoint(proposer, destination),
+        find_format(method, to),
+        method=method,
+        base=BaseParts.of_model(destination.base),
+        source={"name": None, "format": "speclm"},
+        repo_id=destination.repo_id,
+    )

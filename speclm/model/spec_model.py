@@ -323,29 +323,48 @@ class SpecModel(KeepsCounters, Wrapper):
             self._target, self.proposer, self.self_check, self.tree, self.last_speculation
         )
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        format: str | None = None,  # noqa: A002 - as users expect it
+    ) -> None:
         """Write the heads, without the base, and a model card into a folder.
+
+        Args:
+            folder: Created if it does not exist.
+            format: Checkpoint format of other software, such as ``"vllm"``; by default our own,
+                which keeps the static tree. `speclm.model.exporting.format_names` lists them.
 
         Raises:
             OptionError: If the proposer has no heads, such as n-grams or a draft model.
-            CheckpointError: If the folder is a file or holds another model's config.
+            UnknownNameError: If there is no such format for these heads.
+            CheckpointError: If the folder is a file or holds another model's config, or the format
+                cannot hold the heads.
         """
-        save_heads(folder, self.proposer, self.base)
+        save_heads(folder, self.proposer, self.base, to=format)
 
     def push_to_hub(
-        self, repo_id: str, *, private: bool | None = None, token: str | None = None
+        self,
+        repo_id: str,
+        *,
+        format: str | None = None,  # noqa: A002 - as in `save_pretrained`
+        private: bool | None = None,
+        token: str | None = None,
     ) -> str:
         """Upload the heads, without the base, and a model card; return the commit's address.
 
         Args:
             repo_id: Repository; created if it does not exist.
+            format: As in `save_pretrained`.
             private: Whether a new repository is private; None for the account's default.
             token: Access token; None for the stored one.
 
         Raises:
             OptionError: If the proposer has no heads, such as n-grams or a draft model.
         """
-        return push_heads(repo_id, self.proposer, self.base, private=private, token=token)
+        options: Any = {"to": format, "private": private, "token": token}
+        return push_heads(repo_id, self.proposer, self.base, **options)
 
     def print_report(self, *, write: Callable[[str], object] = print) -> None:
         """Print what is wrapped, how drafts are verified and why, and the last call's counters."""

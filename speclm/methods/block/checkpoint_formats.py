@@ -5,23 +5,27 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from typing_extensions import override
 
 from speclm.cards import HeadsCard
 from speclm.drafting.base_parts import BaseParts
-from speclm.drafting.formats import CheckpointFormat, Engine
-from speclm.drafting.heads_folder import WEIGHTS_NAME
+from speclm.drafting.formats import NUM_PROBED, CheckpointFormat, Engine, random_inputs
+from speclm.drafting.heads_folder import WEIGHTS_NAME, hub_id
 from speclm.drafting.package import Package
 from speclm.errors import CheckpointError
 from speclm.files.weights import WeightFiles
 from speclm.methods.block.checkpoint import (
     BlockCheckpoint,
+    build_block,
     named_tensors,
     pack_block,
     read_block,
 )
 from speclm.methods.block.config import BlockConfig
 from speclm.methods.block.layouts import describe, is_of_deepspec
+from speclm.methods.block.network import block_masks
 
 _VLLM = """\
 vllm serve $base --speculative-config '{"method": "METHOD", "model": "$heads_in_json", \
@@ -82,6 +86,36 @@ class _BlockFormat(CheckpointFormat[BlockCheckpoint]):
     @override
     def read(self, folder: Path) -> BlockCheckpoint:
         return read_block(folder)
+
+    @override
+    def logits(
+        self, checkpoint: BlockCheckpoint, *, embeddings: Tensor | None, lm_weight: Tensor | None
+    ) -> Tensor:
+        heads, config = build_block(checkpoint, dtype=torch.float32), checkpoint.config
+        matrix = (config.vocab_size, config.hidden_size)
+        width = config.hidden_size * len(config.feature_layers)
+        features, table, output = random_inputs((1, NUM_PROBED, width), matrix, matrix)
+        table = table if embeddings is None else embeddings.float()
+        output = output if lm_weight is None else lm_weight.float()
+        seen = torch.arange(NUM_PROBED, device="cpu")[None]
+        anchor = torch.tensor([[NUM_PROBED]], device="cpu")
+        size = {"num_positions": config.block_size}
+        masks = block_masks(
+            config, seen[:, None] >= 0, context_positions=seen, anchors=anchor, **size
+        )
+        block = anchor + torch.arange(config.block_size, device="cpu")
+        with torch.no_grad():
+            keys, values = heads.context(features, heads.rotation(seen))
+            embedded = heads.embed_blocks(anchor, embedding=lambda ids: table[ids], **size)
+            hidden = heads(embedded, heads.rotation(block), keys, values, masks)[0]
+            logits = heads.logits(hidden, lm_head=lambda states: states @ output.T)
+            tokens = torch.arange(len(hidden), device="cpu") % config.vocab_size
+            if heads.markov_head is not None:
+                code, _ = heads.markov_head.code(tokens, hidden, None)
+                logits = logits + heads.markov_head.markov_w2(code)
+            if heads.confidence_head is not None:
+                logits = torch.cat((logits, heads.confidence(hidden, tokens)[:, None]), dim=-1)
+            return logits
 
     @override
     def card(self, checkpoint: BlockCheckpoint) -> HeadsCard:
@@ -253,7 +287,7 @@ class _Speculators(_BlockFormat):
         flat = describe(config, dtype=heads.dtype)
         method = {"proposal_type": "greedy", "speculative_tokens": config.num_drafts}
         verifier = {
-            "name_or_path": heads.base_name_or_path or (base.name if base else None),
+            "name_or_path": heads.base_name_or_path or (hub_id(base.name) if base else None),
             "architectures": base.architectures if base else [],
         }
         described: dict[str, Any] = {

@@ -252,17 +252,25 @@ class BlockMethod(Method):
         require_writable(folder)
 
     @override
-    def save(self, proposer: "Proposer", destination: "Destination") -> None:
-        from speclm.methods.block.checkpoint import block_checkpoint, write_block
+    def checkpoint(self, proposer: "Proposer", destination: "Destination") -> "BlockCheckpoint":
+        from speclm.methods.block.checkpoint import block_checkpoint
         from speclm.methods.block.proposer import BlockProposer
         from speclm.target import stored_matrices
 
         assert isinstance(proposer, BlockProposer)
-        checkpoint = block_checkpoint(
+        return block_checkpoint(
             proposer.heads,
             base_name_or_path=destination.base_id,
             choices=proposer.config.paths,
         ).share(**stored_matrices(destination.base))
+
+    @override
+    def save(self, proposer: "Proposer", destination: "Destination") -> None:
+        from speclm.methods.block.checkpoint import write_block
+        from speclm.methods.block.proposer import BlockProposer
+
+        assert isinstance(proposer, BlockProposer)
+        checkpoint = self.checkpoint(proposer, destination)
         card = block_card(checkpoint, repo_id=destination.repo_id)
         write_block(
             destination.folder,

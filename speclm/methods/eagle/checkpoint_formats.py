@@ -5,13 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
 from speclm.cards import HeadsCard
 from speclm.drafting.base_parts import BaseParts
-from speclm.drafting.formats import CheckpointFormat, Engine
-from speclm.drafting.heads_folder import WEIGHTS_NAME
+from speclm.drafting.formats import NUM_PROBED, CheckpointFormat, Engine, random_inputs
+from speclm.drafting.heads_folder import WEIGHTS_NAME, hub_id
 from speclm.drafting.package import Package
 from speclm.files.weights import WeightFiles
 from speclm.methods.eagle.checkpoint import (
@@ -22,6 +23,7 @@ from speclm.methods.eagle.checkpoint import (
 )
 from speclm.methods.eagle.checkpoint_config import describe
 from speclm.methods.eagle.checkpoint_limits import LIMITS, Fitted, fit
+from speclm.methods.eagle.network import build_eagle
 
 _NUM_DRAFT_TOKENS = 3  # that engines recommend
 _VLLM = """\
@@ -48,6 +50,23 @@ class _EagleFormat(CheckpointFormat[EagleCheckpoint]):
     def pack(self, checkpoint: EagleCheckpoint, base: BaseParts | None) -> Package:
         fitted = _fit(self.name, checkpoint, base)
         return _package(fitted, _describe(self.name, fitted.checkpoint))
+
+    @override
+    def logits(
+        self, checkpoint: EagleCheckpoint, *, embeddings: Tensor | None, lm_weight: Tensor | None
+    ) -> Tensor:
+        heads, config = build_eagle(checkpoint, dtype=torch.float32), checkpoint.config
+        is_eagle3 = config.kind == "eagle3"
+        width = config.target_hidden_size * config.num_features if is_eagle3 else config.hidden_size
+        matrix = (config.vocab_size, config.hidden_size)
+        features, table, output = random_inputs((1, NUM_PROBED, width), matrix, matrix)
+        table = table if embeddings is None else embeddings.float()
+        output = output if lm_weight is None else lm_weight.float()
+        positions = torch.arange(NUM_PROBED, device="cpu")[None]
+        with torch.no_grad():
+            embedded = heads.embed(positions % config.vocab_size, embedding=lambda ids: table[ids])
+            hidden = heads(heads.fuse(features), embedded, position_ids=positions)
+            return heads.logits(hidden, lm_head=lambda states: states @ output.T)
 
     @override
     def card(self, checkpoint: EagleCheckpoint) -> HeadsCard:
@@ -255,7 +274,7 @@ class _Speculators(_EagleFormat):
         nested = {key: value for key, value in layer.items() if key not in _NOT_OF_LAYERS}
         method = {"proposal_type": "greedy", "speculative_tokens": _NUM_DRAFT_TOKENS}
         verifier = {
-            "name_or_path": heads.base_name_or_path or (base.name if base else None),
+            "name_or_path": heads.base_name_or_path or (hub_id(base.name) if base else None),
             "architectures": base.architectures if base else [],
         }
         described: dict[str, Any] = {

@@ -242,17 +242,25 @@ class EagleMethod(Method):
         require_writable(folder)
 
     @override
-    def save(self, proposer: "Proposer", destination: "Destination") -> None:
-        from speclm.methods.eagle.checkpoint import eagle_checkpoint, write_eagle
+    def checkpoint(self, proposer: "Proposer", destination: "Destination") -> "EagleCheckpoint":
+        from speclm.methods.eagle.checkpoint import eagle_checkpoint
         from speclm.methods.eagle.proposer import EagleProposer
         from speclm.target import stored_matrices
 
         assert isinstance(proposer, EagleProposer)
-        checkpoint = eagle_checkpoint(
+        return eagle_checkpoint(
             proposer.heads,
             base_name_or_path=destination.base_id,
             choices=proposer.config.paths,
         ).share(**stored_matrices(destination.base))
+
+    @override
+    def save(self, proposer: "Proposer", destination: "Destination") -> None:
+        from speclm.methods.eagle.checkpoint import write_eagle
+        from speclm.methods.eagle.proposer import EagleProposer
+
+        assert isinstance(proposer, EagleProposer)
+        checkpoint = self.checkpoint(proposer, destination)
         num_layers = proposer.view.num_layers
         card = eagle_card(checkpoint, num_target_layers=num_layers, repo_id=destination.repo_id)
         write_eagle(
