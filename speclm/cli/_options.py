@@ -309,11 +309,23 @@ class IndexOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyOptions(ModelOptions):
-    """Check that a model decodes the same tokens with drafts, and show how they are verified.
+    """Check heads in any format; or, without any, that a model decodes the same tokens with drafts.
 
-    Drafts are the right tokens with some errors, so that with any model some draft tokens are
-    accepted and some are rejected.
+    Of heads it prints their formats, sizes and what loads them, and compares them with a base and
+    with the heads that they were converted from. Of a model it prints how drafts are verified, and
+    compares outputs; drafts are the right tokens with some errors.
     """
+
+    heads: Annotated[
+        str | None, typer.Argument(help="Folder or hub id of heads, to check these.")
+    ] = None
+    source: Annotated[
+        str | None,
+        typer.Option(help="Heads that these were converted from, whose logits have to be equal."),
+    ] = None
+    heads_revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of the heads on the hub.")
+    ] = None
 
     num_prompts: Annotated[int, typer.Option(min=1, help="Prompts of each setting.")] = 8
     max_new_tokens: MaxNewTokens = 32

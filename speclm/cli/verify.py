@@ -9,11 +9,14 @@ from transformers import PreTrainedModel
 
 from speclm.bench import Cell, Decoder, make_calls, measure_grid, plain_decoder, setting_options
 from speclm.bench.decoders import Call
+from speclm.cli._console import printable
 from speclm.cli._display import progress, verdict
 from speclm.cli._models import load
 from speclm.cli._options import VerifyOptions
 from speclm.demo.bundle import load_prompts
+from speclm.errors import OptionError
 from speclm.model import SpecModel
+from speclm.model.checking import check_heads
 from speclm.testing import ScriptedProposer
 
 _WRONG_EVERY = 5
@@ -21,6 +24,48 @@ _WRONG_EVERY = 5
 
 
 def verify(options: VerifyOptions) -> None:
+    """Check heads, if some are named, or else a model."""
+    if options.heads is not None:
+        _verify_heads(options, options.heads)
+        return
+    unused = {"--source": options.source, "--heads-revision": options.heads_revision}
+    for name, value in unused.items():
+        if value is not None:
+            raise OptionError(
+                f"{name} is {value!r}, which only says something with heads; name them"
+            )
+    _verify_model(options)
+
+
+def _verify_heads(options: VerifyOptions, heads: str) -> None:
+    """Print what heads are, and compare them with their base and source."""
+    revision = options.heads_revision
+    found = check_heads(
+        heads,
+        base=options.base,
+        source=options.source,
+        heads_kwargs=None if revision is None else {"revision": revision},
+    )
+    console = Console(soft_wrap=True)
+    table = Table(box=None, pad_edge=False, show_header=False)
+    made = found.provenance
+    origin = {"written by": f"speclm {made.get('speclm_version')} as {made.get('format')}"}
+    rows = {"method": found.method, "formats": ", ".join(found.formats), **found.facts}
+    for name, text in (rows | (origin if made else {})).items():
+        table.add_row(name, printable(text))
+    for engine in found.engines:
+        table.add_row("loaded by", printable(f"{engine.name}, {engine.versions}"))
+    console.print(table)
+    if found.difference is None:
+        console.print("\nnot compared with a source: name one with --source", markup=False)
+        return
+    verdict = "equal to" if found.is_equal else f"differ by up to {found.difference:.2e} from"
+    console.print(f"\nlogits {verdict} those of {printable(found.source or '')}", markup=False)
+    if not found.is_equal:
+        raise typer.Exit(1)
+
+
+def _verify_model(options: VerifyOptions) -> None:
     """Print the self-check's verdict, and compare outputs with those of regular generation."""
     console, loaded = Console(), load(options)
     loaded.spec.print_report(write=console.print)

@@ -4,18 +4,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
 from speclm.cards import HeadsCard
 from speclm.drafting.base_parts import BaseParts
-from speclm.drafting.formats import CheckpointFormat
+from speclm.drafting.formats import NUM_PROBED, CheckpointFormat, random_inputs
 from speclm.drafting.heads_folder import CONFIG_NAME, hub_id, require_folder
 from speclm.drafting.package import Package, write_package
 from speclm.errors import CheckpointError
 from speclm.files.weights import WeightFiles, read_json
 from speclm.methods.medusa.checkpoint import HeadKeys, MedusaCheckpoint, head_keys, read_medusa
+from speclm.methods.medusa.network import build_medusa
 
+_VOCAB_SIZE = 32  # of random output matrices, if nothing shows the base's
 WEIGHTS_NAME = "medusa_lm_head.safetensors"
 
 
@@ -80,6 +83,22 @@ class MedusaFormat(CheckpointFormat[MedusaCheckpoint]):
     @override
     def read(self, folder: Path) -> MedusaCheckpoint:
         return read_medusa(folder)
+
+    @override
+    def logits(
+        self, checkpoint: MedusaCheckpoint, *, embeddings: Tensor | None, lm_weight: Tensor | None
+    ) -> Tensor:
+        usual = _VOCAB_SIZE if lm_weight is None else len(lm_weight)
+        vocab_size, width = checkpoint.vocab_size or usual, checkpoint.hidden_size
+        hidden, output = random_inputs((NUM_PROBED, width), (vocab_size, width))
+        output = output if lm_weight is None else lm_weight.float()
+        heads = build_medusa(
+            checkpoint,
+            vocab_size=vocab_size,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+        )
+        return heads.forward(hidden, lm_head=lambda states: states @ output.T)
 
     @override
     def card(self, checkpoint: MedusaCheckpoint) -> HeadsCard:

@@ -266,7 +266,10 @@ class MedusaMethod(Method):
         options = {"tree": checkpoint.choices, **source.options}
         dtype = floating_dtype(options.pop("dtype", target.dtype))
         checkpoint = checkpoint.share(stored_matrices(target)["lm_weight"])
-        heads = build_medusa(checkpoint, TargetView(target), dtype=dtype)
+        view = TargetView(target)
+        heads = build_medusa(
+            checkpoint, vocab_size=view.vocab_size, dtype=dtype, device=view.device
+        )
         return MedusaProposer(heads, target=target, **options)
 
     @override
@@ -282,17 +285,22 @@ class MedusaMethod(Method):
         require_writable(folder)
 
     @override
-    def save(self, proposer: "Proposer", destination: "Destination") -> None:
-        from speclm.methods.medusa.checkpoint_writing import write_medusa
+    def checkpoint(self, proposer: "Proposer", destination: "Destination") -> "MedusaCheckpoint":
         from speclm.methods.medusa.network import medusa_checkpoint
         from speclm.methods.medusa.proposer import MedusaProposer
 
         assert isinstance(proposer, MedusaProposer)
-        checkpoint = medusa_checkpoint(
+        return medusa_checkpoint(
             proposer.heads,
             base_name_or_path=destination.base_id,
             choices=proposer.config.paths,
         )
+
+    @override
+    def save(self, proposer: "Proposer", destination: "Destination") -> None:
+        from speclm.methods.medusa.checkpoint_writing import write_medusa
+
+        checkpoint = self.checkpoint(proposer, destination)
         card = medusa_card(checkpoint, repo_id=destination.repo_id).render()
         write_medusa(destination.folder, checkpoint, card=destination.card(card))
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from speclm.config import MAX_DEPTH, require_count, require_size
 from speclm.methods.medusa.checkpoint import MedusaCheckpoint
-from speclm.target import TargetView
 from speclm.tree.static import RankPaths
 
 Layer = tuple[Tensor, Tensor | None]
@@ -151,19 +150,26 @@ class MedusaHeads(nn.Module):
 
 
 def build_medusa(
-    checkpoint: MedusaCheckpoint, target: TargetView, *, dtype: torch.dtype
+    checkpoint: MedusaCheckpoint, *, vocab_size: int, dtype: torch.dtype, device: torch.device
 ) -> MedusaHeads:
-    """Return the heads of a checkpoint on the target's device, ready to draft."""
+    """Return the heads of a checkpoint, ready to draft.
+
+    Args:
+        checkpoint: Result of `read_medusa`.
+        vocab_size: Width of the target's logits, for heads that do not show it.
+        dtype: Dtype of the weights.
+        device: Device of the weights.
+    """
     config = MedusaHeadsConfig(
         hidden_size=checkpoint.hidden_size,
-        vocab_size=checkpoint.vocab_size or target.vocab_size,
+        vocab_size=checkpoint.vocab_size or vocab_size,
         num_heads=checkpoint.num_heads,
         num_layers=checkpoint.num_layers,
         has_own_lm_head=checkpoint.has_own_lm_head,
         has_bias=checkpoint.has_bias,
     )
     heads = MedusaHeads(config, device=torch.device("meta"))
-    heads.load_state_dict(checkpoint.stacked(dtype=dtype, device=target.device), assign=True)
+    heads.load_state_dict(checkpoint.stacked(dtype=dtype, device=device), assign=True)
     return heads.eval().requires_grad_(requires_grad=False)
 
 

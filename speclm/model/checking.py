@@ -1,0 +1,151 @@
+"""Check heads in any format: what they are, whether they fit a base, and equal their source."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from speclm.drafting.base_parts import BaseParts
+from speclm.drafting.formats import Engine
+from speclm.drafting.package import EXPORT_NAME
+from speclm.errors import CheckpointError, OptionError
+from speclm.files.weights import read_json
+from speclm.methods.finding import find_heads
+from speclm.methods.registry import HeadsSource
+from speclm.model.exporting import detect_formats
+
+
+@dataclass(frozen=True, slots=True)
+class HeadsCheck:
+    """What `check_heads` found.
+
+    Args:
+        method: Method of the heads.
+        formats: Names of the formats that the files are in.
+        facts: Sizes and further facts by name.
+        engines: Software that loads the files.
+        provenance: Content of speclm_export.json; empty without one.
+        difference: Largest difference of the logits from those of the source, in float32; None
+            without a source.
+        source: What they were compared with.
+    """
+
+    method: str
+    formats: tuple[str, ...]
+    facts: Mapping[str, str]
+    engines: tuple[Engine, ...]
+    provenance: Mapping[str, Any]
+    difference: float | None = None
+    source: str | None = None
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether nothing differs from the source, bit by bit; true without one."""
+        return not self.difference
+
+
+def check_heads(
+    heads: str | Path,
+    *,
+    base: str | Path | None = None,
+    source: str | Path | None = None,
+    heads_kwargs: Mapping[str, Any] | None = None,
+) -> HeadsCheck:
+    """Read heads completely, and compare them with their base and their source.
+
+    The logits of the heads and of the source are computed for the same random inputs.
+
+    Args:
+        heads: Folder or hub id, in any format that is read.
+        base: Folder or hub id of the base, whose vocabulary is compared, and whose matrices are
+            used where the heads share them. Only those are read.
+        source: Folder or hub id of the heads that these were converted from; by default that in
+            their provenance, if it is on the hub.
+        heads_kwargs: Options for the hub, such as ``revision``.
+
+    Raises:
+        UnknownNameError: If there are no such heads.
+        CheckpointError: If the heads are damaged, or do not fit the base.
+        OptionError: If they are no heads, or of another method than the source.
+
+    Example:
+        ```python
+        from speclm.demo.bundle import assets
+        from speclm.model.checking import check_heads
+
+        found = check_heads(assets()["eagle3"], base=assets()["base"])
+        assert "vllm" in found.formats
+        ```
+    """
+    found = _find(heads, heads_kwargs)
+    assert found.folder is not None
+    formats = detect_formats(found.folder, found.method)
+    parts = None if base is None else BaseParts.find(base)
+    checkpoint = formats[0].read(found.folder)
+    card = formats[0].card(checkpoint)
+    weights = found.method.find_weights(found.folder)
+    facts = {name: str(value) for name, value in card.facts.items()}
+    facts |= {"keys": str(len(weights.files) if weights else 0), "dtype": card.dtype}
+    facts |= {"parameters": f"{card.num_parameters:,}", "base recorded": card.base or "none"}
+    facts |= {"commit": found.commit} if found.commit else {}
+    matrices: dict[str, Tensor | None] = {"embeddings": None, "lm_weight": None}
+    if parts is not None:
+        facts["vocabulary"] = _compare_sizes(checkpoint, parts)
+        matrices = {"embeddings": parts.embeddings(), "lm_weight": parts.output_matrix()}
+    export = found.folder / EXPORT_NAME
+    provenance = read_json(export) if export.is_file() else {}
+    recorded = provenance.get("source")
+    given = source or (recorded.get("name") if isinstance(recorded, dict) else None)
+    difference = None
+    if given is not None:
+        other = _find(given, None)
+        if other.method is not found.method:
+            raise OptionError(
+                f"source {str(given)!r} are heads of {other.method.name}, expected those of "
+                f"{found.method.name} as in {str(heads)!r}; name what they were converted from"
+            )
+        assert other.folder is not None
+        theirs = formats[0].read(other.folder)
+        first, second = (formats[0].logits(each, **matrices) for each in (checkpoint, theirs))
+        difference = float("inf")
+        if first.shape == second.shape and bool(torch.isfinite(first - second).all()):
+            difference = float((first - second).abs().max())
+    # The narrowest format says most about who loads the files.
+    engines = dict.fromkeys(e for each in formats[1:] or formats for e in each.engines(checkpoint))
+    return HeadsCheck(
+        method=found.method.name,
+        formats=tuple(each.name for each in formats),
+        facts=facts,
+        engines=tuple(engines),
+        provenance=provenance,
+        difference=difference,
+        source=None if given is None else str(given),
+    )
+
+
+def _find(heads: str | Path, options: Mapping[str, Any] | None) -> HeadsSource:
+    found = find_heads(heads, options)
+    if found.folder is None or not found.method.formats():
+        raise OptionError(
+            f"heads {str(heads)!r} are of {found.method.name}, expected those of a method with "
+            "checkpoint formats, such as a folder of speclm train"
+        )
+    return found
+
+
+def _compare_sizes(checkpoint: Any, base: BaseParts) -> str:
+    """Return the size of the vocabulary, or raise if it is not the base's."""
+    matrix = base.output_matrix()
+    config = getattr(checkpoint, "config", checkpoint)
+    width = getattr(config, "target_hidden_size", config.hidden_size)
+    size = config.vocab_size or len(matrix)
+    if (size, width) != tuple(matrix.shape):
+        raise CheckpointError(
+            f"the heads are for a base with {size} tokens and states {width} wide, found "
+            f"{matrix.shape[0]} and {matrix.shape[1]} in {base.name!r}; name the base that they "
+            "were trained on"
+        )
+    return f"{size:,} tokens, as the base"
