@@ -3,7 +3,7 @@
 from rich.console import Console
 
 from speclm.cli._console import printable
-from speclm.cli._options import ConvertOptions
+from speclm.cli._heads_options import ConvertOptions
 from speclm.model.exporting import convert_heads
 
 

@@ -11,7 +11,7 @@ from typer.core import TyperCommand, TyperGroup
 from typing_extensions import override
 
 from speclm._version import __version__
-from speclm.cli import _options
+from speclm.cli import _heads_options, _options
 from speclm.cli._console import (
     USAGE_ERROR,
     exits_when_output_fails,
@@ -29,8 +29,8 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "tune": (_options.TuneOptions, "tune"),
     "warm": (_options.WarmOptions, "warm"),
     "index": (_options.IndexOptions, "index"),
-    "convert": (_options.ConvertOptions, "convert"),
-    "push": (_options.PushOptions, "push"),
+    "convert": (_heads_options.ConvertOptions, "convert"),
+    "push": (_heads_options.PushOptions, "push"),
     "verify": (_options.VerifyOptions, "verify"),
     "kernels": (_options.KernelsOptions, "machine"),
     "env": (_options.EnvOptions, "machine"),

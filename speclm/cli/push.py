@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.table import Table
 
 from speclm.cli._console import printable
-from speclm.cli._options import PushOptions
+from speclm.cli._heads_options import PushOptions
 from speclm.files.hub import UploadOptions
 from speclm.model.publishing import Publication, prepare_publication, publish
 

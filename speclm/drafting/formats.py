@@ -28,7 +28,10 @@ _SEED = 0  # of the inputs of `CheckpointFormat.logits`
 def random_inputs(*shapes: tuple[int, ...]) -> list[Float[Tensor, "..."]]:
     """Return the same normal numbers of these shapes at every call, on the CPU."""
     generator = torch.Generator("cpu").manual_seed(_SEED)
-    return [torch.randn(shape, generator=generator, dtype=torch.float32) for shape in shapes]
+    return [
+        torch.randn(shape, dtype=torch.float32, device="cpu", generator=generator)
+        for shape in shapes
+    ]
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,12 +83,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         tensors: Tensors by key; they may share memory and lie on any device.
     """
     own: dict[str, Tensor] = {}
-    seen: set[int] = set()
+    taken: list[tuple[int, int]] = []
     for key, tensor in tensors.items():
         found = tensor.detach().cpu().contiguous()
+        start = found.data_ptr()
+        end = start + found.numel() * found.element_size()
         # safetensors refuses tensors that overlap.
-        own[key] = found.clone() if found.data_ptr() in seen else found
-        seen.add(found.data_ptr())
+        is_free = all(end <= first or last <= start for first, last in taken)
+        own[key] = found if is_free else found.clone()
+        taken.append((start, end))
     if path.suffix == ".safetensors":
         save_file(own, path, metadata={"format": "pt"})
     else:

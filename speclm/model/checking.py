@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from speclm.cards import HeadsCard
 from speclm.drafting.base_parts import BaseParts
 from speclm.drafting.formats import Engine
 from speclm.drafting.package import EXPORT_NAME
@@ -85,35 +86,14 @@ def check_heads(
     formats = detect_formats(found.folder, found.method)
     parts = None if base is None else BaseParts.find(base)
     checkpoint = formats[0].read(found.folder)
-    card = formats[0].card(checkpoint)
-    weights = found.method.find_weights(found.folder)
-    facts = {name: str(value) for name, value in card.facts.items()}
-    facts |= {"keys": str(len(weights.files) if weights else 0), "dtype": card.dtype}
-    facts |= {"parameters": f"{card.num_parameters:,}", "base recorded": card.base or "none"}
-    facts |= {"commit": found.commit} if found.commit else {}
-    matrices: dict[str, Tensor | None] = {"embeddings": None, "lm_weight": None}
+    facts = _facts(found, formats[0].card(checkpoint))
     if parts is not None:
         facts["vocabulary"] = _compare_sizes(checkpoint, parts)
-        matrices = {"embeddings": parts.embeddings(), "lm_weight": parts.output_matrix()}
     export = found.folder / EXPORT_NAME
     provenance = read_json(export) if export.is_file() else {}
     recorded = provenance.get("source")
     given = source or (recorded.get("name") if isinstance(recorded, dict) else None)
-    difference = None
-    if given is not None:
-        other = _find(given, None)
-        if other.method is not found.method:
-            raise OptionError(
-                f"source {str(given)!r} are heads of {other.method.name}, expected those of "
-                f"{found.method.name} as in {str(heads)!r}; name what they were converted from"
-            )
-        assert other.folder is not None
-        theirs = formats[0].read(other.folder)
-        first, second = (formats[0].logits(each, **matrices) for each in (checkpoint, theirs))
-        difference = float("inf")
-        if first.shape == second.shape and bool(torch.isfinite(first - second).all()):
-            difference = float((first - second).abs().max())
-    # The narrowest format says most about who loads the files.
+    # Our own format, the first, names only speclm.
     engines = dict.fromkeys(e for each in formats[1:] or formats for e in each.engines(checkpoint))
     return HeadsCheck(
         method=found.method.name,
@@ -121,7 +101,7 @@ def check_heads(
         facts=facts,
         engines=tuple(engines),
         provenance=provenance,
-        difference=difference,
+        difference=None if given is None else _difference(found, checkpoint, given, parts),
         source=None if given is None else str(given),
     )
 
@@ -134,6 +114,36 @@ def _find(heads: str | Path, options: Mapping[str, Any] | None) -> HeadsSource:
             "checkpoint formats, such as a folder of speclm train"
         )
     return found
+
+
+def _facts(found: HeadsSource, card: HeadsCard) -> dict[str, str]:
+    assert found.folder is not None
+    weights = found.method.find_weights(found.folder)
+    facts = {name: str(value) for name, value in card.facts.items()}
+    facts |= {"keys": str(len(weights.files) if weights else 0), "dtype": card.dtype}
+    facts |= {"parameters": f"{card.num_parameters:,}", "base recorded": card.base or "none"}
+    return facts | ({"commit": found.commit} if found.commit else {})
+
+
+def _difference(
+    found: HeadsSource, checkpoint: Any, source: str | Path, base: BaseParts | None
+) -> float:
+    """Return the largest difference of logits; infinite if they have other shapes or no numbers."""
+    other = _find(source, None)
+    if other.method is not found.method:
+        raise OptionError(
+            f"source {str(source)!r} are heads of {other.method.name}, expected those of "
+            f"{found.method.name} as in {str(found.given)!r}; name what they were converted from"
+        )
+    assert other.folder is not None
+    own = found.method.formats()[0]
+    matrices: dict[str, Tensor | None] = {"embeddings": None, "lm_weight": None}
+    if base is not None:
+        matrices = {"embeddings": base.embeddings(), "lm_weight": base.output_matrix()}
+    first, second = (own.logits(each, **matrices) for each in (checkpoint, own.read(other.folder)))
+    if first.shape != second.shape or not torch.isfinite(first - second).all():
+        return float("inf")
+    return float((first - second).abs().max())
 
 
 def _compare_sizes(checkpoint: Any, base: BaseParts) -> str:

@@ -13,13 +13,12 @@ from typer.testing import CliRunner
 from speclm import __version__
 from speclm.cli import app, main
 from speclm.cli._console import print_error, printable
+from speclm.cli._heads_options import ConvertOptions, PushOptions
 from speclm.cli._options import (
-    ConvertOptions,
     DemoOptions,
     HeadsOptions,
     IndexOptions,
     ModelOptions,
-    PushOptions,
     VerifyOptions,
 )
 from speclm.cli.main import COMMANDS, GROUPS

@@ -22,7 +22,6 @@ from speclm.drafting.heads_folder import (
     require_whole,
     store_choices,
 )
-from speclm.drafting.package import require_same_tensors
 from speclm.errors import CheckpointError
 from tests.models import shared_model
 
@@ -49,14 +48,6 @@ def test_cards_that_somebody_wrote_are_kept(tmp_path):
     assert destination.card("new") == "new"
     card.write_text("my own words")
     assert destination.card("new") is None
-
-
-def test_tensors_that_differ_in_a_bit_or_a_name_are_refused(tmp_path):
-    one = {"a": torch.ones(2)}
-    require_same_tensors(tmp_path, one, {"a": torch.ones(2)})
-    for other in ({"a": torch.ones(3)}, {"a": torch.zeros(2)}, {}, one | {"b": torch.ones(1)}):
-        with pytest.raises(CheckpointError, match="read back differ from what was written"):
-            require_same_tensors(tmp_path, one, other)
 
 
 def test_stored_trees_and_folders_are_checked(tmp_path):

@@ -20,7 +20,6 @@ from speclm.drafting.package import Package, write_package
 from speclm.errors import CheckpointError, OptionError, UnknownNameError
 from speclm.files.weights import read_text, weight_files
 from speclm.methods import registry
-from speclm.methods.finding import find_heads
 from speclm.methods.ngram.proposer import NgramProposer
 from speclm.methods.registry import (
     Method,
@@ -320,11 +319,6 @@ def test_proposers_of_no_method_are_described_and_not_saved(toy, tmp_path):
     assert describe_proposer(proposer).startswith("ToyProposer, ")
     with pytest.raises(OptionError, match="ToyProposer, which has no heads to save"):
         SpecModel(base, proposer).save_pretrained(tmp_path)
-
-
-def test_objects_that_no_method_takes_are_refused():
-    with pytest.raises(OptionError, match=r"heads is a Linear, expected .*goes into its proposer"):
-        find_heads(nn.Linear(2, 2))
 
 
 def test_methods_and_their_training_options_are_listed_without_pytorch():

@@ -98,7 +98,7 @@ class _BlockFormat(CheckpointFormat[BlockCheckpoint]):
         table = table if embeddings is None else embeddings.float()
         output = output if lm_weight is None else lm_weight.float()
         seen = torch.arange(NUM_PROBED, device="cpu")[None]
-        anchor = torch.tensor([[NUM_PROBED]], device="cpu")
+        anchor = torch.full((1, 1), NUM_PROBED, dtype=torch.int64, device="cpu")
         size = {"num_positions": config.block_size}
         masks = block_masks(
             config, seen[:, None] >= 0, context_positions=seen, anchors=anchor, **size
