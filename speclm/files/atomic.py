@@ -16,6 +16,12 @@ CACHE_VARIABLE = "SPECLM_CACHE"
 MAX_LEVELS = 100
 """Maximum nesting of JSON: code that traverses it may recurse."""
 
+MAX_JSON_BYTES = 20 * 2**20
+"""Maximum bytes of a JSON file; the largest indices of weights have about 15 million."""
+
+MAX_VALUES = 1_000_000
+"""Maximum commas, colons and brackets of a JSON file, as each value takes up to 250 bytes."""
+
 
 def cache_folder() -> Path | None:
     """Return the folder of everything that speclm caches; None if nothing is to be cached.
@@ -57,10 +63,29 @@ def read_json(path: Path) -> Any:
     """Return the value of a JSON file.
 
     Raises:
-        OSError: If the file cannot be read.
-        ValueError: As in `load_json`, or if the file is not UTF-8.
+        OSError: If the file cannot be read, or is no regular file.
+        ValueError: As in `load_json`, or if the file is not UTF-8 or too large.
     """
-    return load_json(path.read_text(encoding="utf-8"))
+    require_regular(path)
+    with path.open("rb") as file:
+        content = file.read(MAX_JSON_BYTES + 1)
+    num_values = sum(map(content.count, (b",", b":", b"[", b"{")))
+    if len(content) > MAX_JSON_BYTES or num_values > MAX_VALUES:
+        raise ValueError(
+            f"it has {len(content)} bytes or more and {num_values} values, expected up to "
+            f"{MAX_JSON_BYTES} and {MAX_VALUES}"
+        )
+    return load_json(content.decode("utf-8"))
+
+
+def require_regular(path: Path) -> None:
+    """Check that a path, or what it links to, is a regular file: reading others may never end.
+
+    Raises:
+        OSError: If it is a folder, pipe or device, or cannot be found.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError("found a folder, pipe or device, expected a regular file")
 
 
 def write_file(path: Path, content: str | bytes) -> None:

@@ -1,7 +1,6 @@
 """Weight files of a folder: which file holds which key, and their tensors, with typed errors."""
 
 import hashlib
-import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from speclm.errors import CheckpointError, OptionError, SpeclmError, reason_of, shown
 from speclm.files import atomic as files
+from speclm.files.pickles import require_plain_pickle
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """Types of weights; narrower types mean nothing without scales next to them."""
@@ -23,6 +23,9 @@ INDEX = "(0|[1-9][0-9]{0,4})"
 
 MAX_COUNT = 2**31 - 1
 """Largest whole number accepted in a config."""
+
+MAX_HEADER = 2**23
+"""Maximum bytes of the header of a safetensors file; a tensor takes about 100."""
 
 _PART = 2**24  # bytes read at a time
 _MAX_SHARING = 2
@@ -235,18 +238,30 @@ def _require_keys(file: Path, keys: list[str], found: list[str]) -> None:
 
 def _opened(file: Path) -> Any:
     try:
+        _require_header(file)
         return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
             f"{file}: no tensors can be read ({error}), expected a whole safetensors file; it is "
             "truncated or damaged, download it again"
         ) from error
 
 
+def _require_header(file: Path) -> None:
+    """Check the length of a header before it is read: each byte of it may take ten in memory."""
+    files.require_regular(file)
+    with file.open("rb") as content:
+        start = content.read(8)
+    length, most = int.from_bytes(start, "little"), min(MAX_HEADER, file.stat().st_size - 8)
+    if len(start) < 8 or length > most:
+        raise ValueError(f"its header has {length} bytes, expected at most {max(0, most)}")
+
+
 def _load_pickle(file: Path) -> dict[str, Tensor]:
     try:
+        files.require_regular(file)
         # Heads may be a small part of a model; old pickles are not archives and cannot be mapped.
-        is_archive = zipfile.is_zipfile(file)
+        is_archive = require_plain_pickle(file)
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=is_archive)
     except Exception as error:  # damaged streams raise nearly everything
         raise CheckpointError(

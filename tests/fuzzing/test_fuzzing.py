@@ -1,0 +1,105 @@
+"""Files from strangers load, or end in an error of speclm's own, in bounded time and memory."""
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+
+from speclm.errors import CheckpointError
+from speclm.files.pickles import MAX_STEPS, require_plain_pickle
+from speclm.files.weights import MAX_HEADER, read_json, weights_of
+from tests.fuzzing.cases import Case, make_case, read_folder, run_case, run_cases
+from tests.fuzzing.layouts import LAYOUTS, REFUSED, files_of
+from tests.fuzzing.mutations import CANARY, PICKLES, Folder, archive
+
+pytestmark = [pytest.mark.untraced, pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_whole_folders_of_every_layout_load_or_are_named(tmp_path, layout):
+    Folder(dict(files_of(layout))).write(tmp_path / "heads")
+    if layout in REFUSED:
+        with pytest.raises(CheckpointError, match=layout):
+            read_folder(tmp_path / "heads")
+    else:
+        read_folder(tmp_path / "heads")
+
+
+def test_100_damaged_folders_load_or_are_refused(tmp_path):
+    counts, faults = run_cases(range(100), tmp_path / "case")
+    assert not faults
+    assert counts["loaded"] > 0
+    assert counts["refused"] > counts["loaded"]
+
+
+@pytest.mark.slow
+def test_2000_damaged_folders_load_or_are_refused(tmp_path):
+    _, faults = run_cases(range(100, 2100), tmp_path / "case")
+    assert not faults
+
+
+def test_a_case_is_made_again_from_its_number():
+    assert make_case(7) == make_case(7)
+    assert make_case(7) != make_case(8)
+
+
+def test_code_that_is_run_is_found(tmp_path, monkeypatch):
+    def unsafe(place: Path) -> None:
+        pickle.loads(next(place.glob("*.bin")).read_bytes())
+
+    monkeypatch.setattr("tests.fuzzing.cases.read_folder", unsafe)
+    monkeypatch.setenv(CANARY, "")
+    case = Case(0, "code", (), Folder({"pytorch_model.bin": PICKLES["code"]}))
+    assert run_case(case, tmp_path / "case") == "execution"
+
+
+@pytest.mark.parametrize("name", PICKLES)
+@pytest.mark.parametrize("wrap", [bytes, archive])
+def test_pickles_of_anything_but_tensors_are_refused(tmp_path, name, wrap):
+    file = tmp_path / "pytorch_model.bin"
+    file.write_bytes(wrap(PICKLES[name]))
+    with pytest.raises(CheckpointError, match=r"pytorch_model.bin: .*expected .*state dict"):
+        weights_of(file)
+
+
+def test_compressed_and_long_pickles_are_refused(tmp_path):
+    file = tmp_path / "pytorch_model.bin"
+    file.write_bytes(archive(b"\x80\x02}.", method=8))
+    with pytest.raises(ValueError, match="compressed"):
+        require_plain_pickle(file)
+    file.write_bytes(archive(b"\x80\x02" + b"N0" * (MAX_STEPS // 2) + b"}."))
+    with pytest.raises(ValueError, match="instructions"):
+        require_plain_pickle(file)
+
+
+def test_headers_are_not_read_past_a_limit(tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes((MAX_HEADER + 1).to_bytes(8, "little"))
+    os.truncate(file, 2 * MAX_HEADER)
+    with pytest.raises(CheckpointError, match="header has 8388609 bytes, expected at most"):
+        weights_of(file)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
+def test_only_regular_files_are_read(tmp_path, kind):
+    makers = {
+        "pipe": os.mkfifo,
+        "folder": os.mkdir,
+        "device": lambda path: path.symlink_to("/dev/zero"),
+    }
+    for name, read in {
+        "config.json": read_json,
+        "a.safetensors": weights_of,
+        "a.pt": weights_of,
+    }.items():
+        makers[kind](tmp_path / name)
+        with pytest.raises(CheckpointError, match="regular file"):
+            read(tmp_path / name)
+
+
+@pytest.mark.parametrize("text", ["[" + "0," * 1_000_000 + "0]", " " * (21 * 2**20)])
+def test_large_json_is_refused(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"bytes or more and .* values, expected up to"):
+        read_json(tmp_path / "config.json")
