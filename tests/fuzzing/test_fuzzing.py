@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 
 from speclm.errors import CheckpointError
-from speclm.files.pickles import MAX_STEPS, require_plain_pickle
 from speclm.files.weights import MAX_HEADER, read_json, weights_of
 from tests.fuzzing.cases import Case, make_case, read_folder, run_case, run_cases
 from tests.fuzzing.layouts import LAYOUTS, REFUSED, files_of
-from tests.fuzzing.mutations import CANARY, PICKLES, Folder, archive
+from tests.fuzzing.mutations import CANARY, PICKLES, Folder
 
 pytestmark = [pytest.mark.untraced, pytest.mark.filterwarnings("ignore")]
 
@@ -52,25 +51,6 @@ def test_code_that_is_run_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv(CANARY, "")
     case = Case(0, "code", (), Folder({"pytorch_model.bin": PICKLES["code"]}))
     assert run_case(case, tmp_path / "case") == "execution"
-
-
-@pytest.mark.parametrize("name", PICKLES)
-@pytest.mark.parametrize("wrap", [bytes, archive])
-def test_pickles_of_anything_but_tensors_are_refused(tmp_path, name, wrap):
-    file = tmp_path / "pytorch_model.bin"
-    file.write_bytes(wrap(PICKLES[name]))
-    with pytest.raises(CheckpointError, match=r"pytorch_model.bin: .*expected .*state dict"):
-        weights_of(file)
-
-
-def test_compressed_and_long_pickles_are_refused(tmp_path):
-    file = tmp_path / "pytorch_model.bin"
-    file.write_bytes(archive(b"\x80\x02}.", method=8))
-    with pytest.raises(ValueError, match="compressed"):
-        require_plain_pickle(file)
-    file.write_bytes(archive(b"\x80\x02" + b"N0" * (MAX_STEPS // 2) + b"}."))
-    with pytest.raises(ValueError, match="instructions"):
-        require_plain_pickle(file)
 
 
 def test_headers_are_not_read_past_a_limit(tmp_path):
