@@ -24,6 +24,8 @@ REFUSED = {
     ("eagle3", "rtp-llm"): "is for heads with qk_norm",
     ("medusa", "rtp-llm"): "layers",
     ("block", "dflash"): "of DSpark",
+    ("block", "vllm"): "read the last layer",
+    ("block", "sglang"): "read the last layer",
     ("block", "specforge"): "causal",
     ("block", "speculators"): "causal",
 }

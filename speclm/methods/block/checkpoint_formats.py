@@ -38,7 +38,13 @@ _ALL = frozenset(
         *("of DSpark", "of DFlash", "that are causal", "with causal windows", "in place"),
         *("with embeddings of their own", "with an output matrix of their own"),
         *("with a part of the vocabulary", "with a gated or recurrent Markov head"),
+        *("without a Markov head", "with windows that see both ways"),
+        *("that read the embeddings", "that read the last layer", "with another unit than silu"),
     }
+)
+_WINDOWS = frozenset({"with causal windows", "with windows that see both ways"})
+_OF_SERVERS = frozenset(
+    {"without a Markov head", "that read the last layer", "with another unit than silu"}
 )
 _OWN = frozenset(
     {
@@ -50,10 +56,17 @@ HOLDS: dict[str, frozenset[str]] = {
     "speclm": _ALL,
     "dflash": _ALL - {"of DSpark", "in place"},
     "dspark": _ALL - {"of DFlash"},
-    "vllm": _ALL,
-    "sglang": _ALL - _OWN,
-    "specforge": _ALL - _OWN - {"that are causal", "with causal windows", "in place"},
-    "speculators": _ALL - {"that are causal", "with causal windows"},
+    # It reads the last layer's output before the final norm, Transformers after it.
+    "vllm": _ALL - _OF_SERVERS - {"with a gated or recurrent Markov head"},
+    # Nothing follows the last layer that would keep its output.
+    "sglang": _ALL - _OF_SERVERS - _OWN - {"that read the embeddings"},
+    # Its layers are causal where they have a window, and only there.
+    "specforge": _ALL
+    - _OWN
+    - {"that are causal", "with windows that see both ways", "in place"}
+    - {"that read the embeddings", "that read the last layer", "with another unit than silu"},
+    # It counts a window from the anchor, others from each position of the block.
+    "speculators": _ALL - _WINDOWS - {"that are causal", "that read the last layer"},
 }
 """What the software of each format can hold.
 
@@ -62,8 +75,13 @@ DeepSpec.
 """
 
 
-def unusual_parts(config: BlockConfig) -> set[str]:
-    """Return what these heads are and have that some software cannot hold, in words."""
+def unusual_parts(config: BlockConfig, *, num_target_layers: int | None = None) -> set[str]:
+    """Return what these heads are and have that some software cannot hold, in words.
+
+    Args:
+        config: Config of the heads.
+        num_target_layers: Decoder layers of the base, if it is known.
+    """
     is_dspark = is_of_deepspec(config)
     is_sliding = tuple(window is not None for window in config.windows)
     found = {
@@ -76,6 +94,14 @@ def unusual_parts(config: BlockConfig) -> set[str]:
         "with an output matrix of their own": config.has_own_lm_head,
         "with a part of the vocabulary": config.has_draft_vocab,
         "with a gated or recurrent Markov head": config.markov in ("gated", "rnn"),
+        "that read the embeddings": 0 in config.feature_layers,
+        "that read the last layer": num_target_layers in config.feature_layers,
+        "with another unit than silu": config.hidden_act != "silu",
+        "without a Markov head": is_dspark and config.markov is None,
+        "with windows that see both ways": any(
+            slides and not causal
+            for slides, causal in zip(is_sliding, config.is_causal, strict=True)
+        ),
     }
     return {words for words, is_there in found.items() if is_there}
 
@@ -140,7 +166,7 @@ def _held(name: str, checkpoint: BlockCheckpoint, base: BaseParts | None) -> Blo
     """Return heads without a tree and copies of the base's matrices, or refuse them."""
     if base is not None:
         checkpoint = checkpoint.share(embeddings=base.embeddings(), lm_weight=base.output_matrix())
-    found = unusual_parts(checkpoint.config)
+    found = unusual_parts(checkpoint.config, num_target_layers=base.num_layers if base else None)
     refused = sorted(found - HOLDS[name])
     if refused:
         others = [other for other, held in HOLDS.items() if held >= found]
@@ -165,6 +191,13 @@ def _vllm_engine(checkpoint: BlockCheckpoint) -> Engine:
     count = str(checkpoint.config.num_drafts)
     command = _VLLM.replace("METHOD", _kind(checkpoint)).replace("COUNT", count)
     return Engine("vLLM", "0.33, the newest that was checked, and later", command)
+
+
+def _engines(checkpoint: BlockCheckpoint) -> tuple[Engine, ...]:
+    """Return vLLM and SGLang as far as they load heads in the names of z-lab and DeepSpec."""
+    parts = unusual_parts(checkpoint.config)
+    makers = {"vllm": _vllm_engine, "sglang": _sglang_engine}
+    return tuple(make(checkpoint) for name, make in makers.items() if parts <= HOLDS[name])
 
 
 def _sglang_engine(checkpoint: BlockCheckpoint) -> Engine:
@@ -199,7 +232,7 @@ class _DFlash(_BlockFormat):
 
     @override
     def engines(self, checkpoint: BlockCheckpoint) -> tuple[Engine, ...]:
-        return (_vllm_engine(checkpoint),)
+        return _engines(checkpoint)
 
 
 class _DSpark(_BlockFormat):
@@ -212,7 +245,7 @@ class _DSpark(_BlockFormat):
 
     @override
     def engines(self, checkpoint: BlockCheckpoint) -> tuple[Engine, ...]:
-        return (_vllm_engine(checkpoint),)
+        return _engines(checkpoint)
 
 
 class _Vllm(_BlockFormat):
@@ -230,7 +263,7 @@ class _Sglang(_BlockFormat):
 
     @override
     def engines(self, checkpoint: BlockCheckpoint) -> tuple[Engine, ...]:
-        return (_sglang_engine(checkpoint), _vllm_engine(checkpoint))
+        return _engines(checkpoint)[::-1]
 
 
 class _SpecForge(_BlockFormat):
@@ -252,7 +285,8 @@ class _SpecForge(_BlockFormat):
         nested = {key: config.pop(key) for key in _OF_DSPARK if key in config}
         described = {**config, "architectures": ["DSparkDraftModel"]}
         described |= {"block_size": checkpoint.config.block_size}
-        mode = {"projector_type": "dspark", "attention_mode": "gqa"}
+        is_grouped = checkpoint.config.num_kv_heads < checkpoint.config.num_heads
+        mode = {"projector_type": "dspark", "attention_mode": "gqa" if is_grouped else "mha"}
         return replace(package, config={**described, "dflash_config": {**nested, **mode}})
 
     @override
@@ -320,7 +354,10 @@ class _Speculators(_BlockFormat):
     @override
     def engines(self, checkpoint: BlockCheckpoint) -> tuple[Engine, ...]:
         note = "vllm serve with the folder alone works if the base is recorded by its hub id."
-        return (replace(_vllm_engine(checkpoint), note=note), Engine("speculators", "0.9"))
+        own = Engine("speculators", "0.9")
+        if not unusual_parts(checkpoint.config) <= HOLDS["vllm"]:
+            return (own,)
+        return (replace(_vllm_engine(checkpoint), note=note), own)
 
 
 BLOCK_FORMATS: tuple[_BlockFormat, ...] = (

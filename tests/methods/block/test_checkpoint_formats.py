@@ -78,3 +78,47 @@ def test_commands_draft_as_many_tokens_as_a_block_has(tmp_path):
         assert f'"num_speculative_tokens": {made.config.num_drafts}' in vllm.command
         sglang = write(tmp_path / f"{case}-sglang", made, "sglang").engines[0]
         assert f"--speculative-algorithm {algorithm}" in sglang.command
+
+
+# What the loaders and masks of vLLM 0.33, SGLang 0.5.23, SpecForge 0.2.0 and speculators 0.9.0 do.
+REFUSED = {
+    "gated": ({**MARKOV, "markov": "gated"}, {"vllm"}),
+    "recurrent": ({**MARKOV, "markov": "rnn"}, {"vllm"}),
+    "no Markov head": ({"has_confidence": True}, {"vllm", "sglang"}),
+    "gelu": ({**MARKOV, "hidden_act": "gelu"}, {"vllm", "sglang", "specforge"}),
+    "embeddings": ({**MARKOV, "feature_layers": (0, 2)}, {"sglang", "specforge"}),
+    "open windows": ({**MARKOV, "windows": (9, 9)}, {"specforge", "speculators"}),
+    "causal windows": (
+        {**MARKOV, "windows": (9, 9), "is_causal": (True, True)},
+        {"speculators"},
+    ),
+    "last layer": (
+        {**MARKOV, "feature_layers": (2, 6)},
+        {"vllm", "sglang", "specforge", "speculators"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_formats_refuse_what_their_software_misreads(tmp_path, case):
+    changes, refused = REFUSED[case]
+    config = make_heads(**{"is_causal": (False, False), **changes}).config
+    parts = unusual_parts(config, num_target_layers=6)
+    serving = {"vllm", "sglang", "specforge", "speculators"}
+    assert {name for name in serving if not parts <= HOLDS[name]} == refused
+
+
+def test_no_engine_is_named_that_cannot_load_the_heads(tmp_path):
+    gated = block_checkpoint(make_heads(**{**MARKOV, "markov": "gated"}).to(torch.bfloat16))
+    assert [each.name for each in write(tmp_path / "a", gated, "dspark").engines] == ["SGLang"]
+    own = {"has_own_lm_head": True, "has_own_embeddings": True}
+    heads_of_none = block_checkpoint(make_heads(**{**MARKOV, "markov": "rnn", **own}).float())
+    assert write(tmp_path / "b", heads_of_none, "dspark").engines == ()
+
+
+@pytest.mark.parametrize(("count", "mode"), [(2, "gqa"), (4, "mha")])
+def test_specforge_is_told_whether_key_heads_are_shared(tmp_path, count, mode):
+    changes = {**MARKOV, "is_causal": (False, False), "num_kv_heads": count}
+    made = block_checkpoint(make_heads(**changes).to(torch.bfloat16))
+    write(tmp_path / "out", made, "specforge")
+    assert config_of(tmp_path / "out")["dflash_config"]["attention_mode"] == mode
