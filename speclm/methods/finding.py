@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from speclm.errors import OptionError, UnknownNameError, shown
+from speclm.errors import CheckpointError, OptionError, UnknownNameError, shown
+from speclm.files.atomic import read_json
 from speclm.files.hub import HubOptions, download, is_hub_id, path_exists
 from speclm.methods.registry import HeadsSource, Method, heads_names, registered_methods
 
@@ -15,6 +16,15 @@ _HEAD_FILES = ("*.json", "*.safetensors")
 _PICKLES = ("*.pt", "pytorch_model*.bin")
 _SIMILAR = 0.75  # similarity from which a name without an organisation counts as a typo
 _FALLBACK = "draft_model"  # loads what no other method recognises
+# Drafts of other kinds, by a part of the names of classes or types in their configs.
+_FOREIGN = {
+    "mlpspeculator": "an MLP speculator",
+    "peagle": "P-EAGLE",
+    "hydra": "Hydra",
+    "mtp": "multi-token prediction (MTP)",
+    "nextn": "multi-token prediction (MTP)",
+    "assistant": "an assistant that reads the target's cache, such as those of Gemma 4",
+}
 
 
 def find_heads(heads: object, options: Mapping[str, Any] | None = None) -> HeadsSource:
@@ -68,7 +78,29 @@ def _find_in_folder(heads: Path, hub: HubOptions) -> tuple[Method, Path]:
     for method in methods.values():
         if method.is_declared(folder) or method.find_weights(folder) is not None:
             return method, folder
+    _require_known(folder)
     return methods[_FALLBACK], folder
+
+
+def _require_known(folder: Path) -> None:
+    """Check that a folder's config does not declare drafts of a kind that speclm does not have.
+
+    Raises:
+        CheckpointError: If it does; the message names the kind.
+    """
+    try:
+        config = read_json(folder / "config.json")
+        declared = [config.get("model_type"), config.get("speculators_model_type")]
+        text = " ".join(map(str, [*declared, *(config.get("architectures") or ())])).lower()
+    except (OSError, ValueError, AttributeError, TypeError):
+        return  # whoever loads it says what is wrong
+    for sign, kind in _FOREIGN.items():
+        if sign in text.replace("_", "").replace("-", ""):
+            raise CheckpointError(
+                f"{folder / 'config.json'}: these are heads of {kind}, expected those of Medusa, "
+                "EAGLE or block drafters, or a draft model; speclm does not have that method, "
+                "choose other heads"
+            )
 
 
 def _find_on_hub(repository: str, hub: HubOptions) -> tuple[Method, Path]:
@@ -85,6 +117,7 @@ def _find_on_hub(repository: str, hub: HubOptions) -> tuple[Method, Path]:
             folder = _download(repository, hub, (*_HEAD_FILES, *_PICKLES))
         if method.find_weights(folder) is not None:
             return method, folder
+    _require_known(hints)
     return methods[_FALLBACK], hints
 
 

@@ -1,10 +1,12 @@
 """What `heads` stands for; downloads are tested with the hub, refusals with each method's files."""
 
+import json
+
 import pytest
 from torch import nn
 
 from speclm.demo.bundle import assets
-from speclm.errors import OptionError, UnknownNameError
+from speclm.errors import CheckpointError, OptionError, UnknownNameError
 from speclm.methods.finding import find_heads
 
 
@@ -23,3 +25,18 @@ def test_names_folders_and_misspelt_names_are_told_apart(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UnknownNameError, match="is a file, expected a folder"):
         find_heads(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"architectures": ["MLPSpeculatorPreTrainedModel"]}, "heads of an MLP speculator"),
+        ({"speculators_model_type": "peagle"}, "heads of P-EAGLE"),
+        ({"speculators_model_type": "mtp"}, r"multi-token prediction \(MTP\)"),
+        ({"model_type": "gemma4_assistant"}, "assistant that reads the target's cache"),
+    ],
+)
+def test_heads_of_methods_that_speclm_lacks_are_named(tmp_path, config, words):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=words):
+        find_heads(tmp_path)
