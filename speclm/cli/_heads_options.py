@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from speclm.cli._options import HeadsRevision, HeadsSubfolder, Revision
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConvertOptions:
@@ -24,9 +26,9 @@ class ConvertOptions:
         str | None,
         typer.Option(help="Folder or hub id of the base, for formats that embed its matrices."),
     ] = None
-    heads_revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of the heads on the hub.")
-    ] = None
+    revision: Revision = None
+    heads_revision: HeadsRevision = None
+    heads_subfolder: HeadsSubfolder = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

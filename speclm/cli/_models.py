@@ -28,9 +28,11 @@ from speclm.cli._options import BUNDLED_HEADS, DraftOptions, HeadsOptions, Model
 from speclm.demo.bundle import assets
 from speclm.drafting.interface import Proposer
 from speclm.errors import OptionError, SpeclmError, UnknownNameError, reason_of
+from speclm.files.hub import path_exists
 from speclm.methods.registry import heads_names
 from speclm.model import SpecModel
 from speclm.model.heads import Heads
+from speclm.target.loading import hub_commit, remember_commit
 from speclm.tree.plan import TreePlan
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -55,6 +57,16 @@ class Loaded:
     def base(self) -> PreTrainedModel:
         """The base."""
         return self.spec.base
+
+    @property
+    def commits(self) -> dict[str, str]:
+        """Commits on the hub of base and heads for records, where they are known."""
+        proposer = self.spec.proposer
+        found = {
+            "base_commit": hub_commit(self.base),
+            "heads_commit": None if proposer is None else proposer.hub_commit,
+        }
+        return {name: commit for name, commit in found.items() if commit is not None}
 
 
 def load(options: ModelOptions, *, is_placed: bool = True) -> Loaded:
@@ -172,6 +184,7 @@ def _from_pretrained(
             f"--base {name!r} is not a folder or hub id of a causal language model that can be "
             f"loaded ({type(error).__name__}: {error})"
         ) from error
+    remember_commit(model, name, revision)
     return tokenizer, model
 
 
@@ -193,7 +206,10 @@ def _drafting(options: HeadsOptions) -> dict[str, Any]:
 
 def _method_options(options: HeadsOptions) -> dict[str, Any]:
     """Return the options of the method: what was given of those that some methods take."""
-    given: dict[str, Any] = {"revision": options.heads_revision}
+    heads, revision = options.heads, options.heads_revision
+    if heads is not None and heads == options.base and not path_exists(heads):
+        revision = revision or options.revision  # base and heads in one repository
+    given: dict[str, Any] = {"revision": revision, "subfolder": options.heads_subfolder}
     if isinstance(options, DraftOptions):
         given |= {"memory": options.memory, "corpus": options.corpus}
     return {name: value for name, value in given.items() if value is not None}

@@ -21,6 +21,13 @@ MaxNewTokens = Annotated[
     int, typer.Option(min=1, max=MAX_INT, help="Maximum new tokens of each answer.")
 ]
 NumPrompts = Annotated[int | None, typer.Option(min=1, help="Number of prompts to use.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the base on the hub.")]
+HeadsRevision = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of heads or a draft model on the hub.")
+]
+HeadsSubfolder = Annotated[
+    str | None, typer.Option(help="Folder of the heads inside their repository or folder.")
+]
 Seed = Annotated[int, typer.Option(min=0, max=MAX_INT, help="Seed of sampling.")]
 Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="Threads of PyTorch.")]
 
@@ -32,9 +39,7 @@ class ModelOptions:
     base: Annotated[
         str | None, typer.Option(help="Folder or hub id; by default the bundled model.")
     ] = None
-    revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of the base on the hub.")
-    ] = None
+    revision: Revision = None
     dtype: Annotated[
         str | None, typer.Option(help="Dtype of the weights: float32, bfloat16, float16 or auto.")
     ] = None
@@ -64,9 +69,8 @@ class HeadsOptions(ModelOptions):
             'own, several of these separated by commas, or "none".'
         ),
     ] = None
-    heads_revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of heads or a draft model on the hub.")
-    ] = None
+    heads_revision: HeadsRevision = None
+    heads_subfolder: HeadsSubfolder = None
     imports: Annotated[
         list[str] | None,
         typer.Option(

@@ -111,7 +111,10 @@ def _measure(
 
 def _shared_settings(options: BenchOptions, loaded: Loaded) -> dict[str, Any]:
     """Return the settings that all records of the run share."""
-    names = ("tree", "engine", "num_draft_tokens", "depth", "quantization", "memory", "corpus")
+    names = [
+        *("heads_subfolder", "tree", "engine", "num_draft_tokens", "depth", "quantization"),
+        *("memory", "corpus"),
+    ]
     drafting = {name: getattr(options, name) for name in names}
     drafting = {
         name: value.name if isinstance(value, Path) else value
@@ -121,6 +124,7 @@ def _shared_settings(options: BenchOptions, loaded: Loaded) -> dict[str, Any]:
     return {
         "base": loaded.base.config.name_or_path,
         "heads": options.heads or "default",
+        **loaded.commits,
         "prompts": options.prompts.name,
         "dtype": str(loaded.base.dtype).removeprefix("torch."),
         "device": str(loaded.base.device),
@@ -137,5 +141,5 @@ def _identity_of_heads(options: BenchOptions) -> dict[str, str]:
     """Return a hash of the heads in a folder that a report is about, for ``speclm push``."""
     if options.report is None or options.heads is None or not path_exists(options.heads):
         return {}
-    digest = drafting_digest(Path(options.heads))
+    digest = drafting_digest(Path(options.heads, options.heads_subfolder or ""))
     return {} if digest is None else {"heads_sha256": digest}

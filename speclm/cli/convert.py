@@ -9,13 +9,14 @@ from speclm.model.exporting import convert_heads
 
 def convert(options: ConvertOptions) -> None:
     """Convert heads, and print what loads them and how."""
-    revision = options.heads_revision
+    given = {"revision": options.heads_revision, "subfolder": options.heads_subfolder}
     done = convert_heads(
         options.heads,
         options.out,
         to=options.to,
         base=options.base,
-        heads_kwargs=None if revision is None else {"revision": revision},
+        revision=options.revision,
+        heads_kwargs={name: value for name, value in given.items() if value is not None},
     )
     console = Console(soft_wrap=True)
 

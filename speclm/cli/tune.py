@@ -67,12 +67,12 @@ def tune(options: TuneOptions) -> None:
     """Measure draft trees of every size, and calibrate a static tree if the method ranks."""
     save = options.save
     if save is not None:
-        _require_place(save, options.heads)
+        _require_place(save, _folder(options))
     given = read_prompts(options.prompts) if options.prompts else load_prompts("sql_tune")
     texts = given[: options.num_prompts]
     sizes = positive_numbers(options.batch)
     arguments = {**setting_options(options.setting), "max_new_tokens": options.max_new_tokens}
-    loaded = load_with_heads(options, heads_kwargs=_without_tree(options.heads))
+    loaded = load_with_heads(options, heads_kwargs=_without_tree(_folder(options)))
     console = Console()
     proposer = loaded.spec.proposer
     if proposer is None:
@@ -108,7 +108,7 @@ def _warn_of_few(num_calls: int, batch: int) -> None:
         )
 
 
-def _require_place(save: Path, heads: str | None) -> None:
+def _require_place(save: Path, heads: Path | None) -> None:
     """Check that a tree can be saved there: in a file, or in the folder of the heads.
 
     Raises:
@@ -117,7 +117,7 @@ def _require_place(save: Path, heads: str | None) -> None:
     """
     if save.suffix == ".json" and not save.is_dir():
         return
-    if save.is_dir() and heads is not None and Path(heads).resolve() == save.resolve():
+    if save.is_dir() and heads is not None and heads.resolve() == save.resolve():
         require_folder_to_write("--save", save)
         read_json(save / CONFIG_NAME)
         method = find_heads(save).method
@@ -135,13 +135,19 @@ def _require_place(save: Path, heads: str | None) -> None:
     )
 
 
-def _without_tree(heads: str | None) -> dict[str, Any]:
+def _folder(options: TuneOptions) -> Path | None:
+    """Return the folder of the heads, if they are in one."""
+    if options.heads is None or not path_exists(options.heads):
+        return None
+    return Path(options.heads, options.heads_subfolder or "")
+
+
+def _without_tree(folder: Path | None) -> dict[str, Any]:
     """Return the options that load heads in a folder without the tree that they were saved with.
 
     It would bound the trees that are tried.
     """
-    folder = Path(heads or "")
-    if heads is None or not path_exists(folder / CONFIG_NAME):
+    if folder is None or not path_exists(folder / CONFIG_NAME):
         return {}
     is_stored = read_choices(folder, read_json(folder / CONFIG_NAME)) is not None
     return {"tree": None} if is_stored else {}
@@ -298,6 +304,7 @@ def _write(save: Path, own: _Tried, best: _Tried, loaded: Loaded, options: TuneO
             **taus,
             "base": loaded.base.config.name_or_path,
             "heads": options.heads or "default",
+            **loaded.commits,
         }
         write_file(save, json.dumps(record) + "\n")
     except OSError as error:

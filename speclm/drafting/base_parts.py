@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from speclm.errors import CheckpointError, UnknownNameError, shown
 from speclm.files.hub import HubOptions, commit_of, download, is_hub_id, path_exists
 from speclm.files.weights import WeightFiles, read_json, reading, weight_files
+from speclm.target.loading import hub_commit
 from speclm.target.logits import stored_matrices
 
 # Ends of the keys of each matrix, over the families of Transformers.
@@ -49,7 +50,8 @@ class BaseParts:
     @classmethod
     def of_model(cls, model: PreTrainedModel) -> Self:
         """Return the parts of a loaded model."""
-        return cls(model.config.name_or_path or "", model.config.to_dict(), model=model)
+        name, config = model.config.name_or_path or "", model.config.to_dict()
+        return cls(name, config, commit=hub_commit(model), model=model)
 
     @classmethod
     def find(cls, name: str | Path, hub: HubOptions | None = None) -> Self:

@@ -125,6 +125,28 @@ def with_base_options(
     return {**{name: kwargs[name] for name in names if name in kwargs}, **(heads_kwargs or {})}
 
 
+def with_named_options(heads_kwargs: Any, named: Mapping[str, Any]) -> Any:
+    """Add arguments ``heads_...`` that are not None to the options that they stand for.
+
+    Args:
+        heads_kwargs: Options as the user gave them.
+        named: Values by the names of the options.
+
+    Raises:
+        OptionError: If an option is given twice.
+    """
+    given = {name: value for name, value in named.items() if value is not None}
+    if not given or not isinstance(heads_kwargs, dict | None):
+        return heads_kwargs
+    others = heads_kwargs or {}
+    for name in given.keys() & others.keys():
+        raise OptionError(
+            f"heads_{name} is {given[name]!r} and {name} in heads_kwargs is {others[name]!r}, "
+            "expected one of them; leave the other out"
+        )
+    return {**others, **given}
+
+
 def commit_of(folder: Path) -> str | None:
     """Return the commit that a folder in the hub's cache is of; None for any other folder."""
     parts = folder.parts

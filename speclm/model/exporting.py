@@ -13,6 +13,7 @@ from speclm.drafting.formats import CheckpointFormat, Engine
 from speclm.drafting.heads_folder import CONFIG_NAME, hub_id, require_folder
 from speclm.drafting.package import EXPORT_NAME, Package, write_package
 from speclm.errors import CheckpointError, OptionError, UnknownNameError, suggest
+from speclm.files.hub import HubOptions, path_exists
 from speclm.files.weights import read_json
 from speclm.methods.finding import find_heads
 from speclm.methods.registry import Method, registered_methods
@@ -47,6 +48,7 @@ def convert_heads(
     *,
     to: str,
     base: str | Path | BaseParts | None = None,
+    revision: str | None = None,
     heads_kwargs: Mapping[str, Any] | None = None,
 ) -> Conversion:
     """Write heads in another checkpoint format; needs neither a GPU nor, usually, the base.
@@ -59,13 +61,16 @@ def convert_heads(
         to: Name of the format; see `format_names`.
         base: Folder or hub id of the base, for formats that embed its matrices. Only those are
             read.
-        heads_kwargs: Options for the hub, such as ``revision``.
+        revision: Branch, tag or commit of the base on the hub.
+        heads_kwargs: Options for the hub, such as ``revision`` of the heads. ``token``,
+            ``cache_dir``, ``local_files_only`` and ``force_download`` apply to the base too.
 
     Raises:
         UnknownNameError: If there are no such heads, or the method has no such format.
         CheckpointError: If the heads are damaged, or the format cannot hold them; the message says
             which part, and what to do.
-        OptionError: If they are no heads but a draft model.
+        OptionError: If they are no heads but a draft model, or a revision is not of a base on the
+            hub.
         OSError: If the files cannot be written; nothing is changed then.
 
     Example:
@@ -87,11 +92,22 @@ def convert_heads(
     target = find_format(source.method, to)
     found = detect_formats(source.folder, source.method)[0]
     checkpoint = found.read(source.folder)
-    parts = base if base is None or isinstance(base, BaseParts) else BaseParts.find(base)
-    made_of = {"name": hub_id(str(heads)), "format": found.name}
+    shared = {**source.hub, "subfolder": "", "revision": revision}
+    parts = _find_base(base, HubOptions(**shared))
+    made_of = {"name": hub_id(str(heads)), "commit": source.commit, "format": found.name}
     return write_format(
         Path(out), checkpoint, target, method=source.method, base=parts, source=made_of
     )
+
+
+def _find_base(base: str | Path | BaseParts | None, hub: HubOptions) -> BaseParts | None:
+    is_on_hub = isinstance(base, str) and not path_exists(base)
+    if hub.revision is not None and not is_on_hub:
+        raise OptionError(
+            f"revision is {hub.revision!r} and base {base!r}, expected the hub id of a base; leave "
+            "revision out, or pass that"
+        )
+    return BaseParts.find(base, hub) if isinstance(base, str | Path) else base
 
 
 def write_format(

@@ -20,7 +20,8 @@ from speclm.model.exporting import find_format, write_format
 from speclm.target.loading import load_causal_lm, without_adapter
 
 OPTIONS_OF_LOADING = (
-    *("heads", "heads_revision", "heads_kwargs", "num_draft_tokens", "adaptive", "tree"),
+    *("heads", "heads_revision", "heads_subfolder", "heads_kwargs", "num_draft_tokens"),
+    *("adaptive", "tree", "engine"),
 )
 """Parameters of `SpecModel.from_pretrained` itself."""
 

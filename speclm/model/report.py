@@ -8,6 +8,7 @@ from speclm.methods.registry import method_of
 from speclm.self_check.verdict import SelfCheck
 from speclm.stats import SpeculationStats
 from speclm.target import TargetView
+from speclm.target.loading import hub_commit
 from speclm.tree.plan import TreePlan
 
 _WIDTH = 12  # of the names at the start of the lines, as in `SpeculationStats`
@@ -56,7 +57,6 @@ def write_report(
     check: SelfCheck,
     stats: SpeculationStats | None,
     *,
-    commit: str | None,
     write: Callable[[str], object],
 ) -> None:
     """Write what is wrapped, how drafts are verified and why, and the last call's counters."""
@@ -68,10 +68,10 @@ def write_report(
     kernel = preferred(target.device)
     lines = [
         ("base", f"{target.name}, {type(model).__name__}"),
-        *([("", f"commit {commit}")] if commit else []),
+        *(("", f"commit {commit}") for commit in [hub_commit(model)] if commit),
         ("", f"{size}, {model.dtype}, {model.device}"),
         ("proposer", describe_proposer(proposer) if proposer else "none"),
-        *([("", f"commit {proposer.hub_commit}")] if proposer and proposer.hub_commit else []),
+        *(("", f"commit {commit}") for commit in _commits(proposer)),
         ("verified", f"{check.verification.value}: {check.reason}"),
         ("", f"{source} in {check.milliseconds:.1f} ms"),
         ("kernels", f"{kernel.backend}: {kernel.reason}"),
@@ -82,3 +82,9 @@ def write_report(
         write("last call")
         for line in str(stats).splitlines():
             write(f"  {line}")
+
+
+def _commits(proposer: Proposer | None) -> list[str]:
+    """Return the commits on the hub of a proposer and its parts, where there are any."""
+    found = [] if proposer is None else [proposer, *proposer.parts]
+    return [each.hub_commit for each in found if each.hub_commit is not None]

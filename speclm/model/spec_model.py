@@ -17,7 +17,7 @@ from speclm.adaptive.memory import Memory
 from speclm.drafting.interface import Proposer
 from speclm.engines import Engine
 from speclm.errors import OptionError
-from speclm.files.hub import cached_commit, with_base_options
+from speclm.files.hub import with_base_options, with_named_options
 from speclm.generation.regular import NeedsRegularGeneration
 from speclm.generation.request import Setup, require_acceptable
 from speclm.model.call import (
@@ -95,7 +95,6 @@ class SpecModel(KeepsCounters, Wrapper):
         self.memory, self._misses = Memory(), MissWatch()
         self._plain_seconds: dict[int, float] = {}
         self._logged: set[str] = set()
-        self._commit: str | None = None  # of the base on the hub
 
     @classmethod
     def from_pretrained(  # noqa: PLR0913 - its options are keywords
@@ -104,6 +103,7 @@ class SpecModel(KeepsCounters, Wrapper):
         heads: Heads | list[Heads] | tuple[Heads, ...] | None = "lookup",
         *,
         heads_revision: str | None = None,
+        heads_subfolder: str | None = None,
         heads_kwargs: dict[str, Any] | None = None,
         num_draft_tokens: int | None = None,
         adaptive: bool | None = None,
@@ -119,9 +119,10 @@ class SpecModel(KeepsCounters, Wrapper):
                 loaded draft model, a `Proposer`, or None for no drafts. The drafts of a list of
                 these are merged. By default ``"lookup"``, which needs no weights.
             heads_revision: Branch, tag or commit of heads or a draft model on the hub.
-            heads_kwargs: For the hub: token, cache_dir, subfolder, local_files_only and
-                force_download. For a draft model: arguments of its ``from_pretrained``, by default
-                the base's dtype and device. For heads and proposers: their options.
+            heads_subfolder: Their folder inside the repository, or inside a local folder.
+            heads_kwargs: For the hub: token, cache_dir, local_files_only and force_download. For a
+                draft model: arguments of its ``from_pretrained``, by default the base's dtype and
+                device. For heads and proposers: their options.
             num_draft_tokens: Maximum draft tokens per round; by default the proposer's own choice.
             adaptive: As in the constructor; by default True, unless a static tree is given.
             tree: Default of the option ``tree`` of `generate`.
@@ -138,18 +139,16 @@ class SpecModel(KeepsCounters, Wrapper):
         """
         base, engine = unwrap(base, SpecModel), normalize_engine(engine)
         model = load_base(base, kwargs)
+        named = {"revision": heads_revision, "subfolder": heads_subfolder}
+        heads_kwargs = with_named_options(heads_kwargs, named)
         heads_kwargs = with_base_options(heads_kwargs, kwargs, heads=heads, base=base)
-        if heads_revision is not None:
-            heads_kwargs = {**(heads_kwargs or {}), "revision": heads_revision}
         proposer = load_proposer(
             heads, model, heads_kwargs=heads_kwargs, num_draft_tokens=num_draft_tokens
         )
         if adaptive is None:
             adaptive = (heads_kwargs or {}).get("tree") is None
         require_fillable(normalize_tree(tree), proposer)
-        spec = cls(model, proposer, adaptive=adaptive, tree=tree, engine=engine)
-        spec._commit = cached_commit(base, kwargs)
-        return spec
+        return cls(model, proposer, adaptive=adaptive, tree=tree, engine=engine)
 
     @property
     def proposer(self) -> Proposer | None:
@@ -373,7 +372,6 @@ class SpecModel(KeepsCounters, Wrapper):
             self.proposer,
             self.self_check,
             self.last_speculation,
-            commit=self._commit,
             write=write,
         )
 

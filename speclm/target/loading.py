@@ -12,8 +12,12 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from speclm.errors import CheckpointError, OptionError, UnsupportedModelError, suggest
+from speclm.files.hub import cached_commit
 
 _DAMAGE = (SafetensorError, StrictDataclassError, pickle.UnpicklingError, EOFError, KeyError)
+
+# As earlier versions of Transformers name it; it is not saved with the config.
+_COMMIT = "_commit_hash"
 
 
 def load_causal_lm(
@@ -56,7 +60,27 @@ def load_causal_lm(
             f"{owner} {str(name)!r} cannot be loaded ({type(error).__name__}: {error}), expected "
             "an undamaged config and weights; download or export them again"
         ) from error
+    remember_commit(model, name, options)
     return model
+
+
+def remember_commit(model: PreTrainedModel, name: object, options: Mapping[str, Any]) -> None:
+    """Keep the commit on the hub that a model was just loaded from; see `hub_commit`.
+
+    Args:
+        model: The model.
+        name: What it was loaded from.
+        options: Arguments of its ``from_pretrained``.
+    """
+    commit = cached_commit(name, options)
+    if commit is not None:
+        setattr(model.config, _COMMIT, commit)
+
+
+def hub_commit(model: PreTrainedModel) -> str | None:
+    """Return the commit on the hub that a model was loaded from; None if it is not known."""
+    found = getattr(model.config, _COMMIT, None)
+    return found if isinstance(found, str) else None
 
 
 def is_adapted(model: object) -> bool:

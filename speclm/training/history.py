@@ -11,6 +11,7 @@ from speclm.errors import CheckpointError, reason_of, shown
 from speclm.files.atomic import read_json, write_file, write_json
 from speclm.files.weights import weights_digest
 from speclm.plots import Line, Panel, draw_panels, has_plots
+from speclm.target.loading import hub_commit
 
 if TYPE_CHECKING:  # it imports Transformers' Trainer, which readers of a history do not need
     from transformers import PreTrainedModel
@@ -42,6 +43,7 @@ class TrainingHistory:
         arguments: The training arguments that matter for the result.
         steps: Steps of the optimizer.
         log: What `Trainer` logged, in order.
+        base_commit: Commit of the base on the hub, if it was loaded from there.
     """
 
     recipe: str
@@ -53,6 +55,7 @@ class TrainingHistory:
     arguments: Mapping[str, Any]
     steps: int
     log: Sequence[Mapping[str, Any]]
+    base_commit: str | None = None
 
     @property
     def facts(self) -> dict[str, object]:
@@ -65,6 +68,7 @@ class TrainingHistory:
         facts = {
             "command": f"`speclm train {self.recipe}`, speclm {self.version}",
             "options": options or "the defaults",
+            "commit of the base": self.base_commit,
             "examples": found.get("examples"),
             "SHA-256 of their tokens": found.get("sha256"),
             "steps": self.steps,
@@ -111,6 +115,7 @@ def write_history(trainer: "HeadsTrainer", *, base: "PreTrainedModel", recipe: s
             "options": {name: _public(value) for name, value in record.options.items()},
             "version": record.version,
             "base": hub_id(base.config.name_or_path),
+            "base_commit": hub_commit(base),
             "data": {"examples": record.num_examples, "sha256": record.data},
             "weights": weights_digest(folder),
             "arguments": record.arguments,
@@ -157,8 +162,9 @@ def read_history(folder: Path) -> TrainingHistory | None:
             f"{path}: {wrong[0]!r} is {shown(found.get(wrong[0]))}, expected that of a history "
             "which speclm train writes; remove the file, or train again"
         )
-    base = found.get("base")
-    return TrainingHistory(**named, base=base if isinstance(base, str) else None)  # type: ignore[arg-type]  # checked above
+    texts = {name: found.get(name) for name in ("base", "base_commit")}
+    named |= {name: text if isinstance(text, str) else None for name, text in texts.items()}
+    return TrainingHistory(**named)  # type: ignore[arg-type]  # checked above
 
 
 def draw_curves(log: Sequence[Mapping[str, Any]]) -> bytes:

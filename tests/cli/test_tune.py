@@ -44,7 +44,7 @@ def test_tree_is_stored_with_the_heads_that_are_then_loaded_with_it(run, tmp_pat
     assert calibration["default_tau"] == pytest.approx(taus["default"], abs=0.01)
     base = SpecModel.from_pretrained(assets()["base"], heads, dtype="float32").base
     assert len(SpecModel.from_pretrained(base, heads).proposer.config.paths) == 3
-    again = _without_tree(str(heads))  # another calibration is not bound by it
+    again = _without_tree(heads)  # another calibration is not bound by it
     assert SpecModel.from_pretrained(base, heads, heads_kwargs=again).proposer.config.paths is None
 
 

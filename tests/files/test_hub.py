@@ -1,20 +1,26 @@
 """Heads and draft models on the hub: which files are taken, and what is said otherwise."""
 
+import json
+from shutil import copytree
 from time import perf_counter
 
 import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from speclm import SpecModel
+from speclm.cli import app
 from speclm.demo.bundle import assets
+from speclm.drafting.package import EXPORT_NAME
 from speclm.errors import OptionError, SpeclmError, UnknownNameError, UploadError
 from speclm.files.hub import HubOptions, UploadOptions, fetch_existing, upload
 from speclm.methods.draft_model.proposer import DraftModelProposer
 from speclm.methods.eagle.proposer import EagleProposer
 from speclm.methods.finding import find_heads
 from speclm.methods.medusa.proposer import MedusaProposer
+from speclm.model.exporting import convert_heads
 from speclm.model.heads import load_proposer
 from tests.model.hub import SHAS, running_hub
 from tests.model.test_loading_eagle import write as write_eagle
@@ -29,6 +35,11 @@ LEFTOVERS = (
 
 def load(heads, base, **heads_kwargs):
     return load_proposer(heads, base, heads_kwargs=heads_kwargs, num_draft_tokens=None)
+
+
+def run(*arguments):
+    result = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
 
 
 def write_medusa(folder, *, value=0.0):
@@ -123,6 +134,60 @@ def test_base_and_heads_have_their_own_revisions_and_share_token_and_cache(hub, 
     )
     assert hub.asked == []
     assert offline.proposer.hub_commit == SHAS["main"]
+
+
+def test_option_of_heads_that_is_given_twice_is_refused():
+    for name in ("revision", "subfolder"):
+        options = {f"heads_{name}": "v2", "heads_kwargs": {name: "v1"}}
+        with pytest.raises(OptionError, match=f"heads_{name} is 'v2'.*'v1'.*leave the other out"):
+            SpecModel.from_pretrained(shared_model("llama"), "me/heads", **options)
+
+
+def test_commands_record_the_commits_of_base_and_heads(hub, tmp_path):
+    copytree(assets()["base"], tmp_path / "me/base@v2")
+    copytree(assets()["eagle3"], tmp_path / "me/heads/sub")
+    (tmp_path / "me/base").mkdir()
+    (tmp_path / "me/heads@v2").mkdir()
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "records.jsonl"
+    prompts.write_text('{"prompt": "2 + 2?"}')
+    base = ("--base", "me/base", "--revision", "v2")
+    size = ("--setting", "greedy", "--max-new-tokens", "2", "--prompts", str(prompts))
+    heads = ("--heads", "me/heads", "--heads-subfolder", "sub")
+    run("bench", *base, *heads, *size, "--out", str(out))
+    settings = json.loads(out.read_text())["settings"]
+    assert (settings["base_commit"], settings["heads_commit"]) == (SHAS["v2"], SHAS["main"])
+    own = ("--heads", "me/base")  # of the base's revision too: main holds no model
+    run("generate", *base, *own, "--prompt", "2 + 2?", "--max-new-tokens", "2")
+    to = ("--heads-subfolder", "sub", "--to", "vllm", "--out", str(tmp_path / "out"))
+    run("convert", "me/heads", *base, *to)
+    made = json.loads((tmp_path / "out" / EXPORT_NAME).read_text())
+    assert made["base"] == {"name": "me/base", "commit": SHAS["v2"]}
+    assert (made["source"]["name"], made["source"]["commit"]) == ("me/heads", SHAS["main"])
+
+
+def test_revision_of_a_local_base_is_refused_in_a_conversion(tmp_path):
+    for base in (assets()["base"], None):
+        with pytest.raises(OptionError, match=r"revision is 'v2' and base .*expected the hub id"):
+            convert_heads(assets()["eagle3"], tmp_path, to="vllm", base=base, revision="v2")
+
+
+def test_only_the_shards_that_hold_heads_are_downloaded_with_configs(hub, tmp_path):
+    base = shared_model("llama")
+    folder = tmp_path / "me/heads"
+    write_medusa(folder)
+    whole = folder / "medusa_lm_head.safetensors"
+    index = {}
+    for number, (key, tensor) in enumerate(load_file(whole).items()):
+        index[key] = f"model-{number}.safetensors"
+        save_file({key: tensor}, folder / index[key])
+    whole.unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    (folder / "checkpoint-1").mkdir()
+    (folder / "checkpoint-1/model.safetensors").write_bytes(b"")
+    assert isinstance(load("me/heads", base), MedusaProposer)
+    configs = {"config.json", "model.safetensors.index.json"}
+    assert {*hub.sent} == {*configs, *index.values()}
 
 
 @pytest.mark.parametrize("kind", ["medusa", "eagle", "pickled"])

@@ -22,7 +22,7 @@ OPTIONS = {"num_heads": 2, "init": "/home/me/heads", "other": "org/heads"}
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory):
     folder, base = tmp_path_factory.mktemp("training"), tiny_base()
-    base.config._name_or_path = "org/base"
+    base.config._name_or_path, base.config._commit_hash = "org/base", "2" * 40
     examples = load_examples(write_alphabet(folder / "rows.jsonl"), word_tokenizer(TAGGED))
     trained = HeadsTrainer(
         MedusaTrainingModel(base, new_medusa_heads(base, num_heads=2)),
@@ -47,6 +47,7 @@ def folder(trainer):
 def test_recipe_is_written_without_paths_of_this_machine(folder, trainer):
     found = read_history(folder)
     assert (found.recipe, found.base, found.steps) == ("medusa", "org/base", 2)
+    assert found.facts["commit of the base"] == found.base_commit == "2" * 40
     assert found.options == {"num_heads": 2, "init": None, "other": "org/heads"}
     assert found.facts["options"] == "num_heads=2, other=org/heads"
     assert (found.facts["examples"], found.facts["examples of a step"]) == (12, 4)
