@@ -106,6 +106,16 @@ def _in_layers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key.replace("midlayer.", "layers.0."): tensor for key, tensor in tensors.items()}
 
 
+def _listed(checkpoint: EagleCheckpoint) -> dict[str, Tensor]:
+    """Return named tensors, with lists of tokens only where these are a part of the vocabulary.
+
+    vLLM refuses lists of the whole vocabulary.
+    """
+    named = named_tensors(checkpoint)
+    lists = () if checkpoint.config.has_draft_vocab else ("d2t", "t2d")
+    return {key: tensor for key, tensor in named.items() if key not in lists}
+
+
 def _is_wrapped(config: Mapping[str, Any]) -> bool:
     return isinstance(config.get("model"), Mapping)
 
@@ -167,8 +177,16 @@ class _Vllm(_EagleFormat):
         if _is_wrapped(config) or config.get("speculators_model_type"):
             return False
         if _is_eagle3(source):
-            return _architecture(config) in _OF_VLLM
+            drafted, vocab = config.get("draft_vocab_size"), config.get("vocab_size")
+            lists_all = _has(source, "d2t") and drafted in (None, vocab)
+            return _architecture(config) in _OF_VLLM and not lists_all
         return not {"lm_head.weight", "fc.bias"} & source.files.keys()
+
+    @override
+    def pack(self, checkpoint: EagleCheckpoint, base: BaseParts | None) -> Package:
+        fitted = _fit(self.name, checkpoint, base)
+        heads = fitted.checkpoint
+        return _package(fitted, _describe(self.name, heads), _listed(heads))
 
     @override
     def engines(self, checkpoint: EagleCheckpoint) -> tuple[Engine, ...]:
@@ -228,7 +246,7 @@ class _Sglang(_EagleFormat):
                 config = replace(heads.config, fc_bias=True)
                 heads = EagleCheckpoint(config, tensors, heads.base_name_or_path)
                 notes = (*notes, "A zero bias after the joined inputs was added.")
-        return _package(Fitted(heads, notes), described)
+        return _package(Fitted(heads, notes), described, _listed(heads))
 
     @override
     def engines(self, checkpoint: EagleCheckpoint) -> tuple[Engine, ...]:
@@ -301,19 +319,22 @@ class _Speculators(_EagleFormat):
             described["target_hidden_size"] = config.target_hidden_size
         if config.feature_layers is not None:
             described["eagle_aux_hidden_state_layer_ids"] = list(config.feature_layers)
-        return _package(fitted, described, _in_layers(named_tensors(heads)))
+        return _package(fitted, described, _in_layers(_listed(heads)))
 
     @override
     def engines(self, checkpoint: EagleCheckpoint) -> tuple[Engine, ...]:
         note = "vllm serve with the folder alone works if the base is recorded by its hub id."
         versions = "0.33, the newest that was checked, and later"
         command = _VLLM.replace("METHOD", "eagle3")
-        return (Engine("vLLM", versions, command, note), Engine("speculators", "0.9"))
+        found = [Engine("vLLM", versions, command, note)]
+        if checkpoint.config.target_hidden_size == checkpoint.config.hidden_size:
+            found.append(Engine("speculators", "0.9"))
+        return tuple(found)
 
 
 _NOT_OF_LAYERS = {
     *("architectures", "base_model_name_or_path", "draft_vocab_size", "eagle_config", "fc_norm"),
-    *("norm_before_residual", "norm_before_fc", "norm_output", "num_aux_hidden_states", "bias"),
+    *("norm_before_residual", "norm_before_fc", "norm_output", "bias"),
     *("target_hidden_size", "tie_word_embeddings", "torch_dtype"),
 }
 
@@ -341,7 +362,7 @@ class _ModelOpt(_EagleFormat):
             described["eagle_config"]["eagle_aux_hidden_state_layer_ids"] = ids
         dropped = ("base_model_name_or_path", "num_aux_hidden_states")
         described = {key: value for key, value in described.items() if key not in dropped}
-        tensors = _in_layers(named_tensors(heads))
+        tensors = _in_layers(_listed(heads))
         return _package(fitted, described, {k: v for k, v in tensors.items() if k != "t2d"})
 
     @override

@@ -9,7 +9,7 @@ from speclm.drafting.base_parts import BaseParts
 from speclm.errors import CheckpointError
 from speclm.methods.eagle.checkpoint import EagleCheckpoint
 from speclm.methods.eagle.checkpoint_config import without_usual_layers
-from speclm.methods.eagle.config import EagleConfig
+from speclm.methods.eagle.config import NUM_FEATURES, EagleConfig
 
 
 def unusual_parts(config: EagleConfig) -> dict[str, str]:
@@ -32,6 +32,10 @@ def unusual_parts(config: EagleConfig) -> dict[str, str]:
         "embeddings": ("embeddings of their own", config.has_own_embeddings),
         "lm_head": ("an output matrix of their own", config.has_own_lm_head),
         "draft_vocab": ("a part of the vocabulary", config.has_draft_vocab),
+        "num_features": (
+            f"{config.num_features} hidden states of the base, not {NUM_FEATURES}",
+            config.kind == "eagle3" and config.num_features != NUM_FEATURES,
+        ),
         "width": (width, config.target_hidden_size != config.hidden_size),
         "feature_layers": (
             f"hidden states {list(config.feature_layers or ())} of the base",
@@ -69,7 +73,7 @@ class Limits:
 
 _ANY = "fc_bias attention_bias qkv_bias output_bias layers qk_norm window logit_scale embeddings"
 _NORMS = "norm_before_residual fc_norm norm_before_fc norm_output"
-_LISTED = "lm_head draft_vocab feature_layers"
+_LISTED = "lm_head draft_vocab feature_layers num_features"
 
 LIMITS: dict[str, dict[str, Limits]] = {
     "speclm": {
@@ -91,13 +95,11 @@ LIMITS: dict[str, dict[str, Limits]] = {
     },
     "sglang": {
         "eagle": Limits.of("fc_bias attention_bias layers"),
-        "eagle3": Limits.of(
-            f"attention_bias fc_norm norm_before_fc norm_output {_LISTED}", ids_from=-1
-        ),
+        "eagle3": Limits.of(f"fc_norm norm_before_fc norm_output {_LISTED}", ids_from=-1),
     },
     "specforge": {
         "eagle3": Limits.of(
-            f"attention_bias fc_norm norm_output {_LISTED}", needs="lm_head", ids_from=-1
+            "fc_norm norm_output lm_head draft_vocab feature_layers", needs="lm_head", ids_from=-1
         ),
     },
     "speculators": {

@@ -25,6 +25,9 @@ LAYERS_0 = {key.replace("midlayer.", "layers.0."): shape for key, shape in EAGLE
 OF_1 = {key: EAGLE1[key] for key in EAGLE1 if key not in ("embed_tokens.weight", "fc.bias")}
 
 
+BIASES = {"attention_bias": True, "attention_output_bias": True}
+
+
 @pytest.fixture
 def base(tmp_path):
     """A base of 12 layers, of which only the matrices that are asked for exist."""
@@ -120,6 +123,30 @@ def test_rtp_llm_gets_the_whole_vocabulary(tmp_path, base):
         write(tmp_path / "part", checkpoint(has_qk_norm=True), "rtp-llm", base)
 
 
+@pytest.mark.parametrize("name", ["vllm", "sglang", "speculators", "modelopt"])
+def test_vllm_gets_no_lists_of_the_whole_vocabulary(tmp_path, name):
+    heads = checkpoint(draft_vocab_size=V, has_own_lm_head=True)
+    write(tmp_path / "out", heads, name)
+    tensors = parts(tmp_path / "out")[0]
+    assert "lm_head.weight" in tensors
+    assert not {"d2t", "t2d"} & tensors.keys()
+    assert name == "speculators" or FORMATS["vllm"] in detect_formats(tmp_path / "out", METHOD)
+    write(
+        tmp_path / "own", heads, "speclm"
+    )  # with lists, as SafeAILab's and SpecForge's code needs
+    assert FORMATS["vllm"] not in detect_formats(tmp_path / "own", METHOD)
+
+
+def test_vllm_finds_the_number_of_hidden_states_in_speculators_format(tmp_path):
+    heads = checkpoint(num_features=4, feature_layers=(1, 4, 7, 10))
+    write(tmp_path / "out", heads, "speculators")
+    config = parts(tmp_path / "out")[2]
+    assert config["transformer_layer_config"]["num_aux_hidden_states"] == 4
+    assert config["eagle_aux_hidden_state_layer_ids"] == [1, 4, 7, 10]
+    with pytest.raises(CheckpointError, match="4 hidden states of the base, not 3"):
+        write(tmp_path / "other", heads, "specforge")
+
+
 def test_speculators_nests_the_layer_and_names_the_base(tmp_path):
     write(tmp_path / "out", checkpoint(norm_before_residual=True), "speculators")
     _, _, config = parts(tmp_path / "out")
@@ -181,6 +208,8 @@ def test_vllm_gets_no_zero_bias_and_no_copies_of_the_base(tmp_path, base):
         ("sglang", {"num_layers": 2}, r"2 decoder layers.*choose one of \['speclm', 'vllm'"),
         ("sglang", {"has_own_embeddings": True}, "embeddings of their own"),
         ("sglang", {"kind": "eagle", "attention_bias": True}, "queries, keys and values only"),
+        ("sglang", BIASES, "biases in all of attention"),
+        ("specforge", BIASES, "biases in all of attention"),
         ("modelopt", {"fc_norm": True}, "a norm for each hidden state"),
         ("specforge", {"kind": "eagle"}, "holds heads of EAGLE-3 only, found heads of EAGLE-1"),
         ("vllm-legacy", {}, "holds heads of EAGLE-1 only"),
