@@ -41,8 +41,9 @@ test: .venv/.dev ## Run every check a change must pass
 test-floor: .venv-floor/.ready ## Run the core suite on the oldest supported Transformers
 	$(FLOOR)/python -m pytest --quiet $(SPREAD) $(CORE) tests
 
-cross-check: $(CROSS)/.ready ## Compare heads with other libraries' draft classes
-	PYTHONPATH=. $(CROSS)/bin/python tests/cross_check/eagle3.py
+cross-check: $(CROSS)/.ready ## Load converted heads with other software's own code, and compare
+	PYTHONPATH=. $(CROSS)/bin/python tests/cross_check/eagle.py
+	PYTHONPATH=. $(CROSS)/bin/python tests/cross_check/medusa.py
 	PYTHONPATH=. $(CROSS)/bin/python tests/cross_check/block.py
 
 gpu: ## Check and measure the kernels on this machine's GPU, in the current Python
@@ -109,12 +110,20 @@ interpreted: .venv/.dev ## Run the kernels in Triton's interpreter, in a process
 	@touch $@
 
 # They ask for an older Transformers, and speculators for packages that fail next to a torch without
-# CUDA; neither uses them here.
-$(CROSS)/.ready: pyproject.toml
-	@echo "Installing speculators and SpecForge into $(CROSS) (once, 1.5 GB)"
+# CUDA; neither uses them here. Of vLLM only the sources run; pip asks its setup for the version.
+$(CROSS)/.ready: pyproject.toml Makefile
+	@echo "Installing speculators, SpecForge and ModelOpt into $(CROSS) (once, 1.5 GB)"
 	$(PYTHON) -m venv $(CROSS)
 	$(CROSS)/bin/python $(PIP_INSTALL) torch==2.13.0
 	$(CROSS)/bin/python $(PIP_INSTALL) torch==2.13.0 speculators==0.9.0 --editable .
 	$(CROSS)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio
-	$(CROSS)/bin/python $(PIP_INSTALL) --no-deps specforge==0.2.0
+	$(CROSS)/bin/python $(PIP_INSTALL) --no-deps specforge==0.2.0 nvidia-modelopt==0.47.0
+	$(CROSS)/bin/python $(PIP_INSTALL) setuptools-scm==10.3.4 setuptools-rust==1.13.0
+	@for version in 0.32.0 0.33.0; do \
+		VLLM_TARGET_DEVICE=empty VLLM_VERSION_OVERRIDE=$$version $(CROSS)/bin/python -m pip download \
+			-qq --no-deps --no-build-isolation --no-binary vllm --dest $(CROSS)/sources \
+			vllm==$$version && \
+		tar -xzf $(CROSS)/sources/vllm-$$version.tar.gz -C $(CROSS)/sources vllm-$$version/vllm && \
+		rm $(CROSS)/sources/vllm-$$version.tar.gz || exit 1; \
+	done
 	@touch $@

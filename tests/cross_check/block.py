@@ -1,8 +1,9 @@
 """Compare our block heads with the draft classes of speculators and SpecForge.
 
-speculators saves heads with random weights as its trainer does, and we read its files. SpecForge
-loads the files that we write. Both compute the states and logits of blocks within a text from the
-same features and tokens. Runs where these libraries are installed, in an environment of its own:
+speculators saves heads with random weights as its trainer does; we convert them to its format,
+where that can hold them, and it loads them again. SpecForge loads heads that we convert for it.
+Both compute the states and logits of blocks within a text from the same features and tokens. Runs
+where these libraries are installed, in an environment of its own:
 
     make cross-check
 """
@@ -16,13 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Qwen3Config
 from transformers.utils import logging
 
 from speclm.methods.block.checkpoint import block_checkpoint, build_block, read_block, write_block
+from speclm.methods.block.checkpoint_formats import HOLDS, unusual_parts
 from speclm.methods.block.config import BlockConfig
 from speclm.methods.block.network import BlockHeads, block_masks
+from speclm.model.exporting import convert_heads
 
 # Of the largest value: float32 sums in another order.
 TOLERANCE = 1e-5
@@ -162,7 +166,12 @@ def of_speculators(case: str, place: Path) -> tuple[dict[str, Tensor], dict[str,
             model.load_vocab_mappings(is_drafted, columns.sort().values - torch.arange(DRAFTED))
         else:
             model.lm_head.weight.copy_(table)
-    model.save_pretrained(place)
+    model.save_pretrained(place / "saved")
+    folder, unusual = place / "saved", unusual_parts(read_block(place / "saved").config)
+    if unusual <= HOLDS["speculators"]:
+        folder = place / "ours"
+        convert_heads(place / "saved", folder, to="speculators")
+        model = load_again(model, kind.from_pretrained(folder), folder)
     mask, documents = torch.ones(1, LENGTH), torch.zeros(1, LENGTH, dtype=torch.long)
     with torch.no_grad():
         hidden, logits, *_, indices = model._backbone_forward(
@@ -184,15 +193,33 @@ def of_speculators(case: str, place: Path) -> tuple[dict[str, Tensor], dict[str,
                 prev_token_ids=previous[:, first:], hidden_states=by_block[:, first:]
             )
             found["logits"] = found["logits"][:, first:] + term
-            if config.confidence_head_with_markov:
+            if model.config.confidence_head_with_markov:
                 joined = torch.cat((by_block, embedded), -1)
             else:
                 joined = by_block
             found["confidence"] = model.confidence_head(joined).view(-1, BLOCK).sigmoid()
     theirs = {name: t[:, -num_drafts:].flatten(0, 1) for name, t in found.items()}
-    heads = build_block(read_block(place))
+    heads = build_block(read_block(folder))
     with torch.no_grad():
         return ours(heads, features, tokens, table, anchors), theirs
+
+
+def load_again(saved: Any, config: Any, folder: Path) -> Any:
+    """Return a class of speculators with the weights of a folder, which are those of another."""
+    config.transformer_layer_config._attn_implementation = "eager"
+    model, state = type(saved)(config).eval(), load_file(folder / "model.safetensors")
+    left = model.load_state_dict(state, strict=False)
+    of_base = {"embed_tokens.weight", "lm_head.weight", "verifier_lm_head.weight"}
+    assert {*left.missing_keys} <= of_base | {"verifier_norm.weight"}, left.missing_keys
+    assert not left.unexpected_keys, left.unexpected_keys
+    expected = saved.state_dict()
+    for key, tensor in state.items():
+        width = expected[key].shape[-1]  # a confidence that reads no token gets zeros for it
+        assert torch.equal(tensor[..., :width], expected[key])
+        assert not tensor[..., width:].any()
+    for name in of_base & expected.keys():
+        model.get_parameter(name).data.copy_(expected[name])
+    return model
 
 
 def of_specforge(case: str, place: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -208,7 +235,9 @@ def of_specforge(case: str, place: Path) -> tuple[dict[str, Tensor], dict[str, T
     )
     heads = BlockHeads(config).eval()
     draw_(heads)
-    write_block(place, block_checkpoint(heads), num_target_layers=12)
+    write_block(place / "saved", block_checkpoint(heads), num_target_layers=12)
+    place = place / "ours"
+    convert_heads(place.with_name("saved"), place, to="specforge")
     model = DFlashDraftModel.from_pretrained(place, attn_implementation="eager").eval()
     assert model.block_size == BLOCK
     assert tuple(model.target_layer_ids) == tuple(layer - 1 for layer in LAYERS)

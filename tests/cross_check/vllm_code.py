@@ -4,6 +4,7 @@ vLLM cannot be installed without its kernels. Its draft models, its loader of we
 configs are plain Python, though: only layers, attention and rotation are ours here, in PyTorch.
 """
 
+import importlib
 import importlib.util
 import logging
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
@@ -30,7 +32,7 @@ _REAL = {
     *(_MODELS + name for name in ("qwen2", "qwen3", "qwen3_eagle3")),
     *(_CONFIGS + name for name in ("eagle", "medusa", "speculators.base", "speculators.algos")),
 }
-_PLACES: dict[str, Any] = {}  # of the model that is built
+_CURRENT: dict[str, Any] = {}  # vLLM's config of the model that is built
 
 
 class Fused(nn.Module):
@@ -181,7 +183,7 @@ _STAND_INS: dict[str, Any] = {
     "as_seq_cls_model": decorator,
     "default_weight_loader": load_,
     "direct_register_custom_op": lambda **_given: None,
-    "get_current_vllm_config": lambda: _PLACES["config"],
+    "get_current_vllm_config": lambda: _CURRENT["config"],
     "get_rope": get_rope,
     "get_tensor_model_parallel_world_size": lambda: 1,
     "init_logger": logging.getLogger,
@@ -260,7 +262,7 @@ def build(module: str, name: str, config: Any, **base: Any) -> Any:
         quant_config=None,
         parallel_config=None,
     )
-    _PLACES["config"] = places
+    _CURRENT["config"] = places
     found = getattr(importlib.import_module(_MODELS + module), name)(vllm_config=places)
     for parameter in found.parameters():
         if parameter.is_floating_point():
@@ -275,8 +277,5 @@ def config_class(module: str, name: str) -> Any:
 
 def weights(folder: Path) -> Sequence[tuple[str, Tensor]]:
     """Return all tensors of a folder's weights, as vLLM hands them to a model."""
-    from safetensors.torch import load_file
-
-    return [
-        pair for path in sorted(folder.glob("*.safetensors")) for pair in load_file(path).items()
-    ]
+    (path,) = folder.glob("*.safetensors")
+    return [*load_file(path).items()]
