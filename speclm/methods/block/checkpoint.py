@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -53,8 +53,15 @@ _QUANTISED = re.compile(
 _CONFIDENCE = "confidence_head.proj.weight"
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class BlockCheckpoint(HeadsCheckpoint[BlockConfig]):
-    """Block heads; tensors have the names of z-lab and DeepSpec."""
+    """Block heads; tensors have the names of z-lab and DeepSpec.
+
+    Args:
+        num_target_layers: Decoder layers of the base, if known.
+    """
+
+    num_target_layers: int | None = None
 
 
 def block_checkpoint(
@@ -163,6 +170,7 @@ def _read(folder: Path) -> BlockCheckpoint:
         tensors=tensors,
         base_name_or_path=base_name(hints),
         choices=read_choices(folder, hints),
+        num_target_layers=hints.get("num_target_layers"),
     )
 
 
@@ -292,7 +300,7 @@ def pack_block(checkpoint: BlockCheckpoint, *, num_target_layers: int | None = N
     described = describe(
         checkpoint.config,
         dtype=checkpoint.dtype,
-        num_target_layers=num_target_layers,
+        num_target_layers=num_target_layers or checkpoint.num_target_layers,
         base_name_or_path=checkpoint.base_name_or_path,
         choices=checkpoint.choices,
     )

@@ -52,6 +52,7 @@ _OWN = frozenset(
         "with a part of the vocabulary",
     }
 )
+_NEED_DEPTH = ("dflash", "specforge")  # their code computes the usual layers in any case
 HOLDS: dict[str, frozenset[str]] = {
     "speclm": _ALL,
     "dflash": _ALL - {"of DSpark", "in place"},
@@ -159,7 +160,14 @@ class _BlockFormat(CheckpointFormat[BlockCheckpoint]):
     @override
     def pack(self, checkpoint: BlockCheckpoint, base: BaseParts | None) -> Package:
         heads = _held(self.name, checkpoint, base)
-        return pack_block(heads, num_target_layers=base.num_layers if base else None)
+        depth = (base.num_layers if base else None) or checkpoint.num_target_layers
+        if depth is None and self.name in _NEED_DEPTH:
+            raise CheckpointError(
+                f"format {self.name!r} needs the number of layers of the base, "
+                f"{checkpoint.base_name_or_path or '(not recorded)'!r}, which its software reads "
+                "before the layers that the heads name; pass the base"
+            )
+        return pack_block(heads, num_target_layers=depth)
 
 
 def _held(name: str, checkpoint: BlockCheckpoint, base: BaseParts | None) -> BlockCheckpoint:

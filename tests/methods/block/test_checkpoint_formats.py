@@ -1,13 +1,15 @@
 """Block heads in the layouts of other software, by tables typed from what that software reads."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from speclm.errors import CheckpointError
-from speclm.methods.block.checkpoint import block_checkpoint, read_block
+from speclm.methods.block.checkpoint import block_checkpoint as of_unknown_base
+from speclm.methods.block.checkpoint import read_block
 from speclm.methods.block.checkpoint_formats import BLOCK_FORMATS, HOLDS, unusual_parts
 from speclm.methods.registry import registered_methods
 from speclm.model.exporting import detect_formats, write_format
@@ -21,6 +23,21 @@ METHOD = registered_methods()["block"]
 def write(folder, checkpoint, name):
     source = {"name": None, "format": "speclm"}
     return write_format(folder, checkpoint, FORMATS[name], method=METHOD, base=None, source=source)
+
+
+def block_checkpoint(made):
+    return replace(of_unknown_base(made), num_target_layers=12)
+
+
+@pytest.mark.parametrize("name", ["dflash", "specforge"])
+def test_zlab_and_specforge_are_told_how_many_layers_the_base_has(tmp_path, name):
+    with pytest.raises(
+        CheckpointError, match=f"'{name}' needs the number of layers.*pass the base"
+    ):
+        write(tmp_path / "out", of_unknown_base(heads("DFlash")), name)
+    write(tmp_path / "speclm", block_checkpoint(heads("DFlash")), "speclm")
+    write(tmp_path / name, read_block(tmp_path / "speclm"), name)
+    assert config_of(tmp_path / name)["num_target_layers"] == 12
 
 
 def config_of(folder):
