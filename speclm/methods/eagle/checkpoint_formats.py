@@ -48,8 +48,10 @@ class _EagleFormat(CheckpointFormat[EagleCheckpoint]):
 
     @override
     def pack(self, checkpoint: EagleCheckpoint, base: BaseParts | None) -> Package:
-        fitted = _fit(self.name, checkpoint, base)
-        return _package(fitted, _describe(self.name, fitted.checkpoint))
+        fitted = fit(checkpoint, base, self.name)
+        heads = fitted.checkpoint
+        tensors = _listed(heads) if self.name == "vllm" else named_tensors(heads)
+        return _package(fitted, _describe(self.name, heads), tensors)
 
     @override
     def logits(
@@ -75,20 +77,10 @@ class _EagleFormat(CheckpointFormat[EagleCheckpoint]):
         return eagle_card(checkpoint)
 
 
-def _fit(name: str, checkpoint: EagleCheckpoint, base: BaseParts | None) -> Fitted:
-    return fit(checkpoint, base, name)
-
-
-def _package(
-    fitted: Fitted, config: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = None
-) -> Package:
+def _package(fitted: Fitted, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Package:
     layers = fitted.checkpoint.config.feature_layers
-    return Package(
-        config,
-        {WEIGHTS_NAME: named_tensors(fitted.checkpoint) if tensors is None else tensors},
-        notes=fitted.notes,
-        facts={} if layers is None else {"feature_layers": list(layers)},
-    )
+    facts = {} if layers is None else {"feature_layers": list(layers)}
+    return Package(config, {WEIGHTS_NAME: tensors}, notes=fitted.notes, facts=facts)
 
 
 def _describe(name: str, checkpoint: EagleCheckpoint) -> dict[str, Any]:
@@ -183,12 +175,6 @@ class _Vllm(_EagleFormat):
         return not {"lm_head.weight", "fc.bias"} & source.files.keys()
 
     @override
-    def pack(self, checkpoint: EagleCheckpoint, base: BaseParts | None) -> Package:
-        fitted = _fit(self.name, checkpoint, base)
-        heads = fitted.checkpoint
-        return _package(fitted, _describe(self.name, heads), _listed(heads))
-
-    @override
     def engines(self, checkpoint: EagleCheckpoint) -> tuple[Engine, ...]:
         kind = checkpoint.config.kind
         versions = "0.33, the newest that was checked, and later"
@@ -209,11 +195,11 @@ class _VllmLegacy(_EagleFormat):
 
     @override
     def pack(self, checkpoint: EagleCheckpoint, base: BaseParts | None) -> Package:
-        fitted = _fit(self.name, checkpoint, base)
+        fitted = fit(checkpoint, base, self.name)
         inner = _describe(self.name, fitted.checkpoint)
-        has_bias = fitted.checkpoint.config.fc_bias
         wrapper = {"architectures": ["EAGLEModel"], "model_type": "eagle", "model": inner}
-        return _package(fitted, {**wrapper, "eagle_fc_bias": has_bias})
+        described = {**wrapper, "eagle_fc_bias": fitted.checkpoint.config.fc_bias}
+        return _package(fitted, described, named_tensors(fitted.checkpoint))
 
     @override
     def engines(self, checkpoint: EagleCheckpoint) -> tuple[Engine, ...]:
@@ -233,7 +219,7 @@ class _Sglang(_EagleFormat):
 
     @override
     def pack(self, checkpoint: EagleCheckpoint, base: BaseParts | None) -> Package:
-        fitted = _fit(self.name, checkpoint, base)
+        fitted = fit(checkpoint, base, self.name)
         heads, notes = fitted.checkpoint, fitted.notes
         described = _describe(self.name, heads)
         if heads.config.kind == "eagle":
@@ -286,7 +272,7 @@ class _Speculators(_EagleFormat):
 
     @override
     def pack(self, checkpoint: EagleCheckpoint, base: BaseParts | None) -> Package:
-        fitted = _fit(self.name, checkpoint, base)
+        fitted = fit(checkpoint, base, self.name)
         heads = fitted.checkpoint
         config, layer = heads.config, _describe(self.name, heads)
         nested = {key: value for key, value in layer.items() if key not in _NOT_OF_LAYERS}
@@ -351,7 +337,7 @@ class _ModelOpt(_EagleFormat):
 
     @override
     def pack(self, checkpoint: EagleCheckpoint, base: BaseParts | None) -> Package:
-        fitted = _fit(self.name, checkpoint, base)
+        fitted = fit(checkpoint, base, self.name)
         heads = fitted.checkpoint
         described = _describe(self.name, heads)
         ids = described.get("eagle_config", {}).get("eagle_aux_hidden_state_layer_ids")
@@ -384,7 +370,7 @@ class _RtpLlm(_EagleFormat):
 
     @override
     def pack(self, checkpoint: EagleCheckpoint, base: BaseParts | None) -> Package:
-        fitted = _fit(self.name, checkpoint, base)
+        fitted = fit(checkpoint, base, self.name)
         described = _describe(self.name, fitted.checkpoint)
         described |= {"architectures": ["Qwen3MoeForCausalLMEagle"], "model_type": "qwen3_moe"}
         del described["draft_vocab_size"]
