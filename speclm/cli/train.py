@@ -12,6 +12,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
+from speclm.cli._config_file import config_parameter, with_training_args
 from speclm.cli._options import MAX_INT, ModelOptions
 from speclm.methods.registry import Method, Recipe, registered_methods
 
@@ -81,7 +82,10 @@ class TrainOptions(ModelOptions):
     report_to: Annotated[str, typer.Option(help="tensorboard, wandb, ... or none.")] = "none"
     training_arg: Annotated[
         list[str] | None,
-        typer.Option(help="Any field of TrainingArguments, as key=value; repeatable."),
+        typer.Option(
+            help="Any field of TrainingArguments, as key=value; repeatable.",
+            callback=with_training_args,
+        ),
     ] = None
 
 
@@ -98,7 +102,7 @@ def _command(method: Method, recipe: Recipe) -> Callable[..., None]:
     """Return a function whose parameters are a recipe's own options and the common ones."""
     own, shared = _parameters(recipe.options), _parameters(TrainOptions, recipe)
 
-    def run(**values: Any) -> None:
+    def run(config: Path | None, **values: Any) -> None:  # noqa: ARG001 - it gave defaults
         options = recipe.options(
             **{parameter.name: values.pop(parameter.name) for parameter in own}
         )
@@ -107,8 +111,9 @@ def _command(method: Method, recipe: Recipe) -> Callable[..., None]:
 
     required = [parameter for parameter in shared if parameter.default is Parameter.empty]
     rest = [parameter for parameter in shared if parameter.default is not Parameter.empty]
+    parameters = [*required, *own, *rest]
     changed: Any = run
-    changed.__signature__ = Signature([*required, *own, *rest])
+    changed.__signature__ = Signature([*parameters, config_parameter(recipe.name, parameters)])
     changed.__doc__ = recipe.summary
     return run
 
