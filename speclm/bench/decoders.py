@@ -19,6 +19,7 @@ from speclm.errors import OptionError, PromptError
 from speclm.model import SpecModel
 from speclm.model.call import Tree
 from speclm.stats import SpeculationStats
+from speclm.target.loading import eos_token_ids
 
 SETTINGS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -74,14 +75,6 @@ def setting_options(name: str) -> Mapping[str, Any]:
     if name not in SETTINGS:
         raise OptionError(f"setting {name!r} is not known, expected one of {sorted(SETTINGS)!r}")
     return SETTINGS[name]
-
-
-def eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
-    """Return the tokens at which the model's generation config ends a row."""
-    found: int | list[int] | None = model.generation_config.eos_token_id
-    if found is None:
-        return frozenset()
-    return frozenset([found] if isinstance(found, int) else found)
 
 
 def render_prompts(

@@ -23,6 +23,7 @@ from speclm.cli.train import MAX_LENGTH, TrainOptions
 from speclm.config import require_positive
 from speclm.errors import OptionError, SpeclmError
 from speclm.methods.registry import Method, Recipe
+from speclm.target.loading import eos_token_ids
 from speclm.training.acceptance_meter import MAX_TOP
 from speclm.training.arguments import parse_settings, training_arguments
 from speclm.training.dataset import ExampleDataset, load_examples
@@ -59,12 +60,14 @@ def train(method: Method, recipe: Recipe, own: Any, options: TrainOptions) -> No
         with arguments.main_process_first(desc="answering"):
             data, eval_data = answer_data(options, loaded, is_main=arguments.process_index == 0)
         limit = None
-    dataset = load_examples(
-        data, loaded.tokenizer, limit=limit, seed=options.seed, max_length=length
+    read = partial(
+        load_examples,
+        tokenizer=loaded.tokenizer,
+        max_length=length,
+        eos_token_ids=eos_token_ids(loaded.base),
     )
-    eval_dataset = None
-    if eval_data is not None:
-        eval_dataset = load_examples(eval_data, loaded.tokenizer, max_length=length)
+    dataset = read(data, limit=limit, seed=options.seed)
+    eval_dataset = None if eval_data is None else read(eval_data)
     trainer: HeadsTrainer | None = None
     try:
         trainer = recipe.trainer(

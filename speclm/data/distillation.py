@@ -35,6 +35,7 @@ from speclm.errors import OptionError, reason_of
 from speclm.methods.recycling.checkpoint import memory_fingerprint
 from speclm.model import SpecModel
 from speclm.sampling.noise import GeneratorStates
+from speclm.target.loading import eos_token_ids
 
 
 class ModelSource(AnswerSource):
@@ -174,7 +175,7 @@ class ModelSource(AnswerSource):
         finally:
             states.restore()
         self._count()
-        ends = _end_tokens(spec)
+        ends = eos_token_ids(spec.base)
         for (dialogue, _), row in zip(asked, output[:, input_ids.shape[1] :].tolist(), strict=True):
             length = next((n for n, token in enumerate(row) if token in ends), None)
             text: Any = self._tokenizer.decode(row[:length], skip_special_tokens=True)
@@ -218,13 +219,6 @@ def _out_of_memory(error: Exception, where: str, settings: DistillSettings) -> s
         f"that begins there ({reason_of(error)}); finished rows are kept: run again with {remedy}"
         f"{consequence if settings.is_sampled else ''}"
     )
-
-
-def _end_tokens(spec: SpecModel) -> frozenset[int]:
-    found: int | list[int] | None = spec.generation_config.eos_token_id
-    if found is None:
-        return frozenset()
-    return frozenset([found] if isinstance(found, int) else found)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Load causal language models, and take them out of PEFT's wrappers."""
+"""Load causal language models, take them out of PEFT's wrappers, and read where they stop."""
 
 import pickle
 import sys
@@ -107,3 +107,11 @@ def without_adapter(model: Any) -> Any:
             "own generate"
         )
     return model.get_base_model()
+
+
+def eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
+    """Return the tokens at which the model's generation config ends a row."""
+    found: int | list[int] | None = model.generation_config.eos_token_id
+    if found is None:
+        return frozenset()
+    return frozenset([found] if isinstance(found, int) else found)

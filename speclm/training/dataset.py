@@ -1,7 +1,7 @@
 """The training set: tokenized conversations, their tokens, their order and their batches."""
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -78,6 +78,7 @@ def load_examples(
     limit: int | None = None,
     seed: int = 0,
     max_length: int | None = None,
+    eos_token_ids: Collection[int] = (),
     is_strict: bool = False,
 ) -> ExampleDataset:
     """Read and tokenize conversations; show the progress at a terminal after three seconds.
@@ -91,6 +92,8 @@ def load_examples(
         limit: Conversations drawn from a file; None for all.
         seed: Decides which are drawn.
         max_length: Tokens to keep of each; None for all.
+        eos_token_ids: Tokens at which the base stops besides the tokenizer's own; see
+            `tokenize_conversation`.
         is_strict: Whether the first turn that would be dropped is an error instead.
 
     Raises:
@@ -107,7 +110,9 @@ def load_examples(
     examples: list[Example] = []
     dropped: dict[str, Dropped] = {}
     for conversation in shown:
-        marked, unusable = mark_turns(conversation, tokenizer, max_length=max_length)
+        marked, unusable = mark_turns(
+            conversation, tokenizer, max_length=max_length, eos_token_ids=eos_token_ids
+        )
         if unusable and is_strict:
             raise unusable[0]
         examples += marked

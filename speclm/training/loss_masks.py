@@ -1,7 +1,7 @@
 """Render conversations as tokens, and mark those that the assistant wrote."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from inspect import signature
 from itertools import groupby, pairwise
@@ -52,19 +52,25 @@ class _Turn:
 
 
 def tokenize_conversation(
-    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None = None
+    conversation: Conversation,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None = None,
+    eos_token_ids: Collection[int] = (),
 ) -> list[Example]:
     """Render a conversation with the tokenizer's chat template and mark the assistant's tokens.
 
     The marks come from the ``{% generation %}`` tags of the template. A template without tags
     renders the conversation before each assistant turn, with the generation prompt, and after it;
-    the difference is the turn. What follows the end-of-sequence token in a turn is not marked,
+    the difference is the turn. What follows an end-of-sequence token in a turn is not marked,
     since generation stops there.
 
     Args:
         conversation: The conversation.
         tokenizer: A fast tokenizer with a chat template.
         max_length: Tokens to keep from the start; None for all.
+        eos_token_ids: Tokens at which the base stops besides the tokenizer's own, as
+            `speclm.target.loading.eos_token_ids` returns them.
 
     Returns:
         One example; several where the template renders a turn differently once others follow, as
@@ -75,14 +81,20 @@ def tokenize_conversation(
         UnusableTurnError: If a turn cannot be learned, see `mark_turns`.
         OptionError: If the tokenizer is not a fast one or has no chat template.
     """
-    examples, unusable = mark_turns(conversation, tokenizer, max_length=max_length)
+    examples, unusable = mark_turns(
+        conversation, tokenizer, max_length=max_length, eos_token_ids=eos_token_ids
+    )
     if unusable:
         raise unusable[0]
     return examples
 
 
 def mark_turns(
-    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None = None
+    conversation: Conversation,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int | None = None,
+    eos_token_ids: Collection[int] = (),
 ) -> tuple[list[Example], list[UnusableTurnError]]:
     """Do as `tokenize_conversation`, and return errors instead of raising the first.
 
@@ -94,7 +106,7 @@ def mark_turns(
     _require_usable(tokenizer)
     examples: list[Example] = []
     unusable: list[UnusableTurnError] = []
-    renderer = _Renderer(conversation, tokenizer)
+    renderer = _Renderer(conversation, tokenizer, eos_token_ids)
     turns: list[_Turn] = []
     for index, message in enumerate(conversation.messages):
         if message["role"] != "assistant":
@@ -186,8 +198,14 @@ def _require_usable(tokenizer: PreTrainedTokenizerBase) -> None:
 class _Renderer:
     """Renders the beginnings of one conversation."""
 
-    def __init__(self, conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self,
+        conversation: Conversation,
+        tokenizer: PreTrainedTokenizerBase,
+        eos_token_ids: Collection[int],
+    ) -> None:
         self._conversation, self._tokenizer = conversation, tokenizer
+        self._ends: Collection[Any] = {*eos_token_ids, tokenizer.eos_token_id}
         template = cast("Any", tokenizer).get_chat_template(tools=conversation.tools)
         self._is_tagged = bool(_GENERATION_TAG.search(template))
 
@@ -235,7 +253,7 @@ class _Renderer:
         mask = [
             int(start < end and (is_written[start] or is_written[end - 1])) for start, end in spans
         ]
-        return tokens, _until_end(tokens, mask, end=self._tokenizer.eos_token_id)
+        return tokens, _until_end(tokens, mask, ends=self._ends)
 
     def _tagged(self, turn: _Turn) -> list[int]:
         """Return for each character of a rendering whether it lies between generation tags."""
@@ -307,10 +325,10 @@ class _Renderer:
         return UnusableTurnError(self._conversation.where, reason, details)
 
 
-def _until_end(tokens: list[int], mask: list[int], *, end: Any) -> list[int]:
-    """Return a mask without what follows the end-of-sequence token in each turn."""
+def _until_end(tokens: list[int], mask: list[int], *, ends: Collection[Any]) -> list[int]:
+    """Return a mask without what follows an end-of-sequence token in each turn."""
     kept, is_open = [], True
     for token, is_marked in zip(tokens, mask, strict=True):
         kept.append(int(is_marked and is_open))
-        is_open = not is_marked or (is_open and token != end)
+        is_open = not is_marked or (is_open and token not in ends)
     return kept

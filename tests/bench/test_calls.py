@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from speclm.bench import make_calls, setting_options
-from speclm.bench.decoders import eos_token_ids, render_prompts
+from speclm.bench.decoders import render_prompts
 from speclm.errors import OptionError, PromptError
 from tests.byte_tokenizer import STRICT_TEMPLATE, byte_tokenizer
 
@@ -32,10 +32,6 @@ def test_arguments_are_inputs_and_options(calls_of):
     assert call.is_sampled
     assert set(call.arguments) == {"input_ids", "attention_mask", *call.options}
     assert torch.equal(call.arguments["input_ids"], call.input_ids)
-
-
-def test_eos_tokens_come_from_the_generation_config(tiny_base):
-    assert eos_token_ids(tiny_base) == {2}
 
 
 def test_unknown_setting_names_the_known_ones():

@@ -97,6 +97,12 @@ def test_training_that_is_shorter_than_every_interval_prints_its_table(train, op
     assert "step 2" in result.output
 
 
+def test_answers_end_where_the_base_stops(train, monkeypatch):
+    stop = WORDS.index("l")  # in ten of the answers, from the first to the tenth token
+    monkeypatch.setattr("speclm.cli._training.eos_token_ids", lambda base: {stop})
+    assert "12 examples, 77 tokens that count" in train("medusa", num_heads=1).output
+
+
 def test_heads_of_eagle3_draft_from_a_vocabulary_of_the_data(train, options):
     result = train("eagle3", num_steps=3, draft_vocab_size=8)
     assert result.exit_code == 0

@@ -5,7 +5,7 @@ import torch
 
 from speclm import SpecModel
 from speclm.errors import CheckpointError, OptionError, suggest
-from speclm.target.loading import load_causal_lm
+from speclm.target.loading import eos_token_ids, load_causal_lm
 from tests.models import shared_model
 
 
@@ -65,3 +65,10 @@ def test_other_errors_of_transformers_stay_what_they_are(tmp_path):
 def test_suggestion_is_one_that_is_alike():
     assert suggest("num_draft_token", ["num_draft_tokens"]) == "did you mean 'num_draft_tokens'?"
     assert suggest("wings", ["tree"]) == "drop 'wings'"
+
+
+def test_eos_tokens_come_from_the_generation_config(monkeypatch):
+    config = shared_model("llama", 0).generation_config
+    for given, found in ((2, {2}), ([2, 5], {2, 5}), (None, set())):
+        monkeypatch.setattr(config, "eos_token_id", given)
+        assert eos_token_ids(shared_model("llama", 0)) == found

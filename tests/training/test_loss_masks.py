@@ -210,6 +210,16 @@ def test_nothing_is_marked_after_the_end_of_sequence_token(template):
     assert texts(examples, tokenizer) == ["<user>a<end><next><assistant>[b<end>]<next>"]
 
 
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES.keys())
+def test_turns_end_where_the_base_stops_though_the_tokenizer_has_another_end(template):
+    tokenizer = word_tokenizer(template.replace("<end>", "<stop><next>"), extra=(*EXTRA, "<stop>"))
+    stop = tokenizer.convert_tokens_to_ids("<stop>")
+    row = conversation("a", "b")
+    for ends, answer in (((), "[b<stop><next>]"), ({stop, 999}, "[b<stop>]<next>")):
+        examples = tokenize_conversation(row, tokenizer, eos_token_ids=ends)
+        assert texts(examples, tokenizer) == [f"<user>a<stop><next><assistant>{answer}"]
+
+
 def test_turns_that_cannot_be_learned_do_not_take_the_others_with_them():
     tokenizer = word_tokenizer(BARE_THINKING, extra=EXTRA)
     examples, errors = mark_turns(thinking(), tokenizer, max_length=9)
