@@ -8,20 +8,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from typing_extensions import override
 
 from speclm.errors import FeatureError, NumericalError
 from speclm.training._callbacks import Announcement, EpochOrder, TauProgress
-from speclm.training.checkpoints import (
-    RunRecord,
-    last_complete_checkpoint,
-    other_heads,
-    reading_checkpoint,
-    require_state,
-)
+from speclm.training._resuming import ResumingTrainer
+from speclm.training.checkpoints import RunRecord, last_complete_checkpoint, require_state
 from speclm.training.conversations import Example
 from speclm.training.dataset import (
     EvalDataset,
@@ -44,7 +39,7 @@ from speclm.training.training_model import TrainingModel, split_groups_
 _log = logging.getLogger("speclm")
 
 
-class HeadsTrainer(Trainer):
+class HeadsTrainer(ResumingTrainer):
     """A `Trainer` whose model is heads on a frozen base.
 
     Before the first step it announces what is trained, on what, and how far the data agrees with
@@ -59,7 +54,6 @@ class HeadsTrainer(Trainer):
         heads: The heads in training.
     """
 
-    announce: Callable[[str], None]
     options: Mapping[str, Any]
 
     def __init__(
@@ -200,35 +194,6 @@ class HeadsTrainer(Trainer):
         named = self.eval_dataset
         evaluated = [*named.values()] if isinstance(named, dict) else [named]
         return [dataset for dataset in (self.train_dataset, *evaluated) if dataset is not None]
-
-    @override
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: nn.Module | None = None
-    ) -> None:
-        with reading_checkpoint(resume_from_checkpoint):
-            try:
-                super()._load_from_checkpoint(resume_from_checkpoint, model)
-            except RuntimeError as error:  # PyTorch's error for tensors of another shape
-                if "Error(s) in loading state_dict" not in str(error):
-                    raise
-                difference = " ".join(str(error).split())
-                raise other_heads(resume_from_checkpoint, difference) from error
-
-    @override
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with reading_checkpoint(str(checkpoint)):
-            super()._load_optimizer_and_scheduler(checkpoint)
-
-    @override
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        with reading_checkpoint(str(checkpoint)):
-            super()._load_rng_state(checkpoint)
-
-    @override
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        differing = [*load_result.missing_keys, *load_result.unexpected_keys]
-        if differing:
-            raise other_heads(str(self.args.output_dir), f"only one has {differing[0]!r}")
 
     @override
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

@@ -196,12 +196,22 @@ def test_interrupted_training_saves_a_checkpoint_and_goes_on_from_it(train, opti
     assert any(options["--out"].glob("checkpoint-3"))
 
 
-def test_patience_ends_a_training_that_no_longer_improves(train, options):
+def test_patience_ends_a_training_until_it_is_resumed_with_more(train, options):
     settings = ("use_cpu=true", "logging_steps=1")
     changes = {"epochs": 9, "patience": 1, "learning_rate": 1e-12, "eval_data": options["--data"]}
     result = train("medusa", settings=settings, num_heads=1, **changes)
     assert "step 6" in result.output  # of 27; the second epoch was no better
-    assert any(options["--out"].glob("*.safetensors"))
+    (heads,) = options["--out"].glob("*.safetensors")
+    first = heads.read_bytes()
+    result = train("medusa", "--resume", settings=settings, num_heads=1, **changes)
+    words = "had ended at step 6, after 1 evaluations without a better estimated_tau; for more"
+    assert words in result.output
+    assert not any(options["--out"].glob("checkpoint-9"))
+    assert heads.read_bytes() == first
+    changes["patience"] = 2
+    result = train("medusa", "--resume", settings=settings, num_heads=1, **changes)
+    assert "had ended" not in result.output
+    assert "step 9" in result.output
 
 
 def test_features_are_cached_after_a_confirmation_and_read_again(
