@@ -18,7 +18,7 @@ from speclm.cli._answers import answer_data, digest
 from speclm.cli._console import INTERRUPTED
 from speclm.cli._features import use_features
 from speclm.cli._files import require_folder_to_write
-from speclm.cli._models import load
+from speclm.cli._models import Loaded, load
 from speclm.cli.train import MAX_LENGTH, TrainOptions
 from speclm.config import require_positive
 from speclm.errors import OptionError, SpeclmError
@@ -54,20 +54,7 @@ def train(method: Method, recipe: Recipe, own: Any, options: TrainOptions) -> No
     arguments = _check(method, recipe, options)
     with loading_whole():
         loaded = load(options, is_placed=options.distill or not divides_base(arguments))
-    length = options.max_length or _usual_length(loaded.base.config)
-    data, eval_data, limit = options.data, options.eval_data, options.limit
-    if options.distill:
-        with arguments.main_process_first(desc="answering"):
-            data, eval_data = answer_data(options, loaded, is_main=arguments.process_index == 0)
-        limit = None
-    read = partial(
-        load_examples,
-        tokenizer=loaded.tokenizer,
-        max_length=length,
-        eos_token_ids=eos_token_ids(loaded.base),
-    )
-    dataset = read(data, limit=limit, seed=options.seed)
-    eval_dataset = None if eval_data is None else read(eval_data)
+    dataset, eval_dataset = _examples(options, loaded, arguments)
     trainer: HeadsTrainer | None = None
     try:
         trainer = recipe.trainer(
@@ -97,6 +84,25 @@ def train(method: Method, recipe: Recipe, own: Any, options: TrainOptions) -> No
     _finish(trainer, options, eval_dataset, console)
     write_history(trainer, base=loaded.base, recipe=recipe.name)
     _part(trainer)
+
+
+def _examples(
+    options: TrainOptions, loaded: Loaded, arguments: TrainingArguments
+) -> tuple[ExampleDataset, ExampleDataset | None]:
+    """Return what to train and to evaluate on; with ``--distill`` the base answers it first."""
+    data, eval_data, limit = options.data, options.eval_data, options.limit
+    if options.distill:
+        with arguments.main_process_first(desc="answering"):
+            data, eval_data = answer_data(options, loaded, is_main=arguments.process_index == 0)
+        limit = None
+    read = partial(
+        load_examples,
+        tokenizer=loaded.tokenizer,
+        max_length=options.max_length or _usual_length(loaded.base.config),
+        eos_token_ids=eos_token_ids(loaded.base),
+    )
+    dataset = read(data, limit=limit, seed=options.seed)
+    return dataset, None if eval_data is None else read(eval_data)
 
 
 def _usual_length(config: Any) -> int:
