@@ -1,8 +1,8 @@
 """Measure what a step of `HeadsTrainer` takes, compared with a bare step of the same modules.
 
 A bare step is forward, backward and optimizer on the same batch, in a loop without `Trainer`: no
-logging, no figures added up, no clipping, no schedule. One follows each step of the training, on
-heads of its own.
+figures such as the estimated tau, no logging, no clipping and no schedule. One follows each step of
+the training, on heads of its own.
 
     PYTHONPATH=. python benchmarks/training/step.py
 """
@@ -10,11 +10,13 @@ heads of its own.
 import argparse
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
+from unittest.mock import patch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything needed is bundled
 
@@ -33,8 +35,28 @@ from speclm.methods.registry import Recipe, registered_methods
 from speclm.training.arguments import training_arguments
 from speclm.training.dataset import load_examples
 from speclm.training.heads_trainer import HeadsTrainer
+from speclm.training.targets import IGNORED
+from speclm.training.training_model import TrainingModel
 
 NUM_WARM = 3  # steps of each kind that are not counted
+
+
+@contextmanager
+def without_figures() -> Iterator[None]:
+    """Leave out of a forward what only the figures of a training need."""
+
+    def no_ranks(_: Tensor, targets: Tensor) -> Tensor:
+        return torch.zeros_like(targets)
+
+    def no_tokens(_: TrainingModel, __: Tensor, loss_mask: Tensor) -> Tensor:
+        return torch.full_like(loss_mask, IGNORED, dtype=torch.long)
+
+    with (
+        patch("speclm.training.training_model.rank_targets", no_ranks),
+        patch("speclm.methods.medusa.training.rank_targets", no_ranks),
+        patch.object(TrainingModel, "base_tokens", no_tokens),
+    ):
+        yield
 
 
 class BareSteps(TrainerCallback):
@@ -63,7 +85,8 @@ class BareSteps(TrainerCallback):
     @override
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         between = perf_counter()
-        self._model(**self._batches.popleft())["loss"].backward()
+        with without_figures():
+            self._model(**self._batches.popleft())["loss"].backward()
         self._optimizer.step()
         self._optimizer.zero_grad()
         self.seconds.append((between - self._start, perf_counter() - between))
