@@ -44,11 +44,14 @@ class _Turn:
         index: Its index among the messages.
         text: The rendering up to its end.
         start: Where its own text starts, after the prompt.
+        rendered: Characters of the template's own rendering, which may lack white space of the
+            prompt.
     """
 
     index: int
     text: str
     start: int
+    rendered: int
 
 
 def tokenize_conversation(
@@ -214,7 +217,7 @@ class _Renderer:
         through: str = self._apply(index + 1, tokenize=False)
         if index == 0:
             if self._is_tagged:
-                return _Turn(index, through, 0)
+                return _Turn(index, through, 0, len(through))
             raise self._unusable(
                 NO_PROMPT,
                 "the first turn is the assistant's and has no prompt before it; put a user turn "
@@ -222,13 +225,12 @@ class _Renderer:
             )
         before: str = self._apply(index, tokenize=False, add_generation_prompt=True)
         if through.startswith(before):
-            return _Turn(index, through, len(before))
+            return _Turn(index, through, len(before), len(through))
         # A template that trims white space where a turn follows: generation saw it.
         trimmed = before.rstrip()
-        if through.startswith(trimmed) and not self._is_tagged:
-            return _Turn(index, before + through[len(trimmed) :].lstrip(), len(before))
         if through.startswith(trimmed):
-            return _Turn(index, through, len(trimmed))
+            answer = through[len(trimmed) :].lstrip()
+            return _Turn(index, before + answer, len(before), len(through))
         pairs = enumerate(zip(before, through, strict=False))
         same = next(
             (i for i, (one, other) in pairs if one != other), min(len(before), len(through))
@@ -263,11 +265,13 @@ class _Renderer:
             return_assistant_tokens_mask=True,
             tokenizer_kwargs={"return_offsets_mapping": True},
         )
-        marks = [0] * len(turn.text)
+        marks = [0] * turn.rendered
         pairs = zip(encoded["assistant_masks"], encoded["offset_mapping"], strict=True)
         for start, end in (span for is_marked, span in pairs if is_marked):
             marks[start:end] = [1] * (end - start)
-        return marks
+        own = turn.rendered - (len(turn.text) - turn.start)  # where the answer starts in it
+        prompt = [*marks[:own], *[0] * turn.start][: turn.start]
+        return prompt + marks[own:]
 
     def _tokenize(self, text: str, starts: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
         """Return tokens of a rendering and their spans, split where answers start if that works.

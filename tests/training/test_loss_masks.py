@@ -37,7 +37,6 @@ THINKING = (
 )
 BARE_THINKING = THINKING.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 OPENING = BARE_THINKING.replace("<assistant>{% endif %}", "<assistant><think>{% endif %}")
-SPACED = UNTAGGED.replace("<assistant>{% endif %}", "<assistant> {% endif %}")
 
 
 @pytest.fixture(params=TEMPLATES.values(), ids=TEMPLATES.keys())
@@ -165,8 +164,11 @@ def test_answer_that_lacks_what_the_generation_prompt_begins_is_refused():
     assert caught.value.reason == OTHER_PROMPT
 
 
-def test_white_space_that_a_template_trims_is_what_generation_sees():
-    tokenizer = word_tokenizer(SPACED, extra=EXTRA)
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES.keys())
+def test_white_space_that_a_template_trims_is_what_generation_sees(template):
+    spaced = template.replace("<assistant>{% endif %}", "<assistant> {% endif %}")
+    assert spaced != template
+    tokenizer = word_tokenizer(spaced, extra=EXTRA)
     examples = tokenize_conversation(conversation("a", "b", "c", "d"), tokenizer)
     assert texts(examples, tokenizer) == [
         "<user>a<end><assistant> [b<end>]",
