@@ -13,7 +13,7 @@ import torch
 MAX_BYTES = 2**22
 """Maximum bytes of the pickle itself, without the numbers of its tensors."""
 
-MAX_STEPS = 500_000
+MAX_STEPS = 250_000
 """Maximum instructions of a pickle; a tensor takes about 60."""
 
 _MAX_PARTS = 50_000  # of an archive

@@ -24,9 +24,10 @@ INDEX = "(0|[1-9][0-9]{0,4})"
 MAX_COUNT = 2**31 - 1
 """Largest whole number accepted in a config."""
 
-MAX_HEADER = 2**23
+MAX_HEADER = 2**22
 """Maximum bytes of the header of a safetensors file; a tensor takes about 100."""
 
+_MAX_NAME = 255  # characters that a file's name may have
 _PART = 2**24  # bytes read at a time
 _MAX_SHARING = 2
 """Maximum bytes of tensors per byte of their file; an output matrix may share the embeddings."""
@@ -106,12 +107,23 @@ def read_text(path: Path) -> str:
 
 
 def weights_digest(folder: Path) -> str | None:
-    """Return a hash of the safetensors files in a folder, which are read; None without any."""
+    """Return a hash of the safetensors files in a folder, which are read; None without any.
+
+    Raises:
+        CheckpointError: If one cannot be read.
+    """
     digest, paths = hashlib.sha256(), sorted(folder.glob("*.safetensors"))
     for path in paths:
-        with path.open("rb") as file:
-            while part := file.read(_PART):
-                digest.update(part)
+        try:
+            files.require_regular(path)
+            with path.open("rb") as file:
+                while part := file.read(_PART):
+                    digest.update(part)
+        except OSError as error:
+            raise CheckpointError(
+                f"{path}: the file cannot be read ({reason_of(error)}), expected weights; remove "
+                "it, or download it again"
+            ) from error
     return digest.hexdigest() if paths else None
 
 
@@ -181,7 +193,8 @@ def _indexed_files(index: Path) -> dict[str, Path] | None:
     weight_map = content["weight_map"]
     names = weight_map.values() if isinstance(weight_map, dict) else [None]
     if not isinstance(weight_map, dict) or any(
-        not isinstance(name, str) or Path(name).name != name for name in names
+        not isinstance(name, str) or Path(name).name != name or len(name) > _MAX_NAME
+        for name in names
     ):
         raise CheckpointError(
             f"{index}: weight_map is {shown(weight_map)}, expected file names next to the index "

@@ -1,20 +1,35 @@
 """Load causal language models, take them out of PEFT's wrappers, and read where they stop."""
 
-import pickle
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from speclm.errors import CheckpointError, OptionError, UnsupportedModelError, suggest
-from speclm.files.hub import cached_commit
+from speclm.errors import (
+    CheckpointError,
+    OptionError,
+    SpeclmError,
+    UnsupportedModelError,
+    reason_of,
+    shown,
+    suggest,
+)
+from speclm.files.hub import cached_commit, path_exists
+from speclm.files.weights import read_json, weights_of
 
-_DAMAGE = (SafetensorError, StrictDataclassError, pickle.UnpicklingError, EOFError, KeyError)
+# Not signs of damage: paths and values that callers name, packages, and memory or devices.
+_OTHER_REASONS = (
+    *(SpeclmError, OSError, ValueError, ImportError),
+    *(torch.OutOfMemoryError, torch.AcceleratorError),
+)
+_CONFIGS = ("config.json", "generation_config.json", "*.index.json")
+_WIDTHS = ("hidden_size", "n_embd", "d_model", "intermediate_size", "vocab_size")
+_DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+_MOST_PER_BYTE = 16
+"""Maximum numbers per byte of a weight file; a quantised number takes at least a quarter."""
 
 # As earlier versions of Transformers name it; it is not saved with the config.
 _COMMIT = "_commit_hash"
@@ -43,23 +58,24 @@ def load_causal_lm(
             f"dtype of the {owner} is {dtype!r}, expected one such as 'bfloat16' or 'auto'; "
             "correct it"
         )
+    if path_exists(name) and "gguf_file" not in options:
+        _require_sound(Path(name, str(options.get("subfolder") or "")))
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, **options)
+    except _OTHER_REASONS:
+        raise
     except TypeError as error:
         unknown = [option for option in options if repr(option) in str(error)]
         if not unknown:
-            raise
+            raise _damaged(name, owner, error) from error
         known = sorted(known)
         listed = f", known options are {known!r}" if known else ""
         raise OptionError(
             f"{owner} {str(name)!r} does not take {unknown!r} ({error}){listed}; "
             f"{suggest(unknown[0], known)}"
         ) from error
-    except _DAMAGE as error:
-        raise CheckpointError(
-            f"{owner} {str(name)!r} cannot be loaded ({type(error).__name__}: {error}), expected "
-            "an undamaged config and weights; download or export them again"
-        ) from error
+    except Exception as error:  # damaged configs raise nearly everything
+        raise _damaged(name, owner, error) from error
     remember_commit(model, name, options)
     return model
 
@@ -81,6 +97,40 @@ def hub_commit(model: PreTrainedModel) -> str | None:
     """Return the commit on the hub that a model was loaded from; None if it is not known."""
     found = getattr(model.config, _COMMIT, None)
     return found if isinstance(found, str) else None
+
+
+def _damaged(name: str | Path, owner: str, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{owner} {str(name)!r} cannot be loaded ({reason_of(error)}), expected an undamaged "
+        "config and weights; download or export them again"
+    )
+
+
+def _require_sound(folder: Path) -> None:
+    """Check the files of a model before Transformers reads them and makes what its config names.
+
+    Raises:
+        CheckpointError: If one is damaged, or the config names more than the weights can hold.
+    """
+    for path in sorted(path for pattern in _CONFIGS for path in folder.glob(pattern)):
+        read_json(path)
+    path = folder / "config.json"
+    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not weights or not path.is_file() or (folder / "adapter_config.json").exists():
+        return  # Transformers says what is missing; weights of an adapter are not the model's
+    num_tensors = sum(len(weights_of(file).files) for file in weights)
+    num_bytes = sum(file.stat().st_size for file in weights)
+    config = read_json(path)
+    nested = config.get("text_config")
+    for part in (config, nested if isinstance(nested, dict) else {}):
+        bounds = dict.fromkeys(_WIDTHS, _MOST_PER_BYTE * num_bytes)
+        for field, most in {**bounds, **dict.fromkeys(_DEPTHS, num_tensors)}.items():
+            size = part.get(field)
+            if isinstance(size, int) and not isinstance(size, bool) and not 0 <= size <= most:
+                raise CheckpointError(
+                    f"{path}: {field} is {shown(size)}, expected at most {most} for weights of "
+                    f"{num_bytes} bytes in {num_tensors} tensors; download them again"
+                )
 
 
 def is_adapted(model: object) -> bool:

@@ -1,3 +1,4 @@
+import json
 import re
 
 import pytest
@@ -48,13 +49,27 @@ def test_dtype_that_is_none_for_weights_is_named(folder, as_draft, dtype):
 
 
 @pytest.mark.parametrize("as_draft", [False, True])
-def test_damaged_files_are_named(folder, as_draft):
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("hidden_size", -3, "hidden_size is -3, expected at most .* for weights of"),
+        ("num_hidden_layers", 300000, "num_hidden_layers is 300000, expected at most"),
+        ("hidden_act", True, "cannot be loaded .*StrictDataclass.*export them again"),
+        ("rms_norm_eps", [[]] * 3, "cannot be loaded .*export them again"),
+    ],
+)
+def test_damaged_files_are_named(folder, as_draft, name, value, words):
     config = folder / "config.json"
-    text = re.sub('"hidden_size": *[0-9]+', '"hidden_size": -3', config.read_text())
-    config.write_text(text)
+    config.write_text(json.dumps({**json.loads(config.read_text()), name: value}))
     given = (shared_model("llama", 0), folder) if as_draft else (folder, "ngram")
-    with pytest.raises(CheckpointError, match=r"(?s)cannot be loaded .*export them again"):
+    with pytest.raises(CheckpointError, match=words):
         SpecModel.from_pretrained(*given)
+
+
+def test_files_are_checked_before_transformers_reads_them(folder):
+    (folder / "generation_config.json").write_text('{"a": ' + "[" * 5000 + "]" * 5000 + "}")
+    with pytest.raises(CheckpointError, match=r"generation_config.json: no JSON can be read"):
+        load_causal_lm(folder, {}, owner="base")
 
 
 def test_other_errors_of_transformers_stay_what_they_are(tmp_path):

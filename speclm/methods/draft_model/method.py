@@ -13,7 +13,13 @@ from speclm.config import (
     require_positive,
     require_size,
 )
-from speclm.errors import CheckpointError, OptionError, UnknownNameError, UnsupportedModelError
+from speclm.errors import (
+    CheckpointError,
+    OptionError,
+    UnknownNameError,
+    UnsupportedModelError,
+    reason_of,
+)
 from speclm.methods.registry import HeadsSource, Method, Recipe, heads_names
 
 if TYPE_CHECKING:
@@ -209,7 +215,7 @@ class DraftModelMethod(Method):
             raise UnknownNameError(
                 f"heads {str(heads)!r} is not a registered proposer, nor a folder or hub id of a "
                 f"causal language model or of draft heads; registered are {heads_names()!r}, and a "
-                f"folder needs a config.json and weights ({error})"
+                f"folder needs a config.json and weights ({reason_of(error)})"
             ) from error
         return wrap_draft_model(draft, target, options)
 
