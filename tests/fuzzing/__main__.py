@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from tests.fuzzing.cases import run_cases
 
@@ -21,6 +22,7 @@ options = parser.parse_args()
 warnings.simplefilter("ignore")
 logging.disable(logging.CRITICAL)
 torch.set_num_threads(1)
+disable_progress_bar()
 start, last, num_faults = time.monotonic(), options.first + options.cases, 0
 with tempfile.TemporaryDirectory() as folder:
     for first in range(options.first, last, STEP):

@@ -9,26 +9,21 @@ import signal
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 from speclm.errors import SpeclmError
-from speclm.methods.block.checkpoint import build_block, read_block
-from speclm.methods.eagle.checkpoint import read_eagle
-from speclm.methods.eagle.network import build_eagle
-from speclm.methods.finding import find_heads
-from speclm.methods.medusa.checkpoint import read_medusa
-from tests.fuzzing.layouts import LAYOUTS, files_of
+from tests.fuzzing.exported import ALL, files_of
 from tests.fuzzing.mutations import CANARY, MUTATIONS, Folder
+from tests.fuzzing.verbs import HEADS, VERBS
 
 SECONDS, MEGABYTES = 2.0, 200
-HANG = 20  # until a call that no signal interrupts ends the process
-READERS = {
-    "medusa": read_medusa,
-    "eagle": lambda folder: build_eagle(read_eagle(folder)),
-    "block": lambda folder: build_block(read_block(folder)),
-}
+"""Limits of a case: processor time, and memory next to the bytes of its files."""
+
+WAIT, HANG = 10, 30
+"""Seconds until a call that waits is interrupted, and until one that cannot be ends the process."""
 
 
 class TimeOut(BaseException):
@@ -43,25 +38,19 @@ class Case:
     layout: str
     names: tuple[str, ...]
     folder: Folder
+    use: Callable[[Path], None]
 
 
 def make_case(number: int) -> Case:
     """Return the case of a number."""
     draw = random.Random(number)
-    layout = draw.choice(sorted(LAYOUTS))
+    layout = draw.choice(sorted(ALL))
     folder = Folder(dict(files_of(layout)))
     chosen = draw.choices(MUTATIONS, k=draw.randint(1, 3))
     for mutate in chosen:
         mutate(draw, folder)
-    return Case(number, layout, tuple(mutate.__name__ for mutate in chosen), folder)
-
-
-def read_folder(place: Path) -> None:
-    """Do what loading does before it needs a base."""
-    source = find_heads(str(place))
-    reader = READERS.get(source.method.name)
-    if reader is not None:
-        reader(place)
+    use = draw.choice(VERBS.get(layout, HEADS))
+    return Case(number, layout, tuple(mutate.__name__ for mutate in chosen), folder, use)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -79,12 +68,12 @@ def run_case(case: Case, place: Path) -> str:
     canary = place / "canary"
     os.environ[CANARY] = str(canary)
     allowed = MEGABYTES + case.folder.write(place / "heads") / 2**20
-    before, start = _peak(), time.monotonic()
+    before, start = _peak(), time.process_time()
     signal.signal(signal.SIGALRM, _interrupt)
-    signal.setitimer(signal.ITIMER_REAL, 2 * SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, WAIT)
     faulthandler.dump_traceback_later(HANG, exit=True)
     try:
-        read_folder(place / "heads")
+        case.use(place / "heads")
         found = "loaded"
     except SpeclmError as error:
         message = str(error)
@@ -97,7 +86,7 @@ def run_case(case: Case, place: Path) -> str:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         faulthandler.cancel_dump_traceback_later()
-    seconds, grown = time.monotonic() - start, _peak() - before
+    seconds, grown = time.process_time() - start, _peak() - before
     if canary.exists():
         return "execution"
     if found in ("loaded", "refused") and seconds > SECONDS:
@@ -119,5 +108,5 @@ def run_cases(numbers: range, place: Path) -> tuple[Counter[str], dict[int, str]
             counts[found] += 1
         else:
             counts["faults"] += 1
-            faults[number] = f"{case.layout} {case.names}: {found}"
+            faults[number] = f"{case.use.__name__} of {case.layout} {case.names}: {found}"
     return counts, faults

@@ -6,7 +6,6 @@ A folder is the content of each of its files by name. Whoever adds a layout adds
 
 import json
 from collections.abc import Callable
-from functools import cache
 from io import BytesIO
 
 import torch
@@ -141,9 +140,3 @@ LAYOUTS: dict[str, Callable[[], Files]] = {
 }
 REFUSED = ("P-EAGLE", "MTP")
 """Layouts of methods that are recognised and refused by name."""
-
-
-@cache
-def files_of(layout: str) -> Files:
-    """Return the files of a layout, which nobody may change."""
-    return LAYOUTS[layout]()

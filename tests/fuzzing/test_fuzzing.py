@@ -8,21 +8,25 @@ import pytest
 
 from speclm.errors import CheckpointError
 from speclm.files.weights import MAX_HEADER, read_json, weights_of
-from tests.fuzzing.cases import Case, make_case, read_folder, run_case, run_cases
-from tests.fuzzing.layouts import LAYOUTS, REFUSED, files_of
+from tests.fuzzing.cases import Case, make_case, run_case, run_cases
+from tests.fuzzing.exported import ALL, files_of
+from tests.fuzzing.layouts import REFUSED
 from tests.fuzzing.mutations import CANARY, PICKLES, Folder
+from tests.fuzzing.verbs import VERBS, load_folder, read_folder
 
 pytestmark = [pytest.mark.untraced, pytest.mark.filterwarnings("ignore")]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ALL)
 def test_whole_folders_of_every_layout_load_or_are_named(tmp_path, layout):
     Folder(dict(files_of(layout))).write(tmp_path / "heads")
+    usual = read_folder if layout == "medusa, merged" else load_folder
+    (use,) = VERBS.get(layout, (usual,))
     if layout in REFUSED:
         with pytest.raises(CheckpointError, match=layout):
-            read_folder(tmp_path / "heads")
+            use(tmp_path / "heads")
     else:
-        read_folder(tmp_path / "heads")
+        use(tmp_path / "heads")
 
 
 def test_100_damaged_folders_load_or_are_refused(tmp_path):
@@ -47,9 +51,8 @@ def test_code_that_is_run_is_found(tmp_path, monkeypatch):
     def unsafe(place: Path) -> None:
         pickle.loads(next(place.glob("*.bin")).read_bytes())
 
-    monkeypatch.setattr("tests.fuzzing.cases.read_folder", unsafe)
     monkeypatch.setenv(CANARY, "")
-    case = Case(0, "code", (), Folder({"pytorch_model.bin": PICKLES["code"]}))
+    case = Case(0, "code", (), Folder({"pytorch_model.bin": PICKLES["code"]}), unsafe)
     assert run_case(case, tmp_path / "case") == "execution"
 
 
@@ -57,7 +60,7 @@ def test_headers_are_not_read_past_a_limit(tmp_path):
     file = tmp_path / "model.safetensors"
     file.write_bytes((MAX_HEADER + 1).to_bytes(8, "little"))
     os.truncate(file, 2 * MAX_HEADER)
-    with pytest.raises(CheckpointError, match="header has 8388609 bytes, expected at most"):
+    with pytest.raises(CheckpointError, match="header has 4194305 bytes, expected at most"):
         weights_of(file)
 
 
