@@ -167,7 +167,7 @@ def require_activation(name: object) -> None:
     """
     if name not in ACT2FN or name in _LEARNED:
         raise OptionError(
-            f"hidden_act is {name!r}, expected an activation that Transformers "
+            f"hidden_act is {shown(name)}, expected an activation that Transformers "
             "knows and that has no weights, such as 'silu'; correct it"
         )
 

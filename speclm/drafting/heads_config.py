@@ -15,6 +15,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 """Shape of each tensor, by our names."""
 
 _MAX_NUMBER = 1e30  # of anything but counts
+_MAX_TEXT = 1000  # characters of a name
 
 
 def merge_objects(
@@ -60,6 +61,8 @@ def require_types(
             expected = allowed[-1].__name__
         elif isinstance(value, int | float) and not abs(value) <= most:
             expected = f"a number up to {most}"
+        elif isinstance(value, str) and len(value) > _MAX_TEXT:
+            expected = f"up to {_MAX_TEXT} characters"
         elif name == "layer_types" and any(not isinstance(kind, str) for kind in value or ()):
             expected = "strings"
         if expected is not None:
@@ -152,7 +155,7 @@ def base_name(hints: Mapping[str, Any]) -> str | None:
     verifier = hints.get("speculators_config", {}).get("verifier")
     named = verifier.get("name_or_path") if isinstance(verifier, Mapping) else None
     found = named or hints.get("base_model_name_or_path")
-    return found if isinstance(found, str) else None
+    return found if isinstance(found, str) and len(found) <= _MAX_TEXT else None
 
 
 def require_same_config(path: Path, written: Mapping[str, Any], found: Mapping[str, Any]) -> None:

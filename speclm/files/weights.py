@@ -102,8 +102,24 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a file as far as it is text; empty if there is no such file."""
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    """Return the text of a file as far as it is text; empty if there is no such file.
+
+    Raises:
+        CheckpointError: If it cannot be read, or is no text of a usual length.
+    """
+    try:
+        if not path.is_file():
+            return ""
+        with path.open("rb") as file:
+            content = file.read(files.MAX_JSON_BYTES + 1)
+        if len(content) > files.MAX_JSON_BYTES:
+            raise OSError(f"it has over {files.MAX_JSON_BYTES} bytes")
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: the file cannot be read ({reason_of(error)}), expected a text; remove it, or "
+            "download it again"
+        ) from error
+    return content.decode("utf-8", errors="replace")
 
 
 def weights_digest(folder: Path) -> str | None:

@@ -1,5 +1,6 @@
 """Files from strangers load, or end in an error of speclm's own, in bounded time and memory."""
 
+import json
 import os
 import pickle
 from pathlib import Path
@@ -7,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from speclm.errors import CheckpointError
-from speclm.files.weights import MAX_HEADER, read_json, weights_of
+from speclm.files.weights import MAX_HEADER, read_json, read_text, weights_digest, weights_of
 from tests.fuzzing.cases import Case, make_case, run_case, run_cases
 from tests.fuzzing.exported import ALL, files_of
 from tests.fuzzing.layouts import REFUSED
 from tests.fuzzing.mutations import CANARY, PICKLES, Folder
-from tests.fuzzing.verbs import VERBS, load_folder, read_folder
+from tests.fuzzing.verbs import VERBS, load_folder, publish_folder, read_folder
 
 pytestmark = [pytest.mark.untraced, pytest.mark.filterwarnings("ignore")]
 
@@ -54,6 +55,33 @@ def test_code_that_is_run_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv(CANARY, "")
     case = Case(0, "code", (), Folder({"pytorch_model.bin": PICKLES["code"]}), unsafe)
     assert run_case(case, tmp_path / "case") == "execution"
+
+
+@pytest.mark.parametrize("layout", ["eagle3", "z-lab", "medusa"])
+@pytest.mark.parametrize("name", ["hidden_act", "base_model_name_or_path"])
+def test_messages_about_long_names_are_short(tmp_path, layout, name):
+    files = dict(files_of(layout))
+    files["config.json"] = json.dumps({**json.loads(files["config.json"]), name: "y" * 9999})
+    files["config.json"] = files["config.json"].encode()
+    case = Case(0, layout, (), Folder(files), publish_folder)
+    assert run_case(case, tmp_path / "case") in ("loaded", "refused")
+
+
+def test_names_in_an_index_are_those_of_files(tmp_path):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"fc.weight": "a" * 256}}))
+    with pytest.raises(CheckpointError, match=r"weight_map is .*, expected file names"):
+        read_folder(tmp_path)
+
+
+def test_what_cannot_be_read_next_to_weights_is_named(tmp_path):
+    card = tmp_path / "README.md"
+    card.symlink_to("/proc/self/mem")  # a regular file, as far as the system says
+    with pytest.raises(CheckpointError, match=r"README.md: the file cannot be read \(OSError"):
+        read_text(card)
+    (tmp_path / "model.safetensors").mkdir()
+    with pytest.raises(CheckpointError, match=r"model.safetensors: the file cannot be read"):
+        weights_digest(tmp_path)
 
 
 def test_headers_are_not_read_past_a_limit(tmp_path):
