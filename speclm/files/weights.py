@@ -1,7 +1,7 @@
 """Weight files of a folder: which file holds which key, and their tensors, with typed errors."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ MAX_COUNT = 2**31 - 1
 MAX_HEADER = 2**22
 """Maximum bytes of the header of a safetensors file; a tensor takes about 100."""
 
+_MAX_KEY = 500  # characters of a tensor's name
 _MAX_NAME = 255  # characters that a file's name may have
 _PART = 2**24  # bytes read at a time
 _MAX_SHARING = 2
@@ -216,12 +217,25 @@ def _indexed_files(index: Path) -> dict[str, Path] | None:
             f"{index}: weight_map is {shown(weight_map)}, expected file names next to the index "
             "by key; download the file again"
         )
+    _require_short(index, weight_map)
     return {key: index.parent / name for key, name in weight_map.items()}
 
 
 def _safetensors_keys(file: Path) -> list[str]:
     with _opened(file) as tensors:
-        return list(tensors.keys())
+        keys = list(tensors.keys())
+    _require_short(file, keys)
+    return keys
+
+
+def _require_short(file: Path, keys: Iterable[str]) -> None:
+    """Check the keys of a file, which messages name."""
+    longest = max(map(len, keys), default=0)
+    if longest > _MAX_KEY:
+        raise CheckpointError(
+            f"{file}: a key has {longest} characters, expected at most {_MAX_KEY}; download the "
+            "file again"
+        )
 
 
 def _load(file: Path, keys: list[str]) -> dict[str, Tensor]:
@@ -271,8 +285,8 @@ def _opened(file: Path) -> Any:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
-            f"{file}: no tensors can be read ({error}), expected a whole safetensors file; it is "
-            "truncated or damaged, download it again"
+            f"{file}: no tensors can be read ({reason_of(error)}), expected a whole "
+            "safetensors file; it is truncated or damaged, download it again"
         ) from error
 
 
@@ -306,4 +320,5 @@ def _load_pickle(file: Path) -> dict[str, Tensor]:
             f"{file}: found a {type(state).__name__}, expected a state dict of names and tensors; "
             "save module.state_dict() instead"
         )
+    _require_short(file, state)
     return {key: tensor.detach() for key, tensor in state.items()}

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from speclm.errors import KernelError
+from speclm.errors import KernelError, shown
 from speclm.files.atomic import read_json, write_json
 
 VARIABLE = "SPECLM_KERNEL_CONFIGS"
@@ -271,8 +271,8 @@ def write_table(path: Path, table: LaunchTable) -> None:
 def _parse_rows(path: str, architecture: str, rows: Any) -> tuple[LaunchRow, ...]:
     if _ARCHITECTURE.fullmatch(architecture) is None:
         raise KernelError(
-            f'{path} has rows for {architecture!r}, expected an architecture such as "sm_90" or '
-            '"gfx942"; correct the name'
+            f'{path} has rows for {shown(architecture)}, expected an architecture such as "sm_90" '
+            'or "gfx942"; correct the name'
         )
     if not isinstance(rows, list):
         raise KernelError(
@@ -286,7 +286,7 @@ def _parse_rows(path: str, architecture: str, rows: Any) -> tuple[LaunchRow, ...
 def _parse_row(where: str, row: Any) -> LaunchRow:
     if not isinstance(row, dict) or sorted(row) != sorted(_FIELDS):
         names = sorted(row) if isinstance(row, dict) else type(row).__name__
-        raise KernelError(f"{where} has {names!r}, expected the fields {sorted(_FIELDS)!r}")
+        raise KernelError(f"{where} has {shown(names)}, expected the fields {sorted(_FIELDS)!r}")
     for name in (*_LIMITS, *_SIZES):
         is_open = name in _LIMITS and row[name] is None
         if not is_open and type(row[name]) is not int:

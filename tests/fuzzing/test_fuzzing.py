@@ -9,9 +9,10 @@ import pytest
 
 from speclm.errors import CheckpointError
 from speclm.files.weights import MAX_HEADER, read_json, read_text, weights_digest, weights_of
+from tests import eagle_tables
+from tests.fuzzing import layouts
 from tests.fuzzing.cases import Case, make_case, run_case, run_cases
 from tests.fuzzing.exported import ALL, files_of
-from tests.fuzzing.layouts import REFUSED
 from tests.fuzzing.mutations import CANARY, PICKLES, Folder
 from tests.fuzzing.verbs import VERBS, load_folder, publish_folder, read_folder
 
@@ -23,7 +24,7 @@ def test_whole_folders_of_every_layout_load_or_are_named(tmp_path, layout):
     Folder(dict(files_of(layout))).write(tmp_path / "heads")
     usual = read_folder if layout == "medusa, merged" else load_folder
     (use,) = VERBS.get(layout, (usual,))
-    if layout in REFUSED:
+    if layout in layouts.REFUSED:
         with pytest.raises(CheckpointError, match=layout):
             use(tmp_path / "heads")
     else:
@@ -72,6 +73,14 @@ def test_names_in_an_index_are_those_of_files(tmp_path):
     index.write_text(json.dumps({"weight_map": {"fc.weight": "a" * 256}}))
     with pytest.raises(CheckpointError, match=r"weight_map is .*, expected file names"):
         read_folder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_keys_that_are_too_long_for_messages_are_refused(tmp_path, name):
+    folder = Folder(layouts.folder(eagle_tables, {"y" * 501: (1, 1)}, {}, name=name))
+    folder.write(tmp_path / "heads")
+    with pytest.raises(CheckpointError, match=r"a key has 501 characters, expected at most 500"):
+        read_folder(tmp_path / "heads")
 
 
 def test_what_cannot_be_read_next_to_weights_is_named(tmp_path):
