@@ -149,6 +149,8 @@ def header(draw: random.Random, folder: Folder) -> None:
         shape = entry["shape"]
     except (struct.error, ValueError, KeyError, TypeError, IndexError, AttributeError):
         return
+    if not isinstance(shape, list) or not {type(begin), type(end)} <= {int}:
+        return  # damaged before
     match draw.randrange(8):
         case 0:
             entry["dtype"] = draw.choice(_DTYPES)
