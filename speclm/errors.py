@@ -29,7 +29,7 @@ def suggest(name: str, known: Iterable[str]) -> str:
         >>> suggest("num_draft_token", ["num_draft_tokens", "tree"])
         "did you mean 'num_draft_tokens'?"
     """
-    near = difflib.get_close_matches(name, list(known), n=1)
+    near = difflib.get_close_matches(str(name).lower(), list(known), n=1)
     return f"did you mean {near[0]!r}?" if near else f"drop {name!r}"
 
 

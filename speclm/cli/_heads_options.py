@@ -18,7 +18,7 @@ class ConvertOptions:
         str,
         typer.Option(
             help="Format to write: speclm, medusa, eagle, vllm, vllm-legacy, sglang, tgi, "
-            "speculators, specforge, modelopt or rtp-llm."
+            "speculators, specforge, modelopt, rtp-llm, dflash or dspark."
         ),
     ]
     out: Annotated[Path, typer.Option(help="New folder to write.")]

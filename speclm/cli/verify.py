@@ -44,6 +44,7 @@ def _verify_heads(options: VerifyOptions, heads: str) -> None:
         heads,
         base=options.base,
         source=options.source,
+        revision=options.revision,
         heads_kwargs=None if revision is None else {"revision": revision},
     )
     console = Console(soft_wrap=True)

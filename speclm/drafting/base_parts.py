@@ -84,6 +84,12 @@ class BaseParts:
         return found if isinstance(found, int) else None
 
     @property
+    def hidden_size(self) -> int | None:
+        """Width of its hidden states, if the config says so."""
+        found = self._text_config.get("hidden_size", self._text_config.get("n_embd"))
+        return found if isinstance(found, int) else None
+
+    @property
     def architectures(self) -> list[str]:
         """Names of its classes."""
         return [str(name) for name in self.config.get("architectures") or ()]
@@ -194,8 +200,8 @@ class BaseParts:
         if not file.is_file() and self.hub is not None and not path_exists(self.name):
             download(self.name, self.hub, (file.name,))
         matrix = source.load([key])[key]
-        width = self._text_config.get("hidden_size", self._text_config.get("n_embd"))
-        if matrix.ndim != 2 or (isinstance(width, int) and matrix.shape[1] != width):
+        width = self.hidden_size
+        if matrix.ndim != 2 or width not in (None, matrix.shape[1]):
             raise CheckpointError(
                 f"{file}: {shown(key)} has shape {list(matrix.shape)}, expected the {role} with "
                 f"{width} columns as config.json says; name the folder of the base model"

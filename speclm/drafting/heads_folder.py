@@ -12,7 +12,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from speclm.cards import GENERATED_MARK
-from speclm.errors import CheckpointError, TopologyError, TreeBudgetError, UnknownNameError
+from speclm.errors import (
+    CheckpointError,
+    TopologyError,
+    TreeBudgetError,
+    UnknownNameError,
+    reason_of,
+)
 from speclm.files.atomic import write_file
 from speclm.files.hub import is_hub_id, path_exists
 from speclm.files.weights import FLOATS, WeightFiles, read_json, weight_files
@@ -51,11 +57,16 @@ class Destination:
 
     def card(self, text: str) -> str | None:
         """Return the text of the card, or None to keep a card that a user has written."""
-        path = self.folder / CARD_NAME
-        is_generated = not path.exists() or (
-            path.is_file() and GENERATED_MARK in path.read_text(encoding="utf-8", errors="replace")
-        )
-        return text if is_generated else None
+        return replaceable_card(self.folder, text)
+
+
+def replaceable_card(folder: Path, text: str) -> str | None:
+    """Return the text of a card, or None to keep a card in the folder that a user has written."""
+    path = folder / CARD_NAME
+    is_generated = not path.exists() or (
+        path.is_file() and GENERATED_MARK in path.read_text(encoding="utf-8", errors="replace")
+    )
+    return text if is_generated else None
 
 
 ConfigT = TypeVar("ConfigT")
@@ -232,8 +243,15 @@ def require_folder(folder: Path) -> None:
     """Check that a path is a folder or does not exist.
 
     Raises:
-        CheckpointError: If it is a file.
+        CheckpointError: If it is a file, or no path at all.
     """
+    try:
+        folder.resolve()
+    except (ValueError, RuntimeError) as error:  # a zero byte, a loop of links
+        raise CheckpointError(
+            f"{str(folder)!r}: found no path ({reason_of(error)}), expected that of a folder; "
+            "correct it"
+        ) from error
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder}: found a file, expected a folder; choose another place")
 

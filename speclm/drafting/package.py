@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from speclm.drafting.heads_folder import CARD_NAME, CONFIG_NAME
-from speclm.errors import CheckpointError
+from speclm.errors import CheckpointError, reason_of
 from speclm.files.atomic import write_file, written_together
 from speclm.files.weights import weights_of
 
@@ -73,6 +74,8 @@ def write_package(
         if card is not None:
             write_file(aside / CARD_NAME, card)
         check(aside)
+    if EXPORT_NAME not in package.files:  # that of a conversion which was replaced
+        (folder / EXPORT_NAME).unlink(missing_ok=True)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -81,6 +84,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     Args:
         path: The file.
         tensors: Tensors by key; they may share memory and lie on any device.
+
+    Raises:
+        OSError: If the file cannot be written, such as on a full disk.
     """
     own: dict[str, Tensor] = {}
     taken: list[tuple[int, int]] = []
@@ -92,10 +98,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         is_free = all(end <= first or last <= start for first, last in taken)
         own[key] = found if is_free else found.clone()
         taken.append((start, end))
-    if path.suffix == ".safetensors":
-        save_file(own, path, metadata={"format": "pt"})
-    else:
-        torch.save({key: _without_rest(tensor) for key, tensor in own.items()}, path)
+    try:
+        if path.suffix == ".safetensors":
+            save_file(own, path, metadata={"format": "pt"})
+        else:
+            torch.save({key: _without_rest(tensor) for key, tensor in own.items()}, path)
+    except (SafetensorError, RuntimeError) as error:  # their words for a full disk
+        raise OSError(f"{path.name}: cannot be written, {reason_of(error)}") from error
 
 
 def require_same_tensors(

@@ -11,12 +11,17 @@ from torch import Tensor
 from speclm.cards import HeadsCard
 from speclm.drafting.base_parts import BaseParts
 from speclm.drafting.formats import Engine
+from speclm.drafting.heads_folder import hub_id
 from speclm.drafting.package import EXPORT_NAME
 from speclm.errors import CheckpointError, OptionError
+from speclm.files.hub import HubOptions
 from speclm.files.weights import read_json
 from speclm.methods.finding import find_heads
 from speclm.methods.registry import HeadsSource
-from speclm.model.exporting import detect_formats
+from speclm.model.exporting import detect_formats, find_base
+
+_SHARED = ("token", "cache_dir", "local_files_only")
+"""Options for the hub that heads share with their base and source."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +58,7 @@ def check_heads(
     *,
     base: str | Path | None = None,
     source: str | Path | None = None,
+    revision: str | None = None,
     heads_kwargs: Mapping[str, Any] | None = None,
 ) -> HeadsCheck:
     """Read heads completely, and compare them with their base and their source.
@@ -64,13 +70,16 @@ def check_heads(
         base: Folder or hub id of the base, whose vocabulary is compared, and whose matrices are
             used where the heads share them. Only those are read.
         source: Folder or hub id of the heads that these were converted from; by default that in
-            their provenance, if it is on the hub.
-        heads_kwargs: Options for the hub, such as ``revision``.
+            their provenance, if it is on the hub, at the commit there.
+        revision: Branch, tag or commit of the base on the hub.
+        heads_kwargs: Options for the hub, such as ``revision`` of the heads. ``token``,
+            ``cache_dir`` and ``local_files_only`` apply to the base and the source too.
 
     Raises:
         UnknownNameError: If there are no such heads.
         CheckpointError: If the heads are damaged, or do not fit the base.
-        OptionError: If they are no heads, or of another method than the source.
+        OptionError: If they are no heads, or of another method than the source, or a revision is
+            not of a base on the hub.
 
     Example:
         ```python
@@ -84,7 +93,8 @@ def check_heads(
     found = _find(heads, heads_kwargs)
     assert found.folder is not None
     formats = detect_formats(found.folder, found.method)
-    parts = None if base is None else BaseParts.find(base)
+    shared = {name: value for name, value in found.hub.items() if name in _SHARED}
+    parts = find_base(base, HubOptions(**shared, revision=revision))
     checkpoint = formats[0].read(found.folder)
     facts = _facts(found, formats[0].card(checkpoint))
     if parts is not None:
@@ -92,7 +102,10 @@ def check_heads(
     export = found.folder / EXPORT_NAME
     provenance = read_json(export) if export.is_file() else {}
     recorded = provenance.get("source")
-    given = source or (recorded.get("name") if isinstance(recorded, dict) else None)
+    given, options = source, shared
+    if source is None and isinstance(recorded, dict):
+        given = hub_id(str(recorded.get("name") or ""))
+        options = {**shared, "revision": recorded.get("commit")}
     # Our own format, the first, names only speclm.
     engines = dict.fromkeys(e for each in formats[1:] or formats for e in each.engines(checkpoint))
     return HeadsCheck(
@@ -101,7 +114,7 @@ def check_heads(
         facts=facts,
         engines=tuple(engines),
         provenance=provenance,
-        difference=None if given is None else _difference(found, checkpoint, given, parts),
+        difference=None if given is None else _difference(found, checkpoint, given, options, parts),
         source=None if given is None else str(given),
     )
 
@@ -126,10 +139,14 @@ def _facts(found: HeadsSource, card: HeadsCard) -> dict[str, str]:
 
 
 def _difference(
-    found: HeadsSource, checkpoint: Any, source: str | Path, base: BaseParts | None
+    found: HeadsSource,
+    checkpoint: Any,
+    source: str | Path,
+    options: Mapping[str, Any],
+    base: BaseParts | None,
 ) -> float:
     """Return the largest difference of logits; infinite if they have other shapes or no numbers."""
-    other = _find(source, None)
+    other = _find(source, options)
     if other.method is not found.method:
         raise OptionError(
             f"source {str(source)!r} are heads of {other.method.name}, expected those of "

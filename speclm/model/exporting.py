@@ -10,7 +10,12 @@ from speclm._version import __version__
 from speclm.cards import HeadsCard
 from speclm.drafting.base_parts import BaseParts
 from speclm.drafting.formats import CheckpointFormat, Engine
-from speclm.drafting.heads_folder import CONFIG_NAME, hub_id, require_folder
+from speclm.drafting.heads_folder import (
+    CONFIG_NAME,
+    hub_id,
+    replaceable_card,
+    require_folder,
+)
 from speclm.drafting.package import EXPORT_NAME, Package, write_package
 from speclm.errors import CheckpointError, OptionError, UnknownNameError, suggest
 from speclm.files.hub import HubOptions, path_exists
@@ -93,14 +98,19 @@ def convert_heads(
     found = detect_formats(source.folder, source.method)[0]
     checkpoint = found.read(source.folder)
     shared = {**source.hub, "subfolder": "", "revision": revision}
-    parts = _find_base(base, HubOptions(**shared))
+    parts = find_base(base, HubOptions(**shared))
     made_of = {"name": hub_id(str(heads)), "commit": source.commit, "format": found.name}
     return write_format(
         Path(out), checkpoint, target, method=source.method, base=parts, source=made_of
     )
 
 
-def _find_base(base: str | Path | BaseParts | None, hub: HubOptions) -> BaseParts | None:
+def find_base(base: str | Path | BaseParts | None, hub: HubOptions) -> BaseParts | None:
+    """Return the parts of a base, if there is one.
+
+    Raises:
+        OptionError: If there is a revision, but no base on the hub.
+    """
     is_on_hub = isinstance(base, str) and not path_exists(base)
     if hub.revision is not None and not is_on_hub:
         raise OptionError(
@@ -132,6 +142,8 @@ def write_format(
         repo_id: Repository on the hub that the folder is uploaded to, if any.
     """
     _require_free(folder, target)
+    if base is not None:
+        _require_width(checkpoint, base)
     package = target.pack(checkpoint, base)
     engines = target.engines(checkpoint)
     base_id = hub_id(base.name) if base else checkpoint.base_name_or_path
@@ -145,8 +157,7 @@ def write_format(
         "notes": list(package.notes),
         **package.facts,
     }
-    text = json.dumps(provenance, indent=2) + "\n"
-    files = {**package.files, EXPORT_NAME: text}
+    files = {**package.files, EXPORT_NAME: json.dumps(provenance, indent=2) + "\n"}
     card = target.card(checkpoint)
     card = replace(card, base=base_id or card.base, repo_id=repo_id)
     card = replace(card, software=_software(card, target, engines, package))
@@ -159,7 +170,8 @@ def write_format(
             )
         target.read(aside)
 
-    write_package(folder, replace(package, files=files), card=card.render(), check=check)
+    text = replaceable_card(folder, card.render())
+    write_package(folder, replace(package, files=files), card=text, check=check)
     written = [folder / name for name in (*package.weights, *files, CONFIG_NAME)]
     num_bytes = sum(path.stat().st_size for path in written)
     return Conversion(
@@ -217,6 +229,17 @@ def _require_free(folder: Path, target: CheckpointFormat[Any]) -> None:
         raise CheckpointError(
             f"{folder}: found {names[:8]!r}, expected a new or empty folder, or one with heads in "
             f"the format {target.name!r}; choose another folder"
+        )
+
+
+def _require_width(checkpoint: Any, base: BaseParts) -> None:
+    """Check that heads read hidden states as wide as their base's config says."""
+    config, found = getattr(checkpoint, "config", checkpoint), base.hidden_size
+    width = getattr(config, "target_hidden_size", config.hidden_size)
+    if found not in (None, width):
+        raise CheckpointError(
+            f"the heads are for a base with states {width} wide, found {found} in {base.name!r}; "
+            "name the base that they were trained on"
         )
 
 

@@ -1,6 +1,7 @@
 """Load the base and the proposer from ``base`` and ``heads``, and save heads."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -174,12 +175,15 @@ def _save(proposer: Proposer | None, destination: Destination, to: str | None) -
     if to is None:
         method.save(proposer, destination)
         return
+    base = BaseParts.of_model(destination.base)
+    if destination.repo_id is not None:
+        base = replace(base, name=destination.base_id or "")  # no path is published
     write_format(
         destination.folder,
         method.checkpoint(proposer, destination),
         find_format(method, to),
         method=method,
-        base=BaseParts.of_model(destination.base),
+        base=base,
         source={"name": None, "format": "speclm"},
         repo_id=destination.repo_id,
     )

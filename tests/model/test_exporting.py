@@ -4,11 +4,15 @@ import json
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from speclm import SpecModel
 from speclm.demo.bundle import assets, load_prompts
 from speclm.errors import CheckpointError, OptionError, UnknownNameError
+from speclm.methods.eagle.checkpoint import read_eagle
 from speclm.methods.finding import find_heads
+from speclm.methods.medusa.checkpoint import read_medusa
+from speclm.methods.medusa.checkpoint_writing import write_medusa
 from speclm.methods.registry import registered_methods
 from speclm.model.checking import check_heads
 from speclm.model.exporting import convert_heads, detect_formats, find_format, format_names
@@ -111,13 +115,18 @@ def test_models_save_their_heads_in_a_format(tmp_path):
         ("eagle3", {"to": "vlm"}, UnknownNameError, r"no format 'vlm'.*did you mean 'vllm'"),
         ("eagle3", {"to": "vllm", "base": "no/such folder"}, UnknownNameError, "no hub id"),
         ("eagle3", {"to": "vllm", "base": "."}, CheckpointError, "found no config"),
+        ("eagle3", {"to": "VLLM"}, UnknownNameError, "did you mean 'vllm'"),
+        ("medusa", {"to": "medusa", "base": assets()["draft"]}, CheckpointError, "found 112"),
+        ("eagle3", {"to": "vllm", "out": "a\0b"}, CheckpointError, "found no path"),
+        ("eagle3", {"to": "vllm", "out": "loop"}, CheckpointError, "found no path"),
     ],
 )
 def test_bad_arguments_are_explained(tmp_path, monkeypatch, heads, options, error, words):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
     with pytest.raises(error, match=words):
-        convert_heads(assets()[heads], tmp_path / "out", **options)
-    assert not (tmp_path / "out").exists()
+        convert_heads(assets()[heads], **{"out": tmp_path / "out", **options})
+    assert [path.name for path in tmp_path.iterdir()] == ["loop"]
 
 
 def test_a_folder_with_something_else_is_never_written_into(tmp_path):
@@ -127,16 +136,42 @@ def test_a_folder_with_something_else_is_never_written_into(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_a_conversion_that_stops_leaves_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("stop", "error"),
+    [(KeyboardInterrupt(), KeyboardInterrupt), (SafetensorError("No space left"), OSError)],
+)
+def test_a_conversion_that_stops_leaves_nothing(tmp_path, monkeypatch, stop, error):
     from speclm.drafting import package
 
-    def stop(*args, **kwargs):
-        raise KeyboardInterrupt
+    def save(*args, **kwargs):
+        raise stop
 
-    monkeypatch.setattr(package, "save_file", stop)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(package, "save_file", save)
+    with pytest.raises(error):
         convert_heads(assets()["eagle3"], tmp_path / "out", to="vllm")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_card_that_somebody_has_written_is_kept(tmp_path):
+    for text in (None, "my own words"):
+        if text is not None:
+            (tmp_path / "README.md").write_text(text)
+        convert_heads(assets()["eagle3"], tmp_path, to="vllm")
+    assert (tmp_path / "README.md").read_text() == "my own words"
+
+
+def test_heads_saved_over_converted_ones_are_not_said_to_be_converted(tmp_path):
+    convert_heads(assets()["medusa"], tmp_path, to="tgi", base=assets()["base"])
+    write_medusa(tmp_path, read_medusa(assets()["medusa"]))
+    assert check_heads(tmp_path).provenance == {}
+
+
+def test_copies_of_the_base_are_left_out_of_our_own_format(tmp_path):
+    base = assets()["base"]
+    convert_heads(assets()["eagle"], tmp_path / "legacy", to="vllm-legacy", base=base)
+    convert_heads(tmp_path / "legacy", tmp_path / "back", to="speclm", base=base)
+    config = read_eagle(tmp_path / "back").config
+    assert (config.has_own_embeddings, config.has_own_lm_head) == (False, False)
 
 
 def test_every_method_with_heads_has_our_own_format_first():

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 
 from speclm import SpecModel
-from speclm.errors import OptionError
+from speclm.errors import CheckpointError, OptionError
 from speclm.methods.eagle.config import EagleConfig
 from speclm.methods.eagle.network import EagleHeads
 from speclm.methods.eagle.proposer import EagleProposer
@@ -152,3 +152,16 @@ def test_pushed_files_are_the_heads_and_a_card_without_local_paths(tmp_path, mon
     name = json.loads(files["config.json"]).get("base_model_name_or_path")
     assert name == (None if is_local else "org/base")
     assert ("base_model:" in files["README.md"].decode()) is not is_local
+
+
+def test_formats_that_name_their_base_are_not_pushed_with_its_path(tmp_path, monkeypatch):
+    base = build_model("llama")
+    base.config._name_or_path = str(tmp_path)
+    with running_hub(tmp_path, monkeypatch) as hub:
+        with pytest.raises(CheckpointError, match="whose name config"):
+            with_heads(base).push_to_hub("me/heads", format="tgi")
+        assert not hub.commits
+        base.config._name_or_path = "org/base"
+        with_heads(base).push_to_hub("me/heads", format="tgi")
+    config = json.loads(hub.commits["me/heads"]["config.json"])
+    assert config["base_model_name_or_path"] == "org/base"

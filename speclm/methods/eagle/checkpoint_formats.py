@@ -22,7 +22,7 @@ from speclm.methods.eagle.checkpoint import (
     read_eagle,
 )
 from speclm.methods.eagle.checkpoint_config import describe
-from speclm.methods.eagle.checkpoint_limits import LIMITS, Fitted, fit
+from speclm.methods.eagle.checkpoint_limits import LIMITS, Fitted, fit, without_copies
 from speclm.methods.eagle.network import build_eagle
 
 _NUM_DRAFT_TOKENS = 3  # that engines recommend
@@ -136,6 +136,8 @@ class _Own(_EagleFormat):
 
     @override
     def pack(self, checkpoint: EagleCheckpoint, base: BaseParts | None) -> Package:
+        if base is not None:
+            checkpoint = without_copies(checkpoint, base)
         return pack_eagle(checkpoint, num_target_layers=base.num_layers if base else None)
 
     @override

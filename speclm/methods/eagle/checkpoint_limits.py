@@ -158,7 +158,7 @@ def fit(
         CheckpointError: If the format cannot hold them, or needs the base.
     """
     if base is not None:
-        checkpoint = checkpoint.share(embeddings=base.embeddings(), lm_weight=base.output_matrix())
+        checkpoint = without_copies(checkpoint, base)
     config = without_usual_layers(checkpoint.config, base.num_layers if base else None)
     tensors, notes = dict(checkpoint.tensors), []
     mine = LIMITS[name].get(config.kind)
@@ -179,6 +179,19 @@ def fit(
         notes.append(f"The base's {key} was added, {size:,} bytes.")
     own = EagleCheckpoint(config, tensors, checkpoint.base_name_or_path)
     return Fitted(own, tuple(notes))
+
+
+def without_copies(checkpoint: EagleCheckpoint, base: BaseParts) -> EagleCheckpoint:
+    """Return heads without copies of their base's matrices.
+
+    An output matrix is no copy if the base adds a bias after its own.
+    """
+    config = checkpoint.config
+    is_whole = config.has_own_lm_head and not config.has_draft_vocab
+    return checkpoint.share(
+        embeddings=base.embeddings() if config.has_own_embeddings else None,
+        lm_weight=base.output_matrix() if is_whole and not base.has_output_bias() else None,
+    )
 
 
 def _refusal(config: EagleConfig, name: str, *, has_base: bool) -> CheckpointError:
@@ -217,6 +230,11 @@ def _from_base(checkpoint: EagleCheckpoint, base: BaseParts | None, name: str, p
         raise CheckpointError(
             f"format {name!r} needs {key!r}, which these heads share with their base "
             f"{checkpoint.base_name_or_path or '(not recorded)'!r}; pass the base"
+        )
+    if part == "lm_head" and base.has_output_bias():
+        raise CheckpointError(
+            f"the output matrix of the base {base.name!r} has a bias, for which the format "
+            f"{name!r} has no room, expected none; choose the format 'speclm'"
         )
     matrix = base.embeddings() if part == "embeddings" else base.output_matrix()
     if tuple(matrix.shape) != (config.vocab_size, config.hidden_size):
