@@ -78,8 +78,7 @@ def check_heads(
     Raises:
         UnknownNameError: If there are no such heads.
         CheckpointError: If the heads are damaged, or do not fit the base.
-        OptionError: If they are no heads, or of another method than the source, or a revision is
-            not of a base on the hub.
+        OptionError: If they are no heads, or of another method than the source.
 
     Example:
         ```python
@@ -99,13 +98,9 @@ def check_heads(
     facts = _facts(found, formats[0].card(checkpoint))
     if parts is not None:
         facts["vocabulary"] = _compare_sizes(checkpoint, parts)
-    export = found.folder / EXPORT_NAME
-    provenance = read_json(export) if export.is_file() else {}
-    recorded = provenance.get("source")
-    given, options = source, shared
-    if source is None and isinstance(recorded, dict):
-        given = hub_id(str(recorded.get("name") or ""))
-        options = {**shared, "revision": recorded.get("commit")}
+    provenance = _provenance(found.folder)
+    given, commit = (source, None) if source else _recorded(provenance)
+    options = shared if commit is None else {**shared, "revision": commit}
     # Our own format, the first, names only speclm.
     engines = dict.fromkeys(e for each in formats[1:] or formats for e in each.engines(checkpoint))
     return HeadsCheck(
@@ -117,6 +112,18 @@ def check_heads(
         difference=None if given is None else _difference(found, checkpoint, given, options, parts),
         source=None if given is None else str(given),
     )
+
+
+def _provenance(folder: Path) -> dict[str, Any]:
+    path = folder / EXPORT_NAME
+    return read_json(path) if path.is_file() else {}
+
+
+def _recorded(provenance: Mapping[str, Any]) -> tuple[str | None, Any]:
+    """Return the hub id and the commit of the source of converted heads, as far as recorded."""
+    found = provenance.get("source")
+    found = found if isinstance(found, dict) else {}
+    return hub_id(str(found.get("name") or "")), found.get("commit")
 
 
 def _find(heads: str | Path, options: Mapping[str, Any] | None) -> HeadsSource:

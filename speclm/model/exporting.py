@@ -142,9 +142,9 @@ def write_format(
         repo_id: Repository on the hub that the folder is uploaded to, if any.
     """
     _require_free(folder, target)
-    if base is not None:
-        _require_width(checkpoint, base)
+    _require_width(checkpoint, base)
     package = target.pack(checkpoint, base)
+    _require_no_rest(folder, package)
     engines = target.engines(checkpoint)
     base_id = hub_id(base.name) if base else checkpoint.base_name_or_path
     provenance = {
@@ -163,20 +163,17 @@ def write_format(
     card = replace(card, software=_software(card, target, engines, package))
 
     def check(aside: Path) -> None:
-        if target not in detect_formats(aside, method):
-            raise CheckpointError(
-                f"{folder}: the files read back in another format than {target.name!r}; report "
-                "this with the config of the heads"
-            )
-        target.read(aside)
+        _require_format(folder, target, detect_formats(aside, method))
+        if target.read(aside).choices != checkpoint.choices:
+            lost.append("The format has no room for the static tree, which is left out.")
 
+    lost: list[str] = []
     text = replaceable_card(folder, card.render())
     write_package(folder, replace(package, files=files), card=text, check=check)
     written = [folder / name for name in (*package.weights, *files, CONFIG_NAME)]
-    num_bytes = sum(path.stat().st_size for path in written)
-    return Conversion(
-        folder, method.name, str(source["format"]), target.name, engines, package.notes, num_bytes
-    )
+    num_bytes, notes = sum(path.stat().st_size for path in written), [*package.notes, *lost]
+    names = (method.name, str(source["format"]), target.name)
+    return Conversion(folder, *names, engines, tuple(notes), num_bytes)
 
 
 def format_names() -> dict[str, list[str]]:
@@ -232,8 +229,33 @@ def _require_free(folder: Path, target: CheckpointFormat[Any]) -> None:
         )
 
 
-def _require_width(checkpoint: Any, base: BaseParts) -> None:
+def _require_format(
+    folder: Path, target: CheckpointFormat[Any], found: list[CheckpointFormat[Any]]
+) -> None:
+    if target not in found:
+        raise CheckpointError(
+            f"{folder}: the files read back in another format than {target.name!r}; report "
+            "this with the config of the heads"
+        )
+
+
+def _require_no_rest(folder: Path, package: Package) -> None:
+    """Check that no weights would stay in a folder next to the new ones, such as another base's."""
+    found = {
+        path.name for suffix in ("safetensors", "bin", "pt") for path in folder.glob(f"*.{suffix}")
+    }
+    rest = sorted(found - package.weights.keys() - package.files.keys())
+    if rest:
+        raise CheckpointError(
+            f"{folder}: found weights {rest[:8]!r} that the new files do not replace, and that "
+            "software may load too, expected none; choose another folder, or delete them"
+        )
+
+
+def _require_width(checkpoint: Any, base: BaseParts | None) -> None:
     """Check that heads read hidden states as wide as their base's config says."""
+    if base is None:
+        return
     config, found = getattr(checkpoint, "config", checkpoint), base.hidden_size
     width = getattr(config, "target_hidden_size", config.hidden_size)
     if found not in (None, width):

@@ -1,6 +1,7 @@
 """Heads in every format: the bundled ones come back and draft as before."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -178,3 +179,19 @@ def test_every_method_with_heads_has_our_own_format_first():
     for kind in KINDS:
         method = find_heads(assets()[kind]).method
         assert method.formats()[0].name == "speclm"
+
+
+@pytest.mark.parametrize(("name", "is_kept"), [("speclm", True), ("vllm", False)])
+def test_a_tree_that_is_lost_is_noted(tmp_path, name, is_kept):
+    tree = ((0,), (1,), (0, 0))
+    write_medusa(tmp_path / "heads", replace(read_medusa(assets()["medusa"]), choices=tree))
+    done = convert_heads(tmp_path / "heads", tmp_path / "out", to=name, base=assets()["base"])
+    assert any("static tree" in note for note in done.notes) is not is_kept
+    assert (read_medusa(tmp_path / "out").choices is not None) is is_kept
+
+
+def test_weights_that_would_stay_next_to_new_ones_are_refused(tmp_path):
+    convert_heads(assets()["eagle3"], tmp_path, to="vllm")
+    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"of another base")
+    with pytest.raises(CheckpointError, match="software may load too"):
+        convert_heads(assets()["eagle3"], tmp_path, to="vllm")
