@@ -137,6 +137,11 @@ class _Interruption(TrainerCallback):
             self._is_requested = True
             control.should_training_stop = control.should_save = True
 
+    @override
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._is_requested and not float(state.epoch).is_integer():
+            control.should_evaluate = False  # the epoch goes on when the training is resumed
+
     def exit_if_unfinished(self, console: Console) -> None:
         """Exit with `INTERRUPTED` if the training ended early."""
         state = self._trainer.state

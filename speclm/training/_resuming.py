@@ -1,14 +1,18 @@
 """How a training resumes: what is read from a checkpoint, and whether anything is left to do."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import ceil
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from typing_extensions import override
 
+from speclm.errors import CheckpointError
 from speclm.training.checkpoints import other_heads, reading_checkpoint
 
 
@@ -25,10 +29,12 @@ class ResumingTrainer(Trainer):
         self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, *rest: Any
     ) -> tuple[int, int]:
         wanted = [callback.early_stopping_patience for callback in self._early_stopping()]
-        with _whole_intervals(self.args, max_steps):
+        with _whole_intervals(self.args, max_steps), _without_paths_of_checkpoints():
             begun = super()._init_training_state(
                 max_steps, num_update_steps_per_epoch, num_train_epochs, *rest
             )
+        if rest[0] is not None:
+            self._find_best_checkpoint(Path(rest[0]).parent)
         for callback, patience in zip(self._early_stopping(), wanted, strict=True):
             callback.early_stopping_patience = patience  # Trainer restores that of the checkpoint
             count = callback.early_stopping_patience_counter
@@ -41,6 +47,17 @@ class ResumingTrainer(Trainer):
                     )
                 return num_train_epochs, 0  # as if all epochs were done
         return begun
+
+    def _find_best_checkpoint(self, folder: Path) -> None:
+        """Look for the best checkpoint in the folder that is resumed, wherever it was before."""
+        if self.state.best_global_step:
+            best = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+            if self.args.load_best_model_at_end and not best.is_dir():
+                raise CheckpointError(
+                    f"{best} is missing, expected the best checkpoint so far; put it back or train "
+                    "in another folder"
+                )
+            self.state.best_model_checkpoint = str(best) if best.is_dir() else None
 
     def _early_stopping(self) -> list[EarlyStoppingCallback]:
         callbacks = self.callback_handler.callbacks
@@ -74,6 +91,21 @@ class ResumingTrainer(Trainer):
         differing = [*load_result.missing_keys, *load_result.unexpected_keys]
         if differing:
             raise other_heads(str(self.args.output_dir), f"only one has {differing[0]!r}")
+
+
+@contextmanager
+def _without_paths_of_checkpoints() -> Iterator[None]:
+    """Leave out the warning that the best checkpoint is not where it was written."""
+
+    def is_kept(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("The best checkpoint ")
+
+    logger = logging.getLogger(Trainer.__module__)
+    logger.addFilter(is_kept)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_kept)
 
 
 @contextmanager

@@ -175,6 +175,7 @@ def test_base_is_tuned_with_its_heads_and_its_loss_printed(train, options):
 
 def test_interrupted_training_saves_a_checkpoint_and_goes_on_from_it(train, options, monkeypatch):
     settings = ("use_cpu=true", "logging_steps=1", "max_steps=3", "save_steps=3")
+    changes = {"eval_data": options["--data"], "patience": 1}
     log = HeadsTrainer.log
 
     def log_and_interrupt(trainer, logs, *rest):
@@ -184,13 +185,15 @@ def test_interrupted_training_saves_a_checkpoint_and_goes_on_from_it(train, opti
 
     with monkeypatch.context() as patch:
         patch.setattr(HeadsTrainer, "log", log_and_interrupt)
-        result = train("medusa", settings=settings)
+        result = train("medusa", settings=settings, **changes)
     assert result.exit_code == 130
     assert "interrupted after step 2 of 3; to go on, run the same command with" in result.output
     assert not any(options["--out"].glob("*.safetensors"))
+    state = (options["--out"] / "checkpoint-2" / "trainer_state.json").read_text()
+    assert "eval_loss" not in state  # which patience would count, in the middle of an epoch
     with pytest.raises(CheckpointError, match=r"differs: decay was 0\.8 and is 0\.5; resume with"):
-        train("medusa", "--resume", settings=settings, decay=0.5)
-    result = train("medusa", "--resume", settings=settings)
+        train("medusa", "--resume", settings=settings, **changes, decay=0.5)
+    result = train("medusa", "--resume", settings=settings, **changes)
     assert result.exit_code == 0
     assert "step 3" in result.output
     assert any(options["--out"].glob("checkpoint-3"))
@@ -203,6 +206,8 @@ def test_patience_ends_a_training_until_it_is_resumed_with_more(train, options):
     assert "step 6" in result.output  # of 27; the second epoch was no better
     (heads,) = options["--out"].glob("*.safetensors")
     first = heads.read_bytes()
+    moved = options["--out"].rename(options["--out"].with_name("moved"))
+    heads, options["--out"] = moved / heads.name, moved
     result = train("medusa", "--resume", settings=settings, num_heads=1, **changes)
     words = "had ended at step 6, after 1 evaluations without a better estimated_tau; for more"
     assert words in result.output
