@@ -23,6 +23,12 @@ class ResumingTrainer(Trainer):
     """
 
     announce: Callable[[str], None]
+    _initial_global_step: int
+
+    @property
+    def has_new_steps(self) -> bool:
+        """Whether the last call of `train` made a step: none if the training had ended before."""
+        return self.state.global_step > self._initial_global_step
 
     @override
     def _init_training_state(

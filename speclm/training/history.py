@@ -25,6 +25,7 @@ _log = logging.getLogger("speclm")
 
 _KIND = "speclm training"
 _EVALUATION, _TAU, _TOP1 = "eval_", "estimated_tau", "_top1"
+_SUMMARY = "train_loss"  # in the last entry, which is in no checkpoint
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps", "world_size")
 
 
@@ -106,7 +107,7 @@ def write_history(trainer: "HeadsTrainer", *, base: "PreTrainedModel", recipe: s
     if not trainer.is_world_process_zero():
         return
     folder, record = Path(str(trainer.args.output_dir)), trainer.record()
-    log = [{name: _plain(value) for name, value in entry.items()} for entry in _log_of(trainer)]
+    log = [{name: _plain(value) for name, value in entry.items()} for entry in _log_of(trainer, folder)]
     write_json(
         folder / HISTORY_NAME,
         {
@@ -217,9 +218,19 @@ def _points(log: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, fl
     ]
 
 
-def _log_of(trainer: "HeadsTrainer") -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = trainer.state.log_history
-    return found
+def _log_of(trainer: "HeadsTrainer", folder: Path) -> list[Mapping[str, Any]]:
+    """Return the log; a training that had ended before it was resumed keeps its last entry."""
+    found: list[Mapping[str, Any]] = trainer.state.log_history
+    if trainer.has_new_steps:
+        return found
+    try:
+        earlier = read_history(folder)
+    except CheckpointError:  # it is written anew
+        return found
+    if earlier is None or earlier.steps != trainer.state.global_step:
+        return found
+    last = [entry for entry in earlier.log if _SUMMARY in entry]
+    return [*(entry for entry in found if _SUMMARY not in entry), *last]
 
 
 def _plain(value: Any) -> Any:

@@ -200,12 +200,13 @@ def test_interrupted_training_saves_a_checkpoint_and_goes_on_from_it(train, opti
 
 
 def test_patience_ends_a_training_until_it_is_resumed_with_more(train, options):
-    settings = ("use_cpu=true", "logging_steps=1")
+    settings = ("use_cpu=true", "logging_steps=4")
     changes = {"epochs": 9, "patience": 1, "learning_rate": 1e-12, "eval_data": options["--data"]}
     result = train("medusa", settings=settings, num_heads=1, **changes)
     assert "step 6" in result.output  # of 27; the second epoch was no better
     (heads,) = options["--out"].glob("*.safetensors")
-    first = heads.read_bytes()
+    first, last_log = heads.read_bytes(), read_history(options["--out"]).log[-2]
+    assert last_log["estimated_tau"] > 1
     moved = options["--out"].rename(options["--out"].with_name("moved"))
     heads, options["--out"] = moved / heads.name, moved
     result = train("medusa", "--resume", settings=settings, num_heads=1, **changes)
@@ -213,6 +214,7 @@ def test_patience_ends_a_training_until_it_is_resumed_with_more(train, options):
     assert words in result.output
     assert not any(options["--out"].glob("checkpoint-9"))
     assert heads.read_bytes() == first
+    assert last_log in read_history(moved).log
     changes["patience"] = 2
     result = train("medusa", "--resume", settings=settings, num_heads=1, **changes)
     assert "had ended" not in result.output
