@@ -61,7 +61,9 @@ def load_causal_lm(
     if path_exists(name) and "gguf_file" not in options:
         _require_sound(Path(name, str(options.get("subfolder") or "")))
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(name, **options)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            name, **options, output_loading_info=True
+        )
     except _OTHER_REASONS:
         raise
     except TypeError as error:
@@ -76,8 +78,15 @@ def load_causal_lm(
         ) from error
     except Exception as error:  # damaged configs raise nearly everything
         raise _damaged(name, owner, error) from error
+    if owner == "draft model" and (missing := sorted(report["missing_keys"])):
+        raise CheckpointError(
+            f"{owner} {str(name)!r} lacks {len(missing)} weights such as {missing[0]!r}, which "
+            "would be random, expected those of a whole language model and not of heads; name "
+            "another folder"
+        )
     remember_commit(model, name, options)
-    return model
+    loaded: PreTrainedModel = model
+    return loaded
 
 
 def remember_commit(model: PreTrainedModel, name: object, options: Mapping[str, Any]) -> None:

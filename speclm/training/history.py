@@ -107,7 +107,9 @@ def write_history(trainer: "HeadsTrainer", *, base: "PreTrainedModel", recipe: s
     if not trainer.is_world_process_zero():
         return
     folder, record = Path(str(trainer.args.output_dir)), trainer.record()
-    log = [{name: _plain(value) for name, value in entry.items()} for entry in _log_of(trainer, folder)]
+    log = [
+        {name: _plain(value) for name, value in entry.items()} for entry in _log_of(trainer, folder)
+    ]
     write_json(
         folder / HISTORY_NAME,
         {

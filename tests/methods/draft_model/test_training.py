@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from speclm.errors import CheckpointError, OptionError, UnknownNameError
@@ -101,3 +102,10 @@ def test_what_is_no_language_model_is_named(tmp_path):
     for name, words in ((tmp_path, "the folder has no config.json"), ("file", "but a file; pass")):
         with pytest.raises(UnknownNameError, match=f"--init.*of a causal language model.*{words}"):
             load_draft_model(tmp_path / name)
+
+
+def test_heads_with_the_config_of_a_language_model_are_refused(tmp_path):
+    tiny_base().config.save_pretrained(tmp_path)  # as EAGLE heads have one
+    save_file({"fc.weight": torch.zeros(2, 2)}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"lacks \d+ weights such as .* and not of heads"):
+        load_draft_model(tmp_path)
