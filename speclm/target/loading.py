@@ -61,9 +61,8 @@ def load_causal_lm(
     if path_exists(name) and "gguf_file" not in options:
         _require_sound(Path(name, str(options.get("subfolder") or "")))
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            name, **options, output_loading_info=True
-        )
+        loader: Any = AutoModelForCausalLM
+        model, report = loader.from_pretrained(name, **options, output_loading_info=True)
     except _OTHER_REASONS:
         raise
     except TypeError as error:

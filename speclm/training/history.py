@@ -222,7 +222,7 @@ def _points(log: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, fl
 
 def _log_of(trainer: "HeadsTrainer", folder: Path) -> list[Mapping[str, Any]]:
     """Return the log; a training that had ended before it was resumed keeps its last entry."""
-    found: list[Mapping[str, Any]] = trainer.state.log_history
+    found: list[Mapping[str, Any]] = [*trainer.state.log_history]
     if trainer.has_new_steps:
         return found
     try:
