@@ -55,7 +55,7 @@ def test_card_gives_numbers_loading_and_the_dtype_to_run_in():
     assert "| draft tokens of one pass | 4 |" in text
     assert "| head for the previous token | vanilla, rank 3 |" in text
     assert "| confidence head | yes |" in text
-    assert "| tree | 3 nodes |" in text
+    assert "| tree | 2 nodes, not counting the root |" in text
     assert "layout of DeepSpec's DSpark" in text
     assert "float16 overflows" in text
 
