@@ -24,6 +24,9 @@ INDEX = "(0|[1-9][0-9]{0,4})"
 MAX_COUNT = 2**31 - 1
 """Largest whole number accepted in a config."""
 
+MAX_KEYS = 2**15
+"""Maximum number of tensors in a file; models with more are saved in shards."""
+
 MAX_HEADER = 2**22
 """Maximum bytes of the header of a safetensors file; a tensor takes about 100."""
 
@@ -224,6 +227,11 @@ def _indexed_files(index: Path) -> dict[str, Path] | None:
 def _safetensors_keys(file: Path) -> list[str]:
     with _opened(file) as tensors:
         keys = list(tensors.keys())
+    if len(keys) > MAX_KEYS:  # each method looks through all of them
+        raise CheckpointError(
+            f"{file}: found {len(keys)} tensors, expected at most {MAX_KEYS} in one file; save the "
+            "model in shards"
+        )
     _require_short(file, keys)
     return keys
 

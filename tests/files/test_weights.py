@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from speclm.errors import CheckpointError, OptionError
+from speclm.files import weights
 from speclm.files.weights import (
     floating_dtype,
     read_json,
@@ -54,3 +55,12 @@ def test_text_of_any_file_is_read_and_json_has_to_be_an_object(tmp_path):
     file.write_text("[1]")
     with pytest.raises(CheckpointError, match="found a list, expected a JSON object"):
         read_json(file)
+
+
+def test_a_file_of_very_many_tensors_is_refused_before_they_are_looked_through(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(weights, "MAX_KEYS", 2)
+    save_file({name: torch.zeros(1) for name in "abc"}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match="found 3 tensors, expected at most 2 in one file"):
+        list(weights.weight_files(tmp_path))
