@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -17,6 +18,8 @@ from speclm.files.pickles import require_plain_pickle
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """Types of weights; narrower types mean nothing without scales next to them."""
+
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 INDEX = "(0|[1-9][0-9]{0,4})"
 """Pattern of the number of a layer or head in a key, without leading zeros."""
@@ -308,12 +311,36 @@ def _require_header(file: Path) -> None:
         raise ValueError(f"its header has {length} bytes, expected at most {max(0, most)}")
 
 
+def read_numbers(file: Path) -> Int[Tensor, " numbers"]:
+    """Return the whole numbers in a pickled list or tensor, such as ids of tokens.
+
+    Raises:
+        CheckpointError: If the file is damaged, would run code, or holds anything else.
+    """
+    expected = "a pickled list of whole numbers and nothing else"
+    with reading(file, f"{expected}; it is damaged or would run code, download it again"):
+        found = _unpickle(file)
+        if isinstance(found, list) and found and all(type(number) is int for number in found):
+            return torch.tensor(found, dtype=torch.int64, device="cpu")
+    if isinstance(found, Tensor) and found.dtype in _WHOLE and found.ndim == 1 and len(found):
+        _require_backed(file, {"numbers": found})
+        return found.to(torch.int64)
+    raise CheckpointError(
+        f"{file}: found an empty {type(found).__name__} or one of other things, expected "
+        f"{expected}; save such a list with torch.save"
+    )
+
+
+def _unpickle(file: Path) -> Any:
+    files.require_regular(file)
+    # Heads may be a small part of a model; old pickles are not archives and cannot be mapped.
+    is_archive = require_plain_pickle(file)
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=is_archive)
+
+
 def _load_pickle(file: Path) -> dict[str, Tensor]:
     try:
-        files.require_regular(file)
-        # Heads may be a small part of a model; old pickles are not archives and cannot be mapped.
-        is_archive = require_plain_pickle(file)
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=is_archive)
+        state = _unpickle(file)
     except Exception as error:  # damaged streams raise nearly everything
         raise CheckpointError(
             f"{file}: no tensors can be read ({reason_of(error)}), expected a pickled state dict "

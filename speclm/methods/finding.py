@@ -116,6 +116,8 @@ def _find_on_hub(repository: str, hub: HubOptions) -> tuple[Method, Path]:
         if source is None or not all(file.exists() for file in source.files.values()):
             folder = _download(repository, hub, (*_HEAD_FILES, *_PICKLES))
         if method.find_weights(folder) is not None:
+            if method.extras:  # later, because a pickle without others would count as weights
+                folder = _download(repository, hub, method.extras)
             return method, folder
     _require_known(hints)
     return methods[_FALLBACK], hints

@@ -96,6 +96,7 @@ class Method(ABC):
         aliases: Other names of its heads.
         is_named: Whether ``heads=name`` makes a proposer without files.
         hints: Patterns of small files, next to configs, by which it recognises a repository.
+        extras: Patterns of small files that may belong to heads, next to config and weights.
         stores_trees: Whether the config of its heads can hold a static tree.
         recipes: How its heads are trained.
     """
@@ -105,6 +106,7 @@ class Method(ABC):
     aliases: ClassVar[tuple[str, ...]] = ()
     is_named: ClassVar[bool] = False
     hints: ClassVar[tuple[str, ...]] = ()
+    extras: ClassVar[tuple[str, ...]] = ()
     stores_trees: ClassVar[bool] = False
     recipes: ClassVar[tuple[Recipe, ...]] = ()
 

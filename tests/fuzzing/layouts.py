@@ -88,6 +88,12 @@ def eagle(version=1, **options) -> Files:
     return folder(eagle_tables, table, config, **options)
 
 
+def eagle_with_map() -> Files:
+    written = BytesIO()
+    torch.save(eagle_tables.DRAFTED, written)
+    return {**eagle(), "freq_5.pt": written.getvalue()}
+
+
 def eagle_of_vllm() -> Files:
     table = {
         f"model.{key}" if key.startswith("layers") else key: shape
@@ -130,6 +136,7 @@ LAYOUTS: dict[str, Callable[[], Files]] = {
     "eagle, pickled": lambda: eagle(name="pytorch_model.bin"),
     "eagle, old pickle": lambda: eagle(name="pytorch_model.bin", legacy=True),
     "eagle of vLLM": eagle_of_vllm,
+    "eagle with a token map": eagle_with_map,
     "eagle3": lambda: eagle(3),
     "eagle3, pickled": lambda: eagle(3, name="pytorch_model.bin"),
     "eagle3 of speculators": eagle3_of_layers,

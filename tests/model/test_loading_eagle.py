@@ -13,6 +13,8 @@ from speclm import SpecModel
 from speclm.drafting.combined import CombinedProposer
 from speclm.errors import CheckpointError, OptionError
 from speclm.methods.eagle.proposer import EagleProposer
+from speclm.model.checking import check_heads
+from speclm.model.exporting import convert_heads
 from tests.model.hub import running_hub
 from tests.models import VOCAB_SIZE, build_model, generate, prompts
 
@@ -129,13 +131,32 @@ def test_heads_join_others(base, kind, tmp_path):
 def test_hub_id_of_eagle_heads_is_downloaded(base, kind, tmp_path, monkeypatch):
     (tmp_path / "org").mkdir()
     write(tmp_path / "org" / "heads", kind, pickled=kind == "eagle")
+    torch.save(list(range(50)), tmp_path / "org/heads/freq_50.pt")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     with running_hub(tmp_path, monkeypatch) as hub:
         spec = SpecModel.from_pretrained(base, "org/heads")
         weights = "pytorch_model.bin" if kind == "eagle" else "model.safetensors"
-        assert {*hub.sent} == {"config.json", weights}
+        assert {*hub.sent} == {"config.json", weights, "freq_50.pt"}
     assert isinstance(spec.proposer, EagleProposer)
+    assert spec.proposer.heads.config.draft_vocab_size == (50 if kind == "eagle" else DRAFTED)
+
+
+def test_a_token_map_comes_back_from_sglang_with_equal_tokens_and_tau(base, tmp_path):
+    folder = write(tmp_path / "heads", "eagle")
+    torch.save(list(range(0, VOCAB_SIZE, 2)), folder / "freq_80.pt")
+    convert_heads(folder, tmp_path / "own", to="speclm")
+    convert_heads(tmp_path / "own", tmp_path / "sglang", to="sglang")
+    assert check_heads(tmp_path / "sglang", source=folder).difference == 0
+    inputs, found = prompts(9, 4), []
+    for place in (folder, tmp_path / "own", tmp_path / "sglang"):
+        spec = SpecModel.from_pretrained(base, place, adaptive=False)
+        assert spec.proposer.heads.lm_head is None
+        tokens = spec.generate(**inputs, max_new_tokens=12, do_sample=False)
+        found.append((tokens.tolist(), spec.last_speculation.tau))
+    assert found[0] == found[1] == found[2]
+    whole = SpecModel.from_pretrained(base, folder, heads_kwargs={"token_map": None})
+    assert not whole.proposer.heads.config.has_draft_vocab
 
 
 def test_damaged_heads_and_wrong_options_are_refused(base, tmp_path):

@@ -1,9 +1,12 @@
 """Read EAGLE heads in every published layout, and write them in one layout."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from speclm.drafting.heads_config import base_name
@@ -20,7 +23,7 @@ from speclm.drafting.heads_folder import (
 )
 from speclm.drafting.package import Package, write_package
 from speclm.errors import CheckpointError, shown
-from speclm.files.weights import INDEX, WeightFiles, reading, weight_files
+from speclm.files.weights import INDEX, WeightFiles, read_numbers, reading, weight_files
 from speclm.methods.eagle.checkpoint_config import (
     describe,
     infer_config,
@@ -29,6 +32,7 @@ from speclm.methods.eagle.checkpoint_config import (
     without_usual_layers,
 )
 from speclm.methods.eagle.config import EagleConfig
+from speclm.methods.eagle.method import TOKEN_MAPS
 from speclm.methods.eagle.network import EagleHeads
 from speclm.tree.static import RankPaths
 
@@ -52,7 +56,7 @@ _LAYER = re.compile(
 _FEATURE_NORM = re.compile(rf"fc_norm\.{INDEX}\.weight")
 # These can be computed, or are copies of the target's that speculators keeps while training.
 _UNUSED = re.compile(r".*rotary_emb\.inv_freq|verifier_(?:lm_head|norm)\.weight")
-_EAGLE3_SIGNS = {"layers.0.hidden_norm.weight", "norm.weight", "d2t", "t2d"}
+_EAGLE3_SIGNS = {"layers.0.hidden_norm.weight", "norm.weight"}
 
 
 class EagleCheckpoint(HeadsCheckpoint[EagleConfig]):
@@ -77,7 +81,7 @@ def find_eagle(folder: Path) -> WeightFiles | None:
         return next((source for source in weight_files(folder) if _is_eagle(source)), None)
 
 
-def read_eagle(folder: str | Path) -> EagleCheckpoint:
+def read_eagle(folder: str | Path, *, token_map: str | Path | None = "auto") -> EagleCheckpoint:
     """Read EAGLE heads from a folder.
 
     Known layouts are those of SafeAILab's EAGLE-1, 2 and 3 (pickled or not), vLLM, SGLang,
@@ -85,14 +89,21 @@ def read_eagle(folder: str | Path) -> EagleCheckpoint:
     tensors, the others, such as the number of attention heads, from the config. Pickles are read
     without running code.
 
+    Args:
+        folder: The folder.
+        token_map: File with the ids of the tokens that EAGLE-1 heads draft, a name in the folder or
+            a path; None for the whole vocabulary. ``"auto"`` for the only file `TOKEN_MAPS` in the
+            folder, or the one with as many as the config's ``hot_vocab_size``.
+
     Raises:
-        CheckpointError: If there are none, or a tensor is missing, unknown or has a wrong shape.
+        CheckpointError: If there are none, or a tensor is missing, unknown or has a wrong shape, or
+            it is not clear which token map belongs to the heads.
     """
     with reading(Path(folder)):
-        return _read(Path(folder))
+        return _read(Path(folder), token_map)
 
 
-def _read(folder: Path) -> EagleCheckpoint:
+def _read(folder: Path, token_map: str | Path | None) -> EagleCheckpoint:
     source = find_eagle(folder)
     if source is None:
         found = sorted(path.name for path in folder.glob("*"))[:8]
@@ -104,8 +115,15 @@ def _read(folder: Path) -> EagleCheckpoint:
     loaded = source.load(list(keys.values()))
     tensors = {name: loaded[key] for name, key in keys.items()}
     kind = "eagle3" if _EAGLE3_SIGNS & set(keys) else "eagle"
+    chosen = None
+    if kind == "eagle" and "d2t" not in tensors:
+        chosen = _token_map(folder, hints, token_map)
+        if chosen is not None:
+            _reduce_(tensors, _read_map(chosen))
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     config = infer_config(source.path, shapes, hints, kind)
+    if chosen is not None:
+        _require_below(chosen, tensors["d2t"], config.vocab_size)
     offsets, is_drafted = tensors.pop("d2t", None), tensors.pop("t2d", None)
     expected = _expected_shapes(config)
     expected.pop("draft_columns", None)  # of no file
@@ -133,6 +151,59 @@ def _read(folder: Path) -> EagleCheckpoint:
         base_name_or_path=base_name(hints),
         choices=read_choices(folder, hints),
     )
+
+
+def _token_map(folder: Path, hints: Mapping[str, Any], given: str | Path | None) -> Path | None:
+    """Return the file with the tokens that heads draft; None for all tokens."""
+    if given != "auto":
+        inside = None if given is None else folder / given
+        return inside if inside is None or inside.is_file() else Path(str(given))
+    found, size = sorted(folder.glob(TOKEN_MAPS)), hints.get("hot_vocab_size")
+    if len(found) > 1:
+        found = [path for path in found if path.name == map_name(size)] or found
+    if len(found) > 1 or (size is not None and not found):
+        raise CheckpointError(
+            f"{folder}: found {len(found)} token maps {[path.name for path in found][:8]!r} and "
+            f"hot_vocab_size {size} in config.json, expected one map of the tokens that the heads "
+            "draft; keep one, or pass for example heads_kwargs={'token_map': 'freq_32768.pt'}, "
+            "None for all tokens"
+        )
+    return found[0] if found else None
+
+
+def map_name(size: object) -> str:
+    """Return the usual name of a token map with as many tokens."""
+    return TOKEN_MAPS.replace("*", str(size))
+
+
+def _read_map(path: Path) -> Int[Tensor, " draft_vocab"]:
+    """Return the tokens of a map, sorted: their order means nothing to the heads."""
+    tokens = read_numbers(path).sort().values
+    repeated = tokens[1:][tokens[1:] == tokens[:-1]]
+    if len(repeated) or int(tokens[0]) < 0:
+        wrong = f"{int(repeated[0])} twice" if len(repeated) else str(int(tokens[0]))
+        raise CheckpointError(
+            f"{path}: found token {wrong}, expected ids of the target's tokens, each once; "
+            "download the file again"
+        )
+    return tokens
+
+
+def _require_below(path: Path, offsets: Tensor, vocab_size: int) -> None:
+    highest = len(offsets) - 1 + int(offsets[-1])
+    if highest >= vocab_size:
+        raise CheckpointError(
+            f"{path}: found token {highest}, expected ids up to {vocab_size - 1}, the tokens of "
+            "the heads; it belongs to another base, take the map of this one"
+        )
+
+
+def _reduce_(tensors: dict[str, Tensor], columns: Int[Tensor, " draft_vocab"]) -> None:
+    """Give the tensors of heads that draft all tokens a draft vocabulary."""
+    tensors["d2t"] = columns - torch.arange(len(columns), device="cpu")
+    own = tensors.get("lm_head.weight")
+    if own is not None and own.ndim and len(own) > int(columns[-1]):
+        tensors["lm_head.weight"] = own[columns]
 
 
 def _is_eagle(source: WeightFiles) -> bool:
@@ -242,7 +313,7 @@ def named_tensors(checkpoint: EagleCheckpoint) -> dict[str, Tensor]:
         if config.kind == "eagle3":
             key = key.replace("layers.0.", "midlayer.")
         named[key] = tensor
-    if config.kind == "eagle3" and config.has_own_lm_head:
+    if config.has_draft_vocab or (config.kind == "eagle3" and config.has_own_lm_head):
         columns = checkpoint.tensors.get("draft_columns")
         named |= draft_lists(columns, vocab_size=config.vocab_size)
     return named

@@ -34,7 +34,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
             *("num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size"),
             *("hidden_size", "intermediate_size", "num_hidden_layers", "draft_vocab_size"),
             *("target_hidden_size", "num_aux_hidden_states", "max_position_embeddings"),
-            *("max_sequence_length", "sliding_window"),
+            *("max_sequence_length", "sliding_window", "hot_vocab_size"),
         ),
         (int,),
     ),

@@ -2,110 +2,39 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from typing_extensions import override
 
-from speclm.cards import HeadsCard
 from speclm.drafting.base_parts import BaseParts
-from speclm.drafting.formats import NUM_PROBED, CheckpointFormat, Engine, random_inputs
-from speclm.drafting.heads_folder import WEIGHTS_NAME, hub_id
+from speclm.drafting.formats import Engine
+from speclm.drafting.heads_folder import hub_id
 from speclm.drafting.package import Package
 from speclm.files.weights import WeightFiles
 from speclm.methods.eagle.checkpoint import (
     EagleCheckpoint,
     named_tensors,
     pack_eagle,
-    read_eagle,
 )
-from speclm.methods.eagle.checkpoint_config import describe
-from speclm.methods.eagle.checkpoint_limits import LIMITS, Fitted, fit, without_copies
-from speclm.methods.eagle.network import build_eagle
+from speclm.methods.eagle.checkpoint_limits import LIMITS, fit, without_copies
+from speclm.methods.eagle.checkpoint_writing import (
+    EagleFormat,
+    described_for,
+    in_layers,
+    listed,
+    package_of,
+    sglang_engine,
+    with_token_map,
+)
 
 _NUM_DRAFT_TOKENS = 3  # that engines recommend
 _VLLM = """\
 vllm serve $base --speculative-config '{"method": "METHOD", "model": "$heads_in_json", \
 "num_speculative_tokens": 3}'"""
-_SGLANG = """\
-python -m sglang.launch_server --model-path $base --speculative-algorithm METHOD \
---speculative-draft-model-path $heads --speculative-num-steps 3 --speculative-eagle-topk 1 \
---speculative-num-draft-tokens 4"""
 _OF_VLLM = {
     *("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "Eagle3Qwen3ForCausalLM"),
     "LlamaForCausalLM",
 }
-
-
-class _EagleFormat(CheckpointFormat[EagleCheckpoint]):
-    """What the formats of EAGLE heads share."""
-
-    @override
-    def read(self, folder: Path) -> EagleCheckpoint:
-        return read_eagle(folder)
-
-    @override
-    def pack(self, checkpoint: EagleCheckpoint, base: BaseParts | None) -> Package:
-        fitted = fit(checkpoint, base, self.name)
-        heads = fitted.checkpoint
-        tensors = _listed(heads) if self.name == "vllm" else named_tensors(heads)
-        return _package(fitted, _describe(self.name, heads), tensors)
-
-    @override
-    def logits(
-        self, checkpoint: EagleCheckpoint, *, embeddings: Tensor | None, lm_weight: Tensor | None
-    ) -> Tensor:
-        heads, config = build_eagle(checkpoint, dtype=torch.float32), checkpoint.config
-        is_eagle3 = config.kind == "eagle3"
-        width = config.target_hidden_size * config.num_features if is_eagle3 else config.hidden_size
-        matrix = (config.vocab_size, config.hidden_size)
-        features, table, output = random_inputs((1, NUM_PROBED, width), matrix, matrix)
-        table = table if embeddings is None else embeddings.float()
-        output = output if lm_weight is None else lm_weight.float()
-        positions = torch.arange(NUM_PROBED, device="cpu")[None]
-        with torch.no_grad():
-            embedded = heads.embed(positions % config.vocab_size, embedding=lambda ids: table[ids])
-            hidden = heads(heads.fuse(features), embedded, position_ids=positions)
-            return heads.logits(hidden, lm_head=lambda states: states @ output.T)
-
-    @override
-    def card(self, checkpoint: EagleCheckpoint) -> HeadsCard:
-        from speclm.methods.eagle.method import eagle_card
-
-        return eagle_card(checkpoint)
-
-
-def _package(fitted: Fitted, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Package:
-    layers = fitted.checkpoint.config.feature_layers
-    facts = {} if layers is None else {"feature_layers": list(layers)}
-    return Package(config, {WEIGHTS_NAME: tensors}, notes=fitted.notes, facts=facts)
-
-
-def _describe(name: str, checkpoint: EagleCheckpoint) -> dict[str, Any]:
-    """Return the usual config, with the hidden states counted as the software counts them."""
-    config = checkpoint.config
-    if config.feature_layers is not None:
-        first = LIMITS[name][config.kind].ids_from
-        config = replace(config, feature_layers=tuple(i + first for i in config.feature_layers))
-    base = checkpoint.base_name_or_path
-    return describe(config, dtype=checkpoint.dtype, base_name_or_path=base, choices=None)
-
-
-def _in_layers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors with the first layer named as the others are."""
-    return {key.replace("midlayer.", "layers.0."): tensor for key, tensor in tensors.items()}
-
-
-def _listed(checkpoint: EagleCheckpoint) -> dict[str, Tensor]:
-    """Return named tensors, with lists of tokens only where these are a part of the vocabulary.
-
-    vLLM refuses lists of the whole vocabulary.
-    """
-    named = named_tensors(checkpoint)
-    lists = () if checkpoint.config.has_draft_vocab else ("d2t", "t2d")
-    return {key: tensor for key, tensor in named.items() if key not in lists}
 
 
 def _is_wrapped(config: Mapping[str, Any]) -> bool:
@@ -126,7 +55,7 @@ def _has(source: WeightFiles, *keys: str) -> bool:
     return source.files.keys() >= {*keys}
 
 
-class _Own(_EagleFormat):
+class _Own(EagleFormat):
     name = "speclm"
     title = "speclm: SafeAILab's names, and the tree in config.json"
 
@@ -145,7 +74,7 @@ class _Own(_EagleFormat):
         return (Engine("speclm", "all", "speclm chat --base $base --heads $heads"),)
 
 
-class _SafeAILab(_EagleFormat):
+class _SafeAILab(EagleFormat):
     name = "eagle"
     title = "SafeAILab's EAGLE"
 
@@ -154,7 +83,8 @@ class _SafeAILab(_EagleFormat):
         if _is_eagle3(source):
             return _has(source, "midlayer.hidden_norm.weight", "lm_head.weight", "d2t", "t2d")
         is_whole = _has(source, "fc.weight", "layers.0.self_attn.q_proj.weight")
-        return is_whole and not _has(source, "lm_head.weight") and not _is_wrapped(config)
+        has_more = {"lm_head.weight", "d2t"} & source.files.keys()
+        return is_whole and not has_more and not _is_wrapped(config)
 
     @override
     def engines(self, checkpoint: EagleCheckpoint) -> tuple[Engine, ...]:
@@ -162,7 +92,7 @@ class _SafeAILab(_EagleFormat):
         return (Engine("SafeAILab/EAGLE", "its code of March 2025 and later", note=note),)
 
 
-class _Vllm(_EagleFormat):
+class _Vllm(EagleFormat):
     name = "vllm"
     title = "vLLM"
 
@@ -174,7 +104,7 @@ class _Vllm(_EagleFormat):
             drafted, vocab = config.get("draft_vocab_size"), config.get("vocab_size")
             lists_all = _has(source, "d2t") and drafted in (None, vocab)
             return _architecture(config) in _OF_VLLM and not lists_all
-        return not {"lm_head.weight", "fc.bias"} & source.files.keys()
+        return not {"lm_head.weight", "fc.bias", "d2t"} & source.files.keys()
 
     @override
     def engines(self, checkpoint: EagleCheckpoint) -> tuple[Engine, ...]:
@@ -183,11 +113,11 @@ class _Vllm(_EagleFormat):
         found = [Engine("vLLM", versions, _VLLM.replace("METHOD", kind))]
         is_shared = kind == "eagle3" and LIMITS["sglang"][kind].hold(checkpoint.config)
         if is_shared and checkpoint.config.feature_layers is None:
-            found.append(_sglang_engine(kind))
+            found.append(sglang_engine(checkpoint))
         return tuple(found)
 
 
-class _VllmLegacy(_EagleFormat):
+class _VllmLegacy(EagleFormat):
     name = "vllm-legacy"
     title = "vLLM before 0.7, and the Ascend packages that are based on it"
 
@@ -198,10 +128,10 @@ class _VllmLegacy(_EagleFormat):
     @override
     def pack(self, checkpoint: EagleCheckpoint, base: BaseParts | None) -> Package:
         fitted = fit(checkpoint, base, self.name)
-        inner = _describe(self.name, fitted.checkpoint)
+        inner = described_for(self.name, fitted.checkpoint)
         wrapper = {"architectures": ["EAGLEModel"], "model_type": "eagle", "model": inner}
         described = {**wrapper, "eagle_fc_bias": fitted.checkpoint.config.fc_bias}
-        return _package(fitted, described, named_tensors(fitted.checkpoint))
+        return package_of(fitted, described, named_tensors(fitted.checkpoint))
 
     @override
     def engines(self, checkpoint: EagleCheckpoint) -> tuple[Engine, ...]:
@@ -209,21 +139,21 @@ class _VllmLegacy(_EagleFormat):
         return (Engine("vLLM", "0.6", command),)
 
 
-class _Sglang(_EagleFormat):
+class _Sglang(EagleFormat):
     name = "sglang"
     title = "SGLang"
 
     @override
     def detect(self, source: WeightFiles, config: Mapping[str, Any]) -> bool:
         if not _is_eagle3(source):
-            return _architecture(config) == "LlamaForCausalLMEagle"
+            return _architecture(config) == "LlamaForCausalLMEagle" and not _has(source, "d2t")
         return _architecture(config) == "LlamaForCausalLMEagle3" and "draft_vocab_size" in config
 
     @override
     def pack(self, checkpoint: EagleCheckpoint, base: BaseParts | None) -> Package:
         fitted = fit(checkpoint, base, self.name)
         heads, notes = fitted.checkpoint, fitted.notes
-        described = _describe(self.name, heads)
+        described = described_for(self.name, heads)
         if heads.config.kind == "eagle":
             # SGLang takes `bias` for that of attention, and always has one after the joined inputs.
             described["architectures"] = ["LlamaForCausalLMEagle"]
@@ -234,21 +164,17 @@ class _Sglang(_EagleFormat):
                 config = replace(heads.config, fc_bias=True)
                 heads = EagleCheckpoint(config, tensors, heads.base_name_or_path)
                 notes = (*notes, "A zero bias after the joined inputs was added.")
-        return _package(Fitted(heads, notes), described, _listed(heads))
+        package = package_of(
+            replace(fitted, checkpoint=heads, notes=notes), described, listed(heads)
+        )
+        return package if heads.config.kind == "eagle3" else with_token_map(package, heads)
 
     @override
     def engines(self, checkpoint: EagleCheckpoint) -> tuple[Engine, ...]:
-        return (_sglang_engine(checkpoint.config.kind),)
+        return (sglang_engine(checkpoint),)
 
 
-def _sglang_engine(kind: str) -> Engine:
-    method = "EAGLE3" if kind == "eagle3" else "EAGLE"
-    return Engine(
-        "SGLang", "0.5.23, the newest that was checked", _SGLANG.replace("METHOD", method)
-    )
-
-
-class _SpecForge(_EagleFormat):
+class _SpecForge(EagleFormat):
     name = "specforge"
     title = "SpecForge"
 
@@ -261,10 +187,10 @@ class _SpecForge(_EagleFormat):
     @override
     def engines(self, checkpoint: EagleCheckpoint) -> tuple[Engine, ...]:
         note = "It trains them on from there."
-        return (Engine("SpecForge", "0.2.0", note=note), _sglang_engine("eagle3"))
+        return (Engine("SpecForge", "0.2.0", note=note), sglang_engine(checkpoint))
 
 
-class _Speculators(_EagleFormat):
+class _Speculators(EagleFormat):
     name = "speculators"
     title = "vLLM's speculators"
 
@@ -276,7 +202,7 @@ class _Speculators(_EagleFormat):
     def pack(self, checkpoint: EagleCheckpoint, base: BaseParts | None) -> Package:
         fitted = fit(checkpoint, base, self.name)
         heads = fitted.checkpoint
-        config, layer = heads.config, _describe(self.name, heads)
+        config, layer = heads.config, described_for(self.name, heads)
         nested = {key: value for key, value in layer.items() if key not in _NOT_OF_LAYERS}
         method = {"proposal_type": "greedy", "speculative_tokens": _NUM_DRAFT_TOKENS}
         verifier = {
@@ -307,7 +233,7 @@ class _Speculators(_EagleFormat):
             described["target_hidden_size"] = config.target_hidden_size
         if config.feature_layers is not None:
             described["eagle_aux_hidden_state_layer_ids"] = list(config.feature_layers)
-        return _package(fitted, described, _in_layers(_listed(heads)))
+        return package_of(fitted, described, in_layers(listed(heads)))
 
     @override
     def engines(self, checkpoint: EagleCheckpoint) -> tuple[Engine, ...]:
@@ -327,7 +253,7 @@ _NOT_OF_LAYERS = {
 }
 
 
-class _ModelOpt(_EagleFormat):
+class _ModelOpt(EagleFormat):
     name = "modelopt"
     title = "NVIDIA ModelOpt"
 
@@ -341,7 +267,7 @@ class _ModelOpt(_EagleFormat):
     def pack(self, checkpoint: EagleCheckpoint, base: BaseParts | None) -> Package:
         fitted = fit(checkpoint, base, self.name)
         heads = fitted.checkpoint
-        described = _describe(self.name, heads)
+        described = described_for(self.name, heads)
         ids = described.get("eagle_config", {}).get("eagle_aux_hidden_state_layer_ids")
         eagle = {"use_aux_hidden_state": True, "use_input_layernorm_in_first_layer": True}
         eagle |= {"use_last_layernorm": True, "use_mtp_layernorm": False}
@@ -350,8 +276,8 @@ class _ModelOpt(_EagleFormat):
             described["eagle_config"]["eagle_aux_hidden_state_layer_ids"] = ids
         dropped = ("base_model_name_or_path", "num_aux_hidden_states")
         described = {key: value for key, value in described.items() if key not in dropped}
-        tensors = _in_layers(_listed(heads))
-        return _package(fitted, described, {k: v for k, v in tensors.items() if k != "t2d"})
+        tensors = in_layers(listed(heads))
+        return package_of(fitted, described, {k: v for k, v in tensors.items() if k != "t2d"})
 
     @override
     def engines(self, checkpoint: EagleCheckpoint) -> tuple[Engine, ...]:
@@ -362,7 +288,7 @@ class _ModelOpt(_EagleFormat):
         return (Engine("TensorRT-LLM", "with its PyTorch backend", note=note),)
 
 
-class _RtpLlm(_EagleFormat):
+class _RtpLlm(EagleFormat):
     name = "rtp-llm"
     title = "RTP-LLM, for bases of Qwen3-MoE; experimental"
 
@@ -373,16 +299,16 @@ class _RtpLlm(_EagleFormat):
     @override
     def pack(self, checkpoint: EagleCheckpoint, base: BaseParts | None) -> Package:
         fitted = fit(checkpoint, base, self.name)
-        described = _describe(self.name, fitted.checkpoint)
+        described = described_for(self.name, fitted.checkpoint)
         described |= {"architectures": ["Qwen3MoeForCausalLMEagle"], "model_type": "qwen3_moe"}
         del described["draft_vocab_size"]
-        named = _in_layers(named_tensors(fitted.checkpoint))
+        named = in_layers(named_tensors(fitted.checkpoint))
         tensors = {
             key if key in ("fc.weight", "lm_head.weight") else f"model.{key}": tensor
             for key, tensor in named.items()
             if key not in ("d2t", "t2d")
         }
-        return _package(fitted, described, tensors)
+        return package_of(fitted, described, tensors)
 
     @override
     def engines(self, checkpoint: EagleCheckpoint) -> tuple[Engine, ...]:
@@ -393,7 +319,7 @@ class _RtpLlm(_EagleFormat):
         return (Engine("RTP-LLM", "its code of August 2026; not run by us", note=note),)
 
 
-EAGLE_FORMATS: tuple[_EagleFormat, ...] = (
+EAGLE_FORMATS: tuple[EagleFormat, ...] = (
     *(_Own(), _SafeAILab(), _Vllm(), _VllmLegacy(), _Sglang(), _SpecForge(), _Speculators()),
     *(_ModelOpt(), _RtpLlm()),
 )

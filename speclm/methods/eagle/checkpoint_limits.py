@@ -77,7 +77,7 @@ _LISTED = "lm_head draft_vocab feature_layers num_features"
 
 LIMITS: dict[str, dict[str, Limits]] = {
     "speclm": {
-        "eagle": Limits.of(f"{_ANY} lm_head"),
+        "eagle": Limits.of(f"{_ANY} lm_head draft_vocab"),
         "eagle3": Limits.of(f"{_ANY} {_NORMS} {_LISTED} width"),
     },
     "eagle": {
@@ -94,7 +94,7 @@ LIMITS: dict[str, dict[str, Limits]] = {
         "eagle": Limits.of("fc_bias embeddings lm_head", needs="embeddings lm_head"),
     },
     "sglang": {
-        "eagle": Limits.of("fc_bias attention_bias layers"),
+        "eagle": Limits.of("fc_bias attention_bias layers draft_vocab"),
         "eagle3": Limits.of(f"fc_norm norm_before_fc norm_output {_LISTED}", ids_from=-1),
     },
     "specforge": {
@@ -186,11 +186,15 @@ def without_copies(checkpoint: EagleCheckpoint, base: BaseParts) -> EagleCheckpo
 
     An output matrix is no copy if the base adds a bias after its own.
     """
-    config = checkpoint.config
-    is_whole = config.has_own_lm_head and not config.has_draft_vocab
+    config, matrix = checkpoint.config, None
+    may_share = config.kind == "eagle" or not config.has_draft_vocab
+    if config.has_own_lm_head and may_share and not base.has_output_bias():
+        matrix = base.output_matrix()
+        if config.has_draft_vocab:
+            columns = checkpoint.tensors["draft_columns"]
+            matrix = matrix[columns] if len(matrix) == config.vocab_size else None
     return checkpoint.share(
-        embeddings=base.embeddings() if config.has_own_embeddings else None,
-        lm_weight=base.output_matrix() if is_whole and not base.has_output_bias() else None,
+        embeddings=base.embeddings() if config.has_own_embeddings else None, lm_weight=matrix
     )
 
 

@@ -43,7 +43,8 @@ class EagleConfig:
         num_key_value_heads: Key and value heads; divides the query heads.
         head_dim: Width of each head.
         vocab_size: Width of the target's logits.
-        draft_vocab_size: Width of the heads' logits.
+        draft_vocab_size: Width of the heads' logits; EAGLE-1 heads without an output matrix draft
+            some of the tokens of the target's.
         target_hidden_size: Width of the target's hidden states.
         num_layers: Decoder layers of the heads.
         num_features: Hidden states of the target that are read for each token, concatenated.
@@ -251,13 +252,9 @@ def _require_outputs(config: EagleConfig) -> None:
             f"draft_vocab_size is {config.draft_vocab_size}, expected at most "
             f"{config.vocab_size}, the target's vocabulary; lower it"
         )
-    if config.kind == "eagle" and config.has_draft_vocab:
-        raise OptionError(
-            f"draft_vocab_size is {config.draft_vocab_size}, expected {config.vocab_size}: heads "
-            "of eagle have the target's vocabulary; leave it out, or use eagle3"
-        )
     has_other_width = config.target_hidden_size != config.hidden_size
-    if not config.has_own_lm_head and (config.has_draft_vocab or has_other_width):
+    has_other_output = has_other_width or (config.has_draft_vocab and config.kind == "eagle3")
+    if not config.has_own_lm_head and has_other_output:
         raise OptionError(
             "has_own_lm_head is off, expected on where the draft vocabulary or the width differ "
             "from the target's, whose output matrix cannot serve; switch it on"

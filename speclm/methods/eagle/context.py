@@ -213,8 +213,8 @@ class EagleContext:
         own = self._heads.lm_head is not None
         weight = None if own else product_weight(self._view.model)
         if weight is None:
-            return self._view.head_logits
-        transposed = weight.t()
+            return self._heads.among_drafted(self._view.head_logits)
+        transposed = self._heads.drafted_rows(weight).t()
         return lambda hidden: hidden.to(transposed.dtype) @ transposed
 
     def _read_prompt(self, prompt: Prefill) -> TreeCache:

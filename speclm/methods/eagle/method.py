@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from speclm.methods.eagle.network import EagleHeads
     from speclm.training.heads_trainer import HeadsTrainer
 
+TOKEN_MAPS = "freq_*.pt"
+"""Pattern of FR-Spec's token maps: ids of the tokens that EAGLE-1 heads draft, for SGLang."""
+
 MAX_DRAFT_VOCAB_SIZE = 32_000
 """Maximum default size of the draft vocabulary of new heads; that of the authors' heads."""
 
@@ -46,6 +49,11 @@ _SOFTWARE = {
     "eagle": """\
 The files are `model.safetensors` and `config.json`, in the layout of SafeAILab's EAGLE-1 and 2.
 vLLM reads it too, but ignores a bias after the joined inputs.
+""",
+    "reduced": """\
+The files are `model.safetensors` and `config.json`, in the layout of SafeAILab's EAGLE-1 and 2 with
+the tokens that are drafted as `d2t`, which only speclm reads. For SGLang, `speclm convert` writes
+them as a token map.
 """,
     "eagle3": """\
 The files are `model.safetensors` and `config.json`, in the layout of SafeAILab's and SpecForge's
@@ -176,6 +184,7 @@ class EagleMethod(Method):
     summary = "a small decoder on the target's hidden states: EAGLE-1, EAGLE-2, EAGLE-3"
     aliases = ("eagle2", "eagle3")
     stores_trees = True
+    extras = (TOKEN_MAPS,)
     recipes = (
         EagleRecipe(
             "eagle",
@@ -219,11 +228,18 @@ class EagleMethod(Method):
         from speclm.methods.eagle.proposer import EagleProposer, EagleProposerConfig
         from speclm.target import TargetView, stored_matrices
 
-        known = {"dtype", "tree", *(option.name for option in fields(EagleProposerConfig))}
+        known = {
+            "dtype",
+            "tree",
+            "token_map",
+            *(option.name for option in fields(EagleProposerConfig)),
+        }
         require_options(source.options, known, owner="EAGLE heads")
         assert source.folder is not None
-        checkpoint = read_eagle(source.folder).share(**stored_matrices(target))
-        options = {"tree": checkpoint.choices, **source.options}
+        options = dict(source.options)
+        checkpoint = read_eagle(source.folder, token_map=options.pop("token_map", "auto"))
+        checkpoint = checkpoint.share(**stored_matrices(target))
+        options = {"tree": checkpoint.choices, **options}
         dtype = floating_dtype(options.pop("dtype", target.dtype))
         heads = build_eagle(checkpoint, dtype=dtype, device=TargetView(target).device)
         heads = heads.eval().requires_grad_(requires_grad=False)
@@ -277,6 +293,10 @@ class EagleMethod(Method):
         return EAGLE_FORMATS
 
     @override
+    def companions(self, folder: Path) -> list[Path]:
+        return sorted(folder.glob(TOKEN_MAPS))
+
+    @override
     def card(self, folder: Path) -> HeadsCard:
         from speclm.methods.eagle.checkpoint import read_eagle
 
@@ -298,6 +318,7 @@ def eagle_card(
     """
     config, choices = checkpoint.config, checkpoint.choices
     is_eagle3 = config.kind == "eagle3"
+    is_reduced = config.has_draft_vocab and not is_eagle3
     read = config.feature_layers
     if is_eagle3 and num_target_layers is not None:
         read = config.layers_to_read(num_target_layers)
@@ -319,7 +340,7 @@ def eagle_card(
             "tokens drafted": drafted if config.has_draft_vocab else "all",
             "output matrix": "their own" if config.has_own_lm_head else "the base model's",
         },
-        software=_SOFTWARE[config.kind],
+        software=_SOFTWARE["reduced" if is_reduced else config.kind],
         num_parameters=sum(tensor.numel() for tensor in tensors if tensor.is_floating_point()),
         dtype=str(checkpoint.dtype).removeprefix("torch."),
         num_nodes=None if choices is None else len(choices),

@@ -32,6 +32,7 @@ class EagleHeads(HeadsNetwork):
     """
 
     config: EagleConfig
+    _rows: tuple[tuple[int, int, int], Tensor] | None = None
 
     @override
     def _add_parts(self) -> None:
@@ -142,14 +143,38 @@ class EagleHeads(HeadsNetwork):
 
         Args:
             hidden: Result of `forward`.
-            lm_head: The target's map from hidden states to logits; called if the heads have no
-                output matrix of their own.
+            lm_head: The target's map from hidden states to the logits of the tokens that are
+                drafted, see `among_drafted`; called if the heads have no output matrix of their
+                own.
         """
         if self.norm is not None and not self.config.norm_output:
             hidden = self.norm(hidden)
         logits = self._head_logits(hidden, lm_head)
         scale = self.config.logit_scale
         return logits if scale == 1 else logits * scale
+
+    def among_drafted(self, lm_head: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """Return the target's map from hidden states to logits for the draft vocabulary only."""
+        columns = self.draft_columns
+        if columns is None or self.lm_head is not None:
+            return lm_head
+        return lambda hidden: lm_head(hidden).index_select(-1, columns)
+
+    def drafted_rows(
+        self, weight: Float[Tensor, "vocab hidden"]
+    ) -> Float[Tensor, "draft_vocab hidden"]:
+        """Return the rows of the target's output matrix for the draft vocabulary.
+
+        They are copied once for a matrix, and again after it has changed.
+        """
+        columns = self.draft_columns
+        if columns is None:
+            return weight
+        version = 0 if weight.is_inference() else weight._version
+        state = weight.data_ptr(), version, columns.data_ptr()
+        if self._rows is None or self._rows[0] != state:
+            self._rows = state, weight.index_select(0, columns.to(weight.device))
+        return self._rows[1]
 
 
 class LevelRun:

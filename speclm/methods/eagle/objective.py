@@ -213,11 +213,13 @@ class EagleTrainingModel(TrainingModel):
         """Return the sum of a step's losses, their number, and the ranks of the base's tokens."""
         is_target = sources.targets[:, :, step] >= 0
         indices = goals.indices[:, :, step][is_target]
+        config = self.heads.config
+        width = config.draft_vocab_size if config.has_own_lm_head else config.vocab_size
         loss_sum, found = score_in_chunks(
             partial(self._score, goals, probs),
             hidden[is_target],
             indices,
-            logits_per_row=self.heads.config.draft_vocab_size * self.objective.num_steps,
+            logits_per_row=width * self.objective.num_steps,
         )
         ranks = torch.full_like(sources.indices, -1)
         ranks[is_target] = found
@@ -231,7 +233,7 @@ class EagleTrainingModel(TrainingModel):
         indices: Int[Tensor, " rows"],
     ) -> tuple[Float[Tensor, ""], Int[Tensor, " rows"]]:
         objective = self.objective
-        logits = self.heads.logits(hidden, lm_head=self.lm_head)
+        logits = self.heads.logits(hidden, lm_head=self.heads.among_drafted(self.lm_head))
         losses = objective.distribution_weight * soft_cross_entropy(logits, probs[indices])
         if objective.feature_weight:
             wanted = goals.hidden[indices.to(goals.hidden.device)].to(hidden.device)

@@ -187,6 +187,8 @@ def _matrices(heads: EagleHeads, view: TargetView) -> tuple[Tensor, Tensor]:
     """Return embeddings and output matrix, the target's where the heads have none."""
     own, head = heads.embed_tokens, heads.lm_head
     weight = product_weight(view.model) if head is None else head.weight.detach()
+    if head is None and weight is not None:
+        weight = heads.drafted_rows(weight)
     embeddings = view.embedding_weight if own is None else own.weight
     return embeddings.detach(), heads.fc.weight[:0].detach() if weight is None else weight
 

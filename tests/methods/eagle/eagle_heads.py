@@ -68,4 +68,5 @@ def logits_along(
             position_ids=torch.tensor([[slots + step]]),
             past_key_values=cache,
         )
-    return heads.logits(hidden, lm_head=model.get_output_embeddings())[0, 0]
+    lm_head = heads.among_drafted(model.get_output_embeddings())
+    return heads.logits(hidden, lm_head=lm_head)[0, 0]

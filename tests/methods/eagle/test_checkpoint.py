@@ -255,3 +255,67 @@ def test_pickle_that_would_run_code_is_refused_and_runs_nothing(tmp_path):
     with pytest.raises(CheckpointError, match=r"pytorch_model.bin.*would run code.*safetensors"):
         read_eagle(tmp_path)
     assert not sign.exists()
+
+
+def with_map(folder, tokens, *, name="freq_5.pt", more=(), **config):
+    """Return a folder of EAGLE-1 heads with FR-Spec's token map."""
+    table = {**EAGLE1, **dict(more)}
+    save(folder, tensors(table), config={**EAGLE1_CONFIG, **config})
+    torch.save(tokens, folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("tokens", [DRAFTED[::-1], torch.tensor(DRAFTED, dtype=torch.int32)])
+def test_a_token_map_reduces_the_draft_vocabulary_of_eagle_1(tmp_path, tokens):
+    more = {"lm_head.weight": (V, H)}
+    read = read_eagle(with_map(tmp_path, tokens, more=more))
+    assert (read.config.kind, read.config.draft_vocab_size) == ("eagle", DRAFT)
+    assert read.tensors["draft_columns"].tolist() == DRAFTED
+    whole = read_eagle(tmp_path, token_map=None)
+    assert not whole.config.has_draft_vocab
+    matrix = whole.tensors["lm_head.weight"]
+    assert torch.equal(read.tensors["lm_head.weight"], matrix[DRAFTED])
+    states, heads = torch.randn(3, H), build_eagle(whole)
+    expected = heads.logits(states, lm_head=torch.nn.Identity())[:, DRAFTED]
+    assert torch.equal(build_eagle(read).logits(states, lm_head=torch.nn.Identity()), expected)
+    shared = read.share(lm_weight=matrix[DRAFTED])  # as with the base's own rows
+    found = build_eagle(shared)
+    logits = found.logits(states, lm_head=found.among_drafted(lambda rows: rows @ matrix.T))
+    assert torch.equal(logits, (states @ matrix.T)[:, DRAFTED])
+
+
+def test_one_of_several_token_maps_is_chosen_by_its_size_or_by_name(tmp_path):
+    folder = with_map(with_map(tmp_path, DRAFTED), [2, 1], name="freq_2.pt")
+    with pytest.raises(CheckpointError, match=r"found 2 token maps \['freq_2.pt', 'freq_5.pt'\]"):
+        read_eagle(folder)
+    assert read_eagle(folder, token_map="freq_2.pt").config.draft_vocab_size == 2
+    assert read_eagle(folder, token_map=folder / "freq_5.pt").config.draft_vocab_size == DRAFT
+    save(folder, tensors(EAGLE1), config={**EAGLE1_CONFIG, "hot_vocab_size": 2})
+    assert read_eagle(folder).tensors["draft_columns"].tolist() == [1, 2]
+    for file in folder.glob("*.pt"):
+        file.unlink()
+    with pytest.raises(CheckpointError, match=r"found 0 token maps .*hot_vocab_size 2"):
+        read_eagle(folder)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [
+        ([3, 7, 3], r"freq_5.pt: found token 3 twice"),
+        ([-1, 7], r"found token -1, expected ids"),
+        ([1, V], r"found token 20, expected ids up to 19.*belongs to another base"),
+        ([], "expected a pickled list of whole numbers"),
+        ([True, 2.5], "expected a pickled list of whole numbers"),
+        ([1 << 70], "freq_5.pt: cannot be read"),
+        (torch.ones(3), "found an empty Tensor or one of other things"),
+        (torch.tensor(1).expand(10**9), r"8000000000 bytes, expected at most"),
+        ({"ids": DRAFTED}, "found an empty dict or one of other things"),
+        (["code"], "damaged or would run code"),
+    ],
+)
+def test_token_maps_that_are_none_are_refused_and_run_nothing(tmp_path, tokens, words):
+    sign = tmp_path / "executed"
+    tokens = Evil(sign) if tokens == ["code"] else tokens
+    with pytest.raises(CheckpointError, match=words):
+        read_eagle(with_map(tmp_path, tokens))
+    assert not sign.exists()

@@ -181,6 +181,24 @@ def test_sglang_always_gets_a_bias_and_no_key_that_it_takes_for_that_of_attentio
     assert not {"bias", "qkv_bias"} & config.keys()
 
 
+def test_sglang_gets_the_tokens_that_eagle_1_drafts_as_a_token_map(tmp_path, base):
+    heads = checkpoint(kind="eagle", draft_vocab_size=5, has_own_lm_head=True)
+    rows = base.output_matrix()[DRAFTED]
+    heads = replace(heads, tensors={**heads.tensors, "lm_head.weight": rows})
+    done = write(tmp_path / "my heads", heads, "sglang", base)
+    assert parts(tmp_path / "my heads")[1] == OF_1 | {"fc.bias": (8,)}
+    tokens = torch.load(tmp_path / "my heads/freq_5.pt", weights_only=True)  # as SGLang does
+    assert tokens == DRAFTED
+    command = done.engines[0].command_for(base="org/base", heads=str(tmp_path / "my heads"))
+    assert f" --speculative-token-map '{tmp_path}/my heads'/freq_5.pt" in command
+    assert "--speculative-token-map path/to/this/folder/freq_5.pt" in (
+        tmp_path / "my heads/README.md"
+    ).read_text(encoding="utf-8")
+    assert read_eagle(tmp_path / "my heads").config.draft_vocab_size == 5
+    with pytest.raises(CheckpointError, match=r"a part of the vocabulary.*'sglang'"):
+        write(tmp_path / "other", heads, "vllm", base)
+
+
 def test_sglang_can_tell_heads_that_share_the_output_matrix(tmp_path):
     write(tmp_path / "out", checkpoint(draft_vocab_size=V, has_own_lm_head=False), "sglang")
     assert parts(tmp_path / "out")[2]["draft_vocab_size"] is None
@@ -245,6 +263,7 @@ def numbers(draw):
         change["feature_layers"] = draw(st.sampled_from([None, (1, 4, 8)]))
     else:
         change["fc_bias"] = draw(st.booleans())
+        change["draft_vocab_size"] = draw(st.sampled_from([V, len(DRAFTED)]))
     return {"kind": kind, "dtype": draw(st.sampled_from([torch.float32, torch.bfloat16])), **change}
 
 

@@ -48,7 +48,6 @@ EAGLE3 = {"kind": "eagle3", "num_features": 3, "has_own_lm_head": True}
         ({"feature_layers": (1,)}, r"feature_layers is set, expected that of eagle3"),
         ({"target_hidden_size": 6}, r"target_hidden_size is 6, expected 8.*use eagle3"),
         ({"draft_vocab_size": 21}, r"draft_vocab_size is 21, expected at most 20"),
-        ({"draft_vocab_size": 5}, r"draft_vocab_size is 5, expected 20.*or use eagle3"),
         ({**EAGLE3, "fc_norm": True, "norm_before_fc": True}, r"both set, expected one"),
         ({**EAGLE3, "num_features": 2}, r"usual feature_layers are 3; name the"),
         ({**EAGLE3, "feature_layers": (1, 2)}, r"\(1, 2\), expected 3 different"),

@@ -97,6 +97,19 @@ def test_loss_and_gradients_are_those_of_loops(kind, options):
         assert bool((output["ranks"][row, len(expected) :] == -1).all())
 
 
+def test_heads_of_eagle_that_share_rows_of_the_output_matrix_learn_as_with_copies():
+    model = build("eagle", draft_vocab_size=12, num_steps=2, num_measured=2)
+    base, shared = model.view.model, model.heads
+    copies = EagleHeads(replace(shared.config, has_own_lm_head=True))
+    rows = base.get_output_embeddings().weight.detach()[shared.draft_columns]
+    copies.load_state_dict({**shared.state_dict(), "lm_head.weight": rows})
+    other = EagleTrainingModel(base, copies, objective=model.objective)
+    found, expected = model(**batch_of()), other(**batch_of())
+    torch.testing.assert_close(found["loss_sums"], expected["loss_sums"])
+    assert torch.equal(found["ranks"], expected["ranks"])
+    assert bool((found["ranks"] > 0).any())
+
+
 def test_heads_of_eagle3_learn_no_features():
     with pytest.raises(OptionError, match=r"feature_weight is 1\.0, expected 0"):
         build("eagle3", feature_weight=1.0)

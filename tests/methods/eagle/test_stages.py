@@ -29,6 +29,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 HEADS: dict[str, dict[str, Any]] = {
     "eagle": {},
+    "eagle part": {"draft_vocab_size": 40},
     "eagle3": {"draft_vocab_size": 40},
     "eagle3 window": {"sliding_window": 6},
 }

@@ -29,6 +29,7 @@ FULL = {"min_probability": 0.0, "min_confidence": 0.0}
 STATIC = ((0,), (2,), (0, 1), (2, 0), (2, 3), (2, 0, 0))
 HEADS: dict[str, dict[str, Any]] = {
     "eagle": {},
+    "eagle part": {"draft_vocab_size": 40},
     "eagle3": {"draft_vocab_size": 40},
     "eagle3 window": {"sliding_window": 6},
 }
