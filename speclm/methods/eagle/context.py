@@ -1,8 +1,6 @@
 """The outputs of EAGLE heads at committed positions, from which drafts start."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from speclm.acceptance import Accepted
 from speclm.attention import TreeStep
 from speclm.cache.tree_cache import TreeCache
 from speclm.devices import is_host, upload
+from speclm.drafting.committed import Committed, CommittedRounds
 from speclm.drafting.decoder_parts import CausalMasks
 from speclm.drafting.interface import Prefill
 from speclm.engines import Engine
@@ -33,30 +32,6 @@ COUNTS = (2, 4, 8, 16)
 """Numbers of new positions that a stage is prepared for; more are read eagerly."""
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Round:
-    """What a round committed.
-
-    Args:
-        emitted: Tokens of each row.
-        tokens: The same, padded with -1 to any width, if the device has them.
-        features: The target's features that each token was chosen from.
-    """
-
-    emitted: list[list[int]]
-    tokens: Int[Tensor, "batch path"] | None
-    features: Float[Tensor, "batch path features"]
-
-    def sent(self) -> Int[Tensor, "batch path"]:
-        """Return `tokens`, padded with anything valid."""
-        width = max(map(len, self.emitted))
-        if self.tokens is None:
-            padded = [row + [0] * (width - len(row)) for row in self.emitted]
-            return upload(padded, self.features.device)
-        tokens = self.tokens if self.tokens.shape[1] == width else self.tokens[:, :width]
-        return tokens if min(map(len, self.emitted)) == width else tokens.clamp(min=0)
-
-
 class EagleContext:
     """Keeps the heads' keys, values and last outputs at the committed tokens.
 
@@ -68,7 +43,7 @@ class EagleContext:
         self._heads, self._view = heads, view
         self._causal = CausalMasks()
         self._prompt: Prefill | None = None  # until it is read
-        self._rounds: list[_Round] = []  # since the last draft
+        self._rounds = CommittedRounds()  # since the last draft
         self._kept: EagleStages | None = None  # for the next call with its engine
         self._stages: EagleStages | None = None
         self._at_roots: Outputs = ()  # what a stage has computed of their children
@@ -79,17 +54,14 @@ class EagleContext:
     def begin(self, prompt: Prefill) -> None:
         """Start a generation; its prompt is read by the first draft."""
         self._prompt, self.cache, self.hidden = prompt, None, None
-        self._rounds, self._at_roots = [], ()
+        self._rounds, self._at_roots = CommittedRounds(), ()
         self._stages = self._staged(prompt.engine)
 
     def commit(self, accepted: Accepted) -> None:
         """Drop the nodes of the draft, and keep what was committed for the next one."""
         if self.cache is not None:
             self.cache.keep([[] for _ in accepted.emitted])
-        assert accepted.features is not None
-        if any(accepted.emitted):
-            tokens = None if accepted.sent_path is None else accepted.tokens
-            self._rounds.append(_Round(accepted.emitted, tokens, accepted.features))
+        self._rounds.add(accepted)
 
     def catch_up(self, *, num_ranks: int | None = None) -> None:
         """Run the heads over the features of what was committed since the last draft.
@@ -100,14 +72,12 @@ class EagleContext:
         if self.cache is None:
             assert self._prompt is not None, "propose before begin"
             self.cache, self._prompt = self._read_prompt(self._prompt), None
-        if not self._rounds:
+        new = self._rounds.take()
+        if new is None:
             return
-        rounds, self._rounds = self._rounds, []
-        counts = [sum(map(len, parts)) for parts in zip(*(r.emitted for r in rounds), strict=True)]
-        tokens, features = _joined(rounds, counts)
-        if not self._read_by_engine(tokens, features, counts, num_ranks):
-            self.hidden = self._read(tokens, features, counts)
-        self.cache.keep([range(count) for count in counts])
+        if not self._read_by_engine(new, num_ranks):
+            self.hidden = self._read(new)
+        self.cache.keep([range(count) for count in new.counts])
 
     def start(
         self, widths: list[int], *, width: int = 0, num_ranks: int | None = None
@@ -157,15 +127,10 @@ class EagleContext:
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_stages": None, "_kept": None}  # of another object
 
-    def _read_by_engine(
-        self,
-        tokens: Int[Tensor, "batch new"],
-        features: Float[Tensor, "batch new features"],
-        counts: list[int],
-        num_ranks: int | None,
-    ) -> bool:
+    def _read_by_engine(self, committed: Committed, num_ranks: int | None) -> bool:
         """Run the heads over new positions by a stage; return whether it could."""
         self._at_roots = ()
+        tokens, features, counts = committed.tokens, committed.features, committed.counts
         stages, cache, hidden = self._stages, self.cache, self.hidden
         bucket = next((size for size in COUNTS if size >= tokens.shape[1]), None)
         if stages is None or stages.obstacle is not None or bucket is None:
@@ -178,7 +143,7 @@ class EagleContext:
         stage, parts = stages.pair(num_ranks)[0], cache.parts()
         if ReadStage in stages.unproven:
             found = stages.tried(stage, inputs, parts)
-            self.hidden = self._read(tokens, features, counts)  # overwrites what was written
+            self.hidden = self._read(committed)  # overwrites what was written
             if found is not None:
                 stages.compare(stage, found[0], self.hidden)
             return True
@@ -189,17 +154,16 @@ class EagleContext:
         cache.append(tokens.shape[1])
         return True
 
-    def _read(
-        self,
-        tokens: Int[Tensor, "batch new"],
-        features: Float[Tensor, "batch new features"],
-        counts: list[int],
-    ) -> Float[Tensor, "batch hidden"]:
+    def _read(self, new: Committed) -> Float[Tensor, "batch hidden"]:
         """Run the heads over new positions; return the last output of each row."""
         assert self.cache is not None
-        if len(counts) == 1 and not self.cache.has_padding:
-            return self._read_row(tokens[0], features[0])
-        return self._read_rows(tokens, features, counts)
+        if len(new.counts) == 1 and not self.cache.has_padding:
+            return self._read_row(new.tokens[0], new.features[0])
+        num_new = new.tokens.shape[1]
+        visible = torch.ones(1, num_new, num_new, dtype=torch.bool, device=new.tokens.device)
+        return new.newest(
+            self._run(new.tokens, new.features, visible.tril_(), self.cache), self.hidden
+        )
 
     def _embedding(self) -> Callable[[Tensor], Tensor]:
         """Return the look-up in the target's embeddings, without finding them every time."""
@@ -260,26 +224,6 @@ class EagleContext:
         cache.append(num_new)
         return hidden[-1:]
 
-    def _read_rows(
-        self,
-        tokens: Int[Tensor, "batch new"],
-        features: Float[Tensor, "batch new features"],
-        counts: list[int],
-    ) -> Float[Tensor, "batch hidden"]:
-        """Run the heads over new positions; return the last output of each row."""
-        assert self.cache is not None
-        num_new = tokens.shape[1]
-        visible = torch.ones(1, num_new, num_new, dtype=torch.bool, device=tokens.device).tril()
-        hidden = self._run(tokens, features, visible, self.cache)
-        if min(counts) == num_new:
-            return hidden[:, -1]
-        sent = upload(counts, tokens.device)
-        last = (sent - 1).clamp_(min=0)[:, None, None]
-        newest = hidden.gather(1, last.expand(-1, -1, hidden.shape[2]))[:, 0]
-        if self.hidden is None or min(counts) > 0:
-            return newest
-        return torch.where((sent > 0)[:, None], newest, self.hidden)
-
     def _run(
         self,
         tokens: Int[Tensor, "batch nodes"],
@@ -302,33 +246,3 @@ class EagleContext:
         )
         cache.append(num_nodes)
         return output
-
-
-def _joined(
-    rounds: Sequence[_Round], counts: list[int]
-) -> tuple[Int[Tensor, "batch new"], Float[Tensor, "batch new features"]]:
-    """Return tokens and features of some rounds, row by row; short rows end in anything valid.
-
-    Args:
-        rounds: The rounds.
-        counts: Tokens of each row.
-    """
-    widths = [max(map(len, r.emitted)) for r in rounds]
-    tokens = [r.sent() for r in rounds]
-    features = [
-        r.features if r.features.shape[1] == width else r.features.narrow(1, 0, width)
-        for r, width in zip(rounds, widths, strict=True)
-    ]
-    if len(rounds) == 1:
-        return tokens[0], features[0]
-    all_tokens, all_features = torch.cat(tokens, dim=1), torch.cat(features, dim=1)
-    if len(counts) == 1:
-        return all_tokens, all_features
-    rows: list[list[int]] = [[] for _ in counts]
-    for r, first in zip(rounds, accumulate(widths, initial=0), strict=False):
-        for own, emitted in zip(rows, r.emitted, strict=True):
-            own.extend(range(first, first + len(emitted)))
-    longest = max(counts)
-    indices = upload([row + [0] * (longest - len(row)) for row in rows], all_tokens.device)
-    of_features = indices[:, :, None].expand(-1, -1, all_features.shape[2])
-    return all_tokens.gather(1, indices), all_features.gather(1, of_features)
