@@ -1,0 +1,398 @@
+"""The folder that the server of Transformers serves with drafts: written here, read by it."""
+
+import hashlib
+import json
+import logging
+import shlex
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+from huggingface_hub import metadata_load
+from transformers import PreTrainedModel
+from transformers.utils.import_utils import is_serve_available
+
+from speclm._version import __version__
+from speclm.cards import GENERATED_MARK
+from speclm.drafting.base_parts import BaseParts
+from speclm.drafting.heads_folder import CARD_NAME, CONFIG_NAME, hub_id
+from speclm.drafting.package import EXPORT_NAME, link_or_copy
+from speclm.errors import CheckpointError, OptionError, UnknownNameError, reason_of, shown
+from speclm.files.atomic import folder_written_whole, write_file, write_json
+from speclm.files.hub import HubOptions, download, path_exists
+from speclm.files.weights import read_json
+from speclm.methods.finding import find_heads
+from speclm.methods.registry import HeadsSource
+from speclm.model import SpecModel
+from speclm.model.call import Tree, normalize_tree
+from speclm.model.engines import normalize_engine
+from speclm.target.loading import hub_commit, load_causal_lm
+from speclm.tree.plan import TreePlan
+
+_log = logging.getLogger("speclm")
+
+HEADS_FOLDER = "heads"
+_FORMAT = "server"
+_SCRIPT = "custom_generate/generate.py"
+_CODE = '''\
+"""Read by `transformers serve --trust-remote-code`; written by speclm export-server."""
+
+from speclm.serving import ServedTokenizer, generate  # pip install speclm
+
+__all__ = ["ServedTokenizer", "generate"]
+'''
+# The server loads the processor first. One that needs trusted code ends a start without the option,
+# with which Transformers would serve the base without drafts and without a message.
+_PROCESSOR_NAME = "processor_config.json"
+_PROCESSOR = {"auto_map": {"AutoProcessor": "custom_generate/generate.ServedTokenizer"}}
+_OTHER_PROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json")
+_MARKED = 2**20  # bytes at both ends of a file that identify it
+_SETTINGS = ("heads", "heads_kwargs", "num_draft_tokens", "tree", "engine")
+
+_CARD = """\
+---
+{front}
+---
+
+{mark}
+
+# {base}, with drafts by speclm
+
+The files of {base} with what [speclm](https://github.com/speclm/speclm) drafts with: {method}. The
+OpenAI-compatible server of Transformers answers with the text of {base}, in fewer forwards.
+
+```bash
+pip install "speclm[serving]"
+transformers serve --trust-remote-code {folder}
+```
+
+```bash
+curl http://localhost:8000/v1/chat/completions -H "Content-Type: application/json" \\
+  -d '{{"messages": [{{"role": "user", "content": "Hello"}}]}}'
+```
+
+- `--trust-remote-code` lets the server import `{script}`, two lines that import speclm.
+- `--continuous-batching` and `--compile` decode by other means, and are refused.
+- `save_pretrained` of the loaded model writes neither the code nor the heads: export again.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class ServedFolder:
+    """What `export_server` wrote.
+
+    Args:
+        folder: The folder.
+        method: Name of the method that drafts.
+        verification: How drafts are verified; None if the models were not loaded.
+        notes: What the user should know before serving it.
+        num_bytes: Size of all files, of which weights may be links to those of the base.
+    """
+
+    folder: Path
+    method: str
+    verification: str | None
+    notes: tuple[str, ...]
+    num_bytes: int
+
+    @property
+    def command(self) -> str:
+        """The command that serves it on port 8000 of this machine."""
+        return f"transformers serve --trust-remote-code {shlex.quote(str(self.folder))}"
+
+
+def export_server(  # noqa: PLR0913 - its options are keywords
+    base: str | Path,
+    out: str | Path,
+    *,
+    heads: str | Path = "lookup",
+    revision: str | None = None,
+    heads_kwargs: Mapping[str, Any] | None = None,
+    num_draft_tokens: int | None = None,
+    tree: Tree | None = None,
+    engine: str = "auto",
+    check: bool = True,
+) -> ServedFolder:
+    """Write a folder that ``transformers serve --trust-remote-code`` serves with drafts.
+
+    It holds the base's files, those of the heads, and code that makes `generate` speculative when
+    the server loads the model. Weights are hard links where the file system has them.
+
+    Args:
+        base: Folder or hub id of the base.
+        out: New or empty folder, or one that was written by this function, which is replaced.
+        heads: Name of a method that needs no files, or folder or hub id of heads or a draft model.
+        revision: Branch, tag or commit of the base on the hub.
+        heads_kwargs: As for `SpecModel.from_pretrained`, as far as JSON can hold them.
+        num_draft_tokens: Maximum draft tokens per round; by default the proposer's own choice.
+        tree: As for `SpecModel.from_pretrained`.
+        engine: As for `SpecModel.from_pretrained`.
+        check: Whether to load base and heads once, on the CPU, and to check that they fit.
+
+    Raises:
+        UnknownNameError: If there is no such base, or there are no such heads.
+        OptionError: If heads or options cannot be stored in files.
+        CheckpointError: If files are missing or damaged, the folder holds something else, or heads
+            do not fit the base.
+        OSError: If the files cannot be written; nothing is changed then.
+
+    Example:
+        ```python
+        from speclm.demo.bundle import assets
+        from speclm.serving import export_server
+
+        done = export_server(assets()["base"], "served", heads=assets()["eagle3"])
+        print(done.command)
+        ```
+    """
+    folder = Path(out)
+    _require_free(folder)
+    parts = BaseParts.find(base, HubOptions(revision=revision))
+    _require_servable(parts)
+    source = find_heads(heads, heads_kwargs)
+    settings = {
+        **_heads_settings(source),
+        "num_draft_tokens": num_draft_tokens,
+        "tree": _stored_tree(tree),
+        "engine": normalize_engine(engine),
+    }
+    with folder_written_whole(folder) as aside:
+        weights = _copy_model(parts, aside)
+        if source.folder is not None:
+            _copy_heads(source, aside / HEADS_FOLDER)
+        write_json(aside / EXPORT_NAME, _record(parts, source, settings, weights))
+        notes = _write_code(parts, aside)
+        write_file(aside / CARD_NAME, _card(parts, source, folder))
+        model = _loaded(aside) if check else None
+    found = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    verification = None if model is None else model.self_check.verification.value
+    return ServedFolder(folder, source.method.name, verification, tuple(notes), sum(found))
+
+
+def load_served(base: PreTrainedModel) -> SpecModel:
+    """Return a base with the proposer that lies next to it, in the folder or repository it is from.
+
+    Raises:
+        CheckpointError: If it was loaded from elsewhere than an exported folder, or the settings or
+            heads are damaged.
+    """
+    name, commit = str(base.name_or_path), hub_commit(base)
+    hub = HubOptions(revision=None if path_exists(name) else commit)
+    folder = Path(name) if path_exists(name) else download(name, hub, (EXPORT_NAME,))
+    settings, weights = _read_record(folder)
+    if any(_mark(folder / file) != mark for file, mark in weights.items()):
+        _log.warning(
+            "%s: the weights are not those that the heads were exported with, so few drafts may be "
+            "accepted; export the folder again with speclm export-server",
+            folder,
+        )
+    if settings["heads"] is None:
+        settings |= {"heads": name, "heads_subfolder": HEADS_FOLDER, "heads_revision": hub.revision}
+    tree = settings["tree"]
+    settings["tree"] = TreePlan(**tree) if isinstance(tree, dict) else tree
+    return SpecModel.from_pretrained(base, **settings)
+
+
+def _require_free(folder: Path) -> None:
+    """Check that a folder is new, empty, or an export that can be replaced."""
+    if folder.exists() and not folder.is_dir():
+        raise CheckpointError(f"{folder}: found a file, expected a new folder; choose another")
+    path = folder / EXPORT_NAME
+    if path.is_file() and read_json(path).get("format") == _FORMAT:
+        return
+    names = sorted(each.name for each in folder.iterdir()) if folder.is_dir() else []
+    if names:
+        raise CheckpointError(
+            f"{folder}: found {names[:8]!r}, expected a new or empty folder, or one that speclm "
+            "export-server has written; choose another"
+        )
+
+
+def _require_servable(base: BaseParts) -> None:
+    """Check that the server knows the class of a model, and that the folder is no export itself."""
+    names = base.architectures
+    if not names or not hasattr(transformers, names[0]):
+        raise CheckpointError(
+            f"{base.name!r}: its config names the classes {names!r}, expected one of Transformers, "
+            "which its server loads; save the base with its save_pretrained, and name that folder"
+        )
+    if base.folder is not None and (base.folder / EXPORT_NAME).is_file():
+        raise OptionError(
+            f"base {base.name!r} has {EXPORT_NAME}, so it is an exported folder, expected the base "
+            "that it was made of; name that"
+        )
+
+
+def _heads_settings(source: HeadsSource) -> dict[str, Any]:
+    """Return which heads are loaded and with which options, as JSON holds them.
+
+    Raises:
+        OptionError: If the heads are an object, or an option is none of JSON's types.
+    """
+    if source.folder is None and not isinstance(source.given, str):
+        raise OptionError(
+            f"heads is a {type(source.given).__name__}, expected the name of a method, or the "
+            "folder or hub id of heads, which the server can load; save the heads first"
+        )
+    options = {
+        name: str(value.resolve()) if isinstance(value, Path) else value
+        for name, value in source.options.items()
+    }
+    try:
+        json.dumps(options)
+    except (TypeError, ValueError) as error:
+        raise OptionError(
+            f"heads_kwargs is {shown(options)}, expected numbers, texts and lists, which the folder "
+            f"can hold ({reason_of(error)}); leave the others out"
+        ) from error
+    heads = source.given if source.folder is None else None  # those in the folder
+    return {"heads": heads, "heads_kwargs": options}
+
+
+def _stored_tree(tree: Tree | None) -> Any:
+    plan = normalize_tree(tree)
+    return asdict(plan) if isinstance(plan, TreePlan) else plan
+
+
+def _copy_model(parts: BaseParts, folder: Path) -> dict[str, str]:
+    """Copy a model without its card; return the marks of its files of weights, by name."""
+    weights, small = parts.whole()
+    source = small[0].parent if small else weights.path.parent
+    files = {file.name: source / file.name for file in weights.files.values()}
+    folder.mkdir(exist_ok=True)
+    for name, path in files.items():
+        link_or_copy(path, folder / name)
+    for path in (*small, source / CONFIG_NAME, weights.path):
+        if path.name not in files and path.name != EXPORT_NAME:
+            write_file(folder / path.name, path.read_bytes())
+    return {name: _mark(folder / name) for name in files}
+
+
+def _copy_heads(source: HeadsSource, folder: Path) -> None:
+    assert source.folder is not None
+    if source.method.find_weights(source.folder) is None:  # a draft model, a whole one
+        name = source.folder if path_exists(str(source.given)) else str(source.given)
+        hub = HubOptions(**source.hub)
+        _copy_model(BaseParts.find(name, HubOptions() if path_exists(name) else hub), folder)
+        return
+    folder.mkdir()
+    files = [path for path in sorted(source.folder.iterdir()) if path.is_file()]
+    for path in files:
+        if path.suffix in (".safetensors", ".bin", ".pt"):
+            link_or_copy(path, folder / path.name)
+        elif not path.name.startswith("."):
+            write_file(folder / path.name, path.read_bytes())
+
+
+def _mark(path: Path) -> str:
+    """Return a hash of the size and both ends of a file; empty if there is no such file."""
+    if not path.is_file():
+        return ""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        digest.update(file.read(_MARKED))
+        file.seek(max(size - _MARKED, 0))
+        digest.update(file.read(_MARKED))
+    return digest.hexdigest()
+
+
+def _record(
+    parts: BaseParts, source: HeadsSource, settings: dict[str, Any], weights: dict[str, str]
+) -> dict[str, Any]:
+    return {
+        "speclm_version": __version__,
+        "format": _FORMAT,
+        "method": source.method.name,
+        "base": {"name": hub_id(parts.name), "commit": parts.commit, "weights": weights},
+        "source": {"name": hub_id(str(source.given)), "commit": source.commit},
+        "settings": settings,
+    }
+
+
+def _read_record(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the settings and the marks of the weights of an exported folder.
+
+    Raises:
+        CheckpointError: If there are none, or they are damaged.
+    """
+    path = folder / EXPORT_NAME
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path}: found no such file next to the base, expected that of speclm export-server; "
+            "serve the folder that it wrote, or export this base"
+        )
+    record = read_json(path)
+    settings, base = record.get("settings"), record.get("base")
+    weights = base.get("weights") if isinstance(base, dict) else None
+    if (
+        record.get("format") != _FORMAT
+        or not isinstance(settings, dict)
+        or sorted(settings) != sorted(_SETTINGS)
+        or not isinstance(weights, dict)
+    ):
+        raise CheckpointError(
+            f"{path}: found {shown(record)}, expected the settings that speclm export-server "
+            "writes; export the folder again"
+        )
+    return settings, weights
+
+
+def _write_code(parts: BaseParts, folder: Path) -> list[str]:
+    """Write the code that the server runs; return what the user should know."""
+    (folder / _SCRIPT).parent.mkdir()
+    write_file(folder / _SCRIPT, _CODE)
+    notes = []
+    if (folder / _PROCESSOR_NAME).exists() or any((folder / n).exists() for n in _OTHER_PROCESSORS):
+        notes.append(
+            "Without --trust-remote-code the server serves this base without drafts, silently."
+        )
+    else:
+        write_json(folder / _PROCESSOR_NAME, _PROCESSOR)
+    path = folder / "generation_config.json"
+    if not (path.is_file() and read_json(path).get("do_sample")):
+        notes.append(
+            "The base's generation config does not sample, so the server ignores temperature and "
+            'top_p, unless a request has "generation_config": "{\\"do_sample\\": true}".'
+        )
+    if not _has_chat_template(folder):
+        notes.append("The base has no chat template: only /v1/completions answers.")
+    if not is_serve_available():
+        notes.append('The server needs packages that are missing: pip install "speclm[serving]"')
+    if parts.commit is None and hub_id(parts.name):
+        notes.append("The commit of the base on the hub is not known.")
+    return notes
+
+
+def _has_chat_template(folder: Path) -> bool:
+    path = folder / "tokenizer_config.json"
+    is_in_config = path.is_file() and bool(read_json(path).get("chat_template"))
+    return is_in_config or any(folder.glob("chat_template.*"))
+
+
+def _card(parts: BaseParts, source: HeadsSource, folder: Path) -> str:
+    front = ["library_name: transformers", "tags:", "- custom_generate", "- speclm"]
+    base, card = hub_id(parts.name), None if parts.folder is None else parts.folder / CARD_NAME
+    if base is not None:
+        front.append(f"base_model: {json.dumps(base)}")
+    known = metadata_load(card) if card is not None and card.is_file() else None
+    if isinstance(known, dict) and isinstance(known.get("license"), str):
+        front.append(f"license: {json.dumps(known['license'])}")
+    return _CARD.format(
+        front="\n".join(front),
+        mark=GENERATED_MARK,
+        base=base or "the base",
+        method=source.method.summary,
+        folder=shlex.quote(folder.name),
+        script=_SCRIPT,
+    )
+
+
+def _loaded(folder: Path) -> SpecModel:
+    """Load an exported folder as the server does, and check how drafts are verified."""
+    options = {"dtype": "auto"}
+    model = load_served(load_causal_lm(folder, options, owner="base"))
+    _ = model.self_check
+    return model
