@@ -19,7 +19,7 @@ from speclm.cards import GENERATED_MARK
 from speclm.drafting.base_parts import BaseParts
 from speclm.drafting.heads_folder import CARD_NAME, CONFIG_NAME, hub_id
 from speclm.drafting.package import EXPORT_NAME, link_or_copy
-from speclm.errors import CheckpointError, OptionError, UnknownNameError, reason_of, shown
+from speclm.errors import CheckpointError, OptionError, reason_of, shown
 from speclm.files.atomic import folder_written_whole, write_file, write_json
 from speclm.files.hub import HubOptions, download, path_exists
 from speclm.files.weights import read_json
@@ -28,7 +28,7 @@ from speclm.methods.registry import HeadsSource
 from speclm.model import SpecModel
 from speclm.model.call import Tree, normalize_tree
 from speclm.model.engines import normalize_engine
-from speclm.target.loading import hub_commit, load_causal_lm
+from speclm.target.loading import load_causal_lm
 from speclm.tree.plan import TreePlan
 
 _log = logging.getLogger("speclm")
@@ -39,9 +39,12 @@ _SCRIPT = "custom_generate/generate.py"
 _CODE = '''\
 """Read by `transformers serve --trust-remote-code`; written by speclm export-server."""
 
+from functools import partial
+
 from speclm.serving import ServedTokenizer, generate  # pip install speclm
 
 __all__ = ["ServedTokenizer", "generate"]
+generate = partial(generate, code=__file__)
 '''
 # The server loads the processor first. One that needs trusted code ends a start without the option,
 # with which Transformers would serve the base without drafts and without a message.
@@ -60,8 +63,9 @@ _CARD = """\
 
 # {base}, with drafts by speclm
 
-The files of {base} with what [speclm](https://github.com/speclm/speclm) drafts with: {method}. The
-OpenAI-compatible server of Transformers answers with the text of {base}, in fewer forwards.
+The files of {base}, and what speclm drafts with: {method}.
+
+The OpenAI-compatible server of Transformers answers with the text of {base}, in fewer forwards.
 
 ```bash
 pip install "speclm[serving]"
@@ -73,7 +77,7 @@ curl http://localhost:8000/v1/chat/completions -H "Content-Type: application/jso
   -d '{{"messages": [{{"role": "user", "content": "Hello"}}]}}'
 ```
 
-- `--trust-remote-code` lets the server import `{script}`, two lines that import speclm.
+- `--trust-remote-code` lets the server import `{script}`, a few lines that import speclm.
 - `--continuous-batching` and `--compile` decode by other means, and are refused.
 - `save_pretrained` of the loaded model writes neither the code nor the heads: export again.
 """
@@ -163,7 +167,7 @@ def export_server(  # noqa: PLR0913 - its options are keywords
         if source.folder is not None:
             _copy_heads(source, aside / HEADS_FOLDER)
         write_json(aside / EXPORT_NAME, _record(parts, source, settings, weights))
-        notes = _write_code(parts, aside)
+        notes = _write_code(aside)
         write_file(aside / CARD_NAME, _card(parts, source, folder))
         model = _loaded(aside) if check else None
     found = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
@@ -171,15 +175,19 @@ def export_server(  # noqa: PLR0913 - its options are keywords
     return ServedFolder(folder, source.method.name, verification, tuple(notes), sum(found))
 
 
-def load_served(base: PreTrainedModel) -> SpecModel:
+def load_served(base: PreTrainedModel, *, commit: str | None = None) -> SpecModel:
     """Return a base with the proposer that lies next to it, in the folder or repository it is from.
+
+    Args:
+        base: The base, as Transformers loaded it.
+        commit: Commit on the hub that it is from; None for a folder.
 
     Raises:
         CheckpointError: If it was loaded from elsewhere than an exported folder, or the settings or
             heads are damaged.
     """
-    name, commit = str(base.name_or_path), hub_commit(base)
-    hub = HubOptions(revision=None if path_exists(name) else commit)
+    name = str(base.name_or_path)
+    hub = HubOptions(revision=commit)
     folder = Path(name) if path_exists(name) else download(name, hub, (EXPORT_NAME,))
     settings, weights = _read_record(folder)
     if any(_mark(folder / file) != mark for file, mark in weights.items()):
@@ -189,7 +197,7 @@ def load_served(base: PreTrainedModel) -> SpecModel:
             folder,
         )
     if settings["heads"] is None:
-        settings |= {"heads": name, "heads_subfolder": HEADS_FOLDER, "heads_revision": hub.revision}
+        settings |= {"heads": name, "heads_subfolder": HEADS_FOLDER, "heads_revision": commit}
     tree = settings["tree"]
     settings["tree"] = TreePlan(**tree) if isinstance(tree, dict) else tree
     return SpecModel.from_pretrained(base, **settings)
@@ -244,8 +252,8 @@ def _heads_settings(source: HeadsSource) -> dict[str, Any]:
         json.dumps(options)
     except (TypeError, ValueError) as error:
         raise OptionError(
-            f"heads_kwargs is {shown(options)}, expected numbers, texts and lists, which the folder "
-            f"can hold ({reason_of(error)}); leave the others out"
+            f"heads_kwargs is {shown(options)}, expected numbers, texts and lists, as JSON has them "
+            f"({reason_of(error)}); leave the others out"
         ) from error
     heads = source.given if source.folder is None else None  # those in the folder
     return {"heads": heads, "heads_kwargs": options}
@@ -340,7 +348,7 @@ def _read_record(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return settings, weights
 
 
-def _write_code(parts: BaseParts, folder: Path) -> list[str]:
+def _write_code(folder: Path) -> list[str]:
     """Write the code that the server runs; return what the user should know."""
     (folder / _SCRIPT).parent.mkdir()
     write_file(folder / _SCRIPT, _CODE)
@@ -361,8 +369,6 @@ def _write_code(parts: BaseParts, folder: Path) -> list[str]:
         notes.append("The base has no chat template: only /v1/completions answers.")
     if not is_serve_available():
         notes.append('The server needs packages that are missing: pip install "speclm[serving]"')
-    if parts.commit is None and hub_id(parts.name):
-        notes.append("The commit of the base on the hub is not known.")
     return notes
 
 

@@ -2,8 +2,10 @@
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedModel
@@ -20,7 +22,7 @@ _MODEL = "_speclm_served"
 _ERRORS = (ArithmeticError, LookupError, OSError, RuntimeError, SpeclmError, TypeError, ValueError)
 
 
-def generate(*args: Any, model: PreTrainedModel, **kwargs: Any) -> Any:
+def generate(*args: Any, model: PreTrainedModel, code: str | None = None, **kwargs: Any) -> Any:
     """Answer ``model.generate`` of a base in an exported folder.
 
     The heads are loaded at the first call and stay with the model object. Calls of several threads
@@ -29,6 +31,7 @@ def generate(*args: Any, model: PreTrainedModel, **kwargs: Any) -> Any:
     Args:
         *args: As for ``generate``.
         model: The base.
+        code: File of the exported code, as Transformers keeps it.
         **kwargs: As for `SpecModel.generate`.
 
     Returns:
@@ -42,9 +45,10 @@ def generate(*args: Any, model: PreTrainedModel, **kwargs: Any) -> Any:
     is_loaded = _MODEL in vars(model)
     try:
         if not is_loaded:
-            # Next to the base: it lives as long as the base, which it refers to.
-            vars(model).setdefault(_MODEL, load_served(model))
+            # A cache elsewhere would keep the base, which it refers to, when the server unloads it.
+            found = vars(model).setdefault(_MODEL, load_served(model, commit=_commit_of(code)))
             is_loaded = True
+            _log.warning("%r decodes with drafts", found)
         return vars(model)[_MODEL].generate(*args, **kwargs)
     except _ERRORS as error:
         if _SERVER not in sys.modules:
@@ -86,6 +90,12 @@ def require_drafts(arguments: Sequence[str]) -> None:
             f"the server was started with {found[0]}, which decodes without drafts, expected none "
             f"of {list(_OTHER_DECODING)!r}; leave it out, or serve the base itself"
         )
+
+
+def _commit_of(code: str | None) -> str | None:
+    """Return the commit of code from the hub, which is kept in a folder of that name."""
+    name = Path(code or "").parent.parent.name
+    return name if re.fullmatch("[0-9a-f]{40}", name) else None
 
 
 def _answer(error: Exception, status: int, *, streams: bool) -> Exception:
