@@ -252,7 +252,7 @@ def _heads_settings(source: HeadsSource) -> dict[str, Any]:
         json.dumps(options)
     except (TypeError, ValueError) as error:
         raise OptionError(
-            f"heads_kwargs is {shown(options)}, expected numbers, texts and lists, as JSON has them "
+            f"heads_kwargs is {shown(options)}, expected what JSON holds "
             f"({reason_of(error)}); leave the others out"
         ) from error
     heads = source.given if source.folder is None else None  # those in the folder

@@ -48,7 +48,8 @@ def generate(*args: Any, model: PreTrainedModel, code: str | None = None, **kwar
             # A cache elsewhere would keep the base, which it refers to, when the server unloads it.
             found = vars(model).setdefault(_MODEL, load_served(model, commit=_commit_of(code)))
             is_loaded = True
-            _log.warning("%r decodes with drafts", found)
+            proposer, check = type(found.proposer).__name__, found.self_check
+            _log.warning("%s drafts; verification: %s", proposer, check.verification.value)
         return vars(model)[_MODEL].generate(*args, **kwargs)
     except _ERRORS as error:
         if _SERVER not in sys.modules:
@@ -65,7 +66,7 @@ class ServedTokenizer:
         """Do nothing: what is saved is the tokenizer."""
 
     @classmethod
-    def from_pretrained(cls, name: str, **options: Any) -> Any:
+    def from_pretrained(cls, name: str | Path, **options: Any) -> Any:
         """Return the tokenizer, when the server starts or loads the model.
 
         Raises:
