@@ -49,4 +49,6 @@ class SpecChat(litserve.LitAPI):
 
 
 if __name__ == "__main__":
-    litserve.LitServer(SpecChat(*sys.argv[1:3]), timeout=False).run(port=8000)
+    litserve.LitServer(SpecChat(*sys.argv[1:3]), timeout=False).run(
+        port=8000, generate_client_file=False
+    )

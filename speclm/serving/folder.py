@@ -1,8 +1,6 @@
 """The folder that the server of Transformers serves with drafts: written here, read by it."""
 
-import hashlib
 import json
-import logging
 import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -11,30 +9,26 @@ from typing import Any
 
 import transformers
 from huggingface_hub import metadata_load
-from transformers import PreTrainedModel
 from transformers.utils.import_utils import is_serve_available
 
-from speclm._version import __version__
 from speclm.cards import GENERATED_MARK
 from speclm.drafting.base_parts import BaseParts
 from speclm.drafting.heads_folder import CARD_NAME, CONFIG_NAME, hub_id
 from speclm.drafting.package import EXPORT_NAME, link_or_copy
 from speclm.errors import CheckpointError, OptionError, reason_of, shown
 from speclm.files.atomic import folder_written_whole, write_file, write_json
-from speclm.files.hub import HubOptions, download, path_exists
+from speclm.files.hub import HubOptions, path_exists
 from speclm.files.weights import read_json
 from speclm.methods.finding import find_heads
 from speclm.methods.registry import HeadsSource
 from speclm.model import SpecModel
 from speclm.model.call import Tree, normalize_tree
 from speclm.model.engines import normalize_engine
+from speclm.model.exporting import find_base
+from speclm.serving.record import HEADS_FOLDER, is_export, load_served, write_record
 from speclm.target.loading import load_causal_lm
 from speclm.tree.plan import TreePlan
 
-_log = logging.getLogger("speclm")
-
-HEADS_FOLDER = "heads"
-_FORMAT = "server"
 _SCRIPT = "custom_generate/generate.py"
 _CODE = '''\
 """Read by `transformers serve --trust-remote-code`; written by speclm export-server."""
@@ -51,8 +45,6 @@ generate = partial(generate, code=__file__)
 _PROCESSOR_NAME = "processor_config.json"
 _PROCESSOR = {"auto_map": {"AutoProcessor": "custom_generate/generate.ServedTokenizer"}}
 _OTHER_PROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json")
-_MARKED = 2**20  # bytes at both ends of a file that identify it
-_SETTINGS = ("heads", "heads_kwargs", "num_draft_tokens", "tree", "engine")
 
 _CARD = """\
 ---
@@ -153,62 +145,26 @@ def export_server(  # noqa: PLR0913 - its options are keywords
     """
     folder = Path(out)
     _require_free(folder)
-    parts = BaseParts.find(base, HubOptions(revision=revision))
-    _require_servable(parts)
     source = find_heads(heads, heads_kwargs)
-    settings = {
-        **_heads_settings(source),
-        "num_draft_tokens": num_draft_tokens,
-        "tree": _stored_tree(tree),
-        "engine": normalize_engine(engine),
-    }
+    parts = find_base(base, HubOptions(**{**source.hub, "subfolder": "", "revision": revision}))
+    assert parts is not None
+    _require_servable(parts)
+    tree, engine = _stored_tree(tree), str(normalize_engine(engine))
+    settings = _heads_settings(source) | {"tree": tree, "engine": engine}
+    settings["num_draft_tokens"] = num_draft_tokens
     with folder_written_whole(folder) as aside:
-        weights = _copy_model(parts, aside)
-        if source.folder is not None:
-            _copy_heads(source, aside / HEADS_FOLDER)
-        write_json(aside / EXPORT_NAME, _record(parts, source, settings, weights))
-        notes = _write_code(aside)
-        write_file(aside / CARD_NAME, _card(parts, source, folder))
+        notes = _write_files(parts, source, settings, aside, name=folder.name)
         model = _loaded(aside) if check else None
     found = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
     verification = None if model is None else model.self_check.verification.value
     return ServedFolder(folder, source.method.name, verification, tuple(notes), sum(found))
 
 
-def load_served(base: PreTrainedModel, *, commit: str | None = None) -> SpecModel:
-    """Return a base with the proposer that lies next to it, in the folder or repository it is from.
-
-    Args:
-        base: The base, as Transformers loaded it.
-        commit: Commit on the hub that it is from; None for a folder.
-
-    Raises:
-        CheckpointError: If it was loaded from elsewhere than an exported folder, or the settings or
-            heads are damaged.
-    """
-    name = str(base.name_or_path)
-    hub = HubOptions(revision=commit)
-    folder = Path(name) if path_exists(name) else download(name, hub, (EXPORT_NAME,))
-    settings, weights = _read_record(folder)
-    if any(_mark(folder / file) != mark for file, mark in weights.items()):
-        _log.warning(
-            "%s: the weights are not those that the heads were exported with, so few drafts may be "
-            "accepted; export the folder again with speclm export-server",
-            folder,
-        )
-    if settings["heads"] is None:
-        settings |= {"heads": name, "heads_subfolder": HEADS_FOLDER, "heads_revision": commit}
-    tree = settings["tree"]
-    settings["tree"] = TreePlan(**tree) if isinstance(tree, dict) else tree
-    return SpecModel.from_pretrained(base, **settings)
-
-
 def _require_free(folder: Path) -> None:
     """Check that a folder is new, empty, or an export that can be replaced."""
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder}: found a file, expected a new folder; choose another")
-    path = folder / EXPORT_NAME
-    if path.is_file() and read_json(path).get("format") == _FORMAT:
+    if is_export(folder):
         return
     names = sorted(each.name for each in folder.iterdir()) if folder.is_dir() else []
     if names:
@@ -264,8 +220,21 @@ def _stored_tree(tree: Tree | None) -> Any:
     return asdict(plan) if isinstance(plan, TreePlan) else plan
 
 
-def _copy_model(parts: BaseParts, folder: Path) -> dict[str, str]:
-    """Copy a model without its card; return the marks of its files of weights, by name."""
+def _write_files(
+    parts: BaseParts, source: HeadsSource, settings: Mapping[str, Any], folder: Path, *, name: str
+) -> list[str]:
+    """Write everything into a folder that will have another name; return the notes."""
+    weights = _copy_model(parts, folder)
+    if source.folder is not None:
+        _copy_heads(source, folder / HEADS_FOLDER)
+    base = {"name": hub_id(parts.name), "commit": parts.commit, "weights": weights}
+    write_record(folder, source, settings, base)
+    write_file(folder / CARD_NAME, _card(parts, source, name))
+    return _write_code(folder)
+
+
+def _copy_model(parts: BaseParts, folder: Path) -> list[str]:
+    """Copy a model without its card; return the names of its files of weights."""
     weights, small = parts.whole()
     source = small[0].parent if small else weights.path.parent
     files = {file.name: source / file.name for file in weights.files.values()}
@@ -275,7 +244,7 @@ def _copy_model(parts: BaseParts, folder: Path) -> dict[str, str]:
     for path in (*small, source / CONFIG_NAME, weights.path):
         if path.name not in files and path.name != EXPORT_NAME:
             write_file(folder / path.name, path.read_bytes())
-    return {name: _mark(folder / name) for name in files}
+    return sorted(files)
 
 
 def _copy_heads(source: HeadsSource, folder: Path) -> None:
@@ -292,60 +261,6 @@ def _copy_heads(source: HeadsSource, folder: Path) -> None:
             link_or_copy(path, folder / path.name)
         elif not path.name.startswith("."):
             write_file(folder / path.name, path.read_bytes())
-
-
-def _mark(path: Path) -> str:
-    """Return a hash of the size and both ends of a file; empty if there is no such file."""
-    if not path.is_file():
-        return ""
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
-        digest.update(file.read(_MARKED))
-        file.seek(max(size - _MARKED, 0))
-        digest.update(file.read(_MARKED))
-    return digest.hexdigest()
-
-
-def _record(
-    parts: BaseParts, source: HeadsSource, settings: dict[str, Any], weights: dict[str, str]
-) -> dict[str, Any]:
-    return {
-        "speclm_version": __version__,
-        "format": _FORMAT,
-        "method": source.method.name,
-        "base": {"name": hub_id(parts.name), "commit": parts.commit, "weights": weights},
-        "source": {"name": hub_id(str(source.given)), "commit": source.commit},
-        "settings": settings,
-    }
-
-
-def _read_record(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the settings and the marks of the weights of an exported folder.
-
-    Raises:
-        CheckpointError: If there are none, or they are damaged.
-    """
-    path = folder / EXPORT_NAME
-    if not path.is_file():
-        raise CheckpointError(
-            f"{path}: found no such file next to the base, expected that of speclm export-server; "
-            "serve the folder that it wrote, or export this base"
-        )
-    record = read_json(path)
-    settings, base = record.get("settings"), record.get("base")
-    weights = base.get("weights") if isinstance(base, dict) else None
-    if (
-        record.get("format") != _FORMAT
-        or not isinstance(settings, dict)
-        or sorted(settings) != sorted(_SETTINGS)
-        or not isinstance(weights, dict)
-    ):
-        raise CheckpointError(
-            f"{path}: found {shown(record)}, expected the settings that speclm export-server "
-            "writes; export the folder again"
-        )
-    return settings, weights
 
 
 def _write_code(folder: Path) -> list[str]:
@@ -378,7 +293,7 @@ def _has_chat_template(folder: Path) -> bool:
     return is_in_config or any(folder.glob("chat_template.*"))
 
 
-def _card(parts: BaseParts, source: HeadsSource, folder: Path) -> str:
+def _card(parts: BaseParts, source: HeadsSource, name: str) -> str:
     front = ["library_name: transformers", "tags:", "- custom_generate", "- speclm"]
     base, card = hub_id(parts.name), None if parts.folder is None else parts.folder / CARD_NAME
     if base is not None:
@@ -391,7 +306,7 @@ def _card(parts: BaseParts, source: HeadsSource, folder: Path) -> str:
         mark=GENERATED_MARK,
         base=base or "the base",
         method=source.method.summary,
-        folder=shlex.quote(folder.name),
+        folder=shlex.quote(name),
         script=_SCRIPT,
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedModel
 
 from speclm.errors import OptionError, SpeclmError, reason_of
-from speclm.serving.folder import load_served
+from speclm.serving.record import load_served
 
 _log = logging.getLogger("speclm")
 
