@@ -215,8 +215,13 @@ def test_folder_is_replaced_whole_or_not_at_all(tmp_path):
             (aside / "inner").mkdir()
             (aside / "inner" / name).write_text(name)
         assert [path.name for path in folder.rglob("*") if path.is_file()] == [name]
-    with pytest.raises(ZeroDivisionError), folder_written_whole(folder) as aside:
-        (aside / "third").write_text("third")
-        _ = 1 / 0
+
+    def fail():
+        with folder_written_whole(folder) as aside:
+            (aside / "third").write_text("third")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert [path.name for path in folder.rglob("*") if path.is_file()] == ["second"]
     assert list(tmp_path.iterdir()) == [folder]
