@@ -9,6 +9,7 @@ from typing import Any
 
 import transformers
 from huggingface_hub import metadata_load
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.import_utils import is_serve_available
 
 from speclm.cards import GENERATED_MARK
@@ -44,7 +45,7 @@ generate = partial(generate, code=__file__)
 # with which Transformers would serve the base without drafts and without a message.
 _PROCESSOR_NAME = "processor_config.json"
 _PROCESSOR = {"auto_map": {"AutoProcessor": "custom_generate/generate.ServedTokenizer"}}
-_OTHER_PROCESSORS = ("preprocessor_config.json", "video_preprocessor_config.json")
+_PROCESSORS = (_PROCESSOR_NAME, "preprocessor_config.json", "video_preprocessor_config.json")
 
 _CARD = """\
 ---
@@ -154,7 +155,7 @@ def export_server(  # noqa: PLR0913 - its options are keywords
     settings["num_draft_tokens"] = num_draft_tokens
     with folder_written_whole(folder) as aside:
         notes = _write_files(parts, source, settings, aside, name=folder.name)
-        model = _loaded(aside) if check else None
+        model = _loaded(aside, parts.architectures[0]) if check else None
     found = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
     verification = None if model is None else model.self_check.verification.value
     return ServedFolder(folder, source.method.name, verification, tuple(notes), sum(found))
@@ -230,7 +231,7 @@ def _write_files(
     base = {"name": hub_id(parts.name), "commit": parts.commit, "weights": weights}
     write_record(folder, source, settings, base)
     write_file(folder / CARD_NAME, _card(parts, source, name))
-    return _write_code(folder)
+    return _write_code(folder, is_text=_is_text(parts.architectures[0]))
 
 
 def _copy_model(parts: BaseParts, folder: Path) -> list[str]:
@@ -263,12 +264,12 @@ def _copy_heads(source: HeadsSource, folder: Path) -> None:
             write_file(folder / path.name, path.read_bytes())
 
 
-def _write_code(folder: Path) -> list[str]:
+def _write_code(folder: Path, *, is_text: bool) -> list[str]:
     """Write the code that the server runs; return what the user should know."""
     (folder / _SCRIPT).parent.mkdir()
     write_file(folder / _SCRIPT, _CODE)
     notes = []
-    if (folder / _PROCESSOR_NAME).exists() or any((folder / n).exists() for n in _OTHER_PROCESSORS):
+    if not is_text or any((folder / name).exists() for name in _PROCESSORS):
         notes.append(
             "Without --trust-remote-code the server serves this base without drafts, silently."
         )
@@ -311,9 +312,23 @@ def _card(parts: BaseParts, source: HeadsSource, name: str) -> str:
     )
 
 
-def _loaded(folder: Path) -> SpecModel:
+def _is_text(architecture: str) -> bool:
+    """Return whether a class of Transformers is a language model that reads text only."""
+    return architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+
+
+def _loaded(folder: Path, architecture: str) -> SpecModel:
     """Load an exported folder as the server does, and check how drafts are verified."""
-    options = {"dtype": "auto"}
-    model = load_served(load_causal_lm(folder, options, owner="base"))
+    if _is_text(architecture):
+        base = load_causal_lm(folder, {"dtype": "auto"}, owner="base")
+    else:  # a model that reads images too
+        try:
+            base = getattr(transformers, architecture).from_pretrained(folder, dtype="auto")
+        except Exception as error:
+            raise CheckpointError(
+                f"the base cannot be loaded as {architecture} ({reason_of(error)}), expected "
+                "undamaged files of a language model; download or save it again"
+            ) from error
+    model = load_served(base)
     _ = model.self_check
     return model

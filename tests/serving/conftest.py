@@ -1,4 +1,5 @@
 import pytest
+import transformers.dynamic_module_utils
 
 from tests.byte_tokenizer import VOCAB_SIZE, byte_tokenizer
 from tests.models import build_model
@@ -20,3 +21,10 @@ def draft(tmp_path_factory):
     build_model("llama", vocab_size=VOCAB_SIZE, num_hidden_layers=1).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def modules(tmp_path, monkeypatch):
+    """Keep the code that Transformers copies in a folder of the test."""
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "m"))
+    monkeypatch.syspath_prepend(tmp_path / "m")

@@ -12,6 +12,7 @@ from speclm.errors import CheckpointError, OptionError, UnknownNameError, Vocabu
 from speclm.serving import export_server
 from tests.byte_tokenizer import VOCAB_SIZE
 from tests.models import build_model
+from tests.multimodal import shared_wrapper
 
 
 def contents(folder):
@@ -91,9 +92,22 @@ def test_heads_that_files_cannot_hold_are_refused(base, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_notes_say_what_the_server_ignores(base, tmp_path):
+def test_base_that_reads_images_is_exported(tmp_path):
+    folder = tmp_path / "base"
+    shared_wrapper("llava").save_pretrained(folder)
+    done = export_server(folder, tmp_path / "served", heads="ngram")
+    assert done.verification == "tree attention"
+    assert any("without drafts, silently" in note for note in done.notes)
+    (folder / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(CheckpointError):
+        export_server(folder, tmp_path / "served", heads="ngram")
+
+
+def test_notes_say_what_the_server_ignores(base, tmp_path, monkeypatch):
+    monkeypatch.setattr("speclm.serving.folder.is_serve_available", lambda: False)
     done = export_server(base, tmp_path / "served", heads="ngram", check=False)
     assert any("ignores temperature" in note for note in done.notes)
+    assert any('pip install "speclm[serving]"' in note for note in done.notes)
     copied = Path(shutil.copytree(base, tmp_path / "copied"))
     (copied / "chat_template.jinja").unlink()
     (copied / "generation_config.json").write_text('{"do_sample": true}')

@@ -10,7 +10,7 @@ from speclm.serving import export_server
 from speclm.serving.record import load_served
 from speclm.tree.plan import TreePlan
 from tests.byte_tokenizer import VOCAB_SIZE
-from tests.model.hub import SHAS, running_hub
+from tests.model.hub import running_hub
 from tests.models import build_model
 
 
@@ -41,13 +41,20 @@ def test_weights_that_were_replaced_are_reported(base, draft, tmp_path, caplog):
     assert "not those that the heads were exported with" in caplog.text
 
 
-def test_heads_on_the_hub_are_those_of_the_bases_commit(base, draft, tmp_path, monkeypatch):
+def test_heads_on_the_hub_are_those_of_the_bases_commit(
+    base, draft, tmp_path, monkeypatch, modules
+):
     for revision, heads in (("", "ngram"), ("@v2", draft)):
         export_server(base, tmp_path / f"org/served{revision}", heads=heads, check=False)
     with running_hub(tmp_path, monkeypatch):
-        model = AutoModelForCausalLM.from_pretrained("org/served", revision="v2")
-        served = load_served(model, commit=SHAS["v2"])
-    assert type(served.proposer).__name__ == "DraftModelProposer"
+        model = AutoModelForCausalLM.from_pretrained(
+            "org/served", revision="v2", trust_remote_code=True
+        )
+        output = model.generate(
+            torch.arange(5, 12)[None], max_new_tokens=4, return_dict_in_generate=True
+        )
+    assert output.speculation.total.num_draft_tokens > 0
+    assert type(vars(model)["_speclm_served"].proposer).__name__ == "DraftModelProposer"
 
 
 @pytest.mark.parametrize("heads", ["lookup", "ngram", "recycling"])

@@ -17,7 +17,6 @@ import httpx2
 import openai
 import pytest
 import torch
-import transformers.dynamic_module_utils
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
 from speclm.demo import assets, load_prompts
@@ -29,13 +28,6 @@ ROOT = Path(__file__).parents[2]
 START_SECONDS = 120.0  # on a busy machine
 STOP_SECONDS = 20.0
 MAX_TOKENS = 24
-
-
-@pytest.fixture
-def modules(tmp_path, monkeypatch):
-    """Keep the code that Transformers copies in a folder of the test."""
-    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "m"))
-    monkeypatch.syspath_prepend(tmp_path / "m")
 
 
 def load(folder):
@@ -124,7 +116,8 @@ class Server:
             *("--host", "127.0.0.1", "--port", str(self.port)),
         ]
         modules = str(self.log.with_name("modules"))
-        own = {"PYTHONPATH": str(ROOT), "HF_MODULES_CACHE": modules, "OMP_NUM_THREADS": "1"}
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        own = {"PYTHONPATH": path, "HF_MODULES_CACHE": modules, "OMP_NUM_THREADS": "1"}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 list(map(str, command)), env={**os.environ, **own}, stdout=log, stderr=log
