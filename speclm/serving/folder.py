@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+import yaml
 from huggingface_hub import metadata_load
+from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.import_utils import is_serve_available
 
@@ -178,7 +180,8 @@ def _require_free(folder: Path) -> None:
 def _require_servable(base: BaseParts) -> None:
     """Check that the server knows the class of a model, and that the folder is no export itself."""
     names = base.architectures
-    if not names or not hasattr(transformers, names[0]):
+    kind = getattr(transformers, names[0], None) if names else None
+    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)):
         raise CheckpointError(
             f"{base.name!r}: its config names the classes {names!r}, expected one of Transformers, "
             "which its server loads; save the base with its save_pretrained, and name that folder"
@@ -299,7 +302,10 @@ def _card(parts: BaseParts, source: HeadsSource, name: str) -> str:
     base, card = hub_id(parts.name), None if parts.folder is None else parts.folder / CARD_NAME
     if base is not None:
         front.append(f"base_model: {json.dumps(base)}")
-    known = metadata_load(card) if card is not None and card.is_file() else None
+    try:
+        known = metadata_load(card) if card is not None and card.is_file() else None
+    except (OSError, ValueError, yaml.YAMLError):
+        known = None  # anybody's text, which names no licence
     if isinstance(known, dict) and isinstance(known.get("license"), str):
         front.append(f"license: {json.dumps(known['license'])}")
     return _CARD.format(

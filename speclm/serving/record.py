@@ -79,8 +79,11 @@ def load_served(base: PreTrainedModel, *, commit: str | None = None) -> SpecMode
         )
     if settings["heads"] is None:
         settings |= {"heads": name, "heads_subfolder": HEADS_FOLDER, "heads_revision": commit}
-    tree = settings["tree"]
-    settings["tree"] = TreePlan(**tree) if isinstance(tree, dict) else tree
+    if isinstance(settings["tree"], dict):
+        try:
+            settings["tree"] = TreePlan(**settings["tree"])
+        except TypeError as error:
+            raise _damaged(folder / EXPORT_NAME, settings) from error
     return SpecModel.from_pretrained(base, **settings)
 
 
@@ -105,11 +108,15 @@ def _read_record(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
         or sorted(settings) != sorted(_SETTINGS)
         or not isinstance(weights, dict)
     ):
-        raise CheckpointError(
-            f"{path}: found {shown(record)}, expected the settings that speclm export-server "
-            "writes; export the folder again"
-        )
+        raise _damaged(path, record)
     return settings, weights
+
+
+def _damaged(path: Path, found: object) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: found {shown(found)}, expected the settings that speclm export-server writes; "
+        "export the folder again"
+    )
 
 
 def _mark(path: Path) -> str:

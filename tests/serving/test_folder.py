@@ -69,7 +69,7 @@ def test_folder_of_something_else_is_not_replaced(base, tmp_path):
 def test_base_that_the_server_cannot_load_is_refused(base, tmp_path):
     copied = Path(shutil.copytree(base, tmp_path / "copied"))
     config = json.loads((copied / "config.json").read_text())
-    for names in ([], ["NobodyForCausalLM"]):
+    for names in ([], ["NobodyForCausalLM"], ["pipeline"]):
         (copied / "config.json").write_text(json.dumps({**config, "architectures": names}))
         with pytest.raises(CheckpointError, match="expected one of Transformers"):
             export_server(copied, tmp_path / "out")
@@ -118,3 +118,5 @@ def test_notes_say_what_the_server_ignores(base, tmp_path, monkeypatch):
     assert any("only /v1/completions" in note for note in done.notes)
     assert any("without drafts, silently" in note for note in done.notes)
     assert 'license: "mit"' in (done.folder / "README.md").read_text()
+    (copied / "README.md").write_text("---\nlicense: [\n---\n")
+    export_server(copied, tmp_path / "other", heads="ngram", check=False)

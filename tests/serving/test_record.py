@@ -24,7 +24,13 @@ def test_base_that_was_not_exported_has_no_settings(base, tmp_path):
         load_served(model)
     out = export_server(base, tmp_path / "served", heads="ngram", check=False).folder
     record = json.loads((out / "speclm_export.json").read_text())
-    for damaged in ({**record, "settings": {}}, {**record, "base": None}, {}):
+    wrong = {**record["settings"], "tree": {"width": 3}}
+    for damaged in (
+        {},
+        {**record, "settings": {}},
+        {**record, "settings": wrong},
+        {**record, "base": None},
+    ):
         (out / "speclm_export.json").write_text(json.dumps(damaged))
         model.name_or_path = str(out)
         with pytest.raises(CheckpointError, match="export the folder again"):

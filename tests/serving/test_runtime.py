@@ -17,7 +17,9 @@ import httpx2
 import openai
 import pytest
 import torch
+from starlette.exceptions import HTTPException
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
+from transformers.generation.streamers import BaseStreamer
 
 from speclm.demo import assets, load_prompts
 from speclm.errors import CheckpointError, OptionError, PromptError
@@ -92,6 +94,21 @@ def test_options_of_the_server_that_bypass_drafts_are_refused(option):
     require_drafts(["transformers", "serve", "--trust-remote-code", "served"])
     with pytest.raises(OptionError, match=f"started with {option}"):
         require_drafts(["transformers", "serve", option, "served"])
+
+
+def test_error_in_a_stream_of_the_server_is_text_that_json_can_hold(served, monkeypatch):
+    class Streamer(BaseStreamer):
+        def put(self, value):
+            raise ValueError('"quoted"\nwords')
+
+        def end(self):
+            pass
+
+    monkeypatch.setitem(sys.modules, "transformers.cli.serving.server", object())
+    with pytest.raises(HTTPException) as raised:
+        load(served).generate(torch.arange(5, 9)[None], streamer=Streamer())
+    assert raised.value.status_code == 400
+    assert '"quoted" words' in json.loads(f'"{raised.value.detail}"')
 
 
 class Server:
