@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from speclm.cli._options import HeadsRevision, HeadsSubfolder, Revision
+from speclm.cli._options import CacheDir, HeadsRevision, HeadsSubfolder, Revision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +29,7 @@ class ConvertOptions:
     revision: Revision = None
     heads_revision: HeadsRevision = None
     heads_subfolder: HeadsSubfolder = None
+    cache_dir: CacheDir = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

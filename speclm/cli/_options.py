@@ -28,6 +28,10 @@ HeadsRevision = Annotated[
 HeadsSubfolder = Annotated[
     str | None, typer.Option(help="Folder of the heads inside their repository or folder.")
 ]
+CacheDir = Annotated[
+    Path | None,
+    typer.Option(help="Folder of downloads from the hub; by default that of huggingface_hub."),
+]
 Seed = Annotated[int, typer.Option(min=0, max=MAX_INT, help="Seed of sampling.")]
 Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="Threads of PyTorch.")]
 
@@ -40,6 +44,7 @@ class ModelOptions:
         str | None, typer.Option(help="Folder or hub id; by default the bundled model.")
     ] = None
     revision: Revision = None
+    cache_dir: CacheDir = None
     dtype: Annotated[
         str | None, typer.Option(help="Dtype of the weights: float32, bfloat16, float16 or auto.")
     ] = None
@@ -273,10 +278,8 @@ class VerifyOptions(ModelOptions):
         str | None,
         typer.Option(help="Heads that these were converted from, whose logits have to be equal."),
     ] = None
-    heads_revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of the heads on the hub.")
-    ] = None
-
+    heads_revision: HeadsRevision = None
+    heads_subfolder: HeadsSubfolder = None
     num_prompts: Annotated[int, typer.Option(min=1, help="Prompts of each setting.")] = 8
     max_new_tokens: MaxNewTokens = 32
     batch: Annotated[int, typer.Option(min=1, help="Rows of the larger calls.")] = 4
