@@ -100,6 +100,10 @@ class CheckpointFormat(ABC, Generic[CheckpointT]):
                 says what to do.
         """
 
+    def is_of_whole_model(self, checkpoint: CheckpointT) -> bool:  # noqa: ARG002 - most are not
+        """Return whether heads come from a model that was trained with them: it is their base."""
+        return False
+
     @abstractmethod
     def engines(self, checkpoint: CheckpointT) -> tuple[Engine, ...]:
         """Return the software that loads these heads in this format, the usual one first."""

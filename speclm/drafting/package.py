@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from speclm.drafting.heads_folder import CARD_NAME, CONFIG_NAME
-from speclm.errors import CheckpointError, reason_of
+from speclm.errors import CheckpointError, SaveError, SpeclmError, reason_of
 from speclm.files.atomic import write_file, written_together
 from speclm.files.weights import weights_of
 
@@ -58,8 +58,22 @@ def write_package(
 
     Raises:
         CheckpointError: If the files read back differently, or `check` raises.
-        OSError: If a file cannot be written. Nothing is changed then.
+        SaveError: If a file cannot be written. Nothing is changed then.
     """
+    try:
+        _write(folder, package, card, check)
+    except SpeclmError:
+        raise
+    except OSError as error:
+        raise SaveError(
+            f"{folder}: the files cannot be written ({reason_of(error)}), expected a place with "
+            "room for them; nothing is changed, make room or choose another folder"
+        ) from error
+
+
+def _write(
+    folder: Path, package: Package, card: str | None, check: Callable[[Path], object]
+) -> None:
     with written_together(folder, last=CONFIG_NAME) as aside:
         for name, tensors in package.weights.items():
             write_tensors(aside / name, tensors)

@@ -99,8 +99,8 @@ def check_heads(
     if parts is not None:
         facts["vocabulary"] = _compare_sizes(checkpoint, parts)
     provenance = _provenance(found.folder)
-    given, commit = (source, None) if source else _recorded(provenance)
-    options = shared if commit is None else {**shared, "revision": commit}
+    given, where = (source, {}) if source is not None else _recorded(provenance)
+    options = {**shared, **where}
     # Our own format, the first, names only speclm.
     engines = dict.fromkeys(e for each in formats[1:] or formats for e in each.engines(checkpoint))
     return HeadsCheck(
@@ -119,11 +119,13 @@ def _provenance(folder: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _recorded(provenance: Mapping[str, Any]) -> tuple[str | None, Any]:
-    """Return the hub id and the commit of the source of converted heads, as far as recorded."""
+def _recorded(provenance: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    """Return the hub id of the source of converted heads, and where in it, as far as recorded."""
     found = provenance.get("source")
     found = found if isinstance(found, dict) else {}
-    return hub_id(str(found.get("name") or "")), found.get("commit")
+    where = {"revision": found.get("commit"), "subfolder": found.get("subfolder")}
+    name = hub_id(str(found.get("name") or ""))
+    return name, {key: value for key, value in where.items() if value is not None}
 
 
 def _find(heads: str | Path, options: Mapping[str, Any] | None) -> HeadsSource:

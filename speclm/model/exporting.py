@@ -65,7 +65,7 @@ def convert_heads(
         out: Folder to write: a new or empty one, or one with heads in the same format.
         to: Name of the format; see `format_names`.
         base: Folder or hub id of the base, for formats that embed its matrices. Only those are
-            read.
+            read. Heads of a merged model have that model as their base, whatever is named here.
         revision: Branch, tag or commit of the base on the hub.
         heads_kwargs: Options for the hub, such as ``revision`` of the heads. ``token``,
             ``cache_dir``, ``local_files_only`` and ``force_download`` apply to the base too.
@@ -76,7 +76,7 @@ def convert_heads(
             which part, and what to do.
         OptionError: If they are no heads but a draft model, or a revision is not of a base on the
             hub.
-        OSError: If the files cannot be written; nothing is changed then.
+        SaveError: If the files cannot be written; nothing is changed then.
 
     Example:
         ```python
@@ -97,9 +97,13 @@ def convert_heads(
     target = find_format(source.method, to)
     found = detect_formats(source.folder, source.method)[0]
     checkpoint = found.read(source.folder)
-    shared = {**source.hub, "subfolder": "", "revision": revision}
-    parts = find_base(base, HubOptions(**shared))
-    made_of = {"name": hub_id(str(heads)), "commit": source.commit, "format": found.name}
+    if found.is_of_whole_model(checkpoint):
+        whole, hub = (heads, source.hub) if source.commit else (source.folder, {})
+        parts: BaseParts | None = BaseParts.find(whole, HubOptions(**hub))
+    else:
+        parts = find_base(base, HubOptions(**{**source.hub, "subfolder": "", "revision": revision}))
+    made_of: dict[str, Any] = {"name": hub_id(str(heads)), "commit": source.commit}
+    made_of |= {"subfolder": source.hub.get("subfolder"), "format": found.name}
     return write_format(
         Path(out), checkpoint, target, method=source.method, base=parts, source=made_of
     )
@@ -218,6 +222,11 @@ def detect_formats(folder: Path, method: Method) -> list[CheckpointFormat[Any]]:
 def _require_free(folder: Path, target: CheckpointFormat[Any]) -> None:
     """Check that a folder is new or empty, or holds heads in the same format."""
     require_folder(folder)
+    above = next((path for path in folder.resolve().parents if path.exists()), folder)
+    if above.is_file():
+        raise CheckpointError(
+            f"{folder}: found the file {above}, expected a folder there; choose another place"
+        )
     path = folder / EXPORT_NAME
     if path.is_file() and read_json(path).get("format") == target.name:
         return

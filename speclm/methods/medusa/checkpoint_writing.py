@@ -85,6 +85,10 @@ class MedusaFormat(CheckpointFormat[MedusaCheckpoint]):
         return read_medusa(folder)
 
     @override
+    def is_of_whole_model(self, checkpoint: MedusaCheckpoint) -> bool:
+        return checkpoint.is_merged
+
+    @override
     def logits(
         self, checkpoint: MedusaCheckpoint, *, embeddings: Tensor | None, lm_weight: Tensor | None
     ) -> Tensor:
