@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from speclm.cli._options import CacheDir, HeadsRevision, HeadsSubfolder, Revision
+from speclm.cli._options import CacheDir, HeadsRevision, HeadsSubfolder, Revision, TokenMap
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +30,7 @@ class ConvertOptions:
     heads_revision: HeadsRevision = None
     heads_subfolder: HeadsSubfolder = None
     cache_dir: CacheDir = None
+    token_map: TokenMap = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

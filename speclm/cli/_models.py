@@ -213,6 +213,7 @@ def _method_options(options: HeadsOptions) -> dict[str, Any]:
         given["cache_dir"] = options.cache_dir
     if isinstance(options, DraftOptions):
         given |= {"memory": options.memory, "corpus": options.corpus}
+        given["token_map"] = options.token_map
     return {name: value for name, value in given.items() if value is not None}
 
 

@@ -28,6 +28,13 @@ HeadsRevision = Annotated[
 HeadsSubfolder = Annotated[
     str | None, typer.Option(help="Folder of the heads inside their repository or folder.")
 ]
+TokenMap = Annotated[
+    str | None,
+    typer.Option(
+        help="File of the tokens that EAGLE-1 heads draft, in their folder or elsewhere, or all; "
+        "by default the only freq_*.pt in their folder."
+    ),
+]
 CacheDir = Annotated[
     Path | None,
     typer.Option(help="Folder of downloads from the hub; by default that of huggingface_hub."),
@@ -108,6 +115,7 @@ class DraftOptions(HeadsOptions):
     corpus: Annotated[
         Path | None, typer.Option(help="Index of texts for look-ups; see speclm index.")
     ] = None
+    token_map: TokenMap = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -280,6 +288,7 @@ class VerifyOptions(ModelOptions):
     ] = None
     heads_revision: HeadsRevision = None
     heads_subfolder: HeadsSubfolder = None
+    token_map: TokenMap = None
     num_prompts: Annotated[int, typer.Option(min=1, help="Prompts of each setting.")] = 8
     max_new_tokens: MaxNewTokens = 32
     batch: Annotated[int, typer.Option(min=1, help="Rows of the larger calls.")] = 4

@@ -13,6 +13,7 @@ def convert(options: ConvertOptions) -> None:
         "revision": options.heads_revision,
         "subfolder": options.heads_subfolder,
         "cache_dir": options.cache_dir,
+        "token_map": options.token_map,
     }
     done = convert_heads(
         options.heads,

@@ -28,9 +28,8 @@ def verify(options: VerifyOptions) -> None:
     if options.heads is not None:
         _verify_heads(options, options.heads)
         return
-    _require_unused(
-        options, ("source", "heads_revision", "heads_subfolder"), "with heads; name them"
-    )
+    of_heads = ("source", "heads_revision", "heads_subfolder", "token_map")
+    _require_unused(options, of_heads, "with heads; name them")
     _verify_model(options)
 
 
@@ -56,6 +55,7 @@ def _verify_heads(options: VerifyOptions, heads: str) -> None:
         "revision": options.heads_revision,
         "subfolder": options.heads_subfolder,
         "cache_dir": options.cache_dir,
+        "token_map": options.token_map,
     }
     found = check_heads(
         heads,

@@ -80,10 +80,15 @@ class CheckpointFormat(ABC, Generic[CheckpointT]):
         """
 
     @abstractmethod
-    def read(self, folder: Path) -> CheckpointT:
+    def read(self, folder: Path, **options: Any) -> CheckpointT:
         """Return the heads in a folder of this format; large tensors stay on the disk.
 
+        Args:
+            folder: The folder.
+            **options: Options of the method for its files.
+
         Raises:
+            OptionError: If the method has no such option.
             CheckpointError: If they are damaged, incomplete or of another method.
         """
 

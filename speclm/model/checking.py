@@ -72,8 +72,9 @@ def check_heads(
         source: Folder or hub id of the heads that these were converted from; by default that in
             their provenance, if it is on the hub, at the commit there.
         revision: Branch, tag or commit of the base on the hub.
-        heads_kwargs: Options for the hub, such as ``revision`` of the heads. ``token``,
-            ``cache_dir`` and ``local_files_only`` apply to the base and the source too.
+        heads_kwargs: Options for the hub, such as ``revision`` of the heads, and for their files,
+            such as ``token_map``. ``token``, ``cache_dir`` and ``local_files_only`` apply to the
+            base and the source too.
 
     Raises:
         UnknownNameError: If there are no such heads.
@@ -94,7 +95,7 @@ def check_heads(
     formats = detect_formats(found.folder, found.method)
     shared = {name: value for name, value in found.hub.items() if name in _SHARED}
     parts = find_base(base, HubOptions(**shared, revision=revision))
-    checkpoint = formats[0].read(found.folder)
+    checkpoint = formats[0].read(found.folder, **found.options)
     facts = _facts(found, formats[0].card(checkpoint))
     if parts is not None:
         facts["vocabulary"] = _compare_sizes(checkpoint, parts)
@@ -166,7 +167,10 @@ def _difference(
     matrices: dict[str, Tensor | None] = {"embeddings": None, "lm_weight": None}
     if base is not None:
         matrices = {"embeddings": base.embeddings(), "lm_weight": base.output_matrix()}
-    first, second = (own.logits(each, **matrices) for each in (checkpoint, own.read(other.folder)))
+    first, second = (
+        own.logits(each, **matrices)
+        for each in (checkpoint, own.read(other.folder, **found.options))
+    )
     if first.shape != second.shape or not torch.isfinite(first - second).all():
         return float("inf")
     return float((first - second).abs().max())

@@ -21,7 +21,7 @@ from speclm.errors import CheckpointError, OptionError, UnknownNameError, sugges
 from speclm.files.hub import HubOptions, path_exists
 from speclm.files.weights import read_json
 from speclm.methods.finding import find_heads
-from speclm.methods.registry import Method, registered_methods
+from speclm.methods.registry import HeadsSource, Method, registered_methods
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +67,9 @@ def convert_heads(
         base: Folder or hub id of the base, for formats that embed its matrices. Only those are
             read. Heads of a merged model have that model as their base, whatever is named here.
         revision: Branch, tag or commit of the base on the hub.
-        heads_kwargs: Options for the hub, such as ``revision`` of the heads. ``token``,
-            ``cache_dir``, ``local_files_only`` and ``force_download`` apply to the base too.
+        heads_kwargs: Options for the hub, such as ``revision`` of the heads, and for their files,
+            such as ``token_map``. ``token``, ``cache_dir``, ``local_files_only`` and
+            ``force_download`` apply to the base too.
 
     Raises:
         UnknownNameError: If there are no such heads, or the method has no such format.
@@ -96,17 +97,33 @@ def convert_heads(
         )
     target = find_format(source.method, to)
     found = detect_formats(source.folder, source.method)[0]
-    checkpoint = found.read(source.folder)
-    if found.is_of_whole_model(checkpoint):
-        whole, hub = (heads, source.hub) if source.commit else (source.folder, {})
-        parts: BaseParts | None = BaseParts.find(whole, HubOptions(**hub))
-    else:
-        parts = find_base(base, HubOptions(**{**source.hub, "subfolder": "", "revision": revision}))
-    made_of: dict[str, Any] = {"name": hub_id(str(heads)), "commit": source.commit}
-    made_of |= {"subfolder": source.hub.get("subfolder"), "format": found.name}
+    checkpoint = found.read(source.folder, **source.options)
+    is_whole = found.is_of_whole_model(checkpoint)
+    parts = _whole_model(source) if is_whole else _own_base(source, base, revision)
+    made_of = _provenance(source, found.name)
     return write_format(
         Path(out), checkpoint, target, method=source.method, base=parts, source=made_of
     )
+
+
+def _provenance(source: HeadsSource, name: str) -> dict[str, Any]:
+    """Return where heads come from, as it is recorded; paths are not."""
+    where = {"commit": source.commit, "subfolder": source.hub.get("subfolder")}
+    return {"name": hub_id(str(source.given)), **where, "format": name}
+
+
+def _own_base(
+    source: HeadsSource, base: str | Path | BaseParts | None, revision: str | None
+) -> BaseParts | None:
+    return find_base(base, HubOptions(**{**source.hub, "subfolder": "", "revision": revision}))
+
+
+def _whole_model(source: HeadsSource) -> BaseParts:
+    """Return the model that heads are a part of."""
+    assert source.folder is not None
+    if source.commit is None:
+        return BaseParts.find(source.folder)
+    return BaseParts.find(str(source.given), HubOptions(**source.hub))
 
 
 def find_base(base: str | Path | BaseParts | None, hub: HubOptions) -> BaseParts | None:
