@@ -105,6 +105,10 @@ class CheckpointError(SpeclmError, ValueError):
     """A file of weights is damaged, incomplete or of another kind than expected."""
 
 
+class SaveError(SpeclmError, OSError):
+    """Files cannot be written, such as on a full disk."""
+
+
 class UploadError(SpeclmError, OSError):
     """Files cannot be uploaded to the hub."""
 

@@ -24,6 +24,7 @@ BUILTINS = {
     "DataError": ValueError,
     "FeatureError": ValueError,
     "MissingAssetError": FileNotFoundError,
+    "SaveError": OSError,
     "UploadError": OSError,
     "EngineError": RuntimeError,
     "MeasurementError": RuntimeError,

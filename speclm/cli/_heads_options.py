@@ -7,12 +7,14 @@ from typing import Annotated
 import typer
 
 from speclm.cli._options import (
+    CacheDir,
     Corpus,
     Engine,
     HeadsRevision,
     HeadsSubfolder,
     NumDraftTokens,
     Revision,
+    TokenMap,
     Tree,
 )
 
@@ -37,6 +39,8 @@ class ConvertOptions:
     revision: Revision = None
     heads_revision: HeadsRevision = None
     heads_subfolder: HeadsSubfolder = None
+    cache_dir: CacheDir = None
+    token_map: TokenMap = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -88,14 +88,15 @@ def load(options: ModelOptions, *, is_placed: bool = True) -> Loaded:
         raise OptionError(f"--dtype is {dtype!r}, expected one of {list(_DTYPES)!r}")
     device = _device(options)
     arguments = {"dtype": dtype, **_quantization(options.quantization)}
-    revision = {} if options.revision is None else {"revision": options.revision}
+    hub: dict[str, Any] = {"revision": options.revision, "cache_dir": options.cache_dir}
+    hub = {name: value for name, value in hub.items() if value is not None}
     if options.device_map is not None:
         arguments["device_map"] = options.device_map
     elif options.quantization is not None:
         arguments["device_map"] = {"": device}  # quantised weights are not moved afterwards
     disable_progress_bar()  # type: ignore[no-untyped-call]  # Transformers' own
     with Console(stderr=True).status(f"loading {Path(name).name}"):
-        tokenizer, model = _from_pretrained(name, arguments, revision)
+        tokenizer, model = _from_pretrained(name, arguments, hub)
         if is_placed and "device_map" not in arguments:
             model = model.to(device)
     if tokenizer.pad_token is None:  # it is masked, so any token will do
@@ -169,12 +170,10 @@ def _quantization(name: str | None) -> dict[str, Any]:
         ) from error
 
 
-def _from_pretrained(
-    name: str, arguments: dict[str, Any], revision: dict[str, str]
-) -> tuple[Any, Any]:
+def _from_pretrained(name: str, arguments: dict[str, Any], hub: dict[str, Any]) -> tuple[Any, Any]:
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(name, **revision)
-        model: Any = AutoModelForCausalLM.from_pretrained(name, **arguments, **revision)
+        tokenizer: Any = AutoTokenizer.from_pretrained(name, **hub)
+        model: Any = AutoModelForCausalLM.from_pretrained(name, **arguments, **hub)
     except Exception as error:
         if "quantization_config" in arguments and isinstance(error, ImportError):
             raise OptionError(
@@ -184,7 +183,7 @@ def _from_pretrained(
             f"--base {name!r} is not a folder or hub id of a causal language model that can be "
             f"loaded ({type(error).__name__}: {error})"
         ) from error
-    remember_commit(model, name, revision)
+    remember_commit(model, name, hub)
     return tokenizer, model
 
 
@@ -210,8 +209,11 @@ def _method_options(options: HeadsOptions) -> dict[str, Any]:
     if heads is not None and heads == options.base and not path_exists(heads):
         revision = revision or options.revision  # base and heads in one repository
     given: dict[str, Any] = {"revision": revision, "subfolder": options.heads_subfolder}
+    if heads is not None and "/" in heads and not path_exists(heads):  # no name of a method
+        given["cache_dir"] = options.cache_dir
     if isinstance(options, DraftOptions):
         given |= {"memory": options.memory, "corpus": options.corpus}
+        given["token_map"] = options.token_map
     return {name: value for name, value in given.items() if value is not None}
 
 

@@ -35,6 +35,17 @@ Tree = Annotated[
 NumDraftTokens = Annotated[int | None, typer.Option(min=1, help="Maximum draft tokens per round.")]
 Engine = Annotated[str, typer.Option(help="How trees are verified: auto, eager, compile or graph.")]
 Corpus = Annotated[Path | None, typer.Option(help="Index of texts for look-ups; see speclm index.")]
+TokenMap = Annotated[
+    str | None,
+    typer.Option(
+        help="File of the tokens that EAGLE-1 heads draft, in their folder or elsewhere, or all; "
+        "by default the only freq_*.pt in their folder."
+    ),
+]
+CacheDir = Annotated[
+    Path | None,
+    typer.Option(help="Folder of downloads from the hub; by default that of huggingface_hub."),
+]
 Seed = Annotated[int, typer.Option(min=0, max=MAX_INT, help="Seed of sampling.")]
 Threads = Annotated[int | None, typer.Option(min=1, max=1024, help="Threads of PyTorch.")]
 
@@ -47,6 +58,7 @@ class ModelOptions:
         str | None, typer.Option(help="Folder or hub id; by default the bundled model.")
     ] = None
     revision: Revision = None
+    cache_dir: CacheDir = None
     dtype: Annotated[
         str | None, typer.Option(help="Dtype of the weights: float32, bfloat16, float16 or auto.")
     ] = None
@@ -101,6 +113,7 @@ class DraftOptions(HeadsOptions):
         typer.Option(help="File of the memory of look-ups, read and written; see speclm warm."),
     ] = None
     corpus: Corpus = None
+    token_map: TokenMap = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -271,10 +284,9 @@ class VerifyOptions(ModelOptions):
         str | None,
         typer.Option(help="Heads that these were converted from, whose logits have to be equal."),
     ] = None
-    heads_revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of the heads on the hub.")
-    ] = None
-
+    heads_revision: HeadsRevision = None
+    heads_subfolder: HeadsSubfolder = None
+    token_map: TokenMap = None
     num_prompts: Annotated[int, typer.Option(min=1, help="Prompts of each setting.")] = 8
     max_new_tokens: MaxNewTokens = 32
     batch: Annotated[int, typer.Option(min=1, help="Rows of the larger calls.")] = 4

@@ -113,7 +113,7 @@ def _shared_settings(options: BenchOptions, loaded: Loaded) -> dict[str, Any]:
     """Return the settings that all records of the run share."""
     names = [
         *("heads_subfolder", "tree", "engine", "num_draft_tokens", "depth", "quantization"),
-        *("memory", "corpus"),
+        *("memory", "corpus", "token_map"),
     ]
     drafting = {name: getattr(options, name) for name in names}
     drafting = {

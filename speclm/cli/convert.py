@@ -9,7 +9,12 @@ from speclm.model.exporting import convert_heads
 
 def convert(options: ConvertOptions) -> None:
     """Convert heads, and print what loads them and how."""
-    given = {"revision": options.heads_revision, "subfolder": options.heads_subfolder}
+    given = {
+        "revision": options.heads_revision,
+        "subfolder": options.heads_subfolder,
+        "cache_dir": options.cache_dir,
+        "token_map": options.token_map,
+    }
     done = convert_heads(
         options.heads,
         options.out,

@@ -28,24 +28,41 @@ def verify(options: VerifyOptions) -> None:
     if options.heads is not None:
         _verify_heads(options, options.heads)
         return
-    unused = {"--source": options.source, "--heads-revision": options.heads_revision}
-    for name, value in unused.items():
-        if value is not None:
-            raise OptionError(
-                f"{name} is {value!r}, which only says something with heads; name them"
-            )
+    of_heads = ("source", "heads_revision", "heads_subfolder", "token_map")
+    _require_unused(options, of_heads, "with heads; name them")
     _verify_model(options)
+
+
+def _require_unused(options: VerifyOptions, names: tuple[str, ...], reason: str) -> None:
+    """Check that options which would have no effect are not given."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None:
+            option = f"--{name.replace('_', '-')}"
+            raise OptionError(f"{option} is {value!r}, which only says something {reason}")
 
 
 def _verify_heads(options: VerifyOptions, heads: str) -> None:
     """Print what heads are, and compare them with their base and source."""
-    revision = options.heads_revision
+    _require_unused(
+        options,
+        ("dtype", "device", "device_map", "quantization"),
+        "without heads: those are compared on the CPU in float32; leave it out",
+    )
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    given = {
+        "revision": options.heads_revision,
+        "subfolder": options.heads_subfolder,
+        "cache_dir": options.cache_dir,
+        "token_map": options.token_map,
+    }
     found = check_heads(
         heads,
         base=options.base,
         source=options.source,
         revision=options.revision,
-        heads_kwargs=None if revision is None else {"revision": revision},
+        heads_kwargs={name: value for name, value in given.items() if value is not None},
     )
     console = Console(soft_wrap=True)
     table = Table(box=None, pad_edge=False, show_header=False)

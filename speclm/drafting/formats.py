@@ -80,10 +80,15 @@ class CheckpointFormat(ABC, Generic[CheckpointT]):
         """
 
     @abstractmethod
-    def read(self, folder: Path) -> CheckpointT:
+    def read(self, folder: Path, **options: Any) -> CheckpointT:
         """Return the heads in a folder of this format; large tensors stay on the disk.
 
+        Args:
+            folder: The folder.
+            **options: Options of the method for its files.
+
         Raises:
+            OptionError: If the method has no such option.
             CheckpointError: If they are damaged, incomplete or of another method.
         """
 
@@ -99,6 +104,10 @@ class CheckpointFormat(ABC, Generic[CheckpointT]):
             CheckpointError: If the format cannot hold the heads, or needs the base; the message
                 says what to do.
         """
+
+    def is_of_whole_model(self, checkpoint: CheckpointT) -> bool:  # noqa: ARG002 - most are not
+        """Return whether heads come from a model that was trained with them: it is their base."""
+        return False
 
     @abstractmethod
     def engines(self, checkpoint: CheckpointT) -> tuple[Engine, ...]:

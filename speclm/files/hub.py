@@ -176,9 +176,9 @@ def cached_commit(name: object, options: Mapping[str, Any]) -> str | None:
 
 
 def path_exists(name: str | Path) -> bool:
-    """Return whether a file or folder of that name exists; a name may have any length."""
+    """Return whether a file or folder of that name exists; a name may have any length, also 0."""
     try:
-        return Path(name).exists()
+        return name != "" and Path(name).exists()
     except OSError:
         return False
 

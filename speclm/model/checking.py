@@ -72,8 +72,9 @@ def check_heads(
         source: Folder or hub id of the heads that these were converted from; by default that in
             their provenance, if it is on the hub, at the commit there.
         revision: Branch, tag or commit of the base on the hub.
-        heads_kwargs: Options for the hub, such as ``revision`` of the heads. ``token``,
-            ``cache_dir`` and ``local_files_only`` apply to the base and the source too.
+        heads_kwargs: Options for the hub, such as ``revision`` of the heads, and for their files,
+            such as ``token_map``. ``token``, ``cache_dir`` and ``local_files_only`` apply to the
+            base and the source too.
 
     Raises:
         UnknownNameError: If there are no such heads.
@@ -94,13 +95,13 @@ def check_heads(
     formats = detect_formats(found.folder, found.method)
     shared = {name: value for name, value in found.hub.items() if name in _SHARED}
     parts = find_base(base, HubOptions(**shared, revision=revision))
-    checkpoint = formats[0].read(found.folder)
+    checkpoint = formats[0].read(found.folder, **found.options)
     facts = _facts(found, formats[0].card(checkpoint))
     if parts is not None:
         facts["vocabulary"] = _compare_sizes(checkpoint, parts)
     provenance = _provenance(found.folder)
-    given, commit = (source, None) if source else _recorded(provenance)
-    options = shared if commit is None else {**shared, "revision": commit}
+    given, where = (source, {}) if source is not None else _recorded(provenance)
+    options = {**shared, **where}
     # Our own format, the first, names only speclm.
     engines = dict.fromkeys(e for each in formats[1:] or formats for e in each.engines(checkpoint))
     return HeadsCheck(
@@ -119,11 +120,13 @@ def _provenance(folder: Path) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
-def _recorded(provenance: Mapping[str, Any]) -> tuple[str | None, Any]:
-    """Return the hub id and the commit of the source of converted heads, as far as recorded."""
+def _recorded(provenance: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    """Return the hub id of the source of converted heads, and where in it, as far as recorded."""
     found = provenance.get("source")
     found = found if isinstance(found, dict) else {}
-    return hub_id(str(found.get("name") or "")), found.get("commit")
+    where = {"revision": found.get("commit"), "subfolder": found.get("subfolder")}
+    name = hub_id(str(found.get("name") or ""))
+    return name, {key: value for key, value in where.items() if value is not None}
 
 
 def _find(heads: str | Path, options: Mapping[str, Any] | None) -> HeadsSource:
@@ -164,7 +167,10 @@ def _difference(
     matrices: dict[str, Tensor | None] = {"embeddings": None, "lm_weight": None}
     if base is not None:
         matrices = {"embeddings": base.embeddings(), "lm_weight": base.output_matrix()}
-    first, second = (own.logits(each, **matrices) for each in (checkpoint, own.read(other.folder)))
+    first, second = (
+        own.logits(each, **matrices)
+        for each in (checkpoint, own.read(other.folder, **found.options))
+    )
     if first.shape != second.shape or not torch.isfinite(first - second).all():
         return float("inf")
     return float((first - second).abs().max())

@@ -21,7 +21,7 @@ from speclm.errors import CheckpointError, OptionError, UnknownNameError, sugges
 from speclm.files.hub import HubOptions, path_exists
 from speclm.files.weights import read_json
 from speclm.methods.finding import find_heads
-from speclm.methods.registry import Method, registered_methods
+from speclm.methods.registry import HeadsSource, Method, registered_methods
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +65,11 @@ def convert_heads(
         out: Folder to write: a new or empty one, or one with heads in the same format.
         to: Name of the format; see `format_names`.
         base: Folder or hub id of the base, for formats that embed its matrices. Only those are
-            read.
+            read. Heads of a merged model have that model as their base, whatever is named here.
         revision: Branch, tag or commit of the base on the hub.
-        heads_kwargs: Options for the hub, such as ``revision`` of the heads. ``token``,
-            ``cache_dir``, ``local_files_only`` and ``force_download`` apply to the base too.
+        heads_kwargs: Options for the hub, such as ``revision`` of the heads, and for their files,
+            such as ``token_map``. ``token``, ``cache_dir``, ``local_files_only`` and
+            ``force_download`` apply to the base too.
 
     Raises:
         UnknownNameError: If there are no such heads, or the method has no such format.
@@ -76,7 +77,7 @@ def convert_heads(
             which part, and what to do.
         OptionError: If they are no heads but a draft model, or a revision is not of a base on the
             hub.
-        OSError: If the files cannot be written; nothing is changed then.
+        SaveError: If the files cannot be written; nothing is changed then.
 
     Example:
         ```python
@@ -96,13 +97,33 @@ def convert_heads(
         )
     target = find_format(source.method, to)
     found = detect_formats(source.folder, source.method)[0]
-    checkpoint = found.read(source.folder)
-    shared = {**source.hub, "subfolder": "", "revision": revision}
-    parts = find_base(base, HubOptions(**shared))
-    made_of = {"name": hub_id(str(heads)), "commit": source.commit, "format": found.name}
+    checkpoint = found.read(source.folder, **source.options)
+    is_whole = found.is_of_whole_model(checkpoint)
+    parts = _whole_model(source) if is_whole else _own_base(source, base, revision)
+    made_of = _provenance(source, found.name)
     return write_format(
         Path(out), checkpoint, target, method=source.method, base=parts, source=made_of
     )
+
+
+def _provenance(source: HeadsSource, name: str) -> dict[str, Any]:
+    """Return where heads come from, as it is recorded; paths are not."""
+    where = {"commit": source.commit, "subfolder": source.hub.get("subfolder")}
+    return {"name": hub_id(str(source.given)), **where, "format": name}
+
+
+def _own_base(
+    source: HeadsSource, base: str | Path | BaseParts | None, revision: str | None
+) -> BaseParts | None:
+    return find_base(base, HubOptions(**{**source.hub, "subfolder": "", "revision": revision}))
+
+
+def _whole_model(source: HeadsSource) -> BaseParts:
+    """Return the model that heads are a part of."""
+    assert source.folder is not None
+    if source.commit is None:
+        return BaseParts.find(source.folder)
+    return BaseParts.find(str(source.given), HubOptions(**source.hub))
 
 
 def find_base(base: str | Path | BaseParts | None, hub: HubOptions) -> BaseParts | None:
@@ -218,6 +239,11 @@ def detect_formats(folder: Path, method: Method) -> list[CheckpointFormat[Any]]:
 def _require_free(folder: Path, target: CheckpointFormat[Any]) -> None:
     """Check that a folder is new or empty, or holds heads in the same format."""
     require_folder(folder)
+    above = next((path for path in folder.resolve().parents if path.exists()), folder)
+    if above.is_file():
+        raise CheckpointError(
+            f"{folder}: found the file {above}, expected a folder there; choose another place"
+        )
     path = folder / EXPORT_NAME
     if path.is_file() and read_json(path).get("format") == target.name:
         return

@@ -1,5 +1,6 @@
 """Load causal language models, take them out of PEFT's wrappers, and read where they stop."""
 
+import glob
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,12 +13,13 @@ from speclm.errors import (
     CheckpointError,
     OptionError,
     SpeclmError,
+    UnknownNameError,
     UnsupportedModelError,
     reason_of,
     shown,
     suggest,
 )
-from speclm.files.hub import cached_commit, path_exists
+from speclm.files.hub import HubOptions, cached_commit, download, is_hub_id, path_exists
 from speclm.files.weights import read_json, weights_of
 
 # Not signs of damage: paths and values that callers name, packages, and memory or devices.
@@ -26,6 +28,8 @@ _OTHER_REASONS = (
     *(torch.OutOfMemoryError, torch.AcceleratorError),
 )
 _CONFIGS = ("config.json", "generation_config.json", "*.index.json")
+_SINGLE = ("model.safetensors", "pytorch_model.bin")
+_OF_OTHER_FILES = {"variant", "use_safetensors", "state_dict", "config"}
 _WIDTHS = ("hidden_size", "n_embd", "d_model", "intermediate_size", "vocab_size")
 _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _MOST_PER_BYTE = 16
@@ -58,8 +62,14 @@ def load_causal_lm(
             f"dtype of the {owner} is {dtype!r}, expected one such as 'bfloat16' or 'auto'; "
             "correct it"
         )
-    if path_exists(name) and "gguf_file" not in options:
-        _require_sound(Path(name, str(options.get("subfolder") or "")))
+    if "gguf_file" not in options:
+        is_here = path_exists(name)
+        folder = Path(name, str(options.get("subfolder") or ""))
+        fetched = folder if is_here else _fetched(str(name), options)
+        if fetched is not None:
+            _require_sound(fetched)
+            if not is_here:  # or else other files than the checked ones might be read
+                options = {**options, "force_download": False}
     try:
         loader: Any = AutoModelForCausalLM
         model, report = loader.from_pretrained(name, **options, output_loading_info=True)
@@ -112,6 +122,34 @@ def _damaged(name: str | Path, owner: str, error: Exception) -> CheckpointError:
         f"{owner} {str(name)!r} cannot be loaded ({reason_of(error)}), expected an undamaged "
         "config and weights; download or export them again"
     )
+
+
+def _fetched(name: str, options: Mapping[str, Any]) -> Path | None:
+    """Download the files of a model that Transformers would read; return their folder.
+
+    None if the options name other files, or some are missing, which Transformers reports.
+    """
+    if options.keys() & _OF_OTHER_FILES or not is_hub_id(name):
+        return None
+    hub, _ = HubOptions.split(options)
+    try:
+        folder = download(name, hub, _CONFIGS)
+        for single in _SINGLE:
+            index = folder / f"{single}.index.json"
+            if (download(name, hub, (single,)) / single).exists():
+                return folder
+            if index.exists():
+                return download(name, hub, tuple(map(glob.escape, _shards(index))))
+    except UnknownNameError:
+        return None
+    return folder
+
+
+def _shards(index: Path) -> list[str]:
+    """Return the files next to an index that it names, as far as it names any."""
+    found = read_json(index).get("weight_map")
+    names = {*map(str, found.values())} if isinstance(found, dict) else set()
+    return sorted(name for name in names if Path(name).name == name)
 
 
 def _require_sound(folder: Path) -> None:

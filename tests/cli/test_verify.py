@@ -5,7 +5,7 @@ import torch
 from transformers import AutoTokenizer
 
 from speclm.demo.bundle import assets
-from speclm.errors import UnknownNameError
+from speclm.errors import OptionError, UnknownNameError
 from speclm.target import TargetView
 from tests.models import build_model
 
@@ -70,6 +70,29 @@ def test_wrong_tokens_are_shown_and_end_with_exit_code_1(run, folder, monkeypatc
     assert "NO, 0/1" in result.output
 
 
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        (("--dtype", "float16"), OptionError, "--dtype is 'float16'.*on the CPU in float32"),
+        (("--device", "cuda"), OptionError, "--device is 'cuda', which only says something"),
+        (("--device-map", "auto"), OptionError, "--device-map is 'auto'"),
+        (("--quantization", "bnb-4bit"), OptionError, "--quantization is 'bnb-4bit'"),
+        (("--base", ""), UnknownNameError, "base '' is no folder and no hub id"),
+    ],
+)
+def test_options_that_mean_nothing_for_heads_are_refused(run, arguments, error, words):
+    with pytest.raises(error, match=words):
+        run("verify", str(assets()["eagle3"]), *arguments)
+
+
+@pytest.mark.parametrize("option", ["--source", "--heads-revision", "--heads-subfolder"])
+def test_options_of_heads_are_refused_without_them(run, option):
+    with pytest.raises(OptionError, match=f"{option} is 'x', which only says something with heads"):
+        run("verify", option, "x")
+
+
 def test_unknown_model_is_refused(run):
+    with pytest.raises(UnknownNameError, match="--base '' is not a folder or hub id"):
+        run("verify", "--base", "")
     with pytest.raises(UnknownNameError, match="is not a folder or hub id"):
         run("verify", "--base", "/no/such/folder")

@@ -1,9 +1,10 @@
-"""Compare our block heads with the draft classes of speculators and SpecForge.
+"""Compare our block heads with the draft classes of speculators, SpecForge and vLLM.
 
 speculators saves heads with random weights as its trainer does; we convert them to its format,
-where that can hold them, and it loads them again. SpecForge loads heads that we convert for it.
-Both compute the states and logits of blocks within a text from the same features and tokens. Runs
-where these libraries are installed, in an environment of its own:
+where that can hold them, and it loads them again. SpecForge and vLLM load heads that we convert for
+them, vLLM also from the format of speculators. All compute the states and logits of blocks within a
+text from the same features and tokens. Runs where these libraries are installed, in an environment
+of its own:
 
     make cross-check
 """
@@ -12,6 +13,7 @@ import json
 import sys
 import tempfile
 import warnings
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import Qwen3Config
+from transformers import AutoConfig, Qwen3Config
 from transformers.utils import logging
+from vllm_code import aux_layers, build, config_class, vllm, weights
 
 from speclm.methods.block.checkpoint import block_checkpoint, build_block, read_block, write_block
 from speclm.methods.block.checkpoint_formats import HOLDS, unusual_parts
@@ -71,6 +74,22 @@ SPECFORGE_CASES: dict[str, dict[str, Any]] = {
     "window": {"windows": (9, None), "is_causal": (True, False)},
     "rms_norm_eps 1e-3": {"rms_norm_eps": 1e-3},
 }
+_PART = {"draft_vocab_size": DRAFTED}
+_SLIDING = {"windows": (9, None), "is_causal": (True, False)}
+VLLM_CASES: dict[str, dict[str, Any]] = {
+    "dflash": {"kind": "dflash"},
+    "jetspec": {"kind": "jetspec"},
+    "dflash, causal windows": {"kind": "dflash", **_SLIDING},
+    "dflash, windows both ways": {"kind": "dflash", **_SLIDING, "is_causal": (False, False)},
+    "dflash, part of the vocabulary": {"kind": "dflash", **_PART},
+    "dflash, rms_norm_eps 1e-3": {"kind": "dflash", "rms_norm_eps": 1e-3},
+    "dspark": {"kind": "dspark"},
+    "dspark, not causal": {"kind": "dspark", "is_causal": (False, False)},
+    "dspark, in place": {"kind": "dspark", "predicts_next": False},
+    "dspark, part of the vocabulary": {"kind": "dspark", **_PART},
+    "dspark, no confidence": {"kind": "dspark", "has_confidence": False},
+}
+ANCHOR = 31
 
 
 def draw_(module: torch.nn.Module) -> None:
@@ -268,6 +287,80 @@ def of_specforge(case: str, place: Path) -> tuple[dict[str, Tensor], dict[str, T
     return {"hidden": found["hidden"]}, {"hidden": hidden[0, 1:]}
 
 
+def of_vllm(case: str, place: Path, to: str = "vllm") -> tuple[dict[str, Tensor], ...] | None:
+    """Write heads, and compute with vLLM's classes and with ours; None if they are refused."""
+    base = Qwen3Config(**{**SIZES, "num_hidden_layers": 12})
+    config = BlockConfig.from_model_config(
+        base, block_size=BLOCK, feature_layers=LAYERS, **VLLM_CASES[case]
+    )
+    if not unusual_parts(config) <= HOLDS[to]:
+        return None
+    heads = BlockHeads(config).eval()
+    draw_(heads)
+    if config.has_draft_vocab:
+        columns = torch.randperm(VOCAB, generator=torch.Generator().manual_seed(3))[:DRAFTED]
+        heads.set_draft_columns_(columns.sort().values)
+    write_block(place / "saved", block_checkpoint(heads), num_target_layers=12)
+    convert_heads(place / "saved", place / "out", to=to)
+    found = ours(
+        build_block(read_block(place / "out")), *inputs(), anchors=torch.tensor([[ANCHOR]])
+    )
+    with vllm("0.33.0"), torch.no_grad():
+        return found, by_vllm(place / "out", config)
+
+
+def by_vllm(folder: Path, config: BlockConfig) -> dict[str, Tensor]:
+    """Compute a block with vLLM's draft class, as its runner calls it."""
+    method = "dspark" if config.markov else "dflash"
+    described: Any
+    if "speculators_model_type" in json.loads((folder / "config.json").read_text()):
+        own = config_class("speculators.base", "SpeculatorsConfig")
+        stated = own.extract_vllm_speculative_config(own.get_config_dict(folder)[0])
+        assert stated == {"method": method, "num_speculative_tokens": config.num_drafts}, stated
+        described = own.from_pretrained(folder)
+        described.standardize_rope_params()
+    else:
+        described = AutoConfig.from_pretrained(folder)
+        if method == "dflash":
+            own = config_class("eagle", "EAGLEConfig")
+            described = own(described, method=method, model_type="eagle")
+    module, name = _OF_VLLM[described.architectures[0]]
+    model = build(module, name, described, num_layers=12, vocab_size=VOCAB)
+    assert aux_layers(described) == LAYERS
+    model.load_weights(weights(folder))
+    features, tokens, table = inputs()
+    if not getattr(model, "has_own_embed_tokens", False):
+        model.model.embed_tokens.weight.data.copy_(table)
+    if not getattr(model, "has_own_lm_head", False):
+        model.lm_head.weight.data.copy_(table)
+    for layer in model.model.layers:
+        layer.self_attn.attn.is_causal = layer.self_attn.causal
+    states = model.combine_hidden_states(features[0, :ANCHOR])
+    places = torch.arange(ANCHOR)
+    model.precompute_and_store_context_kv(states, places, places)
+    assert model.model.mask_token_id == config.mask_token_id
+    block = torch.full((BLOCK,), config.mask_token_id)
+    block[0] = tokens[0, ANCHOR]
+    hidden = model(block, ANCHOR + torch.arange(BLOCK))[-config.num_drafts :]
+    if method == "dflash":
+        logits = model.compute_logits(hidden)
+        return {"hidden": hidden, "logits": logits[:, logits[0] > float("-inf")]}
+    code = model.markov_embed(tokens[0, ANCHOR:][: config.num_drafts])
+    found = {
+        "hidden": hidden,
+        "logits": model.compute_draft_logits(hidden) + model.markov_bias(code),
+    }
+    if config.has_confidence:
+        found["confidence"] = model.compute_confidence(hidden, code)
+    return found
+
+
+_OF_VLLM = {  # its registry
+    "DFlashDraftModel": ("qwen3_dflash", "DFlashQwen3ForCausalLM"),
+    "Qwen3DSparkModel": ("qwen3_dspark", "Qwen3DSparkForCausalLM"),
+}
+
+
 def main() -> int:
     warnings.simplefilter("ignore")
     logging.set_verbosity_error()
@@ -275,13 +368,20 @@ def main() -> int:
     libraries = ("speculators", "SpecForge")
     print(json.dumps({name: version(name.lower()) for name in (*libraries, "transformers")}))
     failed = 0
+    of_servers = partial(of_vllm, to="speculators")
     for library, compare, cases in (
         (libraries[0], of_speculators, CASES),
         (libraries[1], of_specforge, SPECFORGE_CASES),
+        ("vLLM", of_vllm, VLLM_CASES),
+        ("vLLM, speculators' format", of_servers, VLLM_CASES),
     ):
         for case in cases:
             with tempfile.TemporaryDirectory() as place:
-                mine, theirs = compare(case, Path(place))
+                compared = compare(case, Path(place))
+            if compared is None:
+                print(f"{library:26s} {case:32s} refused", flush=True)
+                continue
+            mine, theirs = compared
             assert mine.keys() == theirs.keys()
             found = max(
                 float((mine[name] - theirs[name]).abs().max() / theirs[name].abs().max())
@@ -290,7 +390,7 @@ def main() -> int:
             is_close = found <= TOLERANCE  # not so where it is no number
             failed += not is_close
             mark = "ok" if is_close else "DIFFERS"
-            print(f"{library:12s} {case:32s} {found:.1e} {mark}", flush=True)
+            print(f"{library:26s} {case:32s} {found:.1e} {mark}", flush=True)
     return 1 if failed else 0
 
 

@@ -309,8 +309,9 @@ def check(place: Path, case: str, reader: tuple[str, str, Loader]) -> str:
     """Return what a reader makes of a case: the difference, or that the format refuses it."""
     (name, to, load), config = reader, config_of(case)
     folder, limits = place / f"{name}-{to}-{case}".replace(" ", "-"), LIMITS[to].get(config.kind)
+    base = place / "base" if config.target_hidden_size == BASE.hidden_size else None
     try:
-        convert_heads(place / case, folder, to=to, base=place / "base")
+        convert_heads(place / case, folder, to=to, base=base)
     except CheckpointError as error:
         is_right = limits is None or not limits.hold(config)
         return "refused" if is_right else f"DIFFERS: {error}"

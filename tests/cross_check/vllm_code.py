@@ -29,18 +29,26 @@ _MODELS = "vllm.model_executor.models."
 _CONFIGS = "vllm.transformers_utils.configs."
 _REAL = {
     *(_MODELS + name for name in ("utils", "llama", "llama_eagle", "llama_eagle3", "medusa")),
-    *(_MODELS + name for name in ("qwen2", "qwen3", "qwen3_eagle3")),
+    *(_MODELS + name for name in ("qwen2", "qwen3", "qwen3_eagle3", "qwen3_dflash")),
+    _MODELS + "qwen3_dspark",
+    "vllm.v1.worker.gpu.spec_decode.eagle.eagle3_utils",
     *(_CONFIGS + name for name in ("eagle", "medusa", "speculators.base", "speculators.algos")),
 }
 _CURRENT: dict[str, Any] = {}  # vLLM's config of the model that is built
 
 
+class Unquantized:
+    """Says that a layer's weights are as they are."""
+
+
 class Fused(nn.Module):
     """Linear layers in one matrix, of which vLLM loads one at a time."""
 
+    quant_method = Unquantized()
+
     def __init__(self, width: int, sizes: dict[Any, int], bias: bool, is_bare: bool = False):
         super().__init__()
-        total, self.is_bare = sum(sizes.values()), is_bare
+        total, self.is_bare, self.input_size = sum(sizes.values()), is_bare, width
         self.weight = nn.Parameter(torch.empty(total, width))
         self.bias = nn.Parameter(torch.empty(total)) if bias else None
         starts = torch.tensor([0, *sizes.values()]).cumsum(0).tolist()
@@ -89,6 +97,7 @@ class Norm(nn.Module):
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.empty(size)), eps
+        self.variance_epsilon = eps
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
         total = x if residual is None else x + residual
@@ -121,38 +130,71 @@ class LogitsProcessor(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal attention within one text."""
+    """Attention within one text, of which the first keys and values may have been stored."""
+
+    kv_cache, is_causal = None, True
 
     def __init__(self, _heads: int, head: int, scale: float, **given: Any) -> None:
         super().__init__()
         self.head, self.scale, self.window = head, scale, given["per_layer_sliding_window"]
+        self.impl = SimpleNamespace(do_kv_cache_update=self.store)
+        self.stored: tuple[Tensor, ...] = ()
+
+    def store(self, _own: Any, keys: Tensor, values: Tensor, _cache: Any, _places: Any) -> None:
+        self.stored = keys.flatten(1), values.flatten(1)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        length = len(q)
-        q, k, v = (x.view(length, -1, self.head).transpose(0, 1)[None] for x in (q, k, v))
-        distance = torch.arange(length)[:, None] - torch.arange(length)
-        mask = (distance >= 0) & (distance < (self.window or length))
+        if self.stored:
+            k, v = (torch.cat(pair) for pair in zip(self.stored, (k, v), strict=True))
+        length, start = len(k), len(k) - len(q)
+        q, k, v = (x.view(len(x), -1, self.head).transpose(0, 1)[None] for x in (q, k, v))
+        distance = torch.arange(start, length)[:, None] - torch.arange(length)
+        mask = distance.abs() < (self.window or length)
+        if self.is_causal:
+            mask &= distance >= 0
         out = F.scaled_dot_product_attention(q, k, v, mask, scale=self.scale, enable_gqa=True)
         return out[0].transpose(0, 1).flatten(1)
 
 
-def get_rope(head: int, *, max_position: int, rope_parameters: Any, **_given: Any) -> Any:
-    """Return the rotation of Transformers for the parameters that vLLM found."""
-    config = LlamaConfig(
-        hidden_size=head,
-        num_attention_heads=1,
-        max_position_embeddings=max_position,
-        rope_parameters=rope_parameters,
-    )
-    rotary = LlamaRotaryEmbedding(config)
+class Rope:
+    """The rotation of Transformers for the parameters that vLLM found."""
 
-    def rotate(positions: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
-        cos, sin = rotary(q, positions[None])
-        split = [x.view(1, len(x), -1, head).transpose(1, 2) for x in (q, k)]
+    is_neox_style = True
+
+    def __init__(self, head: int, *, max_position: int, rope_parameters: Any, **_given: Any):
+        config = LlamaConfig(
+            hidden_size=head,
+            num_attention_heads=1,
+            max_position_embeddings=max_position,
+            rope_parameters=rope_parameters,
+        )
+        self.head_size, self.rotary = head, LlamaRotaryEmbedding(config)
+        whole = self.rotary(torch.empty(0), torch.arange(max_position)[None])
+        self.cos_sin_cache = torch.cat([part[0, :, : head // 2] for part in whole], -1)
+
+    def __call__(self, positions: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+        cos, sin = self.rotary(q, positions[None])
+        split = [x.view(1, len(x), -1, self.head_size).transpose(1, 2) for x in (q, k)]
         rotated = apply_rotary_pos_emb(*split, cos, sin)
         return tuple(x[0].transpose(0, 1).flatten(1) for x in rotated)
 
-    return rotate
+
+def rms_norm_(out: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
+    """Norm the last axis; a matrix of weights has a row for each entry of the first one."""
+    if weight.ndim > 1:
+        weight = weight.view(len(weight), *[1] * (x.ndim - 2), -1)
+    out.copy_(F.rms_norm(x, x.shape[-1:], eps=eps) * weight)
+
+
+def rotate_(
+    positions: Tensor, x: Tensor, _keys: None, head: int, cos_sin: Tensor, is_neox: bool
+) -> None:
+    """Rotate each head in place, its halves against each other."""
+    assert is_neox
+    cos, sin = cos_sin[positions][:, None].chunk(2, -1)
+    first, second = x.view(len(x), -1, head).chunk(2, -1)
+    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+    x.copy_(rotated.flatten(1))
 
 
 def decorator(*given: Any, **_named: Any) -> Any:
@@ -167,6 +209,7 @@ class VllmConfig:
 
 
 _STAND_INS: dict[str, Any] = {
+    "_custom_ops": SimpleNamespace(rms_norm=rms_norm_, rotary_embedding=rotate_),
     "Attention": Attention,
     "AttentionType": SimpleNamespace(DECODER="decoder", ENCODER_ONLY="encoder"),
     "LogitsProcessor": LogitsProcessor,
@@ -177,14 +220,17 @@ _STAND_INS: dict[str, Any] = {
     "RMSNorm": Norm,
     "RowParallelLinear": linear,
     "SiluAndMul": lambda: lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1],
+    "UnquantizedLinearMethod": Unquantized,
     "VllmConfig": VllmConfig,
     "VocabParallelEmbedding": Table,
     "as_embedding_model": decorator,
     "as_seq_cls_model": decorator,
+    "current_platform": SimpleNamespace(is_rocm=lambda: False, is_cuda=lambda: False),
     "default_weight_loader": load_,
     "direct_register_custom_op": lambda **_given: None,
     "get_current_vllm_config": lambda: _CURRENT["config"],
-    "get_rope": get_rope,
+    "get_hf_file_bytes": lambda *_given: None,
+    "get_rope": Rope,
     "get_tensor_model_parallel_world_size": lambda: 1,
     "init_logger": logging.getLogger,
     "maybe_fused_act_quant": lambda act, x, _layer: act(x),
@@ -253,7 +299,7 @@ def build(module: str, name: str, config: Any, **base: Any) -> Any:
         get_total_num_hidden_layers=lambda: base["num_layers"],
         get_vocab_size=lambda: base["vocab_size"],
     )
-    draft = SimpleNamespace(hf_config=config)
+    draft = SimpleNamespace(hf_config=config, model="", revision=None)
     places = SimpleNamespace(
         model_config=model_config,
         speculative_config=SimpleNamespace(draft_model_config=draft, parallel_drafting=False),
@@ -261,6 +307,7 @@ def build(module: str, name: str, config: Any, **base: Any) -> Any:
         cache_config=None,
         quant_config=None,
         parallel_config=None,
+        use_v2_model_runner=True,
     )
     _CURRENT["config"] = places
     found = getattr(importlib.import_module(_MODELS + module), name)(vllm_config=places)
@@ -268,6 +315,14 @@ def build(module: str, name: str, config: Any, **base: Any) -> Any:
         if parameter.is_floating_point():
             nn.init.constant_(parameter, float("nan"))
     return found.eval()
+
+
+def aux_layers(config: Any) -> tuple[int, ...] | None:
+    """Return the hidden states that vLLM reads for a draft model with a config."""
+    module = importlib.import_module("vllm.v1.worker.gpu.spec_decode.eagle.eagle3_utils")
+    draft = SimpleNamespace(draft_model_config=SimpleNamespace(hf_config=config))
+    found: tuple[int, ...] | None = module.get_eagle3_aux_layers_from_config(draft)
+    return found
 
 
 def config_class(module: str, name: str) -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from tests.fuzzing.cases import run_cases
+from tests.fuzzing.cases import log_of, run_cases
 
 STEP = 1000
 
@@ -25,6 +25,8 @@ torch.set_num_threads(1)
 disable_progress_bar()
 start, last, num_faults = time.monotonic(), options.first + options.cases, 0
 with tempfile.TemporaryDirectory() as folder:
+    sys.stdout.write(f"a case that hangs is named in {log_of(Path(folder) / 'case')}\n")
+    sys.stdout.flush()
     for first in range(options.first, last, STEP):
         numbers = range(first, min(first + STEP, last))
         counts, faults = run_cases(numbers, Path(folder) / "case")

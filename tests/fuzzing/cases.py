@@ -53,6 +53,11 @@ def make_case(number: int) -> Case:
     return Case(number, layout, tuple(mutate.__name__ for mutate in chosen), folder, use)
 
 
+def log_of(place: Path) -> Path:
+    """Return the file that names the case in a place while it runs, and after it has hung."""
+    return place.with_suffix(".log")
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:
     raise TimeOut
 
@@ -62,7 +67,10 @@ def _peak() -> float:
 
 
 def run_case(case: Case, place: Path) -> str:
-    """Run a case and return "loaded" or "refused"; any other word is a fault."""
+    """Run a case and return "loaded" or "refused"; any other word is a fault.
+
+    If it hangs, the process ends, and `log_of` names the case and the lines where it was.
+    """
     shutil.rmtree(place, ignore_errors=True)
     place.mkdir(parents=True)
     canary = place / "canary"
@@ -71,7 +79,10 @@ def run_case(case: Case, place: Path) -> str:
     before, start = _peak(), time.process_time()
     signal.signal(signal.SIGALRM, _interrupt)
     signal.setitimer(signal.ITIMER_REAL, WAIT)
-    faulthandler.dump_traceback_later(HANG, exit=True)
+    log = log_of(place).open("w", encoding="utf-8")
+    log.write(f"case {case.number}: {case.use.__name__} of {case.layout} {case.names}\n")
+    log.flush()
+    faulthandler.dump_traceback_later(HANG, exit=True, file=log)
     try:
         case.use(place / "heads")
         found = "loaded"
@@ -86,6 +97,7 @@ def run_case(case: Case, place: Path) -> str:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         faulthandler.cancel_dump_traceback_later()
+        log.close()
     seconds, grown = time.process_time() - start, _peak() - before
     if canary.exists():
         return "execution"
@@ -102,7 +114,6 @@ def run_cases(numbers: range, place: Path) -> tuple[Counter[str], dict[int, str]
     faults: dict[int, str] = {}
     for number in numbers:
         case = make_case(number)
-        (place.parent / f"{place.name}.number").write_text(str(number))  # if the process dies
         found = run_case(case, place)
         if found in ("loaded", "refused"):
             counts[found] += 1

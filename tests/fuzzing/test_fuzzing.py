@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ import pytest
 from speclm.errors import CheckpointError
 from speclm.files.weights import MAX_HEADER, read_json, read_text, weights_digest, weights_of
 from tests import eagle_tables
-from tests.fuzzing import layouts
-from tests.fuzzing.cases import Case, make_case, run_case, run_cases
+from tests.forks import in_child
+from tests.fuzzing import cases, layouts
+from tests.fuzzing.cases import Case, log_of, make_case, run_case, run_cases
 from tests.fuzzing.exported import ALL, files_of
 from tests.fuzzing.mutations import CANARY, PICKLES, Folder
 from tests.fuzzing.verbs import VERBS, load_folder, publish_folder, read_folder
@@ -56,6 +58,21 @@ def test_code_that_is_run_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv(CANARY, "")
     case = Case(0, "code", (), Folder({"pytorch_model.bin": PICKLES["code"]}), unsafe)
     assert run_case(case, tmp_path / "case") == "execution"
+
+
+def test_a_case_that_hangs_is_named(tmp_path, monkeypatch):
+    def stuck(place: Path) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+        while True:
+            pass
+
+    monkeypatch.setattr(cases, "HANG", 0.1)
+    case = Case(7, "eagle3", ("header",), Folder({}), stuck)
+    with pytest.raises(EOFError):  # the process ends without an answer
+        in_child(lambda: run_case(case, tmp_path / "case"))
+    log = log_of(tmp_path / "case").read_text()
+    assert log.startswith("case 7: stuck of eagle3 ('header',)")
+    assert "in stuck" in log
 
 
 @pytest.mark.parametrize("layout", ["eagle3", "z-lab", "medusa"])

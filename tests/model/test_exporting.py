@@ -1,6 +1,7 @@
 """Heads in every format: the bundled ones come back and draft as before."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from safetensors import SafetensorError
 
 from speclm import SpecModel
 from speclm.demo.bundle import assets, load_prompts
-from speclm.errors import CheckpointError, OptionError, UnknownNameError
+from speclm.errors import CheckpointError, OptionError, SaveError, UnknownNameError
 from speclm.methods.eagle.checkpoint import read_eagle
 from speclm.methods.finding import find_heads
 from speclm.methods.medusa.checkpoint import read_medusa
@@ -17,6 +18,7 @@ from speclm.methods.medusa.checkpoint_writing import write_medusa
 from speclm.methods.registry import registered_methods
 from speclm.model.checking import check_heads
 from speclm.model.exporting import convert_heads, detect_formats, find_format, format_names
+from tests.model.hub import running_hub
 
 KINDS = ("block", "eagle", "eagle3", "medusa")
 # What a format cannot hold of the bundled heads, by the words of its error.
@@ -94,6 +96,17 @@ def test_card_and_provenance_say_what_loads_the_files(tmp_path):
     }
 
 
+def test_provenance_finds_a_source_in_a_subfolder_on_the_hub(tmp_path, monkeypatch):
+    shutil.copytree(assets()["eagle3"], tmp_path / "org/heads/deep/down")
+    with running_hub(tmp_path, monkeypatch):
+        options = {"subfolder": "deep/down", "cache_dir": tmp_path / "mine"}
+        convert_heads("org/heads", tmp_path / "out", to="vllm", heads_kwargs=options)
+        assert (tmp_path / "mine/models--org--heads").is_dir()
+        source = json.loads((tmp_path / "out/speclm_export.json").read_text())["source"]
+        assert (source["name"], source["subfolder"]) == ("org/heads", "deep/down")
+        assert check_heads(tmp_path / "out").difference == 0
+
+
 def test_models_save_their_heads_in_a_format(tmp_path):
     spec = SpecModel.from_pretrained(assets()["base"], assets()["eagle3"], dtype="float32")
     spec.save_pretrained(tmp_path / "out", format="sglang")
@@ -116,6 +129,8 @@ def test_models_save_their_heads_in_a_format(tmp_path):
         ("eagle3", {"to": "vlm"}, UnknownNameError, r"no format 'vlm'.*did you mean 'vllm'"),
         ("eagle3", {"to": "vllm", "base": "no/such folder"}, UnknownNameError, "no hub id"),
         ("eagle3", {"to": "vllm", "base": "."}, CheckpointError, "found no config"),
+        ("eagle3", {"to": "vllm", "base": ""}, UnknownNameError, "base '' is no folder"),
+        ("eagle3", {"to": "vllm", "out": "file/x"}, CheckpointError, "found the file .*/file, exp"),
         ("eagle3", {"to": "VLLM"}, UnknownNameError, "did you mean 'vllm'"),
         ("medusa", {"to": "medusa", "base": assets()["draft"]}, CheckpointError, "found 112"),
         ("eagle3", {"to": "vllm", "out": "a\0b"}, CheckpointError, "found no path"),
@@ -125,9 +140,10 @@ def test_models_save_their_heads_in_a_format(tmp_path):
 def test_bad_arguments_are_explained(tmp_path, monkeypatch, heads, options, error, words):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").write_text("")
     with pytest.raises(error, match=words):
         convert_heads(assets()[heads], **{"out": tmp_path / "out", **options})
-    assert [path.name for path in tmp_path.iterdir()] == ["loop"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loop"]
 
 
 def test_a_folder_with_something_else_is_never_written_into(tmp_path):
@@ -139,7 +155,7 @@ def test_a_folder_with_something_else_is_never_written_into(tmp_path):
 
 @pytest.mark.parametrize(
     ("stop", "error"),
-    [(KeyboardInterrupt(), KeyboardInterrupt), (SafetensorError("No space left"), OSError)],
+    [(KeyboardInterrupt(), KeyboardInterrupt), (SafetensorError("No space left"), SaveError)],
 )
 def test_a_conversion_that_stops_leaves_nothing(tmp_path, monkeypatch, stop, error):
     from speclm.drafting import package

@@ -145,17 +145,19 @@ def test_hub_id_of_eagle_heads_is_downloaded(base, kind, tmp_path, monkeypatch):
 def test_a_token_map_comes_back_from_sglang_with_equal_tokens_and_tau(base, tmp_path):
     folder = write(tmp_path / "heads", "eagle")
     torch.save(list(range(0, VOCAB_SIZE, 2)), folder / "freq_80.pt")
-    convert_heads(folder, tmp_path / "own", to="speclm")
+    torch.save([1, 2], folder / "freq_2.pt")
+    options = {"token_map": "freq_80.pt"}
+    convert_heads(folder, tmp_path / "own", to="speclm", heads_kwargs=options)
     convert_heads(tmp_path / "own", tmp_path / "sglang", to="sglang")
-    assert check_heads(tmp_path / "sglang", source=folder).difference == 0
+    assert check_heads(tmp_path / "sglang", source=folder, heads_kwargs=options).difference == 0
     inputs, found = prompts(9, 4), []
     for place in (folder, tmp_path / "own", tmp_path / "sglang"):
-        spec = SpecModel.from_pretrained(base, place, adaptive=False)
+        spec = SpecModel.from_pretrained(base, place, adaptive=False, heads_kwargs=options)
         assert spec.proposer.heads.lm_head is None
         tokens = spec.generate(**inputs, max_new_tokens=12, do_sample=False)
         found.append((tokens.tolist(), spec.last_speculation.tau))
     assert found[0] == found[1] == found[2]
-    whole = SpecModel.from_pretrained(base, folder, heads_kwargs={"token_map": None})
+    whole = SpecModel.from_pretrained(base, folder, heads_kwargs={"token_map": "all"})
     assert not whole.proposer.heads.config.has_draft_vocab
 
 

@@ -7,6 +7,7 @@ import torch
 from speclm import SpecModel
 from speclm.errors import CheckpointError, OptionError, suggest
 from speclm.target.loading import eos_token_ids, load_causal_lm
+from tests.model.hub import running_hub
 from tests.models import shared_model
 
 
@@ -70,6 +71,23 @@ def test_files_are_checked_before_transformers_reads_them(folder):
     (folder / "generation_config.json").write_text('{"a": ' + "[" * 5000 + "]" * 5000 + "}")
     with pytest.raises(CheckpointError, match=r"generation_config.json: no JSON can be read"):
         load_causal_lm(folder, {}, owner="base")
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_files_on_the_hub_are_checked_too_and_downloaded_once(tmp_path, monkeypatch, is_sharded):
+    model, place = shared_model("llama", 0), tmp_path / "org/draft"
+    model.save_pretrained(place, max_shard_size="20KB" if is_sharded else "1GB")
+    (place / "optimizer.safetensors").write_text("not needed")
+    wanted = {*place.iterdir()} - {place / "optimizer.safetensors"}
+    with running_hub(tmp_path, monkeypatch) as hub:
+        found = load_causal_lm("org/draft", {"force_download": True}, owner="draft model")
+        assert sorted(hub.sent) == sorted(path.name for path in wanted)
+        assert torch.equal(found.lm_head.weight, model.lm_head.weight)
+        config = json.loads((place / "config.json").read_text())
+        (place / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 300_000}))
+        options = {"cache_dir": tmp_path / "other"}
+        with pytest.raises(CheckpointError, match="num_hidden_layers is 300000, expected at most"):
+            load_causal_lm("org/draft", options, owner="draft model")
 
 
 def test_other_errors_of_transformers_stay_what_they_are(tmp_path):

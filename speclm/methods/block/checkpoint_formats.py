@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from speclm.cards import HeadsCard
+from speclm.config import require_options
 from speclm.drafting.base_parts import BaseParts
 from speclm.drafting.formats import NUM_PROBED, CheckpointFormat, Engine, random_inputs
 from speclm.drafting.heads_folder import WEIGHTS_NAME, hub_id
@@ -111,7 +112,8 @@ class _BlockFormat(CheckpointFormat[BlockCheckpoint]):
     """What the formats of block heads share."""
 
     @override
-    def read(self, folder: Path) -> BlockCheckpoint:
+    def read(self, folder: Path, **options: Any) -> BlockCheckpoint:
+        require_options(options, (), owner="files of block heads")
         return read_block(folder)
 
     @override

@@ -81,7 +81,7 @@ def find_eagle(folder: Path) -> WeightFiles | None:
         return next((source for source in weight_files(folder) if _is_eagle(source)), None)
 
 
-def read_eagle(folder: str | Path, *, token_map: str | Path | None = "auto") -> EagleCheckpoint:
+def read_eagle(folder: str | Path, *, token_map: str | Path = "auto") -> EagleCheckpoint:
     """Read EAGLE heads from a folder.
 
     Known layouts are those of SafeAILab's EAGLE-1, 2 and 3 (pickled or not), vLLM, SGLang,
@@ -92,8 +92,8 @@ def read_eagle(folder: str | Path, *, token_map: str | Path | None = "auto") -> 
     Args:
         folder: The folder.
         token_map: File with the ids of the tokens that EAGLE-1 heads draft, a name in the folder or
-            a path; None for the whole vocabulary. ``"auto"`` for the only file `TOKEN_MAPS` in the
-            folder, or the one with as many as the config's ``hot_vocab_size``.
+            a path. ``"auto"`` for the only file `TOKEN_MAPS` in the folder, or the one with as many
+            as the config's ``hot_vocab_size``; ``"all"`` for all tokens.
 
     Raises:
         CheckpointError: If there are none, or a tensor is missing, unknown or has a wrong shape, or
@@ -103,7 +103,7 @@ def read_eagle(folder: str | Path, *, token_map: str | Path | None = "auto") -> 
         return _read(Path(folder), token_map)
 
 
-def _read(folder: Path, token_map: str | Path | None) -> EagleCheckpoint:
+def _read(folder: Path, token_map: str | Path) -> EagleCheckpoint:
     source = find_eagle(folder)
     if source is None:
         found = sorted(path.name for path in folder.glob("*"))[:8]
@@ -153,11 +153,13 @@ def _read(folder: Path, token_map: str | Path | None) -> EagleCheckpoint:
     )
 
 
-def _token_map(folder: Path, hints: Mapping[str, Any], given: str | Path | None) -> Path | None:
+def _token_map(folder: Path, hints: Mapping[str, Any], given: str | Path) -> Path | None:
     """Return the file with the tokens that heads draft; None for all tokens."""
+    if given == "all":
+        return None
     if given != "auto":
-        inside = None if given is None else folder / given
-        return inside if inside is None or inside.is_file() else Path(str(given))
+        inside = folder / given
+        return inside if inside.is_file() else Path(given)
     found, size = sorted(folder.glob(TOKEN_MAPS)), hints.get("hot_vocab_size")
     if len(found) > 1:
         found = [path for path in found if path.name == map_name(size)] or found
@@ -165,8 +167,8 @@ def _token_map(folder: Path, hints: Mapping[str, Any], given: str | Path | None)
         raise CheckpointError(
             f"{folder}: found {len(found)} token maps {[path.name for path in found][:8]!r} and "
             f"hot_vocab_size {size} in config.json, expected one map of the tokens that the heads "
-            "draft; keep one, or pass for example heads_kwargs={'token_map': 'freq_32768.pt'}, "
-            "None for all tokens"
+            "draft; name one, as with heads_kwargs={'token_map': 'freq_32768.pt'} or --token-map "
+            "freq_32768.pt, or 'all' for all tokens"
         )
     return found[0] if found else None
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from speclm.cards import HeadsCard
+from speclm.config import require_options
 from speclm.drafting.base_parts import BaseParts
 from speclm.drafting.formats import NUM_PROBED, CheckpointFormat, Engine, random_inputs
 from speclm.drafting.heads_folder import WEIGHTS_NAME
@@ -35,8 +36,9 @@ class EagleFormat(CheckpointFormat[EagleCheckpoint]):
     """What the formats of EAGLE heads share."""
 
     @override
-    def read(self, folder: Path) -> EagleCheckpoint:
-        return read_eagle(folder)
+    def read(self, folder: Path, **options: Any) -> EagleCheckpoint:
+        require_options(options, ("token_map",), owner="files of EAGLE heads")
+        return read_eagle(folder, **options)
 
     @override
     def pack(self, checkpoint: EagleCheckpoint, base: BaseParts | None) -> Package:

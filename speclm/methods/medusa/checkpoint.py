@@ -279,15 +279,17 @@ def _read(folder: Path) -> MedusaCheckpoint:
     parts = {name: loaded[key] for name, key in named.items()}
     _require_equal_shapes(source, parts, named)
     _compare_with_config(source, config, by_role)
+    # RTP-LLM reads any heads from the folder of their base.
+    is_merged = len(keys) < len(source.files) and "medusa_config" not in config
     vocab_size = config.get("vocab_size")
     lm_weight = parts.get(f"0.{by_role.num_layers}.weight")
     return MedusaCheckpoint(
         parts,
         vocab_size=vocab_size if lm_weight is None else lm_weight.shape[0],
-        base_name_or_path=hub_id(config.get("base_model_name_or_path")),
+        # That of a merged model is the one that it was trained from, not the model itself.
+        base_name_or_path=None if is_merged else hub_id(config.get("base_model_name_or_path")),
         choices=_read_choices(folder, config),
-        # RTP-LLM reads any heads from the folder of their base.
-        is_merged=len(keys) < len(source.files) and "medusa_config" not in config,
+        is_merged=is_merged,
     )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from speclm.cards import HeadsCard
+from speclm.config import require_options
 from speclm.drafting.base_parts import BaseParts
 from speclm.drafting.formats import NUM_PROBED, CheckpointFormat, random_inputs
 from speclm.drafting.heads_folder import CONFIG_NAME, hub_id, require_folder
@@ -81,8 +82,13 @@ class MedusaFormat(CheckpointFormat[MedusaCheckpoint]):
     """What all formats of Medusa heads share: they are read by `read_medusa`."""
 
     @override
-    def read(self, folder: Path) -> MedusaCheckpoint:
+    def read(self, folder: Path, **options: Any) -> MedusaCheckpoint:
+        require_options(options, (), owner="files of Medusa heads")
         return read_medusa(folder)
+
+    @override
+    def is_of_whole_model(self, checkpoint: MedusaCheckpoint) -> bool:
+        return checkpoint.is_merged
 
     @override
     def logits(

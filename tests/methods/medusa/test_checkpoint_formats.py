@@ -18,7 +18,7 @@ from speclm.methods.medusa.checkpoint_formats import MEDUSA_FORMATS
 from speclm.methods.medusa.proposer import MedusaProposer
 from speclm.methods.registry import registered_methods
 from speclm.model.exporting import convert_heads, detect_formats, write_format
-from tests.model.hub import running_hub
+from tests.model.hub import SHA, running_hub
 from tests.models import shared_model
 
 HIDDEN, VOCAB = 4, 7
@@ -336,7 +336,31 @@ def test_heads_of_a_merged_model_are_converted(tmp_path, to):
         state["medusa_head.0.0.linear.bias"] = torch.ones(4)
         other = write_base(tmp_path / "other", **state)
         with pytest.raises(CheckpointError, match=r"other heads.*name the base without heads"):
-            convert_heads(merged, tmp_path / "second", to=to, base=other)
+            write(tmp_path / "second", read_medusa(merged), to, base=BaseParts.find(other))
+
+
+@pytest.mark.parametrize("to", ["tgi", "medusa", "vllm", "speclm"])
+def test_a_merged_model_is_the_base_of_its_heads_whatever_is_named(tmp_path, monkeypatch, to):
+    heads = draw_heads(own=False)
+    state = {f"medusa_head.{name}": part for name, part in heads.parts.items()}
+    merged = write_base(tmp_path / "org/merged", **state)
+    config = {"base_model_name_or_path": "org/original", "medusa_num_heads": 2}
+    config |= config_of(merged)
+    (merged / "config.json").write_text(json.dumps(config))
+    original = write_base(tmp_path / "org/original")
+    tensors = load_file(original / "model.safetensors")
+    tensors = {name: 2 * tensor for name, tensor in tensors.items()}
+    save_file(tensors, original / "model.safetensors")
+    with running_hub(tmp_path, monkeypatch):
+        convert_heads("org/merged", tmp_path / "out", to=to, base="org/original")
+    made = json.loads((tmp_path / "out/speclm_export.json").read_text())
+    assert made["base"] == {"name": "org/merged", "commit": SHA}
+    named = config_of(tmp_path / "out").get("base_model_name_or_path")
+    assert named == (None if to == "speclm" else "org/merged")
+    found = read_medusa(tmp_path / "out")
+    if found.has_own_lm_head:
+        matrix = BaseParts.find(merged).output_matrix()
+        assert torch.equal(found.parts["0.1.weight"], matrix)
 
 
 def test_a_folder_for_rtp_llm_is_base_and_heads_for_us(tmp_path):
