@@ -106,7 +106,7 @@ def test_error_in_a_stream_of_the_server_is_text_that_json_can_hold(served, monk
 
     monkeypatch.setitem(sys.modules, "transformers.cli.serving.server", object())
     with pytest.raises(HTTPException) as raised:
-        load(served).generate(torch.arange(5, 9)[None], streamer=Streamer())
+        load(served).generate(torch.arange(5, 9)[None], streamer=Streamer(), max_new_tokens=2)
     assert raised.value.status_code == 400
     assert '"quoted" words' in json.loads(f'"{raised.value.detail}"')
 
