@@ -95,7 +95,6 @@ class ExportServerOptions:
     revision: Revision = None
     heads_revision: HeadsRevision = None
     heads_subfolder: HeadsSubfolder = None
-    cache_dir: CacheDir = None
     tree: Tree = None
     num_draft_tokens: NumDraftTokens = None
     engine: Engine = "auto"

@@ -17,7 +17,6 @@ def export_server(options: ExportServerOptions) -> None:
     given: dict[str, Any] = {
         "revision": options.heads_revision,
         "subfolder": options.heads_subfolder,
-        "cache_dir": options.cache_dir,
         "corpus": options.corpus,
     }
     bundled = assets()
