@@ -33,8 +33,8 @@ def new_eagle_heads(
     Args:
         base: The target; it decides all sizes.
         kind: ``"eagle"`` (EAGLE-1 and 2) or ``"eagle3"``.
-        columns: Draft vocabulary of EAGLE-3: token ids of the target, increasing, see
-            `choose_columns`; None for all.
+        columns: Draft vocabulary: token ids of the target, increasing, see `choose_columns`; None
+            for all.
         feature_layers: Hidden states that EAGLE-3 reads; None for the usual ones.
         num_layers: Decoder layers of the heads.
         seed: Seed of the random weights.
