@@ -1,6 +1,7 @@
 """Model cards of heads and draft models."""
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -41,6 +42,16 @@ print(model.last_speculation)
 ```
 
 `model.generate` takes what the base model's `generate` takes.
+
+## Serve
+
+`speclm export-server` writes a folder that the OpenAI-compatible server of Transformers serves with
+these drafts:
+
+```bash
+speclm export-server {base_word} --heads {heads_word} --out served
+transformers serve --trust-remote-code served
+```
 
 ## What is promised
 
@@ -121,6 +132,8 @@ class HeadsCard:
             recipe=_section("Training", self.recipe, curves),
             base_code=json.dumps(self.base or "path/to/base"),
             heads_code=json.dumps(self.repo_id or "path/to/this/folder"),
+            base_word=shlex.quote(self.base or "path/to/base"),
+            heads_word=shlex.quote(self.repo_id or "path/to/this/folder"),
             software=self.software.strip(),
         )
 

@@ -1,4 +1,4 @@
-"""Options of the commands that read files of heads and load no base; see `speclm.cli._options`."""
+"""Options of the commands that read files of heads; see `speclm.cli._options`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,7 +6,17 @@ from typing import Annotated
 
 import typer
 
-from speclm.cli._options import CacheDir, HeadsRevision, HeadsSubfolder, Revision, TokenMap
+from speclm.cli._options import (
+    CacheDir,
+    Corpus,
+    Engine,
+    HeadsRevision,
+    HeadsSubfolder,
+    NumDraftTokens,
+    Revision,
+    TokenMap,
+    Tree,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,3 +73,32 @@ class PushOptions:
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the files and the card, and upload nothing.")
     ] = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportServerOptions:
+    """Write a folder that transformers serve --trust-remote-code serves with drafts.
+
+    It answers requests of OpenAI's clients with the text of the base.
+    """
+
+    base: Annotated[
+        str | None, typer.Argument(help="Folder or hub id; by default the bundled model.")
+    ] = None
+    out: Annotated[
+        Path, typer.Option(help="Folder to write: a new one, or an earlier export to replace.")
+    ]
+    heads: Annotated[
+        str | None,
+        typer.Option(help="Method name, or folder or hub id of heads or of a draft model."),
+    ] = None
+    revision: Revision = None
+    heads_revision: HeadsRevision = None
+    heads_subfolder: HeadsSubfolder = None
+    tree: Tree = None
+    num_draft_tokens: NumDraftTokens = None
+    engine: Engine = "auto"
+    corpus: Corpus = None
+    check: Annotated[
+        bool, typer.Option(help="Load base and heads once on the CPU, to check that they fit.")
+    ] = True

@@ -28,6 +28,13 @@ HeadsRevision = Annotated[
 HeadsSubfolder = Annotated[
     str | None, typer.Option(help="Folder of the heads inside their repository or folder.")
 ]
+Tree = Annotated[
+    str | None,
+    typer.Option(help='"auto", a preset of a static tree, or a JSON file of speclm tune.'),
+]
+NumDraftTokens = Annotated[int | None, typer.Option(min=1, help="Maximum draft tokens per round.")]
+Engine = Annotated[str, typer.Option(help="How trees are verified: auto, eager, compile or graph.")]
+Corpus = Annotated[Path | None, typer.Option(help="Index of texts for look-ups; see speclm index.")]
 TokenMap = Annotated[
     str | None,
     typer.Option(
@@ -95,26 +102,17 @@ class HeadsOptions(ModelOptions):
 class DraftOptions(HeadsOptions):
     """Options of every command that drafts with a tree chosen by the user."""
 
-    tree: Annotated[
-        str | None,
-        typer.Option(help='"auto", a preset of a static tree, or a JSON file of speclm tune.'),
-    ] = None
-    num_draft_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Maximum draft tokens per round.")
-    ] = None
+    tree: Tree = None
+    num_draft_tokens: NumDraftTokens = None
     depth: Annotated[
         int | None, typer.Option(min=1, help="Maximum levels of a draft tree; turns pauses off.")
     ] = None
-    engine: Annotated[
-        str, typer.Option(help="How trees are verified: auto, eager, compile or graph.")
-    ] = "auto"
+    engine: Engine = "auto"
     memory: Annotated[
         Path | None,
         typer.Option(help="File of the memory of look-ups, read and written; see speclm warm."),
     ] = None
-    corpus: Annotated[
-        Path | None, typer.Option(help="Index of texts for look-ups; see speclm index.")
-    ] = None
+    corpus: Corpus = None
     token_map: TokenMap = None
 
 

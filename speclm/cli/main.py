@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "index": (_options.IndexOptions, "index"),
     "convert": (_heads_options.ConvertOptions, "convert"),
     "push": (_heads_options.PushOptions, "push"),
+    "export-server": (_heads_options.ExportServerOptions, "export_server"),
     "verify": (_options.VerifyOptions, "verify"),
     "kernels": (_options.KernelsOptions, "machine"),
     "env": (_options.EnvOptions, "machine"),
@@ -107,7 +108,7 @@ def command(name: str, options: type, module: str) -> Callable[..., None]:
     """
 
     def run(**values: Any) -> None:
-        getattr(import_module(f"speclm.cli.{module}"), name)(options(**values))
+        getattr(import_module(f"speclm.cli.{module}"), name.replace("-", "_"))(options(**values))
 
     own = options.__annotations__
     parameters = inspect.signature(options).parameters.values()

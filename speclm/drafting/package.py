@@ -81,7 +81,7 @@ def _write(
             require_same_tensors(folder / name, tensors, found.load(list(found.files)))
         for name, content in package.files.items():
             if isinstance(content, Path):
-                _link_or_copy(content, aside / name)
+                link_or_copy(content, aside / name)
             else:
                 write_file(aside / name, content)
         write_file(aside / CONFIG_NAME, json.dumps(package.config, indent=2) + "\n")
@@ -159,7 +159,7 @@ def _same_bits(first: Tensor, second: Tensor) -> bool:
     return is_same and torch.equal(*rest)
 
 
-def _link_or_copy(source: Path, destination: Path) -> None:
+def link_or_copy(source: Path, destination: Path) -> None:
     """Make a file appear in another folder; a hard link takes no room."""
     try:
         os.link(source.resolve(), destination)

@@ -190,6 +190,42 @@ def written_together(folder: Path, *, last: str) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+@contextmanager
+def folder_written_whole(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `folder` when the block ends, in place of an old one.
+
+    Folders inside of it may be written too. Permissions stay as they are written.
+
+    Raises:
+        OSError: If it cannot be written. Nothing is changed then, nor if the block raises.
+    """
+    folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside, before = _free_name(folder.parent), _free_name(folder.parent)
+    aside.mkdir()
+    try:
+        yield aside
+        for path in sorted(aside.rglob("*")):
+            if path.is_dir():
+                _sync_folder(path)
+            elif path.stat().st_nlink == 1:
+                _sync(path)
+        _sync_folder(aside)
+        if folder.exists():
+            folder.rename(before)
+        try:
+            aside.rename(folder)
+        except OSError:
+            if before.exists():
+                before.rename(folder)
+            raise
+        _sync_folder(folder.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(before, ignore_errors=True)
+
+
 def require_shallow(found: Any) -> None:
     """Check that JSON can be read again and traversed.
 

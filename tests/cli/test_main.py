@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from speclm import __version__
 from speclm.cli import app, main
 from speclm.cli._console import print_error, printable
-from speclm.cli._heads_options import ConvertOptions, PushOptions
+from speclm.cli._heads_options import ConvertOptions, ExportServerOptions, PushOptions
 from speclm.cli._options import (
     DemoOptions,
     HeadsOptions,
@@ -55,7 +55,8 @@ def test_options_of_one_idea_are_spelled_alike():
         assert not names & {"n", "nodes", "data", "prompts_file", "num"} - conversations
         for group in (ModelOptions, HeadsOptions):
             own = set(group.__annotations__)
-            loads_no_base = options in (ConvertOptions, DemoOptions, IndexOptions, PushOptions)
+            others = (ConvertOptions, DemoOptions, ExportServerOptions, IndexOptions, PushOptions)
+            loads_no_base = options in others
             takes_heads = options is VerifyOptions and group is HeadsOptions  # as an argument
             assert not names & own or names >= own or loads_no_base or takes_heads
 

@@ -11,12 +11,14 @@ import re
 import shlex
 import subprocess
 import tomllib
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
 from markdown_it import MarkdownIt
+from transformers.cli.serve import Serve
 from typer._click.exceptions import NoSuchOption
 from typer.core import TyperGroup
 
@@ -64,6 +66,10 @@ def check_form(words: list[str]) -> None:
             _, module, *arguments = rest[rest.index("-m") :]
             assert module == "speclm", f"not speclm: {module}"
             check_options(arguments)
+        case ["transformers", "serve", *arguments]:
+            options = {word.partition("=")[0] for word in arguments if word.startswith("--")}
+            known = {f"--{name.replace('_', '-')}" for name in signature(Serve).parameters}
+            assert options <= known, f"transformers serve has no {options - known}"
         case ["make", target]:
             subprocess.run(["make", "-n", target], cwd=ROOT, check=True, capture_output=True)
         case ["git", "clone", url] | ["git", "clone", url, _]:

@@ -13,6 +13,7 @@ from speclm.files.atomic import (
     MAX_LEVELS,
     append_line,
     cache_folder,
+    folder_written_whole,
     load_json,
     read_json,
     write_file,
@@ -205,3 +206,22 @@ def test_folder_follows_the_environment(monkeypatch, tmp_path):
 def test_tests_never_write_to_the_home():
     assert cache_folder() is not None
     assert Path.home() not in cache_folder().parents
+
+
+def test_folder_is_replaced_whole_or_not_at_all(tmp_path):
+    folder = tmp_path / "folder"
+    for name in ("first", "second"):
+        with folder_written_whole(folder) as aside:
+            (aside / "inner").mkdir()
+            (aside / "inner" / name).write_text(name)
+        assert [path.name for path in folder.rglob("*") if path.is_file()] == [name]
+
+    def fail():
+        with folder_written_whole(folder) as aside:
+            (aside / "third").write_text("third")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert [path.name for path in folder.rglob("*") if path.is_file()] == ["second"]
+    assert list(tmp_path.iterdir()) == [folder]

@@ -1,0 +1,132 @@
+"""The record in an exported folder: how the base is loaded with its proposer."""
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from speclm._version import __version__
+from speclm.drafting.heads_folder import hub_id
+from speclm.drafting.package import EXPORT_NAME
+from speclm.errors import CheckpointError, shown
+from speclm.files.atomic import write_json
+from speclm.files.hub import HubOptions, download, path_exists
+from speclm.files.weights import read_json
+from speclm.methods.registry import HeadsSource
+from speclm.model import SpecModel
+from speclm.tree.plan import TreePlan
+
+_log = logging.getLogger("speclm")
+
+FORMAT = "server"
+HEADS_FOLDER = "heads"
+_MARKED = 2**20  # bytes at both ends of a file that identify it
+_SETTINGS = ("heads", "heads_kwargs", "num_draft_tokens", "tree", "engine")
+
+
+def write_record(
+    folder: Path, source: HeadsSource, settings: Mapping[str, Any], base: Mapping[str, Any]
+) -> None:
+    """Write where base and heads come from, and the arguments of `SpecModel.from_pretrained`.
+
+    Args:
+        folder: The folder, which holds the base.
+        source: The heads.
+        settings: The arguments by name, as JSON holds them; ``heads`` is None for those that the
+            folder holds.
+        base: Name and commit of the base, and the names of its files of weights.
+    """
+    record = {
+        "speclm_version": __version__,
+        "format": FORMAT,
+        "method": source.method.name,
+        "base": {**base, "weights": {name: _mark(folder / name) for name in base["weights"]}},
+        "source": {"name": hub_id(str(source.given)), "commit": source.commit},
+        "settings": dict(settings),
+    }
+    write_json(folder / EXPORT_NAME, record)
+
+
+def is_export(folder: Path) -> bool:
+    """Return whether a folder is an exported one."""
+    path = folder / EXPORT_NAME
+    return path.is_file() and read_json(path).get("format") == FORMAT
+
+
+def load_served(base: PreTrainedModel, *, commit: str | None = None) -> SpecModel:
+    """Return a base with the proposer that lies next to it, in the folder or repository it is from.
+
+    Args:
+        base: The base, as Transformers loaded it.
+        commit: Commit on the hub that it is from; None for a folder.
+
+    Raises:
+        CheckpointError: If it was loaded from elsewhere than an exported folder, or the settings or
+            heads are damaged.
+    """
+    name = str(base.name_or_path)
+    hub = HubOptions(revision=commit)
+    folder = Path(name) if path_exists(name) else download(name, hub, (EXPORT_NAME,))
+    settings, weights = _read_record(folder)
+    if any(_mark(folder / file) != mark for file, mark in weights.items()):
+        _log.warning(
+            "%s: the weights are not those that the heads were exported with, so few drafts may be "
+            "accepted; export the folder again with speclm export-server",
+            folder,
+        )
+    if settings["heads"] is None:
+        settings |= {"heads": name, "heads_subfolder": HEADS_FOLDER, "heads_revision": commit}
+    if isinstance(settings["tree"], dict):
+        try:
+            settings["tree"] = TreePlan(**settings["tree"])
+        except TypeError as error:
+            raise _damaged(folder / EXPORT_NAME, settings) from error
+    return SpecModel.from_pretrained(base, **settings)
+
+
+def _read_record(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the settings and the marks of the weights of an exported folder.
+
+    Raises:
+        CheckpointError: If there are none, or they are damaged.
+    """
+    path = folder / EXPORT_NAME
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path}: found no such file next to the base, expected that of speclm export-server; "
+            "serve the folder that it wrote, or export this base"
+        )
+    record = read_json(path)
+    settings, base = record.get("settings"), record.get("base")
+    weights = base.get("weights") if isinstance(base, dict) else None
+    if (
+        record.get("format") != FORMAT
+        or not isinstance(settings, dict)
+        or sorted(settings) != sorted(_SETTINGS)
+        or not isinstance(weights, dict)
+    ):
+        raise _damaged(path, record)
+    return settings, weights
+
+
+def _damaged(path: Path, found: object) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: found {shown(found)}, expected the settings that speclm export-server writes; "
+        "export the folder again"
+    )
+
+
+def _mark(path: Path) -> str:
+    """Return a hash of the size and both ends of a file; empty if there is no such file."""
+    if not path.is_file():
+        return ""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with path.open("rb") as file:
+        digest.update(file.read(_MARKED))
+        file.seek(max(size - _MARKED, 0))
+        digest.update(file.read(_MARKED))
+    return digest.hexdigest()
