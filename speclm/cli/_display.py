@@ -77,6 +77,35 @@ def add_comparison(table: Table, keys: Iterable[str], comparison: Comparison) ->
     )
 
 
+def category_table(parts: Iterable[tuple[str, str, Comparison]]) -> Table:
+    """Return a table of the categories of questions.
+
+    ``P50`` and ``P90`` are the median and the 90th percentile of a call in milliseconds, of the
+    method and then of regular generation.
+
+    Args:
+        parts: Setting, category and measurement of each row.
+    """
+    table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold underline")
+    columns = ("calls", "tau", "ratio", "P50 ms", "plain", "P90 ms", "plain", "identical")
+    for name in ("setting", "category", "method", *columns):
+        table.add_column(name, justify="right" if name in columns else "left", no_wrap=True)
+    for setting, category, comparison in parts:
+        stats, ours, plain = comparison.stats, comparison.latency, comparison.plain_latency
+        times = (ours.p50, plain.p50, ours.p90, plain.p90)
+        table.add_row(
+            setting,
+            category,
+            comparison.method,
+            str(len(comparison.pairs)),
+            "" if stats is None else f"{stats.tau:.2f}",
+            f"{comparison.ratio.median:.2f}x",
+            *(f"{1e3 * seconds:.0f}" for seconds in times),
+            verdict(comparison),
+        )
+    return table
+
+
 def verdict(comparison: Comparison) -> Text:
     """Return whether the outputs equal those of regular generation, as text."""
     same, total = comparison.num_identical, len(comparison.pairs)

@@ -42,7 +42,8 @@ def draws_nothing(monkeypatch):
 def test_report_has_the_records_a_page_and_charts(tmp_path, records):
     write_report(tmp_path / "report", records)
     files = {path.name for path in (tmp_path / "report").iterdir()}
-    assert files == {"report.json", "report.md", "acceptance.png", "speed.png", "latency.png"}
+    charts = {"acceptance", "speed", "latency", "latency_distribution", "round"}
+    assert files == {"report.json", "report.md", "report.html", *(f"{c}.png" for c in charts)}
     content = json.loads((tmp_path / "report/report.json").read_text())
     assert content["records"] == records
     ours = content["records"][0]
