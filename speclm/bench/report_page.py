@@ -23,6 +23,7 @@ body {{ max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
 div {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; margin: 1rem 0; font-size: 0.9rem; }}
 th, td {{ border-bottom: 1px solid #8886; padding: 0.25rem 0.7rem; text-align: left; }}
+th, td {{ white-space: nowrap; }}
 td {{ font-variant-numeric: tabular-nums; }}
 img {{ max-width: 100%; background: white; border-radius: 4px; }}
 </style>
