@@ -110,18 +110,19 @@ def recorded(
     """
     wanted = [find_record(path, benchmark=benchmark, settings=each) for each in settings]
     found = [record for record in wanted if record is not None]
-    everything = read_records(path)
-    for record in tuple(found):
-        mine = (record["benchmark"], record["settings"], record["commit"]["sha"])
-        for other in everything:
-            rest = {name: value for name, value in other["settings"].items() if name != _CATEGORY}
-            if _CATEGORY in other["settings"] and mine == (
-                other["benchmark"],
-                rest,
-                other["commit"]["sha"],
+    parts: dict[tuple[int, str], dict[str, Any]] = {}  # an interrupted run leaves some twice
+    for other in read_records(path):
+        rest = {name: value for name, value in other["settings"].items() if name != _CATEGORY}
+        for index, record in enumerate(found):
+            if _CATEGORY in other["settings"] and _key_of(record) == (
+                _key_of({**other, "settings": rest})
             ):
-                found.append(other)
-    return found
+                parts[index, other["settings"][_CATEGORY]] = other
+    return [*found, *parts.values()]
+
+
+def _key_of(record: Mapping[str, Any]) -> tuple[object, ...]:
+    return record["benchmark"], record["settings"], record["commit"]["sha"]
 
 
 def _charts(

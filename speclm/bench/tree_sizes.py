@@ -33,8 +33,7 @@ def simulate_tau(
         tasks: What is decoded.
 
     Returns:
-        tau by the number of nodes, root excluded; empty if nothing was drafted, or the model
-        verifies no trees.
+        tau by the number of nodes, root excluded; empty if nothing was drafted.
     """
     model = SpecModel(base, proposer, adaptive=False, tree="auto")
     model.memory = Memory(explores_always=True)

@@ -48,10 +48,12 @@ def logging_decoder(tiny_base):
     return make
 
 
+@pytest.mark.parametrize("sampling", [{}, {"do_sample": True, "temperature": 1.0, "top_k": 0}])
 def test_turns_go_on_with_the_cache_and_give_the_tokens_of_whole_prompts(
-    tiny_base, dialogue_of, logging_decoder
+    tiny_base, dialogue_of, logging_decoder, sampling
 ):
-    dialogue, plain = dialogue_of("one two three", "four one two", "x"), plain_decoder(tiny_base)
+    dialogue = dialogue_of("one two three", "four one two", "x", **sampling)
+    plain = plain_decoder(tiny_base)
     ours = speculative_decoder("ngram", tiny_base, NgramProposer())
     answers = {}
     for decoder in (plain, ours):

@@ -92,6 +92,6 @@ def test_what_cannot_be_reported_is_named(tmp_path, records):
 def test_records_of_an_earlier_run_are_found_by_their_settings(tmp_path, records):
     path = tmp_path / "out.jsonl"
     part = {**records[1], "settings": {**records[1]["settings"], "category": "qa"}}
-    path.write_text("".join(json.dumps(record) + "\n" for record in [part, *records]))
+    path.write_text("".join(json.dumps(record) + "\n" for record in [part, part, *records]))
     wanted = [records[1]["settings"], {"setting": "t1.0"}]
     assert recorded(path, benchmark="bench", settings=wanted) == [records[1], part]
