@@ -106,7 +106,7 @@ def draw_bars(
     Args:
         title: Title of the chart.
         categories: Labels of the x axis.
-        groups: Bars of each colour.
+        groups: Bars of each colour. The name of a single one labels the y axis.
         line_at: Height of a dashed line across the chart; None for none.
         is_stacked: Whether the bars of a category stand on each other, not next to each other.
 
@@ -133,7 +133,11 @@ def draw_bars(
     turned = {"rotation": 30, "ha": "right"} if is_crowded else {}
     axis.set_xticks(range(len(categories)), [_plain(name) for name in categories], **turned)
     axis.set_title(_plain(title))
-    _finish(axis, has_legend=bool(groups))
+    _finish(axis, has_legend=False)
+    if len(groups) == 1:
+        axis.set_ylabel(_plain(groups[0].name))
+    elif groups:
+        axis.legend(fontsize="small", frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return _png(figure)
 
 
