@@ -11,6 +11,7 @@ from speclm.errors import OptionError
 _DPI = 110
 _PANEL_INCHES = (4.6, 3.2)
 _BARS_INCHES = (7.0, 3.6)
+_MAX_LETTERS = 70  # below the bars, of labels that are not turned
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,33 +94,50 @@ def draw_panels(panels: Sequence[Panel]) -> bytes:
 
 
 def draw_bars(
-    title: str, categories: Sequence[str], groups: Sequence[Bars], *, line_at: float | None = None
+    title: str,
+    categories: Sequence[str],
+    groups: Sequence[Bars],
+    *,
+    line_at: float | None = None,
+    is_stacked: bool = False,
 ) -> bytes:
     """Return a chart of bars, grouped by category, as a PNG file.
 
     Args:
         title: Title of the chart.
         categories: Labels of the x axis.
-        groups: Bars of each colour.
+        groups: Bars of each colour. The name of a single one labels the y axis.
         line_at: Height of a dashed line across the chart; None for none.
+        is_stacked: Whether the bars of a category stand on each other, not next to each other.
 
     Raises:
         OptionError: If matplotlib is not installed.
     """
     figure, (axis,) = _figure(_BARS_INCHES, num_axes=1)
-    width = 0.8 / max(len(groups), 1)
+    width = 0.8 / (1 if is_stacked else max(len(groups), 1))
+    bottoms = [0.0] * len(categories)
     for index, bars in enumerate(groups):
-        x = [place + (index - (len(groups) - 1) / 2) * width for place in range(len(categories))]
+        shift = 0.0 if is_stacked else (index - (len(groups) - 1) / 2) * width
+        x = [place + shift for place in range(len(categories))]
         marks = None
         if bars.spreads is not None:
             pairs = list(zip(bars.heights, bars.spreads, strict=True))
             marks = [[h - low for h, (low, _) in pairs], [high - h for h, (_, high) in pairs]]
-        axis.bar(x, bars.heights, width=width, yerr=marks, capsize=3, label=_plain(bars.name))
+        name = _plain(bars.name)
+        axis.bar(x, bars.heights, width=width, bottom=bottoms, yerr=marks, capsize=3, label=name)
+        if is_stacked:
+            bottoms = [low + high for low, high in zip(bottoms, bars.heights, strict=True)]
     if line_at is not None:
         axis.axhline(line_at, color="black", linewidth=0.8, linestyle="--")
-    axis.set_xticks(range(len(categories)), [_plain(name) for name in categories])
+    is_crowded = sum(map(len, categories)) > _MAX_LETTERS
+    turned = {"rotation": 30, "ha": "right"} if is_crowded else {}
+    axis.set_xticks(range(len(categories)), [_plain(name) for name in categories], **turned)
     axis.set_title(_plain(title))
-    _finish(axis, has_legend=bool(groups))
+    _finish(axis, has_legend=False)
+    if len(groups) == 1:
+        axis.set_ylabel(_plain(groups[0].name))
+    elif groups:
+        axis.legend(fontsize="small", frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return _png(figure)
 
 

@@ -17,9 +17,13 @@ PANELS = [
 
 def test_charts_are_png_files():
     bars = [Bars("mean", [1.0, 2.0], [(0.5, 1.5), (2.0, 2.5)]), Bars("P90", [1.5, 2.5])]
-    charts = [draw_panels(PANELS), draw_bars("Times", ["$1", "two"], bars, line_at=1.0)]
+    charts = [
+        draw_panels(PANELS),
+        draw_bars("Times", ["$1", "two"], bars, line_at=1.0),
+        draw_bars("Phases", ["a long label" * 4, "another" * 5], bars, is_stacked=True),
+    ]
     images = [Image.open(io.BytesIO(chart)) for chart in charts]
-    assert [image.format for image in images] == ["PNG", "PNG"]
+    assert [image.format for image in images] == ["PNG"] * 3
     assert all(len(set(image.convert("L").get_flattened_data())) > 10 for image in images)
 
 

@@ -26,7 +26,8 @@ from typing_extensions import override
 from speclm import SpecModel
 from speclm.acceptance import AcceptanceRule, Accepted, ExactRule, RejectionRule, TypicalRule
 from speclm.bench.decoders import Call, make_calls, setting_options, until_end
-from speclm.bench.pairs import Spread, explain
+from speclm.bench.divergence import explain
+from speclm.bench.pairs import Spread
 from speclm.bench.records import Record, append_record, is_recorded
 from speclm.demo.bundle import assets, load_prompts
 from speclm.drafting.interface import Draft, Prefill, Proposer

@@ -35,7 +35,7 @@ from benchmarks.kernels.findings import Findings
 from benchmarks.kernels.rows import rows, tiny_rows
 from benchmarks.round import large
 from speclm.bench import Call, Decoder, make_calls, measure_grid, plain_decoder, setting_options
-from speclm.bench.pairs import explain
+from speclm.bench.divergence import explain
 from speclm.demo.bundle import assets, load_prompts
 from speclm.engines import Engine
 from speclm.errors import MeasurementError

@@ -56,7 +56,20 @@ LABELS: Mapping[str, Mapping[str, str]] = {
         "eager": "Transformers, eager",
     },
     "setting": {"greedy": "greedy", "t0.7": "T = 0.7, top-p 0.9", "t1.0": "T = 1"},
-    "prompts": {"sql_dev": "text-to-SQL", "gsm8k_dev": "maths"},
+    "prompts": {
+        "sql_dev": "text-to-SQL",
+        "gsm8k_dev": "maths",
+        "spec-bench": "Spec-Bench",
+        "mt-bench": "MT-bench",
+    },
+    "category": {
+        "mt_bench": "MT-bench",
+        "translation": "translation",
+        "summarization": "summarization",
+        "qa": "question answering",
+        "math_reasoning": "maths",
+        "rag": "retrieval-augmented generation",
+    },
     "drafter": {
         "draft": "draft model",
         "medusa": "Medusa heads",
@@ -72,6 +85,7 @@ ROWS: Mapping[str, tuple[str, ...]] = {
     "rules": ("shape", "method"),
     "tau": ("setting", "num_nodes", "drafter", "method"),
     "auto_trees": ("batch", "method"),
+    "prompt_sets": ("category", "method"),
     "overhead": ("benchmark", "shape", "num_nodes", "setting"),
     "ledger": ("batch", "path", "setting", "method"),
     "kernels": ("batch", "groups", "prefix", "num_nodes", "method"),
@@ -117,6 +131,14 @@ def ratio_figures(record: Record) -> tuple[str, ...]:
     return spread(record), f"{record['tau']:.2f}", rates or "-"
 
 
+def latency_figures(record: Record) -> tuple[str, ...]:
+    times = (
+        " / ".join(f"{1e3 * record[kind][name]:.0f}" for kind in ("latency", "plain_latency"))
+        for name in ("p50", "p90")
+    )
+    return spread(record), f"{record['tau']:.2f}", *times
+
+
 def kernel_figures(record: Record) -> tuple[str, ...]:
     low, median, high = (record[key] for key in ("lower_quartile", "median", "upper_quartile"))
     time = f"{median:.1f} [{low:.1f}, {high:.1f}]"
@@ -153,6 +175,13 @@ UNITS: Mapping[str, Unit] = {
         "rate at positions 1, 2 and 3 of a draft, in percent",
         headers=("{}", "tau", "accepted"),
         figures=ratio_figures,
+    ),
+    "times regular generation, with times of calls": Unit(
+        samples="pairs",
+        legend=f"Speed-up over `base.generate`, median of pairs with quartiles; {TAU}; median and "
+        "90th percentile of the milliseconds of a call, then those of `base.generate`",
+        headers=("{}", "tau", "P50", "P90"),
+        figures=latency_figures,
     ),
     "tokens per target forward": Unit(
         samples="calls",

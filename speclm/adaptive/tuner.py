@@ -255,11 +255,18 @@ class TreeTuner:
             learned.planned_at = learned.num_observed
         learned.wait = self._next_wait(learned)
 
-    def estimates(self) -> list[Estimate]:
-        """Return the best plan of at most 1, 2, 3... nodes, estimated from explored rounds."""
+    def estimates(
+        self, *, rounds: Observed | None = None, costs: RoundCosts | None = None
+    ) -> list[Estimate]:
+        """Return the best plan of at most 1, 2, 3... nodes, estimated from explored rounds.
+
+        Args:
+            rounds: The rounds; None for `observed`.
+            costs: Times of the parts of a round; None for the measured `costs`.
+        """
         return estimates_by_size(
-            self._learned.rounds,
-            self.costs,
+            self._learned.rounds if rounds is None else rounds,
+            self.costs if costs is None else costs,
             max_depth=self._max_depth,
             max_nodes=self._max_nodes,
             has_probabilities=bool(self._learned.has_probabilities),

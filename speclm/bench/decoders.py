@@ -5,17 +5,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
+from transformers.utils.generic import ModelOutput
 
 from speclm.config import require_unicode
 from speclm.drafting.interface import Proposer
 from speclm.engines import Engine
 from speclm.errors import OptionError, PromptError
+from speclm.files.questions import Question
 from speclm.model import SpecModel
 from speclm.model.call import Tree
 from speclm.stats import SpeculationStats
@@ -65,6 +68,15 @@ class Call:
         """Whether tokens are sampled."""
         return bool(self.options.get("do_sample"))
 
+    @property
+    def num_rows(self) -> int:
+        """Rows of the batch."""
+        return len(self.input_ids)
+
+    def answered_by(self, decoder: "Decoder") -> "list[Answer]":
+        """Return the one answer of a method."""
+        return [Answer(self, decoder.run(self))]
+
 
 def setting_options(name: str) -> Mapping[str, Any]:
     """Return the arguments of ``generate`` of a named setting.
@@ -80,36 +92,50 @@ def setting_options(name: str) -> Mapping[str, Any]:
 def render_prompts(
     conversations: Sequence[Conversation | str], tokenizer: PreTrainedTokenizerBase
 ) -> list[str]:
-    """Return prompts as texts: apply the chat template to conversations, keep strings.
+    """Return prompts as texts, as `render_prompt` does; errors name them by their indices.
 
     Raises:
         OptionError: If a text is not valid Unicode, or there is no chat template.
         PromptError: If the chat template refuses a conversation.
     """
+    return [
+        render_prompt(f"prompt {index}", prompt, tokenizer)
+        for index, prompt in enumerate(conversations)
+    ]
+
+
+def render_prompt(name: str, prompt: Conversation | str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a prompt as text: apply the chat template to a conversation, keep a string.
+
+    Args:
+        name: What messages call it.
+        prompt: The prompt.
+        tokenizer: Has the chat template.
+
+    Raises:
+        OptionError: If the text is not valid Unicode, or there is no chat template.
+        PromptError: If the chat template refuses the conversation.
+    """
     from jinja2 import TemplateError
 
-    rendered: list[str] = []
-    for index, prompt in enumerate(conversations):
-        text: Any = prompt
-        if not isinstance(prompt, str):
-            if not tokenizer.chat_template:
-                raise OptionError(
-                    f"prompt {index} is a conversation, and the tokenizer has no chat template; "
-                    "pass texts, or set tokenizer.chat_template"
-                )
-            messages = [dict(message) for message in prompt]
-            try:
-                text = tokenizer.apply_chat_template(
-                    messages, add_generation_prompt=True, tokenize=False
-                )
-            except (TemplateError, TypeError, ValueError) as error:
-                raise PromptError(
-                    f"the chat template refuses prompt {index} ({error}); change its turns, or "
-                    "pass texts"
-                ) from error
-        require_unicode(f"prompt {index}", str(text))
-        rendered.append(str(text))
-    return rendered
+    text: Any = prompt
+    if not isinstance(prompt, str):
+        if not tokenizer.chat_template:
+            raise OptionError(
+                f"{name} is a conversation, and the tokenizer has no chat template; pass texts, or "
+                "set tokenizer.chat_template"
+            )
+        messages = [dict(message) for message in prompt]
+        try:
+            text = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False
+            )
+        except (TemplateError, TypeError, ValueError) as error:
+            raise PromptError(
+                f"the chat template refuses {name} ({error}); change its turns, or pass texts"
+            ) from error
+    require_unicode(name, str(text))
+    return str(text)
 
 
 def make_calls(
@@ -190,24 +216,56 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
+class Answer:
+    """The answer to one turn.
+
+    Args:
+        call: The whole prompt of the turn, without a cache.
+        outcome: What was generated.
+        question: The question that has the turn; None for a call that belongs to none.
+        turn: Index of the turn.
+    """
+
+    call: Call
+    outcome: Outcome
+    question: Question | None = None
+    turn: int = 0
+
+
+@runtime_checkable
+class Task(Protocol):
+    """What methods are measured on: a `Call`, or a `Dialogue` of several turns."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of a batch."""
+
+    def answered_by(self, decoder: "Decoder") -> list[Answer]:
+        """Return the answers of a method, one for each turn."""
+
+
+@dataclass(frozen=True, slots=True)
 class Decoder:
     """A way to generate: regular generation, or a method.
 
     Args:
         name: Name in tables and records.
-        generate: Returns prompts and new tokens.
+        generate: Returns prompts and new tokens, or what ``generate`` returns if the call asks
+            for more.
         stats: Returns the counters of the last call.
         promises_identity: Whether the outputs have to be those of regular generation.
         max_batch: Largest batch that it can generate; None for any.
         forget: Makes it forget what earlier calls taught.
+        keeps_cache: Whether it can go on with the cache that it returns.
     """
 
     name: str
-    generate: Callable[[Call], Tensor]
+    generate: Callable[[Call], Tensor | ModelOutput]
     stats: Callable[[], SpeculationStats | None]
     promises_identity: bool
     max_batch: int | None = None
     forget: Callable[[], None] = lambda: None
+    keeps_cache: bool = True
 
     def can_run(self, batch: int) -> bool:
         """Return whether it can generate a batch of that size."""
@@ -215,15 +273,22 @@ class Decoder:
 
     def run(self, call: Call) -> Outcome:
         """Seed, generate and measure the time."""
+        return self.run_with_cache(call)[0]
+
+    def run_with_cache(self, call: Call) -> tuple[Outcome, Cache | None]:
+        """Do what `run` does, and return the cache too if the call asks for it."""
         torch.manual_seed(call.seed)
         _synchronize(call.input_ids)
         start = perf_counter()
         output = self.generate(call)
         _synchronize(call.input_ids)
         seconds = perf_counter() - start
+        cache = None
+        if not isinstance(output, Tensor):
+            output, cache = output["sequences"], output.get("past_key_values")
         new = output[:, call.input_ids.shape[1] :].tolist()
         tokens = [until_end(row, call.eos_token_ids) for row in new]
-        return Outcome(tokens=tokens, seconds=seconds, stats=self.stats())
+        return Outcome(tokens=tokens, seconds=seconds, stats=self.stats()), cache
 
 
 def until_end(tokens: list[int], eos_token_ids: frozenset[int]) -> list[int]:
@@ -252,6 +317,7 @@ def prompt_lookup_decoder(base: PreTrainedModel, *, num_tokens: int = 10) -> Dec
         stats=_no_stats,
         promises_identity=False,  # when sampling, it draws other tokens
         max_batch=1,
+        keeps_cache=False,  # it would give other tokens than without, in Transformers 5.23
     )
 
 
@@ -263,7 +329,7 @@ def assisted_decoder(base: PreTrainedModel, assistant: PreTrainedModel) -> Decod
     """
     generate = _generate_with(base, assistant_model=assistant)
 
-    def generate_and_restore(call: Call) -> Tensor:
+    def generate_and_restore(call: Call) -> Tensor | ModelOutput:
         before = assistant.generation_config
         assistant.generation_config = copy.deepcopy(before)
         try:
@@ -272,7 +338,12 @@ def assisted_decoder(base: PreTrainedModel, assistant: PreTrainedModel) -> Decod
             assistant.generation_config = before
 
     return Decoder(
-        "assisted", generate_and_restore, _no_stats, promises_identity=False, max_batch=1
+        "assisted",
+        generate_and_restore,
+        _no_stats,
+        promises_identity=False,
+        max_batch=1,
+        keeps_cache=False,
     )
 
 
@@ -297,10 +368,8 @@ def speculative_decoder(
     """
     model = SpecModel(base, heads, engine=engine, adaptive=adaptive)
 
-    def generate(call: Call) -> Tensor:
-        output = model.generate(**call.arguments, tree=tree)
-        assert isinstance(output, Tensor)
-        return output
+    def generate(call: Call) -> Tensor | ModelOutput:
+        return model.generate(**call.arguments, tree=tree)
 
     def forget() -> None:
         if heads is not None:
@@ -311,10 +380,11 @@ def speculative_decoder(
     )
 
 
-def _generate_with(base: PreTrainedModel, **options: Any) -> Callable[[Call], Tensor]:
-    def generate(call: Call) -> Tensor:
-        output = base.generate(**call.arguments, **options)  # type: ignore[operator]  # mixin
-        assert isinstance(output, Tensor)
+def _generate_with(base: PreTrainedModel, **options: Any) -> Callable[[Call], Tensor | ModelOutput]:
+    def generate(call: Call) -> Tensor | ModelOutput:
+        output: Tensor | ModelOutput = base.generate(  # type: ignore[operator]  # mixin
+            **call.arguments, **options
+        )
         return output
 
     return generate

@@ -1,205 +1,20 @@
-"""Measure in pairs with regular generation, and explain where an output differs from it."""
+"""Measure in pairs with regular generation."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from statistics import fmean, quantiles
 from time import monotonic
-from typing import Any
 
-import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from speclm.bench.decoders import Call, Decoder, Outcome
+from speclm.bench.decoders import Answer, Call, Decoder, Outcome, Task
+from speclm.bench.divergence import Divergence, explain
 from speclm.errors import MeasurementError
-from speclm.sampling.noise import PositionNoise
-from speclm.self_check.check import check_model
-from speclm.self_check.verdict import Verification
+from speclm.files.questions import Question
 from speclm.stats import SpeculationStats
-from speclm.target import TargetView
-from speclm.target.chain_session import ChainReader
-from speclm.tree.topology import chain
 
-MAX_GAP_PER_DIFFERENCE = 4.0
-"""Rounding moves two scores; a gap beyond twice their sum means a mistake."""
-
-_TREE_SIZES = (2, 4, 8, 16)
-"""Numbers of nodes of the forwards whose logits are compared. Several are tried, because the size
-that caused a divergence is not known, and in bfloat16 a single size may round as one token does."""
-
-
-@dataclass(frozen=True, slots=True)
-class Divergence:
-    """The first position at which a row differs from regular generation.
-
-    Args:
-        call: Index of the call.
-        row: Row of its batch.
-        position: Index of the new token.
-        plain_token: Regular generation's token; -1 when its row has ended.
-        token: The other token; -1 when that row has ended.
-        gap: Difference in score between the winner and the token that was emitted instead. A
-            score is a logit or, when sampling, log-probability minus log-noise.
-        logit_difference: Largest difference at that position between the logits of one-token
-            forwards and of forwards over 2, 4, 8 or 16 nodes.
-    """
-
-    call: int
-    row: int
-    position: int
-    plain_token: int
-    token: int
-    gap: float
-    logit_difference: float
-
-    @property
-    def is_explained(self) -> bool:
-        """Whether rounding can account for the difference."""
-        return self.gap <= MAX_GAP_PER_DIFFERENCE * self.logit_difference
-
-
-def first_difference(plain: list[int], other: list[int]) -> int | None:
-    """Return the first position at which two rows differ; None when they are equal."""
-    if plain == other:
-        return None
-    pairs = enumerate(zip(plain, other, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(plain), len(other)))
-
-
-@torch.no_grad()
-def explain(
-    base: PreTrainedModel,
-    call: Call,
-    *,
-    index: int,
-    plain: list[list[int]],
-    other: list[list[int]],
-) -> list[Divergence]:
-    """Return the first divergence of each row that has one, and how much rounding matters there.
-
-    Args:
-        base: The model.
-        call: The call.
-        index: Index of the call, for the report.
-        plain: New tokens of each row by regular generation.
-        other: New tokens of each row by the method.
-    """
-    found: list[Divergence] = []
-    for row, (expected, emitted) in enumerate(zip(plain, other, strict=True)):
-        position = first_difference(expected, emitted)
-        if position is None:
-            continue
-        plain_token, token = (
-            tokens[position] if position < len(tokens) else -1 for tokens in (expected, emitted)
-        )
-        one, *many = (
-            _process(base, call, logits)
-            for logits in _logits_by_size(base, call, row, expected[:position])
-        )
-        difference = max(_largest_difference(one, other) for other in many)
-        scores = one if not call.is_sampled else one - _log_noise(base, call, row, position)
-        rivals = [float(scores[t]) if t >= 0 else -float("inf") for t in (plain_token, token)]
-        gap = float(scores.max()) - min(rivals)
-        found.append(Divergence(index, row, position, plain_token, token, gap, difference))
-    return found
-
-
-def _largest_difference(one: Float[Tensor, " vocab"], other: Float[Tensor, " vocab"]) -> float:
-    both = one.isfinite() & other.isfinite()
-    return float((one - other)[both].abs().max())
-
-
-def _logits_by_size(
-    base: PreTrainedModel, call: Call, row: int, decoded: list[int]
-) -> Iterator[Float[Tensor, " vocab"]]:
-    """Yield the logits after `decoded`, fed token by token and then in drafts of each size.
-
-    The row is repeated to the batch size of the call, because rounding depends on it.
-    """
-    batch = call.input_ids.shape[0]
-    prompt = call.input_ids[row][call.attention_mask[row].bool()].expand(batch, -1)
-    tokens = torch.tensor(decoded, dtype=torch.long, device=prompt.device).expand(batch, -1)
-    yield _logits_in_chains(base, prompt, tokens, num_nodes=1).float()
-    takes_trees = check_model(TargetView(base)).verification is Verification.TREES
-    verified = _logits_in_trees if takes_trees else _logits_in_chains
-    for num_nodes in _TREE_SIZES:
-        yield verified(base, prompt, tokens, num_nodes=num_nodes).float()
-
-
-def _logits_in_chains(
-    base: PreTrainedModel,
-    prompt: Int[Tensor, "batch prompt"],
-    tokens: Int[Tensor, "batch seq"],
-    *,
-    num_nodes: int,
-) -> Float[Tensor, " vocab"]:
-    """Return the logits after a prompt and tokens fed in chains; of length 1 as in `generate`."""
-    reader = ChainReader.of_prompt(TargetView(base), torch.ones_like(prompt))
-    found = reader.prefill(prompt)[0, -1]
-    for first in range(0, tokens.shape[1], num_nodes):
-        nodes = tokens[:, first : first + num_nodes]
-        num_real = nodes.shape[1]
-        padding = nodes[:, -1:].expand(-1, num_nodes - num_real)
-        logits = reader.feed(torch.cat([nodes, padding], dim=1))
-        reader.keep(num_real)
-        found = logits[0, num_real - 1]
-    return found
-
-
-def _logits_in_trees(
-    base: PreTrainedModel,
-    prompt: Int[Tensor, "batch prompt"],
-    tokens: Int[Tensor, "batch seq"],
-    *,
-    num_nodes: int,
-) -> Float[Tensor, " vocab"]:
-    """Return the logits after a prompt and tokens fed in trees of one size."""
-    view = TargetView(base)
-    batch = len(prompt)
-    cache = view.new_cache(torch.zeros(batch, dtype=torch.long, device=prompt.device))
-    found = view.prefill(prompt, cache)[0]
-    for first in range(0, tokens.shape[1], num_nodes):
-        nodes = tokens[:, first : first + num_nodes]
-        num_real = nodes.shape[1]
-        padding = nodes[:, -1:].expand(-1, num_nodes - num_real)
-        topology = chain(num_nodes - 1, device=prompt.device)
-        logits = view.forward_tree(torch.cat([nodes, padding], dim=1), topology, cache)
-        cache.keep([list(range(num_real))] * batch)
-        found = logits[0, num_real - 1]
-    return found
-
-
-def _process(
-    base: PreTrainedModel, call: Call, logits: Float[Tensor, " vocab"]
-) -> Float[Tensor, " vocab"]:
-    """Apply the processors that ``generate`` resolves the call to."""
-    resolved: list[Any] = []
-
-    def capture(
-        _model: object, input_ids: Tensor, logits_processor: list[Any], *_: Any, **__: Any
-    ) -> Tensor:
-        resolved.extend(logits_processor)
-        return input_ids
-
-    base.generate(**call.arguments, custom_generate=capture)  # type: ignore[operator]  # mixin
-    scores = logits[None]
-    for processor in resolved:
-        scores = processor(call.input_ids[:1], scores)
-    return scores[0].log_softmax(-1) if call.is_sampled else scores[0]
-
-
-def _log_noise(
-    base: PreTrainedModel, call: Call, row: int, position: int
-) -> Float[Tensor, " vocab"]:
-    """Return the noise that decided the position."""
-    torch.manual_seed(call.seed)
-    noise = PositionNoise(
-        batch=call.input_ids.shape[0],
-        vocab_size=TargetView(base).vocab_size,
-        device=call.input_ids.device,
-    )
-    return noise.row(row, position).log()
+NUM_QUANTILES = 20
+"""Parts into which `Latency.quantiles` divides the calls."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,26 +39,44 @@ class Latency:
 
     Args:
         mean: Mean over the calls.
+        p50: Median.
         p90: 90th percentile, interpolated between calls.
+        quantiles: The fastest call, 1/20, 2/20 ... of the calls, and the slowest call.
     """
 
     mean: float
+    p50: float
     p90: float
+    quantiles: list[float]
 
     @classmethod
     def of(cls, outcomes: Sequence[Outcome]) -> "Latency":
         """Summarise at least one call."""
         seconds = [outcome.seconds for outcome in outcomes]
         many = seconds if len(seconds) > 1 else seconds * 2
-        return cls(mean=fmean(seconds), p90=quantiles(many, n=10, method="inclusive")[-1])
+        inner = quantiles(many, n=NUM_QUANTILES, method="inclusive")
+        found = [min(seconds), *inner, max(seconds)]
+        half, most = found[NUM_QUANTILES // 2], found[NUM_QUANTILES * 9 // 10]
+        return cls(mean=fmean(seconds), p50=half, p90=most, quantiles=found)
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One call run by regular generation and by a method."""
+    """One call, or one turn of a question, answered by regular generation and by a method.
+
+    Args:
+        plain: The outcome of regular generation.
+        method: The outcome of the method.
+        call: What regular generation was asked; None if it is not known.
+        question: The question that has the turn, if there is one.
+        turn: Index of the turn.
+    """
 
     plain: Outcome
     method: Outcome
+    call: Call | None = None
+    question: Question | None = None
+    turn: int = 0
 
     @property
     def ratio(self) -> float:
@@ -263,7 +96,8 @@ class Comparison:
     Args:
         method: Name of the method.
         promises_identity: Whether its outputs have to be those of regular generation.
-        pairs: One per call.
+        pairs: One for each call, or for each turn of a question. Turns after one whose outputs
+            differ have other prompts, and are left out if identity is promised.
         divergences: Where the outputs of a method that promises identity differ.
     """
 
@@ -317,73 +151,100 @@ class Comparison:
         parts = [pair.method.stats for pair in self.pairs if pair.method.stats is not None]
         return SpeculationStats.merge(parts) if parts else None
 
+    def by_group(self) -> "dict[str, Comparison]":
+        """Return the parts of the groups of questions, in order; nothing if there is only one."""
+        found: dict[str, list[int]] = {}
+        for index, pair in enumerate(self.pairs):
+            found.setdefault("" if pair.question is None else pair.question.group, []).append(index)
+        return {name: self._part(indices) for name, indices in found.items() if len(found) > 1}
+
+    def _part(self, indices: Sequence[int]) -> "Comparison":
+        places = {index: place for place, index in enumerate(indices)}
+        divergences = [
+            replace(found, call=places[found.call])
+            for found in self.divergences
+            if found.call in places
+        ]
+        return replace(
+            self, pairs=[self.pairs[index] for index in indices], divergences=divergences
+        )
+
 
 def compare(
     plain: Decoder,
     methods: Sequence[Decoder],
-    calls: Sequence[Call],
+    tasks: Sequence[Task],
     *,
     base: PreTrainedModel,
     num_warmup: int = 1,
     max_seconds: float | None = None,
     on_pair: Callable[[Pair], object] | None = None,
 ) -> list[Comparison]:
-    """Run every call by regular generation and by all methods, and check the outputs.
+    """Run every task by regular generation and by all methods, and check the outputs.
 
-    The order rotates from call to call, so that no run always comes first. Before the first pair,
-    every method forgets what earlier calls taught it, so that it knows no answer beforehand.
+    The order rotates from task to task, so that no run always comes first. Before the first pair,
+    every method forgets what earlier calls taught it, so that it knows no answer beforehand. In a
+    question of several turns, each run continues its own answers.
 
     Args:
         plain: Regular generation.
         methods: The methods to measure.
-        calls: What is generated; each gives one pair per method.
+        tasks: What is generated; each gives one pair per method, or one for each turn.
         base: The model, which explains divergences.
-        num_warmup: Number of calls that are run once by all before anything is counted.
-        max_seconds: No further call is begun after this time; None for all calls.
+        num_warmup: Number of tasks that are run once by all before anything is counted.
+        max_seconds: No further task is begun after this time; None for all tasks.
         on_pair: Called with every pair, for example to show progress.
 
     Raises:
-        MeasurementError: If there is no call.
+        MeasurementError: If there is no task.
     """
-    if not calls:
+    if not tasks:
         raise MeasurementError("no prompts to measure on, expected at least one; pass more")
     everyone = [plain, *methods]
-    for call in calls[:num_warmup]:
+    for task in tasks[:num_warmup]:
         for decoder in everyone:
-            decoder.run(call)
+            task.answered_by(decoder)
     for decoder in everyone:
         decoder.forget()  # the answers of the warm-up, and of earlier measurements
     pairs: list[list[Pair]] = [[] for _ in methods]
     start = monotonic()
-    for index, call in enumerate(calls):
+    for index, task in enumerate(tasks):
         if index > 0 and max_seconds is not None and monotonic() - start > max_seconds:
             break
         turn = index % len(everyone)
         order = [*range(turn, len(everyone)), *range(turn)]
-        outcomes = {number: everyone[number].run(call) for number in order}
-        for number, found in enumerate(pairs, 1):
-            found.append(Pair(plain=outcomes[0], method=outcomes[number]))
-            if on_pair is not None:
-                on_pair(found[-1])
+        answers = {number: task.answered_by(everyone[number]) for number in order}
+        for number, method in enumerate(methods, 1):
+            for pair in _paired(answers[0], answers[number], method):
+                pairs[number - 1].append(pair)
+                if on_pair is not None:
+                    on_pair(pair)
     return [
-        Comparison(
-            method.name, method.promises_identity, found, _divergences(base, method, calls, found)
-        )
+        Comparison(method.name, method.promises_identity, found, _divergences(base, method, found))
         for method, found in zip(methods, pairs, strict=True)
     ]
 
 
-def _divergences(
-    base: PreTrainedModel, method: Decoder, calls: Sequence[Call], pairs: Sequence[Pair]
-) -> list[Divergence]:
+def _paired(plain: Sequence[Answer], other: Sequence[Answer], method: Decoder) -> list[Pair]:
+    """Return the pairs of turns, up to the first that differs if the method promises identity."""
+    found: list[Pair] = []
+    for one, two in zip(plain, other, strict=False):
+        found.append(Pair(one.outcome, two.outcome, one.call, one.question, one.turn))
+        if method.promises_identity and not found[-1].is_identical:
+            break
+    return found
+
+
+def _divergences(base: PreTrainedModel, method: Decoder, pairs: Sequence[Pair]) -> list[Divergence]:
     """Return where a method's outputs differ, if it promises that they do not."""
     if not method.promises_identity:
         return []
     return [
         found
-        for index, (call, pair) in enumerate(zip(calls, pairs, strict=False))
+        for index, pair in enumerate(pairs)
+        if pair.call is not None
         for found in explain(
-            base, call, index=index, plain=pair.plain.tokens, other=pair.method.tokens
+            base, pair.call, index=index, plain=pair.plain.tokens, other=pair.method.tokens
         )
     ]
 

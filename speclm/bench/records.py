@@ -4,8 +4,8 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,11 +15,13 @@ import torch
 from transformers import PreTrainedModel
 
 from speclm._version import __version__
-from speclm.bench.decoders import Call, Decoder, plain_decoder
-from speclm.bench.pairs import Comparison, Divergence, Latency, Pair, Spread, compare
+from speclm.bench.decoders import Decoder, Task, plain_decoder
+from speclm.bench.divergence import Divergence
+from speclm.bench.pairs import Comparison, Latency, Pair, Spread, compare
 from speclm.errors import DataError, MeasurementError, OptionError
 from speclm.files.atomic import append_line
 from speclm.files.json_lines import JsonLine, read_json_lines
+from speclm.stats import SpeculationStats
 
 _ROOT = Path(__file__).parents[2]
 _CPU_INFO = Path("/proc/cpuinfo")
@@ -109,7 +111,9 @@ class Record:
         kept_by_depth: Share of all rounds that kept the draft token at each position.
         latency: Seconds of a call by the method.
         plain_latency: Seconds of a call by regular generation in the same pairs.
-        milliseconds_per_round: Host time by phase.
+        milliseconds_per_round: Host time by phase; "other" is the rest of a call, prefill excluded.
+        tau_by_nodes: Pairs of a number of nodes and the tau of trees of at most that size, as
+            simulated; empty if they were not.
         fallbacks: Why calls were left to regular generation.
         machine: The machine.
         versions: Versions of the software.
@@ -136,6 +140,7 @@ class Record:
     latency: Latency | None = None
     plain_latency: Latency | None = None
     milliseconds_per_round: dict[str, float] = field(default_factory=dict)
+    tau_by_nodes: list[tuple[int, float]] = field(default_factory=list)
     fallbacks: list[str] = field(default_factory=list)
     machine: Machine = field(default_factory=describe_machine)
     versions: dict[str, str] = field(default_factory=describe_versions)
@@ -170,9 +175,16 @@ def decode_record(comparison: Comparison, *, benchmark: str, settings: dict[str,
         kept_by_depth=[] if stats is None else stats.kept_by_depth,
         latency=comparison.latency,
         plain_latency=comparison.plain_latency,
-        milliseconds_per_round={} if stats is None else stats.milliseconds_per_round,
+        milliseconds_per_round={} if stats is None else _times(comparison, stats),
         fallbacks=[] if stats is None else stats.fallbacks,
     )
+
+
+def _times(comparison: Comparison, stats: SpeculationStats) -> dict[str, float]:
+    """Return the milliseconds of a round by phase, and those outside of all phases."""
+    taken = sum(pair.method.seconds for pair in comparison.pairs)
+    other = taken - sum(stats.seconds.values()) - stats.engine_seconds
+    return {**stats.milliseconds_per_round, "other": 1e3 * max(other, 0.0) / max(stats.rounds, 1)}
 
 
 def time_record(spread: Spread, *, n: int, benchmark: str, settings: dict[str, Any]) -> Record:
@@ -241,20 +253,29 @@ class Cell:
 
     Args:
         calls: What is generated.
-        settings: What distinguishes this cell from others; the method's name is added.
+        settings: What distinguishes this cell from others; the method's name is added, and the
+            category in records of one category of questions.
     """
 
-    calls: Sequence[Call]
+    calls: Sequence[Task]
     settings: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A method measured in a cell."""
+    """A method measured in a cell.
+
+    Args:
+        cell: The cell.
+        comparison: The measurement.
+        record: The record of all its pairs.
+        groups: Records of each group of questions; empty if there are fewer than two.
+    """
 
     cell: Cell
     comparison: Comparison
     record: Record
+    groups: list[Record] = field(default_factory=list)
 
 
 def measure_grid(
@@ -265,6 +286,7 @@ def measure_grid(
     benchmark: str,
     path: Path | None = None,
     on_pair: Callable[[Pair], object] | None = None,
+    simulate: Callable[[Cell, Decoder], Mapping[int, float]] | None = None,
 ) -> Iterator[Measured]:
     """Measure every method in every cell; record and yield each as soon as it is measured.
 
@@ -278,13 +300,14 @@ def measure_grid(
         benchmark: Name of the benchmark in the records.
         path: Where records are appended; None to keep none.
         on_pair: Called with every pair.
+        simulate: Returns `Record.tau_by_nodes`; called after a method was measured.
 
     Raises:
         MeasurementError: If outputs differ that must not; nothing is recorded for that method.
     """
     plain = plain_decoder(base)
     for cell in cells:
-        batch = max((call.input_ids.shape[0] for call in cell.calls), default=1)
+        batch = max((task.num_rows for task in cell.calls), default=1)
         for method in methods:
             settings = {**cell.settings, "method": method.name}
             if not method.can_run(batch):
@@ -293,9 +316,27 @@ def measure_grid(
                 continue
             (comparison,) = compare(plain, [method], cell.calls, base=base, on_pair=on_pair)
             record = decode_record(comparison, benchmark=benchmark, settings=settings)
+            if simulate is not None:
+                simulated = sorted(simulate(cell, method).items())
+                record = replace(record, tau_by_nodes=simulated)
+            groups = group_records(comparison, benchmark=benchmark, settings=settings)
             if path is not None:
-                append_record(path, record)
-            yield Measured(cell, comparison, record)
+                for found in (
+                    *groups,
+                    record,
+                ):  # that of all pairs last: it says that all are there
+                    append_record(path, found)
+            yield Measured(cell, comparison, record, groups)
+
+
+def group_records(
+    comparison: Comparison, *, benchmark: str, settings: dict[str, Any]
+) -> list[Record]:
+    """Return a record of each group of questions, with its name as ``settings["category"]``."""
+    return [
+        decode_record(part, benchmark=benchmark, settings={**settings, "category": name})
+        for name, part in comparison.by_group().items()
+    ]
 
 
 def _parse(line: JsonLine) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 from threading import Event
 from time import perf_counter
@@ -16,6 +15,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 from typing_extensions import override
 
+from speclm.cache.kept import KeptCache
 from speclm.chat.text_stream import Piece, RoundStreamer
 from speclm.config import require_unicode
 from speclm.errors import OptionError, PromptError
@@ -96,8 +96,7 @@ class Chat:
         self._tokenizer = tokenizer
         self._options = {"max_new_tokens": MAX_NEW_TOKENS, **(options or {})}
         self._turns: list[tuple[str, Answer]] = []
-        self._cache: Cache | None = None
-        self._cached_ids: list[int] = []
+        self._kept = KeptCache()
         self._stopping = Event()
         self._can_mark = True
 
@@ -154,7 +153,7 @@ class Chat:
             skipped=ends,
         )
         self._stopping.clear()
-        cache = self._take_cache(prompt)
+        cache = self._kept.take(prompt)
         num_reused = 0 if cache is None else int(cache.get_seq_length())
         start = perf_counter()
         sequence = self._generate(prompt, cache, streamer, max_new_tokens=max_new_tokens)
@@ -258,24 +257,6 @@ class Chat:
         speculation = self.spec.last_speculation
         return speculation is None or bool(speculation.fallbacks)
 
-    def _take_cache(self, prompt: list[int]) -> Cache | None:
-        """Return the cache, cropped to what it shares with a prompt; None if nothing is shared.
-
-        The conversation gives it up: after an error its content would be unknown.
-        """
-        cache, self._cache = self._cache, None
-        pairs = zip(prompt, self._cached_ids, strict=False)
-        num_common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        num_kept = min(num_common, len(prompt) - 1)  # at least one token has to be read
-        if cache is None or num_kept == 0:
-            return None
-        if num_kept < len(self._cached_ids):
-            try:
-                cache.crop(num_kept - len(self._cached_ids))
-            except (RuntimeError, ValueError):
-                return None  # a sliding window or recurrent state has lost earlier tokens
-        return cache
-
     def _generate(
         self,
         prompt: list[int],
@@ -301,8 +282,7 @@ class Chat:
         sequence: list[int] = output.sequences[0].tolist()
         cache = output.past_key_values
         if cache is not None and self._can_read_on(cache):
-            self._cache = cache
-            self._cached_ids = sequence[: int(cache.get_seq_length())]
+            self._kept.keep(cache, sequence)
         return sequence
 
     def _can_read_on(self, cache: Cache) -> bool:

@@ -1,6 +1,6 @@
 """Output of commands: progress, tables of measurements, and coloured answers."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -75,6 +75,38 @@ def add_comparison(table: Table, keys: Iterable[str], comparison: Comparison) ->
         " ".join(f"{share:.0%}"[:-1] for share in depths),
         verdict(comparison),
     )
+
+
+def category_table(parts: Sequence[tuple[str, str, Comparison]]) -> Table:
+    """Return a table of the categories of questions.
+
+    ``P50 ms`` and ``P90 ms`` are the median and the 90th percentile of a call, of the method and of
+    regular generation.
+
+    Args:
+        parts: Setting, category and measurement of each row. Settings and methods have a column if
+            there are several.
+    """
+    table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="bold underline")
+    keys = [(setting, category, part.method) for setting, category, part in parts]
+    names = ("setting", "category", "method")
+    shown = [column for column in range(3) if column == 1 or len({key[column] for key in keys}) > 1]
+    for column in shown:
+        table.add_column(names[column], no_wrap=True)
+    for name in ("calls", "tau", "ratio", "P50 ms", "P90 ms", "identical"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for key, (_, _, part) in zip(keys, parts, strict=True):
+        stats, ours, plain = part.stats, part.latency, part.plain_latency
+        table.add_row(
+            *(key[column] for column in shown),
+            str(len(part.pairs)),
+            "" if stats is None else f"{stats.tau:.2f}",
+            f"{part.ratio.median:.2f}x",
+            f"{1e3 * ours.p50:.0f} / {1e3 * plain.p50:.0f}",
+            f"{1e3 * ours.p90:.0f} / {1e3 * plain.p90:.0f}",
+            verdict(part),
+        )
+    return table
 
 
 def verdict(comparison: Comparison) -> Text:

@@ -4,16 +4,15 @@ import re
 import sys
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
 
 import typer
 
+from speclm.demo.bundle import HUMANEVAL, QUESTION_SETS, load_questions
 from speclm.errors import DataError, OptionError
 from speclm.files.json_lines import JsonLine, read_json_lines, split_json_lines
+from speclm.files.questions import Prompt, Question, parse_prompt, parse_questions
 
 STANDARD_INPUT = Path("-")
-
-Prompt = str | list[dict[str, str]]
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -26,7 +25,7 @@ def read_prompts(path: Path) -> list[Prompt]:
         DataError: If the file cannot be read, has no prompt, or has a line that is not one.
         OptionError: If standard input cannot be read.
     """
-    return [_parse(line) for line in read_lines(path, "--prompts")]
+    return [parse_prompt(line) for line in read_lines(path, "--prompts")]
 
 
 def read_chats(path: Path) -> list[Prompt]:
@@ -36,7 +35,37 @@ def read_chats(path: Path) -> list[Prompt]:
         DataError: If the file cannot be read, has no prompt, or a line is none.
         OptionError: If standard input cannot be read.
     """
-    return [_parse(line, keeps_answer=True) for line in read_lines(path, "--prompts")]
+    return [parse_prompt(line, keeps_answer=True) for line in read_lines(path, "--prompts")]
+
+
+def read_questions(prompts: str) -> list[Question]:
+    """Read the questions of ``--prompts`` of ``speclm bench``.
+
+    Args:
+        prompts: Name of a bundled set, or a file in one of the layouts of `parse_questions`, or
+            `STANDARD_INPUT`.
+
+    Raises:
+        OptionError: If no set has that name, the set is not bundled, or standard input cannot be
+            read.
+        DataError: If the file cannot be read, is empty, or has a line of another layout.
+    """
+    if prompts in QUESTION_SETS:
+        return load_questions(prompts)
+    path = Path(prompts)
+    if prompts == HUMANEVAL:
+        raise OptionError(
+            f"--prompts is {HUMANEVAL!r}, which is not bundled; download data/HumanEval.jsonl.gz "
+            "of https://github.com/openai/human-eval, unpack it with gunzip, and pass the file: "
+            "--prompts HumanEval.jsonl"
+        )
+    if path != STANDARD_INPUT and len(path.parts) == 1 and not path.suffix and not path.exists():
+        known = (*QUESTION_SETS, HUMANEVAL)
+        raise OptionError(
+            f"--prompts is {prompts!r}, expected a file or one of the sets {list(known)!r}; "
+            "correct the name or the path"
+        )
+    return parse_questions(read_lines(path, "--prompts"))
 
 
 def read_lines(path: Path, option: str) -> list[JsonLine]:
@@ -86,30 +115,6 @@ def read_input(option: str) -> bytes:
     if sys.stdin is None:
         raise OptionError(f"{option} is '-' and standard input is closed; name a file")
     return sys.stdin.buffer.read()
-
-
-def _parse(line: JsonLine, *, keeps_answer: bool = False) -> Prompt:
-    match line.parse():
-        case {"messages": [*messages]} if all(map(_is_message, messages)):
-            is_answered = bool(messages) and messages[-1]["role"] == "assistant"
-            if asked := messages[:-1] if is_answered else messages:
-                return messages if keeps_answer else asked
-            raise DataError(
-                f"{line.where}: no message that asks for an answer, found {line.excerpt}; drop the "
-                "row or add one"
-            )
-        case {"prompt": str(text)} if text:
-            return text
-        case {"prompt": ""}:
-            raise DataError(f"{line.where}: the prompt is empty; drop the row or fill it in")
-    raise DataError(
-        f'{line.where}: expected "prompt", a string, or "messages", a list of objects with a '
-        f'"role", found {line.excerpt}; correct the row'
-    )
-
-
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("role"), str)
 
 
 def positive_numbers(text: str) -> list[int]:

@@ -168,8 +168,12 @@ class BenchOptions(DraftOptions):
     """Measure speculative and regular generation in pairs, and check that outputs are equal."""
 
     prompts: Annotated[
-        Path,
-        typer.Option(help='JSON lines with "messages" or "prompt"; - for standard input.'),
+        str,
+        typer.Option(
+            help="spec-bench or mt-bench for bundled questions; a file of questions of Spec-Bench, "
+            'MT-bench or HumanEval, or of JSON lines with "messages" or "prompt"; - for standard '
+            "input."
+        ),
     ]
     setting: Annotated[
         str, typer.Option(help="greedy, t0.7 or t1.0; several separated by commas.")
@@ -191,7 +195,10 @@ class BenchOptions(DraftOptions):
     ] = False
     report: Annotated[
         Path | None,
-        typer.Option(help="Write figures, a page and charts into this folder; needs matplotlib."),
+        typer.Option(help="Write figures, pages and charts into this folder; needs matplotlib."),
+    ] = None
+    answers: Annotated[
+        Path | None, typer.Option(help="Write the answers into this folder, as Spec-Bench does.")
     ] = None
 
 

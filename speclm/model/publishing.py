@@ -236,7 +236,8 @@ def _read_report(folder: Path, digest: str | None) -> dict[str, str]:
     try:
         report = read_json(path)
         records = report["records"]
-        found = [record for record in records if record["settings"]["method"] == "speclm"]
+        whole = [record for record in records if "category" not in record["settings"]]
+        found = [record for record in whole if record["settings"]["method"] == "speclm"]
         figures = [figure for record in found for figure in _figures(record).items()]
         measured = {record["settings"].get("heads_sha256") for record in found}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

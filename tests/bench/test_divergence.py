@@ -3,7 +3,7 @@ import torch
 
 from speclm.bench import Divergence, plain_decoder
 from speclm.bench.decoders import Call
-from speclm.bench.pairs import (
+from speclm.bench.divergence import (
     _log_noise,
     _logits_by_size,
     _process,

@@ -32,10 +32,11 @@ def test_spread_is_median_and_quartiles():
     assert Spread.of([2.0]) == Spread(2.0, 2.0, 2.0)
 
 
-def test_latency_is_mean_and_90th_percentile_of_the_calls():
+def test_latency_is_mean_and_percentiles_of_the_calls():
     calls = [Outcome([[1]], float(seconds), None) for seconds in range(11)]
-    assert Latency.of(calls) == Latency(mean=5.0, p90=9.0)
-    assert Latency.of(calls[3:4]) == Latency(mean=3.0, p90=3.0)
+    halves = [number / 2 for number in range(21)]
+    assert Latency.of(calls) == Latency(mean=5.0, p50=5.0, p90=9.0, quantiles=halves)
+    assert Latency.of(calls[3:4]) == Latency(mean=3.0, p50=3.0, p90=3.0, quantiles=[3.0] * 21)
 
 
 def test_ratio_is_of_seconds_for_equal_outputs_and_of_time_per_token_otherwise():

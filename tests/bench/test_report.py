@@ -42,7 +42,8 @@ def draws_nothing(monkeypatch):
 def test_report_has_the_records_a_page_and_charts(tmp_path, records):
     write_report(tmp_path / "report", records)
     files = {path.name for path in (tmp_path / "report").iterdir()}
-    assert files == {"report.json", "report.md", "acceptance.png", "speed.png", "latency.png"}
+    charts = {"acceptance", "speed", "latency", "latency_distribution", "round"}
+    assert files == {"report.json", "report.md", "report.html", *(f"{c}.png" for c in charts)}
     content = json.loads((tmp_path / "report/report.json").read_text())
     assert content["records"] == records
     ours = content["records"][0]
@@ -63,11 +64,15 @@ def test_pauses_and_differences_are_stated(tmp_path, records):
     ours |= {"pause_summary": "3 of 9 rounds without a draft", "kept_by_depth": []}
     ours |= {"num_identical": 1, "divergences": [{"gap": 0.25}]}
     records[1]["promises_identity"] = False
-    write_report(tmp_path, records)
+    part = {**ours, "settings": {**ours["settings"], "category": "qa"}}
+    ours["tau_by_nodes"] = [[1, 1.5], [8, 2.25]]
+    write_report(tmp_path, [*records, part])
     page = (tmp_path / "report.md").read_text()
     assert "- greedy, batch 2: 3 of 9 rounds without a draft" in page
     assert "1 of 2; the others differ at a gap of scores of at most 0.25" in page
     assert "2 of 2, not promised" in page
+    assert "| qa | greedy | 2 | speclm | 2 |" in page
+    assert "| greedy | 2 | speclm | 1.50 | 2.25 |" in page
     assert "No draft token was accepted." in page
 
 
@@ -86,6 +91,7 @@ def test_what_cannot_be_reported_is_named(tmp_path, records):
 
 def test_records_of_an_earlier_run_are_found_by_their_settings(tmp_path, records):
     path = tmp_path / "out.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    part = {**records[1], "settings": {**records[1]["settings"], "category": "qa"}}
+    path.write_text("".join(json.dumps(record) + "\n" for record in [part, part, *records]))
     wanted = [records[1]["settings"], {"setting": "t1.0"}]
-    assert recorded(path, benchmark="bench", settings=wanted) == [records[1]]
+    assert recorded(path, benchmark="bench", settings=wanted) == [records[1], part]

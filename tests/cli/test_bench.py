@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from speclm.demo.bundle import assets
-from speclm.errors import OptionError, SpeclmError
+from speclm.errors import OptionError, PromptError, SpeclmError
 from speclm.model.publishing import prepare_publication
 
 bench_module = importlib.import_module("speclm.cli.bench")
@@ -66,6 +66,43 @@ def test_bad_options_are_named(run, prompts):
             run("bench", "--prompts", str(prompts), *options)
 
 
+QUESTIONS = [
+    {"question_id": 81, "category": "writing", "turns": ["Write a poem.", "Rewrite it."]},
+    {"question_id": 321, "category": "qa", "turns": ["who wrote it"]},
+    {"question_id": 9, "category": "rag", "turns": ["many words " * 2000]},
+]
+
+
+def test_questions_are_answered_turn_by_turn_and_reported_by_category(run, tmp_path):
+    prompts, out, report = (tmp_path / name for name in ("q.jsonl", "out.jsonl", "report"))
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
+    options = ("--prompts", str(prompts), "--max-new-tokens", "4", "--heads", "ngram")
+    files = ("--setting", "greedy", "--out", str(out), "--report", str(report))
+    answers = ("--answers", str(tmp_path / "answers"))
+    result = run("bench", *options, *files, *answers)
+    assert result.exit_code == 0
+    assert re.search(r"question 9 has \d+ tokens, and the model has 2048 positions", result.output)
+    assert re.search(r"mt_bench +2 .*\n.*qa +1 ", result.output)
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [record["settings"].get("category") for record in records] == ["mt_bench", "qa", None]
+    assert [record["n"] for record in records] == [2, 1, 3]
+    (first, _) = (tmp_path / "answers" / "speclm-greedy.jsonl").read_text().splitlines()
+    assert len(json.loads(first)["choices"][0]["turns"]) == 2
+    page = (report / "report.md").read_text()
+    assert "| mt_bench | greedy | 1 | speclm | 2 |" in page
+    assert all(f"({chart.name})" in page for chart in report.glob("*.png"))
+    assert {"categories.png", "report.html"} <= {path.name for path in report.iterdir()}
+    with pytest.raises(OptionError, match=r"no answer to write; .* new file of --out"):
+        run("bench", *options, *files[:4], *answers)
+
+
+def test_prompts_that_are_all_too_long_are_named(run, tmp_path):
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps(QUESTIONS[2]))
+    with pytest.raises(PromptError, match=r"no prompt leaves room.*question 9 has \d+ tokens"):
+        run("bench", "--prompts", str(path))
+
+
 class LoadedError(Exception):
     """Stands for what comes after the checks."""
 
@@ -77,6 +114,24 @@ def bench(run, prompts, monkeypatch):
 
     monkeypatch.setattr(bench_module, "load_with_heads", load)
     return lambda *options: run("bench", "--prompts", str(prompts), *options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--prompts", "specbench"), r"'specbench', expected a file or one of .*'spec-bench'"),
+        (("--prompts", "humaneval"), r"not bundled; download .*HumanEval\.jsonl\.gz.*--prompts"),
+        (("--prompts", "none.jsonl"), r"none\.jsonl cannot be read"),
+        (("--prompts", "mt-bench", "--batch", "1,2"), r"question 81 has 2 turns.*--batch 1"),
+        (("--answers", "answers", "--batch", "2"), r"--answers has the answers of batches of 1"),
+    ],
+)
+def test_sets_that_cannot_be_measured_are_named_before_anything_is_loaded(
+    bench, tmp_path, monkeypatch, options, message
+):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SpeclmError, match=message):
+        bench(*options)
 
 
 @pytest.mark.parametrize("name", [".", "file/out.jsonl", "a/b/out.jsonl", "prompts.jsonl"])

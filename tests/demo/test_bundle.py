@@ -1,4 +1,5 @@
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from speclm import SpecModel
 from speclm.demo import bundle
-from speclm.demo.bundle import assets, load_prompts
+from speclm.demo.bundle import assets, load_prompts, load_questions
 from speclm.errors import MissingAssetError, OptionError
+from speclm.files.questions import MT_BENCH_CATEGORIES
 
 MAX_BYTES = 35_000_000
 MIN_AGREEMENT = 0.5  # far above 1/4096 of random tokens, below what was measured
@@ -25,7 +27,7 @@ def models() -> dict[str, LlamaForCausalLM]:
 
 def test_assets_lie_inside_the_package():
     package = Path(bundle.__file__).parent
-    assert set(assets()) == {"base", "block", "draft", "eagle", "eagle3", "medusa", "prompts"}
+    assert set(assets()) == set(bundle.NAMES)
     assert all(path.is_dir() and path.is_relative_to(package) for path in assets().values())
 
 
@@ -39,7 +41,7 @@ def test_missing_asset_is_named_with_its_folder_and_the_remedy(tmp_path, monkeyp
     monkeypatch.setattr(bundle, "DATA", tmp_path)
     with pytest.raises(
         MissingAssetError,
-        match=r"found no \['block', 'draft', 'eagle', 'eagle3', 'medusa', 'prompts'\].*install",
+        match=r"found no \['block', 'draft', 'eagle', .*'prompts', 'questions'\].*install",
     ) as error:
         assets()
     assert str(tmp_path) in str(error.value)
@@ -47,9 +49,29 @@ def test_missing_asset_is_named_with_its_folder_and_the_remedy(tmp_path, monkeyp
 
 def test_data_come_with_origin_and_licences():
     readme = (bundle.DATA / "README.md").read_text(encoding="utf-8")
-    for licence in ("LICENSE-wikisql.txt", "LICENSE-gsm8k.txt"):
-        assert "Copyright" in (assets()["prompts"] / licence).read_text(encoding="utf-8")
+    for licence in (
+        "prompts/LICENSE-wikisql.txt",
+        "prompts/LICENSE-gsm8k.txt",
+        "questions/LICENSE-spec-bench.txt",
+    ):
+        assert "Copyright" in (bundle.DATA / licence).read_text(encoding="utf-8")
         assert licence in readme
+
+
+def test_questions_are_a_few_of_every_category_of_spec_bench():
+    questions = load_questions("spec-bench")
+    found = Counter(question.group for question in questions)
+    others = ("translation", "summarization", "qa", "math_reasoning", "rag")
+    assert found == {"mt_bench": 16, **dict.fromkeys(others, 5)}
+    of_mt_bench = load_questions("mt-bench")
+    assert Counter(question.group for question in of_mt_bench) == dict.fromkeys(
+        MT_BENCH_CATEGORIES, 2
+    )
+    assert all(len(question.turns) == 2 for question in of_mt_bench)
+    folder = assets()["questions"]
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 100_000
+    with pytest.raises(OptionError, match=r"named one of \['spec-bench', 'mt-bench'\]"):
+        load_questions("humaneval")
 
 
 def test_models_are_stored_in_bfloat16_and_load_in_float32(models):
