@@ -87,7 +87,7 @@ def load_causal_lm(
         ) from error
     except Exception as error:  # damaged configs raise nearly everything
         raise _damaged(name, owner, error) from error
-    if owner == "draft model" and (missing := sorted(report["missing_keys"])):
+    if owner != "base" and (missing := sorted(report["missing_keys"])):
         raise CheckpointError(
             f"{owner} {str(name)!r} lacks {len(missing)} weights such as {missing[0]!r}, which "
             "would be random, expected those of a whole language model and not of heads; name "
