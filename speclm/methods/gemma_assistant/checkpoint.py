@@ -88,7 +88,7 @@ def load_assistant(
         )
     _require_sizes(source, config)
     loading = {"dtype": target.model.dtype, "device_map": {"": target.device}, **options}
-    with _shared_everywhere():
+    with shared_everywhere():
         return load_causal_lm(folder, loading, owner="assistant", known=(*_OPTIONS, *known))
 
 
@@ -186,7 +186,7 @@ def _require_sizes(source: WeightFiles, config: PretrainedConfig) -> None:
     given: Any = config
     text = given.get_text_config()
     hidden, width = text.hidden_size, given.backbone_hidden_size
-    sizes = {
+    sizes: dict[str, tuple[int, ...]] = {
         "pre_projection.weight": (hidden, 2 * width),
         "post_projection.weight": (width, hidden),
     }
@@ -241,7 +241,7 @@ reset_in_children(_renew_lock)
 
 
 @contextmanager
-def _shared_everywhere() -> Iterator[None]:
+def shared_everywhere() -> Iterator[None]:
     """Let Transformers build models whose layers all read the keys and values of another model.
 
     Version 5.23.0 looks in every config for a layer that stores what the others read, and so builds

@@ -93,9 +93,8 @@ class AssistantNetwork:
             if kind == SLIDING:
                 starts = torch.maximum(starts, lengths - 1 - self._window)
                 first = max(min(cache.host_lengths) - 1 - self._window, 0)
-            layer, num = cache.layers[index], cache.tree_start - first
-            assert layer.keys is not None
-            assert layer.values is not None
+            layer: Any = cache.layers[index]
+            num = cache.tree_start - first
             states[kind] = (
                 layer.keys.narrow(2, first, num).to(like.device, like.dtype),
                 layer.values.narrow(2, first, num).to(like.device, like.dtype),

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import ref
 
 import torch
 from jaxtyping import Float, Int
@@ -105,7 +106,7 @@ class GemmaAssistantProposer(Proposer):
             vocab_size=self.view.vocab_size, hidden_size=self.view.hidden_size, model=target
         )
         self._ranking = LevelRanking(self.config.mixture)
-        self._cache: TreeCache | None = None
+        self._cache: ref[TreeCache] | None = None  # which is freed with the call
         self._hidden: Float[Tensor, "batch hidden"] | None = None  # that the roots come from
         self._grown: GrownRows = list[GrownRow]()
         self._sampler: DraftSampler | None = None
@@ -120,10 +121,10 @@ class GemmaAssistantProposer(Proposer):
                 "expected one that verifies trees, because the assistant reads them; see "
                 "self_check of the model, and use other heads"
             )
-        self._cache, features = prompt.cache, prompt.features
-        self._hidden = None
-        if features is not None and features.shape[1] > 0:
-            self._hidden = features[:, -1]
+        features = prompt.features
+        has_features = features is not None and features.shape[1] > 0
+        self._cache = ref(prompt.cache)
+        self._hidden = features[:, -1] if features is not None and has_features else None
         self._grown, self._sampler = [], prompt.sampler
         self._ranking.begin(prompt)
         self._bounds = LevelBounds(prompt)
@@ -131,8 +132,7 @@ class GemmaAssistantProposer(Proposer):
 
     @override
     def propose(self, roots: Int[Tensor, " batch"], *, noise: PositionNoise | None) -> Draft:
-        assert self._cache is not None, "propose before begin"
-        if self._hidden is None or self._cache.tree_start == 0:
+        if self._hidden is None or self._committed.tree_start == 0:
             self._grown = [GrownRow([], [], [], []) for _ in roots.tolist()]
             return Draft(roots[:, None], chain(0, device=roots.device))
         config = self.config if self.plan is None else planned(self.config, self.plan)
@@ -167,11 +167,18 @@ class GemmaAssistantProposer(Proposer):
 
     def _start(self, roots: Int[Tensor, " batch"]) -> LevelRun:
         """Return a run that has computed the roots."""
-        cache, hidden = self._cache, self._hidden
-        assert cache is not None
-        assert hidden is not None
-        embed = self.view.model.get_input_embeddings()
-        return LevelRun(self.network, embed, self.network.read(cache), roots=roots, hidden=hidden)
+        assert self._hidden is not None
+        embed, seen = self.view.model.get_input_embeddings(), self.network.read(self._committed)
+        return LevelRun(self.network, embed, seen, roots=roots, hidden=self._hidden)
+
+    @property
+    def _committed(self) -> TreeCache:
+        cache = None if self._cache is None else self._cache()
+        assert cache is not None, "propose outside a generation"
+        return cache
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_cache": None}  # that of a call, which a copy has no part in
 
     def _grow(
         self,
