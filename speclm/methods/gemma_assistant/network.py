@@ -175,7 +175,7 @@ def clustered_logits(
     return logits.scatter_(1, tokens, found).view(*hidden.shape[:2], -1)
 
 
-class LevelRun:
+class AssistantRun:
     """Runs an assistant over the levels of a draft, one after another."""
 
     def __init__(
@@ -187,7 +187,7 @@ class LevelRun:
         roots: Int[Tensor, " batch"],
         hidden: Float[Tensor, "batch target_hidden"],
     ) -> None:
-        """Run the roots.
+        """Start at the roots.
 
         Args:
             network: The assistant.
@@ -198,14 +198,21 @@ class LevelRun:
         """
         self._network, self._embed, self._seen = network, embed, seen
         self._hidden: Float[Tensor, "batch nodes target_hidden"] = hidden[:, None]
-        self._own: Float[Tensor, "batch nodes hidden"] = self._hidden  # until the first level
-        self._device = roots.device
-        self.below(roots[:, None], torch.zeros_like(roots)[:, None])
+        self._own: Float[Tensor, "batch nodes hidden"] | None = None
+        self._roots = roots
 
     @property
     def logits(self) -> Float[Tensor, "batch nodes vocab"]:
-        """Logits after every node of the last level, computed anew."""
-        return self._network.logits(self._own).to(self._device)
+        """Logits after every node of the last level, computed anew; at first, after the roots."""
+        if self._own is None:
+            self.below(self._roots[:, None], torch.zeros_like(self._roots)[:, None])
+        assert self._own is not None
+        return self._network.logits(self._own).to(self._roots.device)
+
+    def best(self, num: int) -> tuple[Tensor, Tensor]:
+        """Return log-probabilities and tokens of the best children, ``[batch, nodes, num]``."""
+        found = self.logits.float().log_softmax(-1).topk(num, dim=-1)
+        return found.values, found.indices
 
     def below(
         self, tokens: Int[Tensor, "batch nodes"], parents: Int[Tensor, "batch nodes"]

@@ -12,7 +12,7 @@ from transformers.generation.candidate_generator import SinglePositionMultiToken
 from speclm import SpecModel
 from speclm.drafting.interface import Proposer
 from speclm.errors import UnsupportedModelError
-from speclm.methods.gemma_assistant.network import LevelRun
+from speclm.methods.gemma_assistant.network import AssistantRun
 from speclm.methods.gemma_assistant.proposer import GemmaAssistantProposer
 from speclm.target import TargetView
 from speclm.testing import check_proposer
@@ -57,10 +57,10 @@ def test_logits_of_every_step_are_those_of_transformers(base, has_clusters):
     cache = view.new_cache((mask == 0).sum(1))
     with torch.no_grad(), view.decoding(proposer.features):
         view.prefill(tokens[:, :-1], cache, attention_mask=mask[:, :-1])
-        run = LevelRun(
-            proposer.network,
+        run = AssistantRun(
+            proposer._own._network,
             base.get_input_embeddings(),
-            proposer.network.read(cache),
+            proposer._own._network.read(cache),
             roots=tokens[:, -1],
             hidden=view.features[:, -1],
         )
@@ -85,7 +85,7 @@ def test_drafts_in_every_round_of_ragged_rows_are_those_of_transformers(base):
 
     def propose(roots, *, noise):
         draft = own(roots, noise=noise)
-        drafts.append((proposer._committed.host_lengths, draft.tokens[:, 1:].tolist()))
+        drafts.append((proposer._own._cache().host_lengths, draft.tokens[:, 1:].tolist()))
         return draft
 
     proposer.propose = propose
@@ -180,7 +180,7 @@ def test_copies_draft_for_the_copied_base_and_free_the_cache_of_a_call(base):
     inputs = prompts(6)
     expected = spec.generate(**inputs, max_new_tokens=6, **GREEDY)
     gc.collect()  # layers of a cache know it
-    assert spec.proposer._cache() is None
+    assert spec.proposer._own._cache() is None
     copied = deepcopy(spec)
     assert copied.generate(**inputs, max_new_tokens=6, **GREEDY).tolist() == expected.tolist()
 
