@@ -63,7 +63,9 @@ def last_logits(config: PretrainedConfig, features: TargetFeatures) -> int | Ten
     need. With a count, Gemma 4 computes only those in the layers that share keys and values.
     """
     has_shared = bool(getattr(config, "num_kv_shared_layers", 0))
-    return torch.tensor([-1]) if has_shared and features.layers else 1
+    if not has_shared or not features.layers:
+        return 1
+    return torch.tensor([-1], dtype=torch.long, device="cpu")
 
 
 class FeatureTap:

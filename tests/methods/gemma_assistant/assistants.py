@@ -1,8 +1,10 @@
 """Tiny random bases of Gemma 4 and assistants that fit them."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import (
     Gemma4AssistantConfig,
     Gemma4AssistantForCausalLM,
@@ -10,6 +12,7 @@ from transformers import (
     Gemma4TextConfig,
     PreTrainedModel,
 )
+from transformers.generation.candidate_generator import SinglePositionMultiTokenCandidateGenerator
 
 from speclm.methods.gemma_assistant.checkpoint import shared_everywhere
 from tests.models import SHAPE, VOCAB_SIZE, WINDOW, randomise
@@ -82,3 +85,19 @@ def plant(base: PreTrainedModel) -> PreTrainedModel:
         own.embed_tokens.weight.copy_(base.lm_head.weight)  # tied to the head
         assistant.pre_projection.weight.zero_()[:, :40].fill_diagonal_(1)
     return assistant
+
+
+def transformers_chain(
+    base: PreTrainedModel, assistant: PreTrainedModel, text: list[int]
+) -> tuple[list[int], Tensor]:
+    """Return the tokens and logits that Transformers drafts after a text."""
+    ids = torch.tensor([text])
+    generator = SinglePositionMultiTokenCandidateGenerator(
+        assistant, base.get_input_embeddings(), SimpleNamespace(max_length=512)
+    )
+    with torch.no_grad():
+        outputs = base(ids[:, :-1], output_hidden_states=True, return_shared_kv_states=True)
+        found, logits = generator.get_candidates(
+            ids, {}, outputs, is_first_iteration=False, n_last_matches=0
+        )
+    return found[0, len(text) :].tolist(), logits[0]
