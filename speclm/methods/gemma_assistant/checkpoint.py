@@ -1,4 +1,4 @@
-"""Find and load assistants of Gemma 4, and check that they were made for a target."""
+"""Load assistants of Gemma 4, and check that they were made for a target."""
 
 import threading
 from collections.abc import Iterator, Mapping
@@ -19,36 +19,17 @@ from speclm.errors import (
     reason_of,
     shown,
 )
-from speclm.files.weights import WeightFiles, read_json, weight_files
+from speclm.files.weights import WeightFiles, weight_files
 from speclm.forking import reset_in_children
+from speclm.methods.gemma_assistant.method import TYPES
 from speclm.methods.gemma_assistant.network import FULL, SLIDING
 from speclm.target import TargetView
-from speclm.target.loading import load_causal_lm
-
-TYPES = frozenset({"gemma4_assistant", "gemma4_unified_assistant"})
-"""Types of assistants in their configs."""
+from speclm.target.loading import load_causal_lm, require_sound
 
 _TARGET_TYPES = frozenset({"gemma4_text", "gemma4_unified_text"})
 _OPTIONS = ("dtype", "device_map", "quantization_config", "attn_implementation")
+_SIZES = ("num_key_value_heads", "head_dim")
 _DEFAULT_TOKENS = 8  # if the generation config names no number
-
-
-def is_assistant_folder(folder: Path) -> bool:
-    """Return whether a folder's config is that of an assistant."""
-    try:
-        kind = read_json(folder / "config.json").get("model_type")
-    except CheckpointError:
-        return False
-    return isinstance(kind, str) and kind in TYPES
-
-
-def find_assistant(folder: Path) -> WeightFiles | None:
-    """Return the weights of an assistant; None if the folder holds none.
-
-    Raises:
-        CheckpointError: If a file that has to be opened cannot be read.
-    """
-    return next(iter(weight_files(folder)), None) if is_assistant_folder(folder) else None
 
 
 def load_assistant(
@@ -69,18 +50,17 @@ def load_assistant(
         CheckpointError: If a file is damaged or of another size than the config says.
     """
     path = folder / "config.json"
-    read_json(path)  # says what is damaged
+    require_sound(folder)
     try:
         config = AutoConfig.from_pretrained(folder)
-        text = config.get_text_config()
-        _ = text.per_layer_config, text.layer_types  # damaged ones raise nearly everything
-    except Exception as error:
+        _layers_of(config)
+    except Exception as error:  # damaged ones raise nearly everything
         raise CheckpointError(
             f"{path}: no config of a Gemma 4 assistant can be made of it ({reason_of(error)}), "
             "expected an undamaged one; download it again"
         ) from error
     _require_target(config, target)
-    source = find_assistant(folder)
+    source = next(iter(weight_files(folder)), None)
     if source is None:
         raise CheckpointError(
             f"{folder}: found the config of a Gemma 4 assistant and no weights, expected "
@@ -88,8 +68,16 @@ def load_assistant(
         )
     _require_sizes(source, config)
     loading = {"dtype": target.model.dtype, "device_map": {"": target.device}, **options}
-    with shared_everywhere():
-        return load_causal_lm(folder, loading, owner="assistant", known=(*_OPTIONS, *known))
+    try:
+        with shared_everywhere():
+            return load_causal_lm(folder, loading, owner="assistant", known=(*_OPTIONS, *known))
+    except (OptionError, CheckpointError):
+        raise
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder}: the assistant cannot be loaded ({reason_of(error)}), expected an undamaged "
+            "config and weights, and options that fit them; download them again"
+        ) from error
 
 
 def require_match(model: PreTrainedModel, target: TargetView) -> dict[str, int]:
@@ -150,20 +138,30 @@ def _require_target(config: PretrainedConfig, target: TargetView) -> dict[str, i
     if width != target.hidden_size:
         raise _other_target(f"backbone_hidden_size {width}", target, target.hidden_size)
     layers = _layers_with_states(base)
-    for index, kind in enumerate(own.layer_types):
+    theirs = _layers_of(base)
+    for kind, *sizes in _layers_of(config):
         if kind not in layers:
             raise _other_target(f"layers of {kind!r}", target, f"keys of {sorted(layers)!r} only")
-        part, read = own.per_layer_config[index], base.per_layer_config[layers[kind]]
-        for name in ("num_key_value_heads", "head_dim"):
-            wanted, found = getattr(part, name), getattr(read, name)
+        _, *read = theirs[layers[kind]]
+        for name, wanted, found in zip(_SIZES, sizes, read, strict=True):
             if wanted != found:
                 raise _other_target(f"{name} {wanted} in a layer of {kind!r}", target, found)
-        if own.num_attention_heads % part.num_key_value_heads:
+        if own.num_attention_heads % sizes[0]:
             raise CheckpointError(
-                f"assistant has {own.num_attention_heads} attention heads for "
-                f"{part.num_key_value_heads} of keys, expected a multiple; download it again"
+                f"assistant has {own.num_attention_heads} attention heads for {sizes[0]} of keys, "
+                "expected a multiple; download it again"
             )
     return layers
+
+
+def _layers_of(config: PretrainedConfig) -> list[tuple[str, int, int]]:
+    """Return the type of each layer, and its `_SIZES`."""
+    text: Any = config.get_text_config()
+    parts = [text.per_layer_config[index] for index in range(text.num_hidden_layers)]
+    return [
+        (kind, part.num_key_value_heads, part.head_dim)
+        for kind, part in zip(text.layer_types, parts, strict=True)
+    ]
 
 
 def _layers_with_states(config: PretrainedConfig) -> dict[str, int]:

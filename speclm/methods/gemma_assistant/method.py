@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from speclm.drafting.interface import Proposer
     from speclm.files.weights import WeightFiles
 
-_TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
+TYPES = ("gemma4_assistant", "gemma4_unified_assistant")
+"""Types of assistants in their configs."""
 
 
 class GemmaAssistantMethod(Method):
@@ -29,20 +30,20 @@ class GemmaAssistantMethod(Method):
 
     @override
     def takes(self, heads: object) -> bool:
-        return getattr(getattr(heads, "config", None), "model_type", None) in _TYPES
+        return getattr(getattr(heads, "config", None), "model_type", None) in TYPES
 
     @override
     def find_weights(self, folder: Path) -> "WeightFiles | None":
-        from speclm.methods.gemma_assistant.checkpoint import find_assistant
+        from speclm.files.weights import weight_files
 
-        return find_assistant(folder)
+        return next(iter(weight_files(folder)), None) if self.is_declared(folder) else None
 
     @override
     def is_declared(self, folder: Path) -> bool:
         from speclm.files.atomic import read_json
 
         try:
-            return read_json(folder / "config.json")["model_type"] in _TYPES
+            return read_json(folder / "config.json")["model_type"] in TYPES
         except (OSError, ValueError, KeyError, TypeError):
             return False
 

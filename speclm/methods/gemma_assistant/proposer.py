@@ -78,15 +78,16 @@ class GemmaAssistantProposer(LevelProposer):
         layers = require_match(model, self.view)
         if tree is not None:
             options = options_with_tree(tree, options)
-        num_draft_tokens = options.get("num_draft_tokens", num_assistant_tokens(model))
-        sizes = {"num_draft_tokens": num_draft_tokens, "depth": num_draft_tokens}
+        if "num_draft_tokens" not in options:
+            options["num_draft_tokens"] = num_assistant_tokens(model)
+        options.setdefault("depth", options["num_draft_tokens"])
         vocab_size = self.view.vocab_size
         self.needs = TargetNeeds(
             vocab_size=vocab_size, hidden_size=self.view.hidden_size, model=target
         )
         self._own = AssistantContext(AssistantNetwork(model, layers=layers), self.view)
         self._prepare(
-            GemmaAssistantConfig(**{**sizes, **options}),
+            GemmaAssistantConfig(**options),
             context=self._own,
             vocabulary=WholeVocabulary(),
             sizes=(vocab_size, vocab_size),

@@ -27,6 +27,7 @@ def test_logits_of_every_step_are_those_of_transformers(has_clusters):
     cache = view.new_cache((mask == 0).sum(1))
     with torch.no_grad(), view.decoding(TargetFeatures.LAST_HIDDEN):
         view.prefill(tokens[:, :-1], cache, attention_mask=mask[:, :-1])
+        assert view.features.shape[:2] == tokens[:, :-1].shape  # also where layers share keys
         run = AssistantRun(
             network,
             base.get_input_embeddings(),
