@@ -1,6 +1,6 @@
 """Tiny random bases of Gemma 4 and assistants that fit them."""
 
-from types import SimpleNamespace
+from inspect import signature
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from transformers import (
     Gemma4AssistantForCausalLM,
     Gemma4ForCausalLM,
     Gemma4TextConfig,
+    GenerationConfig,
     PreTrainedModel,
 )
 from transformers.generation.candidate_generator import SinglePositionMultiTokenCandidateGenerator
@@ -91,12 +92,19 @@ def transformers_chain(
     base: PreTrainedModel, assistant: PreTrainedModel, text: list[int]
 ) -> tuple[list[int], Tensor]:
     """Return the tokens and logits that Transformers drafts after a text."""
-    ids = torch.tensor([text])
-    generator = SinglePositionMultiTokenCandidateGenerator(
-        assistant, base.get_input_embeddings(), SimpleNamespace(max_length=512)
-    )
+    ids, kind = torch.tensor([text]), SinglePositionMultiTokenCandidateGenerator
+    given = {
+        "input_ids": ids,
+        "assistant_model": assistant,
+        "target_model_input_embeddings": base.get_input_embeddings(),
+        "generation_config": GenerationConfig(max_length=512),
+        "model_kwargs": {},
+    }
+    # Version 5.17 takes more of them, and the hidden state of the last round's first token.
+    generator = kind(**{name: given[name] for name in signature(kind).parameters if name in given})
     with torch.no_grad():
         outputs = base(ids[:, :-1], output_hidden_states=True, return_shared_kv_states=True)
+        outputs.hidden_states = (outputs.hidden_states[-1][:, -1:],)
         found, logits = generator.get_candidates(
             ids, {}, outputs, is_first_iteration=False, n_last_matches=0
         )
