@@ -1,5 +1,7 @@
 """Assistants of Gemma 4 as folders and objects, for every kind of base."""
 
+from shutil import copytree
+
 import pytest
 import torch
 from transformers import (
@@ -17,6 +19,7 @@ from speclm.methods.gemma_assistant.proposer import GemmaAssistantProposer
 from speclm.model.publishing import prepare_publication
 from tests.exactness import GREEDY
 from tests.methods.gemma_assistant.assistants import NUM_TOKENS, TEXT, build_assistant, build_base
+from tests.model.hub import SHA, running_hub
 from tests.models import VOCAB_SIZE, prompts, randomise
 
 
@@ -51,6 +54,15 @@ def test_folders_and_objects_are_recognised_and_take_options(base, folder):
         SpecModel.from_pretrained(base, folder, heads_kwargs={"widht": 2})
     with pytest.raises(OptionError, match=r"\['dtype'\] would have no effect"):
         SpecModel.from_pretrained(base, build_assistant(), heads_kwargs={"dtype": "auto"})
+
+
+def test_assistants_on_the_hub_are_found_by_their_config(base, folder, tmp_path, monkeypatch):
+    copytree(folder, tmp_path / "me" / "assistant")
+    with running_hub(tmp_path, monkeypatch) as hub:
+        spec = SpecModel.from_pretrained(base, "me/assistant", heads_revision="main")
+    assert isinstance(spec.proposer, GemmaAssistantProposer)
+    assert spec.proposer.hub_commit == SHA
+    assert "model.safetensors" in hub.sent
 
 
 @pytest.mark.parametrize(
