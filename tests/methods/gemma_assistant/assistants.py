@@ -22,6 +22,9 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 NUM_TOKENS = 3
 """Draft tokens by the generation config of the assistants."""
 
+ATTENTION_SCALE = 0.02
+"""Of what earlier tokens change in a planted base; without any, the self-check sees nothing."""
+
 TEXT: dict[str, Any] = {
     **SHAPE,
     "head_dim": 12,
@@ -74,13 +77,15 @@ def build_assistant(
 
 
 def plant(base: PreTrainedModel) -> PreTrainedModel:
-    """Make a base choose by the last token only, and return an assistant that is always right."""
+    """Make a base choose by little but the last token, and return an assistant that does so too."""
     assistant = build_assistant(hidden_size=40)
     own, theirs = assistant.model, base.model
     with torch.no_grad():
-        for model in (own, theirs):
+        for model, scale in ((own, 0.0), (theirs, ATTENTION_SCALE)):
             for name, weight in model.named_parameters():
-                if "o_proj" in name or "down_proj" in name or "per_layer_projection" in name:
+                if "post_attention_layernorm" in name:
+                    weight.mul_(scale)
+                elif "down_proj" in name or "per_layer_projection" in name:
                     weight.zero_()
         own.norm.weight.copy_(theirs.norm.weight)
         own.embed_tokens.weight.copy_(base.lm_head.weight)  # tied to the head

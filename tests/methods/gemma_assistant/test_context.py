@@ -54,6 +54,7 @@ def test_copies_draft_for_the_copied_base_and_free_the_cache_of_a_call(base):
     spec = SpecModel.from_pretrained(base, build_assistant())
     inputs = prompts(6)
     expected = spec.generate(**inputs, max_new_tokens=6, **GREEDY)
+    assert spec.last_speculation.fallbacks == []
     gc.collect()  # layers of a cache know it
     assert spec.proposer._own._cache() is None
     copied = deepcopy(spec)

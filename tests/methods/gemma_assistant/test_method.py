@@ -50,6 +50,7 @@ def test_folders_and_objects_are_recognised_and_take_options(base, folder):
     inputs = prompts(9, 4)
     expected = base.generate(**inputs, max_new_tokens=8, **GREEDY)
     assert by_object.generate(**inputs, max_new_tokens=8, **GREEDY).tolist() == expected.tolist()
+    assert by_object.last_speculation.fallbacks == []
     with pytest.raises(OptionError, match=r"does not take \['widht'\].*did you mean 'width'"):
         SpecModel.from_pretrained(base, folder, heads_kwargs={"widht": 2})
     with pytest.raises(OptionError, match=r"\['dtype'\] would have no effect"):
