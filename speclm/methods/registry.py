@@ -230,6 +230,7 @@ def _built_in() -> tuple[Method, ...]:
     from speclm.methods.block.method import BlockMethod
     from speclm.methods.draft_model.method import DraftModelMethod
     from speclm.methods.eagle.method import EagleMethod
+    from speclm.methods.gemma_assistant.method import GemmaAssistantMethod
     from speclm.methods.medusa.method import MedusaMethod
 
     joined = "n-grams joined with the target's remembered candidates; has no weights"
@@ -242,6 +243,7 @@ def _built_in() -> tuple[Method, ...]:
         MedusaMethod(),
         BlockMethod(),
         EagleMethod(),
+        GemmaAssistantMethod(),  # its models are also what a draft model may be
         DraftModelMethod(),
     )
 
