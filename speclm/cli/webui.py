@@ -1,6 +1,7 @@
 """``speclm webui``: a chat page in the browser."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +29,8 @@ def webui(options: WebuiOptions) -> None:
         )
     from speclm.webui.page import build_app, listen, serve
 
+    if options.base is None and options.threads is None:
+        options = replace(options, threads=1)  # suits the bundled model; the page needs a core too
     console = Console(stderr=True)
     with listen(options.host, options.port) as listener:  # before anything that takes time
         loaded = load_with_heads(options)

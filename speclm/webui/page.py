@@ -15,6 +15,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from speclm.errors import OptionError, SpeclmError, reason_of
 from speclm.webui.rendering import (
+    HINT,
     LEGEND,
     render_error,
     render_figures,
@@ -147,13 +148,8 @@ class _Page:
             settings = self._settings(values)
             for number, turn in enumerate(session.ask(question, settings)):
                 first = {**before, **started} if number == 0 else {}
-                is_regular = turn.state == "comparing"
-                progress = turn.regular_progress if is_regular else turn.progress
-                yield {
-                    **first,
-                    self.present: render_turn(turn),
-                    self.figures: render_figures(progress),
-                }
+                figures = render_figures(turn.progress)
+                yield {**first, self.present: render_turn(turn), self.figures: figures}
         except SpeclmError as error:
             yield {**before, **ended, self.alert: render_error(str(error)), self.question: question}
         except Exception as error:  # noqa: BLE001 - shown on the page, which stays up
@@ -173,7 +169,7 @@ class _Page:
             self._session(request).reset()
         except SpeclmError as error:
             return {self.alert: render_error(str(error))}
-        return {self.past: "", self.present: "", self.alert: "", self.figures: _NO_ANSWER}
+        return {self.past: "", self.present: HINT, self.alert: "", self.figures: _NO_ANSWER}
 
     def export(self, request: gr.Request) -> dict[Any, Any]:
         """Return the conversation as JSON."""
@@ -212,7 +208,7 @@ class _Page:
     def _add_talk(self, examples: Sequence[Example]) -> None:
         _html(LEGEND)
         with gr.Column(elem_id="talk"):
-            self.past, self.present = _html(""), _html("")
+            self.past, self.present = _html(""), _html(HINT)
         self.alert = _html("")
         self.question = gr.Textbox(
             label="Message",

@@ -17,11 +17,13 @@ _STATES = {
     "comparing": "regular generation answers",
 }
 
+HINT = '<p class="hint">Ask something, or choose an example.</p>'
+"""What is shown before the first question."""
+
 LEGEND = (
-    '<p class="legend"><span class="drafted">drafted</span> by the method and accepted, '
-    '<span class="bonus">bonus</span> token of the model itself, '
-    '<span class="regular">regular</span> generation. Point at a token for its round and depth.'
-    "</p>"
+    '<p class="legend"><span class="drafted">drafted and accepted</span> '
+    '<span class="bonus">bonus token of the model itself</span> '
+    "<span>no colour: regular generation</span> Point at a token for its round and depth.</p>"
 )
 """What the colours of tokens mean."""
 
@@ -52,8 +54,8 @@ def render_turn(turn: Turn) -> str:
 def render_figures(progress: Progress) -> str:
     """Return counters, and the acceptance by position as a chart."""
     figures = {
-        "tokens/s": f"{progress.tokens_per_second:.0f}",
-        "tau": f"{progress.tau:.2f}",
+        "tokens/s": f"{progress.tokens_per_second:.0f}" if progress.num_tokens else "-",
+        "tau": f"{progress.tau:.2f}" if progress.num_rounds else "-",
         "tokens": str(progress.num_tokens),
         "rounds": str(progress.num_rounds),
     }
