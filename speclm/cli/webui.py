@@ -1,5 +1,6 @@
 """``speclm webui``: a chat page in the browser."""
 
+import socket
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -27,7 +28,7 @@ def webui(options: WebuiOptions) -> None:
         raise OptionError(
             "speclm webui needs gradio, which is not installed; run: pip install 'speclm[webui]'"
         )
-    from speclm.webui.page import build_app, listen, serve
+    from speclm.webui.page import build_app, serve
 
     if options.base is None and options.threads is None:
         options = replace(options, threads=1)  # suits the bundled model; the page needs a core too
@@ -55,6 +56,26 @@ def webui(options: WebuiOptions) -> None:
         name = f"[{host}]" if ":" in host else host
         console.print(f"http://{name}:{port}/ shows the page; Ctrl-C ends", highlight=False)
         serve(app, listener)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens.
+
+    Args:
+        host: Name or address of this machine.
+        port: Port; 0 for a free one.
+
+    Raises:
+        OptionError: If the port is in use or may not be used, or the host is not of this machine.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        raise OptionError(
+            f"--host {host!r} and --port {port} cannot be listened on ({error}); pass another "
+            "--port, or --port 0 for a free one"
+        ) from error
 
 
 def loaders(options: WebuiOptions, loaded: Loaded) -> dict[str, Callable[[], SpecModel]]:

@@ -13,7 +13,7 @@ import gradio as gr
 import uvicorn
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from speclm.errors import OptionError, SpeclmError, reason_of
+from speclm.errors import SpeclmError, reason_of
 from speclm.webui.rendering import (
     HINT,
     LEGEND,
@@ -77,25 +77,6 @@ def build_app(
     )
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens.
-
-    Args:
-        host: Name or address of this machine.
-        port: Port; 0 for a free one.
-
-    Raises:
-        OptionError: If the port is in use or may not be used, or the host is not of this machine.
-    """
-    try:
-        return socket.create_server((host, port), family=_family(host))
-    except (OSError, OverflowError) as error:
-        raise OptionError(
-            f"--host {host!r} and --port {port} cannot be listened on ({error}); pass another "
-            "--port, or --port 0 for a free one"
-        ) from error
-
-
 def serve(app: fastapi.FastAPI, listener: socket.socket) -> None:
     """Serve a page until the process is interrupted.
 
@@ -104,16 +85,12 @@ def serve(app: fastapi.FastAPI, listener: socket.socket) -> None:
 
     Args:
         app: The page.
-        listener: What it listens on; see `listen`.
+        listener: A socket that listens.
     """
     if listener.getsockname()[0] in _LOCAL:
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(_LOCAL))
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
     uvicorn.Server(config).run(sockets=[listener])
-
-
-def _family(host: str) -> socket.AddressFamily:
-    return socket.getaddrinfo(host or None, None, type=socket.SOCK_STREAM)[0][0]
 
 
 class _Page:
