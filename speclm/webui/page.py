@@ -244,10 +244,13 @@ class _Page:
             api_name="ask",
         )
         self.stop.click(self.stop_answer, queue=False, api_name="stop")
-        self.new.click(self.reset, outputs=texts, show_progress="hidden", api_name="reset")
+        self.new.click(
+            self.reset, outputs=texts, queue=False, show_progress="hidden", api_name="reset"
+        )
         self.save.click(
             self.export,
             outputs={self.exported, self.alert},
+            queue=False,
             show_progress="hidden",
             api_name="export",
         ).then(None, inputs=self.exported, js=_DOWNLOAD)

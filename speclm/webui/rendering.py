@@ -73,7 +73,7 @@ def render_error(message: str) -> str:
 def _answer(name: str, pieces: Sequence[Piece], progress: Progress, answer: Answer | None) -> str:
     notes = []
     if progress.num_tokens:
-        notes.append(f"{progress.num_tokens} tokens, {progress.tokens_per_second:.0f} tokens/s")
+        notes.append(f"{_tokens(progress.num_tokens)}, {progress.tokens_per_second:.0f} tokens/s")
     if progress.num_rounds:
         notes.append(f"tau {progress.tau:.2f}")
     if answer is not None:
@@ -85,6 +85,10 @@ def _answer(name: str, pieces: Sequence[Piece], progress: Progress, answer: Answ
         f'<section><h3>{name}</h3><p class="text">{"".join(map(_token, pieces))}</p>'
         f'<p class="note">{"; ".join(notes)}</p></section>'
     )
+
+
+def _tokens(number: int) -> str:
+    return f"{number} token{'' if number == 1 else 's'}"
 
 
 def _token(piece: Piece) -> str:
@@ -101,7 +105,7 @@ def _verdict(found: Comparison, *, num_tokens: int) -> str:
     if found.speed_up is not None:
         speed = f"{found.speed_up:.2f}x as fast as regular generation"
     if found.is_identical:
-        return f'<p class="verdict same">✓ identical: all {num_tokens} tokens; {speed}</p>'
+        return f'<p class="verdict same">✓ identical: {_tokens(num_tokens)}; {speed}</p>'
     return (
         f'<p class="verdict other">✗ the first {found.num_equal} of {num_tokens} tokens are equal; '
         f"{speed}</p>"

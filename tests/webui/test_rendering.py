@@ -35,9 +35,9 @@ def test_a_turn_shows_both_answers_how_they_ended_and_whether_they_are_equal():
     assert "ended at the bound of tokens" in html
     assert "prompt tokens from the cache" in html
     assert html.count("<section>") == 2
-    assert "✓ identical: all 24 tokens" in html
+    assert "✓ identical: 24 tokens" in html
     turn.comparison = Comparison(num_equal=3, is_identical=False, speed_up=None)
-    assert "✗ the first 3 of 24 tokens are equal; speed-up not known" in render_turn(turn)
+    assert "✗ equal up to token 3 of 24; speed-up not known" in render_turn(turn)
     turn.answer.speculation.fallbacks.append("because <b>")
     assert "regular generation: because &lt;b&gt;" in render_turn(turn)
     assert render_turns(session.turns).count("<article>") == 2
