@@ -23,7 +23,7 @@ HINT = '<p class="hint">Ask something, or choose an example.</p>'
 LEGEND = (
     '<p class="legend"><span class="drafted">drafted and accepted</span> '
     '<span class="bonus">bonus token of the model itself</span> '
-    "<span>no colour: regular generation</span> Point at a token for its round and depth.</p>"
+    "<span>regular: no colour</span> Point at a token for its round and depth.</p>"
 )
 """What the colours of tokens mean."""
 
