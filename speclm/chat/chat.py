@@ -257,8 +257,8 @@ class Chat:
         if num_prompt_tokens >= positions:
             raise PromptError(
                 f"the conversation has {num_prompt_tokens} tokens, and the model has "
-                f"{positions} positions; begin anew with /reset, or drop turns with /undo (in "
-                "Python: reset() and undo())"
+                f"{positions} positions; begin a new conversation (/reset, in Python reset()), or "
+                "drop turns (/undo, undo())"
             )
         return min(wanted, int(positions) - num_prompt_tokens)
 

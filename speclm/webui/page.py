@@ -118,7 +118,8 @@ class _Page:
     def ask(self, values: Mapping[Any, Any], request: gr.Request) -> Iterator[dict[Any, Any]]:
         """Answer the question in the box."""
         session, question = self._session(request), values[self.question] or ""
-        before = {self.past: render_turns(session.turns), self.present: "", self.alert: ""}
+        present = "" if session.turns else HINT
+        before = {self.past: render_turns(session.turns), self.present: present, self.alert: ""}
         started = {self.question: "", self.send: _enabled(yes=False), self.stop: _enabled(yes=True)}
         ended = {self.send: _enabled(yes=True), self.stop: _enabled(yes=False)}
         try:
