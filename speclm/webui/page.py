@@ -61,7 +61,7 @@ def build_app(
         title: Heading of the page, such as the name of the base.
         examples: Questions that a button fills in.
     """
-    return gr.mount_gradio_app(
+    app: fastapi.FastAPI = gr.mount_gradio_app(
         fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None),
         _Page(methods, defaults).build(title, examples),
         path="/",
@@ -75,6 +75,7 @@ def build_app(
         css=(_HERE / "page.css").read_text(encoding="utf-8"),
         head=f"<script>{(_HERE / 'page.js').read_text(encoding='utf-8')}</script>",
     )
+    return app
 
 
 def serve(app: fastapi.FastAPI, listener: socket.socket) -> None:
@@ -102,6 +103,7 @@ class _Page:
 
     def build(self, title: str, examples: Sequence[Example]) -> gr.Blocks:
         """Return the page."""
+        page: gr.Blocks
         with gr.Blocks(analytics_enabled=False, title=f"speclm: {title}") as page:
             gr.Markdown(f"# speclm: {title}")
             with gr.Row():
@@ -110,7 +112,6 @@ class _Page:
                 with gr.Column(scale=1, min_width=260):
                     self.figures = _html(_NO_ANSWER)
                     self._add_settings()
-        with page:
             self._connect()
             page.unload(self.forget)
         return page
@@ -119,8 +120,16 @@ class _Page:
         """Answer the question in the box."""
         session, question = self._session(request), values[self.question] or ""
         present = "" if session.turns else HINT
-        before = {self.past: render_turns(session.turns), self.present: present, self.alert: ""}
-        started = {self.question: "", self.send: _enabled(yes=False), self.stop: _enabled(yes=True)}
+        before: dict[Any, Any] = {
+            self.past: render_turns(session.turns),
+            self.present: present,
+            self.alert: "",
+        }
+        started: dict[Any, Any] = {
+            self.question: "",
+            self.send: _enabled(yes=False),
+            self.stop: _enabled(yes=True),
+        }
         ended = {self.send: _enabled(yes=True), self.stop: _enabled(yes=False)}
         try:
             settings = self._settings(values)
@@ -233,12 +242,12 @@ class _Page:
     def _connect(self) -> None:
         settings = {self.compares, self.method, self.tree, self.temperature, self.top_p}
         settings |= {self.max_new_tokens, self.seed, self.system}
-        texts = {self.past, self.present, self.alert, self.figures}
+        texts = [self.past, self.present, self.alert, self.figures]
         gr.on(
             [self.question.submit, self.send.click],
             self.ask,
             inputs={self.question, *settings},
-            outputs={*texts, self.question, self.send, self.stop},
+            outputs=[*texts, self.question, self.send, self.stop],
             trigger_mode="once",
             show_progress="hidden",
             concurrency_limit=None,
@@ -250,7 +259,7 @@ class _Page:
         )
         self.save.click(
             self.export,
-            outputs={self.exported, self.alert},
+            outputs=[self.alert, self.exported],
             queue=False,
             show_progress="hidden",
             api_name="export",
@@ -259,7 +268,7 @@ class _Page:
             button.click(
                 lambda example=example: (example.system, example.question),
                 outputs=[self.system, self.question],
-                api_name=False,
+                api_visibility="private",
             )
 
 
