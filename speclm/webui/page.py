@@ -71,7 +71,7 @@ def build_app(
         enable_monitoring=False,
         theme=gr.themes.Base(
             font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-        ),
+        ).set(block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300"),
         css=(_HERE / "page.css").read_text(encoding="utf-8"),
         head=f"<script>{(_HERE / 'page.js').read_text(encoding='utf-8')}</script>",
     )

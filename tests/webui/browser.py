@@ -129,7 +129,7 @@ def stream(page: Page, pictures: Path) -> float:
     question(page).press("Enter")
     page.get_by_text("✓ identical").wait_for()
     finish(page)
-    send(page, "Which meet had the 100 m butterfly in a time of 58.24?")
+    send(page, "What was the time at the european championships?")
     expect(page.get_by_text("✓ identical")).to_have_count(2)
     finish(page)
     page.locator("article .drafted").nth(3).hover()
