@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from speclm._version import __version__
-from speclm.bench.pairs import first_difference
+from speclm.bench.divergence import first_difference
 from speclm.chat import Answer, Chat, Piece
 from speclm.config import MAX_NODES, require_count, require_in_range, require_unicode
 from speclm.errors import BusyError, OptionError, PromptError, UnknownNameError
