@@ -28,7 +28,7 @@ from speclm.stats import SpeculationStats
 
 Message = dict[str, str]
 MAX_NEW_TOKENS = 512
-_OWN_OPTIONS = ("acceptance", "tree", "engine", "busy")  # of SpecModel's generate alone
+_OWN_OPTIONS = ("acceptance", "tree", "engine", "busy")  # that base.generate does not know
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,8 +257,8 @@ class Chat:
         if num_prompt_tokens >= positions:
             raise PromptError(
                 f"the conversation has {num_prompt_tokens} tokens, and the model has "
-                f"{positions} positions; begin a new conversation (/reset, in Python reset()), or "
-                "drop turns (/undo, undo())"
+                f"{positions} positions; begin anew with /reset, or drop turns with /undo (in "
+                "Python: reset() and undo(), on the web page: New conversation)"
             )
         return min(wanted, int(positions) - num_prompt_tokens)
 

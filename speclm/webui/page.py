@@ -22,7 +22,8 @@ from speclm.webui.rendering import (
     render_turn,
     render_turns,
 )
-from speclm.webui.session import Methods, Progress, Session, Settings
+from speclm.webui.session import Methods, Session
+from speclm.webui.turns import Progress, Settings
 
 _log = logging.getLogger("speclm")
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from speclm.chat import Answer, Piece
-from speclm.webui.session import Comparison, Progress, Turn
+from speclm.webui.turns import Comparison, Progress, Turn
 
 _MAX_BARS = 12
 _FINISHES = {

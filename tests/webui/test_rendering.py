@@ -37,7 +37,7 @@ def test_a_turn_shows_both_answers_how_they_ended_and_whether_they_are_equal():
     assert html.count("<section>") == 2
     assert "✓ identical: 24 tokens" in html
     turn.comparison = Comparison(num_equal=3, is_identical=False, speed_up=None)
-    assert "✗ equal up to token 3 of 24; speed-up not known" in render_turn(turn)
+    assert "✗ the first 3 of 24 tokens are equal; speed-up not known" in render_turn(turn)
     turn.answer.speculation.fallbacks.append("because <b>")
     assert "regular generation: because &lt;b&gt;" in render_turn(turn)
     assert render_turns(session.turns).count("<article>") == 2
