@@ -1,5 +1,7 @@
 """Methods on a tiny random model that says letters."""
 
+from functools import cache
+
 from speclm import SpecModel
 from speclm.webui import Methods, Settings
 from tests.byte_tokenizer import VOCAB_SIZE, byte_tokenizer
@@ -8,11 +10,10 @@ from tests.models import build_model
 LETTERS = set(byte_tokenizer().convert_tokens_to_ids(list("abcdefghijklmnopqrstuvwxyz<>&")))
 
 
-def tiny_methods(*, max_position_embeddings=400):
+@cache
+def tiny_methods():
     """Return the methods ngram, recycling and none, which share a base."""
-    base = build_model(
-        "llama", vocab_size=VOCAB_SIZE, max_position_embeddings=max_position_embeddings
-    )
+    base = build_model("llama", vocab_size=VOCAB_SIZE, max_position_embeddings=400)
     base.generation_config.suppress_tokens = sorted(set(range(VOCAB_SIZE)) - LETTERS)
     heads = {"ngram": "ngram", "recycling": "recycling", "none": None}
     loaders = {
