@@ -28,7 +28,14 @@ from speclm.model import SpecModel
 from speclm.model.call import Tree, normalize_tree
 from speclm.model.engines import normalize_engine
 from speclm.model.exporting import find_base
-from speclm.serving.record import HEADS_FOLDER, is_export, load_served, write_record
+from speclm.serving.record import (
+    HEADS_FOLDER,
+    OPTION_FILES,
+    is_export,
+    is_storable,
+    load_served,
+    write_record,
+)
 from speclm.target.loading import load_causal_lm
 from speclm.tree.plan import TreePlan
 
@@ -47,6 +54,7 @@ generate = partial(generate, code=__file__)
 # with which Transformers would serve the base without drafts and without a message.
 _PROCESSOR_NAME = "processor_config.json"
 _PROCESSOR = {"auto_map": {"AutoProcessor": "custom_generate/generate.ServedTokenizer"}}
+_TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 _PROCESSORS = (_PROCESSOR_NAME, "preprocessor_config.json", "video_preprocessor_config.json")
 
 _CARD = """\
@@ -153,11 +161,16 @@ def export_server(  # noqa: PLR0913 - its options are keywords
     assert parts is not None
     _require_servable(parts)
     tree, engine = _stored_tree(tree), str(normalize_engine(engine))
-    settings = _heads_settings(source) | {"tree": tree, "engine": engine}
-    settings["num_draft_tokens"] = num_draft_tokens
+    settings, files = _heads_settings(source)
+    settings |= {"tree": tree, "engine": engine, "num_draft_tokens": num_draft_tokens}
     with folder_written_whole(folder) as aside:
         notes = _write_files(parts, source, settings, aside, name=folder.name)
+        for name, path in files.items():
+            (aside / OPTION_FILES).mkdir(exist_ok=True)
+            link_or_copy(path, aside / OPTION_FILES / name)
         model = _loaded(aside, parts.architectures[0]) if check else None
+    if "@" in str(folder):
+        notes.append("The server reads what follows @ as a revision: rename or move the folder.")
     found = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
     verification = None if model is None else model.self_check.verification.value
     return ServedFolder(folder, source.method.name, verification, tuple(notes), sum(found))
@@ -167,6 +180,11 @@ def _require_free(folder: Path) -> None:
     """Check that a folder is new, empty, or an export that can be replaced."""
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder}: found a file, expected a new folder; choose another")
+    if (folder / ".git").exists():  # an export that is replaced would take its history along
+        raise CheckpointError(
+            f"{folder}: found a Git repository, expected a folder of the export only; choose "
+            "another, and copy its files"
+        )
     if is_export(folder):
         return
     names = sorted(each.name for each in folder.iterdir()) if folder.is_dir() else []
@@ -193,21 +211,32 @@ def _require_servable(base: BaseParts) -> None:
         )
 
 
-def _heads_settings(source: HeadsSource) -> dict[str, Any]:
-    """Return which heads are loaded and with which options, as JSON holds them.
+def _heads_settings(source: HeadsSource) -> tuple[dict[str, Any], dict[str, Path]]:
+    """Return which heads are loaded and with which options, and the files that the options name.
 
     Raises:
-        OptionError: If the heads are an object, or an option is none of JSON's types.
+        OptionError: If the heads are an object, or an option cannot be stored.
     """
     if source.folder is None and not isinstance(source.given, str):
         raise OptionError(
             f"heads is a {type(source.given).__name__}, expected the name of a method, or the "
             "folder or hub id of heads, which the server can load; save the heads first"
         )
-    options = {
-        name: str(value.resolve()) if isinstance(value, Path) else value
-        for name, value in source.options.items()
-    }
+    options: dict[str, Any] = {}
+    names: dict[str, str] = {}
+    files: dict[str, Path] = {}
+    for option, value in source.options.items():
+        path = None if option == "memory" else _option_file(value, source.folder)
+        if path is None:
+            options[option] = value
+            if isinstance(value, Path) or not is_storable((option, value)):
+                raise OptionError(
+                    f"{option} in heads_kwargs is {shown(str(value))}, which the folder cannot "
+                    "hold, expected a value or a file that exists; correct it, or leave it out"
+                )
+        else:
+            names[option] = f"{len(names)}-{path.name}"
+            files[names[option]] = path
     try:
         json.dumps(options)
     except (TypeError, ValueError) as error:
@@ -216,7 +245,16 @@ def _heads_settings(source: HeadsSource) -> dict[str, Any]:
             f"({reason_of(error)}); leave the others out"
         ) from error
     heads = source.given if source.folder is None else None  # those in the folder
-    return {"heads": heads, "heads_kwargs": options}
+    return {"heads": heads, "heads_kwargs": options, "files": names}, files
+
+
+def _option_file(value: object, heads: Path | None) -> Path | None:
+    """Return the file outside of a folder of heads that an option names, if it names one."""
+    if not isinstance(value, str | Path):
+        return None
+    path = Path(value)
+    is_inside = heads is not None and not path.is_absolute() and path_exists(heads / path)
+    return path if path_exists(path) and path.is_file() and not is_inside else None
 
 
 def _stored_tree(tree: Tree | None) -> Any:
@@ -283,6 +321,11 @@ def _write_code(folder: Path, *, is_text: bool) -> list[str]:
         notes.append(
             "The base's generation config does not sample, so the server ignores temperature and "
             'top_p, unless a request has "generation_config": "{\\"do_sample\\": true}".'
+        )
+    if not any(path for pattern in _TOKENIZERS for path in folder.glob(pattern)):
+        notes.append(
+            "The base has no tokenizer, without which the server does not start: save one with its "
+            "save_pretrained next to the base, and export again."
         )
     if not _has_chat_template(folder):
         notes.append("The base has no chat template: only /v1/completions answers.")
