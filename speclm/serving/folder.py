@@ -16,9 +16,15 @@ from transformers.utils.import_utils import is_serve_available
 
 from speclm.cards import GENERATED_MARK
 from speclm.drafting.base_parts import BaseParts
-from speclm.drafting.heads_folder import CARD_NAME, CONFIG_NAME, hub_id
+from speclm.drafting.heads_folder import CARD_NAME, CONFIG_NAME, hub_id, require_folder
 from speclm.drafting.package import EXPORT_NAME, link_or_copy
-from speclm.errors import CheckpointError, OptionError, reason_of, shown
+from speclm.errors import (
+    CheckpointError,
+    OptionError,
+    SaveError,
+    SpeclmError,
+    reason_of,
+)
 from speclm.files.atomic import folder_written_whole, write_file, write_json
 from speclm.files.hub import HubOptions, path_exists
 from speclm.files.weights import read_json
@@ -31,8 +37,8 @@ from speclm.model.exporting import find_base
 from speclm.serving.record import (
     HEADS_FOLDER,
     OPTION_FILES,
+    heads_settings,
     is_export,
-    is_storable,
     load_served,
     write_record,
 )
@@ -143,7 +149,7 @@ def export_server(  # noqa: PLR0913 - its options are keywords
         OptionError: If heads or options cannot be stored in files.
         CheckpointError: If files are missing or damaged, the folder holds something else, or heads
             do not fit the base.
-        OSError: If the files cannot be written; nothing is changed then.
+        SaveError: If the files cannot be written; nothing is changed then.
 
     Example:
         ```python
@@ -156,19 +162,33 @@ def export_server(  # noqa: PLR0913 - its options are keywords
     """
     folder = Path(out)
     _require_free(folder)
+    given: object = heads
+    if not isinstance(given, str | Path):
+        raise OptionError(
+            f"heads is a {type(given).__name__}, expected the name of a method, or the folder or "
+            "hub id of heads, which the server can load; save the heads first"
+        )
     source = find_heads(heads, heads_kwargs)
     parts = find_base(base, HubOptions(**{**source.hub, "subfolder": "", "revision": revision}))
     assert parts is not None
     _require_servable(parts)
     tree, engine = _stored_tree(tree), str(normalize_engine(engine))
-    settings, files = _heads_settings(source)
+    settings, files = heads_settings(source)
     settings |= {"tree": tree, "engine": engine, "num_draft_tokens": num_draft_tokens}
-    with folder_written_whole(folder) as aside:
-        notes = _write_files(parts, source, settings, aside, name=folder.name)
-        for name, path in files.items():
-            (aside / OPTION_FILES).mkdir(exist_ok=True)
-            link_or_copy(path, aside / OPTION_FILES / name)
-        model = _loaded(aside, parts.architectures[0]) if check else None
+    try:
+        with folder_written_whole(folder) as aside:
+            notes = _write_files(parts, source, settings, aside, name=folder.name)
+            for name, path in files.items():
+                (aside / OPTION_FILES).mkdir(exist_ok=True)
+                link_or_copy(path, aside / OPTION_FILES / name)
+            model = _loaded(aside, parts.architectures[0]) if check else None
+    except SpeclmError:
+        raise
+    except OSError as error:
+        raise SaveError(
+            f"{folder}: the files cannot be written ({reason_of(error)}), expected a place with "
+            "room for them; nothing is changed, make room or choose another folder"
+        ) from error
     if "@" in str(folder):
         notes.append("The server reads what follows @ as a revision: rename or move the folder.")
     found = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
@@ -178,8 +198,7 @@ def export_server(  # noqa: PLR0913 - its options are keywords
 
 def _require_free(folder: Path) -> None:
     """Check that a folder is new, empty, or an export that can be replaced."""
-    if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"{folder}: found a file, expected a new folder; choose another")
+    require_folder(folder)
     if (folder / ".git").exists():  # an export that is replaced would take its history along
         raise CheckpointError(
             f"{folder}: found a Git repository, expected a folder of the export only; choose "
@@ -209,52 +228,6 @@ def _require_servable(base: BaseParts) -> None:
             f"base {base.name!r} has {EXPORT_NAME}, so it is an exported folder, expected the base "
             "that it was made of; name that"
         )
-
-
-def _heads_settings(source: HeadsSource) -> tuple[dict[str, Any], dict[str, Path]]:
-    """Return which heads are loaded and with which options, and the files that the options name.
-
-    Raises:
-        OptionError: If the heads are an object, or an option cannot be stored.
-    """
-    if source.folder is None and not isinstance(source.given, str):
-        raise OptionError(
-            f"heads is a {type(source.given).__name__}, expected the name of a method, or the "
-            "folder or hub id of heads, which the server can load; save the heads first"
-        )
-    options: dict[str, Any] = {}
-    names: dict[str, str] = {}
-    files: dict[str, Path] = {}
-    for option, value in source.options.items():
-        path = None if option == "memory" else _option_file(value, source.folder)
-        if path is None:
-            options[option] = value
-            if isinstance(value, Path) or not is_storable((option, value)):
-                raise OptionError(
-                    f"{option} in heads_kwargs is {shown(str(value))}, which the folder cannot "
-                    "hold, expected a value or a file that exists; correct it, or leave it out"
-                )
-        else:
-            names[option] = f"{len(names)}-{path.name}"
-            files[names[option]] = path
-    try:
-        json.dumps(options)
-    except (TypeError, ValueError) as error:
-        raise OptionError(
-            f"heads_kwargs is {shown(options)}, expected what JSON holds "
-            f"({reason_of(error)}); leave the others out"
-        ) from error
-    heads = source.given if source.folder is None else None  # those in the folder
-    return {"heads": heads, "heads_kwargs": options, "files": names}, files
-
-
-def _option_file(value: object, heads: Path | None) -> Path | None:
-    """Return the file outside of a folder of heads that an option names, if it names one."""
-    if not isinstance(value, str | Path):
-        return None
-    path = Path(value)
-    is_inside = heads is not None and not path.is_absolute() and path_exists(heads / path)
-    return path if path_exists(path) and path.is_file() and not is_inside else None
 
 
 def _stored_tree(tree: Tree | None) -> Any:
@@ -368,16 +341,19 @@ def _is_text(architecture: str) -> bool:
 
 def _loaded(folder: Path, architecture: str) -> SpecModel:
     """Load an exported folder as the server does, and check how drafts are verified."""
-    if _is_text(architecture):
-        base = load_causal_lm(folder, {"dtype": "auto"}, owner="base")
-    else:  # a model that reads images too
-        try:
+    try:
+        if _is_text(architecture):
+            base = load_causal_lm(folder, {"dtype": "auto"}, owner="base")
+        else:  # a model that reads images too
             base = getattr(transformers, architecture).from_pretrained(folder, dtype="auto")
-        except Exception as error:
-            raise CheckpointError(
-                f"the base cannot be loaded as {architecture} ({reason_of(error)}), expected "
-                "undamaged files of a language model; download or save it again"
-            ) from error
+    except SpeclmError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"the base cannot be loaded as {architecture} ({reason_of(error)}), expected undamaged "
+            "files, and the packages and memory that they need; download or save it again, or "
+            "export it without the check"
+        ) from error
     model = load_served(base)
     _ = model.self_check
     return model

@@ -1,6 +1,7 @@
 """The record in an exported folder: how the base is loaded with its proposer."""
 
 import hashlib
+import json
 import logging
 from collections.abc import Mapping
 from contextlib import suppress
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 from speclm._version import __version__
 from speclm.drafting.heads_folder import hub_id
 from speclm.drafting.package import EXPORT_NAME
-from speclm.errors import CheckpointError, shown
+from speclm.errors import CheckpointError, OptionError, reason_of, shown
 from speclm.files.atomic import write_json
 from speclm.files.hub import HUB_OPTIONS, HubOptions, download, path_exists
 from speclm.files.weights import read_json
@@ -39,6 +40,48 @@ _SETTINGS: dict[str, Any] = {
     "tree": dict | str | None,
     "engine": str,
 }
+
+
+def heads_settings(source: HeadsSource) -> tuple[dict[str, Any], dict[str, Path]]:
+    """Return which heads are loaded and with which options, and the files that the options name.
+
+    Raises:
+        OptionError: If an option cannot be stored.
+    """
+    options: dict[str, Any] = {}
+    names: dict[str, str] = {}
+    files: dict[str, Path] = {}
+    for option, value in source.options.items():
+        path = None if option == "memory" else _option_file(value, source.folder)
+        if path is None:
+            options[option] = value
+            if isinstance(value, Path) or not _is_storable((option, value)):
+                what = f"the path {str(value)!r}" if isinstance(value, Path) else "a value"
+                raise OptionError(
+                    f"{option} in heads_kwargs is {what} that an exported folder cannot hold, "
+                    "expected a file that exists, or a number or name; correct it, or leave it out"
+                )
+        else:
+            names[option] = f"{len(names)}-{path.name}"
+            files[names[option]] = path
+    try:
+        json.dumps(options)
+    except (TypeError, ValueError) as error:
+        raise OptionError(
+            f"heads_kwargs is {shown(options)}, expected what JSON holds "
+            f"({reason_of(error)}); leave the others out"
+        ) from error
+    heads = str(source.given) if source.folder is None else None  # those in the folder
+    return {"heads": heads, "heads_kwargs": options, "files": names}, files
+
+
+def _option_file(value: object, heads: Path | None) -> Path | None:
+    """Return the file outside of a folder of heads that an option names, if it names one."""
+    if not isinstance(value, str | Path):
+        return None
+    path = Path(value)
+    is_inside = heads is not None and not path.is_absolute() and path_exists(heads / path)
+    return path if path_exists(path) and path.is_file() and not is_inside else None
 
 
 def write_record(
@@ -84,8 +127,10 @@ def load_served(base: PreTrainedModel, *, commit: str | None = None) -> SpecMode
             heads are damaged.
     """
     name = str(base.name_or_path)
+    is_here = path_exists(name)
+    commit = None if is_here else commit  # a folder may have the name of a commit
     hub = HubOptions(revision=commit)
-    folder = Path(name) if path_exists(name) else download(name, hub, (EXPORT_NAME,))
+    folder = Path(name) if is_here else download(name, hub, (EXPORT_NAME,))
     settings, weights = _read_record(folder)
     if any(_mark(folder / file) != mark for file, mark in weights.items()):
         _log.warning(
@@ -97,7 +142,7 @@ def load_served(base: PreTrainedModel, *, commit: str | None = None) -> SpecMode
         settings |= {"heads": name, "heads_subfolder": HEADS_FOLDER, "heads_revision": commit}
     if files := settings.pop("files"):
         found = folder / OPTION_FILES
-        if not path_exists(name):
+        if not is_here:
             found = download(name, replace(hub, subfolder=OPTION_FILES), tuple(files.values()))
         paths = {option: str((found / file).absolute()) for option, file in files.items()}
         settings["heads_kwargs"] = {**settings["heads_kwargs"], **paths}
@@ -135,7 +180,7 @@ def _read_record(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
         or not (settings["tree"] in (None, AUTO) or isinstance(settings["tree"], dict))
         or not isinstance(weights, dict)
         or not all(map(_is_file_name, (*weights, *settings["files"].values())))
-        or not all(map(is_storable, settings["heads_kwargs"].items()))
+        or not all(map(_is_storable, settings["heads_kwargs"].items()))
     ):
         raise _damaged(path, record)
     if settings["heads"] not in (None, *heads_names()):
@@ -151,7 +196,7 @@ def _is_file_name(name: object) -> bool:
     return is_short and Path(str(name)).name == name and "\0" not in str(name)
 
 
-def is_storable(option: tuple[str, Any]) -> bool:
+def _is_storable(option: tuple[str, Any]) -> bool:
     """Return whether an option of heads may come from a folder that somebody else has made.
 
     Options for the hub may not, nor paths out of the folder, nor a file that the memory of n-grams

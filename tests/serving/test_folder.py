@@ -8,7 +8,13 @@ import jaxtyping
 import pytest
 
 from speclm.demo import assets
-from speclm.errors import CheckpointError, OptionError, UnknownNameError, VocabularyMismatchError
+from speclm.errors import (
+    CheckpointError,
+    OptionError,
+    SaveError,
+    UnknownNameError,
+    VocabularyMismatchError,
+)
 from speclm.serving import export_server
 from tests.byte_tokenizer import VOCAB_SIZE
 from tests.models import build_model
@@ -72,6 +78,10 @@ def test_folder_of_something_else_is_not_replaced(base, tmp_path):
     file.write_text("mine")
     with pytest.raises(CheckpointError, match="found a file"):
         export_server(base, file)
+    with pytest.raises(SaveError, match="choose another folder"):
+        export_server(base, file / "inside", heads="ngram", check=False)
+    with pytest.raises(CheckpointError, match="found no path"):
+        export_server(base, "a\0b")
 
 
 def test_base_that_the_server_cannot_load_is_refused(base, tmp_path):
@@ -93,8 +103,9 @@ def test_base_that_the_server_cannot_load_is_refused(base, tmp_path):
 
 def test_heads_that_files_cannot_hold_are_refused(base, tmp_path, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users run it
-    with pytest.raises(OptionError, match="save the heads first"):
-        export_server(base, tmp_path / "out", heads=build_model("llama", vocab_size=VOCAB_SIZE))
+    for heads in (build_model("llama", vocab_size=VOCAB_SIZE), ["ngram", "lookup"], None):
+        with pytest.raises(OptionError, match="save the heads first"):
+            export_server(base, tmp_path / "out", heads=heads)
     with pytest.raises(OptionError, match="expected what JSON holds"):
         export_server(base, tmp_path / "out", heads_kwargs={"history": object()})
     assert list(tmp_path.iterdir()) == []
