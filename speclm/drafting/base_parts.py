@@ -95,7 +95,8 @@ class BaseParts:
     @property
     def architectures(self) -> list[str]:
         """Names of its classes."""
-        return [str(name) for name in self.config.get("architectures") or ()]
+        found = self.config.get("architectures")
+        return [str(name) for name in found] if isinstance(found, list) else []
 
     @property
     def _text_config(self) -> Mapping[str, Any]:

@@ -2,7 +2,8 @@
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -161,7 +162,8 @@ def export_server(  # noqa: PLR0913 - its options are keywords
         ```
     """
     folder = Path(out)
-    _require_free(folder)
+    with _saving(folder):
+        _require_free(folder)
     given: object = heads
     if not isinstance(given, str | Path):
         raise OptionError(
@@ -175,20 +177,12 @@ def export_server(  # noqa: PLR0913 - its options are keywords
     tree, engine = _stored_tree(tree), str(normalize_engine(engine))
     settings, files = heads_settings(source)
     settings |= {"tree": tree, "engine": engine, "num_draft_tokens": num_draft_tokens}
-    try:
-        with folder_written_whole(folder) as aside:
-            notes = _write_files(parts, source, settings, aside, name=folder.name)
-            for name, path in files.items():
-                (aside / OPTION_FILES).mkdir(exist_ok=True)
-                link_or_copy(path, aside / OPTION_FILES / name)
-            model = _loaded(aside, parts.architectures[0]) if check else None
-    except SpeclmError:
-        raise
-    except OSError as error:
-        raise SaveError(
-            f"{folder}: the files cannot be written ({reason_of(error)}), expected a place with "
-            "room for them; nothing is changed, make room or choose another folder"
-        ) from error
+    with _saving(folder), folder_written_whole(folder) as aside:
+        notes = _write_files(parts, source, settings, aside, name=folder.name)
+        for name, path in files.items():
+            (aside / OPTION_FILES).mkdir(exist_ok=True)
+            link_or_copy(path, aside / OPTION_FILES / name)
+        model = _loaded(aside, parts.architectures[0]) if check else None
     if "@" in str(folder):
         notes.append("The server reads what follows @ as a revision: rename or move the folder.")
     found = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
@@ -196,9 +190,27 @@ def export_server(  # noqa: PLR0913 - its options are keywords
     return ServedFolder(folder, source.method.name, verification, tuple(notes), sum(found))
 
 
+@contextmanager
+def _saving(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except SpeclmError:
+        raise
+    except OSError as error:
+        raise SaveError(
+            f"{folder}: the files cannot be written ({reason_of(error)}), expected a place with "
+            "room for them; nothing is changed, make room or choose another folder"
+        ) from error
+
+
 def _require_free(folder: Path) -> None:
     """Check that a folder is new, empty, or an export that can be replaced."""
     require_folder(folder)
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise CheckpointError(
+            f"{folder}: found the current folder or one around it, expected another, because it is "
+            "replaced whole; change to another folder, or choose one"
+        )
     if (folder / ".git").exists():  # an export that is replaced would take its history along
         raise CheckpointError(
             f"{folder}: found a Git repository, expected a folder of the export only; choose "

@@ -62,7 +62,7 @@ def test_heads_that_do_not_fit_leave_the_earlier_export(base, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["served"]
 
 
-def test_folder_of_something_else_is_not_replaced(base, tmp_path):
+def test_folder_of_something_else_is_not_replaced(base, tmp_path, monkeypatch):
     shutil.copytree(base, tmp_path / "mine")
     with pytest.raises(CheckpointError, match="choose another"):
         export_server(base, tmp_path / "mine")
@@ -78,8 +78,13 @@ def test_folder_of_something_else_is_not_replaced(base, tmp_path):
     file.write_text("mine")
     with pytest.raises(CheckpointError, match="found a file"):
         export_server(base, file)
-    with pytest.raises(SaveError, match="choose another folder"):
-        export_server(base, file / "inside", heads="ngram", check=False)
+    for out in (file / "inside", tmp_path / ("x" * 300)):
+        with pytest.raises(SaveError, match="choose another folder"):
+            export_server(base, out, heads="ngram", check=False)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(CheckpointError, match="found the current folder"):
+        export_server(base, ".", heads="ngram", check=False)
     with pytest.raises(CheckpointError, match="found no path"):
         export_server(base, "a\0b")
 
@@ -87,7 +92,7 @@ def test_folder_of_something_else_is_not_replaced(base, tmp_path):
 def test_base_that_the_server_cannot_load_is_refused(base, tmp_path):
     copied = Path(shutil.copytree(base, tmp_path / "copied"))
     config = json.loads((copied / "config.json").read_text())
-    for names in ([], ["NobodyForCausalLM"], ["pipeline"]):
+    for names in ([], 5, "LlamaForCausalLM", ["NobodyForCausalLM"], ["pipeline"]):
         (copied / "config.json").write_text(json.dumps({**config, "architectures": names}))
         with pytest.raises(CheckpointError, match="expected one of Transformers"):
             export_server(copied, tmp_path / "out")
