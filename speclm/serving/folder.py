@@ -31,7 +31,6 @@ from speclm.files.hub import HubOptions, path_exists
 from speclm.files.weights import read_json
 from speclm.methods.finding import find_heads
 from speclm.methods.registry import HeadsSource
-from speclm.model import SpecModel
 from speclm.model.call import Tree, normalize_tree
 from speclm.model.engines import normalize_engine
 from speclm.model.exporting import find_base
@@ -162,15 +161,8 @@ def export_server(  # noqa: PLR0913 - its options are keywords
         ```
     """
     folder = Path(out)
-    with _saving(folder):
-        _require_free(folder)
-    given: object = heads
-    if not isinstance(given, str | Path):
-        raise OptionError(
-            f"heads is a {type(given).__name__}, expected the name of a method, or the folder or "
-            "hub id of heads, which the server can load; save the heads first"
-        )
-    source = find_heads(heads, heads_kwargs)
+    _require_free(folder)
+    source = _find_heads(heads, heads_kwargs)
     parts = find_base(base, HubOptions(**{**source.hub, "subfolder": "", "revision": revision}))
     assert parts is not None
     _require_servable(parts)
@@ -178,15 +170,10 @@ def export_server(  # noqa: PLR0913 - its options are keywords
     settings, files = heads_settings(source)
     settings |= {"tree": tree, "engine": engine, "num_draft_tokens": num_draft_tokens}
     with _saving(folder), folder_written_whole(folder) as aside:
-        notes = _write_files(parts, source, settings, aside, name=folder.name)
-        for name, path in files.items():
-            (aside / OPTION_FILES).mkdir(exist_ok=True)
-            link_or_copy(path, aside / OPTION_FILES / name)
-        model = _loaded(aside, parts.architectures[0]) if check else None
-    if "@" in str(folder):
-        notes.append("The server reads what follows @ as a revision: rename or move the folder.")
+        _link(files, aside / OPTION_FILES)
+        notes = _write_files(parts, source, settings, aside, out=folder)
+        verification = _verification(aside, parts.architectures[0]) if check else None
     found = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
-    verification = None if model is None else model.self_check.verification.value
     return ServedFolder(folder, source.method.name, verification, tuple(notes), sum(found))
 
 
@@ -205,25 +192,35 @@ def _saving(folder: Path) -> Iterator[None]:
 
 def _require_free(folder: Path) -> None:
     """Check that a folder is new, empty, or an export that can be replaced."""
-    require_folder(folder)
-    if Path.cwd().is_relative_to(folder.resolve()):
-        raise CheckpointError(
-            f"{folder}: found the current folder or one around it, expected another, because it is "
-            "replaced whole; change to another folder, or choose one"
+    with _saving(folder):
+        require_folder(folder)
+        if Path.cwd().is_relative_to(folder.resolve()):
+            raise CheckpointError(
+                f"{folder}: found the current folder or one around it, expected another, because "
+                "it is replaced whole; change to another folder, or choose one"
+            )
+        if (folder / ".git").exists():  # an export that is replaced would take its history along
+            raise CheckpointError(
+                f"{folder}: found a Git repository, expected a folder of the export only; choose "
+                "another, and copy its files"
+            )
+        if is_export(folder):
+            return
+        names = sorted(each.name for each in folder.iterdir()) if folder.is_dir() else []
+        if names:
+            raise CheckpointError(
+                f"{folder}: found {names[:8]!r}, expected a new or empty folder, or one that "
+                "speclm export-server has written; choose another"
+            )
+
+
+def _find_heads(heads: object, options: Mapping[str, Any] | None) -> HeadsSource:
+    if not isinstance(heads, str | Path):
+        raise OptionError(
+            f"heads is a {type(heads).__name__}, expected the name of a method, or the folder or "
+            "hub id of heads, which the server can load; save the heads first"
         )
-    if (folder / ".git").exists():  # an export that is replaced would take its history along
-        raise CheckpointError(
-            f"{folder}: found a Git repository, expected a folder of the export only; choose "
-            "another, and copy its files"
-        )
-    if is_export(folder):
-        return
-    names = sorted(each.name for each in folder.iterdir()) if folder.is_dir() else []
-    if names:
-        raise CheckpointError(
-            f"{folder}: found {names[:8]!r}, expected a new or empty folder, or one that speclm "
-            "export-server has written; choose another"
-        )
+    return find_heads(heads, options)
 
 
 def _require_servable(base: BaseParts) -> None:
@@ -248,7 +245,7 @@ def _stored_tree(tree: Tree | None) -> Any:
 
 
 def _write_files(
-    parts: BaseParts, source: HeadsSource, settings: Mapping[str, Any], folder: Path, *, name: str
+    parts: BaseParts, source: HeadsSource, settings: Mapping[str, Any], folder: Path, *, out: Path
 ) -> list[str]:
     """Write everything into a folder that will have another name; return the notes."""
     weights = _copy_model(parts, folder)
@@ -256,8 +253,17 @@ def _write_files(
         _copy_heads(source, folder / HEADS_FOLDER)
     base = {"name": hub_id(parts.name), "commit": parts.commit, "weights": weights}
     write_record(folder, source, settings, base)
-    write_file(folder / CARD_NAME, _card(parts, source, name))
-    return _write_code(folder, is_text=_is_text(parts.architectures[0]))
+    write_file(folder / CARD_NAME, _card(parts, source, out.name))
+    notes = _write_code(folder, is_text=_is_text(parts.architectures[0]))
+    if "@" in str(out):
+        notes.append("The server reads what follows @ as a revision: rename or move the folder.")
+    return notes
+
+
+def _link(files: Mapping[str, Path], folder: Path) -> None:
+    for name, path in files.items():
+        folder.mkdir(exist_ok=True)
+        link_or_copy(path, folder / name)
 
 
 def _copy_model(parts: BaseParts, folder: Path) -> list[str]:
@@ -265,9 +271,7 @@ def _copy_model(parts: BaseParts, folder: Path) -> list[str]:
     weights, small = parts.whole()
     source = small[0].parent if small else weights.path.parent
     files = {file.name: source / file.name for file in weights.files.values()}
-    folder.mkdir(exist_ok=True)
-    for name, path in files.items():
-        link_or_copy(path, folder / name)
+    _link(files, folder)
     for path in (*small, source / CONFIG_NAME, weights.path):
         if path.name not in files and path.name != EXPORT_NAME:
             write_file(folder / path.name, path.read_bytes())
@@ -351,8 +355,8 @@ def _is_text(architecture: str) -> bool:
     return architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 
-def _loaded(folder: Path, architecture: str) -> SpecModel:
-    """Load an exported folder as the server does, and check how drafts are verified."""
+def _verification(folder: Path, architecture: str) -> str:
+    """Load an exported folder as the server does, and return how drafts are verified."""
     try:
         if _is_text(architecture):
             base = load_causal_lm(folder, {"dtype": "auto"}, owner="base")
@@ -366,6 +370,4 @@ def _loaded(folder: Path, architecture: str) -> SpecModel:
             "files, and the packages and memory that they need; download or save it again, or "
             "export it without the check"
         ) from error
-    model = load_served(base)
-    _ = model.self_check
-    return model
+    return str(load_served(base).self_check.verification.value)
