@@ -98,6 +98,23 @@ class LevelVocabulary(Protocol):
         """Return logits over the target's tokens; absent ones get almost no probability."""
 
 
+class WholeVocabulary:
+    """A `LevelVocabulary` of all tokens of the target."""
+
+    draft_columns: Int[Tensor, " draft_vocab"] | None = None
+    host_columns: list[int] | None = None
+
+    def target_ids(self, draft_ids: Int[Tensor, "*rows"]) -> Int[Tensor, "*rows"]:
+        """Return the tokens of some columns, which they are."""
+        return draft_ids
+
+    def spread(
+        self, logits: Float[Tensor, "batch nodes vocab"]
+    ) -> Float[Tensor, "batch nodes vocab"]:
+        """Return logits over the target's tokens, as they are."""
+        return logits
+
+
 class LevelProposer(Proposer):
     """Grows a tree level by level with a network that continues the target's hidden states.
 

@@ -231,6 +231,7 @@ def _built_in() -> tuple[Method, ...]:
     from speclm.methods.draft_model.method import DraftModelMethod
     from speclm.methods.eagle.method import EagleMethod
     from speclm.methods.medusa.method import MedusaMethod
+    from speclm.methods.mtp.method import MtpMethod
 
     joined = "n-grams joined with the target's remembered candidates; has no weights"
     remembered = "what the target thought likely after the same tokens before; has no weights"
@@ -239,6 +240,7 @@ def _built_in() -> tuple[Method, ...]:
         ProposerMethod("lookup", _lazily("lookup", "LookupProposer"), summary=joined),
         ProposerMethod("ngram", _lazily("ngram", "NgramProposer"), summary=copies),
         ProposerMethod("recycling", _lazily("recycling", "RecyclingProposer"), summary=remembered),
+        MtpMethod(),
         MedusaMethod(),
         BlockMethod(),
         EagleMethod(),
