@@ -98,8 +98,8 @@ def _require_known(folder: Path) -> None:
         if sign in text.replace("_", "").replace("-", ""):
             raise CheckpointError(
                 f"{folder / 'config.json'}: these are heads of {kind}, expected those of Medusa, "
-                "EAGLE or block drafters, or a draft model; speclm does not have that method, "
-                "choose other heads"
+                "EAGLE or block drafters, or a draft model; speclm does not load that kind from a "
+                "folder of its own, choose other heads"
             )
 
 

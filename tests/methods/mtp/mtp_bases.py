@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from tests.families.building import build_type
+from tests.families.building import build_type, is_known
 from tests.families.family import EXPERTS, HALF_WINDOW, LATENT
 from tests.families.recurrent_rows import DELTA, HALF_LINEAR
 from tests.models import WINDOW, randomise
@@ -73,7 +73,7 @@ class Row:
 
 _FULL = {"layer_types": ["full_attention"]}
 _SPARSE = {"first_k_dense_replace": 0}
-ROWS = {
+_ROWS = {
     "qwen3_next": Row(
         "qwen3_next", {**DELTA, **HALF_LINEAR, "head_dim": 12, "num_experts": 0}, QWEN, _FULL
     ),
@@ -122,6 +122,9 @@ ROWS = {
         {**_FULL, "mlp_layer_types": ["dense"]},
     ),
 }
+ROWS = {name: row for name, row in _ROWS.items() if is_known(row.model_type)}
+ONE = Row("glm4_moe", _ROWS["glm4_moe"].settings, DEEPSEEK, _SPARSE)
+"""A row for tests of one layer's files."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -139,16 +142,22 @@ class Made:
     blocks: list[tuple[PreTrainedModel, dict[str, Tensor]]]
 
 
-def make_base(folder: Path, name: str, *, shards: bool = False) -> Made:
+def make_base(
+    folder: Path, row: Row | str, *, shards: bool = False, is_right: bool = False
+) -> Made:
     """Write a base with MTP layers into a folder.
 
     Args:
         folder: Where to.
-        name: A row.
+        row: A row, or the name of one.
         shards: Whether the MTP layers lie in a shard of their own, which an index names.
+        is_right: Whether the next token depends on the last one only, so that the MTP layers can
+            be and are right.
     """
-    row = ROWS[name]
+    row = ROWS[row] if isinstance(row, str) else row
     base = randomise(build_type(row.model_type, {**row.settings, **row.declared}))
+    if is_right:
+        _pass_on_(base)
     base.save_pretrained(folder)
     decoder: Any = base.get_decoder()
     tensors, blocks = {}, []
@@ -163,8 +172,10 @@ def make_base(folder: Path, name: str, *, shards: bool = False) -> Made:
             "hidden_norm": 1 + 0.2 * torch.randn(width, generator=generator),
             "projection": torch.randn(width, 2 * width, generator=generator) / width**0.5,
         }
-        if row.names is QWEN and step:
-            raise ValueError("layers of this layout share their norms")
+        if is_right:
+            _pass_on_(block)
+            others["embedding_norm"] = others["hidden_norm"] = block.norm.weight.detach()
+            others["projection"] = torch.eye(width, 2 * width)
         blocks.append((block, others))
         numbers = {"step": step, "number": step + base.config.num_hidden_layers}
         names = {key: pattern.format(**numbers) for key, pattern in row.names.items()}
@@ -179,6 +190,16 @@ def make_base(folder: Path, name: str, *, shards: bool = False) -> Made:
                 tensors[own] = tensor
     write_tensors(folder, tensors, shards=shards)
     return Made(base, folder, blocks)
+
+
+@torch.no_grad()
+def _pass_on_(model: PreTrainedModel) -> None:
+    """Change a decoder so that its states are those of its input, with the usual norm."""
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in ("o_proj", "out_proj", "down_proj")):
+            parameter.zero_()
+    decoder: Any = model.get_decoder() if model.get_output_embeddings() else model
+    decoder.norm = type(decoder.norm)(model.config.hidden_size, eps=model.config.rms_norm_eps)
 
 
 def write_tensors(folder: Path, tensors: dict[str, Tensor], *, shards: bool = False) -> None:
