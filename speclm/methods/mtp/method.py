@@ -1,7 +1,7 @@
 """MTP as a method: how the layers are found next to the target's own."""
 
 from dataclasses import fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
@@ -12,6 +12,7 @@ from speclm.methods.registry import HeadsSource, Method
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from speclm.drafting.heads_folder import Destination
     from speclm.drafting.interface import Proposer
 
 
@@ -25,6 +26,7 @@ class MtpMethod(Method):
     name = "mtp"
     summary = "the layers of the base's own checkpoint that were trained to guess further tokens"
     is_named = True
+    reads_base_files = True
 
     @override
     def load(self, source: HeadsSource, target: "PreTrainedModel") -> "Proposer":
@@ -59,7 +61,22 @@ class MtpMethod(Method):
         return MtpProposer(heads, target=target, **options)
 
     @override
+    def save(self, proposer: "Proposer", destination: "Destination") -> None:
+        raise _not_saved()
+
+    @override
+    def checkpoint(self, proposer: "Proposer", destination: "Destination") -> Any:
+        raise _not_saved()
+
+    @override
     def owns(self, proposer: "Proposer") -> bool:
         from speclm.methods.mtp.proposer import MtpProposer
 
         return isinstance(proposer, MtpProposer)
+
+
+def _not_saved() -> OptionError:
+    return OptionError(
+        "MTP layers are part of the base's own checkpoint and are not saved as heads; copy the "
+        "files of the base, or name them with heads_path"
+    )

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from transformers.cache_utils import MtpCache
-from transformers.modeling_layers import MtpModel
+from transformers import cache_utils, modeling_layers
 
 from speclm import SpecModel
 from speclm.drafting.interface import Prefill
@@ -51,12 +50,15 @@ def test_logits_of_every_level_equal_a_plain_reference(name, tmp_path):
     torch.testing.assert_close(our_logits(spec, text, GUESSES), torch.stack(expected), **TOLERANCE)
 
 
+@pytest.mark.skipif(
+    not hasattr(modeling_layers, "MtpModel"), reason="this Transformers has no MTP layers"
+)
 @pytest.mark.parametrize("name", ["deepseek_v3", "glm4_moe"])
 def test_logits_equal_those_of_transformers(name, tmp_path):
     made = make_base(tmp_path, name)
     spec = SpecModel.from_pretrained(str(tmp_path), "mtp")
     spec.base._keys_to_ignore_on_load_unexpected = [r"model\.layers\.[2-9]\."]
-    theirs, text = MtpModel.from_pretrained(spec.base), prompts(13)["input_ids"][0]
+    theirs, text = modeling_layers.MtpModel.from_pretrained(spec.base), prompts(13)["input_ids"][0]
     with torch.no_grad():
         states = spec.base(input_ids=text[None], output_hidden_states=True).hidden_states[-1]
         path, logits, _ = theirs(
@@ -64,7 +66,7 @@ def test_logits_equal_those_of_transformers(name, tmp_path):
             states[:, :-1],
             attention_mask=None,
             position_ids=torch.arange(1, len(text))[None],
-            mtp_cache=MtpCache(config=spec.base.config.get_mtp_config()),
+            mtp_cache=cache_utils.MtpCache(config=spec.base.config.get_mtp_config()),
         )
     found = our_logits(spec, text, path[0].tolist())[: len(made.blocks)]
     torch.testing.assert_close(found, logits[0], **TOLERANCE)
