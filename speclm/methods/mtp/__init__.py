@@ -1,1 +1,1 @@
-"""Multi-token prediction (MTP): layers that come with the target and guess further tokens."""
+"""Multi-token prediction (MTP): layers that come with the target and predict further tokens."""

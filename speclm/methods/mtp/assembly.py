@@ -64,10 +64,9 @@ def _layer(checkpoint: MtpCheckpoint, step: int, view: TargetView, dtype: torch.
 def _require_widths(
     checkpoint: MtpCheckpoint, step: int, tensors: Mapping[str, Tensor], width: int
 ) -> None:
-    shapes = {"projection.weight": (width, 2 * width)}
-    shapes |= dict.fromkeys(
-        ("embedding_norm.weight", "hidden_norm.weight", "norm.weight"), (width,)
-    )
+    norms = ("embedding_norm.weight", "hidden_norm.weight", "norm.weight")
+    shapes: dict[str, tuple[int, ...]] = {"projection.weight": (width, 2 * width)}
+    shapes |= dict.fromkeys(norms, (width,))
     for name, wanted in shapes.items():
         found = tuple(tensors[name].shape)
         if found != wanted:
@@ -98,7 +97,8 @@ def _without_copies(
 def _is_copy(mine: Float[Tensor, "vocab hidden"], theirs: Tensor | None) -> bool:
     if theirs is None or theirs.is_meta or mine.shape != theirs.shape:
         return False
-    rows = torch.linspace(0, len(mine) - 1, _NUM_COMPARED).long()
+    rows = torch.arange(_NUM_COMPARED, device="cpu", dtype=torch.long)
+    rows = rows * (len(mine) - 1) // (_NUM_COMPARED - 1)
     compared = theirs[rows.to(theirs.device)]
     return torch.equal(mine[rows].to(theirs.device, theirs.dtype), compared)
 
@@ -112,13 +112,13 @@ def _decoder(
 ) -> PreTrainedModel:
     """Return a model of the target's class with the one layer, loaded as Transformers loads it."""
     config = _layer_config(like, step, tensors)
-    width = int(config.hidden_size)
+    one_row = torch.ones(1, int(config.hidden_size), dtype=dtype, device="cpu")
     kind: Any = type(like)
     try:
         decoder, report = kind.from_pretrained(
             None,
             config=config,
-            state_dict={**tensors, "embed_tokens.weight": torch.ones(1, width)},
+            state_dict={**tensors, "embed_tokens.weight": one_row},
             dtype=dtype,
             attn_implementation=like.config._attn_implementation,
             ignore_mismatched_sizes=True,

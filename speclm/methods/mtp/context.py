@@ -29,7 +29,7 @@ class MtpContext:
         self.caches: list[TreeCache] = []
         self.outputs: list[Float[Tensor, "batch hidden"]] = []
         """Output of each layer at the roots."""
-        self._num_unsure = 0  # first slots that are padding of some row and layer
+        self._num_unsure = 0  # first entries that are padding of some row and layer
 
     def begin(self, prompt: Prefill) -> None:
         """Start a generation; its prompt is read by the first draft."""
@@ -77,8 +77,8 @@ class MtpContext:
         index: int,
         tokens: Int[Tensor, "batch nodes"],
         hidden: Float[Tensor, "batch nodes hidden"],
-        visible: Bool[Tensor, "rows nodes slots"],
-        slot_depths: Int[Tensor, "1 slots"],
+        visible: Bool[Tensor, "rows nodes pending"],
+        depths: Int[Tensor, "1 pending"],
     ) -> Float[Tensor, "batch nodes hidden"]:
         """Run a layer over new nodes, which become pending.
 
@@ -86,15 +86,15 @@ class MtpContext:
             index: The layer.
             tokens: Tokens of the nodes.
             hidden: Its input at each node next to the token.
-            visible: Pending slots that each node sees; the last ones are the nodes.
-            slot_depths: Depths of those slots.
+            visible: Pending nodes that each new one sees; the last ones are the new ones.
+            depths: Depths of the pending nodes.
         """
         embeddings = self._heads.embed(tokens, index, embedding=self._view.stored_embeddings)
         found: Tensor = self._heads.layer(index)(
             hidden,
             embeddings,
             visible=visible,
-            slot_depths=slot_depths,
+            depths=depths,
             cache=self.caches[index],
         )
         return found
@@ -142,14 +142,14 @@ class MtpRun:
     """Runs the layers over the levels of a draft, one after another.
 
     A node of depth d gets outputs of the layers from d on, or of the last one, because that is what
-    guesses below it are made of.
+    tokens below it are predicted from.
     """
 
     def __init__(self, context: MtpContext, heads: MtpHeads, view: TargetView) -> None:
         """Start at the roots."""
         self._context, self._heads, self._view = context, heads, view
         self._depth = 0
-        self._depths: list[int] = []  # of all pending slots
+        self._depths: list[int] = []  # of all pending nodes
         self._outputs = [output[:, None] for output in context.outputs]
         batch, device = len(self._outputs[0]), self._outputs[0].device
         self._seen = torch.ones(batch, 1, 0, dtype=torch.bool, device=device)
@@ -178,8 +178,8 @@ class MtpRun:
         self._depths += [self._depth] * tokens.shape[1]
         self._depth += 1
         self._seen = seen_below(self._seen, parents)
-        slot_depths = upload([self._depths], tokens.device)
+        depths = upload([self._depths], tokens.device)
         for index in range(last, min(self._depth, last) - 1, -1):
             above = self._outputs[index if self._depth > index else index - 1]
             hidden = above.gather(1, parents[:, :, None].expand(-1, -1, above.shape[2]))
-            self._outputs[index] = self._context.run(index, tokens, hidden, self._seen, slot_depths)
+            self._outputs[index] = self._context.run(index, tokens, hidden, self._seen, depths)

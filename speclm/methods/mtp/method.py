@@ -24,7 +24,7 @@ class MtpMethod(Method):
     """
 
     name = "mtp"
-    summary = "the layers of the base's own checkpoint that were trained to guess further tokens"
+    summary = "the layers of the base's own checkpoint that were trained to predict further tokens"
     is_named = True
     reads_base_files = True
 

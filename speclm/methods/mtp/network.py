@@ -41,7 +41,7 @@ class MtpLayer(nn.Module):
         self.projection = _linear_of(tensors["projection.weight"], tensors.get("projection.bias"))
         head, embeddings = tensors.get("head.weight"), tensors.get("embeddings.weight")
         self.lm_head = None if head is None else _linear_of(head, None)
-        self.embed_tokens = None if embeddings is None else nn.Embedding.from_pretrained(embeddings)
+        self.embed_tokens = None if embeddings is None else _embedding_of(embeddings)
         self._configs = attention_configs(decoder)
 
     def joined(
@@ -61,8 +61,8 @@ class MtpLayer(nn.Module):
         hidden: Float[Tensor, "batch seq hidden"],
         embeddings: Float[Tensor, "batch seq hidden"],
         *,
-        visible: Bool[Tensor, "rows seq slots"],
-        slot_depths: Int[Tensor, "depth_rows slots"],
+        visible: Bool[Tensor, "rows seq pending"],
+        depths: Int[Tensor, "depth_rows pending"],
         cache: TreeCache,
     ) -> Float[Tensor, "batch seq hidden"]:
         """Run new nodes, which become pending in the cache.
@@ -70,8 +70,8 @@ class MtpLayer(nn.Module):
         Args:
             hidden: The target's hidden states, or outputs of an MTP layer, before each node.
             embeddings: Embedding of each node's token.
-            visible: True at ``[i, j]`` if new node i sees pending slot j; the last are the nodes.
-            slot_depths: Depth of each pending slot; depth 0 follows the committed tokens.
+            visible: True at ``[i, j]`` if new node i sees pending node j; the last are new.
+            depths: Depth of each pending node; depth 0 follows the committed tokens.
             cache: Keys and values of this layer.
 
         Returns:
@@ -80,8 +80,8 @@ class MtpLayer(nn.Module):
         num_nodes = hidden.shape[1]
         cache.reserve(num_nodes)
         first = cache.lengths - cache.num_padding
-        positions = (first[:, None] + slot_depths[:, -num_nodes:]).clamp(min=0)
-        with attached(self._configs), tree_step(TreeStep(visible, slot_depths, cache)):
+        positions = (first[:, None] + depths[:, -num_nodes:]).clamp(min=0)
+        with attached(self._configs), tree_step(TreeStep(visible, depths, cache)):
             output = self.decoder(
                 inputs_embeds=self.joined(hidden, embeddings),
                 position_ids=positions,
@@ -94,7 +94,7 @@ class MtpLayer(nn.Module):
 
 
 class MtpHeads(nn.Module):
-    """The MTP layers of a target: layer k guesses one token further than layer k - 1.
+    """The MTP layers of a target: layer k predicts one token further than layer k - 1.
 
     The input of layer k at a token is the output of layer k - 1 at the token before; that of the
     first layer is the target's hidden state there. Beyond the last layer, it reads its own output.
@@ -134,9 +134,14 @@ def _norm_of(like: nn.Module, weight: Tensor) -> nn.Module:
     return norm
 
 
+def _embedding_of(weight: Tensor) -> nn.Embedding:
+    embedding = nn.Embedding(*weight.shape, device="meta")
+    embedding.weight = nn.Parameter(weight)
+    return embedding
+
+
 def _linear_of(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    with torch.device("meta"):
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     linear.weight = nn.Parameter(weight)
     if bias is not None:
         linear.bias = nn.Parameter(bias)

@@ -28,7 +28,7 @@ class MtpProposerConfig(LevelProposerConfig):
 
 
 class MtpProposer(LevelProposer):
-    """Grows a tree with the layers that were trained with the target to guess further tokens.
+    """Grows a tree with the layers that were trained with the target to predict further tokens.
 
     Level k is drafted by layer k, and levels beyond the last layer by that layer, applied to its
     own output. Committed positions are computed from the target's hidden states; those computed

@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from speclm import SpecModel
+from speclm.drafting.interface import Prefill
 from tests.families.building import build_type, is_known
 from tests.families.family import EXPERTS, HALF_WINDOW, LATENT
 from tests.families.recurrent_rows import DELTA, HALF_LINEAR
@@ -126,6 +128,8 @@ ROWS = {name: row for name, row in _ROWS.items() if is_known(row.model_type)}
 ONE = Row("glm4_moe", _ROWS["glm4_moe"].settings, DEEPSEEK, _SPARSE)
 """A row for tests of one layer's files."""
 
+TOLERANCE = {"rtol": 1e-3, "atol": 1e-3}
+"""Large random weights, other masks and kernels."""
 _SHARE = 0.002  # of earlier tokens in the states; without any, the self-check could see no masks
 
 
@@ -218,6 +222,30 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor], *, shards: bool = Fa
     save_file(tensors, folder / "model-00002-of-00002.safetensors", metadata={"format": "pt"})
     names |= dict.fromkeys(tensors, "model-00002-of-00002.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+
+
+def logits_along(spec: SpecModel, text: Tensor, path: list[int]) -> Tensor:
+    """Return our logits after a text and guesses, after the first of which a branch was drafted."""
+    proposer: Any = spec.proposer
+    with torch.no_grad():
+        features = spec.base(input_ids=text[None], output_hidden_states=True).hidden_states[-1]
+        proposer.begin(
+            Prefill(
+                tokens=text[None, :-1],
+                num_padding=torch.zeros(1, dtype=torch.long),
+                first_tokens=text[-1:],
+                temperature=0.0,
+                max_new_tokens=9,
+                features=features[:, :-1],
+            )
+        )
+        proposer._context.catch_up()
+        run = proposer._context.start([2] * len(path))
+        found = [run.logits[0, 0]]
+        for depth, token in enumerate(path):
+            run.below(torch.tensor([[5, token]]), torch.tensor([[0, min(depth, 1)]]))
+            found.append(run.logits[0, 1])
+    return torch.stack(found)
 
 
 @torch.no_grad()
