@@ -221,7 +221,9 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor], *, shards: bool = Fa
     whole.rename(folder / "model-00001-of-00002.safetensors")
     save_file(tensors, folder / "model-00002-of-00002.safetensors", metadata={"format": "pt"})
     names |= dict.fromkeys(tensors, "model-00002-of-00002.safetensors")
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": names})
+    )
 
 
 def logits_along(spec: SpecModel, text: Tensor, path: list[int]) -> Tensor:
