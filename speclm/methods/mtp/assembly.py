@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -53,22 +52,23 @@ def _layer(checkpoint: MtpCheckpoint, step: int, view: TargetView, dtype: torch.
         for name, tensor in checkpoint.load(step, of_layer).items()
     }
     others = checkpoint.load(step, [name for name in keys if name not in of_layer])
-    _require_widths(checkpoint, step, others, view.hidden_size)
-    inner["norm.weight"] = others.pop("norm.weight")
     own = _without_copies(others, stored_matrices(view.model))
+    _require_sizes(checkpoint, step, own, view)
+    inner["norm.weight"] = own.pop("norm.weight")
     decoder = _decoder(checkpoint, step, inner, cast("PreTrainedModel", view.decoder), dtype)
     tensors = copy_tensors(own, dtype=dtype, device=torch.device("cpu"))
     return MtpLayer(decoder, tensors, is_hidden_first=checkpoint.layout.is_hidden_first)
 
 
-def _require_widths(
-    checkpoint: MtpCheckpoint, step: int, tensors: Mapping[str, Tensor], width: int
+def _require_sizes(
+    checkpoint: MtpCheckpoint, step: int, tensors: Mapping[str, Tensor], view: TargetView
 ) -> None:
-    norms = ("embedding_norm.weight", "hidden_norm.weight", "norm.weight")
+    """Check the shapes of all tensors but those of the decoder layer."""
+    width = view.hidden_size
     shapes: dict[str, tuple[int, ...]] = {"projection.weight": (width, 2 * width)}
-    shapes |= dict.fromkeys(norms, (width,))
-    for name, wanted in shapes.items():
-        found = tuple(tensors[name].shape)
+    shapes |= dict.fromkeys(_MATRICES, (view.vocab_size, width))
+    for name, tensor in tensors.items():
+        found, wanted = tuple(tensor.shape), shapes.get(name, (width,))
         if found != wanted:
             raise _misfit(checkpoint, checkpoint.steps[step][name], found, wanted)
 
@@ -94,11 +94,12 @@ def _without_copies(
     }
 
 
-def _is_copy(mine: Float[Tensor, "vocab hidden"], theirs: Tensor | None) -> bool:
-    if theirs is None or theirs.is_meta or mine.shape != theirs.shape:
+def _is_copy(mine: Tensor, theirs: Tensor | None) -> bool:
+    """Return whether a matrix has the rows of the target's, whose vocabulary may be resized."""
+    if theirs is None or theirs.is_meta or mine.ndim != 2 or mine.shape[1] != theirs.shape[1]:
         return False
     rows = torch.arange(_NUM_COMPARED, device="cpu", dtype=torch.long)
-    rows = rows * (len(mine) - 1) // (_NUM_COMPARED - 1)
+    rows = rows * (min(len(mine), len(theirs)) - 1) // (_NUM_COMPARED - 1)
     compared = theirs[rows.to(theirs.device)]
     return torch.equal(mine[rows].to(theirs.device, theirs.dtype), compared)
 

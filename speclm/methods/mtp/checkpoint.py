@@ -126,6 +126,7 @@ LAYOUTS = (
     ),
 )
 _NEEDED = ("embedding_norm.weight", "hidden_norm.weight", "projection.weight", "norm.weight")
+_OPTIONAL = ("projection.bias", "head.weight", "embeddings.weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +258,16 @@ def _steps(
                 f"{path}: MTP layer {number} has no {missing[0]!r}, found "
                 f"{sorted(names.values())[:_MAX_NAMED]!r}, expected a whole layer as in "
                 f"{layout.title}; download all files of one revision"
+            )
+        unknown = sorted(
+            key
+            for name, key in names.items()
+            if not name.startswith(LAYER) and name not in _NEEDED + _OPTIONAL
+        )
+        if unknown:
+            raise CheckpointError(
+                f"{path}: MTP layer {number} has {unknown[:_MAX_NAMED]!r}, expected only tensors "
+                f"as in {layout.title}; remove them, or download all files of one revision"
             )
         steps.append(names)
     return tuple(steps)

@@ -30,12 +30,16 @@ def test_tensors_that_do_not_fit_the_base_are_refused_by_name(copied):
     def widen_inner(tensors):
         tensors[f"{ATTENTION}o_proj.weight"] = torch.ones(40, 96)
 
+    def shorten(tensors):
+        tensors["model.layers.2.shared_head.head.weight"] = torch.ones(30, 40)
+
     def add(tensors):
         tensors[f"{ATTENTION}extra.weight"] = torch.ones(2)
 
     for change, words in (
         (drop, r"MTP layer 0 lacks \['layers.0.self_attn.q_proj.weight'\]"),
         (widen, r"eh_proj.weight' has the shape \(48, 96\), expected \(40, 80\)"),
+        (shorten, r"head.weight' has the shape \(30, 40\), expected \(160, 40\)"),
         (widen_inner, r"layers.2.self_attn.o_proj.weight' has the shape \(40, 96\)"),
         (add, r"MTP layer 0 has \['layers.0.self_attn.extra.weight'\]"),
     ):

@@ -51,6 +51,9 @@ def test_quantised_and_incomplete_layers_are_refused_by_name(copied):
     def drop(tensors):
         del tensors[NORM]
 
+    def add(tensors):
+        tensors["model.layers.2.shared_head.head.extra"] = torch.ones(2)
+
     def empty(tensors):
         tensors.clear()
         tensors["lm_head.weight"] = torch.ones(2, 2)
@@ -59,6 +62,7 @@ def test_quantised_and_incomplete_layers_are_refused_by_name(copied):
         (scale, r"quantised, \['model.layers.2.eh_proj.weight_scale_inv'\]"),
         (narrow, r"quantised, \['model.layers.2.eh_proj.weight'\] are torch.float8"),
         (drop, "MTP layer 0 has no 'enorm.weight'"),
+        (add, r"MTP layer 0 has \['model.layers.2.shared_head.head.extra'\]"),
         (empty, r"without MTP layers, found 1 tensors, \['lm_head.weight'\]"),
     ):
         with pytest.raises(CheckpointError, match=words):

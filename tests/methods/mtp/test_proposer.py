@@ -1,5 +1,6 @@
 """Generation with MTP layers: the tokens of regular generation, in fewer forwards."""
 
+import copy
 import math
 
 import pytest
@@ -72,8 +73,12 @@ def test_forwards_fall_to_one_for_each_draft_where_the_layers_are_right(name, tm
             assert spec.last_speculation.rounds <= 2 + math.ceil((num_new - 1) / (levels + 1))
 
 
-def test_drawn_drafts_are_accepted_by_rejection(tmp_path):
+def test_drawn_drafts_and_planned_trees_are_accepted(tmp_path):
     make_base(tmp_path, "deepseek_v3", is_right=True)
     spec = load(tmp_path, width=2, depth=3)
-    spec.generate(**prompts(9, 5), max_new_tokens=16, do_sample=True, acceptance="rejection")
+    inputs = prompts(9, 5)
+    spec.generate(**inputs, max_new_tokens=16, do_sample=True, acceptance="rejection")
     assert spec.last_speculation.tau > 2
+    expected = generate(spec.base, inputs, max_new_tokens=24, do_sample=True)
+    found = generate(copy.deepcopy(spec), inputs, max_new_tokens=24, do_sample=True, tree="auto")
+    assert torch.equal(found[0], expected[0])
