@@ -9,8 +9,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from speclm.attention import TreeStep, attached, attention_configs, tree_step
+from speclm.attention import TreeStep
 from speclm.cache.tree_cache import TreeCache
+from speclm.methods.mtp.layer_call import LayerRunner
 
 
 class MtpLayer(nn.Module):
@@ -42,7 +43,7 @@ class MtpLayer(nn.Module):
         head, embeddings = tensors.get("head.weight"), tensors.get("embeddings.weight")
         self.lm_head = None if head is None else _linear_of(head, None)
         self.embed_tokens = None if embeddings is None else _embedding_of(embeddings)
-        self._configs = attention_configs(decoder)
+        self.runner = LayerRunner(decoder)
 
     def joined(
         self,
@@ -81,15 +82,10 @@ class MtpLayer(nn.Module):
         cache.reserve(num_nodes)
         first = cache.lengths - cache.num_padding
         positions = (first[:, None] + depths[:, -num_nodes:]).clamp(min=0)
-        with attached(self._configs), tree_step(TreeStep(visible, depths, cache)):
-            output = self.decoder(
-                inputs_embeds=self.joined(hidden, embeddings),
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-            )
+        step = TreeStep(visible, depths, cache)
+        joined = self.joined(hidden, embeddings)
+        states = self.runner.run(joined, positions, step=step, cache=cache)
         cache.append(num_nodes)
-        states: Tensor = output.last_hidden_state
         return states
 
 

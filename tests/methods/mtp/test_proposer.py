@@ -44,16 +44,15 @@ def test_tokens_and_generator_are_those_of_regular_generation(name, cell, tmp_pa
     assert spec.last_speculation.tau > 1
 
 
-@pytest.mark.parametrize("name", ["glm4_moe", "mellum"])
-def test_it_keeps_the_contract_of_proposers(name, tmp_path):
-    make_base(tmp_path, name)
+def test_it_keeps_the_contract_of_proposers(tmp_path):
+    make_base(tmp_path, "glm4_moe")  # three layers
     spec = load(tmp_path)
-    whole = {**FULL, "depth": 3, "num_draft_tokens": 64}  # a cut would fall between near ties
+    whole = {**FULL, "depth": 4, "num_draft_tokens": 64}  # a cut would fall between near ties
     check_proposer(
         lambda: MtpProposer(spec.proposer.heads, target=spec.base, **whole),
         vocab_size=VOCAB_SIZE,
         hidden_size=spec.base.config.hidden_size,
-        max_length=40,
+        max_length=32,
     )
 
 
