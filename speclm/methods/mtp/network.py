@@ -131,7 +131,7 @@ def _norm_of(like: nn.Module, weight: Tensor) -> nn.Module:
 
 
 def _embedding_of(weight: Tensor) -> nn.Embedding:
-    embedding = nn.Embedding(*weight.shape, device="meta")
+    embedding = nn.Embedding(weight.shape[0], weight.shape[1], device="meta")
     embedding.weight = nn.Parameter(weight)
     return embedding
 
