@@ -39,12 +39,15 @@ def build_mtp(
         CheckpointError: If the tensors do not fit the target.
         UnsupportedModelError: If the target's decoder cannot be built with one layer.
     """
-    layers = [_layer(checkpoint, step, view, dtype) for step in range(len(checkpoint.steps))]
-    heads = MtpHeads(layers).to(device=device)
+    place = (dtype, device)
+    layers = [_layer(checkpoint, step, view, place) for step in range(len(checkpoint.steps))]
+    heads = MtpHeads(layers)
     return heads.eval().requires_grad_(requires_grad=False)
 
 
-def _layer(checkpoint: MtpCheckpoint, step: int, view: TargetView, dtype: torch.dtype) -> MtpLayer:
+def _layer(
+    checkpoint: MtpCheckpoint, step: int, view: TargetView, place: tuple[torch.dtype, torch.device]
+) -> MtpLayer:
     keys = checkpoint.steps[step]
     of_layer = [name for name in keys if name.startswith(LAYER)]
     inner = {
@@ -55,9 +58,14 @@ def _layer(checkpoint: MtpCheckpoint, step: int, view: TargetView, dtype: torch.
     own = _without_copies(others, stored_matrices(view.model))
     _require_sizes(checkpoint, step, own, view)
     inner["norm.weight"] = own.pop("norm.weight")
+    dtype, device = place
     decoder = _decoder(checkpoint, step, inner, cast("PreTrainedModel", view.decoder), dtype)
-    tensors = copy_tensors(own, dtype=dtype, device=torch.device("cpu"))
-    return MtpLayer(decoder, tensors, is_hidden_first=checkpoint.layout.is_hidden_first)
+    decoder.to(device=device)
+    tensors = copy_tensors(own, dtype=dtype, device=device)
+    try:
+        return MtpLayer(decoder, tensors, is_hidden_first=checkpoint.layout.is_hidden_first)
+    except Exception as error:  # of any modeling code
+        raise _unusable(checkpoint, decoder, error) from error
 
 
 def _require_sizes(
@@ -126,11 +134,7 @@ def _decoder(
             output_loading_info=True,
         )
     except Exception as error:  # of any modeling code
-        raise UnsupportedModelError(
-            f"{kind.__name__} cannot be built with the single MTP layer in "
-            f"{checkpoint.source.path} ({reason_of(error)}), expected a decoder whose layers are "
-            "all of the kinds that its config names; use other heads"
-        ) from error
+        raise _unusable(checkpoint, like, error) from error
     for key, found, wanted in sorted(report["mismatched_keys"]):
         raise _misfit(checkpoint, _key_of(checkpoint, step, key), tuple(found), tuple(wanted))
     wrong = {"lacks": report["missing_keys"], "has": report["unexpected_keys"]}
@@ -142,6 +146,16 @@ def _decoder(
                 "model or revision, or speclm does not know this layout"
             )
     return cast("PreTrainedModel", decoder)
+
+
+def _unusable(
+    checkpoint: MtpCheckpoint, decoder: PreTrainedModel, error: Exception
+) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{type(decoder).__name__} cannot be built and run with the single MTP layer in "
+        f"{checkpoint.source.path} ({reason_of(error)}), expected a decoder of `layers` and a "
+        "`norm` that takes embeddings and a cache; use other heads"
+    )
 
 
 def _key_of(checkpoint: MtpCheckpoint, step: int, name: str) -> str:

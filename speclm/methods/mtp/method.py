@@ -31,7 +31,7 @@ class MtpMethod(Method):
     @override
     def load(self, source: HeadsSource, target: "PreTrainedModel") -> "Proposer":
         from speclm.files.hub import HubOptions
-        from speclm.files.weights import floating_dtype
+        from speclm.files.weights import FLOATS, floating_dtype
         from speclm.methods.mtp.assembly import build_mtp
         from speclm.methods.mtp.checkpoint import fetch_mtp, read_mtp
         from speclm.methods.mtp.proposer import MtpProposer, MtpProposerConfig
@@ -56,7 +56,9 @@ class MtpMethod(Method):
             path = str(path)
         config = target.config.get_text_config()
         folder = fetch_mtp(path, hub, num_layers=view.num_layers)
-        dtype = floating_dtype(options.pop("dtype", target.dtype))
+        # That of a base in 8 bits is no dtype to compute with.
+        usual = target.dtype if target.dtype in FLOATS else view.embedding_weight.dtype
+        dtype = floating_dtype(options.pop("dtype", usual))
         heads = build_mtp(read_mtp(folder, config), view, dtype=dtype, device=view.device)
         return MtpProposer(heads, target=target, **options)
 

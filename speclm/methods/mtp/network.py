@@ -51,8 +51,11 @@ class MtpLayer(nn.Module):
         embeddings: Float[Tensor, "batch seq hidden"],
     ) -> Float[Tensor, "batch seq hidden"]:
         """Return the input of the decoder layer."""
-        dtype = self.projection.weight.dtype
-        parts = [self.embedding_norm(embeddings.to(dtype)), self.hidden_norm(hidden.to(dtype))]
+        weight = self.projection.weight
+        parts = [
+            self.embedding_norm(embeddings.to(weight.device, weight.dtype)),
+            self.hidden_norm(hidden.to(weight.device, weight.dtype)),
+        ]
         if self.is_hidden_first:
             parts.reverse()
         return self.projection(torch.cat(parts, dim=-1))  # type: ignore[no-any-return]

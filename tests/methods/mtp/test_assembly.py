@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from speclm.errors import CheckpointError
+from speclm.errors import CheckpointError, UnsupportedModelError
+from speclm.methods.mtp import assembly
 
 ATTENTION = "model.layers.2.self_attn."
 
@@ -18,6 +19,16 @@ def test_matrices_that_are_copies_are_the_targets_and_others_are_kept(made, copi
     layer = copied(change).heads.layer(0)
     torch.testing.assert_close(layer.lm_head.weight, head.detach() + 1)
     assert layer.embed_tokens is None
+
+
+def test_decoders_that_cannot_run_one_layer_are_named(copied, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no cache here")
+
+    monkeypatch.setattr(assembly, "MtpLayer", fail)
+    words = r"Glm4MoeModel cannot be built and run with the single MTP layer.*no cache here"
+    with pytest.raises(UnsupportedModelError, match=words):
+        copied(lambda tensors: None)
 
 
 def test_tensors_that_do_not_fit_the_base_are_refused_by_name(copied):
