@@ -60,7 +60,7 @@ def _layer(
     inner["norm.weight"] = own.pop("norm.weight")
     dtype, device = place
     decoder = _decoder(checkpoint, step, inner, cast("PreTrainedModel", view.decoder), dtype)
-    decoder.to(device=device)
+    cast("Any", decoder).to(device=device)
     tensors = copy_tensors(own, dtype=dtype, device=device)
     try:
         return MtpLayer(decoder, tensors, is_hidden_first=checkpoint.layout.is_hidden_first)
