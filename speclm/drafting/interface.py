@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from speclm.acceptance import Accepted
+from speclm.cache.tree_cache import TreeCache
 from speclm.config import ProposerConfig
 from speclm.engines import Engine
 from speclm.sampling.chooser import TokenChooser
@@ -58,6 +59,8 @@ class Prefill:
             that set `Proposer.draft_sampling` are given one.
         chooser: How the target turns logits into tokens; None if unknown.
         engine: Runs stages of fixed shapes, also of the proposer; None to draft eagerly.
+        cache: The target's cache, to read from; whenever `Proposer.propose` is called, it holds all
+            committed tokens but the roots. None if the target does not verify trees.
     """
 
     tokens: Int[Tensor, "batch seq"]
@@ -70,6 +73,7 @@ class Prefill:
     sampler: DraftSampler | None = None
     chooser: TokenChooser | None = None
     engine: Engine | None = None
+    cache: TreeCache | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -338,6 +338,7 @@ class Generation:
             sampler=DraftSampler(self.chooser, self.draws) if draws_drafts and self.draws else None,
             chooser=self.chooser,
             engine=None if (static := self.session.static) is None else static.engine,
+            cache=self.session.cache,
         )
 
     def _wants_draft(self) -> bool:

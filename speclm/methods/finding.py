@@ -23,7 +23,7 @@ _FOREIGN = {
     "hydra": "Hydra",
     "mtp": "multi-token prediction (MTP)",
     "nextn": "multi-token prediction (MTP)",
-    "assistant": "an assistant that reads the target's cache, such as those of Gemma 4",
+    "assistant": "an assistant of another family than Gemma 4",
 }
 
 
@@ -98,8 +98,8 @@ def _require_known(folder: Path) -> None:
         if sign in text.replace("_", "").replace("-", ""):
             raise CheckpointError(
                 f"{folder / 'config.json'}: these are heads of {kind}, expected those of Medusa, "
-                "EAGLE or block drafters, or a draft model; speclm does not load that kind from a "
-                "folder of its own, choose other heads"
+                "EAGLE or block drafters, an assistant of Gemma 4, or a draft model; speclm does "
+                "not load that kind from a folder of its own, choose other heads"
             )
 
 

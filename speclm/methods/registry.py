@@ -233,6 +233,7 @@ def _built_in() -> tuple[Method, ...]:
     from speclm.methods.block.method import BlockMethod
     from speclm.methods.draft_model.method import DraftModelMethod
     from speclm.methods.eagle.method import EagleMethod
+    from speclm.methods.gemma_assistant.method import GemmaAssistantMethod
     from speclm.methods.medusa.method import MedusaMethod
     from speclm.methods.mtp.method import MtpMethod
 
@@ -247,6 +248,7 @@ def _built_in() -> tuple[Method, ...]:
         MedusaMethod(),
         BlockMethod(),
         EagleMethod(),
+        GemmaAssistantMethod(),  # its models are also what a draft model may be
         DraftModelMethod(),
     )
 

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers import PretrainedConfig
 
 from speclm.errors import UnsupportedModelError
 from speclm.forking import temporary
@@ -53,6 +54,18 @@ class TargetFeatures:
 
 TargetFeatures.NONE = TargetFeatures()
 TargetFeatures.LAST_HIDDEN = TargetFeatures((-1,))
+
+
+def last_logits(config: PretrainedConfig, features: TargetFeatures) -> int | Tensor:
+    """Return the `logits_to_keep` with which a prompt has logits after its last token only.
+
+    If its features are read, it is an index, of which models do not know how many positions they
+    need. With a count, Gemma 4 computes only those in the layers that share keys and values.
+    """
+    has_shared = bool(getattr(config, "num_kv_shared_layers", 0))
+    if not has_shared or not features.layers:
+        return 1
+    return torch.tensor([-1], dtype=torch.long, device="cpu")
 
 
 class FeatureTap:

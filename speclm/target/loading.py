@@ -67,7 +67,7 @@ def load_causal_lm(
         folder = Path(name, str(options.get("subfolder") or ""))
         fetched = folder if is_here else _fetched(str(name), options)
         if fetched is not None:
-            _require_sound(fetched)
+            require_sound(fetched)
             if not is_here:  # or else other files than the checked ones might be read
                 options = {**options, "force_download": False}
     try:
@@ -87,7 +87,7 @@ def load_causal_lm(
         ) from error
     except Exception as error:  # damaged configs raise nearly everything
         raise _damaged(name, owner, error) from error
-    if owner == "draft model" and (missing := sorted(report["missing_keys"])):
+    if owner != "base" and (missing := sorted(report["missing_keys"])):
         raise CheckpointError(
             f"{owner} {str(name)!r} lacks {len(missing)} weights such as {missing[0]!r}, which "
             "would be random, expected those of a whole language model and not of heads; name "
@@ -152,7 +152,7 @@ def _shards(index: Path) -> list[str]:
     return sorted(name for name in names if Path(name).name == name)
 
 
-def _require_sound(folder: Path) -> None:
+def require_sound(folder: Path) -> None:
     """Check the files of a model before Transformers reads them and makes what its config names.
 
     Raises:

@@ -31,6 +31,8 @@ class Session(ABC):
     needs_lockstep: ClassVar[bool]
     static: StaticForward | None = None
     """Verifies trees by an engine; None if all drafts are verified eagerly."""
+    cache: TreeCache | None = None
+    """Keys and values of the committed tokens; None if the target keeps them in its own cache."""
 
     @property
     @abstractmethod
@@ -124,6 +126,7 @@ class TreeSession(Session):
     """Verify trees with tree attention, over a `TreeCache`."""
 
     needs_lockstep = False
+    cache: TreeCache
 
     def __init__(
         self,
@@ -145,7 +148,7 @@ class TreeSession(Session):
             images: Other inputs of the prompt.
             static: Verifies drafts by an engine; None to verify eagerly.
         """
-        self._target, self._cache, self.static = target, cache, static
+        self._target, self.cache, self.static = target, cache, static
         self._attention_mask, self._position_ids = attention_mask, position_ids
         self._images = images
         self._num_cached = cache.tree_start
@@ -160,7 +163,7 @@ class TreeSession(Session):
     @property
     @override
     def merges_prompt(self) -> bool:
-        return not self._images and self._cache.position_shift is None
+        return not self._images and self.cache.position_shift is None
 
     @override
     def prefill(
@@ -168,12 +171,12 @@ class TreeSession(Session):
     ) -> Float[Tensor, "batch 1 vocab"]:
         logits = self._target.prefill(
             tokens,
-            self._cache,
+            self.cache,
             attention_mask=self._attention_mask,
             position_ids=self._position_ids,
             images=self._images,
         )
-        self._cache.split(self._cache.tree_start - 1, num_pending=1)
+        self.cache.split(self.cache.tree_start - 1, num_pending=1)
         return logits[:, None]
 
     @override
@@ -187,21 +190,21 @@ class TreeSession(Session):
     ) -> Float[Tensor, "batch nodes vocab"]:
         logits = None
         if self.static is not None and prompt is None:
-            logits = self.static.verify(tokens, topology, self._cache, max_length=max_length)
+            logits = self.static.verify(tokens, topology, self.cache, max_length=max_length)
         self._is_by_engine = logits is not None
         if logits is not None:
             return logits
         return self._target.forward_tree(
-            tokens, topology, self._cache, prompt=prompt, max_length=max_length
+            tokens, topology, self.cache, prompt=prompt, max_length=max_length
         )
 
     @override
     def accept_greedily(self, topology: TreeTopology) -> Accepted | None:
         # On a CPU, acceptance on the host costs less.
-        is_open = self._is_by_engine and not is_host(self._cache.num_padding.device)
+        is_open = self._is_by_engine and not is_host(self.cache.num_padding.device)
         if self.static is None or not is_open:
             return None
-        accepted = self.static.accept_greedily(topology, self._cache)
+        accepted = self.static.accept_greedily(topology, self.cache)
         self._have_moved = accepted is not None
         return accepted
 
@@ -212,14 +215,14 @@ class TreeSession(Session):
         *,
         device_paths: Int[Tensor, "batch path"] | None = None,
     ) -> None:
-        self._cache.keep(paths, device_paths=device_paths, have_moved=self._have_moved)
+        self.cache.keep(paths, device_paths=device_paths, have_moved=self._have_moved)
         self._have_moved = False
 
     @override
     def hand_over(self, into: DynamicCache, sequences: Int[Tensor, "batch length"]) -> None:
         fed = sequences[:, :-1]  # the last token is never fed
-        fill_rows(self._target, self._cache, fed)
-        export_cache(self._cache, into, length=fed.shape[1])
+        fill_rows(self._target, self.cache, fed)
+        export_cache(self.cache, into, length=fed.shape[1])
 
     @override
     def abandon(self) -> None:

@@ -18,7 +18,7 @@ from speclm.cache.tree_cache import Allocate, TreeCache
 from speclm.errors import PromptError, UnsupportedModelError
 from speclm.forking import temporary
 from speclm.kernels import pays
-from speclm.target.features import FeatureTap, TargetFeatures
+from speclm.target.features import FeatureTap, TargetFeatures, last_logits
 from speclm.target.images import with_images
 from speclm.target.logits import (
     device_of,
@@ -108,8 +108,7 @@ class TargetView:
         kinds = set(getattr(config, "layer_types", None) or ())
         if getattr(config, "attention_chunk_size", None) or "chunked_attention" in kinds:
             return "attention in chunks is not expressed as a window"
-        other = kinds - {"full_attention", "sliding_attention"}
-        if other:
+        if other := kinds - {"full_attention", "sliding_attention"}:
             return f"layers of type {', '.join(sorted(other))} may see more than positions show"
         if "position_ids" not in inspect.signature(type(self.model).forward).parameters:
             return f"{type(self.model).__name__} takes no position_ids, and counts slots itself"
@@ -193,7 +192,8 @@ class TargetView:
         if position_ids is None:
             slots = torch.arange(num_new, device=tokens.device) + cache.tree_start
             position_ids = (slots - cache.num_padding[:, None]).clamp(min=0)
-        inputs: dict[str, Any] = {"past_key_values": cache, "logits_to_keep": 1}
+        last = last_logits(self._text_config, self.tapped)
+        inputs: dict[str, Any] = {"past_key_values": cache, "logits_to_keep": last}
         inputs |= {"attention_mask": attention_mask, "position_ids": position_ids[..., -num_new:]}
         cache.reserve(num_new)
         with attached(self._configs):

@@ -18,6 +18,7 @@ from speclm.training.feature_cache import FeatureManifest
 from speclm.training.history import HISTORY_NAME
 from tests import block_tables, eagle_tables, models
 from tests.fuzzing import layouts
+from tests.methods.gemma_assistant import assistants
 
 MEMORY = "memory.safetensors"
 STATE = "trainer_state.json"
@@ -28,6 +29,8 @@ _MEDUSA_SIZES, _SIZES = (4, 9), (8, 20)  # hidden size and vocabulary of the tab
 @cache
 def base_of(method: str, *, num_layers: int = 10) -> PreTrainedModel:
     """Return a base that heads of a method in the layouts fit."""
+    if method == "gemma_assistant":
+        return assistants.build_base()
     hidden, vocab = _MEDUSA_SIZES if method == "medusa" else _SIZES
     return models.build_model(
         "llama",
@@ -140,6 +143,13 @@ def draft_model() -> layouts.Files:
         return {path.name: path.read_bytes() for path in sorted(Path(place).iterdir())}
 
 
+def assistant() -> layouts.Files:
+    """Return an assistant of Gemma 4, as Transformers writes it."""
+    with TemporaryDirectory() as place:
+        assistants.build_assistant(has_clusters=True).save_pretrained(place)
+        return {path.name: path.read_bytes() for path in sorted(Path(place).iterdir())}
+
+
 EXPORTED: dict[str, Callable[[], layouts.Files]] = {
     f"{method} for {name}": lambda method=method, name=name: exported(method, name)
     for method, names in format_names().items()
@@ -149,6 +159,7 @@ OTHERS: dict[str, Callable[[], layouts.Files]] = {
     "memory": memory,
     "small files": small_files,
     "draft model": draft_model,
+    "assistant": assistant,
 }
 ALL = {**layouts.LAYOUTS, **EXPORTED, **OTHERS}
 

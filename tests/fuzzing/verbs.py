@@ -86,5 +86,6 @@ VERBS: dict[str, tuple[Callable[[Path], None], ...]] = {
     "memory": (read_memory_file,),
     "small files": (read_small_files,),
     "draft model": (load_folder,),
+    "assistant": (load_folder,),
 }
 """Verbs of layouts that are no heads."""

@@ -72,7 +72,7 @@ def test_an_engine_gets_storage_whose_capacity_doubles():
         given=filled("llama"),
         engine=replaying(),
     )
-    cache = session._cache
+    cache = session.cache
     assert cache.capacity == 256
     cache.reserve(300)
     assert cache.capacity == 512

@@ -33,7 +33,7 @@ def test_names_folders_and_misspelt_names_are_told_apart(tmp_path):
         ({"architectures": ["MLPSpeculatorPreTrainedModel"]}, "heads of an MLP speculator"),
         ({"speculators_model_type": "peagle"}, "heads of P-EAGLE"),
         ({"speculators_model_type": "mtp"}, r"multi-token prediction \(MTP\)"),
-        ({"model_type": "gemma4_assistant"}, "assistant that reads the target's cache"),
+        ({"model_type": "muse_glimmer_assistant"}, "an assistant of another family than Gemma 4"),
     ],
 )
 def test_heads_of_methods_that_speclm_lacks_are_named(tmp_path, config, words):

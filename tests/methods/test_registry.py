@@ -248,7 +248,7 @@ def test_added_method_is_trained_through_its_recipe(toy, tmp_path):
 def test_registered_methods_are_named_and_described(toy):
     assert [*registered_methods()] == [
         *("lookup", "ngram", "recycling", "mtp"),
-        *("medusa", "block", "eagle", "draft_model", "toy"),
+        *("medusa", "block", "eagle", "gemma_assistant", "draft_model", "toy"),
     ]
     for name, method in registered_methods().items():
         assert method.name == name
