@@ -29,7 +29,7 @@ from speclm.demo.bundle import assets
 from speclm.drafting.interface import Proposer
 from speclm.errors import OptionError, SpeclmError, UnknownNameError, reason_of
 from speclm.files.hub import path_exists
-from speclm.methods.registry import heads_names
+from speclm.methods.registry import heads_names, reads_base_files
 from speclm.model import SpecModel
 from speclm.model.heads import Heads
 from speclm.target.loading import hub_commit, remember_commit
@@ -209,7 +209,8 @@ def _method_options(options: HeadsOptions) -> dict[str, Any]:
     if heads is not None and heads == options.base and not path_exists(heads):
         revision = revision or options.revision  # base and heads in one repository
     given: dict[str, Any] = {"revision": revision, "subfolder": options.heads_subfolder}
-    if heads is not None and "/" in heads and not path_exists(heads):  # no name of a method
+    is_repository = heads is not None and "/" in heads and not path_exists(heads)
+    if is_repository or reads_base_files(heads, None):
         given["cache_dir"] = options.cache_dir
     if isinstance(options, DraftOptions):
         given |= {"memory": options.memory, "corpus": options.corpus}

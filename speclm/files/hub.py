@@ -107,7 +107,12 @@ class HubOptions:
 
 
 def with_base_options(
-    heads_kwargs: Any, kwargs: Mapping[str, Any], *, heads: Any, base: Any
+    heads_kwargs: Any,
+    kwargs: Mapping[str, Any],
+    *,
+    heads: Any,
+    base: Any,
+    are_of_base: bool = False,
 ) -> Any:
     """Add the base's hub options to those of heads on the hub.
 
@@ -119,12 +124,13 @@ def with_base_options(
         kwargs: Arguments of the base's ``from_pretrained``.
         heads: Heads as the user gave them.
         base: Base as the user gave it.
+        are_of_base: Whether the heads are part of the base's own files.
     """
     are_names = isinstance(heads, str | Path) and isinstance(base, str | Path)
     is_on_hub = are_names and is_hub_id(str(heads)) and "/" in str(heads) and not path_exists(heads)
-    if not is_on_hub or not isinstance(heads_kwargs, dict | None):
+    if not (is_on_hub or are_of_base) or not isinstance(heads_kwargs, dict | None):
         return heads_kwargs
-    names = _TYPES.keys() if str(heads) == str(base) else _OF_USERS
+    names = _TYPES.keys() if are_of_base or str(heads) == str(base) else _OF_USERS
     return {**{name: kwargs[name] for name in names if name in kwargs}, **(heads_kwargs or {})}
 
 

@@ -95,6 +95,8 @@ class Method(ABC):
         summary: What it drafts with, in one line.
         aliases: Other names of its heads.
         is_named: Whether ``heads=name`` makes a proposer without files.
+        reads_base_files: Whether it then reads files of the base, to which the base's options for
+            the hub apply.
         hints: Patterns of small files, next to configs, by which it recognises a repository.
         extras: Patterns of small files that may belong to heads, next to config and weights.
         stores_trees: Whether the config of its heads can hold a static tree.
@@ -105,6 +107,7 @@ class Method(ABC):
     summary: str
     aliases: ClassVar[tuple[str, ...]] = ()
     is_named: ClassVar[bool] = False
+    reads_base_files: ClassVar[bool] = False
     hints: ClassVar[tuple[str, ...]] = ()
     extras: ClassVar[tuple[str, ...]] = ()
     stores_trees: ClassVar[bool] = False
@@ -232,6 +235,7 @@ def _built_in() -> tuple[Method, ...]:
     from speclm.methods.eagle.method import EagleMethod
     from speclm.methods.gemma_assistant.method import GemmaAssistantMethod
     from speclm.methods.medusa.method import MedusaMethod
+    from speclm.methods.mtp.method import MtpMethod
 
     joined = "n-grams joined with the target's remembered candidates; has no weights"
     remembered = "what the target thought likely after the same tokens before; has no weights"
@@ -240,6 +244,7 @@ def _built_in() -> tuple[Method, ...]:
         ProposerMethod("lookup", _lazily("lookup", "LookupProposer"), summary=joined),
         ProposerMethod("ngram", _lazily("ngram", "NgramProposer"), summary=copies),
         ProposerMethod("recycling", _lazily("recycling", "RecyclingProposer"), summary=remembered),
+        MtpMethod(),
         MedusaMethod(),
         BlockMethod(),
         EagleMethod(),
@@ -298,6 +303,19 @@ def register_proposer(name: str) -> Callable[[ProposerType], ProposerType]:
 def heads_names() -> list[str]:
     """Return the names that `heads` may be, sorted."""
     return sorted(name for name, method in registered_methods().items() if method.is_named)
+
+
+def reads_base_files(heads: object, options: object) -> bool:
+    """Return whether a `heads` argument names a method that reads the base's own files.
+
+    Args:
+        heads: The argument.
+        options: Its options; ``heads_path`` names other files.
+    """
+    if isinstance(options, Mapping) and "heads_path" in options:
+        return False
+    method = registered_methods().get(heads) if isinstance(heads, str) else None
+    return method is not None and method.is_named and method.reads_base_files
 
 
 def method_of(proposer: "Proposer") -> Method | None:

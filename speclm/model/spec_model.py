@@ -20,6 +20,7 @@ from speclm.errors import OptionError
 from speclm.files.hub import with_base_options, with_named_options
 from speclm.generation.regular import NeedsRegularGeneration
 from speclm.generation.request import Setup, require_acceptable
+from speclm.methods.registry import reads_base_files
 from speclm.model.call import (
     AUTO,
     KeepsCounters,
@@ -141,7 +142,10 @@ class SpecModel(KeepsCounters, Wrapper):
         model = load_base(base, kwargs)
         named = {"revision": heads_revision, "subfolder": heads_subfolder}
         heads_kwargs = with_named_options(heads_kwargs, named)
-        heads_kwargs = with_base_options(heads_kwargs, kwargs, heads=heads, base=base)
+        are_of_base = reads_base_files(heads, heads_kwargs)
+        heads_kwargs = with_base_options(
+            heads_kwargs, kwargs, heads=heads, base=base, are_of_base=are_of_base
+        )
         proposer = load_proposer(
             heads, model, heads_kwargs=heads_kwargs, num_draft_tokens=num_draft_tokens
         )

@@ -1,12 +1,15 @@
 import importlib
+import shutil
 from dataclasses import replace
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
 from speclm.chat import TextDecoder
 from speclm.demo.bundle import assets
-from speclm.errors import OptionError, PromptError, UnknownNameError
+from speclm.errors import CheckpointError, OptionError, PromptError, UnknownNameError
 
 generate_module = importlib.import_module("speclm.cli.generate")
 SHORT = ("--max-new-tokens", "8")
@@ -22,6 +25,23 @@ def test_generate_compares_with_regular_generation(run):
 def test_generate_joins_proposers_parted_by_commas(run):
     options = ("--prompt", "2 + 2?", "--heads", "ngram,medusa", "--compare")
     result = run("generate", *options, *SHORT)
+    assert result.exit_code == 0
+    assert "identical: yes" in result.output
+
+
+def test_generate_drafts_with_layers_of_the_base(run, tmp_path):
+    folder = shutil.copytree(assets()["base"], tmp_path / "base")
+    tensors = load_file(folder / "model.safetensors")
+    number = 1 + max(int(key.split(".")[2]) for key in tensors if ".layers." in key)
+    last, own = f"model.layers.{number - 1}.", f"model.layers.{number}."
+    layer = {key.replace(last, own): value.clone() for key, value in tensors.items() if last in key}
+    width = len(tensors["model.norm.weight"])
+    norms = ("enorm", "hnorm", "shared_head.norm")
+    layer |= {f"{own}{norm}.weight": torch.ones(width) for norm in norms}
+    layer[f"{own}eh_proj.weight"] = torch.eye(width, 2 * width)
+    save_file({**tensors, **layer}, folder / "model.safetensors", metadata={"format": "pt"})
+    options = ("--base", str(folder), "--dtype", "float32", "--heads", "mtp", "--compare")
+    result = run("generate", "--prompt", "2 + 2?", *options, *SHORT)
     assert result.exit_code == 0
     assert "identical: yes" in result.output
 
@@ -56,6 +76,7 @@ def test_mistakes_are_named(run):
         (("--prompt", "a", "--heads", "medus"), UnknownNameError, "did you mean 'medusa'"),
         (("--prompt", "a", "--heads", "ngram,"), OptionError, "--heads is 'ngram,'"),
         (("--prompt", "a", "--heads", "none,ngram"), OptionError, "drop the 'none'"),
+        (("--prompt", "a", "--heads", "mtp"), CheckpointError, "comes without MTP layers"),
         (("--prompt", "\udcff"), OptionError, "prompt 0 is no Unicode text"),
         (("--prompt", "", "--no-chat"), PromptError, "prompt 0 has no tokens"),
     ]:

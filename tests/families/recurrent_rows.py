@@ -10,13 +10,13 @@ _STATE_SPACE: dict[str, object] = {
     "mamba_d_state": 8,
     "mamba_chunk_size": 16,
 }
-_DELTA: dict[str, object] = {
+DELTA: dict[str, object] = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
     "linear_key_head_dim": 8,
     "linear_value_head_dim": 8,
 }
-_HALF_LINEAR: dict[str, object] = {"layer_types": ["linear_attention", GLOBAL]}
+HALF_LINEAR: dict[str, object] = {"layer_types": ["linear_attention", GLOBAL]}
 
 RECURRENT_ROWS = (
     Family(
@@ -80,7 +80,7 @@ RECURRENT_ROWS = (
         {
             **EXPERTS,
             **LATENT,
-            **_HALF_LINEAR,
+            **HALF_LINEAR,
             "q_lora_rank": None,
             "num_experts_per_token": 2,
             "mlp_layer_types": ["dense", "sparse"],
@@ -118,7 +118,7 @@ RECURRENT_ROWS = (
     ),
     Family(
         "minimax",
-        {**EXPERTS, **_HALF_LINEAR, "head_dim": 12, "block_size": 16},
+        {**EXPERTS, **HALF_LINEAR, "head_dim": 12, "block_size": 16},
         "MiniMax-Text-01, MiniMax-M1",
         backend=Verification.REGULAR,
         reason="no chains: MiniMaxForCausalLM decodes with a cache",
@@ -142,21 +142,21 @@ RECURRENT_ROWS = (
     ),
     Family(
         "olmo_hybrid",
-        {**_DELTA, **_HALF_LINEAR, "linear_num_value_heads": 2},
+        {**DELTA, **HALF_LINEAR, "linear_num_value_heads": 2},
         "Olmo Hybrid",
         backend=Verification.CHAINS,
         reason="layers of type linear_attention",
     ),
     Family(
         "qwen3_5_text",
-        {**_DELTA, **_HALF_LINEAR, "head_dim": 16},
+        {**DELTA, **HALF_LINEAR, "head_dim": 16},
         "Qwen3.5, text alone",
         backend=Verification.CHAINS,
         reason="layers of type linear_attention",
     ),
     Family(
         "qwen3_next",
-        {**EXPERTS, **_DELTA, **_HALF_LINEAR, "head_dim": 12, "decoder_sparse_step": 1},
+        {**EXPERTS, **DELTA, **HALF_LINEAR, "head_dim": 12, "decoder_sparse_step": 1},
         "Qwen3-Next 80B-A3B",
         backend=Verification.CHAINS,
         reason="layers of type linear_attention",

@@ -247,7 +247,7 @@ def test_added_method_is_trained_through_its_recipe(toy, tmp_path):
 
 def test_registered_methods_are_named_and_described(toy):
     assert [*registered_methods()] == [
-        *("lookup", "ngram", "recycling"),
+        *("lookup", "ngram", "recycling", "mtp"),
         *("medusa", "block", "eagle", "gemma_assistant", "draft_model", "toy"),
     ]
     for name, method in registered_methods().items():
@@ -266,7 +266,7 @@ def test_registered_class_is_available_by_name_and_may_be_replaced(toy):
     class Mine(NgramProposer):
         """Copies as I like it."""
 
-    assert heads_names() == ["lookup", "mine", "ngram", "recycling"]
+    assert heads_names() == ["lookup", "mine", "mtp", "ngram", "recycling"]
     assert registered_methods()["mine"].summary == "Copies as I like it."
     base = shared_model("llama")
     spec = SpecModel.from_pretrained(base, "mine", heads_kwargs={"max_ngram": 3})

@@ -1,0 +1,1 @@
+"""Multi-token prediction (MTP): layers that come with the target and predict further tokens."""
