@@ -49,21 +49,21 @@ SMALL_BASE: Mapping[str, tuple[str, ...]] = {
 }
 """Options of trainings for the bundled base; a larger one learns with the defaults."""
 
+EPOCHS: Mapping[str, float] = {"medusa": 4, "eagle": 4, "eagle3": 2, "block": 4, "draft": 4}
+"""Passes over the answers if `--epochs` is not given."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
     """How much is trained and measured if the options do not say."""
 
     num_rows: int
-    epochs: float
     train: tuple[str, ...]
     bundled: tuple[str, ...]
 
 
-SHORT = Size(num_rows=300, epochs=4, train=("medusa",), bundled=("draft",))
-FULL = Size(
-    num_rows=3000, epochs=4, train=("medusa", "eagle3"), bundled=("draft", "medusa", "eagle3")
-)
+SHORT = Size(num_rows=300, train=("medusa",), bundled=("draft",))
+FULL = Size(num_rows=3000, train=("medusa", "eagle3"), bundled=("draft", "medusa", "eagle3"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +80,7 @@ class Case:
         max_new_tokens: Maximum length of an answer.
         train: Recipes of ``speclm train``.
         bundled: Bundled heads that are measured too.
-        epochs: Passes over the answers.
+        epochs: Passes over the answers; None for `EPOCHS`.
         fine_tune: Whether the base is tuned on the rows first.
         threads: Of PyTorch.
     """
@@ -94,7 +94,7 @@ class Case:
     max_new_tokens: int
     train: tuple[str, ...]
     bundled: tuple[str, ...]
-    epochs: float
+    epochs: float | None
     fine_tune: bool
     threads: int
 
@@ -262,10 +262,13 @@ def train(case: Case, out: Path) -> None:
             continue
         own = SMALL_BASE.get(recipe, ()) if case.base is None else ()
         resumed = ["--resume"] if any(heads.glob("checkpoint-*")) else []
-        run(
-            *("train", recipe, *data, "--out", heads, "--epochs", case.epochs),
-            *(*own, *base, *resumed),
-        )
+        epochs = ("--epochs", epochs_of(recipe, case))
+        run("train", recipe, *data, "--out", heads, *epochs, *own, *base, *resumed)
+
+
+def epochs_of(recipe: str, case: Case) -> float:
+    """Return the passes of a training over the answers."""
+    return EPOCHS[recipe] if case.epochs is None else case.epochs
 
 
 def measured_calls(case: Case, out: Path) -> list[Measured]:
@@ -287,9 +290,10 @@ def report(case: Case, out: Path, measured: Sequence[Measured]) -> None:
     """Print the table, and write it with both charts into the folder ``report``."""
     machine, commit = describe_machine(), describe_commit()
     versions = ", ".join(f"{name} {version}" for name, version in describe_versions().items())
+    epochs = ", ".join(f"{name}: {epochs_of(name, case):g} epochs" for name in case.train)
     facts = {
         "base": (case.base or "the bundled model") + (", fine-tuned" if case.fine_tune else ""),
-        "trained on": f"answers to {case.num_rows} rows, {case.epochs:g} epochs",
+        "trained on": f"answers to {case.num_rows} rows ({epochs})",
         "measured on": f"{len(measured[0].seconds)} held-out prompts, one at a time, greedy",
         "dtype": case.dtype,
         "machine": f"{machine.cpu}, {machine.num_cores} cores, {machine.num_threads} threads",
@@ -320,7 +324,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[Case, Path]:
     add("--fine-tune", action="store_true", help="tune the base on the rows first, with LoRA")
     add("--train", help=f"heads to train: some of {','.join(RECIPES)}")
     add("--bundled", help=f"bundled heads to measure: some of {','.join(BUNDLED)}, or none")
-    add("--epochs", type=float, help="passes over the answers")
+    add("--epochs", type=float, help="passes over the answers; 4, or 2 of EAGLE-3")
     add("--max-new-tokens", type=int, default=128, help="maximum length of an answer")
     add("--threads", type=int, default=1, help="threads of PyTorch; one suits a small model")
     options = parser.parse_args(arguments)
@@ -337,12 +341,13 @@ def parse(arguments: Sequence[str] | None) -> tuple[Case, Path]:
         num_rows=size.num_rows if options.num_rows is None else options.num_rows,
         train=names("--train", options.train, RECIPES, default=size.train),
         bundled=names("--bundled", options.bundled, BUNDLED, default=bundled),
-        epochs=size.epochs if options.epochs is None else options.epochs,
+        epochs=options.epochs,
     )
     for name in ("num_rows", "num_prompts", "max_new_tokens", "threads"):
         low = 2 if name.startswith("num") else 1
         require_count(f"--{name.replace('_', '-')}", getattr(case, name), low=low, high=2**31 - 1)
-    require_positive("--epochs", case.epochs)
+    if case.epochs is not None:
+        require_positive("--epochs", case.epochs)
     if not case.train and not case.bundled:
         raise OptionError("--train and --bundled name no heads, expected some to measure; name one")
     if case.base is not None and case.bundled:
