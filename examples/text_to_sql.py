@@ -210,9 +210,9 @@ def load(case: Case, base: str | None) -> tuple[Any, Any]:
     """Return a model, on a GPU if there is one, and its tokenizer."""
     torch.set_num_threads(case.threads)
     name = base or str(assets()["base"])
-    model = SpecModel.from_pretrained(name, None, dtype=case.dtype).base
-    device: Any = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device), AutoTokenizer.from_pretrained(name)
+    model: Any = SpecModel.from_pretrained(name, None, dtype=case.dtype).base
+    placed = model.cuda() if torch.cuda.is_available() else model
+    return placed, AutoTokenizer.from_pretrained(name)
 
 
 def fine_tune(case: Case, out: Path) -> None:
@@ -289,7 +289,6 @@ def measured_calls(case: Case, out: Path) -> list[Measured]:
 def report(case: Case, out: Path, measured: Sequence[Measured]) -> None:
     """Print the table, and write it with both charts into the folder ``report``."""
     machine, commit = describe_machine(), describe_commit()
-    versions = ", ".join(f"{name} {version}" for name, version in describe_versions().items())
     epochs = ", ".join(f"{name}: {epochs_of(name, case):g} epochs" for name in case.train)
     facts = {
         "base": (case.base or "the bundled model") + (", fine-tuned" if case.fine_tune else ""),
@@ -298,7 +297,7 @@ def report(case: Case, out: Path, measured: Sequence[Measured]) -> None:
         "dtype": case.dtype,
         "machine": f"{machine.cpu}, {machine.num_cores} cores, {machine.num_threads} threads",
         "GPU": ", ".join(machine.gpus),
-        "versions": versions,
+        "versions": ", ".join(map(" ".join, describe_versions().items())),
         "commit": f"{commit.sha}{', with changes' if commit.is_dirty else ''}",
     }
     write_report(out / "report", facts, measured)
@@ -343,8 +342,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[Case, Path]:
         bundled=names("--bundled", options.bundled, BUNDLED, default=bundled),
         epochs=options.epochs,
     )
-    for name in ("num_rows", "num_prompts", "max_new_tokens", "threads"):
-        low = 2 if name.startswith("num") else 1
+    for name, low in {"num_rows": 2, "num_prompts": 2, "max_new_tokens": 1, "threads": 1}.items():
         require_count(f"--{name.replace('_', '-')}", getattr(case, name), low=low, high=2**31 - 1)
     if case.epochs is not None:
         require_positive("--epochs", case.epochs)
