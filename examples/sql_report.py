@@ -197,10 +197,10 @@ def write_report(folder: Path, facts: Mapping[str, str], measured: Sequence[Meas
 
     Args:
         folder: Made if it does not exist.
-        facts: What was measured, and on what; empty ones are left out.
+        facts: What was measured, and on what.
         measured: Regular generation, and then the others.
     """
-    shown = markdown_table(("", ""), [(name, fact) for name, fact in facts.items() if fact])
+    shown = markdown_table(("", ""), [*facts.items()])
     with written_together(folder, last="report.json") as aside:
         write_file(aside / "latency.png", latency_chart(measured))
         write_file(aside / "cumulative.png", cumulative_chart(measured))

@@ -295,9 +295,8 @@ def report(case: Case, out: Path, measured: Sequence[Measured]) -> None:
         "trained on": f"answers to {case.num_rows} rows ({epochs})",
         "measured on": f"{len(measured[0].seconds)} held-out prompts, one at a time, greedy",
         "dtype": case.dtype,
-        "machine": f"{machine.cpu}, {machine.num_cores} cores",
+        "machine": ", ".join([machine.cpu, f"{machine.num_cores} cores", *machine.gpus]),
         "threads": str(machine.num_threads),
-        "GPU": ", ".join(machine.gpus),
         "versions": ", ".join(map(" ".join, describe_versions().items())),
         "commit": f"{commit.sha}{', with changes' if commit.is_dirty else ''}",
     }
