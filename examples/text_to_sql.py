@@ -62,7 +62,7 @@ class Size:
     bundled: tuple[str, ...]
 
 
-SHORT = Size(num_rows=300, train=("medusa",), bundled=("draft",))
+SHORT = Size(num_rows=200, train=("medusa",), bundled=("draft",))
 FULL = Size(num_rows=3000, train=("medusa", "eagle3"), bundled=("draft", "medusa", "eagle3"))
 
 
