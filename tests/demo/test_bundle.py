@@ -15,6 +15,7 @@ from speclm.files.questions import MT_BENCH_CATEGORIES
 MAX_BYTES = 35_000_000
 MIN_AGREEMENT = 0.5  # far above 1/4096 of random tokens, below what was measured
 ROWS = {"sql_dev": 100, "gsm8k_dev": 100, "sql_tune": 50, "gsm8k_tune": 50}
+ROWS |= {"sql_train": 300, "sql_case": 450}
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +148,13 @@ def test_conversations_are_well_formed_and_end_with_the_user(name):
 def test_tuning_prompts_are_not_reported_on(task):
     dev, tune = load_prompts(f"{task}_dev"), load_prompts(f"{task}_tune")
     assert not any(messages in dev for messages in tune)
+
+
+def test_prompts_of_the_case_are_neither_trained_nor_tuned_on():
+    case = load_prompts("sql_case")
+    assert case[:100] == load_prompts("sql_dev")
+    used = load_prompts("sql_train") + load_prompts("sql_tune")
+    assert not any(messages in used for messages in case)
 
 
 def test_limit_keeps_the_first_conversations():
