@@ -20,11 +20,12 @@ UNIT := $(BIN)/python -m pytest --quiet $(SPREAD)
 ALONE := $(BIN)/python -m pytest --quiet -p no:xdist
 # Triton reads the variable when a kernel is defined; the shape checks would wrap what it compiles.
 INTERPRETER := TRITON_INTERPRET=1 SPECLM_TYPECHECK=0
-CORE := --ignore=tests/docs --ignore=tests/cli --ignore=tests/demo --ignore=tests/test_repository.py
+CORE := --ignore=tests/docs --ignore=tests/cli --ignore=tests/demo \
+	--ignore=tests/test_repository.py --ignore=tests/webui/test_page.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-floor cross-check gpu deep docs lint types layers unit untyped \
-	interpreted aot
+.PHONY: help demo test test-floor cross-check gpu deep docs browser lint types layers unit \
+	untyped interpreted aot
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -54,6 +55,9 @@ deep: .venv/.dev .venv/torchao ## Search long: slow tests, 5000 examples a prope
 	PYTHONPATH=.venv/torchao $(UNIT) -m slow tests/model/test_places_quantised.py
 	$(INTERPRETER) $(UNIT) -m "not gpu and not network" tests/kernels/interpreted
 	SPECLM_TYPECHECK=0 $(UNIT) -m "not gpu and not network" tests/kernels/aot
+
+browser: .venv/.browser ## Use the web page in Chromium, which has to be installed, and measure it
+	PYTHONPATH=. $(BIN)/python tests/webui/browser.py
 
 # With --quiet, --strict would not see warnings.
 docs: .venv/.dev ## Build the documentation into site/
@@ -95,6 +99,10 @@ interpreted: .venv/.dev ## Run the kernels in Triton's interpreter, in a process
 	$(BIN)/python $(PIP_INSTALL) --constraint constraints.txt --editable '.[dev]'
 	@$(BIN)/python $(COMPILE) .venv/lib || true
 	@touch .venv/.runtime $@
+
+.venv/.browser: pyproject.toml constraints.txt | .venv/.dev
+	$(BIN)/python $(PIP_INSTALL) --constraint constraints.txt --editable '.[browser]'
+	@touch $@
 
 # In a folder of its own: Transformers imports it wherever it is found, which takes seconds and
 # prints warnings.

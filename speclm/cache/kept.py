@@ -1,5 +1,6 @@
 """`KeptCache`: the cache of a conversation, kept between calls of ``generate``."""
 
+from copy import deepcopy
 from itertools import takewhile
 
 from transformers.cache_utils import Cache
@@ -39,6 +40,22 @@ class KeptCache:
                 cache.crop(num_kept - len(self._ids))
             except (RuntimeError, ValueError):
                 return None  # a sliding window or recurrent state has lost earlier tokens
+        return cache
+
+    def copy(self, num_tokens: int) -> Cache | None:
+        """Return a copy of the cache, cropped to its first tokens; None if that cannot be.
+
+        Args:
+            num_tokens: How many tokens it is to hold.
+        """
+        if self._cache is None or num_tokens == 0:
+            return None
+        cache = deepcopy(self._cache)
+        if num_tokens < len(self._ids):
+            try:
+                cache.crop(num_tokens - len(self._ids))
+            except (RuntimeError, ValueError):
+                return None
         return cache
 
     def keep(self, cache: Cache, sequence: list[int]) -> None:

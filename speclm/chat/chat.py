@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from threading import Event
 from time import perf_counter
@@ -27,6 +28,7 @@ from speclm.stats import SpeculationStats
 
 Message = dict[str, str]
 MAX_NEW_TOKENS = 512
+_OWN_OPTIONS = ("acceptance", "tree", "engine", "busy")  # that base.generate does not know
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +54,16 @@ class Answer:
     seconds: float
     speculation: SpeculationStats
     num_marked_rounds: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """A question with its answer, and what the answer was generated with."""
+
+    question: str
+    answer: Answer
+    prompt: list[int]
+    options: dict[str, Any]
 
 
 class Chat:
@@ -95,7 +107,7 @@ class Chat:
         self.system = system
         self._tokenizer = tokenizer
         self._options = {"max_new_tokens": MAX_NEW_TOKENS, **(options or {})}
-        self._turns: list[tuple[str, Answer]] = []
+        self._turns: list[_Turn] = []
         self._kept = KeptCache()
         self._stopping = Event()
         self._can_mark = True
@@ -104,14 +116,14 @@ class Chat:
     def messages(self) -> list[Message]:
         """All messages, as chat templates take them."""
         found = [] if self.system is None else [_message("system", self.system)]
-        for question, answer in self._turns:
-            found += [_message("user", question), _message("assistant", answer.text)]
+        for turn in self._turns:
+            found += [_message("user", turn.question), _message("assistant", turn.answer.text)]
         return found
 
     @property
     def answers(self) -> list[Answer]:
         """The answers so far."""
-        return [answer for _, answer in self._turns]
+        return [turn.answer for turn in self._turns]
 
     @property
     def speculation(self) -> SpeculationStats:
@@ -124,6 +136,7 @@ class Chat:
         *,
         on_piece: Callable[[Piece], object] = lambda _: None,
         marks_drafted: bool = False,
+        options: Mapping[str, Any] | None = None,
     ) -> Answer:
         """Answer a question.
 
@@ -131,6 +144,8 @@ class Chat:
             text: The user's message.
             on_piece: Receives the text while it is generated.
             marks_drafted: Whether to mark drafted pieces; text then comes one round at a time.
+            options: Arguments of ``generate`` for this answer, which override those of the
+                conversation.
 
         Raises:
             OptionError: If a message is not Unicode text.
@@ -138,42 +153,45 @@ class Chat:
                 refuses it.
         """
         prompt = self._render([*self.messages, _message("user", text)])
-        max_new_tokens = self._bound_new_tokens(len(prompt))
-        ends = self._end_tokens()
-        pieces: list[str] = []
-
-        def show(piece: Piece) -> None:
-            pieces.append(piece.text)
-            on_piece(piece)
-
-        streamer = RoundStreamer(
-            self._tokenizer,
-            show,
-            marks_drafted=lambda: marks_drafted and self._can_mark and not self._is_plain(),
-            skipped=ends,
-        )
-        self._stopping.clear()
+        merged = {**self._options, **(options or {})}
+        merged["max_new_tokens"] = self._bound_new_tokens(len(prompt), merged["max_new_tokens"])
         cache = self._kept.take(prompt)
-        num_reused = 0 if cache is None else int(cache.get_seq_length())
-        start = perf_counter()
-        sequence = self._generate(prompt, cache, streamer, max_new_tokens=max_new_tokens)
-        seconds = perf_counter() - start
-        tokens = sequence[len(prompt) :]
+        answer, output = self._generate(
+            self.spec.generate,
+            prompt,
+            cache,
+            merged,
+            on_piece,
+            lambda: marks_drafted and self._can_mark and not self._is_plain(),
+        )
         speculation = self.spec.last_speculation
         assert speculation is not None, "a call has just ended"
+        answer = replace(answer, speculation=speculation)
+        if output.past_key_values is not None and self._can_read_on(output.past_key_values):
+            self._kept.keep(output.past_key_values, output.sequences[0].tolist())
         if marks_drafted and not self._is_plain():
-            self._can_mark = streamer.num_rounds > 0
-        answer = Answer(
-            text="".join(pieces),
-            tokens=tokens,
-            num_prompt_tokens=len(prompt),
-            num_reused_tokens=num_reused,
-            finish=self._finish(tokens, ends, max_new_tokens),
-            seconds=seconds,
-            speculation=speculation,
-            num_marked_rounds=streamer.num_rounds,
-        )
-        self._turns.append((text, answer))
+            self._can_mark = answer.num_marked_rounds > 0
+        self._turns.append(_Turn(text, answer, prompt, merged))
+        return answer
+
+    def answer_regularly(self, *, on_piece: Callable[[Piece], object] = lambda _: None) -> Answer:
+        """Answer the last question again with ``base.generate``, for a comparison.
+
+        The conversation stays as it is. As many tokens of the prompt are read as for the answer,
+        where the cache can be cropped; `Answer.num_reused_tokens` says so. Give the random
+        generator the same seed as before the answer.
+
+        Raises:
+            OptionError: If there is no answer yet.
+        """
+        if not self._turns:
+            raise OptionError("there is no answer to compare with; ask something first")
+        turn = self._turns[-1]
+        options = {name: turn.options[name] for name in turn.options if name not in _OWN_OPTIONS}
+        cache = self._kept.copy(turn.answer.num_reused_tokens)
+        base: Any = self.spec.base
+        generate = partial(type(base).generate, base)  # the base itself may be patched
+        answer, _ = self._generate(generate, turn.prompt, cache, options, on_piece, lambda: False)
         return answer
 
     def stop(self) -> None:
@@ -230,9 +248,8 @@ class Chat:
         encoded = self._tokenizer(text, add_special_tokens=False, verbose=False)
         return list(encoded["input_ids"])
 
-    def _bound_new_tokens(self, num_prompt_tokens: int) -> int:
+    def _bound_new_tokens(self, num_prompt_tokens: int, wanted: int) -> int:
         """Return the maximum length of an answer, and check that there is room for one."""
-        wanted: int = self._options["max_new_tokens"]
         text_config = self.spec.config.get_text_config()
         positions = getattr(text_config, "max_position_embeddings", None)
         if positions is None:
@@ -241,12 +258,12 @@ class Chat:
             raise PromptError(
                 f"the conversation has {num_prompt_tokens} tokens, and the model has "
                 f"{positions} positions; begin anew with /reset, or drop turns with /undo (in "
-                "Python: reset() and undo())"
+                "Python: reset() and undo(), on the web page: New conversation)"
             )
         return min(wanted, int(positions) - num_prompt_tokens)
 
-    def _end_tokens(self) -> frozenset[int]:
-        found = resolve_setting("eos_token_id", self._options, self.spec.generation_config)
+    def _end_tokens(self, options: Mapping[str, Any]) -> frozenset[int]:
+        found = resolve_setting("eos_token_id", options, self.spec.generation_config)
         if found is None:
             return frozenset()
         return frozenset(
@@ -259,31 +276,50 @@ class Chat:
 
     def _generate(
         self,
+        generate: Callable[..., Any],
         prompt: list[int],
         cache: Cache | None,
-        streamer: RoundStreamer,
-        *,
-        max_new_tokens: int,
-    ) -> list[int]:
-        """Return prompt and answer, and keep the cache that comes back."""
+        options: Mapping[str, Any],
+        on_piece: Callable[[Piece], object],
+        marks_drafted: Callable[[], bool],
+    ) -> tuple[Answer, Any]:
+        """Return the answer, without counters, and the output of a function like ``generate``."""
+        ends = self._end_tokens(options)
+        pieces: list[str] = []
+
+        def show(piece: Piece) -> None:
+            pieces.append(piece.text)
+            on_piece(piece)
+
+        streamer = RoundStreamer(self._tokenizer, show, marks_drafted=marks_drafted, skipped=ends)
+        self._stopping.clear()
+        num_reused = 0 if cache is None else int(cache.get_seq_length())
         input_ids = torch.tensor([prompt], device=self.spec.device, dtype=torch.long)
         arguments = {
-            **self._options,
+            **options,
             "input_ids": input_ids,
             "attention_mask": torch.ones_like(input_ids),
-            "max_new_tokens": max_new_tokens,
             "streamer": streamer,
             "stopping_criteria": StoppingCriteriaList([_Requested(self._stopping)]),
             "return_dict_in_generate": True,
         }
         if cache is not None:
             arguments["past_key_values"] = cache
-        output: Any = self.spec.generate(**arguments)
-        sequence: list[int] = output.sequences[0].tolist()
-        cache = output.past_key_values
-        if cache is not None and self._can_read_on(cache):
-            self._kept.keep(cache, sequence)
-        return sequence
+        start = perf_counter()
+        output = generate(**arguments)
+        seconds = perf_counter() - start
+        tokens: list[int] = output.sequences[0, len(prompt) :].tolist()
+        answer = Answer(
+            text="".join(pieces),
+            tokens=tokens,
+            num_prompt_tokens=len(prompt),
+            num_reused_tokens=num_reused,
+            finish=self._finish(tokens, ends, options["max_new_tokens"]),
+            seconds=seconds,
+            speculation=SpeculationStats(),
+            num_marked_rounds=streamer.num_rounds,
+        )
+        return answer, output
 
     def _can_read_on(self, cache: Cache) -> bool:
         """Return whether a later prompt may continue from a cache."""

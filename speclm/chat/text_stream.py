@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from jaxtyping import Int
 from torch import Tensor
@@ -13,6 +13,7 @@ from typing_extensions import override
 from speclm.config import MAX_DEPTH
 from speclm.errors import OptionError
 
+Origin = Literal["drafted", "bonus", "regular"]
 _INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -23,10 +24,21 @@ class Piece:
     Args:
         text: One or more characters.
         is_drafted: Whether the token is known to be a draft token.
+        round: Number of its round, from 1; 0 if rounds are not reported.
+        depth: Depth of a draft token in the draft tree, from 1; 0 for other tokens.
     """
 
     text: str
     is_drafted: bool
+    round: int = 0
+    depth: int = 0
+
+    @property
+    def origin(self) -> Origin:
+        """Which part of a round the token is, or that it comes from regular generation."""
+        if self.is_drafted:
+            return "drafted"
+        return "bonus" if self.round else "regular"
 
 
 class TextDecoder:
@@ -114,7 +126,7 @@ class RoundStreamer(BaseStreamer):
         if len(self._held) > MAX_DEPTH + 1:
             self._is_silent = True
         if self._is_silent or not self._marks_drafted():
-            self._flush(num_drafted=0)
+            self._flush()
 
     def on_round(self, accepted_length: int) -> None:
         """Pass on the tokens since the last call, which form a round.
@@ -124,14 +136,16 @@ class RoundStreamer(BaseStreamer):
         """
         self.num_rounds += 1
         self._is_silent = False
-        self._flush(num_drafted=accepted_length)
+        self._flush(num_drafted=accepted_length, round_number=self.num_rounds)
 
     @override
     def end(self) -> None:
-        self._flush(num_drafted=0)
+        self._flush()
 
-    def _flush(self, *, num_drafted: int) -> None:
+    def _flush(self, *, num_drafted: int = 0, round_number: int = 0) -> None:
         tokens, self._held = self._held, []
-        for index, token in enumerate(tokens):
+        for depth, token in enumerate(tokens, 1):
             if token not in self._skipped and (text := self._decoder.push(token)):
-                self._on_piece(Piece(text, is_drafted=index < num_drafted))
+                is_drafted = depth <= num_drafted
+                piece = Piece(text, is_drafted, round_number, depth if is_drafted else 0)
+                self._on_piece(piece)

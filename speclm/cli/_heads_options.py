@@ -99,6 +99,7 @@ class ExportServerOptions:
     num_draft_tokens: NumDraftTokens = None
     engine: Engine = "auto"
     corpus: Corpus = None
+    token_map: TokenMap = None
     check: Annotated[
         bool, typer.Option(help="Load base and heads once on the CPU, to check that they fit.")
     ] = True

@@ -164,6 +164,23 @@ class ChatOptions(SamplingOptions):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WebuiOptions(SamplingOptions):
+    """Chat with a model on a web page, which shows where each token comes from.
+
+    The options of sampling are what the page's settings are at first.
+    """
+
+    max_new_tokens: MaxNewTokens = 512
+    system: Annotated[str | None, typer.Option(help="Text of a system message.")] = None
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")
+    ] = "127.0.0.1"
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0 for a free one.")
+    ] = 7860
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BenchOptions(DraftOptions):
     """Measure speculative and regular generation in pairs, and check that outputs are equal."""
 

@@ -18,6 +18,7 @@ def export_server(options: ExportServerOptions) -> None:
         "revision": options.heads_revision,
         "subfolder": options.heads_subfolder,
         "corpus": options.corpus,
+        "token_map": options.token_map,
     }
     bundled = assets()
     is_bundled = options.base is None

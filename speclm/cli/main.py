@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[type, str]] = {
     "demo": (_options.DemoOptions, "demo"),
     "generate": (_options.GenerateOptions, "generate"),
     "chat": (_options.ChatOptions, "chat"),
+    "webui": (_options.WebuiOptions, "webui"),
     "bench": (_options.BenchOptions, "bench"),
     "tune": (_options.TuneOptions, "tune"),
     "warm": (_options.WarmOptions, "warm"),

@@ -24,6 +24,9 @@ _EMBEDDINGS = (
 _SMALL = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py", "LICENSE*", "NOTICE*")
 """Files of a model next to its weights: its tokenizer, its code and its licence."""
 
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+"""Names of the weights that Transformers reads."""
+
 _NAMES = ("config.json", "generation_config.json", "*.safetensors.index.json")
 
 
@@ -92,7 +95,8 @@ class BaseParts:
     @property
     def architectures(self) -> list[str]:
         """Names of its classes."""
-        return [str(name) for name in self.config.get("architectures") or ()]
+        found = self.config.get("architectures")
+        return [str(name) for name in found] if isinstance(found, list) else []
 
     @property
     def _text_config(self) -> Mapping[str, Any]:
@@ -183,7 +187,10 @@ class BaseParts:
 
     def _source(self) -> WeightFiles:
         assert self.folder is not None
-        found = next(weight_files(self.folder), None)
+        sources = list(weight_files(self.folder))
+        # Others next to it are copies in another layout, such as consolidated.safetensors.
+        own = (each for each in sources if each.path.name in _WEIGHTS)
+        found = next(own, sources[0] if sources else None)
         if self.hub is not None and not path_exists(self.name):
             for pattern in ("model.safetensors", "*.safetensors"):  # a model without an index
                 if found is None:

@@ -46,6 +46,9 @@ _TYPES: dict[str, Any] = {
     "force_download": bool,
 }
 
+HUB_OPTIONS = frozenset(_TYPES)
+"""Names of the fields of `HubOptions`."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HubOptions:

@@ -24,7 +24,8 @@ class StopStrings:
         """Start after the prompt."""
         self._criteria = criteria
         self._device = prompt.device
-        self._width = max(int(criterion.maximum_token_len) for criterion in criteria)
+        # An empty string has no tokens and ends every row; a criterion needs one token to look at.
+        self._width = max(1, *(int(criterion.maximum_token_len) for criterion in criteria))
         self._prompt: list[list[int]] = prompt[:, -self._width :].tolist()
 
     def first_stops(

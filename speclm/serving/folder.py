@@ -2,7 +2,8 @@
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,19 +17,31 @@ from transformers.utils.import_utils import is_serve_available
 
 from speclm.cards import GENERATED_MARK
 from speclm.drafting.base_parts import BaseParts
-from speclm.drafting.heads_folder import CARD_NAME, CONFIG_NAME, hub_id
+from speclm.drafting.heads_folder import CARD_NAME, CONFIG_NAME, hub_id, require_folder
 from speclm.drafting.package import EXPORT_NAME, link_or_copy
-from speclm.errors import CheckpointError, OptionError, reason_of, shown
+from speclm.errors import (
+    CheckpointError,
+    OptionError,
+    SaveError,
+    SpeclmError,
+    reason_of,
+)
 from speclm.files.atomic import folder_written_whole, write_file, write_json
 from speclm.files.hub import HubOptions, path_exists
 from speclm.files.weights import read_json
 from speclm.methods.finding import find_heads
 from speclm.methods.registry import HeadsSource
-from speclm.model import SpecModel
 from speclm.model.call import Tree, normalize_tree
 from speclm.model.engines import normalize_engine
 from speclm.model.exporting import find_base
-from speclm.serving.record import HEADS_FOLDER, is_export, load_served, write_record
+from speclm.serving.record import (
+    HEADS_FOLDER,
+    OPTION_FILES,
+    heads_settings,
+    is_export,
+    load_served,
+    write_record,
+)
 from speclm.target.loading import load_causal_lm
 from speclm.tree.plan import TreePlan
 
@@ -47,6 +60,7 @@ generate = partial(generate, code=__file__)
 # with which Transformers would serve the base without drafts and without a message.
 _PROCESSOR_NAME = "processor_config.json"
 _PROCESSOR = {"auto_map": {"AutoProcessor": "custom_generate/generate.ServedTokenizer"}}
+_TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 _PROCESSORS = (_PROCESSOR_NAME, "preprocessor_config.json", "video_preprocessor_config.json")
 
 _CARD = """\
@@ -135,7 +149,7 @@ def export_server(  # noqa: PLR0913 - its options are keywords
         OptionError: If heads or options cannot be stored in files.
         CheckpointError: If files are missing or damaged, the folder holds something else, or heads
             do not fit the base.
-        OSError: If the files cannot be written; nothing is changed then.
+        SaveError: If the files cannot be written; nothing is changed then.
 
     Example:
         ```python
@@ -148,33 +162,65 @@ def export_server(  # noqa: PLR0913 - its options are keywords
     """
     folder = Path(out)
     _require_free(folder)
-    source = find_heads(heads, heads_kwargs)
+    source = _find_heads(heads, heads_kwargs)
     parts = find_base(base, HubOptions(**{**source.hub, "subfolder": "", "revision": revision}))
     assert parts is not None
     _require_servable(parts)
     tree, engine = _stored_tree(tree), str(normalize_engine(engine))
-    settings = _heads_settings(source) | {"tree": tree, "engine": engine}
-    settings["num_draft_tokens"] = num_draft_tokens
-    with folder_written_whole(folder) as aside:
-        notes = _write_files(parts, source, settings, aside, name=folder.name)
-        model = _loaded(aside, parts.architectures[0]) if check else None
+    settings, files = heads_settings(source)
+    settings |= {"tree": tree, "engine": engine, "num_draft_tokens": num_draft_tokens}
+    with _saving(folder), folder_written_whole(folder) as aside:
+        _link(files, aside / OPTION_FILES)
+        notes = _write_files(parts, source, settings, aside, out=folder)
+        verification = _verification(aside, parts.architectures[0]) if check else None
     found = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
-    verification = None if model is None else model.self_check.verification.value
     return ServedFolder(folder, source.method.name, verification, tuple(notes), sum(found))
+
+
+@contextmanager
+def _saving(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except SpeclmError:
+        raise
+    except OSError as error:
+        raise SaveError(
+            f"{folder}: the files cannot be written ({reason_of(error)}), expected a place with "
+            "room for them; nothing is changed, make room or choose another folder"
+        ) from error
 
 
 def _require_free(folder: Path) -> None:
     """Check that a folder is new, empty, or an export that can be replaced."""
-    if folder.exists() and not folder.is_dir():
-        raise CheckpointError(f"{folder}: found a file, expected a new folder; choose another")
-    if is_export(folder):
-        return
-    names = sorted(each.name for each in folder.iterdir()) if folder.is_dir() else []
-    if names:
-        raise CheckpointError(
-            f"{folder}: found {names[:8]!r}, expected a new or empty folder, or one that speclm "
-            "export-server has written; choose another"
+    with _saving(folder):
+        require_folder(folder)
+        if Path.cwd().is_relative_to(folder.resolve()):
+            raise CheckpointError(
+                f"{folder}: found the current folder or one around it, expected another, because "
+                "it is replaced whole; change to another folder, or choose one"
+            )
+        if (folder / ".git").exists():  # an export that is replaced would take its history along
+            raise CheckpointError(
+                f"{folder}: found a Git repository, expected a folder of the export only; choose "
+                "another, and copy its files"
+            )
+        if is_export(folder):
+            return
+        names = sorted(each.name for each in folder.iterdir()) if folder.is_dir() else []
+        if names:
+            raise CheckpointError(
+                f"{folder}: found {names[:8]!r}, expected a new or empty folder, or one that "
+                "speclm export-server has written; choose another"
+            )
+
+
+def _find_heads(heads: object, options: Mapping[str, Any] | None) -> HeadsSource:
+    if not isinstance(heads, str | Path):
+        raise OptionError(
+            f"heads is a {type(heads).__name__}, expected the name of a method, or the folder or "
+            "hub id of heads, which the server can load; save the heads first"
         )
+    return find_heads(heads, options)
 
 
 def _require_servable(base: BaseParts) -> None:
@@ -193,39 +239,13 @@ def _require_servable(base: BaseParts) -> None:
         )
 
 
-def _heads_settings(source: HeadsSource) -> dict[str, Any]:
-    """Return which heads are loaded and with which options, as JSON holds them.
-
-    Raises:
-        OptionError: If the heads are an object, or an option is none of JSON's types.
-    """
-    if source.folder is None and not isinstance(source.given, str):
-        raise OptionError(
-            f"heads is a {type(source.given).__name__}, expected the name of a method, or the "
-            "folder or hub id of heads, which the server can load; save the heads first"
-        )
-    options = {
-        name: str(value.resolve()) if isinstance(value, Path) else value
-        for name, value in source.options.items()
-    }
-    try:
-        json.dumps(options)
-    except (TypeError, ValueError) as error:
-        raise OptionError(
-            f"heads_kwargs is {shown(options)}, expected what JSON holds "
-            f"({reason_of(error)}); leave the others out"
-        ) from error
-    heads = source.given if source.folder is None else None  # those in the folder
-    return {"heads": heads, "heads_kwargs": options}
-
-
 def _stored_tree(tree: Tree | None) -> Any:
     plan = normalize_tree(tree)
     return asdict(plan) if isinstance(plan, TreePlan) else plan
 
 
 def _write_files(
-    parts: BaseParts, source: HeadsSource, settings: Mapping[str, Any], folder: Path, *, name: str
+    parts: BaseParts, source: HeadsSource, settings: Mapping[str, Any], folder: Path, *, out: Path
 ) -> list[str]:
     """Write everything into a folder that will have another name; return the notes."""
     weights = _copy_model(parts, folder)
@@ -233,8 +253,17 @@ def _write_files(
         _copy_heads(source, folder / HEADS_FOLDER)
     base = {"name": hub_id(parts.name), "commit": parts.commit, "weights": weights}
     write_record(folder, source, settings, base)
-    write_file(folder / CARD_NAME, _card(parts, source, name))
-    return _write_code(folder, is_text=_is_text(parts.architectures[0]))
+    write_file(folder / CARD_NAME, _card(parts, source, out.name))
+    notes = _write_code(folder, is_text=_is_text(parts.architectures[0]))
+    if "@" in str(out):
+        notes.append("The server reads what follows @ as a revision: rename or move the folder.")
+    return notes
+
+
+def _link(files: Mapping[str, Path], folder: Path) -> None:
+    for name, path in files.items():
+        folder.mkdir(exist_ok=True)
+        link_or_copy(path, folder / name)
 
 
 def _copy_model(parts: BaseParts, folder: Path) -> list[str]:
@@ -242,9 +271,7 @@ def _copy_model(parts: BaseParts, folder: Path) -> list[str]:
     weights, small = parts.whole()
     source = small[0].parent if small else weights.path.parent
     files = {file.name: source / file.name for file in weights.files.values()}
-    folder.mkdir(exist_ok=True)
-    for name, path in files.items():
-        link_or_copy(path, folder / name)
+    _link(files, folder)
     for path in (*small, source / CONFIG_NAME, weights.path):
         if path.name not in files and path.name != EXPORT_NAME:
             write_file(folder / path.name, path.read_bytes())
@@ -283,6 +310,11 @@ def _write_code(folder: Path, *, is_text: bool) -> list[str]:
         notes.append(
             "The base's generation config does not sample, so the server ignores temperature and "
             'top_p, unless a request has "generation_config": "{\\"do_sample\\": true}".'
+        )
+    if not any(path for pattern in _TOKENIZERS for path in folder.glob(pattern)):
+        notes.append(
+            "The base has no tokenizer, without which the server does not start: save one with its "
+            "save_pretrained next to the base, and export again."
         )
     if not _has_chat_template(folder):
         notes.append("The base has no chat template: only /v1/completions answers.")
@@ -323,18 +355,19 @@ def _is_text(architecture: str) -> bool:
     return architecture in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
 
 
-def _loaded(folder: Path, architecture: str) -> SpecModel:
-    """Load an exported folder as the server does, and check how drafts are verified."""
-    if _is_text(architecture):
-        base = load_causal_lm(folder, {"dtype": "auto"}, owner="base")
-    else:  # a model that reads images too
-        try:
+def _verification(folder: Path, architecture: str) -> str:
+    """Load an exported folder as the server does, and return how drafts are verified."""
+    try:
+        if _is_text(architecture):
+            base = load_causal_lm(folder, {"dtype": "auto"}, owner="base")
+        else:  # a model that reads images too
             base = getattr(transformers, architecture).from_pretrained(folder, dtype="auto")
-        except Exception as error:
-            raise CheckpointError(
-                f"the base cannot be loaded as {architecture} ({reason_of(error)}), expected "
-                "undamaged files of a language model; download or save it again"
-            ) from error
-    model = load_served(base)
-    _ = model.self_check
-    return model
+    except SpeclmError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"the base cannot be loaded as {architecture} ({reason_of(error)}), expected undamaged "
+            "files, and the packages and memory that they need; download or save it again, or "
+            "export it without the check"
+        ) from error
+    return str(load_served(base).self_check.verification.value)

@@ -287,3 +287,37 @@ def test_saving_nothing_or_nowhere_is_refused(tmp_path):
     chat.ask("a")
     with pytest.raises(OptionError, match=r"cannot be written.*folder that exists"):
         chat.save(tmp_path / "missing" / "a.jsonl")
+
+
+@pytest.mark.parametrize("options", [IN_LETTERS, {**IN_LETTERS, "do_sample": True}])
+def test_regular_answers_are_the_same_and_leave_the_conversation_as_it_is(options):
+    chat = new_chat(heads="ngram", options={**options, "tree": "auto"})
+    for text in ("abcabcabc", "bc"):
+        torch.manual_seed(4)
+        answer = chat.ask(text, options={"max_new_tokens": 7})
+        messages, pieces = chat.messages, []
+        torch.manual_seed(4)
+        with fed_tokens(chat) as fed:
+            regular = chat.answer_regularly(on_piece=pieces.append)
+        assert (regular.tokens, regular.text) == (answer.tokens, answer.text)
+        assert len(answer.tokens) == 7
+        assert {piece.origin for piece in pieces} == {"regular"}
+        # It reads what the answer has read, and no more.
+        assert regular.num_reused_tokens == answer.num_reused_tokens
+        assert fed == [answer.num_prompt_tokens - answer.num_reused_tokens] + [1] * 6
+        assert chat.messages == messages
+    assert chat.answers[1].num_reused_tokens > 0
+
+
+def test_a_regular_answer_reads_everything_where_the_cache_cannot_be_cropped():
+    chat = new_chat(family="qwen3_next", options=IN_LETTERS)
+    for _ in range(2):
+        answer = chat.ask("a")
+    assert answer.num_reused_tokens > 0
+    regular = chat.answer_regularly()
+    assert (regular.tokens, regular.num_reused_tokens) == (answer.tokens, 0)
+
+
+def test_without_an_answer_there_is_nothing_to_compare_with():
+    with pytest.raises(OptionError, match="no answer to compare with; ask something first"):
+        new_chat().answer_regularly()

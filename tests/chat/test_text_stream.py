@@ -81,12 +81,12 @@ def test_rounds_mark_the_tokens_that_were_drafted():
             streamer.put(torch.tensor([token]))
         streamer.on_round(accepted_length)
     streamer.end()
-    assert [(piece.text, piece.is_drafted) for piece in pieces] == [
-        ("a", True),
-        ("b", True),
-        ("c", False),
-        ("d", False),
-        ("好", False),  # completed by the target's own token
+    assert [(piece.text, piece.origin, piece.round, piece.depth) for piece in pieces] == [
+        ("a", "drafted", 1, 1),
+        ("b", "drafted", 1, 2),
+        ("c", "bonus", 1, 0),
+        ("d", "bonus", 2, 0),
+        ("好", "bonus", 3, 0),  # completed by the target's own token
     ]
     assert streamer.num_rounds == 3
 
@@ -102,7 +102,7 @@ def test_text_is_not_held_back_when_nobody_asks_for_marks():
     streamer, pieces = stream(encode("abc"))
     assert [piece.text for piece in pieces] == ["a", "b", "c"]
     streamer.on_round(2)
-    assert not any(piece.is_drafted for piece in pieces)
+    assert {piece.origin for piece in pieces} == {"regular"}
 
 
 def test_text_goes_on_unmarked_when_rounds_are_never_reported():

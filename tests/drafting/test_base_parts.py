@@ -40,6 +40,8 @@ def test_only_the_shard_with_the_matrix_is_opened(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     head = {key: state[key] for key in state if "embed" in key or "lm_head" in key}
     save_file(head, tmp_path / "b.safetensors")
+    # Mistral's repositories have such a copy next to the shards.
+    save_file({"lm_head.weight": torch.zeros(2, 2)}, tmp_path / "consolidated.safetensors")
     weight_map = {key: "b.safetensors" if key in head else "missing.safetensors" for key in state}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     assert torch.equal(

@@ -109,11 +109,14 @@ def test_sequences_are_padded_on_the_right():
     assert rows.to_tensor(prompt, 0).tolist() == [[7, 7, 1, 2, 3], [0, 7, 1, 9, 0]]
 
 
-@pytest.mark.parametrize("length", [0, 2, 40])
-def test_rows_stop_where_the_criterion_stops_them_token_by_token(length):
+@pytest.mark.parametrize(
+    ("length", "words"),
+    [(0, ["name FR", "city"]), (2, ["name FR", "city"]), (40, ["name FR", "city"]), (2, [""])],
+)
+def test_rows_stop_where_the_criterion_stops_them_token_by_token(length, words):
     dice = random.Random(length)
     common = tokenizer().encode("SELECT name FROM city", add_special_tokens=False)
-    criterion = StopStringCriteria(tokenizer=tokenizer(), stop_strings=["name FR", "city"])
+    criterion = StopStringCriteria(tokenizer=tokenizer(), stop_strings=words)
     prompt = torch.tensor([[dice.choice(common) for _ in range(length)] for _ in range(4)])
     prompt = prompt.view(4, length).long()
     before = [[dice.choice(common) for _ in range(row)] for row in range(4)]

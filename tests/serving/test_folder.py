@@ -8,7 +8,13 @@ import jaxtyping
 import pytest
 
 from speclm.demo import assets
-from speclm.errors import CheckpointError, OptionError, UnknownNameError, VocabularyMismatchError
+from speclm.errors import (
+    CheckpointError,
+    OptionError,
+    SaveError,
+    UnknownNameError,
+    VocabularyMismatchError,
+)
 from speclm.serving import export_server
 from tests.byte_tokenizer import VOCAB_SIZE
 from tests.models import build_model
@@ -56,20 +62,37 @@ def test_heads_that_do_not_fit_leave_the_earlier_export(base, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["served"]
 
 
-def test_folder_of_something_else_is_not_replaced(base, tmp_path):
+def test_folder_of_something_else_is_not_replaced(base, tmp_path, monkeypatch):
     shutil.copytree(base, tmp_path / "mine")
     with pytest.raises(CheckpointError, match="choose another"):
         export_server(base, tmp_path / "mine")
+    out = export_server(base, tmp_path / "served", heads="ngram", check=False).folder
+    (out / ".git").mkdir()
+    with pytest.raises(CheckpointError, match="found a Git repository"):
+        export_server(base, out, heads="ngram")
+    (out / ".git").rmdir()
+    (out / "speclm_export.json").write_text("damaged")
+    with pytest.raises(CheckpointError, match="choose another"):
+        export_server(base, out, heads="ngram")
     file = tmp_path / "file"
     file.write_text("mine")
     with pytest.raises(CheckpointError, match="found a file"):
         export_server(base, file)
+    for out in (file / "inside", tmp_path / ("x" * 300)):
+        with pytest.raises(SaveError, match="choose another folder"):
+            export_server(base, out, heads="ngram", check=False)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    with pytest.raises(CheckpointError, match="found the current folder"):
+        export_server(base, ".", heads="ngram", check=False)
+    with pytest.raises(CheckpointError, match="found no path"):
+        export_server(base, "a\0b")
 
 
 def test_base_that_the_server_cannot_load_is_refused(base, tmp_path):
     copied = Path(shutil.copytree(base, tmp_path / "copied"))
     config = json.loads((copied / "config.json").read_text())
-    for names in ([], ["NobodyForCausalLM"], ["pipeline"]):
+    for names in ([], 5, "LlamaForCausalLM", ["NobodyForCausalLM"], ["pipeline"]):
         (copied / "config.json").write_text(json.dumps({**config, "architectures": names}))
         with pytest.raises(CheckpointError, match="expected one of Transformers"):
             export_server(copied, tmp_path / "out")
@@ -85,10 +108,11 @@ def test_base_that_the_server_cannot_load_is_refused(base, tmp_path):
 
 def test_heads_that_files_cannot_hold_are_refused(base, tmp_path, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # as users run it
-    with pytest.raises(OptionError, match="save the heads first"):
-        export_server(base, tmp_path / "out", heads=build_model("llama", vocab_size=VOCAB_SIZE))
+    for heads in (build_model("llama", vocab_size=VOCAB_SIZE), ["ngram", "lookup"], None):
+        with pytest.raises(OptionError, match="save the heads first"):
+            export_server(base, tmp_path / "out", heads=heads)
     with pytest.raises(OptionError, match="expected what JSON holds"):
-        export_server(base, tmp_path / "out", heads_kwargs={"memory": object()})
+        export_server(base, tmp_path / "out", heads_kwargs={"history": object()})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -105,16 +129,20 @@ def test_base_that_reads_images_is_exported(tmp_path):
 
 def test_notes_say_what_the_server_ignores(base, tmp_path, monkeypatch):
     monkeypatch.setattr("speclm.serving.folder.is_serve_available", lambda: False)
-    done = export_server(base, tmp_path / "served", heads="ngram", check=False)
+    done = export_server(base, tmp_path / "served@v2", heads="ngram", check=False)
     assert any("ignores temperature" in note for note in done.notes)
+    assert any("reads what follows @ as a revision" in note for note in done.notes)
+    assert not any("no tokenizer" in note for note in done.notes)
     assert any('pip install "speclm[serving]"' in note for note in done.notes)
     copied = Path(shutil.copytree(base, tmp_path / "copied"))
-    (copied / "chat_template.jinja").unlink()
+    for path in (*copied.glob("tokenizer*"), copied / "chat_template.jinja"):
+        path.unlink()
     (copied / "generation_config.json").write_text('{"do_sample": true}')
     (copied / "processor_config.json").write_text("{}")
     (copied / "README.md").write_text("---\nlicense: mit\n---\n")
     done = export_server(copied, tmp_path / "other", heads="ngram", check=False)
     assert not any("ignores temperature" in note for note in done.notes)
+    assert any("no tokenizer" in note for note in done.notes)
     assert any("only /v1/completions" in note for note in done.notes)
     assert any("without drafts, silently" in note for note in done.notes)
     assert 'license: "mit"' in (done.folder / "README.md").read_text()

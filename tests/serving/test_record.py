@@ -1,11 +1,14 @@
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from speclm.errors import CheckpointError
+from speclm.errors import CheckpointError, OptionError
+from speclm.methods.ngram.corpus import vocabulary_fingerprint
+from speclm.methods.ngram.suffix_index import SuffixIndex
 from speclm.serving import export_server
 from speclm.serving.record import load_served
 from speclm.tree.plan import TreePlan
@@ -24,17 +27,52 @@ def test_base_that_was_not_exported_has_no_settings(base, tmp_path):
         load_served(model)
     out = export_server(base, tmp_path / "served", heads="ngram", check=False).folder
     record = json.loads((out / "speclm_export.json").read_text())
-    wrong = {**record["settings"], "tree": {"width": 3}}
-    for damaged in (
-        {},
-        {**record, "settings": {}},
-        {**record, "settings": wrong},
-        {**record, "base": None},
-    ):
-        (out / "speclm_export.json").write_text(json.dumps(damaged))
-        model.name_or_path = str(out)
+    model.name_or_path = str(out)
+    wrong = ({"format": 1}, {"settings": {}}, {"base": None}, {"base": {"weights": {"../a": ""}}})
+    for damaged in wrong:
+        (out / "speclm_export.json").write_text(json.dumps({**record, **damaged}))
         with pytest.raises(CheckpointError, match="export the folder again"):
             load_served(model)
+    (out / "speclm_export.json").write_text("[" * 5000)
+    with pytest.raises(CheckpointError, match="no JSON can be read"):
+        load_served(model)
+
+
+def test_settings_reach_nothing_outside_of_the_folder(base, tmp_path):
+    model = load(base)
+    out = export_server(base, tmp_path / "served", heads="ngram", check=False).folder
+    model.name_or_path = str(out)
+    record = json.loads((out / "speclm_export.json").read_text())
+    for name, values in {
+        "heads": ["org/name", "..", str(base), 5, ["ngram", "lookup"]],
+        "heads_kwargs": [{"corpus": "/etc/hosts"}, {"a": "../b"}, {"memory": "x"}, {"token": ""}],
+        "files": [{"corpus": "../heads"}, {"corpus": "/a"}, {"corpus": 5}, {"a": "x" * 999}],
+        "tree": [{"width": 3}, "mine.json", [[0]], 4],
+        "num_draft_tokens": ["4", 1.5],
+        "engine": [None, {}],
+    }.items():
+        for value in values:
+            settings = {**record["settings"], name: value}
+            (out / "speclm_export.json").write_text(json.dumps({**record, "settings": settings}))
+            with pytest.raises(CheckpointError, match="export the folder again"):
+                load_served(model)
+
+
+def test_files_that_options_name_move_with_the_folder(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    corpus = Path("corpus.bin")
+    config = AutoConfig.from_pretrained(base)
+    index = SuffixIndex.build([[5, 6, 7, 8, 9] * 4])
+    fingerprint = vocabulary_fingerprint(config)
+    index.save(corpus, vocab_size=config.vocab_size, fingerprint=fingerprint)
+    for given in (corpus, str(corpus)):
+        out = export_server(base, "served", heads="lookup", heads_kwargs={"corpus": given}).folder
+    corpus.unlink()
+    served = load_served(load(out.rename("moved")))
+    assert len(served.proposer.grower.sources) == 3
+    for wrong in ({"corpus": corpus}, {"memory": "mine"}, {"token": "secret"}):
+        with pytest.raises(OptionError, match="that an exported folder cannot hold"):
+            export_server(base, "other", heads_kwargs=wrong, check=False)
 
 
 def test_weights_that_were_replaced_are_reported(base, draft, tmp_path, caplog):
@@ -79,7 +117,7 @@ def test_draft_model_and_plan_are_those_that_were_exported(base, draft, tmp_path
     plan = TreePlan(depth=3, num_draft_tokens=4)
     done = export_server(base, tmp_path / "served", heads=draft, tree=plan)
     model = load(done.folder)
-    served = load_served(model)
+    served = load_served(model, commit="0" * 40)  # as from a path into the hub's cache
     assert served.tree == plan
     prompt = torch.arange(5, 12)[None]
     output = served.generate(prompt, max_new_tokens=8)

@@ -22,7 +22,7 @@ from speclm.drafting.heads_folder import (
     require_whole,
 )
 from speclm.drafting.package import Package, write_package
-from speclm.errors import CheckpointError, shown
+from speclm.errors import CheckpointError, OptionError, shown
 from speclm.files.weights import INDEX, WeightFiles, read_numbers, reading, weight_files
 from speclm.methods.eagle.checkpoint_config import (
     describe,
@@ -98,6 +98,7 @@ def read_eagle(folder: str | Path, *, token_map: str | Path = "auto") -> EagleCh
     Raises:
         CheckpointError: If there are none, or a tensor is missing, unknown or has a wrong shape, or
             it is not clear which token map belongs to the heads.
+        OptionError: If `token_map` would have no effect on the heads.
     """
     with reading(Path(folder)):
         return _read(Path(folder), token_map)
@@ -119,7 +120,13 @@ def _read(folder: Path, token_map: str | Path) -> EagleCheckpoint:
     if kind == "eagle" and "d2t" not in tensors:
         chosen = _token_map(folder, hints, token_map)
         if chosen is not None:
-            _reduce_(tensors, _read_map(chosen))
+            size = hints.get("hot_vocab_size") if token_map == "auto" else None
+            _reduce_(tensors, _read_map(chosen, size))
+    elif token_map != "auto":
+        raise OptionError(
+            f"token_map is {str(token_map)!r}, while the heads in {folder} hold the tokens that "
+            "they draft, expected EAGLE-1 heads without 'd2t'; leave it out"
+        )
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     config = infer_config(source.path, shapes, hints, kind)
     if chosen is not None:
@@ -178,9 +185,14 @@ def map_name(size: object) -> str:
     return TOKEN_MAPS.replace("*", str(size))
 
 
-def _read_map(path: Path) -> Int[Tensor, " draft_vocab"]:
+def _read_map(path: Path, size: int | None) -> Int[Tensor, " draft_vocab"]:
     """Return the tokens of a map, sorted: their order means nothing to the heads."""
     tokens = read_numbers(path).sort().values
+    if size not in (None, len(tokens)):
+        raise CheckpointError(
+            f"{path}: found {len(tokens)} tokens, expected {size}, the hot_vocab_size in "
+            "config.json; take the map of these heads, or name one with token_map"
+        )
     repeated = tokens[1:][tokens[1:] == tokens[:-1]]
     if len(repeated) or int(tokens[0]) < 0:
         wrong = f"{int(repeated[0])} twice" if len(repeated) else str(int(tokens[0]))

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from speclm.errors import CheckpointError
+from speclm.errors import CheckpointError, OptionError
 from speclm.methods.eagle.checkpoint import read_eagle
 from speclm.methods.eagle.network import build_eagle
 from speclm.methods.medusa.checkpoint import find_medusa
@@ -292,10 +292,16 @@ def test_one_of_several_token_maps_is_chosen_by_its_size_or_by_name(tmp_path):
     assert read_eagle(folder, token_map=folder / "freq_5.pt").config.draft_vocab_size == DRAFT
     save(folder, tensors(EAGLE1), config={**EAGLE1_CONFIG, "hot_vocab_size": 2})
     assert read_eagle(folder).tensors["draft_columns"].tolist() == [1, 2]
+    (folder / "freq_2.pt").unlink()
+    with pytest.raises(CheckpointError, match=r"freq_5.pt: found 5 tokens, expected 2"):
+        read_eagle(folder)
     for file in folder.glob("*.pt"):
         file.unlink()
     with pytest.raises(CheckpointError, match=r"found 0 token maps .*hot_vocab_size 2"):
         read_eagle(folder)
+    save(folder, tensors(EAGLE3), config=EAGLE3_CONFIG)
+    with pytest.raises(OptionError, match=r"token_map is 'all', while the heads .* leave it out"):
+        read_eagle(folder, token_map="all")
 
 
 @pytest.mark.parametrize(
