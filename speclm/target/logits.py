@@ -1,11 +1,13 @@
 """The head of a model: its matrices, and logits from hidden states."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -79,6 +81,25 @@ def product_weight(model: PreTrainedModel) -> Float[Tensor, "vocab hidden"] | No
     has_bias = cast("Tensor | None", head.bias) is not None
     is_product = not has_bias and not head.weight.is_meta and _has_plain_head(model)
     return head.weight.detach() if is_product else None
+
+
+def logits_map(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    """Return `logits_from` for one model as it is now, with which each call takes less time."""
+    weight = product_weight(model)
+    if weight is None:
+        return partial(logits_from, model)
+    transposed = weight.t()
+    return lambda hidden: hidden.to(transposed.dtype) @ transposed
+
+
+def embedding_map(model: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    """Return the look-up of rows in a model's stored embeddings, as they are now.
+
+    Raises:
+        UnsupportedModelError: If they are quantised or offloaded.
+    """
+    weight = embedding_matrix(model)
+    return lambda tokens: F.embedding(tokens, weight)
 
 
 def replaced_forward(module: nn.Module) -> object:

@@ -11,10 +11,12 @@ from speclm.errors import UnsupportedModelError
 from speclm.target import TargetView
 from speclm.target.logits import (
     device_of,
+    embedding_map,
     embedding_matrix,
     find_decoder,
     head_shape,
     logits_from,
+    logits_map,
     output_matrix,
     product_weight,
     stored_matrices,
@@ -147,3 +149,13 @@ def test_device_of_weights_that_are_nowhere_is_meta():
     with torch.device("meta"):
         model = build_model("llama")
     assert device_of(model) == torch.device("meta")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["arcee", "granite"])  # the latter's logits are scaled
+def test_maps_that_are_made_once_compute_the_same(family):
+    model = shared_family(family)
+    hidden = torch.randn(2, 3, HIDDEN, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(logits_map(model)(hidden), logits_from(model, hidden))
+    tokens = torch.tensor([[3, 9]])
+    assert torch.equal(embedding_map(model)(tokens), model.get_input_embeddings().weight[tokens])

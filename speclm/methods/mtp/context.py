@@ -1,5 +1,8 @@
 """What MTP layers have computed at committed tokens, from which drafts start."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -11,7 +14,7 @@ from speclm.drafting.committed import CommittedRounds
 from speclm.drafting.interface import Prefill
 from speclm.drafting.levels import seen_below
 from speclm.methods.mtp.network import MtpHeads
-from speclm.target import TargetView
+from speclm.target import TargetView, embedding_map, logits_map
 
 
 class MtpContext:
@@ -29,7 +32,11 @@ class MtpContext:
         self.caches: list[TreeCache] = []
         self.outputs: list[Float[Tensor, "batch hidden"]] = []
         """Output of each layer at the roots."""
+        self._embedding: Callable[[Tensor], Tensor] | None = None  # for one draft
         self._num_unsure = 0  # first entries that are padding of some row and layer
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_embedding": None}  # of another object
 
     def begin(self, prompt: Prefill) -> None:
         """Start a generation; its prompt is read by the first draft."""
@@ -44,6 +51,8 @@ class MtpContext:
 
     def catch_up(self, *, num_ranks: int | None = None) -> None:  # noqa: ARG002 - no stages
         """Run the layers over what was committed since the last draft."""
+        if self._heads.shares_embeddings:
+            self._embedding = embedding_map(self._view.model)
         if not self.caches:
             assert self._prompt is not None, "propose before begin"
             self._read_prompt(self._prompt)
@@ -70,7 +79,7 @@ class MtpContext:
         """Return a run of the layers from the roots; see `LevelContext.start`."""
         for cache in self.caches:
             cache.reserve(sum(widths))
-        return MtpRun(self, self._heads, self._view)
+        return MtpRun(self, self._heads, logits_map(self._view.model))
 
     def run(
         self,
@@ -89,7 +98,9 @@ class MtpContext:
             visible: Pending nodes that each new one sees; the last ones are the new ones.
             depths: Depths of the pending nodes.
         """
-        embeddings = self._heads.embed(tokens, index, embedding=self._view.stored_embeddings)
+        embeddings = self._heads.embed(
+            tokens, index, embedding=self._embedding or self._view.stored_embeddings
+        )
         found: Tensor = self._heads.layer(index)(
             hidden,
             embeddings,
@@ -145,9 +156,11 @@ class MtpRun:
     tokens below it are predicted from.
     """
 
-    def __init__(self, context: MtpContext, heads: MtpHeads, view: TargetView) -> None:
-        """Start at the roots."""
-        self._context, self._heads, self._view = context, heads, view
+    def __init__(
+        self, context: MtpContext, heads: MtpHeads, lm_head: Callable[[Tensor], Tensor]
+    ) -> None:
+        """Start at the roots; `lm_head` is the target's map to logits."""
+        self._context, self._heads, self._lm_head = context, heads, lm_head
         self._depth = 0
         self._depths: list[int] = []  # of all pending nodes
         self._outputs = [output[:, None] for output in context.outputs]
@@ -158,7 +171,7 @@ class MtpRun:
     def logits(self) -> Float[Tensor, "batch width vocab"]:
         """Logits after every node of the last level, computed anew."""
         index = min(self._depth, len(self._outputs) - 1)
-        return self._heads.logits(self._outputs[index], index, lm_head=self._view.head_logits)
+        return self._heads.logits(self._outputs[index], index, lm_head=self._lm_head)
 
     def best(self, num: int) -> tuple[Tensor, Tensor]:
         """Return log-probabilities and columns of the best children, ``[batch, width, num]``."""

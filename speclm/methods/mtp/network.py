@@ -108,6 +108,11 @@ class MtpHeads(nn.Module):
         """Return a layer; the last one for any index beyond it."""
         return cast("MtpLayer", self.layers[min(index, len(self.layers) - 1)])
 
+    @property
+    def shares_embeddings(self) -> bool:
+        """Whether a layer reads the target's embeddings."""
+        return any(self.layer(k).embed_tokens is None for k in range(len(self.layers)))
+
     def embed(
         self, tokens: Int[Tensor, "*rows"], index: int, *, embedding: Callable[[Tensor], Tensor]
     ) -> Float[Tensor, "*rows hidden"]:

@@ -69,7 +69,7 @@ class MtpProposer(LevelProposer):
             options = options_with_tree(tree, options)
         config = MtpProposerConfig(**options)
         self.heads, self.view = heads, TargetView(target)
-        if any(heads.layer(index).embed_tokens is None for index in range(len(heads.layers))):
+        if heads.shares_embeddings:
             _ = self.view.embedding_weight  # raises if the target's cannot be read
         vocab_size = self.view.vocab_size
         self.needs = TargetNeeds(
