@@ -98,7 +98,7 @@ def category_table(parts: Sequence[tuple[str, str, Comparison]]) -> Table:
     for key, (_, _, part) in zip(keys, parts, strict=True):
         stats, ours, plain = part.stats, part.latency, part.plain_latency
         table.add_row(
-            *(key[column] for column in shown),
+            *(Text(" ".join(printable(key[column]).split())) for column in shown),
             str(len(part.pairs)),
             "" if stats is None else f"{stats.tau:.2f}",
             f"{part.ratio.median:.2f}x",
