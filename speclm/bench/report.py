@@ -24,6 +24,7 @@ ROUND_CHART = "round.png"
 
 _DISTINGUISHING = ("setting", "batch", "method")
 _CATEGORY = "category"
+_MAX_LETTERS = 30  # of the name of a category in a chart
 _NEEDED = {"plain_latency", "tau", "kept_by_depth", "tokens_per_second", "num_identical"}
 _PHASES = ("draft", "verify", "accept", "commit", "other")
 _SPEED_TEXT = (
@@ -368,5 +369,7 @@ def _label(record: Mapping[str, Any]) -> str:
     setting, batch, method = _keys(record)
     label = f"{setting}, batch {batch}"
     if _CATEGORY in record["settings"]:
-        label = f"{record['settings'][_CATEGORY]}, {setting}"
+        name = " ".join(record["settings"][_CATEGORY].split())
+        short = name if len(name) <= _MAX_LETTERS else f"{name[: _MAX_LETTERS - 1]}…"
+        label = f"{short}, {setting}"
     return label if method == "speclm" else f"{label}, {method}"

@@ -26,7 +26,7 @@ MT_BENCH_GROUP = "mt_bench"
 _LAYOUTS = (
     'expected a question of Spec-Bench or MT-bench ("question_id", "category", "turns"), a problem '
     'of HumanEval ("task_id", "prompt", "entry_point"), "prompt", a string, or "messages", a list '
-    'of objects with a "role"'
+    'of objects with "role" and "content"'
 )
 
 
@@ -105,8 +105,8 @@ def parse_prompt(line: JsonLine, *, keeps_answer: bool = False) -> Prompt:
         case {"prompt": ""}:
             raise DataError(f"{line.where}: the prompt is empty; drop the row or fill it in")
     raise DataError(
-        f'{line.where}: expected "prompt", a string, or "messages", a list of objects with a '
-        f'"role", found {line.excerpt}; correct the row'
+        f'{line.where}: expected "prompt", a string, or "messages", a list of objects with "role" '
+        f'and "content", found {line.excerpt}; correct the row'
     )
 
 
@@ -134,4 +134,7 @@ def _of_user(text: str) -> Message:
 
 
 def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("role"), str)
+    match value:
+        case {"role": str(), "content": str() | list()} | {"role": str(), "tool_calls": list()}:
+            return True
+    return False

@@ -90,6 +90,19 @@ def test_what_cannot_be_reported_is_named(tmp_path, records):
     assert not (tmp_path / "report").exists()
 
 
+def test_long_names_of_categories_leave_room_in_charts(monkeypatch, records):
+    labels = []
+
+    def draw(_title, names, *_, **__):
+        labels.extend(names)
+        return b""
+
+    monkeypatch.setattr(report, "draw_bars", draw)
+    part = {**records[0], "settings": {**records[0]["settings"], "category": "long\n" * 50}}
+    report._speed_chart("", [part])
+    assert labels == ["long long long long long long…, greedy"]
+
+
 def test_records_of_an_earlier_run_are_found_by_their_settings(tmp_path, records):
     path = tmp_path / "out.jsonl"
     part = {**records[1], "settings": {**records[1]["settings"], "category": "qa"}}

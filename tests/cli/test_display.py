@@ -61,6 +61,8 @@ def test_names_of_categories_are_text():
     console = Console(width=80, record=True, file=StringIO())
     console.print(table)
     assert console.export_text().splitlines()[1].startswith("[/] [red][0m a ")
+    console.print(category_table([("greedy", "long " * 50, comparison([SAME]))]))
+    assert console.export_text().splitlines()[1].startswith("long long long long long long l… ")
 
 
 def test_escape_sequences_that_are_split_over_tokens_do_not_reach_the_terminal():

@@ -65,6 +65,8 @@ def test_problem_of_humaneval_is_asked_as_a_message_if_there_is_a_chat_template(
         ({**RAG, "category": None}, "expected a question of Spec-Bench"),
         ({**HUMANEVAL, "prompt": ""}, "the prompt is empty"),
         ({"messages": []}, "no message that asks"),
+        ({"messages": [{"role": "user"}]}, 'objects with "role" and "content", found'),
+        ({"messages": [{"role": "user", "content": None}]}, 'objects with "role" and "content"'),
     ],
 )
 def test_row_of_another_layout_is_named(row, message):
