@@ -175,8 +175,8 @@ def make_calls(
         mask = [[0] * num + [1] * len(row) for num, row in zip(missing, some, strict=True)]
         calls.append(
             Call(
-                input_ids=torch.tensor(ids, device=model.device),
-                attention_mask=torch.tensor(mask, device=model.device),
+                input_ids=torch.tensor(ids, dtype=torch.long, device=model.device),
+                attention_mask=torch.tensor(mask, dtype=torch.long, device=model.device),
                 options=options,
                 seed=seed + first // batch,
                 eos_token_ids=eos_token_ids(model),
