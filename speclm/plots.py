@@ -1,6 +1,7 @@
 """Charts as PNG files, drawn with matplotlib, which only this module imports."""
 
 import io
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -132,6 +133,8 @@ def draw_bars(
     is_crowded = sum(map(len, categories)) > _MAX_LETTERS
     turned = {"rotation": 30, "ha": "right"} if is_crowded else {}
     axis.set_xticks(range(len(categories)), [_plain(name) for name in categories], **turned)
+    if len(categories) == 1:
+        axis.set_xlim(-1.0, 1.0)
     axis.set_title(_plain(title))
     _finish(axis, has_legend=False)
     if len(groups) == 1:
@@ -161,7 +164,9 @@ def _finish(axis: Any, *, has_legend: bool) -> None:
 
 def _png(figure: Any) -> bytes:
     file = io.BytesIO()
-    figure.savefig(file, format="png")
+    with warnings.catch_warnings():  # a character that the font lacks is drawn as a box
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(file, format="png")
     return file.getvalue()
 
 

@@ -19,7 +19,7 @@ def test_charts_are_png_files():
     bars = [Bars("mean", [1.0, 2.0], [(0.5, 1.5), (2.0, 2.5)]), Bars("P90", [1.5, 2.5])]
     charts = [
         draw_panels(PANELS),
-        draw_bars("Times", ["$1", "two"], bars, line_at=1.0),
+        draw_bars("Times", ["$1", "二"], bars, line_at=1.0),
         draw_bars("Phases", ["a long label" * 4, "another" * 5], bars, is_stacked=True),
     ]
     images = [Image.open(io.BytesIO(chart)) for chart in charts]

@@ -27,7 +27,7 @@ from transformers.utils import logging
 from benchmarks.decode.decode import UselessProposer
 from speclm import SpecModel
 from speclm.bench import Spread, append_record, make_calls, setting_options
-from speclm.bench.decoders import render_prompts
+from speclm.bench.decoders import render_prompt
 from speclm.bench.records import Record
 from speclm.demo.bundle import assets, load_prompts
 
@@ -99,7 +99,8 @@ def main() -> None:
     logging.set_verbosity_error()
     base = AutoModelForCausalLM.from_pretrained(assets()["base"], dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(assets()["base"], padding_side="left")
-    prompts = render_prompts(load_prompts(f"{options.set}_dev", limit=100), tokenizer)
+    conversations = load_prompts(f"{options.set}_dev", limit=100)
+    prompts = [render_prompt("a prompt", each, tokenizer) for each in conversations]
     cells = itertools.product(
         options.places.split(","),
         map(int, options.batch.split(",")),

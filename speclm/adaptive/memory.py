@@ -81,9 +81,9 @@ def bucket_of_rows(batch: int) -> int:
     return (max(batch, 1) - 1).bit_length()
 
 
-def bucket_of_context(num_tokens: int, *, short: int = 512) -> int:
-    """Return 0 for contexts shorter than `short`, and one more for each doubling."""
-    return (max(num_tokens, 0) // short).bit_length()
+def bucket_of_context(num_tokens: int) -> int:
+    """Return 0 for contexts shorter than 512 tokens, and one more for each doubling."""
+    return (max(num_tokens, 0) // 512).bit_length()
 
 
 def forward_timings(

@@ -1,5 +1,6 @@
 """Decide whether the next round should have a draft, so that generation is never slower."""
 
+import copy
 import math
 from collections import deque
 from collections.abc import Callable, Hashable
@@ -30,7 +31,6 @@ _NUM_PLAIN_TIMES = 9
 _NUM_ROUNDS = 8
 _NUM_FIRST_ROUNDS = 5
 _CLIP = 2.0  # outliers count as at most this many times the median
-_SHORT_CONTEXT = 2048  # tokens; longer contexts have a ledger for each power of two
 
 
 @dataclass(slots=True)
@@ -200,10 +200,22 @@ class Ledger:
         return median(seconds for seconds, _, _ in self.rounds)
 
 
-def ledger_of(memory: Memory, setting: Hashable, *, batch: int, context: int) -> Ledger:
-    """Return the ledger of rounds of `batch` rows with `context` cached tokens."""
-    key = ("pausing", setting, batch, bucket_of_context(context, short=_SHORT_CONTEXT))
-    return memory.recall(key, lambda: Ledger(_FIRST_PRICE if batch > 1 else 0.0))
+def ledger_of(
+    memory: Memory, setting: Hashable, *, batch: int, context: int, before: Ledger | None = None
+) -> Ledger:
+    """Return the ledger of rounds of `batch` rows with `context` cached tokens.
+
+    Args:
+        memory: Holds the ledgers.
+        setting: What acceptance depends on.
+        batch: Rows.
+        context: Cached tokens. A call with a long prompt must not lose what calls with short ones
+            have gained, because proposers read the prompt, and plain rounds take longer.
+        before: Ledger of the round before; a new one continues it.
+    """
+    key = ("pausing", setting, batch, bucket_of_context(context))
+    first_price = _FIRST_PRICE if batch > 1 else 0.0
+    return memory.recall(key, lambda: copy.deepcopy(before) if before else Ledger(first_price))
 
 
 class Pausing:
@@ -315,7 +327,11 @@ class Pausing:
         self._num_tokens += tokens
         self._context += tokens
         ledger = ledger_of(
-            self._memory, self._setting, batch=self._batch, context=int(self._context)
+            self._memory,
+            self._setting,
+            batch=self._batch,
+            context=int(self._context),
+            before=self._ledger,
         )
         self._ledger = ledger
         if drafted:

@@ -13,7 +13,7 @@ from speclm.bench.decoders import Outcome
 from speclm.bench.dialogues import decode
 from speclm.bench.pairs import Comparison, Pair
 from speclm.errors import OptionError, reason_of
-from speclm.files.atomic import written_together
+from speclm.files.atomic import write_file, written_together
 
 
 def write_answers(
@@ -54,7 +54,7 @@ def write_answers(
         with written_together(folder, last=files[-1]) as aside:
             for file, rows in zip(files, contents.values(), strict=True):
                 lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-                (aside / file).write_text("\n".join(lines) + "\n", encoding="utf-8")
+                write_file(aside / file, "\n".join(lines) + "\n")
     except OSError as error:
         raise OptionError(
             f"the answers cannot be written to {str(folder)!r} ({reason_of(error)}); name a folder "

@@ -89,21 +89,6 @@ def setting_options(name: str) -> Mapping[str, Any]:
     return SETTINGS[name]
 
 
-def render_prompts(
-    conversations: Sequence[Conversation | str], tokenizer: PreTrainedTokenizerBase
-) -> list[str]:
-    """Return prompts as texts, as `render_prompt` does; errors name them by their indices.
-
-    Raises:
-        OptionError: If a text is not valid Unicode, or there is no chat template.
-        PromptError: If the chat template refuses a conversation.
-    """
-    return [
-        render_prompt(f"prompt {index}", prompt, tokenizer)
-        for index, prompt in enumerate(conversations)
-    ]
-
-
 def render_prompt(name: str, prompt: Conversation | str, tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a prompt as text: apply the chat template to a conversation, keep a string.
 
@@ -138,6 +123,23 @@ def render_prompt(name: str, prompt: Conversation | str, tokenizer: PreTrainedTo
     return str(text)
 
 
+def encode_prompt(
+    name: str, prompt: Conversation | str, tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
+    """Return the tokens of a prompt; arguments and further errors as of `render_prompt`.
+
+    Raises:
+        PromptError: If there are none.
+    """
+    text = render_prompt(name, prompt, tokenizer)
+    # A chat template writes the special tokens itself.
+    needs_special = isinstance(prompt, str)
+    encoded = tokenizer(text, add_special_tokens=needs_special, verbose=False)["input_ids"]
+    if not encoded:
+        raise PromptError(f"{name} has no tokens, expected at least one; drop it")
+    return list(encoded)
+
+
 def make_calls(
     prompts: Sequence[Conversation | str],
     model: PreTrainedModel,
@@ -161,27 +163,20 @@ def make_calls(
         OptionError: If a text is not valid Unicode, or there is no chat template.
         PromptError: If a prompt has no tokens, or the chat template refuses it.
     """
-    texts = render_prompts(prompts, tokenizer)
-    # A chat template writes the special tokens itself.
-    needs_special = [isinstance(prompt, str) for prompt in prompts]
+    rows = [
+        encode_prompt(f"prompt {index}", prompt, tokenizer) for index, prompt in enumerate(prompts)
+    ]
+    padding = tokenizer.pad_token_id or 0  # it is masked, so any token will do
     calls: list[Call] = []
-    for first in range(0, len(texts), batch):
-        encoded = tokenizer(
-            texts[first : first + batch],
-            return_tensors="pt",
-            padding=batch > 1,
-            padding_side="left",
-            add_special_tokens=needs_special[first],
-        ).to(model.device)
-        lengths = encoded["attention_mask"].sum(dim=1).tolist()
-        if 0 in lengths:
-            raise PromptError(
-                f"prompt {first + lengths.index(0)} has no tokens, expected at least one; drop it"
-            )
+    for first in range(0, len(rows), batch):
+        some = rows[first : first + batch]
+        missing = [max(map(len, some)) - len(row) for row in some]
+        ids = [[padding] * num + row for num, row in zip(missing, some, strict=True)]
+        mask = [[0] * num + [1] * len(row) for num, row in zip(missing, some, strict=True)]
         calls.append(
             Call(
-                input_ids=encoded["input_ids"],
-                attention_mask=encoded["attention_mask"],
+                input_ids=torch.tensor(ids, dtype=torch.long, device=model.device),
+                attention_mask=torch.tensor(mask, dtype=torch.long, device=model.device),
                 options=options,
                 seed=seed + first // batch,
                 eos_token_ids=eos_token_ids(model),

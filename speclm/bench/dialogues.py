@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from speclm.bench.decoders import Answer, Call, Decoder, Outcome, render_prompt
+from speclm.bench.decoders import Answer, Call, Decoder, Outcome, encode_prompt
 from speclm.cache.kept import KeptCache
-from speclm.errors import PromptError
 from speclm.files.questions import Prompt, Question
 from speclm.target.loading import eos_token_ids
 
@@ -53,7 +52,7 @@ class Dialogue:
         conversation: Prompt = []
         for turn in range(len(self.question.turns)):
             conversation = self._extended(conversation, turn)
-            prompt = encode_question(self.question, conversation, self.tokenizer)
+            prompt = encode_prompt(self.question.name, conversation, self.tokenizer)
             room = room_after(len(prompt), self.model)
             if room is not None and room < 1:
                 break
@@ -126,30 +125,11 @@ def without_room(
     found = {}
     for index, question in enumerate(questions):
         first = question.first_prompt(has_template=has_template)
-        length = len(encode_question(question, first, tokenizer))
+        length = len(encode_prompt(question.name, first, tokenizer))
         room = room_after(length, model)
         if room is not None and room < 1:
             found[index] = length
     return found
-
-
-def encode_question(
-    question: Question, conversation: Prompt, tokenizer: PreTrainedTokenizerBase
-) -> list[int]:
-    """Return the tokens of a question's prompt.
-
-    Raises:
-        OptionError: If the text is not valid Unicode, or there is no chat template.
-        PromptError: If there are no tokens, or the chat template refuses the conversation.
-    """
-    name = f"question {question.question_id!r}"
-    text = render_prompt(name, conversation, tokenizer)
-    # A chat template writes the special tokens itself.
-    needs_special = isinstance(conversation, str)
-    encoded = tokenizer(text, add_special_tokens=needs_special, verbose=False)["input_ids"]
-    if not encoded:
-        raise PromptError(f"{name} has no tokens, expected at least one; drop it")
-    return list(encoded)
 
 
 def room_after(num_tokens: int, model: PreTrainedModel) -> int | None:

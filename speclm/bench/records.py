@@ -228,18 +228,21 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def find_record(path: Path, *, benchmark: str, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the measurement with these settings that was made at this commit, if any."""
-    sha = describe_commit().sha
-    wanted = json.loads(json.dumps(settings))
-    return next(
-        (
-            record
-            for record in read_records(path)
-            if (record["benchmark"], record["settings"], record["commit"]["sha"])
-            == (benchmark, wanted, sha)
-        ),
-        None,
-    )
+    """Return the measurement with these settings by this version and commit, if any."""
+    wanted = {
+        "benchmark": benchmark,
+        "settings": json.loads(json.dumps(settings)),
+        "commit": {"sha": describe_commit().sha},
+        "versions": {"speclm": __version__},
+    }
+    same = (record for record in read_records(path) if key_of(record) == key_of(wanted))
+    return next(same, None)
+
+
+def key_of(record: Mapping[str, Any]) -> tuple[object, ...]:
+    """Return what a measurement is recognized by: what was measured, version and commit."""
+    version_of_speclm = record["versions"]["speclm"]
+    return record["benchmark"], record["settings"], record["commit"]["sha"], version_of_speclm
 
 
 def is_recorded(path: Path, *, benchmark: str, settings: dict[str, Any]) -> bool:
@@ -321,10 +324,7 @@ def measure_grid(
                 record = replace(record, tau_by_nodes=simulated)
             groups = group_records(comparison, benchmark=benchmark, settings=settings)
             if path is not None:
-                for found in (
-                    *groups,
-                    record,
-                ):  # that of all pairs last: it says that all are there
+                for found in (*groups, record):  # the record of all pairs last: it ends a cell
                     append_record(path, found)
             yield Measured(cell, comparison, record, groups)
 
@@ -340,13 +340,18 @@ def group_records(
 
 
 def _parse(line: JsonLine) -> dict[str, Any]:
-    found = line.parse()
-    if not isinstance(found.get("commit"), dict) or not {"benchmark", "settings"} <= found.keys():
-        raise DataError(
-            f"{line.where}: expected a record of a measurement, found {line.excerpt}; name a file "
-            "of records, or a new one"
-        )
-    return found
+    match found := line.parse():
+        case {
+            "benchmark": str(),
+            "settings": dict(),
+            "commit": {"sha": _},
+            "versions": {"speclm": _},
+        }:
+            return found
+    raise DataError(
+        f"{line.where}: expected a record of a measurement, found {line.excerpt}; name a file of "
+        "records, or a new one"
+    )
 
 
 def _require_honest(record: Record) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from speclm.bench.pairs import NUM_QUANTILES
-from speclm.bench.records import Record, find_record, read_records
+from speclm.bench.records import Record, find_record, key_of, read_records
 from speclm.bench.report_page import Section, html_page, markdown_page
 from speclm.cards import CHARTS, REPORT_NAME
 from speclm.errors import DataError, OptionError, reason_of
@@ -24,6 +24,8 @@ ROUND_CHART = "round.png"
 
 _DISTINGUISHING = ("setting", "batch", "method")
 _CATEGORY = "category"
+_MAX_LETTERS = 30  # of the name of a category in a chart
+_NEEDED = {"plain_latency", "tau", "kept_by_depth", "tokens_per_second", "num_identical"}
 _PHASES = ("draft", "verify", "accept", "commit", "other")
 _SPEED_TEXT = (
     "tau is the number of tokens per row and target forward, prefill excluded, as decoded. The "
@@ -68,11 +70,14 @@ def write_report(folder: Path, records: Sequence[Mapping[str, Any]]) -> None:
     whole = [record for record in records if _CATEGORY not in record["settings"]]
     if not whole:
         raise OptionError("there is no measurement to report; measure at least one setting")
-    if not all((record.get("latency") or {}).get("quantiles") for record in records):
-        raise DataError(
-            "a record has no 'latency' with 'quantiles', expected those of this version of speclm; "
-            "measure again into a new file"
-        )
+    for record in records:
+        latency = record.get("latency")
+        complete = latency and latency.get("quantiles") and record.keys() >= _NEEDED
+        if not complete:
+            raise DataError(
+                f"a record has no 'latency' with 'quantiles', or not all of {sorted(_NEEDED)!r}, "
+                "expected those of this version of speclm; measure again into a new file"
+            )
     charts = _charts(whole, parts)
     settings = whole[0]["settings"]
     title = f"{settings.get('heads', 'heads')} for {settings.get('base', 'a base')}"
@@ -114,15 +119,11 @@ def recorded(
     for other in read_records(path):
         rest = {name: value for name, value in other["settings"].items() if name != _CATEGORY}
         for index, record in enumerate(found):
-            if _CATEGORY in other["settings"] and _key_of(record) == (
-                _key_of({**other, "settings": rest})
+            if _CATEGORY in other["settings"] and key_of(record) == (
+                key_of({**other, "settings": rest})
             ):
                 parts[index, other["settings"][_CATEGORY]] = other
     return [*found, *parts.values()]
-
-
-def _key_of(record: Mapping[str, Any]) -> tuple[object, ...]:
-    return record["benchmark"], record["settings"], record["commit"]["sha"]
 
 
 def _charts(
@@ -368,5 +369,7 @@ def _label(record: Mapping[str, Any]) -> str:
     setting, batch, method = _keys(record)
     label = f"{setting}, batch {batch}"
     if _CATEGORY in record["settings"]:
-        label = f"{record['settings'][_CATEGORY]}, {setting}"
+        name = " ".join(record["settings"][_CATEGORY].split())
+        short = name if len(name) <= _MAX_LETTERS else f"{name[: _MAX_LETTERS - 1]}…"
+        label = f"{short}, {setting}"
     return label if method == "speclm" else f"{label}, {method}"

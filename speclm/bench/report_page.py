@@ -19,11 +19,13 @@ _HTML = """\
 <style>
 :root {{ color-scheme: light dark; }}
 body {{ font: 16px/1.5 system-ui, sans-serif; }}
-body {{ max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
+body {{ max-width: 60rem; margin: 2rem auto; padding: 0 1rem; overflow-wrap: anywhere; }}
+h1 {{ font-size: 1.5rem; }}
 div {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; margin: 1rem 0; font-size: 0.9rem; }}
 th, td {{ border-bottom: 1px solid #8886; padding: 0.25rem 0.7rem; text-align: left; }}
 th, td {{ white-space: nowrap; }}
+.facts td + td {{ white-space: normal; }}
 td {{ font-variant-numeric: tabular-nums; }}
 img {{ max-width: 100%; background: white; border-radius: 4px; }}
 </style>
@@ -59,11 +61,12 @@ class Section:
 
 def markdown_page(title: str, sections: Sequence[Section]) -> str:
     """Return a page of Markdown, whose images are files next to it."""
-    blocks = [f"# {title}"]
+    blocks = [f"# {_as_text(title)}"]
     for section in sections:
         blocks += [f"## {section.title}"] if section.title else []
         blocks += section.paragraphs
-        blocks += [markdown_table(section.header, section.rows)] if section.rows else []
+        rows = [[_as_text(cell) for cell in row] for row in section.rows]
+        blocks += [markdown_table(section.header, rows)] if rows else []
         blocks += ["\n".join(f"- {note}" for note in section.notes)] if section.notes else []
         blocks += [f"![{name}]({file})" for name, file in section.charts]
     return "\n\n".join(blocks) + "\n"
@@ -92,9 +95,16 @@ def html_page(title: str, sections: Sequence[Section], images: Mapping[str, byte
     return _HTML.format(title=escape(title), body="\n".join(blocks))
 
 
+def _as_text(value: object) -> str:
+    """Return a text in which Markdown sees no tag."""
+    return str(value).replace("<", "&lt;")
+
+
 def _table(header: Sequence[object], rows: Rows) -> str:
-    lines = [_row("th", header), *(_row("td", row) for row in rows)]
-    return "<div><table>\n" + "\n".join(lines) + "\n</table></div>"
+    names = [_row("th", header)] if any(header) else []
+    lines = "\n".join([*names, *(_row("td", row) for row in rows)])
+    kind = "" if names else ' class="facts"'
+    return f"<div><table{kind}>\n{lines}\n</table></div>"
 
 
 def _row(tag: str, cells: Sequence[object]) -> str:

@@ -22,6 +22,7 @@ from speclm.stats import RowStats
 
 ACCEPTED_STYLE = "bold green"
 
+_MAX_LETTERS = 32  # of the name of a category
 _COLUMNS = (
     "method", "tok/s", "plain", "ratio", "quartiles", "tau", "kept %", "identical"
 )  # fmt: skip
@@ -92,13 +93,13 @@ def category_table(parts: Sequence[tuple[str, str, Comparison]]) -> Table:
     names = ("setting", "category", "method")
     shown = [column for column in range(3) if column == 1 or len({key[column] for key in keys}) > 1]
     for column in shown:
-        table.add_column(names[column], no_wrap=True)
+        table.add_column(names[column], no_wrap=True, max_width=_MAX_LETTERS)
     for name in ("calls", "tau", "ratio", "P50 ms", "P90 ms", "identical"):
         table.add_column(name, justify="right", no_wrap=True)
     for key, (_, _, part) in zip(keys, parts, strict=True):
         stats, ours, plain = part.stats, part.latency, part.plain_latency
         table.add_row(
-            *(key[column] for column in shown),
+            *(Text(" ".join(printable(key[column]).split())) for column in shown),
             str(len(part.pairs)),
             "" if stats is None else f"{stats.tau:.2f}",
             f"{part.ratio.median:.2f}x",

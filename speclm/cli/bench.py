@@ -1,6 +1,9 @@
 """``speclm bench``: measures a base and a method on public questions or the user's prompts."""
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +69,7 @@ def bench(options: BenchOptions) -> None:
     ]
     if options.prompt_lookup:
         methods.append(prompt_lookup_decoder(loaded.base))
-    shared = {**_shared_settings(options, loaded), "num_prompts": len(questions)}
+    shared = {**_shared_settings(options, loaded), **_identity_of_prompts(questions)}
     cells = [
         Cell(
             _tasks(questions, loaded, options, arguments, batch=size),
@@ -76,7 +79,9 @@ def bench(options: BenchOptions) -> None:
         for size in batches
     ]
     measured = _measure(cells, methods, loaded, options)
-    _print_tables(measured)
+    _name_skipped(cells, methods, measured, options)
+    if measured:
+        _print_tables(measured)
     _warn_of_open_ends(questions, measured, loaded)
     _write(cells, methods, measured, loaded, options)
     if not all(found.comparison.is_honest for found in measured):
@@ -92,7 +97,7 @@ def _require_single_turns(questions: Sequence[Question], batches: Sequence[int])
     several = next((each for each in questions if len(each.turns) > 1), None)
     if several is not None and max(batches) > 1:
         raise OptionError(
-            f"--batch has {max(batches)}, and question {several.question_id!r} has "
+            f"--batch has {max(batches)}, and {several.name} has "
             f"{len(several.turns)} turns, which are answered one after the other; pass --batch 1, "
             "or questions of one turn"
         )
@@ -123,15 +128,14 @@ def _with_room(questions: Sequence[Question], loaded: Loaded) -> list[Question]:
     """
     lengths = without_room(questions, loaded.base, loaded.tokenizer)
     positions = num_positions(loaded.base)
-    named = [f"{questions[index].question_id!r} has {n} tokens" for index, n in lengths.items()]
+    named = [f"{questions[index].name} has {n} tokens" for index, n in lengths.items()]
     reason = f"and the model has {positions} positions"
     if len(lengths) == len(questions):
         raise PromptError(
-            f"no prompt leaves room for an answer: question {named[0]}, {reason}; pass shorter "
-            "prompts"
+            f"no prompt leaves room for an answer: {named[0]}, {reason}; pass shorter prompts"
         )
     for name in named:
-        _warn(f"question {name}, {reason}; it is left out")
+        _warn(f"{name}, {reason}; it is left out")
     return [question for index, question in enumerate(questions) if index not in lengths]
 
 
@@ -178,6 +182,26 @@ def _measure(
         )
 
 
+def _name_skipped(
+    cells: Sequence[Cell],
+    methods: Sequence[Decoder],
+    measured: Sequence[Measured],
+    options: BenchOptions,
+) -> None:
+    """Print which measurements were not repeated."""
+    made = [found.record.settings for found in measured]
+    for cell in cells:
+        for method in methods:
+            setting, batch = cell.settings["setting"], cell.settings["batch"]
+            is_made = {**cell.settings, "method": method.name} in made
+            if method.can_run(batch) and not is_made:
+                Console(soft_wrap=True).print(
+                    f"{setting}, batch {batch}, {method.name}: {options.out} has this measurement",
+                    markup=False,
+                    highlight=False,
+                )
+
+
 def _print_tables(measured: Sequence[Measured]) -> None:
     table = comparison_table(("setting", "batch"))
     for found in measured:
@@ -210,7 +234,7 @@ def _warn_of_open_ends(
                 reason = f"it does not fit into the model's {num_positions(loaded.base)} positions"
             setting, method = found.cell.settings["setting"], found.comparison.method
             _warn(
-                f"{setting}, {method}: question {question.question_id!r} ends before turn "
+                f"{setting}, {method}: {question.name} ends before turn "
                 f"{pair.turn + 2}, because {reason}"
             )
 
@@ -272,6 +296,13 @@ def _shared_settings(options: BenchOptions, loaded: Loaded) -> dict[str, Any]:
         **({"pauses": False} if options.no_pauses else {}),
         **drafting,
     }
+
+
+def _identity_of_prompts(questions: Sequence[Question]) -> dict[str, Any]:
+    """Return the number of questions, and a hash of their content."""
+    content = json.dumps([asdict(question) for question in questions])
+    digest = hashlib.sha256(content.encode()).hexdigest()
+    return {"num_prompts": len(questions), "prompts_sha256": digest}
 
 
 def _identity_of_heads(options: BenchOptions) -> dict[str, str]:

@@ -7,6 +7,8 @@ from typing import Any
 from speclm.errors import DataError
 from speclm.files.atomic import load_json
 
+_GZIP = b"\x1f\x8b"  # first bytes of such a file
+
 
 @dataclass(frozen=True, slots=True)
 class JsonLine:
@@ -61,7 +63,7 @@ def read_json_lines(path: str | Path) -> list[JsonLine]:
         path: The file; a byte order mark at its start is dropped.
 
     Raises:
-        DataError: If the file cannot be read.
+        DataError: If the file cannot be read, or is compressed.
     """
     try:
         content = Path(path).read_bytes()
@@ -76,7 +78,15 @@ def split_json_lines(content: bytes, *, name: str) -> list[JsonLine]:
     Args:
         content: Bytes of a file or of standard input.
         name: Name of the file, for messages.
+
+    Raises:
+        DataError: If the content is compressed.
     """
+    if content.startswith(_GZIP):
+        raise DataError(
+            f"{name} is compressed by gzip, expected JSON lines; unpack it with gunzip, and pass "
+            "the unpacked file"
+        )
     lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     return [
         JsonLine(line.removesuffix(b"\r"), f"{name}:{number}")

@@ -26,7 +26,7 @@ MT_BENCH_GROUP = "mt_bench"
 _LAYOUTS = (
     'expected a question of Spec-Bench or MT-bench ("question_id", "category", "turns"), a problem '
     'of HumanEval ("task_id", "prompt", "entry_point"), "prompt", a string, or "messages", a list '
-    'of objects with a "role"'
+    'of objects with "role" and "content"'
 )
 
 
@@ -48,6 +48,11 @@ class Question:
     group: str
     turns: tuple[Prompt, ...]
     is_completion: bool = False
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return f"question {self.question_id!r}"
 
     def first_prompt(self, *, has_template: bool) -> Prompt:
         """Return the prompt of the first turn.
@@ -71,13 +76,9 @@ def parse_questions(lines: Sequence[JsonLine]) -> list[Question]:
         DataError: If a line has another layout.
     """
     found = [_parse(line, number) for number, line in enumerate(lines, 1)]
-    is_mt_bench = [question.category in MT_BENCH_CATEGORIES for question in found]
-    if all(is_mt_bench):
+    if any(question.group != MT_BENCH_GROUP for question in found):
         return found
-    return [
-        replace(question, group=MT_BENCH_GROUP) if is_one_of_many else question
-        for question, is_one_of_many in zip(found, is_mt_bench, strict=True)
-    ]
+    return [replace(question, group=question.category) for question in found]
 
 
 def parse_prompt(line: JsonLine, *, keeps_answer: bool = False) -> Prompt:
@@ -104,8 +105,8 @@ def parse_prompt(line: JsonLine, *, keeps_answer: bool = False) -> Prompt:
         case {"prompt": ""}:
             raise DataError(f"{line.where}: the prompt is empty; drop the row or fill it in")
     raise DataError(
-        f'{line.where}: expected "prompt", a string, or "messages", a list of objects with a '
-        f'"role", found {line.excerpt}; correct the row'
+        f'{line.where}: expected "prompt", a string, or "messages", a list of objects with "role" '
+        f'and "content", found {line.excerpt}; correct the row'
     )
 
 
@@ -116,7 +117,9 @@ def _parse(line: JsonLine, number: int) -> Question:
             isinstance(turn, str) and turn for turn in turns
         ):
             asked = tuple[Prompt, ...]([_of_user(turn)] for turn in turns)
-            return Question(row["question_id"], row["category"], row["category"], asked)
+            category = row["category"]
+            group = MT_BENCH_GROUP if category in MT_BENCH_CATEGORIES else category
+            return Question(row["question_id"], category, group, asked)
         case {"task_id": int() | str(), "prompt": str(text), "entry_point": str()} if text:
             category = "humaneval"
             return Question(row["task_id"], category, category, (text,), is_completion=True)
@@ -131,4 +134,7 @@ def _of_user(text: str) -> Message:
 
 
 def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("role"), str)
+    match value:
+        case {"role": str(), "content": str() | list()} | {"role": str(), "tool_calls": list()}:
+            return True
+    return False

@@ -234,16 +234,32 @@ def run_rounds(
 
 
 @pytest.mark.parametrize(
-    "other", [{"setting": "greedy"}, {"batch": 2}, {"num_prompt_tokens": 5000}], ids=str
+    "other", [{"setting": "greedy"}, {"batch": 2}, {"num_prompt_tokens": 900}], ids=str
 )
 def test_settings_batch_sizes_and_long_contexts_are_judged_separately(other):
     memory, usual = Memory(), {"setting": "sampled", "batch": 1, "num_prompt_tokens": 100}
     run_rounds(Pausing(memory, **usual), 30, drafted=3.0)
-    near = usual | {"num_prompt_tokens": 900}
+    near = usual | {"num_prompt_tokens": 400}
     assert run_rounds(Pausing(memory, **near), 3, drafted=3.0) == [False] * 3
     had_draft = run_rounds(Pausing(memory, **(usual | other)), 90, drafted=3.0)
     assert had_draft[:2] == [False] * 2
     assert any(had_draft)
+
+
+def test_long_prompts_do_not_lose_what_short_ones_gain():
+    memory = Memory()
+    for num_prompt_tokens, drafted, tokens in ((50, 1.5, 4.0), (900, 2.0, 1.0)) * 4:
+        pausing = Pausing(memory, batch=1, num_prompt_tokens=num_prompt_tokens)
+        had_draft = run_rounds(pausing, 60, drafted=drafted, tokens=tokens)
+    assert sum(had_draft) <= 2
+
+
+def test_call_goes_on_in_the_ledger_of_a_longer_context_as_before():
+    pausing = Pausing(Memory(), batch=4, num_prompt_tokens=300)
+    had_draft = run_rounds(pausing, 150, drafted=1.5, tokens=4.0)
+    first = had_draft.index(True)
+    assert 4 * sum(had_draft[first:]) > 300  # the context grew beyond 512 and did not stop drafts
+    assert all(had_draft[first:])
 
 
 def test_first_draft_of_a_batch_waits_until_a_short_call_has_ended():

@@ -102,7 +102,7 @@ def test_a_method_that_promises_nothing_is_recorded_with_its_count(tmp_path):
     assert read_records(path)[0]["num_identical"] == 0
 
 
-def test_a_measurement_is_found_again_at_the_same_commit_only(tmp_path, monkeypatch):
+def test_a_measurement_is_found_again_at_the_same_version_and_commit_only(tmp_path, monkeypatch):
     path = tmp_path / "decode.jsonl"
     assert not is_recorded(path, benchmark="decode", settings={"method": "ngram"})
     append_record(path, record())
@@ -111,6 +111,9 @@ def test_a_measurement_is_found_again_at_the_same_commit_only(tmp_path, monkeypa
     assert not is_recorded(path, benchmark="other", settings={"method": "ngram"})
     lines = path.read_text().replace(str(read_records(path)[0]["commit"]["sha"]), "another")
     path.write_text(lines)
+    assert not is_recorded(path, benchmark="decode", settings={"method": "ngram"})
+    append_record(path, record())
+    monkeypatch.setattr(records, "__version__", "9.9")  # an installed package has no commit
     assert not is_recorded(path, benchmark="decode", settings={"method": "ngram"})
 
 
@@ -139,7 +142,9 @@ def test_lines_that_are_not_records_are_named(tmp_path):
     path = tmp_path / "decode.jsonl"
     append_record(path, record())
     first = path.read_text()
-    for line in ("nonsense", "{}", '{"benchmark": 1, "settings": 2, "commit": 3}'):
+    wrong = ({"settings": []}, {"commit": {}}, {"versions": None}, {"benchmark": 1})
+    changed = [json.dumps({**json.loads(first), **change}) for change in wrong]
+    for line in ("nonsense", "{}", *changed):
         path.write_text(first + line)
         with pytest.raises(DataError, match=r"decode\.jsonl:2: expected a"):
             read_records(path)

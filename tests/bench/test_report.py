@@ -83,10 +83,24 @@ def test_what_cannot_be_reported_is_named(tmp_path, records):
     (tmp_path / "file").write_text("")
     with pytest.raises(OptionError, match="cannot be written to"):
         write_report(tmp_path / "file", records)
-    records[0]["latency"] = None
-    with pytest.raises(DataError, match="no 'latency'"):
-        write_report(tmp_path / "report", records)
+    older = {name: value for name, value in records[0].items() if name != "kept_by_depth"}
+    for wrong in (older, {**records[0], "latency": None}):
+        with pytest.raises(DataError, match=r"no 'latency' .*'kept_by_depth'.* measure again"):
+            write_report(tmp_path / "report", [wrong])
     assert not (tmp_path / "report").exists()
+
+
+def test_long_names_of_categories_leave_room_in_charts(monkeypatch, records):
+    labels = []
+
+    def draw(_title, names, *_, **__):
+        labels.extend(names)
+        return b""
+
+    monkeypatch.setattr(report, "draw_bars", draw)
+    part = {**records[0], "settings": {**records[0]["settings"], "category": "long\n" * 50}}
+    report._speed_chart("", [part])
+    assert labels == ["long long long long long long…, greedy"]
 
 
 def test_records_of_an_earlier_run_are_found_by_their_settings(tmp_path, records):

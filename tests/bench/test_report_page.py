@@ -24,8 +24,8 @@ class Tags(HTMLParser):
 
 
 def test_markdown_page_has_headings_tables_notes_and_images():
-    page = markdown_page("Title", SECTIONS)
-    assert page.startswith("# Title\n\n| | |\n")
+    page = markdown_page("Title <x>", SECTIONS)
+    assert page.startswith("# Title &lt;x>\n\n| | |\n| --- | --- |\n| base | a\\|&lt;b> |\n")
     assert "## Speed\n\nOne & two.\n\n| tau |\n| --- |\n| 1.5 |\n\n- a note\n\n" in page
     assert page.endswith("![Speed-up](speed.png)\n")
 
@@ -39,7 +39,7 @@ def test_html_page_is_whole_and_needs_nothing_else():
     assert image == {"src": "data:image/png;base64,cG5n", "alt": "Speed-up"}
     assert not {"script", "link", "iframe"} & {tag for tag, _ in tags.found}
     assert "http" not in page
-    assert "<td>a|&lt;b&gt;</td>" in page
+    assert '<table class="facts">\n<tr><td>base</td><td>a|&lt;b&gt;</td>' in page
     assert "<h1>Title &lt;x&gt;</h1>" in page
     assert "<p>One &amp; two.</p>" in page
     assert "<li>a note</li>" in page

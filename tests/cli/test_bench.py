@@ -165,10 +165,14 @@ def test_report_is_written_also_for_what_an_earlier_run_measured(run, prompts, t
     for setting in ("greedy", "greedy,t1.0"):
         result = run("bench", *options, "--setting", setting, "--no-pauses", *files)
         assert f"report is in {report}" in result.output
+    assert f"greedy, batch 1, speclm: {out} has this measurement" in result.output
     records = json.loads((report / "report.json").read_text())["records"]
     assert [record["settings"]["setting"] for record in records] == ["greedy", "t1.0"]
     assert [record["settings"]["pauses"] for record in records] == [False, False]
     assert records == [json.loads(line) for line in out.read_text().splitlines()]
+    prompts.write_text('{"prompt": "of the same name"}\n' * 2)
+    run("bench", *options, "--setting", "greedy", "--no-pauses", "--out", str(out))
+    assert len(out.read_text().splitlines()) == len(records) + 1
 
 
 def test_report_of_heads_in_a_folder_names_their_weights(run, prompts, tmp_path):

@@ -4,7 +4,14 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from speclm.bench import Comparison, Divergence, Outcome, Pair
-from speclm.cli._display import ACCEPTED_STYLE, add_comparison, coloured, comparison_table, verdict
+from speclm.cli._display import (
+    ACCEPTED_STYLE,
+    add_comparison,
+    category_table,
+    coloured,
+    comparison_table,
+    verdict,
+)
 from speclm.demo.bundle import assets
 from speclm.stats import RowStats, SpeculationStats
 from tests.byte_tokenizer import byte_tokenizer
@@ -47,6 +54,15 @@ def test_table_shows_ratio_and_tau_within_80_columns():
     assert "2.00x" in lines[1]
     assert "2.50" in lines[1]
     assert "100 50 0" in lines[1]
+
+
+def test_names_of_categories_are_text():
+    table = category_table([("greedy", "[/] [red]\x1b[0m\na", comparison([SAME]))])
+    console = Console(width=80, record=True, file=StringIO())
+    console.print(table)
+    assert console.export_text().splitlines()[1].startswith("[/] [red][0m a ")
+    console.print(category_table([("greedy", "long " * 50, comparison([SAME]))]))
+    assert console.export_text().splitlines()[1].startswith("long long long long long long l… ")
 
 
 def test_escape_sequences_that_are_split_over_tokens_do_not_reach_the_terminal():

@@ -1,3 +1,4 @@
+import gzip
 import json
 
 import pytest
@@ -51,6 +52,12 @@ def test_bad_rows_are_named_with_file_and_line(tmp_path, content, message):
     path.write_bytes(b"{}\n" + content + b"\n")
     with pytest.raises(DataError, match=rf"rows\.jsonl:2: {message}"):
         parse_json_lines(path)
+
+
+def test_compressed_file_is_named(tmp_path):
+    (tmp_path / "HumanEval.jsonl.gz").write_bytes(gzip.compress(b"{}\n"))
+    with pytest.raises(DataError, match=r"HumanEval\.jsonl\.gz is compressed .* gunzip"):
+        read_json_lines(tmp_path / "HumanEval.jsonl.gz")
 
 
 @pytest.mark.parametrize("name", [".", "none.jsonl", "a\0b"])

@@ -44,6 +44,11 @@ def test_categories_of_mt_bench_are_one_group_among_others_as_in_spec_bench():
     assert question.turns == (of_user("Compose."), of_user("Rewrite it."))
 
 
+def test_categories_of_own_prompts_stay_as_they_are():
+    own = {"prompt": "2 + 2", "category": "math"}
+    assert [question.group for question in parse(own, RAG)] == ["math", "rag"]
+
+
 def test_problem_of_humaneval_is_asked_as_a_message_if_there_is_a_chat_template():
     problem, text = parse(HUMANEVAL, {"prompt": "text"})
     assert problem.first_prompt(has_template=True) == of_user("def f():\n")
@@ -60,6 +65,8 @@ def test_problem_of_humaneval_is_asked_as_a_message_if_there_is_a_chat_template(
         ({**RAG, "category": None}, "expected a question of Spec-Bench"),
         ({**HUMANEVAL, "prompt": ""}, "the prompt is empty"),
         ({"messages": []}, "no message that asks"),
+        ({"messages": [{"role": "user"}]}, 'objects with "role" and "content", found'),
+        ({"messages": [{"role": "user", "content": None}]}, 'objects with "role" and "content"'),
     ],
 )
 def test_row_of_another_layout_is_named(row, message):
