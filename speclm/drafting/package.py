@@ -141,6 +141,12 @@ def require_same_tensors(
         )
 
 
+def num_tensor_bytes(file: Path) -> int:
+    """Return the bytes of all tensors in a safetensors file: those after its header."""
+    with file.open("rb") as opened:
+        return file.stat().st_size - 8 - int.from_bytes(opened.read(8), "little")
+
+
 def _without_rest(tensor: Tensor) -> Tensor:
     """Return a view whose storage is not larger: pickled views bring all of their storage along."""
     numbers = torch.from_numpy(tensor.reshape(-1).view(torch.uint8).numpy())

@@ -1,5 +1,7 @@
 """Tokens that heads learn or are measured on: where they are, and how many there are."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -35,6 +37,35 @@ def shifted_targets(
     counted = tokens.masked_fill(~loss_mask, IGNORED)
     padded = F.pad(counted, (0, num_drafted + 1), value=IGNORED)
     return padded.unfold(1, num_drafted, 1)[:, 2:]  # window t + 2 holds the targets of t
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sources:
+    """The positions of a batch from which tokens are drafted.
+
+    Args:
+        indices: Position of each source, padded with 0.
+        targets: Token that each step learns to draft there, `IGNORED` if none counts.
+    """
+
+    indices: Int[Tensor, "batch sources"]
+    targets: Int[Tensor, "batch sources steps"]
+
+
+def find_sources(
+    tokens: Int[Tensor, "batch seq"], loss_mask: Bool[Tensor, "batch seq"], *, num_steps: int
+) -> Sources:
+    """Return the positions from which some step has a target that counts.
+
+    Step k drafts token ``t + 2 + k`` from position t. The loss mask moves with the target.
+    """
+    targets = shifted_targets(tokens, loss_mask, num_drafted=num_steps)[:, :-1]
+    wanted = (targets >= 0).any(-1)  # [batch, seq - 1]
+    max_sources = max(int(wanted.sum(1).max()), 1)
+    order = wanted.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :max_sources]
+    is_source = wanted.gather(1, order)
+    found = targets.gather(1, order[:, :, None].expand(-1, -1, num_steps))
+    return Sources(order * is_source, found.masked_fill(~is_source[:, :, None], IGNORED))
 
 
 def next_targets(

@@ -4,6 +4,7 @@ import torch
 from speclm.training.targets import (
     IGNORED,
     count_shifted,
+    find_sources,
     next_targets,
     place_after,
     shifted_targets,
@@ -38,6 +39,23 @@ def test_target_of_draft_token_i_at_t_is_token_t_plus_2_plus_i(num_drafted):
             inside = t + 2 + index < 6
             expected = tokens[:, t + 2 + index] if inside else torch.full((3,), IGNORED)
             assert torch.equal(targets[:, t, index], expected)
+
+
+def test_sources_are_the_positions_from_which_a_counted_token_is_drafted():
+    tokens = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 9, 0]])
+    mask = torch.tensor([[0, 0, 0, 1, 0], [0, 0, 1, 1, 1]]).bool()
+    sources = find_sources(tokens, mask, num_steps=2)
+    # Row 0 drafts token 3 at step 0 of position 1 and at step 1 of position 0.
+    assert sources.indices.tolist() == [[0, 1, 0], [0, 1, 2]]
+    assert sources.targets.tolist() == [
+        [[-100, 4], [4, -100], [-100, -100]],
+        [[8, 9], [9, 0], [0, -100]],
+    ]
+
+
+def test_batch_without_any_counted_token_has_one_source_without_target():
+    sources = find_sources(torch.tensor([[1, 2, 3]]), torch.zeros(1, 3).bool(), num_steps=1)
+    assert sources.targets.tolist() == [[[-100]]]
 
 
 def test_counts_are_those_of_the_shifted_targets():

@@ -21,7 +21,7 @@ from speclm.methods.eagle.network import EagleHeads
 from speclm.methods.eagle.proposer import EagleProposer
 from speclm.methods.eagle.rollout import roll_out
 from speclm.training.acceptance_meter import AcceptanceMeter
-from speclm.training.targets import IGNORED, count_shifted, shifted_targets
+from speclm.training.targets import Sources, count_shifted, find_sources
 from speclm.training.training_model import (
     BaseGoals,
     TrainingModel,
@@ -207,7 +207,7 @@ class EagleTrainingModel(TrainingModel):
         hidden: Float[Tensor, "batch sources hidden"],
         goals: BaseGoals,
         probs: Float[Tensor, "positions draft_vocab"],
-        sources: "Sources",
+        sources: Sources,
         step: int,
     ) -> tuple[Float[Tensor, ""], Int[Tensor, ""], Int[Tensor, "batch sources"]]:
         """Return the sum of a step's losses, their number, and the ranks of the base's tokens."""
@@ -240,35 +240,6 @@ class EagleTrainingModel(TrainingModel):
             losses = losses + objective.feature_weight * feature_loss(hidden, wanted)
         ranks = rank_columns(logits, goals.chosen[indices], self.heads.draft_columns)
         return (losses * goals.is_draftable[indices]).sum(), ranks
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Sources:
-    """The positions of a batch from which tokens are drafted.
-
-    Args:
-        indices: Position of each source, padded with 0.
-        targets: Token that each step learns to draft there, `IGNORED` if none counts.
-    """
-
-    indices: Int[Tensor, "batch sources"]
-    targets: Int[Tensor, "batch sources steps"]
-
-
-def find_sources(
-    tokens: Int[Tensor, "batch seq"], loss_mask: Bool[Tensor, "batch seq"], *, num_steps: int
-) -> Sources:
-    """Return the positions from which some step has a target that counts.
-
-    Step k drafts token ``t + 2 + k`` from position t. The loss mask moves with the target.
-    """
-    targets = shifted_targets(tokens, loss_mask, num_drafted=num_steps)[:, :-1]
-    wanted = (targets >= 0).any(-1)  # [batch, seq - 1]
-    max_sources = max(int(wanted.sum(1).max()), 1)
-    order = wanted.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :max_sources]
-    is_source = wanted.gather(1, order)
-    found = targets.gather(1, order[:, :, None].expand(-1, -1, num_steps))
-    return Sources(order * is_source, found.masked_fill(~is_source[:, :, None], IGNORED))
 
 
 def feature_loss(

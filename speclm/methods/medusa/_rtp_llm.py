@@ -12,7 +12,7 @@ from typing_extensions import override
 from speclm.drafting.base_parts import BaseParts
 from speclm.drafting.formats import Engine
 from speclm.drafting.heads_folder import WEIGHTS_NAME
-from speclm.drafting.package import Package
+from speclm.drafting.package import Package, num_tensor_bytes
 from speclm.errors import CheckpointError
 from speclm.files.weights import WeightFiles
 from speclm.methods.medusa.checkpoint import HeadKeys, MedusaCheckpoint, head_keys, naming
@@ -75,7 +75,7 @@ class RtpLlm(MedusaFormat):
         files: dict[str, str | bytes | Path] = {path.name: path for path in small}
         for file in {*source.files.values()}:
             files[_BASE_SHARD if file.name == WEIGHTS_NAME else file.name] = file
-        total = sum(map(_num_tensor_bytes, {*source.files.values()}))
+        total = sum(map(num_tensor_bytes, {*source.files.values()}))
         weights = {} if _holds(source, named) else {_HEADS_SHARD: named}
         if weights:
             total += sum(part.numel() * part.element_size() for part in named.values())
@@ -130,9 +130,3 @@ def _holds(source: WeightFiles, named: Mapping[str, Tensor]) -> bool:
             "none or those to be converted; name the base without heads"
         )
     return True
-
-
-def _num_tensor_bytes(file: Path) -> int:
-    """Return the bytes of all tensors in a safetensors file: those after its header."""
-    with file.open("rb") as opened:
-        return file.stat().st_size - 8 - int.from_bytes(opened.read(8), "little")

@@ -15,7 +15,9 @@ from speclm.methods.mtp.network import MtpHeads, MtpLayer
 from speclm.target import TargetView, stored_matrices
 
 _ATTENDING = ("full_attention", "sliding_attention")
-_MATRICES = {"head.weight": "lm_weight", "embeddings.weight": "embeddings"}
+MATRICES = {"head.weight": "lm_weight", "embeddings.weight": "embeddings"}
+"""Our names of matrices that may be copies of the target's, and what those are there."""
+
 _NUM_COMPARED = 16
 """Rows by which a matrix is known as a copy of the target's; a whole one may have gigabytes."""
 
@@ -41,7 +43,7 @@ def build_mtp(
     """
     place = (dtype, device)
     layers = [_layer(checkpoint, step, view, place) for step in range(len(checkpoint.steps))]
-    heads = MtpHeads(layers)
+    heads = MtpHeads(layers, keys=checkpoint.steps)
     return heads.eval().requires_grad_(requires_grad=False)
 
 
@@ -74,7 +76,7 @@ def _require_sizes(
     """Check the shapes of all tensors but those of the decoder layer."""
     width = view.hidden_size
     shapes: dict[str, tuple[int, ...]] = {"projection.weight": (width, 2 * width)}
-    shapes |= dict.fromkeys(_MATRICES, (view.vocab_size, width))
+    shapes |= dict.fromkeys(MATRICES, (view.vocab_size, width))
     for name, tensor in tensors.items():
         found, wanted = tuple(tensor.shape), shapes.get(name, (width,))
         if found != wanted:
@@ -98,7 +100,7 @@ def _without_copies(
     return {
         name: tensor
         for name, tensor in tensors.items()
-        if name not in _MATRICES or not _is_copy(tensor, theirs[_MATRICES[name]])
+        if name not in MATRICES or not _is_copy(tensor, theirs[MATRICES[name]])
     }
 
 

@@ -99,10 +99,18 @@ class MtpHeads(nn.Module):
     first layer is the target's hidden state there. Beyond the last layer, it reads its own output.
     """
 
-    def __init__(self, layers: Sequence[MtpLayer]) -> None:
-        """Take the layers."""
+    def __init__(
+        self, layers: Sequence[MtpLayer], *, keys: Sequence[Mapping[str, str]] = ()
+    ) -> None:
+        """Take the layers.
+
+        Args:
+            layers: The layers.
+            keys: For each layer the key that each tensor has in the files of the target, by our
+                name, to write them there.
+        """
         super().__init__()
-        self.layers = nn.ModuleList(layers)
+        self.layers, self.keys = nn.ModuleList(layers), tuple(keys)
 
     def layer(self, index: int) -> MtpLayer:
         """Return a layer; the last one for any index beyond it."""

@@ -13,7 +13,6 @@ from speclm.methods.eagle.objective import (
     EagleObjective,
     EagleTrainingModel,
     feature_loss,
-    find_sources,
 )
 from speclm.methods.eagle.proposer import EagleProposer
 from speclm.methods.eagle.rollout import roll_out
@@ -307,23 +306,6 @@ def test_training_reads_and_computes_what_decoding_does(kind):
     assert len(inside) > 12
     for t, k in inside:
         torch.testing.assert_close(watcher.logits[t, k], trained[k][t], atol=CLOSE, rtol=0)
-
-
-def test_sources_are_the_positions_from_which_a_counted_token_is_drafted():
-    tokens = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 9, 0]])
-    mask = torch.tensor([[0, 0, 0, 1, 0], [0, 0, 1, 1, 1]]).bool()
-    sources = find_sources(tokens, mask, num_steps=2)
-    # Row 0 drafts token 3 at step 0 of position 1 and at step 1 of position 0.
-    assert sources.indices.tolist() == [[0, 1, 0], [0, 1, 2]]
-    assert sources.targets.tolist() == [
-        [[-100, 4], [4, -100], [-100, -100]],
-        [[8, 9], [9, 0], [0, -100]],
-    ]
-
-
-def test_batch_without_any_counted_token_has_one_source_without_target():
-    sources = find_sources(torch.tensor([[1, 2, 3]]), torch.zeros(1, 3).bool(), num_steps=1)
-    assert sources.targets.tolist() == [[[-100]]]
 
 
 def test_feature_loss_is_square_near_zero_and_linear_beyond_one():
