@@ -256,7 +256,7 @@ def test_registered_methods_are_named_and_described(toy):
         assert "\n" not in method.summary
     assert {
         recipe.name for method in registered_methods().values() for recipe in method.recipes
-    } == {*("medusa", "medusa2", "block", "eagle", "eagle3", "draft", "toy")}
+    } == {*("mtp", "medusa", "medusa2", "block", "eagle", "eagle3", "draft", "toy")}
     registered_methods().clear()
     assert "toy" in registered_methods()
 
@@ -329,7 +329,7 @@ def test_methods_and_their_training_options_are_listed_without_pytorch():
         "sys.modules['speclm'] = package\n"
         "from speclm.methods.registry import registered_methods\n"
         "found = [r.options() for m in registered_methods().values() for r in m.recipes]\n"
-        "assert len(found) == 6\n"
+        "assert len(found) == 7\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)\n"
     )
     root = Path(__file__).parents[2]

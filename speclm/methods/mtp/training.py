@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from typing_extensions import override
 
@@ -42,7 +42,7 @@ class MtpObjective:
             gradients.
         decay: Weight of a step's loss relative to that of the step before it.
 
-    Source: Cai et al. 2025 (FastMTP), section 3.
+    Source: Cai et al. 2025 (FastMTP).
     """
 
     num_steps: int = NUM_STEPS
@@ -81,10 +81,13 @@ class MtpTrainingModel(TrainingModel):
         MtpProposer(heads, target=base)  # checks that they fit
         super().__init__(base, heads.train().requires_grad_(requires_grad=True))
         self.objective = objective or MtpObjective()
-        for index, layer in enumerate(heads.layers):
-            one_row = layer.decoder.get_submodule("embed_tokens")  # embeddings are given
-            frozen = [one_row, layer.embed_tokens]
-            for module in [layer] if index >= self.objective.num_steps else frozen:
+        for index in range(len(heads.layers)):
+            layer = heads.layer(index)
+            frozen: list[nn.Module | None] = [layer]
+            if index < self.objective.num_steps:
+                one_row = layer.decoder.get_submodule("embed_tokens")  # embeddings are given
+                frozen = [one_row, layer.embed_tokens]
+            for module in frozen:
                 if module is not None:
                     module.requires_grad_(requires_grad=False)
 

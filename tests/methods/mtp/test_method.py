@@ -1,11 +1,15 @@
 """How MTP layers are asked for."""
 
 import pytest
+import torch
 
 from speclm import SpecModel
-from speclm.errors import OptionError
+from speclm.errors import CheckpointError, OptionError
+from speclm.methods.finding import find_heads
 from speclm.methods.mtp.checkpoint import find_mtp
-from tests.models import build_model
+from tests.families.building import build_type
+from tests.methods.mtp.mtp_bases import ONE
+from tests.models import build_model, prompts
 
 
 def test_base_without_files_asks_for_a_path_and_options_are_checked(made):
@@ -21,9 +25,42 @@ def test_base_without_files_asks_for_a_path_and_options_are_checked(made):
     assert find_mtp(made.folder, num_layers=3) is None
 
 
-def test_options_of_the_base_apply_to_its_layers_and_they_are_not_saved(made, tmp_path):
+def test_options_of_the_base_apply_to_its_layers(made, tmp_path):
     (tmp_path / "inner").symlink_to(made.folder)
     spec = SpecModel.from_pretrained(str(tmp_path), "mtp", subfolder="inner")
     assert len(spec.proposer.heads.layers) == 1
-    with pytest.raises(OptionError, match="part of the base's own checkpoint"):
-        spec.save_pretrained(tmp_path / "heads")
+
+
+def test_saved_layers_draft_as_before_with_the_tree_that_was_saved(made, tmp_path):
+    tree = [[0], [1], [0, 0]]
+    spec = SpecModel.from_pretrained(str(made.folder), "mtp", heads_kwargs={"tree": tree})
+    spec.save_pretrained(tmp_path / "saved")
+    assert find_heads(tmp_path / "saved").method.name == "mtp"
+    again = SpecModel.from_pretrained(spec.base, tmp_path / "saved")
+    assert again.proposer.config == spec.proposer.config
+    inputs = prompts(7, 4)
+    for name, tensor in spec.proposer.heads.state_dict().items():
+        assert torch.equal(again.proposer.heads.state_dict()[name], tensor)
+    said = [each.generate(**inputs, max_new_tokens=9, do_sample=False) for each in (spec, again)]
+    assert torch.equal(*said)
+    card = (tmp_path / "saved/README.md").read_text()
+    assert "# MTP layers" in card
+    assert "3 nodes" in card
+    assert str(tmp_path) not in card
+
+
+def test_saved_layers_are_refused_next_to_another_base_and_kept_apart_from_other_models(
+    made, tmp_path
+):
+    spec = SpecModel.from_pretrained(str(made.folder), "mtp")
+    spec.save_pretrained(tmp_path / "saved")
+    deeper = build_type("glm4_moe", {**ONE.settings, "num_hidden_layers": 3})
+    with pytest.raises(CheckpointError, match="of a base with 2 layers, expected 3"):
+        SpecModel.from_pretrained(deeper, tmp_path / "saved")
+    with pytest.raises(CheckpointError, match="weights that are read in place of"):
+        spec.save_pretrained(made.folder)
+    assert find_heads(made.folder).method.name == "draft_model"
+    with pytest.raises(OptionError, match="unknown option 'heads_path'"):
+        SpecModel.from_pretrained(
+            spec.base, tmp_path / "saved", heads_kwargs={"heads_path": made.folder}
+        )
