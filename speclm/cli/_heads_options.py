@@ -28,7 +28,7 @@ class ConvertOptions:
         str,
         typer.Option(
             help="Format to write: speclm, medusa, eagle, vllm, vllm-legacy, sglang, tgi, "
-            "speculators, specforge, modelopt, rtp-llm, dflash or dspark."
+            "speculators, specforge, modelopt, rtp-llm, dflash, dspark or whole."
         ),
     ]
     out: Annotated[Path, typer.Option(help="New folder to write.")]

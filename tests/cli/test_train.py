@@ -5,14 +5,18 @@ import signal
 from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from speclm.demo.bundle import load_prompts
 from speclm.errors import CheckpointError, FeatureError, OptionError
 from speclm.methods.block.checkpoint import read_block
 from speclm.methods.eagle.checkpoint import read_eagle
 from speclm.methods.medusa.checkpoint import read_medusa
+from speclm.methods.mtp.checkpoint_writing import read_layers
 from speclm.training.heads_trainer import HeadsTrainer
 from speclm.training.history import read_history
+from tests.methods.mtp.mtp_bases import ONE, make_base
 from tests.models import build_model
 from tests.training.alphabet import TAGGED, WORDS, word_tokenizer, write_alphabet
 
@@ -377,3 +381,28 @@ def test_the_base_answers_the_data_before_the_training(run, tmp_path):
     with pytest.raises(CheckpointError, match="differs from what was answered"):
         run(*command, *limits, "--resume")
     assert (out / "distilled.jsonl").read_bytes() == answers
+
+
+def test_mtp_layers_of_the_base_are_trained_and_put_into_a_copy_of_it(
+    train, run, options, tmp_path
+):
+    base, out, whole = make_base(tmp_path / "mtp", ONE).folder, options["--out"], tmp_path / "whole"
+    word_tokenizer(TAGGED).save_pretrained(base)
+    result = train("mtp", base=base, num_steps=2, eval_data=options["--data"])
+    assert "estimated tau (tokens per target forward) on the evaluation data" in result.output
+    assert [f"step{step}" in result.output for step in (1, 4, 5)] == [True, True, False]
+    assert read_history(out).recipe == "mtp"
+    before = load_file(base / "model.safetensors")
+    tuned = read_layers(out).tensors
+    same = {key for key, tensor in tuned.items() if torch.equal(before[key], tensor)}
+    assert same == {"model.layers.2.mlp.gate.e_score_correction_bias"}  # has no gradient
+    converted = run("convert", str(out), "--to", "whole", "--base", str(base), "--out", str(whole))
+    assert "mtp heads, speclm -> whole" in converted.output
+    assert '"method": "mtp"' in converted.output
+    assert "model.safetensors" in run("push", str(out), "me/layers", "--dry-run").output
+    train("mtp", base=whole, out=tmp_path / "more", init=out)
+    assert read_layers(tmp_path / "more").tensors.keys() == tuned.keys()
+    with pytest.raises(CheckpointError, match="the base comes without MTP layers"):
+        train("mtp", out=tmp_path / "none")
+    with pytest.raises(OptionError, match="decay is 2"):
+        train("mtp", decay=2, out=tmp_path / "none")
