@@ -252,16 +252,16 @@ def _files_of_base(options: dict[str, Any], target: "PreTrainedModel", known: se
 
 def _saved_tree(folder: Path, num_layers: int) -> Any:
     """Return the static tree of saved layers, which must be those of a base of so many layers."""
-    from speclm.drafting.heads_folder import CONFIG_NAME, read_choices
-    from speclm.files.weights import read_json
+    from speclm.drafting.heads_folder import CONFIG_NAME
+    from speclm.methods.mtp.checkpoint_writing import read_layers
 
-    path = folder / CONFIG_NAME
-    config = read_json(path) if path.is_file() else {}
-    inner = config.get("text_config")
-    found = (inner if isinstance(inner, dict) else config).get("num_hidden_layers", num_layers)
-    if found != num_layers:
+    if not (folder / CONFIG_NAME).is_file():
+        return None  # a file of the layers, without more
+    layers = read_layers(folder)
+    if layers.num_target_layers != num_layers:
         raise CheckpointError(
-            f"{path}: the MTP layers are of a base with {found!r} layers, expected {num_layers}, "
-            "those of the loaded base; name the base that they were trained on"
+            f"{folder / CONFIG_NAME}: the MTP layers are of a base with "
+            f"{layers.num_target_layers} layers, expected {num_layers}, those of the loaded base; "
+            "name the base that they were trained on"
         )
-    return read_choices(folder, config)
+    return layers.choices

@@ -1,5 +1,7 @@
 """How MTP layers are asked for."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from speclm.methods.finding import find_heads
 from speclm.methods.mtp.checkpoint import find_mtp
 from tests.families.building import build_type
 from tests.methods.mtp.mtp_bases import ONE
+from tests.model.hub import running_hub
 from tests.models import build_model, prompts
 
 
@@ -31,12 +34,13 @@ def test_options_of_the_base_apply_to_its_layers(made, tmp_path):
     assert len(spec.proposer.heads.layers) == 1
 
 
-def test_saved_layers_draft_as_before_with_the_tree_that_was_saved(made, tmp_path):
+def test_saved_layers_draft_as_before_with_the_tree_that_was_saved(made, tmp_path, monkeypatch):
     tree = [[0], [1], [0, 0]]
     spec = SpecModel.from_pretrained(str(made.folder), "mtp", heads_kwargs={"tree": tree})
     spec.save_pretrained(tmp_path / "saved")
-    assert find_heads(tmp_path / "saved").method.name == "mtp"
-    again = SpecModel.from_pretrained(spec.base, tmp_path / "saved")
+    shutil.copytree(tmp_path / "saved", tmp_path / "org/layers")
+    with running_hub(tmp_path, monkeypatch):
+        again = SpecModel.from_pretrained(spec.base, "org/layers")
     assert again.proposer.config == spec.proposer.config
     inputs = prompts(7, 4)
     for name, tensor in spec.proposer.heads.state_dict().items():
@@ -60,6 +64,9 @@ def test_saved_layers_are_refused_next_to_another_base_and_kept_apart_from_other
     with pytest.raises(CheckpointError, match="weights that are read in place of"):
         spec.save_pretrained(made.folder)
     assert find_heads(made.folder).method.name == "draft_model"
+    assert find_heads(tmp_path / "saved").method.name == "mtp"
+    (tmp_path / "saved/config.json").unlink()  # known by the keys
+    assert SpecModel.from_pretrained(spec.base, tmp_path / "saved").proposer.config.paths is None
     with pytest.raises(OptionError, match="unknown option 'heads_path'"):
         SpecModel.from_pretrained(
             spec.base, tmp_path / "saved", heads_kwargs={"heads_path": made.folder}
