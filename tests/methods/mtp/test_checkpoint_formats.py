@@ -1,6 +1,7 @@
 """MTP layers within a copy of their base, as other software reads them."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -87,7 +88,9 @@ def test_layers_take_the_precision_of_those_that_they_replace(made, tmp_path):
     assert {t.dtype for t in load_file(tmp_path / "out" / SHARD).values()} == {torch.bfloat16}
 
 
-def test_base_without_the_replaced_tensors_is_refused_by_name(made, tmp_path):
+def test_base_without_the_replaced_tensors_or_with_quantised_ones_is_refused_by_name(
+    made, tmp_path
+):
     tuned(made.folder, tmp_path / "heads")
     layers, whole = read_layers(tmp_path / "heads"), MTP_FORMATS[1]
     base = BaseParts.find(made.folder)
@@ -100,3 +103,8 @@ def test_base_without_the_replaced_tensors_is_refused_by_name(made, tmp_path):
     more = {**layers.tensors, "model.layers.3.eh_proj.weight": torch.ones(3, 3)}
     with pytest.raises(CheckpointError, match=r"has no 'model.layers.3.eh_proj.weight'"):
         whole.pack(replace(layers, tensors=more), base)
+    shutil.copytree(made.folder, tmp_path / "quantised")
+    shard = tmp_path / "quantised/model-00002-of-00002.safetensors"
+    save_file({**load_file(shard), key: torch.ones(40, 80, dtype=torch.int8)}, shard)
+    with pytest.raises(CheckpointError, match=r"is torch.int8 of shape .*in floating point"):
+        whole.pack(layers, BaseParts.find(tmp_path / "quantised"))
