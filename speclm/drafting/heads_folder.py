@@ -134,7 +134,13 @@ def read_choices(folder: Path, config: Mapping[str, Any]) -> RankPaths | None:
     Raises:
         CheckpointError: If it is not a tree.
     """
-    choices = (config.get("speclm") or {}).get("choices")
+    own = config.get("speclm") or {}
+    if not isinstance(own, Mapping):
+        raise CheckpointError(
+            f"{folder / 'config.json'}: speclm is a {type(own).__name__}, expected an object with "
+            "what speclm has stored; remove it"
+        )
+    choices = own.get("choices")
     if choices is None:
         return None
     try:

@@ -55,6 +55,8 @@ def test_stored_trees_and_folders_are_checked(tmp_path):
     assert read_choices(tmp_path, {"speclm": {"choices": [[0], [0, 1]]}}) == ((0,), (0, 1))
     with pytest.raises(CheckpointError, match="choices is no tree"):
         read_choices(tmp_path, {"speclm": {"choices": [[0, 0]]}})
+    with pytest.raises(CheckpointError, match="speclm is a list, expected an object"):
+        read_choices(tmp_path, {"speclm": [1]})
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="found a file, expected a folder"):
         require_folder(tmp_path / "file")

@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from transformers import PreTrainedModel
 
+from speclm import SpecModel
 from speclm.drafting.base_parts import BaseParts
 from speclm.files.atomic import write_json
 from speclm.kernels.launch_table import TABLE, write_table
@@ -19,11 +20,13 @@ from speclm.training.history import HISTORY_NAME
 from tests import block_tables, eagle_tables, models
 from tests.fuzzing import layouts
 from tests.methods.gemma_assistant import assistants
+from tests.methods.mtp import mtp_bases
 
 MEMORY = "memory.safetensors"
 STATE = "trainer_state.json"
 FINGERPRINT = "0" * 32
 _MEDUSA_SIZES, _SIZES = (4, 9), (8, 20)  # hidden size and vocabulary of the tables
+_MTP = mtp_bases.Row("qwen2", {"hidden_size": 8, "vocab_size": 20}, mtp_bases.QWEN)
 
 
 @cache
@@ -31,6 +34,9 @@ def base_of(method: str, *, num_layers: int = 10) -> PreTrainedModel:
     """Return a base that heads of a method in the layouts fit."""
     if method == "gemma_assistant":
         return assistants.build_base()
+    if method == "mtp":
+        with TemporaryDirectory() as place:
+            return mtp_bases.make_base(Path(place), _MTP).base
     hidden, vocab = _MEDUSA_SIZES if method == "medusa" else _SIZES
     return models.build_model(
         "llama",
@@ -42,6 +48,16 @@ def base_of(method: str, *, num_layers: int = 10) -> PreTrainedModel:
         num_hidden_layers=36 if method == "block" else num_layers,
         tie_word_embeddings=False,
     )
+
+
+def _mtp() -> layouts.Files:
+    """Return MTP layers, as they are saved."""
+    with TemporaryDirectory() as place:
+        base = mtp_bases.make_base(Path(place, "base"), _MTP).base
+        options = {"heads_path": Path(place, "base")}
+        spec = SpecModel.from_pretrained(base, "mtp", heads_kwargs=options)
+        spec.save_pretrained(Path(place, "heads"))
+        return {path.name: path.read_bytes() for path in sorted(Path(place, "heads").iterdir())}
 
 
 def _with_norms() -> layouts.Files:
@@ -66,6 +82,7 @@ _USUAL: dict[str, Callable[[], layouts.Files]] = {
     "medusa": layouts.medusa,
     "eagle": lambda: layouts.eagle(3),
     "block": lambda: layouts.block(next(iter(block_tables.LAYOUTS))),
+    "mtp": _mtp,
 }
 
 
@@ -81,6 +98,8 @@ def exported(method: str, name: str) -> layouts.Files:
         for file, content in files.items():
             (source / file).write_bytes(content)
         base.save_pretrained(home)
+        if method == "mtp":
+            mtp_bases.make_base(home, _MTP)
         checkpoint = found.formats()[0].read(source)
         about = {"name": None, "format": found.formats()[0].name}
         parts = BaseParts.find(home)

@@ -10,6 +10,7 @@ from speclm.methods.eagle.checkpoint import read_eagle
 from speclm.methods.eagle.network import build_eagle
 from speclm.methods.finding import find_heads
 from speclm.methods.medusa.checkpoint import read_medusa
+from speclm.methods.mtp.checkpoint_writing import read_layers
 from speclm.methods.recycling.checkpoint import read_memory
 from speclm.model.call import read_tree
 from speclm.model.exporting import convert_heads, format_names
@@ -23,6 +24,7 @@ READERS = {
     "medusa": read_medusa,
     "eagle": lambda folder: build_eagle(read_eagle(folder)),
     "block": lambda folder: build_block(read_block(folder)),
+    "mtp": read_layers,
 }
 
 
