@@ -129,7 +129,7 @@ class _Whole(_MtpFormat):
 
     @override
     def engines(self, checkpoint: SavedLayers) -> tuple[Engine, ...]:
-        its = "those that draft with the MTP layers of the base"
+        its = "those that draft with the MTP layers of the base; the command was not run"
         return (
             Engine(
                 "Transformers",
