@@ -109,8 +109,8 @@ def new_base(options: argparse.Namespace, tokenizer: Any) -> Qwen3NextForCausalL
 def _embeddings(width: int) -> Tensor:
     """Return the leading principal components of the bundled base's embeddings, as a start."""
     whole = load_file(assets()["base"] / "model.safetensors")["model.embed_tokens.weight"].float()
-    left, scale, _ = torch.linalg.svd(whole, full_matrices=False)
-    return (left * scale)[:, :width]  # [vocab, width]
+    directions = torch.linalg.eigh(whole.T @ whole).eigenvectors.flip(1)
+    return whole @ directions[:, :width]  # [vocab, width]
 
 
 def losses(
@@ -267,7 +267,7 @@ class Run:
                 shares = " ".join(f"{loss:.3f}" for loss in means.tolist())
                 print(f"step {self.num_steps}, {self.seconds / 60:.1f} min: {shares}", flush=True)
                 means.zero_()
-            is_over = self.seconds >= 60 * options.minutes
+            is_over = self.seconds >= 60 * options.minutes or self.num_steps == options.steps
             if is_over or self.seconds >= saved + 60 * options.save_minutes:
                 print(f"  {num_tokens / (self.seconds - saved):.0f} tokens/s", flush=True)
                 report(self.base, self.mtp, held_out)
@@ -277,11 +277,12 @@ class Run:
                 return
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="conversations")
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--minutes", type=float, default=40, help="time of the processor")
+    parser.add_argument("--steps", type=int, help="end after so many steps, if that is earlier")
     parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--intermediate-size", type=int, default=384)
     parser.add_argument("--num-layers", type=int, default=12, help="every fourth has attention")
@@ -294,7 +295,7 @@ def main() -> None:
     parser.add_argument("--save-minutes", type=float, default=4)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
 
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
