@@ -5,7 +5,7 @@ chat template of the bundled base, and tied embeddings that start as principal c
 embeddings. Its one MTP layer is applied to its own output for further steps. Both are trained on
 the answers of conversations, in one run:
 
-    PYTHONPATH=. python benchmarks/mtp/train_hybrid.py --data sql.jsonl --out hybrid --minutes 40
+    PYTHONPATH=. python benchmarks/mtp/train_hybrid.py --data sql.jsonl --out hybrid --minutes 14
 
 The folder is a checkpoint as Qwen publishes them, with `mtp.*` next to `model.*`. A run that was
 stopped goes on from its last save.
@@ -281,7 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, nargs="+", required=True, help="conversations")
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--minutes", type=float, default=40, help="time of the processor")
+    parser.add_argument("--minutes", type=float, default=14, help="time of the processor")
     parser.add_argument("--steps", type=int, help="end after so many steps, if that is earlier")
     parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--intermediate-size", type=int, default=384)
