@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from speclm._version import __version__
-from speclm.chat import Chat, Piece
+from speclm.chat import Answer, Chat, Piece
 from speclm.config import require_unicode
 from speclm.errors import BusyError, OptionError, PromptError, UnknownNameError
 from speclm.model import SpecModel
@@ -192,28 +192,44 @@ class Session:
             lock.release()
 
     def _answer(self, turn: Turn) -> None:
+        """Generate the answers of a turn; after an error, the conversation is as before it."""
         chat, settings = self._chat, turn.settings
+        system = chat.system
         chat.spec = self._methods.load(settings.method)
         chat.system = settings.system or None
+        try:
+            answer = self._speculate(turn)
+            if settings.compares and answer.finish != "stopped":
+                self._compare(turn, answer)
+        except BaseException:
+            chat.system = system
+            if turn.answer is not None:  # regular generation has failed
+                self.turns.pop()
+                chat.undo()
+            raise
+        turn.state = "done"
+
+    def _speculate(self, turn: Turn) -> Answer:
         turn.state = "answering"
         watch = self._watch(turn.pieces, lambda progress: setattr(turn, "progress", progress))
         torch.manual_seed(turn.seed)
-        answer = chat.ask(
-            turn.question, on_piece=watch, marks_drafted=True, options=settings.arguments()
+        answer = self._chat.ask(
+            turn.question, on_piece=watch, marks_drafted=True, options=turn.settings.arguments()
         )
         turn.answer, turn.progress = answer, Progress.of_answer(answer)
         self.turns.append(turn)
-        if settings.compares and answer.finish != "stopped":
-            turn.state = "comparing"
-            watch = self._watch(
-                turn.regular_pieces, lambda progress: setattr(turn, "regular_progress", progress)
-            )
-            torch.manual_seed(turn.seed)
-            regular = chat.answer_regularly(on_piece=watch)
-            turn.regular, turn.regular_progress = regular, Progress.of_answer(regular)
-            if regular.finish != "stopped":
-                turn.comparison = Comparison.of(answer, regular)
-        turn.state = "done"
+        return answer
+
+    def _compare(self, turn: Turn, answer: Answer) -> None:
+        turn.state = "comparing"
+        watch = self._watch(
+            turn.regular_pieces, lambda progress: setattr(turn, "regular_progress", progress)
+        )
+        torch.manual_seed(turn.seed)
+        regular = self._chat.answer_regularly(on_piece=watch)
+        turn.regular, turn.regular_progress = regular, Progress.of_answer(regular)
+        if regular.finish != "stopped":
+            turn.comparison = Comparison.of(answer, regular)
 
     def _watch(
         self, pieces: list[Piece], report: Callable[[Progress], object]

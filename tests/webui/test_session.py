@@ -4,7 +4,7 @@ from itertools import islice
 import pytest
 import torch
 
-from speclm.chat import Chat
+from speclm.chat import Chat, RoundStreamer
 from speclm.errors import BusyError, OptionError, PromptError, UnknownNameError
 from speclm.webui import Methods, Session
 from tests.byte_tokenizer import byte_tokenizer
@@ -124,27 +124,56 @@ def test_conversations_wait_for_each_other_and_may_give_up():
         ("\ud800", {}, OptionError, "question is no Unicode text"),
         ("a", {"method": "medsua"}, UnknownNameError, "method is 'medsua'.*'ngram'.*choose"),
         ("a" * 500, {}, PromptError, "has 5.. tokens, and the model has 400 positions"),
+        ("a", {"system": "\ud800"}, OptionError, "message of the system is no Unicode text"),
     ],
 )
 def test_an_error_leaves_the_conversation_as_it_was(session, question, options, error, words):
     last(session.ask("a", settings()))
+    before = session.export()
     with pytest.raises(error, match=words):
-        last(session.ask(question, settings(**options)))
-    assert len(session.turns) == 1
+        last(session.ask(question, settings(**{"system": "unused", **options})))
+    assert session.export() == before
     assert last(session.ask("b", settings(system="be brief"))).state == "done"
     messages = session.export()["messages"]
     assert [message["role"] for message in messages] == ["system", *["user", "assistant"] * 2]
 
 
-def test_an_error_of_the_model_is_raised_where_the_answer_is_read(session, monkeypatch):
+@pytest.mark.parametrize("failing", ["ask", "answer_regularly"])
+def test_an_error_of_the_model_is_raised_and_leaves_the_conversation_as_it_was(
+    session, monkeypatch, failing
+):
     def fail(*_, **__):
         raise torch.OutOfMemoryError("1 GiB")
 
-    monkeypatch.setattr(Chat, "ask", fail)
+    last(session.ask("a", settings()))
+    before = session.export()
+    monkeypatch.setattr(Chat, failing, fail)
     with pytest.raises(torch.OutOfMemoryError):
-        last(session.ask("a", settings()))
+        last(session.ask("b", settings(compares=True, system="unused")))
+    assert session.export() == before
     monkeypatch.undo()
-    assert last(session.ask("a", settings())).state == "done"
+    assert last(session.ask("b", settings(compares=True))).comparison.is_identical
+
+
+def test_an_error_in_the_middle_of_an_answer_leaves_nothing_in_the_cache(session, monkeypatch):
+    last(session.ask(QUESTION, settings()))
+    streamed = RoundStreamer.on_round
+
+    def fail(streamer, accepted_length):
+        streamed(streamer, accepted_length)
+        if streamer.num_rounds == 3:
+            raise torch.OutOfMemoryError("1 GiB")
+
+    monkeypatch.setattr(RoundStreamer, "on_round", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        last(session.ask("bca", settings()))
+    monkeypatch.undo()
+    turn = last(session.ask("bca", settings(compares=True)))
+    assert turn.answer.num_reused_tokens == 0
+    fresh = Session(tiny_methods())
+    for question in (QUESTION, "bca"):
+        expected = last(fresh.ask(question, settings()))
+    assert turn.answer.tokens == expected.answer.tokens == turn.regular.tokens
 
 
 def test_an_export_holds_messages_settings_pieces_and_counters(session):
