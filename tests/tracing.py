@@ -21,7 +21,11 @@ FEW_TRACED = (
 )
 # Imported by modules of speclm, which are traced.
 FOREIGN = ("accelerate", "transformers.trainer")
-OMITTED = ("speclm.__main__", "speclm.kernels._triton")  # from coverage, see pyproject.toml
+OMITTED = (  # from coverage, see pyproject.toml
+    "speclm.__main__",
+    "speclm.kernels._triton",
+    "speclm.webui.page",
+)
 
 num_calls: Counter[Any] = Counter()  # of a test, by function
 

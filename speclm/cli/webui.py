@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
+from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,11 +50,13 @@ def webui(options: WebuiOptions) -> None:
                 max_new_tokens=options.max_new_tokens,
                 seed=options.seed,
             ),
-            title="bundled model" if options.base is None else Path(options.base).name,
+            title="bundled model" if options.base is None else Path(options.base).absolute().name,
             examples=bundled_examples() if options.base is None else (),
         )
         host, port = listener.getsockname()[:2]
         name = f"[{host}]" if ":" in host else host
+        if not ip_address(host).is_loopback:
+            console.print("there is no password: who can reach this address can use the page")
         console.print(f"http://{name}:{port}/ shows the page; Ctrl-C ends", highlight=False)
         serve(app, listener)
 
@@ -71,7 +74,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, UnicodeError) as error:  # UnicodeError: no name of a host
         raise OptionError(
             f"--host {host!r} and --port {port} cannot be listened on ({error}); pass another "
             "--port, or --port 0 for a free one"

@@ -1,10 +1,12 @@
 """The page: its components, what they do, and the server that it runs on."""
 
+import ipaddress
 import json
 import logging
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,6 @@ from speclm.webui.turns import Progress, Settings
 _log = logging.getLogger("speclm")
 
 _HERE = Path(__file__).parent
-_LOCAL = ("127.0.0.1", "localhost")
 _DEFAULT_TREE = "default"
 _TREES = (_DEFAULT_TREE, "auto", "4", "8", "16", "32", "64")
 _NO_ANSWER = render_figures(Progress())
@@ -89,8 +90,10 @@ def serve(app: fastapi.FastAPI, listener: socket.socket) -> None:
         app: The page.
         listener: A socket that listens.
     """
-    if listener.getsockname()[0] in _LOCAL:
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(_LOCAL))
+    address = listener.getsockname()[0]
+    if ipaddress.ip_address(address).is_loopback:
+        hosts = ["localhost", "127.0.0.1", f"[{address}]" if ":" in address else address]
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
     uvicorn.Server(config).run(sockets=[listener])
 
@@ -106,7 +109,7 @@ class _Page:
         """Return the page."""
         page: gr.Blocks
         with gr.Blocks(analytics_enabled=False, title=f"speclm: {title}") as page:
-            gr.Markdown(f"# speclm: {title}")
+            gr.HTML(f"<h1>speclm: {escape(title)}</h1>")
             with gr.Row():
                 with gr.Column(scale=3, min_width=320):
                     self._add_talk(examples)
@@ -231,7 +234,11 @@ class _Page:
             list(dict.fromkeys([*_TREES, tree])), value=tree, label="Draft tokens per round"
         )
         self.temperature = gr.Slider(
-            0, 2, value=defaults.temperature, step=0.05, label="Temperature (0 is greedy)"
+            0,
+            max(2.0, defaults.temperature),
+            value=defaults.temperature,
+            step=0.05,
+            label="Temperature (0 is greedy)",
         )
         self.top_p = gr.Slider(0, 1, value=defaults.top_p, step=0.01, label="Top-p")
         self.max_new_tokens = gr.Number(

@@ -55,8 +55,9 @@ class Settings:
         """Return what ``generate()`` takes."""
         found: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": False}
         if self.temperature > 0:
-            sampling = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
-            found |= {"do_sample": True, **sampling}
+            found["do_sample"] = True
+            found |= {"temperature": float(self.temperature), "top_p": float(self.top_p)}
+            found["top_k"] = self.top_k
         if isinstance(self.tree, int):
             depth = min(self.tree, _MAX_DEPTH)
             found["tree"] = TreePlan(depth=depth, num_draft_tokens=self.tree)

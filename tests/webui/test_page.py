@@ -1,33 +1,29 @@
 """What a browser sends and receives; tests/webui/browser.py has a real one."""
 
+import inspect
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
+import warnings
 from contextlib import contextmanager
-from pathlib import Path
+from threading import Thread, Timer
+from unittest.mock import Mock
 
 import httpx
 import pytest
 
-pytestmark = pytest.mark.untraced  # the page runs in another process
+from speclm.cli.webui import listen
+from speclm.webui import Methods
+from tests.byte_tokenizer import byte_tokenizer
+from tests.webui.models import settings, tiny_methods
 
-ROOT = Path(__file__).parents[2]
-QUESTION = "How many singers are there?"
-LONG = "A robe takes 2 bolts of blue fiber and half that much white fiber. How many in total?"
+# Gradio warns of its own use of others; with coverage or shape checks its server is slow.
+pytestmark = [pytest.mark.untraced, pytest.mark.filterwarnings("ignore")]
+
+QUESTION = "abcabcabc"
 DONE = re.compile(r'<p class="note">\d+ tokens, \d+ tokens/s')
+TITLE = "<script>bad()</script> *a*"
 SECONDS = 20.0
-BROKEN = """
-from speclm.methods.registry import register_proposer
-from speclm.methods.ngram.proposer import NgramProposer
-
-@register_proposer("broken")
-class Broken(NgramProposer):
-    def __init__(self):
-        raise MemoryError("full")
-"""
 
 
 class Browser:
@@ -75,25 +71,50 @@ def texts(updates):
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory):
-    """Run the command in a process of its own, as warnings of Gradio are errors in this one."""
-    folder = tmp_path_factory.mktemp("webui")
-    (folder / "own.py").write_text(BROKEN)
-    command = [sys.executable, "-m", "speclm", "webui", "--port", "0", "--heads", "ngram"]
-    command += ["--import", "own", "--max-new-tokens", "24"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)])}
-    with subprocess.Popen(
-        command, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True
-    ) as process:
-        lines = []
-        while not (found := re.search(r"http://127\.0\.0\.1:\d+", "".join(lines))):
-            lines.append(process.stderr.readline())
-            assert lines[-1], "".join(lines)
-        yield found[0]
-        process.send_signal(signal.SIGINT)
-        rest = process.stderr.read()
-    assert process.returncode == 130, rest
-    assert rest.count("Traceback") == rest.count("MemoryError: full") == 1
+def page():
+    """Return the module of the page, which imports Gradio."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from speclm.webui import page
+
+    ask = inspect.unwrap(page._Page.ask)  # Gradio sees a generator only without shape checks
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page._Page, "ask", ask)
+        yield page
+
+
+@pytest.fixture(scope="module")
+def address(page):
+    """Serve a page of the tiny model, whose method "broken" does not load."""
+
+    def fail():
+        raise MemoryError("full")
+
+    tiny = tiny_methods()
+    loaders = {name: lambda name=name: tiny.load(name) for name in tiny.names}
+    methods = Methods({**loaders, "broken": fail}, byte_tokenizer())
+    examples = [page.Example("Letters", "abc", "be brief")]
+    servers = []
+
+    class Server(page.uvicorn.Server):
+        def __init__(self, config):
+            super().__init__(config)
+            servers.append(self)
+
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        listen("127.0.0.1", 0) as listener,
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        patch.setattr(page.uvicorn, "Server", Server)
+        app = page.build_app(methods, settings(temperature=5.0), title=TITLE, examples=examples)
+        thread = Thread(target=page.serve, args=(app, listener), daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        servers[0].should_exit = True
+        thread.join(SECONDS)
+        assert not thread.is_alive()
 
 
 @contextmanager
@@ -121,12 +142,12 @@ def test_the_page_has_its_components_and_fetches_nothing_from_elsewhere(browser)
         for component in config["components"]
         if isinstance(component["props"].get("value"), str)
     }
-    assert {"Send", "Stop", "New conversation", "Export", "Arithmetic"} <= values
+    assert {"Send", "Stop", "New conversation", "Export", "Letters"} <= values
     assert config["analytics_enabled"] is False
 
 
 def test_an_answer_streams_and_is_compared_on_request(browser):
-    shown = texts(browser.updates(browser.ask(QUESTION, compares=True, method="draft")))
+    shown = texts(browser.updates(browser.ask(QUESTION, compares=True, max_new_tokens=200)))
     assert len(shown) > 2
     assert re.search(r"✓ identical: \d+ tokens; \d", shown[-1])
     assert '<span class="drafted" data-label="drafted: depth 1' in shown[-1]
@@ -141,10 +162,22 @@ def test_what_a_person_writes_is_escaped(browser):
     assert not any("<script" in text for text in shown)
 
 
-def test_errors_are_text_and_the_page_stays_up(browser):
+def test_a_title_is_text(browser):
+    config = browser.client.get("/config").json()
+    values = [str(component["props"].get("value")) for component in config["components"]]
+    assert "<h1>speclm: &lt;script&gt;bad()&lt;/script&gt; *a*</h1>" in values
+    assert TITLE not in browser.client.get("/").text
+
+
+def test_sampling_takes_what_a_browser_sends_for_whole_numbers(browser):
+    options = {"temperature": 5, "top_p": 0}  # 5 is the default here, as of a command line
+    assert DONE.search(texts(browser.updates(browser.ask(QUESTION, **options)))[-1])
+
+
+def test_errors_are_text_and_the_page_stays_up(browser, caplog):
     for question, options, words in [
         ("", {}, "the question is empty"),
-        ("a " * 5000, {}, "the conversation has"),
+        ("a" * 500, {}, "the conversation has"),
         (QUESTION, {"seed": None}, "seed is None"),
         (QUESTION, {"method": "broken"}, "the answer has failed (MemoryError: full)"),
     ]:
@@ -152,10 +185,11 @@ def test_errors_are_text_and_the_page_stays_up(browser):
         assert f'role="alert">{words}' in error
         assert question in error  # it can be corrected
     assert DONE.search(texts(browser.updates(browser.ask(QUESTION)))[-1])
+    assert caplog.text.count("Traceback") == caplog.text.count("MemoryError: full") == 1
 
 
 def test_stop_ends_an_answer_and_a_new_conversation_begins_empty(browser):
-    updates = browser.updates(browser.ask(LONG, max_new_tokens=380))
+    updates = browser.updates(browser.ask(QUESTION, max_new_tokens=380))
     next(updates)
     browser.do("stop")
     assert "; stopped" in texts(updates)[-1]
@@ -167,7 +201,7 @@ def test_stop_ends_an_answer_and_a_new_conversation_begins_empty(browser):
 def test_a_page_waits_for_the_answer_of_another_which_ends_when_that_is_closed(address, browser):
     with opened(address, "closed") as closed:
         with closed.client.stream("GET", "/gradio_api/heartbeat/closed"):
-            long = closed.updates(closed.ask(LONG, max_new_tokens=380))
+            long = closed.updates(closed.ask(QUESTION, max_new_tokens=380))
             next(long)
             updates = browser.updates(browser.ask(QUESTION))
             assert "waiting for another" in texts([next(updates)])[0]
@@ -179,3 +213,23 @@ def test_a_page_waits_for_the_answer_of_another_which_ends_when_that_is_closed(a
 def test_requests_for_other_hosts_are_refused(browser):
     reply = browser.client.get("/config", headers={"host": "evil.example"})
     assert reply.status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("host", "allowed"),
+    [("::1", "[::1]"), ("127.0.0.2", "127.0.0.2"), ("0.0.0.0", None)],
+)
+def test_every_address_of_this_machine_alone_refuses_other_hosts(page, monkeypatch, host, allowed):
+    monkeypatch.setattr(page.uvicorn.Server, "run", lambda *_, **__: None)
+    app, listener = page.fastapi.FastAPI(), Mock(**{"getsockname.return_value": (host, 1)})
+    page.serve(app, listener)
+    found = [middleware.kwargs["allowed_hosts"] for middleware in app.user_middleware]
+    expected = [["localhost", "127.0.0.1", allowed]]
+    assert found == (expected if allowed else [])
+
+
+def test_ctrl_c_ends_the_server(page):
+    with listen("127.0.0.1", 0) as listener:
+        Timer(0.5, signal.raise_signal, [signal.SIGINT]).start()
+        with pytest.raises(KeyboardInterrupt):
+            page.serve(page.fastapi.FastAPI(), listener)
