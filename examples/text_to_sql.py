@@ -103,8 +103,7 @@ class Case:
         files = {"rows": self.rows, "held_out": self.held_out}
         others = {name: getattr(self, name) for name in self.__slots__ if name not in files}
         digests = {name: digest(path) for name, path in files.items()}
-        found: dict[str, Any] = json.loads(json.dumps({**others, **digests}))
-        return {**found, "version": __version__}
+        return dict(json.loads(json.dumps({**others, **digests, "version": __version__})))
 
 
 def digest(path: Path) -> str:
@@ -142,11 +141,12 @@ def begin(case: Case, out: Path) -> None:
             found = dict(read_json(path))
         except (OSError, ValueError, TypeError) as error:
             raise OptionError(f"{path} cannot be read ({error}); name another --out") from error
-        differing = [name for name in settings if found.get(name) != settings[name]]
-        if differing and (out / "train.jsonl").exists():
-            name = differing[0]
+        if found.keys() != settings.keys():
+            raise OptionError(f"{path} is not of this example and version; name another --out")
+        name = next((name for name in settings if found[name] != settings[name]), None)
+        if name is not None and (out / "train.jsonl").exists():
             raise OptionError(
-                f"--out {str(out)!r} holds a run with {name}={found.get(name)!r}, expected "
+                f"--out {str(out)!r} holds a run with {name}={found[name]!r}, expected "
                 f"{settings[name]!r}; name another folder, or delete it"
             )
     elif out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -260,6 +260,7 @@ def train(case: Case, out: Path) -> None:
         heads = out / recipe
         if (heads / HISTORY_NAME).exists():
             continue
+        (out / "calls.jsonl").unlink(missing_ok=True)  # measured with other heads
         own = SMALL_BASE.get(recipe, ()) if case.base is None else ()
         resumed = ["--resume"] if any(heads.glob("checkpoint-*")) else []
         epochs = ("--epochs", epochs_of(recipe, case))
@@ -350,8 +351,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[Case, Path]:
         raise OptionError("--train and --bundled name no heads, expected some to measure; name one")
     if case.base is not None and case.bundled:
         raise OptionError(
-            f"--bundled is {options.bundled!r} with --base, expected the bundled base for them; "
-            "drop one of the two"
+            f"--bundled is {options.bundled!r} with --base, expected no other base; drop one"
         )
     require_plots("this example")
     if case.fine_tune and find_spec("peft") is None:

@@ -92,6 +92,8 @@ def test_bad_options_and_files_are_named(refused, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").touch()
     assert "holds other files, expected a new folder" in refused()
+    (tmp_path / "out" / "settings.json").write_text('{"editor.tabSize": 4}')
+    assert "settings.json is not of this example and version; name another --out" in refused()
     (tmp_path / "out" / "settings.json").write_text("[1]")
     assert "settings.json cannot be read" in refused()
 
