@@ -147,7 +147,7 @@ def test_the_page_has_its_components_and_fetches_nothing_from_elsewhere(browser)
 
 
 def test_an_answer_streams_and_is_compared_on_request(browser):
-    shown = texts(browser.updates(browser.ask(QUESTION, compares=True, max_new_tokens=200)))
+    shown = texts(browser.updates(browser.ask(QUESTION, compares=True, max_new_tokens=100)))
     assert len(shown) > 2
     assert re.search(r"✓ identical: \d+ tokens; \d", shown[-1])
     assert '<span class="drafted" data-label="drafted: depth 1' in shown[-1]
