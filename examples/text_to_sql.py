@@ -351,7 +351,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[Case, Path]:
         raise OptionError("--train and --bundled name no heads, expected some to measure; name one")
     if case.base is not None and case.bundled:
         raise OptionError(
-            f"--bundled is {options.bundled!r} with --base, expected no other base; drop one"
+            f"--bundled is {options.bundled!r} with --base, but needs the bundled one; drop one"
         )
     require_plots("this example")
     if case.fine_tune and find_spec("peft") is None:
