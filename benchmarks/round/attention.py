@@ -15,7 +15,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 from benchmarks.round.overhead import TREE_PARENTS, fixed_tree
 from speclm.bench import Spread, append_record
 from speclm.bench.records import Record, time_record
-from speclm.cache import TreeCache
+from speclm.cache import CACHE_NAME, TreeCache
 from speclm.errors import MeasurementError
 from speclm.target import TargetView
 
@@ -35,7 +35,7 @@ class DenseForward:
         batch, prefix = prompt.shape
         self._base, self._prefix = base, prefix
         self._cache = DynamicCache(config=base.config)
-        base(input_ids=prompt, past_key_values=self._cache, logits_to_keep=1)
+        base(input_ids=prompt, logits_to_keep=1, **{CACHE_NAME: self._cache})
         seen = torch.ones(batch, 1, NUM_NODES, prefix, dtype=torch.bool, device=view.device)
         tree = topology.ancestor_mask[:, None].expand(batch, -1, -1, -1)
         self._mask = torch.cat([seen, tree], dim=3)
@@ -47,7 +47,7 @@ class DenseForward:
             input_ids=tree,
             attention_mask=self._mask,
             position_ids=self._positions,
-            past_key_values=self._cache,
+            **{CACHE_NAME: self._cache},
             use_cache=True,
         ).logits
 

@@ -29,6 +29,7 @@ from speclm import SpecModel
 from speclm.acceptance.interface import Accepted
 from speclm.bench import SETTINGS, Call, Spread, append_record, make_calls
 from speclm.bench.records import Record, time_record
+from speclm.cache import CACHE_NAME
 from speclm.demo.bundle import assets, load_prompts
 from speclm.drafting.interface import Draft, Prefill, Proposer
 from speclm.errors import MeasurementError
@@ -84,7 +85,7 @@ class FixedProposer(Proposer):
         self._cache = DynamicCache(config=self._base.config)
         self._num_committed, self._is_in_prompt = tokens.shape[1], True
         if self._num_committed > 0:
-            self._base(input_ids=tokens, past_key_values=self._cache, logits_to_keep=1)
+            self._base(input_ids=tokens, logits_to_keep=1, **{CACHE_NAME: self._cache})
         self._round_start = None
         self.round_seconds.clear()
         self.bare_seconds.clear()
@@ -100,9 +101,9 @@ class FixedProposer(Proposer):
         if num_missing < 0:
             self._cache.crop(num_missing)
         elif num_missing > 0:  # the prompt's forward verified no draft
-            self._base(input_ids=self._nodes[:, :num_missing], past_key_values=self._cache)
+            self._base(input_ids=self._nodes[:, :num_missing], **{CACHE_NAME: self._cache})
         start = _now(roots)
-        self._base(input_ids=self._nodes, past_key_values=self._cache)
+        self._base(input_ids=self._nodes, **{CACHE_NAME: self._cache})
         if not self._is_in_prompt:  # the forward over the prompt is no round
             self._round_start = _now(roots)
             self.bare_seconds.append(self._round_start - start)

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from benchmarks.round.overhead import TREE_PARENTS
 from speclm.acceptance import Verified, accept_exact
 from speclm.acceptance.exact import choose_at_all_nodes
-from speclm.cache import TreeCache
+from speclm.cache import CACHE_NAME, TreeCache
 from speclm.demo.bundle import assets
 from speclm.drafting.interface import Prefill
 from speclm.methods.ngram.proposer import NgramProposer
@@ -48,10 +48,10 @@ def filled(base: PreTrainedModel, prompt: Tensor) -> Filled:
 @torch.no_grad()
 def test_plain_step(benchmark: BenchmarkFixture, base: PreTrainedModel, prompt: Tensor) -> None:
     cache = DynamicCache(config=base.config)
-    base(input_ids=prompt, past_key_values=cache)
+    base(input_ids=prompt, **{CACHE_NAME: cache})
 
     def step() -> None:
-        base(input_ids=prompt[:, :1], past_key_values=cache)
+        base(input_ids=prompt[:, :1], **{CACHE_NAME: cache})
         cache.crop(-1)
 
     benchmark(step)

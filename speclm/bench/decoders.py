@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 from transformers.utils.generic import ModelOutput
 
+from speclm.cache import CACHE_NAME
 from speclm.config import require_unicode
 from speclm.drafting.interface import Proposer
 from speclm.engines import Engine
@@ -280,7 +281,7 @@ class Decoder:
         seconds = perf_counter() - start
         cache = None
         if not isinstance(output, Tensor):
-            output, cache = output["sequences"], output.get("past_key_values")
+            output, cache = output["sequences"], output.get(CACHE_NAME)
         new = output[:, call.input_ids.shape[1] :].tolist()
         tokens = [until_end(row, call.eos_token_ids) for row in new]
         return Outcome(tokens=tokens, seconds=seconds, stats=self.stats()), cache

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from speclm.bench.decoders import Answer, Call, Decoder, Outcome, encode_prompt
+from speclm.cache import CACHE_NAME
 from speclm.cache.kept import KeptCache
 from speclm.files.questions import Prompt, Question
 from speclm.target.loading import eos_token_ids
@@ -83,7 +84,7 @@ class Dialogue:
         extra: dict[str, Any] = {"return_dict_in_generate": True}
         cache = kept.take(prompt)
         if cache is not None:
-            extra["past_key_values"] = cache
+            extra[CACHE_NAME] = cache
         asked = replace(call, options={**call.options, **extra})
         outcome, cache = decoder.run_with_cache(asked)
         if cache is not None and cache.is_croppable:

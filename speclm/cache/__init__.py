@@ -8,12 +8,17 @@ from speclm.cache.dynamic_cache import (
     restore,
     snapshot,
 )
+from speclm.cache.names import CACHE_NAME, CACHE_NAMES, cache_name, given_cache
 from speclm.cache.tree_cache import TreeCache
 
 __all__ = [
+    "CACHE_NAME",
+    "CACHE_NAMES",
     "Rewind",
     "TreeCache",
+    "cache_name",
     "export_cache",
+    "given_cache",
     "import_cache",
     "import_obstacle",
     "restore",

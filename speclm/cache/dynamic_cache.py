@@ -24,7 +24,7 @@ _KINDS = {
 
 
 def import_obstacle(given: object, *, num_layers: int, batch: int, num_tokens: int) -> str | None:
-    """Return why a cache cannot be imported, in words that follow "past_key_values".
+    """Return why a cache cannot be imported, in words that follow "the given cache".
 
     Args:
         given: The argument that was passed as the cache.
@@ -83,7 +83,7 @@ def import_cache(cache: TreeCache, given: Cache, *, room: int = 0) -> None:
         given, num_layers=len(cache.layers), batch=batch, num_tokens=length + 1
     )
     if obstacle is not None:
-        raise CacheError(f"past_key_values {obstacle}; pass a cache that this model made, or none")
+        raise CacheError(f"the given cache {obstacle}; pass a cache that this model made, or none")
     if cache.get_seq_length() > 0:
         raise CacheError(
             f"cache holds {cache.get_seq_length()} slots, expected an empty one; import before the "
@@ -111,7 +111,7 @@ def export_cache(cache: TreeCache, into: DynamicCache, *, length: int) -> None:
     start, shortest = into.get_seq_length(), min(cache.host_lengths)
     if not start <= length <= shortest:
         raise CacheError(
-            f"cache has {shortest} committed slots in its shortest row and past_key_values "
+            f"cache has {shortest} committed slots in its shortest row and the given one "
             f"{start}, expected a length between them, found {length}; keep the last path and fill "
             "up short rows first"
         )

@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 from typing_extensions import override
 
+from speclm.cache import CACHE_NAME
 from speclm.cache.kept import KeptCache
 from speclm.chat.text_stream import Piece, RoundStreamer
 from speclm.config import require_unicode
@@ -167,8 +168,9 @@ class Chat:
         speculation = self.spec.last_speculation
         assert speculation is not None, "a call has just ended"
         answer = replace(answer, speculation=speculation)
-        if output.past_key_values is not None and self._can_read_on(output.past_key_values):
-            self._kept.keep(output.past_key_values, output.sequences[0].tolist())
+        cache = output.get(CACHE_NAME)
+        if cache is not None and self._can_read_on(cache):
+            self._kept.keep(cache, output.sequences[0].tolist())
         if marks_drafted and not self._is_plain():
             self._can_mark = answer.num_marked_rounds > 0
         self._turns.append(_Turn(text, answer, prompt, merged))
@@ -304,7 +306,7 @@ class Chat:
             "return_dict_in_generate": True,
         }
         if cache is not None:
-            arguments["past_key_values"] = cache
+            arguments[CACHE_NAME] = cache
         start = perf_counter()
         output = generate(**arguments)
         seconds = perf_counter() - start

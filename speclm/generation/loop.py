@@ -43,13 +43,13 @@ class Generated:
         sequences: Prompt and new tokens, ended rows padded on the right.
         scores: Processed scores of each new position, ``[batch, vocab]``.
         logits: The target's logits of each new position, in float32, ``[batch, vocab]``.
-        past_key_values: The cache, with all tokens but the last.
+        cache: The cache, with all tokens but the last.
     """
 
     sequences: Int[Tensor, "batch length"]
     scores: tuple[Tensor, ...] | None = None
     logits: tuple[Tensor, ...] | None = None
-    past_key_values: DynamicCache | None = None
+    cache: DynamicCache | None = None
 
 
 def generate_tokens(
@@ -89,7 +89,7 @@ def generate_tokens(
         sequences,
         scores=None if lockstep is None else lockstep.scores,
         logits=None if lockstep is None else lockstep.logits,
-        past_key_values=request.prompt.cache,
+        cache=request.prompt.cache,
     )
 
 

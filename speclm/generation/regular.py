@@ -13,6 +13,7 @@ from transformers.generation import logits_process as processors
 from transformers.generation.logits_process import LogitsProcessorList
 
 from speclm.acceptance.interface import AcceptanceRule
+from speclm.cache import CACHE_NAMES
 from speclm.errors import PromptError
 from speclm.generation.settings import (
     BY_NAME,
@@ -32,8 +33,7 @@ KNOWN_INPUTS = frozenset(
         "inputs_embeds",
         "position_ids",
         "logits_to_keep",
-        "past_key_values",
-        "cache_params",
+        *CACHE_NAMES,
         "use_cache",
         "output_attentions",
         "output_hidden_states",
@@ -196,7 +196,7 @@ def cached_length(cache: Any) -> int:
         return int(cache.get_seq_length())
     if cache.has_previous_state():
         raise NeedsRegularGeneration(
-            "past_key_values of recurrent layers, which do not count their tokens"
+            "a given cache of recurrent layers, which do not count their tokens"
         )
     return 0
 

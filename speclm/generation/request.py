@@ -24,6 +24,7 @@ from transformers.generation.streamers import BaseStreamer
 from speclm.acceptance.exact import ExactRule
 from speclm.acceptance.interface import AcceptanceRule
 from speclm.adaptive.memory import Memory
+from speclm.cache import given_cache
 from speclm.drafting.interface import Proposer
 from speclm.errors import CacheError, OptionError, PromptError
 from speclm.generation.regular import (
@@ -66,11 +67,11 @@ def require_acceptable(
     if setting is not None:
         shown = setting.describe(lookup(setting.name))
         raise OptionError(f"{shown} {setting.note}; drop it, or call .base.generate")
-    cache = arguments.get("past_key_values")
+    cache = given_cache(arguments)
     # The recurrent states of a dynamic cache are restored, not cropped.
     if isinstance(cache, Cache) and not (isinstance(cache, DynamicCache) or cache.is_croppable):
         raise CacheError(
-            f"past_key_values is a {type(cache).__name__}, which cannot be rolled back; pass a "
+            f"the given cache is a {type(cache).__name__}, which cannot be rolled back; pass a "
             "DynamicCache, or none"
         )
     _require_prompt(arguments)
@@ -101,7 +102,7 @@ def _require_prompt(arguments: Mapping[str, Any]) -> None:
     mask = arguments.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2:
         # With a cache the prompt may hold only the new tokens, under a mask for all.
-        has_cache = arguments.get("past_key_values") is not None
+        has_cache = given_cache(arguments) is not None
         is_continued = has_cache and tokens is not None and mask.shape[1] > tokens.shape[1]
         if tokens is not None and mask.shape != tokens.shape and not is_continued:
             raise PromptError(
@@ -300,7 +301,7 @@ def resolve_request(
     wants_details = bool(config.return_dict_in_generate)
     input_ids = input_ids.long()
     mask, embeddings = model_inputs.get("attention_mask"), model_inputs.get("inputs_embeds")
-    cache = model_inputs.get("past_key_values", model_inputs.get("cache_params"))
+    cache = given_cache(model_inputs)
     if not (setup.extends_cache or wants_details):
         cache = None  # the caller does not see the one that Transformers made
     length = prompt_length(input_ids, mask, config, cache, embeddings)

@@ -58,7 +58,7 @@ def open_session(prompt: Prompt, setup: Setup) -> Session:
             num_tokens=prompt.length,
         )
         if obstacle is not None:
-            raise NeedsRegularGeneration(f"past_key_values {obstacle}")
+            raise NeedsRegularGeneration(f"the given cache {obstacle}")
         import_cache(tree_cache, cache, room=prompt.length)
     return TreeSession(
         target,

@@ -111,6 +111,7 @@ SETTINGS: tuple[Setting, ...] = (
         "continues from a `DynamicCache`; a cache that cannot be rolled back is a `CacheError`",
         INPUT,
     ),
+    Setting("cache", "means the same as `past_key_values`, from Transformers 5.24 on", INPUT),
     Setting("logits_to_keep", "has no effect on tokens", INPUT),
     _delegated("position_ids", "sets the positions of the prompt", INPUT),
     Setting("inputs_embeds", "gives the prompt as vectors; proposers then see no text", INPUT),

@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils.generic import ModelOutput
 
+from speclm.cache import CACHE_NAME, CACHE_NAMES, given_cache
 from speclm.drafting.interface import Proposer
 from speclm.errors import OptionError, suggest
 from speclm.files.atomic import read_json
@@ -107,9 +108,7 @@ def decode(
         setup,
         isolates=any(map(may_draw, proposer_modules(setup.proposer))),
         streamer=arguments.get("streamer"),
-        extends_cache=any(
-            arguments.get(name) is not None for name in ("past_key_values", "cache_params")
-        ),
+        extends_cache=given_cache(arguments) is not None,
     )
     turn = ExitStack()
 
@@ -143,8 +142,8 @@ def _as_output(
         sequences=generated.sequences,
         scores=generated.scores,
         logits=generated.logits,
-        past_key_values=generated.past_key_values,
         speculation=stats,
+        **{CACHE_NAME: generated.cache},
     )
 
 
@@ -207,6 +206,8 @@ def naming_unknown(arguments: Iterable[str]) -> Iterator[None]:
             raise
         if unknown[0] in OPTIONS_OF_LOADING:
             remedy = "pass it to SpecModel.from_pretrained"
+        elif unknown[0] in {"cache", *CACHE_NAMES}:
+            remedy = f"pass it as {CACHE_NAME!r}"
         else:
             remedy = suggest(unknown[0], [*BY_NAME, *OPTIONS_OF_LOADING, "acceptance"])
         raise OptionError(

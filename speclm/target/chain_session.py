@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache
 from typing_extensions import override
 
-from speclm.cache import Rewind, restore, snapshot
+from speclm.cache import Rewind, cache_name, restore, snapshot
 from speclm.errors import UnsupportedModelError
 from speclm.target.session import Session
 from speclm.target.view import TargetView
@@ -178,9 +178,7 @@ def prompt_inputs(target: TargetView, attention_mask: Tensor) -> dict[str, Any]:
     if "logits_to_keep" in accepted:
         inputs["logits_to_keep"] = 1
     if model._supports_default_dynamic_cache():
-        # The name that generate uses.
-        name = "cache_params" if "mamba" in type(model).__name__.lower() else "past_key_values"
-        inputs[name] = DynamicCache(config=model.config.get_text_config(decoder=True))
+        inputs[cache_name(model)] = DynamicCache(config=model.config.get_text_config(decoder=True))
     return inputs
 
 

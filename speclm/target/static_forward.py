@@ -16,6 +16,7 @@ from speclm.acceptance import Accepted
 from speclm.acceptance.exact import read_accepted
 from speclm.attention import FixedStep, attached, attention_configs, tree_step
 from speclm.cache.fixed import FixedLayer, seen_slots
+from speclm.cache.names import CACHE_NAME
 from speclm.cache.tree_cache import TreeCache
 from speclm.devices import is_host
 from speclm.engines import Engine, StageRunner, agree
@@ -211,7 +212,7 @@ class VerifyStage(nn.Module):
         inputs = {
             "input_ids": tokens,
             "position_ids": torch.minimum(positions, max_position),
-            "past_key_values": Cache(layers=layers),
+            CACHE_NAME: Cache(layers=layers),
             "use_cache": True,
             "output_hidden_states": bool(self._layers),
             "return_dict": True,

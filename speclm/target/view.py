@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from speclm.attention import TreeStep, attached, attention_configs, tree_step
+from speclm.cache.names import CACHE_NAME
 from speclm.cache.tree_cache import Allocate, TreeCache
 from speclm.errors import PromptError, UnsupportedModelError
 from speclm.forking import temporary
@@ -193,7 +194,7 @@ class TargetView:
             slots = torch.arange(num_new, device=tokens.device) + cache.tree_start
             position_ids = (slots - cache.num_padding[:, None]).clamp(min=0)
         last = last_logits(self._text_config, self.tapped)
-        inputs: dict[str, Any] = {"past_key_values": cache, "logits_to_keep": last}
+        inputs: dict[str, Any] = {CACHE_NAME: cache, "logits_to_keep": last}
         inputs |= {"attention_mask": attention_mask, "position_ids": position_ids[..., -num_new:]}
         cache.reserve(num_new)
         with attached(self._configs):
@@ -292,10 +293,7 @@ class TargetView:
         step = TreeStep(visible, slot_depths, cache, words=words)
         with attached(self._configs), tree_step(step):
             logits = self._forward(
-                tokens,
-                position_ids=position_ids,
-                past_key_values=cache,
-                logits_to_keep=num_logits,
+                tokens, position_ids=position_ids, logits_to_keep=num_logits, **{CACHE_NAME: cache}
             )
         self.windows = step.windows
         cache.append(num_nodes)
