@@ -11,6 +11,7 @@ from speclm.bench import (
     speculative_decoder,
 )
 from speclm.bench.dialogues import num_positions, without_room
+from speclm.cache import CACHE_NAME
 from speclm.errors import PromptError
 from speclm.files.questions import Question
 from speclm.methods.ngram.proposer import NgramProposer
@@ -39,7 +40,7 @@ def logging_decoder(tiny_base):
 
     def make(decoder, log):
         def generate(call):
-            cache = call.options.get("past_key_values")
+            cache = call.options.get(CACHE_NAME)
             log.append(None if cache is None else cache.get_seq_length())
             return decoder.generate(call)
 

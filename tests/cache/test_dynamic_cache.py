@@ -34,6 +34,7 @@ from transformers.cache_utils import (
 )
 
 from speclm.cache import (
+    CACHE_NAME,
     Rewind,
     TreeCache,
     export_cache,
@@ -125,7 +126,7 @@ def plain_cache(
         input_ids=inputs["input_ids"][:, :length],
         attention_mask=mask,
         position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-        past_key_values=cache,
+        **{CACHE_NAME: cache},
     )
     return cache
 
@@ -227,7 +228,7 @@ def test_exported_cache_is_that_of_regular_generation(family, with_config):
     own = plain_cache(model, inputs, SPLIT, with_config=with_config)
     given_cache = deepcopy(own)
     output = model.generate(
-        **inputs, past_key_values=own, max_new_tokens=9, return_dict_in_generate=True
+        **inputs, **{CACHE_NAME: own}, max_new_tokens=9, return_dict_in_generate=True
     )
     text = {
         "input_ids": output.sequences[:, :-1],
@@ -241,7 +242,7 @@ def test_exported_cache_is_that_of_regular_generation(family, with_config):
         "attention_mask": torch.nn.functional.pad(text["attention_mask"], (0, 5), value=1),
     }
     continuations = [
-        model.generate(**more, past_key_values=past, max_new_tokens=9)
+        model.generate(**more, **{CACHE_NAME: past}, max_new_tokens=9)
         for past in (own, given_cache, None)
     ]
     assert torch.equal(continuations[0], continuations[1])
@@ -281,7 +282,7 @@ def test_exported_cache_can_be_cropped_as_plain_ones_can():
         past = plain_cache(model, inputs, SPLIT)
         past.activate_past_recording()
         own = deepcopy(past)
-        model(input_ids=inputs["input_ids"][:, SPLIT:], past_key_values=own)
+        model(input_ids=inputs["input_ids"][:, SPLIT:], **{CACHE_NAME: own})
         _, _, cache = continued(model, inputs, past)
         export_cache(cache, past, length=LENGTH)
         require_equal(past, own, torch.tensor([0]))
@@ -522,7 +523,7 @@ def attributes_of(cache: DynamicCache) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def read(model: PreTrainedModel, cache: DynamicCache, tokens: Tensor) -> Tensor:
-    return model(input_ids=tokens, past_key_values=cache, use_cache=True).logits
+    return model(input_ids=tokens, **{CACHE_NAME: cache}, use_cache=True).logits
 
 
 def after_prompt(model: PreTrainedModel) -> DynamicCache:

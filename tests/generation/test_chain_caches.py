@@ -11,6 +11,7 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, Pre
 from transformers.generation.streamers import BaseStreamer
 
 from speclm import SpecModel
+from speclm.cache import CACHE_NAME, cache_name
 from speclm.testing import ScriptedProposer
 from tests.families import shared_family
 from tests.grids import turns
@@ -52,7 +53,7 @@ def states_of(cache_: DynamicCache) -> list[Tensor]:
 
 def go_on(model: Any, given: Any, text: Tensor, mask: Tensor) -> list[list[int]]:
     output = model.generate(
-        text, attention_mask=mask, past_key_values=given, **GREEDY, max_new_tokens=6
+        text, attention_mask=mask, **{CACHE_NAME: given}, **GREEDY, max_new_tokens=6
     )
     return output[:, text.shape[1] :].tolist()
 
@@ -71,19 +72,19 @@ def test_caches_that_come_back_are_regular_generations_and_go_on_in_both(name, l
     )
     ours, _ = generate(spec, inputs, max_new_tokens=NEW_TOKENS, **settings)
     assert ours.sequences.tolist() == plain.sequences.tolist()
-    require_close(ours.past_key_values, plain.past_key_values)
+    require_close(ours[CACHE_NAME], plain[CACHE_NAME])
     new = torch.randint(1, VOCAB_SIZE, (len(lengths), 3))
     text = torch.cat([plain.sequences, new], dim=1)
     mask = torch.ones_like(text)
     mask[:, :width] = inputs["attention_mask"]
-    expected = go_on(base, copy.deepcopy(plain.past_key_values), text, mask)
+    expected = go_on(base, copy.deepcopy(plain[CACHE_NAME]), text, mask)
     spec.proposer = ScriptedProposer(expected, depth=DEPTH, wrong_at=WRONG_AT)
-    assert go_on(base, copy.deepcopy(ours.past_key_values), text, mask) == expected
-    assert go_on(spec, plain.past_key_values, text, mask) == expected
-    assert go_on(spec, ours.past_key_values, text, mask) == expected
+    assert go_on(base, copy.deepcopy(ours[CACHE_NAME]), text, mask) == expected
+    assert go_on(spec, plain[CACHE_NAME], text, mask) == expected
+    assert go_on(spec, ours[CACHE_NAME], text, mask) == expected
     assert spec.last_speculation.fallbacks == []
     assert spec.last_speculation.rounds < 5
-    assert ours.past_key_values.get_seq_length() == text.shape[1] + 5
+    assert ours[CACHE_NAME].get_seq_length() == text.shape[1] + 5
 
 
 def test_a_state_that_does_not_know_its_length_is_left_to_regular_generation():
@@ -92,9 +93,9 @@ def test_a_state_that_does_not_know_its_length_is_left_to_regular_generation():
     outputs = []
     for model in (base, spec):
         given = DynamicCache(config=base.config)
-        base(input_ids=inputs["input_ids"], cache_params=given, use_cache=True)
+        base(input_ids=inputs["input_ids"], **{cache_name(base): given}, use_cache=True)
         outputs.append(
-            model.generate(tokens, cache_params=given, **GREEDY, max_new_tokens=6).tolist()
+            model.generate(tokens, **{cache_name(base): given}, **GREEDY, max_new_tokens=6).tolist()
         )
     assert outputs[0] == outputs[1]
     assert "recurrent" in spec.last_speculation.fallbacks[0]
@@ -103,7 +104,7 @@ def test_a_state_that_does_not_know_its_length_is_left_to_regular_generation():
 @pytest.mark.parametrize("name", ["mamba2", HYBRID])
 def test_an_empty_cache_that_is_passed_in_is_filled_as_regular_generation_fills_it(name):
     base, spec, inputs = target(name), spec_of(name), prompts(7, 4)
-    key = "cache_params" if name == "mamba2" else "past_key_values"
+    key = cache_name(base)
     caches = [DynamicCache(config=base.config) for _ in range(2)]
     plain = base.generate(**inputs, **GREEDY, max_new_tokens=NEW_TOKENS, **{key: caches[0]})
     spec.proposer = ScriptedProposer(plain[:, 7:].tolist(), depth=DEPTH, wrong_at=WRONG_AT)
@@ -151,9 +152,9 @@ ERRORS = {"error": RuntimeError("no"), "interrupt": KeyboardInterrupt()}
 def test_an_error_midway_leaves_model_and_cache_as_they_were(name, place, at, kind):
     error = ERRORS[kind]
     base, spec, inputs = target(name), spec_of(name), prompts(9)
-    given = base.generate(
-        **inputs, **GREEDY, max_new_tokens=4, return_dict_in_generate=True
-    ).past_key_values
+    given = base.generate(**inputs, **GREEDY, max_new_tokens=4, return_dict_in_generate=True)[
+        CACHE_NAME
+    ]
     before = copy.deepcopy(given)
     text = prompts(16)["input_ids"]
     text[:, :9] = inputs["input_ids"]
@@ -164,7 +165,7 @@ def test_an_error_midway_leaves_model_and_cache_as_they_were(name, place, at, ki
     own = failing(place, error, at=at)
     with pytest.raises(type(error)) as caught:
         spec.generate(
-            text, attention_mask=mask, past_key_values=given, **GREEDY, max_new_tokens=8, **own
+            text, attention_mask=mask, **{CACHE_NAME: given}, **GREEDY, max_new_tokens=8, **own
         )
     assert caught.value is error
     for one, other in zip(states_of(given), states_of(before), strict=True):

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from speclm import SpecModel
-from speclm.cache import TreeCache
+from speclm.cache import CACHE_NAME, TreeCache
 from speclm.testing import ScriptedProposer
 from tests.grids import turns
 from tests.models import FAMILIES, VOCAB_SIZE, generate, prompts, shared_model
@@ -39,7 +39,7 @@ class Snapshots:
 @torch.no_grad()
 def fresh_prefill(model: PreTrainedModel, tokens: Tensor) -> DynamicCache:
     cache = DynamicCache()
-    model(input_ids=tokens[None], past_key_values=cache, use_cache=True)
+    model(input_ids=tokens[None], **{CACHE_NAME: cache}, use_cache=True)
     return cache
 
 

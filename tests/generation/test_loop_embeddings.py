@@ -16,6 +16,7 @@ from transformers import (
 from transformers.generation import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from speclm import SpecModel
+from speclm.cache import CACHE_NAME
 from speclm.generation.regular import NeedsRegularGeneration, prompt_length
 from speclm.target import TargetFeatures
 from speclm.testing import ScriptedProposer
@@ -114,8 +115,8 @@ def test_scores_cache_and_stream_are_those_of_the_base(lengths, capsys):
     assert torch.equal(found.sequences, expected.sequences)
     assert capsys.readouterr().out == printed
     require_close(found.scores, expected.scores)
-    assert found.past_key_values.get_seq_length() == 6 + 8
-    layers = (found.past_key_values.layers, expected.past_key_values.layers)
+    assert found[CACHE_NAME].get_seq_length() == 6 + 8
+    layers = (found[CACHE_NAME].layers, expected[CACHE_NAME].layers)
     for layer, other in zip(*layers, strict=True):
         torch.testing.assert_close(layer.keys, other.keys, atol=1e-4, rtol=1e-4)
 

@@ -16,6 +16,7 @@ from transformers.generation import (
 )
 
 from speclm import SpecModel
+from speclm.cache import CACHE_NAME
 from speclm.demo.bundle import assets
 from speclm.errors import CacheError, OptionError, PromptError
 from speclm.generation.regular import first_delegated
@@ -49,7 +50,7 @@ def test_argument_that_only_the_base_honours_is_named(name):
     assert first_delegated({name: None}, DEFAULT) is None
 
 
-@pytest.mark.parametrize("name", ["streamer", "inputs_embeds", "past_key_values", "stop_strings"])
+@pytest.mark.parametrize("name", ["streamer", "inputs_embeds", CACHE_NAME, "stop_strings"])
 def test_argument_that_the_loop_honours_is_not_named(name):
     assert first_delegated({name: DynamicCache()}, DEFAULT) is None
 
@@ -99,12 +100,12 @@ def test_output_of_every_forward_is_refused_where_it_would_be_returned():
 
 
 def test_cache_has_to_be_one_that_can_be_rolled_back():
-    static = StaticCache(config=shared_model("llama").config, max_cache_len=8)
+    static = StaticCache(config=shared_model("mistral").config, max_cache_len=32)  # past its window
     with pytest.raises(CacheError, match="rolled back"):
-        require_acceptable({"past_key_values": static}, DEFAULT)
-    require_acceptable({"past_key_values": DynamicCache()}, DEFAULT)
+        require_acceptable({CACHE_NAME: static}, DEFAULT)
+    require_acceptable({CACHE_NAME: DynamicCache()}, DEFAULT)
     recurrent = DynamicCache(config=shared_model("qwen3_next").config)  # states are put back
-    require_acceptable({"past_key_values": recurrent}, DEFAULT)
+    require_acceptable({CACHE_NAME: recurrent}, DEFAULT)
 
 
 @pytest.mark.parametrize("name", ["inputs", "input_ids"])

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
+from speclm.cache import CACHE_NAME
 from speclm.generation.regular import NeedsRegularGeneration
 from speclm.generation.request import Prompt, Setup
 from speclm.generation.sessions import open_session
@@ -21,7 +22,7 @@ def opened(family, backend, *, cache, given=None, num_tokens=6, engine=None):
     prompt = Prompt(
         input_ids=tokens,
         embeddings=None,
-        model_inputs={"past_key_values": cache, "use_cache": True},
+        model_inputs={CACHE_NAME: cache, "use_cache": True},
         images={},
         num_padding=torch.tensor([0]),
         num_unseen=0,
@@ -36,7 +37,7 @@ def filled(family):
     model = shared_model(family)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(**prompts(4), past_key_values=cache, use_cache=True)
+        model(**prompts(4), **{CACHE_NAME: cache}, use_cache=True)
     return cache
 
 

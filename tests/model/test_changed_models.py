@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache, LlamaForCausalLM
 
 from speclm import SpecModel
+from speclm.cache import CACHE_NAME
 from speclm.methods.draft_model.proposer import DraftModelProposer
 from speclm.methods.medusa.network import MedusaHeads, MedusaHeadsConfig
 from speclm.methods.medusa.proposer import MedusaProposer
@@ -165,7 +166,7 @@ class Forgetful(DynamicCache):
 
 class OwnCache(LlamaForCausalLM):
     def _prepare_cache_for_generation(self, config, model_kwargs, *args, **kwargs):
-        model_kwargs["past_key_values"] = Forgetful(config=self.config)
+        model_kwargs[CACHE_NAME] = Forgetful(config=self.config)
 
 
 class OwnPositions(LlamaForCausalLM):

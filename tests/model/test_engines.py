@@ -8,6 +8,7 @@ from transformers import DynamicCache
 
 from speclm import SpecModel
 from speclm.attention import attached, attention_configs
+from speclm.cache import CACHE_NAME
 from speclm.devices import device_path
 from speclm.engines import CompileEngine, Engine
 from speclm.errors import OptionError
@@ -93,9 +94,9 @@ def test_the_cache_is_right_after_moves_by_a_stage():
     spec, inputs = spec_model(engine=replaying()), prompts(6)
     options = {**GREEDY, "return_dict_in_generate": True}
     found, expected = DynamicCache(), DynamicCache()
-    spec.base.generate(**inputs, past_key_values=expected, **options)
+    spec.base.generate(**inputs, **{CACHE_NAME: expected}, **options)
     with device_path():
-        spec.generate(**inputs, past_key_values=found, **options)
+        spec.generate(**inputs, **{CACHE_NAME: found}, **options)
     for one, other in zip(found.layers, expected.layers, strict=True):
         assert one.keys.shape == other.keys.shape
         assert torch.allclose(one.keys, other.keys, atol=ROUNDING)

@@ -10,6 +10,7 @@ import transformers
 from packaging.version import Version
 
 from speclm import SpecModel
+from speclm.cache import CACHE_NAME
 from speclm.methods.ngram.proposer import NgramProposer
 from speclm.self_check.verdict import Verification
 from tests.families import FAMILIES, ONCE, ROWS, build_family, is_known
@@ -120,7 +121,7 @@ def test_chains_continue_from_the_cache_that_they_left(name):
         first, _ = generate(model, inputs, **settings)
         mask = F.pad(inputs["attention_mask"], (0, 6), value=1)
         turn = {"input_ids": F.pad(first.sequences, (0, 1), value=3), "attention_mask": mask}
-        second, state = generate(model, turn, past_key_values=first.past_key_values, **settings)
+        second, state = generate(model, turn, **{CACHE_NAME: first[CACHE_NAME]}, **settings)
         texts.append(second.sequences.tolist())
         states.append(state.tolist())
     assert spec.last_speculation.fallbacks == []

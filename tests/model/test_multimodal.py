@@ -9,6 +9,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
 from speclm import SpecModel
+from speclm.cache import CACHE_NAME
 from speclm.methods.draft_model.proposer import DraftModelProposer
 from speclm.methods.medusa.network import MedusaHeads, MedusaHeadsConfig
 from speclm.methods.medusa.proposer import MedusaProposer
@@ -148,7 +149,7 @@ def test_cache_after_images_is_extended_and_continued(name):
     found, _ = generate(spec, inputs, **settings)
     assert spec.last_speculation.fallbacks == []
     assert torch.equal(found.sequences, expected.sequences)
-    caches = found.past_key_values, expected.past_key_values
+    caches = found[CACHE_NAME], expected[CACHE_NAME]
     for layer, other in zip(*(each.layers for each in caches), strict=True):
         if not isinstance(layer, CacheLayerMixin):
             continue  # a recurrent state, which the next turn tests
@@ -158,9 +159,9 @@ def test_cache_after_images_is_extended_and_continued(name):
     tokens = torch.cat([found.sequences, prompt(name, (4,), seed=1)["input_ids"]], dim=1)
     settings = {"do_sample": True, "max_new_tokens": NEW_TOKENS}
     longer = {"input_ids": tokens}
-    expected, state = generate(spec.base, longer, past_key_values=caches[1], **settings)
+    expected, state = generate(spec.base, longer, **{CACHE_NAME: caches[1]}, **settings)
     spec.proposer = planted(expected[:, tokens.shape[1] :].tolist())
-    found, state_found = generate(spec, longer, past_key_values=caches[0], **settings)
+    found, state_found = generate(spec, longer, **{CACHE_NAME: caches[0]}, **settings)
     assert spec.last_speculation.fallbacks == []
     assert spec.last_speculation.rounds < MAX_FORWARDS
     assert torch.equal(found, expected)
@@ -173,7 +174,7 @@ def test_images_after_a_cache_are_speculated():
     outputs = []
     for _ in range(2):
         cache = DynamicCache(config=spec.config.get_text_config())
-        spec.base.generate(**first, past_key_values=cache, max_new_tokens=1)
+        spec.base.generate(**first, **{CACHE_NAME: cache}, max_new_tokens=1)
         outputs.append(cache)
     length = outputs[0].get_seq_length()
     both = {
@@ -182,9 +183,9 @@ def test_images_after_a_cache_are_speculated():
     }
     given = {**both, "pixel_values": inputs["pixel_values"]}
     settings = {"do_sample": False, "max_new_tokens": NEW_TOKENS}
-    expected = spec.base.generate(**given, past_key_values=outputs[0], **settings)
+    expected = spec.base.generate(**given, **{CACHE_NAME: outputs[0]}, **settings)
     spec.proposer = planted(expected[:, given["input_ids"].shape[1] :].tolist())
-    found = spec.generate(**given, past_key_values=outputs[1], **settings)
+    found = spec.generate(**given, **{CACHE_NAME: outputs[1]}, **settings)
     assert spec.last_speculation.fallbacks == []
     assert torch.equal(found, expected)
 

@@ -24,6 +24,7 @@ from typing_extensions import override
 
 from speclm import SpecModel, SpeculativeOutput
 from speclm.acceptance import Accepted
+from speclm.cache import CACHE_NAME
 from speclm.config import ProposerConfig
 from speclm.drafting.interface import Draft, Prefill, Proposer
 from speclm.errors import (
@@ -95,8 +96,9 @@ def right_padded() -> dict[str, Tensor]:
     return {key: value.flip(1) for key, value in prompts(6, 3).items()}
 
 
-def static_cache(base: PreTrainedModel) -> StaticCache:
-    return StaticCache(config=base.config, max_cache_len=32)
+def static_cache() -> StaticCache:
+    """Return a cache that forgets what is before a window."""
+    return StaticCache(config=shared_model("mistral").config, max_cache_len=32)
 
 
 @pytest.mark.parametrize(
@@ -125,9 +127,9 @@ def test_positional_prompt_is_checked_too(spec):
         spec.generate(padded["input_ids"], attention_mask=padded["attention_mask"])
 
 
-def test_static_cache_is_refused(spec, base):
+def test_static_cache_with_a_window_is_refused(spec):
     with pytest.raises(CacheError, match=r"StaticCache.*rolled back.*DynamicCache") as caught:
-        spec.generate(**prompts(4), past_key_values=static_cache(base), max_new_tokens=2)
+        spec.generate(**prompts(4), **{CACHE_NAME: static_cache()}, max_new_tokens=2)
     assert isinstance(caught.value, TypeError)
 
 
@@ -377,7 +379,7 @@ def test_model_in_training_mode_decodes_plainly(caplog):
 def test_empty_dynamic_cache_changes_nothing(spec, base):
     expected = base.generate(**prompts(6), max_new_tokens=6, do_sample=False)
     found = spec.generate(
-        **prompts(6), max_new_tokens=6, do_sample=False, past_key_values=DynamicCache()
+        **prompts(6), max_new_tokens=6, do_sample=False, **{CACHE_NAME: DynamicCache()}
     )
     assert torch.equal(found, expected)
 

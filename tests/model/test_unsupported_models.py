@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from speclm.cache import CACHE_NAME
 from speclm import SpecModel
 from speclm.errors import UnsupportedModelError
 from speclm.methods.ngram.proposer import NgramProposer
@@ -83,31 +84,39 @@ class Tiny(PreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: DynamicCache | None = None,
         use_cache: bool = True,
         logits_to_keep: int = 0,
+        past_key_values: DynamicCache | None = None,  # before Transformers 5.24
+        cache: DynamicCache | None = None,
         **_: object,
     ) -> CausalLMOutputWithPast:
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        cache = past_key_values if cache is None else cache
+        past = 0 if cache is None else cache.get_seq_length()
         num_new = input_ids.shape[1]
         slots = torch.arange(past, past + num_new)
         hidden = self.embed(input_ids) + self.positions(slots)
         query, key, value = (part[:, None] for part in self.qkv(hidden).chunk(3, dim=-1))
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, 0)
+        if cache is not None:
+            key, value = cache.update(key, value, 0)
         visible = torch.arange(key.shape[2]) <= slots[:, None]
         hidden = hidden + F.scaled_dot_product_attention(query, key, value, visible)[:, 0]
         logits = self.head(hidden[:, -logits_to_keep:])
-        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+        return CausalLMOutputWithPast(logits=logits, **{CACHE_NAME: cache})
 
 
 class WithoutPositions(Tiny):
     """Takes neither positions nor a number of logits, as older code does."""
 
     def forward(
-        self, input_ids, attention_mask=None, past_key_values=None, use_cache=True, return_dict=None
+        self,
+        input_ids,
+        attention_mask=None,
+        use_cache=True,
+        return_dict=None,
+        past_key_values=None,
+        cache=None,
     ):
-        return super().forward(input_ids, past_key_values=past_key_values)
+        return super().forward(input_ids, past_key_values=past_key_values, cache=cache)
 
 
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {

@@ -8,7 +8,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from speclm.attention import TreeStep, active_step
 from speclm.attention.registration import register
-from speclm.cache import TreeCache
+from speclm.cache import CACHE_NAME, TreeCache
 from speclm.self_check.comparison import check_chains, check_trees, regular_logits
 from speclm.self_check.verdict import Verification
 from speclm.target import ChainReader, TargetView
@@ -130,7 +130,7 @@ def test_shifted_positions_are_found(monkeypatch, shift, is_everywhere):
     original = TargetView._forward
 
     def shifted(view, tokens, **inputs):
-        if is_everywhere or inputs["past_key_values"].tree_start > 0:
+        if is_everywhere or inputs[CACHE_NAME].tree_start > 0:
             inputs["position_ids"][:, -4:] += shift
         return original(view, tokens, **inputs)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from speclm.cache import CACHE_NAME, cache_name
 from speclm.errors import UnsupportedModelError
 from speclm.target import TargetFeatures, TargetView
 from speclm.target.chain_session import MAX_UNREAD, ChainReader, ChainSession
@@ -143,7 +144,7 @@ def test_a_prompt_that_is_settled_at_once_is_plain_decodings_prefill(name):
     reader.settle()
     plain = base.generate(
         **inputs, max_new_tokens=1, do_sample=False, return_dict_in_generate=True
-    ).past_key_values
+    )[CACHE_NAME]
     require_equal_caches(reader.cache, plain)
 
 
@@ -197,7 +198,7 @@ def test_a_model_without_a_dynamic_cache_is_refused():
 
 
 def test_two_caches_are_refused():
-    inputs = {"past_key_values": DynamicCache(), "cache_params": DynamicCache()}
+    inputs = {CACHE_NAME: DynamicCache(), "cache_params": DynamicCache()}
     with pytest.raises(UnsupportedModelError, match="DynamicCache, DynamicCache, chains need one"):
         ChainReader(TargetView(shared_model("bloom")), inputs)
 
@@ -205,7 +206,7 @@ def test_two_caches_are_refused():
 @torch.no_grad()
 def test_a_session_is_behind_once_more_is_owed_than_the_bound():
     cache = DynamicCache(config=model("qwen3_next").config)
-    inputs = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+    inputs = {CACHE_NAME: cache, "use_cache": True, "logits_to_keep": 1}
     view = TargetView(model("qwen3_next"))
     session = ChainSession(view, inputs, num_cached=0, is_callers=False)
     session.prefill(prompts(5)["input_ids"])
@@ -224,7 +225,7 @@ def test_a_session_is_behind_once_more_is_owed_than_the_bound():
 @torch.no_grad()
 def test_an_error_leaves_a_callers_filled_cache_as_it_was(name):
     base, tokens = model(name), text(1)
-    key = "cache_params" if name == "mamba2" else "past_key_values"
+    key = cache_name(base)
     given, untouched = (DynamicCache(config=base.config) for _ in range(2))
     for one in (given, untouched):
         base(input_ids=tokens[:, :10], use_cache=True, **{key: one})

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from speclm.cache import CACHE_NAME
 from speclm.self_check.verdict import Verification
 from speclm.target import TargetFeatures, TargetView
 from speclm.tree.topology import from_parents
@@ -70,7 +71,7 @@ def rounds(name: str) -> list[Round]:
             rows = [torch.cat([rows[row], tokens[row, path]]) for row, path in enumerate(kept)]
             for row, text in enumerate(rows):
                 own = DynamicCache()
-                view.model(input_ids=text[None], past_key_values=own, use_cache=True)
+                view.model(input_ids=text[None], **{CACHE_NAME: own}, use_cache=True)
                 slots = slice(int(padding[row]), int(padding[row]) + len(text))
                 # Layers may share what earlier ones cached; Transformers has none for them.
                 for layer, reference in zip(cache.layers, own.layers, strict=False):

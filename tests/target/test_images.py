@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from speclm.cache import CACHE_NAME
 from speclm.target import images_obstacle, position_shift
 from tests.models import build_model, shared_model
 from tests.multimodal import shared_wrapper
@@ -47,7 +48,7 @@ def test_model_that_moves_positions_is_told_apart():
 
 def test_real_models_are_asked_in_their_own_words():
     kinds = {"token_type_ids": torch.zeros_like(TOKENS)}
-    inputs = {"position_ids": POSITIONS, "past_key_values": DynamicCache(), "use_cache": True}
+    inputs = {"position_ids": POSITIONS, CACHE_NAME: DynamicCache(), "use_cache": True}
     found = images_obstacle(shared_model("llama"), TOKENS, {**inputs, **kinds}, kinds)
     assert found == "model input 'token_type_ids'"
     assert images_obstacle(shared_wrapper("gemma3"), TOKENS, {**inputs, **kinds}, kinds) is None

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from speclm.cache import TreeCache, import_cache
+from speclm.cache import CACHE_NAME, TreeCache, import_cache
 from speclm.errors import CacheError
 from speclm.target import ChainSession, Session, TargetView, TreeSession
 from speclm.target.session import fill_rows
@@ -31,7 +31,7 @@ def chain_session(model: PreTrainedModel, mask: Tensor) -> tuple[Session, Dynami
     cache = DynamicCache(config=model.config)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     inputs = {
-        "past_key_values": cache,
+        CACHE_NAME: cache,
         "attention_mask": mask,
         "position_ids": positions,
         "use_cache": True,
@@ -114,7 +114,7 @@ def test_slots_of_an_imported_cache_are_not_read_again():
     model = shared_model("llama")
     view, tokens = TargetView(model), prompts(8)["input_ids"]
     given = DynamicCache(config=model.config)
-    model(input_ids=tokens[:, :5], past_key_values=given, use_cache=True)
+    model(input_ids=tokens[:, :5], **{CACHE_NAME: given}, use_cache=True)
     cache = view.new_cache(torch.tensor([0]))
     import_cache(cache, given, room=8)
     session = session_of(view, cache)
@@ -192,7 +192,7 @@ def test_cache_is_that_of_regular_generation_when_rows_end_at_different_lengths(
     stops = {"eos_token_id": [int(free[row, step]) for row, step in enumerate(ends)] or None}
     own = DynamicCache(config=model.config)
     tokens = model.generate(
-        **inputs, past_key_values=own, max_new_tokens=NEW, pad_token_id=7, **stops
+        **inputs, **{CACHE_NAME: own}, max_new_tokens=NEW, pad_token_id=7, **stops
     )
     width = tokens.shape[1] - PROMPT - 1  # the last token is not fed
     counts = [min(step, width) for step in [*ends, width, width, width][:3]]
@@ -231,7 +231,7 @@ def test_pending_nodes_are_dropped():
 def test_nothing_runs_when_no_row_lacks_a_token(monkeypatch):
     model, inputs = model_of("llama"), prompts(PROMPT, 5)
     past = DynamicCache(config=model.config)
-    model(**{name: tensor[:, :4] for name, tensor in inputs.items()}, past_key_values=past)
+    model(**{name: tensor[:, :4] for name, tensor in inputs.items()}, **{CACHE_NAME: past})
     view = TargetView(model)
     cache = view.new_cache(torch.tensor([0, 7]))
     import_cache(cache, past)

@@ -3,6 +3,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from speclm import SpecModel
+from speclm.cache import CACHE_NAME
 from speclm.demo.bundle import assets, load_prompts
 from speclm.errors import DataError, OptionError, VocabularyMismatchError
 from speclm.methods.block.checkpoint import read_block
@@ -213,7 +214,7 @@ def test_new_heads_start_as_layers_of_the_base_whose_keys_they_give(family):
     keys, values = heads.context(
         torch.cat((states[1], states[3]), -1), heads.rotation(torch.arange(6)[None])
     )
-    wanted = output.past_key_values.layers[3]
+    wanted = output[CACHE_NAME].layers[3]
     near = torch.nn.functional.cosine_similarity
     assert near(keys[0], wanted.keys, dim=-1).mean() > 0.95
     assert near(values[0], wanted.values, dim=-1).mean() > 0.95

@@ -12,6 +12,7 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedMo
 
 from speclm import SpecModel
 from speclm.acceptance import Accepted
+from speclm.cache import CACHE_NAME
 from speclm.drafting.interface import Prefill
 from speclm.errors import OptionError, TreeBudgetError, VocabularyMismatchError
 from speclm.methods.draft_model.network import DraftNetwork
@@ -34,7 +35,7 @@ WIDE = {"width": 3, "branches": 3, "num_draft_tokens": 12, "min_probability": 0.
 @torch.no_grad()
 def fresh_prefill(model: PreTrainedModel, tokens: Tensor) -> DynamicCache:
     cache = DynamicCache()
-    model(input_ids=tokens[None], past_key_values=cache, use_cache=True)
+    model(input_ids=tokens[None], **{CACHE_NAME: cache}, use_cache=True)
     return cache
 
 
