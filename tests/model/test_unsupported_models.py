@@ -18,8 +18,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from speclm.cache import CACHE_NAME
 from speclm import SpecModel
+from speclm.cache import CACHE_NAME
 from speclm.errors import UnsupportedModelError
 from speclm.methods.ngram.proposer import NgramProposer
 from speclm.self_check.verdict import Verification
