@@ -1,0 +1,37 @@
+import inspect
+
+import pytest
+from transformers import DynamicCache, GenerationMixin, LlamaForCausalLM, Mamba2Config
+from transformers import Mamba2ForCausalLM as Mamba2
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+from speclm.cache import CACHE_NAME, CACHE_NAMES, cache_name, given_cache
+from tests.models import prompts, shared_model
+
+
+def test_models_take_and_return_a_cache_under_the_name():
+    cache = DynamicCache()
+    output = shared_model("llama")(**prompts(4), **{CACHE_NAME: cache}, use_cache=True)
+    assert output[CACHE_NAME] is cache
+    assert cache.get_seq_length() == 4
+    assert CACHE_NAME in inspect.signature(LlamaForCausalLM.forward).parameters
+    assert GenerateDecoderOnlyOutput(**{CACHE_NAME: cache})[CACHE_NAME] is cache
+
+
+def test_a_models_own_name_is_that_of_generate():
+    sizes = {"hidden_size": 8, "num_heads": 4, "head_dim": 4, "n_groups": 1, "vocab_size": 16}
+    recurrent = Mamba2(Mamba2Config(**sizes, num_hidden_layers=1, state_size=4))
+    for model in (shared_model("llama"), recurrent):
+        prepared = {}
+        GenerationMixin._prepare_cache_for_generation(
+            model, model.generation_config, prepared, None, 1, 8
+        )
+        assert list(prepared) == [cache_name(model)]
+
+
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_a_cache_is_found_under_each_name(name):
+    cache = DynamicCache()  # an empty one is false
+    assert given_cache({"input_ids": None, name: cache}) is cache
+    assert given_cache({name: None}) is None
+    assert given_cache({}) is None
