@@ -8,7 +8,7 @@ from speclm.cache.dynamic_cache import (
     restore,
     snapshot,
 )
-from speclm.cache.names import CACHE_NAME, CACHE_NAMES, cache_name, given_cache
+from speclm.cache.names import CACHE_NAME, CACHE_NAMES, cache_name
 from speclm.cache.tree_cache import TreeCache
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "TreeCache",
     "cache_name",
     "export_cache",
-    "given_cache",
     "import_cache",
     "import_obstacle",
     "restore",

@@ -1,9 +1,7 @@
 """The names under which models of Transformers take and return their cache."""
 
 import inspect
-from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any
 
 from transformers import PreTrainedModel
 from transformers.generation.utils import GenerateDecoderOnlyOutput
@@ -22,9 +20,3 @@ def cache_name(model: PreTrainedModel) -> str:
     """Return the name of a model's cache input, which older versions name by the kind of model."""
     accepted = inspect.signature(model.forward).parameters
     return next((name for name in CACHE_NAMES if name in accepted), CACHE_NAME)
-
-
-def given_cache(arguments: Mapping[str, Any]) -> Any:
-    """Return the cache among arguments of `generate` or inputs of a model; None without one."""
-    given = (arguments.get(name) for name in CACHE_NAMES)
-    return next((cache for cache in given if cache is not None), None)

@@ -24,7 +24,6 @@ from transformers.generation.streamers import BaseStreamer
 from speclm.acceptance.exact import ExactRule
 from speclm.acceptance.interface import AcceptanceRule
 from speclm.adaptive.memory import Memory
-from speclm.cache import given_cache
 from speclm.drafting.interface import Proposer
 from speclm.errors import CacheError, OptionError, PromptError
 from speclm.generation.regular import (
@@ -35,7 +34,12 @@ from speclm.generation.regular import (
     require_left_padding,
     require_supported,
 )
-from speclm.generation.settings import REFUSED_SETTINGS, first_active, resolve_setting
+from speclm.generation.settings import (
+    REFUSED_SETTINGS,
+    first_active,
+    given_cache,
+    resolve_setting,
+)
 from speclm.sampling.chooser import first_text_dependent
 from speclm.sampling.draws import DraftSampling
 from speclm.self_check.verdict import Verification

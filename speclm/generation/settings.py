@@ -13,6 +13,8 @@ from typing import Any
 
 from transformers import GenerationConfig
 
+from speclm.cache.names import CACHE_NAMES
+
 Lookup = Callable[[str], Any]
 """Returns the value of a setting by its name, as Transformers resolves it."""
 
@@ -302,3 +304,9 @@ def resolve_setting(name: str, arguments: Mapping[str, Any], default: Generation
         if value is not None:
             return value
     return None if setting is None else setting.default
+
+
+def given_cache(arguments: Mapping[str, Any]) -> Any:
+    """Return the cache among arguments of `generate` or inputs of a model; None without one."""
+    given = (arguments.get(name) for name in CACHE_NAMES)
+    return next((cache for cache in given if cache is not None), None)

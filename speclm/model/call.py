@@ -12,14 +12,14 @@ from transformers import GenerationConfig
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 from transformers.utils.generic import ModelOutput
 
-from speclm.cache import CACHE_NAME, CACHE_NAMES, given_cache
+from speclm.cache import CACHE_NAME, CACHE_NAMES
 from speclm.drafting.interface import Proposer
 from speclm.errors import OptionError, suggest
 from speclm.files.atomic import read_json
 from speclm.generation.loop import Generated, generate_tokens
 from speclm.generation.regular import NeedsRegularGeneration, first_delegated
 from speclm.generation.request import Setup, arguments_for_loop
-from speclm.generation.settings import BY_NAME
+from speclm.generation.settings import BY_NAME, given_cache
 from speclm.model.fitting import claimed, proposer_modules, require_still_fits
 from speclm.model.heads import OPTIONS_OF_LOADING
 from speclm.self_check.verdict import SelfCheck, Verification

@@ -43,6 +43,7 @@ from speclm.generation.settings import (
     Kind,
     Setting,
     first_active,
+    given_cache,
 )
 from speclm.methods.ngram.proposer import NgramProposer
 from tests.models import VOCAB_SIZE, generate, prompts, shared_model
@@ -483,3 +484,11 @@ def test_paged_cache_reaches_the_base_untouched(spec, lines, monkeypatch):
     assert given["cache_implementation"] == "paged"
     assert "custom_generate" not in given
     assert "cache_implementation='paged'" in lines()[0]
+
+
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_cache_is_found_under_each_name(name):
+    empty = DynamicCache()  # is false
+    assert given_cache({"input_ids": None, name: empty}) is empty
+    assert given_cache({name: None}) is None
+    assert given_cache({}) is None
