@@ -36,7 +36,7 @@ MODELS: dict[str, tuple[str, dict[str, object]]] = {
     "softcap, window and full": ("gemma2", {**WIDE, **KINDS, "attn_logit_softcapping": 2.0}),
     "two rotations": ("gemma3_text", {**WIDE, **KINDS}),
     "sinks": ("gpt_oss", {**WIDE, **KINDS, **MIXTURE, "num_local_experts": 4}),
-    "no interface": ("gptj", {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}),
+    "no interface": ("xglm", {"num_layers": 2, "attention_heads": 4, "ffn_dim": 48}),
     "by name": ("falcon", {"alibi": False, "new_decoder_architecture": True, "num_kv_heads": 2}),
     "window in the mask": ("phimoe", {"sliding_window": WINDOW, "num_local_experts": 4}),
     "window in some masks": (

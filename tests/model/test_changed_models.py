@@ -32,9 +32,10 @@ def one_layer_in_training(model):
 
 def adapter_with_dropout(model):
     torch.manual_seed(0)
-    model.add_adapter(
-        peft.LoraConfig(r=4, lora_dropout=0.3, target_modules=["q_proj"], init_lora_weights=False)
+    config = peft.LoraConfig(
+        r=4, lora_dropout=0.3, target_modules=["q_proj"], init_lora_weights=False
     )
+    peft.inject_adapter_in_model(config, model)  # as Transformers' `add_adapter`
 
 
 @pytest.mark.parametrize("change", [one_layer_in_training, adapter_with_dropout])

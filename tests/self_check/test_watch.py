@@ -83,7 +83,7 @@ def dtype(model):
 
 
 def adapter(model):
-    model.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["q_proj"]), model)
 
 
 def compiled(model):

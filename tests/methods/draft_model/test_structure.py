@@ -38,7 +38,7 @@ def test_other_dtypes_compute_alike(dtype):
 
 def adapted(model):
     config = peft.LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False)
-    model.add_adapter(config)
+    peft.inject_adapter_in_model(config, model)
 
 
 def hooked(model):
