@@ -11,10 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from speclm.attention import TreeStep, attached, attention_configs, tree_step
-from speclm.cache.tree_cache import TreeCache
+from speclm.cache import CACHE_NAME, TreeCache
 
-_CACHES = ("cache", "past_key_values")  # since Transformers 5.24, and before
-_COMPUTED = {"attention_mask", "position_embeddings", "position_ids", *_CACHES}
+_COMPUTED = {"attention_mask", "position_embeddings", "position_ids", CACHE_NAME}
 _PARENTS = ((0, 0, 1, 2, 3), (0,), (0, 0, 0, 2))  # of a text, a single node and a tree
 _TOLERANCE = 1e-3  # of the largest state; the same operations in the same order
 
@@ -50,7 +49,7 @@ class LayerCall:
     ) -> Float[Tensor, "batch seq hidden"]:
         """Return what the decoder returns for a step that it takes, and is active."""
         parts: Any = decoder
-        computed: dict[str, Any] = {**dict.fromkeys(_CACHES, cache), "position_ids": positions}
+        computed: dict[str, Any] = {CACHE_NAME: cache, "position_ids": positions}
         if "attention_mask" in self.names:
             computed["attention_mask"] = step.lazy_bias(self.window, states.dtype)
         if "position_embeddings" in self.names:
@@ -69,8 +68,6 @@ class LayerRunner:
         """Look how the decoder calls its layer, in a few forwards on its device."""
         self.decoder, self.call = decoder, cast("LayerCall | None", None)
         self._configs = attention_configs(decoder)
-        accepted = inspect.signature(decoder.forward).parameters
-        self._cache_name = next((name for name in _CACHES if name in accepted), _CACHES[-1])
         self.call = _find_call(self)
 
     def run(
@@ -85,7 +82,7 @@ class LayerRunner:
         with attached(self._configs), tree_step(step):
             if self.call is not None and self.call.takes(step):
                 return self.call.run(self.decoder, states, positions, step=step, cache=cache)
-            inputs: dict[str, Any] = {"inputs_embeds": states, self._cache_name: cache}
+            inputs: dict[str, Any] = {"inputs_embeds": states, CACHE_NAME: cache}
             output = self.decoder(**inputs, position_ids=positions, use_cache=True)
             found: Tensor = output.last_hidden_state
             return found
