@@ -138,12 +138,13 @@ def _as_output(
     """Return what Transformers' own loop returns, for classes that process it further."""
     if not config.return_dict_in_generate:
         return generated.sequences
+    cache: dict[str, Any] = {CACHE_NAME: generated.cache}
     return SpeculativeOutput(
         sequences=generated.sequences,
         scores=generated.scores,
         logits=generated.logits,
         speculation=stats,
-        **{CACHE_NAME: generated.cache},
+        **cache,
     )
 
 
