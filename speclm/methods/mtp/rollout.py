@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from speclm.attention import attached, attention_configs, tree_step
 from speclm.attention.step import KernelMask
+from speclm.cache import CACHE_NAME
 from speclm.methods.mtp.network import MtpHeads, MtpLayer
 
 
@@ -66,8 +67,8 @@ def _run(
     output: Any = layer.decoder(
         inputs_embeds=joined,
         position_ids=positions,
-        past_key_values=cache,
         use_cache=cache is not None,
+        **{CACHE_NAME: cache},
     )
     states: Tensor = output.last_hidden_state
     return states
