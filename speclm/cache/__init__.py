@@ -1,14 +1,16 @@
 """Key/value storage with rollback, and its exchange with Transformers' caches."""
 
 from speclm.cache.dynamic_cache import (
+    CACHE_NAME,
+    CACHE_NAMES,
     Rewind,
+    cache_name,
     export_cache,
     import_cache,
     import_obstacle,
     restore,
     snapshot,
 )
-from speclm.cache.names import CACHE_NAME, CACHE_NAMES, cache_name
 from speclm.cache.tree_cache import TreeCache
 
 __all__ = [

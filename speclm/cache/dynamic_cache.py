@@ -1,19 +1,31 @@
-"""Import, extend and rewind the caches of Transformers."""
+"""Name, import, extend and rewind the caches of Transformers."""
 
+import inspect
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import cache_utils
+from transformers import PreTrainedModel, cache_utils
 from transformers.cache_utils import (
     Cache,
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
 )
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from speclm.cache.tree_cache import TreeCache
 from speclm.errors import CacheError
+
+_OLD_NAMES = ("past_key_values", "cache_params")
+_FIELDS = {field.name for field in fields(GenerateDecoderOnlyOutput)}
+
+CACHE_NAME = "cache" if "cache" in _FIELDS else "past_key_values"
+"""Input of models and field of outputs: ``cache``, before Transformers 5.24 ``past_key_values``."""
+
+CACHE_NAMES = tuple(dict.fromkeys((CACHE_NAME, *_OLD_NAMES)))
+"""All names that `generate` takes. Newer versions of Transformers translate the old ones."""
 
 _KINDS = {
     DynamicLayer,
@@ -21,6 +33,12 @@ _KINDS = {
     # A layer that reads the keys and values of another one; Transformers 5.17 has none.
     vars(cache_utils).get("DummyLayer"),
 }
+
+
+def cache_name(model: PreTrainedModel) -> str:
+    """Return the name of a model's cache input, which older versions name by the kind of model."""
+    accepted = inspect.signature(model.forward).parameters
+    return next((name for name in CACHE_NAMES if name in accepted), CACHE_NAME)
 
 
 def import_obstacle(given: object, *, num_layers: int, batch: int, num_tokens: int) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from speclm.cache.names import CACHE_NAMES
+from speclm.cache.dynamic_cache import CACHE_NAMES
 
 Lookup = Callable[[str], Any]
 """Returns the value of a setting by its name, as Transformers resolves it."""

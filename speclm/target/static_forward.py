@@ -15,8 +15,8 @@ from typing_extensions import override
 from speclm.acceptance import Accepted
 from speclm.acceptance.exact import read_accepted
 from speclm.attention import FixedStep, attached, attention_configs, tree_step
+from speclm.cache.dynamic_cache import CACHE_NAME
 from speclm.cache.fixed import FixedLayer, seen_slots
-from speclm.cache.names import CACHE_NAME
 from speclm.cache.tree_cache import TreeCache
 from speclm.devices import is_host
 from speclm.engines import Engine, StageRunner, agree

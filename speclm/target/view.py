@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from speclm.attention import TreeStep, attached, attention_configs, tree_step
-from speclm.cache.names import CACHE_NAME
+from speclm.cache.dynamic_cache import CACHE_NAME
 from speclm.cache.tree_cache import Allocate, TreeCache
 from speclm.errors import PromptError, UnsupportedModelError
 from speclm.forking import temporary

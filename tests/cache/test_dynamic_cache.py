@@ -1,5 +1,6 @@
 """Imported, exported and rewound caches, against those of the model's own forwards."""
 
+import inspect
 from copy import deepcopy
 from functools import cache as cached
 from types import SimpleNamespace
@@ -22,8 +23,12 @@ from transformers import (
     Gemma3TextConfig,
     Gemma4ForCausalLM,
     Gemma4TextConfig,
+    GenerationMixin,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
     PreTrainedModel,
     StaticCache,
 )
@@ -32,11 +37,13 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
     LinearAttentionLayer,
 )
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from speclm.cache import (
     CACHE_NAME,
     Rewind,
     TreeCache,
+    cache_name,
     export_cache,
     import_cache,
     import_obstacle,
@@ -611,3 +618,23 @@ def test_a_further_forward_sees_no_slots_before_a_window():
     rewind.release()
     read(model, expected, tokens[:, :3])
     require_same(cache, expected)
+
+
+def test_models_take_and_return_a_cache_under_the_name():
+    cache = DynamicCache()
+    output = shared_model("llama")(**prompts(4), **{CACHE_NAME: cache}, use_cache=True)
+    assert output[CACHE_NAME] is cache
+    assert cache.get_seq_length() == 4
+    assert CACHE_NAME in inspect.signature(LlamaForCausalLM.forward).parameters
+    assert GenerateDecoderOnlyOutput(sequences=None, **{CACHE_NAME: cache})[CACHE_NAME] is cache
+
+
+def test_a_models_own_name_is_that_of_generate():
+    sizes = {"hidden_size": 8, "num_heads": 4, "head_dim": 4, "n_groups": 1, "vocab_size": 16}
+    recurrent = Mamba2ForCausalLM(Mamba2Config(**sizes, num_hidden_layers=1, state_size=4))
+    for model in (shared_model("llama"), recurrent):
+        prepared = {}
+        GenerationMixin._prepare_cache_for_generation(
+            model, model.generation_config, prepared, None, 1, 8
+        )
+        assert list(prepared) == [cache_name(model)]
