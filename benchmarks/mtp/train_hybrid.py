@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, DynamicCache, GenerationConfig
 from transformers.models.qwen3_next import Qwen3NextConfig, Qwen3NextForCausalLM
 
+from speclm.cache import CACHE_NAME
 from speclm.demo.bundle import assets
 from speclm.files.atomic import write_file
 from speclm.training.conversations import Example
@@ -73,7 +74,7 @@ class Mtp(nn.Module):
             self.fc(torch.cat(parts, dim=-1)),
             position_embeddings=self.rotary[0](hidden, positions[None]),
             attention_mask=mask[None, None],
-            past_key_values=cache,
+            **{CACHE_NAME: cache},
         )
         return self.norm(states)  # type: ignore[no-any-return]
 
