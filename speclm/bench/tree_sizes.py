@@ -33,7 +33,8 @@ def simulate_tau(
         tasks: What is decoded.
 
     Returns:
-        tau by the number of nodes, root excluded; empty if nothing was drafted.
+        tau by the number of nodes, root excluded, up to the largest tree whose forward was not too
+        slow to pay; empty if nothing was drafted.
     """
     model = SpecModel(base, proposer, adaptive=False, tree="auto")
     model.memory = Memory(explores_always=True)

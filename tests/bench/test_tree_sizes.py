@@ -5,7 +5,7 @@ from speclm.methods.ngram.proposer import NgramProposer
 def test_tau_by_nodes_is_replayed_and_does_not_fall(tiny_base, calls_of):
     calls = calls_of(max_new_tokens=24)[:2]
     found = simulate_tau(tiny_base, NgramProposer(), calls)
-    assert list(found) == list(SIZES)
+    assert list(found) == list(SIZES)[: len(found)]  # fewer where large forwards were measured slow
     taus = list(found.values())
     assert taus == sorted(taus)
     assert 1 < taus[0] <= 2
