@@ -151,8 +151,8 @@ def test_a_token_map_comes_back_from_sglang_with_equal_tokens_and_tau(base, tmp_
     convert_heads(tmp_path / "own", tmp_path / "sglang", to="sglang")
     assert check_heads(tmp_path / "sglang", source=folder, heads_kwargs=options).difference == 0
     inputs, found = prompts(9, 4), []
-    for place in (folder, tmp_path / "own", tmp_path / "sglang"):
-        spec = SpecModel.from_pretrained(base, place, adaptive=False, heads_kwargs=options)
+    for place, given in ((folder, options), (tmp_path / "own", {}), (tmp_path / "sglang", options)):
+        spec = SpecModel.from_pretrained(base, place, adaptive=False, heads_kwargs=given)
         assert spec.proposer.heads.lm_head is None
         tokens = spec.generate(**inputs, max_new_tokens=12, do_sample=False)
         found.append((tokens.tolist(), spec.last_speculation.tau))

@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import transformers.dynamic_module_utils
 
@@ -28,3 +30,5 @@ def modules(tmp_path, monkeypatch):
     """Keep the code that Transformers copies in a folder of the test."""
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "m"))
     monkeypatch.syspath_prepend(tmp_path / "m")
+    # Another test of the process may have imported it; these are no server.
+    monkeypatch.delitem(sys.modules, "transformers.cli.serving.server", raising=False)
