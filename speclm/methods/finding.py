@@ -99,7 +99,8 @@ def _require_known(folder: Path) -> None:
             raise CheckpointError(
                 f"{folder / 'config.json'}: these are heads of {kind}, expected those of Medusa, "
                 "EAGLE or block drafters, an assistant of Gemma 4, or a draft model; speclm does "
-                "not load that kind from a folder of its own, choose other heads"
+                "not load that kind from a folder of its own, choose other heads, or pass "
+                "heads='mtp' if the base's own files have MTP layers"
             )
 
 

@@ -1,6 +1,8 @@
 """Build MTP layers from the classes of a loaded target and the tensors in its files."""
 
 import copy
+import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -18,6 +20,7 @@ _ATTENDING = ("full_attention", "sliding_attention")
 MATRICES = {"head.weight": "lm_weight", "embeddings.weight": "embeddings"}
 """Our names of matrices that may be copies of the target's, and what those are there."""
 
+_EXPERT = re.compile(r"(.+\.experts\.)([0-9]+)(\..+)")
 _NUM_COMPARED = 16
 """Rows by which a matrix is known as a copy of the target's; a whole one may have gigabytes."""
 
@@ -52,10 +55,9 @@ def _layer(
 ) -> MtpLayer:
     keys = checkpoint.steps[step]
     of_layer = [name for name in keys if name.startswith(LAYER)]
-    inner = {
-        f"layers.0.{name.removeprefix(LAYER)}": tensor
-        for name, tensor in checkpoint.load(step, of_layer).items()
-    }
+    of_decoder = checkpoint.load(step, of_layer)
+    _require_equal_experts(checkpoint, step, of_decoder)
+    inner = {f"layers.0.{name.removeprefix(LAYER)}": tensor for name, tensor in of_decoder.items()}
     others = checkpoint.load(step, [name for name in keys if name not in of_layer])
     own = _without_copies(others, stored_matrices(view.model))
     _require_sizes(checkpoint, step, own, view)
@@ -65,9 +67,17 @@ def _layer(
     cast("Any", decoder).to(device=device)
     tensors = copy_tensors(own, dtype=dtype, device=device)
     try:
-        return MtpLayer(decoder, tensors, is_hidden_first=checkpoint.layout.is_hidden_first)
+        layer = MtpLayer(decoder, tensors, is_hidden_first=checkpoint.layout.is_hidden_first)
     except Exception as error:  # of any modeling code
         raise _unusable(checkpoint, decoder, error) from error
+    for name, weight in layer.named_parameters():
+        if weight.numel() and not all(bound.isfinite() for bound in weight.aminmax()):
+            raise CheckpointError(
+                f"{checkpoint.source.path}: MTP layer {step} has numbers in {name!r} that are not "
+                f"finite as {dtype}, expected weights; download the files again, or pass "
+                "heads_kwargs={'dtype': 'float32'} if they overflow"
+            )
+    return layer
 
 
 def _require_sizes(
@@ -81,6 +91,33 @@ def _require_sizes(
         found, wanted = tuple(tensor.shape), shapes.get(name, (width,))
         if found != wanted:
             raise _misfit(checkpoint, checkpoint.steps[step][name], found, wanted)
+
+
+def _require_equal_experts(
+    checkpoint: MtpCheckpoint, step: int, tensors: Mapping[str, Tensor]
+) -> None:
+    """Check that a layer has each tensor of its experts for all of them, of one shape."""
+    experts: dict[tuple[str, str], dict[int, str]] = {}
+    for name in tensors:
+        found = _EXPERT.fullmatch(name)
+        if found is not None:
+            experts.setdefault((found[1], found[3]), {})[int(found[2])] = name
+    num_experts = max(map(len, experts.values()), default=0)
+    keys = checkpoint.steps[step]
+    for names in experts.values():
+        if names.keys() != set(range(num_experts)):
+            wrong = min(set(range(num_experts)) - names.keys())
+            example = keys[next(iter(names.values()))]
+            raise CheckpointError(
+                f"{checkpoint.source.path}: MTP layer {step} has {len(names)} experts with a "
+                f"tensor like {example!r}, and none for expert {wrong}, expected one for each of "
+                f"{num_experts}; download all files of one revision"
+            )
+        shapes = {name: tuple(tensors[name].shape) for name in names.values()}
+        wanted = Counter(shapes.values()).most_common(1)[0][0]
+        for name, shape in shapes.items():
+            if shape != wanted:
+                raise _misfit(checkpoint, keys[name], shape, wanted)
 
 
 def _misfit(
@@ -107,6 +144,8 @@ def _without_copies(
 def _is_copy(mine: Tensor, theirs: Tensor | None) -> bool:
     """Return whether a matrix has the rows of the target's, whose vocabulary may be resized."""
     if theirs is None or theirs.is_meta or mine.ndim != 2 or mine.shape[1] != theirs.shape[1]:
+        return False
+    if not len(mine) or not len(theirs):
         return False
     rows = torch.arange(_NUM_COMPARED, device="cpu", dtype=torch.long)
     rows = rows * (min(len(mine), len(theirs)) - 1) // (_NUM_COMPARED - 1)
@@ -142,8 +181,9 @@ def _decoder(
     wrong = {"lacks": report["missing_keys"], "has": report["unexpected_keys"]}
     for verb, keys in wrong.items():
         if keys:
+            named = [_key_of(checkpoint, step, key) for key in sorted(keys)[:6]]
             raise CheckpointError(
-                f"{checkpoint.source.path}: MTP layer {step} {verb} {sorted(keys)[:6]!r}, "
+                f"{checkpoint.source.path}: MTP layer {step} {verb} {named!r}, "
                 f"expected the tensors of a {type(like).__name__} layer; the files are of another "
                 "model or revision, or speclm does not know this layout"
             )

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from speclm.errors import CheckpointError, OptionError
+from speclm.errors import CheckpointError, OptionError, shown
 from speclm.files.hub import HubOptions, download, is_hub_id, path_exists
 from speclm.files.weights import FLOATS, INDEX, WeightFiles, reading, weight_files
 
@@ -23,6 +23,7 @@ _SCALES = re.compile(
     r"|.*quant_(map|state).*"
 )
 _MAX_NAMED = 6
+_MAX_STEPS = 64  # MTP layers; models have up to three
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +171,10 @@ def find_mtp(folder: Path, *, num_layers: int) -> MtpCheckpoint | None:
     """
     with reading(folder, "the files of a model; download them again"):
         sources = list(weight_files(folder))
-    files = {key: file for source in sources for key, file in source.files.items()}
+    files: dict[str, Path] = {}
+    for source in sorted(sources, key=lambda source: ".bin." in source.path.name):
+        for key, file in source.files.items():
+            files.setdefault(key, file)  # safetensors, if there are pickles too
     for layout in LAYOUTS:
         placed = {
             key: place
@@ -202,8 +206,8 @@ def read_mtp(folder: Path, config: Any) -> MtpCheckpoint:
         if declared is not None and declared != len(found.steps):
             raise CheckpointError(
                 f"{found.source.path}: found {len(found.steps)} MTP layers, such as "
-                f"{next(iter(found.steps[0].values()))!r}, the config's {name} is {declared}; "
-                "correct the config, or download all files of one revision"
+                f"{next(iter(found.steps[0].values()))!r}, the config's {name} is "
+                f"{shown(declared)}; correct the config, or download all files of one revision"
             )
     return found
 
@@ -244,11 +248,18 @@ def _steps(
     scales = sorted(key for key in placed if _SCALES.fullmatch(key.rpartition(".")[2]))
     if scales:
         raise _quantised(path, scales, "of a quantised layer")
-    numbers = sorted({step for step, _ in placed.values() if step is not None})
-    shared = {name: key for key, (step, name) in placed.items() if step is None}
+    found: dict[int, dict[str, str]] = {}
+    shared: dict[str, str] = {}
+    for key, (step, name) in placed.items():
+        (shared if step is None else found.setdefault(step, {}))[name] = key
+    if len(found) > _MAX_STEPS:
+        raise CheckpointError(
+            f"{path}: found {len(found)} MTP layers, expected at most {_MAX_STEPS}; download all "
+            "files of one revision"
+        )
     steps = []
-    for number in range(max(numbers, default=0) + 1):
-        own = {name: key for key, (step, name) in placed.items() if step == number}
+    for number in range(max(found, default=0) + 1):
+        own = found.get(number, {})
         names = {**shared, **own}
         missing = [layout.theirs(name) for name in _NEEDED if name not in names]
         if not any(name.startswith(LAYER) for name in own):

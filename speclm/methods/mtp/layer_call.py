@@ -1,6 +1,7 @@
 """Run the only layer of a decoder without the decoder around it, a third of the time."""
 
 import inspect
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -118,6 +119,8 @@ def _find_call(runner: LayerRunner) -> LayerCall | None:
     except Exception:  # noqa: BLE001 - of any modeling code
         return None
     tolerance = _TOLERANCE * float(expected.abs().max())
+    if not math.isfinite(tolerance):
+        return None  # damaged weights, of which nothing can be compared
     return runner.call if torch.allclose(found, expected, rtol=0, atol=tolerance) else None
 
 

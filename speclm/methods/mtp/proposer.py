@@ -10,6 +10,7 @@ from speclm.config import require_known
 from speclm.drafting.interface import TargetNeeds
 from speclm.drafting.level_proposer import LevelProposer, LevelProposerConfig, WholeVocabulary
 from speclm.drafting.levels import options_with_tree
+from speclm.errors import OptionError
 from speclm.methods.mtp.context import MtpContext
 from speclm.methods.mtp.network import MtpHeads
 from speclm.target import TargetFeatures, TargetView
@@ -25,6 +26,13 @@ class MtpProposerConfig(LevelProposerConfig):
     """
 
     repeats_last: bool = True
+
+    def __post_init__(self) -> None:
+        LevelProposerConfig.__post_init__(self)  # super() does not work in a slotted dataclass
+        if not isinstance(self.repeats_last, bool):
+            raise OptionError(
+                f"repeats_last is {self.repeats_last!r}, expected True or False; choose one"
+            )
 
 
 class MtpProposer(LevelProposer):

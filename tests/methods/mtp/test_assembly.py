@@ -6,7 +6,7 @@ import torch
 from speclm.errors import CheckpointError, UnsupportedModelError
 from speclm.methods.mtp import assembly
 
-ATTENTION = "model.layers.2.self_attn."
+ATTENTION, EXPERTS = "model.layers.2.self_attn.", "model.layers.2.mlp.experts."
 
 
 def test_matrices_that_are_copies_are_the_targets_and_others_are_kept(made, copied):
@@ -47,12 +47,32 @@ def test_tensors_that_do_not_fit_the_base_are_refused_by_name(copied):
     def add(tensors):
         tensors[f"{ATTENTION}extra.weight"] = torch.ones(2)
 
+    def empty(tensors):
+        tensors["model.layers.2.embed_tokens.weight"] = torch.ones(0, 40)
+
+    def drop_expert(tensors):
+        del tensors[f"{EXPERTS}1.gate_proj.weight"]
+
+    def narrow_expert(tensors):
+        tensors[f"{EXPERTS}0.gate_proj.weight"] = torch.ones(3, 40)
+
+    def spoil(tensors):
+        tensors["model.layers.2.eh_proj.weight"][3, 5] = torch.nan
+
+    def spoil_inner(tensors):
+        tensors[f"{ATTENTION}q_proj.weight"][3, 5] = torch.inf
+
     for change, words in (
         (drop, r"MTP layer 0 lacks \['layers.0.self_attn.q_proj.weight'\]"),
         (widen, r"eh_proj.weight' has the shape \(48, 96\), expected \(40, 80\)"),
         (shorten, r"head.weight' has the shape \(30, 40\), expected \(160, 40\)"),
         (widen_inner, r"layers.2.self_attn.o_proj.weight' has the shape \(40, 96\)"),
-        (add, r"MTP layer 0 has \['layers.0.self_attn.extra.weight'\]"),
+        (add, r"MTP layer 0 has \['model.layers.2.self_attn.extra.weight'\]"),
+        (empty, r"embed_tokens.weight' has the shape \(0, 40\), expected \(160, 40\)"),
+        (drop_expert, r"tensor like '.*gate_proj.weight', and none for expert 1, expected one"),
+        (narrow_expert, r"experts.0.gate_proj.weight' has the shape \(3, 40\), expected"),
+        (spoil, "has numbers in 'projection.weight' that are not finite as torch.float32"),
+        (spoil_inner, "self_attn.q_proj.weight' that are not finite"),
     ):
         with pytest.raises(CheckpointError, match=words):
             copied(change)

@@ -1,5 +1,8 @@
 """How MTP layers are found: their tensors only, and damage named."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -9,7 +12,7 @@ from speclm.errors import CheckpointError
 from speclm.files import weights
 from speclm.files.hub import HubOptions
 from speclm.methods.mtp import checkpoint
-from speclm.methods.mtp.checkpoint import fetch_mtp
+from speclm.methods.mtp.checkpoint import fetch_mtp, find_mtp
 
 FC, NORM = "model.layers.2.eh_proj.weight", "model.layers.2.enorm.weight"
 
@@ -67,6 +70,23 @@ def test_quantised_and_incomplete_layers_are_refused_by_name(copied):
     ):
         with pytest.raises(CheckpointError, match=words):
             copied(change)
+
+
+def test_more_layers_than_any_model_has_are_refused_at_once(tmp_path):
+    names = ("eh_proj", "enorm", "hnorm", "shared_head.norm", "x")
+    keys = [f"model.layers.{step}.{name}.weight" for step in range(2, 70000) for name in names]
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(keys, "a")}))
+    with pytest.raises(CheckpointError, match="found 69998 MTP layers, expected at most 64"):
+        find_mtp(tmp_path, num_layers=2)
+
+
+def test_safetensors_are_read_where_an_index_of_pickles_lies_next_to_them(made, tmp_path):
+    shutil.copytree(made.folder, tmp_path, dirs_exist_ok=True)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    index["weight_map"] = dict.fromkeys(index["weight_map"], "pytorch_model-00001-of-00001.bin")
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert SpecModel.from_pretrained(str(tmp_path), "mtp").proposer.heads is not None
 
 
 def test_number_of_layers_must_be_that_of_the_config(made, copied, monkeypatch):
