@@ -133,8 +133,8 @@ class AssistantNetwork:
                 position_ids=seen.positions[:, None].expand(-1, width),
                 shared_kv_states=dict(seen.states),
                 use_cache=False,
-                # Otherwise Transformers drops nodes of a model without embeddings for each layer.
-                output_hidden_states=width > 1,
+                # With a number, Transformers drops nodes if there are no embeddings for each layer.
+                logits_to_keep=None,
             ).last_hidden_state
         return model.post_projection(own), own
 

@@ -1,9 +1,11 @@
 """What an assistant reads of the target while rows advance by different numbers of tokens."""
 
 import gc
+import pickle
 from copy import deepcopy
 
 import pytest
+import torch
 
 from speclm import SpecModel
 from speclm.errors import UnsupportedModelError
@@ -51,9 +53,12 @@ def test_drafts_in_every_round_of_ragged_rows_are_those_of_transformers(base):
 
 
 def test_copies_draft_for_the_copied_base_and_free_the_cache_of_a_call(base):
-    spec = SpecModel.from_pretrained(base, build_assistant())
+    options = {"width": 2, "num_draft_tokens": 8, "min_probability": 0.0, "min_confidence": 0.0}
+    spec = SpecModel.from_pretrained(base, build_assistant(), heads_kwargs=options)
     inputs = prompts(6)
     expected = spec.generate(**inputs, max_new_tokens=6, **GREEDY)
+    again = pickle.loads(pickle.dumps(spec.proposer.model))
+    assert torch.equal(again.lm_head.weight, spec.proposer.model.lm_head.weight)
     assert spec.last_speculation.fallbacks == []
     gc.collect()  # layers of a cache know it
     assert spec.proposer._own._cache() is None
