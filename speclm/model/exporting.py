@@ -89,21 +89,33 @@ def convert_heads(
         ```
     """
     source = find_heads(heads, heads_kwargs)
-    if source.folder is None or not source.method.formats():
-        raise OptionError(
-            f"heads {str(heads)!r} are of {source.method.name}, which has no formats; expected "
-            "heads such as those of speclm train; a draft model needs no conversion, other "
-            "software loads it as it is"
-        )
+    folder = _folder_of(source)
     target = find_format(source.method, to)
-    found = detect_formats(source.folder, source.method)[0]
-    checkpoint = found.read(source.folder, **source.options)
+    found = detect_formats(folder, source.method)[0]
+    checkpoint = found.read(folder, **source.options)
     is_whole = found.is_of_whole_model(checkpoint)
     parts = _whole_model(source) if is_whole else _own_base(source, base, revision)
     made_of = _provenance(source, found.name)
     return write_format(
         Path(out), checkpoint, target, method=source.method, base=parts, source=made_of
     )
+
+
+def _folder_of(source: HeadsSource) -> Path:
+    """Return the folder of heads that can be converted."""
+    name, has_formats = str(source.given), bool(source.method.formats())
+    if source.folder is None and has_formats:
+        raise OptionError(
+            f"heads {name!r} are part of the base's own files, expected the folder or hub id of "
+            "heads, such as those that speclm train or save_pretrained writes; save them first"
+        )
+    if source.folder is None or not has_formats:
+        raise OptionError(
+            f"heads {name!r} are of {source.method.name}, which has no formats; expected heads "
+            "such as those of speclm train; a draft model needs no conversion, other software "
+            "loads it as it is"
+        )
+    return source.folder
 
 
 def _provenance(source: HeadsSource, name: str) -> dict[str, Any]:

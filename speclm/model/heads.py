@@ -1,6 +1,6 @@
 """Load the base and the proposer from ``base`` and ``heads``, and save heads."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,9 +14,9 @@ from speclm.drafting.combined import CombinedProposer
 from speclm.drafting.heads_folder import Destination
 from speclm.drafting.interface import Proposer
 from speclm.errors import OptionError, UnsupportedModelError, suggest
-from speclm.files.hub import UploadOptions, upload
+from speclm.files.hub import UploadOptions, upload, with_base_options
 from speclm.methods.finding import find_heads
-from speclm.methods.registry import method_of, no_heads
+from speclm.methods.registry import method_of, no_heads, reads_base_files
 from speclm.model.exporting import find_format, write_format
 from speclm.target.loading import load_causal_lm, without_adapter
 
@@ -63,12 +63,28 @@ def load_base(base: Any, options: Mapping[str, Any]) -> PreTrainedModel:
     return base
 
 
+def options_with_base(
+    heads: object, options: Any, *, base: object, kwargs: Mapping[str, Any]
+) -> Any:
+    """Return options of heads with those of the base that apply to them; see `with_base_options`.
+
+    Args:
+        heads: Heads as the user gave them.
+        options: Their options.
+        base: Base as the user gave it.
+        kwargs: Arguments of its ``from_pretrained``.
+    """
+    are_of_base = reads_base_files(heads, options)
+    return with_base_options(options, kwargs, heads=heads, base=base, are_of_base=are_of_base)
+
+
 def load_proposer(
     heads: Heads | list[Heads] | tuple[Heads, ...] | None,
     base: PreTrainedModel,
     *,
     heads_kwargs: dict[str, Any] | None,
     num_draft_tokens: int | None,
+    with_base: Callable[[object, Any], Any] = lambda _, options: options,
 ) -> Proposer | None:
     """Return the proposer that `heads` stands for.
 
@@ -78,6 +94,7 @@ def load_proposer(
         base: The target, with which the proposer shares its vocabulary.
         heads_kwargs: Options of the method that is loaded, and those of `HubOptions`.
         num_draft_tokens: Maximum draft tokens per round; None for the proposer's default.
+        with_base: Adds options of the base to those of heads, or of each part of a list.
 
     Raises:
         UnknownNameError: If a string is neither a name nor a folder, and is not on the hub.
@@ -86,7 +103,8 @@ def load_proposer(
         UnsupportedModelError: If a draft model fails the tree self-check.
         CheckpointError: If heads are damaged or incomplete.
     """
-    heads_kwargs = {} if heads_kwargs is None else heads_kwargs
+    found = with_base(heads, heads_kwargs)
+    heads_kwargs = {} if found is None else found
     given: Any = heads_kwargs  # anything, without type checks
     if not isinstance(given, dict) or not all(isinstance(name, str) for name in given):
         raise OptionError(
@@ -100,7 +118,10 @@ def load_proposer(
                 f"heads are {len(heads)} proposers and heads_kwargs {sorted(heads_kwargs)!r} would "
                 "have no clear owner; pass proposers that are built with their options"
             )
-        parts = [load_proposer(p, base, heads_kwargs=None, num_draft_tokens=None) for p in heads]
+        parts = [
+            load_proposer(part, base, heads_kwargs=with_base(part, None), num_draft_tokens=None)
+            for part in heads
+        ]
         return CombinedProposer([part for part in parts if part is not None], **size)
     options = {**heads_kwargs, **size}
     if heads is None or isinstance(heads, Proposer):

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -17,10 +18,9 @@ from speclm.adaptive.memory import Memory
 from speclm.drafting.interface import Proposer
 from speclm.engines import Engine
 from speclm.errors import OptionError
-from speclm.files.hub import with_base_options, with_named_options
+from speclm.files.hub import with_named_options
 from speclm.generation.regular import NeedsRegularGeneration
 from speclm.generation.request import Setup, require_acceptable
-from speclm.methods.registry import reads_base_files
 from speclm.model.call import (
     AUTO,
     KeepsCounters,
@@ -35,7 +35,15 @@ from speclm.model.call import (
 )
 from speclm.model.engines import Engines, normalize_engine
 from speclm.model.fitting import MissWatch, require_fits
-from speclm.model.heads import Heads, load_base, load_proposer, push_heads, save_heads, unwrap
+from speclm.model.heads import (
+    Heads,
+    load_base,
+    load_proposer,
+    options_with_base,
+    push_heads,
+    save_heads,
+    unwrap,
+)
 from speclm.model.report import describe_model, write_report
 from speclm.model.wrapping import Wrapper, attach, detach, enter
 from speclm.self_check.verdict import SelfCheck
@@ -142,12 +150,12 @@ class SpecModel(KeepsCounters, Wrapper):
         model = load_base(base, kwargs)
         named = {"revision": heads_revision, "subfolder": heads_subfolder}
         heads_kwargs = with_named_options(heads_kwargs, named)
-        are_of_base = reads_base_files(heads, heads_kwargs)
-        heads_kwargs = with_base_options(
-            heads_kwargs, kwargs, heads=heads, base=base, are_of_base=are_of_base
-        )
         proposer = load_proposer(
-            heads, model, heads_kwargs=heads_kwargs, num_draft_tokens=num_draft_tokens
+            heads,
+            model,
+            heads_kwargs=heads_kwargs,
+            num_draft_tokens=num_draft_tokens,
+            with_base=partial(options_with_base, base=base, kwargs=kwargs),
         )
         if adaptive is None:
             adaptive = (heads_kwargs or {}).get("tree") is None

@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from speclm import SpecModel
+from speclm.drafting.combined import CombinedProposer
 from speclm.errors import CheckpointError, OptionError
 from speclm.methods.finding import find_heads
 from speclm.methods.mtp.checkpoint import find_mtp
+from speclm.methods.mtp.proposer import MtpProposerConfig
+from speclm.model.exporting import convert_heads
 from tests.families.building import build_type
 from tests.methods.mtp.mtp_bases import ONE
 from tests.model.hub import running_hub
@@ -25,6 +28,10 @@ def test_base_without_files_asks_for_a_path_and_options_are_checked(made):
     ):
         with pytest.raises(OptionError, match=words):
             SpecModel.from_pretrained(base, "mtp", heads_kwargs=options)
+    config = MtpProposerConfig()
+    object.__setattr__(config, "repeats_last", "no")  # past the type checks of the tests
+    with pytest.raises(OptionError, match="repeats_last is 'no', expected True or False"):
+        config.__post_init__()
     assert find_mtp(made.folder, num_layers=3) is None
 
 
@@ -32,6 +39,10 @@ def test_options_of_the_base_apply_to_its_layers(made, tmp_path):
     (tmp_path / "inner").symlink_to(made.folder)
     spec = SpecModel.from_pretrained(str(tmp_path), "mtp", subfolder="inner")
     assert len(spec.proposer.heads.layers) == 1
+    both = SpecModel.from_pretrained(str(tmp_path), ["mtp", "lookup"], subfolder="inner")
+    assert isinstance(both.proposer, CombinedProposer)
+    with pytest.raises(OptionError, match="part of the base's own files, expected the folder"):
+        convert_heads("mtp", tmp_path / "out", to="vllm")
 
 
 def test_saved_layers_draft_as_before_with_the_tree_that_was_saved(made, tmp_path, monkeypatch):
