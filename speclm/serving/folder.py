@@ -27,7 +27,7 @@ from speclm.errors import (
     reason_of,
 )
 from speclm.files.atomic import folder_written_whole, write_file, write_json
-from speclm.files.hub import HubOptions, path_exists
+from speclm.files.hub import HubOptions, download, path_exists
 from speclm.files.weights import read_json
 from speclm.methods.finding import find_heads
 from speclm.methods.registry import HeadsSource
@@ -45,6 +45,7 @@ from speclm.serving.record import (
 from speclm.target.loading import load_causal_lm
 from speclm.tree.plan import TreePlan
 
+_UNINDEXED = "*mtp*.safetensors"
 _SCRIPT = "custom_generate/generate.py"
 _CODE = '''\
 """Read by `transformers serve --trust-remote-code`; written by speclm export-server."""
@@ -249,6 +250,8 @@ def _write_files(
 ) -> list[str]:
     """Write everything into a folder that will have another name; return the notes."""
     weights = _copy_model(parts, folder)
+    if source.method.reads_base_files:
+        weights = sorted({*weights, *_link_unindexed(parts, folder)})
     if source.folder is not None:
         _copy_heads(source, folder / HEADS_FOLDER)
     base = {"name": hub_id(parts.name), "commit": parts.commit, "weights": weights}
@@ -275,6 +278,16 @@ def _copy_model(parts: BaseParts, folder: Path) -> list[str]:
     for path in (*small, source / CONFIG_NAME, weights.path):
         if path.name not in files and path.name != EXPORT_NAME:
             write_file(folder / path.name, path.read_bytes())
+    return sorted(files)
+
+
+def _link_unindexed(parts: BaseParts, folder: Path) -> list[str]:
+    """Link shards with parts that heads are read from, where no index names them."""
+    found = parts.folder
+    if found is not None and parts.hub is not None and not path_exists(parts.name):
+        found = download(parts.name, parts.hub, (_UNINDEXED,))
+    files = {} if found is None else {path.name: path for path in found.glob(_UNINDEXED)}
+    _link({name: path for name, path in files.items() if not (folder / name).exists()}, folder)
     return sorted(files)
 
 

@@ -199,13 +199,13 @@ def _is_file_name(name: object) -> bool:
 def _is_storable(option: tuple[str, Any]) -> bool:
     """Return whether an option of heads may come from a folder that somebody else has made.
 
-    Options for the hub may not, nor paths out of the folder, nor a file that the memory of n-grams
-    is written to.
+    Options for the hub may not, nor paths out of the folder, nor other files than the base's, nor a
+    file that the memory of n-grams is written to.
     """
     name, value = option
     is_outside = isinstance(value, str) and (Path(value).is_absolute() or ".." in Path(value).parts)
     is_written = name == "memory" and value not in ("model", "call")
-    return name not in HUB_OPTIONS and not is_outside and not is_written
+    return name not in (*HUB_OPTIONS, "heads_path") and not is_outside and not is_written
 
 
 def _damaged(path: Path, found: object) -> CheckpointError:

@@ -1,9 +1,11 @@
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from speclm.errors import CheckpointError, OptionError
@@ -45,7 +47,13 @@ def test_settings_reach_nothing_outside_of_the_folder(base, tmp_path):
     record = json.loads((out / "speclm_export.json").read_text())
     for name, values in {
         "heads": ["org/name", "..", str(base), 5, ["ngram", "lookup"]],
-        "heads_kwargs": [{"corpus": "/etc/hosts"}, {"a": "../b"}, {"memory": "x"}, {"token": ""}],
+        "heads_kwargs": [
+            {"corpus": "/etc/hosts"},
+            {"a": "../b"},
+            {"memory": "x"},
+            {"token": ""},
+            {"heads_path": "org/a"},
+        ],
         "files": [{"corpus": "../heads"}, {"corpus": "/a"}, {"corpus": 5}, {"a": "x" * 999}],
         "tree": [{"width": 3}, "mine.json", [[0]], 4],
         "num_draft_tokens": ["4", 1.5],
@@ -70,9 +78,17 @@ def test_files_that_options_name_move_with_the_folder(base, tmp_path, monkeypatc
     corpus.unlink()
     served = load_served(load(out.rename("moved")))
     assert len(served.proposer.grower.sources) == 3
-    for wrong in ({"corpus": corpus}, {"memory": "mine"}, {"token": "secret"}):
+    for wrong in ({"corpus": corpus}, {"memory": "mine"}, {"token": "secret"}, {"heads_path": "a"}):
         with pytest.raises(OptionError, match="that an exported folder cannot hold"):
             export_server(base, "other", heads_kwargs=wrong, check=False)
+
+
+def test_shards_that_no_index_names_are_served_with_heads_of_the_base(base, tmp_path):
+    shutil.copytree(base, tmp_path / "base")
+    save_file({"mtp.fc.weight": torch.ones(2)}, tmp_path / "base" / "mtp.safetensors")
+    for heads, is_copied in (("mtp", True), ("ngram", False)):
+        done = export_server(tmp_path / "base", tmp_path / heads, heads=heads, check=False)
+        assert (done.folder / "mtp.safetensors").exists() == is_copied
 
 
 def test_weights_that_were_replaced_are_reported(base, draft, tmp_path, caplog):
