@@ -14,7 +14,7 @@ from speclm.config import (
     require_one_start,
     require_options,
 )
-from speclm.errors import CheckpointError, OptionError
+from speclm.errors import CheckpointError, OptionError, shown
 from speclm.methods.registry import HeadsSource, Method, Recipe
 
 if TYPE_CHECKING:
@@ -225,7 +225,7 @@ def mtp_card(layers: "SavedLayers", *, repo_id: str | None = None) -> HeadsCard:
 
 def _files_of_base(options: dict[str, Any], target: "PreTrainedModel", known: set[str]) -> Path:
     """Return the folder of a target's files, or of those that options name, which are taken out."""
-    from speclm.files.hub import HubOptions
+    from speclm.files.hub import HubOptions, path_exists
     from speclm.methods.mtp.checkpoint import fetch_mtp
     from speclm.target import TargetView
     from speclm.target.loading import hub_commit
@@ -245,9 +245,16 @@ def _files_of_base(options: dict[str, Any], target: "PreTrainedModel", known: se
         commit = hub_commit(target)
         if commit is not None and hub.revision is None:
             hub = HubOptions(**{**hub.given, "revision": commit})
-    elif not isinstance(path, str):
-        path = str(path)
-    return fetch_mtp(path, hub, num_layers=TargetView(target).num_layers)
+    elif not isinstance(path, str | Path):
+        raise OptionError(
+            f"heads_path is {shown(path)}, expected the folder or hub id of files with MTP layers"
+        )
+    elif "revision" in hub.given and path_exists(path):
+        raise OptionError(
+            f"heads_path {str(path)!r} is a folder and revision {hub.revision!r} would have no "
+            "effect; leave it out, or pass a hub id"
+        )
+    return fetch_mtp(str(path), hub, num_layers=TargetView(target).num_layers)
 
 
 def _saved_tree(folder: Path, num_layers: int) -> Any:

@@ -24,6 +24,8 @@ def test_base_without_files_asks_for_a_path_and_options_are_checked(made):
         SpecModel.from_pretrained(base, "mtp")
     for options, words in (
         ({"heads_path": "nothing here"}, "no folder that exists nor a hub id"),
+        ({"heads_path": 3}, "heads_path is 3, expected the folder or hub id"),
+        ({"heads_path": made.folder, "revision": "v2"}, "revision 'v2' would have no effect"),
         ({"heads_path": made.folder, "widht": 2}, "unknown option 'widht'"),
     ):
         with pytest.raises(OptionError, match=words):
