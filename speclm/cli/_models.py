@@ -3,9 +3,11 @@
 import difflib
 import importlib
 import inspect
+import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -36,6 +38,7 @@ from speclm.target.loading import hub_commit, remember_commit
 from speclm.tree.plan import TreePlan
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
+_SMALLER = "pass --quantization, --dtype bfloat16, --device-map auto, or a smaller base"
 _DEFAULT_NUM_DRAFT_TOKENS = 16  # of a tree that only --depth bounds
 _QUANTIZATIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "bnb-4bit": (BitsAndBytesConfig, {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}),
@@ -95,7 +98,9 @@ def load(options: ModelOptions, *, is_placed: bool = True) -> Loaded:
     elif options.quantization is not None:
         arguments["device_map"] = {"": device}  # quantised weights are not moved afterwards
     disable_progress_bar()  # type: ignore[no-untyped-call]  # Transformers' own
-    with Console(stderr=True).status(f"loading {Path(name).name}"):
+    if device.type == "cpu" and "device_map" not in arguments:
+        _require_memory(name)
+    with Console(stderr=True).status(f"loading {Path(name).name}"), _named_if_too_large(name):
         tokenizer, model = _from_pretrained(name, arguments, hub)
         if is_placed and "device_map" not in arguments:
             model = model.to(device)
@@ -170,10 +175,41 @@ def _quantization(name: str | None) -> dict[str, Any]:
         ) from error
 
 
+def _require_memory(name: str) -> None:
+    """Check that the weights in a folder fit into this machine, which else ends the process."""
+    files = Path(name).glob("*.safetensors") if path_exists(name) else ()
+    size, memory = sum(file.stat().st_size for file in files), physical_memory()
+    if memory is not None and size > memory:
+        raise OptionError(
+            f"--base {name!r} has {size / 1e9:.1f} GB of weights, and this machine has "
+            f"{memory / 1e9:.1f} GB of memory; {_SMALLER}"
+        )
+
+
+def physical_memory() -> int | None:
+    """Return the bytes of memory of this machine; None where the system does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+@contextmanager
+def _named_if_too_large(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise OptionError(
+            f"--base {name!r} does not fit into memory ({reason_of(error)}); {_SMALLER}"
+        ) from error
+
+
 def _from_pretrained(name: str, arguments: dict[str, Any], hub: dict[str, Any]) -> tuple[Any, Any]:
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(name, **hub)
         model: Any = AutoModelForCausalLM.from_pretrained(name, **arguments, **hub)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:
         if "quantization_config" in arguments and isinstance(error, ImportError):
             raise OptionError(

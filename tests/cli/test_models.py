@@ -3,7 +3,7 @@ import sys
 import pytest
 import torch
 
-from speclm.cli._models import load, load_with_heads
+from speclm.cli._models import load, load_with_heads, physical_memory
 from speclm.cli._options import DraftOptions, HeadsOptions, ModelOptions
 from speclm.demo.bundle import assets
 from speclm.errors import OptionError, UnknownNameError
@@ -35,6 +35,23 @@ def test_base_is_spread_or_quantised_on_request():
     assert load(ModelOptions(device="cpu", threads=1)).base.device.type == "cpu"
     quantised = load(ModelOptions(quantization="quanto-int8", device="cpu"))
     assert type(quantised.base.model.layers[0].mlp.up_proj).__name__ == "QLinear"
+
+
+def test_base_that_is_too_large_for_memory_is_named(monkeypatch):
+    base = str(assets()["base"])
+    with monkeypatch.context() as patch:
+        patch.setattr("speclm.cli._models.physical_memory", lambda: 10_000_000)
+        with pytest.raises(OptionError, match=r"0.0 GB of weights.*--quantization"):
+            load(ModelOptions(base=base))
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.PreTrainedModel.to", _fail_for_memory)
+        with pytest.raises(OptionError, match=r"does not fit into memory \(OutOfMemoryError"):
+            load(ModelOptions(base=base))
+    assert physical_memory() is None or physical_memory() > 100_000_000
+
+
+def _fail_for_memory(*args, **kwargs):
+    raise torch.OutOfMemoryError("CUDA out of memory")
 
 
 def test_modules_are_imported_from_the_current_folder(tmp_path, monkeypatch):
