@@ -1,5 +1,6 @@
 """What a browser sends and receives; tests/webui/browser.py has a real one."""
 
+import asyncio
 import inspect
 import json
 import re
@@ -77,10 +78,20 @@ def page():
         warnings.simplefilter("ignore")
         from speclm.webui import page
 
+    make, loops = asyncio.new_event_loop, []
+
+    def new_event_loop():
+        loops.append(make())
+        return loops[-1]
+
     ask = inspect.unwrap(page._Page.ask)  # Gradio sees a generator only without shape checks
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(page._Page, "ask", ask)
+        patch.setattr(asyncio, "new_event_loop", new_event_loop)
         yield page
+    for loop in loops:  # Gradio leaves its own open, of which a later test would be warned
+        loop.close()
+    asyncio.set_event_loop(None)
 
 
 @pytest.fixture(scope="module")
